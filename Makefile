@@ -1,0 +1,32 @@
+# make demo   quantize, sample and measure the embedded model       make test   run the tests
+# make lint   check style and format                                make clean  remove what make made
+#
+# The first run makes .venv. TORCH chooses the build of PyTorch: TORCH=torch==2.13.0 from a CPU-only index, say.
+PYTHON ?= python3
+TORCH ?= torch
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/plot.stamp
+	$(BIN)/python scripts/demo.py
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# PyTorch first and by itself, so that the extras below do not choose another build of it.
+.venv/torch.stamp:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+.venv/%.stamp: .venv/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist out *.egg-info

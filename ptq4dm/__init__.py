@@ -1,0 +1,38 @@
+"""ptq4dm: quantize, sample and measure diffusion models; nothing pretended, everything measured."""
+
+from pathlib import Path as _Path
+
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file():
+    __path__.append(str(_root))  # a source checkout: ptq4dm.kernels lives in ./kernels
+
+__version__ = "0.1.0"
+
+from . import quantizer  # noqa: E402, F401  (registers with diffusers)
+from .collect import CalibrationConfig, collect  # noqa: E402
+from .config import QuantConfig  # noqa: E402
+from .errors import UserError  # noqa: E402
+from .generate import generate  # noqa: E402
+from .pixel_dit import PixelDiTPipeline  # noqa: E402
+from .plan import Plan  # noqa: E402
+from .ptq4dm import PTQ4DMConfig  # noqa: E402
+from .quantize import quantize  # noqa: E402
+from .reference import load_pipeline, load_reference  # noqa: E402
+from .rtn import RTNConfig  # noqa: E402
+from .store import CalibrationStore  # noqa: E402
+
+__all__ = [
+    "CalibrationConfig",
+    "CalibrationStore",
+    "PTQ4DMConfig",
+    "PixelDiTPipeline",
+    "Plan",
+    "QuantConfig",
+    "RTNConfig",
+    "UserError",
+    "collect",
+    "generate",
+    "load_pipeline",
+    "load_reference",
+    "quantize",
+]

@@ -1,0 +1,108 @@
+"""Recipes: a method is a dataclass that turns layers and calibration into a plan.
+
+A method registers itself with `@register("name")`; nothing here knows which methods exist. Every recipe is a
+diffusers quantization config, so `from_pretrained(..., quantization_config=recipe)` works, and is written into the
+config.json of a quantized model together with its plan.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from .errors import UserError
+from .layers import LayerView
+from .plan import LayerPlan, Plan
+
+METHODS: dict[str, type[QuantConfig]] = {}
+
+
+class QuantMethod(str, Enum):
+    """diffusers wants an enum here; all our methods share one loader."""
+
+    PTQ4DM = "ptq4dm"
+
+
+def register(name: str):
+    """Class decorator: make a config class known by its method name."""
+
+    def add(cls: type[QuantConfig]) -> type[QuantConfig]:
+        cls.method = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+@dataclass(repr=False)
+class QuantConfig(QuantizationConfigMixin):
+    """What every method has.
+
+    modules_to_not_convert: names or shell patterns of modules to keep in full precision.
+    calibration: folder of a calibration store, for methods that need one while loading
+        (`from_pretrained(..., quantization_config=PTQ4DMConfig(calibration="store"))`).
+    plan: filled in by `quantize`; a config with a plan quantizes by that plan.
+    """
+
+    method: ClassVar[str]
+    quant_method: ClassVar[QuantMethod] = QuantMethod.PTQ4DM
+    modules_to_not_convert: tuple[str, ...] = ()
+    calibration: str | None = None
+    plan: Plan | None = None
+
+    def __post_init__(self):
+        self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
+        if isinstance(self.plan, dict):
+            self.plan = Plan.from_dict(self.plan)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `resolve` needs a store."""
+        return False
+
+    def resolve(self, views: list[LayerView], store) -> dict[str, LayerPlan]:
+        """The method itself: layer name -> choices. `store` is a CalibrationStore or None."""
+        raise NotImplementedError
+
+    # --- diffusers' side ------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {"quant_method": self.quant_method.value, "method": self.method}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            data[item.name] = value.to_dict() if isinstance(value, Plan) else value
+        data["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return data
+
+    to_diff_dict = to_dict
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+        """Any method's config from its dict, by the `method` entry."""
+        data = {k: v for k, v in {**config_dict, **kwargs}.items() if k != "quant_method"}
+        name = data.pop("method", getattr(cls, "method", None))
+        if name not in METHODS:
+            raise UserError(f"quantization method '{name}' is unknown; known are {', '.join(sorted(METHODS))}.")
+        target = METHODS[name]
+        known = {item.name for item in fields(target)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise UserError(f"{target.__name__} has no option {', '.join(unknown)}.")
+        config = target(**data)
+        return (config, {}) if return_unused_kwargs else config
+
+    def summary(self) -> dict[str, Any]:
+        """The options that differ from the defaults, for reports and file metadata."""
+        changed = {"method": self.method}
+        for item in fields(self):
+            default = item.default_factory() if item.default is MISSING else item.default
+            if item.name not in ("plan", "calibration") and getattr(self, item.name) != default:
+                changed[item.name] = getattr(self, item.name)
+        return changed

@@ -1,0 +1,65 @@
+"""What RTN and PTQ4DM share: integer weights per output channel, integer inputs per tensor or token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import QuantConfig
+from .errors import UserError
+from .layers import LayerView
+from .plan import LayerPlan
+from .ranges import activation_grid, objective_parameter
+
+FIRST_LAST = ("int8", "same", "keep")
+
+
+@dataclass(repr=False)
+class IntegerConfig(QuantConfig):
+    """Integer quantization of every Linear and Conv2d.
+
+    weight_bits, activation_bits: 2..8. 8 and 8 are real; narrower grids are `simulated` (int8 containers).
+    activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
+        token in Linear and per sample in Conv2d, computed in each call; needs no calibration).
+    symmetric: static activation grids without a zero point.
+    first_last: the layers that read the model's input channels and write its output channels: "int8" (at
+        least 8 bits, PTQ4DM's rule), "same" (no exception) or "keep" (full precision).
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    activations: str = "static"
+    symmetric: bool = False
+    first_last: str = "int8"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("weight_bits", "activation_bits"):
+            if not (isinstance(getattr(self, name), int) and 2 <= getattr(self, name) <= 8):
+                raise UserError(f"{name} must be a whole number from 2 to 8; got {getattr(self, name)!r}.")
+        if self.activations not in ("static", "dynamic"):
+            raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
+        if self.first_last not in FIRST_LAST:
+            raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.activations == "static"
+
+    def layer_plan(self, view: LayerView, store, objective: str, parameter: float | None) -> LayerPlan | None:
+        """One layer's plan under a range objective; None keeps the layer in full precision."""
+        edge = view.role in ("first", "last")
+        if edge and self.first_last == "keep":
+            return None
+        weight_bits, activation_bits = self.weight_bits, self.activation_bits
+        if edge and self.first_last == "int8":
+            weight_bits = activation_bits = 8
+        parameter = objective_parameter(objective, parameter)
+        plan = LayerPlan("int8", weight_bits, activation_bits, objective, parameter)
+        if self.activations == "static":
+            histogram, limit, low, high = store.input_of(view.name)
+            device = view.module.weight.device
+            histogram = histogram.to("cpu" if device.type == "meta" else device)  # the search is quick on a GPU
+            plan.input_scale, plan.input_zero_point = activation_grid(
+                histogram, limit, low, high, activation_bits, objective, parameter, self.symmetric
+            )
+        return plan

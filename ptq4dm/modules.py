@@ -1,0 +1,162 @@
+"""Quantized layers: int8 codes, scales and bias, nothing else.
+
+They subclass nn.Linear and nn.Conv2d so that tools that look for those types (LoRA adapters, offloading) find
+them; `weight` answers with the codes, and no float copy of the weight exists. A further format is one more pair
+of classes in FORMATS.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import w8a8
+from .kernels.int8 import dequantize_weight, quantize_weight
+from .plan import LayerPlan
+from .ranges import weight_scale
+
+
+class _Int8Layer:
+    """What Int8Linear and Int8Conv2d share.
+
+    Tensors (all nn.Parameter without gradient, so that device maps with offloading move them):
+        bias              [N] in the model's dtype, or None. Registered first: a model's `dtype` is that of its
+                          first floating parameter.
+        qweight           [N, ...] int8, symmetric per output channel
+        weight_scale      [N] float32
+        input_scale       [] float32    } static layers only
+        input_zero_point  [] int32      }
+    """
+
+    plan: LayerPlan
+
+    def _allocate(self, shape: tuple[int, ...], plan: LayerPlan, bias_dtype: torch.dtype | None, device):
+        self.plan = plan
+
+        def new(*size: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+
+        self.bias = None if bias_dtype is None else new(shape[0], dtype=bias_dtype)
+        self.qweight = new(*shape, dtype=torch.int8)
+        self.weight_scale = new(shape[0], dtype=torch.float32)
+        self.input_scale = new(dtype=torch.float32) if plan.static else None
+        self.input_zero_point = new(dtype=torch.int32) if plan.static else None
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> None:
+        """Fill codes and scales from a float weight [N, ...], and the input grid from the plan."""
+        plan = self.plan
+        weight = weight.to(torch.float32)
+        scale = weight_scale(weight, plan.weight_bits, plan.objective, plan.objective_parameter)
+        values = {"qweight": quantize_weight(weight, scale, plan.weight_bits), "weight_scale": scale}
+        if plan.static:
+            values["input_scale"] = torch.tensor(plan.input_scale, dtype=torch.float32)
+            values["input_zero_point"] = torch.tensor(plan.input_zero_point, dtype=torch.int32)
+        for name, value in values.items():
+            setattr(self, name, nn.Parameter(value.to(weight.device), requires_grad=False))
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes: float weights are not kept."""
+        return self.qweight
+
+    def dequantized_weight(self) -> Tensor:
+        """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
+        return dequantize_weight(self.qweight, self.weight_scale)
+
+    def dequantized(self) -> nn.Module:
+        """A float layer with the dequantized weight, for `model.dequantize()`."""
+        kind = nn.Linear if isinstance(self, nn.Linear) else nn.Conv2d
+        layer = kind.__new__(kind)
+        nn.Module.__init__(layer)
+        layer.__dict__.update({k: v for k, v in self.__dict__.items() if k not in layer.__dict__})
+        del layer.__dict__["plan"]
+        dtype = self.weight_scale.dtype if self.bias is None else self.bias.dtype
+        layer.weight = nn.Parameter(self.dequantized_weight().to(dtype))
+        layer.bias = self.bias
+        return layer
+
+    def kernel_name(self) -> str:
+        """The kernel that serves this layer where its codes are now."""
+        return w8a8.kernel_name(self.qweight.device, self.plan.activation_bits, getattr(self, "groups", 1))
+
+    def _operands(self):
+        return (
+            self.qweight, self.weight_scale, self.bias, self.input_scale, self.input_zero_point,
+            self.plan.activation_bits,
+        )  # fmt: skip
+
+
+class Int8Linear(_Int8Layer, nn.Linear):
+    """y = x W^T + b on int8 codes: x [..., K] float -> [..., N] in x's dtype."""
+
+    def __init__(self, linear: nn.Linear, plan: LayerPlan, device=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        bias = None if linear.bias is None else linear.bias.dtype
+        self._allocate((self.out_features, self.in_features), plan, bias, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return w8a8.w8a8_linear(x, *self._operands())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.plan}"
+
+
+class Int8Conv2d(_Int8Layer, nn.Conv2d):
+    """Zero-padded convolution on int8 codes: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
+
+    def __init__(self, conv: nn.Conv2d, plan: LayerPlan, device=None):
+        nn.Module.__init__(self)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"):
+            setattr(self, name, getattr(conv, name))
+        self.padding, self.padding_mode = _numeric_padding(conv), "zeros"
+        bias = None if conv.bias is None else conv.bias.dtype
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        self._allocate(shape, plan, bias, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return w8a8.w8a8_conv2d(x, *self._operands(), self.stride, self.padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, {self.plan}"
+
+
+FORMATS: dict[str, dict[type, type]] = {"int8": {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}}
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, _Int8Layer)
+
+
+def empty_quantized(module: nn.Module, plan: LayerPlan, device=None) -> nn.Module:
+    """A quantized layer of the module's shape, its tensors allocated but not filled."""
+    kinds = FORMATS[plan.format]
+    return kinds[type(module)](module, plan, device)
+
+
+@torch.no_grad()
+def quantized_copy(module: nn.Module, plan: LayerPlan) -> nn.Module:
+    """The quantized layer of a float layer: same device, the same bias."""
+    layer = empty_quantized(module, plan, module.weight.device)
+    layer.pack(module.weight)
+    if module.bias is not None:
+        layer.bias.copy_(module.bias)
+    return layer.train(module.training)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if child.isdigit() and isinstance(owner, (nn.Sequential, nn.ModuleList)):
+        owner[int(child)] = new
+    else:
+        setattr(owner, child, new)
+
+
+def _numeric_padding(conv: nn.Conv2d) -> tuple[int, int]:
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    return tuple(conv.padding)

@@ -1,0 +1,183 @@
+"""Record what a denoiser is called with while its own pipeline samples, and call a denoiser with it again.
+
+A calibration tuple is only worth something if it is (x_t, the t the model was called with): so the tuples are
+taken from the arguments of the model's own `forward`, never rebuilt from a step counter.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .sampling import denoiser, sample
+
+TIMESTEP = "timestep"
+
+
+@dataclass
+class Calls:
+    """B recorded rows of denoiser calls.
+
+    sample: [B, ...] noisy input x_t, as the model saw it (scheduler scaling included).
+    timestep: [B] the model's own timestep argument (integers or floats).
+    conditioning: name -> [B, ...] tensors that differ per row ("a/b" is entry b of the dict argument a).
+    shared: name -> tensors or plain values that the rows have in common (position ids, None, flags).
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, rows) -> Calls:
+        """Rows of it, by slice or index tensor."""
+        picked = {k: v[rows] for k, v in self.conditioning.items()}
+        return Calls(self.sample[rows], self.timestep[rows], picked, self.shared)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Calls]) -> Calls:
+        names = parts[0].conditioning
+        return Calls(
+            torch.cat([p.sample for p in parts]),
+            torch.cat([p.timestep for p in parts]),
+            {k: torch.cat([p.conditioning[k] for p in parts]) for k in names},
+            parts[0].shared,
+        )
+
+
+class _AllRecorded(Exception):
+    """Raised inside the sampling loop once every row is on record: the remaining steps need not run."""
+
+
+def record_calls(
+    pipe,
+    seeds: Sequence[int],
+    timesteps: Sequence[float],
+    *,
+    num_inference_steps: int,
+    conditioning: dict | None = None,
+    pipeline_kwargs: dict | None = None,
+) -> Calls:
+    """Sample from the pipeline once and record, for seeds[k], the call at the grid time nearest timesteps[k].
+
+    timesteps are in the units of `pipe.scheduler.timesteps` (0..num_train_timesteps-1). A pipeline that runs
+    classifier-free guidance as one call of 2B rows (or as two calls of B) gives every such row a record of its
+    own, so the result holds a multiple of len(seeds) rows. Tensors are returned on the CPU.
+    """
+    model = denoiser(pipe)
+    scheduler = pipe.scheduler
+    signature = inspect.signature(model.forward)
+    wanted = torch.as_tensor(list(timesteps), dtype=torch.float64)
+    if len(wanted) != len(seeds):
+        raise UserError(f"one timestep for each seed is needed; got {len(wanted)} for {len(seeds)} seeds.")
+    parts: list[Calls] = []
+    state = {"step": 0, "index": None}
+
+    def before_forward(_, args, kwargs):
+        if state["index"] is None:
+            grid = scheduler.timesteps.to("cpu", torch.float64)
+            state["index"] = (wanted[:, None] - grid[None, :]).abs().argmin(dim=1)
+        if state["step"] > int(state["index"].max()):
+            raise _AllRecorded
+        rows = (state["index"] == state["step"]).nonzero().flatten()
+        if len(rows):
+            parts.append(_rows(signature, args, kwargs, rows, len(seeds)))
+
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines inspect the signature of step
+    def counted_step(*args, **kwargs):
+        state["step"] += 1
+        return step(*args, **kwargs)
+
+    handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    scheduler.step = counted_step
+    try:
+        sample(
+            pipe,
+            seeds,
+            num_inference_steps=num_inference_steps,
+            conditioning=conditioning,
+            pipeline_kwargs=pipeline_kwargs,
+        )
+    except _AllRecorded:
+        pass
+    finally:
+        handle.remove()
+        del scheduler.step
+    return Calls.concatenate(parts)
+
+
+@torch.no_grad()
+def replay(model: nn.Module, calls: Calls) -> Tensor:
+    """Call a denoiser with recorded arguments. Returns its noise prediction, shaped like calls.sample.
+
+    Channels past the sample's own (a learned variance) are cut off. Floating arguments are cast to the model's
+    dtype and moved to its device.
+    """
+    parameter = next(model.parameters())
+    dtype = getattr(model, "dtype", parameter.dtype)
+
+    def ready(value):
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(parameter.device, dtype) if value.is_floating_point() else value.to(parameter.device)
+
+    names = list(inspect.signature(model.forward).parameters)
+    arguments: dict[str, Any] = {names[0]: ready(calls.sample), TIMESTEP: calls.timestep.to(parameter.device)}
+    for name, value in {**calls.shared, **calls.conditioning}.items():
+        outer, _, inner = name.partition("/")
+        if inner:
+            arguments.setdefault(outer, {})[inner] = ready(value)
+        else:
+            arguments[name] = ready(value)
+    arguments.pop("return_dict", None)
+    output = model(**arguments, return_dict=False)[0]
+    return output[:, : calls.sample.shape[1]] if output.ndim == 4 else output
+
+
+def _rows(signature, args, kwargs, rows: Tensor, batch: int) -> Calls:
+    """The given items of one call (args, kwargs), guidance copies included."""
+    bound = signature.bind(*args, **kwargs).arguments
+    extra = bound.pop("kwargs", {})
+    bound = {**bound, **extra}
+    first = next(iter(signature.parameters))
+    x = bound.pop(first)
+    t = torch.as_tensor(bound.pop(TIMESTEP))
+    size = len(x)
+    every = torch.cat([rows + copy * batch for copy in range(size // batch)]).to(x.device)
+    t = t.flatten().expand(size) if t.numel() == 1 else t
+    conditioning, shared = {}, {}
+    for name, value in _flatten(bound):
+        if isinstance(value, Tensor) and value.ndim and len(value) == size and size > 1:
+            conditioning[name] = value.detach()[every].cpu()
+        elif isinstance(value, Tensor) and value.ndim and len(value) == size == 1:
+            conditioning[name] = value.detach().cpu()
+        elif isinstance(value, Tensor):
+            shared[name] = value.detach().cpu()
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            shared[name] = value
+        else:
+            raise UserError(
+                f"the model is called with '{name}' of type {type(value).__name__}, which cannot be recorded; "
+                "tensors, numbers, strings and dicts of them can."
+            )
+    return Calls(x.detach()[every].cpu(), t[every.to(t.device)].cpu(), conditioning, shared)
+
+
+def _flatten(arguments: dict):
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value

@@ -1,0 +1,1 @@
+"""Few-step samplers (planned): DDIM, DEIS, DisBack."""

@@ -1,0 +1,210 @@
+"""What calibration and range objective are worth: the README's table of PTQ4DM against round-to-nearest.
+
+    python scripts/compare_calibration.py --model unet-cifar10 --device cuda --output out/calibration-unet.json
+
+Rows: full precision; round-to-nearest calibrated at one timestep and over all; PTQ4DM with each collector x
+{max, mse, lp 2.4}; at W8A8, and at W8A6 and W6A6 (simulated). Columns: same-seed PSNR and noise prediction error
+against full precision on held-out seeds, and feature-FID. `--shard i/n` does every n-th row (to spread over GPUs);
+rows already in the output are kept, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+import ptq4dm
+from ptq4dm.assets import asset_path
+from ptq4dm.collect import draw_timesteps, timestep_bins
+from ptq4dm.extractors import load_extractor
+from ptq4dm.frechet import Moments, frechet_distance, read_statistics
+from ptq4dm.images import to_uint8
+from ptq4dm.record import Calls, record_calls, replay
+from ptq4dm.reference import load_reference
+from ptq4dm.report import stored_bytes
+from ptq4dm.sampling import denoiser, denoiser_name, sample
+
+HELD_OUT = 1_000_000  # first seed that calibration never uses
+BITS = {"W8A8": (8, 8), "W6A6": (6, 6), "W8A6": (8, 6)}
+
+
+def rows() -> list[dict]:
+    """Every row of the table, in the order it is printed."""
+    table = [{"bits": "full", "method": "full precision", "collector": "", "objective": ""}]
+    for bits in BITS:
+        for collector in ("t=0", "t=T-1", "uniform"):
+            table.append({"bits": bits, "method": "RTN", "collector": collector, "objective": "max"})
+        for collector in ("uniform", "ndtc", "solver"):
+            for objective in ("max", "mse", "lp"):
+                if (collector, objective) != ("uniform", "max"):  # that is RTN's row
+                    table.append({"bits": bits, "method": "PTQ4DM", "collector": collector, "objective": objective})
+        table.append({"bits": bits, "method": "RTN dynamic", "collector": "", "objective": "max"})
+    return table
+
+
+def calibration(collector: str, args) -> ptq4dm.CalibrationConfig:
+    law = {"t=0": ("ndtc", 0.0, 0.0), "t=T-1": ("ndtc", 1.0, 0.0), "ndtc": ("ndtc", 0.4, 0.4)}
+    name, mu, sigma = law.get(collector, (collector, 0.4, 0.4))
+    return ptq4dm.CalibrationConfig(name, args.calibration_samples, args.steps, mu, sigma, batch_size=args.batch_size)
+
+
+def recipe(row: dict) -> ptq4dm.QuantConfig:
+    weight_bits, activation_bits = BITS[row["bits"]]
+    bits = dict(weight_bits=weight_bits, activation_bits=activation_bits)
+    if row["method"] == "RTN dynamic":
+        return ptq4dm.RTNConfig(activations="dynamic", **bits)
+    if row["method"] == "RTN":
+        return ptq4dm.RTNConfig(**bits)
+    return ptq4dm.PTQ4DMConfig(objective=row["objective"], **bits)
+
+
+class Bench:
+    """The model, its held-out truth and its calibration stores, each made once."""
+
+    def __init__(self, args):
+        self.args = args
+        self.pipe = load_reference(args.model, device=args.device)
+        self.exact = denoiser(self.pipe).to(memory_format=torch.channels_last)
+        self.stores: dict[str, ptq4dm.CalibrationStore] = {}
+        self.extractor = load_extractor("feature-fid", args.device)
+        self.real = read_statistics(asset_path("features-cifar10/train-statistics.npz"))
+        self.paired_seeds = range(HELD_OUT, HELD_OUT + args.num_paired)
+        self.calls = self._held_out()
+        with torch.backends.cudnn.flags(allow_tf32=False):  # the truth is float32; elsewhere TF32 is on
+            self.exact_eps = self._predict(self.exact)
+            self.exact_images = self._sample(self.exact, self.paired_seeds)
+
+    def store(self, collector: str) -> ptq4dm.CalibrationStore:
+        if collector not in self.stores:
+            self.stores[collector] = ptq4dm.collect(self.pipe, calibration(collector, self.args))
+        return self.stores[collector]
+
+    def measure(self, row: dict) -> dict:
+        """The row with its figures."""
+        start = time.time()
+        model, result = self.exact, dict(row)
+        if row["bits"] != "full":
+            model = copy.deepcopy(self.exact)
+            store = None if row["method"] == "RTN dynamic" else self.store(row["collector"])
+            report = ptq4dm.quantize(model, recipe(row), store)
+            result["kernels"] = sorted({layer["kernel"] for layer in report.layers})
+            result["simulated"] = row["bits"] != "W8A8"
+            result["bytes_ratio"] = stored_bytes(model) / stored_bytes(self.exact)
+            result.update(self._paired(model))
+        result["feature_fid"] = self._feature_fid(model)
+        result["seconds"] = round(time.time() - start, 1)
+        return result
+
+    def _paired(self, model) -> dict:
+        images = self._sample(model, self.paired_seeds)
+        mse = (images - self.exact_images).double().square().flatten(1).mean(1)
+        noise = (self._predict(model) - self.exact_eps).double().square().flatten(1).sum(1)
+        signal = self.exact_eps.double().square().flatten(1).sum(1)
+        bins = timestep_bins(self.calls.timestep, 10, self.pipe.scheduler.config.num_train_timesteps)
+        return {
+            "psnr": float((-10 * mse.clamp_min(1e-12).log10()).mean()),
+            "psnr_stderr": float((-10 * mse.clamp_min(1e-12).log10()).std() / len(mse) ** 0.5),
+            "mse": float(mse.mean()),
+            "eps_error": float(noise.sum() / signal.sum()),
+            "eps_error_bins": [
+                float(noise[bins == b].sum() / signal[bins == b].sum()) if (bins == b).any() else None
+                for b in range(10)
+            ],
+        }
+
+    def _held_out(self) -> Calls:
+        """Tuples of other seeds than calibration's, spread evenly over the sampling grid."""
+        self.pipe.scheduler.set_timesteps(self.args.steps)
+        config = ptq4dm.CalibrationConfig("solver", self.args.num_paired)
+        timesteps = draw_timesteps(config, 1000, self.pipe.scheduler.timesteps.tolist())
+        parts = [
+            record_calls(
+                self.pipe,
+                [HELD_OUT + 500_000 + int(i) for i in part],
+                timesteps[part].tolist(),
+                num_inference_steps=self.args.steps,
+            )
+            for part in torch.arange(self.args.num_paired).split(self.args.batch_size)
+        ]
+        return Calls.concatenate(parts)
+
+    def _predict(self, model) -> torch.Tensor:
+        model.eval()
+        parts = torch.arange(len(self.calls)).split(self.args.batch_size)
+        return torch.cat([replay(model, self.calls[part]).cpu() for part in parts])
+
+    def _sample(self, model, seeds) -> torch.Tensor:
+        return torch.cat(list(self._batches(model, seeds)))
+
+    def _batches(self, model, seeds):
+        setattr(self.pipe, denoiser_name(self.pipe), model)
+        seeds = list(seeds)
+        try:
+            for start in range(0, len(seeds), self.args.batch_size):
+                part = seeds[start : start + self.args.batch_size]
+                yield sample(self.pipe, part, num_inference_steps=self.args.steps)
+        finally:
+            setattr(self.pipe, denoiser_name(self.pipe), self.exact)
+
+    def _feature_fid(self, model) -> float | None:
+        if not self.args.num_fid:
+            return None
+        moments = Moments(self.extractor.dim)
+        for images in self._batches(model, range(self.args.num_fid)):
+            moments.update(self.extractor(to_uint8(images)))
+        return frechet_distance(moments.mu, moments.sigma, self.real.mu, self.real.sigma)
+
+
+def markdown(results: list[dict]) -> str:
+    lines = [
+        "| bits | method | calibrated on | range | PSNR (dB) | eps error | feature-FID |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        bits = r["bits"] + (" (simulated)" if r.get("simulated") else "")
+        psnr = f"{r['psnr']:.2f}" if "psnr" in r else ""
+        eps = f"{r['eps_error']:.2e}" if "eps_error" in r else ""
+        fid = "" if r["feature_fid"] is None else f"{r['feature_fid']:.2f}"
+        lines.append(f"| {bits} | {r['method']} | {r['collector']} | {r['objective']} | {psnr} | {eps} | {fid} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="unet-cifar10")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--num-fid", type=int, default=10_000, help="images for feature-FID; 0 leaves it out")
+    parser.add_argument("--num-paired", type=int, default=256, help="held-out seeds")
+    parser.add_argument("--calibration-samples", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th row from the i-th")
+    parser.add_argument("--limit", type=int, help="stop after so many rows")
+    parser.add_argument("--output", type=Path, default=Path("out/calibration.json"))
+    args = parser.parse_args()
+    index, count = (int(part) for part in args.shard.split("/"))
+    results = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    done = {json.dumps({k: r[k] for k in ("bits", "method", "collector", "objective")}) for r in results}
+    todo = [row for row in rows()[index::count] if json.dumps(row) not in done][: args.limit]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args)
+    for row in tqdm(todo, desc=args.model, unit="row"):
+        results.append(bench.measure(row))
+        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+        settings = {k: str(v) for k, v in vars(args).items()}
+        text = json.dumps({"model": args.model, "device": device, "settings": settings, "rows": results}, indent=1)
+        part = args.output.with_suffix(".part")
+        part.write_text(text)
+        os.replace(part, args.output)
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""SVDQuant (planned): smoothing and a low-rank branch for 4-bit layers."""

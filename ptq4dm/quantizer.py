@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import QuantConfig
 from .errors import UserError
-from .modules import empty_quantized, is_quantized, quantized_copy, replace_module
+from .modules import empty_quantized, is_quantized, replace_module
 from .store import CalibrationStore, layer_fingerprint
 
 FLOAT32_TENSORS = ("weight_scale", "input_scale")

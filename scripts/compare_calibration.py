@@ -77,7 +77,7 @@ class Bench:
         self.real = read_statistics(asset_path("features-cifar10/train-statistics.npz"))
         self.paired_seeds = range(HELD_OUT, HELD_OUT + args.num_paired)
         self.calls = self._held_out()
-        with torch.backends.cudnn.flags(allow_tf32=False):  # the truth is float32; elsewhere TF32 is on
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the truth is float32; elsewhere TF32 is on
             self.exact_eps = self._predict(self.exact)
             self.exact_images = self._sample(self.exact, self.paired_seeds)
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
-import ptq4dm  # noqa: F401
 from ptq4dm.kernels import int8, w8a8
+
+import ptq4dm  # noqa: F401
 
 CUDA = torch.cuda.is_available()
 gpu = pytest.mark.gpu

@@ -1,0 +1,143 @@
+"""The command line: ptq4dm collect | quantize | generate | evaluate | info.
+
+Only the parser is here, so that --help is instant; what a command does is in commands.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """One plain line and exit status 2 for wrong input."""
+
+    def error(self, message):
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(prog="ptq4dm", description="Quantize, sample and measure diffusion models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, formatter_class=show_defaults)
+
+    collect = command("collect", "Record what a model sees while it samples, and measure its layers' inputs.")
+    _model(collect, "unet-cifar10")
+    _calibration(collect)
+    _conditioning(collect)
+    collect.add_argument("--output", default="out/calibration", help="folder of the store; resumed if unfinished")
+    collect.add_argument("--plot", metavar="PNG", help="draw a layer's input range over timesteps (needs matplotlib)")
+    collect.add_argument(
+        "--plot-layer", metavar="NAME", help="which layer; the first convolution or linear otherwise"
+    )
+
+    quantize = command("quantize", "Quantize a model and save it as a diffusers pipeline.")
+    _model(quantize, "unet-cifar10")
+    quantize.add_argument("--method", default="ptq4dm", help="ptq4dm or rtn")
+    quantize.add_argument("--calibration", metavar="DIR", help="store from `collect`; made on the fly otherwise")
+    quantize.add_argument("--plan", metavar="JSON", help="follow a saved plan instead of a method's options")
+    quantize.add_argument("--output", default="out/quantized", help="folder of the quantized pipeline")
+    method = quantize.add_argument_group("method", "left out: the method's own default")
+    none = dict(default=argparse.SUPPRESS)
+    method.add_argument("--weight-bits", type=int, **none, help="8; 2..7 are simulated in int8 containers")
+    method.add_argument("--activation-bits", type=int, **none, help="8; 2..7 are simulated")
+    method.add_argument("--activations", choices=["static", "dynamic"], **none, help="static")
+    method.add_argument("--objective", **none, help="range objective: max, percentile, mse or lp (ptq4dm: lp)")
+    method.add_argument("--objective-parameter", type=float, **none, help="percent, or exponent (2.4)")
+    method.add_argument("--symmetric", action="store_true", **none, help="static inputs without a zero point")
+    method.add_argument("--first-last", choices=["int8", "same", "keep"], **none, help="edge layers: int8")
+    method.add_argument(
+        "--modules-to-not-convert", nargs="+", metavar="NAME", **none, help="layers to leave alone (patterns)"
+    )
+    _calibration(quantize)
+    _conditioning(quantize)
+
+    generate = command("generate", "Make images: one PNG per seed.")
+    _model(generate, None, "out/quantized if `quantize` made it, else unet-cifar10")
+    generate.add_argument("--num-images", type=int, default=16)
+    generate.add_argument("--seed", type=int, default=0, help="seed of the first image; the next has seed + 1")
+    generate.add_argument("--num-inference-steps", type=int, default=50)
+    generate.add_argument("--batch-size", type=int, default=16)
+    generate.add_argument("--output", default="out/images", help="folder of the PNGs; only missing ones are made")
+    generate.add_argument("--grid", default="out/grid.png", metavar="PNG", help="all images on one picture")
+    _conditioning(generate)
+
+    evaluate = command("evaluate", "Measure a model: Frechet distance, errors against full precision, speed, bytes.")
+    _model(evaluate, None, "out/quantized if `quantize` made it, else unet-cifar10")
+    evaluate.add_argument(
+        "--full-precision", metavar="MODEL", help="what to compare with; a quantized model knows its original"
+    )
+    evaluate.add_argument("--images", metavar="DIR", help="measure a folder of images instead of a model")
+    evaluate.add_argument("--write-reference", metavar="NPZ", help="write the statistics of --images and stop")
+    evaluate.add_argument("--metric", choices=["feature-fid", "fid", "none"], default="feature-fid")
+    evaluate.add_argument("--reference", metavar="DIR|NPZ", help="real images, or their mu and sigma")
+    evaluate.add_argument("--inception-weights", metavar="PATH", help="for --metric fid; downloaded otherwise")
+    evaluate.add_argument("--resize", choices=["torch-fidelity", "clean"], default="torch-fidelity")
+    evaluate.add_argument("--num-images", type=int, default=1000, help="samples for the Frechet distance")
+    evaluate.add_argument("--num-paired", type=int, default=64, help="same-seed pairs")
+    evaluate.add_argument("--num-heldout", type=int, default=64, help="recorded calls for the epsilon error")
+    evaluate.add_argument("--num-inference-steps", type=int, default=50)
+    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--output", default="out/evaluation", help="folder of report.json and samples.png")
+    _conditioning(evaluate)
+
+    info = command("info", "What a model is: layers, formats, kernels, bytes.")
+    _model(info, None, "out/quantized if `quantize` made it, else unet-cifar10")
+    info.add_argument("--json", action="store_true", help="everything, as JSON")
+    return parser
+
+
+def _model(parser, default, note: str = "") -> None:
+    text = "hub id, diffusers folder, or embedded name (unet-cifar10, dit-cifar10)"
+    parser.add_argument("--model", default=default, help=f"{text}; {note}" if note else text)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+
+
+def _calibration(parser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--collector", default="uniform", help="law of the timesteps: uniform, ndtc or solver")
+    group.add_argument("--num-samples", type=int, default=128, help="sampling trajectories")
+    group.add_argument("--calibration-steps", type=int, default=20, help="steps of the sampler they are taken from")
+    group.add_argument("--mu", type=float, default=0.4, help="ndtc: mean, as a fraction of the timesteps")
+    group.add_argument("--sigma", type=float, default=0.4, help="ndtc: deviation; 0 is a single timestep")
+    group.add_argument("--num-bins", type=int, default=10, help="timestep bins of the statistics")
+    group.add_argument("--batch-size", type=int, default=16)
+    group.add_argument("--seed", type=int, default=0)
+
+
+def _conditioning(parser) -> None:
+    group = parser.add_argument_group("conditioning")
+    group.add_argument("--prompt", nargs="+", metavar="TEXT", help="image k gets prompt k mod their number")
+    group.add_argument("--class-labels", nargs="+", type=int, metavar="N", help="likewise; all classes otherwise")
+    group.add_argument("--guidance-scale", type=float, help="for pipelines that take one")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 (interrupted) or 2 (wrong input)."""
+    args = build_parser().parse_args(arguments)
+    from . import commands
+    from .errors import UserError
+
+    try:
+        getattr(commands, args.command)(args)
+    except UserError as error:
+        print(f"ptq4dm {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 1
+    finally:
+        commands.leave_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""What each command does: parse-free functions of the parsed arguments, a page each at most."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from .collect import CalibrationConfig
+from .collect import collect as collect_store
+from .config import METHODS, QuantConfig
+from .errors import UserError
+from .evaluate import EvaluateConfig, evaluate_images, write_reference
+from .evaluate import evaluate as evaluate_model
+from .generate import generate as generate_images
+from .generate import save_grid
+from .plan import Plan
+from .quantize import quantize as quantize_model
+from .quantizer import quantization_config
+from .reference import check_device, load_pipeline
+from .report import kernel_report, stored_bytes
+from .sampling import denoiser
+from .store import CalibrationStore
+from .summary import format_report
+
+QUANTIZED = "out/quantized"  # where `quantize` writes and the others look first
+RECORD = "quantization.json"  # beside model_index.json: the report, with the original's name
+
+
+def collect(args) -> None:
+    pipe = _load(args, args.model)
+    store = collect_store(pipe, _calibration(args), args.output, **_conditioning(args))
+    print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")
+    if args.plot:
+        from .plot import plot_ranges
+
+        plot_ranges(store, args.plot_layer or next(iter(store.fingerprint)), args.plot)
+        print(f"picture: {args.plot}")
+
+
+def quantize(args) -> None:
+    config = _recipe(args)
+    output = Path(args.output)
+    _check_output(output)
+    pipe = _load(args, args.model)
+    store = CalibrationStore.load(args.calibration) if args.calibration else None
+    if store is None and config.needs_calibration and config.plan is None:
+        store = collect_store(pipe, _calibration(args), **_conditioning(args))
+    report = quantize_model(pipe, config, store)
+    _save(pipe, {"model": args.model, "dtype": str(denoiser(pipe).dtype), **report.to_dict()}, output)
+    print(report.table())
+    print(f"{config.plan.method}, {len(config.plan.layers)} layers; every layer is in {output / RECORD}")
+    print(f"quantized pipeline: {output}")
+
+
+def generate(args) -> None:
+    model = _default_model(args)
+    if args.num_images < 1:
+        raise UserError("zero images asked for; --num-images must be at least 1.")
+    pipe = _load(args, model)
+    paths = generate_images(
+        pipe,
+        range(args.seed, args.seed + args.num_images),
+        args.output,
+        num_inference_steps=args.num_inference_steps,
+        batch_size=args.batch_size,
+        metadata={"model": str(model)},
+        **_conditioning(args),
+    )
+    if PartialState().is_main_process:
+        save_grid(paths, args.grid, columns=min(8, len(paths)), scale=max(1, 128 // _width(paths[0])))
+        print(f"{len(paths)} images of {model}: {args.output}")
+        print(f"picture: {args.grid}")
+
+
+def evaluate(args) -> None:
+    config = EvaluateConfig(
+        **{f.name: getattr(args, f.name) for f in fields(EvaluateConfig) if hasattr(args, f.name)},
+        **_conditioning(args),
+    )
+    config.check()
+    if args.images:
+        device = _device(args)
+        if args.write_reference:
+            count = write_reference(args.images, args.write_reference, config, device)
+            _say(f"statistics of {count} images: {args.write_reference}")
+        else:
+            _say(format_report(evaluate_images(args.images, config, device)))
+        return
+    model = _default_model(args)
+    pipe = _load(args, model)
+    original = args.full_precision
+    if original is None and (Path(str(model)) / RECORD).is_file():
+        original = json.loads((Path(model) / RECORD).read_text())["model"]
+    full_precision = _load(args, original) if original else None
+    report = evaluate_model(pipe, full_precision, config, args.output)
+    _say(f"{model}" + (f" against {original}" if original else ""))
+    _say(format_report(report))
+    _say(f"report and pictures: {args.output}")
+
+
+def info(args) -> None:
+    model = _default_model(args)
+    pipe = _load(args, model)
+    network = denoiser(pipe)
+    rows = kernel_report(network)
+    config = quantization_config(network)
+    facts = {
+        "model": str(model),
+        "pipeline": type(pipe).__name__,
+        "denoiser": type(network).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "quantization": None if config is None else config.summary(),
+        "bytes": stored_bytes(network),
+        "layers": rows,
+    }
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return
+    for name in ("model", "pipeline", "denoiser", "scheduler", "quantization"):
+        print(f"{name:<13} {facts[name] or 'none'}")
+    print(f"{'bytes':<13} {facts['bytes']:,} in all tensors of the denoiser")
+    print(f"\n{'bytes':>12}  {'format':<24} {'kernel':<13} {'shape':<20} layer")
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        print(f"{row['bytes']:>12,}  {row['format']:<24} {row['kernel']:<13} {shape:<20} {row['layer']}")
+
+
+def leave_process_group() -> None:
+    """Processes that end without this may die at exit after all their work is done."""
+    if PartialState._shared_state:
+        PartialState().destroy_process_group()
+
+
+# --- shared -------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text)
+
+
+def _device(args) -> torch.device:
+    """The device asked for; else this process's own GPU, else the CPU."""
+    if args.device is not None:
+        device = check_device(args.device)
+        PartialState(cpu=device.type == "cpu")
+        return device
+    return PartialState(cpu=not torch.cuda.is_available()).device
+
+
+def _load(args, model):
+    device = _device(args)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return load_pipeline(model, getattr(torch, dtype), device)
+
+
+def _default_model(args) -> str:
+    if args.model is not None:
+        return args.model
+    return QUANTIZED if (Path(QUANTIZED) / RECORD).is_file() else "unet-cifar10"
+
+
+def _calibration(args) -> CalibrationConfig:
+    return CalibrationConfig(
+        args.collector,
+        args.num_samples,
+        args.calibration_steps,
+        args.mu,
+        args.sigma,
+        args.num_bins,
+        args.batch_size,
+        args.seed,
+    )
+
+
+def _conditioning(args) -> dict:
+    conditioning = {"prompt": args.prompt, "class_labels": args.class_labels}
+    conditioning = {name: values for name, values in conditioning.items() if values}
+    kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    return {"conditioning": conditioning or None, "pipeline_kwargs": kwargs or None}
+
+
+def _recipe(args) -> QuantConfig:
+    if args.plan is not None:
+        plan = Plan.load(args.plan)
+        return QuantConfig.from_dict({"method": plan.method, "plan": plan})
+    names = {f.name for method in METHODS.values() for f in fields(method)} - {"calibration", "plan"}
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return QuantConfig.from_dict({"method": args.method, **options})
+
+
+def _check_output(folder: Path) -> None:
+    """Before the long work: the folder must be new, or one that an earlier `quantize` wrote."""
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise UserError(f"{folder} exists and was not written by ptq4dm quantize; choose another --output.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder.parent}: {error.strerror}.") from None
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"cannot write to {folder.parent}; choose another --output.")
+
+
+def _save(pipe, record: dict, folder: Path) -> None:
+    """Save beside, then rename: a folder of this name is always whole."""
+    temporary, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipe.save_pretrained(temporary)
+    (temporary / RECORD).write_text(json.dumps(record, indent=1))
+    quantization_config(denoiser(pipe)).plan.save(temporary / "plan.json")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _width(path: Path) -> int:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.width

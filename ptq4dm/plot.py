@@ -1,0 +1,68 @@
+"""A layer's input over timesteps: why calibration has to know about t."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+from .store import CalibrationStore
+
+QUANTILES = (0.001, 0.25, 0.75, 0.999)
+
+
+def layer_ranges(store: CalibrationStore, layer: str) -> list[dict]:
+    """A row per timestep bin that has samples: from, to (timesteps), low, high and QUANTILES of the input."""
+    num_bins, total = store.config["num_bins"], store.num_train_timesteps
+    rows = []
+    for bin in range(num_bins):
+        histogram, limit, low, high = store.input_of(layer, [bin])
+        if not histogram.any():
+            continue
+        n = len(histogram)
+        share = histogram.cumsum(0).double() / histogram.sum()
+        edges = [float(2 * limit * int(torch.searchsorted(share, q)) / n - limit) for q in QUANTILES]
+        rows.append(
+            {"from": bin * total / num_bins, "to": (bin + 1) * total / num_bins, "low": low, "high": high}
+            | {"quantiles": edges}
+        )
+    return rows
+
+
+def plot_ranges(store: CalibrationStore, layer: str, path: str | Path) -> None:
+    """Draw the extremes and quantiles of a layer's input over timesteps into a PNG.
+
+    Raises:
+        UserError: matplotlib is missing, the layer is unknown, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("plotting needs matplotlib; install it with `pip install ptq4dm[plot]`.") from None
+    rows = layer_ranges(store, layer)
+    middle = [(row["from"] + row["to"]) / 2 for row in rows]
+    quantiles = list(zip(*(row["quantiles"] for row in rows), strict=True))
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.fill_between(middle, [r["low"] for r in rows], [r["high"] for r in rows], alpha=0.2, label="all values")
+    axes.fill_between(middle, quantiles[0], quantiles[3], alpha=0.35, label="99.8 %")
+    axes.fill_between(middle, quantiles[1], quantiles[2], alpha=0.6, label="50 %")
+    axes.set_xlabel("timestep (noise grows to the right)")
+    axes.set_ylabel("input value")
+    axes.set_title(layer)
+    axes.legend()
+    figure.tight_layout()
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from None
+    finally:
+        plt.close(figure)

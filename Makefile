@@ -1,7 +1,7 @@
 # make demo   quantize, sample and measure the embedded model       make test   run the tests
 # make lint   check style and format                                make clean  remove what make made
 #
-# The first run makes .venv. TORCH chooses the build of PyTorch: TORCH=torch==2.13.0 from a CPU-only index, say.
+# The first run makes .venv. TORCH is what pip installs for PyTorch: a version, or more, TORCH="torch --index-url URL".
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
@@ -9,7 +9,8 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/plot.stamp
-	$(BIN)/python scripts/demo.py
+	$(BIN)/ptq4dm quantize --output out/demo/quantized
+	$(BIN)/ptq4dm evaluate --model out/demo/quantized --metric none --num-paired 16 --output out/demo
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest
@@ -21,7 +22,7 @@ lint: .venv/test.stamp
 # PyTorch first and by itself, so that the extras below do not choose another build of it.
 .venv/torch.stamp:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	touch $@
 
 .venv/%.stamp: .venv/torch.stamp pyproject.toml

@@ -1,6 +1,6 @@
 """The command line: ptq4dm collect | quantize | generate | evaluate | info.
 
-Only the parser is here, so that --help is instant; what a command does is in commands.py.
+Only the parser is here; what a command does is in commands.py.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ptq4dm {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        resumes = args.command in ("collect", "generate")
+        print("interrupted" + "; the same command goes on where it stopped" * resumes, file=sys.stderr)
         return 1
     finally:
         commands.leave_process_group()

@@ -10,6 +10,8 @@ Which timesteps are recorded is the collector's choice:
 
 from __future__ import annotations
 
+import copy
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .errors import UserError
+from .modules import is_quantized
 from .record import Calls, record_calls, replay
 from .sampling import denoiser
 from .statistics import InputStatistics
@@ -28,11 +31,11 @@ from .store import (
     batch_path,
     fingerprint,
     load_calls,
+    load_statistics,
     read_meta,
-    read_tensors,
     save_calls,
+    save_statistics,
     write_meta,
-    write_tensors,
 )
 
 COLLECTORS = ("uniform", "ndtc", "solver")
@@ -68,7 +71,9 @@ class CalibrationConfig:
         for name in ("num_samples", "num_inference_steps", "num_bins", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if not 0 <= self.mu <= 1 or self.sigma < 0:
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative; got {self.seed}.")
+        if not (0 <= self.mu <= 1 and 0 <= self.sigma < math.inf):
             raise UserError(f"mu lies in [0, 1] and sigma is not negative; got {self.mu} and {self.sigma}.")
 
 
@@ -77,7 +82,7 @@ def draw_timesteps(config: CalibrationConfig, num_train_timesteps: int, grid: Se
     last = num_train_timesteps - 1
     generator = torch.Generator("cpu").manual_seed(config.seed)
     if config.collector == "solver":
-        grid = torch.as_tensor(grid, dtype=torch.float64)
+        grid = torch.tensor(list(dict.fromkeys(grid)), dtype=torch.float64)  # some solvers repeat times
         return grid[torch.arange(config.num_samples) % len(grid)]
     if config.collector == "uniform":
         return torch.rand(config.num_samples, generator=generator, dtype=torch.float64) * last
@@ -123,13 +128,14 @@ def _start(folder: Path, model: nn.Module, config, pipe, conditioning, pipeline_
     """The store's header: a new one, or that of the interrupted run that these arguments continue."""
     asked = {
         "config": asdict(config),
-        "scheduler": type(pipe.scheduler).__name__,
+        "dtype": str(model.dtype),
+        "scheduler": {"class": type(pipe.scheduler).__name__, **_describe(dict(pipe.scheduler.config))},
         "conditioning": _describe(conditioning),
         "pipeline_kwargs": _describe(pipeline_kwargs),
         "fingerprint": fingerprint(model),
     }
-    if not asked["fingerprint"]:
-        raise UserError("the model has no Linear or Conv2d layer in full precision; nothing to calibrate.")
+    if not asked["fingerprint"] or any(is_quantized(module) for module in model.modules()):
+        raise UserError("calibration needs a model with Linear or Conv2d layers, all in full precision.")
     if (folder / "store.json").exists():
         meta = read_meta(folder)
         different = [name for name, value in asked.items() if meta.get(name) != value]
@@ -143,23 +149,22 @@ def _start(folder: Path, model: nn.Module, config, pipe, conditioning, pipeline_
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and is no calibration store; give another folder.")
-        meta = {
-            **asked,
-            "num_train_timesteps": int(pipe.scheduler.config.num_train_timesteps),
-            "num_batches": -(-config.num_samples // config.batch_size),
-            "shared": {},
-            "complete": False,
-        }
-        write_meta(folder, meta)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}.") from None
-    return meta
+    # It is written with the first batch: arguments that cannot be sampled with leave no store behind.
+    return {
+        **asked,
+        "num_train_timesteps": int(pipe.scheduler.config.num_train_timesteps),
+        "num_batches": -(-config.num_samples // config.batch_size),
+        "shared": {},
+        "complete": False,
+    }
 
 
 def _record(folder, pipe, config, meta, conditioning, pipeline_kwargs) -> dict:
     """Phase 1: one file per batch of trajectories; batches already there are kept."""
-    pipe.scheduler.set_timesteps(config.num_inference_steps)
-    timesteps = draw_timesteps(config, meta["num_train_timesteps"], pipe.scheduler.timesteps.tolist())
+    grid = _sampling_grid(pipe.scheduler, config.num_inference_steps) if config.collector == "solver" else []
+    timesteps = draw_timesteps(config, meta["num_train_timesteps"], grid)
     # From high t to low: trajectories that leave early share a batch, which then stops early.
     order = timesteps.argsort(descending=True, stable=True)
     shared = meta["shared"]
@@ -180,16 +185,24 @@ def _record(folder, pipe, config, meta, conditioning, pipeline_kwargs) -> dict:
     return shared
 
 
+def _sampling_grid(scheduler, num_inference_steps: int) -> list[float]:
+    """The times of the sampler, asked of a copy: the pipeline's own scheduler is not touched."""
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except ValueError as error:  # flow-matching schedulers that shift by the picture's size
+        raise UserError(f"collector 'solver' cannot know the grid of {type(scheduler).__name__} ({error}).") from None
+    return scheduler.timesteps.tolist()
+
+
 def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
     """Phase 2: replay the tuples bin by bin through the model and measure what each layer is fed."""
     calls = Calls.concatenate([load_calls(folder, i, meta["shared"]) for i in range(meta["num_batches"])])
     batches = list(binned_batches(calls, config.num_bins, meta["num_train_timesteps"], config.batch_size))
-    path, progress = folder / "statistics.safetensors", 0
     layers = list(meta["fingerprint"])
-    statistics = InputStatistics(len(layers), config.num_bins)
-    if path.exists():
-        tensors = read_tensors(path)
-        statistics, progress = InputStatistics.from_tensors(tensors), int(tensors["progress"])
+    statistics, progress = InputStatistics(len(layers), config.num_bins), 0
+    if (folder / "statistics.safetensors").exists():
+        statistics, progress = load_statistics(folder)
     state = {"bin": 0}
 
     def measure(index: int, name: str):
@@ -206,7 +219,7 @@ def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
         module.register_forward_pre_hook(measure(index, name))
         for index, (module, name) in enumerate(zip(modules, layers, strict=True))
     ]
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         for done, (bin, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
@@ -215,9 +228,10 @@ def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
             state["bin"] = bin
             replay(model, batch)
             if (done + 1) % SAVE_EVERY == 0 or done + 1 == len(batches):
-                write_tensors(path, {**statistics.tensors(), "progress": torch.tensor(done + 1)})
+                save_statistics(folder, statistics, done + 1)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         for handle in handles:
             handle.remove()
 
@@ -240,11 +254,11 @@ def timestep_bins(timestep: Tensor, num_bins: int, num_train_timesteps: int) -> 
 
 
 def _describe(value):
-    """A JSON form of conditioning for comparing stores: tensors by shape and sum."""
+    """A JSON form of settings for comparing stores: tensors by shape and sum, other objects by their class."""
     if isinstance(value, dict):
-        return {str(k): _describe(v) for k, v in value.items()}
+        return {str(k): _describe(v) for k, v in value.items() if not str(k).startswith("_")}
     if isinstance(value, Tensor):
         return ["tensor", list(value.shape), float(value.double().sum())]
     if isinstance(value, (list, tuple, range)):
         return [_describe(v) for v in value]
-    return value
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 
 from .collect import CalibrationConfig
 from .collect import collect as collect_store
@@ -33,8 +34,13 @@ RECORD = "quantization.json"  # beside model_index.json: the report, with the or
 
 
 def collect(args) -> None:
+    config = _calibration(args)
+    if args.plot_layer and not args.plot:
+        raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
+    if args.plot:
+        _make_parent(Path(args.plot))
     pipe = _load(args, args.model)
-    store = collect_store(pipe, _calibration(args), args.output, **_conditioning(args))
+    store = collect_store(pipe, config, args.output, **_conditioning(args))
     print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")
     if args.plot:
         from .plot import plot_ranges
@@ -44,13 +50,13 @@ def collect(args) -> None:
 
 
 def quantize(args) -> None:
-    config = _recipe(args)
+    config, calibration = _recipe(args), _calibration(args)
     output = Path(args.output)
     _check_output(output)
-    pipe = _load(args, args.model)
     store = CalibrationStore.load(args.calibration) if args.calibration else None
+    pipe = _load(args, args.model)
     if store is None and config.needs_calibration and config.plan is None:
-        store = collect_store(pipe, _calibration(args), **_conditioning(args))
+        store = collect_store(pipe, calibration, **_conditioning(args))
     report = quantize_model(pipe, config, store)
     _save(pipe, {"model": args.model, "dtype": str(denoiser(pipe).dtype), **report.to_dict()}, output)
     print(report.table())
@@ -61,7 +67,8 @@ def quantize(args) -> None:
 def generate(args) -> None:
     model = _default_model(args)
     if args.num_images < 1:
-        raise UserError("zero images asked for; --num-images must be at least 1.")
+        raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
+    _make_parent(Path(args.grid))
     pipe = _load(args, model)
     paths = generate_images(
         pipe,
@@ -84,9 +91,12 @@ def evaluate(args) -> None:
         **_conditioning(args),
     )
     config.check()
+    if args.write_reference and not args.images:
+        raise UserError("--write-reference takes the statistics of a folder of images; give it with --images.")
     if args.images:
         device = _device(args)
         if args.write_reference:
+            _make_parent(Path(args.write_reference))
             count = write_reference(args.images, args.write_reference, config, device)
             _say(f"statistics of {count} images: {args.write_reference}")
         else:
@@ -94,10 +104,15 @@ def evaluate(args) -> None:
         return
     model = _default_model(args)
     pipe = _load(args, model)
-    original = args.full_precision
-    if original is None and (Path(str(model)) / RECORD).is_file():
-        original = json.loads((Path(model) / RECORD).read_text())["model"]
-    full_precision = _load(args, original) if original else None
+    original = args.full_precision or _original(model)
+    try:
+        full_precision = _load(args, original) if original else None
+    except UserError as error:
+        if args.full_precision:
+            raise
+        raise UserError(
+            f"{model} was quantized from another model: {error} Name it with --full-precision."
+        ) from error
     report = evaluate_model(pipe, full_precision, config, args.output)
     _say(f"{model}" + (f" against {original}" if original else ""))
     _say(format_report(report))
@@ -166,6 +181,17 @@ def _default_model(args) -> str:
     return QUANTIZED if (Path(QUANTIZED) / RECORD).is_file() else "unet-cifar10"
 
 
+def _original(model: str) -> str | None:
+    """What `quantize` made a model from; None if it did not make this one."""
+    record = Path(model) / RECORD
+    if not record.is_file():
+        return None
+    try:
+        return json.loads(record.read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{record} is damaged; name the original model with --full-precision.") from None
+
+
 def _calibration(args) -> CalibrationConfig:
     return CalibrationConfig(
         args.collector,
@@ -187,38 +213,53 @@ def _conditioning(args) -> dict:
 
 
 def _recipe(args) -> QuantConfig:
+    names = {f.name for method in METHODS.values() for f in fields(method)} - {"calibration", "plan"}
+    options = {name: getattr(args, name) for name in sorted(names) if hasattr(args, name)}
     if args.plan is not None:
+        if options:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+            raise UserError(f"--plan has settled every choice of the method; leave out {flags}.")
         plan = Plan.load(args.plan)
         return QuantConfig.from_dict({"method": plan.method, "plan": plan})
-    names = {f.name for method in METHODS.values() for f in fields(method)} - {"calibration", "plan"}
-    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return QuantConfig.from_dict({"method": args.method, **options})
 
 
 def _check_output(folder: Path) -> None:
-    """Before the long work: the folder must be new, or one that an earlier `quantize` wrote."""
-    if folder.exists() and not (folder / RECORD).is_file():
+    """Before the long work: the folder must be new, empty, or one that an earlier `quantize` wrote."""
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / RECORD).is_file():
         raise UserError(f"{folder} exists and was not written by ptq4dm quantize; choose another --output.")
+    _make_parent(folder)
+
+
+def _make_parent(path: Path) -> None:
+    """Before the long work: make the folder that a result goes into."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder.parent}: {error.strerror}.") from None
-    if not os.access(folder.parent, os.W_OK):
-        raise UserError(f"cannot write to {folder.parent}; choose another --output.")
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: {path.parent} is read-only; choose another place.")
 
 
 def _save(pipe, record: dict, folder: Path) -> None:
-    """Save beside, then rename: a folder of this name is always whole."""
-    temporary, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    pipe.save_pretrained(temporary)
-    (temporary / RECORD).write_text(json.dumps(record, indent=1))
-    quantization_config(denoiser(pipe)).plan.save(temporary / "plan.json")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    """Save beside, then rename: a folder of this name is always whole, the old one or the new one."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            new, old = Path(beside) / "new", Path(beside) / "old"
+            pipe.save_pretrained(new)
+            (new / RECORD).write_text(json.dumps(record, indent=1))
+            quantization_config(denoiser(pipe)).plan.save(new / "plan.json")
+            try:
+                if folder.exists():
+                    folder.rename(old)
+                new.rename(folder)
+            except BaseException:  # an interrupt, too: the old one comes back
+                if old.exists() and not folder.exists():
+                    old.rename(folder)
+                raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _width(path: Path) -> int:

@@ -19,7 +19,8 @@ class IntegerConfig(QuantConfig):
 
     weight_bits, activation_bits: 2..8. 8 and 8 are real; narrower grids are `simulated` (int8 containers).
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
-        token in Linear and per sample in Conv2d, computed in each call; needs no calibration).
+        token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
+        calibration never reached is "dynamic" in either case.
     symmetric: static activation grids without a zero point.
     first_last: the layers that read the model's input channels and write its output channels: "int8" (at
         least 8 bits, PTQ4DM's rule), "same" (no exception) or "keep" (full precision).
@@ -57,6 +58,8 @@ class IntegerConfig(QuantConfig):
         plan = LayerPlan("int8", weight_bits, activation_bits, objective, parameter)
         if self.activations == "static":
             histogram, limit, low, high = store.input_of(view.name)
+            if low > high:  # calibration never reached the layer: nothing is known of its input beforehand
+                return plan
             device = view.module.weight.device
             histogram = histogram.to("cpu" if device.type == "meta" else device)  # the search is quick on a GPU
             plan.input_scale, plan.input_zero_point = activation_grid(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-
-from .modules import is_quantized
 
 
 @dataclass
@@ -33,14 +32,13 @@ def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
 
     skip: names or shell patterns (`*.to_q`) of modules to leave out, with everything below them.
     """
-    views = []
-    for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, nn.Conv2d) or is_quantized(module) or _matches(name, skip):
-            continue
-        if isinstance(module, nn.Conv2d) and not _zero_padded(module):
-            continue
-        views.append(LayerView(name, module, _role(model, module)))
-    return views
+    views = [
+        LayerView(name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module))
+    ]
+    _mark_edges(getattr(model, "config", None), views)
+    return [view for view in views if not _matches(view.name, skip)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -56,18 +54,43 @@ def _zero_padded(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not even_same
 
 
-def _role(model: nn.Module, module: nn.Module) -> str:
-    """By the channels of the model's config, with or without a patch: no forward pass is needed to know."""
-    config = getattr(model, "config", {})
-    patch = config.get("patch_size") or 1
-    area = patch * patch if isinstance(patch, int) else 1
-    inputs = config.get("in_channels")
+def _mark_edges(config, views: list[LayerView]) -> None:
+    """Find the layers at the model's ends by the channels of its config: no forward pass is needed to know.
+
+    Other layers may happen to be as wide, so of all that fit one is taken, by where diffusers' models have it:
+    outside the repeated blocks; the first a convolution if there is one, the last a child of the model itself.
+    """
+    if not isinstance(config, Mapping) or not config.get("in_channels"):
+        return
+    inputs = config["in_channels"]
     outputs = config.get("out_channels") or inputs
-    is_linear = isinstance(module, nn.Linear)
-    reads = module.in_features if is_linear else module.in_channels
-    writes = module.out_features if is_linear else module.out_channels
-    if inputs and reads in {inputs, inputs * area}:
-        return "first"
-    if outputs and writes in {outputs, outputs * area, 2 * outputs * area}:
-        return "last"
-    return "inner"
+    patch = config.get("patch_size") or 1
+    area = patch * patch if isinstance(patch, int) else math.prod(patch)
+
+    def first(item):
+        order, view = item
+        linear, nested = isinstance(view.module, nn.Linear), "." in view.name
+        return _repeated(view.name), linear, _reads(view) != inputs, nested, order
+
+    def last(item):
+        order, view = item
+        return _repeated(view.name), "." in view.name, -order
+
+    readers = [item for item in enumerate(views) if _reads(item[1]) in (inputs, inputs * area)]
+    writers = [item for item in enumerate(views) if _writes(item[1]) in (outputs, outputs * area, 2 * outputs * area)]
+    if readers:
+        min(readers, key=first)[1].role = "first"
+    if writers:
+        min(writers, key=last)[1].role = "last"
+
+
+def _reads(view: LayerView) -> int:
+    return getattr(view.module, "in_features", None) or view.module.in_channels
+
+
+def _writes(view: LayerView) -> int:
+    return view.weight.shape[0]
+
+
+def _repeated(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
 from .kernels import w8a8
 from .kernels.int8 import dequantize_weight, quantize_weight
 from .plan import LayerPlan
@@ -43,10 +44,15 @@ class _Int8Layer:
         self.input_zero_point = new(dtype=torch.int32) if plan.static else None
 
     @torch.no_grad()
-    def pack(self, weight: Tensor) -> None:
-        """Fill codes and scales from a float weight [N, ...], and the input grid from the plan."""
+    def pack(self, weight: Tensor, name: str) -> None:
+        """Fill codes and scales from a float weight [N, ...], and the input grid from the plan.
+
+        Raises UserError, naming the layer, if the weight holds NaN or infinity.
+        """
         plan = self.plan
         weight = weight.to(torch.float32)
+        if not weight.isfinite().all():
+            raise UserError(f"the weight of layer '{name}' holds NaN or infinity; quantize a model that is whole.")
         scale = weight_scale(weight, plan.weight_bits, plan.objective, plan.objective_parameter)
         values = {"qweight": quantize_weight(weight, scale, plan.weight_bits), "weight_scale": scale}
         if plan.static:
@@ -54,6 +60,18 @@ class _Int8Layer:
             values["input_zero_point"] = torch.tensor(plan.input_zero_point, dtype=torch.int32)
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.to(weight.device), requires_grad=False))
+
+    def _apply(self, fn, recurse=True):
+        """What `.to()` and `.half()` go through: scales move but stay float32, and nothing becomes an 8-bit float
+        (diffusers' layerwise casting would store scales so)."""
+        scales = (self.weight_scale, self.input_scale)
+
+        def careful(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            keep = any(tensor is scale for scale in scales) or new.dtype.itemsize == 1
+            return tensor.to(new.device) if keep and new.dtype != tensor.dtype else new
+
+        return super()._apply(careful, recurse)
 
     @property
     def weight(self) -> Tensor:
@@ -66,15 +84,11 @@ class _Int8Layer:
 
     def dequantized(self) -> nn.Module:
         """A float layer with the dequantized weight, for `model.dequantize()`."""
-        kind = nn.Linear if isinstance(self, nn.Linear) else nn.Conv2d
-        layer = kind.__new__(kind)
-        nn.Module.__init__(layer)
-        layer.__dict__.update({k: v for k, v in self.__dict__.items() if k not in layer.__dict__})
-        del layer.__dict__["plan"]
+        layer = self._float_layer()
         dtype = self.weight_scale.dtype if self.bias is None else self.bias.dtype
         layer.weight = nn.Parameter(self.dequantized_weight().to(dtype))
         layer.bias = self.bias
-        return layer
+        return layer.train(self.training)
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
@@ -99,6 +113,9 @@ class Int8Linear(_Int8Layer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return w8a8.w8a8_linear(x, *self._operands())
 
+    def _float_layer(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.plan}"
 
@@ -118,6 +135,10 @@ class Int8Conv2d(_Int8Layer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return w8a8.w8a8_conv2d(x, *self._operands(), self.stride, self.padding, self.dilation, self.groups)
 
+    def _float_layer(self) -> nn.Conv2d:
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        return nn.Conv2d(self.in_channels, self.out_channels, *geometry, bias=False, device="meta")
+
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, {self.plan}"
 
@@ -136,10 +157,10 @@ def empty_quantized(module: nn.Module, plan: LayerPlan, device=None) -> nn.Modul
 
 
 @torch.no_grad()
-def quantized_copy(module: nn.Module, plan: LayerPlan) -> nn.Module:
-    """The quantized layer of a float layer: same device, the same bias."""
+def quantized_copy(module: nn.Module, plan: LayerPlan, name: str) -> nn.Module:
+    """The quantized layer of a float layer: same device, the same bias. `name` is for error messages."""
     layer = empty_quantized(module, plan, module.weight.device)
-    layer.pack(module.weight)
+    layer.pack(module.weight, name)
     if module.bias is not None:
         layer.bias.copy_(module.bias)
     return layer.train(module.training)

@@ -70,5 +70,5 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read a plan from {path}: {error}.") from None

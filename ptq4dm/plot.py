@@ -23,10 +23,10 @@ def layer_ranges(store: CalibrationStore, layer: str) -> list[dict]:
             continue
         n = len(histogram)
         share = histogram.cumsum(0).double() / histogram.sum()
-        edges = [float(2 * limit * int(torch.searchsorted(share, q)) / n - limit) for q in QUANTILES]
+        edges = [2 * limit * int(torch.searchsorted(share, q)) / n - limit for q in QUANTILES]
         rows.append(
             {"from": bin * total / num_bins, "to": (bin + 1) * total / num_bins, "low": low, "high": high}
-            | {"quantiles": edges}
+            | {"quantiles": [min(max(edge, low), high) for edge in edges]}  # a histogram's bin may reach past them
         )
     return rows
 
@@ -44,13 +44,17 @@ def plot_ranges(store: CalibrationStore, layer: str, path: str | Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("plotting needs matplotlib; install it with `pip install ptq4dm[plot]`.") from None
-    rows = layer_ranges(store, layer)
-    middle = [(row["from"] + row["to"]) / 2 for row in rows]
+    if layer not in store.fingerprint:
+        raise UserError(f"the model has no layer '{layer}' to plot; `ptq4dm info` lists its layers.")
+    rows = [row for row in layer_ranges(store, layer) for _ in range(2)]  # a bin's left and right end: a stair
+    if not rows:
+        raise UserError(f"layer '{layer}' was fed nothing during calibration; there is nothing to plot.")
+    times = [row["to" if k % 2 else "from"] for k, row in enumerate(rows)]
     quantiles = list(zip(*(row["quantiles"] for row in rows), strict=True))
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.fill_between(middle, [r["low"] for r in rows], [r["high"] for r in rows], alpha=0.2, label="all values")
-    axes.fill_between(middle, quantiles[0], quantiles[3], alpha=0.35, label="99.8 %")
-    axes.fill_between(middle, quantiles[1], quantiles[2], alpha=0.6, label="50 %")
+    axes.fill_between(times, [r["low"] for r in rows], [r["high"] for r in rows], alpha=0.2, label="all values")
+    axes.fill_between(times, quantiles[0], quantiles[3], alpha=0.35, label="99.8 %")
+    axes.fill_between(times, quantiles[1], quantiles[2], alpha=0.6, label="50 %")
     axes.set_xlabel("timestep (noise grows to the right)")
     axes.set_ylabel("input value")
     axes.set_title(layer)
@@ -63,6 +67,8 @@ def plot_ranges(store: CalibrationStore, layer: str, path: str | Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
     finally:
         plt.close(figure)
+        if temporary.is_file():
+            temporary.unlink()

@@ -8,9 +8,9 @@ from .collect import binned_batches
 from .config import QuantConfig
 from .errors import UserError
 from .layers import find_layers
-from .modules import is_quantized, quantized_copy, replace_module
+from .modules import FORMATS, is_quantized, quantized_copy, replace_module
 from .plan import Plan
-from .quantizer import mark_quantized
+from .quantizer import mark_quantized, resolved
 from .record import replay
 from .report import QuantizationReport, Ratio, stored_bytes
 from .sampling import denoiser
@@ -62,13 +62,13 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
         store = CalibrationStore.load(config.calibration)
     plan = config.plan or make_plan(model, config, store)
     check_plan(model, plan)
-    layers = {name: quantized_copy(model.get_submodule(name), choice) for name, choice in plan.layers.items()}
+    layers = {name: quantized_copy(model.get_submodule(name), choice, name) for name, choice in plan.layers.items()}
     errors = _output_errors(model, layers, store) if store is not None else _weight_errors(model, layers)
     before = stored_bytes(model)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     config.plan = plan
-    mark_quantized(model, config)
+    mark_quantized(model, resolved(config, plan))
     rows = [
         {
             "layer": name,
@@ -85,13 +85,16 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raises UserError where a plan names layers that the model does not have."""
+    """Raises UserError where a plan names layers that the model does not have, or a format that nobody knows."""
     known = {view.name for view in find_layers(model)}
     missing = [name for name in plan.layers if name not in known]
     if missing:
         raise UserError(
             f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
         )
+    unknown = {layer.format for layer in plan.layers.values()} - set(FORMATS)
+    if unknown:
+        raise UserError(f"the plan asks for format {min(unknown)}; known are {', '.join(FORMATS)}.")
 
 
 def _output_errors(model, layers: dict[str, nn.Module], store: CalibrationStore) -> dict[str, Ratio]:

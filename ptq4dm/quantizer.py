@@ -6,6 +6,8 @@ diffusers has no entry point for quantizers of other packages; like sdnq, we add
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -14,6 +16,7 @@ from torch import nn
 from .config import QuantConfig
 from .errors import UserError
 from .modules import empty_quantized, is_quantized, replace_module
+from .plan import Plan
 from .store import CalibrationStore, layer_fingerprint
 
 FLOAT32_TENSORS = ("weight_scale", "input_scale")
@@ -34,6 +37,10 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.store: CalibrationStore | None = None
 
+    @property
+    def supports_parallel_loading(self) -> bool:
+        return self.pre_quantized  # packing replaces modules while their biases arrive: one file at a time
+
     def _process_model_before_weight_loading(self, model, device_map=None, keep_in_fp32_modules=(), **kwargs):
         from .quantize import check_plan, make_plan
 
@@ -47,9 +54,25 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         else:
             if config.calibration is not None:
                 self.store = CalibrationStore.load(config.calibration)
-            config.plan = config.plan or make_plan(model, config, self.store)
-            check_plan(model, config.plan)
-        model.config["quantization_config"] = config
+            plan = config.plan or make_plan(model, config, self.store)
+            check_plan(model, plan)
+            self.quantization_config = resolved(config, plan)
+        model.register_to_config(quantization_config=self.quantization_config)
+
+    def update_missing_keys(self, model, missing_keys, prefix):
+        if missing_keys:
+            raise UserError(
+                f"the checkpoint lacks {len(missing_keys)} tensors of the model (first '{min(missing_keys)}'); "
+                "it is truncated or of another model: save or download it again."
+            )
+        return missing_keys
+
+    def check_quantized_param_shape(self, param_name, current_param, new_param):
+        if current_param.shape != new_param.shape:
+            raise UserError(
+                f"'{param_name}' of the checkpoint has shape {list(new_param.shape)} and the model needs "
+                f"{list(current_param.shape)}: it is of another model."
+            )
 
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
         module, _, tensor = param_name.rpartition(".")
@@ -69,18 +92,12 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         if self.store is not None and self.store.fingerprint.get(name) != layer_fingerprint(param_value):
             self.store.raise_foreign()
         layer = empty_quantized(module, self.quantization_config.plan.layers[name], "meta")
-        layer.pack(param_value.to(target_device))
+        layer.pack(param_value.to(target_device), name)
         layer.bias = module.bias  # loaded already or still to come
         replace_module(model, name, layer)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.store = None
-        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        if missing and not getattr(model, "hf_device_map", None):
-            raise UserError(
-                f"the checkpoint lacks {len(missing)} tensors of its plan (first '{missing[0]}'); "
-                "it is truncated or of another model: save it again."
-            )
         return model
 
     def update_torch_dtype(self, torch_dtype):
@@ -90,8 +107,14 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         for name, layer in list(model.named_modules()):
             if is_quantized(layer):
                 replace_module(model, name, layer.dequantized())
-        model.register_to_config(quantization_config=None)
+        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = type(model.config)(entries)  # diffusers has no call that takes an entry out
         return model
+
+
+def resolved(config: QuantConfig, plan: Plan) -> QuantConfig:
+    """What a quantized model carries: the recipe with its plan, without the folder it was calibrated from."""
+    return replace(config, plan=plan, calibration=None)
 
 
 def mark_quantized(model: nn.Module, config: QuantConfig) -> None:

@@ -23,6 +23,7 @@ OBJECTIVES = {"max": None, "percentile": 99.99, "mse": 2.0, "lp": 2.4}
 
 ACTIVATION_STEPS = 48  # grid points of the search for each end of the range
 WEIGHT_STEPS = 50  # from half the range to the whole
+QUANTILE_SIZE = 2**23  # torch.quantile takes no more than 2^24 values at once
 
 
 def objective_parameter(objective: str, value: float | None = None) -> float | None:
@@ -33,8 +34,8 @@ def objective_parameter(objective: str, value: float | None = None) -> float | N
         return OBJECTIVES[objective]
     if objective == "percentile" and not 50 < value <= 100:
         raise UserError(f"a percentile lies in (50, 100]; got {value}.")
-    if value <= 0:
-        raise UserError(f"the exponent of objective 'lp' is positive; got {value}.")
+    if not 0 < value < float("inf"):
+        raise UserError(f"the exponent of objective 'lp' is positive and finite; got {value}.")
     return float(value)
 
 
@@ -47,7 +48,9 @@ def weight_scale(weight: Tensor, bits: int, objective: str = "max", parameter: f
     if objective == "max":
         best = full
     elif objective == "percentile":
-        best = torch.quantile(rows.abs(), parameter / 100, dim=1) / limit
+        parts = rows.abs().split(max(1, QUANTILE_SIZE // rows.shape[1]))
+        best = torch.cat([part.quantile(parameter / 100, dim=1) for part in parts]) / limit
+        best = torch.where(best > 0, best, full)  # a row of little but zeros keeps what it has
     else:
         best, least = full.clone(), torch.full_like(full, float("inf"))
         for step in range(WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1):

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +47,35 @@ class Calls:
 
     @staticmethod
     def concatenate(parts: Sequence[Calls]) -> Calls:
-        names = parts[0].conditioning
+        """The rows of several recordings of one model; UserError where they cannot share a batch."""
+        first = parts[0]
+        for part in parts[1:]:
+            if different := _differing(first, part):
+                raise UserError(
+                    f"the model is called with '{min(different)}' of different shapes or values, which cannot be put "
+                    "into one batch; give conditioning of one length."
+                )
         return Calls(
             torch.cat([p.sample for p in parts]),
             torch.cat([p.timestep for p in parts]),
-            {k: torch.cat([p.conditioning[k] for p in parts]) for k in names},
-            parts[0].shared,
+            {k: torch.cat([p.conditioning[k] for p in parts]) for k in first.conditioning},
+            first.shared,
         )
+
+
+def _differing(one: Calls, other: Calls) -> set[str]:
+    """The arguments that keep two recordings from being one batch."""
+
+    def shapes(calls: Calls) -> dict:
+        return {k: v.shape[1:] for k, v in {"sample": calls.sample, **calls.conditioning}.items()}
+
+    def same(a, b) -> bool:
+        return type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
+
+    ours, theirs = shapes(one), shapes(other)
+    common = one.shared.keys() & other.shared.keys()
+    different = {k for k in ours if theirs.get(k) != ours[k]}
+    return different | {k for k in common if not same(one.shared[k], other.shared[k])}
 
 
 class _AllRecorded(Exception):
@@ -101,20 +124,24 @@ def record_calls(
         return step(*args, **kwargs)
 
     handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    scheduler.step = counted_step
     try:
-        sample(
-            pipe,
-            seeds,
-            num_inference_steps=num_inference_steps,
-            conditioning=conditioning,
-            pipeline_kwargs=pipeline_kwargs,
-        )
+        with mock.patch.object(scheduler, "step", counted_step):
+            sample(
+                pipe,
+                seeds,
+                num_inference_steps=num_inference_steps,
+                conditioning=conditioning,
+                pipeline_kwargs=pipeline_kwargs,
+            )
     except _AllRecorded:
         pass
     finally:
         handle.remove()
-        del scheduler.step
+    if state["index"] is None or state["step"] <= int(state["index"].max()):
+        raise UserError(
+            f"{type(pipe).__name__} took {state['step']} steps of its scheduler, fewer than its sampling grid has; "
+            "its calls cannot be recorded."
+        )
     return Calls.concatenate(parts)
 
 
@@ -155,14 +182,14 @@ def _rows(signature, args, kwargs, rows: Tensor, batch: int) -> Calls:
     x = bound.pop(first)
     t = torch.as_tensor(bound.pop(TIMESTEP))
     size = len(x)
+    if size % batch:
+        raise UserError(f"the model is called with {size} rows for {batch} images; such calls cannot be recorded.")
     every = torch.cat([rows + copy * batch for copy in range(size // batch)]).to(x.device)
     t = t.flatten().expand(size) if t.numel() == 1 else t
     conditioning, shared = {}, {}
     for name, value in _flatten(bound):
-        if isinstance(value, Tensor) and value.ndim and len(value) == size and size > 1:
-            conditioning[name] = value.detach()[every].cpu()
-        elif isinstance(value, Tensor) and value.ndim and len(value) == size == 1:
-            conditioning[name] = value.detach().cpu()
+        if isinstance(value, Tensor) and value.ndim and len(value) == size:
+            conditioning[name] = value.detach()[every.to(value.device)].cpu()
         elif isinstance(value, Tensor):
             shared[name] = value.detach().cpu()
         elif value is None or isinstance(value, (bool, int, float, str)):

@@ -69,7 +69,11 @@ class QuantizationReport:
     layers: list[dict] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Plain JSON values; a layer without any error has sqnr null, for JSON has no infinity."""
+        data = asdict(self)
+        for row in data["layers"]:
+            row["sqnr"] = row["sqnr"] if math.isfinite(row["sqnr"]) else None
+        return data
 
     def save(self, path: str | Path) -> None:
         path = Path(path)

@@ -10,14 +10,15 @@ from torch import Tensor
 from .errors import UserError
 
 HISTOGRAM_BINS = 4096
-CHUNK = 2**23  # histc counts in float32: keep each count exactly representable
+LEAST_EXPONENT = -100  # so that the factor to bin numbers is a float32
 
 
 class InputStatistics:
     """Extremes and histogram of the inputs of L layers in T timestep bins.
 
     low, high: [L, T] float64, exact; +inf, -inf where nothing was seen.
-    exponent: [L, T] int32; the histogram of (l, t) has HISTOGRAM_BINS equal bins over [-2^e, 2^e].
+    exponent: [L, T] int32; the histogram of (l, t) has HISTOGRAM_BINS equal bins over [-2^e, 2^e), each with its
+        lower end.
     counts: [L, T, HISTOGRAM_BINS] int64.
 
     When a value falls outside, the range doubles and neighbouring bins merge: the result does not depend on the
@@ -27,7 +28,7 @@ class InputStatistics:
     def __init__(self, num_layers: int, num_bins: int):
         self.low = torch.full((num_layers, num_bins), math.inf, dtype=torch.float64)
         self.high = torch.full((num_layers, num_bins), -math.inf, dtype=torch.float64)
-        self.exponent = torch.full((num_layers, num_bins), -126, dtype=torch.int32)
+        self.exponent = torch.full((num_layers, num_bins), LEAST_EXPONENT, dtype=torch.int32)
         self.counts = torch.zeros(num_layers, num_bins, HISTOGRAM_BINS, dtype=torch.int64)
 
     def update(self, layer: int, bin: int, values: Tensor) -> None:
@@ -39,10 +40,10 @@ class InputStatistics:
         self.low[layer, bin] = min(float(self.low[layer, bin]), low)
         self.high[layer, bin] = max(float(self.high[layer, bin]), high)
         self._widen(layer, bin, _exponent(max(-low, high)))
-        limit = 2.0 ** int(self.exponent[layer, bin])
-        for chunk in values.split(CHUNK):
-            counts = torch.histc(chunk, HISTOGRAM_BINS, -limit, limit)
-            self.counts[layer, bin] += counts.to("cpu", torch.int64)
+        # Scaling by a power of two and flooring are exact: no value changes sides when bins merge later.
+        scaled = values * (HISTOGRAM_BINS / 2 / 2.0 ** int(self.exponent[layer, bin]))
+        numbers = (scaled.floor_() + HISTOGRAM_BINS // 2).int()
+        self.counts[layer, bin] += torch.bincount(numbers, minlength=HISTOGRAM_BINS).cpu()
 
     def merged(self, layer: int, bins: list[int] | None = None) -> tuple[Tensor, float, float, float]:
         """(histogram [HISTOGRAM_BINS], limit, low, high) of one layer over some or all timestep bins."""
@@ -75,11 +76,8 @@ class InputStatistics:
 
 
 def _exponent(bound: float) -> int:
-    """The least e >= -126 with bound <= 2^e."""
-    if bound <= 2.0**-126:
-        return -126
-    mantissa, exponent = math.frexp(bound)
-    return exponent - 1 if mantissa == 0.5 else exponent
+    """The least e >= LEAST_EXPONENT with bound < 2^e."""
+    return max(LEAST_EXPONENT, math.frexp(bound)[1]) if bound else LEAST_EXPONENT
 
 
 def _coarser(counts: Tensor, shift: int) -> Tensor:

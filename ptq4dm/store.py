@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,12 +69,16 @@ class CalibrationStore:
         store = cls(meta["config"], meta["fingerprint"], meta["num_train_timesteps"])
         parts = [load_calls(folder, i, meta["shared"]) for i in range(meta["num_batches"])]
         store.calls = Calls.concatenate(parts)
-        store.statistics = InputStatistics.from_tensors(read_tensors(folder / "statistics.safetensors"))
+        store.statistics, _ = load_statistics(folder)
         return store
 
 
 def layer_fingerprint(weight: Tensor) -> str:
-    """Names a weight by its shape and 64 of its values (as bfloat16, so that dtypes of one model agree)."""
+    """Names a weight by its shape and 64 of its values, as bfloat16.
+
+    So a model in float32 and in bfloat16 has one name, and so has one stored in float16, whatever it is loaded as.
+    Weights stored in float32 get another name as float16, where they are rounded twice.
+    """
     flat = weight.detach().reshape(-1)
     picked = flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.float32).to(torch.bfloat16)
     data = f"{tuple(weight.shape)}".encode() + picked.view(torch.int16).numpy().tobytes()
@@ -89,38 +94,59 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 # --- files --------------------------------------------------------------------------------------------------
 
 
+META = {"config", "fingerprint", "num_train_timesteps", "num_batches", "shared", "complete"}
+
+
 def read_meta(folder: Path) -> dict:
+    """store.json; UserError if it is missing, damaged or not ours."""
     try:
-        return json.loads((Path(folder) / "store.json").read_text())
+        meta = json.loads((Path(folder) / "store.json").read_text())
+        if not (isinstance(meta, dict) and meta.keys() >= META):
+            raise ValueError("it was not written by ptq4dm collect")
+        return meta
     except FileNotFoundError:
         raise UserError(
             f"{folder} is not a calibration store (no store.json); make one with `ptq4dm collect`."
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {folder}/store.json: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder}/store.json ({error}); collect again into an empty folder.") from None
+
+
+@contextmanager
+def _replacing(path: Path):
+    """A temporary path beside `path` to write to, renamed to it at the end; UserError where that fails."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_meta(folder: Path, meta: dict) -> None:
-    temporary = folder / "store.json.part"
-    temporary.write_text(json.dumps(meta, indent=1))
-    os.replace(temporary, folder / "store.json")
+    with _replacing(folder / "store.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; UserError naming the file if it is missing or damaged."""
+def read_tensors(path: Path, needed: set[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; UserError naming the file if it is missing, damaged or lacks `needed` ones."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if lacking := needed - tensors.keys():
+            raise SafetensorError(f"no {min(lacking)} in it")
+        return tensors
     except FileNotFoundError:
         raise UserError(f"{path} is missing; collect again into an empty folder.") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and collect again.") from None
+        raise UserError(f"{path} is damaged ({error}); collect again into an empty folder.") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    with _replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 def batch_path(folder: Path, index: int) -> Path:
@@ -137,10 +163,17 @@ def save_calls(folder: Path, index: int, calls: Calls) -> dict:
 
 
 def load_calls(folder: Path, index: int, plain: dict) -> Calls:
-    tensors = read_tensors(batch_path(folder, index))
+    tensors = read_tensors(batch_path(folder, index), {"sample", "timestep"})
     entries = lambda kind: {k[len(kind) :]: v for k, v in tensors.items() if k.startswith(kind)}  # noqa: E731
-    try:
-        shared = {**plain, **entries("shared/")}
-        return Calls(tensors["sample"], tensors["timestep"], entries("cond/"), shared)
-    except KeyError as error:
-        raise UserError(f"{batch_path(folder, index)} is not a calibration batch (no {error}).") from None
+    return Calls(tensors["sample"], tensors["timestep"], entries("cond/"), {**plain, **entries("shared/")})
+
+
+def save_statistics(folder: Path, statistics: InputStatistics, progress: int) -> None:
+    """progress: batches of the measurement that are in it."""
+    write_tensors(folder / "statistics.safetensors", {**statistics.tensors(), "progress": torch.tensor(progress)})
+
+
+def load_statistics(folder: Path) -> tuple[InputStatistics, int]:
+    names = {*InputStatistics(0, 0).tensors(), "progress"}
+    tensors = read_tensors(folder / "statistics.safetensors", names)
+    return InputStatistics.from_tensors(tensors), int(tensors["progress"])

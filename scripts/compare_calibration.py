@@ -32,6 +32,7 @@ from ptq4dm.report import stored_bytes
 from ptq4dm.sampling import denoiser, denoiser_name, sample
 
 HELD_OUT = 1_000_000  # first seed that calibration never uses
+SETTINGS = ("model", "steps", "num_fid", "num_paired", "calibration_samples")
 BITS = {"W8A8": (8, 8), "W6A6": (6, 6), "W8A6": (8, 6)}
 
 
@@ -47,6 +48,10 @@ def rows() -> list[dict]:
                     table.append({"bits": bits, "method": "PTQ4DM", "collector": collector, "objective": objective})
         table.append({"bits": bits, "method": "RTN dynamic", "collector": "", "objective": "max"})
     return table
+
+
+def identity(row: dict) -> tuple:
+    return tuple(row[key] for key in ("bits", "method", "collector", "objective"))
 
 
 def calibration(collector: str, args) -> ptq4dm.CalibrationConfig:
@@ -100,6 +105,7 @@ class Bench:
             result.update(self._paired(model))
         result["feature_fid"] = self._feature_fid(model)
         result["seconds"] = round(time.time() - start, 1)
+        result["device"] = torch.cuda.get_device_name() if self.args.device.startswith("cuda") else "CPU"
         return result
 
     def _paired(self, model) -> dict:
@@ -190,20 +196,24 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("out/calibration.json"))
     args = parser.parse_args()
     index, count = (int(part) for part in args.shard.split("/"))
-    results = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-    done = {json.dumps({k: r[k] for k in ("bits", "method", "collector", "objective")}) for r in results}
-    todo = [row for row in rows()[index::count] if json.dumps(row) not in done][: args.limit]
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    results = []
+    if args.output.exists():
+        before = json.loads(args.output.read_text())
+        if before["settings"] != settings:
+            parser.error(f"{args.output} was made with {before['settings']}; give another --output.")
+        results = before["rows"]
+    done = {identity(row) for row in results}
+    todo = [row for row in rows()[index::count] if identity(row) not in done][: args.limit]
+    bench = Bench(args) if todo else None
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args)
     for row in tqdm(todo, desc=args.model, unit="row"):
         results.append(bench.measure(row))
-        device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-        settings = {k: str(v) for k, v in vars(args).items()}
-        text = json.dumps({"model": args.model, "device": device, "settings": settings, "rows": results}, indent=1)
         part = args.output.with_suffix(".part")
-        part.write_text(text)
+        part.write_text(json.dumps({"settings": settings, "rows": results}, indent=1))
         os.replace(part, args.output)
-    print(markdown(results))
+    order = [identity(row) for row in rows()]
+    print(markdown(sorted(results, key=lambda row: order.index(identity(row)))))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ def draw_timesteps(config: CalibrationConfig, num_train_timesteps: int, grid: Se
     generator = torch.Generator("cpu").manual_seed(config.seed)
     if config.collector == "solver":
         grid = torch.tensor(list(dict.fromkeys(grid)), dtype=torch.float64)  # some solvers repeat times
-        return grid[torch.arange(config.num_samples) % len(grid)]
+        turns = torch.arange(config.num_samples)
+        few = config.num_samples < len(grid)  # spread them over the whole grid
+        return grid[turns * len(grid) // config.num_samples if few else turns % len(grid)]
     if config.collector == "uniform":
         return torch.rand(config.num_samples, generator=generator, dtype=torch.float64) * last
     normal = torch.randn(config.num_samples, generator=generator, dtype=torch.float64)

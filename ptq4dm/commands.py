@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 
 from .collect import CalibrationConfig
 from .collect import collect as collect_store
@@ -26,19 +23,20 @@ from .quantizer import quantization_config
 from .reference import check_device, load_pipeline
 from .report import kernel_report, stored_bytes
 from .sampling import denoiser
+from .saved import RECORD, check_output, make_parent, original_of, save_quantized
 from .store import CalibrationStore
 from .summary import format_report
 
 QUANTIZED = "out/quantized"  # where `quantize` writes and the others look first
-RECORD = "quantization.json"  # beside model_index.json: the report, with the original's name
 
 
 def collect(args) -> None:
     config = _calibration(args)
+    _one_process(args)
     if args.plot_layer and not args.plot:
         raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
     if args.plot:
-        _make_parent(Path(args.plot))
+        make_parent(Path(args.plot))
     pipe = _load(args, args.model)
     store = collect_store(pipe, config, args.output, **_conditioning(args))
     print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")
@@ -51,14 +49,15 @@ def collect(args) -> None:
 
 def quantize(args) -> None:
     config, calibration = _recipe(args), _calibration(args)
+    _one_process(args)
     output = Path(args.output)
-    _check_output(output)
+    check_output(output)
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = _load(args, args.model)
     if store is None and config.needs_calibration and config.plan is None:
         store = collect_store(pipe, calibration, **_conditioning(args))
     report = quantize_model(pipe, config, store)
-    _save(pipe, {"model": args.model, "dtype": str(denoiser(pipe).dtype), **report.to_dict()}, output)
+    save_quantized(pipe, {"model": args.model, "dtype": str(denoiser(pipe).dtype), **report.to_dict()}, output)
     print(report.table())
     print(f"{config.plan.method}, {len(config.plan.layers)} layers; every layer is in {output / RECORD}")
     print(f"quantized pipeline: {output}")
@@ -68,7 +67,7 @@ def generate(args) -> None:
     model = _default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
-    _make_parent(Path(args.grid))
+    make_parent(Path(args.grid))
     pipe = _load(args, model)
     paths = generate_images(
         pipe,
@@ -96,7 +95,7 @@ def evaluate(args) -> None:
     if args.images:
         device = _device(args)
         if args.write_reference:
-            _make_parent(Path(args.write_reference))
+            make_parent(Path(args.write_reference))
             count = write_reference(args.images, args.write_reference, config, device)
             _say(f"statistics of {count} images: {args.write_reference}")
         else:
@@ -104,7 +103,7 @@ def evaluate(args) -> None:
         return
     model = _default_model(args)
     pipe = _load(args, model)
-    original = args.full_precision or _original(model)
+    original = args.full_precision or original_of(model)
     try:
         full_precision = _load(args, original) if original else None
     except UserError as error:
@@ -169,6 +168,12 @@ def _device(args) -> torch.device:
     return PartialState(cpu=not torch.cuda.is_available()).device
 
 
+def _one_process(args) -> None:
+    _device(args)
+    if PartialState().num_processes > 1:
+        raise UserError("this command runs as one process; launch only generate and evaluate with accelerate.")
+
+
 def _load(args, model):
     device = _device(args)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -179,17 +184,6 @@ def _default_model(args) -> str:
     if args.model is not None:
         return args.model
     return QUANTIZED if (Path(QUANTIZED) / RECORD).is_file() else "unet-cifar10"
-
-
-def _original(model: str) -> str | None:
-    """What `quantize` made a model from; None if it did not make this one."""
-    record = Path(model) / RECORD
-    if not record.is_file():
-        return None
-    try:
-        return json.loads(record.read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{record} is damaged; name the original model with --full-precision.") from None
 
 
 def _calibration(args) -> CalibrationConfig:
@@ -222,44 +216,6 @@ def _recipe(args) -> QuantConfig:
         plan = Plan.load(args.plan)
         return QuantConfig.from_dict({"method": plan.method, "plan": plan})
     return QuantConfig.from_dict({"method": args.method, **options})
-
-
-def _check_output(folder: Path) -> None:
-    """Before the long work: the folder must be new, empty, or one that an earlier `quantize` wrote."""
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty and not (folder / RECORD).is_file():
-        raise UserError(f"{folder} exists and was not written by ptq4dm quantize; choose another --output.")
-    _make_parent(folder)
-
-
-def _make_parent(path: Path) -> None:
-    """Before the long work: make the folder that a result goes into."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: {path.parent} is read-only; choose another place.")
-
-
-def _save(pipe, record: dict, folder: Path) -> None:
-    """Save beside, then rename: a folder of this name is always whole, the old one or the new one."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            new, old = Path(beside) / "new", Path(beside) / "old"
-            pipe.save_pretrained(new)
-            (new / RECORD).write_text(json.dumps(record, indent=1))
-            quantization_config(denoiser(pipe)).plan.save(new / "plan.json")
-            try:
-                if folder.exists():
-                    folder.rename(old)
-                new.rename(folder)
-            except BaseException:  # an interrupt, too: the old one comes back
-                if old.exists() and not folder.exists():
-                    old.rename(folder)
-                raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _width(path: Path) -> int:

@@ -94,7 +94,9 @@ class QuantConfig(QuantizationConfigMixin):
         known = {item.name for item in fields(target)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise UserError(f"{target.__name__} has no option {', '.join(unknown)}.")
+            raise UserError(
+                f"{target.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
+            )
         config = target(**data)
         return (config, {}) if return_unused_kwargs else config
 

@@ -82,10 +82,10 @@ class _Int8Layer:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
         return dequantize_weight(self.qweight, self.weight_scale)
 
-    def dequantized(self) -> nn.Module:
-        """A float layer with the dequantized weight, for `model.dequantize()`."""
+    def dequantized(self, dtype: torch.dtype) -> nn.Module:
+        """A float layer with the dequantized weight, in the bias's dtype or, without one, in `dtype`."""
         layer = self._float_layer()
-        dtype = self.weight_scale.dtype if self.bias is None else self.bias.dtype
+        dtype = dtype if self.bias is None else self.bias.dtype
         layer.weight = nn.Parameter(self.dequantized_weight().to(dtype))
         layer.bias = self.bias
         return layer.train(self.training)

@@ -104,9 +104,10 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         return torch_dtype or torch.float32
 
     def _dequantize(self, model):
+        dtype = model.dtype
         for name, layer in list(model.named_modules()):
             if is_quantized(layer):
-                replace_module(model, name, layer.dequantized())
+                replace_module(model, name, layer.dequantized(dtype))
         entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(entries)  # diffusers has no call that takes an entry out
         return model

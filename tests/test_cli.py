@@ -106,7 +106,14 @@ def test_the_embedded_model_from_collect_to_info(run, here):
 def test_quantize_without_calibration_collects(run, models):
     status, out, _ = run("quantize", "--model", models / "unet", *FEW, "--output", "q")
     assert status == 0 and "quantized pipeline: q" in out and "layer output" in out
-    files = ["model_index.json", "plan.json", "quantization.json", "scheduler", "scheduler/scheduler_config.json"]
+    files = [
+        "README.md",
+        "model_index.json",
+        "plan.json",
+        "quantization.json",
+        "scheduler",
+        "scheduler/scheduler_config.json",
+    ]
     assert tree("q") == [*files, "unet", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     assert tree(".") == sorted(["q", *(f"q/{name}" for name in tree("q"))])  # the calibration was temporary
     record = json.loads(Path("q/quantization.json").read_text())

@@ -150,6 +150,13 @@ def test_laws_of_the_timesteps():
     assert torch.equal(draw(), uniform) and not torch.equal(draw(seed=1), uniform)
 
 
+def test_trajectory_i_starts_from_the_noise_of_seed_plus_i():
+    calls = collect(tiny_pipe(), dataclasses.replace(CONFIG, collector="ndtc", mu=1.0, sigma=0)).calls
+    assert calls.timestep.unique().tolist() == [999]  # the first step
+    for i, x in enumerate(calls.sample):
+        assert torch.equal(x, torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(3 + i)))
+
+
 def test_a_single_timestep_fills_a_single_bin():
     store = collect(tiny_pipe(), dataclasses.replace(CONFIG, collector="ndtc", mu=0.6, sigma=0))
     assert store.calls.timestep.unique().tolist() == [499]  # nearest to 600 on the grid 249, 499, 749, 999
@@ -313,6 +320,19 @@ def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, module, 
         collect(pipe, CONFIG, tmp_path / "store")
     assert [len(calls) for calls in again] == [recorded, measured]
     assert files(tmp_path / "store") == whole[1]
+
+
+def test_shared_arguments_outlive_an_interruption(tmp_path, monkeypatch):
+    options = dict(conditioning={"prompt_embeds": torch.ones(2, 3, 8)})
+    config = dataclasses.replace(CONFIG, num_samples=3)
+    collect(flow_pipe(), config, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, COLLECT, "replay", 1)
+        with pytest.raises(KeyboardInterrupt):
+            collect(flow_pipe(), config, tmp_path / "store", **options)
+    store = collect(flow_pipe(), config, tmp_path / "store", **options)
+    assert store.calls.shared == {"encoder_attention_mask": None, "return_dict": False}
+    assert files(tmp_path / "store") == files(tmp_path / "whole")
 
 
 def test_a_finished_store_is_only_loaded(whole, copy, monkeypatch):

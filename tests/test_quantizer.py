@@ -13,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DiffusionPipeline,
+    DiTTransformer2DModel,
     PipelineQuantizationConfig,
     UNet2DModel,
 )
@@ -164,7 +165,7 @@ def test_a_loaded_model_is_saved_again(quantized, saved, tmp_path):
 
 
 def test_sharded(quantized, tmp_path, messages):
-    quantized.save_pretrained(tmp_path, max_shard_size="30KB")
+    quantized.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert same(UNet2DModel.from_pretrained(tmp_path), quantized) and messages == []
 
@@ -175,7 +176,7 @@ def test_device_map(quantized, saved, device_map):
 
 
 def test_auto_model(quantized, saved):
-    again = AutoModel.from_pretrained(saved / "unet")
+    again = AutoModel.from_pretrained(str(saved / "unet"))
     assert type(again) is UNet2DModel and same(again, quantized)
 
 
@@ -212,16 +213,18 @@ def test_dequantize(quantized, saved, tmp_path):
     assert is_quantized(again.conv_in)
 
 
-def test_a_static_layer_without_bias(tmp_path):
-    """The transformers' projections; LayerNorm-free ends of the state dict."""
-    model = unet()
-    for block in (model.mid_block, model.down_blocks[1]):
-        block.attentions[0].to_q.bias = None
-    plan = RTNConfig(activations="dynamic")
-    ptq4dm.quantize(model, plan)
-    assert model.mid_block.attentions[0].to_q.bias is None
-    model.dequantize()
-    assert model.mid_block.attentions[0].to_q.weight.dtype == torch.float32
+def test_layers_without_bias(tmp_path):
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(2, 12, in_channels=4, num_layers=1, sample_size=8, attention_bias=False)
+    ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
+    model.save_pretrained(tmp_path)
+    again = DiTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    layer = again.transformer_blocks[0].attn1.to_q
+    assert layer.bias is None and again.dtype == torch.bfloat16
+    again.dequantize()
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    x = torch.randn(1, 4, 8, 8, dtype=torch.bfloat16)
+    assert again(x, torch.tensor([3]), torch.tensor([1])).sample.isfinite().all()
 
 
 # --- quantizing while loading -------------------------------------------------------------------------------
@@ -386,7 +389,7 @@ def test_damaged_checkpoints(kind, device_map, saved, folders, tmp_path):
         with pytest.raises(UserError, match=DAMAGE[kind]) as caught:
             load_pipeline(tmp_path / "pipe")
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    with pytest.raises((OSError, ValueError), match=f"{DAMAGE[kind]}|{WEIGHTS}|checkpoint"):
+    with pytest.raises((OSError, ValueError), match=f"{DAMAGE[kind]}|{WEIGHTS}|checkpoint|git-lfs"):
         UNet2DModel.from_pretrained(tmp_path / "pipe" / "unet", device_map=device_map)
 
 
@@ -480,9 +483,16 @@ class TestCompile:
             answer = torch.compile(model, backend=self.backend, fullgraph=True)(x)
         assert torch.allclose(answer, expected, atol=1e-5)
 
-    def test_unet(self, quantized):
-        compiled = torch.compile(copy.deepcopy(quantized), backend=self.backend, fullgraph=True)
-        expected = run(quantized)
-        answer = run(compiled)
-        # Fused arithmetic rounds elsewhere, and a code here and there falls to the other side.
-        assert (answer - expected).norm() < 5e-3 * expected.norm()
+    def test_unet(self):
+        torch.manual_seed(0)
+        blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        model = UNet2DModel(
+            sample_size=8, layers_per_block=1, norm_num_groups=4, attention_head_dim=8, **blocks
+        ).eval()
+        exact = run(model)
+        ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
+        expected = run(model)
+        answer = run(torch.compile(model, backend=self.backend, fullgraph=True))
+        # Fused arithmetic rounds elsewhere; a code that lies on a tie may then fall to the other side, which in
+        # so small a model moves the answer by as much as quantization does.
+        assert (answer - expected).norm() < 1.5 * (expected - exact).norm()

@@ -1,17 +1,11 @@
 """The W8A8 ops: codes against the plain formula, every kernel against a float64 reference, over odd shapes."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
-
-from ptq4dm.kernels import int8, w8a8
-
 import ptq4dm  # noqa: F401
+from ptq4dm.kernels import int8, w8a8
 
 CUDA = torch.cuda.is_available()
 gpu = pytest.mark.gpu

@@ -59,7 +59,7 @@ def quantize(args) -> None:
     report = quantize_model(pipe, config, store)
     save_quantized(pipe, {"model": args.model, "dtype": str(denoiser(pipe).dtype), **report.to_dict()}, output)
     print(report.table())
-    print(f"{config.plan.method}, {len(config.plan.layers)} layers; every layer is in {output / RECORD}")
+    print(f"all {len(report.layers)} layers: {output / RECORD}")
     print(f"quantized pipeline: {output}")
 
 

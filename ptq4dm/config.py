@@ -45,7 +45,8 @@ class QuantConfig(QuantizationConfigMixin):
     modules_to_not_convert: names or shell patterns of modules to keep in full precision.
     calibration: folder of a calibration store, for methods that need one while loading
         (`from_pretrained(..., quantization_config=PTQ4DMConfig(calibration="store"))`).
-    plan: filled in by `quantize`; a config with a plan quantizes by that plan.
+    plan: what to follow instead of resolving the recipe; a quantized model carries its config with its plan
+        (`ptq4dm.quantizer.quantization_config(model).plan`).
     """
 
     method: ClassVar[str]

@@ -67,7 +67,6 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
     before = stored_bytes(model)
     for name, layer in layers.items():
         replace_module(model, name, layer)
-    config.plan = plan
     mark_quantized(model, resolved(config, plan))
     rows = [
         {

@@ -23,7 +23,7 @@ OBJECTIVES = {"max": None, "percentile": 99.99, "mse": 2.0, "lp": 2.4}
 
 ACTIVATION_STEPS = 48  # grid points of the search for each end of the range
 WEIGHT_STEPS = 50  # from half the range to the whole
-QUANTILE_SIZE = 2**23  # torch.quantile takes no more than 2^24 values at once
+QUANTILE_SIZE = 2**23  # older torch.quantile takes no more than 2^24 values at once
 
 
 def objective_parameter(objective: str, value: float | None = None) -> float | None:

@@ -115,13 +115,22 @@ def test_patch_with_a_size_per_axis():
     assert [view.role for view in find_layers(model)] == ["first", "inner", "last"]
 
 
+def test_embeddings_as_wide_as_the_input_come_first_in_the_model_but_are_not_its_first_layer():
+    """QwenImage's time embedding reads 256 channels, as a patch of 2 x 2 x 64 would; the image comes in by 64."""
+    model, embedding = nn.Module(), nn.Module()
+    model.config = {"in_channels": 4, "patch_size": 2}
+    embedding.linear_1, embedding.linear_2 = nn.Linear(16, 7), nn.Linear(4, 7)
+    model.time, model.other, model.image = embedding, nn.Linear(16, 7), nn.Linear(4, 7)
+    assert [view.name for view in find_layers(model) if view.role == "first"] == ["image"]
+
+
 def test_a_model_without_channels_has_no_ends():
     assert [view.role for view in find_layers(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)))] == ["inner"] * 2
 
 
 def test_ends_do_not_move_when_layers_are_skipped():
-    names = {view.name: view.role for view in find_layers(conditional_unet(), ["conv_in"])}
-    assert "conv_in" not in names and "first" not in names.values() and names["conv_out"] == "last"
+    roles = {view.name: view.role for view in find_layers(dit(), ["pos_embed"])}
+    assert "pos_embed.proj" not in roles and "first" not in roles.values() and roles["proj_out_2"] == "last"
 
 
 def test_every_linear_and_convolution_is_found_in_order():

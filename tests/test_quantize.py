@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import json
 import weakref
 
@@ -248,6 +249,12 @@ def test_same_recipe_same_plan(planned, store):
     assert make_plan(unet(), config, store) == planned[1]
 
 
+def test_a_recipe_serves_many_models(store):
+    config = PTQ4DMConfig()
+    ptq4dm.quantize(unet(), config, store)
+    assert config.plan is None  # else another model, or another store, would follow the first one's plan
+
+
 def test_every_field_of_the_plan_reaches_the_codes(planned):
     model, plan = planned
     layer = plan.layers["mid_block.resnets.0.conv1"]
@@ -375,7 +382,18 @@ def test_report_on_outputs(store, tmp_path):
     assert report.method == {"method": "rtn"}
     report.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
-    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_failure_leaves_the_model_as_it_was(store, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(importlib.import_module("ptq4dm.quantize"), "replay", fail)
+    model = unet().train()
+    with pytest.raises(RuntimeError):
+        ptq4dm.quantize(model, RTNConfig(), store)
+    assert not any(is_quantized(m) or m._forward_hooks for m in model.modules()) and model.training
+    assert quantization_config(model) is None
 
 
 def test_report_on_weights():

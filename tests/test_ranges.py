@@ -76,7 +76,7 @@ def test_weight_percentile_clips():
 
 
 def test_weight_percentile_of_a_large_matrix():
-    weight = torch.zeros(2, 2**23 + 8)  # more than torch.quantile takes in one call
+    weight = torch.zeros(2, 2**23 + 8)  # more than torch.quantile used to take in one call
     weight[0], weight[1, :10] = 3.0, torch.arange(1.0, 11.0)
     scale = weight_scale(weight, 8, "percentile")
     assert torch.allclose(scale, torch.tensor([3.0, 10.0]) / 127)  # nearly all zeros: the percentile is no range

@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 demo: .venv/plot.stamp
 	$(BIN)/ptq4dm quantize --output out/demo/quantized
-	$(BIN)/ptq4dm evaluate --model out/demo/quantized --metric none --num-paired 16 --output out/demo
+	$(BIN)/ptq4dm evaluate --model out/demo/quantized --metric none --num-paired 16 --num-heldout 16 --output out/demo
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest

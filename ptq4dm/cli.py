@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from . import __version__
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -19,13 +21,20 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = Parser(prog="ptq4dm", description="Quantize, sample and measure diffusion models.")
+    parser.add_argument("--version", action="version", version=f"ptq4dm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, formatter_class=show_defaults)
+        return commands.add_parser(name, help=text, description=text, formatter_class=Help)
 
     collect = command("collect", "Record what a model sees while it samples, and measure its layers' inputs.")
     _model(collect, "unet-cifar10")
@@ -121,7 +130,7 @@ def _conditioning(parser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 (interrupted) or 2 (wrong input)."""
+    """Run a command; returns the exit status: 0, 130 (interrupted) or 2 (wrong input)."""
     args = build_parser().parse_args(arguments)
     from . import commands
     from .errors import UserError
@@ -134,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumes = args.command in ("collect", "generate")
         print("interrupted" + "; the same command goes on where it stopped" * resumes, file=sys.stderr)
-        return 1
+        return 130
     finally:
         commands.leave_process_group()
     return 0

@@ -17,6 +17,7 @@ from .evaluate import EvaluateConfig, evaluate_images, write_reference
 from .evaluate import evaluate as evaluate_model
 from .generate import generate as generate_images
 from .generate import save_grid
+from .layers import find_layers
 from .plan import Plan
 from .quantize import quantize as quantize_model
 from .quantizer import quantization_config
@@ -38,6 +39,9 @@ def collect(args) -> None:
     if args.plot:
         make_parent(Path(args.plot))
     pipe = _load(args, args.model)
+    names = [view.name for view in find_layers(denoiser(pipe))]
+    if args.plot_layer and args.plot_layer not in names:
+        raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
     store = collect_store(pipe, config, args.output, **_conditioning(args))
     print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")
     if args.plot:
@@ -115,7 +119,9 @@ def evaluate(args) -> None:
     report = evaluate_model(pipe, full_precision, config, args.output)
     _say(f"{model}" + (f" against {original}" if original else ""))
     _say(format_report(report))
-    _say(f"report and pictures: {args.output}")
+    _say(f"report:  {Path(args.output) / 'report.json'}")
+    if (Path(args.output) / "samples.png").is_file():
+        _say(f"picture: {Path(args.output) / 'samples.png'}")
 
 
 def info(args) -> None:
@@ -136,8 +142,10 @@ def info(args) -> None:
     if args.json:
         print(json.dumps(facts, indent=1))
         return
-    for name in ("model", "pipeline", "denoiser", "scheduler", "quantization"):
-        print(f"{name:<13} {facts[name] or 'none'}")
+    for name in ("model", "pipeline", "denoiser", "scheduler"):
+        print(f"{name:<13} {facts[name]}")
+    options = ", ".join(f"{name} {value}" for name, value in (facts["quantization"] or {}).items()) or "none"
+    print(f"{'quantization':<13} {options}")
     print(f"{'bytes':<13} {facts['bytes']:,} in all tensors of the denoiser")
     print(f"\n{'bytes':>12}  {'format':<24} {'kernel':<13} {'shape':<20} layer")
     for row in rows:

@@ -8,7 +8,7 @@ config.json of a quantized model together with its plan.
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -103,9 +103,8 @@ class QuantConfig(QuantizationConfigMixin):
 
     def summary(self) -> dict[str, Any]:
         """The options that differ from the defaults, for reports and file metadata."""
-        changed = {"method": self.method}
-        for item in fields(self):
-            default = item.default_factory() if item.default is MISSING else item.default
-            if item.name not in ("plan", "calibration") and getattr(self, item.name) != default:
-                changed[item.name] = getattr(self, item.name)
+        changed, default = {"method": self.method}, type(self)()
+        for name in (item.name for item in fields(self) if item.name not in ("plan", "calibration")):
+            if getattr(self, name) not in (None, getattr(default, name)):
+                changed[name] = getattr(self, name)
         return changed

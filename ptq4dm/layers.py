@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .errors import UserError
+
 
 @dataclass
 class LayerView:
@@ -38,6 +40,9 @@ def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
         if type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module))
     ]
     _mark_edges(getattr(model, "config", None), views)
+    unmatched = [pattern for pattern in skip if not any(_matches(view.name, [pattern]) for view in views)]
+    if unmatched:
+        raise UserError(f"'{unmatched[0]}' in modules_to_not_convert names no layer of the model; see `ptq4dm info`.")
     return [view for view in views if not _matches(view.name, skip)]
 
 

@@ -161,6 +161,9 @@ def sample(
     seeds = [int(s) for s in seeds]
     if not seeds or num_inference_steps < 1:
         raise UserError("sampling needs at least one seed and at least one step.")
+    limit = pipe.scheduler.config.get("num_train_timesteps")
+    if limit is not None and num_inference_steps > limit:
+        raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")
     parameters = inspect.signature(pipe.__call__).parameters
     arguments = choose_conditioning(pipe, seeds, conditioning)
     for key, value in (pipeline_kwargs or {}).items():

@@ -181,7 +181,7 @@ def test_a_failing_save_leaves_the_old_folder_whole(run, models, monkeypatch, br
         "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"
     )  # fmt: skip
     message = "ptq4dm quantize: cannot write q: No space left on device."
-    assert (status, err) == ((1, ["interrupted"]) if broken == "interrupt" else (2, [message]))
+    assert (status, err) == ((130, ["interrupted"]) if broken == "interrupt" else (2, [message]))
     assert contents("q") == before and [p.name for p in Path().iterdir()] == ["q"]
 
 
@@ -236,8 +236,8 @@ def test_interrupted(run, models, monkeypatch):
 
     monkeypatch.setattr(commands, "collect_store", interrupt)
     status, _, err = run("collect", "--model", models / "unet")
-    assert (status, err) == (1, ["interrupted; the same command goes on where it stopped"])
-    assert run("quantize", "--model", models / "unet")[::2] == (1, ["interrupted"])  # begins anew: no promise
+    assert (status, err) == (130, ["interrupted; the same command goes on where it stopped"])
+    assert run("quantize", "--model", models / "unet")[::2] == (130, ["interrupted"])  # begins anew: no promise
     assert tree(".") == ["out"]
 
 

@@ -11,6 +11,7 @@ from diffusers import (
 )
 from torch import nn
 
+from ptq4dm.errors import UserError
 from ptq4dm.layers import find_layers
 from ptq4dm.modules import quantized_copy, replace_module
 from ptq4dm.plan import LayerPlan
@@ -147,7 +148,6 @@ def test_every_linear_and_convolution_is_found_in_order():
         (("b",), ["a"]),
         (("*.to_q",), ["a", "b.to_k"]),
         (("b.deep",), ["a", "b.to_q", "b.to_k"]),
-        (("to_q",), ["a", "b.to_q", "b.to_k", "b.deep.to_q"]),
         (("a", "b.*"), []),
     ],
 )
@@ -201,3 +201,9 @@ def test_quantized_layers_are_not_found_again():
 def test_weight_is_a_matrix():
     view = find_layers(nn.Sequential(nn.Conv2d(6, 8, 3, groups=2)))[0]
     assert view.weight.shape == (8, 27) and torch.equal(view.weight[1], view.module.weight[1].flatten())
+
+
+def test_a_pattern_that_names_nothing_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="'to_q' in modules_to_not_convert names no layer"):
+        find_layers(model, ["0", "to_q"])

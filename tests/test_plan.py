@@ -94,7 +94,7 @@ def test_method_chooses_the_class():
 def test_summary_names_what_was_changed():
     assert RTNConfig().summary() == {"method": "rtn"}
     config = PTQ4DMConfig(weight_bits=6, plan=some_plan(), calibration="somewhere")
-    assert config.summary() == {"method": "ptq4dm", "weight_bits": 6, "objective_parameter": 2.4}
+    assert config.summary() == {"method": "ptq4dm", "weight_bits": 6}
 
 
 def test_needs_calibration():

@@ -191,3 +191,9 @@ def test_denoiser():
     assert denoiser_name(tiny_dit()) == "transformer"
     with pytest.raises(UserError, match="neither a unet nor a transformer"):
         denoiser(object())
+
+
+def test_more_steps_than_the_model_was_trained_with():
+    pipe = DDPMPipeline(tiny_unet(), DDIMScheduler(num_train_timesteps=10))
+    with pytest.raises(UserError, match="11 steps are more than the 10"):
+        sample(pipe, [0], num_inference_steps=11)

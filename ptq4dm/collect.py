@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .errors import UserError
 from .modules import is_quantized
 from .record import Calls, record_calls, replay
-from .sampling import denoiser
+from .sampling import denoiser, evaluation_mode
 from .statistics import InputStatistics
 from .store import (
     CalibrationStore,
@@ -119,7 +119,7 @@ def collect(
     model = denoiser(pipe)
     meta = _start(folder, model, config, pipe, conditioning, pipeline_kwargs)
     if not meta["complete"]:
-        meta["shared"] = _record(folder, pipe, config, meta, conditioning, pipeline_kwargs)
+        _record(folder, pipe, config, meta, conditioning, pipeline_kwargs)
         write_meta(folder, meta)
         _measure(folder, model, config, meta)
         write_meta(folder, {**meta, "complete": True})
@@ -163,13 +163,12 @@ def _start(folder: Path, model: nn.Module, config, pipe, conditioning, pipeline_
     }
 
 
-def _record(folder, pipe, config, meta, conditioning, pipeline_kwargs) -> dict:
-    """Phase 1: one file per batch of trajectories; batches already there are kept."""
+def _record(folder, pipe, config, meta, conditioning, pipeline_kwargs) -> None:
+    """Phase 1: one file per batch of trajectories; batches already there are kept. Fills in meta["shared"]."""
     grid = _sampling_grid(pipe.scheduler, config.num_inference_steps) if config.collector == "solver" else []
     timesteps = draw_timesteps(config, meta["num_train_timesteps"], grid)
     # From high t to low: trajectories that leave early share a batch, which then stops early.
     order = timesteps.argsort(descending=True, stable=True)
-    shared = meta["shared"]
     for index, rows in enumerate(tqdm(order.split(config.batch_size), desc="collect", unit="batch")):
         if batch_path(folder, index).exists():
             continue
@@ -181,10 +180,9 @@ def _record(folder, pipe, config, meta, conditioning, pipeline_kwargs) -> dict:
             conditioning=conditioning,
             pipeline_kwargs=pipeline_kwargs,
         )
-        meta["shared"] = shared = {k: v for k, v in calls.shared.items() if not isinstance(v, Tensor)}
+        meta["shared"] = calls.plain
         write_meta(folder, meta)
         save_calls(folder, index, calls)
-    return shared
 
 
 def _sampling_grid(scheduler, num_inference_steps: int) -> list[float]:
@@ -221,19 +219,16 @@ def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
         module.register_forward_pre_hook(measure(index, name))
         for index, (module, name) in enumerate(zip(modules, layers, strict=True))
     ]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        for done, (bin, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
-            if done < progress:
-                continue
-            state["bin"] = bin
-            replay(model, batch)
-            if (done + 1) % SAVE_EVERY == 0 or done + 1 == len(batches):
-                save_statistics(folder, statistics, done + 1)
+        with evaluation_mode(model):
+            for done, (bin, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
+                if done < progress:
+                    continue
+                state["bin"] = bin
+                replay(model, batch)
+                if (done + 1) % SAVE_EVERY == 0 or done + 1 == len(batches):
+                    save_statistics(folder, statistics, done + 1)
     finally:
-        for module in training:
-            module.training = True
         for handle in handles:
             handle.remove()
 

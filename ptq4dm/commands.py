@@ -39,8 +39,7 @@ def collect(args) -> None:
     if args.plot:
         make_parent(Path(args.plot))
     pipe = _load(args, args.model)
-    names = [view.name for view in find_layers(denoiser(pipe))]
-    if args.plot_layer and args.plot_layer not in names:
+    if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(denoiser(pipe))}:
         raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
     store = collect_store(pipe, config, args.output, **_conditioning(args))
     print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")

@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import UserError
+from .files import replacing
 
 
 @dataclass
@@ -129,20 +129,13 @@ def write_statistics(path: str | os.PathLike, statistics: Statistics) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
     arrays = {"mu": statistics.mu.numpy(), "sigma": statistics.sigma.numpy()}
     for key in ("n", "mode", "feature"):
         if getattr(statistics, key) is not None:
             arrays[key] = np.array(getattr(statistics, key))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:  # a file object, because savez appends .npz to names
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    # a file object, because savez appends .npz to names
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def read_statistics(path: str | os.PathLike) -> Statistics:

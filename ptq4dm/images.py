@@ -12,6 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from .errors import UserError
+from .files import replacing
 
 METADATA_KEY = "ptq4dm"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -39,17 +40,8 @@ def save_picture(picture: Image.Image, path: str | os.PathLike, text: PngImagePl
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
-    # One name per process: two processes may write into one folder. The suffix keeps it out of list_images.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:  # its suffix keeps it out of list_images
         picture.save(temporary, format="PNG", pnginfo=text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def save_png(image: torch.Tensor, path: str | os.PathLike, metadata: dict) -> None:

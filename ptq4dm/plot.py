@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from .errors import UserError
+from .files import replacing
 from .store import CalibrationStore
 
 QUANTILES = (0.001, 0.25, 0.75, 0.999)
@@ -61,14 +61,11 @@ def plot_ranges(store: CalibrationStore, layer: str, path: str | Path) -> None:
     axes.legend()
     figure.tight_layout()
     path = Path(path)
-    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=120, format="png")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
     finally:
         plt.close(figure)
-        if temporary.is_file():
-            temporary.unlink()

@@ -13,7 +13,7 @@ from .plan import Plan
 from .quantizer import mark_quantized, resolved
 from .record import replay
 from .report import QuantizationReport, Ratio, stored_bytes
-from .sampling import denoiser
+from .sampling import denoiser, evaluation_mode
 from .store import CalibrationStore
 
 ERROR_SAMPLES = 32  # tuples on which layer errors are measured
@@ -106,13 +106,11 @@ def _output_errors(model, layers: dict[str, nn.Module], store: CalibrationStore)
     handles = [model.get_submodule(name).register_forward_hook(compare(name)) for name in layers]
     step = max(1, len(store.calls) // ERROR_SAMPLES)
     calls = store.calls[slice(None, None, step)]
-    training = model.training
-    model.eval()
     try:
-        for _, batch in binned_batches(calls, 1, store.num_train_timesteps, 16):
-            replay(model, batch)
+        with evaluation_mode(model):
+            for _, batch in binned_batches(calls, 1, store.num_train_timesteps, 16):
+                replay(model, batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return errors

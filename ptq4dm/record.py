@@ -40,6 +40,11 @@ class Calls:
     def __len__(self) -> int:
         return len(self.sample)
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The shared arguments that are no tensors: what JSON can hold."""
+        return {k: v for k, v in self.shared.items() if not isinstance(v, Tensor)}
+
     def __getitem__(self, rows) -> Calls:
         """Rows of it, by slice or index tensor."""
         picked = {k: v[rows] for k, v in self.conditioning.items()}

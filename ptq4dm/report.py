@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from .files import replacing
 from .layers import find_layers
 from .modules import is_quantized
 
@@ -76,10 +76,8 @@ class QuantizationReport:
         return data
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1))
 
     def table(self, worst: int = 10) -> str:
         """The worst layers, then totals."""

@@ -115,18 +115,27 @@ def _scheduler_fit(pipe):
 
 
 @contextmanager
-def _quiet(pipe, progress: bool):
-    """Evaluation mode (dropout draws from the global generator), no inner progress bar; restores both."""
-    training = [m for m in denoiser(pipe).modules() if m.training]
-    had, before = "_progress_bar_config" in vars(pipe), getattr(pipe, "_progress_bar_config", {})
-    denoiser(pipe).eval()
-    if not progress:
-        pipe._progress_bar_config = {**before, "disable": True}
+def evaluation_mode(model: nn.Module):
+    """Dropout and the like off; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _quiet(pipe, progress: bool):
+    """Evaluation mode (dropout draws from the global generator), no inner progress bar; restores both."""
+    had, before = "_progress_bar_config" in vars(pipe), getattr(pipe, "_progress_bar_config", {})
+    if not progress:
+        pipe._progress_bar_config = {**before, "disable": True}
+    try:
+        with evaluation_mode(denoiser(pipe)):
+            yield
+    finally:
         if had:
             pipe._progress_bar_config = before
         else:

@@ -68,7 +68,8 @@ def save_quantized(pipe, record: dict, folder: Path) -> None:
             pipe.save_pretrained(new)
             (new / "README.md").write_text(CARD.format(**record))
             (new / RECORD).write_text(json.dumps(record, indent=1))
-            quantization_config(denoiser(pipe)).plan.save(new / "plan.json")
+            plan = quantization_config(denoiser(pipe)).plan
+            (new / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1))
             try:
                 if folder.exists():
                     folder.rename(old)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
+from .files import replacing
 from .layers import find_layers
 from .record import Calls
 from .statistics import InputStatistics
@@ -112,21 +111,8 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"cannot read {folder}/store.json ({error}); collect again into an empty folder.") from None
 
 
-@contextmanager
-def _replacing(path: Path):
-    """A temporary path beside `path` to write to, renamed to it at the end; UserError where that fails."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_meta(folder: Path, meta: dict) -> None:
-    with _replacing(folder / "store.json") as temporary:
+    with replacing(folder / "store.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1))
 
 
@@ -145,7 +131,7 @@ def read_tensors(path: Path, needed: set[str]) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
 
@@ -159,7 +145,7 @@ def save_calls(folder: Path, index: int, calls: Calls) -> dict:
     conditioning = {f"cond/{k}": v for k, v in calls.conditioning.items()}
     tensors = {"sample": calls.sample, "timestep": calls.timestep, **conditioning, **shared}
     write_tensors(batch_path(folder, index), tensors)
-    return {k: v for k, v in calls.shared.items() if not isinstance(v, Tensor)}
+    return calls.plain
 
 
 def load_calls(folder: Path, index: int, plain: dict) -> Calls:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .errors import UserError
+from .files import replacing
 from .images import image_grid, save_picture, to_uint8
 
 CELL = 96  # pixels a side, about, of one picture in samples.png
@@ -69,15 +70,8 @@ def write_report(report: dict, folder: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    path = folder / "report.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], folder: Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import ptq4dm
 from ptq4dm.assets import asset_path
 from ptq4dm.collect import draw_timesteps, timestep_bins
 from ptq4dm.extractors import load_extractor
+from ptq4dm.files import replacing
 from ptq4dm.frechet import Moments, frechet_distance, read_statistics
 from ptq4dm.images import to_uint8
 from ptq4dm.record import Calls, record_calls, replay
@@ -209,9 +209,8 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for row in tqdm(todo, desc=args.model, unit="row"):
         results.append(bench.measure(row))
-        part = args.output.with_suffix(".part")
-        part.write_text(json.dumps({"settings": settings, "rows": results}, indent=1))
-        os.replace(part, args.output)
+        with replacing(args.output) as temporary:
+            temporary.write_text(json.dumps({"settings": settings, "rows": results}, indent=1))
     order = [identity(row) for row in rows()]
     print(markdown(sorted(results, key=lambda row: order.index(identity(row)))))
 

@@ -32,13 +32,7 @@ COLLECT = importlib.import_module("ptq4dm.collect")  # ptq4dm.collect is the fun
 STORE = importlib.import_module("ptq4dm.store")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = dict(sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4)
 
@@ -310,7 +304,7 @@ def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, module, 
         interrupt_at(patch, module, name, count)
         with pytest.raises(KeyboardInterrupt):
             collect(pipe, CONFIG, tmp_path / "store")
-    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".part"]
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".tmp")]
     assert not any(m._forward_pre_hooks for m in pipe.unet.modules())
     nothing = (name, count) == ("record_calls", 1)
     with pytest.raises(UserError, match="no store.json" if nothing else "not finished.*run the same"):

@@ -17,12 +17,7 @@ from ptq4dm.images import load_images, read_metadata
 SEEDS = [7, 0, 123, 3, 4]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(scheduler=DDIMScheduler, seed=0, dtype=torch.float64):

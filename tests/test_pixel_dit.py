@@ -27,13 +27,7 @@ from ptq4dm.pixel_dit import PixelDiTPipeline
 from ptq4dm.reference import load_pipeline, load_reference
 from ptq4dm.sampling import denoiser, sample
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(scheduler=DDIMScheduler, out_channels=3):

@@ -22,13 +22,7 @@ from ptq4dm.errors import UserError
 from ptq4dm.pixel_dit import PixelDiTPipeline
 from ptq4dm.record import Calls, record_calls, replay
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randomized(model):

@@ -22,13 +22,7 @@ from ptq4dm.errors import UserError
 from ptq4dm.images import to_uint8
 from ptq4dm.sampling import denoiser, denoiser_name, sample
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_unet(channels=3, **config):

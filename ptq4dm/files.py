@@ -1,0 +1,33 @@
+"""One way to write a file: beside it, then renamed, so that a file of that name is always whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import UserError
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` at the end and removed where anything fails.
+
+    Its name is hidden, ends in .tmp and is this process's own: two processes may write into one folder.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
+    finally:
+        if temporary.is_file():  # below a regular file even unlink(missing_ok=True) raises
+            temporary.unlink()

@@ -1,4 +1,4 @@
-"""The command line: ptq4dm collect | quantize | generate | evaluate | info.
+"""The command line: ptq4dm collect | quantize | generate | evaluate | bench | info.
 
 Only the parser is here; what a command does is in commands.py.
 """
@@ -96,6 +96,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", default="out/evaluation", help="folder of report.json and samples.png")
     _conditioning(evaluate)
+
+    bench = command("bench", "Compare samplers: Frechet distance against evaluations of the model.")
+    bench.add_argument("subject", choices=["samplers"], help="what to compare")
+    _model(bench, "unet-cifar10")
+    bench.add_argument("--samplers", nargs="+", metavar="NAME", help="names from samplers/catalog.py; all usual ones")
+    bench.add_argument("--evaluations", nargs="+", type=int, metavar="N", help="budgets; 5 6 8 10 15 20 50")
+    bench.add_argument("--num-images", type=int, default=1000)
+    bench.add_argument("--batch-size", type=int, default=100)
+    bench.add_argument("--seed", type=int, default=0)
+    bench.add_argument("--output", default="out/bench", help="folder of samplers.json and samplers.png; resumed")
 
     info = command("info", "What a model is: layers, formats, kernels, bytes.")
     _model(info, None, "out/quantized if `quantize` made it, else unet-cifar10")

@@ -123,6 +123,25 @@ def evaluate(args) -> None:
         _say(f"picture: {Path(args.output) / 'samples.png'}")
 
 
+def bench(args) -> None:
+    from .samplers.bench import SamplerBench, bench_samplers
+    from .samplers.bench_report import plot_rows, table
+
+    _one_process(args)
+    given = {name: getattr(args, name) for name in ("samplers", "evaluations") if getattr(args, name)}
+    config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **given)
+    output = Path(args.output) / "samplers.json"
+    make_parent(output)
+    pipe = _load(args, args.model)
+    settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
+    rows = bench_samplers(pipe, config, output, settings)
+    print(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
+    print(table(rows))
+    print(f"figures: {output}")
+    if plot_rows({str(args.model): rows}, output.with_suffix(".png")):
+        print(f"picture: {output.with_suffix('.png')}")
+
+
 def info(args) -> None:
     model = _default_model(args)
     pipe = _load(args, model)

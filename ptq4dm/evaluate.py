@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -90,35 +91,13 @@ def evaluate(
     if config.metric == "none" and full_precision is None:
         raise UserError("metric 'none' without a full-precision model leaves nothing to measure.")
     state = PartialState()
-    folder = output_folder(output) if output is not None and state.is_main_process else None
-    report: dict = {"num_inference_steps": config.num_inference_steps, "warnings": []}
-    extractor = moments = None
-    if config.metric != "none":
-        extractor = _extractor(config, denoiser(pipe).device)
-        reference = load_reference_statistics(extractor, config.reference, config.batch_size)
-        moments = Moments(extractor.dim)
-    num_paired = config.num_paired if full_precision is not None else 0
-    errors, shown = _sample_all(pipe, full_precision, config, num_paired, extractor, moments)
-    if moments:
-        report["frechet"], report["warnings"] = frechet_entry(extractor, moments.reduced(), reference)
-        report["frechet"] |= {"seed": config.seed, "num_inference_steps": config.num_inference_steps}
-    if num_paired:
-        errors = gather_object(errors)
-        report["paired"] = {
-            "num_images": len(errors),
-            "seed": config.seed,
-            "psnr_db": sum(map(psnr, errors)) / len(errors),
-            "mse": sum(errors) / len(errors),
-            "identical": errors.count(0.0),
-        }
-    if full_precision is not None:
-        report |= compare_denoisers(pipe, full_precision, config)
-    else:
-        report["bytes"] = {"model": stored_bytes(denoiser(pipe))}
-    if folder is not None:
-        write_report(report, folder)
-        if shown:
-            write_samples(*shown, folder)
+    writes = output is not None and state.is_main_process
+    with output_folder(output) if writes else nullcontext() as folder:
+        report, shown = _measure(pipe, full_precision, config)
+        if writes:
+            write_report(report, folder)
+            if shown:
+                write_samples(*shown, folder)
     state.wait_for_everyone()
     return report
 
@@ -154,6 +133,35 @@ def write_reference(
         write_statistics(destination, statistics)
     state.wait_for_everyone()
     return moments.count
+
+
+def _measure(pipe, full_precision, config: EvaluateConfig):
+    """The report, and pictures to show; see `_sample_all`."""
+    report: dict = {"num_inference_steps": config.num_inference_steps, "warnings": []}
+    extractor = moments = None
+    if config.metric != "none":
+        extractor = _extractor(config, denoiser(pipe).device)
+        reference = load_reference_statistics(extractor, config.reference, config.batch_size)
+        moments = Moments(extractor.dim)
+    num_paired = config.num_paired if full_precision is not None else 0
+    errors, shown = _sample_all(pipe, full_precision, config, num_paired, extractor, moments)
+    if moments:
+        report["frechet"], report["warnings"] = frechet_entry(extractor, moments.reduced(), reference)
+        report["frechet"] |= {"seed": config.seed, "num_inference_steps": config.num_inference_steps}
+    if num_paired:
+        errors = gather_object(errors)
+        report["paired"] = {
+            "num_images": len(errors),
+            "seed": config.seed,
+            "psnr_db": sum(map(psnr, errors)) / len(errors),
+            "mse": sum(errors) / len(errors),
+            "identical": errors.count(0.0),
+        }
+    if full_precision is not None:
+        report |= compare_denoisers(pipe, full_precision, config)
+    else:
+        report["bytes"] = {"model": stored_bytes(denoiser(pipe))}
+    return report, shown
 
 
 def _extractor(config: EvaluateConfig, device) -> Extractor:

@@ -16,7 +16,8 @@ from .errors import UserError
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` at the end and removed where anything fails.
 
-    Its name is hidden, ends in .tmp and is this process's own: two processes may write into one folder.
+    Its name is hidden, ends in .tmp and is this process's own: two processes may write into one folder. Its mode is
+    that of any new file, whoever writes it.
 
     Raises:
         UserError: the file cannot be written.
@@ -24,7 +25,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a file of its own there, that nobody else may read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error

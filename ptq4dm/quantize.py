@@ -20,14 +20,12 @@ ERROR_SAMPLES = 32  # tuples on which layer errors are measured
 
 
 def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | None = None) -> Plan:
-    """Resolve a recipe against a model in full precision.
+    """Resolve a recipe against a model in full precision; the caller loads `config.calibration`.
 
     Raises:
         UserError: the recipe needs calibration that is not there, the store is of another model, or no layer
             is left to quantize.
     """
-    if store is None and config.calibration is not None:
-        store = CalibrationStore.load(config.calibration)
     if store is None and config.needs_calibration:
         raise UserError(
             f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe), or choose "

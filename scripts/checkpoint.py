@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ptq4dm.errors import UserError
+from ptq4dm.files import replacing
 
 
 @dataclass
@@ -40,7 +40,6 @@ def save_checkpoint(
     device: torch.device,
 ) -> None:
     """Write nets, optimizer state, progress and the random state; under a temporary name, then renamed."""
-    path = Path(path)
     tensors = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -50,10 +49,9 @@ def save_checkpoint(
         tensors |= _flat(f"optimizer.{index}", state)
     # Safetensors wants plain strides; load_checkpoint puts channels_last back.
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     metadata = {"progress": json.dumps(asdict(progress)), "recipe": json.dumps(recipe, sort_keys=True)}
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load_checkpoint(

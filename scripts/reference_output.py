@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ptq4dm.features import Features, load_features
+from ptq4dm.files import replacing
 from ptq4dm.frechet import frechet_distance, write_statistics
 from ptq4dm.images import image_grid, to_uint8
 from ptq4dm.pixel_dit import PixelDiTPipeline
@@ -49,8 +49,8 @@ def save_pipeline(kind: str, net: nn.Module, folder: Path) -> None:
             if file.is_file():
                 target = folder / file.relative_to(temporary)
                 target.parent.mkdir(exist_ok=True)
-                file.chmod(0o644)
-                os.replace(file, target)
+                with replacing(target) as whole:
+                    file.replace(whole)
 
 
 def evaluate_pipeline(
@@ -82,15 +82,13 @@ def save_features(net: Features, train_images: torch.Tensor, folder: Path) -> Fe
     """Write fp16 weights and the training set's statistics; returns the network as read back."""
     folder.mkdir(parents=True, exist_ok=True)
     half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()}
-    temporary = folder / f".model.{os.getpid()}.tmp"
-    save_file(half, temporary)
-    os.replace(temporary, folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(half, temporary)
     net.load_state_dict(load_file(folder / "model.safetensors"))
     write_statistics(folder / "train-statistics.npz", feature_statistics(net, train_images))
     return net
 
 
 def write_json(path: Path, result: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")

@@ -10,6 +10,28 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session")
+def unet():
+    """Builds a small random UNet with attention: the same for the same seed."""
+    from diffusers import UNet2DModel  # not above: it may import Triton
+
+    def build(seed=0):
+        torch.manual_seed(seed)
+        return UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=8,
+        ).eval()
+
+    return build
+
+
 @pytest.fixture
 def one_thread():
     """Tiny networks are quicker on one thread, on a busy machine many times."""

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 
 import pytest
@@ -334,6 +335,16 @@ def test_a_finished_store_is_only_loaded(whole, copy, monkeypatch):
     monkeypatch.setattr(COLLECT, "replay", None)
     store = collect(tiny_pipe(), CONFIG, copy)
     assert len(store.calls) == 9 and files(copy) == whole[1]
+
+
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        collect(tiny_pipe(), dataclasses.replace(CONFIG, num_samples=2), tmp_path / "store")
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "store").iterdir()}
+    assert modes == dict.fromkeys(["store.json", "batch-00000.safetensors", "statistics.safetensors"], 0o640)
 
 
 @pytest.mark.parametrize("finished", [True, False])

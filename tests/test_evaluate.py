@@ -173,6 +173,22 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path):
         evaluate(pipeline(), config=EvaluateConfig(**SMALL), output=tmp_path / "file")
 
 
+def test_a_failure_leaves_no_empty_folder_behind(tmp_path, monkeypatch):
+    (tmp_path / "before").mkdir()
+    for output in ("before", "new/out"):
+        with pytest.raises(UserError, match="no reference"):
+            evaluate(pipeline(), config=EvaluateConfig(**SMALL, reference="no.npz"), output=tmp_path / output)
+    assert [p.name for p in tmp_path.rglob("*")] == ["before"]
+
+    def fail(*_):
+        raise UserError("disk full")
+
+    monkeypatch.setattr("ptq4dm.summary.save_picture", fail)
+    with pytest.raises(UserError, match="disk full"):
+        evaluate(pipeline(), config=EvaluateConfig(**SMALL), output=tmp_path / "new" / "out")
+    assert [p.name for p in (tmp_path / "new" / "out").iterdir()] == ["report.json"]
+
+
 def test_errors_by_hand():
     a = torch.zeros(2, 3, 4, 4)
     assert image_errors(a, a + torch.tensor([0.1, 0.5]).reshape(2, 1, 1, 1)) == pytest.approx([0.01, 0.25])

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
 import ptq4dm
@@ -21,21 +21,6 @@ from ptq4dm.quantizer import quantization_config
 from ptq4dm.report import Ratio, kernel_report, stored_bytes
 
 KERNEL = w8a8.kernel_name(torch.device("cpu"))
-
-
-def unet(seed=0):
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
 
 
 def conditional_unet():
@@ -90,7 +75,7 @@ def pipeline(model):
 
 
 @pytest.fixture(scope="module")
-def store():
+def store(unet):
     config = CalibrationConfig(num_samples=6, num_inference_steps=3, num_bins=2, batch_size=6)
     return ptq4dm.collect(pipeline(unet()), config)
 
@@ -132,9 +117,9 @@ def float_weights(model):
     return [tuple(t.shape) for t in found if t.is_floating_point() and t.numel() in packed]
 
 
-@pytest.mark.parametrize("build", [unet, conditional_unet, dit], ids=lambda f: f.__name__)
-def test_no_float_weight_is_left(build):
-    model = build()
+@pytest.mark.parametrize("kind", ["unet", "conditional_unet", "dit"])
+def test_no_float_weight_is_left(kind, unet):
+    model = {"unet": unet, "conditional_unet": conditional_unet, "dit": dit}[kind]()
     exact = run(model)
     originals = {
         name: weakref.ref(m.weight) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)
@@ -179,7 +164,7 @@ def test_bytes_are_those_of_the_tensors():
 
 
 @pytest.mark.parametrize("activations", ["static", "dynamic"])
-def test_kernel_agrees_with_the_reference(activations, store, monkeypatch):
+def test_kernel_agrees_with_the_reference(activations, store, monkeypatch, unet):
     model = unet()
     exact = run(model)
     report = ptq4dm.quantize(model, RTNConfig(activations=activations), store)
@@ -202,7 +187,7 @@ def test_kernel_agrees_with_the_reference(activations, store, monkeypatch):
     assert (run(model) - answer).norm() <= (answer - exact).norm()
 
 
-def test_reports_name_the_kernel_that_runs(monkeypatch):
+def test_reports_name_the_kernel_that_runs(monkeypatch, unet):
     ran = []
     for table in (w8a8._LINEAR, w8a8._CONV2D):
         kernel = table[KERNEL]
@@ -213,7 +198,7 @@ def test_reports_name_the_kernel_that_runs(monkeypatch):
     assert len(ran) == len(report.layers)
 
 
-def test_channels_last_changes_nothing(store):
+def test_channels_last_changes_nothing(store, unet):
     """load_pipeline turns UNets to channels_last: codes must mean the same in every layout."""
     model = unet()
     ptq4dm.quantize(model, RTNConfig(), store)
@@ -227,14 +212,14 @@ def test_channels_last_changes_nothing(store):
 
 
 @pytest.fixture(scope="module")
-def planned(store):
+def planned(store, unet):
     """A model quantized by PTQ4DM's search, and its plan."""
     model = unet()
     ptq4dm.quantize(model, PTQ4DMConfig(weight_bits=6, modules_to_not_convert=("up_blocks", "down_blocks.1")), store)
     return model, quantization_config(model).plan
 
 
-def test_same_plan_same_codes(planned, tmp_path):
+def test_same_plan_same_codes(planned, tmp_path, unet):
     model, plan = planned
     plan.save(tmp_path / "plan.json")
     for again in (plan, Plan.load(tmp_path / "plan.json"), Plan.from_dict(json.loads(json.dumps(plan.to_dict())))):
@@ -244,18 +229,18 @@ def test_same_plan_same_codes(planned, tmp_path):
         assert torch.equal(run(other), run(model))
 
 
-def test_same_recipe_same_plan(planned, store):
+def test_same_recipe_same_plan(planned, store, unet):
     config = PTQ4DMConfig(weight_bits=6, modules_to_not_convert=("up_blocks", "down_blocks.1"))
     assert make_plan(unet(), config, store) == planned[1]
 
 
-def test_a_recipe_serves_many_models(store):
+def test_a_recipe_serves_many_models(store, unet):
     config = PTQ4DMConfig()
     ptq4dm.quantize(unet(), config, store)
     assert config.plan is None  # else another model, or another store, would follow the first one's plan
 
 
-def test_every_field_of_the_plan_reaches_the_codes(planned):
+def test_every_field_of_the_plan_reaches_the_codes(planned, unet):
     model, plan = planned
     layer = plan.layers["mid_block.resnets.0.conv1"]
     for change in ({"weight_bits": 5}, {"objective": "max"}, {"input_scale": 0.5}, {"input_zero_point": 1}):
@@ -272,7 +257,7 @@ def test_plan_of_another_model(planned):
         ptq4dm.quantize(dit(), RTNConfig(plan=planned[1]))
 
 
-def test_plan_with_an_unknown_format():
+def test_plan_with_an_unknown_format(unet):
     with pytest.raises(UserError, match="int3"):
         ptq4dm.quantize(unet(), RTNConfig(plan=Plan("rtn", {"conv_in": LayerPlan("int3")})))
 
@@ -280,13 +265,17 @@ def test_plan_with_an_unknown_format():
 # --- options ------------------------------------------------------------------------------------------------
 
 
-def options(config, store=None):
-    model = unet()
-    report = ptq4dm.quantize(model, config, store)
-    return model, quantization_config(model).plan, report
+@pytest.fixture
+def options(unet):
+    def apply(config, store=None):
+        model = unet()
+        report = ptq4dm.quantize(model, config, store)
+        return model, quantization_config(model).plan, report
+
+    return apply
 
 
-def test_static_and_dynamic(store):
+def test_static_and_dynamic(store, options):
     static, plan, _ = options(RTNConfig(), store)
     assert all(layer.static for layer in plan.layers.values())
     assert any(layer.input_zero_point for layer in plan.layers.values())
@@ -297,7 +286,7 @@ def test_static_and_dynamic(store):
     assert torch.equal(dynamic.conv_in.qweight, static.conv_in.qweight)
 
 
-def test_static_grid_covers_what_was_seen(store):
+def test_static_grid_covers_what_was_seen(store, options):
     _, plan, _ = options(RTNConfig(), store)
     for name, layer in plan.layers.items():
         _, _, low, high = store.input_of(name)
@@ -305,7 +294,7 @@ def test_static_grid_covers_what_was_seen(store):
         assert ends[0] <= min(low, 0) + layer.input_scale and ends[1] >= max(high, 0) - layer.input_scale
 
 
-def test_symmetric(store):
+def test_symmetric(store, options):
     _, plan, _ = options(RTNConfig(symmetric=True), store)
     assert {layer.input_zero_point for layer in plan.layers.values()} == {0}
     _, _, low, high = store.input_of("conv_in")
@@ -313,7 +302,7 @@ def test_symmetric(store):
 
 
 @pytest.mark.parametrize("first_last, bits", [("int8", 8), ("same", 4), ("keep", None)])
-def test_first_and_last(first_last, bits):
+def test_first_and_last(first_last, bits, options):
     model, plan, _ = options(RTNConfig(weight_bits=4, activations="dynamic", first_last=first_last))
     assert plan.layers["mid_block.resnets.0.conv1"].weight_bits == 4
     for name in ("conv_in", "conv_out"):
@@ -325,7 +314,7 @@ def test_first_and_last(first_last, bits):
             assert layer.qweight.abs().max() == 2 ** (bits - 1) - 1
 
 
-def test_modules_to_not_convert():
+def test_modules_to_not_convert(options):
     model, plan, report = options(RTNConfig(activations="dynamic", modules_to_not_convert=("*.to_q", "mid_block")))
     left = {name for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
     assert left and all(name.endswith("to_q") or name.startswith("mid_block") for name in left)
@@ -338,7 +327,7 @@ def test_modules_to_not_convert():
 
 
 @pytest.mark.parametrize("weight_bits, activation_bits", [(4, 8), (8, 6), (6, 6), (2, 2)])
-def test_narrow_grids_are_labelled(weight_bits, activation_bits, store):
+def test_narrow_grids_are_labelled(weight_bits, activation_bits, store, options):
     config = RTNConfig(weight_bits=weight_bits, activation_bits=activation_bits)
     model, plan, report = options(config, store)
     label = f"W{weight_bits}A{activation_bits} static (simulated)"
@@ -352,7 +341,7 @@ def test_narrow_grids_are_labelled(weight_bits, activation_bits, store):
     assert report.bytes_after == options(RTNConfig(), store)[2].bytes_after
 
 
-def test_narrow_activations_use_a_narrow_grid(store, monkeypatch):
+def test_narrow_activations_use_a_narrow_grid(store, monkeypatch, options):
     model, plan, _ = options(RTNConfig(activation_bits=3, first_last="same"), store)
     layer, choice = model.conv_in, plan.layers["conv_in"]
     x = torch.linspace(-4, 4, 4 * 3 * 64).reshape(4, 3, 8, 8)
@@ -363,7 +352,7 @@ def test_narrow_activations_use_a_narrow_grid(store, monkeypatch):
     assert (layer(x) - expected).abs().max() < 1e-4
 
 
-def test_fewer_bits_are_worse(store):
+def test_fewer_bits_are_worse(store, options):
     errors = []
     for bits in (8, 6, 4):
         _, _, report = options(RTNConfig(weight_bits=bits, activation_bits=bits), store)
@@ -374,7 +363,7 @@ def test_fewer_bits_are_worse(store):
 # --- reports ------------------------------------------------------------------------------------------------
 
 
-def test_report_on_outputs(store, tmp_path):
+def test_report_on_outputs(store, tmp_path, options):
     model, _, report = options(RTNConfig(), store)
     assert [r["sqnr"] for r in report.layers] == sorted(r["sqnr"] for r in report.layers)
     assert {r["basis"] for r in report.layers} == {"output"} and "layer output" in report.table()
@@ -384,7 +373,7 @@ def test_report_on_outputs(store, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
 
 
-def test_a_failure_leaves_the_model_as_it_was(store, monkeypatch):
+def test_a_failure_leaves_the_model_as_it_was(store, monkeypatch, unet):
     def fail(*_):
         raise RuntimeError("out of memory")
 
@@ -396,7 +385,7 @@ def test_a_failure_leaves_the_model_as_it_was(store, monkeypatch):
     assert quantization_config(model) is None
 
 
-def test_report_on_weights():
+def test_report_on_weights(options):
     _, _, report = options(RTNConfig(activations="dynamic"))
     assert {r["basis"] for r in report.layers} == {"weight"} and "(weight" in report.table()
 
@@ -409,7 +398,7 @@ def test_error_ratio():
     assert ratio.decibel == pytest.approx(20 + 3.0103, abs=1e-3)
 
 
-def test_zero_weights_and_their_report(tmp_path):
+def test_zero_weights_and_their_report(tmp_path, unet):
     """Layers that start at zero (DiT's modulation) have no error; JSON knows no infinity."""
     model = unet()
     nn.init.zeros_(model.conv_out.weight)
@@ -425,7 +414,7 @@ def test_zero_weights_and_their_report(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_weights_name_their_layer(value):
+def test_broken_weights_name_their_layer(value, unet):
     model = unet()
     with torch.no_grad():
         model.mid_block.resnets[0].conv1.weight[1, 2, 0, 0] = value
@@ -435,31 +424,31 @@ def test_broken_weights_name_their_layer(value):
     assert quantization_config(model) is None
 
 
-def test_store_of_another_model(store):
+def test_store_of_another_model(store, unet):
     with pytest.raises(UserError, match="another model"):
         ptq4dm.quantize(unet(seed=1), RTNConfig(), store)
     with pytest.raises(UserError, match="another model"):
         ptq4dm.quantize(dit(), RTNConfig(), store)
 
 
-def test_static_needs_calibration():
+def test_static_needs_calibration(unet):
     with pytest.raises(UserError, match="collect"):
         ptq4dm.quantize(unet(), PTQ4DMConfig())
 
 
-def test_twice_is_refused():
+def test_twice_is_refused(unet):
     model = unet()
     ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
     with pytest.raises(UserError, match="already"):
         ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
 
 
-def test_nothing_left_to_quantize():
+def test_nothing_left_to_quantize(unet):
     with pytest.raises(UserError, match="modules_to_not_convert"):
         ptq4dm.quantize(unet(), RTNConfig(activations="dynamic", modules_to_not_convert=("*",)))
 
 
-def test_calibration_folder(store, tmp_path):
+def test_calibration_folder(store, tmp_path, unet, options):
     config = CalibrationConfig(**store.config)
     ptq4dm.collect(pipeline(unet()), config, tmp_path / "store")
     model, plan, report = options(RTNConfig(calibration=str(tmp_path / "store")))
@@ -469,7 +458,7 @@ def test_calibration_folder(store, tmp_path):
     assert isinstance(CalibrationStore.load(tmp_path / "store"), CalibrationStore)
 
 
-def test_layers_that_calibration_never_reached_stay_dynamic(store):
+def test_layers_that_calibration_never_reached_stay_dynamic(store, options):
     unseen = copy.deepcopy(store)
     index = list(unseen.fingerprint).index("mid_block.attentions.0.to_q")
     unseen.statistics.low[index], unseen.statistics.high[index] = float("inf"), -float("inf")
@@ -507,7 +496,7 @@ def test_casts_leave_scales_alone(dtype):
     assert model.to("meta")[0].weight_scale.is_meta
 
 
-def test_deepcopy_and_state_dict(store):
+def test_deepcopy_and_state_dict(store, unet, options):
     model, _, _ = options(RTNConfig(), store)
     answer = run(model)
     twin = copy.deepcopy(model)

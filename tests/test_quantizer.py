@@ -27,24 +27,10 @@ from ptq4dm.modules import Int8Conv2d, Int8Linear, is_quantized
 from ptq4dm.quantizer import quantization_config
 from ptq4dm.reference import load_pipeline
 from ptq4dm.report import stored_bytes
+from ptq4dm.store import fingerprint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARD = "60KB"
-
-
-def unet(seed=0):
-    torch.manual_seed(seed)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
 
 
 def pipeline(model):
@@ -70,7 +56,7 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, unet):
     """plain/ and sharded/: a model in full precision; store/: its calibration; pipe/: a pipeline of it."""
     root = tmp_path_factory.mktemp("models")
     model = unet()
@@ -90,7 +76,7 @@ def recipe(folders):
 
 
 @pytest.fixture(scope="module")
-def quantized(recipe):
+def quantized(recipe, unet):
     """Quantized after loading. Tests must not change it."""
     model = unet()
     ptq4dm.quantize(model, replace(recipe))
@@ -134,7 +120,7 @@ def test_model_there_and_back(quantized, tmp_path, messages):
     assert found["quant_method"] == "ptq4dm" and found["method"] == "rtn" and found["calibration"] is None
 
 
-def test_config_of_a_loaded_model(quantized, saved):
+def test_config_of_a_loaded_model(quantized, saved, unet):
     again = UNet2DModel.from_pretrained(saved / "unet")
     config = quantization_config(again)
     assert config == quantization_config(quantized) and config.weight_bits == 6
@@ -239,7 +225,7 @@ def test_while_loading_equals_after_loading(folders, recipe, quantized, source, 
     assert config.plan is None  # the caller's recipe serves for the next model too
 
 
-def test_while_loading_searches_like_after_loading(folders, monkeypatch):
+def test_while_loading_searches_like_after_loading(folders, monkeypatch, unet):
     monkeypatch.setattr("ptq4dm.ranges.ACTIVATION_STEPS", 6)  # a coarser search is as good a test
     config = PTQ4DMConfig(calibration=str(folders / "store"))
     model = unet()
@@ -247,7 +233,7 @@ def test_while_loading_searches_like_after_loading(folders, monkeypatch):
     assert same(UNet2DModel.from_pretrained(folders / "plain", quantization_config=config), model)
 
 
-def test_while_loading_without_calibration(folders, tmp_path, messages):
+def test_while_loading_without_calibration(folders, tmp_path, messages, unet):
     config = RTNConfig(activations="dynamic", modules_to_not_convert=("mid_block",))
     model = UNet2DModel.from_pretrained(folders / "plain", quantization_config=config)
     after = unet()
@@ -303,13 +289,13 @@ def test_while_loading_names_broken_layers(folders, tmp_path):
         UNet2DModel.from_pretrained(tmp_path / "nan", quantization_config=RTNConfig(activations="dynamic"))
 
 
-def test_store_of_other_weights(recipe, tmp_path):
+def test_store_of_other_weights(recipe, tmp_path, unet):
     unet(seed=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="another model"):
         UNet2DModel.from_pretrained(tmp_path, quantization_config=replace(recipe))
 
 
-def test_store_of_another_architecture(recipe, folders, tmp_path):
+def test_store_of_another_architecture(recipe, folders, tmp_path, unet):
     config = {**unet().config, "block_out_channels": (8, 8)}
     UNet2DModel.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="another model"):
@@ -319,7 +305,7 @@ def test_store_of_another_architecture(recipe, folders, tmp_path):
         UNet2DModel.from_pretrained(tmp_path, quantization_config=replace(recipe))
 
 
-def test_fingerprints_know_weights(folders):
+def test_fingerprints_know_weights(folders, unet):
     store = CalibrationStore.load(folders / "store")
     model = unet()
     store.check_model(model)
@@ -329,6 +315,13 @@ def test_fingerprints_know_weights(folders):
         changed.conv_out.weight.mul_(1.1)
     with pytest.raises(UserError, match="another model"):
         store.check_model(changed)
+
+
+def test_weights_stored_in_float16_have_one_fingerprint(unet):
+    """Those of the embedded models are."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    half, *others = [fingerprint(unet().half().to(dtype)) for dtype in dtypes]
+    assert others == [half, half] and half != fingerprint(unet(seed=1).half())
 
 
 def test_a_packed_checkpoint_keeps_its_own_recipe(saved, quantized):

@@ -1,0 +1,103 @@
+"""DEIS coefficients: v(rho') = v(rho) + sum_j w_j eps_j, with w_j the integral of a basis polynomial over drho.
+
+Zhang & Chen, "Fast Sampling of Diffusion Models with Exponential Integrator" (arXiv:2204.13902), eq. 14 and
+algorithm 1 (t_ab, rho_ab), section 4 (rho_rk); `ipndm` has the weights of Adams and Bashforth for even steps,
+whatever the grid; `log_rho` interpolates in log rho, as diffusers' DEIS does. All in float64, all exact: Lagrange
+polynomials in rho and log rho are integrated in closed form or by a Gauss rule that is exact for them, those in t by
+a converged one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import factorial
+
+import numpy as np
+
+from .schedule import Schedule, integrate, rho_of
+
+MULTISTEP = ("t_ab", "rho_ab", "ipndm", "log_rho")
+
+# Newest evaluation first.
+ADAMS_BASHFORTH = (
+    np.array([1.0]),
+    np.array([3, -1]) / 2,
+    np.array([23, -16, 5]) / 12,
+    np.array([55, -59, 37, -9]) / 24,
+)
+
+# Explicit Runge-Kutta methods by (nodes c, rows of A, weights b).
+RUNGE_KUTTA = {
+    "1euler": ((0,), ((),), (1,)),
+    "2heun": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "3kutta": ((0, 1 / 2, 1), ((), (1 / 2,), (-1, 2)), (1 / 6, 2 / 3, 1 / 6)),
+    "3heun": ((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    "3ral": ((0, 1 / 2, 3 / 4), ((), (1 / 2,), (0, 3 / 4)), (2 / 9, 1 / 3, 4 / 9)),
+    "4rk": ((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+}
+
+
+def multistep_weights(
+    solver: str, schedule: Schedule, times: np.ndarray, rho_end: float, order: int
+) -> list[list[np.ndarray]]:
+    """For step i and each history length k + 1 (k = 0 .. min(i, order)): float64 [k + 1] weights, newest first.
+
+    Args:
+        times: decreasing times, one per evaluation, float64 [n].
+        rho_end: the rho that the last step reaches.
+    """
+    rho = np.append(rho_of(schedule, times), rho_end)
+    table = []
+    for i in range(len(times)):
+        step = (float(rho[i]), float(rho[i + 1]))
+        table.append([])
+        for k in range(min(i, order) + 1):
+            past = slice(i - k, i + 1)
+            if k == 0 or solver == "ipndm":
+                weights = ADAMS_BASHFORTH[k] * (step[1] - step[0])
+            elif solver == "rho_ab":
+                weights = _rho_weights(rho[past][::-1], step)
+            elif solver == "log_rho":
+                weights = _log_rho_weights(rho[past][::-1], step)
+            else:
+                weights = _t_weights(schedule, times[past][::-1], step)
+            table[-1].append(weights)
+    return table
+
+
+def _lagrange(nodes: np.ndarray, j: int, x: np.ndarray) -> np.ndarray:
+    """The polynomial that is 1 at nodes[j] and 0 at the other nodes."""
+    value = np.ones_like(x)
+    for m, node in enumerate(nodes):
+        if m != j:
+            value = value * (x - node) / (nodes[j] - node)
+    return value
+
+
+def _t_weights(schedule: Schedule, nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
+    return np.array([integrate(schedule, partial(_lagrange, nodes, j), *step) for j in range(len(nodes))])
+
+
+def _rho_weights(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
+    x, w = np.polynomial.legendre.leggauss(4)  # exact to degree 7
+    rho, half = (step[1] + step[0]) / 2 + (step[1] - step[0]) / 2 * x, (step[1] - step[0]) / 2
+    return np.array([(_lagrange(nodes, j, rho) * w).sum() * half for j in range(len(nodes))])
+
+
+def _log_rho_weights(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
+    """In u = log(rho / start): the integral of u^k drho is rho sum_m (-1)^(k-m) k!/m! u^m, and 0 at rho = 0."""
+    start, end = step
+    u = np.log(nodes / start)
+
+    def power(k: int, rho: float) -> float:
+        if rho == 0:
+            return 0.0
+        x = np.log(rho / start)
+        return rho * sum((-1) ** (k - m) * factorial(k) / factorial(m) * x**m for m in range(k + 1))
+
+    weights = []
+    for j in range(len(nodes)):
+        others = np.delete(u, j)
+        polynomial = np.poly(others) / np.prod(u[j] - others)  # highest power first
+        weights.append(sum(c * (power(k, end) - power(k, start)) for k, c in enumerate(polynomial[::-1])))
+    return np.array(weights)

@@ -1,0 +1,136 @@
+"""DDIM as diffusers has it, on any timestep grid and with the true previous timestep.
+
+"Denoising Diffusion Implicit Models", Song et al., arXiv:2010.02502, eq. 12 and 16:
+
+    x' = sqrt(a') x_0 + sqrt(1 - a' - s^2) eps + s n,    s = eta sqrt((1 - a') / (1 - a)) sqrt(1 - a / a')
+
+diffusers takes t - N // n for the timestep before t; where n does not divide N, and in spacing "linspace", that is
+not the one that the model sees next. Here it is read off the grid. Nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ptq4dm.errors import UserError
+
+from .grids import make_grid
+from .schedule import DiscreteVP
+from .timesteps import own_index
+
+
+class DDIMScheduler(diffusers.DDIMScheduler):
+    """diffusers' DDIMScheduler with one option more.
+
+    Args:
+        timestep_grid: a grid of `DEISScheduler` ("quad", "edm", ...); None: diffusers' timestep_spacing.
+
+    All else as in diffusers: `set_alpha_to_one` ends the last step at clean data.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+        timestep_grid: str | None = None,
+    ):
+        options = {k: v for k, v in locals().items() if k not in ("self", "__class__", "timestep_grid")}
+        super().__init__(**options)
+        self._alphas = self.alphas_cumprod.double().tolist()
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose num_inference_steps timesteps, one evaluation of the model each."""
+        super().set_timesteps(num_inference_steps, device="cpu")
+        if self.config.timestep_grid is not None:
+            schedule = DiscreteVP(np.array(self._alphas))
+            times = make_grid(schedule, self.config.timestep_grid, num_inference_steps, self.config.steps_offset)
+            self.timesteps = torch.from_numpy(times[:-1]).long()
+        self._times = self.timesteps.tolist()
+        self.timesteps = self.timesteps.to(device)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple:
+        """Move x_t [B, ...] to the next timestep of the grid; arguments and results as in diffusers.
+
+        A timestep that is not in the grid goes to the next lower one that is. Computed in float32 at least,
+        returned in the sample's dtype.
+
+        Raises:
+            UserError: set_timesteps has not been called, or both generator and variance_noise are given.
+        """
+        if self.num_inference_steps is None:
+            raise UserError("call set_timesteps(num_inference_steps) before the first step.")
+        if variance_noise is not None and generator is not None:
+            raise UserError("give either a generator or variance_noise, not both.")
+        a, a_next = self._alpha_pair(timestep)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        x, output = sample.to(dtype), model_output.to(dtype)
+        x0, eps = self._predict(output, x, a)
+        if self.config.thresholding:
+            x0 = self._threshold_sample(x0)
+        elif self.config.clip_sample:
+            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if use_clipped_model_output:
+            eps = (x - a**0.5 * x0) / (1 - a) ** 0.5
+        deviation = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+        result = a_next**0.5 * x0 + (1 - a_next - deviation**2) ** 0.5 * eps
+        if eta > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    output.shape, generator=generator, device=output.device, dtype=model_output.dtype
+                )
+            result = result + deviation * variance_noise.to(dtype)
+        result, x0 = result.to(sample.dtype), x0.to(sample.dtype)
+        return DDIMSchedulerOutput(prev_sample=result, pred_original_sample=x0) if return_dict else (result, x0)
+
+    def _predict(self, output: torch.Tensor, x: torch.Tensor, a: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_0, epsilon) from the model's output."""
+        alpha, sigma = a**0.5, (1 - a) ** 0.5
+        if self.config.prediction_type == "epsilon":
+            return (x - sigma * output) / alpha, output
+        if self.config.prediction_type == "sample":
+            return output, (x - alpha * output) / sigma
+        if self.config.prediction_type == "v_prediction":
+            return alpha * x - sigma * output, alpha * output + sigma * x
+        raise UserError(f"unknown prediction_type '{self.config.prediction_type}'; choose epsilon, v_prediction, sample.")
+
+    def _alpha_pair(self, timestep: int | torch.Tensor) -> tuple[float, float]:
+        """alpha_bar at a timestep and at the next one of the grid."""
+        index = own_index(timestep, self.timesteps)
+        if index is None:
+            t = int(timestep)
+            index = bisect.bisect_right([-u for u in self._times], -t) - 1  # the next entry is the first below t
+        else:
+            t = self._times[index]
+        end = index + 1 == len(self._times)
+        return self._alphas[t], float(self.final_alpha_cumprod) if end else self._alphas[self._times[index + 1]]

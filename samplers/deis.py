@@ -1,0 +1,309 @@
+"""DEIS as a diffusers scheduler: few-step solvers of the probability-flow ODE for any epsilon, v or sample model.
+
+"Fast Sampling of Diffusion Models with Exponential Integrator", Zhang & Chen, arXiv:2204.13902. With
+rho = sqrt((1 - a) / a) and v = x / sqrt(a), a = alpha_bar, the ODE is dv / drho = epsilon; one evaluation moves
+
+    x' = sqrt(a') (x / sqrt(a) + sum_j w_j eps_j)
+
+with weights w_j fixed by the grid of timesteps alone: they are worked out once, in set_timesteps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ptq4dm.errors import UserError
+
+from .coefficients import MULTISTEP, RUNGE_KUTTA, multistep_weights
+from .grids import make_grid
+from .schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of
+from .timesteps import own_index
+
+SOLVERS = (*MULTISTEP, "rho_rk")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of the model and the update after it: x' = scale * base + sum_j weights[j] * eps_j, newest first.
+
+    `base` is the sample at which the step began: this one where `starts` (always so in multistep methods), else
+    an earlier one of a Runge-Kutta step. weights[k] are for a history of k + 1 evaluations.
+    """
+
+    alpha: float  # sqrt(alpha_bar)
+    sigma: float  # sqrt(1 - alpha_bar)
+    starts: bool
+    scale: float
+    weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the next evaluation needs of the ones before."""
+
+    index: int
+    base: torch.Tensor
+    history: tuple[torch.Tensor, ...]
+
+
+class DEISScheduler(SchedulerMixin, ConfigMixin):
+    """Exponential-integrator solvers for variance-preserving diffusion models.
+
+    `DEISScheduler.from_config(pipe.scheduler.config)` fits any diffusers pipeline of an epsilon, v or sample model.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, steps_offset: as in
+            diffusers. beta_schedule "continuous" is the VP-SDE with beta_start, beta_end at t = 0, 1 (0.1 and 20,
+            say); the model is then called with t in [0.001, 1].
+        solver: "ipndm" (Adams-Bashforth weights for even steps), "t_ab" (tAB-DEIS), "rho_ab", "log_rho" (diffusers'
+            DEIS) or "rho_rk" (Runge-Kutta in rho, several evaluations a step).
+        order: degree of the polynomial, 0 (DDIM) to 3; solver "rho_rk" has its own. None: 3, and for "log_rho"
+            solver_order - 1.
+        rk_method: "1euler", "2heun", "3kutta", "3heun", "3ral" or "4rk"; "rho_rk" only.
+        timestep_grid: "linear", "quad", "cubic" (even in t^(1/k)), "log" (even in log rho), "edm" (even in
+            rho^(1/7)), "linspace", "leading", "trailing" (diffusers'). timestep_spacing of other schedulers'
+            configs is not read.
+        final_denoise: the last step ends at clean data (rho = 0), not at the last time of the grid (t = 0, where
+            sigma is 0.01 in DDPM's schedule). Costs no evaluation.
+        lower_order_final: "log_rho" only: order 0 in the last step and 1 in the one before, when there are fewer
+            than 15, as in diffusers.
+        solver_order: diffusers' name for order + 1; read by "log_rho" when `order` is None.
+
+    Raises:
+        UserError: a choice that does not exist.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        prediction_type: str = "epsilon",
+        solver: str = "ipndm",
+        order: int | None = None,
+        rk_method: str = "3kutta",
+        timestep_grid: str = "edm",
+        final_denoise: bool = True,
+        lower_order_final: bool = True,
+        solver_order: int = 2,
+        steps_offset: int = 0,
+    ):
+        _check("solver", solver, SOLVERS)
+        _check("prediction_type", prediction_type, PREDICTIONS)
+        _check("rk_method", rk_method, tuple(RUNGE_KUTTA))
+        if order is None:
+            order = solver_order - 1 if solver == "log_rho" else 3
+        _check("order", order, (0, 1, 2, 3))
+        self._order = order
+        if beta_schedule == "continuous":
+            self.schedule = ContinuousVP(beta_start, beta_end)
+            t = np.linspace(0, 1, num_train_timesteps + 1)[1:]
+            a = self.schedule.alpha_bar(t)
+            betas = 1 - a / np.append(1.0, a[:-1])
+        else:
+            betas = discrete_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
+            self.schedule = DiscreteVP(np.cumprod(1 - betas))
+        self.betas = torch.from_numpy(betas).float()
+        self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._evaluations: list[Evaluation] = []
+        self._begin_index = None
+        self._forget()
+
+    # ---------------------------------------------------------------------------------------------- grid
+
+    @property
+    def order(self) -> int:
+        """Evaluations per step, as diffusers pipelines count them."""
+        return len(RUNGE_KUTTA[self.config.rk_method][0]) if self.config.solver == "rho_rk" else 1
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Choose the timesteps and work out all coefficients.
+
+        `timesteps` then has one entry per evaluation: num_inference_steps of them, and for "rho_rk" as many for
+        each of its stages (some between whole timesteps, so they are float64).
+        """
+        config = self.config
+        grid = make_grid(self.schedule, config.timestep_grid, int(num_inference_steps), config.steps_offset)
+        rho = rho_of(self.schedule, grid)
+        if config.final_denoise:
+            rho[-1] = 0.0
+        if config.solver == "rho_rk":
+            times, self._evaluations = self._runge_kutta(grid, rho)
+        else:
+            times, self._evaluations = grid[:-1], self._multistep(grid[:-1], rho)
+        whole = self.schedule.discrete and config.solver != "rho_rk"
+        self.timesteps = torch.tensor(times, dtype=torch.int64 if whole else torch.float64).to(device)
+        self._times = [float(t) for t in times]
+        self.num_inference_steps = num_inference_steps
+        self._begin_index = None
+        self._forget()
+
+    def _multistep(self, times: np.ndarray, rho: np.ndarray) -> list[Evaluation]:
+        table = multistep_weights(self.config.solver, self.schedule, times, rho[-1], self._order)
+        n, rows = len(times), []
+        for i, weights in enumerate(table):
+            if self.config.solver == "log_rho" and self.config.lower_order_final and n < 15:
+                weights = weights[: n - i]
+            rows.append(_evaluation(rho[i], rho[i], rho[i + 1], True, weights))
+        return rows
+
+    def _runge_kutta(self, times: np.ndarray, rho: np.ndarray) -> tuple[list[float], list[Evaluation]]:
+        """Stage s of a step of length h is at rho + c_s h; its update leads to the next stage, the last to the end."""
+        nodes, matrix, final = RUNGE_KUTTA[self.config.rk_method]
+        all_times, rows = [], []
+        for i, (start, end) in enumerate(zip(rho[:-1], rho[1:], strict=True)):
+            if end == 0.0:  # a stage at rho = 0 would be outside the model's training: one Euler step
+                all_times.append(times[i])
+                rows.append(_evaluation(start, start, end, True, [np.array([end - start])]))
+                break
+            h, stages = end - start, [start + c * (end - start) for c in nodes]
+            stage_times = [times[i], *self.schedule.time(np.array(stages[1:]))]
+            for s, (at, t) in enumerate(zip(stages, stage_times, strict=True)):
+                row = np.array(matrix[s + 1] if s + 1 < len(nodes) else final, np.float64)
+                target = stages[s + 1] if s + 1 < len(nodes) else end
+                all_times.append(float(t))
+                rows.append(_evaluation(at, start, target, s == 0, [h * row[::-1]]))
+        return all_times, rows
+
+    # ---------------------------------------------------------------------------------------------- step
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | float | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple:
+        """Move the sample to the next time of the grid.
+
+        Args:
+            model_output: the model's prediction at (sample, timestep), shape of `sample`.
+            timestep: an entry of `timesteps`, best as it stands there: it is then recognised without reading it
+                back from the device.
+            sample: x_t, any shape; computed in float32 at least, returned in its own dtype.
+
+        Earlier evaluations are remembered with the tensor that was returned, so that several generations, in turn
+        or interleaved, do not disturb each other; where a pipeline hands back another tensor, the latest are used.
+
+        Raises:
+            UserError: set_timesteps has not been called, or a Runge-Kutta step is entered in its middle.
+        """
+        if not self._evaluations:
+            raise UserError("call set_timesteps(num_inference_steps) before the first step.")
+        if model_output.shape != sample.shape:
+            raise UserError(
+                f"the model's output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}; they "
+                "must agree: split a learned variance off."
+            )
+        state = self._states.get(sample, self._latest)
+        if state is not None and state.base.shape != sample.shape:
+            state = None
+        index = self._index(timestep, state)
+        if state is not None and state.index != index:
+            state = None
+        evaluation = self._evaluations[index]
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        x = sample.to(dtype)
+        history = (self._epsilon(model_output.to(dtype), x, evaluation), *(state.history if state else ()))
+        if evaluation.starts:
+            base = x
+        elif state is not None:
+            base = state.base
+        else:
+            raise UserError(f"timestep {float(timestep):g} is inside a Runge-Kutta step, where none can begin.")
+        weights = evaluation.weights[min(len(history), len(evaluation.weights)) - 1]
+        result = base * evaluation.scale
+        for weight, eps in zip(weights, history, strict=False):
+            result.add_(eps, alpha=weight)
+        result = result.to(sample.dtype)
+        self._latest = None
+        if index + 1 < len(self._evaluations):
+            self._latest = self._states[result] = _State(index + 1, base, history[:4])
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def _index(self, timestep: int | float | torch.Tensor, state: _State | None) -> int:
+        """Which evaluation a timestep belongs to; never reads a timestep of ours from the device.
+
+        A time that is not in the grid belongs to the nearest one that is.
+        """
+        index = own_index(timestep, self.timesteps)
+        if index is not None:
+            return index
+        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu" and state is not None:
+            return state.index
+        if state is None and self._begin_index is not None:
+            return self._begin_index
+        value = float(timestep)
+        if state is not None and self._times[state.index] == value:
+            return state.index
+        return min(range(len(self._times)), key=lambda i: abs(self._times[i] - value))
+
+    def _epsilon(self, output: torch.Tensor, x: torch.Tensor, at: Evaluation) -> torch.Tensor:
+        if self.config.prediction_type == "v_prediction":
+            return at.alpha * output + at.sigma * x
+        if self.config.prediction_type == "sample":
+            return (x - at.alpha * output) / at.sigma
+        return output
+
+    def _forget(self) -> None:
+        self._states, self._latest = WeakTensorKeyDictionary(), None
+
+    # ---------------------------------------------------------------------------- the rest of the interface
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Where in `timesteps` the first step will be, for pipelines that start in the middle (img2img)."""
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The sample itself: variance-preserving models take it unscaled."""
+        return sample
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """sqrt(a) x_0 + sqrt(1 - a) n at timesteps [B]; shape and dtype of original_samples."""
+        alpha, sigma = self._alpha_sigma(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The target of v-prediction, sqrt(a) n - sqrt(1 - a) x_0, at timesteps [B]."""
+        alpha, sigma = self._alpha_sigma(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def _alpha_sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a = torch.from_numpy(self.schedule.alpha_bar(timesteps.double().cpu().numpy())).to(like.device)
+        a = a.reshape(-1, *[1] * (like.ndim - 1))
+        return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def _evaluation(at: float, start: float, end: float, starts: bool, weights: list[np.ndarray]) -> Evaluation:
+    """At rho `at`, in a step that began at rho `start`: the update to rho `end`, from weights in drho."""
+    alpha, alpha_end = (1 + at**2) ** -0.5, (1 + end**2) ** -0.5
+    scaled = tuple(tuple(float(alpha_end * w) for w in row) for row in weights)
+    return Evaluation(float(alpha), float(at * alpha), starts, float(alpha_end * (1 + start**2) ** 0.5), scaled)
+
+
+def _check(name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise UserError(f"unknown {name} '{value}'; choose from {', '.join(map(str, allowed))}.")

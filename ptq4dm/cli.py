@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     collect = command("collect", "Record what a model sees while it samples, and measure its layers' inputs.")
     _model(collect, "unet-cifar10")
     _calibration(collect)
+    _sampler(collect)
     _conditioning(collect)
     collect.add_argument("--output", default="out/calibration", help="folder of the store; resumed if unfinished")
     collect.add_argument("--plot", metavar="PNG", help="draw a layer's input range over timesteps (needs matplotlib)")
@@ -65,16 +66,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--modules-to-not-convert", nargs="+", metavar="NAME", **none, help="layers to leave alone (patterns)"
     )
     _calibration(quantize)
+    _sampler(quantize)
     _conditioning(quantize)
 
     generate = command("generate", "Make images: one PNG per seed.")
     _model(generate, None, "out/quantized if `quantize` made it, else unet-cifar10")
     generate.add_argument("--num-images", type=int, default=16)
     generate.add_argument("--seed", type=int, default=0, help="seed of the first image; the next has seed + 1")
-    generate.add_argument("--num-inference-steps", type=int, default=50)
+    generate.add_argument("--num-inference-steps", "--steps", type=int, default=50)
     generate.add_argument("--batch-size", type=int, default=16)
     generate.add_argument("--output", default="out/images", help="folder of the PNGs; only missing ones are made")
-    generate.add_argument("--grid", default="out/grid.png", metavar="PNG", help="all images on one picture")
+    generate.add_argument("--picture", default="out/grid.png", metavar="PNG", help="all images on one picture")
+    _sampler(generate)
     _conditioning(generate)
 
     evaluate = command("evaluate", "Measure a model: Frechet distance, errors against full precision, speed, bytes.")
@@ -91,10 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-images", type=int, default=1000, help="samples for the Frechet distance")
     evaluate.add_argument("--num-paired", type=int, default=64, help="same-seed pairs")
     evaluate.add_argument("--num-heldout", type=int, default=64, help="recorded calls for the epsilon error")
-    evaluate.add_argument("--num-inference-steps", type=int, default=50)
+    evaluate.add_argument("--num-inference-steps", "--steps", type=int, default=50)
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", default="out/evaluation", help="folder of report.json and samples.png")
+    _sampler(evaluate)
     _conditioning(evaluate)
 
     bench = command("bench", "Compare samplers: Frechet distance against evaluations of the model.")
@@ -118,6 +122,18 @@ def _model(parser, default, note: str = "") -> None:
     parser.add_argument("--model", default=default, help=f"{text}; {note}" if note else text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+
+
+def _sampler(parser) -> None:
+    group = parser.add_argument_group("sampler")
+    group.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help="ddim, deis, a solver of it (ipndm, t_ab, rho_ab, log_rho, rho_rk), a setting such as t_ab3/quad, or "
+        "diffusers/ with ddim, deis, dpm++2m, dpm++3m, unipc, euler, heun; the model's own otherwise",
+    )
+    group.add_argument("--order", type=int, choices=range(4), help="of a DEIS solver; 0 is DDIM")
+    group.add_argument("--grid", help="timesteps: linear, quad, cubic, log, edm, beta, linspace, leading or trailing")
 
 
 def _calibration(parser) -> None:

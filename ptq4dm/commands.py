@@ -70,7 +70,7 @@ def generate(args) -> None:
     model = _default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
-    make_parent(Path(args.grid))
+    make_parent(Path(args.picture))
     pipe = _load(args, model)
     paths = generate_images(
         pipe,
@@ -82,9 +82,9 @@ def generate(args) -> None:
         **_conditioning(args),
     )
     if PartialState().is_main_process:
-        save_grid(paths, args.grid, columns=min(8, len(paths)), scale=max(1, 128 // _width(paths[0])))
+        save_grid(paths, args.picture, columns=min(8, len(paths)), scale=max(1, 128 // _width(paths[0])))
         print(f"{len(paths)} images of {model}: {args.output}")
-        print(f"picture: {args.grid}")
+        print(f"picture: {args.picture}")
 
 
 def evaluate(args) -> None:
@@ -115,6 +115,8 @@ def evaluate(args) -> None:
         raise UserError(
             f"{model} was quantized from another model: {error} Name it with --full-precision."
         ) from error
+    if full_precision is not None:  # the models are compared, not two samplers
+        full_precision.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     report = evaluate_model(pipe, full_precision, config, args.output)
     _say(f"{model}" + (f" against {original}" if original else ""))
     _say(format_report(report))
@@ -138,7 +140,7 @@ def bench(args) -> None:
     print(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
     print(table(rows))
     print(f"figures: {output}")
-    if plot_rows({str(args.model): rows}, output.with_suffix(".png")):
+    if plot_rows(str(args.model), rows, output.with_suffix(".png")):
         print(f"picture: {output.with_suffix('.png')}")
 
 
@@ -203,7 +205,15 @@ def _one_process(args) -> None:
 def _load(args, model):
     device = _device(args)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    return load_pipeline(model, getattr(torch, dtype), device)
+    pipe = load_pipeline(model, getattr(torch, dtype), device)
+    name, order, grid = (getattr(args, key, None) for key in ("sampler", "order", "grid"))
+    if name is not None:
+        from .samplers.catalog import make_sampler
+
+        pipe.scheduler = make_sampler(name, pipe.scheduler.config, order, grid)
+    elif order is not None or grid is not None:
+        raise UserError("--order and --grid belong to a sampler; name one with --sampler.")
+    return pipe
 
 
 def _default_model(args) -> str:

@@ -13,9 +13,11 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
 
 from .errors import UserError
 from .layers import LayerView
+from .modules import quantized_copy
 from .plan import LayerPlan, Plan
 
 METHODS: dict[str, type[QuantConfig]] = {}
@@ -65,9 +67,17 @@ class QuantConfig(QuantizationConfigMixin):
         """Whether `resolve` needs a store."""
         return False
 
-    def resolve(self, views: list[LayerView], store) -> dict[str, LayerPlan]:
+    def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, LayerPlan]:
         """The method itself: layer name -> choices. `store` is a CalibrationStore or None."""
         raise NotImplementedError
+
+    def pack(self, model: nn.Module, plan: Plan, store) -> dict[str, nn.Module]:
+        """The quantized layers of a plan, by name. The model is left as it is.
+
+        Here each layer comes from its own weight; a method that needs more (what layers share, what they are fed)
+        has its own, and may complete the plan by what it finds.
+        """
+        return {name: quantized_copy(model.get_submodule(name), choice, name) for name, choice in plan.layers.items()}
 
     # --- diffusers' side ------------------------------------------------------------------------------------
 

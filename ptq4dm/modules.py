@@ -1,8 +1,8 @@
-"""Quantized layers: int8 codes, scales and bias, nothing else.
+"""Quantized layers: codes, scales and bias, nothing else.
 
 They subclass nn.Linear and nn.Conv2d so that tools that look for those types (LoRA adapters, offloading) find
 them; `weight` answers with the codes, and no float copy of the weight exists. A further format is one more pair
-of classes in FORMATS.
+of classes in FORMATS, and a class of choices in plan.PLANS.
 """
 
 from __future__ import annotations
@@ -17,31 +17,71 @@ from .plan import LayerPlan
 from .ranges import weight_scale
 
 
-class _Int8Layer:
+class QuantizedLayer:
+    """What all quantized layers share; a format's classes inherit from this first, then from nn.Linear or nn.Conv2d.
+
+    They have `qweight`, the codes; `dequantized_weight()`, float32 and made anew in each call; and `kernel_name()`,
+    the kernel that serves the layer where its codes are now. All tensors are nn.Parameters without gradient, so that
+    device maps with offloading move them. `bias` is registered first: a model's `dtype` is that of its first floating
+    parameter.
+
+    kept: names of the floating tensors that keep their dtype whatever the model is converted to.
+    """
+
+    plan: object
+    kept: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        """What `.to()` and `.half()` go through: kept tensors move but stay what they are, and nothing becomes an
+        8-bit float (diffusers' layerwise casting would store scales so)."""
+        kept = [getattr(self, name) for name in self.kept]
+
+        def careful(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            keep = any(tensor is one for one in kept) or new.dtype.itemsize == 1
+            return tensor.to(new.device) if keep and new.dtype != tensor.dtype else new
+
+        return super()._apply(careful, recurse)
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes: float weights are not kept."""
+        return self.qweight
+
+    def dequantized(self, dtype: torch.dtype) -> nn.Module:
+        """A float layer with the dequantized weight, in the bias's dtype or, without one, in `dtype`."""
+        layer = self._float_layer()
+        dtype = dtype if self.bias is None else self.bias.dtype
+        layer.weight = nn.Parameter(self.dequantized_weight().to(dtype))
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+
+def frozen(*size: int, dtype: torch.dtype, device) -> nn.Parameter:
+    """An empty parameter without gradient."""
+    return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+
+
+class _Int8Layer(QuantizedLayer):
     """What Int8Linear and Int8Conv2d share.
 
-    Tensors (all nn.Parameter without gradient, so that device maps with offloading move them):
-        bias              [N] in the model's dtype, or None. Registered first: a model's `dtype` is that of its
-                          first floating parameter.
-        qweight           [N, ...] int8, symmetric per output channel
-        weight_scale      [N] float32
-        input_scale       [] float32    } static layers only
-        input_zero_point  [] int32      }
+    bias              [N] in the model's dtype, or None
+    qweight           [N, ...] int8, symmetric per output channel
+    weight_scale      [N] float32
+    input_scale       [] float32    } static layers only
+    input_zero_point  [] int32      }
     """
 
     plan: LayerPlan
+    kept = ("weight_scale", "input_scale")
 
     def _allocate(self, shape: tuple[int, ...], plan: LayerPlan, bias_dtype: torch.dtype | None, device):
         self.plan = plan
-
-        def new(*size: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
-
-        self.bias = None if bias_dtype is None else new(shape[0], dtype=bias_dtype)
-        self.qweight = new(*shape, dtype=torch.int8)
-        self.weight_scale = new(shape[0], dtype=torch.float32)
-        self.input_scale = new(dtype=torch.float32) if plan.static else None
-        self.input_zero_point = new(dtype=torch.int32) if plan.static else None
+        self.bias = None if bias_dtype is None else frozen(shape[0], dtype=bias_dtype, device=device)
+        self.qweight = frozen(*shape, dtype=torch.int8, device=device)
+        self.weight_scale = frozen(shape[0], dtype=torch.float32, device=device)
+        self.input_scale = frozen(dtype=torch.float32, device=device) if plan.static else None
+        self.input_zero_point = frozen(dtype=torch.int32, device=device) if plan.static else None
 
     @torch.no_grad()
     def pack(self, weight: Tensor, name: str) -> None:
@@ -61,34 +101,9 @@ class _Int8Layer:
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.to(weight.device), requires_grad=False))
 
-    def _apply(self, fn, recurse=True):
-        """What `.to()` and `.half()` go through: scales move but stay float32, and nothing becomes an 8-bit float
-        (diffusers' layerwise casting would store scales so)."""
-        scales = (self.weight_scale, self.input_scale)
-
-        def careful(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            keep = any(tensor is scale for scale in scales) or new.dtype.itemsize == 1
-            return tensor.to(new.device) if keep and new.dtype != tensor.dtype else new
-
-        return super()._apply(careful, recurse)
-
-    @property
-    def weight(self) -> Tensor:
-        """The codes: float weights are not kept."""
-        return self.qweight
-
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
         return dequantize_weight(self.qweight, self.weight_scale)
-
-    def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """A float layer with the dequantized weight, in the bias's dtype or, without one, in `dtype`."""
-        layer = self._float_layer()
-        dtype = dtype if self.bias is None else self.bias.dtype
-        layer.weight = nn.Parameter(self.dequantized_weight().to(dtype))
-        layer.bias = self.bias
-        return layer.train(self.training)
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
@@ -147,17 +162,17 @@ FORMATS: dict[str, dict[type, type]] = {"int8": {nn.Linear: Int8Linear, nn.Conv2
 
 
 def is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, _Int8Layer)
+    return isinstance(module, QuantizedLayer)
 
 
-def empty_quantized(module: nn.Module, plan: LayerPlan, device=None) -> nn.Module:
+def empty_quantized(module: nn.Module, plan, device=None) -> nn.Module:
     """A quantized layer of the module's shape, its tensors allocated but not filled."""
     kinds = FORMATS[plan.format]
     return kinds[type(module)](module, plan, device)
 
 
 @torch.no_grad()
-def quantized_copy(module: nn.Module, plan: LayerPlan, name: str) -> nn.Module:
+def quantized_copy(module: nn.Module, plan, name: str) -> nn.Module:
     """The quantized layer of a float layer: same device, the same bias. `name` is for error messages."""
     layer = empty_quantized(module, plan, module.weight.device)
     layer.pack(module.weight, name)

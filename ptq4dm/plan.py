@@ -43,9 +43,16 @@ class LayerPlan:
         return f"{name} (simulated)" if self.simulated else name
 
 
+# format -> the dataclass of a layer's choices in it; a method with a format of its own adds one.
+PLANS: dict[str, type] = {"int8": LayerPlan}
+
+
 @dataclass
 class Plan:
-    """method: who made it; layers: module name -> LayerPlan. Layers not named keep their precision."""
+    """method: who made it; layers: module name -> its choices, of the class that PLANS names for their `format`.
+
+    Layers not named keep their precision.
+    """
 
     method: str
     layers: dict[str, LayerPlan] = field(default_factory=dict)
@@ -56,7 +63,8 @@ class Plan:
     @classmethod
     def from_dict(cls, data: dict) -> Plan:
         try:
-            return cls(data["method"], {name: LayerPlan(**layer) for name, layer in data["layers"].items()})
+            layers = {name: PLANS.get(layer["format"], LayerPlan)(**layer) for name, layer in data["layers"].items()}
+            return cls(data["method"], layers)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"this is not a plan written by ptq4dm ({error}).") from None
 

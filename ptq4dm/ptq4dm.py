@@ -36,6 +36,6 @@ class PTQ4DMConfig(IntegerConfig):
         super().__post_init__()
         self.objective_parameter = objective_parameter(self.objective, self.objective_parameter)
 
-    def resolve(self, views: list[LayerView], store) -> dict[str, LayerPlan]:
+    def resolve(self, model, views: list[LayerView], store) -> dict[str, LayerPlan]:
         plans = {view.name: self.layer_plan(view, store, self.objective, self.objective_parameter) for view in views}
         return {name: plan for name, plan in plans.items() if plan is not None}

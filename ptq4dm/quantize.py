@@ -8,7 +8,7 @@ from .collect import binned_batches
 from .config import QuantConfig
 from .errors import UserError
 from .layers import find_layers
-from .modules import FORMATS, is_quantized, quantized_copy, replace_module
+from .modules import FORMATS, is_quantized, replace_module
 from .plan import Plan
 from .quantizer import mark_quantized, resolved
 from .record import replay
@@ -34,7 +34,7 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
     if store is not None:
         store.check_model(model)
     views = find_layers(model, config.modules_to_not_convert)
-    plan = Plan(config.method, config.resolve(views, store))
+    plan = Plan(config.method, config.resolve(model, views, store))
     if not plan.layers:
         raise UserError("no layer of the model is left to quantize; check modules_to_not_convert.")
     return plan
@@ -60,7 +60,7 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
         store = CalibrationStore.load(config.calibration)
     plan = config.plan or make_plan(model, config, store)
     check_plan(model, plan)
-    layers = {name: quantized_copy(model.get_submodule(name), choice, name) for name, choice in plan.layers.items()}
+    layers = config.pack(model, plan, store)
     errors = _output_errors(model, layers, store) if store is not None else _weight_errors(model, layers)
     before = stored_bytes(model)
     for name, layer in layers.items():
@@ -74,6 +74,7 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
             "bytes": stored_bytes(layer),
             "sqnr": errors[name].decibel,
             "basis": "weight" if store is None else "output",
+            **getattr(layer, "stages", {}),
         }
         for name, layer in layers.items()
     ]

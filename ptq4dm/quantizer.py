@@ -19,8 +19,6 @@ from .modules import empty_quantized, is_quantized, replace_module
 from .plan import Plan
 from .store import CalibrationStore, layer_fingerprint
 
-FLOAT32_TENSORS = ("weight_scale", "input_scale")
-
 
 class PTQ4DMQuantizer(DiffusersQuantizer):
     """Loads packed checkpoints, or packs each layer as its weight arrives.
@@ -77,7 +75,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
         module, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
-            return tensor in FLOAT32_TENSORS and is_quantized(model.get_submodule(module))
+            return tensor in getattr(model.get_submodule(module), "kept", ())
         return tensor == "weight" and module in self.quantization_config.plan.layers
 
     def create_quantized_param(
@@ -85,7 +83,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     ):
         name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(name)
-        if self.pre_quantized:  # param_value has been cast to the model's dtype; scales stay float32
+        if self.pre_quantized:  # param_value has been cast to the model's dtype; kept tensors stay as stored
             value = state_dict[param_name].to(target_device)
             setattr(module, tensor, nn.Parameter(value, requires_grad=False))
             return

@@ -15,6 +15,6 @@ from .plan import LayerPlan
 class RTNConfig(IntegerConfig):
     """Round-to-nearest with maximum ranges. Options: IntegerConfig."""
 
-    def resolve(self, views: list[LayerView], store) -> dict[str, LayerPlan]:
+    def resolve(self, model, views: list[LayerView], store) -> dict[str, LayerPlan]:
         plans = {view.name: self.layer_plan(view, store, "max", None) for view in views}
         return {name: plan for name, plan in plans.items() if plan is not None}

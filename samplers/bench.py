@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,10 +47,13 @@ class SamplerBench:
     batch_size: int = 100
     seed: int = 0
 
-    def check(self, config) -> None:
-        """Raises UserError for a name that is no sampler, and for figures that measure nothing."""
+    def check(self, pipe) -> None:
+        """Raises UserError for a name that is no sampler, figures that measure nothing, and latent or text models."""
+        config = denoiser(pipe).config
+        if config.in_channels != 3 or config.sample_size != 32 or getattr(pipe, "vae", None) is not None:
+            raise UserError("the bench compares samplers on 32x32 pixel models such as unet-cifar10 and dit-cifar10.")
         for name in self.samplers:
-            make_sampler(name, config)
+            make_sampler(name, pipe.scheduler.config)
         if self.num_images < 2 or self.batch_size < 1 or not self.evaluations or min(self.evaluations) < 1:
             raise UserError("the bench needs 2 images or more, a batch size and budgets of 1 or more.")
 
@@ -77,7 +80,7 @@ def solve(model, scheduler, noise: torch.Tensor, labels: torch.Tensor | None) ->
 
 
 def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> list[dict]:
-    """Measure what is missing in the JSON file `output`; returns all its rows.
+    """Measure what is missing in the JSON file `output`; returns the rows asked for, in the order asked.
 
     Args:
         settings: what else decides a figure (model, dtype); a file made with other settings is refused.
@@ -85,19 +88,25 @@ def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> 
     Raises:
         UserError: other settings in the file, an unknown sampler, or figures that measure nothing.
     """
-    config.check(pipe.scheduler.config)
+    config.check(pipe)
     settings = {**settings, "num_images": config.num_images, "seed": config.seed, "metric": "feature-fid"}
     rows = read_rows(output, settings)
     done = {(row["sampler"], row["budget"]) for row in rows}
     todo = [(s, b) for s in config.samplers for b in config.evaluations if (s, b) not in done]
-    if not todo:
-        return rows
+    if todo:
+        _measure(pipe, config, todo, rows, lambda: _write(output, settings, rows))
+    found = {(row["sampler"], row["budget"]): row for row in rows}
+    return [found[s, b] for s in config.samplers for b in config.evaluations]
+
+
+def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: list[dict], save) -> None:
+    """Append a row for each (sampler, budget), and save after each."""
     model = denoiser(pipe)
-    device, channels, size = model.device, model.config.in_channels, model.config.sample_size
+    device = model.device
     extractor = load_extractor("feature-fid", device)
     real = load_reference_statistics(extractor, None, config.batch_size).statistics
     seeds = range(config.seed, config.seed + config.num_images)
-    noise = torch.cat([torch.randn(1, channels, size, size, generator=_generator(s)) for s in seeds])
+    noise = torch.cat([torch.randn(1, 3, 32, 32, generator=_generator(s)) for s in seeds])
     classes = class_count(pipe)
     labels = None if classes is None else torch.tensor(list(seeds)) % classes
     run = torch.compile(model, dynamic=False) if device.type == "cuda" else model
@@ -122,9 +131,12 @@ def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> 
                     "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
                 }
             )
-            with replacing(output) as temporary:
-                temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-    return rows
+            save()
+
+
+def _write(output: Path, settings: dict, rows: list[dict]) -> None:
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
 
 
 def read_rows(output: Path, settings: dict) -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ptq4dm.files import replacing
 
 
-def table(rows: list[dict], best: bool = True) -> str:
+def table(rows: list[dict]) -> str:
     """A Markdown table: a line per sampler, a column per budget; the best of a column in bold.
 
     A sampler that cannot use up a budget (Heun's method takes odd numbers) shows what it used in brackets.
@@ -22,7 +22,7 @@ def table(rows: list[dict], best: bool = True) -> str:
         if row is None:
             return ""
         text = f"{row['feature_fid']:.2f}"
-        text = f"**{text}**" if best and row["feature_fid"] == lowest[budget] else text
+        text = f"**{text}**" if row["feature_fid"] == lowest[budget] else text
         return text if row["evaluations"] == budget else f"{text} ({row['evaluations']})"
 
     lines = ["| sampler | " + " | ".join(map(str, budgets)) + " |", "|---" * (len(budgets) + 1) + "|"]
@@ -30,8 +30,8 @@ def table(rows: list[dict], best: bool = True) -> str:
     return "\n".join(lines)
 
 
-def plot_rows(panels: dict[str, list[dict]], path: Path) -> bool:
-    """Frechet distance over evaluations, a panel per model, a line per sampler; False without matplotlib."""
+def plot_rows(title: str, rows: list[dict], path: Path) -> bool:
+    """Frechet distance over evaluations, a line per sampler (diffusers' dashed); False without matplotlib."""
     try:
         import matplotlib
 
@@ -40,26 +40,27 @@ def plot_rows(panels: dict[str, list[dict]], path: Path) -> bool:
         from matplotlib.ticker import NullFormatter, ScalarFormatter
     except ImportError:
         return False
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False)
-    for ax, (title, rows) in zip(axes[0], panels.items(), strict=True):
-        for name in dict.fromkeys(row["sampler"] for row in rows):
-            own = sorted((r["evaluations"], r["feature_fid"]) for r in rows if r["sampler"] == name)
-            ours = not name.startswith("diffusers/")
-            ax.plot(*zip(*own, strict=True), "o-" if ours else "x--", label=name, lw=1.8 if ours else 1.1, ms=4)
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ticks = sorted({row["budget"] for row in rows})
-        ax.set_xticks(ticks, [str(t) for t in ticks])
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.set_yticks([3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 200])
-        ax.set_ylim(bottom=0.95 * min(row["feature_fid"] for row in rows))
-        ax.set_xlabel("evaluations of the model")
-        ax.set_ylabel("feature-FID")
-        ax.set_title(title)
-        ax.legend(fontsize=7)
-        ax.grid(alpha=0.3)
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    figures = [row["feature_fid"] for row in rows]
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        own = sorted((r["evaluations"], r["feature_fid"]) for r in rows if r["sampler"] == name)
+        theirs = name.startswith("diffusers/")
+        axes.plot(*zip(*own, strict=True), "x--" if theirs else "o-", label=name, lw=1 if theirs else 2, ms=4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    budgets = sorted({row["budget"] for row in rows})
+    axes.set_xticks(budgets, map(str, budgets))
+    low, high = 0.97 * min(figures), 1.05 * max(figures)
+    axes.set_yticks([t for t in (2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 13, 16, 20, 30, 50, 100, 200) if low < t < high])
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("evaluations of the model")
+    axes.set_ylabel("feature-FID")
+    axes.set_title(title)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.grid(alpha=0.3)
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

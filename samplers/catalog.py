@@ -1,10 +1,10 @@
 """Samplers by name: ours in every setting, and diffusers' own, all built from a pipeline's scheduler config.
 
-    ddim, deis                       ours with their defaults
-    t_ab3/quad, ipndm2/edm, ...      DEIS solver and order / timestep grid
-    rho_rk-3kutta/edm                Runge-Kutta method / timestep grid
-    .../last                         any of these, ending at the grid's last time instead of clean data
-    diffusers/dpm++2m, ...           diffusers' own; with -karras where they know that grid
+ddim, deis                                  ours, with their defaults
+ipndm, t_ab, rho_ab, log_rho, rho_rk        the solvers of DEIS, each with its best order and grid
+ipndm2/edm, t_ab3/quad, rho_rk-3heun/edm    solver and order (or Runge-Kutta method) / timestep grid
+.../clean                                   any of the latter, ending at clean data (final_denoise)
+diffusers/dpm++2m, ...                      diffusers' own; with -karras where they know that grid
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ptq4dm.errors import UserError
 
 from .coefficients import RUNGE_KUTTA
 from .ddim import DDIMScheduler
-from .deis import SOLVERS, DEISScheduler
+from .deis import DEFAULTS, DEISScheduler
 from .grids import GRIDS
 
 DIFFUSERS = {
@@ -30,29 +30,41 @@ DIFFUSERS = {
     "euler": ("EulerDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
 }
-PLAIN = {"ddim": DDIMScheduler, "deis": DEISScheduler}
-_OURS = re.compile(r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/last)?")
+_OURS = re.compile(r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?")
 
 
-def make_sampler(name: str, config):
+def make_sampler(name: str, config, order: int | None = None, grid: str | None = None):
     """The scheduler that a name stands for, on the noise schedule of another scheduler's config.
 
+    Args:
+        order, grid: for the plain names of ours: `DEISScheduler`'s order and timestep_grid; DDIM has a grid only.
+
     Raises:
-        UserError: no such sampler.
+        UserError: no such sampler, or an order or a grid where there can be none.
     """
-    if name in PLAIN:
-        return PLAIN[name].from_config(config)
+    given = {key: value for key, value in (("order", order), ("timestep_grid", grid)) if value is not None}
+    if name == "ddim":
+        if order is not None:
+            raise UserError("ddim has no order; choose sampler deis for orders 0 to 3.")
+        return DDIMScheduler.from_config(config, **given)
+    if name == "deis":
+        return DEISScheduler.from_config(config, **given)
+    if name in DEFAULTS:
+        return DEISScheduler.from_config(config, solver=name, **given)
+    if given:
+        raise UserError(
+            f"sampler '{name}' fixes its order and grid; give a plain name (ddim, deis) or leave them out."
+        )
     if name.startswith("diffusers/"):
         return _diffusers(name, config)
     match = _OURS.fullmatch(name)
     if not match or match[4] not in GRIDS or (match[3] and match[3] not in RUNGE_KUTTA):
         raise UserError(
-            f"unknown sampler '{name}'; choose ddim, deis, SOLVER+ORDER/GRID such as ipndm3/edm (solvers "
-            f"{', '.join(SOLVERS[:-1])}; grids {', '.join(GRIDS)}), rho_rk-METHOD/GRID ({', '.join(RUNGE_KUTTA)}), "
-            f"or diffusers/ with {', '.join(DIFFUSERS)}."
+            f"unknown sampler '{name}'; choose ddim, deis, {', '.join(DEFAULTS)}, one with order and grid such as "
+            f"t_ab3/quad or rho_rk-3heun/edm, or diffusers/ with {', '.join(DIFFUSERS)}."
         )
     solver = {"solver": match[1], "order": int(match[2])} if match[1] else {"solver": "rho_rk", "rk_method": match[3]}
-    return DEISScheduler.from_config(config, timestep_grid=match[4], final_denoise=not match[5], **solver)
+    return DEISScheduler.from_config(config, timestep_grid=match[4], final_denoise=bool(match[5]), **solver)
 
 
 def _diffusers(name: str, config):
@@ -62,4 +74,6 @@ def _diffusers(name: str, config):
     if short not in DIFFUSERS or (karras and short == "ddim"):
         raise UserError(f"unknown sampler '{name}'; diffusers/ goes with {', '.join(DIFFUSERS)}.")
     kind, options = DIFFUSERS[short]
-    return getattr(diffusers, kind).from_config(config, **options, **({"use_karras_sigmas": True} if karras else {}))
+    if karras:
+        options = {**options, "use_karras_sigmas": True}
+    return getattr(diffusers, kind).from_config(config, **options)

@@ -66,6 +66,9 @@ class DDIMScheduler(diffusers.DDIMScheduler):
             schedule = DiscreteVP(np.array(self._alphas))
             times = make_grid(schedule, self.config.timestep_grid, num_inference_steps, self.config.steps_offset)
             self.timesteps = torch.from_numpy(times[:-1]).long()
+        # By rounding, diffusers' trailing can have one too many, and its leading with an offset begin at N.
+        limit = torch.arange(self.config.num_train_timesteps - 1, -1, -1)[:num_inference_steps]
+        self.timesteps = torch.minimum(self.timesteps[:num_inference_steps], limit)
         self._times = self.timesteps.tolist()
         self.timesteps = self.timesteps.to(device)
 
@@ -122,7 +125,9 @@ class DDIMScheduler(diffusers.DDIMScheduler):
             return output, (x - alpha * output) / sigma
         if self.config.prediction_type == "v_prediction":
             return alpha * x - sigma * output, alpha * output + sigma * x
-        raise UserError(f"unknown prediction_type '{self.config.prediction_type}'; choose epsilon, v_prediction, sample.")
+        raise UserError(
+            f"unknown prediction_type '{self.config.prediction_type}'; choose epsilon, v_prediction, sample."
+        )
 
     def _alpha_pair(self, timestep: int | torch.Tensor) -> tuple[float, float]:
         """alpha_bar at a timestep and at the next one of the grid."""

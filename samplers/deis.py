@@ -14,19 +14,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, DDIMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ptq4dm.errors import UserError
 
-from .coefficients import MULTISTEP, RUNGE_KUTTA, multistep_weights
-from .grids import make_grid
+from .coefficients import RUNGE_KUTTA, multistep_weights
+from .grids import GRIDS, make_grid
 from .schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of
 from .timesteps import own_index
 
-SOLVERS = (*MULTISTEP, "rho_rk")
+# Order and grid of each solver where the user names none: the best of the README's tables.
+DEFAULTS = {
+    "t_ab": (3, "quad"),
+    "ipndm": (2, "linear"),
+    "rho_ab": (2, "quad"),
+    "log_rho": (1, "edm"),
+    "rho_rk": (None, "edm"),
+}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -47,11 +54,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _State:
-    """What the next evaluation needs of the ones before."""
+    """What the next evaluation needs of the ones before, in tensors that no caller can write to."""
 
     index: int
-    base: torch.Tensor
+    shape: torch.Size
+    base: torch.Tensor | None  # where its step began, if before it
     history: tuple[torch.Tensor, ...]
+
+
+class _States(WeakTensorKeyDictionary):
+    """States by the sample that was returned, as long as it lives; not part of a pickled scheduler."""
+
+    def __reduce__(self):
+        return _States, ()
 
 
 class DEISScheduler(SchedulerMixin, ConfigMixin):
@@ -63,25 +78,32 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, steps_offset: as in
             diffusers. beta_schedule "continuous" is the VP-SDE with beta_start, beta_end at t = 0, 1 (0.1 and 20,
             say); the model is then called with t in [0.001, 1].
-        solver: "ipndm" (Adams-Bashforth weights for even steps), "t_ab" (tAB-DEIS), "rho_ab", "log_rho" (diffusers'
+        solver: "t_ab" (tAB-DEIS), "ipndm" (Adams-Bashforth weights for even steps; the best in full precision at
+            few steps, but its weights amplify the error of a quantized model), "rho_ab", "log_rho" (diffusers'
             DEIS) or "rho_rk" (Runge-Kutta in rho, several evaluations a step).
-        order: degree of the polynomial, 0 (DDIM) to 3; solver "rho_rk" has its own. None: 3, and for "log_rho"
-            solver_order - 1.
+        order: degree of the polynomial, 0 (DDIM) to 3; "rho_rk" has its own. None: the solver's best, see DEFAULTS;
+            for "log_rho" solver_order - 1.
         rk_method: "1euler", "2heun", "3kutta", "3heun", "3ral" or "4rk"; "rho_rk" only.
         timestep_grid: "linear", "quad", "cubic" (even in t^(1/k)), "log" (even in log rho), "edm" (even in
-            rho^(1/7)), "linspace", "leading", "trailing" (diffusers'). timestep_spacing of other schedulers'
-            configs is not read.
-        final_denoise: the last step ends at clean data (rho = 0), not at the last time of the grid (t = 0, where
-            sigma is 0.01 in DDPM's schedule). Costs no evaluation.
+            rho^(1/7)), "beta", "linspace", "leading", "trailing" (diffusers'). None: "edm", "log" or "beta" where
+            diffusers' use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas is set, else the solver's best.
+            timestep_spacing of other schedulers' configs is not read.
+        final_denoise: the last step ends at clean data (rho = 0) instead of the last time of the grid (t = 0, where
+            sigma is 0.01 in DDPM's schedule). Either costs the same evaluations. Off, as in the DEIS authors' code
+            and diffusers' DEIS: feature-FID is then a little lower in nearly every row of the README's tables.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of the predicted x_0, for
+            guided pixel-space models, as in diffusers.
         lower_order_final: "log_rho" only: order 0 in the last step and 1 in the one before, when there are fewer
             than 15, as in diffusers.
         solver_order: diffusers' name for order + 1; read by "log_rho" when `order` is None.
+        algorithm_type, solver_type: have one value each, as in diffusers' DEIS, whose configs carry them.
 
     Raises:
         UserError: a choice that does not exist.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _threshold_sample = DDIMScheduler._threshold_sample
 
     @register_to_config
     def __init__(
@@ -92,27 +114,44 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         beta_schedule: str = "linear",
         trained_betas: np.ndarray | list[float] | None = None,
         prediction_type: str = "epsilon",
-        solver: str = "ipndm",
+        solver: str = "t_ab",
         order: int | None = None,
-        rk_method: str = "3kutta",
-        timestep_grid: str = "edm",
-        final_denoise: bool = True,
+        rk_method: str = "3heun",
+        timestep_grid: str | None = None,
+        final_denoise: bool = False,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
         lower_order_final: bool = True,
         solver_order: int = 2,
+        algorithm_type: str = "deis",
+        solver_type: str = "logrho",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
         steps_offset: int = 0,
     ):
-        _check("solver", solver, SOLVERS)
+        _check("solver", solver, tuple(DEFAULTS))
         _check("prediction_type", prediction_type, PREDICTIONS)
         _check("rk_method", rk_method, tuple(RUNGE_KUTTA))
-        if order is None:
-            order = solver_order - 1 if solver == "log_rho" else 3
-        _check("order", order, (0, 1, 2, 3))
-        self._order = order
+        if timestep_grid is not None:
+            _check("timestep_grid", timestep_grid, GRIDS)
+        if order is not None:
+            _check("order", order, (0, 1, 2, 3))
+        self.register_to_config(algorithm_type="deis", solver_type="logrho")  # another scheduler's may have come in
+        named = {"edm": use_karras_sigmas, "log": use_exponential_sigmas, "beta": use_beta_sigmas}
+        asked = [grid for grid, flag in named.items() if flag]
+        if solver == "log_rho" and order is None:
+            _check("solver_order", solver_order, (1, 2, 3, 4))
+        if len(asked) > 1:
+            raise UserError("use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas exclude each other.")
+        best_order, best_grid = DEFAULTS[solver]
+        self._grid = timestep_grid or (asked or [best_grid])[0]
+        self._order = order if order is not None else solver_order - 1 if solver == "log_rho" else best_order
         if beta_schedule == "continuous":
             self.schedule = ContinuousVP(beta_start, beta_end)
-            t = np.linspace(0, 1, num_train_timesteps + 1)[1:]
-            a = self.schedule.alpha_bar(t)
-            betas = 1 - a / np.append(1.0, a[:-1])
+            a = self.schedule.alpha_bar(np.linspace(0, 1, num_train_timesteps + 1))
+            betas = 1 - a[1:] / a[:-1]
         else:
             betas = discrete_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
             self.schedule = DiscreteVP(np.cumprod(1 - betas))
@@ -139,7 +178,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         each of its stages (some between whole timesteps, so they are float64).
         """
         config = self.config
-        grid = make_grid(self.schedule, config.timestep_grid, int(num_inference_steps), config.steps_offset)
+        grid = make_grid(self.schedule, self._grid, int(num_inference_steps), config.steps_offset)
         rho = rho_of(self.schedule, grid)
         if config.final_denoise:
             rho[-1] = 0.0
@@ -164,7 +203,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         return rows
 
     def _runge_kutta(self, times: np.ndarray, rho: np.ndarray) -> tuple[list[float], list[Evaluation]]:
-        """Stage s of a step of length h is at rho + c_s h; its update leads to the next stage, the last to the end."""
+        """Stage s of a step of length h is at rho + c_s h; its update leads to the next one, the last to the end."""
         nodes, matrix, final = RUNGE_KUTTA[self.config.rk_method]
         all_times, rows = [], []
         for i, (start, end) in enumerate(zip(rho[:-1], rho[1:], strict=True)):
@@ -212,7 +251,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
                 "must agree: split a learned variance off."
             )
         state = self._states.get(sample, self._latest)
-        if state is not None and state.base.shape != sample.shape:
+        if state is not None and state.shape != sample.shape:
             state = None
         index = self._index(timestep, state)
         if state is not None and state.index != index:
@@ -234,13 +273,22 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         result = result.to(sample.dtype)
         self._latest = None
         if index + 1 < len(self._evaluations):
-            self._latest = self._states[result] = _State(index + 1, base, history[:4])
+            following = self._evaluations[index + 1]
+            past = history[: len(following.weights[-1]) - 1]
+            # The caller may write the next sample and output over these two (static buffers of a CUDA graph).
+            if past and past[0] is model_output:
+                past = (model_output.clone(), *past[1:])
+            if following.starts:
+                base = None
+            elif base is sample:
+                base = base.clone()
+            self._latest = self._states[result] = _State(index + 1, sample.shape, base, past)
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
     def _index(self, timestep: int | float | torch.Tensor, state: _State | None) -> int:
         """Which evaluation a timestep belongs to; never reads a timestep of ours from the device.
 
-        A time that is not in the grid belongs to the nearest one that is.
+        A time that is not in the grid belongs to the nearest one that is; of two equal ones, a step begins at it.
         """
         index = own_index(timestep, self.timesteps)
         if index is not None:
@@ -252,17 +300,23 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         value = float(timestep)
         if state is not None and self._times[state.index] == value:
             return state.index
-        return min(range(len(self._times)), key=lambda i: abs(self._times[i] - value))
+        return min(
+            range(len(self._times)), key=lambda i: (abs(self._times[i] - value), not self._evaluations[i].starts)
+        )
 
     def _epsilon(self, output: torch.Tensor, x: torch.Tensor, at: Evaluation) -> torch.Tensor:
+        """The noise that the model predicts, whatever it was trained to predict."""
         if self.config.prediction_type == "v_prediction":
-            return at.alpha * output + at.sigma * x
-        if self.config.prediction_type == "sample":
-            return (x - at.alpha * output) / at.sigma
+            output = at.alpha * output + at.sigma * x
+        elif self.config.prediction_type == "sample":
+            output = (x - at.alpha * output) / at.sigma
+        if self.config.thresholding:
+            x0 = self._threshold_sample((x - at.sigma * output) / at.alpha)
+            output = (x - at.alpha * x0) / at.sigma
         return output
 
     def _forget(self) -> None:
-        self._states, self._latest = WeakTensorKeyDictionary(), None
+        self._states, self._latest = _States(), None
 
     # ---------------------------------------------------------------------------- the rest of the interface
 

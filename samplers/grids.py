@@ -1,12 +1,14 @@
 """Timestep grids: n + 1 decreasing times; the model is called at the first n.
 
 linear, quad, cubic: even in t^(1/k), k = 1, 2, 3; log: even in log rho; edm: even in rho^(1/7) (Karras et al.,
-arXiv:2206.00364, eq. 5). linspace, leading, trailing: diffusers' own.
+arXiv:2206.00364, eq. 5); beta: rho at quantiles of Beta(0.6, 0.6) (arXiv:2407.12173). linspace, leading, trailing:
+diffusers' own.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from scipy.stats import beta
 
 from ptq4dm.errors import UserError
 
@@ -15,7 +17,7 @@ from .schedule import Schedule, rho_of
 POWERS = {"linear": 1, "quad": 2, "cubic": 3}
 EDM_POWER = 7
 SPACINGS = ("linspace", "leading", "trailing")
-GRIDS = (*POWERS, "log", "edm", *SPACINGS)
+GRIDS = (*POWERS, "log", "edm", "beta", *SPACINGS)
 
 
 def make_grid(schedule: Schedule, grid: str, num_steps: int, steps_offset: int = 0) -> np.ndarray:
@@ -46,19 +48,21 @@ def make_grid(schedule: Schedule, grid: str, num_steps: int, steps_offset: int =
         top, bottom = rho_of(schedule, first), rho_of(schedule, last)
         if grid == "log":
             rho = np.geomspace(top, bottom, num_steps + 1)
+        elif grid == "beta":
+            rho = bottom + (top - bottom) * beta.ppf(np.linspace(1, 0, num_steps + 1), 0.6, 0.6)
         else:
             rho = np.linspace(top ** (1 / EDM_POWER), bottom ** (1 / EDM_POWER), num_steps + 1) ** EDM_POWER
         times = schedule.time(rho)
         times[0], times[-1] = first, last
-    return _whole(times) if schedule.discrete else times
+    return _whole(times, first) if schedule.discrete else times
 
 
-def _whole(times: np.ndarray) -> np.ndarray:
-    """Truncate as the DEIS authors do (quad and cubic then start at N - 2); equal times move up by one."""
+def _whole(times: np.ndarray, first: float) -> np.ndarray:
+    """Truncate as the DEIS authors do (quad and cubic then start at N - 2); equal times move up by one, or down."""
     times = np.floor(times)
     for i in range(len(times) - 2, -1, -1):
         times[i] = max(times[i], times[i + 1] + 1)
-    return times
+    return np.minimum(times, first - np.arange(len(times)))
 
 
 def _spacing(num_train: int, grid: str, num_steps: int, steps_offset: int) -> np.ndarray:
@@ -67,6 +71,7 @@ def _spacing(num_train: int, grid: str, num_steps: int, steps_offset: int) -> np
         return np.linspace(num_train - 1, 0, num_steps + 1).round()
     if grid == "leading":
         times = np.arange(num_steps, 0, -1.0) * (num_train // (num_steps + 1)) + steps_offset
+        times = np.minimum(times, num_train - 1 - np.arange(num_steps))
     else:
         times = np.round(np.arange(num_train, 0, -num_train / num_steps))[:num_steps] - 1
     return np.append(times, 0.0)

@@ -50,7 +50,7 @@ class DiscreteVP:
 
 @dataclass(frozen=True)
 class ContinuousVP:
-    """The VP-SDE with linear beta(t): a(t) = exp(-t beta_min - t^2 (beta_max - beta_min) / 2), t from 1 down to `last`."""
+    """The VP-SDE, beta linear in t: a(t) = exp(-t beta_min - t^2 (beta_max - beta_min) / 2); t from 1 to `last`."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0

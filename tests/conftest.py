@@ -1,7 +1,10 @@
 """What several test files share."""
 
+import importlib.util
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,3 +42,25 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def analytic():
+    """The module analytic.py: problems with known solutions. (Test files cannot import one another.)"""
+    spec = importlib.util.spec_from_file_location("analytic", Path(__file__).with_name("analytic.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Outputs of the DEIS authors' code; data/README.md says what is in it."""
+    with np.load(Path(__file__).parent / "data" / "deis-gmm2d.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def mixture(analytic, golden):
+    """The problem of those outputs."""
+    return analytic.Mixture(*(torch.from_numpy(golden[f"problem/{name}"]) for name in ("means", "weights", "covs")))

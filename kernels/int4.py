@@ -8,7 +8,8 @@
 
 A group is G consecutive inputs of a row; K inputs make K/G groups. Halves go to the even neighbour. A byte holds the
 same place of its group's two halves, so that a kernel unpacks two contiguous runs that share one scale. A group of
-nothing but zeros gets scale 1. No code stands for NaN: its code is 0, its group's scale is NaN and the product too.
+nothing but zeros gets scale 1. No code stands for NaN or infinity: the codes are 0, and the scale found for the group
+is the NaN or infinity, so that all its products are NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """Code -> value, float32 [16]. Code 8, minus zero, is read but never written."""
 
-E2M1_MIDPOINTS = (E2M1[:7] + E2M1[1:8]) / 2
+E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def quantize_groups(
@@ -84,9 +85,11 @@ def quantize_e2m1(x: Tensor) -> Tensor:
 
     What rounds to zero, and NaN, gets code 0.
     """
-    magnitude = x.float().abs().nan_to_num_(0.0, posinf=6.0)
-    codes = torch.bucketize(magnitude, E2M1_MIDPOINTS.to(x.device), out_int32=True)
-    return (codes + 8 * ((x < 0) & (codes > 0))).to(torch.uint8)
+    magnitude = x.float().abs()
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for midpoint in E2M1_MIDPOINTS:  # a third of the time of torch.bucketize, and NaN passes none
+        codes += magnitude > midpoint
+    return torch.where((x < 0) & (codes > 0), codes + 8, codes)
 
 
 def dequantize_e2m1(codes: Tensor) -> Tensor:

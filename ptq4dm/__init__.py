@@ -8,7 +8,8 @@ if (_root / "pyproject.toml").is_file():
 
 __version__ = "0.1.0"
 
-from . import quantizer  # noqa: E402, F401  (registers with diffusers)
+# The quantizer registers with diffusers, which loads a saved scheduler only from a module that has been imported.
+from . import quantizer, samplers  # noqa: E402, F401
 from .collect import CalibrationConfig, collect  # noqa: E402
 from .config import QuantConfig  # noqa: E402
 from .errors import UserError  # noqa: E402
@@ -20,6 +21,7 @@ from .quantize import quantize  # noqa: E402
 from .reference import load_pipeline, load_reference  # noqa: E402
 from .rtn import RTNConfig  # noqa: E402
 from .store import CalibrationStore  # noqa: E402
+from .svdquant import SVDQuantConfig  # noqa: E402
 
 __all__ = [
     "CalibrationConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "Plan",
     "QuantConfig",
     "RTNConfig",
+    "SVDQuantConfig",
     "UserError",
     "collect",
     "generate",

@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     quantize = command("quantize", "Quantize a model and save it as a diffusers pipeline.")
     _model(quantize, "unet-cifar10")
-    quantize.add_argument("--method", default="ptq4dm", help="ptq4dm or rtn")
+    quantize.add_argument("--method", default="ptq4dm", help="ptq4dm, rtn or svdquant")
     quantize.add_argument("--calibration", metavar="DIR", help="store from `collect`; made on the fly otherwise")
     quantize.add_argument("--plan", metavar="JSON", help="follow a saved plan instead of a method's options")
     quantize.add_argument("--output", default="out/quantized", help="folder of the quantized pipeline")
@@ -57,11 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
     none = dict(default=argparse.SUPPRESS)
     method.add_argument("--weight-bits", type=int, **none, help="8; 2..7 are simulated in int8 containers")
     method.add_argument("--activation-bits", type=int, **none, help="8; 2..7 are simulated")
-    method.add_argument("--activations", choices=["static", "dynamic"], **none, help="static")
+    method.add_argument("--activations", **none, help="static or dynamic; svdquant: int4, int8 or fp8 (int4)")
     method.add_argument("--objective", **none, help="range objective: max, percentile, mse or lp (ptq4dm: lp)")
     method.add_argument("--objective-parameter", type=float, **none, help="percent, or exponent (2.4)")
     method.add_argument("--symmetric", action="store_true", **none, help="static inputs without a zero point")
     method.add_argument("--first-last", choices=["int8", "same", "keep"], **none, help="edge layers: int8")
+    method.add_argument("--rank", type=int, **none, help="svdquant: of the low-rank branch (32)")
+    method.add_argument("--group-size", type=int, **none, help="svdquant: inputs per scale (64)")
+    method.add_argument(
+        "--smoothing", type=_number_or_word, **none, help="svdquant: search, exhaustive, none, or alpha (search)"
+    )
+    method.add_argument("--rounding", **none, help="svdquant: gptq or nearest (gptq)")
     method.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="NAME", **none, help="layers to leave alone (patterns)"
     )
@@ -122,6 +128,13 @@ def _model(parser, default, note: str = "") -> None:
     parser.add_argument("--model", default=default, help=f"{text}; {note}" if note else text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+
+
+def _number_or_word(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _sampler(parser) -> None:

@@ -243,7 +243,8 @@ def _conditioning(args) -> dict:
 
 
 def _recipe(args) -> QuantConfig:
-    names = {f.name for method in METHODS.values() for f in fields(method)} - {"calibration", "plan"}
+    others = {"calibration", "plan", "seed"}  # no options of a method on the command line
+    names = {f.name for method in METHODS.values() for f in fields(method)} - others
     options = {name: getattr(args, name) for name in sorted(names) if hasattr(args, name)}
     if args.plan is not None:
         if options:

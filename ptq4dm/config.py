@@ -79,6 +79,9 @@ class QuantConfig(QuantizationConfigMixin):
         """
         return {name: quantized_copy(model.get_submodule(name), choice, name) for name, choice in plan.layers.items()}
 
+    def link(self, model: nn.Module, plan: Plan) -> None:
+        """Ties between the layers of a quantized model that its tensors do not hold; none here."""
+
     # --- diffusers' side ------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

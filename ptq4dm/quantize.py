@@ -65,6 +65,7 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
     before = stored_bytes(model)
     for name, layer in layers.items():
         replace_module(model, name, layer)
+    config.link(model, plan)
     mark_quantized(model, resolved(config, plan))
     rows = [
         {

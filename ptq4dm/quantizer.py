@@ -96,6 +96,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.store = None
+        self.quantization_config.link(model, self.quantization_config.plan)
         return model
 
     def update_torch_dtype(self, torch_dtype):

@@ -15,6 +15,7 @@ import bisect
 import diffusers
 import numpy as np
 import torch
+from diffusers import SchedulerMixin  # noqa: F401  (diffusers looks for it beside a scheduler class that it loads)
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -60,7 +61,16 @@ class DDIMScheduler(diffusers.DDIMScheduler):
         self._alphas = self.alphas_cumprod.double().tolist()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Choose num_inference_steps timesteps, one evaluation of the model each."""
+        """Choose num_inference_steps timesteps, one evaluation of the model each.
+
+        Raises:
+            UserError: no steps, more than the model was trained with, or an unknown timestep_grid.
+        """
+        if not 1 <= num_inference_steps <= self.config.num_train_timesteps:
+            raise UserError(
+                f"num_inference_steps must be from 1 to the {self.config.num_train_timesteps} timesteps of the "
+                f"schedule, not {num_inference_steps}."
+            )
         super().set_timesteps(num_inference_steps, device="cpu")
         if self.config.timestep_grid is not None:
             schedule = DiscreteVP(np.array(self._alphas))
@@ -69,8 +79,8 @@ class DDIMScheduler(diffusers.DDIMScheduler):
         # By rounding, diffusers' trailing can have one too many, and its leading with an offset begin at N.
         limit = torch.arange(self.config.num_train_timesteps - 1, -1, -1)[:num_inference_steps]
         self.timesteps = torch.minimum(self.timesteps[:num_inference_steps], limit)
-        self._times = self.timesteps.tolist()
-        self.timesteps = self.timesteps.to(device)
+        self._times, self._final_alpha = self.timesteps.tolist(), float(self.final_alpha_cumprod)
+        self.timesteps = self._own_timesteps = self.timesteps.to(device)
 
     def step(
         self,
@@ -131,11 +141,11 @@ class DDIMScheduler(diffusers.DDIMScheduler):
 
     def _alpha_pair(self, timestep: int | torch.Tensor) -> tuple[float, float]:
         """alpha_bar at a timestep and at the next one of the grid."""
-        index = own_index(timestep, self.timesteps)
+        index = own_index(timestep, self._own_timesteps)
         if index is None:
             t = int(timestep)
             index = bisect.bisect_right([-u for u in self._times], -t) - 1  # the next entry is the first below t
         else:
             t = self._times[index]
         end = index + 1 == len(self._times)
-        return self._alphas[t], float(self.final_alpha_cumprod) if end else self._alphas[self._times[index + 1]]
+        return self._alphas[t], self._final_alpha if end else self._alphas[self._times[index + 1]]

@@ -188,6 +188,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
             times, self._evaluations = grid[:-1], self._multistep(grid[:-1], rho)
         whole = self.schedule.discrete and config.solver != "rho_rk"
         self.timesteps = torch.tensor(times, dtype=torch.int64 if whole else torch.float64).to(device)
+        self._own_timesteps = self.timesteps  # a caller may put a slice in its place
         self._times = [float(t) for t in times]
         self.num_inference_steps = num_inference_steps
         self._begin_index = None
@@ -228,6 +229,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         timestep: int | float | torch.Tensor,
         sample: torch.Tensor,
         return_dict: bool = True,
+        generator: torch.Generator | None = None,
     ) -> SchedulerOutput | tuple:
         """Move the sample to the next time of the grid.
 
@@ -236,6 +238,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
             timestep: an entry of `timesteps`, best as it stands there: it is then recognised without reading it
                 back from the device.
             sample: x_t, any shape; computed in float32 at least, returned in its own dtype.
+            generator: not used, no noise is added; DDPMPipeline gives one to every scheduler.
 
         Earlier evaluations are remembered with the tensor that was returned, so that several generations, in turn
         or interleaved, do not disturb each other; where a pipeline hands back another tensor, the latest are used.
@@ -290,7 +293,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
 
         A time that is not in the grid belongs to the nearest one that is; of two equal ones, a step begins at it.
         """
-        index = own_index(timestep, self.timesteps)
+        index = own_index(timestep, self._own_timesteps)
         if index is not None:
             return index
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu" and state is not None:

@@ -8,7 +8,7 @@ diffusers' own.
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from ptq4dm.errors import UserError
 
@@ -49,7 +49,7 @@ def make_grid(schedule: Schedule, grid: str, num_steps: int, steps_offset: int =
         if grid == "log":
             rho = np.geomspace(top, bottom, num_steps + 1)
         elif grid == "beta":
-            rho = bottom + (top - bottom) * beta.ppf(np.linspace(1, 0, num_steps + 1), 0.6, 0.6)
+            rho = bottom + (top - bottom) * betaincinv(0.6, 0.6, np.linspace(1, 0, num_steps + 1))
         else:
             rho = np.linspace(top ** (1 / EDM_POWER), bottom ** (1 / EDM_POWER), num_steps + 1) ** EDM_POWER
         times = schedule.time(rho)

@@ -83,7 +83,7 @@ def rho_of(schedule: Schedule, t) -> np.ndarray:
 def integrate(schedule: Schedule, f: Callable[[np.ndarray], np.ndarray], start: float, end: float) -> float:
     """The integral of f(t(rho)) drho between two values of rho, by Gauss-Legendre on panels where t(rho) is smooth.
 
-    Below the schedule's last time (rho to 0) f is held at its end. 8 nodes a panel reach rounding error.
+    Below rho(0) of a discrete schedule f is held at t = 0. 8 nodes a panel reach rounding error.
     """
     edges = rho_of(schedule, schedule.panels(float(schedule.time(start)), float(schedule.time(end))))
     edges = np.concatenate([[start], edges[1:], [end]])

@@ -1,1 +1,5 @@
-"""SVDQuant (planned): smoothing and a low-rank branch for 4-bit layers."""
+"""SVDQuant: 4-bit layers with a low-rank branch."""
+
+from .method import SVDQuantConfig
+
+__all__ = ["SVDQuantConfig"]

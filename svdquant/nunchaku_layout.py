@@ -3,7 +3,7 @@
 n is an output row, k an input, r a rank. Their files hold what each lane of a tensor-core instruction reads, so
 every index below is a permutation of the digits of n, k and r; rows in brackets run slowest to fastest:
 
-    qweight     32-bit words of 8 inputs  [n/128, k/64, n/16 % 8, n % 8, k/8 % 4, n/8 % 2, k/32 % 2]   low nibble first
+    qweight     32-bit words of 8 inputs  [n/128, k/64, n/16 % 8, n % 8, k/8 % 4, n/8 % 2, k/32 % 2]  low nibble first
     wscales     and vectors (one group)   [n/128, group, n/16 % 8, n/2 % 4, n/8 % 2, n % 2]
     proj_up     B[n, r]                   [n/16, r/16, n % 8, r/2 % 4, n/8 % 2, r/8 % 2, r % 2]
     proj_down   A[r, k]                   [k/16, r/16, r % 8, k/2 % 4, r/8 % 2, k/8 % 2, k % 2]
@@ -129,8 +129,8 @@ def interleave_adanorm_rows(tensor: Tensor, splits: int, dim: int = 0) -> Tensor
     """The rows of an AdaLN layer in the order of Nunchaku's FLUX files: output j of chunk c becomes j * splits + c.
 
     dim is where tensor has its N rows: 0 for weight codes [N, K] and bias [N], 1 for wscales and wzeros [G, N];
-    splits is 6 (AdaLayerNormZero) or 3 (single block). The + 1 on the bias of its scale chunks, the second and the
-    last but one, is the caller's. `nunchaku_lite` files are not interleaved.
+    splits is 6 (AdaLayerNormZero) or 3 (single block). Those files also hold the bias of the scale chunks, the second
+    and the last but one (with 3 the same), plus 1: that is the caller's. `nunchaku_lite` files do neither.
     """
     _check_splits(tensor, splits, dim)
     dim %= tensor.ndim

@@ -1,0 +1,138 @@
+"""Quantize the layers that share one input: smooth, split off the low-rank branch, round the rest.
+
+SVDQuant (arXiv:2411.05007) as its authors run it. With X~ = (X + c) / s and W~ = W diag(s):
+
+    1. choose s:     the candidate whose quantized layers disturb the output least
+    2. split         W~ = L + R,  L = SVD_r(W~ - Q(R)), R = W~ - L, in turn while the output error falls
+    3. round         R to 4 bits, to nearest or with GPTQ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.int4 import dequantize_groups, quantize_codes, quantize_groups
+from ..kernels.svdq import round_activation
+from .gptq import gptq_codes
+from .lowrank import top_factors
+from .plan import SVDQPlan
+from .smoothing import candidates, divisors
+
+SEARCH_ROWS = 1024
+FINALISTS = 3
+
+
+@dataclass
+class Group:
+    """weight: [N, K] float32, the layers' weights stacked; rows: [R, K] float32 inputs; peak: [K] largest |input|."""
+
+    weight: Tensor
+    rows: Tensor
+    peak: Tensor
+    plan: SVDQPlan
+    dtype: torch.dtype  # of scales, divisors and branch
+
+    def divisors(self, alpha: float, beta: float) -> Tensor:
+        """s [K] for the shifted input, as stored."""
+        if self.plan.activation == "none":
+            return torch.ones_like(self.peak)
+        s = divisors(self.peak + self.plan.shift, self.weight.abs().amax(0), alpha, beta)
+        return s.to(self.dtype).float()
+
+
+@dataclass
+class Split:
+    """A group's result.
+
+    codes [N, K] int8, scales [N, K/G] float32; down [r, K], up [N, r] (they take inputs as they come), smooth [K].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    down: Tensor | None
+    up: Tensor | None
+    smooth: Tensor
+
+    def residual(self) -> Tensor:
+        """[N, K] float32, for smoothed inputs."""
+        return dequantize_groups(self.codes, self.scales)
+
+
+def output(group: Group, split: Split, rows: Tensor) -> Tensor:
+    """What the quantized layers give on rows [R, K], without bias: [R, N]."""
+    plan = group.plan
+    inputs = round_activation((rows + plan.shift) / split.smooth, plan.activation, plan.group_size, bool(plan.shift))
+    y = inputs @ split.residual().T
+    if plan.shift:
+        y = y - plan.shift * (split.residual() / split.smooth).sum(1)
+    return y if split.down is None else y + (rows @ split.down.T) @ split.up.T
+
+
+def row_error(group: Group, split: Split, rows: Tensor) -> float:
+    """Squared error of the layers' own outputs."""
+    return float((output(group, split, rows) - rows @ group.weight.T).double().square().sum())
+
+
+def split_weight(
+    group: Group, smooth: Tensor, codes_of: Callable | None = None, residual: Tensor | None = None
+) -> Split:
+    """Branch and codes of the smoothed weight; `residual` is what 4 bits hold already (step 2), 0 at first."""
+    plan, smoothed = group.plan, group.weight * smooth
+    up = down = None
+    rest = smoothed
+    if plan.rank:
+        up, down = top_factors(smoothed if residual is None else smoothed - residual, plan.rank, plan.seed)
+        down = (down / smooth).to(group.dtype).float()
+        up = up.to(group.dtype).float()
+        rest = smoothed - up @ (down * smooth)
+    codes, scales = quantize_groups(rest, plan.group_size, group.dtype)
+    return Split(codes, scales.float(), down, up, smooth)
+
+
+def search(group: Group, exhaustive: bool, module_error: Callable[[Split], float] | None) -> tuple[float, float]:
+    """(alpha, beta) of least error, that of the enclosing module where it is given.
+
+    Exhaustive: every candidate of the authors' grid on it. Otherwise a grid half as fine is ranked by the layers' own
+    outputs on SEARCH_ROWS rows, and the FINALISTS best by the module.
+    """
+    few = group.rows[:: max(1, len(group.rows) // SEARCH_ROWS)]
+
+    def ranking(score: Callable[[Split], float], choices: list) -> list:
+        scored = [(score(split_weight(group, group.divisors(*choice))), i) for i, choice in enumerate(choices)]
+        return [choices[i] for _, i in sorted(scored)]
+
+    if exhaustive:
+        return ranking(module_error or (lambda split: row_error(group, split, group.rows)), candidates(20))[0]
+    ranked = ranking(lambda split: row_error(group, split, few), candidates(10))
+    if module_error is None:
+        return ranked[0]
+    return ranking(module_error, ranked[:FINALISTS])[0]
+
+
+def refine(group: Group, smooth: Tensor) -> Split:
+    """Step 2: branch and rounded rest in turn, until the first time that the output error grows."""
+    best = split_weight(group, smooth)
+    least = row_error(group, best, group.rows)
+    for _ in range(group.plan.refinements if group.plan.rank else 0):
+        split = split_weight(group, smooth, residual=best.residual())
+        error = row_error(group, split, group.rows)
+        if error >= least:
+            break
+        best, least = split, error
+    return best
+
+
+def round_rest(group: Group, split: Split) -> Split:
+    """Step 3: the codes of the rest, W~ minus the branch, under the scales that are there."""
+    rest = group.weight * split.smooth
+    if split.down is not None:
+        rest = rest - split.up @ (split.down * split.smooth)
+    if group.plan.rounding == "nearest":
+        split.codes = quantize_codes(rest, split.scales)
+    else:
+        split.codes = gptq_codes(rest, split.scales, (group.rows + group.plan.shift) / split.smooth)
+    return split

@@ -1,0 +1,335 @@
+"""SVDQuant: "Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models", Li et al., arXiv:2411.05007.
+
+1. Trace the model: which layers share an input, which are fed tokens, which embeddings.
+2. Block by block, capture what the layers are fed on calibration tuples; quantize each group: `group`.
+3. Layers that are no matrix product over tokens, or do not divide into groups, stay at 8 bits or in full precision.
+
+No model is named: roles come from the calls and from shapes, and `roles` overrides them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..config import QuantConfig, register
+from ..errors import UserError
+from ..kernels.int4 import pack_int4
+from ..kernels.svdq import ACTIVATIONS
+from ..layers import LayerView
+from ..modules import empty_quantized, quantized_copy
+from ..plan import LayerPlan, Plan
+from ..ptq4dm import PTQ4DMConfig
+from ..record import Calls
+from .capture import Captured, capture
+from .group import Group, Split, output, refine, round_rest, search, split_weight
+from .modules import matrix_like
+from .plan import SVDQPlan
+from .trace import Traced, block_of, trace
+
+ROLES = ("w4", "weight-only", "int8", "keep")
+BATCH = 8  # calibration tuples per forward
+# Least outputs of GELU and SiLU are -0.17 and -0.28: lifted by these, which are exact in 16 bits, they are positive.
+SHIFTS = (0.171875, 0.28125)
+
+
+@register("svdquant")
+@dataclass(repr=False)
+class SVDQuantConfig(QuantConfig):
+    """SVDQuant W4A4 or W4A8, with everything else of the model in 8 bits or kept.
+
+    rank: of the low-rank branch; 0 leaves it out.
+    group_size: inputs per weight scale (and per activation scale of int4).
+    activations: "int4" (per token and group), "int8" or "fp8" (per token).
+    smoothing: "search"; "exhaustive" (the authors' whole grid on the enclosing module's output: slow); "none"; or a
+        number, alpha, with beta = 1 - alpha.
+    rounding: "gptq" or "nearest". refinements: most turns of branch and rounding.
+    num_tuples: calibration tuples used, evenly from the store.
+    roles: shell pattern of layer names -> "w4", "weight-only" (4-bit codes, inputs as they are), "int8", "keep"; the
+        first that fits counts. Otherwise: token-wise Linear and 1x1 Conv2d layers of repeated blocks are "w4"; layers
+        of blocks that are fed an embedding and widen it at least twice (adaLN) "weight-only"; other layers of blocks
+        and all larger convolutions "int8"; the rest "keep".
+    """
+
+    rank: int = 32
+    group_size: int = 64
+    activations: str = "int4"
+    smoothing: str | float = "search"
+    rounding: str = "gptq"
+    refinements: int = 10
+    num_tuples: int = 32
+    roles: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (isinstance(self.rank, int) and 0 <= self.rank <= 1024):
+            raise UserError(f"rank must be a whole number from 0 to 1024; got {self.rank!r}.")
+        if self.group_size not in (16, 32, 64, 128):
+            raise UserError(f"group_size must be 16, 32, 64 or 128; got {self.group_size!r}.")
+        if self.activations not in ACTIVATIONS[:3]:
+            raise UserError(f"activations must be int4, int8 or fp8; got '{self.activations}'.")
+        if self.rounding not in ("gptq", "nearest"):
+            raise UserError(f"rounding must be gptq or nearest; got '{self.rounding}'.")
+        number = isinstance(self.smoothing, (int, float)) and 0 <= self.smoothing <= 1
+        if not number and self.smoothing not in ("search", "exhaustive", "none"):
+            raise UserError(
+                f"smoothing must be search, exhaustive, none or a number in [0, 1]; got {self.smoothing!r}."
+            )
+        if self.refinements < 0 or self.num_tuples < 1:
+            raise UserError("refinements must be 0 or more, and num_tuples 1 or more.")
+        if wrong := set(self.roles.values()) - set(ROLES):
+            raise UserError(f"unknown role '{min(wrong)}'; choose from {', '.join(ROLES)}.")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    # ------------------------------------------------------------------------------------------ roles -> plan
+
+    def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, object]:
+        if any(view.module.weight.is_meta for view in views):
+            raise UserError(
+                "SVDQuant looks at layers together and cannot pack them while a model loads; load it in full "
+                "precision, then call ptq4dm.quantize."
+            )
+        traced = trace(model, views, store.calls[: min(2, len(store.calls))])
+        eight = PTQ4DMConfig()
+        plans: dict[str, object] = {}
+        for view in views:
+            seen = traced.get(view.name)
+            role = self._role(view, seen)
+            if role == "w4":
+                plans[view.name] = self._w4(seen, view.name, plans)
+            elif role == "weight-only":
+                plans[view.name] = SVDQPlan(
+                    rank=0, group_size=self.group_size, activation="none", alpha=0.0, beta=0.0,
+                    rounding=self.rounding, seed=self.seed,
+                )  # fmt: skip
+            elif role == "int8":
+                tokens = seen is not None and seen.tokens
+                plans[view.name] = eight.layer_plan(view, store, "lp", 2.4) if tokens else LayerPlan()
+        if not any(isinstance(plan, SVDQPlan) for plan in plans.values()):
+            raise UserError(f"no layer of the model can take 4 bits in groups of {self.group_size}; see `roles`.")
+        return plans
+
+    def _role(self, view: LayerView, seen: Traced | None) -> str:
+        inputs = view.weight.shape[1]
+        fits = matrix_like(view.module) and inputs % self.group_size == 0
+        for pattern, role in self.roles.items():
+            if fnmatch.fnmatch(view.name, pattern):
+                if role in ("w4", "weight-only") and (seen is None or not fits):
+                    why = "was not called in calibration" if seen is None else "does not divide into groups"
+                    raise UserError(f"layer '{view.name}' cannot be {role}: it {why}.")
+                return role
+        if seen is None or view.role != "inner":
+            return "keep"
+        if isinstance(view.module, nn.Conv2d) and not matrix_like(view.module):
+            return "int8"
+        if not any(part.isdigit() for part in view.name.split(".")):
+            return "keep"
+        if fits and seen.tokens:
+            return "w4"
+        widens = view.weight.shape[0] >= 2 * inputs
+        return "weight-only" if fits and widens and not seen.tokens else "int8"
+
+    def _w4(self, seen: Traced, name: str, plans: dict) -> SVDQPlan:
+        alpha = beta = None
+        if self.smoothing == "none":
+            alpha = beta = 0.0
+        elif not isinstance(self.smoothing, str):
+            alpha, beta = float(self.smoothing), 1 - float(self.smoothing)
+        earlier = [other for other in seen.shares if isinstance(plans.get(other), SVDQPlan)]
+        return SVDQPlan(
+            rank=self.rank, group_size=self.group_size, activation=self.activations, alpha=alpha, beta=beta,
+            lender=earlier[0] if earlier else "", rounding=self.rounding, refinements=self.refinements,
+            seed=self.seed,
+        )  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------- plan -> layers
+
+    def pack(self, model: nn.Module, plan: Plan, store) -> dict[str, nn.Module]:
+        """Quantize block by block; what the search finds is written into the plan."""
+        if store is None:
+            raise UserError(
+                "SVDQuant needs a calibration store, also to follow a plan; make one with ptq4dm.collect."
+            )
+        groups = _groups(plan)
+        batches = self._batches(store)
+        enclosing = self._enclosing(model, groups, plan, batches[0])
+        packed: dict[str, nn.Module] = {}
+        blocks: dict[str, list[str]] = {}
+        for leader in groups:
+            blocks.setdefault(block_of(leader), []).append(leader)
+        for leaders in tqdm(blocks.values(), desc="svdquant", unit="block"):
+            modules = sorted({enclosing[leader] for leader in leaders if leader in enclosing})
+            got = capture(model, leaders, modules, batches, self.seed)
+            for leader in leaders:
+                packed |= _quantize_group(model, groups[leader], plan, got, enclosing.get(leader), self.smoothing)
+        for name, choice in plan.layers.items():
+            if name not in packed:
+                packed[name] = quantized_copy(model.get_submodule(name), choice, name)
+        return {name: packed[name] for name in plan.layers}
+
+    def _batches(self, store) -> list[Calls]:
+        count = min(self.num_tuples, len(store.calls))
+        rows = torch.linspace(0, len(store.calls) - 1, count).round().long().unique()
+        return [store.calls[part] for part in rows.split(BATCH)]
+
+    def _enclosing(self, model, groups: dict[str, list[str]], plan: Plan, calls: Calls) -> dict[str, str]:
+        """leader -> module whose output judges the smoothing, for groups of several layers still to be searched."""
+        open_ = [leader for leader, names in groups.items() if plan.layers[leader].alpha is None and len(names) > 1]
+        if not open_:
+            return {}
+        views = [LayerView(name, model.get_submodule(name)) for leader in open_ for name in groups[leader]]
+        traced = trace(model, views, calls[:1])
+        return {leader: traced[leader].enclosing for leader in open_ if traced[leader].enclosing != leader}
+
+    def link(self, model: nn.Module, plan: Plan) -> None:
+        for name, choice in plan.layers.items():
+            if getattr(choice, "lender", ""):
+                model.get_submodule(name).borrow_from(model.get_submodule(choice.lender))
+
+
+def _groups(plan: Plan) -> dict[str, list[str]]:
+    """leader -> the SVDQuant layers that share its input, itself first."""
+    groups: dict[str, list[str]] = {}
+    for name, choice in plan.layers.items():
+        if isinstance(choice, SVDQPlan):
+            groups.setdefault(choice.lender or name, []).append(name)
+    return groups
+
+
+@torch.no_grad()
+def _quantize_group(model, names: list[str], plan: Plan, got: Captured, enclosing: str | None, smoothing) -> dict:
+    leader, layers = names[0], [model.get_submodule(name) for name in names]
+    if leader not in got.rows:
+        raise UserError(f"layer '{leader}' of the plan was not called during calibration.")
+    weights = [layer.weight.detach().flatten(1).float() for layer in layers]
+    if not all(weight.isfinite().all() for weight in weights):
+        raise UserError(f"a weight of '{leader}' or a layer beside it holds NaN or infinity; quantize a whole model.")
+    choice = plan.layers[leader]
+    if choice.alpha is None and choice.activation == "int4":
+        choice = replace(choice, shift=_shift(got.lows[leader], float(got.peaks[leader].max())))
+    original = layers[0].weight.dtype
+    dtype = original if original in (torch.float16, torch.bfloat16) else torch.float16
+    group = Group(torch.cat(weights), got.rows[leader], got.peaks[leader], choice, dtype)
+    if choice.alpha is None:
+        judge = _module_error(model, names, group, got.calls[enclosing], enclosing) if enclosing else None
+        alpha, beta = search(group, smoothing == "exhaustive", judge)
+        choice = group.plan = replace(choice, alpha=alpha, beta=beta)
+    smooth = group.divisors(choice.alpha, choice.beta)
+    splits = _stages(group, smooth)
+    splits["final"] = split = round_rest(group, refine(group, smooth))
+    exact = group.rows @ group.weight.T
+    results = {stage: output(group, one, group.rows) for stage, one in splits.items()}
+    packed, start = {}, 0
+    for name, layer, weight in zip(names, layers, weights, strict=True):
+        rows = slice(start, start + len(weight))
+        start = rows.stop
+        own = replace(choice, lender="" if name == leader else leader)
+        plan.layers[name] = own
+        packed[name] = _build(layer, own, split, rows, dtype, packed.get(leader))
+        packed[name].stages = {
+            f"sqnr_{stage}": _decibel(exact[:, rows], result[:, rows]) for stage, result in results.items()
+        }
+    return packed
+
+
+def _stages(group: Group, smooth: Tensor) -> dict[str, Split]:
+    """What each part of the method is worth: rounding alone; with smoothing; with smoothing and branch, at once."""
+    plain = replace(group, plan=replace(group.plan, rank=0))
+    ones = torch.ones_like(smooth)
+    return {
+        "rounded": split_weight(plain, ones),
+        "smoothed": split_weight(plain, smooth),
+        "branched": split_weight(group, smooth),
+    }
+
+
+def _build(layer: nn.Module, plan: SVDQPlan, split: Split, rows: slice, dtype, lender: nn.Module | None) -> nn.Module:
+    new = empty_quantized(layer, plan, layer.weight.device)
+
+    def put(name: str, value: Tensor) -> None:
+        if getattr(new, name) is not None:
+            setattr(new, name, nn.Parameter(value.to(layer.weight.device).contiguous(), requires_grad=False))
+
+    put("qweight", pack_int4(split.codes[rows], plan.group_size))
+    put("wscales", split.scales[rows].to(dtype))
+    put("smooth", split.smooth.to(dtype))
+    if split.up is not None:
+        put("down", split.down.to(dtype))
+        put("up", split.up[rows].to(dtype))
+    if new.bias is not None:
+        bias = torch.zeros(len(split.codes[rows])) if layer.bias is None else layer.bias.detach().float()
+        if plan.shift:
+            bias = bias.to(split.smooth) - plan.shift * (split.residual()[rows] / split.smooth).sum(1)
+        new.bias = nn.Parameter(bias.to(layer.weight.device, new.bias.dtype), requires_grad=False)
+    if lender is not None:
+        new.borrow_from(lender)
+    return new.train(layer.training)
+
+
+def _module_error(model, names: list[str], group: Group, calls: list, enclosing: str):
+    """A function: Split -> squared error of the enclosing module's outputs with the group's layers quantized."""
+    module = model.get_submodule(enclosing)
+    layers = [model.get_submodule(name) for name in names]
+    ends = torch.tensor([layer.weight.shape[0] for layer in layers]).cumsum(0).tolist()
+    was_training = module.training
+    module.eval()
+    exact = [_tensors(module(*args, **kwargs)) for args, kwargs in calls]
+
+    def quantized(split: Split, rows: slice, bias):
+        part = Split(
+            split.codes[rows],
+            split.scales[rows],
+            split.down,
+            None if split.up is None else split.up[rows],
+            split.smooth,
+        )
+
+        def forward(x: Tensor) -> Tensor:
+            flat = x.permute(0, 2, 3, 1) if isinstance(layers[0], nn.Conv2d) else x
+            y = output(group, part, flat.reshape(-1, flat.shape[-1]).float())
+            y = (y if bias is None else y + bias.float()).to(x.dtype).unflatten(0, flat.shape[:-1])
+            return y.permute(0, 3, 1, 2) if isinstance(layers[0], nn.Conv2d) else y
+
+        return forward
+
+    def error(split: Split) -> float:
+        try:
+            for layer, start, end in zip(layers, [0, *ends], ends, strict=False):
+                layer.forward = quantized(split, slice(start, end), layer.bias)
+            results = [_tensors(module(*args, **kwargs)) for args, kwargs in calls]
+        finally:
+            for layer in layers:
+                vars(layer).pop("forward", None)
+            module.train(was_training)
+        pairs = [pair for two in zip(exact, results, strict=True) for pair in zip(*two, strict=True)]
+        return sum(float((a - b).double().square().sum()) for a, b in pairs)
+
+    return error
+
+
+def _tensors(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _shift(low: float, high: float) -> float:
+    """The lift that makes an input with a small negative tail unsigned; 0 where its sign carries more."""
+    if low < 0 and high > -4 * low:
+        return next((shift for shift in SHIFTS if low >= -shift), 0.0)
+    return 0.0
+
+
+def _decibel(exact: Tensor, result: Tensor) -> float:
+    noise = float((exact - result).double().square().sum())
+    return math.inf if not noise else 10 * math.log10(float(exact.double().square().sum()) / noise)

@@ -1,0 +1,144 @@
+"""SVDQuant layers: 4-bit codes, group scales, smoothing divisors and a low-rank branch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.int4 import dequantize_groups, unpack_int4
+from ..kernels.svdq import svdq_linear
+from ..modules import FORMATS, QuantizedLayer, frozen
+from .plan import SVDQPlan
+
+
+class _SVDQLayer(QuantizedLayer):
+    """What SVDQLinear and SVDQConv2d (1x1) share; K inputs, N outputs.
+
+    bias     [N] in the model's dtype, or None
+    qweight  [N, K/2] uint8, as kernels.int4.pack_int4 has it
+    wscales  [N, K/G]  \\
+    smooth   [K]        | 16-bit floats, whatever the model is converted to. Weight-only layers have no smooth, layers
+    down     [r, K]     | of rank 0 no down and up; of layers that share an input the first has `down` for all.
+    up       [N, r]    /
+    """
+
+    plan: SVDQPlan
+
+    def _allocate(self, outputs: int, inputs: int, plan: SVDQPlan, bias_dtype, device):
+        self.plan = plan
+
+        def new(*size: int, dtype: torch.dtype = torch.float16) -> nn.Parameter:
+            return frozen(*size, dtype=dtype, device=device)
+
+        self.bias = None if bias_dtype is None else new(outputs, dtype=bias_dtype)
+        self.qweight = new(outputs, inputs // 2, dtype=torch.uint8)
+        self.wscales = new(outputs, inputs // plan.group_size)
+        self.smooth = None if plan.activation == "none" else new(inputs)
+        self.down = new(plan.rank, inputs) if plan.rank and not plan.lender else None
+        self.up = new(outputs, plan.rank) if plan.rank else None
+        self.borrow_from(self)
+
+    def borrow_from(self, lender: nn.Module) -> None:
+        """Use another layer's down projection (in a tuple, so that it does not become a child of this one)."""
+        self._lender = (lender,)
+
+    @property
+    def branch(self) -> tuple[Tensor | None, Tensor | None]:
+        """(down [r, K], up [N, r]), or (None, None)."""
+        return self._lender[0].down, self.up
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        names = ("wscales", "smooth", "down", "up")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    def dequantized_weight(self) -> Tensor:
+        """The float32 weight [N, K] (1x1: [N, K, 1, 1]) that codes, smoothing and branch stand for."""
+        weight = dequantize_groups(unpack_int4(self.qweight, self.plan.group_size), self.wscales)
+        if self.smooth is not None:
+            weight = weight / self.smooth.float()
+        down, up = self.branch
+        if down is not None:
+            weight = weight + up.float() @ down.float()
+        return self._shaped(weight)
+
+    def dequantized(self, dtype: torch.dtype) -> nn.Module:
+        layer = super().dequantized(dtype)
+        if self.plan.shift:  # the bias makes up for the shift of the inputs, which a float layer does not have
+            down, up = self.branch
+            weight = dequantize_groups(unpack_int4(self.qweight, self.plan.group_size), self.wscales)
+            lifted = self.plan.shift * (weight / self.smooth.float()).sum(1)
+            layer.bias = nn.Parameter((self.bias.float() + lifted).to(self.bias.dtype))
+        return layer
+
+    def kernel_name(self) -> str:
+        return "reference"
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        plan = self.plan
+        return svdq_linear(
+            x, self.qweight, self.wscales, self.smooth, *self.branch, self.bias, plan.activation, plan.shift
+        )
+
+
+class SVDQLinear(_SVDQLayer, nn.Linear):
+    """x [..., K] float -> [..., N] in x's dtype."""
+
+    def __init__(self, linear: nn.Linear, plan: SVDQPlan, device=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        bias = _bias_dtype(linear, plan)
+        self._allocate(self.out_features, self.in_features, plan, bias, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x)
+
+    def _shaped(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def _float_layer(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.plan}"
+
+
+class SVDQConv2d(_SVDQLayer, nn.Conv2d):
+    """1x1 convolution, stride 1: x [B, K, H, W] float -> [B, N, H, W] in x's dtype."""
+
+    def __init__(self, conv: nn.Conv2d, plan: SVDQPlan, device=None):
+        nn.Module.__init__(self)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(conv, name))
+        self.padding_mode = "zeros"
+        self._allocate(self.out_channels, self.in_channels, plan, _bias_dtype(conv, plan), device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _shaped(self, weight: Tensor) -> Tensor:
+        return weight[:, :, None, None]
+
+    def _float_layer(self) -> nn.Conv2d:
+        return nn.Conv2d(self.in_channels, self.out_channels, 1, bias=False, device="meta")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, 1x1, {self.plan}"
+
+
+def _bias_dtype(layer: nn.Module, plan: SVDQPlan) -> torch.dtype | None:
+    """A layer whose inputs are shifted has a bias even where the original has none: it takes the shift back."""
+    if layer.bias is not None:
+        return layer.bias.dtype
+    return layer.weight.dtype if plan.shift else None
+
+
+def matrix_like(module: nn.Module) -> bool:
+    """Whether a layer is one matrix product over tokens: a Linear, or a 1x1 convolution of stride 1."""
+    if type(module) is nn.Linear:
+        return True
+    plain = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1}
+    return type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in plain.items())
+
+
+FORMATS["svdq"] = {nn.Linear: SVDQLinear, nn.Conv2d: SVDQConv2d}

@@ -53,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--calibration", metavar="DIR", help="store from `collect`; made on the fly otherwise")
     quantize.add_argument("--plan", metavar="JSON", help="follow a saved plan instead of a method's options")
     quantize.add_argument("--output", default="out/quantized", help="folder of the quantized pipeline")
+    quantize.add_argument(
+        "--plot", metavar="PNG", help="svdquant: draw what a layer's branch takes off 4 bits (needs matplotlib)"
+    )
+    quantize.add_argument("--plot-layer", metavar="NAME", help="which layer; the worst otherwise")
     method = quantize.add_argument_group("method", "left out: the method's own default")
     none = dict(default=argparse.SUPPRESS)
     method.add_argument("--weight-bits", type=int, **none, help="8; 2..7 are simulated in int8 containers")

@@ -55,15 +55,22 @@ def quantize(args) -> None:
     _one_process(args)
     output = Path(args.output)
     check_output(output)
+    if args.plot:
+        make_parent(Path(args.plot))
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = _load(args, args.model)
     if store is None and config.needs_calibration and config.plan is None:
         store = collect_store(pipe, calibration, **_conditioning(args))
+    weights = dict(denoiser(pipe).named_parameters()) if args.plot else {}
     report = quantize_model(pipe, config, store)
+    if args.plot:
+        _plot_branch(args, denoiser(pipe), report, weights)
     save_quantized(pipe, {"model": args.model, "dtype": str(denoiser(pipe).dtype), **report.to_dict()}, output)
     print(report.table())
     print(f"all {len(report.layers)} layers: {output / RECORD}")
     print(f"quantized pipeline: {output}")
+    if args.plot:
+        print(f"picture: {args.plot}")
 
 
 def generate(args) -> None:
@@ -253,6 +260,20 @@ def _recipe(args) -> QuantConfig:
         plan = Plan.load(args.plan)
         return QuantConfig.from_dict({"method": plan.method, "plan": plan})
     return QuantConfig.from_dict({"method": args.method, **options})
+
+
+def _plot_branch(args, model, report, weights: dict) -> None:
+    from .svdquant.plot import plot_branch
+
+    branched = [
+        row["layer"] for row in report.layers if getattr(model.get_submodule(row["layer"]), "up", None) is not None
+    ]
+    name = args.plot_layer or (branched[0] if branched else "")
+    if name not in branched:
+        raise UserError(
+            f"--plot: '{name}' has no low-rank branch" if name else "--plot: no layer has a low-rank branch."
+        )
+    plot_branch(weights[f"{name}.weight"], model.get_submodule(name), name, args.plot)
 
 
 def _width(path: Path) -> int:

@@ -70,6 +70,8 @@ def save_quantized(pipe, record: dict, folder: Path) -> None:
             (new / RECORD).write_text(json.dumps(record, indent=1))
             plan = quantization_config(denoiser(pipe)).plan
             (new / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1))
+            for path in new.rglob("*.safetensors"):  # which safetensors writes for their owner alone
+                path.chmod((new / RECORD).stat().st_mode)
             try:
                 if folder.exists():
                     folder.rename(old)

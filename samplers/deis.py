@@ -23,7 +23,7 @@ from ptq4dm.errors import UserError
 
 from .coefficients import RUNGE_KUTTA, multistep_weights
 from .grids import GRIDS, make_grid
-from .schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of
+from .schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of, zero_terminal_snr
 from .timesteps import own_index
 
 # Order and grid of each solver where the user names none: the best of the README's tables.
@@ -75,9 +75,9 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
     `DEISScheduler.from_config(pipe.scheduler.config)` fits any diffusers pipeline of an epsilon, v or sample model.
 
     Args:
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, steps_offset: as in
-            diffusers. beta_schedule "continuous" is the VP-SDE with beta_start, beta_end at t = 0, 1 (0.1 and 20,
-            say); the model is then called with t in [0.001, 1].
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, steps_offset,
+            rescale_betas_zero_snr: as in diffusers. beta_schedule "continuous" is the VP-SDE with beta_start and
+            beta_end at t = 0 and 1 (0.1 and 20, say); the model is then called with t in [0.001, 1].
         solver: "t_ab" (tAB-DEIS), "ipndm" (Adams-Bashforth weights for even steps; the best in full precision at
             few steps, but its weights amplify the error of a quantized model), "rho_ab", "log_rho" (diffusers'
             DEIS) or "rho_rk" (Runge-Kutta in rho, several evaluations a step).
@@ -130,6 +130,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         use_exponential_sigmas: bool = False,
         use_beta_sigmas: bool = False,
         steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
     ):
         _check("solver", solver, tuple(DEFAULTS))
         _check("prediction_type", prediction_type, PREDICTIONS)
@@ -154,6 +155,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
             betas = 1 - a[1:] / a[:-1]
         else:
             betas = discrete_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
+            betas = zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
             self.schedule = DiscreteVP(np.cumprod(1 - betas))
         self.betas = torch.from_numpy(betas).float()
         self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()

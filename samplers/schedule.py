@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar
+import torch
+from diffusers.schedulers.scheduling_ddim import betas_for_alpha_bar, rescale_zero_terminal_snr
 
 from ptq4dm.errors import UserError
 
@@ -90,6 +91,11 @@ def integrate(schedule: Schedule, f: Callable[[np.ndarray], np.ndarray], start: 
     middle, half = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
     rho = middle[:, None] + half[:, None] * _NODES
     return float((f(schedule.time(rho)) * _WEIGHTS * half[:, None]).sum())
+
+
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas [N] shifted and scaled so that the last timestep is pure noise (arXiv:2305.08891, algorithm 1)."""
+    return rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
 
 
 def discrete_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas) -> np.ndarray:

@@ -187,9 +187,9 @@ def test_a_failing_save_leaves_the_old_folder_whole(run, models, monkeypatch, br
 
 def test_generate_resumes_and_takes_labels(run, models):
     options = ["generate", "--model", models / "dit", "--num-inference-steps", 2, "--class-labels", 3, 5]
-    assert run(*options, "--num-images", 2, "--output", "i", "--grid", "g.png", "--seed", 7)[0] == 0
+    assert run(*options, "--num-images", 2, "--output", "i", "--picture", "g.png", "--seed", 7)[0] == 0
     before = contents("i")
-    status, out, _ = run(*options, "--num-images", 3, "--output", "i", "--grid", "g.png", "--seed", 7)
+    status, out, _ = run(*options, "--num-images", 3, "--output", "i", "--picture", "g.png", "--seed", 7)
     assert status == 0 and "3 images" in out and "picture: g.png" in out
     assert tree("i") == ["000007.png", "000008.png", "000009.png"]
     assert all(contents("i")[name] == data for name, data in before.items())
@@ -262,7 +262,11 @@ WRONG = [
     (["info", "--wings"], "unrecognized arguments: --wings"),
     (["info", "--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
     (["collect", "--num-samples", "many"], "--num-samples: invalid int value: 'many'"),
-    (["quantize", "--activations", "lazy"], "--activations: invalid choice: 'lazy'"),
+    (["quantize", "--activations", "lazy"], "activations must be 'static' or 'dynamic'; got 'lazy'"),
+    (["quantize", "--method", "svdquant", "--activations", "static"], "activations must be int4, int8 or fp8"),
+    (["quantize", "--method", "rtn", "--rank", "8"], "RTNConfig has no option rank"),
+    ([*GENERATE, "--grid", "quad"], "--order and --grid belong to a sampler; name one with --sampler."),
+    ([*GENERATE, "--sampler", "dream"], "unknown sampler 'dream'"),
     (["evaluate", "--metric", "beauty"], "--metric: invalid choice: 'beauty'"),
     # models
     (["info", "--model", "no-such-model"], "'no-such-model' is neither an embedded model"),
@@ -310,7 +314,7 @@ WRONG = [
     ([*GENERATE, "--seed", "-1"], "no seed below 0"),
     ([*GENERATE, "--batch-size", "0"], "batch size of at least 1"),
     ([*GENERATE, "--output", "file/images"], "cannot make the folder file/images: Not a directory"),
-    ([*GENERATE, "--grid", "file/grid.png"], "cannot write file/grid.png: "),
+    ([*GENERATE, "--picture", "file/grid.png"], "cannot write file/grid.png: "),
     ([*COLLECT, "--plot", "file/plot.png"], "cannot write file/plot.png: "),
     ([*GENERATE, "--guidance-scale", "2"], "takes no argument 'guidance_scale'"),
     ([*GENERATE, "--class-labels", "1"], "takes no 'class_labels'"),

@@ -133,7 +133,7 @@ def test_starting_in_the_middle_and_between_timesteps():
 
 
 def test_other_arguments_of_step():
-    """As in diffusers: use_clipped_model_output, variance_noise, return_dict; the dtype is the sample's."""
+    """As in diffusers: use_clipped_model_output, variance_noise."""
     x, given = 3 * noise(2, 3), noise(2, 3, seed=2)
     ours, theirs = DDIMScheduler(), diffusers.DDIMScheduler()
     for s in (ours, theirs):
@@ -143,10 +143,17 @@ def test_other_arguments_of_step():
         a, b = (s.step(model(x, t), t, x, **kwargs) for s in (ours, theirs))
         assert torch.allclose(a.prev_sample, b.prev_sample, atol=1e-6)
         assert torch.allclose(a.pred_original_sample, b.pred_original_sample, atol=1e-6)
-    sample, x0 = ours.step(model(x, t), t, x.half(), return_dict=False)
-    assert sample.dtype == x0.dtype == torch.float16
     with pytest.raises(UserError, match="not both"):
         ours.step(model(x, t), t, x, eta=1.0, generator=torch.Generator(), variance_noise=given)
+
+
+def test_half_precision_is_rounded_only_at_the_end_of_a_step():
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(10)
+    x, eps, t = noise(8, 8).half(), noise(8, 8, seed=1).half(), scheduler.timesteps[0]
+    half = scheduler.step(eps, t, x, return_dict=False)
+    single = scheduler.step(eps.float(), t, x.float(), return_dict=False)
+    assert all(torch.equal(h, s.half()) for h, s in zip(half, single, strict=True))
 
 
 def test_generations_do_not_disturb_each_other():
@@ -178,7 +185,7 @@ def test_own_index_knows_its_views_and_nothing_else(dtype):
     assert [own_index(t, times[2:]) for t in times[2:]] == [0, 1, 2]
     assert [own_index(t, times) for t in times[::2]] == [0, 2, 4]
     assert own_index(times[3].reshape(1).expand(4), times) == 3
-    for foreign in (5, 5.0, times[2].clone(), torch.tensor(5, dtype=dtype), times.clone()[2], times[2].float()):
+    for foreign in (5, 5.0, times[2].clone(), times.clone()[2], times[2].float(), times.view(torch.int32)[2]):
         assert own_index(foreign, times) is None
 
 

@@ -203,3 +203,19 @@ def test_defaults_are_the_solvers_best(solver):
     order = {} if order is None else {"order": order}
     named = DEISScheduler(solver=solver, timestep_grid=grid, **order)
     assert torch.equal(generate(DEISScheduler(solver=solver), 7, noise(2, 3)), generate(named, 7, noise(2, 3)))
+
+
+def test_zero_terminal_snr():
+    """A v-model on a schedule that ends in pure noise: as diffusers' DDIM with the same config."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}
+    ours = DEISScheduler(**config, solver="t_ab", order=0, timestep_grid="trailing", final_denoise=True)
+    theirs = diffusers.DDIMScheduler(**config, clip_sample=False, timestep_spacing="trailing")
+    assert float(ours.alphas_cumprod[-1]) == pytest.approx(0.0, abs=1e-7)
+    results = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+        x = torch.linspace(-1, 1, 12).reshape(1, 3, 2, 2)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        results.append(x)
+    torch.testing.assert_close(results[0], results[1], atol=2e-3, rtol=0)  # ours is clipped to alpha_bar 1e-7 there

@@ -84,6 +84,13 @@ def test_after_an_aborted_one(scheduler):
         assert torch.equal(advance(scheduler, noise(0), scheduler.timesteps), alone(scheduler, noise(0)))
 
 
+def test_a_later_start_after_one_of_another_shape_stopped_there(scheduler):
+    start = 2 * scheduler.order
+    advance(scheduler, noise(1, (5, 3)), scheduler.timesteps[:start])
+    x = advance(scheduler, noise(0), scheduler.timesteps[start:])
+    assert torch.equal(x, alone(scheduler, noise(0), scheduler.timesteps[start:].tolist()))
+
+
 def test_a_step_taken_twice(scheduler):
     x = advance(scheduler, noise(), scheduler.timesteps[:3])
     first = advance(scheduler, x, scheduler.timesteps[3:])

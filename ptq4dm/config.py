@@ -52,6 +52,7 @@ class QuantConfig(QuantizationConfigMixin):
     """
 
     method: ClassVar[str]
+    packs_while_loading: ClassVar[bool] = True  # else a model must be there in full precision
     quant_method: ClassVar[QuantMethod] = QuantMethod.PTQ4DM
     modules_to_not_convert: tuple[str, ...] = ()
     calibration: str | None = None

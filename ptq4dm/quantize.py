@@ -27,9 +27,9 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
             is left to quantize.
     """
     if store is None and config.needs_calibration:
+        otherwise = ", or choose activations='dynamic'" if getattr(config, "activations", "") == "static" else ""
         raise UserError(
-            f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe), or choose "
-            "activations='dynamic'."
+            f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe){otherwise}."
         )
     if store is not None:
         store.check_model(model)

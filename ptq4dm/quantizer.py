@@ -49,6 +49,11 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             check_plan(model, config.plan)
             for name, choice in config.plan.layers.items():
                 replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
+        elif not config.packs_while_loading:
+            raise UserError(
+                f"{type(config).__name__} looks at layers together and cannot pack them while a model loads; load it "
+                "in full precision, then call ptq4dm.quantize."
+            )
         else:
             if config.calibration is not None:
                 self.store = CalibrationStore.load(config.calibration)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .sampling import denoiser, sample
 
-TIMESTEP = "timestep"
+TIMESTEPS = ("timestep", "timesteps", "t")  # what diffusers' models call the argument
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Calls:
 
     sample: [B, ...] noisy input x_t, as the model saw it (scheduler scaling included).
     timestep: [B] the model's own timestep argument (integers or floats).
-    conditioning: name -> [B, ...] tensors that differ per row ("a/b" is entry b of the dict argument a).
+    conditioning: name -> [B, ...] tensors that differ per row ("a/b" is entry b of the dict argument a, and "a/0" the
+        first tensor of the tuple or list a).
     shared: name -> tensors or plain values that the rows have in common (position ids, None, flags).
     """
 
@@ -165,17 +166,21 @@ def replay(model: nn.Module, calls: Calls) -> Tensor:
             return value
         return value.to(parameter.device, dtype) if value.is_floating_point() else value.to(parameter.device)
 
-    names = list(inspect.signature(model.forward).parameters)
-    arguments: dict[str, Any] = {names[0]: ready(calls.sample), TIMESTEP: calls.timestep.to(parameter.device)}
-    for name, value in {**calls.shared, **calls.conditioning}.items():
-        outer, _, inner = name.partition("/")
-        if inner:
-            arguments.setdefault(outer, {})[inner] = ready(value)
-        else:
-            arguments[name] = ready(value)
+    first, timestep = _leading(inspect.signature(model.forward))
+    arguments: dict[str, Any] = {first: ready(calls.sample), timestep: calls.timestep.to(parameter.device)}
+    arguments |= _nested({name: ready(value) for name, value in {**calls.shared, **calls.conditioning}.items()})
     arguments.pop("return_dict", None)
     output = model(**arguments, return_dict=False)[0]
     return output[:, : calls.sample.shape[1]] if output.ndim == 4 else output
+
+
+def _leading(signature) -> tuple[str, str]:
+    """The names of a model's sample and timestep arguments."""
+    names = list(signature.parameters)
+    timestep = next((name for name in TIMESTEPS if name in names), None)
+    if timestep is None:
+        raise UserError(f"the model takes no timestep ({', '.join(names)}); its calls cannot be recorded.")
+    return names[0], timestep
 
 
 def _rows(signature, args, kwargs, rows: Tensor, batch: int) -> Calls:
@@ -183,9 +188,10 @@ def _rows(signature, args, kwargs, rows: Tensor, batch: int) -> Calls:
     bound = signature.bind(*args, **kwargs).arguments
     extra = bound.pop("kwargs", {})
     bound = {**bound, **extra}
-    first = next(iter(signature.parameters))
-    x = bound.pop(first)
-    t = torch.as_tensor(bound.pop(TIMESTEP))
+    first, timestep = _leading(signature)
+    x, t = bound.pop(first), torch.as_tensor(bound.pop(timestep))
+    if not isinstance(x, Tensor):
+        raise UserError(f"the model is called with a {type(x).__name__} of samples; only tensors can be recorded.")
     size = len(x)
     if size % batch:
         raise UserError(f"the model is called with {size} rows for {batch} images; such calls cannot be recorded.")
@@ -197,19 +203,40 @@ def _rows(signature, args, kwargs, rows: Tensor, batch: int) -> Calls:
             conditioning[name] = value.detach()[every.to(value.device)].cpu()
         elif isinstance(value, Tensor):
             shared[name] = value.detach().cpu()
-        elif value is None or isinstance(value, (bool, int, float, str)):
+        elif _plain(value):
             shared[name] = value
         else:
             raise UserError(
                 f"the model is called with '{name}' of type {type(value).__name__}, which cannot be recorded; "
-                "tensors, numbers, strings and dicts of them can."
+                "tensors, numbers, strings and dicts and tuples of them can."
             )
     return Calls(x.detach()[every].cpu(), t[every.to(t.device)].cpu(), conditioning, shared)
 
 
+def _plain(value) -> bool:
+    """Whether JSON can hold a value: numbers, strings and lists of them."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _flatten(arguments: dict):
+    """(name, value) of all arguments, with the entries of dicts, and of tuples with tensors in them, one by one."""
     for name, value in arguments.items():
+        if isinstance(value, (list, tuple)) and any(isinstance(entry, (Tensor, tuple)) for entry in value):
+            value = value if _plain(value) else dict(enumerate(value))
         if isinstance(value, dict):
-            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+            yield from ((f"{name}/{key}", inner) for key, inner in _flatten(value))
         else:
             yield name, value
+
+
+def _nested(flat: dict):
+    """The inverse of `_flatten`; sequences become tuples."""
+    entries: dict[str, dict] = {}
+    for name, value in flat.items():
+        outer, _, inner = name.partition("/")
+        entries.setdefault(outer, {})[inner] = value
+    nested = {name: inner[""] if "" in inner else _nested(inner) for name, inner in entries.items()}
+    places = [str(i) for i in range(len(nested))]
+    return tuple(nested[place] for place in places) if nested and nested.keys() == set(places) else nested

@@ -1,5 +1,17 @@
 """SVDQuant: 4-bit layers with a low-rank branch."""
 
+from .lora import fuse_lora, scale_lora, unfuse_lora
 from .method import SVDQuantConfig
+from .nunchaku_export import export_nunchaku_lite
+from .nunchaku_flux import load_nunchaku_flux
+from .nunchaku_lite import load_nunchaku_lite
 
-__all__ = ["SVDQuantConfig"]
+__all__ = [
+    "SVDQuantConfig",
+    "export_nunchaku_lite",
+    "fuse_lora",
+    "load_nunchaku_flux",
+    "load_nunchaku_lite",
+    "scale_lora",
+    "unfuse_lora",
+]

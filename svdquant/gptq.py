@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 BLOCK = 128
-DAMPING = 0.01
+DAMPING = 0.01  # at first; then ten times as much until the Hessian has an inverse
+MOST_DAMPING = 1e9
 
 
 def gptq_codes(weight: Tensor, scales: Tensor, inputs: Tensor, low: int = -7, high: int = 7) -> Tensor:
@@ -43,7 +46,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse, with as much damping as it needs."""
     mean = float(hessian.diagonal().mean()) or 1.0
     damping = DAMPING
-    while True:
+    while damping < MOST_DAMPING:
         damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
@@ -51,3 +54,4 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
             if not failed:
                 return factor
         damping *= 10
+    raise UserError("a layer's inputs hold NaN or infinity: no rounding fits them; calibrate anew.")

@@ -62,24 +62,26 @@ class Split:
         return dequantize_groups(self.codes, self.scales)
 
 
-def output(group: Group, split: Split, rows: Tensor) -> Tensor:
-    """What the quantized layers give on rows [R, K], without bias: [R, N]."""
+def rounded_inputs(group: Group, smooth: Tensor, rows: Tensor) -> Tensor:
+    """What the codes of rows [R, K] stand for, float32; the same for all splits under one `smooth`."""
     plan = group.plan
-    inputs = round_activation((rows + plan.shift) / split.smooth, plan.activation, plan.group_size, bool(plan.shift))
+    return round_activation((rows + plan.shift) / smooth, plan.activation, plan.group_size, bool(plan.shift))
+
+
+def output(group: Group, split: Split, rows: Tensor, inputs: Tensor | None = None) -> Tensor:
+    """What the quantized layers give on rows [R, K], without bias: [R, N]. inputs: their `rounded_inputs`."""
+    inputs = rounded_inputs(group, split.smooth, rows) if inputs is None else inputs
     y = inputs @ split.residual().T
-    if plan.shift:
-        y = y - plan.shift * (split.residual() / split.smooth).sum(1)
+    if group.plan.shift:
+        y = y - group.plan.shift * (split.residual() / split.smooth).sum(1)
     return y if split.down is None else y + (rows @ split.down.T) @ split.up.T
 
 
-def row_error(group: Group, split: Split, rows: Tensor) -> float:
-    """Squared error of the layers' own outputs."""
-    return float((output(group, split, rows) - rows @ group.weight.T).double().square().sum())
+def squared_error(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).square().sum(dtype=torch.float64))  # 16-bit squares would vanish
 
 
-def split_weight(
-    group: Group, smooth: Tensor, codes_of: Callable | None = None, residual: Tensor | None = None
-) -> Split:
+def split_weight(group: Group, smooth: Tensor, residual: Tensor | None = None) -> Split:
     """Branch and codes of the smoothed weight; `residual` is what 4 bits hold already (step 2), 0 at first."""
     plan, smoothed = group.plan, group.weight * smooth
     up = down = None
@@ -99,15 +101,19 @@ def search(group: Group, exhaustive: bool, module_error: Callable[[Split], float
     Exhaustive: every candidate of the authors' grid on it. Otherwise a grid half as fine is ranked by the layers' own
     outputs on SEARCH_ROWS rows, and the FINALISTS best by the module.
     """
-    few = group.rows[:: max(1, len(group.rows) // SEARCH_ROWS)]
+    rows = group.rows if exhaustive else group.rows[:: max(1, len(group.rows) // SEARCH_ROWS)]
+    exact = rows @ group.weight.T
+
+    def row_error(split: Split) -> float:
+        return squared_error(output(group, split, rows), exact)
 
     def ranking(score: Callable[[Split], float], choices: list) -> list:
-        scored = [(score(split_weight(group, group.divisors(*choice))), i) for i, choice in enumerate(choices)]
-        return [choices[i] for _, i in sorted(scored)]
+        errors = [score(split_weight(group, group.divisors(*choice))) for choice in choices]
+        return [choices[i] for i in sorted(range(len(choices)), key=lambda i: _least(errors[i]))]
 
     if exhaustive:
-        return ranking(module_error or (lambda split: row_error(group, split, group.rows)), candidates(20))[0]
-    ranked = ranking(lambda split: row_error(group, split, few), candidates(10))
+        return ranking(module_error or row_error, candidates(20))[0]
+    ranked = ranking(row_error, candidates(10))
     if module_error is None:
         return ranked[0]
     return ranking(module_error, ranked[:FINALISTS])[0]
@@ -115,11 +121,13 @@ def search(group: Group, exhaustive: bool, module_error: Callable[[Split], float
 
 def refine(group: Group, smooth: Tensor) -> Split:
     """Step 2: branch and rounded rest in turn, until the first time that the output error grows."""
+    rows, inputs = group.rows, rounded_inputs(group, smooth, group.rows)
+    exact = rows @ group.weight.T
     best = split_weight(group, smooth)
-    least = row_error(group, best, group.rows)
+    least = squared_error(output(group, best, rows, inputs), exact)
     for _ in range(group.plan.refinements if group.plan.rank else 0):
         split = split_weight(group, smooth, residual=best.residual())
-        error = row_error(group, split, group.rows)
+        error = squared_error(output(group, split, rows, inputs), exact)
         if error >= least:
             break
         best, least = split, error
@@ -134,5 +142,11 @@ def round_rest(group: Group, split: Split) -> Split:
     if group.plan.rounding == "nearest":
         split.codes = quantize_codes(rest, split.scales)
     else:
-        split.codes = gptq_codes(rest, split.scales, (group.rows + group.plan.shift) / split.smooth)
+        # The bias takes back what the rounded weight makes of the shift: the Hessian is that of unshifted inputs.
+        split.codes = gptq_codes(rest, split.scales, group.rows / split.smooth)
     return split
+
+
+def _least(error: float) -> float:
+    """A key to sort by: what overflows is worst."""
+    return error if error == error else float("inf")

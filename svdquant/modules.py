@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..kernels.int4 import dequantize_groups, unpack_int4
 from ..kernels.svdq import svdq_linear
 from ..modules import FORMATS, QuantizedLayer, frozen
@@ -36,20 +37,38 @@ class _SVDQLayer(QuantizedLayer):
         self.smooth = None if plan.activation == "none" else new(inputs)
         self.down = new(plan.rank, inputs) if plan.rank and not plan.lender else None
         self.up = new(outputs, plan.rank) if plan.rank else None
-        self.borrow_from(self)
+        self._lender = ()
+        self.register_buffer("lora_down", None, persistent=False)
+        self.register_buffer("lora_up", None, persistent=False)
 
     def borrow_from(self, lender: nn.Module) -> None:
         """Use another layer's down projection (in a tuple, so that it does not become a child of this one)."""
         self._lender = (lender,)
 
+    def pack(self, weight: Tensor, name: str) -> None:
+        raise UserError(
+            f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
+            "precision, then call ptq4dm.quantize with SVDQuantConfig."
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes, int8, unpacked in each call: tools that put adapters on layers read the shape off it."""
+        return self._shaped(unpack_int4(self.qweight, self.plan.group_size))
+
     @property
     def branch(self) -> tuple[Tensor | None, Tensor | None]:
-        """(down [r, K], up [N, r]), or (None, None)."""
-        return self._lender[0].down, self.up
+        """(down [r, K], up [N, r]), the ranks of fused LoRA adapters among them; or (None, None)."""
+        down = _fetched(self._lender[0], self.qweight.device) if self._lender else self.down
+        if self.lora_down is None:
+            return down, self.up
+        if down is None:
+            return self.lora_down, self.lora_up
+        return torch.cat([down, self.lora_down]), torch.cat([self.up, self.lora_up], 1)
 
     @property
     def kept(self) -> tuple[str, ...]:
-        names = ("wscales", "smooth", "down", "up")
+        names = ("wscales", "smooth", "down", "up", "lora_down", "lora_up")
         return tuple(name for name in names if getattr(self, name) is not None)
 
     def dequantized_weight(self) -> Tensor:
@@ -65,7 +84,6 @@ class _SVDQLayer(QuantizedLayer):
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
         layer = super().dequantized(dtype)
         if self.plan.shift:  # the bias makes up for the shift of the inputs, which a float layer does not have
-            down, up = self.branch
             weight = dequantize_groups(unpack_int4(self.qweight, self.plan.group_size), self.wscales)
             lifted = self.plan.shift * (weight / self.smooth.float()).sum(1)
             layer.bias = nn.Parameter((self.bias.float() + lifted).to(self.bias.dtype))
@@ -124,6 +142,18 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, 1x1, {self.plan}"
+
+
+def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:
+    """Another layer's down projection, back from where offloading layer by layer has put it away in the meantime."""
+    down = lender.down
+    if down is None or down.device == device:
+        return down
+    if down.is_meta:  # accelerate's; the values are in its hook
+        hook = lender._hf_hook
+        hooks = getattr(hook, "hooks", [hook])
+        down = next(one.weights_map["down"] for one in hooks if getattr(one, "weights_map", None) is not None)
+    return down.to(device)
 
 
 def _bias_dtype(layer: nn.Module, plan: SVDQPlan) -> torch.dtype | None:

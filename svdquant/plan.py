@@ -15,7 +15,7 @@ class SVDQPlan:
     lender: the first of the layers that share this one's input, if this is not it: they share smoothing and the down
         projection, which the first one holds.
     alpha, beta: exponents of the smoothing divisors; None until the search has found them.
-    shift: constant added to the input before it is rounded as unsigned.
+    shift: constant added to the input before it is rounded as unsigned; 0 for signed, None until calibration tells.
     rounding: "nearest" or "gptq"; seed: of the random projections in large decompositions.
     """
 
@@ -26,7 +26,7 @@ class SVDQPlan:
     lender: str = ""
     alpha: float | None = None
     beta: float | None = None
-    shift: float = 0.0
+    shift: float | None = 0.0
     rounding: str = "gptq"
     refinements: int = 10
     seed: int = 0

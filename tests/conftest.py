@@ -44,13 +44,30 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def analytic():
-    """The module analytic.py: problems with known solutions. (Test files cannot import one another.)"""
-    spec = importlib.util.spec_from_file_location("analytic", Path(__file__).with_name("analytic.py"))
+def module_beside(name):
+    """Test files cannot import one another."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def analytic():
+    """The module analytic.py: problems with known solutions."""
+    return module_beside("analytic")
+
+
+@pytest.fixture(scope="session")
+def denoisers():
+    """The module denoisers.py: small models of diffusers and their calibration."""
+    return module_beside("denoisers")
+
+
+@pytest.fixture(scope="session")
+def nunchaku_bytes():
+    """The module nunchaku_bytes.py: Nunchaku's files and layers by their formulas."""
+    return module_beside("nunchaku_bytes")
 
 
 @pytest.fixture(scope="session")

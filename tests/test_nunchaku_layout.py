@@ -1,4 +1,4 @@
-"""The layouts of Nunchaku's files against packers that place one element at a time at its index."""
+"""The layouts of Nunchaku's files against packers that put each element at its index (nunchaku_bytes.py)."""
 
 import pytest
 import torch
@@ -26,119 +26,56 @@ def same(a, b):
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def place(plain, index, shape):
-    """The elements of a plain tensor [.., ..], each at index(row, column) of a flat buffer, viewed as `shape`."""
-    flat = [None] * plain.numel()
-    rows = plain.view(torch.uint8).tolist() if plain.dtype == E4M3 else plain.tolist()
-    for i, row in enumerate(rows):
-        for j, value in enumerate(row):
-            assert flat[index(i, j)] is None
-            flat[index(i, j)] = value
-    if plain.dtype == E4M3:
-        return torch.tensor(flat, dtype=torch.uint8).view(E4M3).reshape(shape)
-    return torch.tensor(flat, dtype=plain.dtype).reshape(shape)
-
-
-def slow_qweight(codes):
-    n_rows, n_columns = codes.shape
-    data = [0] * (n_rows * n_columns // 2)
-    for n, row in enumerate(codes.tolist()):
-        for k, code in enumerate(row):
-            word = (((n // 128) * (n_columns // 64) + k // 64) * 8 + (n % 128) // 16) * 128
-            word += ((n % 8) * 4 + (k % 32) // 8) * 4 + ((n % 16) // 8) * 2 + (k % 64) // 32
-            nibble = word * 8 + k % 8
-            data[nibble // 2] |= (code & 15) << 4 * (nibble % 2)
-    return torch.tensor(data, dtype=torch.uint8).view(torch.int8).reshape(n_rows, n_columns // 2)
-
-
-def slow_awq(codes):
-    n_rows, n_columns = codes.shape
-    words = [0] * (n_rows * n_columns // 4)
-    for n, row in enumerate(codes.tolist()):
-        for k, code in enumerate(row):
-            word = (n // 4) * n_columns + (k // 64) * 64 + (n % 4) * 16 + ((k % 64) // 32) * 8 + k % 8
-            words[word] |= code << 4 * ((k % 32) // 8)
-    signed = [word - 65536 if word >= 32768 else word for word in words]
-    return torch.tensor(signed, dtype=torch.int16).reshape(n_rows // 4, n_columns)
-
-
-def scale_index(groups):
-    return lambda n, g: (
-        (n // 128) * (groups * 128) + g * 128
-        + ((n % 128) // 16) * 16 + ((n % 8) // 2) * 4 + ((n % 16) // 8) * 2 + n % 2
-    )  # fmt: skip
-
-
-def down_index(rank):
-    return lambda r, k: (
-        ((k // 16) * (rank // 16) + r // 16) * 256
-        + (r % 8 * 4 + (k % 8) // 2) * 8 + ((r % 16) // 8) * 4 + ((k % 16) // 8) * 2 + k % 2
-    )  # fmt: skip
-
-
-def up_index(rank):
-    return lambda n, r: (
-        ((n // 16) * (rank // 16) + r // 16) * 256
-        + (n % 8 * 4 + (r % 8) // 2) * 8 + ((n % 16) // 8) * 4 + ((r % 16) // 8) * 2 + r % 2
-    )  # fmt: skip
-
-
-def nvfp4_index(groups):
-    return lambda n, s: (
-        (n // 128) * groups * 128 + (s // 4) * 512
-        + ((n % 8) * 4 + (n % 32) // 8) * 16 + ((n % 128) // 32) * 4 + s % 4
-    )  # fmt: skip
-
-
-def test_qweight():
+def test_qweight(nunchaku_bytes):
     codes = integers(-8, 7, N, K)
-    packed = slow_qweight(codes)
+    packed = nunchaku_bytes.pack_qweight(codes)
     assert same(layout.pack_qweight(codes), packed)
     assert same(layout.unpack_qweight(packed), codes)
 
 
-def test_qweight_of_e2m1_codes():
+def test_qweight_of_e2m1_codes(nunchaku_bytes):
     codes = quantize_e2m1(3 * normal(N, K))
-    packed = slow_qweight(codes)
+    packed = nunchaku_bytes.pack_qweight(codes)
     assert same(layout.pack_qweight(codes, signed=False), packed)
     assert same(layout.unpack_qweight(packed, signed=False), codes)
 
 
 @sixteen_bits
-def test_scales(dtype):
+def test_scales(dtype, nunchaku_bytes):
     scales = normal(N, K // 64, dtype=dtype)
-    packed = place(scales, scale_index(K // 64), (K // 64, N))
+    packed = nunchaku_bytes.place(scales, nunchaku_bytes.scale_index(K // 64), (K // 64, N))
     assert same(layout.pack_scales(scales), packed)
     assert same(layout.unpack_scales(packed), scales)
 
 
 @sixteen_bits
-def test_vectors(dtype):
+def test_vectors(dtype, nunchaku_bytes):
     vector = normal(K, dtype=dtype)
-    packed = place(vector.reshape(-1, 1), scale_index(1), (K,))
+    packed = nunchaku_bytes.vector(vector)
     assert same(layout.pack_vector(vector), packed)
     assert same(layout.unpack_vector(packed), vector)
 
 
 @sixteen_bits
-def test_low_rank(dtype):
+def test_low_rank(dtype, nunchaku_bytes):
     a, b = normal(R, K, dtype=dtype), normal(N, R, dtype=dtype)
-    down, up = place(a, down_index(R), (K, R)), place(b, up_index(R), (N, R))
+    down = nunchaku_bytes.place(a, nunchaku_bytes.down_index(R), (K, R))
+    up = nunchaku_bytes.place(b, nunchaku_bytes.up_index(R), (N, R))
     assert same(layout.pack_down(a), down) and same(layout.unpack_down(down), a)
     assert same(layout.pack_up(b), up) and same(layout.unpack_up(up), b)
 
 
-def test_nvfp4_scales():
+def test_nvfp4_scales(nunchaku_bytes):
     scales = normal(N, K // 16).abs().to(E4M3)
-    packed = place(scales, nvfp4_index(K // 16), (K // 16, N))
+    packed = nunchaku_bytes.place(scales, nunchaku_bytes.nvfp4_index(K // 16), (K // 16, N))
     assert same(layout.pack_nvfp4_scales(scales), packed)
     assert same(layout.unpack_nvfp4_scales(packed), scales)
 
 
 @pytest.mark.parametrize("n, k", [(64, 256), (12, 192)])
-def test_awq(n, k):
+def test_awq(n, k, nunchaku_bytes):
     codes = integers(0, 15, n, k, dtype=torch.uint8)
-    words = slow_awq(codes)
+    words = nunchaku_bytes.pack_awq(codes)
     assert same(layout.pack_awq_qweight(codes), words.view(torch.int32))
     assert layout.pack_awq_qweight(codes).shape == (n // 4, k // 2)
     assert same(layout.unpack_awq_qweight(words), codes)

@@ -1,0 +1,57 @@
+"""What the low-rank branch takes off 4 bits: singular values of a smoothed weight, and of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import replacing
+from .modules import _SVDQLayer
+
+
+def singular_values(weight: Tensor, layer: _SVDQLayer) -> tuple[Tensor, Tensor]:
+    """Two [min(N, K)], falling: of the smoothed weight and of the rest. weight: the original, [N, K, ...]."""
+    smoothed = weight.detach().flatten(1).float()
+    rest = smoothed
+    down, up = layer.branch
+    if down is not None:
+        rest = smoothed - up.float() @ down.float()
+    if layer.smooth is not None:
+        smoothed, rest = smoothed * layer.smooth.float(), rest * layer.smooth.float()
+    return torch.linalg.svdvals(smoothed).cpu(), torch.linalg.svdvals(rest).cpu()
+
+
+def plot_branch(weight: Tensor, layer: _SVDQLayer, title: str, path: str | Path) -> None:
+    """Draw both spectra into a PNG.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("plotting needs matplotlib; install it with `pip install ptq4dm[plot]`.") from None
+    before, after = singular_values(weight, layer)
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot(range(1, len(before) + 1), before, label="smoothed weight")
+    axes.plot(range(1, len(after) + 1), after, label=f"rest, after a branch of rank {layer.plan.rank}")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("singular value number")
+    axes.set_ylabel("singular value")
+    axes.set_title(title)
+    axes.legend()
+    figure.tight_layout()
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+    finally:
+        plt.close(figure)

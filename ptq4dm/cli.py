@@ -114,7 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench = command("bench", "Compare samplers: Frechet distance against evaluations of the model.")
     bench.add_argument("subject", choices=["samplers"], help="what to compare")
     _model(bench, "unet-cifar10")
-    bench.add_argument("--samplers", nargs="+", metavar="NAME", help="names from samplers/catalog.py; all usual ones")
+    bench.add_argument(
+        "--samplers", nargs="+", metavar="NAME", help="as for --sampler of generate; the usual ones otherwise"
+    )
     bench.add_argument("--evaluations", nargs="+", type=int, metavar="N", help="budgets; 5 6 8 10 15 20 50")
     bench.add_argument("--num-images", type=int, default=1000)
     bench.add_argument("--batch-size", type=int, default=100)
@@ -147,7 +149,8 @@ def _sampler(parser) -> None:
         "--sampler",
         metavar="NAME",
         help="ddim, deis, a solver of it (ipndm, t_ab, rho_ab, log_rho, rho_rk), a setting such as t_ab3/quad, or "
-        "diffusers/ with ddim, deis, dpm++2m, dpm++3m, unipc, euler, heun; the model's own otherwise",
+        "rho_rk-3heun/edm, .../clean (ends at clean data), or diffusers/ with ddim, deis, dpm++2m, dpm++3m, unipc, "
+        "euler, heun, some with -karras; the model's own otherwise",
     )
     group.add_argument("--order", type=int, choices=range(4), help="of a DEIS solver; 0 is DDIM")
     group.add_argument("--grid", help="timesteps: linear, quad, cubic, log, edm, beta, linspace, leading or trailing")

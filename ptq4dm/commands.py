@@ -125,7 +125,8 @@ def evaluate(args) -> None:
     if full_precision is not None:  # the models are compared, not two samplers
         full_precision.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     report = evaluate_model(pipe, full_precision, config, args.output)
-    _say(f"{model}" + (f" against {original}" if original else ""))
+    sampler = f"{type(pipe.scheduler).__name__}" + (f" ({args.sampler})" if args.sampler else "")
+    _say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
     _say(format_report(report))
     _say(f"report:  {Path(args.output) / 'report.json'}")
     if (Path(args.output) / "samples.png").is_file():

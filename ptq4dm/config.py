@@ -53,6 +53,7 @@ class QuantConfig(QuantizationConfigMixin):
 
     method: ClassVar[str]
     packs_while_loading: ClassVar[bool] = True  # else a model must be there in full precision
+    loaded_only: ClassVar[bool] = False  # models of this method come from files of another library
     quant_method: ClassVar[QuantMethod] = QuantMethod.PTQ4DM
     modules_to_not_convert: tuple[str, ...] = ()
     calibration: str | None = None
@@ -104,7 +105,8 @@ class QuantConfig(QuantizationConfigMixin):
         data = {k: v for k, v in {**config_dict, **kwargs}.items() if k != "quant_method"}
         name = data.pop("method", getattr(cls, "method", None))
         if name not in METHODS:
-            raise UserError(f"quantization method '{name}' is unknown; known are {', '.join(sorted(METHODS))}.")
+            offered = sorted(name for name, one in METHODS.items() if not one.loaded_only)
+            raise UserError(f"quantization method '{name}' is unknown; known are {', '.join(offered)}.")
         target = METHODS[name]
         known = {item.name for item in fields(target)}
         unknown = sorted(set(data) - known)

@@ -13,11 +13,12 @@ from tqdm import tqdm
 from .compare import compare_denoisers, image_errors, psnr
 from .errors import UserError
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
+from .files import output_folder
 from .frechet import Moments, write_statistics
 from .images import to_uint8
 from .report import stored_bytes
 from .sampling import denoiser, sample
-from .summary import output_folder, write_report, write_samples
+from .summary import write_report, write_samples
 
 
 @dataclass
@@ -137,7 +138,7 @@ def write_reference(
 
 def _measure(pipe, full_precision, config: EvaluateConfig):
     """The report, and pictures to show; see `_sample_all`."""
-    report: dict = {"num_inference_steps": config.num_inference_steps, "warnings": []}
+    report: dict = {"sampler": _sampler(pipe), "num_inference_steps": config.num_inference_steps, "warnings": []}
     extractor = moments = None
     if config.metric != "none":
         extractor = _extractor(config, denoiser(pipe).device)
@@ -162,6 +163,12 @@ def _measure(pipe, full_precision, config: EvaluateConfig):
     else:
         report["bytes"] = {"model": stored_bytes(denoiser(pipe))}
     return report, shown
+
+
+def _sampler(pipe) -> dict:
+    """The scheduler's class and what its config says besides the noise schedule."""
+    config = {k: v for k, v in pipe.scheduler.config.items() if isinstance(v, str | int | bool) and k[0] != "_"}
+    return {"class": type(pipe.scheduler).__name__, **config}
 
 
 def _extractor(config: EvaluateConfig, device) -> Extractor:

@@ -1,10 +1,10 @@
-"""One way to write a file: beside it, then renamed, so that a file of that name is always whole."""
+"""Files and folders of results: a file is always whole, and a failure leaves no empty folder."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -35,3 +35,25 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary.is_file():  # below a regular file even unlink(missing_ok=True) raises
             temporary.unlink()
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Make the folder for results before the long work starts; where that fails, take it away again.
+
+    Raises:
+        UserError: it is a file, or cannot be made.
+    """
+    path = Path(path)
+    try:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}.") from error
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # rmdir refuses a folder in which something is by now
+            for folder in made:
+                folder.rmdir()
+        raise

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .errors import UserError
+from .files import output_folder
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
 from .sampling import choose_conditioning, denoiser, sample
 
@@ -135,13 +136,15 @@ def generate(
     seeds, output = [int(s) for s in seeds], Path(output)
     if not seeds or min(seeds) < 0 or batch_size < 1:
         raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {output}: {error.strerror}.") from error
-    if not os.access(output, os.W_OK):
-        raise UserError(f"cannot write into {output}; choose another --output.")
+    with output_folder(output):
+        if not os.access(output, os.W_OK):
+            raise UserError(f"cannot write into {output}; choose another --output.")
+        _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, metadata)
+    return [output / f"{s:06d}.png" for s in seeds]
 
+
+def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, metadata) -> None:
+    """Make this process's share of the missing pictures."""
     shared = settings(pipe, num_inference_steps, pipeline_kwargs, metadata)
     versions = {"ptq4dm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
@@ -171,7 +174,6 @@ def generate(
             for seed, image in zip(batch, to_uint8(images), strict=True):
                 save_png(image, output / f"{seed:06d}.png", expected(seed))
     state.wait_for_everyone()
-    return [output / f"{s:06d}.png" for s in seeds]
 
 
 def save_grid(

@@ -31,6 +31,10 @@ class QuantizedLayer:
     plan: object
     kept: tuple[str, ...] = ()
 
+    def __new__(cls, layer=None, *sizes, **options):
+        """peft makes a convolution's adapters as `type(layer)(inputs, outputs, ...)`: those are float layers."""
+        return nn.Conv2d(layer, *sizes, **options) if isinstance(layer, int) else super().__new__(cls)
+
     def _apply(self, fn, recurse=True):
         """What `.to()` and `.half()` go through: kept tensors move but stay what they are, and nothing becomes an
         8-bit float (diffusers' layerwise casting would store scales so)."""

@@ -104,7 +104,7 @@ def _scheduler_fit(pipe):
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise UserError(
             f"{type(pipe).__name__} does not scale its input as {type(scheduler).__name__} needs; "
-            "use a scheduler with unit start noise, such as DDIMScheduler or DEISMultistepScheduler."
+            "use a sampler that starts from unit noise, such as deis, ddim or diffusers/unipc."
         )
     if "generator" in inspect.signature(scheduler.step).parameters:
         yield

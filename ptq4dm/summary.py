@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .errors import UserError
 from .files import replacing
 from .images import image_grid, save_picture, to_uint8
 
@@ -51,28 +47,6 @@ def format_report(report: dict) -> str:
 
 def _against(b: dict) -> str:
     return f"   {b['ratio']:.2f}x smaller than {b['full_precision']:,}" if "ratio" in b else ""
-
-
-@contextlib.contextmanager
-def output_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Make the folder for an evaluation's files, before the long work starts; where that fails, take it away again.
-
-    Raises:
-        UserError: it is a file, or cannot be made.
-    """
-    path = Path(path)
-    try:
-        made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the output folder {path}: {error.strerror or error}.") from error
-    try:
-        yield path
-    except BaseException:
-        with contextlib.suppress(OSError):  # rmdir refuses a folder in which something is by now
-            for folder in made:
-                folder.rmdir()
-        raise
 
 
 def write_report(report: dict, folder: Path) -> None:

@@ -43,9 +43,9 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
         UserError: no such sampler, or an order or a grid where there can be none.
     """
     given = {key: value for key, value in (("order", order), ("timestep_grid", grid)) if value is not None}
+    if order is not None and name in ("ddim", "rho_rk"):
+        raise UserError(f"{name} has no order to choose; deis, t_ab, rho_ab, ipndm and log_rho have orders 0 to 3.")
     if name == "ddim":
-        if order is not None:
-            raise UserError("ddim has no order; choose sampler deis for orders 0 to 3.")
         return DDIMScheduler.from_config(config, **given)
     if name == "deis":
         return DEISScheduler.from_config(config, **given)
@@ -53,7 +53,7 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
         return DEISScheduler.from_config(config, solver=name, **given)
     if given:
         raise UserError(
-            f"sampler '{name}' fixes its order and grid; give a plain name (ddim, deis) or leave them out."
+            f"sampler '{name}' fixes its order and grid; give a plain name (deis, t_ab, ddim, ...) or leave them out."
         )
     if name.startswith("diffusers/"):
         return _diffusers(name, config)

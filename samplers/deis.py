@@ -330,7 +330,12 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Where in `timesteps` the first step will be, for pipelines that start in the middle (img2img)."""
+        """Where in `timesteps` the first step will be, for pipelines that start in the middle (img2img).
+
+        It counts only where a timestep is not an entry of `timesteps` itself, which tells its own place.
+        """
+        if not isinstance(begin_index, int) or not 0 <= begin_index < max(1, len(self._evaluations)):
+            raise UserError(f"begin_index must be from 0 to {len(self._evaluations) - 1}; got {begin_index!r}.")
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -30,6 +30,8 @@ FLOAT16S = (torch.bfloat16, torch.float16)
 class NunchakuConfig(QuantConfig):
     """What a model carries whose layers came from a checkpoint of Nunchaku's; it cannot quantize anything itself."""
 
+    loaded_only = True
+
     packs_while_loading: ClassVar[bool] = False
 
     def resolve(self, model, views, store):

@@ -7,6 +7,7 @@ import torch
 
 import ptq4dm
 
+CONFIG = ptq4dm.SVDQuantConfig(rank=8, num_tuples=3, unsigned=True)
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 32}
 TEXT = (8, 64)  # tokens, width
 
@@ -139,6 +140,14 @@ def pair(kind):
         _made[kind] = model, ptq4dm.collect(pipe, config)
     model, store = _made[kind]
     return copy.deepcopy(model), store
+
+
+def quantized(kind):
+    """(the model of a kind quantized with CONFIG, its store, the report), made once."""
+    if ("quantized", kind) not in _made:
+        model, store = pair(kind)
+        _made["quantized", kind] = model, store, ptq4dm.quantize(model, CONFIG, store)
+    return _made["quantized", kind]
 
 
 @torch.no_grad()

@@ -159,3 +159,9 @@ def test_grid_of_generated_files(tmp_path):
     assert torch.equal(grid[0, :, 1:24:3, 25:48:3], load_images(paths)[1])
     with pytest.raises(UserError, match="no images"):
         save_grid([], tmp_path / "none.png")
+
+
+def test_a_failure_leaves_no_empty_folder_behind(tmp_path):
+    with pytest.raises(UserError, match="at least one step"):
+        generate(tiny(), [0], tmp_path / "a" / "b", num_inference_steps=0)
+    assert not (tmp_path / "a").exists()

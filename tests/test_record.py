@@ -348,3 +348,74 @@ def test_arguments_that_cannot_be_written_down_are_named():
 
     with pytest.raises(UserError, match="'class_labels' of type list"):
         record_calls(Wrong(tiny_unet(), DDIMScheduler()), [0], [0], num_inference_steps=1)
+
+
+# --- arguments of every shape -------------------------------------------------------------------------------
+
+
+class Odd(torch.nn.Module):
+    """A stand-in for video models: tuples and lists of tensors, nested, and a time of another name."""
+
+    config = {}
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden_states, timesteps, rotary=None, shapes=None, extra=None, return_dict=True):
+        (cos, sin), (pooled, words) = rotary, extra["text"]
+        assert isinstance(rotary, tuple) and [list(shape) for shape in shapes] == [[1, 2, 3]]
+        y = hidden_states * self.scale * cos.sum() + sin.sum() + pooled.sum(1)[:, None] + words.sum()
+        return (y + timesteps[:, None] + extra["bias"],)
+
+
+class OddPipe(DiffusionPipeline):
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.cat([torch.randn(1, 5, generator=g) for g in generator])
+        pooled = torch.arange(2.0 * len(x)).reshape(len(x), 2)  # of one row each, beside what all rows share
+        extra = {"text": [pooled, torch.ones(1, 4)], "bias": 3.0}
+        for t in self.scheduler.timesteps:
+            rotary = (torch.arange(7.0), torch.arange(4.0))
+            eps = self.transformer(x, timesteps=t.expand(len(x)), rotary=rotary, shapes=[(1, 2, 3)], extra=extra)[0]
+            x = self.scheduler.step(eps, t, x).prev_sample
+        return ImagePipelineOutput(images=torch.zeros(len(x), 3, 2, 2))
+
+
+def test_tuples_and_lists_of_tensors():
+    pipe = OddPipe(Odd(), DDIMScheduler())
+    calls = record_calls(pipe, [0, 1, 2], [0, 500, 500], num_inference_steps=2)
+    assert calls.conditioning.keys() == {"extra/text/0"} and calls.conditioning["extra/text/0"].shape == (3, 2)
+    shapes = {name: list(value.shape) for name, value in calls.shared.items() if isinstance(value, torch.Tensor)}
+    assert shapes == {"rotary/0": [7], "rotary/1": [4], "extra/text/1": [1, 4]}
+    assert calls.plain == {"shapes": [(1, 2, 3)], "extra/bias": 3.0}
+    expected = calls.sample * 21 + 6 + calls.conditioning["extra/text/0"].sum(1)[:, None] + 4 + 3
+    expected += calls.timestep[:, None]
+    torch.testing.assert_close(replay(pipe.transformer, calls), expected)
+    torch.testing.assert_close(replay(pipe.transformer, calls[1:]), expected[1:])
+
+
+def test_models_that_cannot_be_recorded():
+    class Listed(OddPipe):
+        def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
+            self.scheduler.set_timesteps(num_inference_steps)
+            self.transformer([torch.zeros(5)], torch.zeros(1))
+
+    with pytest.raises(UserError, match="a list of samples"):
+        record_calls(Listed(Odd(), DDIMScheduler()), [0], [0], num_inference_steps=1)
+
+    class Timeless(Odd):
+        def forward(self, hidden_states, return_dict=True):
+            return (hidden_states,)
+
+    class Plain(OddPipe):
+        def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
+            self.scheduler.set_timesteps(num_inference_steps)
+            self.transformer(torch.zeros(1, 5))
+
+    with pytest.raises(UserError, match="takes no timestep \\(hidden_states, return_dict\\)"):
+        record_calls(Plain(Timeless(), DDIMScheduler()), [0], [0], num_inference_steps=1)

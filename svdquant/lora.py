@@ -19,7 +19,8 @@ from .modules import _SVDQLayer
 def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
     """Move the LoRA adapters that peft has put on SVDQuant layers into their low-rank branches.
 
-    For after `pipe.load_lora_weights(...)` or `model.add_adapter(...)`. Adapters on other layers (8-bit, kept) stay
+    For after `pipe.load_lora_weights(...)` or `model.add_adapter(...)`; for FLUX, whose loader in diffusers looks for
+    float weights, `pipe.transformer.load_lora_adapter(...)`. Adapters on other layers (8-bit, kept) stay
     with peft. May be called again for further adapters.
 
     Args:

@@ -31,12 +31,8 @@ def layer_ranges(store: CalibrationStore, layer: str) -> list[dict]:
     return rows
 
 
-def plot_ranges(store: CalibrationStore, layer: str, path: str | Path) -> None:
-    """Draw the extremes and quantiles of a layer's input over timesteps into a PNG.
-
-    Raises:
-        UserError: matplotlib is missing, the layer is unknown, or the file cannot be written.
-    """
+def pyplot():
+    """matplotlib.pyplot, drawing into files. Raises UserError where matplotlib is missing."""
     try:
         import matplotlib
 
@@ -44,6 +40,30 @@ def plot_ranges(store: CalibrationStore, layer: str, path: str | Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("plotting needs matplotlib; install it with `pip install ptq4dm[plot]`.") from None
+    return plt
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Write a figure into a PNG, whose folder is made, and close it. Raises UserError if it cannot be written."""
+    path = Path(path)
+    try:
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+    finally:
+        pyplot().close(figure)
+
+
+def plot_ranges(store: CalibrationStore, layer: str, path: str | Path) -> None:
+    """Draw the extremes and quantiles of a layer's input over timesteps into a PNG.
+
+    Raises:
+        UserError: matplotlib is missing, the layer is unknown, or the file cannot be written.
+    """
+    plt = pyplot()
     if layer not in store.fingerprint:
         raise UserError(f"the model has no layer '{layer}' to plot; `ptq4dm info` lists its layers.")
     rows = [row for row in layer_ranges(store, layer) for _ in range(2)]  # a bin's left and right end: a stair
@@ -59,13 +79,4 @@ def plot_ranges(store: CalibrationStore, layer: str, path: str | Path) -> None:
     axes.set_ylabel("input value")
     axes.set_title(layer)
     axes.legend()
-    figure.tight_layout()
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)

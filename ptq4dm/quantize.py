@@ -117,8 +117,7 @@ def _output_errors(model, layers: dict[str, nn.Module], store: CalibrationStore)
 
 
 def _weight_errors(model, layers: dict[str, nn.Module]) -> dict[str, Ratio]:
-    errors = {}
-    for name, layer in layers.items():
-        errors[name] = Ratio()
-        errors[name].update(model.get_submodule(name).weight, layer.dequantized_weight())
-    return errors
+    return {
+        name: Ratio.between(model.get_submodule(name).weight, layer.dequantized_weight())
+        for name, layer in layers.items()
+    }

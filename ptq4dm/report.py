@@ -47,6 +47,12 @@ class Ratio:
     def __init__(self):
         self.signal = self.noise = 0.0
 
+    @classmethod
+    def between(cls, exact: Tensor, approximate: Tensor) -> Ratio:
+        ratio = cls()
+        ratio.update(exact, approximate)
+        return ratio
+
     def update(self, exact: Tensor, approximate: Tensor) -> None:
         exact = exact.detach().double()
         self.signal += float(exact.square().sum())

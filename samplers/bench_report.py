@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ptq4dm.files import replacing
+from ptq4dm.errors import UserError
+from ptq4dm.plot import pyplot, save_figure
 
 
 def table(rows: list[dict]) -> str:
@@ -33,13 +34,11 @@ def table(rows: list[dict]) -> str:
 def plot_rows(title: str, rows: list[dict], path: Path) -> bool:
     """Frechet distance over evaluations, a line per sampler (diffusers' dashed); False without matplotlib."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.ticker import NullFormatter, ScalarFormatter
-    except ImportError:
+        plt = pyplot()
+    except UserError:
         return False
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     figure, axes = plt.subplots(figsize=(9, 4.5))
     figures = [row["feature_fid"] for row in rows]
     for name in dict.fromkeys(row["sampler"] for row in rows):
@@ -61,8 +60,5 @@ def plot_rows(title: str, rows: list[dict], path: Path) -> bool:
     axes.set_title(title)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
     return True

@@ -71,9 +71,10 @@ def rounded_inputs(group: Group, smooth: Tensor, rows: Tensor) -> Tensor:
 def output(group: Group, split: Split, rows: Tensor, inputs: Tensor | None = None) -> Tensor:
     """What the quantized layers give on rows [R, K], without bias: [R, N]. inputs: their `rounded_inputs`."""
     inputs = rounded_inputs(group, split.smooth, rows) if inputs is None else inputs
-    y = inputs @ split.residual().T
+    rest = split.residual()
+    y = inputs @ rest.T
     if group.plan.shift:
-        y = y - group.plan.shift * (split.residual() / split.smooth).sum(1)
+        y = y - group.plan.shift * (rest / split.smooth).sum(1)
     return y if split.down is None else y + (rows @ split.down.T) @ split.up.T
 
 

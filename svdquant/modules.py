@@ -144,6 +144,13 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
         return f"{self.in_channels}, {self.out_channels}, 1x1, {self.plan}"
 
 
+def link_lenders(model: nn.Module, plan) -> None:
+    """Let each layer that borrows its down projection find the layer that its plan names."""
+    for name, choice in plan.layers.items():
+        if getattr(choice, "lender", ""):
+            model.get_submodule(name).borrow_from(model.get_submodule(choice.lender))
+
+
 def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:
     """Another layer's down projection, back from where offloading layer by layer has put it away in the meantime."""
     down = lender.down

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..modules import replace_module
 from ..plan import Plan
 from ..quantizer import mark_quantized
+from .modules import link_lenders
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 
@@ -30,9 +31,8 @@ FLOAT16S = (torch.bfloat16, torch.float16)
 class NunchakuConfig(QuantConfig):
     """What a model carries whose layers came from a checkpoint of Nunchaku's; it cannot quantize anything itself."""
 
-    loaded_only = True
-
     packs_while_loading: ClassVar[bool] = False
+    loaded_only: ClassVar[bool] = True
 
     def resolve(self, model, views, store):
         raise UserError("the method 'nunchaku' stands for layers read from a checkpoint; quantize with svdquant.")
@@ -41,9 +41,7 @@ class NunchakuConfig(QuantConfig):
         return self.resolve(model, None, store)
 
     def link(self, model: nn.Module, plan: Plan) -> None:
-        for name, choice in plan.layers.items():
-            if getattr(choice, "lender", ""):
-                model.get_submodule(name).borrow_from(model.get_submodule(choice.lender))
+        link_lenders(model, plan)
 
 
 @dataclass

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import replacing
+from ..plot import pyplot, save_figure
 from .modules import _SVDQLayer
 
 
@@ -30,13 +29,7 @@ def plot_branch(weight: Tensor, layer: _SVDQLayer, title: str, path: str | Path)
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("plotting needs matplotlib; install it with `pip install ptq4dm[plot]`.") from None
+    plt = pyplot()
     before, after = singular_values(weight, layer)
     figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(range(1, len(before) + 1), before, label="smoothed weight")
@@ -47,11 +40,4 @@ def plot_branch(weight: Tensor, layer: _SVDQLayer, title: str, path: str | Path)
     axes.set_ylabel("singular value")
     axes.set_title(title)
     axes.legend()
-    figure.tight_layout()
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)

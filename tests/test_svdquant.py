@@ -19,7 +19,7 @@ from ptq4dm.record import replay
 from ptq4dm.report import kernel_report
 from ptq4dm.store import fingerprint
 from ptq4dm.svdquant.group import Group, search, split_weight, squared_error
-from ptq4dm.svdquant.method import _build, _module_error
+from ptq4dm.svdquant.packing import build_layer, module_error
 from ptq4dm.svdquant.plan import SVDQPlan
 from ptq4dm.svdquant.smoothing import candidates
 
@@ -162,11 +162,11 @@ def test_smoothing_is_judged_by_what_the_module_would_give(flux):
     attention = model.get_submodule(name)
     with torch.no_grad():
         exact = attention(*calls[0][0], **calls[0][1])
-        error = _module_error(model, QKV, group, calls, name)(split)
+        error = module_error(model, QKV, group, calls, name)(split)
         assert all("forward" not in vars(layer) for layer in layers)
         for i, layer in enumerate(layers):
             rows = slice(64 * i, 64 * i + 64)
-            setattr(attention, f"to_{'qkv'[i]}", _build(layer, group.plan, split, rows, torch.float16, None))
+            setattr(attention, f"to_{'qkv'[i]}", build_layer(layer, group.plan, split, rows, torch.float16, None))
         found = attention(*calls[0][0], **calls[0][1])
     assert error == pytest.approx(sum(squared_error(a, b) for a, b in zip(exact, found, strict=True)), rel=1e-3)
     assert error > 0
@@ -185,7 +185,7 @@ def test_layers_that_share_are_judged_together(denoisers, smoothing, monkeypatch
         assert len(group.weight) == 3 * 64 and exhaustive == (smoothing == "exhaustive")
         return search(group, exhaustive, counted)
 
-    monkeypatch.setattr("ptq4dm.svdquant.method.search", spy)
+    monkeypatch.setattr("ptq4dm.svdquant.packing.search", spy)
     roles = {name: "w4" for name in names} | {"*": "keep"}
     ptq4dm.quantize(model, replace(QUICK, smoothing=smoothing, roles=roles), store)
     assert len(tried) == (39 if smoothing == "exhaustive" else 3)

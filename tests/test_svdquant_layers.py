@@ -14,8 +14,8 @@ from ptq4dm.modules import empty_quantized
 from ptq4dm.record import replay
 from ptq4dm.report import stored_bytes
 from ptq4dm.svdquant.group import Group, split_weight
-from ptq4dm.svdquant.method import _build
 from ptq4dm.svdquant.modules import SVDQConv2d, SVDQLinear
+from ptq4dm.svdquant.packing import build_layer
 from ptq4dm.svdquant.plan import SVDQPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,7 +134,7 @@ def test_compiled_convolutions_give_the_same_bits(activation):
     plan = SVDQPlan(rank=4, alpha=0.5, beta=0.5, activation=activation)
     group = Group(conv.weight.detach().flatten(1), rows, rows.abs().amax(0), plan, torch.float16)
     split = split_weight(group, group.divisors(0.5, 0.5))
-    layer = _build(conv, plan, split, slice(None), torch.float16, None)
+    layer = build_layer(conv, plan, split, slice(None), torch.float16, None)
     assert isinstance(layer, SVDQConv2d)
     x = rows.view(2, 5, 10, 64).movedim(-1, 1)
     with torch.no_grad():

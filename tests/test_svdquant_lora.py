@@ -8,8 +8,8 @@ from torch import nn
 from ptq4dm.errors import UserError
 from ptq4dm.svdquant import fuse_lora, scale_lora, unfuse_lora
 from ptq4dm.svdquant.group import Group, refine, round_rest
-from ptq4dm.svdquant.method import _build
 from ptq4dm.svdquant.modules import SVDQLinear
+from ptq4dm.svdquant.packing import build_layer
 from ptq4dm.svdquant.plan import SVDQPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,7 +19,7 @@ def quantized(linear: nn.Linear, rows: torch.Tensor, plan: SVDQPlan) -> SVDQLine
     weight = linear.weight.detach()
     group = Group(weight, rows, rows.abs().amax(0), plan, torch.float16)
     split = round_rest(group, refine(group, group.divisors(0.5, 0.5)))
-    return _build(linear, plan, split, slice(0, len(weight)), torch.float16, None)
+    return build_layer(linear, plan, split, slice(0, len(weight)), torch.float16, None)
 
 
 @pytest.fixture

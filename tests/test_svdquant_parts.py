@@ -13,7 +13,7 @@ from ptq4dm.kernels.int4 import dequantize_groups, pack_int4, quantize_codes, qu
 from ptq4dm.kernels.svdq import svdq_linear
 from ptq4dm.svdquant import gptq, lowrank
 from ptq4dm.svdquant.group import Group, output, refine, round_rest, search, split_weight, squared_error
-from ptq4dm.svdquant.method import _build
+from ptq4dm.svdquant.packing import build_layer
 from ptq4dm.svdquant.plan import SVDQPlan
 from ptq4dm.svdquant.smoothing import candidates, divisors
 
@@ -205,7 +205,7 @@ def small_group(rank=8, size=64, n=48, k=128, rows=None, dtype=torch.float16, **
 def built(group, layer, split):
     """The layer that `group` of this one layer becomes."""
     layer.weight = nn.Parameter(group.weight.reshape(layer.weight.shape))
-    return _build(layer, group.plan, split, slice(None), group.dtype, None)
+    return build_layer(layer, group.plan, split, slice(None), group.dtype, None)
 
 
 @pytest.mark.parametrize("activation", ["int4", "int8", "fp8", "none"])

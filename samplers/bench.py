@@ -6,7 +6,6 @@ the model, so a sampler that needs several a step takes fewer steps.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from tqdm.auto import tqdm
 
 from ptq4dm.errors import UserError
 from ptq4dm.extractors import load_extractor, load_reference_statistics
-from ptq4dm.files import replacing
 from ptq4dm.frechet import Moments, frechet_distance
 from ptq4dm.images import to_uint8
+from ptq4dm.rows import Rows
 from ptq4dm.sampling import class_count, denoiser, evaluation_mode
 
 from .catalog import make_sampler
@@ -90,17 +89,17 @@ def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> 
     """
     config.check(pipe)
     settings = {**settings, "num_images": config.num_images, "seed": config.seed, "metric": "feature-fid"}
-    rows = read_rows(output, settings)
+    rows = Rows(output, settings)
     done = {(row["sampler"], row["budget"]) for row in rows}
     todo = [(s, b) for s in config.samplers for b in config.evaluations if (s, b) not in done]
     if todo:
-        _measure(pipe, config, todo, rows, lambda: _write(output, settings, rows))
+        _measure(pipe, config, todo, rows)
     found = {(row["sampler"], row["budget"]): row for row in rows}
     return [found[s, b] for s in config.samplers for b in config.evaluations]
 
 
-def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: list[dict], save) -> None:
-    """Append a row for each (sampler, budget), and save after each."""
+def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: Rows) -> None:
+    """Add a row for each (sampler, budget)."""
     model = denoiser(pipe)
     device = model.device
     extractor = load_extractor("feature-fid", device)
@@ -121,7 +120,7 @@ def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: list
                 given = None if labels is None else labels[part].to(device)
                 images = solve(run, scheduler, noise[part].to(device), given)
                 moments.update(extractor(to_uint8((images / 2 + 0.5).clamp(0, 1))))
-            rows.append(
+            rows.add(
                 {
                     "sampler": name,
                     "budget": budget,
@@ -131,22 +130,6 @@ def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: list
                     "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
                 }
             )
-            save()
-
-
-def _write(output: Path, settings: dict, rows: list[dict]) -> None:
-    with replacing(output) as temporary:
-        temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-
-
-def read_rows(output: Path, settings: dict) -> list[dict]:
-    """The rows of an earlier run; none without a file."""
-    if not output.exists():
-        return []
-    before = json.loads(output.read_text())
-    if before["settings"] != settings:
-        raise UserError(f"{output} was made with other settings ({before['settings']}); give another --output.")
-    return before["rows"]
 
 
 def _generator(seed: int) -> torch.Generator:

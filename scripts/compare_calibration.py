@@ -12,26 +12,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
 import torch
+from paired import Paired
 from tqdm.auto import tqdm
 
 import ptq4dm
-from ptq4dm.assets import asset_path
 from ptq4dm.collect import draw_timesteps, timestep_bins
-from ptq4dm.extractors import load_extractor
-from ptq4dm.files import replacing
-from ptq4dm.frechet import Moments, frechet_distance, read_statistics
-from ptq4dm.images import to_uint8
-from ptq4dm.record import Calls, record_calls, replay
 from ptq4dm.reference import load_reference
 from ptq4dm.report import stored_bytes
-from ptq4dm.sampling import denoiser, denoiser_name, sample
+from ptq4dm.rows import Rows
+from ptq4dm.sampling import denoiser
 
-HELD_OUT = 1_000_000  # first seed that calibration never uses
 SETTINGS = ("model", "steps", "num_fid", "num_paired", "calibration_samples")
 BITS = {"W8A8": (8, 8), "W6A6": (6, 6), "W8A6": (8, 6)}
 
@@ -76,15 +70,12 @@ class Bench:
     def __init__(self, args):
         self.args = args
         self.pipe = load_reference(args.model, device=args.device)
-        self.exact = denoiser(self.pipe).to(memory_format=torch.channels_last)
+        denoiser(self.pipe).to(memory_format=torch.channels_last)
         self.stores: dict[str, ptq4dm.CalibrationStore] = {}
-        self.extractor = load_extractor("feature-fid", args.device)
-        self.real = read_statistics(asset_path("features-cifar10/train-statistics.npz"))
-        self.paired_seeds = range(HELD_OUT, HELD_OUT + args.num_paired)
-        self.calls = self._held_out()
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the truth is float32; elsewhere TF32 is on
-            self.exact_eps = self._predict(self.exact)
-            self.exact_images = self._sample(self.exact, self.paired_seeds)
+        self.pipe.scheduler.set_timesteps(args.steps)
+        config = ptq4dm.CalibrationConfig("solver", args.num_paired)  # spread evenly over the sampling grid
+        timesteps = draw_timesteps(config, 1000, self.pipe.scheduler.timesteps.tolist()).tolist()
+        self.truth = Paired(self.pipe, args.num_paired, timesteps, args.steps, args.batch_size)
 
     def store(self, collector: str) -> ptq4dm.CalibrationStore:
         if collector not in self.stores:
@@ -93,79 +84,29 @@ class Bench:
 
     def measure(self, row: dict) -> dict:
         """The row with its figures."""
-        start = time.time()
-        model, result = self.exact, dict(row)
+        start, truth = time.time(), self.truth
+        model, result = truth.exact, dict(row)
         if row["bits"] != "full":
-            model = copy.deepcopy(self.exact)
+            model = copy.deepcopy(truth.exact)
             store = None if row["method"] == "RTN dynamic" else self.store(row["collector"])
             report = ptq4dm.quantize(model, recipe(row), store)
             result["kernels"] = sorted({layer["kernel"] for layer in report.layers})
             result["simulated"] = row["bits"] != "W8A8"
-            result["bytes_ratio"] = stored_bytes(model) / stored_bytes(self.exact)
-            result.update(self._paired(model))
-        result["feature_fid"] = self._feature_fid(model)
+            result["bytes_ratio"] = stored_bytes(model) / stored_bytes(truth.exact)
+            figures, errors = truth.compare(model)
+            result |= {**figures, "eps_error_bins": self._by_time(errors)}
+        result["feature_fid"] = (
+            truth.feature_fid(model, self.args.num_fid, self.args.steps) if self.args.num_fid else None
+        )
         result["seconds"] = round(time.time() - start, 1)
         result["device"] = torch.cuda.get_device_name() if self.args.device.startswith("cuda") else "CPU"
         return result
 
-    def _paired(self, model) -> dict:
-        images = self._sample(model, self.paired_seeds)
-        mse = (images - self.exact_images).double().square().flatten(1).mean(1)
-        noise = (self._predict(model) - self.exact_eps).double().square().flatten(1).sum(1)
-        signal = self.exact_eps.double().square().flatten(1).sum(1)
-        bins = timestep_bins(self.calls.timestep, 10, self.pipe.scheduler.config.num_train_timesteps)
-        return {
-            "psnr": float((-10 * mse.clamp_min(1e-12).log10()).mean()),
-            "psnr_stderr": float((-10 * mse.clamp_min(1e-12).log10()).std() / len(mse) ** 0.5),
-            "mse": float(mse.mean()),
-            "eps_error": float(noise.sum() / signal.sum()),
-            "eps_error_bins": [
-                float(noise[bins == b].sum() / signal[bins == b].sum()) if (bins == b).any() else None
-                for b in range(10)
-            ],
-        }
-
-    def _held_out(self) -> Calls:
-        """Tuples of other seeds than calibration's, spread evenly over the sampling grid."""
-        self.pipe.scheduler.set_timesteps(self.args.steps)
-        config = ptq4dm.CalibrationConfig("solver", self.args.num_paired)
-        timesteps = draw_timesteps(config, 1000, self.pipe.scheduler.timesteps.tolist())
-        parts = [
-            record_calls(
-                self.pipe,
-                [HELD_OUT + 500_000 + int(i) for i in part],
-                timesteps[part].tolist(),
-                num_inference_steps=self.args.steps,
-            )
-            for part in torch.arange(self.args.num_paired).split(self.args.batch_size)
-        ]
-        return Calls.concatenate(parts)
-
-    def _predict(self, model) -> torch.Tensor:
-        model.eval()
-        parts = torch.arange(len(self.calls)).split(self.args.batch_size)
-        return torch.cat([replay(model, self.calls[part]).cpu() for part in parts])
-
-    def _sample(self, model, seeds) -> torch.Tensor:
-        return torch.cat(list(self._batches(model, seeds)))
-
-    def _batches(self, model, seeds):
-        setattr(self.pipe, denoiser_name(self.pipe), model)
-        seeds = list(seeds)
-        try:
-            for start in range(0, len(seeds), self.args.batch_size):
-                part = seeds[start : start + self.args.batch_size]
-                yield sample(self.pipe, part, num_inference_steps=self.args.steps)
-        finally:
-            setattr(self.pipe, denoiser_name(self.pipe), self.exact)
-
-    def _feature_fid(self, model) -> float | None:
-        if not self.args.num_fid:
-            return None
-        moments = Moments(self.extractor.dim)
-        for images in self._batches(model, range(self.args.num_fid)):
-            moments.update(self.extractor(to_uint8(images)))
-        return frechet_distance(moments.mu, moments.sigma, self.real.mu, self.real.sigma)
+    def _by_time(self, errors: torch.Tensor) -> list[float | None]:
+        """Relative error of the predictions in ten equal parts of the timesteps."""
+        bins = timestep_bins(self.truth.calls.timestep, 10, self.pipe.scheduler.config.num_train_timesteps)
+        sums = [errors[bins == b].sum(0) for b in range(10)]
+        return [float(noise / signal) if signal else None for noise, signal in sums]
 
 
 def markdown(results: list[dict]) -> str:
@@ -196,21 +137,12 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("out/calibration.json"))
     args = parser.parse_args()
     index, count = (int(part) for part in args.shard.split("/"))
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    results = []
-    if args.output.exists():
-        before = json.loads(args.output.read_text())
-        if before["settings"] != settings:
-            parser.error(f"{args.output} was made with {before['settings']}; give another --output.")
-        results = before["rows"]
+    results = Rows(args.output, {name: getattr(args, name) for name in SETTINGS})
     done = {identity(row) for row in results}
     todo = [row for row in rows()[index::count] if identity(row) not in done][: args.limit]
     bench = Bench(args) if todo else None
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     for row in tqdm(todo, desc=args.model, unit="row"):
-        results.append(bench.measure(row))
-        with replacing(args.output) as temporary:
-            temporary.write_text(json.dumps({"settings": settings, "rows": results}, indent=1))
+        results.add(bench.measure(row))
     order = [identity(row) for row in rows()]
     print(markdown(sorted(results, key=lambda row: order.index(identity(row)))))
 

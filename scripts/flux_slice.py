@@ -2,10 +2,10 @@
 
     python scripts/flux_slice.py --output out/flux-slice.json        # one GPU
 
-Slices of the model with random weights, of (1, 1), (2, 1) and (1, 2) double and single blocks, are quantized with
-default settings on random tuples of 4096 image and 512 text tokens. Their differences are a block's time; 19 double and
-38 single blocks, and the forward passes that capture the inputs of each block, make the whole. Blocks are alike, so
-bytes are counted from the tensors of the slices in the same way, against bfloat16.
+Slices of the model with random weights, of (1, 1), (2, 1) and (1, 2) double and single blocks, are quantized
+with default settings on random tuples of 4096 image and 512 text tokens. Their differences are a block's time;
+19 double and 38 single blocks, and the forward passes that capture the inputs of each block, make the whole.
+Blocks are alike, so bytes are counted from the tensors of the slices in the same way, against bfloat16.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ops for layers whose producer hands over codes: quantization apart from the product, or fused with what is before it.
+"""Ops for layers whose producer hands over codes: quantization apart from the product, or fused with what is before.
 
 Codes are in the flat padded layout of `window`, [rows, C']. `fuse.py` puts a model's norms and convolutions together
 with them; each has the formula in torch for devices without a kernel.
@@ -110,7 +110,7 @@ def w8a8_conv2d_codes(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """codes [rows, C'] of B images of H x W (`image`: B, H, W), qweight [N, C, kh, kw] -> [B, N, H', W'] channels_last.
+    """codes [rows, C'], qweight [N, C, kh, kw] or [N, C] -> [B, N, H', W'] channels_last; image: (B, H, W).
 
     shift [B, N] and residual [B, N, H', W'] are added before the one rounding to `dtype`.
     """

@@ -1,8 +1,8 @@
 """From tensors of a model to the launches of the Triton kernels: what is quantized where, and prepared once.
 
-    static, 1x1, at most 128 outputs    one kernel: floats quantized as they are loaded
-    static                              quantize; GEMM
-    dynamic                             largest values; quantize; GEMM
+static, 1x1, at most 128 outputs    one kernel: floats quantized as they are loaded
+static                              quantize; GEMM
+dynamic                             largest values; quantize; GEMM
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ from .w8a8_quantize import encode, stored_channels
 from .window import Window
 
 WHOLE = 32768  # values that a program of 16 warps can hold
+PART = 32  # channels of a program, about: 64 bytes of each pixel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "H", "W", "HP", "WP"])
 def _group_norm_kernel(
     x_ptr, y_ptr, gamma_ptr, beta_ptr, scale_ptr, zero_ptr, batch, H, W, HP, WP, eps,
     C: tl.constexpr, CP: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -107,7 +108,7 @@ def group_norm_quantize(
 def _launch(x, y, gamma, beta, groups, eps, silu, scale, zero_point, bits, padding) -> Tensor:
     batch, h, w, channels = x.shape
     group = channels // groups
-    part = group * max(1, 32 // group)
+    part = group * max(1, PART // group)
     bc = triton.next_power_of_2(part)
     bp = triton.next_power_of_2(h * w)
     once = bp * bc <= WHOLE

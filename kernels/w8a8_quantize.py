@@ -36,7 +36,7 @@ def encode(v, zero, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr):
     return code
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "batch", "HP", "WP"])
 def _quantize_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, rows, batch, HP, WP, sb, sh, sw, sc,
     C: tl.constexpr, CP: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, UP: tl.constexpr,
@@ -60,18 +60,21 @@ def _quantize_kernel(
     tl.store(q_ptr + r.to(tl.int64)[:, None] * CP + c[None, :], code, mask=(r < rows)[:, None] & (c < CP)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _largest_kernel(
     x_ptr, y_ptr, rows, length, chunk, limit, TINY: tl.constexpr, SCALE: tl.constexpr,
     BR: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """y[r, j] = max |x[r, j * chunk : (j + 1) * chunk]|, or the scale of that. NaN counts as the largest of all."""
+    """y[r, j] = max |x[r, j * chunk : (j + 1) * chunk]|, or the scale of that. NaN counts as the largest of all.
+
+    chunk is a multiple of BL, or the whole length.
+    """
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     start = tl.program_id(1) * chunk
     largest = tl.zeros((BR, BL), dtype=tl.int32)
     for i in range(start, tl.minimum(start + chunk, length), BL):
         k = i + tl.arange(0, BL)
-        mask = (r < rows)[:, None] & (k < tl.minimum(start + chunk, length))[None, :]
+        mask = (r < rows)[:, None] & (k < length)[None, :]
         x = tl.load(x_ptr + r[:, None] * length + k[None, :], mask=mask, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))  # ordered as the floats, NaN on top
     y = tl.max(largest, axis=1).to(tl.float32, bitcast=True)
@@ -102,7 +105,13 @@ def _launch_largest(x: Tensor, y: Tensor, rows: int, length: int, chunk: int, li
 
 
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, dtype: torch.dtype, padding=(0, 0), upsample: int = 1
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+    padding=(0, 0),
+    upsample: int = 1,
 ) -> Tensor:
     """x [B, C, H, W] of any strides -> codes [rows, C'] in the flat layout of the padded (and upsampled) images.
 
@@ -120,7 +129,8 @@ def quantize(
     _quantize_kernel[(triton.cdiv(window.rows, br), triton.cdiv(wide, bc))](
         x, codes, scale, zero_point, window.rows, batch, hp, wp, sb, sh, sw, sc,
         C=channels, CP=wide, PH=padding[0], PW=padding[1], UP=upsample, PER_IMAGE=scale.numel() > 1,
-        HAS_ZERO=zero_point is not None, LOW=-limit, HIGH=limit - 1, FP8=dtype != torch.int8, BR=br, BC=bc, num_warps=4,
+        HAS_ZERO=zero_point is not None, LOW=-limit, HIGH=limit - 1, FP8=dtype != torch.int8, BR=br, BC=bc,
+        num_warps=4,
     )  # fmt: skip
     return codes
 

@@ -1,7 +1,7 @@
 """W8A8 Linear and Conv2d as formulas in torch: the truth that every kernel is tested against.
 
-Codes are int8 or e4m3 by the type of `qweight`. Sums run in a float type that holds every partial sum of int8 products
-exactly, and in float64 for e4m3.
+Codes are int8 or e4m3 by the type of `qweight`. Sums run in a float type that holds every partial sum of int8
+products exactly, and in float64 for e4m3.
 """
 
 from __future__ import annotations

@@ -48,7 +48,10 @@ def _store(
     tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+SIZES = ["M", "HP", "WP", "OH", "OW", "rows_per_scale", "tiles", "steps"]  # one compilation for all of them
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _conv_kernel(
     x_ptr, w_ptr, y_ptr, scale_ptr, zero_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, shift_ptr, residual_ptr,
     M, N, HP, WP, OH, OW, rows_per_scale, tiles, steps,
@@ -120,7 +123,7 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """Fill out [B, OH, OW, N] (contiguous) and return it.
 
-    x: codes [rows, C'] as `w8a8_quantize.quantize` leaves them or, for mode "on-load", floats [B, H, W, C] (contiguous).
+    x: codes [rows, C'] as `w8a8_quantize.quantize` leaves them; for mode "on-load", floats [B, H, W, C], contiguous.
     weight: [N, taps * C'] of the codes' type. scale: one float32, or one per image, then without zero point.
     shift: [B, N]; residual: as out.
     """

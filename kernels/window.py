@@ -2,8 +2,8 @@
 
     row(b, y, x) = (b H' + y + ph) W' + x + pw,   H' = H + ph,  W' = W + pw
 
-holds the channels of pixel (b, y, x); all other rows are padding. An image's lower padding is the upper padding of the
-next, and a line's right padding the left one of the next line, so that at 3x3 a 32x32 image takes 33x33 rows. Tap
+holds the channels of pixel (b, y, x); all other rows are padding. An image's lower padding is the upper padding of
+the next, and a line's right padding the left one of the next line, so that at 3x3 a 32x32 image takes 33x33 rows. Tap
 (ky, kx) of output (b, oy, ox) is row
 
     (b H' + oy sh) W' + ox sw  +  ky dh W' + kx dw:

@@ -101,19 +101,16 @@ def _conv_kernel(
         else:
             image = m // (OH * OW)
             inside = m < M
-        if PER_ROW:
-            scales = tl.load(scale_ptr + m // rows_per_scale, mask=inside, other=0.0)[:, None]
-        else:
-            scales = scale
+        s = tl.load(scale_ptr + m // rows_per_scale, mask=inside, other=0.0)[:, None] if PER_ROW else scale
         # The columns in parts: half the registers for what is loaded per column, half the memory of the transpose.
         low, high = total.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
         n = n0 + tl.arange(0, BN // 2)
         _store(
-            low, n, scales, m, image, inside, N, y_ptr, weight_scale_ptr, bias_ptr, shift_ptr, residual_ptr,
+            low, n, s, m, image, inside, N, y_ptr, weight_scale_ptr, bias_ptr, shift_ptr, residual_ptr,
             HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL,
         )  # fmt: skip
         _store(
-            high, n + BN // 2, scales, m, image, inside, N, y_ptr, weight_scale_ptr, bias_ptr, shift_ptr, residual_ptr,
+            high, n + BN // 2, s, m, image, inside, N, y_ptr, weight_scale_ptr, bias_ptr, shift_ptr, residual_ptr,
             HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL,
         )  # fmt: skip
 

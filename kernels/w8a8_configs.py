@@ -23,7 +23,7 @@ PATH = Path(__file__).parent / "tuned" / "w8a8.json"
 class Config:
     """bm, bn, bk: tile of output rows, output channels and K; warps, stages: Triton's num_warps and num_stages.
 
-    mode: "tma" (operands through the bulk copy engine, from Hopper on; needs stride 1) or "gather".
+    mode: how operands are loaded, see w8a8_triton.py; "tma" needs stride 1 and Hopper or later.
     programs: per multiprocessor, each of which works off many tiles; 0 for one program a tile.
     registers: per thread, at most; 0 leaves it to the compiler.
     """
@@ -53,15 +53,15 @@ def choose(dtype: torch.dtype, window: Window, channels: int, n: int, device: to
 
 
 def default(window: Window, channels: int, n: int, capability: tuple[int, int], on_load: bool) -> Config:
-    """Tiles of 128 x 128 or, where rows or outputs are few, what covers them."""
+    """Tiles of 256 x 128 or, where rows or outputs are few, what covers them."""
     rows = window.batch * math.prod(window.output)
-    bm = 128 if rows >= 4096 else 64 if rows > 32 else 32
+    bm = 256 if rows >= 2**17 and n > 64 and not on_load else 128 if rows >= 4096 else 64 if rows > 32 else 32
     bn = min(128, max(16, 1 << (n - 1).bit_length()))
     bk = next(size for size in (128, 64, 32) if channels % size == 0)
     if on_load:
         return Config("on-load", bm, bn, min(64, bk), 4, 3)
     tma = capability >= (9, 0) and max(window.stride) == 1 and channels % 64 == 0 and n >= 64
-    return Config("tma" if tma else "gather", bm, bn, bk, 4, 3)
+    return Config("tma" if tma else "gather", bm, bn, bk, bm // 32 if bm > 128 else 4, 3)
 
 
 @cache

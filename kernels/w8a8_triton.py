@@ -5,11 +5,12 @@
 
 A row m is an output pixel; its window is read straight from the codes in the flat layout of `window`, where padding
 holds q_x = z, so that the correction by z is the same for every row and no load has a mask. Linear is the case of
-one-pixel images. Sums are int32 and exact, or float32 as the tensor cores round them. Three ways to the operands:
+one-pixel images. Sums are int32 and exact, or float32 as the tensor cores round them. Four ways to the operands:
 
     tma       rows of the flat layout in blocks through the bulk copy engine (Hopper and later; stride 1): outputs are
               computed at padding positions too and not stored, (W+1)(H+1)/(WH) of the work at 3x3
     gather    each output's row by its own address: any stride, any device
+    cached    the same in pieces of 8 bytes, which go through L1: a window's taps find there what others brought
     on-load   1x1 windows that read each pixel once: floats, quantized as they arrive; no codes in memory
 
 A tile of BM x BN outputs does 2 BM BN operations for each (BM + BN) bytes it asks of L2: 128 for 128 x 128, 170 for
@@ -55,7 +56,7 @@ SIZES = ["M", "HP", "WP", "OH", "OW", "rows_per_scale", "tiles", "steps"]  # one
 def _conv_kernel(
     x_ptr, w_ptr, y_ptr, scale_ptr, zero_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, shift_ptr, residual_ptr,
     M, N, HP, WP, OH, OW, rows_per_scale, tiles, steps,
-    C: tl.constexpr, CP: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, TAPS: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PER_ROW: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MODE: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -72,25 +73,28 @@ def _conv_kernel(
             first = (m // (OH * OW) * HP + m // OW % OH * SH) * WP + m % OW * SW
             x_ptrs = x_ptr + first.to(tl.int64)[:, None] * C + k[None, :]
             n = tl.minimum(n0 + tl.arange(0, BN), N - 1)
-            w_ptrs = w_ptr + n.to(tl.int64)[None, :] * (steps * BK) + k[:, None]
+            w_ptrs = w_ptr + n.to(tl.int64)[None, :] * (TAPS * CP) + k[:, None]
 
         total = tl.zeros((BM, BN), dtype=tl.float32 if FP8 else tl.int32)
         if HAS_ZERO:
             n = n0 + tl.arange(0, BN)
             total -= (zero * tl.load(weight_sum_ptr + n, mask=n < N, other=0))[None, :]
         for step in range(steps):
-            tap, c = step // (CP // BK), step % (CP // BK) * BK
+            tap, c = step % TAPS, step // TAPS * BK  # taps of the same channels one after another: they share pixels
             shift = tap // KW * DH * WP + tap % KW * DW
             if MODE == "tma":
                 x = x_ptr.load([m0 + shift, c])
-                w = w_ptr.load([n0, step * BK]).T
+                w = w_ptr.load([n0, tap * CP + c]).T
             elif MODE == "gather":
                 x = tl.load(x_ptrs + shift * C + c)
-                w = tl.load(w_ptrs + step * BK)
+                w = tl.load(w_ptrs + tap * CP + c)
+            elif MODE == "cached":
+                x = tl.load(tl.multiple_of(x_ptrs + (shift * C + c), [8, 8]))  # 16-byte copies would pass by L1
+                w = tl.load(w_ptrs + tap * CP + c)
             else:
                 x = tl.load(x_ptrs + shift * C + c, mask=(c + k < C)[None, :], other=0.0).to(tl.float32)
                 x = encode(x * tl.div_rn(1.0, scale), zero.to(tl.float32) if HAS_ZERO else 0.0, LOW, HIGH, FP8)
-                w = tl.load(w_ptrs + step * BK)
+                w = tl.load(w_ptrs + tap * CP + c)
             total = tl.dot(x, w, total, out_dtype=total.dtype)
 
         m = m0 + tl.arange(0, BM)
@@ -142,7 +146,7 @@ def conv2d(
     _conv_kernel[(_programs(config, tiles, x.device),)](
         *operands, out, scale, zero_point, weight_scale, weight_sum, bias, shift, residual,
         rows, n, hp, wp, oh, ow, oh * ow, tiles, k // config.bk,
-        C=x.shape[-1], CP=wide, KW=window.kernel[1], SH=window.stride[0], SW=window.stride[1],
+        C=x.shape[-1], CP=wide, TAPS=window.taps, KW=window.kernel[1], SH=window.stride[0], SW=window.stride[1],
         DH=window.dilation[0], DW=window.dilation[1], HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None,
         HAS_SHIFT=shift is not None, HAS_RESIDUAL=residual is not None, PER_ROW=scale.numel() > 1, LOW=-limit,
         HIGH=limit - 1, FP8=weight.dtype != torch.int8, BM=config.bm, BN=config.bn, BK=config.bk, MODE=config.mode,

@@ -27,7 +27,7 @@ SHARED = 227 * 1024  # bytes of shared memory a program may have (Hopper)
 def candidates(case: Case, on_load: bool, capability: tuple[int, int]) -> list[Config]:
     channels, n = w8a8_quantize.stored_channels(case.channels), case.outputs
     widest = max(16, 1 << (n - 1).bit_length())
-    few = case.rows * n < 2**20
+    few = case.rows * n < 2**19
     tiles = [  # bm, bn, warps, stages, registers
         (128, 128, 4, 3, 0), (128, 128, 4, 4, 0), (128, 128, 8, 3, 128), (128, 128, 8, 4, 0), (256, 128, 8, 3, 0),
         (256, 128, 8, 4, 0), (256, 128, 16, 3, 0), (128, 64, 4, 4, 0), (64, 128, 4, 4, 0), (256, 64, 8, 4, 0),
@@ -48,7 +48,7 @@ def candidates(case: Case, on_load: bool, capability: tuple[int, int]) -> list[C
         for bm, bn, warps, stages, registers in tiles:
             for bk in widths:
                 unlike = stages == 2 if mode != "cached" else stages == 4  # L1 gets what the tiles leave
-                if unlike or (on_load and bn < min(n, 128)):
+                if unlike or (on_load and not few and bn < min(n, 128)):
                     continue
                 size = (bm * (3 if on_load else 1) + bn) * bk * stages
                 if size <= SHARED:
@@ -73,7 +73,12 @@ def tune(cases: list[Case], budget: float, workers: int) -> None:
                 channels = w8a8_quantize.stored_channels(case.channels)
                 key = w8a8_configs.shape_class(dtype, case.window, channels, case.outputs, on_load)
                 jobs.setdefault(key, (case, form, on_load, candidates(case, on_load, capability)))
-    work = [(case, form, on_load, config) for case, form, on_load, configs in jobs.values() for config in configs]
+    kernels = {  # the sizes of images and batches are not compiled in
+        (form, on_load, config, case.channels, case.outputs, case.window.kernel, case.window.stride): case
+        for case, form, on_load, configs in jobs.values()
+        for config in configs
+    }
+    work = [(case, *kernel[:3]) for kernel, case in kernels.items()]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         failed = [str(error) for error in pool.map(_compile, work, chunksize=4) if error]
     print(f"{len(work)} candidates compiled, {len(failed)} not, in {time.monotonic() - began:.0f} s", flush=True)

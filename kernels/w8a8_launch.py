@@ -25,6 +25,7 @@ def triton_linear(
     """x [M, K] -> [M, N] in x's dtype: a convolution of one-pixel images."""
     window = Window(len(x), 1, 1)
     image = x[:, :, None, None]
+    residual = None if residual is None else residual[:, None, None]
     y = _windows(image, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual)
     return y.flatten(0, 2)
 
@@ -41,6 +42,8 @@ def triton_conv2d(
 def _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual) -> Tensor:
     from . import w8a8_quantize
 
+    if x.shape[1] != qweight.shape[1]:
+        raise ValueError(f"the input has {x.shape[1]} channels where the layer needs {qweight.shape[1]}.")
     plain = window.taps == 1 and window.padding == (0, 0)
     if input_scale is not None and plain and len(qweight) <= ON_LOAD_OUTPUTS:
         operand = x.permute(0, 2, 3, 1).contiguous()
@@ -60,10 +63,13 @@ def multiply(
 ) -> Tensor:
     """operand: codes in the flat layout, or floats [B, H, W, C] -> [B, H', W', N] of `dtype`.
 
-    shift [B, N], residual [B, H', W', N] or a shape with the same order in memory: both are added in float32.
+    shift [B, N] and residual [B, H', W', N] are added in float32.
+
+    Raises ValueError where shapes do not belong together: the kernel would read past the end.
     """
     from . import w8a8_triton
 
+    _check(operand, window, qweight, shift, residual)
     weight = prepared(qweight, "rows", lambda: weight_rows(qweight))
     sums = None
     if input_zero_point is not None:
@@ -85,3 +91,21 @@ def weight_rows(qweight: Tensor) -> Tensor:
     if extra:  # e4m3 through its bytes, which are zero for zero: pad does not know the type
         rows = F.pad(rows.view(torch.int8), (0, extra)).view(qweight.dtype)
     return rows.contiguous().flatten(1)
+
+
+def _check(operand: Tensor, window: Window, qweight: Tensor, shift: Tensor | None, residual: Tensor | None) -> None:
+    n, channels = qweight.shape[:2]
+    if operand.ndim == 2:
+        from .w8a8_quantize import stored_channels
+
+        right = (window.rows, stored_channels(channels))
+    else:
+        right = (window.batch, window.h, window.w, channels)
+    if tuple(operand.shape) != right:
+        raise ValueError(f"the input has shape {list(operand.shape)} where the layer needs {list(right)}.")
+    for name, given, size in (
+        ("shift", shift, (window.batch, n)),
+        ("residual", residual, (window.batch, *window.output, n)),
+    ):
+        if given is not None and tuple(given.shape) != size:
+            raise ValueError(f"the {name} has shape {list(given.shape)} where the layer needs {list(size)}.")

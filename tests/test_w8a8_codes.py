@@ -248,6 +248,27 @@ def test_empty_batches(monkeypatch):
     assert w8a8.w8a8_linear(torch.empty(0, 8, device=DEVICE), qweight[:, :, 0, 0], *operands[1:], 8).shape == (0, 5)
 
 
+def test_shapes_that_do_not_belong_together(monkeypatch):
+    """Said before anything is launched: the kernels do not look."""
+    monkeypatch.setattr(w8a8, "kernel_name", lambda *_: w8a8.TRITON)
+    scale, zero = grid(torch.int8)
+    qweight, weight_scale = (t.to(DEVICE) for t in weights(torch.int8, 5, 8, 3, 3))
+    geometry = ([1, 1], [1, 1], [1, 1])
+    with pytest.raises(ValueError, match="the input has 16 channels where the layer needs 8"):
+        x = normal(1, 16, 6, 6).to(DEVICE)
+        w8a8.w8a8_conv2d(x, qweight, weight_scale, None, scale, zero, 8, *geometry, 1)
+    codes = w8a8_codes.w8a8_quantize(normal(2, 8, 4, 4).to(DEVICE), scale, zero, 8, torch.int8, [1, 1], 1)
+    operands = (qweight, weight_scale, None, scale, zero, *geometry)
+    for image, shift, residual, wrong in [
+        ([2, 4, 5], None, None, "the input has shape"),
+        ([2, 4, 4], normal(2, 4), None, "the shift has shape"),
+        ([2, 4, 4], None, normal(2, 5, 4, 5), "the residual has shape"),
+    ]:
+        more = [t if t is None else t.to(DEVICE) for t in (shift, residual)]
+        with pytest.raises(ValueError, match=wrong):
+            w8a8_codes.w8a8_conv2d_codes(codes, image, *operands, *more, torch.float32)
+
+
 # --- the norm -----------------------------------------------------------------------------------------------
 
 NORMS = [(8, 2, 5, 4), (20, 4, 3, 7), (64, 32, 4, 4), (96, 2, 6, 1), (40, 40, 2, 2)]  # channels, groups, H, W

@@ -288,7 +288,7 @@ def test_group_norm(channels, groups, h, w, mean, whole, monkeypatch):
         right = F.group_norm(x.double(), groups, gamma.double(), beta.double(), 1e-5)
         right = F.silu(right) if silu else right
         y = w8a8_norm.group_norm(pixels, *on, groups, 1e-5, silu)
-        assert (y.cpu().permute(0, 3, 1, 2) - right).abs().max() <= (1e-4 if mean else 1e-5)
+        assert (y.cpu().permute(0, 3, 1, 2) - right).abs().max() <= (1e-4 if mean else 3e-5)
     scale, zero = grid(torch.int8)
     for padding in ((1, 1), (0, 2), (0, 0)):
         codes = w8a8_norm.group_norm_quantize(pixels, *on, groups, 1e-5, False, scale, zero, 8, torch.int8, padding)

@@ -5,12 +5,11 @@
 
 A row m is an output pixel; its window is read straight from the codes in the flat layout of `window`, where padding
 holds q_x = z, so that the correction by z is the same for every row and no load has a mask. Linear is the case of
-one-pixel images. Sums are int32 and exact, or float32 as the tensor cores round them. Four ways to the operands:
+one-pixel images. Sums are int32 and exact, or float32 as the tensor cores round them. Three ways to the operands:
 
     tma       rows of the flat layout in blocks through the bulk copy engine (Hopper and later; stride 1): outputs are
               computed at padding positions too and not stored, (W+1)(H+1)/(WH) of the work at 3x3
     gather    each output's row by its own address: any stride, any device
-    cached    the same in pieces of 8 bytes, which go through L1: a window's taps find there what others brought
     on-load   1x1 windows that read each pixel once: floats, quantized as they arrive; no codes in memory
 
 A tile of BM x BN outputs does 2 BM BN operations for each (BM + BN) bytes it asks of L2: 128 for 128 x 128, 170 for
@@ -87,9 +86,6 @@ def _conv_kernel(
                 w = w_ptr.load([n0, tap * CP + c]).T
             elif MODE == "gather":
                 x = tl.load(x_ptrs + shift * C + c)
-                w = tl.load(w_ptrs + tap * CP + c)
-            elif MODE == "cached":
-                x = tl.load(tl.multiple_of(x_ptrs + (shift * C + c), [8, 8]))  # 16-byte copies would pass by L1
                 w = tl.load(w_ptrs + tap * CP + c)
             else:
                 x = tl.load(x_ptrs + shift * C + c, mask=(c + k < C)[None, :], other=0.0).to(tl.float32)

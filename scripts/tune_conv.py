@@ -31,7 +31,7 @@ def candidates(case: Case, on_load: bool, capability: tuple[int, int]) -> list[C
     tiles = [  # bm, bn, warps, stages, registers
         (128, 128, 4, 3, 0), (128, 128, 4, 4, 0), (128, 128, 8, 3, 128), (128, 128, 8, 4, 0), (256, 128, 8, 3, 0),
         (256, 128, 8, 4, 0), (256, 128, 16, 3, 0), (128, 64, 4, 4, 0), (64, 128, 4, 4, 0), (256, 64, 8, 4, 0),
-        (128, 256, 8, 3, 0), (128, 128, 4, 2, 0), (256, 128, 8, 2, 0),
+        (128, 256, 8, 3, 0),
         (64, 64, 4, 4, 0), (64, 32, 4, 4, 0), (32, 64, 4, 4, 0), (128, 16, 4, 4, 0),
         (256, 16, 4, 4, 0), (64, 16, 4, 4, 0), (256, 16, 8, 3, 0),
     ]  # fmt: skip
@@ -41,14 +41,11 @@ def candidates(case: Case, on_load: bool, capability: tuple[int, int]) -> list[C
     modes = ["on-load"] if on_load else ["gather"]
     if not on_load and capability >= (9, 0) and max(case.window.stride) == 1:
         modes = ["tma", *modes]
-    if case.window.taps > 1 and not few:
-        modes.append("cached")
     found = []
     for mode in modes:
         for bm, bn, warps, stages, registers in tiles:
             for bk in widths:
-                unlike = stages == 2 if mode != "cached" else stages == 4  # L1 gets what the tiles leave
-                if unlike or (on_load and not few and bn < min(n, 128)):
+                if on_load and not few and bn < min(n, 128):
                     continue
                 size = (bm * (3 if on_load else 1) + bn) * bk * stages
                 if size <= SHARED:

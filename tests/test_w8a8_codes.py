@@ -147,7 +147,7 @@ def test_scales_of_long_and_short_rows():
 # --- the product --------------------------------------------------------------------------------------------
 
 TILES = [Config("tma", 64, 32, 32, 4, 3), Config("gather", 32, 64, 32, 4, 3), Config("gather", 64, 16, 32, 4, 2, 1)]
-TILES += [Config("tma", 64, 64, 32, 4, 2, 1, 128), Config("cached", 64, 32, 32, 4, 2)]
+TILES += [Config("tma", 64, 64, 32, 4, 2, 1, 128)]
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, fp8.DTYPE], ids=["int8", "fp8"])
@@ -341,7 +341,7 @@ def test_configurations_fit_their_shapes():
         for name, entry in entries.items():
             config, parts = Config(**entry), name.split()
             channels = int(next(part[1:] for part in parts if part.startswith("C")))
-            assert channels % config.bk == 0 and config.mode in ("tma", "gather", "cached", "on-load"), (device, name)
+            assert channels % config.bk == 0 and config.mode in ("tma", "gather", "on-load"), (device, name)
             assert (config.mode == "on-load") == ("on-load" in parts), (device, name)
             assert config.mode != "tma" or name.split("/")[1].startswith("1"), (device, name)
     for channels, n, capability in itertools.product((32, 96, 320, 1280), (3, 130), ((8, 0), (9, 0), (12, 0))):

@@ -48,9 +48,13 @@ def affine_parameters(low: float, high: float, bits: int = 8, symmetric: bool = 
 
 
 def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8) -> Tensor:
-    """x any shape, scale and zero_point broadcast against it -> int8 codes of x's shape (the plain formula)."""
+    """x any shape, scale and zero_point broadcast against it -> int8 codes of x's shape.
+
+    The plain formula; NaN, which has no code, counts as zero.
+    """
     limit = 2 ** (bits - 1)
-    codes = torch.round(x.float() * (1.0 / scale)) + zero_point
+    steps = torch.round(x.float() * (1.0 / scale)).nan_to_num_(0.0, float("inf"), -float("inf"))
+    codes = steps + zero_point
     return codes.clamp_(-limit, limit - 1).to(torch.int8)
 
 

@@ -1,11 +1,19 @@
-"""W8A8 Linear and Conv2d in Triton: one implicit-GEMM kernel on int8 tensor cores, and the kernel that quantizes.
+"""W8A8 Conv2d and Linear in Triton: one implicit-GEMM kernel on 8-bit tensor cores, int8 or e4m3.
 
-    q_x = clamp(round(x / s) + z)
-    y[m, n] = s_x[m] * s_w[n] * (sum_{ky, kx, c} q_x[pixel(m, ky, kx), c] q_w[n, ky, kx, c] - z sum q_w[n]) + b[n]
+    y[m, n] = s_x[m] * s_w[n] * (sum_{tap, c} q_x[row(m) + shift(tap), c] q_w[n, tap, c] - z sum q_w[n])
+              + bias[n] + shift[image(m), n] + residual[m, n]
 
-A row m is an output pixel (b, oy, ox); the window around it is read straight from NHWC codes, positions outside the
-image as q_x = z, so that the correction by z is the same for every row. Linear is the case of a 1x1 window. Sums are
-int32 and exact; scales and bias are applied in float32 in the epilogue, in one store.
+A row m is an output pixel; its window is read straight from the codes in the flat layout of `window`, where padding
+holds q_x = z, so that the correction by z is the same for every row and no load has a mask. Linear is the case of
+one-pixel images. Sums are int32 and exact, or float32 as the tensor cores round them. Three ways to the operands:
+
+    tma       rows of the flat layout in blocks through the bulk copy engine (Hopper and later; stride 1): outputs are
+              computed at padding positions too and not stored, (W+1)(H+1)/(WH) of the work at 3x3
+    gather    each output's row by its own address: any stride, any device
+    on-load   1x1 windows that read each pixel once: floats, quantized as they arrive; no codes in memory
+
+A tile of BM x BN outputs does 2 BM BN operations for each (BM + BN) bytes it asks of L2: 128 for 128 x 128, 170 for
+256 x 128. 3x3 layers are bound by L2 and the tensor cores alike, 1x1 layers by device memory.
 """
 
 from __future__ import annotations
@@ -14,108 +22,136 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
-
-
-@triton.jit
-def _quantize_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, n_elements, per_scale, LOW: tl.constexpr, HIGH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """q = clamp(round(x / scale[i // per_scale]) + zero, LOW, HIGH) over a flat tensor."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n_elements
-    x = tl.load(x_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + i // per_scale, mask=inside, other=1.0)
-    v = x * (1.0 / scale)
-    v = tl.minimum(tl.maximum(v, -1024.0), 1024.0)  # beyond any code; keeps the rounding trick in range
-    code = (v + ROUND) - ROUND + tl.load(zero_ptr).to(tl.float32)
-    code = tl.minimum(tl.maximum(code, LOW), HIGH)
-    tl.store(q_ptr + i, code.to(tl.int8), mask=inside)
+from .w8a8_configs import Config, choose
+from .w8a8_quantize import encode
+from .window import Window
 
 
 @triton.jit
-def _conv_kernel(
-    q_ptr, w_ptr, y_ptr, scale_ptr, zero_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr,
-    M, N, C, H, W, OH, OW, per_scale,
-    KW: tl.constexpr, TAPS: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr,
-    PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def _store(
+    total, n, scale, m, image, inside, N, y_ptr, weight_scale_ptr, bias_ptr, shift_ptr, residual_ptr,
+    HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    n_blocks = tl.cdiv(N, BN)
-    pid = tl.program_id(0)
-    m = (pid // n_blocks).to(tl.int64) * BM + tl.arange(0, BM)
-    n = (pid % n_blocks) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    ox = m % OW
-    oy = (m // OW) % OH
-    image = m // (OW * OH)
-    zero = tl.load(zero_ptr)
-
-    total = tl.zeros((BM, BN), dtype=tl.int32)
-    for tap in range(TAPS):
-        iy = oy * SH - PH + (tap // KW) * DH
-        ix = ox * SW - PW + (tap % KW) * DW
-        inside = (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W) & (m < M)
-        pixel = ((image * H + iy) * W + ix) * C
-        for c0 in range(0, C, BK):
-            c = c0 + k
-            q = tl.load(q_ptr + pixel[:, None] + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0)
-            q = tl.where(inside[:, None], q, zero.to(tl.int8))
-            w = tl.load(
-                w_ptr + n[None, :].to(tl.int64) * (TAPS * C) + tap * C + c[:, None],
-                mask=(n < N)[None, :] & (c < C)[:, None],
-                other=0,
-            )
-            total = tl.dot(q, w, total, out_dtype=tl.int32)
-
-    weight_sum = tl.load(weight_sum_ptr + n, mask=n < N, other=0)
-    total -= zero.to(tl.int32) * weight_sum[None, :]
-    scale = tl.load(scale_ptr + m // per_scale, mask=m < M, other=0.0)
-    weight_scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
-    y = total.to(tl.float32) * (scale[:, None] * weight_scale[None, :])
+    """What comes after the sum, in float32, on columns n; rows m where `inside`."""
+    valid = n < N
+    y = total.to(tl.float32) * (tl.load(weight_scale_ptr + n, mask=valid, other=0.0)[None, :] * scale)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    where = y_ptr + m[:, None] * N + n[None, :]
-    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+        y += tl.load(bias_ptr + n, mask=valid, other=0.0).to(tl.float32)[None, :]
+    mask = inside[:, None] & valid[None, :]
+    if HAS_SHIFT:
+        y += tl.load(shift_ptr + image[:, None] * N + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    where = m.to(tl.int64)[:, None] * N + n[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + where, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """int8 codes of a dense tensor, in its own memory order.
+SIZES = ["M", "HP", "WP", "OH", "OW", "rows_per_scale", "tiles", "steps"]  # one compilation for all of them
 
-    scale holds one value, or one for each equal consecutive part of the memory (a token, a sample).
-    """
-    codes = torch.empty_like(x, dtype=torch.int8)
-    count, limit = x.numel(), 2 ** (bits - 1)
-    grid = (triton.cdiv(count, 1024),)
-    _quantize_kernel[grid](
-        x, codes, scale, zero_point, count, count // scale.numel(), LOW=-limit, HIGH=limit - 1, BLOCK=1024
-    )
-    return codes
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv_kernel(
+    x_ptr, w_ptr, y_ptr, scale_ptr, zero_ptr, weight_scale_ptr, weight_sum_ptr, bias_ptr, shift_ptr, residual_ptr,
+    M, N, HP, WP, OH, OW, rows_per_scale, tiles, steps,
+    C: tl.constexpr, CP: tl.constexpr, TAPS: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, PER_ROW: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MODE: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """C: channels of a pixel in memory; CP: of the weight, a multiple of BK (the same unless MODE is "on-load")."""
+    n_blocks = tl.cdiv(N, BN)
+    k = tl.arange(0, BK)
+    zero = tl.load(zero_ptr) if HAS_ZERO else 0
+    scale = tl.load(scale_ptr)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
+        m0, n0 = tile // n_blocks * BM, tile % n_blocks * BN
+        if MODE != "tma":
+            m = tl.minimum(m0 + tl.arange(0, BM), M - 1)  # rows past the end repeat the last and are not stored
+            first = (m // (OH * OW) * HP + m // OW % OH * SH) * WP + m % OW * SW
+            x_ptrs = x_ptr + first.to(tl.int64)[:, None] * C + k[None, :]
+            n = tl.minimum(n0 + tl.arange(0, BN), N - 1)
+            w_ptrs = w_ptr + n.to(tl.int64)[None, :] * (TAPS * CP) + k[:, None]
+
+        total = tl.zeros((BM, BN), dtype=tl.float32 if FP8 else tl.int32)
+        if HAS_ZERO:
+            n = n0 + tl.arange(0, BN)
+            total -= (zero * tl.load(weight_sum_ptr + n, mask=n < N, other=0))[None, :]
+        for step in range(steps):
+            tap, c = step % TAPS, step // TAPS * BK  # taps of the same channels one after another: they share pixels
+            shift = tap // KW * DH * WP + tap % KW * DW
+            if MODE == "tma":
+                x = x_ptr.load([m0 + shift, c])
+                w = w_ptr.load([n0, tap * CP + c]).T
+            elif MODE == "gather":
+                x = tl.load(x_ptrs + shift * C + c)
+                w = tl.load(w_ptrs + tap * CP + c)
+            else:
+                x = tl.load(x_ptrs + shift * C + c, mask=(c + k < C)[None, :], other=0.0).to(tl.float32)
+                x = encode(x * tl.div_rn(1.0, scale), zero.to(tl.float32) if HAS_ZERO else 0.0, LOW, HIGH, FP8)
+                w = tl.load(w_ptrs + tap * CP + c)
+            total = tl.dot(x, w, total, out_dtype=total.dtype)
+
+        m = m0 + tl.arange(0, BM)
+        if MODE == "tma":  # rows are positions of the padded images
+            image, oy, ox = m // (HP * WP), m // WP % HP, m % WP
+            inside = (m < M) & (oy < OH) & (ox < OW)
+            m = (image * OH + oy) * OW + ox
+        else:
+            image = m // (OH * OW)
+            inside = m < M
+        s = tl.load(scale_ptr + m // rows_per_scale, mask=inside, other=0.0)[:, None] if PER_ROW else scale
+        # The columns in parts: half the registers for what is loaded per column, half the memory of the transpose.
+        low, high = total.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        n = n0 + tl.arange(0, BN // 2)
+        _store(
+            low, n, s, m, image, inside, N, y_ptr, weight_scale_ptr, bias_ptr, shift_ptr, residual_ptr,
+            HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL,
+        )  # fmt: skip
+        _store(
+            high, n + BN // 2, s, m, image, inside, N, y_ptr, weight_scale_ptr, bias_ptr, shift_ptr, residual_ptr,
+            HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL,
+        )  # fmt: skip
 
 
 def conv2d(
-    codes: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor, weight_scale: Tensor,
-    weight_sum: Tensor, bias: Tensor | None, out: Tensor, stride, padding, dilation,
+    x: Tensor, window: Window, weight: Tensor, scale: Tensor, zero_point: Tensor | None, weight_scale: Tensor,
+    weight_sum: Tensor | None, bias: Tensor | None, shift: Tensor | None, residual: Tensor | None, out: Tensor,
+    bits: int = 8, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fill out [B, OH, OW, N] (contiguous) from codes [B, H, W, C] and weight [N, kh, kw, C], both int8.
+    """Fill out [B, OH, OW, N] (contiguous) and return it.
 
-    scale: one float32, or one per equal run of rows (b, oy, ox); zero_point: one integer on the device, 0 where
-    scales are per row.
+    x: codes [rows, C'] as `w8a8_quantize.quantize` leaves them; for mode "on-load", floats [B, H, W, C], contiguous.
+    weight: [N, taps * C'] of the codes' type. scale: one float32, or one per image, then without zero point.
+    shift: [B, N]; residual: as out.
     """
-    batch, h, w, channels = codes.shape
-    n, kh, kw, _ = weight.shape
-    oh, ow = out.shape[1:3]
-    rows = batch * oh * ow
-    bm = 128 if rows >= 128 else 32
-    bn = min(128, max(16, triton.next_power_of_2(n)))
-    bk = min(128, max(32, triton.next_power_of_2(channels)))
-    _conv_kernel[(triton.cdiv(rows, bm) * triton.cdiv(n, bn),)](
-        codes, weight, out, scale, zero_point, weight_scale, weight_sum, bias if bias is not None else out,
-        rows, n, channels, h, w, oh, ow, rows // scale.numel(),
-        KW=kw, TAPS=kh * kw, SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1],
-        DH=dilation[0], DW=dilation[1], HAS_BIAS=bias is not None,
-        BM=bm, BN=bn, BK=bk, num_warps=8 if bm * bn >= 128 * 128 else 4, num_stages=3,
+    n, k = weight.shape
+    wide = k // window.taps
+    on_load = x.is_floating_point() and x.dtype.itemsize > 1
+    config = config or choose(weight.dtype, window, wide, n, x.device, on_load)
+    (oh, ow), (hp, wp) = window.output, window.padded
+    rows = window.batch * (hp * wp if config.mode == "tma" else oh * ow)
+    tiles = triton.cdiv(rows, config.bm) * triton.cdiv(n, config.bn)
+    operands = (x, weight)
+    if config.mode == "tma":
+        blocks = ([config.bm, config.bk], [config.bn, config.bk])
+        operands = tuple(TensorDescriptor.from_tensor(t, block) for t, block in zip((x, weight), blocks, strict=True))
+    limit = 2 ** (bits - 1)
+    options = {"maxnreg": config.registers} if config.registers else {}
+    _conv_kernel[(_programs(config, tiles, x.device),)](
+        *operands, out, scale, zero_point, weight_scale, weight_sum, bias, shift, residual,
+        rows, n, hp, wp, oh, ow, oh * ow, tiles, k // config.bk,
+        C=x.shape[-1], CP=wide, TAPS=window.taps, KW=window.kernel[1], SH=window.stride[0], SW=window.stride[1],
+        DH=window.dilation[0], DW=window.dilation[1], HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None,
+        HAS_SHIFT=shift is not None, HAS_RESIDUAL=residual is not None, PER_ROW=scale.numel() > 1, LOW=-limit,
+        HIGH=limit - 1, FP8=weight.dtype != torch.int8, BM=config.bm, BN=config.bn, BK=config.bk, MODE=config.mode,
+        PERSISTENT=config.programs > 0, num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return out
+
+
+def _programs(config: Config, tiles: int, device: torch.device) -> int:
+    if not config.programs or device.type != "cuda":
+        return tiles
+    return min(tiles, config.programs * torch.cuda.get_device_properties(device).multi_processor_count)

@@ -13,6 +13,7 @@ from . import quantizer, samplers  # noqa: E402, F401
 from .collect import CalibrationConfig, collect  # noqa: E402
 from .config import QuantConfig  # noqa: E402
 from .errors import UserError  # noqa: E402
+from .fuse import fuse, unfuse  # noqa: E402
 from .generate import generate  # noqa: E402
 from .pixel_dit import PixelDiTPipeline  # noqa: E402
 from .plan import Plan  # noqa: E402
@@ -34,8 +35,10 @@ __all__ = [
     "SVDQuantConfig",
     "UserError",
     "collect",
+    "fuse",
     "generate",
     "load_pipeline",
     "load_reference",
     "quantize",
+    "unfuse",
 ]

@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--plot-layer", metavar="NAME", help="which layer; the worst otherwise")
     method = quantize.add_argument_group("method", "left out: the method's own default")
     none = dict(default=argparse.SUPPRESS)
+    method.add_argument("--format", **none, help="int8 or fp8 (ptq4dm and rtn: int8)")
     method.add_argument("--weight-bits", type=int, **none, help="8; 2..7 are simulated in int8 containers")
     method.add_argument("--activation-bits", type=int, **none, help="8; 2..7 are simulated")
     method.add_argument("--activations", **none, help="static or dynamic; svdquant: int4, int8 or fp8 (int4)")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .kernels import w8a8
+from .kernels import fp8, w8a8
 from .kernels.int8 import dequantize_weight, quantize_weight
 from .plan import LayerPlan
 from .ranges import weight_scale
@@ -66,26 +66,28 @@ def frozen(*size: int, dtype: torch.dtype, device) -> nn.Parameter:
     return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
 
-class _Int8Layer(QuantizedLayer):
-    """What Int8Linear and Int8Conv2d share.
+class _W8A8Layer(QuantizedLayer):
+    """What layers with 8-bit weights and activations share.
 
     bias              [N] in the model's dtype, or None
-    qweight           [N, ...] int8, symmetric per output channel
+    qweight           [N, ...] int8 or e4m3, symmetric per output channel
     weight_scale      [N] float32
-    input_scale       [] float32    } static layers only
-    input_zero_point  [] int32      }
+    input_scale       [] float32    static layers only
+    input_zero_point  [] int32      static int8 layers only
     """
 
     plan: LayerPlan
     kept = ("weight_scale", "input_scale")
+    code = torch.int8
 
     def _allocate(self, shape: tuple[int, ...], plan: LayerPlan, bias_dtype: torch.dtype | None, device):
         self.plan = plan
         self.bias = None if bias_dtype is None else frozen(shape[0], dtype=bias_dtype, device=device)
-        self.qweight = frozen(*shape, dtype=torch.int8, device=device)
+        self.qweight = frozen(*shape, dtype=self.code, device=device)
         self.weight_scale = frozen(shape[0], dtype=torch.float32, device=device)
         self.input_scale = frozen(dtype=torch.float32, device=device) if plan.static else None
-        self.input_zero_point = frozen(dtype=torch.int32, device=device) if plan.static else None
+        affine = plan.static and self.code == torch.int8
+        self.input_zero_point = frozen(dtype=torch.int32, device=device) if affine else None
 
     @torch.no_grad()
     def pack(self, weight: Tensor, name: str) -> None:
@@ -93,17 +95,23 @@ class _Int8Layer(QuantizedLayer):
 
         Raises UserError, naming the layer, if the weight holds NaN or infinity.
         """
-        plan = self.plan
         weight = weight.to(torch.float32)
         if not weight.isfinite().all():
             raise UserError(f"the weight of layer '{name}' holds NaN or infinity; quantize a model that is whole.")
-        scale = weight_scale(weight, plan.weight_bits, plan.objective, plan.objective_parameter)
-        values = {"qweight": quantize_weight(weight, scale, plan.weight_bits), "weight_scale": scale}
-        if plan.static:
-            values["input_scale"] = torch.tensor(plan.input_scale, dtype=torch.float32)
-            values["input_zero_point"] = torch.tensor(plan.input_zero_point, dtype=torch.int32)
+        codes, scale = self._rounded(weight)
+        values = {"qweight": codes, "weight_scale": scale}
+        if self.plan.static:
+            values["input_scale"] = torch.tensor(self.plan.input_scale, dtype=torch.float32)
+        if self.input_zero_point is not None:
+            values["input_zero_point"] = torch.tensor(self.plan.input_zero_point, dtype=torch.int32)
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.to(weight.device), requires_grad=False))
+
+    def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [N, ...] and scales [N] of a float32 weight, by the plan."""
+        plan = self.plan
+        scale = weight_scale(weight, plan.weight_bits, plan.objective, plan.objective_parameter)
+        return quantize_weight(weight, scale, plan.weight_bits), scale
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
@@ -111,7 +119,8 @@ class _Int8Layer(QuantizedLayer):
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
-        return w8a8.kernel_name(self.qweight.device, self.plan.activation_bits, getattr(self, "groups", 1))
+        groups = getattr(self, "groups", 1)
+        return w8a8.kernel_name(self.qweight.device, self.plan.activation_bits, groups, self.code)
 
     def _operands(self):
         return (
@@ -120,7 +129,7 @@ class _Int8Layer(QuantizedLayer):
         )  # fmt: skip
 
 
-class Int8Linear(_Int8Layer, nn.Linear):
+class Int8Linear(_W8A8Layer, nn.Linear):
     """y = x W^T + b on int8 codes: x [..., K] float -> [..., N] in x's dtype."""
 
     def __init__(self, linear: nn.Linear, plan: LayerPlan, device=None):
@@ -139,7 +148,7 @@ class Int8Linear(_Int8Layer, nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.plan}"
 
 
-class Int8Conv2d(_Int8Layer, nn.Conv2d):
+class Int8Conv2d(_W8A8Layer, nn.Conv2d):
     """Zero-padded convolution on int8 codes: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
     def __init__(self, conv: nn.Conv2d, plan: LayerPlan, device=None):
@@ -162,7 +171,29 @@ class Int8Conv2d(_Int8Layer, nn.Conv2d):
         return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, {self.plan}"
 
 
-FORMATS: dict[str, dict[type, type]] = {"int8": {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}}
+class _Fp8Layer:
+    """What makes a W8A8 layer one of e4m3 codes; torch counts them as floats, so they are kept from conversion."""
+
+    kept = ("qweight", "weight_scale", "input_scale")
+    code = fp8.DTYPE
+
+    def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale = fp8.scale_of(weight, tuple(range(1, weight.ndim)))
+        return fp8.quantize(weight, scale), scale.flatten()
+
+
+class Fp8Linear(_Fp8Layer, Int8Linear):
+    """y = x W^T + b on e4m3 codes: x [..., K] float -> [..., N] in x's dtype."""
+
+
+class Fp8Conv2d(_Fp8Layer, Int8Conv2d):
+    """Zero-padded convolution on e4m3 codes: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
+
+
+FORMATS: dict[str, dict[type, type]] = {
+    "int8": {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d},
+    "fp8": {nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d},
+}
 
 
 def is_quantized(module: nn.Module) -> bool:

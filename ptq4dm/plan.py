@@ -18,7 +18,7 @@ class LayerPlan:
     weight_bits, activation_bits: width of the grids; 8 and 8 are what the kernels are made for, others are
         computed on a narrower grid of the same int8 codes (`simulated`).
     objective: the range objective of the weight scales (`ranges.OBJECTIVES`), with its `objective_parameter`.
-    input_scale, input_zero_point: the static activation grid; None for dynamic activations.
+    input_scale, input_zero_point: the static activation grid; None for dynamic activations. FP8 has no zero point.
     """
 
     format: str = "int8"
@@ -39,12 +39,13 @@ class LayerPlan:
 
     def __str__(self) -> str:
         kind = "static" if self.static else "dynamic"
-        name = f"W{self.weight_bits}A{self.activation_bits} {kind}"
+        name = "FP8" if self.format == "fp8" else f"W{self.weight_bits}A{self.activation_bits}"
+        name = f"{name} {kind}"
         return f"{name} (simulated)" if self.simulated else name
 
 
 # format -> the dataclass of a layer's choices in it; a method with a format of its own adds one.
-PLANS: dict[str, type] = {"int8": LayerPlan}
+PLANS: dict[str, type] = {"int8": LayerPlan, "fp8": LayerPlan}
 
 
 @dataclass

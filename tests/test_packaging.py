@@ -89,6 +89,7 @@ print(*step.get_outputs(include_bytecode=False), sep="\\n")
         expected |= {f"{inside}/{p.relative_to(ROOT / room).as_posix()}" for p in (ROOT / room).rglob("*.py")}
     assets = {p.relative_to(ROOT).as_posix() for p in (ROOT / "assets").rglob("*") if p.is_file()}
     assert any(name.endswith(".safetensors") for name in assets)
+    expected |= {f"ptq4dm/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "kernels" / "tuned").glob("*.json")}
     assert expected | {f"ptq4dm/{name}" for name in assets} <= carried
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm import CalibrationConfig, CalibrationStore, Plan, PTQ4DMConfig, RTNConfig, UserError
-from ptq4dm.kernels import w8a8
+from ptq4dm.kernels import prepared, w8a8
 from ptq4dm.modules import is_quantized, quantized_copy
 from ptq4dm.plan import LayerPlan
 from ptq4dm.quantize import make_plan
@@ -111,7 +111,7 @@ def tensors_within(value, seen):
 def float_weights(model):
     """Floating tensors with as many elements as a packed weight, in the model and in what the kernels keep."""
     packed = {m.qweight.numel() for m in model.modules() if is_quantized(m)}
-    kept = [prepared for _, entries in w8a8._cache.values() for prepared in entries.values()]
+    kept = [layout for _, entries in prepared.CACHE.values() for layout in entries.values()]
     found = [*tensors_within(model, set()), *kept]
     assert packed and len(found) > len(packed)
     return [tuple(t.shape) for t in found if t.is_floating_point() and t.numel() in packed]

@@ -79,7 +79,7 @@ def to(device, *tensors):
 def test_linear(kernel, device, shape, mode, bits):
     m, k, n = shape
     if m == 0:
-        kernel = w8a8.reference_linear  # the op sends empty batches there
+        kernel = w8a8.reference.linear  # the op sends empty batches there
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(m, k, generator=generator) * 3, torch.randn(n, k, generator=generator)
     given = operands(x, weight, mode, bits)
@@ -90,7 +90,7 @@ def test_linear(kernel, device, shape, mode, bits):
         # one code may fall to the other side of a tie: at most one step of one input
         step = 0 if mode == "dynamic" else float(given[3]) * float(weight.abs().max())
         assert (y - expected).abs().max() <= 1e-6 * expected.abs().max() + step * (
-            kernel is not w8a8.reference_linear
+            kernel is not w8a8.reference.linear
         )
         assert (y - expected).norm() <= 2e-3 * expected.norm()
 
@@ -113,7 +113,7 @@ def test_conv2d(kernel, device, shape, mode, bits):
     expected = expected_conv(x, *given, bits, *geometry)
     assert y.shape == expected.shape
     step = 0 if mode == "dynamic" else float(given[3]) * float(weight.abs().max())
-    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max() + step * (kernel is not w8a8.reference_conv2d)
+    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max() + step * (kernel is not w8a8.reference.conv2d)
     assert (y - expected).norm() <= 2e-3 * expected.norm()
 
 

@@ -1,0 +1,76 @@
+"""Which tile the W8A8 kernel uses: measured where a device was tuned, else one that is sane for its capability.
+
+tuned/w8a8.json holds {device name: {shape class: Config}}; scripts/bench_conv.py --tune makes it. A shape class is
+the operand type, the window, the channels and the number of rows to the nearest power of two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .window import Window
+
+PATH = Path(__file__).parent / "tuned" / "w8a8.json"
+
+
+@dataclass(frozen=True)
+class Config:
+    """bm, bn, bk: tile of output rows, output channels and K; warps, stages: Triton's num_warps and num_stages.
+
+    mode: how operands are loaded, see w8a8_triton.py; "tma" needs stride 1 and Hopper or later.
+    programs: per multiprocessor, each of which works off many tiles; 0 for one program a tile.
+    registers: per thread, at most; 0 leaves it to the compiler.
+    """
+
+    mode: str
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    programs: int = 0
+    registers: int = 0
+
+
+def shape_class(dtype: torch.dtype, window: Window, channels: int, n: int, on_load: bool = False) -> str:
+    """channels: as stored, a multiple of 32."""
+    name = "int8" if dtype == torch.int8 else "fp8"
+    rows = window.batch * math.prod(window.output)
+    kind = "on-load" if on_load else f"{window.kernel[0]}x{window.kernel[1]}/{max(window.stride)}"
+    return f"{name} {kind} C{channels} N{n} M2^{round(math.log2(rows))}"
+
+
+def choose(dtype: torch.dtype, window: Window, channels: int, n: int, device: torch.device, on_load: bool) -> Config:
+    name, capability = _device(device)
+    entry = _tuned().get(name, {}).get(shape_class(dtype, window, channels, n, on_load))
+    return Config(**entry) if entry else default(window, channels, n, capability, on_load)
+
+
+def default(window: Window, channels: int, n: int, capability: tuple[int, int], on_load: bool) -> Config:
+    """Tiles of 256 x 128 or, where rows or outputs are few, what covers them."""
+    rows = window.batch * math.prod(window.output)
+    bm = 256 if rows >= 2**17 and n > 64 and not on_load else 128 if rows >= 4096 else 64 if rows > 32 else 32
+    bn = min(128, max(16, 1 << (n - 1).bit_length()))
+    bk = next(size for size in (128, 64, 32) if channels % size == 0)
+    if on_load:
+        return Config("on-load", bm, bn, min(64, bk), 4, 3)
+    tma = capability >= (9, 0) and max(window.stride) == 1 and channels % 64 == 0 and n >= 64
+    return Config("tma" if tma else "gather", bm, bn, bk, bm // 32 if bm > 128 else 4, 3)
+
+
+@cache
+def _tuned() -> dict:
+    return json.loads(PATH.read_text())
+
+
+@cache
+def _device(device: torch.device) -> tuple[str, tuple[int, int]]:
+    if device.type != "cuda":
+        return "", (0, 0)
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)

@@ -1,0 +1,206 @@
+"""W8A8 layers and the whole UNet against bf16, on a GPU: one command checks and times everything.
+
+    python scripts/bench_conv.py [--batch-size 256] [--tune] [--only layers|model] [--json out/conv.json]
+
+Layers: cuDNN bf16 channels_last against what a quantized layer does, its input's quantization included, and against
+the product alone on codes (what is left of it where the norm before it hands over codes). Medians of CUDA graph
+replays over inputs that no cache holds. "of bf16" is the time of bf16 over the time of ours. Model: one step, eager,
+compiled and in a CUDA graph, for bf16 and both 8-bit formats; the graph's answers are compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from conv_cases import Operands, cases_of, encoded, full_precision_call, layer_call, microseconds, product_call
+
+import ptq4dm
+from ptq4dm.kernels import w8a8_reference as reference
+from ptq4dm.reference import load_reference
+from ptq4dm.sampling import denoiser
+
+LIMIT = 4e-3  # relative error of a bf16 output
+
+
+def bench_layer(case) -> dict:
+    operands = Operands.of(case)
+    inputs, half = operands.inputs, operands.weight.bfloat16()
+    if half.ndim == 4:
+        half = half.contiguous(memory_format=torch.channels_last)
+    row = {"layer": case.name, "count": case.count, "GFLOP": case.operations / 1e9, "MB": case.floor_bytes / 1e6}
+    row["bf16_us"] = microseconds(lambda x: full_precision_call(case, half, operands.bias, x), inputs)
+    for form in ("int8", "fp8"):
+        quantized = operands.quantized(form)
+        row[f"{form}_error"] = check(case, quantized, inputs[0])
+        row[f"{form}_us"] = microseconds(lambda x, q=quantized: layer_call(case, q, x), inputs)
+        codes = [encoded(case, quantized, x) for x in inputs]
+        row[f"{form}_product_us"] = microseconds(lambda x, q=quantized: product_call(case, q, x), codes)
+    dynamic = operands.quantized("int8", static=False)
+    row["int8_dynamic_us"] = microseconds(lambda x: layer_call(case, dynamic, x), inputs)
+    return row
+
+
+def check(case, quantized: tuple, x: torch.Tensor) -> float:
+    """Relative error of the first and the last image against the formula in float64 on the CPU."""
+    y, some = layer_call(case, quantized, x), [0, -1]
+    operands = [t if t is None else t.cpu() for t in quantized]
+    operands[2] = operands[2].float()
+    if case.linear:
+        expected = reference.linear(x[some].float().cpu(), *operands, 8)
+    else:
+        w = case.window
+        expected = reference.conv2d(x[some].float().cpu(), *operands, 8, w.stride, w.padding, w.dilation, 1)
+    return float((y[some].float().cpu() - expected).norm() / expected.norm())
+
+
+def layer_table(rows: list[dict]) -> str:
+    head = f"{'layer':<28}{'n':>3}{'bf16':>8}{'int8':>8}{'of bf16':>8}{'fp8':>8}{'of bf16':>8}"
+    head += f"{'int8 mm':>9}{'TFLOP/s':>8}{'fp8 mm':>8}{'TFLOP/s':>8}{'dynamic':>8}{'TB/s':>6}"
+    lines = [head]
+    for r in rows:
+        line = f"{r['layer']:<28}{r['count']:>3}{r['bf16_us']:>8.1f}"
+        for form in ("int8", "fp8"):
+            line += f"{r[f'{form}_us']:>8.1f}{r['bf16_us'] / r[f'{form}_us']:>8.2f}"
+        for form, width in (("int8", 9), ("fp8", 8)):
+            us = r[f"{form}_product_us"]
+            line += f"{us:>{width}.1f}{r['GFLOP'] / us * 1e3:>8.0f}"
+        best = min(r["int8_us"], r["fp8_us"])
+        lines.append(line + f"{r['int8_dynamic_us']:>8.1f}{r['MB'] / best:>6.2f}")
+    total = {
+        k: sum(r[k] * r["count"] for r in rows)
+        for k in ("bf16_us", "int8_us", "fp8_us", "int8_product_us", "fp8_product_us")
+    }
+    wrong = [f"{r['layer']} {f}" for r in rows for f in ("int8", "fp8") if not r[f"{f}_error"] < LIMIT]
+    lines += [f"WRONG: {name}" for name in wrong]
+    lines.append("all layers of a step, us: " + ", ".join(f"{k[:-3]} {v:.0f}" for k, v in total.items()))
+    return "\n".join(lines)
+
+
+def milliseconds(call, rounds: int = 20) -> float:
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graphed(call):
+    """(replay, its output) of a CUDA graph of call()."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    return graph.replay, output
+
+
+@torch.no_grad()
+def bench_model(name: str, batch: int, compiled: bool) -> list[dict]:
+    pipe = load_reference(name, dtype=torch.bfloat16, device="cuda")
+    exact = denoiser(pipe).eval()
+    store = ptq4dm.collect(pipe, ptq4dm.CalibrationConfig(num_samples=16, num_inference_steps=5))
+    models = {"bf16": copy.deepcopy(exact)}
+    for form in ("int8", "fp8"):
+        models[form] = copy.deepcopy(exact)
+        ptq4dm.quantize(models[form], ptq4dm.RTNConfig(format=form), store)
+        models[f"{form} fused"] = copy.deepcopy(models[form])
+        ptq4dm.fuse(models[f"{form} fused"])
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    t = torch.full((batch,), 500, device="cuda")
+    rows, truth = [], None
+    for form, model in models.items():
+        kinds = {"eager": model}
+        if compiled and form in ("bf16", "int8 fused", "fp8 fused"):
+            kinds["compiled"] = torch.compile(model, fullgraph=True)
+        for kind, one in kinds.items():
+            call = lambda one=one: one(x, t).sample  # noqa: E731
+            answer = call().clone()
+            truth = answer if truth is None else truth
+            row = {"model": form, "kind": kind, "ms": milliseconds(call)}
+            replay, output = graphed(call)
+            row["graph_ms"] = milliseconds(replay)
+            first = output.clone()
+            replay()
+            row["same_bits"] = bool(torch.equal(first, output)) and bool(torch.equal(first, answer))
+            row["error"] = float((first.float() - truth.float()).norm() / truth.float().norm())
+            rows.append(row)
+            against = rows[0]
+            print(
+                f"{form:<11} {kind:<9} {row['ms']:8.3f} ms ({against['ms'] / row['ms']:.2f})   in a CUDA graph "
+                f"{row['graph_ms']:8.3f} ms ({against['graph_ms'] / row['graph_ms']:.2f})   "
+                f"same bits {row['same_bits']}   from bf16 {row['error']:.1e}",
+                flush=True,
+            )
+    profile_graph(models["int8 fused"], x, t)
+    return rows
+
+
+def profile_graph(model, x, t) -> None:
+    """Where the fused model's time goes, by kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        model(x, t)
+        torch.cuda.synchronize()
+    events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    for e in events[:14]:
+        print(
+            f"  {e.self_device_time_total / total:6.1%} {e.self_device_time_total:9.0f} us {e.count:4d}  {e.key[:90]}"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="unet-cifar10")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--only", choices=["layers", "model"])
+    parser.add_argument("--tune", action="store_true", help="find the tiles for this GPU first")
+    parser.add_argument("--budget", type=float, default=220, help="seconds for --tune")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile for --tune")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA GPU.")
+    torch.backends.cudnn.benchmark = True
+    model = denoiser(load_reference(args.model))
+    cases = cases_of(model, (torch.zeros(1, 3, 32, 32), 0), args.batch_size)
+    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "batch_size": args.batch_size}
+    if args.tune:
+        from tune_conv import tune
+
+        tune(cases, args.budget, args.workers)
+
+    def save():
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1))
+
+    if args.only != "model":
+        result["layers"] = []
+        for case in cases:
+            result["layers"].append(bench_layer(case))
+            save()
+        print(layer_table(result["layers"]), flush=True)
+    if args.only != "layers":
+        result["model"] = bench_model(args.model, args.batch_size, not args.no_compile)
+    save()
+
+
+if __name__ == "__main__":
+    main()

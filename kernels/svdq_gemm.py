@@ -1,0 +1,177 @@
+"""The W4A8 product of SVDQuant in Triton: 8-bit operands, the low-rank branch on the same accumulator, one store.
+
+    y[m, n] = a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+
+qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py. Codes are e4m3 (sums in float32) or int8
+(sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16 bits).
+
+On Hopper and later operands move by TMA, and as many programs as multiprocessors walk over the tiles, so that the loads
+of the next tile begin under the epilogue of this one. Tiles that would leave most of the last wave idle are cut in two
+(`TAIL`). Elsewhere each tile is a program with loads by pointers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
+    """(first row, first column) of a tile: down BAND row blocks, then one to the right, so that L2 serves both sides."""
+    m_blocks = tl.cdiv(M, BM)
+    width = BAND * tl.cdiv(N, BN)
+    first = tile // width * BAND
+    height = tl.minimum(m_blocks - first, BAND)
+    return (first + tile % width % height) * BM, tile % width // height * BN
+
+
+@triton.jit
+def _scaled(sums, rows, columns, row_scale_ptr, column_scale_ptr, M, N):
+    row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
+    column_scale = tl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)
+    return sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+
+
+@triton.jit
+def _with_bias(y, columns, bias_ptr, N):
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _tma_tile(
+    top, left, a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
+    M, N, K, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    exact: tl.constexpr = a_desc.dtype == tl.int8
+    sums = tl.zeros((BM, BN), tl.int32 if exact else tl.float32)
+    for k in range(0, K, BK):
+        sums = tl.dot(a_desc.load([top, k]), w_desc.load([left, k]).T, sums, out_dtype=sums.dtype)
+    rows = top + tl.arange(0, BM)
+    columns = left + tl.arange(0, BN)
+    y = _scaled(sums, rows, columns, row_scale_ptr, column_scale_ptr, M, N)
+    for j in tl.static_range(0, R, 32):
+        y = tl.dot(branch_desc.load([top, j]), up_desc.load([left, j]).T, y)
+    y = _with_bias(y, columns, bias_ptr, N)
+    if y_desc is None:
+        where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+    elif PIECES == 1:
+        y_desc.store([top, left], y.to(y_desc.dtype))
+    else:  # half of the shared memory that the whole tile would take
+        first, second = tl.split(tl.permute(tl.reshape(y, (BM, 2, BN // 2)), (0, 2, 1)))
+        y_desc.store([top, left], first.to(y_desc.dtype))
+        y_desc.store([top, left + BN // 2], second.to(y_desc.dtype))
+
+
+@triton.jit
+def _tma_kernel(
+    a_desc, w_desc, w_half_desc, branch_desc, up_desc, up_half_desc, y_desc,
+    y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, whole, tiles,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+    PROGRAMS: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Tiles 0 .. whole in one piece; the others, up to `tiles`, cut in two along N."""
+    if PDL:
+        gdc_wait()
+    for tile in tl.range(tl.program_id(0), whole, PROGRAMS, flatten=True):
+        top, left = tile_place(tile, M, N, BM, BN, BAND)
+        _tma_tile(
+            top, left, a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
+            M, N, K, R, BM, BN, BK, PIECES,
+        )  # fmt: skip
+    if TAIL:
+        half = 2 * whole + tl.program_id(0)
+        if half < 2 * tiles:
+            top, left = tile_place(half // 2, M, N, BM, BN, BAND)
+            _tma_tile(
+                top, left + half % 2 * (BN // 2), a_desc, w_half_desc, branch_desc, up_half_desc, y_desc, y_ptr,
+                row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, R, BM, BN // 2, BK, 1,
+            )  # fmt: skip
+
+
+@triton.jit
+def _pointer_kernel(
+    a_ptr, w_ptr, branch_ptr, up_ptr, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K,
+    RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
+    rows = top + tl.arange(0, BM)
+    columns = left + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    exact: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
+    sums = tl.zeros((BM, BN), tl.int32 if exact else tl.float32)
+    a = a_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
+    w = w_ptr + columns.to(tl.int64)[None, :] * K + k[:, None]
+    for first in range(0, K, BK):
+        inside = first + k < K
+        a_tile = tl.load(a + first, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
+        w_tile = tl.load(w + first, mask=(columns < N)[None, :] & inside[:, None], other=0.0)
+        sums = tl.dot(a_tile, w_tile, sums, out_dtype=sums.dtype)
+    y = _scaled(sums, rows, columns, row_scale_ptr, column_scale_ptr, M, N)
+    if R > 0:
+        j = tl.arange(0, R)
+        branch = tl.load(branch_ptr + rows[:, None] * R + j[None, :], mask=(rows < M)[:, None], other=0.0)
+        there = (columns < N)[None, :] & (j < RANK)[:, None]
+        y = tl.dot(branch, tl.load(up_ptr + columns[None, :] * RANK + j[:, None], mask=there, other=0.0), y)
+    y = _with_bias(y, columns, bias_ptr, N)
+    where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 3 where Triton's interpreter runs, so that a program walks over several tiles there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def product(activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict) -> None:
+    """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
+
+    config: BM, BN, BK, BAND, num_warps, num_stages; with TMA also
+    PIECES, TAIL, PDL and PER_SM, how many programs share a multiprocessor.
+    """
+    kernel = _tma_product if config["TMA"] else _pointer_product
+    kernel(activation, weight, up, bias, out, config)
+
+
+def _pointer_product(activation, weight, up, bias, out, config) -> None:
+    (codes, row_scale, branch), (w8, column_scale) = activation, weight
+    (m, k), n = codes.shape, len(w8)
+    sizes = {name: config[name] for name in ("BM", "BN", "BK", "BAND", "num_warps", "num_stages")}
+    rank = 0 if up is None else up.shape[1]
+    _pointer_kernel[(triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"]),)](
+        codes, w8, branch, out if up is None else up, out, row_scale, column_scale, bias, m, n, k,
+        RANK=rank, R=branch.shape[1], **sizes,
+    )  # fmt: skip
+
+
+def _tma_product(activation, weight, up, bias, out, config) -> None:
+    (codes, row_scale, branch), (w8, column_scale) = activation, weight
+    (m, k), n = codes.shape, len(w8)
+    bm, bn, bk, pieces = (config[name] for name in ("BM", "BN", "BK", "PIECES"))
+    programs = multiprocessors(out.device) * config["PER_SM"]
+    tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
+    rest = tiles % programs
+    tail = config["TAIL"] and pieces == 2 and 0 < 2 * rest <= programs
+    whole = tiles - rest if tail else tiles
+    if up is not None and up.shape[1] % 8:  # rows of a TMA operand begin at multiples of 16 bytes
+        up = torch.nn.functional.pad(up, (0, -up.shape[1] % 8))
+
+    def blocks(tensor, *size):
+        return None if tensor is None else TensorDescriptor.from_tensor(tensor, list(size))
+
+    r = branch.shape[1]
+    step = min(r, 32)
+    _tma_kernel[(min(programs, whole + 2 * (tiles - whole)),)](
+        blocks(codes, bm, bk), blocks(w8, bn, bk), blocks(w8, bn // 2, bk) if tail else None,
+        blocks(branch if r else None, bm, step), blocks(up, bn, step), blocks(up, bn // 2, step) if tail else None,
+        blocks(out, bm, bn // pieces) if n % 8 == 0 else None, out, row_scale, column_scale, bias, m, n, k, whole, tiles,
+        R=r, BM=bm, BN=bn, BK=bk, BAND=config["BAND"], PROGRAMS=programs, PIECES=pieces, TAIL=tail, PDL=config["PDL"],
+        num_warps=config["num_warps"], num_stages=config["num_stages"], launch_pdl=config["PDL"],
+    )  # fmt: skip

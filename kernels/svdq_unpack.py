@@ -1,0 +1,122 @@
+"""4-bit weights to the 8-bit operands of a matrix product, in Triton: scales folded in, so that no group needs its own.
+
+    channel[n] = max_g s[n, g] / P over the groups that hold a nonzero code,    P = 32 (e4m3), 15 (int8)
+    w8[n, k] = round(q[n, k] * s[n, k // 64] / channel[n]) in e4m3 or int8,    W ~ channel[n] * w8[n, k]
+
+The group of largest scale is exact: 32 q in e4m3 and 15 q in int8 are, for q in [-8, 7]; others are rounded to the
+nearest. A group of zeros has scale 1 by the format and does not count. Floor in bytes: N K / 2 read, N K written.
+Nothing is stored beside the layer: w8 and channel live from this kernel to the product that follows it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .svdq_activation import GROUP, activation_rows, limits, padded_rank, to_codes
+
+PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}
+
+
+@triton.jit
+def _nibble(byte, HALF: tl.constexpr):
+    """uint8 -> the code in its low (HALF 0) or high (1) half, times 16 if high; float32.
+
+    The half byte is set into the mantissa of 2^23: an "and" and a subtraction, where int to float takes longer.
+    """
+    bits = byte.to(tl.int32) & (0xF0 if HALF else 0x0F) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - (8388736.0 if HALF else 8388616.0)
+
+
+@triton.jit
+def unpack_rows(
+    block, q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS,
+    PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Rows block * ROWS .. + ROWS, whole."""
+    n = block * ROWS + tl.arange(0, ROWS)
+    g = tl.arange(0, PADDED_GROUPS)
+    j = tl.arange(0, 32)
+    mask = (n < N)[:, None] & (g < GROUPS)[None, :]
+    rows = n.to(tl.int64)[:, None] * GROUPS + g[None, :]
+    packed = tl.load(q_ptr + rows[:, :, None] * 32 + j[None, None, :], mask=mask[:, :, None], other=0x88)
+    scale = tl.load(wscales_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+    used = tl.max((packed ^ 0x88).to(tl.int32), 2) != 0
+    peak = tl.max(tl.where(used, scale, 0.0), 1)
+    channel = tl.where(peak > 0, peak / PEAK, 1.0)
+    tl.store(channel_ptr + n, channel, mask=n < N)
+    factor = (tl.where(used, scale, 0.0) / channel[:, None])[:, :, None]
+    where = w8_ptr + rows[:, :, None] * 64 + j[None, None, :]
+    for half in tl.static_range(2):
+        value = _nibble(packed, half) * (factor / 16 if half else factor)
+        tl.store(where + 32 * half, to_codes(value, w8_ptr.dtype.element_ty), mask=mask[:, :, None])
+
+
+@triton.jit
+def _unpack_kernel(
+    q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS,
+    PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+):  # fmt: skip
+    unpack_rows(tl.program_id(0), q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS, PEAK, ROWS, PADDED_GROUPS)
+
+
+@triton.jit
+def _prepare_kernel(
+    x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS, row_blocks,
+    RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
+    STAGES: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The activation's programs first, for they run longest; the unpacking ones fill what bandwidth they leave."""
+    program = tl.program_id(0)
+    if program < row_blocks:
+        activation_rows(
+            program, x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+            RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, KEEP, STAGES,
+        )  # fmt: skip
+    else:
+        block = program - row_blocks
+        unpack_rows(block, q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS, PEAK, ROWS, PADDED_GROUPS)
+
+
+def empty_weight(qweight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for (w8 [N, K] of dtype, channel float32 [N])."""
+    n, half = qweight.shape
+    return qweight.new_empty(n, 2 * half, dtype=dtype), qweight.new_empty(n, dtype=torch.float32)
+
+
+def _unpack_sizes(qweight: Tensor, config: dict) -> dict:
+    """Whole rows: as many as make config["UNPACK_BYTES"] of codes."""
+    groups = triton.next_power_of_2(qweight.shape[1] * 2 // GROUP)
+    return dict(ROWS=max(1, config["UNPACK_BYTES"] // (groups * GROUP // 2)), PADDED_GROUPS=groups)
+
+
+def unpack(qweight: Tensor, wscales: Tensor, out: tuple, config: dict) -> None:
+    """Fill `out`, made by `empty_weight`, from qweight uint8 [N, K/2] and wscales [N, K/64], both contiguous."""
+    w8, channel = out
+    sizes = _unpack_sizes(qweight, config)
+    _unpack_kernel[(triton.cdiv(len(qweight), sizes["ROWS"]),)](
+        qweight, wscales, w8, channel, len(qweight), wscales.shape[1], PEAK=PEAK[w8.dtype], **sizes,
+        num_warps=config["num_warps"],
+    )  # fmt: skip
+
+
+def prepare(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, activation: tuple,
+    qweight: Tensor, wscales: Tensor, weight: tuple, config: dict,
+) -> None:  # fmt: skip
+    """`svdq_activation.quantize_activation` and `unpack` in one launch, side by side on the device."""
+    (m, k), n = x.shape, len(qweight)
+    rank = 0 if down is None else len(down)
+    sizes = _unpack_sizes(qweight, config)
+    names = ("BM", "BK", "KEEP", "STAGES", "num_warps")
+    row_blocks = triton.cdiv(m, config["BM"])
+    _prepare_kernel[(row_blocks + triton.cdiv(n, sizes["ROWS"]),)](
+        x, x if smooth is None else smooth, x if down is None else down, *activation, shift, m, k, x.stride(0),
+        qweight, wscales, *weight, n, wscales.shape[1], row_blocks,
+        RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
+        **limits(mode, shift != 0), PEAK=PEAK[weight[0].dtype], **sizes, **{name: config[name] for name in names},
+    )  # fmt: skip

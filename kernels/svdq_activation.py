@@ -1,17 +1,17 @@
-"""The activation kernel of SVDQuant in Triton: smooth, quantize and multiply by the branch's first half, in one launch.
+"""The activation kernel of SVDQuant in Triton: smooth, quantize and multiply by the branch's first half at once.
 
     v = (x + c) / s
     token    scale[m] = max_k |v[m, k]| / 448 (e4m3) or / 127 (int8),       q = round(v / scale)
     group    scale[g, m] = max |v| / 7 over 64 inputs, or max v / 15 where c > 0,   q = round(v / scale)
     branch[m, j] = sum_k x[m, k] D[j, k]
 
-Divisions are products with reciprocals taken once per column and row, so that a value within 2^-22 of a tie may get the
-other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its scale is NaN.
+Divisions are products with reciprocals taken once per column and row, so that a value within 2^-22 of a tie may get
+the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its scale is NaN.
 
-Floor in bytes: x once, the codes once. D is read again by every block of BM rows, K r / (BM K) = r / BM times the size
-of x, from L2. A scale per token is known only at the row's end: then the row is read backwards, newest bytes of L2
-first (`keep` 0), or kept in registers in `keep` chunks of BK. Codes stay one byte each, even of 4 bits: they are
-operands of 8-bit tensor cores, and packing would cost the product its unpacking in every tile.
+Floor in bytes: x once, the codes once. D is read again by every block of BM rows, r / BM times the size of x, from L2.
+A scale per token is known only at the row's end: then the row is read backwards, newest bytes of L2 first (KEEP 0), or
+kept in registers in KEEP chunks of BK. Codes stay one byte each, even of 4 bits: they are operands of 8-bit tensor
+cores, and packing would cost the product its unpacking in every tile.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 GROUP = 64
+SETTINGS = ("BM", "BK", "KEEP", "STAGES", "num_warps")
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
 
@@ -184,12 +185,13 @@ def quantize_activation(
 ) -> None:
     """Fill `out`, made by `empty_activation`, from x [M, K] (bf16 or fp16, columns contiguous), M > 0.
 
-    smooth [K] divisors, down [r, K]; mode "fp8", "int8" or "int4"; config: BM, BK, KEEP, STAGES, num_warps.
+    smooth [K] divisors, down [r, K]; mode "fp8", "int8" or "int4"; config has SETTINGS.
     """
     (m, k), (codes, scales, branch) = x.shape, out
     rank = 0 if down is None else len(down)
     _activation_kernel[(triton.cdiv(m, config["BM"]),)](
-        x, x if smooth is None else smooth, x if down is None else down, codes, scales, branch, shift, m, k, x.stride(0),
+        x, x if smooth is None else smooth, x if down is None else down,
+        codes, scales, branch, shift, m, k, x.stride(0),
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
-        **limits(mode, shift != 0), **config,
+        **limits(mode, shift != 0), **{name: config[name] for name in SETTINGS},
     )  # fmt: skip

@@ -5,9 +5,9 @@
 qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py. Codes are e4m3 (sums in float32) or int8
 (sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16 bits).
 
-On Hopper and later operands move by TMA, and as many programs as multiprocessors walk over the tiles, so that the loads
-of the next tile begin under the epilogue of this one. Tiles that would leave most of the last wave idle are cut in two
-(`TAIL`). Elsewhere each tile is a program with loads by pointers.
+On Hopper and later operands move by TMA, and as many programs as multiprocessors walk over the tiles, so that the
+loads of the next tile begin under the epilogue of this one. Tiles that would leave most of the last wave idle are cut
+in two (TAIL). Elsewhere each tile is a program with loads by pointers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @triton.jit
 def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
-    """(first row, first column) of a tile: down BAND row blocks, then one to the right, so that L2 serves both sides."""
+    """(first row, first column) of a tile: down BAND row blocks, then one to the right, so that both sides stay in L2."""
     m_blocks = tl.cdiv(M, BM)
     width = BAND * tl.cdiv(N, BN)
     first = tile // width * BAND
@@ -56,8 +56,11 @@ def _tma_tile(
     rows = top + tl.arange(0, BM)
     columns = left + tl.arange(0, BN)
     y = _scaled(sums, rows, columns, row_scale_ptr, column_scale_ptr, M, N)
-    for j in tl.static_range(0, R, 32):
-        y = tl.dot(branch_desc.load([top, j]), up_desc.load([left, j]).T, y)
+    if R > 32:  # unrolled, the steps' operands would take shared memory side by side
+        for j in tl.range(0, R, 32, num_stages=1):
+            y = tl.dot(branch_desc.load([top, j]), up_desc.load([left, j]).T, y)
+    elif R > 0:
+        y = tl.dot(branch_desc.load([top, 0]), up_desc.load([left, 0]).T, y)
     y = _with_bias(y, columns, bias_ptr, N)
     if y_desc is None:
         where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
@@ -130,7 +133,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def product(activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict) -> None:
+def product(
+    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict
+) -> None:
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
     config: BM, BN, BK, BAND, num_warps, num_stages; with TMA also
@@ -171,7 +176,8 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
     _tma_kernel[(min(programs, whole + 2 * (tiles - whole)),)](
         blocks(codes, bm, bk), blocks(w8, bn, bk), blocks(w8, bn // 2, bk) if tail else None,
         blocks(branch if r else None, bm, step), blocks(up, bn, step), blocks(up, bn // 2, step) if tail else None,
-        blocks(out, bm, bn // pieces) if n % 8 == 0 else None, out, row_scale, column_scale, bias, m, n, k, whole, tiles,
+        blocks(out, bm, bn // pieces) if n % 8 == 0 else None,
+        out, row_scale, column_scale, bias, m, n, k, whole, tiles,
         R=r, BM=bm, BN=bn, BK=bk, BAND=config["BAND"], PROGRAMS=programs, PIECES=pieces, TAIL=tail, PDL=config["PDL"],
         num_warps=config["num_warps"], num_stages=config["num_stages"], launch_pdl=config["PDL"],
     )  # fmt: skip

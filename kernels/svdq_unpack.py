@@ -1,4 +1,4 @@
-"""4-bit weights to the 8-bit operands of a matrix product, in Triton: scales folded in, so that no group needs its own.
+"""4-bit weights to 8-bit operands of a matrix product, in Triton: scales folded in, so that no group needs its own.
 
     channel[n] = max_g s[n, g] / P over the groups that hold a nonzero code,    P = 32 (e4m3), 15 (int8)
     w8[n, k] = round(q[n, k] * s[n, k // 64] / channel[n]) in e4m3 or int8,    W ~ channel[n] * w8[n, k]
@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from .svdq_activation import GROUP, activation_rows, limits, padded_rank, to_codes
+from .svdq_activation import GROUP, SETTINGS, activation_rows, limits, padded_rank, quantize_activation, to_codes
 
 PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}
 
@@ -68,9 +69,11 @@ def _prepare_kernel(
     q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS, row_blocks,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
-    STAGES: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    STAGES: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The activation's programs first, for they run longest; the unpacking ones fill what bandwidth they leave."""
+    if PDL:  # the product's programs may take their places; they wait there for this launch to end
+        gdc_launch_dependents()
     program = tl.program_id(0)
     if program < row_blocks:
         activation_rows(
@@ -108,15 +111,18 @@ def prepare(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, activation: tuple,
     qweight: Tensor, wscales: Tensor, weight: tuple, config: dict,
 ) -> None:  # fmt: skip
-    """`svdq_activation.quantize_activation` and `unpack` in one launch, side by side on the device."""
+    """`svdq_activation.quantize_activation` and `unpack`, in one launch side by side where config["FUSED"]."""
+    if not config["FUSED"]:
+        unpack(qweight, wscales, weight, config)
+        return quantize_activation(x, smooth, down, mode, shift, activation, config)
     (m, k), n = x.shape, len(qweight)
     rank = 0 if down is None else len(down)
     sizes = _unpack_sizes(qweight, config)
-    names = ("BM", "BK", "KEEP", "STAGES", "num_warps")
     row_blocks = triton.cdiv(m, config["BM"])
     _prepare_kernel[(row_blocks + triton.cdiv(n, sizes["ROWS"]),)](
         x, x if smooth is None else smooth, x if down is None else down, *activation, shift, m, k, x.stride(0),
         qweight, wscales, *weight, n, wscales.shape[1], row_blocks,
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
-        **limits(mode, shift != 0), PEAK=PEAK[weight[0].dtype], **sizes, **{name: config[name] for name in names},
+        **limits(mode, shift != 0), PEAK=PEAK[weight[0].dtype], **sizes, PDL=config["PDL"],
+        **{name: config[name] for name in SETTINGS},
     )  # fmt: skip

@@ -8,10 +8,10 @@
 Divisions are products with reciprocals taken once per column and row, so that a value within 2^-22 of a tie may get
 the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its scale is NaN.
 
-Floor in bytes: x once, the codes once. D is read again by every block of BM rows, r / BM times the size of x, from L2.
-A scale per token is known only at the row's end: then the row is read backwards, newest bytes of L2 first (KEEP 0), or
-kept in registers in KEEP chunks of BK. Codes stay one byte each, even of 4 bits: they are operands of 8-bit tensor
-cores, and packing would cost the product its unpacking in every tile.
+Floor in bytes: x once, the codes once. D is read again by every block of BM rows: r / BM times the size of x, from
+L2. A scale per token is known only at the row's end: then the row is read backwards, newest bytes of L2 first
+(KEEP 0), or kept in registers in KEEP chunks of BK. Codes stay one byte each, even of 4 bits: they are operands of
+8-bit tensor cores, and packing would cost the product its unpacking in every tile.
 """
 
 from __future__ import annotations

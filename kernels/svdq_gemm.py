@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @triton.jit
 def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
-    """(first row, first column) of a tile: down BAND row blocks, then one to the right, so that both sides stay in L2."""
+    """(first row, first column): down BAND blocks of rows, then one to the right, so that both sides stay in L2."""
     m_blocks = tl.cdiv(M, BM)
     width = BAND * tl.cdiv(N, BN)
     first = tile // width * BAND

@@ -16,19 +16,37 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .svdq_activation import GROUP, SETTINGS, activation_rows, limits, padded_rank, quantize_activation, to_codes
+from .svdq_activation import GROUP, SETTINGS, activation_rows, limits, padded_rank, quantize_activation
 
+ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32
 PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}
 
 
 @triton.jit
-def _nibble(byte, HALF: tl.constexpr):
-    """uint8 -> the code in its low (HALF 0) or high (1) half, times 16 if high; float32.
+def nibble_pairs(words, SHIFT: tl.constexpr, dtype: tl.constexpr):
+    """int32 words of 8 codes -> the two codes at bits SHIFT and SHIFT + 16, as values in bf16 or fp16.
 
-    The half byte is set into the mantissa of 2^23: an "and" and a subtraction, where int to float takes longer.
+    A code is set into the mantissa of 128 (bf16) or 1024 (fp16) by bit operations that serve two codes at once, where
+    integers to floats would take a conversion each.
     """
-    bits = byte.to(tl.int32) & (0xF0 if HALF else 0x0F) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - (8388736.0 if HALF else 8388616.0)
+    bits = (words >> SHIFT) & 0x000F000F | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
+    eight = tl.full((), 136.0 if dtype == tl.bfloat16 else 1032.0, dtype)
+    first = bits.to(tl.int16).to(dtype, bitcast=True)
+    second = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return first - eight, second - eight
+
+
+@triton.jit
+def _run(words, factor, HALF: tl.constexpr, dtype: tl.constexpr):
+    """One half of each group: words [R, G, 8] int32, factor [R, G, 1] fp16 -> w8 [R, G, 32] in the order of inputs."""
+    byte0, byte2 = nibble_pairs(words, 4 * HALF, tl.float16)
+    byte1, byte3 = nibble_pairs(words, 4 * HALF + 8, tl.float16)
+    even = tl.join(byte0 * factor, byte2 * factor)
+    odd = tl.join(byte1 * factor, byte3 * factor)
+    value = tl.reshape(tl.join(even, odd), (words.shape[0], words.shape[1], 32))
+    if dtype == tl.int8:  # 1536 has an ulp of 1, and its low byte is 0
+        return (value + tl.full((), 1536.0, tl.float16)).to(tl.int16, bitcast=True).to(tl.int8)
+    return value.to(dtype)
 
 
 @triton.jit
@@ -36,23 +54,22 @@ def unpack_rows(
     block, q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS,
     PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Rows block * ROWS .. + ROWS, whole."""
+    """Rows block * ROWS .. + ROWS, whole; q_ptr points to int32."""
     n = block * ROWS + tl.arange(0, ROWS)
     g = tl.arange(0, PADDED_GROUPS)
-    j = tl.arange(0, 32)
     mask = (n < N)[:, None] & (g < GROUPS)[None, :]
     rows = n.to(tl.int64)[:, None] * GROUPS + g[None, :]
-    packed = tl.load(q_ptr + rows[:, :, None] * 32 + j[None, None, :], mask=mask[:, :, None], other=0x88)
+    words = tl.load(q_ptr + rows[:, :, None] * 8 + tl.arange(0, 8)[None, None, :], mask=mask[:, :, None], other=0)
     scale = tl.load(wscales_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-    used = tl.max((packed ^ 0x88).to(tl.int32), 2) != 0
+    used = tl.max((words != ZEROS).to(tl.int32), 2) != 0
     peak = tl.max(tl.where(used, scale, 0.0), 1)
     channel = tl.where(peak > 0, peak / PEAK, 1.0)
     tl.store(channel_ptr + n, channel, mask=n < N)
-    factor = (tl.where(used, scale, 0.0) / channel[:, None])[:, :, None]
-    where = w8_ptr + rows[:, :, None] * 64 + j[None, None, :]
+    factor = (tl.where(used, scale, 0.0) / channel[:, None]).to(tl.float16)[:, :, None]
+    where = w8_ptr + rows[:, :, None] * 64 + tl.arange(0, 32)[None, None, :]
     for half in tl.static_range(2):
-        value = _nibble(packed, half) * (factor / 16 if half else factor)
-        tl.store(where + 32 * half, to_codes(value, w8_ptr.dtype.element_ty), mask=mask[:, :, None])
+        codes = _run(words, factor, half, w8_ptr.dtype.element_ty)
+        tl.store(where + 32 * half, codes, mask=mask[:, :, None])
 
 
 @triton.jit
@@ -102,7 +119,7 @@ def unpack(qweight: Tensor, wscales: Tensor, out: tuple, config: dict) -> None:
     w8, channel = out
     sizes = _unpack_sizes(qweight, config)
     _unpack_kernel[(triton.cdiv(len(qweight), sizes["ROWS"]),)](
-        qweight, wscales, w8, channel, len(qweight), wscales.shape[1], PEAK=PEAK[w8.dtype], **sizes,
+        qweight.view(torch.int32), wscales, w8, channel, len(qweight), wscales.shape[1], PEAK=PEAK[w8.dtype], **sizes,
         num_warps=config["num_warps"],
     )  # fmt: skip
 
@@ -121,7 +138,7 @@ def prepare(
     row_blocks = triton.cdiv(m, config["BM"])
     _prepare_kernel[(row_blocks + triton.cdiv(n, sizes["ROWS"]),)](
         x, x if smooth is None else smooth, x if down is None else down, *activation, shift, m, k, x.stride(0),
-        qweight, wscales, *weight, n, wscales.shape[1], row_blocks,
+        qweight.view(torch.int32), wscales, *weight, n, wscales.shape[1], row_blocks,
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
         **limits(mode, shift != 0), PEAK=PEAK[weight[0].dtype], **sizes, PDL=config["PDL"],
         **{name: config[name] for name in SETTINGS},

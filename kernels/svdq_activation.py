@@ -87,7 +87,7 @@ def activation_rows(
 ):  # fmt: skip
     """Rows block * BM .. + BM. R: the rank padded for the tensor cores, 0 without a branch."""
     m = block * BM + tl.arange(0, BM)
-    columns = tl.arange(0, BK)
+    columns = tl.max_contiguous(tl.arange(0, BK), 8)  # 16 bytes of x a thread; 16 codes would take every other 16
     inside = (m < M)[:, None]
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_m
     code_rows = codes_ptr + m.to(tl.int64)[:, None] * K

@@ -38,7 +38,7 @@ def _scaled(sums, rows, columns, row_scale_ptr, column_scale_ptr, M, N):
 
 
 @triton.jit
-def _with_bias(y, columns, bias_ptr, N):
+def with_bias(y, columns, bias_ptr, N):
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     return y
@@ -61,7 +61,7 @@ def _tma_tile(
             y = tl.dot(branch_desc.load([top, j]), up_desc.load([left, j]).T, y)
     elif R > 0:
         y = tl.dot(branch_desc.load([top, 0]), up_desc.load([left, 0]).T, y)
-    y = _with_bias(y, columns, bias_ptr, N)
+    y = with_bias(y, columns, bias_ptr, N)
     if y_desc is None:
         where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
@@ -123,7 +123,7 @@ def _pointer_kernel(
         branch = tl.load(branch_ptr + rows[:, None] * R + j[None, :], mask=(rows < M)[:, None], other=0.0)
         there = (columns < N)[None, :] & (j < RANK)[:, None]
         y = tl.dot(branch, tl.load(up_ptr + columns[None, :] * RANK + j[:, None], mask=there, other=0.0), y)
-    y = _with_bias(y, columns, bias_ptr, N)
+    y = with_bias(y, columns, bias_ptr, N)
     where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 

@@ -1,11 +1,14 @@
-"""4-bit weights to 8-bit operands of a matrix product, in Triton: scales folded in, so that no group needs its own.
+"""4-bit weights to operands of a matrix product, in Triton; FOLD says what becomes of the scales s of the groups.
+
+"channel": folded into 8-bit codes, so that the product needs none of its own for a group:
 
     channel[n] = max_g s[n, g] / P over the groups that hold a nonzero code,    P = 32 (e4m3), 15 (int8)
     w8[n, k] = round(q[n, k] * s[n, k // 64] / channel[n]) in e4m3 or int8,    W ~ channel[n] * w8[n, k]
 
 The group of largest scale is exact: 32 q in e4m3 and 15 q in int8 are, for q in [-8, 7]; others are rounded to the
-nearest. A group of zeros has scale 1 by the format and does not count. Floor in bytes: N K / 2 read, N K written.
-Nothing is stored beside the layer: w8 and channel live from this kernel to the product that follows it.
+nearest. A group of zeros has scale 1 by the format and does not count. "apart": the codes q as they are, in e4m3 or
+int8, and s transposed to float32 [K/64, N]. "weight": s q in bf16 or fp16. Floor in bytes: N K / 2 read, N K written,
+2 N K in 16 bits. Nothing is stored beside the layer: this lives until the product that follows.
 """
 
 from __future__ import annotations
@@ -38,9 +41,9 @@ def nibble_pairs(words, SHIFT: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _run(words, factor, HALF: tl.constexpr, dtype: tl.constexpr):
-    """One half of each group: words [R, G, 8] int32, factor [R, G, 1] fp16 -> w8 [R, G, 32] in the order of inputs."""
-    byte0, byte2 = nibble_pairs(words, 4 * HALF, tl.float16)
-    byte1, byte3 = nibble_pairs(words, 4 * HALF + 8, tl.float16)
+    """One half of each group: words [R, G, 8] int32, factor [R, G, 1] -> [R, G, 32] in the order of inputs."""
+    byte0, byte2 = nibble_pairs(words, 4 * HALF, factor.dtype)
+    byte1, byte3 = nibble_pairs(words, 4 * HALF + 8, factor.dtype)
     even = tl.join(byte0 * factor, byte2 * factor)
     odd = tl.join(byte1 * factor, byte3 * factor)
     value = tl.reshape(tl.join(even, odd), (words.shape[0], words.shape[1], 32))
@@ -51,8 +54,8 @@ def _run(words, factor, HALF: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def unpack_rows(
-    block, q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS,
-    PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    block, q_ptr, wscales_ptr, w_ptr, scales_ptr, N, GROUPS,
+    FOLD: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Rows block * ROWS .. + ROWS, whole; q_ptr points to int32."""
     n = block * ROWS + tl.arange(0, ROWS)
@@ -61,32 +64,39 @@ def unpack_rows(
     rows = n.to(tl.int64)[:, None] * GROUPS + g[None, :]
     words = tl.load(q_ptr + rows[:, :, None] * 8 + tl.arange(0, 8)[None, None, :], mask=mask[:, :, None], other=0)
     scale = tl.load(wscales_ptr + rows, mask=mask, other=0.0).to(tl.float32)
-    used = tl.max((words != ZEROS).to(tl.int32), 2) != 0
-    peak = tl.max(tl.where(used, scale, 0.0), 1)
-    channel = tl.where(peak > 0, peak / PEAK, 1.0)
-    tl.store(channel_ptr + n, channel, mask=n < N)
-    factor = (tl.where(used, scale, 0.0) / channel[:, None]).to(tl.float16)[:, :, None]
-    where = w8_ptr + rows[:, :, None] * 64 + tl.arange(0, 32)[None, None, :]
+    if FOLD == "channel":
+        used = tl.max((words != ZEROS).to(tl.int32), 2) != 0
+        peak = tl.max(tl.where(used, scale, 0.0), 1)
+        channel = tl.where(peak > 0, peak / PEAK, 1.0)
+        tl.store(scales_ptr + n, channel, mask=n < N)
+        factor = (tl.where(used, scale, 0.0) / channel[:, None]).to(tl.float16)
+    elif FOLD == "apart":
+        tl.store(scales_ptr + g[None, :] * N + n[:, None], scale, mask=mask)
+        factor = tl.full((ROWS, PADDED_GROUPS), 1.0, tl.float16)
+    else:
+        factor = scale.to(w_ptr.dtype.element_ty)
+    where = w_ptr + rows[:, :, None] * 64 + tl.arange(0, 32)[None, None, :]
     for half in tl.static_range(2):
-        codes = _run(words, factor, half, w8_ptr.dtype.element_ty)
+        codes = _run(words, factor[:, :, None], half, w_ptr.dtype.element_ty)
         tl.store(where + 32 * half, codes, mask=mask[:, :, None])
 
 
 @triton.jit
 def _unpack_kernel(
-    q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS,
-    PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    q_ptr, wscales_ptr, w_ptr, scales_ptr, N, GROUPS,
+    FOLD: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    unpack_rows(tl.program_id(0), q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS, PEAK, ROWS, PADDED_GROUPS)
+    unpack_rows(tl.program_id(0), q_ptr, wscales_ptr, w_ptr, scales_ptr, N, GROUPS, FOLD, PEAK, ROWS, PADDED_GROUPS)
 
 
 @triton.jit
 def _prepare_kernel(
     x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-    q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS, row_blocks,
+    q_ptr, wscales_ptr, w_ptr, weight_scales_ptr, N, GROUPS, row_blocks,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
-    STAGES: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, FOLD: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The activation's programs first, for they run longest; the unpacking ones fill what bandwidth they leave."""
     if PDL:  # the product's programs may take their places; they wait there for this launch to end
@@ -99,13 +109,17 @@ def _prepare_kernel(
         )  # fmt: skip
     else:
         block = program - row_blocks
-        unpack_rows(block, q_ptr, wscales_ptr, w8_ptr, channel_ptr, N, GROUPS, PEAK, ROWS, PADDED_GROUPS)
+        unpack_rows(block, q_ptr, wscales_ptr, w_ptr, weight_scales_ptr, N, GROUPS, FOLD, PEAK, ROWS, PADDED_GROUPS)
 
 
-def empty_weight(qweight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for (w8 [N, K] of dtype, channel float32 [N])."""
+FOLDS = {"fp8": "channel", "int8": "channel", "int4": "apart", "none": "weight"}
+
+
+def empty_weight(qweight: Tensor, dtype: torch.dtype, mode: str) -> tuple[Tensor, Tensor]:
+    """Room for w [N, K] of dtype and its float32 scales, for activations of this mode: [N], [K/64, N] or [0]."""
     n, half = qweight.shape
-    return qweight.new_empty(n, 2 * half, dtype=dtype), qweight.new_empty(n, dtype=torch.float32)
+    scales = {"channel": (n,), "apart": (2 * half // GROUP, n), "weight": (0,)}[FOLDS[mode]]
+    return qweight.new_empty(n, 2 * half, dtype=dtype), qweight.new_empty(scales, dtype=torch.float32)
 
 
 def _unpack_sizes(qweight: Tensor, config: dict) -> dict:
@@ -114,13 +128,13 @@ def _unpack_sizes(qweight: Tensor, config: dict) -> dict:
     return dict(ROWS=max(1, config["UNPACK_BYTES"] // (groups * GROUP // 2)), PADDED_GROUPS=groups)
 
 
-def unpack(qweight: Tensor, wscales: Tensor, out: tuple, config: dict) -> None:
+def unpack(qweight: Tensor, wscales: Tensor, out: tuple, mode: str, config: dict) -> None:
     """Fill `out`, made by `empty_weight`, from qweight uint8 [N, K/2] and wscales [N, K/64], both contiguous."""
-    w8, channel = out
+    w, scales = out
     sizes = _unpack_sizes(qweight, config)
     _unpack_kernel[(triton.cdiv(len(qweight), sizes["ROWS"]),)](
-        qweight.view(torch.int32), wscales, w8, channel, len(qweight), wscales.shape[1], PEAK=PEAK[w8.dtype], **sizes,
-        num_warps=config["num_warps"],
+        qweight.view(torch.int32), wscales, w, scales, len(qweight), wscales.shape[1],
+        FOLD=FOLDS[mode], PEAK=PEAK.get(w.dtype, 1.0), **sizes, num_warps=config["num_warps"],
     )  # fmt: skip
 
 
@@ -130,7 +144,7 @@ def prepare(
 ) -> None:  # fmt: skip
     """`svdq_activation.quantize_activation` and `unpack`, in one launch side by side where config["FUSED"]."""
     if not config["FUSED"]:
-        unpack(qweight, wscales, weight, config)
+        unpack(qweight, wscales, weight, mode, config)
         return quantize_activation(x, smooth, down, mode, shift, activation, config)
     (m, k), n = x.shape, len(qweight)
     rank = 0 if down is None else len(down)
@@ -140,6 +154,6 @@ def prepare(
         x, x if smooth is None else smooth, x if down is None else down, *activation, shift, m, k, x.stride(0),
         qweight.view(torch.int32), wscales, *weight, n, wscales.shape[1], row_blocks,
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
-        **limits(mode, shift != 0), PEAK=PEAK[weight[0].dtype], **sizes, PDL=config["PDL"],
+        **limits(mode, shift != 0), FOLD=FOLDS[mode], PEAK=PEAK[weight[0].dtype], **sizes, PDL=config["PDL"],
         **{name: config[name] for name in SETTINGS},
     )  # fmt: skip

@@ -20,9 +20,8 @@ import torch
 import triton
 from bench_common import error, libraries, over, race, sets_for
 
-from ptq4dm.kernels import svdq, svdq_activation, svdq_unpack
+from ptq4dm.kernels import svdq
 from ptq4dm.kernels.svdq_linear import svdq_linear
-from ptq4dm.kernels.tuning import best_config
 
 SHAPES = {  # M, N, K
     "flux-qkv": (4608, 9216, 3072),
@@ -38,9 +37,17 @@ SHAPES = {  # M, N, K
     "adaln-16": (16, 18432, 3072),
 }
 
+LIMITS = {  # relative errors; the reference does not round the folded weights of 8-bit activations to e4m3 or int8
+    "fp8": {"to formula": 6e-3, "to reference": 4e-2},
+    "int8": {"to formula": 6e-3, "to reference": 1.5e-2},
+    "int4": {"to reference": 6e-3},
+    "none": {"to reference": 6e-3},
+}
+
 
 def arguments(one, activation: str) -> tuple:
-    return one.qweight, one.wscales, one.smooth, one.down, one.up, one.bias, activation, 0.0
+    smooth = None if activation == "none" else one.smooth
+    return one.qweight, one.wscales, smooth, one.down, one.up, one.bias, activation, 0.0
 
 
 def checked(one, activation: str) -> dict[str, float]:
@@ -48,53 +55,51 @@ def checked(one, activation: str) -> dict[str, float]:
     y = svdq_linear(one.x, *arguments(one, activation))
     if not torch.equal(y, svdq_linear(one.x, *arguments(one, activation))):
         raise SystemExit("two runs of our kernels gave different bits")
-    state = bench_tune.state_for(one, activation)
-    for kernel, setting in settings(one, activation).items():
-        bench_tune.KERNELS[kernel][0](one, activation, setting, state)
-    (codes, row_scale, branch), (w8, column_scale), _ = state
-    expected = (codes.double() * row_scale.double()[:, None]) @ (w8.double() * column_scale.double()[:, None]).T
-    if one.up is not None:
-        expected += branch.double()[:, : one.up.shape[1]] @ one.up.double().T
-    expected += one.bias.double()
     reference = svdq.svdq_linear(one.x.float(), *arguments(one, activation))
-    found = {"to formula": error(y, expected), "to reference": error(y, reference)}
-    if not found["to formula"] < 6e-3:
-        raise SystemExit(f"our kernels are wrong: {found}")
+    found = {"to reference": error(y, reference)}
+    if "product" in bench_tune.chosen(one, activation) and activation != "int4":
+        found["to formula"] = error(y, formula(one, activation))
+    limit = LIMITS[activation]
+    if not all(found[key] < limit[key] for key in found):
+        raise SystemExit(f"our kernels are wrong: {found}, allowed {limit}")
     return found
 
 
-def settings(one, activation: str) -> dict[str, dict]:
-    sizes = (one.x.device, len(one.x), len(one.qweight), one.x.shape[1])
-    return {kernel: best_config(f"{activation}.{kernel}", *sizes) for kernel in bench_tune.KERNELS}
+def formula(one, activation: str) -> torch.Tensor:
+    """The product of the codes that our kernels made, in float64."""
+    state = bench_tune.state_for(one, activation)
+    bench_tune.run("prepare", one, bench_tune.chosen(one, activation)["prepare"], state)
+    (codes, row_scale, branch), (w8, column_scale) = state.rows, state.weight
+    expected = (codes.double() * row_scale.double()[:, None]) @ (w8.double() * column_scale.double()[:, None]).T
+    if one.up is not None:
+        expected += branch.double()[:, : one.up.shape[1]] @ one.up.double().T
+    return expected + one.bias.double()
 
 
 def parts(one, activation: str) -> dict[str, tuple]:
-    """name -> (function of a set, bytes it moves at least, operations): the launches of one call, each by itself."""
+    """name -> (function of a set, bytes it moves at least, operations): the launches of one call, each by itself.
+
+    Of a launch that prepares both sides, its two jobs too.
+    """
     (m, k), n = one.x.shape, len(one.qweight)
     rank = 0 if one.down is None else len(one.down)
-    chosen, state = settings(one, activation), bench_tune.state_for(one, activation)
-    apart = chosen["prepare"]
-
-    def activation_alone(one):
-        given = (one.x, one.smooth, one.down, activation, 0.0, state[0])
-        svdq_activation.quantize_activation(*given, apart)
-
-    reads, writes = 2 * m * k, m * k + 4 * m + 2 * m * rank
-    weight = n * k // 2 + one.wscales.nbytes + n * k
-    product = m * k + n * k + 2 * m * n + 2 * rank * (m + n)
+    state, settings = bench_tune.state_for(one, activation), bench_tune.chosen(one, activation)
+    width = state.weight[0].element_size()
+    packed, branch = n * k // 2 + one.wscales.nbytes, 2 * rank * (m + n)
+    rows = 2 * m * k + m * k + 4 * state.rows[1].numel() + 2 * m * rank if activation != "none" else 0
+    work = {
+        "activation": (rows, 2 * m * k * rank),
+        "unpack": (packed + width * n * k, 0),
+        "prepare": (rows + packed + width * n * k, 2 * m * k * rank),
+        "product": (m * k + n * k + 2 * m * n + branch, 2 * m * n * (k + rank)),
+        "short": (packed + m * k * state.rows[0].element_size() + 2 * m * n + branch, 2 * m * n * (k + rank)),
+        "cublas": (2 * (m * k + n * k + m * n), 2 * m * n * k),
+    }
+    if "prepare" in settings:
+        settings = {"activation": settings["prepare"], "unpack": settings["prepare"]} | settings
     return {
-        "activation": (activation_alone, reads + writes, 2 * m * k * rank),
-        "unpack": (lambda one: svdq_unpack.unpack(one.qweight, one.wscales, state[1], apart), weight, 0),
-        "both": (
-            lambda one: bench_tune.run_prepare(one, activation, chosen["prepare"], state),
-            reads + writes + weight,
-            2 * m * k * rank,
-        ),
-        "product": (
-            lambda one: bench_tune.run_product(one, activation, chosen["product"], state),
-            product,
-            2 * m * n * (k + rank),
-        ),
+        step: (lambda one, step=step, setting=setting: bench_tune.run(step, one, setting, state), *work[step])
+        for step, setting in settings.items()
     }
 
 
@@ -113,44 +118,46 @@ def measure(name: str, activation: str, rank: int, tune: bool) -> dict:
     row["TB/s"] = {part: moved / times[f"ours: {part}"] / 1e6 for part, (_, moved, _) in ours.items()}
     row["TFLOP/s"] = {part: work / times[f"ours: {part}"] / 1e6 for part, (_, _, work) in ours.items()}
     row["TFLOP/s"]["bf16"] = 2 * m * n * k / times["bf16"] / 1e6
-    row["settings"] = settings(sets[0], activation)
+    row["settings"] = bench_tune.chosen(sets[0], activation)
     return row
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: microseconds, ratios to bf16, and what our launches reach."""
-    lines = [
-        "| shape (M,N,K) | bf16 us | TFLOP/s | fp8 | fp8 + quantization | + branch unfused | **ours** | "
-        "activation us, TB/s "
-        "| unpack us, TB/s | both us, TB/s | product us, TFLOP/s | error to formula, to reference |",
-        "|" + "---|" * 12,
-    ]
+    heads = ["shape (M,N,K)", "bf16 us", "TFLOP/s", "fp8", "fp8 + quantization", "+ branch unfused", "**ours**"]
+    lines = ["| " + " | ".join([*heads, "our launches: us, TB/s, TFLOP/s", "errors"]) + " |", "|" + "---|" * 9]
     for row in rows:
-        us, ratio, speed = row["us"], row["ratio"], row["TB/s"]
+        us, ratio = row["us"], row["ratio"]
+        launches = [
+            f"{part} {us[f'ours: {part}']:.1f}, {row['TB/s'][part]:.2f}, {row['TFLOP/s'][part]:.0f}"
+            for part in row["TB/s"]
+        ]
         cells = [f"{row['shape']} {row['M']},{row['N']},{row['K']} {row['activation']} r{row['rank']}"]
         cells += [f"{us['bf16']:.1f}", f"{row['TFLOP/s']['bf16']:.0f}"]
         cells += [f"{ratio[key]:.2f}" if key in ratio else "" for key in ("fp8", "fp8+quant", "fp8+quant+branch")]
-        cells += [f"**{ratio['ours']:.2f}** ({us['ours']:.1f} us)"]
-        cells += [f"{us[f'ours: {part}']:.1f}, {speed[part]:.2f}" for part in ("activation", "unpack", "both")]
-        cells += [f"{us['ours: product']:.1f}, {row['TFLOP/s']['product']:.0f}"]
-        cells += [", ".join(f"{value:.1e}" for value in row["error"].values())]
+        cells += [f"**{ratio['ours']:.2f}** ({us['ours']:.1f} us)", "; ".join(launches)]
+        cells += [", ".join(f"{key} {value:.1e}" for key, value in row["error"].items())]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def roofline(rows: list[dict], copy_speed: float, path: Path) -> None:
-    """Operations per byte against operations per second: each launch, under the ceilings measured in this run."""
+    """Operations per least byte against operations per second of each launch, under the best seen in this run."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 5))
-    best = max(max(row["TFLOP/s"]["product"] for row in rows), 1)
-    axes.plot([1, best / copy_speed, 1e4], [copy_speed, best, best], "k-", lw=1)
-    for part, marker in (("activation", "s"), ("both", "^"), ("product", "o")):
-        speeds = [row["TFLOP/s"][part] for row in rows]
-        density = [row["TFLOP/s"][part] / row["TB/s"][part] for row in rows]
-        axes.plot(density, speeds, marker, label=part)
-    for row in rows:
-        axes.annotate(row["shape"], (row["TFLOP/s"]["product"] / row["TB/s"]["product"], row["TFLOP/s"]["product"]))
+    points = [
+        (row["TFLOP/s"][part] / row["TB/s"][part], row["TFLOP/s"][part], part, row["shape"])
+        for row in rows
+        for part in row["TB/s"]
+        if row["TFLOP/s"][part]
+    ]
+    best = max(speed for _, speed, _, _ in points)
+    axes.plot([best / copy_speed / 100, best / copy_speed, 1e4], [best / 100, best, best], "k-", lw=1)
+    for part in dict.fromkeys(part for _, _, part, _ in points):
+        axes.plot(*zip(*[(x, y) for x, y, name, _ in points if name == part], strict=True), "o", label=part)
+    for x, y, _, shape in points:
+        axes.annotate(shape, (x, y), fontsize=6)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte (least bytes)", ylabel="TFLOP/s")
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -165,7 +172,7 @@ def copy_bandwidth() -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--activation", choices=list(bench_tune.DTYPES), default="fp8")
+    parser.add_argument("--activation", choices=list(LIMITS), default="fp8")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--tune", action="store_true", help="search settings first; writes kernels/tuned/")
     parser.add_argument("--output", type=Path, default=Path("out/bench-kernels"))

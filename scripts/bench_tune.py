@@ -10,14 +10,20 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from bench_common import operands, over, race
 
-from ptq4dm.kernels import svdq_activation, svdq_gemm, svdq_unpack
+from ptq4dm.kernels import svdq_activation, svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
+from ptq4dm.kernels.svdq_linear import INT4, code_dtype, kernel_name, steps
 from ptq4dm.kernels.tuning import FOLDER, best_config, forget, slug
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.float8_e4m3fn}
+
+def activation_settings(k: int) -> list[dict]:
+    """BM, BK, KEEP, STAGES, num_warps for few rows, which want few long steps."""
+    shapes = [(16, 128, 4, 4), (16, 256, 3, 4), (16, 256, 4, 4), (16, 512, 3, 8), (16, 512, 3, 4), (16, 1024, 2, 8)]
+    return [dict(BM=bm, BK=bk, KEEP=0, STAGES=stages, num_warps=warps) for bm, bk, stages, warps in shapes]
 
 
 def prepare_settings(k: int) -> list[dict]:
@@ -57,69 +63,121 @@ def product_settings() -> list[dict]:
     return settings
 
 
-def state_for(one, activation: str):
-    rank = 0 if one.down is None else len(one.down)
-    rows = svdq_activation.empty_activation(one.x, activation, rank, DTYPES[activation])
+def w4a4_settings() -> list[dict]:
+    """The product of groups: small tiles, of which several share a multiprocessor, so that sums and scaling overlap."""
+    shapes = [(64, 128, 4, 2), (64, 128, 8, 2), (128, 128, 8, 1), (128, 64, 4, 2), (64, 256, 8, 1), (64, 64, 4, 4)]
+    return [
+        dict(TMA=True, BM=bm, BN=bn, BAND=16, PER_SM=programs, num_warps=warps, num_stages=stages)
+        for (bm, bn, warps, programs), stages in itertools.product(shapes, (3, 4, 5))
+    ]
+
+
+def short_settings(m: int) -> list[dict]:
+    """Outputs and bytes of each that a step takes; among how many programs the inputs are divided."""
+    bm = 16 if m <= 16 else 32 if m <= 32 else 64
+    shapes = [(64, 128, 4, 4), (64, 128, 6, 4), (32, 128, 4, 4), (64, 64, 6, 4), (64, 256, 3, 4), (128, 128, 4, 8)]
+    return [
+        dict(SPLIT=split, BM=bm, BN=bn, BYTES=size, STAGES=stages, num_warps=warps)
+        for (bn, size, stages, warps), split in itertools.product(shapes, (1, 2, 4))
+    ]
+
+
+def settings_of(step: str, name: str, m: int, k: int) -> list[dict]:
+    if step == "product":
+        return w4a4_settings() if name == INT4 else product_settings()
+    if step == "unpack":
+        return [dict(UNPACK_BYTES=size, num_warps=warps) for size in (2048, 4096, 8192, 16384) for warps in (4, 8)]
     return (
-        rows,
-        svdq_unpack.empty_weight(one.qweight, DTYPES[activation]),
-        one.x.new_empty(len(one.x), len(one.qweight)),
+        {"prepare": prepare_settings, "activation": activation_settings}[step](k)
+        if step != "short"
+        else short_settings(m)
     )
 
 
-def run_prepare(one, activation, setting, state):
-    given = (one.x, one.smooth, one.down, activation, 0.0, state[0])
-    svdq_unpack.prepare(*given, one.qweight, one.wscales, state[1], setting)
+def state_for(one, activation: str) -> SimpleNamespace:
+    """Room for what the launches of one call hand to one another."""
+    name = kernel_name(one.x.device, activation, 64)
+    dtype = one.x.dtype if activation == "none" else code_dtype(name, one.x.device)
+    rows = svdq_activation.empty_activation(one.x, activation, 0 if one.down is None else len(one.down), dtype)
+    return SimpleNamespace(
+        name=name,
+        mode=activation,
+        rows=(one.x, None, None) if activation == "none" else rows,
+        weight=svdq_unpack.empty_weight(one.qweight, dtype, activation),
+        out=one.x.new_empty(len(one.x), len(one.qweight)),
+    )
 
 
-def run_product(one, activation, setting, state):
-    svdq_gemm.product(state[0], state[1], one.up, one.bias, state[2], setting)
+def run(step: str, one, setting: dict | None, state) -> None:
+    """One launch of a call; what those before it left is in `state`."""
+    rows = (one.x, one.smooth, one.down, state.mode, 0.0, state.rows)
+    if step == "prepare":
+        svdq_unpack.prepare(*rows, one.qweight, one.wscales, state.weight, setting)
+    elif step == "activation":
+        svdq_activation.quantize_activation(*rows, setting)
+    elif step == "unpack":
+        svdq_unpack.unpack(one.qweight, one.wscales, state.weight, state.mode, setting)
+    elif step == "product":
+        product = svdq_w4a4.product if state.name == INT4 else svdq_gemm.product
+        product(state.rows, state.weight, one.up, one.bias, state.out, setting)
+    elif step == "short":
+        codes, scale, branch = state.rows
+        w4a16.short_product(codes, scale, one.qweight, one.wscales, branch, one.up, one.bias, state.out, setting)
+    else:
+        torch.nn.functional.linear(one.x, state.weight[0], one.bias)
 
 
-KERNELS = {"prepare": (run_prepare, prepare_settings), "product": (run_product, lambda k: product_settings())}
+def chosen(one, activation: str) -> dict[str, dict | None]:
+    """step -> its settings, of the launches of one call."""
+    sizes = (one.x.device, len(one.x), len(one.qweight), one.x.shape[1])
+    name = kernel_name(one.x.device, activation, 64)
+    return {
+        step: None if step == "cublas" else best_config(f"{activation}.{step}", *sizes)
+        for step in steps(name, len(one.x))
+    }
 
 
 def tune(sets: list, activation: str) -> None:
-    """Time every setting on the shape of `sets`; put the best of each kernel into the file of this GPU."""
-    n, k = len(sets[0].qweight), sets[0].x.shape[1]
-    m = len(sets[0].x)
-    state = state_for(sets[0], activation)
-    for kernel, (run, settings) in KERNELS.items():
+    """Time every setting on the shape of `sets`; put the best of each launch into the file of this GPU."""
+    one, sizes = sets[0], [len(sets[0].x), len(sets[0].qweight), sets[0].x.shape[1]]
+    state = state_for(one, activation)
+    for step, setting in chosen(one, activation).items():
+        if setting is None:
+            continue
         timed = []
-        for setting in compiled(sets[0], activation, kernel, settings(k)):
-            calls = over(sets, lambda one, run=run, setting=setting: run(one, activation, setting, state))
+        for setting in compiled(one, activation, step, settings_of(step, state.name, sizes[0], sizes[2])):
+            calls = over(sets, lambda one, step=step, setting=setting: run(step, one, setting, state))
             timed.append((race({"": calls}, 5)[""], setting))
         if not timed:
-            raise SystemExit(f"no setting of {kernel} runs on this GPU")
+            raise SystemExit(f"no setting of {step} runs on this GPU")
         timed.sort(key=lambda pair: pair[0])
         for microseconds, setting in timed[:4]:
-            print(f"    {kernel} {microseconds:7.1f} us  {json.dumps(setting)}", flush=True)
-        record(f"{activation}.{kernel}", [m, n, k, timed[0][1]])
-    overlap(sets, activation, state, [m, n, k])
+            print(f"    {step} {microseconds:7.1f} us  {json.dumps(setting)}", flush=True)
+        record(f"{activation}.{step}", [*sizes, timed[0][1]])
     forget()
+    if "PDL" in chosen(one, activation).get("product", {}) and torch.cuda.get_device_capability() >= (9, 0):
+        overlap(sets, activation, state, sizes)
 
 
 def overlap(sets: list, activation: str, state, sizes: list[int]) -> None:
     """Whether the product's programs should be launched before the others have ended (programmatic launch)."""
-    if torch.cuda.get_device_capability() < (9, 0):
-        return
-    forget()
-    chosen = {kernel: best_config(f"{activation}.{kernel}", sets[0].x.device, *sizes) for kernel in KERNELS}
+    best = chosen(sets[0], activation)
 
-    def both(one, early):
-        for kernel, (run, _) in KERNELS.items():
-            run(one, activation, chosen[kernel] | {"PDL": early}, state)
+    def call(one, early):
+        for step, setting in best.items():
+            run(step, one, setting | {"PDL": early}, state)
 
-    times = race({early: over(sets, lambda one, early=early: both(one, early)) for early in (False, True)})
+    times = race({early: over(sets, lambda one, early=early: call(one, early)) for early in (False, True)})
     print(f"    launched one after the other {times[False]:.1f} us, overlapping {times[True]:.1f} us", flush=True)
-    for kernel in KERNELS:
-        record(f"{activation}.{kernel}", [*sizes, chosen[kernel] | {"PDL": times[True] < times[False]}])
+    for step, setting in best.items():
+        record(f"{activation}.{step}", [*sizes, setting | {"PDL": times[True] < times[False]}])
+    forget()
 
 
-def compiled(one, activation: str, kernel: str, settings: list[dict]) -> list[dict]:
+def compiled(one, activation: str, step: str, settings: list[dict]) -> list[dict]:
     """Those settings that compile and run here, tried in other processes, which leave them in Triton's cache."""
     sizes = (len(one.x), len(one.qweight), one.x.shape[1], 0 if one.down is None else len(one.down))
-    answers = pool().map(try_one, [(sizes, activation, kernel, setting) for setting in settings])
+    answers = pool().map(try_one, [(sizes, activation, step, setting) for setting in settings])
     good = []
     for setting, problem in zip(settings, answers, strict=True):
         if problem:
@@ -141,10 +199,10 @@ def _here(sizes: tuple, activation: str):
 
 
 def try_one(task) -> str:
-    sizes, activation, kernel, setting = task
+    sizes, activation, step, setting = task
     try:
         one, state = _here(sizes, activation)
-        KERNELS[kernel][0](one, activation, setting, state)
+        run(step, one, setting, state)
         torch.cuda.synchronize()
     except Exception as problem:
         return f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"

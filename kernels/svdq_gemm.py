@@ -165,8 +165,8 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
     rest = tiles % programs
     tail = config["TAIL"] and pieces == 2 and 0 < 2 * rest <= programs
     whole = tiles - rest if tail else tiles
-    if up is not None and up.shape[1] % 8:  # rows of a TMA operand begin at multiples of 16 bytes
-        up = torch.nn.functional.pad(up, (0, -up.shape[1] % 8))
+    if up is not None and (up.shape[1] % 8 or up.data_ptr() % 16):  # rows of a TMA operand begin at multiples of 16
+        up = torch.nn.functional.pad(up, (0, -up.shape[1] % 8)).clone()
 
     def blocks(tensor, *size):
         return None if tensor is None else TensorDescriptor.from_tensor(tensor, list(size))

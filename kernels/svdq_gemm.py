@@ -31,16 +31,20 @@ def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexp
 
 
 @triton.jit
-def _scaled(sums, rows, columns, row_scale_ptr, column_scale_ptr, M, N):
-    row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
-    column_scale = tl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)
-    return sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+def branch_step(rows, columns, first, branch_ptr, up_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr):
+    """Ranks first .. + 32, or all 16, of branch [BM, 32] and U [BN, 32]."""
+    j = first + tl.arange(0, 32 if R > 16 else 16)
+    branch = tl.load(branch_ptr + rows[:, None] * R + j[None, :], mask=(rows < M)[:, None], other=0.0)
+    there = (columns < N)[:, None] & (j < RANK)[None, :]
+    return branch, tl.load(up_ptr + columns[:, None] * RANK + j[None, :], mask=there, other=0.0)
 
 
 @triton.jit
-def with_bias(y, columns, bias_ptr, N):
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+def branch_product(y, rows, columns, branch_ptr, up_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr):
+    """y [BM, BN] + branch [BM, R] U [BN, R]^T."""
+    for first in tl.range(0, R, 32, num_stages=1):
+        branch, up = branch_step(rows, columns, first, branch_ptr, up_ptr, M, N, RANK, R)
+        y = tl.dot(branch, up.T, y)
     return y
 
 
@@ -50,18 +54,29 @@ def _tma_tile(
     M, N, K, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     exact: tl.constexpr = a_desc.dtype == tl.int8
+    rows = top + tl.arange(0, BM)
+    columns = left + tl.arange(0, BN)
     sums = tl.zeros((BM, BN), tl.int32 if exact else tl.float32)
     for k in range(0, K, BK):
         sums = tl.dot(a_desc.load([top, k]), w_desc.load([left, k]).T, sums, out_dtype=sums.dtype)
-    rows = top + tl.arange(0, BM)
-    columns = left + tl.arange(0, BN)
-    y = _scaled(sums, rows, columns, row_scale_ptr, column_scale_ptr, M, N)
-    if R > 32:  # unrolled, the steps' operands would take shared memory side by side
-        for j in tl.range(0, R, 32, num_stages=1):
-            y = tl.dot(branch_desc.load([top, j]), up_desc.load([left, j]).T, y)
+    # One after the other, the waits would add up: what comes by pointers is under way while the branch is waited for.
+    # The branch comes by TMA. By pointers, ptxas would make every product of the main loop wait for the one before it
+    # (its note C7515); a loop here keeps Triton from loading across tiles, which only ranks above 32 pay.
+    row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
+    column_scale = tl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+    if R > 0 and R <= 32:
+        branch = branch_desc.load([top, 0])
+        up = up_desc.load([left, 0])
+    y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+    if R > 0 and R <= 32:
+        y = tl.dot(branch, up.T, y)
     elif R > 0:
-        y = tl.dot(branch_desc.load([top, 0]), up_desc.load([left, 0]).T, y)
-    y = with_bias(y, columns, bias_ptr, N)
+        for first in tl.range(0, R, 32, num_stages=1):  # unrolled, they would take shared memory side by side
+            y = tl.dot(branch_desc.load([top, first]), up_desc.load([left, first]).T, y)
+    if bias_ptr is not None:
+        y += bias.to(tl.float32)[None, :]
     if y_desc is None:
         where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
@@ -81,6 +96,7 @@ def _tma_kernel(
     PROGRAMS: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles 0 .. whole in one piece; the others, up to `tiles`, cut in two along N."""
+    tl.assume(K > 0)
     if PDL:
         gdc_wait()
     for tile in tl.range(tl.program_id(0), whole, PROGRAMS, flatten=True):
@@ -117,13 +133,13 @@ def _pointer_kernel(
         a_tile = tl.load(a + first, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
         w_tile = tl.load(w + first, mask=(columns < N)[None, :] & inside[:, None], other=0.0)
         sums = tl.dot(a_tile, w_tile, sums, out_dtype=sums.dtype)
-    y = _scaled(sums, rows, columns, row_scale_ptr, column_scale_ptr, M, N)
+    row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
+    column_scale = tl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)
+    y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
     if R > 0:
-        j = tl.arange(0, R)
-        branch = tl.load(branch_ptr + rows[:, None] * R + j[None, :], mask=(rows < M)[:, None], other=0.0)
-        there = (columns < N)[None, :] & (j < RANK)[:, None]
-        y = tl.dot(branch, tl.load(up_ptr + columns[None, :] * RANK + j[:, None], mask=there, other=0.0), y)
-    y = with_bias(y, columns, bias_ptr, N)
+        y = branch_product(y, rows, columns, branch_ptr, up_ptr, M, N, RANK, R)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
@@ -138,8 +154,8 @@ def product(
 ) -> None:
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
-    config: BM, BN, BK, BAND, num_warps, num_stages; with TMA also
-    PIECES, TAIL, PDL and PER_SM, how many programs share a multiprocessor.
+    config: TMA, BM, BN, BK, BAND, num_warps, num_stages; with TMA also PIECES (stores of a tile), TAIL, PER_SM
+    (programs of a multiprocessor) and PDL (launched before the last kernel has ended).
     """
     kernel = _tma_product if config["TMA"] else _pointer_product
     kernel(activation, weight, up, bias, out, config)
@@ -159,12 +175,14 @@ def _pointer_product(activation, weight, up, bias, out, config) -> None:
 def _tma_product(activation, weight, up, bias, out, config) -> None:
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
     (m, k), n = codes.shape, len(w8)
-    bm, bn, bk, pieces = (config[name] for name in ("BM", "BN", "BK", "PIECES"))
+    settings = ("BM", "BN", "BK", "PIECES", "BAND", "PDL", "num_warps", "num_stages")
+    bm, bn, bk, pieces = (config[name] for name in settings[:4])
     programs = multiprocessors(out.device) * config["PER_SM"]
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
     rest = tiles % programs
     tail = config["TAIL"] and pieces == 2 and 0 < 2 * rest <= programs
     whole = tiles - rest if tail else tiles
+
     if up is not None and (up.shape[1] % 8 or up.data_ptr() % 16):  # rows of a TMA operand begin at multiples of 16
         up = torch.nn.functional.pad(up, (0, -up.shape[1] % 8)).clone()
 
@@ -178,6 +196,5 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
         blocks(branch if r else None, bm, step), blocks(up, bn, step), blocks(up, bn // 2, step) if tail else None,
         blocks(out, bm, bn // pieces) if n % 8 == 0 else None,
         out, row_scale, column_scale, bias, m, n, k, whole, tiles,
-        R=r, BM=bm, BN=bn, BK=bk, BAND=config["BAND"], PROGRAMS=programs, PIECES=pieces, TAIL=tail, PDL=config["PDL"],
-        num_warps=config["num_warps"], num_stages=config["num_stages"], launch_pdl=config["PDL"],
+        R=r, PROGRAMS=programs, TAIL=tail, **{name: config[name] for name in settings}, launch_pdl=config["PDL"],
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .svdq_gemm import multiprocessors, tile_place, with_bias
+from .svdq_gemm import branch_product, multiprocessors, tile_place
 
 
 @triton.jit
@@ -29,7 +29,8 @@ def _operand(desc, ptr, first, k, LIMIT, K, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 @triton.jit
 def _w4a4_kernel(
-    a_desc, w_desc, a_ptr, w_ptr, branch_ptr, up_ptr, y_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, tiles,
+    a_desc, w_desc, a_ptr, w_ptr, branch_ptr, up_ptr, y_ptr, a_scale_ptr, w_scale_ptr, bias_ptr,
+    M, N, K, tiles,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -52,13 +53,9 @@ def _w4a4_kernel(
             a_scale = next_a
             w_scale = next_w
         if R > 0:
-            for first in tl.static_range(0, R, 32):
-                j = first + tl.arange(0, 32 if R > 16 else 16)
-                branch = tl.load(branch_ptr + rows[:, None] * R + j[None, :], mask=(rows < M)[:, None], other=0.0)
-                there = (columns < N)[None, :] & (j < RANK)[:, None]
-                up = tl.load(up_ptr + columns[None, :] * RANK + j[:, None], mask=there, other=0.0)
-                y = tl.dot(branch, up, y)
-        y = with_bias(y, columns, bias_ptr, N)
+            y = branch_product(y, rows, columns, branch_ptr, up_ptr, M, N, RANK, R)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
@@ -80,7 +77,8 @@ def product(
         for tensor, size in ((codes, bm), (w, bn))
     )
     _w4a4_kernel[(min(programs, tiles),)](
-        a_desc, w_desc, codes, w, branch, out if up is None else up, out, a_scale, w_scale, bias, m, n, k, tiles,
+        a_desc, w_desc, codes, w, branch, out if up is None else up, out, a_scale, w_scale, bias,
+        m, n, k, tiles,
         RANK=0 if up is None else up.shape[1], R=branch.shape[1], BM=bm, BN=bn, BAND=config["BAND"],
         PROGRAMS=programs, num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

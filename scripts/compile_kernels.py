@@ -62,6 +62,15 @@ def compiled(kernel: JITFunction, target: int, args: tuple, options: dict):
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=wanted)
 
 
+def serialized(ptx: str, target: int) -> bool:
+    """Whether ptxas says that it makes Hopper's matrix instructions wait for one another."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [TOOLS / "ptxas", f"-arch=sm_{target}a", "-v", file.name, "-o", "/dev/null"]
+        return "instructions are serialized" in subprocess.run(command, capture_output=True, text=True).stderr
+
+
 def resources(binary: bytes) -> tuple[int, int]:
     """(registers of a thread, bytes it spills)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -105,6 +114,8 @@ def main():
             problem += "  COMPILES TO A TRAP" * (
                 "\ttrap;" in binary.asm["ptx"]
             )  # too much tensor memory on Blackwell
+            if target == 90 and serialized(binary.asm["ptx"], target):
+                problem += "  MATRIX INSTRUCTIONS SERIALIZED"
             failed |= bool(problem)
             print(
                 f"sm_{target}  {kernel.fn.__name__:20} {registers:4} registers {spilled:5} bytes spilled "

@@ -22,7 +22,19 @@ MODERN = not CUDA or torch.cuda.get_device_capability() >= (8, 9)
 HOPPER = not CUDA or torch.cuda.get_device_capability() >= (9, 0)
 CODES = [torch.int8] + [FP8] * MODERN
 PREPARE = dict(FUSED=True, BM=16, BK=128, KEEP=0, STAGES=2, num_warps=4, UNPACK_BYTES=4096, PDL=False)
-TMA = dict(TMA=True, BM=64, BN=64, BK=64, BAND=2, PIECES=2, TAIL=True, PDL=False, PER_SM=1, num_warps=4, num_stages=2)
+TMA = dict(
+    TMA=True,
+    BM=64,
+    BN=64,
+    BK=64,
+    BAND=2,
+    PIECES=2,
+    TAIL=True,
+    PDL=False,
+    PER_SM=1,
+    num_warps=4,
+    num_stages=2,
+)
 POINTERS = dict(TMA=False, BM=32, BN=64, BK=64, BAND=2, num_warps=4, num_stages=2)
 W4A4 = dict(BM=64, BN=64, BAND=2, PER_SM=1, num_warps=4, num_stages=2)
 PRODUCTS = [POINTERS] + [TMA, TMA | dict(PIECES=1)] * HOPPER

@@ -8,10 +8,11 @@
 Divisions are products with reciprocals taken once per column and row, so that a value within 2^-22 of a tie may get
 the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its scale is NaN.
 
-Floor in bytes: x once, the codes once. D is read again by every block of BM rows: r / BM times the size of x, from
-L2. A scale per token is known only at the row's end: then the row is read backwards, newest bytes of L2 first
-(KEEP 0), or kept in registers in KEEP chunks of BK. Codes stay one byte each, even of 4 bits: they are operands of
-8-bit tensor cores, and packing would cost the product its unpacking in every tile.
+Floor in bytes: x once, the codes once. One launch has programs of two kinds. Those that quantize hold whole rows in
+registers, all loads under way at once; those that multiply by D stream the same rows through the tensor cores a
+moment before, so that one of the two reads them from L2. (In one program the two got in each other's way: 0.8 TB/s.)
+D is read again by every block of BM rows: r / BM times the size of x, from L2. Codes stay one byte each, even of 4
+bits: they are operands of 8-bit tensor cores, and packing would cost the product its unpacking in every tile.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 GROUP = 64
-SETTINGS = ("BM", "BK", "KEEP", "STAGES", "num_warps")
+SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
 
@@ -69,92 +70,98 @@ def _smoothed(x, smooth_ptr, k, K, shift, SHIFTED: tl.constexpr, SMOOTHED: tl.co
 
 
 @triton.jit
-def _times_down(x, down_ptr, branch, k, K, RANK: tl.constexpr, R: tl.constexpr):
-    if R > 0:
-        ranks = tl.arange(0, R)
-        there = (ranks < RANK)[:, None] & (k < K)[None, :]
-        down = tl.load(down_ptr + ranks[:, None] * K + k[None, :], mask=there, other=0.0)
+def _branch_rows(
+    block, x_ptr, down_ptr, branch_ptr, M, K, stride_m,
+    RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """branch of rows block * BM .. + BM."""
+    m = block * BM + tl.arange(0, BM)
+    ranks, columns = tl.arange(0, R), tl.arange(0, BK)
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_m
+    down_rows = down_ptr + ranks[:, None] * K
+    branch = tl.zeros((BM, R), tl.float32)
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        k = first + columns
+        x = tl.load(x_rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
         branch = tl.dot(x, down.to(x.dtype).T, branch)
-    return branch
+    where = branch_ptr + m[:, None] * R + ranks[None, :]
+    tl.store(where, branch.to(branch_ptr.dtype.element_ty), mask=(m < M)[:, None])
 
 
 @triton.jit
-def activation_rows(
-    block, x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-    RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
-    STAGES: tl.constexpr,
+def _quantized_rows(
+    block, x_ptr, smooth_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+    GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Rows block * BM .. + BM. R: the rank padded for the tensor cores, 0 without a branch."""
-    m = block * BM + tl.arange(0, BM)
-    columns = tl.max_contiguous(tl.arange(0, BK), 8)  # 16 bytes of x a thread; 16 codes would take every other 16
+    """codes and scales of rows block * ROWS .. + ROWS; STEPS * STEP columns hold K."""
+    m = block * ROWS + tl.arange(0, ROWS)
     inside = (m < M)[:, None]
+    columns = tl.max_contiguous(tl.arange(0, STEP), 8)  # 16 bytes of x a thread; 16 codes would take every other 16
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_m
     code_rows = codes_ptr + m.to(tl.int64)[:, None] * K
-    branch = tl.zeros((BM, R if R > 0 else 16), tl.float32)
     code_type: tl.constexpr = codes_ptr.dtype.element_ty
+    rows = ()
+    for i in tl.static_range(STEPS):
+        k = i * STEP + columns
+        rows = rows + (tl.load(x_rows + k[None, :], mask=inside & (k < K)[None, :], other=0.0),)
     if GROUPED:
-        for first in tl.range(0, K, BK, num_stages=STAGES):
-            k = first + columns
-            mask = inside & (k < K)[None, :]
-            x = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
-            branch = _times_down(x, down_ptr, branch, k, K, RANK, R)
-            v = tl.reshape(_smoothed(x, smooth_ptr, k, K, shift, SHIFTED, SMOOTHED), (BM, BK // 64, 64))
+        for i in tl.static_range(STEPS):
+            k = i * STEP + columns
+            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            v = tl.reshape(v, (ROWS, STEP // 64, 64))
             scale = _scale(tl.max(_magnitude(v, SHIFTED), 2), HIGH)
             codes = _rounded(v * (1.0 / scale)[:, :, None], code_type, LOW, HIGH)
-            tl.store(code_rows + k[None, :], tl.reshape(codes, (BM, BK)), mask=mask)
-            g = first // 64 + tl.arange(0, BK // 64)
+            tl.store(code_rows + k[None, :], tl.reshape(codes, (ROWS, STEP)), mask=inside & (k < K)[None, :])
+            g = i * (STEP // 64) + tl.arange(0, STEP // 64)
             tl.store(scales_ptr + g[None, :] * M + m[:, None], scale, mask=inside & (g * 64 < K)[None, :])
     else:
-        peak = tl.zeros((BM, BK), tl.int32)
-        kept = ()
-        if KEEP > 0:
-            for i in tl.static_range(KEEP):
-                k = i * BK + columns
-                kept = kept + (tl.load(x_rows + k[None, :], mask=inside & (k < K)[None, :], other=0.0),)
-            for i in tl.static_range(KEEP):
-                k = i * BK + columns
-                branch = _times_down(kept[i], down_ptr, branch, k, K, RANK, R)
-                v = _smoothed(kept[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED)
-                peak = tl.maximum(peak, tl.where((k < K)[None, :], _magnitude(v, False), 0))
-        else:
-            for first in tl.range(0, K, BK, num_stages=STAGES):
-                k = first + columns
-                x = tl.load(x_rows + k[None, :], mask=inside & (k < K)[None, :], other=0.0)
-                branch = _times_down(x, down_ptr, branch, k, K, RANK, R)
-                v = _smoothed(x, smooth_ptr, k, K, shift, SHIFTED, SMOOTHED)
-                peak = tl.maximum(peak, tl.where((k < K)[None, :], _magnitude(v, False), 0))
+        peak = tl.zeros((ROWS, STEP), tl.int32)
+        for i in tl.static_range(STEPS):
+            k = i * STEP + columns
+            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            peak = tl.maximum(peak, tl.where((k < K)[None, :], _magnitude(v, False), 0))
         scale = _scale(tl.max(peak, 1), HIGH)
         tl.store(scales_ptr + m, scale, mask=m < M)
         inverse = (1.0 / scale)[:, None]
-        if KEEP > 0:
-            for i in tl.static_range(KEEP):
-                k = i * BK + columns
-                v = _smoothed(kept[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED) * inverse
-                tl.store(code_rows + k[None, :], _rounded(v, code_type, LOW, HIGH), mask=inside & (k < K)[None, :])
-        else:
-            last = (K - 1) // BK * BK
-            for first in tl.range(0, K, BK, num_stages=STAGES):
-                k = last - first + columns
-                mask = inside & (k < K)[None, :]
-                x = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
-                v = _smoothed(x, smooth_ptr, k, K, shift, SHIFTED, SMOOTHED) * inverse
-                tl.store(code_rows + k[None, :], _rounded(v, code_type, LOW, HIGH), mask=mask)
-    if R > 0:
-        where = branch_ptr + m[:, None] * R + tl.arange(0, R)[None, :]
-        tl.store(where, branch.to(branch_ptr.dtype.element_ty), mask=inside)
+        for i in tl.static_range(STEPS):
+            k = i * STEP + columns
+            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED) * inverse
+            tl.store(code_rows + k[None, :], _rounded(v, code_type, LOW, HIGH), mask=inside & (k < K)[None, :])
+
+
+@triton.jit
+def activation_program(
+    program, x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """For each BM rows the program of their branch, if R > 0 (the rank, padded), then BM / ROWS that quantize."""
+    branches: tl.constexpr = 1 if R > 0 else 0
+    programs: tl.constexpr = branches + BM // ROWS
+    block, part = program // programs, program % programs
+    if part < branches:
+        if R > 0:
+            _branch_rows(block, x_ptr, down_ptr, branch_ptr, M, K, stride_m, RANK, R, BM, BK, STAGES)
+    else:
+        _quantized_rows(
+            block * (BM // ROWS) + part - branches, x_ptr, smooth_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _activation_kernel(
     x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
-    STAGES: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    activation_rows(
+    activation_program(
         tl.program_id(0), x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-        RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, KEEP, STAGES,
+        RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
     )  # fmt: skip
 
 
@@ -180,6 +187,20 @@ def empty_activation(x: Tensor, mode: str, rank: int, code_dtype: torch.dtype) -
     )
 
 
+def activation_launch(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, config: dict
+) -> tuple[int, dict]:
+    """(number of programs, constants) of `activation_program` for x [M, K]; config has SETTINGS."""
+    rank, bm, rows = 0 if down is None else len(down), config["BM"], config["ROWS"]
+    programs = triton.cdiv(len(x), bm) * (bm // rows + (rank > 0))
+    constants = dict(
+        RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
+        STEPS=triton.cdiv(x.shape[1], config["STEP"]), **limits(mode, shift != 0),
+        **{name: config[name] for name in SETTINGS},
+    )  # fmt: skip
+    return programs, constants
+
+
 def quantize_activation(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, out: tuple, config: dict
 ) -> None:
@@ -187,11 +208,14 @@ def quantize_activation(
 
     smooth [K] divisors, down [r, K]; mode "fp8", "int8" or "int4"; config has SETTINGS.
     """
-    (m, k), (codes, scales, branch) = x.shape, out
-    rank = 0 if down is None else len(down)
-    _activation_kernel[(triton.cdiv(m, config["BM"]),)](
-        x, x if smooth is None else smooth, x if down is None else down,
-        codes, scales, branch, shift, m, k, x.stride(0),
-        RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
-        **limits(mode, shift != 0), **{name: config[name] for name in SETTINGS},
-    )  # fmt: skip
+    programs, constants = activation_launch(x, smooth, down, mode, shift, config)
+    _activation_kernel[(programs,)](
+        x,
+        x if smooth is None else smooth,
+        x if down is None else down,
+        *out,
+        shift,
+        *x.shape,
+        x.stride(0),
+        **constants,
+    )

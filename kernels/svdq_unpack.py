@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .svdq_activation import GROUP, SETTINGS, activation_rows, limits, padded_rank, quantize_activation
+from .svdq_activation import GROUP, activation_launch, activation_program
 
 ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32
 PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}
@@ -55,10 +55,10 @@ def _run(words, factor, HALF: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def unpack_rows(
     block, q_ptr, wscales_ptr, w_ptr, scales_ptr, N, GROUPS,
-    FOLD: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    FOLD: tl.constexpr, PEAK: tl.constexpr, UNPACK_ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Rows block * ROWS .. + ROWS, whole; q_ptr points to int32."""
-    n = block * ROWS + tl.arange(0, ROWS)
+    """Rows block * UNPACK_ROWS .. + UNPACK_ROWS, whole; q_ptr points to int32."""
+    n = block * UNPACK_ROWS + tl.arange(0, UNPACK_ROWS)
     g = tl.arange(0, PADDED_GROUPS)
     mask = (n < N)[:, None] & (g < GROUPS)[None, :]
     rows = n.to(tl.int64)[:, None] * GROUPS + g[None, :]
@@ -72,7 +72,7 @@ def unpack_rows(
         factor = (tl.where(used, scale, 0.0) / channel[:, None]).to(tl.float16)
     elif FOLD == "apart":
         tl.store(scales_ptr + g[None, :] * N + n[:, None], scale, mask=mask)
-        factor = tl.full((ROWS, PADDED_GROUPS), 1.0, tl.float16)
+        factor = tl.full((UNPACK_ROWS, PADDED_GROUPS), 1.0, tl.float16)
     else:
         factor = scale.to(w_ptr.dtype.element_ty)
     where = w_ptr + rows[:, :, None] * 64 + tl.arange(0, 32)[None, None, :]
@@ -84,32 +84,36 @@ def unpack_rows(
 @triton.jit
 def _unpack_kernel(
     q_ptr, wscales_ptr, w_ptr, scales_ptr, N, GROUPS,
-    FOLD: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
+    FOLD: tl.constexpr, PEAK: tl.constexpr, UNPACK_ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    unpack_rows(tl.program_id(0), q_ptr, wscales_ptr, w_ptr, scales_ptr, N, GROUPS, FOLD, PEAK, ROWS, PADDED_GROUPS)
+    unpack_rows(
+        tl.program_id(0), q_ptr, wscales_ptr, w_ptr, scales_ptr, N, GROUPS, FOLD, PEAK, UNPACK_ROWS, PADDED_GROUPS
+    )
 
 
 @triton.jit
 def _prepare_kernel(
     x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-    q_ptr, wscales_ptr, w_ptr, weight_scales_ptr, N, GROUPS, row_blocks,
+    q_ptr, wscales_ptr, w_ptr, weight_scales_ptr, N, GROUPS, row_programs,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, KEEP: tl.constexpr,
-    STAGES: tl.constexpr, FOLD: tl.constexpr, PEAK: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
-    PDL: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, FOLD: tl.constexpr, PEAK: tl.constexpr,
+    UNPACK_ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The activation's programs first, for they run longest; the unpacking ones fill what bandwidth they leave."""
     if PDL:  # the product's programs may take their places; they wait there for this launch to end
         gdc_launch_dependents()
     program = tl.program_id(0)
-    if program < row_blocks:
-        activation_rows(
+    if program < row_programs:
+        activation_program(
             program, x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-            RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, KEEP, STAGES,
+            RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
         )  # fmt: skip
     else:
-        block = program - row_blocks
-        unpack_rows(block, q_ptr, wscales_ptr, w_ptr, weight_scales_ptr, N, GROUPS, FOLD, PEAK, ROWS, PADDED_GROUPS)
+        unpack_rows(
+            program - row_programs, q_ptr, wscales_ptr, w_ptr, weight_scales_ptr, N, GROUPS, FOLD, PEAK, UNPACK_ROWS,
+            PADDED_GROUPS,
+        )  # fmt: skip
 
 
 FOLDS = {"fp8": "channel", "int8": "channel", "int4": "apart", "none": "weight"}
@@ -125,14 +129,14 @@ def empty_weight(qweight: Tensor, dtype: torch.dtype, mode: str) -> tuple[Tensor
 def _unpack_sizes(qweight: Tensor, config: dict) -> dict:
     """Whole rows: as many as make config["UNPACK_BYTES"] of codes."""
     groups = triton.next_power_of_2(qweight.shape[1] * 2 // GROUP)
-    return dict(ROWS=max(1, config["UNPACK_BYTES"] // (groups * GROUP // 2)), PADDED_GROUPS=groups)
+    return dict(UNPACK_ROWS=max(1, config["UNPACK_BYTES"] // (groups * GROUP // 2)), PADDED_GROUPS=groups)
 
 
 def unpack(qweight: Tensor, wscales: Tensor, out: tuple, mode: str, config: dict) -> None:
     """Fill `out`, made by `empty_weight`, from qweight uint8 [N, K/2] and wscales [N, K/64], both contiguous."""
     w, scales = out
     sizes = _unpack_sizes(qweight, config)
-    _unpack_kernel[(triton.cdiv(len(qweight), sizes["ROWS"]),)](
+    _unpack_kernel[(triton.cdiv(len(qweight), sizes["UNPACK_ROWS"]),)](
         qweight.view(torch.int32), wscales, w, scales, len(qweight), wscales.shape[1],
         FOLD=FOLDS[mode], PEAK=PEAK.get(w.dtype, 1.0), **sizes, num_warps=config["num_warps"],
     )  # fmt: skip
@@ -142,18 +146,11 @@ def prepare(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, activation: tuple,
     qweight: Tensor, wscales: Tensor, weight: tuple, config: dict,
 ) -> None:  # fmt: skip
-    """`svdq_activation.quantize_activation` and `unpack`, in one launch side by side where config["FUSED"]."""
-    if not config["FUSED"]:
-        unpack(qweight, wscales, weight, mode, config)
-        return quantize_activation(x, smooth, down, mode, shift, activation, config)
-    (m, k), n = x.shape, len(qweight)
-    rank = 0 if down is None else len(down)
-    sizes = _unpack_sizes(qweight, config)
-    row_blocks = triton.cdiv(m, config["BM"])
-    _prepare_kernel[(row_blocks + triton.cdiv(n, sizes["ROWS"]),)](
-        x, x if smooth is None else smooth, x if down is None else down, *activation, shift, m, k, x.stride(0),
-        qweight.view(torch.int32), wscales, *weight, n, wscales.shape[1], row_blocks,
-        RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
-        **limits(mode, shift != 0), FOLD=FOLDS[mode], PEAK=PEAK[weight[0].dtype], **sizes, PDL=config["PDL"],
-        **{name: config[name] for name in SETTINGS},
+    """`svdq_activation.quantize_activation` and `unpack` in one launch, side by side."""
+    n, sizes = len(qweight), _unpack_sizes(qweight, config)
+    programs, constants = activation_launch(x, smooth, down, mode, shift, config)
+    _prepare_kernel[(programs + triton.cdiv(n, sizes["UNPACK_ROWS"]),)](
+        x, x if smooth is None else smooth, x if down is None else down, *activation, shift, *x.shape, x.stride(0),
+        qweight.view(torch.int32), wscales, *weight, n, wscales.shape[1], programs,
+        FOLD=FOLDS[mode], PEAK=PEAK[weight[0].dtype], **sizes, PDL=config["PDL"], **constants,
     )  # fmt: skip

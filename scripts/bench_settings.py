@@ -7,27 +7,19 @@ import itertools
 from ptq4dm.kernels.svdq_linear import INT4
 
 
-def activation_settings() -> list[dict]:
-    """BM, BK, KEEP, STAGES, num_warps for few rows, which want few long steps."""
-    shapes = [(16, 128, 4, 4), (16, 256, 3, 4), (16, 256, 4, 4), (16, 512, 3, 8), (16, 512, 3, 4), (16, 1024, 2, 8)]
-    return [dict(BM=bm, BK=bk, KEEP=0, STAGES=stages, num_warps=warps) for bm, bk, stages, warps in shapes]
+def activation_settings(m: int, k: int) -> list[dict]:
+    """BM, BK, STAGES of the programs that multiply by D; ROWS, STEP of those that quantize; warps of both."""
+    shapes = [(16, 256, 4), (16, 512, 3)] if m <= 64 else [(16, 256, 3), (32, 128, 3), (32, 128, 4), (64, 64, 4)]
+    rows = [(rows, step) for rows, step in ((1, 512), (2, 1024), (4, 1024)) if rows * k <= 32768]
+    return [
+        dict(BM=bm, BK=bk, STAGES=stages, ROWS=rows, STEP=step, num_warps=warps)
+        for (bm, bk, stages), (rows, step), warps in itertools.product(shapes, rows, (4, 8))
+    ]
 
 
-def prepare_settings(k: int) -> list[dict]:
-    """BM, BK, KEEP, STAGES, warps of the activation's programs; bytes of codes that an unpacking one reads."""
-    shapes = [(16, 128, 4, 4), (16, 256, 3, 4), (16, 256, 4, 4), (16, 256, 4, 8), (16, 512, 3, 8), (16, 512, 2, 4)]
-    shapes += [(32, 128, 4, 4), (32, 128, 5, 4), (32, 256, 3, 4), (32, 256, 3, 8), (64, 128, 3, 8), (16, 1024, 2, 8)]
-    settings = [
-        dict(FUSED=True, BM=bm, BK=bk, KEEP=0, STAGES=stages, num_warps=warps, UNPACK_BYTES=size, PDL=False)
-        for (bm, bk, stages, warps), size in itertools.product(shapes, (8192, 16384))
-        if bk <= k
-    ]
-    settings += [
-        dict(FUSED=True, BM=16, BK=bk, KEEP=-(-k // bk), STAGES=1, num_warps=warps, UNPACK_BYTES=8192, PDL=False)
-        for bk, warps in ((128, 4), (256, 8), (512, 8))
-        if k <= 1536
-    ]
-    return settings + [one | dict(FUSED=False, UNPACK_BYTES=4096) for one in settings if one["UNPACK_BYTES"] == 8192]
+def prepare_settings(m: int, k: int) -> list[dict]:
+    """The same, and bytes of codes that an unpacking program reads."""
+    return [one | dict(UNPACK_BYTES=8192, PDL=False) for one in activation_settings(m, k)]
 
 
 def product_settings() -> list[dict]:
@@ -77,4 +69,4 @@ def settings_of(step: str, name: str, m: int, k: int) -> list[dict]:
         return [dict(UNPACK_BYTES=size, num_warps=warps) for size in (2048, 4096, 8192, 16384) for warps in (4, 8)]
     if step == "short":
         return short_settings(m)
-    return prepare_settings(k) if step == "prepare" else activation_settings()
+    return prepare_settings(m, k) if step == "prepare" else activation_settings(m, k)

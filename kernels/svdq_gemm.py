@@ -6,8 +6,9 @@ qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py. Cod
 (sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16 bits).
 
 On Hopper and later operands move by TMA, and as many programs as multiprocessors walk over the tiles, so that the
-loads of the next tile begin under the epilogue of this one. Tiles that would leave most of the last wave idle are cut
-in two (TAIL). Elsewhere each tile is a program with loads by pointers.
+loads of the next tile begin under the epilogue of this one. Elsewhere each tile is a program with loads by pointers.
+Tried on an H200 and left out, for no gain: cutting the tiles of a last, half-empty wave in two; launching this kernel
+before the one that quantizes has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -90,29 +90,17 @@ def _tma_tile(
 
 @triton.jit
 def _tma_kernel(
-    a_desc, w_desc, w_half_desc, branch_desc, up_desc, up_half_desc, y_desc,
-    y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, whole, tiles,
+    a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, tiles,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
-    PROGRAMS: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
+    PROGRAMS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles 0 .. whole in one piece; the others, up to `tiles`, cut in two along N."""
     tl.assume(K > 0)
-    if PDL:
-        gdc_wait()
-    for tile in tl.range(tl.program_id(0), whole, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         top, left = tile_place(tile, M, N, BM, BN, BAND)
         _tma_tile(
             top, left, a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
             M, N, K, R, BM, BN, BK, PIECES,
         )  # fmt: skip
-    if TAIL:
-        half = 2 * whole + tl.program_id(0)
-        if half < 2 * tiles:
-            top, left = tile_place(half // 2, M, N, BM, BN, BAND)
-            _tma_tile(
-                top, left + half % 2 * (BN // 2), a_desc, w_half_desc, branch_desc, up_half_desc, y_desc, y_ptr,
-                row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, R, BM, BN // 2, BK, 1,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -154,8 +142,8 @@ def product(
 ) -> None:
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
-    config: TMA, BM, BN, BK, BAND, num_warps, num_stages; with TMA also PIECES (stores of a tile), TAIL, PER_SM
-    (programs of a multiprocessor) and PDL (launched before the last kernel has ended).
+    config: TMA, BM, BN, BK, BAND, num_warps, num_stages; with TMA also PIECES (stores of a tile) and PER_SM (programs
+    of a multiprocessor).
     """
     kernel = _tma_product if config["TMA"] else _pointer_product
     kernel(activation, weight, up, bias, out, config)
@@ -175,14 +163,10 @@ def _pointer_product(activation, weight, up, bias, out, config) -> None:
 def _tma_product(activation, weight, up, bias, out, config) -> None:
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
     (m, k), n = codes.shape, len(w8)
-    settings = ("BM", "BN", "BK", "PIECES", "BAND", "PDL", "num_warps", "num_stages")
+    settings = ("BM", "BN", "BK", "PIECES", "BAND", "num_warps", "num_stages")
     bm, bn, bk, pieces = (config[name] for name in settings[:4])
     programs = multiprocessors(out.device) * config["PER_SM"]
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
-    rest = tiles % programs
-    tail = config["TAIL"] and pieces == 2 and 0 < 2 * rest <= programs
-    whole = tiles - rest if tail else tiles
-
     if up is not None and (up.shape[1] % 8 or up.data_ptr() % 16):  # rows of a TMA operand begin at multiples of 16
         up = torch.nn.functional.pad(up, (0, -up.shape[1] % 8)).clone()
 
@@ -191,10 +175,9 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
 
     r = branch.shape[1]
     step = min(r, 32)
-    _tma_kernel[(min(programs, whole + 2 * (tiles - whole)),)](
-        blocks(codes, bm, bk), blocks(w8, bn, bk), blocks(w8, bn // 2, bk) if tail else None,
-        blocks(branch if r else None, bm, step), blocks(up, bn, step), blocks(up, bn // 2, step) if tail else None,
+    _tma_kernel[(min(programs, tiles),)](
+        blocks(codes, bm, bk), blocks(w8, bn, bk), blocks(branch if r else None, bm, step), blocks(up, bn, step),
         blocks(out, bm, bn // pieces) if n % 8 == 0 else None,
-        out, row_scale, column_scale, bias, m, n, k, whole, tiles,
-        R=r, PROGRAMS=programs, TAIL=tail, **{name: config[name] for name in settings}, launch_pdl=config["PDL"],
+        out, row_scale, column_scale, bias, m, n, k, tiles,
+        R=r, PROGRAMS=programs, **{name: config[name] for name in settings},
     )  # fmt: skip

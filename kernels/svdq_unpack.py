@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from .svdq_activation import GROUP, activation_launch, activation_program
 
@@ -98,11 +97,9 @@ def _prepare_kernel(
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, FOLD: tl.constexpr, PEAK: tl.constexpr,
-    UNPACK_ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr, PDL: tl.constexpr,
+    UNPACK_ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The activation's programs first, for they run longest; the unpacking ones fill what bandwidth they leave."""
-    if PDL:  # the product's programs may take their places; they wait there for this launch to end
-        gdc_launch_dependents()
     program = tl.program_id(0)
     if program < row_programs:
         activation_program(
@@ -152,5 +149,5 @@ def prepare(
     _prepare_kernel[(programs + triton.cdiv(n, sizes["UNPACK_ROWS"]),)](
         x, x if smooth is None else smooth, x if down is None else down, *activation, shift, *x.shape, x.stride(0),
         qweight.view(torch.int32), wscales, *weight, n, wscales.shape[1], programs,
-        FOLD=FOLDS[mode], PEAK=PEAK[weight[0].dtype], **sizes, PDL=config["PDL"], **constants,
+        FOLD=FOLDS[mode], PEAK=PEAK[weight[0].dtype], **sizes, **constants,
     )  # fmt: skip

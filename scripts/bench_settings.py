@@ -19,27 +19,21 @@ def activation_settings(m: int, k: int) -> list[dict]:
 
 def prepare_settings(m: int, k: int) -> list[dict]:
     """The same, and bytes of codes that an unpacking program reads."""
-    return [one | dict(UNPACK_BYTES=8192, PDL=False) for one in activation_settings(m, k)]
+    return [one | dict(UNPACK_BYTES=8192) for one in activation_settings(m, k)]
 
 
 def product_settings() -> list[dict]:
-    """Tiles, stages, warps and programs for each multiprocessor; the order of the tiles; the last wave cut or not."""
-    common = dict(TMA=True, PDL=False, PIECES=2, PER_SM=1)
-    large = [
-        dict(BM=128, BN=256, BK=128, num_stages=3, num_warps=8),
-        dict(BM=128, BN=256, BK=64, num_stages=4, num_warps=8),
+    """Tiles, stages, warps and programs for each multiprocessor; the order of the tiles."""
+    one = dict(TMA=True, PIECES=2, PER_SM=1, BAND=8, num_warps=8)
+    two = dict(TMA=True, PIECES=2, PER_SM=2, BAND=16, num_warps=4)
+    return [
+        one | dict(BM=128, BN=256, BK=128, num_stages=3),
+        one | dict(BM=128, BN=256, BK=64, num_stages=5),
+        one | dict(BM=256, BN=128, BK=128, num_stages=3),
+        one | dict(BM=128, BN=128, BK=128, num_stages=4),
+        two | dict(BM=128, BN=128, BK=64, num_stages=4),
+        two | dict(BM=128, BN=128, BK=128, num_stages=2),
     ]
-    large += [
-        dict(BM=128, BN=256, BK=64, num_stages=5, num_warps=8),
-        dict(BM=256, BN=128, BK=128, num_stages=3, num_warps=8),
-    ]
-    settings = [common | one | dict(TAIL=tail, BAND=8) for one in large for tail in (True, False)]
-    settings += [common | large[0] | dict(TAIL=True, BAND=band) for band in (4, 16, 64)]
-    two = [dict(BK=128, num_stages=2), dict(BK=64, num_stages=4), dict(BK=64, num_stages=3)]
-    settings += [common | one | dict(BM=128, BN=128, num_warps=4, PER_SM=2, TAIL=False, BAND=16) for one in two]
-    settings += [common | dict(BM=64, BN=256, BK=64, num_stages=3, num_warps=4, PER_SM=2, TAIL=True, BAND=16)]
-    settings += [common | dict(BM=128, BN=128, BK=128, num_stages=4, num_warps=8, TAIL=False, BAND=8)]
-    return settings
 
 
 def w4a4_settings() -> list[dict]:

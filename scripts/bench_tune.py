@@ -81,23 +81,6 @@ def tune(sets: list, activation: str) -> None:
             print(f"    {step} {microseconds:7.1f} us  {json.dumps(setting)}", flush=True)
         record(f"{activation}.{step}", [*sizes, timed[0][1]])
     forget()
-    if "PDL" in chosen(one, activation).get("product", {}) and torch.cuda.get_device_capability() >= (9, 0):
-        overlap(sets, activation, state, sizes)
-
-
-def overlap(sets: list, activation: str, state, sizes: list[int]) -> None:
-    """Whether the product's programs should be launched before the others have ended (programmatic launch)."""
-    best = chosen(sets[0], activation)
-
-    def call(one, early):
-        for step, setting in best.items():
-            run(step, one, setting | {"PDL": early}, state)
-
-    times = race({early: over(sets, lambda one, early=early: call(one, early)) for early in (False, True)})
-    print(f"    launched one after the other {times[False]:.1f} us, overlapping {times[True]:.1f} us", flush=True)
-    for step, setting in best.items():
-        record(f"{activation}.{step}", [*sizes, setting | {"PDL": times[True] < times[False]}])
-    forget()
 
 
 def compiled(one, activation: str, step: str, settings: list[dict]) -> list[dict]:

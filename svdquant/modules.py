@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels import svdq, svdq_linear
 from ..kernels.int4 import dequantize_groups, unpack_int4
-from ..kernels.svdq import svdq_linear
 from ..modules import FORMATS, QuantizedLayer, frozen
 from .plan import SVDQPlan
 
@@ -90,11 +90,16 @@ class _SVDQLayer(QuantizedLayer):
         return layer
 
     def kernel_name(self) -> str:
-        return "reference"
+        return self._kernel_name(self.qweight.device)
+
+    def _kernel_name(self, device: torch.device) -> str:
+        return svdq_linear.kernel_name(device, self.plan.activation, self.plan.group_size)
 
     def _multiply(self, x: Tensor) -> Tensor:
         plan = self.plan
-        return svdq_linear(
+        reference = self._kernel_name(x.device) == svdq_linear.REFERENCE
+        multiply = svdq.svdq_linear if reference else svdq_linear.svdq_linear
+        return multiply(
             x, self.qweight, self.wscales, self.smooth, *self.branch, self.bias, plan.activation, plan.shift
         )
 

@@ -1,0 +1,221 @@
+"""The activation kernel of SVDQuant in Triton: smooth, quantize and multiply by the branch's first half at once.
+
+    v = (x + c) / s
+    token    scale[m] = max_k |v[m, k]| / 448 (e4m3) or / 127 (int8),       q = round(v / scale)
+    group    scale[g, m] = max |v| / 7 over 64 inputs, or max v / 15 where c > 0,   q = round(v / scale)
+    branch[m, j] = sum_k x[m, k] D[j, k]
+
+Divisions are products with reciprocals taken once per column and row, so that a value within 2^-22 of a tie may get
+the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its scale is NaN.
+
+Floor in bytes: x once, the codes once. One launch has programs of two kinds. Those that quantize hold whole rows in
+registers, all loads under way at once; those that multiply by D stream the same rows through the tensor cores a
+moment before, so that one of the two reads them from L2. (In one program the two got in each other's way: 0.8 TB/s.)
+D is read again by every block of BM rows: r / BM times the size of x, from L2. Codes stay one byte each, even of 4
+bits: they are operands of 8-bit tensor cores, and packing would cost the product its unpacking in every tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GROUP = 64
+SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
+INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
+
+
+@triton.jit
+def to_codes(v, dtype: tl.constexpr):
+    """v float32 -> the nearest e4m3, or the nearest whole number as int8 (the low byte of a float of 2^23's ulp)."""
+    if dtype == tl.int8:
+        return (v + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    return v.to(dtype)
+
+
+@triton.jit
+def _rounded(v, dtype: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """v in units of the scale -> codes; those of 4 bits are whole numbers in e4m3 too."""
+    if HIGH < 16:
+        v = tl.minimum(tl.maximum(v, LOW), HIGH) + ROUND - ROUND
+    return to_codes(v, dtype)
+
+
+@triton.jit
+def _scale(bits, HIGH: tl.constexpr):
+    """The bits of a maximum of |v| -> its scale: 1 for zeros, NaN for what is not finite."""
+    scale = bits.to(tl.float32, bitcast=True) / HIGH
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    return tl.where(bits >= INFINITY, float("nan"), scale)
+
+
+@triton.jit
+def _magnitude(v, UNSIGNED: tl.constexpr):
+    if UNSIGNED:
+        v = tl.where(v < 0, 0.0, v)
+    return v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _smoothed(x, smooth_ptr, k, K, shift, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr):
+    v = x.to(tl.float32)
+    if SHIFTED:
+        v += shift
+    if SMOOTHED:
+        v = v * (1.0 / tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32))[None, :]
+    return v
+
+
+@triton.jit
+def _branch_rows(
+    block, x_ptr, down_ptr, branch_ptr, M, K, stride_m,
+    RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """branch of rows block * BM .. + BM."""
+    m = block * BM + tl.arange(0, BM)
+    ranks, columns = tl.arange(0, R), tl.arange(0, BK)
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_m
+    down_rows = down_ptr + ranks[:, None] * K
+    branch = tl.zeros((BM, R), tl.float32)
+    for first in tl.range(0, K, BK, num_stages=STAGES):
+        k = first + columns
+        x = tl.load(x_rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
+        branch = tl.dot(x, down.to(x.dtype).T, branch)
+    where = branch_ptr + m[:, None] * R + ranks[None, :]
+    tl.store(where, branch.to(branch_ptr.dtype.element_ty), mask=(m < M)[:, None])
+
+
+@triton.jit
+def _quantized_rows(
+    block, x_ptr, smooth_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+    GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """codes and scales of rows block * ROWS .. + ROWS; STEPS * STEP columns hold K."""
+    m = block * ROWS + tl.arange(0, ROWS)
+    inside = (m < M)[:, None]
+    columns = tl.max_contiguous(tl.arange(0, STEP), 8)  # 16 bytes of x a thread; 16 codes would take every other 16
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_m
+    code_rows = codes_ptr + m.to(tl.int64)[:, None] * K
+    code_type: tl.constexpr = codes_ptr.dtype.element_ty
+    rows = ()
+    for i in tl.static_range(STEPS):
+        k = i * STEP + columns
+        rows = rows + (tl.load(x_rows + k[None, :], mask=inside & (k < K)[None, :], other=0.0),)
+    if GROUPED:
+        for i in tl.static_range(STEPS):
+            k = i * STEP + columns
+            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            v = tl.reshape(v, (ROWS, STEP // 64, 64))
+            scale = _scale(tl.max(_magnitude(v, SHIFTED), 2), HIGH)
+            codes = _rounded(v * (1.0 / scale)[:, :, None], code_type, LOW, HIGH)
+            tl.store(code_rows + k[None, :], tl.reshape(codes, (ROWS, STEP)), mask=inside & (k < K)[None, :])
+            g = i * (STEP // 64) + tl.arange(0, STEP // 64)
+            tl.store(scales_ptr + g[None, :] * M + m[:, None], scale, mask=inside & (g * 64 < K)[None, :])
+    else:
+        peak = tl.zeros((ROWS, STEP), tl.int32)
+        for i in tl.static_range(STEPS):
+            k = i * STEP + columns
+            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            peak = tl.maximum(peak, tl.where((k < K)[None, :], _magnitude(v, False), 0))
+        scale = _scale(tl.max(peak, 1), HIGH)
+        tl.store(scales_ptr + m, scale, mask=m < M)
+        inverse = (1.0 / scale)[:, None]
+        for i in tl.static_range(STEPS):
+            k = i * STEP + columns
+            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED) * inverse
+            tl.store(code_rows + k[None, :], _rounded(v, code_type, LOW, HIGH), mask=inside & (k < K)[None, :])
+
+
+@triton.jit
+def activation_program(
+    program, x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """For each BM rows the program of their branch, if R > 0 (the rank, padded), then BM / ROWS that quantize."""
+    branches: tl.constexpr = 1 if R > 0 else 0
+    programs: tl.constexpr = branches + BM // ROWS
+    block, part = program // programs, program % programs
+    if part < branches:
+        if R > 0:
+            _branch_rows(block, x_ptr, down_ptr, branch_ptr, M, K, stride_m, RANK, R, BM, BK, STAGES)
+    else:
+        _quantized_rows(
+            block * (BM // ROWS) + part - branches, x_ptr, smooth_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _activation_kernel(
+    x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    activation_program(
+        tl.program_id(0), x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+        RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
+    )  # fmt: skip
+
+
+def padded_rank(rank: int) -> int:
+    """Ranks come in 16, 32, 64, ...: what a tensor core's step takes. 0 stays 0."""
+    return max(16, triton.next_power_of_2(rank)) if rank else 0
+
+
+def limits(mode: str, shifted: bool) -> dict:
+    """The first and last code of "fp8", "int8" or "int4", as the kernel takes them."""
+    low, high = {"fp8": (-448.0, 448.0), "int8": (-127.0, 127.0), "int4": (-7.0, 7.0)}[mode]
+    return dict(LOW=0.0, HIGH=15.0) if mode == "int4" and shifted else dict(LOW=low, HIGH=high)
+
+
+def empty_activation(x: Tensor, mode: str, rank: int, code_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for (codes [M, K], scales float32 [M] or [K/64, M], branch [M, padded rank] of x's dtype)."""
+    m, k = x.shape
+    scales = (k // GROUP, m) if mode == "int4" else (m,)
+    return (
+        x.new_empty(m, k, dtype=code_dtype),
+        x.new_empty(scales, dtype=torch.float32),
+        x.new_empty(m, padded_rank(rank)),
+    )
+
+
+def activation_launch(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, config: dict
+) -> tuple[int, dict]:
+    """(number of programs, constants) of `activation_program` for x [M, K]; config has SETTINGS."""
+    rank, bm, rows = 0 if down is None else len(down), config["BM"], config["ROWS"]
+    programs = triton.cdiv(len(x), bm) * (bm // rows + (rank > 0))
+    constants = dict(
+        RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
+        STEPS=triton.cdiv(x.shape[1], config["STEP"]), **limits(mode, shift != 0),
+        **{name: config[name] for name in SETTINGS},
+    )  # fmt: skip
+    return programs, constants
+
+
+def quantize_activation(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, out: tuple, config: dict
+) -> None:
+    """Fill `out`, made by `empty_activation`, from x [M, K] (bf16 or fp16, columns contiguous), M > 0.
+
+    smooth [K] divisors, down [r, K]; mode "fp8", "int8" or "int4"; config has SETTINGS.
+    """
+    programs, constants = activation_launch(x, smooth, down, mode, shift, config)
+    _activation_kernel[(programs,)](
+        x,
+        x if smooth is None else smooth,
+        x if down is None else down,
+        *out,
+        shift,
+        *x.shape,
+        x.stride(0),
+        **constants,
+    )

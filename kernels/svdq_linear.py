@@ -1,0 +1,126 @@
+"""The op behind SVDQuant's layers on a GPU: which Triton kernels serve a layer, and running them.
+
+    triton-w4a8-fp8     fp8 activations, where tensor cores know e4m3 (compute capability 8.9 and later)
+    triton-w4a8-int8    int8 activations; fp8 ones too on GPUs before that
+    triton-w4a4         int4 activations, scales per group on both sides
+    triton-w4a16        weight-only layers; of many rows, weights unpacked to 16 bits and multiplied by cuBLAS
+    reference           everything else: the formula in float32 (svdq.py); the truth
+
+Up to SHORT rows nothing is unpacked to memory (w4a16.py), but for int4 activations. Inputs of float32 or float64 are
+rounded to bf16 first. Every sum has a fixed order: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .tuning import best_config, capability
+
+REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
+    "reference", "triton-w4a8-fp8", "triton-w4a8-int8", "triton-w4a4", "triton-w4a16",
+)  # fmt: skip
+MODES = {FP8: "fp8", INT8: "int8", INT4: "int4", WEIGHT_ONLY: "none"}
+SHORT = 64
+
+
+def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
+    """What serves a layer of this activation format ("fp8", "int8", "int4", "none") on this device."""
+    if device.type != "cuda" or group_size != 64 or capability(device) < (8, 0):
+        return REFERENCE
+    fp8 = FP8 if capability(device) >= (8, 9) else INT8
+    return {"fp8": fp8, "int8": INT8, "int4": INT4, "none": WEIGHT_ONLY}[activation]
+
+
+@torch.library.custom_op("ptq4dm::svdq_linear", mutates_args=())
+def svdq_linear(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    shift: float,
+) -> Tensor:
+    """x [..., K] float on a GPU -> [..., N] in x's dtype; the arguments of `svdq.svdq_linear`, groups of 64.
+
+    Raises ValueError where no Triton kernel serves them: `kernel_name` says.
+    """
+    name = kernel_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
+    if name == REFERENCE:
+        raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
+    y = rows_through(name, x.reshape(-1, x.shape[-1]), qweight, wscales, smooth, down, up, bias, shift)
+    return y.to(x.dtype).reshape(*x.shape[:-1], len(qweight))
+
+
+@svdq_linear.register_fake
+def _(x, qweight, wscales, smooth, down, up, bias, activation, shift):
+    return x.new_empty(*x.shape[:-1], len(qweight))
+
+
+def steps(name: str, rows: int) -> tuple[str, ...]:
+    """The launches of one call; each has settings "<mode>.<step>" in tuned/ but for "cublas"."""
+    if name == WEIGHT_ONLY:
+        return ("short",) if rows <= SHORT else ("unpack", "cublas")
+    return ("activation", "short") if name != INT4 and rows <= SHORT else ("prepare", "product")
+
+
+def code_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of the operands of the product: 4-bit codes are exact in e4m3 too, which Hopper multiplies faster than int8."""
+    fp8 = name == FP8 or (name == INT4 and capability(device) >= (8, 9))
+    return torch.float8_e4m3fn if fp8 else torch.int8
+
+
+def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: float) -> Tensor:
+    """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        x = x.bfloat16()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    out = x.new_empty(len(x), len(qweight))
+    if not out.numel():
+        return out
+    down, up = (None if half is None else half.to(x.dtype).contiguous() for half in (down, up))
+    qweight, wscales = qweight.contiguous(), wscales.contiguous()
+    if name == WEIGHT_ONLY:
+        return _weight_only(x, qweight, wscales, down, up, bias, out)
+    _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out)
+    return out
+
+
+def _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out) -> None:
+    from . import svdq_activation, svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
+
+    mode, dtype = MODES[name], code_dtype(name, x.device)
+    first, second = (
+        best_config(f"{mode}.{step}", x.device, len(x), *out.shape[1:], x.shape[1]) for step in steps(name, len(x))
+    )
+    codes = svdq_activation.empty_activation(x, mode, 0 if down is None else len(down), dtype)
+    if steps(name, len(x))[0] == "activation":
+        svdq_activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
+        w4a16.short_product(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second)
+        return
+    weight = svdq_unpack.empty_weight(qweight, dtype, mode)
+    svdq_unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
+    product = svdq_w4a4.product if name == INT4 else svdq_gemm.product
+    product(codes, weight, up, bias, out, second)
+
+
+def _weight_only(x, qweight, wscales, down, up, bias, out) -> Tensor:
+    from . import svdq_activation, svdq_unpack, w4a16
+
+    step = steps(WEIGHT_ONLY, len(x))[0]
+    config = best_config(f"none.{step}", x.device, len(x), len(qweight), x.shape[1])
+    branch = None if down is None else F.linear(x, down)
+    if step == "short":
+        if down is not None:
+            branch = F.pad(branch, (0, svdq_activation.padded_rank(len(down)) - len(down)))
+        w4a16.short_product(x, None, qweight, wscales, branch, up, bias, out, config)
+        return out
+    weight = svdq_unpack.empty_weight(qweight, x.dtype, "none")
+    svdq_unpack.unpack(qweight, wscales, weight, "none", config)
+    y = F.linear(x, weight[0], None if bias is None else bias.to(x.dtype))
+    return y if branch is None else y.addmm_(branch, up.T)

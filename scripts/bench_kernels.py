@@ -1,0 +1,201 @@
+"""Build, check and time the SVDQuant kernels against what else a GPU offers, in one run.
+
+    python scripts/bench_kernels.py [--tune] [--shapes flux-qkv flux-out ...] [--rank 32] [--output out/bench]
+
+Every time is the median over replays of a CUDA graph that holds several calls, each on the next of several sets of
+weights and inputs, together larger than the L2 cache; the candidates of a shape take turns. Ratios are to bf16
+`F.linear` with bias. Ours is everything: smoothing, quantization, both halves of the branch, bias.
+--tune first measures every setting of bench_tune.py and writes the best ones in the form of kernels/tuned/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import bench_tune
+import torch
+import triton
+from bench_common import error, libraries, over, race, sets_for
+
+from ptq4dm.kernels import svdq
+from ptq4dm.kernels.svdq_linear import svdq_linear
+
+SHAPES = {  # M, N, K
+    "flux-qkv": (4608, 9216, 3072),
+    "flux-out": (4608, 3072, 3072),
+    "flux-up": (4608, 12288, 3072),
+    "flux-down": (4608, 3072, 12288),
+    "pixart-fc1": (4096, 4608, 1152),
+    "sdxl-ff": (4096, 10240, 1280),
+    "dit-fc1": (16384, 1536, 384),
+    "rows-256": (256, 12288, 3072),
+    "rows-64": (64, 12288, 3072),
+    "adaln-1": (1, 18432, 3072),
+    "adaln-16": (16, 18432, 3072),
+}
+
+LIMITS = {  # relative errors; the reference does not round the folded weights of 8-bit activations to e4m3 or int8
+    "fp8": {"to formula": 6e-3, "to reference": 4e-2},
+    "int8": {"to formula": 6e-3, "to reference": 1.5e-2},
+    "int4": {"to reference": 6e-3},
+    "none": {"to reference": 6e-3},
+}
+
+
+def arguments(one, activation: str) -> tuple:
+    smooth = None if activation == "none" else one.smooth
+    return one.qweight, one.wscales, smooth, one.down, one.up, one.bias, activation, 0.0
+
+
+def checked(one, activation: str) -> dict[str, float]:
+    """Distances of our result: to the formula on our own codes in float64, and to the reference on its own."""
+    y = svdq_linear(one.x, *arguments(one, activation))
+    if not torch.equal(y, svdq_linear(one.x, *arguments(one, activation))):
+        raise SystemExit("two runs of our kernels gave different bits")
+    reference = svdq.svdq_linear(one.x.float(), *arguments(one, activation))
+    found = {"to reference": error(y, reference)}
+    if "product" in bench_tune.chosen(one, activation) and activation != "int4":
+        found["to formula"] = error(y, formula(one, activation))
+    limit = LIMITS[activation]
+    if not all(found[key] < limit[key] for key in found):
+        raise SystemExit(f"our kernels are wrong: {found}, allowed {limit}")
+    return found
+
+
+def formula(one, activation: str) -> torch.Tensor:
+    """The product of the codes that our kernels made, in float64."""
+    state = bench_tune.state_for(one, activation)
+    bench_tune.run("prepare", one, bench_tune.chosen(one, activation)["prepare"], state)
+    (codes, row_scale, branch), (w8, column_scale) = state.rows, state.weight
+    expected = (codes.double() * row_scale.double()[:, None]) @ (w8.double() * column_scale.double()[:, None]).T
+    if one.up is not None:
+        expected += branch.double()[:, : one.up.shape[1]] @ one.up.double().T
+    return expected + one.bias.double()
+
+
+def parts(one, activation: str) -> dict[str, tuple]:
+    """name -> (function of a set, bytes it moves at least, operations): the launches of one call, each by itself.
+
+    Of a launch that prepares both sides, its two jobs too.
+    """
+    (m, k), n = one.x.shape, len(one.qweight)
+    rank = 0 if one.down is None else len(one.down)
+    state, settings = bench_tune.state_for(one, activation), bench_tune.chosen(one, activation)
+    width = state.weight[0].element_size()
+    packed, branch = n * k // 2 + one.wscales.nbytes, 2 * rank * (m + n)
+    rows = 2 * m * k + m * k + 4 * state.rows[1].numel() + 2 * m * rank if activation != "none" else 0
+    work = {
+        "activation": (rows, 2 * m * k * rank),
+        "unpack": (packed + width * n * k, 0),
+        "prepare": (rows + packed + width * n * k, 2 * m * k * rank),
+        "product": (m * k + n * k + 2 * m * n + branch, 2 * m * n * (k + rank)),
+        "short": (packed + m * k * state.rows[0].element_size() + 2 * m * n + branch, 2 * m * n * (k + rank)),
+        "cublas": (2 * (m * k + n * k + m * n), 2 * m * n * k),
+    }
+    if "prepare" in settings:
+        settings = {"activation": settings["prepare"], "unpack": settings["prepare"]} | settings
+    return {
+        step: (lambda one, step=step, setting=setting: bench_tune.run(step, one, setting, state), *work[step])
+        for step, setting in settings.items()
+    }
+
+
+def measure(name: str, activation: str, rank: int, tune: bool) -> dict:
+    m, n, k = SHAPES[name]
+    sets = sets_for(m, n, k, rank)
+    if tune:
+        bench_tune.tune(sets, activation)
+    row = {"shape": name, "M": m, "N": n, "K": k, "rank": rank, "activation": activation}
+    row["error"] = checked(sets[0], activation)
+    ours = parts(sets[0], activation)
+    candidates = libraries(sets) | {"ours": over(sets, lambda one: svdq_linear(one.x, *arguments(one, activation)))}
+    candidates |= {f"ours: {part}": over(sets, function) for part, (function, _, _) in ours.items()}
+    times = row["us"] = race(candidates)
+    row["ratio"] = {key: times["bf16"] / spent for key, spent in times.items()}
+    row["TB/s"] = {part: moved / times[f"ours: {part}"] / 1e6 for part, (_, moved, _) in ours.items()}
+    row["TFLOP/s"] = {part: work / times[f"ours: {part}"] / 1e6 for part, (_, _, work) in ours.items()}
+    row["TFLOP/s"]["bf16"] = 2 * m * n * k / times["bf16"] / 1e6
+    row["settings"] = bench_tune.chosen(sets[0], activation)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: microseconds, ratios to bf16, and what our launches reach."""
+    heads = ["shape (M,N,K)", "bf16 us", "TFLOP/s", "fp8", "fp8 + quantization", "+ branch unfused", "**ours**"]
+    lines = ["| " + " | ".join([*heads, "our launches: us, TB/s, TFLOP/s", "errors"]) + " |", "|" + "---|" * 9]
+    for row in rows:
+        us, ratio = row["us"], row["ratio"]
+        launches = [
+            f"{part} {us[f'ours: {part}']:.1f}, {row['TB/s'][part]:.2f}, {row['TFLOP/s'][part]:.0f}"
+            for part in row["TB/s"]
+        ]
+        cells = [f"{row['shape']} {row['M']},{row['N']},{row['K']} {row['activation']} r{row['rank']}"]
+        cells += [f"{us['bf16']:.1f}", f"{row['TFLOP/s']['bf16']:.0f}"]
+        cells += [f"{ratio[key]:.2f}" if key in ratio else "" for key in ("fp8", "fp8+quant", "fp8+quant+branch")]
+        cells += [f"**{ratio['ours']:.2f}** ({us['ours']:.1f} us)", "; ".join(launches)]
+        cells += [", ".join(f"{key} {value:.1e}" for key, value in row["error"].items())]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def roofline(rows: list[dict], copy_speed: float, path: Path) -> None:
+    """Operations per least byte against operations per second of each launch, under the best seen in this run."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5))
+    points = [
+        (row["TFLOP/s"][part] / row["TB/s"][part], row["TFLOP/s"][part], part, row["shape"])
+        for row in rows
+        for part in row["TB/s"]
+        if row["TFLOP/s"][part]
+    ]
+    best = max(speed for _, speed, _, _ in points)
+    axes.plot([best / copy_speed / 100, best / copy_speed, 1e4], [best / 100, best, best], "k-", lw=1)
+    for part in dict.fromkeys(part for _, _, part, _ in points):
+        axes.plot(*zip(*[(x, y) for x, y, name, _ in points if name == part], strict=True), "o", label=part)
+    for x, y, _, shape in points:
+        axes.annotate(shape, (x, y), fontsize=6)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte (least bytes)", ylabel="TFLOP/s")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def copy_bandwidth() -> float:
+    """TB/s of a device-to-device copy of 2 GB, bytes read and written."""
+    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
+    return 2 * source.nbytes / race({"copy": [lambda: target.copy_(source)]}, 5)["copy"] / 1e6
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--activation", choices=list(LIMITS), default="fp8")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--tune", action="store_true", help="search settings first; writes kernels/tuned/")
+    parser.add_argument("--output", type=Path, default=Path("out/bench-kernels"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("these kernels are timed on a GPU; torch finds none here.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    report |= {"copy TB/s": copy_bandwidth(), "rows": []}
+    print(json.dumps(report), flush=True)
+    for name in args.shapes:
+        print(name, flush=True)
+        report["rows"].append(measure(name, args.activation, args.rank, args.tune))
+        print(table(report["rows"][-1:]), flush=True)
+        (args.output / "bench_kernels.json").write_text(json.dumps(report, indent=1))
+        (args.output / "bench_kernels.md").write_text(table(report["rows"]))
+        if args.tune:
+            (args.output / bench_tune.tuned_file().name).write_text(bench_tune.tuned_file().read_text())
+        torch.cuda.empty_cache()
+    print(table(report["rows"]))
+    if importlib.util.find_spec("matplotlib"):
+        roofline(report["rows"], report["copy TB/s"], args.output / "roofline.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -80,7 +80,8 @@ def backtrack(run: Run) -> None:
     def generator_loss(part):
         x0 = diffusion.generate(generator, part.z, part.labels)
         generated.append(x0.detach())
-        return (x0 * diffusion.score_difference(fake, target, x0.detach(), part)).mean()
+        pull = diffusion.score_difference(fake, target, x0.detach(), part)
+        return (x0 - (x0.detach() - pull)).square().mean() / 2  # whose gradient is the pull
 
     def fake_loss(pair):
         return diffusion.denoising_loss(fake, *pair)

@@ -16,6 +16,7 @@ from ptq4dm.images import image_grid, save_picture, to_uint8
 
 GRID = 64  # pictures on a grid
 EVALUATION_BATCH = 500
+NUM_FID = 5000
 
 
 class Log:
@@ -50,9 +51,10 @@ class Exhibition:
     def __init__(self, diffusion, shape: tuple[int, int, int], classes: int | None, config, device) -> None:
         self.diffusion, self.device = diffusion, device
         self.pictures = shape[0] in (1, 3)
-        self.num_fid = config.num_fid
+        fits = shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+        self.num_fid = NUM_FID * fits if config.num_fid is None else config.num_fid
         if self.num_fid:
-            if shape != (3, IMAGE_SIZE, IMAGE_SIZE):
+            if not fits:
                 raise UserError(
                     f"feature-FID is of {IMAGE_SIZE}x{IMAGE_SIZE} RGB images; this model makes {shape[2]}x{shape[1]} "
                     f"with {shape[0]} channels: set num_fid to 0."

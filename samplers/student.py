@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline
 from torch import nn
 
 from ptq4dm.errors import UserError
+from ptq4dm.files import replacing_folder
 from ptq4dm.modules import is_quantized
 from ptq4dm.record import TIMESTEPS
 from ptq4dm.sampling import class_count, denoiser, denoiser_name
 
 from .one_step import OneStepScheduler, nearest_timestep
+
+RECORD = "distillation.json"  # beside model_index.json: teacher and settings
+
+CARD = """---
+library_name: diffusers
+base_model: {model}
+---
+`{model}`, distilled to one step by ptq4dm. How is in `distillation.json`.
+
+    import ptq4dm  # makes diffusers know the one-step scheduler
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained("this folder, or its name on the hub")
+    images = pipe(num_inference_steps=1).images
+"""
 
 SCHEDULE = (
     "num_train_timesteps",
@@ -93,3 +111,11 @@ def student_pipeline(pipe, net: nn.Module, scheduler: OneStepScheduler):
     """
     kind = DDPMPipeline if isinstance(pipe, DDIMPipeline) else type(pipe)
     return kind(**{**pipe.components, denoiser_name(pipe): net, "scheduler": scheduler})
+
+
+def save_student(pipe, record: dict, folder: Path) -> None:
+    """Save a student's pipeline with what made it (`record`, with the teacher's name as "model") and a card."""
+    with replacing_folder(folder) as new:
+        pipe.save_pretrained(new)
+        (new / "README.md").write_text(CARD.format(**record))
+        (new / RECORD).write_text(json.dumps(record, indent=1))

@@ -40,11 +40,12 @@ def distill(pipe, config: DisBackConfig | None = None, folder: str | Path = "out
         UserError: a teacher that cannot be distilled, a folder in use, nothing to resume, a checkpoint of another
             config or teacher, or a training that came to NaN or infinity (the last good checkpoint is kept).
     """
-    run = Run(pipe, config or DisBackConfig(), folder, resume)
-    if run.config.backtracking:
-        record_degradation(run)
-    if not run.out_of_time:
-        backtrack(run)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        run = Run(pipe, config or DisBackConfig(), folder, resume)
+        if run.config.backtracking:
+            record_degradation(run)
+        if not run.out_of_time:
+            backtrack(run)
     return run.student()
 
 

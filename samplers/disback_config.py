@@ -20,7 +20,8 @@ class DisBackConfig:
     batch_size: images of an iteration, over all processes and accumulation steps.
     gradient_accumulation_steps: parts that a batch is worked off in, to save memory; the result is the same.
     generator_sigma: sigma / alpha of the noise level that the one-step generator runs at.
-    time_range: t is uniform between these fractions of the teacher's timesteps.
+    sigma_range: scores are compared at timesteps between those where sigma / alpha is nearest to these. Above, an
+        epsilon network's error is multiplied by sigma / alpha and little of an image is left to compare.
     degradation_steps, path_points: stage 1: iterations, and how many evenly spaced checkpoints it leaves.
     switch_every: stage 2: iterations between a target and the next one of the path.
     fake_steps: updates of the fake score for each of the student.
@@ -40,7 +41,7 @@ class DisBackConfig:
     batch_size: int = 256
     gradient_accumulation_steps: int = 1
     generator_sigma: float = 2.5
-    time_range: tuple[float, float] = (0.02, 0.8)
+    sigma_range: tuple[float, float] = (0.1, 10.0)
     degradation_steps: int = 500
     path_points: int = 5
     switch_every: int = 100
@@ -70,9 +71,9 @@ class DisBackConfig:
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"minutes must be positive; got {self.minutes:g}.")
-        low, high = self.time_range
-        if not 0 <= low < high <= 1:
-            raise UserError(f"time_range must rise within [0, 1]; got {low:g} to {high:g}.")
+        low, high = self.sigma_range
+        if not 0 < low < high < float("inf"):
+            raise UserError(f"sigma_range must rise from above 0; got {low:g} to {high:g}.")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay lies in [0, 1); got {self.ema_decay:g}.")
         if self.path_points > self.degradation_steps:

@@ -28,6 +28,7 @@ from ptq4dm.sampling import class_count, denoiser
 from .disback_config import DisBackConfig
 from .disback_log import Exhibition, Log
 from .disback_nets import Networks, make_accelerator
+from .one_step import nearest_timestep
 from .score_distillation import Batch, Chance, Diffusion
 from .student import check_network, image_shape, one_step_scheduler, student_pipeline
 
@@ -58,8 +59,8 @@ class Run:
             raise UserError(f"batch_size {config.batch_size} does not divide into {self.num_parts} equal parts.")
         self.diffusion = Diffusion(self.scheduler.alphas_cumprod, self.scheduler.config.generator_timestep, device)
         shape, classes = image_shape(pipe), class_count(pipe)
-        times = tuple(round(f * len(self.scheduler)) for f in config.time_range)
-        self.chance = Chance(config.seed, shape, classes, times, device)
+        first, last = (nearest_timestep(self.scheduler.alphas_cumprod.numpy(), s) for s in config.sigma_range)
+        self.chance = Chance(config.seed, shape, classes, (first, last + 1), device)
         self.exhibition = Exhibition(self.diffusion, shape, classes, config, device)
         self.networks = Networks(denoiser(pipe), config, self.accelerator, self.folder)
         self.recipe = {**config.identity(), "teacher": fingerprint(pipe)}

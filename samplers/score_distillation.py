@@ -83,7 +83,8 @@ class Diffusion:
     def epsilon(self, net: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The noise that a network sees in x [B, C, ...], float32; a learned variance is left out."""
         extra = {} if labels is None else {"class_labels": labels}
-        return net(x, t, return_dict=False, **extra)[0][:, : x.shape[1]].float()
+        # In one memory layout, whatever the network's: for each other one torch.compile would compile again.
+        return net(x, t, return_dict=False, **extra)[0][:, : x.shape[1]].float().contiguous()
 
     def generate(self, net: nn.Module, z: Tensor, labels: Tensor | None) -> Tensor:
         """G(z): clean data, not clipped."""

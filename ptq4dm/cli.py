@@ -129,12 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--batch-size", type=int, **none, help="over all processes and accumulation steps (256)")
     training.add_argument("--gradient-accumulation-steps", type=int, **none, help="parts of a batch (1)")
     training.add_argument("--student-lr", type=float, **none, help="(1e-4)")
-    training.add_argument("--fake-lr", type=float, **none, help="of the fake score (2e-4)")
+    training.add_argument("--fake-lr", type=float, **none, help="of the fake score (3e-4)")
     training.add_argument("--fake-steps", type=int, **none, help="its updates for each of the student (1)")
     training.add_argument("--generator-sigma", type=float, **none, help="noise level of the generator's input (2.5)")
-    training.add_argument("--degradation-steps", type=int, **none, help="iterations of stage 1 (500)")
+    training.add_argument("--degradation-steps", type=int, **none, help="iterations of stage 1 (100)")
     training.add_argument("--path-points", type=int, **none, help="targets on the way back to the teacher (5)")
-    training.add_argument("--switch-every", type=int, **none, help="iterations from one to the next (100)")
+    training.add_argument("--switch-every", type=int, **none, help="iterations from one to the next (25)")
     training.add_argument("--ema-decay", type=float, **none, help="moving average of the student (0.999)")
     training.add_argument(
         "--compile", action="store_true", **none, help="torch.compile: pays in runs of many minutes"

@@ -22,7 +22,8 @@ class DisBackConfig:
     generator_sigma: sigma / alpha of the noise level that the one-step generator runs at.
     sigma_range: scores are compared at timesteps between those where sigma / alpha is nearest to these. Above, an
         epsilon network's error is multiplied by sigma / alpha and little of an image is left to compare.
-    degradation_steps, path_points: stage 1: iterations, and how many evenly spaced checkpoints it leaves.
+    degradation_steps, path_points: stage 1: iterations, and how many evenly spaced checkpoints it leaves. Few
+        iterations are enough, and with many nearly the whole path lies at G_0, where nothing is to be learnt.
     switch_every: stage 2: iterations between a target and the next one of the path.
     fake_steps: updates of the fake score for each of the student.
     student_lr, fake_lr, betas, warmup_steps, gradient_clip: AdamW without decay of weights, constant after a warm-up.
@@ -42,12 +43,12 @@ class DisBackConfig:
     gradient_accumulation_steps: int = 1
     generator_sigma: float = 2.5
     sigma_range: tuple[float, float] = (0.1, 10.0)
-    degradation_steps: int = 500
+    degradation_steps: int = 100
     path_points: int = 5
-    switch_every: int = 100
+    switch_every: int = 25
     fake_steps: int = 1
     student_lr: float = 1e-4
-    fake_lr: float = 2e-4
+    fake_lr: float = 3e-4
     betas: tuple[float, float] = (0.0, 0.99)
     warmup_steps: int = 100
     gradient_clip: float = 1.0

@@ -162,6 +162,7 @@ def bench(args) -> None:
 def distill(args) -> None:
     from .samplers.disback import distill as distill_model
     from .samplers.disback_config import DisBackConfig
+    from .samplers.disback_log import read_log
     from .samplers.student import RECORD, save_student
 
     given = {f.name: getattr(args, f.name) for f in fields(DisBackConfig) if hasattr(args, f.name)}
@@ -175,7 +176,10 @@ def distill(args) -> None:
     student = distill_model(pipe, config, run, args.resume)
     if PartialState().is_main_process:
         save_student(student, {"model": str(args.model), **config.identity()}, output)
-        print(f"one-step student: {output}")
+        evaluations = (line for line in read_log(run / "log.jsonl") if line["stage"] == "evaluation")
+        learnt = max((line["images"] for line in evaluations), default=0)
+        more = "" if learnt >= config.images else " (--resume goes on)"
+        print(f"one-step student after {learnt} of {config.images} images{more}: {output}")
         print(f"log, sample grids, checkpoint: {run}")
 
 

@@ -34,7 +34,8 @@ def distill(pipe, config: DisBackConfig | None = None, folder: str | Path = "out
         pipe: a pixel-space pipeline whose unet or transformer predicts epsilon, unconditional or class-conditional,
             in float32. Its denoiser is not changed.
         folder: of checkpoint, path, log and sample grids; new, or with `resume` that of an earlier call with the same
-            config, budgets and learning rates aside, which then goes on as if it had never stopped.
+            config, budgets and learning rates aside, which then goes on as if it had never stopped: on a CPU bit for
+            bit, on a GPU as far as its kernels repeat themselves.
 
     Raises:
         UserError: a teacher that cannot be distilled, a folder in use, nothing to resume, a checkpoint of another

@@ -64,7 +64,7 @@ def log(folder):
 def test_from_teacher_to_quantized_student(kind, capsys):
     TEACHERS[kind]().save_pretrained("teacher")
     assert run("distill", "--model", "./teacher", "--output", "out/s", *SHORT, "--num-fid", 6) == 0
-    assert "one-step student: out/s\n" in capsys.readouterr().out
+    assert "one-step student after 40 of 40 images: out/s\n" in capsys.readouterr().out
     assert sorted(p.name for p in Path("out/s").iterdir() if p.is_file()) == [
         "README.md",
         "distillation.json",
@@ -135,6 +135,15 @@ def test_an_interrupted_distillation_resumes(monkeypatch, capsys):
     assert run(*command, "parts", "--resume") == 0
     one, two = (load_file(next(Path(name).rglob("*.safetensors"))) for name in ("straight", "parts"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_call_that_is_out_of_time_says_so(capsys):
+    TEACHERS["unet"]().save_pretrained("teacher")
+    command = ["distill", "--model", "./teacher", *SHORT, "--num-fid", 0, "--output", "s"]
+    assert run(*command, "--minutes", 1e-9) == 0
+    assert "one-step student after 0 of 40 images (--resume goes on): s\n" in capsys.readouterr().out
+    assert run(*command, "--resume") == 0
+    assert "one-step student after 40 of 40 images: s\n" in capsys.readouterr().out
 
 
 def test_bfloat16_and_options_reach_the_run(monkeypatch):

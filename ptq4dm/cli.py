@@ -1,4 +1,4 @@
-"""The command line: ptq4dm collect | quantize | generate | evaluate | bench | info.
+"""The command line: ptq4dm collect | quantize | generate | evaluate | distill | bench | info.
 
 Only the parser is here; what a command does is in commands.py.
 """
@@ -10,6 +10,7 @@ import sys
 
 from . import __version__
 
+STEPS = "50, or what the model was distilled to"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model(generate, None, "out/quantized if `quantize` made it, else unet-cifar10")
     generate.add_argument("--num-images", type=int, default=16)
     generate.add_argument("--seed", type=int, default=0, help="seed of the first image; the next has seed + 1")
-    generate.add_argument("--num-inference-steps", "--steps", type=int, default=50)
+    generate.add_argument("--num-inference-steps", "--steps", type=int, help=STEPS)
     generate.add_argument("--batch-size", type=int, default=16)
     generate.add_argument("--output", default="out/images", help="folder of the PNGs; only missing ones are made")
     generate.add_argument("--picture", default="out/grid.png", metavar="PNG", help="all images on one picture")
@@ -105,12 +106,43 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-images", type=int, default=1000, help="samples for the Frechet distance")
     evaluate.add_argument("--num-paired", type=int, default=64, help="same-seed pairs")
     evaluate.add_argument("--num-heldout", type=int, default=64, help="recorded calls for the epsilon error")
-    evaluate.add_argument("--num-inference-steps", "--steps", type=int, default=50)
+    evaluate.add_argument("--num-inference-steps", "--steps", type=int, help=STEPS)
     evaluate.add_argument("--batch-size", type=int, default=16)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", default="out/evaluation", help="folder of report.json and samples.png")
     _sampler(evaluate)
     _conditioning(evaluate)
+
+    distill = command("distill", "Distil a model to one step (DisBack), and save it as a diffusers pipeline.")
+    _model(distill, "unet-cifar10")
+    distill.add_argument("--output", default="out/student", help="folder of the student; its run is in OUTPUT.run")
+    distill.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT.run")
+    budget = distill.add_argument_group("budget")
+    budget.add_argument("--images", type=int, **none, help="that the student learns from, in all (2000000)")
+    budget.add_argument("--minutes", type=float, **none, help="stop this call after so many; resume it with --resume")
+    training = distill.add_argument_group("training")
+    training.add_argument(
+        "--backtracking",
+        action=argparse.BooleanOptionalAction,
+        **none,
+        help="DisBack; without: plain score distillation, the teacher as target from the start",
+    )
+    training.add_argument("--batch-size", type=int, **none, help="over all processes and accumulation steps (256)")
+    training.add_argument("--gradient-accumulation-steps", type=int, **none, help="parts of a batch (1)")
+    training.add_argument("--student-lr", type=float, **none, help="(1e-4)")
+    training.add_argument("--fake-lr", type=float, **none, help="of the fake score (3e-4)")
+    training.add_argument("--fake-steps", type=int, **none, help="its updates for each of the student (1)")
+    training.add_argument("--generator-sigma", type=float, **none, help="noise level of the generator's input (2.5)")
+    training.add_argument("--degradation-steps", type=int, **none, help="iterations of stage 1 (100)")
+    training.add_argument("--path-points", type=int, **none, help="targets on the way back to the teacher (5)")
+    training.add_argument("--switch-every", type=int, **none, help="iterations from one to the next (25)")
+    training.add_argument("--ema-decay", type=float, **none, help="moving average of the student (0.999)")
+    training.add_argument(
+        "--compile", action="store_true", **none, help="torch.compile: pays in runs of many minutes"
+    )
+    training.add_argument("--seed", type=int, **none, help="of all noise (0)")
+    training.add_argument("--evaluate-every", type=int, **none, help="images between checkpoints and grids (50000)")
+    training.add_argument("--num-fid", type=int, **none, help="images of a feature-FID; 0: none (5000 at 32x32)")
 
     bench = command("bench", "Compare samplers: Frechet distance against evaluations of the model.")
     bench.add_argument("subject", choices=["samplers"], help="what to compare")
@@ -161,7 +193,11 @@ def _calibration(parser) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument("--collector", default="uniform", help="law of the timesteps: uniform, ndtc or solver")
     group.add_argument("--num-samples", type=int, default=128, help="sampling trajectories")
-    group.add_argument("--calibration-steps", type=int, default=20, help="steps of the sampler they are taken from")
+    group.add_argument(
+        "--calibration-steps",
+        type=int,
+        help="steps of the sampler they are taken from; 20, or what the model was distilled to",
+    )
     group.add_argument("--mu", type=float, default=0.4, help="ndtc: mean, as a fraction of the timesteps")
     group.add_argument("--sigma", type=float, default=0.4, help="ndtc: deviation; 0 is a single timestep")
     group.add_argument("--num-bins", type=int, default=10, help="timestep bins of the statistics")
@@ -188,8 +224,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ptq4dm {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = args.command in ("collect", "generate")
-        print("interrupted" + "; the same command goes on where it stopped" * resumes, file=sys.stderr)
+        how = {
+            "collect": "the same command",
+            "generate": "the same command",
+            "distill": "the same command with --resume",
+        }
+        advice = f"; {how[args.command]} goes on where it stopped" if args.command in how else ""
+        print("interrupted" + advice, file=sys.stderr)
         return 130
     finally:
         commands.leave_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -23,12 +23,14 @@ from .quantize import quantize as quantize_model
 from .quantizer import quantization_config
 from .reference import check_device, load_pipeline
 from .report import kernel_report, stored_bytes
-from .sampling import denoiser
+from .sampling import default_steps, denoiser
 from .saved import RECORD, check_output, make_parent, original_of, save_quantized
 from .store import CalibrationStore
 from .summary import format_report
 
 QUANTIZED = "out/quantized"  # where `quantize` writes and the others look first
+CALIBRATION_STEPS = 20
+STEPS = 50  # of `generate` and `evaluate`, but for models that were distilled to one
 
 
 def collect(args) -> None:
@@ -41,6 +43,7 @@ def collect(args) -> None:
     pipe = _load(args, args.model)
     if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(denoiser(pipe))}:
         raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
+    config = _fitting(config, args, pipe)
     store = collect_store(pipe, config, args.output, **_conditioning(args))
     print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")
     if args.plot:
@@ -60,7 +63,7 @@ def quantize(args) -> None:
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = _load(args, args.model)
     if store is None and config.needs_calibration and config.plan is None:
-        store = collect_store(pipe, calibration, **_conditioning(args))
+        store = collect_store(pipe, _fitting(calibration, args, pipe), **_conditioning(args))
     weights = dict(denoiser(pipe).named_parameters()) if args.plot else {}
     report = quantize_model(pipe, config, store)
     if args.plot:
@@ -83,7 +86,9 @@ def generate(args) -> None:
         pipe,
         range(args.seed, args.seed + args.num_images),
         args.output,
-        num_inference_steps=args.num_inference_steps,
+        num_inference_steps=default_steps(pipe, STEPS)
+        if args.num_inference_steps is None
+        else args.num_inference_steps,
         batch_size=args.batch_size,
         metadata={"model": str(model)},
         **_conditioning(args),
@@ -96,7 +101,7 @@ def generate(args) -> None:
 
 def evaluate(args) -> None:
     config = EvaluateConfig(
-        **{f.name: getattr(args, f.name) for f in fields(EvaluateConfig) if hasattr(args, f.name)},
+        **{f.name: v for f in fields(EvaluateConfig) if (v := getattr(args, f.name, None)) is not None},
         **_conditioning(args),
     )
     config.check()
@@ -113,6 +118,8 @@ def evaluate(args) -> None:
         return
     model = _default_model(args)
     pipe = _load(args, model)
+    if args.num_inference_steps is None:
+        config.num_inference_steps = default_steps(pipe, STEPS)
     original = args.full_precision or original_of(model)
     try:
         full_precision = _load(args, original) if original else None
@@ -150,6 +157,30 @@ def bench(args) -> None:
     print(f"figures: {output}")
     if plot_rows(str(args.model), rows, output.with_suffix(".png")):
         print(f"picture: {output.with_suffix('.png')}")
+
+
+def distill(args) -> None:
+    from .samplers.disback import distill as distill_model
+    from .samplers.disback_config import DisBackConfig
+    from .samplers.disback_log import read_log
+    from .samplers.student import RECORD, save_student
+
+    given = {f.name: getattr(args, f.name) for f in fields(DisBackConfig) if hasattr(args, f.name)}
+    dtype = args.dtype or ("bfloat16" if _device(args).type == "cuda" else "float32")
+    precision = {"float32": "no", "bfloat16": "bf16"}.get(dtype, dtype)
+    config = DisBackConfig(**given, precision=precision)
+    output = Path(args.output)
+    check_output(output, RECORD, "distill")
+    pipe = load_pipeline(args.model, torch.float32, _device(args))
+    run = output.with_name(f"{output.name}.run")
+    student = distill_model(pipe, config, run, args.resume)
+    if PartialState().is_main_process:
+        save_student(student, {"model": str(args.model), **config.identity()}, output)
+        evaluations = (line for line in read_log(run / "log.jsonl") if line["stage"] == "evaluation")
+        learnt = max((line["images"] for line in evaluations), default=0)
+        more = "" if learnt >= config.images else " (--resume goes on)"
+        print(f"one-step student after {learnt} of {config.images} images{more}: {output}")
+        print(f"log, sample grids, checkpoint: {run}")
 
 
 def info(args) -> None:
@@ -234,13 +265,20 @@ def _calibration(args) -> CalibrationConfig:
     return CalibrationConfig(
         args.collector,
         args.num_samples,
-        args.calibration_steps,
+        CALIBRATION_STEPS if args.calibration_steps is None else args.calibration_steps,
         args.mu,
         args.sigma,
         args.num_bins,
         args.batch_size,
         args.seed,
     )
+
+
+def _fitting(config: CalibrationConfig, args, pipe) -> CalibrationConfig:
+    """The same with the steps of a model that was distilled to one, unless the user says how many."""
+    if args.calibration_steps is not None:
+        return config
+    return replace(config, num_inference_steps=default_steps(pipe, config.num_inference_steps))
 
 
 def _conditioning(args) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +36,32 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary.is_file():  # below a regular file even unlink(missing_ok=True) raises
             temporary.unlink()
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside, to write into; at the end it takes the place of `folder`: always whole, old or new.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            new, old = Path(beside) / "new", Path(beside) / "old"
+            new.mkdir()
+            yield new
+            for path in new.rglob("*.safetensors"):  # which safetensors writes for their owner alone
+                path.chmod(0o666 & new.stat().st_mode)
+            try:
+                if folder.exists():
+                    folder.rename(old)
+                new.rename(folder)
+            except BaseException:  # an interrupt, too: the old one comes back
+                if old.exists() and not folder.exists():
+                    old.rename(folder)
+                raise
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 @contextmanager

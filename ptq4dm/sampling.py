@@ -40,6 +40,11 @@ def class_count(pipe) -> int | None:
     return getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
 
 
+def default_steps(pipe, otherwise: int) -> int:
+    """The steps to take where nobody says how many: 1 for a model that was distilled to one."""
+    return getattr(pipe.scheduler, "fixed_steps", None) or otherwise
+
+
 def choose_conditioning(pipe, seeds: Sequence[int], conditioning: dict[str, Sequence] | None) -> dict:
     """The pipeline arguments that differ between images: {name: one value per seed}; see `sample`."""
     parameters = inspect.signature(pipe.__call__).parameters

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from .errors import UserError
+from .files import replacing_folder
 from .quantizer import quantization_config
 from .sampling import denoiser
 
@@ -28,11 +26,11 @@ base_model: {model}
 """
 
 
-def check_output(folder: Path) -> None:
-    """Before the long work: the folder must be new, empty, or one that an earlier `quantize` wrote."""
+def check_output(folder: Path, record: str = RECORD, verb: str = "quantize") -> None:
+    """Before the long work: the folder must be new, empty, or one that an earlier `quantize` (the verb) wrote."""
     empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty and not (folder / RECORD).is_file():
-        raise UserError(f"{folder} exists and was not written by ptq4dm quantize; choose another --output.")
+    if folder.exists() and not empty and not (folder / record).is_file():
+        raise UserError(f"{folder} exists and was not written by ptq4dm {verb}; choose another --output.")
     make_parent(folder)
 
 
@@ -58,27 +56,10 @@ def original_of(model: str) -> str | None:
 
 
 def save_quantized(pipe, record: dict, folder: Path) -> None:
-    """Save a quantized pipeline with its plan, its report (`record`, with the original's name) and a card.
-
-    Saved beside, then renamed: a folder of this name is always whole, the old one or the new one.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            new, old = Path(beside) / "new", Path(beside) / "old"
-            pipe.save_pretrained(new)
-            (new / "README.md").write_text(CARD.format(**record))
-            (new / RECORD).write_text(json.dumps(record, indent=1))
-            plan = quantization_config(denoiser(pipe)).plan
-            (new / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1))
-            for path in new.rglob("*.safetensors"):  # which safetensors writes for their owner alone
-                path.chmod((new / RECORD).stat().st_mode)
-            try:
-                if folder.exists():
-                    folder.rename(old)
-                new.rename(folder)
-            except BaseException:  # an interrupt, too: the old one comes back
-                if old.exists() and not folder.exists():
-                    old.rename(folder)
-                raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}.") from error
+    """Save a quantized pipeline with its plan, its report (`record`, with the original's name) and a card."""
+    with replacing_folder(folder) as new:
+        pipe.save_pretrained(new)
+        (new / "README.md").write_text(CARD.format(**record))
+        (new / RECORD).write_text(json.dumps(record, indent=1))
+        plan = quantization_config(denoiser(pipe)).plan
+        (new / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1))

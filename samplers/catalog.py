@@ -42,6 +42,8 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
     Raises:
         UserError: no such sampler, or an order or a grid where there can be none.
     """
+    if "generator_timestep" in config:
+        raise UserError(f"the model was distilled to one step and takes no sampler but its own, so not '{name}'.")
     given = {key: value for key, value in (("order", order), ("timestep_grid", grid)) if value is not None}
     if order is not None and name in ("ddim", "rho_rk"):
         raise UserError(f"{name} has no order to choose; deis, t_ab, rho_ab, ipndm and log_rho have orders 0 to 3.")

@@ -65,6 +65,12 @@ def denoisers():
 
 
 @pytest.fixture(scope="session")
+def points():
+    """The module points.py: a diffusion model of points in the plane."""
+    return module_beside("points")
+
+
+@pytest.fixture(scope="session")
 def nunchaku_bytes():
     """The module nunchaku_bytes.py: Nunchaku's files and layers by their formulas."""
     return module_beside("nunchaku_bytes")

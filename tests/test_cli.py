@@ -241,9 +241,12 @@ def test_interrupted(run, models, monkeypatch):
     assert tree(".") == ["out"]
 
 
+COMMANDS = ("collect", "quantize", "generate", "evaluate", "distill", "bench", "info")
+
+
 def test_help_names_every_command(run):
     status, out, _ = run("--help")
-    assert status == 0 and all(name in out for name in ("collect", "quantize", "generate", "evaluate", "info"))
+    assert status == 0 and all(f" {name} " in out for name in COMMANDS)
 
 
 # --- wrong input --------------------------------------------------------------------------------------------
@@ -254,6 +257,7 @@ QUANTIZE, COLLECT, GENERATE = (
     ["generate", "--model", "unet"],
 )
 EVALUATE = ["evaluate", "--model", "unet"]
+DISTILL = ["distill", "--model", "unet"]
 
 WRONG = [
     # parser
@@ -330,6 +334,17 @@ WRONG = [
     (["evaluate", "--model", "orphan", "--metric", "none"], "Name it with --full-precision"),
     (["evaluate", "--model", "static", "--full-precision", "gone", "--metric", "none"], "'gone' is neither"),
     (["evaluate", "--model", "confused", "--metric", "none"], "name the original model with --full-precision"),
+    # distill
+    ([*DISTILL, "--dtype", "float16"], "precision must be 'no' or 'bf16', not 'float16'"),
+    ([*DISTILL, "--images", "0"], "images must be at least 1; got 0"),
+    ([*DISTILL, "--student-lr", "-1"], "student_lr must be positive; got -1.0"),
+    ([*DISTILL, "--minutes", "0"], "minutes must be positive; got 0"),
+    ([*DISTILL, "--resume", "--output", "new"], "no checkpoint at new.run/checkpoint.safetensors to resume"),
+    ([*DISTILL, "--output", "foreign"], "foreign exists and was not written by ptq4dm distill"),
+    ([*DISTILL, "--output", "file/s"], "cannot write file/s: "),
+    ([*DISTILL, "--output", "taken"], "taken.run is not empty; go on with the run in it (--resume)"),
+    (["distill", "--model", "static"], "the teacher is quantized"),
+    (["distill", "--model", "velocity"], "needs a teacher that predicts epsilon; DDIMScheduler says 'v_prediction'"),
 ]  # fmt: skip
 
 
@@ -338,14 +353,24 @@ def desk(here, models):
     """A working folder with good and bad things in it."""
     for name in ("unet", "dit", "static", "store"):
         (here / name).symlink_to(models / name)
-    for name, source in (("broken", "unet"), ("torn", "store"), ("orphan", "static"), ("confused", "static")):
+    for name, source in (
+        ("broken", "unet"),
+        ("torn", "store"),
+        ("orphan", "static"),
+        ("confused", "static"),
+        ("velocity", "unet"),
+    ):
         shutil.copytree(models / source, here / name)
     for path in ("broken/unet/diffusion_pytorch_model.safetensors", "torn/statistics.safetensors"):
         Path(path).write_bytes(Path(path).read_bytes()[:1000])
     record = json.loads(Path("orphan/quantization.json").read_text())
     Path("orphan/quantization.json").write_text(json.dumps({**record, "model": "gone"}))
     Path("confused/quantization.json").write_text("[]")
+    path = Path("velocity/scheduler/scheduler_config.json")
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
     (here / "file").write_text("mine")
+    (here / "taken.run").mkdir()
+    (here / "taken.run" / "thesis.txt").write_text("mine")
     (here / "foreign").mkdir()
     (here / "foreign" / "thesis.txt").write_text("mine")
     return here

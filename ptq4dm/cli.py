@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-inference-steps", "--steps", type=int, help=STEPS)
     generate.add_argument("--batch-size", type=int, default=16)
     generate.add_argument("--output", default="out/images", help="folder of the PNGs; only missing ones are made")
-    generate.add_argument("--picture", default="out/grid.png", metavar="PNG", help="all images on one picture")
+    generate.add_argument("--picture", metavar="PNG", help="all images on one picture; OUTPUT.png unless given")
     _sampler(generate)
     _conditioning(generate)
 

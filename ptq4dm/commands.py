@@ -62,6 +62,7 @@ def quantize(args) -> None:
         make_parent(Path(args.plot))
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = _load(args, args.model)
+    find_layers(denoiser(pipe), config.modules_to_not_convert)  # a pattern that names nothing is told at once
     if store is None and config.needs_calibration and config.plan is None:
         store = collect_store(pipe, _fitting(calibration, args, pipe), **_conditioning(args))
     weights = dict(denoiser(pipe).named_parameters()) if args.plot else {}
@@ -80,7 +81,9 @@ def generate(args) -> None:
     model = _default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
-    make_parent(Path(args.picture))
+    picture = Path(args.picture or f"{args.output}.png")
+    if args.picture:
+        make_parent(picture)
     pipe = _load(args, model)
     paths = generate_images(
         pipe,
@@ -94,9 +97,9 @@ def generate(args) -> None:
         **_conditioning(args),
     )
     if PartialState().is_main_process:
-        save_grid(paths, args.picture, columns=min(8, len(paths)), scale=max(1, 128 // _width(paths[0])))
+        save_grid(paths, picture, columns=min(8, len(paths)), scale=max(1, 128 // _width(paths[0])))
         print(f"{len(paths)} images of {model}: {args.output}")
-        print(f"picture: {args.picture}")
+        print(f"picture: {picture}")
 
 
 def evaluate(args) -> None:

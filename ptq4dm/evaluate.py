@@ -159,6 +159,8 @@ def _measure(pipe, full_precision, config: EvaluateConfig):
             "identical": errors.count(0.0),
         }
     if full_precision is not None:
+        if PartialState().is_main_process:
+            print("noise prediction errors and the time of a step ...", flush=True)
         report |= compare_denoisers(pipe, full_precision, config)
     else:
         report["bytes"] = {"model": stored_bytes(denoiser(pipe))}

@@ -20,7 +20,7 @@ from . import __version__
 from .errors import UserError
 from .files import output_folder
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
-from .sampling import choose_conditioning, denoiser, sample
+from .sampling import check_steps, choose_conditioning, denoiser, sample
 
 SEED_NAMED = re.compile(r"\d{6,}\.png")
 
@@ -136,6 +136,7 @@ def generate(
     seeds, output = [int(s) for s in seeds], Path(output)
     if not seeds or min(seeds) < 0 or batch_size < 1:
         raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
+    check_steps(pipe, num_inference_steps)
     with output_folder(output):
         if not os.access(output, os.W_OK):
             raise UserError(f"cannot write into {output}; choose another --output.")

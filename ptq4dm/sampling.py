@@ -45,6 +45,15 @@ def default_steps(pipe, otherwise: int) -> int:
     return getattr(pipe.scheduler, "fixed_steps", None) or otherwise
 
 
+def check_steps(pipe, num_inference_steps: int) -> None:
+    """Raises UserError for no steps, or for more than the model was trained with."""
+    if num_inference_steps < 1:
+        raise UserError(f"sampling needs at least one step, not {num_inference_steps}.")
+    limit = pipe.scheduler.config.get("num_train_timesteps")
+    if limit is not None and num_inference_steps > limit:
+        raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")
+
+
 def choose_conditioning(pipe, seeds: Sequence[int], conditioning: dict[str, Sequence] | None) -> dict:
     """The pipeline arguments that differ between images: {name: one value per seed}; see `sample`."""
     parameters = inspect.signature(pipe.__call__).parameters
@@ -173,11 +182,9 @@ def sample(
             scheduler the pipeline cannot drive, or NaN or infinity in an image (names the seeds).
     """
     seeds = [int(s) for s in seeds]
-    if not seeds or num_inference_steps < 1:
-        raise UserError("sampling needs at least one seed and at least one step.")
-    limit = pipe.scheduler.config.get("num_train_timesteps")
-    if limit is not None and num_inference_steps > limit:
-        raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")
+    if not seeds:
+        raise UserError("sampling needs at least one seed.")
+    check_steps(pipe, num_inference_steps)
     parameters = inspect.signature(pipe.__call__).parameters
     arguments = choose_conditioning(pipe, seeds, conditioning)
     for key, value in (pipeline_kwargs or {}).items():

@@ -21,6 +21,7 @@ import torch
 from conv_cases import Operands, cases_of, encoded, full_precision_call, layer_call, microseconds, product_call
 
 import ptq4dm
+from ptq4dm.errors import run
 from ptq4dm.kernels import w8a8_reference as reference
 from ptq4dm.reference import load_reference
 from ptq4dm.sampling import denoiser
@@ -203,4 +204,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

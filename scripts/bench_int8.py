@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import ptq4dm
+from ptq4dm.errors import run
 from ptq4dm.record import Calls, replay
 from ptq4dm.reference import load_reference
 from ptq4dm.report import stored_bytes
@@ -100,4 +101,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,6 +16,7 @@ import time
 
 import torch
 
+from ptq4dm.errors import run
 from ptq4dm.reference import load_reference
 from ptq4dm.samplers.catalog import make_sampler
 from ptq4dm.sampling import denoiser
@@ -92,4 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

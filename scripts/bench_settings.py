@@ -9,11 +9,9 @@ from ptq4dm.kernels.svdq_linear import INT4
 
 def activation_settings(m: int, k: int) -> list[dict]:
     """BM, BK, STAGES of the programs that multiply by D; ROWS, STEP of those that quantize; warps of both."""
-    shapes = (
-        [(16, 256, 4), (16, 512, 3)]
-        if m <= 64
-        else [(16, 128, 2), (16, 128, 3), (32, 64, 3), (32, 128, 3), (32, 128, 4), (64, 64, 4)]
-    )
+    shapes = [(16, 128, 2), (16, 128, 3), (32, 64, 3), (32, 128, 3), (32, 128, 4), (64, 64, 4)]
+    if m <= 64:
+        shapes = [(16, 256, 4), (16, 512, 3)]
     rows = [(rows, step) for rows, step in ((1, 512), (2, 1024), (4, 1024)) if rows * k <= 32768]
     return [
         dict(BM=bm, BK=bk, STAGES=stages, ROWS=rows, STEP=step, num_warps=warps)

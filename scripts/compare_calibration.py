@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 import ptq4dm
 from ptq4dm.collect import draw_timesteps, timestep_bins
+from ptq4dm.errors import run
 from ptq4dm.reference import load_reference
 from ptq4dm.report import stored_bytes
 from ptq4dm.rows import Rows
@@ -148,4 +149,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 import ptq4dm
-from ptq4dm.errors import UserError
+from ptq4dm.errors import run
 from ptq4dm.evaluate import EvaluateConfig, evaluate
 from ptq4dm.files import replacing
 from ptq4dm.plot import pyplot, save_figure
@@ -170,7 +170,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(main)

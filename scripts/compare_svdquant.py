@@ -23,6 +23,7 @@ from paired import Paired
 from tqdm.auto import tqdm
 
 import ptq4dm
+from ptq4dm.errors import run
 from ptq4dm.rows import Rows
 
 SETTINGS = ("model", "whole", "steps", "num_paired", "num_fid", "fid_steps", "calibration_samples")
@@ -168,4 +169,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import ptq4dm
+from ptq4dm.errors import run
 from ptq4dm.files import replacing
 from ptq4dm.record import Calls, replay
 from ptq4dm.report import stored_bytes
@@ -146,4 +147,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,13 +9,12 @@ in evaluation mode in float32, with plain keys that say how they came about.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from cifar10 import Split, read_cifar10, to_signed
 
-from ptq4dm.errors import UserError
+from ptq4dm.errors import run
 from ptq4dm.extractors import load_extractor
 from ptq4dm.features import NUM_FEATURES, Features, load_features
 from ptq4dm.frechet import Moments, Statistics, write_statistics
@@ -62,8 +61,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

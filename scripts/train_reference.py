@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from reference_statistics import accuracy
 from torch import nn
 from tqdm import tqdm
 
-from ptq4dm.errors import UserError
+from ptq4dm.errors import UserError, run
 from ptq4dm.images import save_picture
 
 UNCOUNTED_STEPS = 20  # the first steps compile; the time budget starts after them
@@ -170,8 +169,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

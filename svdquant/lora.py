@@ -34,7 +34,7 @@ def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
         UserError: no adapter is on any SVDQuant layer, `scales` names one that is not there, or an adapter is no
             plain LoRA (DoRA, biases); nothing is changed then.
     """
-    model = target if isinstance(target, nn.Module) else denoiser(target)
+    model, scales = target if isinstance(target, nn.Module) else denoiser(target), _named(scales)
     found = [
         (name, wrapper)
         for name, wrapper in model.named_modules()
@@ -48,25 +48,25 @@ def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
             counts[adapter] = counts.get(adapter, 0) + 1
     if not counts:
         raise UserError("no LoRA adapter is on an SVDQuant layer; load one first, e.g. with load_lora_weights.")
-    if unknown := set(scales or {}) - counts.keys():
+    if unknown := scales.keys() - counts.keys():
         raise UserError(f"there is no adapter '{min(unknown)}' to scale; there are {', '.join(sorted(counts))}.")
     for name, wrapper in found:
         layer = wrapper.base_layer
         adapters = dict(getattr(layer, "adapters", {}))
         for adapter in wrapper.lora_A:
-            strength = wrapper.scaling[adapter] * (scales or {}).get(adapter, 1.0)
-            adapters[adapter] = (wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, strength)
+            trained = wrapper.scaling[adapter] * wrapper.lora_B[adapter].weight
+            adapters[adapter] = (wrapper.lora_A[adapter].weight, trained, scales.get(adapter, 1.0))
         _stack(layer, adapters)
         replace_module(model, name, layer)
     return counts
 
 
 def scale_lora(target, scales: dict[str, float]) -> None:
-    """Change the strength of fused adapters: the factor of B A x, alpha / rank included.
+    """Change the strength of fused adapters, {"style": 0.5}; 1 is what they were trained with, as in `fuse_lora`.
 
     Raises UserError for an adapter that is not fused.
     """
-    layers = _fused(target, set(scales))
+    layers = _fused(target, set(_named(scales)))
     for layer in layers:
         _stack(layer, {name: (a, b, scales.get(name, c)) for name, (a, b, c) in layer.adapters.items()})
 
@@ -76,25 +76,34 @@ def unfuse_lora(target, names: list[str] | None = None) -> None:
 
     Raises UserError for an adapter that is not fused.
     """
-    for layer in _fused(target, set(names or ())):
+    for layer in _fused(target, None if names is None else set(names)):
         kept = {} if names is None else {name: one for name, one in layer.adapters.items() if name not in names}
         _stack(layer, kept)
 
 
-def _fused(target, names: set[str]) -> list[_SVDQLayer]:
+def _named(scales: dict[str, float] | None) -> dict[str, float]:
+    if not isinstance(scales or {}, dict):
+        raise UserError(f"scales are strengths by the names of adapters, such as {{'style': 0.5}}, not {scales!r}.")
+    return scales or {}
+
+
+def _fused(target, names: set[str] | None) -> list[_SVDQLayer]:
+    """The layers with fused adapters, of which all `names` must be (None: any)."""
     model = target if isinstance(target, nn.Module) else denoiser(target)
     layers = [
         layer for layer in model.modules() if isinstance(layer, _SVDQLayer) and getattr(layer, "adapters", None)
     ]
     present = {name for layer in layers for name in layer.adapters}
-    if missing := names - present:
+    if names is None and not present:
+        raise UserError("no adapter is fused; fuse_lora does that.")
+    if missing := (names or set()) - present:
         raise UserError(f"no adapter '{min(missing)}' is fused; fused are: {', '.join(sorted(present)) or 'none'}.")
     return layers
 
 
 @torch.no_grad()
 def _stack(layer: _SVDQLayer, adapters: dict[str, tuple]) -> None:
-    """Put adapters, name -> (A [q, K], B [N, q], strength), on a layer in place of those it has."""
+    """Put adapters, name -> (A [q, K], B [N, q] times alpha / rank, strength), on a layer in place of its own."""
     layer.adapters = adapters
     if not adapters:
         layer.lora_down = layer.lora_up = None

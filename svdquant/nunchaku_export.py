@@ -70,7 +70,7 @@ def _check(name: str, layer: nn.Module) -> None:
     if not isinstance(layer, SVDQLinear):
         raise UserError(
             f"'{name}' is {type(layer).__name__} ({layer.plan}); nunchaku_lite holds 4-bit Linear layers only: "
-            "give it the role keep, w4 or weight-only."
+            f"give it another role, as in SVDQuantConfig(roles={{'{name}': 'keep'}})."
         )
     plan, (n, k) = layer.plan, (layer.out_features, layer.in_features)
     weight_only = plan.activation == "none"

@@ -91,7 +91,7 @@ def test_the_embedded_model_from_collect_to_info(run, here):
     status, out, err = run("generate", "--num-images", 2, "--num-inference-steps", 2)
     assert (status, err) == (0, []) and "2 images of out/quantized: out/images" in out
     assert tree("out/images") == ["000000.png", "000001.png"]
-    with Image.open("out/grid.png") as picture:
+    with Image.open("out/images.png") as picture:
         assert picture.size == (2 * 32 * 4, 32 * 4)
     status, out, err = run("info", "--json")
     facts = json.loads(out)

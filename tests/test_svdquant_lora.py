@@ -71,10 +71,18 @@ def test_several_adapters_with_strengths(model):
     unfuse_lora(model, ["two"])
     assert torch.equal(model(x), half) and not torch.equal(both, half)
 
+    scale_lora(model, {"one": 1.0})  # as trained: alpha / rank, which is not 1 here, counts in both functions
+    whole = model(x)
+    torch.testing.assert_close(whole - before, 2 * (half - before), atol=0.02, rtol=0)
     scale_lora(model, {"one": 0.0})
     torch.testing.assert_close(model(x), before)
     with pytest.raises(UserError, match="no adapter 'two' is fused; fused are: one"):
         scale_lora(model, {"two": 1.0})
+    with pytest.raises(UserError, match="strengths by the names of adapters"):
+        scale_lora(model, 0.5)
+    unfuse_lora(model)
+    with pytest.raises(UserError, match="no adapter is fused"):
+        unfuse_lora(model)
 
 
 def test_adapters_elsewhere_stay_with_peft(model):

@@ -14,14 +14,15 @@ class Rows(list):
 
     Args:
         settings: all that decides the figures besides the row.
+        also: what else the file is to hold, by name.
 
     Raises:
         UserError: the file was made with other settings.
     """
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, settings: dict, **also):
         super().__init__()
-        self.path, self.settings = Path(path), settings
+        self.path, self.settings, self.also = Path(path), settings, also
         if self.path.exists():
             before = json.loads(self.path.read_text())
             if before["settings"] != settings:
@@ -32,4 +33,4 @@ class Rows(list):
         self.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps({"settings": self.settings, "rows": list(self)}, indent=1))
+            temporary.write_text(json.dumps({"settings": self.settings, "rows": list(self), **self.also}, indent=1))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from tqdm.auto import tqdm
 import ptq4dm
 from ptq4dm.errors import run
 from ptq4dm.evaluate import EvaluateConfig, evaluate
-from ptq4dm.files import replacing
 from ptq4dm.plot import pyplot, save_figure
 from ptq4dm.reference import load_pipeline
+from ptq4dm.rows import Rows
 from ptq4dm.samplers.catalog import make_sampler
 from ptq4dm.samplers.disback_log import read_log
 from ptq4dm.sampling import denoiser, denoiser_name
@@ -144,24 +143,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--output", type=Path, default=Path("out/distillation.json"))
     args = parser.parse_args(arguments)
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    results = []
-    if args.output.exists():
-        before = json.loads(args.output.read_text())
-        if before["settings"] != settings:
-            parser.error(f"{args.output} was made with {before['settings']}; give another --output.")
-        results = before["rows"]
-    wanted = rows(args.student)
-    lines = curves(args.student)
+    wanted, lines = rows(args.student), curves(args.student)
+    results = Rows(args.output, {name: getattr(args, name) for name in SETTINGS}, curves=lines)
 
     def found(row: dict) -> dict | None:
         return next((r for r in results if row.items() <= r.items()), None)
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     for row in tqdm([row for row in wanted if found(row) is None], desc="rows", unit="row"):
-        results.append(measure(row, args))
-        with replacing(args.output) as temporary:
-            temporary.write_text(json.dumps({"settings": settings, "rows": results, "curves": lines}, indent=1))
+        results.add(measure(row, args))
     results = [found(row) for row in wanted]
     print(markdown(results))
     if lines:

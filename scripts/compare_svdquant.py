@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 import ptq4dm
 from ptq4dm.errors import run
+from ptq4dm.plot import pyplot, save_figure
 from ptq4dm.rows import Rows
 
 SETTINGS = ("model", "whole", "steps", "num_paired", "num_fid", "fid_steps", "calibration_samples")
@@ -140,6 +141,24 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Noise prediction error against stored bytes, a line per method and activations."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4))
+    lines: dict[str, list] = {}
+    for row in rows:
+        activations = row["options"].get("activations")
+        name = row["method"] + (f" W4A{activations[3:]}" if activations else "")
+        lines.setdefault(name, []).append((row["bytes_float16"], row["eps_error"]))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-" if name.startswith("SVDQuant") else "x--", label=name)
+    axes.set(xlabel="stored bytes / those of float16", ylabel="noise prediction error", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+    print(f"picture: {path}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="dit-cifar10")
@@ -165,7 +184,10 @@ def main():
     bench = Bench(args) if todo else None
     for name, options in tqdm(todo, desc=args.model, unit="row"):
         results.add(bench.measure(name, options))
-    print(markdown([row for row in results if (row["method"], row["options"]) in asked]))
+    rows = [row for row in results if (row["method"], row["options"]) in asked]
+    print(markdown(rows))
+    if args.table == "bytes":
+        draw(rows, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""A FLUX-sized transformer in 4 bits against bfloat16: time of a step, and bytes of the weights.
+
+    python scripts/bench_flux.py --output out/bench-flux.json        # one GPU with 60 GB
+
+19 double and 38 single blocks with random weights (12 B parameters), one image of 4096 tokens and 512 text tokens.
+Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes them, for bfloat16 too. All layers of
+blocks become W4A8 (or --activations int8, int4) with a branch of rank 32, adaLN weight-only; rounding is to nearest,
+which changes no time. Each form is timed as it is and with its blocks compiled by torch.compile; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from flux_slice import BLOCKS, build, tuples
+from torch import nn
+
+from ptq4dm.errors import run
+from ptq4dm.files import replacing
+from ptq4dm.modules import replace_module
+from ptq4dm.record import Calls, replay
+from ptq4dm.report import stored_bytes
+from ptq4dm.svdquant.group import Group, split_weight
+from ptq4dm.svdquant.packing import build_layer
+from ptq4dm.svdquant.plan import SVDQPlan
+
+GROUP_SIZE = 64
+
+
+def fused_model(args) -> nn.Module:
+    model = build(tuple(args.blocks), args)
+    model.fuse_qkv_projections()
+    for module in model.modules():
+        if hasattr(module, "to_qkv"):  # diffusers keeps what it fused
+            for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+                if getattr(module, name, None) is not None:
+                    delattr(module, name)
+    return model
+
+
+def quantize_blocks(model: nn.Module, activations: str, rank: int) -> list[str]:
+    """Every Linear of the blocks in place, without calibration; returns the kernels that serve them."""
+    kernels = set()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or "blocks." not in name:
+            continue
+        embedded = "norm" in name  # adaLN: one row
+        plan = SVDQPlan(
+            rank=0 if embedded else rank, group_size=GROUP_SIZE, activation="none" if embedded else activations
+        )
+        weight = layer.weight.float()
+        group = Group(weight, weight, torch.ones_like(weight[0]), plan, layer.weight.dtype)
+        split = split_weight(group, group.peak)
+        new = build_layer(layer, plan, split, slice(None), layer.weight.dtype, None)
+        replace_module(model, name, new)
+        kernels.add(new.kernel_name())
+    return sorted(kernels)
+
+
+def seconds(model: nn.Module, calls: Calls, repeats: int) -> float:
+    """Median time of a step."""
+
+    def once() -> float:
+        start = clock()
+        replay(model, calls)
+        return clock() - start
+
+    for _ in range(3):
+        once()
+    return statistics.median(once() for _ in range(repeats))
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(model: nn.Module, calls: Calls, args) -> dict:
+    figures = {"bytes": stored_bytes(model), "eager_ms": 1e3 * seconds(model, calls, args.repeats)}
+    if not args.no_compile:
+        model.compile_repeated_blocks(fullgraph=True)
+        figures["compiled_ms"] = 1e3 * seconds(model, calls, args.repeats)
+    return figures
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--blocks", type=int, nargs=2, default=BLOCKS, metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--heads", type=int, default=24, help="of 128 channels")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the image, a square number")
+    parser.add_argument("--text-tokens", type=int, default=512)
+    parser.add_argument("--activations", choices=("fp8", "int8", "int4"), default="fp8")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--no-compile", action="store_true", help="eager only")
+    parser.add_argument("--output", type=Path, default=Path("out/bench-flux.json"))
+    args = parser.parse_args()
+    args.num_tuples = 1
+    names = ("blocks", "heads", "tokens", "text_tokens", "activations", "rank")
+    result = {name: getattr(args, name) for name in names}
+    result["device"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    model = fused_model(args)
+    calls = tuples(model, args).calls
+    result["bf16"] = measure(model, calls, args)
+    del model  # compiled for its layers; and two would take twice the memory
+    torch._dynamo.reset()
+    model = fused_model(args)
+    result["kernels"] = quantize_blocks(model, args.activations, args.rank)
+    result["quantized"] = measure(model, calls, args)
+    result["bytes_ratio"] = result["quantized"]["bytes"] / result["bf16"]["bytes"]
+    for kind in ("eager_ms", "compiled_ms"):
+        if kind in result["bf16"]:
+            result[f"speedup_{kind.removesuffix('_ms')}"] = result["bf16"][kind] / result["quantized"][kind]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(args.output) as temporary:
+        temporary.write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,11 +1,11 @@
-"""W8A8 layers and the whole UNet against bf16, on a GPU: one command checks and times everything.
+"""W8A8 layers and whole models against bf16, on a GPU: one command checks and times everything.
 
-    python scripts/bench_conv.py [--batch-size 256] [--tune] [--only layers|model] [--json out/conv.json]
+    python scripts/bench_conv.py [--model dit-cifar10] [--batch-size 256] [--tune] [--only layers|model] [--json FILE]
 
 Layers: cuDNN bf16 channels_last against what a quantized layer does, its input's quantization included, and against
 the product alone on codes (what is left of it where the norm before it hands over codes). Medians of CUDA graph
 replays over inputs that no cache holds. "of bf16" is the time of bf16 over the time of ours. Model: one step, eager,
-compiled and in a CUDA graph, for bf16 and both 8-bit formats; the graph's answers are compared bit by bit.
+compiled and in a CUDA graph, for bf16, both 8-bit formats and SVDQuant W4A8; answers are compared bit by bit.
 """
 
 from __future__ import annotations
@@ -110,27 +110,38 @@ def graphed(call):
     return graph.replay, output
 
 
+def inputs_of(model, batch: int, device: str) -> tuple[torch.Tensor, ...]:
+    """(noise, timestep) of unet-cifar10; (noise, timestep, labels) of dit-cifar10."""
+    noise = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    time = torch.full((batch,), 500, device=device)
+    classes = getattr(model.config, "num_embeds_ada_norm", None)
+    return (noise, time) if classes is None else (noise, time, torch.arange(batch, device=device) % classes)
+
+
 @torch.no_grad()
 def bench_model(name: str, batch: int, compiled: bool) -> list[dict]:
     pipe = load_reference(name, dtype=torch.bfloat16, device="cuda")
     exact = denoiser(pipe).eval()
     store = ptq4dm.collect(pipe, ptq4dm.CalibrationConfig(num_samples=16, num_inference_steps=5))
+    recipes = {form: ptq4dm.RTNConfig(format=form) for form in ("int8", "fp8")}
+    plain = {"smoothing": "none", "rounding": "nearest", "refinements": 0}  # what is searched changes no time
+    recipes["w4a8"] = ptq4dm.SVDQuantConfig(activations="fp8", num_tuples=2, **plain)
     models = {"bf16": copy.deepcopy(exact)}
-    for form in ("int8", "fp8"):
+    for form, recipe in recipes.items():
         models[form] = copy.deepcopy(exact)
-        ptq4dm.quantize(models[form], ptq4dm.RTNConfig(format=form), store)
-        models[f"{form} fused"] = copy.deepcopy(models[form])
-        ptq4dm.fuse(models[f"{form} fused"])
-    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last)
-    t = torch.full((batch,), 500, device="cuda")
+        ptq4dm.quantize(models[form], recipe, store)
+        fused = copy.deepcopy(models[form])
+        if ptq4dm.fuse(fused):
+            models[f"{form} fused"] = fused
+    x, *rest = inputs_of(exact, batch, "cuda")
+    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     rows, truth = [], None
     for form, model in models.items():
         kinds = {"eager": model}
-        if compiled and form in ("bf16", "int8 fused", "fp8 fused"):
+        if compiled and f"{form} fused" not in models:
             kinds["compiled"] = torch.compile(model, fullgraph=True)
         for kind, one in kinds.items():
-            call = lambda one=one: one(x, t).sample  # noqa: E731
+            call = lambda one=one: one(x, *rest).sample  # noqa: E731
             answer = call().clone()
             truth = answer if truth is None else truth
             row = {"model": form, "kind": kind, "ms": milliseconds(call)}
@@ -148,14 +159,14 @@ def bench_model(name: str, batch: int, compiled: bool) -> list[dict]:
                 f"same bits {row['same_bits']}   from bf16 {row['error']:.1e}",
                 flush=True,
             )
-    profile_graph(models["int8 fused"], x, t)
+    profile_graph(models.get("int8 fused", models["int8"]), x, *rest)
     return rows
 
 
-def profile_graph(model, x, t) -> None:
-    """Where the fused model's time goes, by kernel."""
+def profile_graph(model, *inputs) -> None:
+    """Where a model's time goes, by kernel."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        model(x, t)
+        model(*inputs)
         torch.cuda.synchronize()
     events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events)
@@ -180,7 +191,7 @@ def main():
         sys.exit("this benchmark needs a CUDA GPU.")
     torch.backends.cudnn.benchmark = True
     model = denoiser(load_reference(args.model))
-    cases = cases_of(model, (torch.zeros(1, 3, 32, 32), 0), args.batch_size)
+    cases = cases_of(model, inputs_of(model, 1, "cpu"), args.batch_size)
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "batch_size": args.batch_size}
     if args.tune:
         from tune_conv import tune

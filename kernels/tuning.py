@@ -2,8 +2,8 @@
 
 A file of `tuned/` is {"device": ..., "<kernel>": [[M, N, K, {setting: value}], ...], ...}. A GPU whose name has a
 file uses it, any other the file of its compute capability or of the nearest below. Of a kernel's entries the one
-nearest in log M, log N, log K serves: shapes between the measured ones come out sensibly.
-`scripts/bench_kernels.py --tune` writes such a file.
+nearest in log M, log N, log K serves: shapes between the measured ones come out sensibly. "w8a8" is
+{shape class: {setting: value}}, see w8a8_configs.py. `record` writes the file of this GPU.
 """
 
 from __future__ import annotations
@@ -48,16 +48,21 @@ def _merged(device: torch.device) -> dict:
     major_minor = capability(device)
     below = [name for name in _general() if name <= major_minor]
     table = dict(_read(f"sm_{max(below)[0]}{max(below)[1]}"))
-    if device.type == "cuda":
-        own = slug(torch.cuda.get_device_name(device))
-        if (FOLDER / f"{own}.json").is_file():
-            table |= _read(own)
-    return table
+    return table | own(device)
+
+
+@functools.cache
+def own(device: torch.device) -> dict:
+    """What was measured on GPUs of this name; {} without a file."""
+    if device.type != "cuda":
+        return {}
+    name = slug(torch.cuda.get_device_name(device))
+    return _read(name) if (FOLDER / f"{name}.json").is_file() else {}
 
 
 def forget() -> None:
     """Read the files again at the next call."""
-    for cached in (_best, _general, _read):
+    for cached in (own, _best, _general, _read):
         cached.cache_clear()
 
 
@@ -70,3 +75,33 @@ def _general() -> list[tuple[int, int]]:
 @functools.cache
 def _read(name: str) -> dict:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def tuned_file() -> Path:
+    return FOLDER / f"{slug(torch.cuda.get_device_name())}.json"
+
+
+def record(kernel: str, key: list[int] | str, settings: dict) -> None:
+    """Put the settings for sizes [M, N, K], or for a shape class, into the file of this GPU."""
+    path = tuned_file()
+    table = json.loads(path.read_text()) if path.is_file() else {"device": torch.cuda.get_device_name()}
+    if isinstance(key, str):
+        table.setdefault(kernel, {})[key] = settings
+    else:
+        table[kernel] = [old for old in table.get(kernel, []) if old[:3] != key] + [[*key, settings]]
+    path.write_text(formatted(table))
+    forget()
+
+
+def formatted(table: dict) -> str:
+    """One line for each entry, so that a change of one shows as one."""
+
+    def part(key: str, value) -> str:
+        if isinstance(value, list):
+            return f" {json.dumps(key)}: [\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
+        if isinstance(value, dict):
+            entries = (f"  {json.dumps(name)}: {json.dumps(value[name])}" for name in sorted(value))
+            return f" {json.dumps(key)}: {{\n" + ",\n".join(entries) + "\n }"
+        return f" {json.dumps(key)}: {json.dumps(value)}"
+
+    return "{\n" + ",\n".join(part(*item) for item in table.items()) + "\n}\n"

@@ -1,22 +1,20 @@
 """Which tile the W8A8 kernel uses: measured where a device was tuned, else one that is sane for its capability.
 
-tuned/w8a8.json holds {device name: {shape class: Config}}; scripts/bench_conv.py --tune makes it. A shape class is
-the operand type, the window, the channels and the number of rows to the nearest power of two.
+A GPU's file in tuned/ has "w8a8": {shape class: Config}; scripts/bench_conv.py --tune makes it. A shape class is the
+operand type, the window, the channels and the number of rows to the nearest power of two.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 
+from .tuning import capability, own
 from .window import Window
 
-PATH = Path(__file__).parent / "tuned" / "w8a8.json"
+LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0))  # 100 KB
 
 
 @dataclass(frozen=True)
@@ -47,30 +45,24 @@ def shape_class(dtype: torch.dtype, window: Window, channels: int, n: int, on_lo
 
 
 def choose(dtype: torch.dtype, window: Window, channels: int, n: int, device: torch.device, on_load: bool) -> Config:
-    name, capability = _device(device)
-    entry = _tuned().get(name, {}).get(shape_class(dtype, window, channels, n, on_load))
-    return Config(**entry) if entry else default(window, channels, n, capability, on_load)
+    entry = own(device).get("w8a8", {}).get(shape_class(dtype, window, channels, n, on_load))
+    return Config(**entry) if entry else default(dtype, window, channels, n, capability(device), on_load)
 
 
-def default(window: Window, channels: int, n: int, capability: tuple[int, int], on_load: bool) -> Config:
-    """Tiles of 256 x 128 or, where rows or outputs are few, what covers them."""
+def default(
+    dtype: torch.dtype, window: Window, channels: int, n: int, capability: tuple[int, int], on_load: bool
+) -> Config:
+    """Tiles of 128 x 128 or, where rows or outputs are few, what covers them: as an H200 likes most of its shapes."""
     rows = window.batch * math.prod(window.output)
-    bm = 256 if rows >= 2**17 and n > 64 and not on_load else 128 if rows >= 4096 else 64 if rows > 32 else 32
+    bm = 128 if rows >= 2**15 else 64 if rows > 32 else 32
     bn = min(128, max(16, 1 << (n - 1).bit_length()))
     bk = next(size for size in (128, 64, 32) if channels % size == 0)
+    if on_load or capability in LITTLE_SHARED_MEMORY:
+        bk = min(bk, 64)
+    stages = 3 if bm == 128 else 4
     if on_load:
-        return Config("on-load", bm, bn, min(64, bk), 4, 3)
-    tma = capability >= (9, 0) and max(window.stride) == 1 and channels % 64 == 0 and n >= 64
-    return Config("tma" if tma else "gather", bm, bn, bk, bm // 32 if bm > 128 else 4, 3)
-
-
-@cache
-def _tuned() -> dict:
-    return json.loads(PATH.read_text())
-
-
-@cache
-def _device(device: torch.device) -> tuple[str, tuple[int, int]]:
-    if device.type != "cuda":
-        return "", (0, 0)
-    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        return Config("on-load", bm, bn, bk, 4, stages)
+    large = rows >= 2**17 and channels % 64 == 0 and n >= 64
+    if large and dtype != torch.int8 and capability >= (9, 0) and max(window.stride) == 1:
+        return Config("tma", bm, bn, bk, 4, stages, programs=2)
+    return Config("gather", bm, bn, bk, 4, stages)

@@ -8,7 +8,6 @@ import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -17,7 +16,7 @@ from bench_settings import settings_of
 
 from ptq4dm.kernels import svdq_activation, svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
 from ptq4dm.kernels.svdq_linear import INT4, code_dtype, kernel_name, steps
-from ptq4dm.kernels.tuning import FOLDER, best_config, forget, slug
+from ptq4dm.kernels.tuning import best_config, record
 
 
 def state_for(one, activation: str) -> SimpleNamespace:
@@ -79,8 +78,7 @@ def tune(sets: list, activation: str) -> None:
         timed.sort(key=lambda pair: pair[0])
         for microseconds, setting in timed[:4]:
             print(f"    {step} {microseconds:7.1f} us  {json.dumps(setting)}", flush=True)
-        record(f"{activation}.{step}", [*sizes, timed[0][1]])
-    forget()
+        record(f"{activation}.{step}", sizes, timed[0][1])
 
 
 def compiled(one, activation: str, step: str, settings: list[dict]) -> list[dict]:
@@ -116,26 +114,3 @@ def try_one(task) -> str:
     except Exception as problem:
         return f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
     return ""
-
-
-def tuned_file() -> Path:
-    return FOLDER / f"{slug(torch.cuda.get_device_name())}.json"
-
-
-def record(kernel: str, entry: list) -> None:
-    """Put one entry into the file of this GPU, in the place of an older one for the same sizes."""
-    path = tuned_file()
-    table = json.loads(path.read_text()) if path.is_file() else {"device": torch.cuda.get_device_name()}
-    table[kernel] = [old for old in table.get(kernel, []) if old[:3] != entry[:3]] + [entry]
-    path.write_text(formatted(table))
-
-
-def formatted(table: dict) -> str:
-    """One line for each entry, so that a change of one shows as one."""
-    parts = [
-        f" {json.dumps(key)}: {json.dumps(value)}"
-        if isinstance(value, str)
-        else f" {json.dumps(key)}: [\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
-        for key, value in table.items()
-    ]
-    return "{\n" + ",\n".join(parts) + "\n}\n"

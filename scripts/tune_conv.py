@@ -8,7 +8,6 @@ file is written after every shape, so a run that is cut short has been of use.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ import torch
 from conv_cases import CODES, Case, Operands, encoded, microseconds
 
 from ptq4dm.kernels import prepared, w8a8_configs, w8a8_launch, w8a8_quantize, w8a8_triton
+from ptq4dm.kernels.tuning import record
 from ptq4dm.kernels.w8a8_configs import Config
 
 SHARED = 227 * 1024  # bytes of shared memory a program may have (Hopper)
@@ -58,8 +58,7 @@ def candidates(case: Case, on_load: bool, capability: tuple[int, int]) -> list[C
 def tune(cases: list[Case], budget: float, workers: int) -> None:
     """budget: seconds to stop after."""
     began = time.monotonic()
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    table = json.loads(w8a8_configs.PATH.read_text())
+    capability = torch.cuda.get_device_capability()
     jobs: dict[str, tuple] = {}
     for case in cases:
         for form, dtype in CODES.items():
@@ -89,11 +88,9 @@ def tune(cases: list[Case], budget: float, workers: int) -> None:
         if not timed:
             print(f"{key}: nothing ran")
             continue
-        table.setdefault(name, {})[key] = asdict(timed[0][1])
-        w8a8_configs.PATH.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        record("w8a8", key, asdict(timed[0][1]))
         best = ", ".join(f"{t:.1f} us {_short(config)}" for t, config in timed[:3])
-        print(f"{key}: {best}; default {_default_time(timed, case, on_load, capability)}", flush=True)
-    w8a8_configs._tuned.cache_clear()
+        print(f"{key}: {best}; default {_default_time(timed, case, form, on_load, capability)}", flush=True)
 
 
 def _timed(case: Case, form: str, on_load: bool, configs: list[Config]) -> list[tuple[float, Config]]:
@@ -140,9 +137,9 @@ def _compile(job) -> str | None:
     return None
 
 
-def _default_time(timed, case: Case, on_load: bool, capability) -> str:
+def _default_time(timed, case: Case, form: str, on_load: bool, capability) -> str:
     channels = w8a8_quantize.stored_channels(case.channels)
-    plain = w8a8_configs.default(case.window, channels, case.outputs, capability, on_load)
+    plain = w8a8_configs.default(CODES[form], case.window, channels, case.outputs, capability, on_load)
     return next((f"{t:.1f} us" for t, config in timed if config == plain), "not among them")
 
 

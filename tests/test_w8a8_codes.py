@@ -12,6 +12,7 @@ import ptq4dm  # noqa: F401
 from ptq4dm.kernels import (
     fp8,
     int8,
+    tuning,
     w8a8,
     w8a8_codes,
     w8a8_configs,
@@ -337,7 +338,8 @@ def test_opcheck(dtype):
 
 def test_configurations_fit_their_shapes():
     """What ships is usable: known fields, tiles that divide the channels, the copy engine only for stride 1."""
-    for device, entries in json.loads(w8a8_configs.PATH.read_text()).items():
+    for path in tuning.FOLDER.glob("*.json"):
+        device, entries = path.stem, json.loads(path.read_text()).get("w8a8", {})
         for name, entry in entries.items():
             config, parts = Config(**entry), name.split()
             channels = int(next(part[1:] for part in parts if part.startswith("C")))
@@ -346,7 +348,7 @@ def test_configurations_fit_their_shapes():
             assert config.mode != "tma" or name.split("/")[1].startswith("1"), (device, name)
     for channels, n, capability in itertools.product((32, 96, 320, 1280), (3, 130), ((8, 0), (9, 0), (12, 0))):
         for window in (Window(2, 8, 8), Window(99, 64, 64, (3, 3), (2, 2), (1, 1))):
-            config = w8a8_configs.default(window, channels, n, capability, False)
+            config = w8a8_configs.default(fp8.DTYPE, window, channels, n, capability, False)
             assert channels % config.bk == 0
             assert config.mode == "gather" or (capability >= (9, 0) and window.stride == (1, 1))
 

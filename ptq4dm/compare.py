@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .errors import UserError
 from .record import Calls, record_calls, replay
@@ -125,7 +126,7 @@ def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    for step in range(warmup + timed):
+    for step in tqdm(range(warmup + timed), desc="timing", unit="step"):
         for net, inputs, times in turns:
             synchronize()
             start = time.perf_counter()
@@ -175,7 +176,8 @@ def compare_denoisers(pipe, full_precision, config) -> dict:
         timesteps = heldout_timesteps(config.num_heldout, span)
         mine = slice(state.process_index, None, state.num_processes)
         seeds, timesteps = seeds[mine], timesteps[mine]
-        for k in range(0, len(seeds), config.batch_size):
+        starts = range(0, len(seeds), config.batch_size)
+        for k in tqdm(starts, desc="noise prediction", unit="batch", disable=not state.is_main_process):
             rows = slice(k, k + config.batch_size)
             error.update(model, original, record(seeds[rows], timesteps[rows]))
         if state.num_processes > 1:

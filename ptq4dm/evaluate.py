@@ -159,8 +159,6 @@ def _measure(pipe, full_precision, config: EvaluateConfig):
             "identical": errors.count(0.0),
         }
     if full_precision is not None:
-        if PartialState().is_main_process:
-            print("noise prediction errors and the time of a step ...", flush=True)
         report |= compare_denoisers(pipe, full_precision, config)
     else:
         report["bytes"] = {"model": stored_bytes(denoiser(pipe))}
@@ -192,16 +190,20 @@ def _sample_all(pipe, full_precision, config, num_paired, extractor, moments):
     parts = [seeds[:num_paired][dealt], seeds[num_paired:][dealt]]
     batches = [list(p[i : i + config.batch_size]) for p in parts for i in range(0, len(p), config.batch_size)]
 
+    alone = state.is_main_process and len(batches) == 1  # then the pipeline's own bar says more
+
     def draw(model, batch):
         return sample(
             model,
             batch,
+            progress=alone,
             num_inference_steps=config.num_inference_steps,
             conditioning=config.conditioning,
             pipeline_kwargs=config.pipeline_kwargs,
         )
 
-    bar = tqdm(total=sum(map(len, parts)), unit="image", desc="sampling", disable=not state.is_main_process)
+    hidden = alone or not state.is_main_process
+    bar = tqdm(total=sum(map(len, parts)), unit="image", desc="sampling", disable=hidden)
     for batch in batches:
         images = draw(pipe, batch)
         rows = [("quantized" if full_precision is not None else "samples", images)]

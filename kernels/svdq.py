@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import fp8
 from .int4 import dequantize_groups, quantize_activation_groups, unpack_int4
+from .int8 import dynamic_scale
 
 ACTIVATIONS = ("int4", "int8", "fp8", "none")
-FP8_MAX = 448.0
 
 
 def svdq_linear(
@@ -57,9 +58,8 @@ def round_activation(x: Tensor, activation: str, group_size: int, unsigned: bool
         return x
     if activation == "int4":
         return dequantize_groups(*quantize_activation_groups(x, group_size, unsigned))
-    limit = 127.0 if activation == "int8" else FP8_MAX
-    scale = x.abs().amax(-1, keepdim=True) / limit
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
     if activation == "int8":
+        scale = dynamic_scale(x, (-1,))
         return torch.round(x / scale) * scale
-    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+    scale = fp8.scale_of(x, (-1,))
+    return (x / scale).to(fp8.DTYPE).float() * scale

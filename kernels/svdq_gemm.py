@@ -31,21 +31,21 @@ def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexp
 
 
 @triton.jit
-def branch_step(rows, columns, first, branch_ptr, up_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr):
-    """Ranks first .. + 32, or all 16, of branch [BM, 32] and U [BN, 32]."""
-    j = first + tl.arange(0, 32 if R > 16 else 16)
-    branch = tl.load(branch_ptr + rows[:, None] * R + j[None, :], mask=(rows < M)[:, None], other=0.0)
-    there = (columns < N)[:, None] & (j < RANK)[None, :]
-    return branch, tl.load(up_ptr + columns[:, None] * RANK + j[None, :], mask=there, other=0.0)
-
-
-@triton.jit
-def branch_product(y, rows, columns, branch_ptr, up_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr):
-    """y [BM, BN] + branch [BM, R] U [BN, R]^T."""
-    for first in tl.range(0, R, 32, num_stages=1):
-        branch, up = branch_step(rows, columns, first, branch_ptr, up_ptr, M, N, RANK, R)
-        y = tl.dot(branch, up.T, y)
-    return y
+def finish(
+    y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """Store y [BM, BN] + branch [BM, R] U [BN, R]^T + bias, by pointers."""
+    if R > 0:
+        for first in tl.range(0, R, 32, num_stages=1):
+            j = first + tl.arange(0, 32 if R > 16 else 16)
+            branch = tl.load(branch_ptr + rows[:, None] * R + j[None, :], mask=(rows < M)[:, None], other=0.0)
+            there = (columns < N)[:, None] & (j < RANK)[None, :]
+            up = tl.load(up_ptr + columns[:, None] * RANK + j[None, :], mask=there, other=0.0)
+            y = tl.dot(branch, up.T, y)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 @triton.jit
@@ -124,12 +124,7 @@ def _pointer_kernel(
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
     column_scale = tl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)
     y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
-    if R > 0:
-        y = branch_product(y, rows, columns, branch_ptr, up_ptr, M, N, RANK, R)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+    finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .svdq_gemm import branch_product, multiprocessors, tile_place
+from .svdq_gemm import finish, multiprocessors, tile_place
 
 
 @triton.jit
@@ -52,12 +52,7 @@ def _w4a4_kernel(
             y += sums.to(tl.float32) * a_scale[:, None] * w_scale[None, :]
             a_scale = next_a
             w_scale = next_w
-        if R > 0:
-            y = branch_product(y, rows, columns, branch_ptr, up_ptr, M, N, RANK, R)
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-        tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+        finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
 
 
 def product(

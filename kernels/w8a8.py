@@ -63,7 +63,7 @@ def w8a8_linear(
     operands = (rows, qweight, weight_scale, bias, input_scale, input_zero_point, activation_bits)
     if len(rows) and name in (TRITON, TRITON_FP8):
         added = None if residual is None else residual.reshape(-1, len(qweight))
-        y = _LINEAR[name](*operands, added) if residual is not None else _LINEAR[name](*operands)
+        y = _LINEAR[name](*operands, added)
         return y.reshape(*x.shape[:-1], len(qweight))
     y = (_LINEAR[name] if len(rows) else reference.linear)(*operands).reshape(*x.shape[:-1], len(qweight))
     return (y if residual is None else y + residual).to(x.dtype)

@@ -89,9 +89,7 @@ def generate(args) -> None:
         pipe,
         range(args.seed, args.seed + args.num_images),
         args.output,
-        num_inference_steps=default_steps(pipe, STEPS)
-        if args.num_inference_steps is None
-        else args.num_inference_steps,
+        num_inference_steps=_steps(args, pipe),
         batch_size=args.batch_size,
         metadata={"model": str(model)},
         **_conditioning(args),
@@ -121,8 +119,7 @@ def evaluate(args) -> None:
         return
     model = _default_model(args)
     pipe = _load(args, model)
-    if args.num_inference_steps is None:
-        config.num_inference_steps = default_steps(pipe, STEPS)
+    config.num_inference_steps = _steps(args, pipe)
     original = args.full_precision or original_of(model)
     try:
         full_precision = _load(args, original) if original else None
@@ -275,6 +272,11 @@ def _calibration(args) -> CalibrationConfig:
         args.batch_size,
         args.seed,
     )
+
+
+def _steps(args, pipe) -> int:
+    """Of the sampler: as the user says, or what the model takes."""
+    return default_steps(pipe, STEPS) if args.num_inference_steps is None else args.num_inference_steps
 
 
 def _fitting(config: CalibrationConfig, args, pipe) -> CalibrationConfig:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .kernels.w8a8 import w8a8_linear
 from .kernels.w8a8_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from .modules import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
-from .sampling import denoiser
+from .sampling import model_of
 
 LAYERS = (Int8Conv2d, Int8Linear, Fp8Conv2d, Fp8Linear)
 
@@ -31,7 +31,7 @@ LAYERS = (Int8Conv2d, Int8Linear, Fp8Conv2d, Fp8Linear)
 def fuse(target) -> list[str]:
     """Fuse what can be fused in a pipeline's denoiser, or a model, in place. Returns the names of the modules."""
     fused = []
-    for name, module in _model(target).named_modules():
+    for name, module in model_of(target).named_modules():
         for plain, kind in FUSED.items():
             if type(module) is plain and kind.fits(module):
                 module.__class__ = kind
@@ -49,7 +49,7 @@ def fuse(target) -> list[str]:
 def unfuse(target) -> None:
     """Take back what `fuse` did."""
     back = {kind: plain for plain, kind in FUSED.items()}
-    for module in _model(target).modules():
+    for module in model_of(target).modules():
         if type(module) in back:
             module.__class__ = back[type(module)]
         if isinstance(module, Attention) and isinstance(module.processor, FusedAttnProcessor):
@@ -140,10 +140,6 @@ class FusedAttnProcessor(AttnProcessor2_0):
 
 
 FUSED = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D}
-
-
-def _model(target) -> nn.Module:
-    return target if isinstance(target, nn.Module) else denoiser(target)
 
 
 def _has_output(module: nn.Module) -> bool:

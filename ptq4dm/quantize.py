@@ -13,7 +13,7 @@ from .plan import Plan
 from .quantizer import mark_quantized, resolved
 from .record import replay
 from .report import QuantizationReport, Ratio, stored_bytes
-from .sampling import denoiser, evaluation_mode
+from .sampling import evaluation_mode, model_of
 from .store import CalibrationStore
 
 ERROR_SAMPLES = 32  # tuples on which layer errors are measured
@@ -53,7 +53,7 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
         A report: bytes, kernels and the SQNR of each layer's output on calibration tuples (of its weight when
         there is no store), worst first. `print(report.table())`.
     """
-    model = target if isinstance(target, nn.Module) else denoiser(target)
+    model = model_of(target)
     if any(is_quantized(module) for module in model.modules()):
         raise UserError("the model is quantized already; load it in full precision to quantize it again.")
     if store is None and config.calibration is not None:

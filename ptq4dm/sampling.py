@@ -33,6 +33,11 @@ def denoiser(pipe) -> nn.Module:
     return getattr(pipe, denoiser_name(pipe))
 
 
+def model_of(target) -> nn.Module:
+    """A model as it is, or the denoiser of a pipeline."""
+    return target if isinstance(target, nn.Module) else denoiser(target)
+
+
 def class_count(pipe) -> int | None:
     """How many class labels the denoiser knows; None when it is not class-conditional."""
     config = denoiser(pipe).config

@@ -8,11 +8,10 @@ so adapters cost what their ranks cost, no layer of their own, and the codes sta
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..errors import UserError
 from ..modules import replace_module
-from ..sampling import denoiser
+from ..sampling import model_of
 from .modules import _SVDQLayer
 
 
@@ -34,7 +33,7 @@ def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
         UserError: no adapter is on any SVDQuant layer, `scales` names one that is not there, or an adapter is no
             plain LoRA (DoRA, biases); nothing is changed then.
     """
-    model, scales = target if isinstance(target, nn.Module) else denoiser(target), _named(scales)
+    model, scales = model_of(target), _named(scales)
     found = [
         (name, wrapper)
         for name, wrapper in model.named_modules()
@@ -89,10 +88,8 @@ def _named(scales: dict[str, float] | None) -> dict[str, float]:
 
 def _fused(target, names: set[str] | None) -> list[_SVDQLayer]:
     """The layers with fused adapters, of which all `names` must be (None: any)."""
-    model = target if isinstance(target, nn.Module) else denoiser(target)
-    layers = [
-        layer for layer in model.modules() if isinstance(layer, _SVDQLayer) and getattr(layer, "adapters", None)
-    ]
+    modules = model_of(target).modules()
+    layers = [layer for layer in modules if isinstance(layer, _SVDQLayer) and getattr(layer, "adapters", None)]
     present = {name for layer in layers for name in layer.adapters}
     if names is None and not present:
         raise UserError("no adapter is fused; fuse_lora does that.")

@@ -1,4 +1,4 @@
-"""A kernel's own layout of a weight: made once, and dropped with the weight or when it changes."""
+"""What a kernel makes of a weight before it runs: made once, and dropped with the weight or when it changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (its version, {k
 
 
 def prepared(qweight: Tensor, key, build) -> Tensor:
-    """build() of this weight, kept under `key`; codes stay codes in it, never floats."""
+    """build() of this tensor, kept under `key`. Codes stay codes in it, never floats."""
     version = (qweight.data_ptr(), 0 if qweight.is_inference() else qweight._version)
     entry = CACHE.get(qweight)
     if entry is None or entry[0] != version:

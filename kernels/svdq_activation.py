@@ -5,8 +5,9 @@
     group    scale[g, m] = max |v| / 7 over 64 inputs, or max v / 15 where c > 0,   q = round(v / scale)
     branch[m, j] = sum_k x[m, k] D[j, k]
 
-Divisions are products with reciprocals taken once per column and row, so that a value within 2^-22 of a tie may get
-the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its scale is NaN.
+Divisions are products with reciprocals, of s taken once per layer and of scales once per row, so that a value within
+2^-21 of a tie may get the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its
+scale is NaN.
 
 Floor in bytes: x once, the codes once. One launch has programs of two kinds. Those that quantize hold whole rows in
 registers, all loads under way at once; those that multiply by D stream the same rows through the tensor cores a
@@ -21,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .prepared import prepared
 
 GROUP = 64
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
@@ -60,12 +63,12 @@ def _magnitude(v, UNSIGNED: tl.constexpr):
 
 
 @triton.jit
-def _smoothed(x, smooth_ptr, k, K, shift, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr):
+def _smoothed(x, inverse_ptr, k, K, shift, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr):
     v = x.to(tl.float32)
     if SHIFTED:
         v += shift
     if SMOOTHED:
-        v = v * (1.0 / tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32))[None, :]
+        v = v * tl.load(inverse_ptr + k, mask=k < K, other=1.0)[None, :]
     return v
 
 
@@ -91,7 +94,7 @@ def _branch_rows(
 
 @triton.jit
 def _quantized_rows(
-    block, x_ptr, smooth_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+    block, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
     GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +112,7 @@ def _quantized_rows(
     if GROUPED:
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            v = _smoothed(rows[i], inverse_ptr, k, K, shift, SHIFTED, SMOOTHED)
             v = tl.reshape(v, (ROWS, STEP // 64, 64))
             scale = _scale(tl.max(_magnitude(v, SHIFTED), 2), HIGH)
             codes = _rounded(v * (1.0 / scale)[:, :, None], code_type, LOW, HIGH)
@@ -120,20 +123,28 @@ def _quantized_rows(
         peak = tl.zeros((ROWS, STEP), tl.int32)
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED)
-            peak = tl.maximum(peak, tl.where((k < K)[None, :], _magnitude(v, False), 0))
+            v = _smoothed(rows[i], inverse_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            if SHIFTED:  # without one, v is 0 beyond K
+                v = tl.where((k < K)[None, :], v, 0.0)
+            peak = tl.maximum(peak, _magnitude(v, False))
         scale = _scale(tl.max(peak, 1), HIGH)
         tl.store(scales_ptr + m, scale, mask=m < M)
         inverse = (1.0 / scale)[:, None]
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            v = _smoothed(rows[i], smooth_ptr, k, K, shift, SHIFTED, SMOOTHED) * inverse
+            factor = inverse  # on another way than above, or the compiler would keep all v, twice the registers of x
+            if SMOOTHED:
+                factor = tl.load(inverse_ptr + k, mask=k < K, other=1.0)[None, :] * inverse
+            v = rows[i].to(tl.float32)
+            if SHIFTED:
+                v += shift
+            v = v * factor
             tl.store(code_rows + k[None, :], _rounded(v, code_type, LOW, HIGH), mask=inside & (k < K)[None, :])
 
 
 @triton.jit
 def activation_program(
-    program, x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
@@ -147,20 +158,20 @@ def activation_program(
             _branch_rows(block, x_ptr, down_ptr, branch_ptr, M, K, stride_m, RANK, R, BM, BK, STAGES)
     else:
         _quantized_rows(
-            block * (BM // ROWS) + part - branches, x_ptr, smooth_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+            block * (BM // ROWS) + part - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
             GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
         )  # fmt: skip
 
 
 @triton.jit
 def _activation_kernel(
-    x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     activation_program(
-        tl.program_id(0), x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+        tl.program_id(0), x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
         RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
     )  # fmt: skip
 
@@ -187,6 +198,11 @@ def empty_activation(x: Tensor, mode: str, rank: int, code_dtype: torch.dtype) -
     )
 
 
+def reciprocals(smooth: Tensor) -> Tensor:
+    """1 / smooth [K] in float32, kept with it: a division in the kernel costs more than all else per value."""
+    return prepared(smooth, "reciprocals", lambda: 1.0 / smooth.float())
+
+
 def activation_launch(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, config: dict
 ) -> tuple[int, dict]:
@@ -211,7 +227,7 @@ def quantize_activation(
     programs, constants = activation_launch(x, smooth, down, mode, shift, config)
     _activation_kernel[(programs,)](
         x,
-        x if smooth is None else smooth,
+        x if smooth is None else reciprocals(smooth),
         x if down is None else down,
         *out,
         shift,

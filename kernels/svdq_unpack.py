@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .svdq_activation import GROUP, activation_launch, activation_program
+from .svdq_activation import GROUP, activation_launch, activation_program, reciprocals
 
 ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32
 PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}
@@ -92,7 +92,7 @@ def _unpack_kernel(
 
 @triton.jit
 def _prepare_kernel(
-    x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
     q_ptr, wscales_ptr, w_ptr, weight_scales_ptr, N, GROUPS, row_programs,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -103,7 +103,7 @@ def _prepare_kernel(
     program = tl.program_id(0)
     if program < row_programs:
         activation_program(
-            program, x_ptr, smooth_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+            program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
             RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
         )  # fmt: skip
     else:
@@ -147,7 +147,8 @@ def prepare(
     n, sizes = len(qweight), _unpack_sizes(qweight, config)
     programs, constants = activation_launch(x, smooth, down, mode, shift, config)
     _prepare_kernel[(programs + triton.cdiv(n, sizes["UNPACK_ROWS"]),)](
-        x, x if smooth is None else smooth, x if down is None else down, *activation, shift, *x.shape, x.stride(0),
+        x, x if smooth is None else reciprocals(smooth), x if down is None else down, *activation, shift, *x.shape,
+        x.stride(0),
         qweight.view(torch.int32), wscales, *weight, n, wscales.shape[1], programs,
         FOLD=FOLDS[mode], PEAK=PEAK[weight[0].dtype], **sizes, **constants,
     )  # fmt: skip

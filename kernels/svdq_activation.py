@@ -9,11 +9,12 @@ Divisions are products with reciprocals, of s taken once per layer and of scales
 2^-21 of a tie may get the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its
 scale is NaN.
 
-Floor in bytes: x once, the codes once. One launch has programs of two kinds. Those that quantize hold whole rows in
-registers, all loads under way at once; those that multiply by D stream the same rows through the tensor cores a
-moment before, so that one of the two reads them from L2. (In one program the two got in each other's way: 0.8 TB/s.)
-D is read again by every block of BM rows: r / BM times the size of x, from L2. Codes stay one byte each, even of 4
-bits: they are operands of 8-bit tensor cores, and packing would cost the product its unpacking in every tile.
+Floor in bytes: x once, the codes once. One launch has programs of two kinds. Those that multiply by D stream rows
+through the tensor cores; they take longest, so all of them begin first, and no late one is waited for. Those that
+quantize hold whole rows in registers, all loads under way at once, and fill the rest. (In one program the two got in
+each other's way: 0.8 TB/s.) D is read again by every block of BM rows: r / BM times the size of x, from L2. Codes
+stay one byte each, even of 4 bits: they are operands of 8-bit tensor cores, and packing would cost the product its
+unpacking in every tile.
 """
 
 from __future__ import annotations
@@ -63,12 +64,18 @@ def _magnitude(v, UNSIGNED: tl.constexpr):
 
 
 @triton.jit
+def _inverse_of(x, inverse_ptr, k, K):
+    """1 / s in the shape of x: a thread loads what it needs. A vector would change hands through shared memory."""
+    return tl.load(tl.broadcast_to(inverse_ptr + k[None, :], x.shape), mask=(k < K)[None, :], other=1.0)
+
+
+@triton.jit
 def _smoothed(x, inverse_ptr, k, K, shift, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr):
     v = x.to(tl.float32)
     if SHIFTED:
         v += shift
     if SMOOTHED:
-        v = v * tl.load(inverse_ptr + k, mask=k < K, other=1.0)[None, :]
+        v = v * _inverse_of(x, inverse_ptr, k, K)
     return v
 
 
@@ -134,7 +141,7 @@ def _quantized_rows(
             k = i * STEP + columns
             factor = inverse  # on another way than above, or the compiler would keep all v, twice the registers of x
             if SMOOTHED:
-                factor = tl.load(inverse_ptr + k, mask=k < K, other=1.0)[None, :] * inverse
+                factor = _inverse_of(rows[i], inverse_ptr, k, K) * inverse
             v = rows[i].to(tl.float32)
             if SHIFTED:
                 v += shift
@@ -149,16 +156,14 @@ def activation_program(
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """For each BM rows the program of their branch, if R > 0 (the rank, padded), then BM / ROWS that quantize."""
-    branches: tl.constexpr = 1 if R > 0 else 0
-    programs: tl.constexpr = branches + BM // ROWS
-    block, part = program // programs, program % programs
-    if part < branches:
+    """First the programs of the branch, of BM rows each, if R > 0 (the rank, padded); then those that quantize."""
+    branches = tl.cdiv(M, BM) if R > 0 else 0
+    if program < branches:
         if R > 0:
-            _branch_rows(block, x_ptr, down_ptr, branch_ptr, M, K, stride_m, RANK, R, BM, BK, STAGES)
+            _branch_rows(program, x_ptr, down_ptr, branch_ptr, M, K, stride_m, RANK, R, BM, BK, STAGES)
     else:
         _quantized_rows(
-            block * (BM // ROWS) + part - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+            program - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
             GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
         )  # fmt: skip
 
@@ -207,8 +212,8 @@ def activation_launch(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, config: dict
 ) -> tuple[int, dict]:
     """(number of programs, constants) of `activation_program` for x [M, K]; config has SETTINGS."""
-    rank, bm, rows = 0 if down is None else len(down), config["BM"], config["ROWS"]
-    programs = triton.cdiv(len(x), bm) * (bm // rows + (rank > 0))
+    rank = 0 if down is None else len(down)
+    programs = triton.cdiv(len(x), config["ROWS"]) + (triton.cdiv(len(x), config["BM"]) if rank else 0)
     constants = dict(
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
         STEPS=triton.cdiv(x.shape[1], config["STEP"]), **limits(mode, shift != 0),

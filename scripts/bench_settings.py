@@ -9,10 +9,10 @@ from ptq4dm.kernels.svdq_linear import INT4
 
 def activation_settings(m: int, k: int) -> list[dict]:
     """BM, BK, STAGES of the programs that multiply by D; ROWS, STEP of those that quantize; warps of both."""
-    shapes = [(16, 128, 3), (16, 256, 2), (32, 64, 3), (32, 64, 4), (32, 128, 3), (64, 64, 3)]
+    shapes = [(64, 64, 4), (64, 64, 3), (32, 128, 3), (32, 64, 4)]
     if m <= 64:
         shapes = [(16, 256, 4), (16, 512, 3)]
-    rows = [(1, 512, 4), (1, 1024, 8), (2, 1024, 4), (2, 1024, 8), (1, 512, 2)]
+    rows = [(1, 512, 4), (1, 1024, 8), (2, 1024, 4), (4, 256, 4), (1, 2048, 16)]
     return [
         dict(BM=bm, BK=bk, STAGES=stages, ROWS=rows, STEP=step, num_warps=warps)
         for (bm, bk, stages), (rows, step, warps) in itertools.product(shapes, rows)

@@ -98,13 +98,14 @@ def search(
         for group in groups(work, GROUP * workers):
             if seconds is not None and time.monotonic() - began > seconds:
                 return
-            jobs = {
-                launch.compiled_as(setting): (torch.cuda.current_device(), launch, setting)
-                for launch, settings, _ in group
-                for setting in settings
-            }
-            new = [identity for identity in jobs if identity not in problems]
-            for place, problem in pool.answers([jobs[identity] for identity in new]):
+            jobs: dict[Hashable, tuple] = {}
+            for launch, settings, _ in group:
+                for setting in settings:
+                    if launch.compiled_as(setting) not in problems:
+                        job = (torch.cuda.current_device(), launch, setting)
+                        jobs.setdefault(launch.compiled_as(setting), job)
+            new = list(jobs)
+            for place, problem in pool.answers(jobs.values()):
                 problems[new[place]] = problem
             for launch, settings, current in group:
                 if seconds is not None and time.monotonic() - began > seconds:

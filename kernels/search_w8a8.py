@@ -39,8 +39,7 @@ class W8A8Launch:
         return CODES[self.form], self.case.window, channels, self.case.outputs
 
     def settings(self) -> list[dict]:
-        properties = triton.runtime.driver.active.utils.get_device_properties(torch.cuda.current_device())
-        found = candidates(self.case, self.on_load, torch.cuda.get_device_capability(), properties["max_shared_mem"])
+        found = candidates(self.case, self.on_load, torch.cuda.get_device_capability(), shared_memory())
         return [asdict(config) for config in found]
 
     def current(self) -> dict:
@@ -61,6 +60,12 @@ class W8A8Launch:
     def calls(self) -> Callable[[dict], list[Callable]]:
         inputs, call = _operands(self, None)
         return lambda setting: [functools.partial(call, x, Config(**setting)) for x in inputs]
+
+
+def shared_memory() -> int:
+    """Bytes that a program may have on this GPU."""
+    utils = triton.runtime.driver.active.utils
+    return utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
 
 
 def launches(cases: list[Case]) -> list[W8A8Launch]:

@@ -15,6 +15,9 @@ from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 
+READY = "ready"
+START = 600.0  # seconds until a new process must be ready
+
 
 class Workers:
     """`count` processes that answer function(job): a string, or None where all is well. Leave by `with`.
@@ -37,29 +40,38 @@ class Workers:
         self.idle = []
 
     def answers(self, jobs: Iterable) -> Iterator[tuple[int, str | None]]:
-        """(place of the job, its answer), as they come."""
+        """(place of the job, its answer), as they come. Raises RuntimeError where processes do not start."""
         waiting = deque(enumerate(jobs))
-        busy: dict = {}  # pipe -> (process, place of its job, when it began)
+        busy: dict = {}  # pipe -> (process, place of its job, until when)
+        fresh: set = set()  # pipes of processes that are not ready yet
         try:
             while waiting or busy:
                 while waiting and len(busy) < self.count:
                     place, job = waiting.popleft()
-                    process, pipe = self.idle.pop() if self.idle else self._start()
-                    busy[pipe] = process, place, time.monotonic()
+                    new = not self.idle
+                    process, pipe = self._start() if new else self.idle.pop()
+                    busy[pipe] = process, place, time.monotonic() + (START if new else self.limit)
+                    fresh.update([pipe] * new)
                     with suppress(OSError):  # it is gone: told below, where nothing comes back
                         pipe.send(job)
                 ready = wait(list(busy), timeout=1.0)
                 for pipe in list(busy):
-                    process, place, began = busy[pipe]
-                    late = time.monotonic() - began > self.limit
-                    if pipe not in ready and not late:
+                    process, place, until = busy[pipe]
+                    if pipe not in ready and time.monotonic() < until:
                         continue
-                    del busy[pipe]
                     try:
-                        answer, usable = pipe.recv() if pipe in ready else (f"took over {self.limit:.0f} s", False)
+                        message = pipe.recv() if pipe in ready else (f"took over {self.limit:.0f} s", False)
                     except (EOFError, OSError):
                         process.join(5)
-                        answer, usable = f"its process died (exit status {process.exitcode})", False
+                        message = f"its process died (exit status {process.exitcode})", False
+                    if message == READY:
+                        fresh.remove(pipe)
+                        busy[pipe] = process, place, time.monotonic() + self.limit
+                        continue
+                    answer, usable = message
+                    if pipe in fresh:
+                        raise RuntimeError(f"a process to try settings in does not start: {answer}.")
+                    del busy[pipe]
                     if usable:
                         self.idle.append((process, pipe))
                     else:
@@ -86,6 +98,7 @@ def _end(process, pipe) -> None:
 
 def _serve(function: Callable, pipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started it is told, and ends it
+    pipe.send(READY)
     while True:
         try:
             job = pipe.recv()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import fp8, int8, w8a8_quantize
 from .window import Window
 
+DEVICE = "cuda"
 CODES = {"int8": torch.int8, "fp8": fp8.DTYPE}
 COLD = 160e6  # bytes of inputs that a timed round goes through: more than twice the L2 of any GPU there is
 
@@ -92,18 +93,18 @@ class Operands:
     @classmethod
     def of(cls, case: Case, copies: int | None = None, seed: int = 0) -> Operands:
         """copies: of the inputs; as many as no cache holds, unless given."""
-        generator = torch.Generator("cuda").manual_seed(seed)
+        generator = torch.Generator(DEVICE).manual_seed(seed)
         w = case.window
         size = (w.batch, case.channels, w.h, w.w)
         copies = copies or max(2, min(32, int(COLD / (2 * w.batch * case.channels * w.h * w.w))))
 
         def images() -> Tensor:
-            x = F.silu(torch.randn(size, generator=generator, device="cuda")).bfloat16()
+            x = F.silu(torch.randn(size, generator=generator, device=DEVICE)).bfloat16()
             return x.flatten(1) if case.linear else x.contiguous(memory_format=torch.channels_last)
 
         shape = (case.outputs, case.channels) + (() if case.linear else w.kernel)
-        weight = torch.randn(shape, generator=generator, device="cuda") * (w.taps * case.channels) ** -0.5
-        bias = torch.randn(case.outputs, generator=generator, device="cuda").bfloat16()
+        weight = torch.randn(shape, generator=generator, device=DEVICE) * (w.taps * case.channels) ** -0.5
+        bias = torch.randn(case.outputs, generator=generator, device=DEVICE).bfloat16()
         return cls([images() for _ in range(copies)], weight, bias)
 
     def quantized(self, form: str, static: bool = True) -> tuple:
@@ -121,9 +122,9 @@ class Operands:
             grid = (None, None)
         elif form == "int8":
             s, z = int8.affine_parameters(low, high)
-            grid = (torch.tensor(s, device="cuda"), torch.tensor(z, dtype=torch.int32, device="cuda"))
+            grid = (torch.tensor(s, device=DEVICE), torch.tensor(z, dtype=torch.int32, device=DEVICE))
         else:
-            grid = (torch.tensor(max(-low, high) / fp8.LIMIT, device="cuda"), None)
+            grid = (torch.tensor(max(-low, high) / fp8.LIMIT, device=DEVICE), None)
         return codes, scale, self.bias, *grid
 
 

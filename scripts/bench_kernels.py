@@ -2,6 +2,8 @@
 
     python scripts/bench_kernels.py [--tune] [--shapes flux-qkv flux-out ...] [--rank 32] [--output out/bench]
 
+torchao and GemLite are rows of it where they are installed (bench_installed.py).
+
 Every time is the median over replays of a CUDA graph that holds several calls, each on the next of several sets of
 weights and inputs, together larger than the L2 cache; the candidates of a shape take turns. Ratios are to bf16
 `F.linear` with bias. Ours is everything: smoothing, quantization, both halves of the branch, bias.
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 import triton
 from bench_common import error, libraries, over
+from bench_installed import BUILDERS, installed
 
 from ptq4dm.errors import run
 from ptq4dm.kernels import search_svdq, svdq
@@ -105,7 +108,11 @@ def measure(name: str, activation: str, rank: int) -> dict:
     row = {"shape": name, "M": m, "N": n, "K": k, "rank": rank, "activation": activation}
     row["error"] = checked(sets[0], activation)
     ours = parts(sets[0], activation)
-    candidates = libraries(sets) | {"ours": over(sets, lambda one: svdq_linear(one.x, *arguments(one, activation)))}
+    candidates = (
+        libraries(sets)
+        | installed(sets)
+        | {"ours": over(sets, lambda one: svdq_linear(one.x, *arguments(one, activation)))}
+    )
     candidates |= {f"ours: {part}": over(sets, function) for part, (function, _, _) in ours.items()}
     times = row["us"] = race(candidates)
     row["ratio"] = {key: times["bf16"] / spent for key, spent in times.items()}
@@ -118,8 +125,19 @@ def measure(name: str, activation: str, rank: int) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown: microseconds, ratios to bf16, and what our launches reach."""
-    heads = ["shape (M,N,K)", "bf16 us", "TFLOP/s", "fp8", "fp8 + quantization", "+ branch unfused", "**ours**"]
-    lines = ["| " + " | ".join([*heads, "our launches: us, TB/s, TFLOP/s", "errors"]) + " |", "|" + "---|" * 9]
+    others = [name for name in BUILDERS if any(name in row["ratio"] for row in rows)]
+    heads = [
+        "shape (M,N,K)",
+        "bf16 us",
+        "TFLOP/s",
+        "fp8",
+        "fp8 + quantization",
+        "+ branch unfused",
+        *others,
+        "**ours**",
+    ]
+    heads += ["our launches: us, TB/s, TFLOP/s", "errors"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         us, ratio = row["us"], row["ratio"]
         launches = [
@@ -128,7 +146,8 @@ def table(rows: list[dict]) -> str:
         ]
         cells = [f"{row['shape']} {row['M']},{row['N']},{row['K']} {row['activation']} r{row['rank']}"]
         cells += [f"{us['bf16']:.1f}", f"{row['TFLOP/s']['bf16']:.0f}"]
-        cells += [f"{ratio[key]:.2f}" if key in ratio else "" for key in ("fp8", "fp8+quant", "fp8+quant+branch")]
+        compared = ("fp8", "fp8+quant", "fp8+quant+branch", *others)
+        cells += [f"{ratio[key]:.2f}" if key in ratio else "" for key in compared]
         cells += [f"**{ratio['ours']:.2f}** ({us['ours']:.1f} us)", "; ".join(launches)]
         cells += [", ".join(f"{key} {value:.1e}" for key, value in row["error"].items())]
         lines.append("| " + " | ".join(cells) + " |")

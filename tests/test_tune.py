@@ -11,7 +11,7 @@ from ptq4dm.cli import main
 from ptq4dm.kernels import search, stopwatch, tuning, workers
 
 search_svdq = pytest.importorskip("ptq4dm.kernels.search_svdq", reason="needs Triton", exc_type=ImportError)
-from ptq4dm.kernels import search_w8a8, svdq_linear, w8a8  # noqa: E402
+from ptq4dm.kernels import search_w8a8, svdq_linear, w8a8_cases  # noqa: E402
 from ptq4dm.kernels.w8a8_cases import Case, cases_of  # noqa: E402
 from ptq4dm.kernels.window import Window  # noqa: E402
 
@@ -334,6 +334,41 @@ def test_launches_of_a_layer_run(monkeypatch, mode, rank):
         assert error < (0.35 if mode == "int4" else 0.2)
 
 
+@pytest.mark.parametrize("kernel, on_load", [(1, False), (1, True), (3, False)])
+def test_launches_of_a_convolution_run(monkeypatch, kernel, on_load):
+    monkeypatch.setattr(w8a8_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(w8a8_cases, "COLD", 1)
+    case = Case(Window(20, 4, 4, (kernel, kernel), padding=(kernel // 2, kernel // 2)), 32, 16)
+    launch = search_w8a8.W8A8Launch(case, "int8", on_load)
+    setting = dict(mode="on-load" if on_load else "gather", bm=64, bn=16, bk=32, warps=4, stages=2)
+    launch.attempt(setting)
+    calls = launch.calls()(setting)
+    assert len(calls) == 2  # two inputs, at the least
+    operands = w8a8_cases.Operands.of(case)
+    x, weight = operands.inputs[0].float(), operands.weight
+    expected = torch.nn.functional.conv2d(x, weight, operands.bias.float(), padding=kernel // 2).permute(0, 2, 3, 1)
+    assert ((calls[0]().float() - expected).norm() / expected.norm()) < 0.02
+
+
+def test_the_stopwatch_takes_the_median_of_one_call(monkeypatch):
+    """Graphs of at least 12 calls, in turns; what the first rounds take is not counted."""
+
+    class Graph:
+        def __init__(self, calls):
+            self.replay, self.count = self, len(calls)
+
+    order, spent = [], iter([900.0, 90.0, 900.0, 90.0, 24.0, 15.0, 48.0, 45.0, 36.0, 30.0])
+
+    def elapsed(graph):
+        order.append(graph.count)
+        return next(spent)
+
+    monkeypatch.setattr(stopwatch, "graph_of", lambda calls: (Graph(calls), None))
+    monkeypatch.setattr(stopwatch, "elapsed", elapsed)
+    assert stopwatch.race({"a": [print], "b": [print] * 5}, rounds=3) == {"a": 3.0, "b": 2.0}
+    assert order == [12, 15] * 5
+
+
 # --- command line -------------------------------------------------------------------------------------------
 
 
@@ -389,4 +424,3 @@ def test_names_on_the_command_line_are_those_of_the_kernels():
     from ptq4dm.cli import TUNED
 
     assert list(TUNED) == list(tune.KERNELS)
-    assert w8a8.TRITON.endswith("int8")

@@ -160,7 +160,7 @@ def tune(launches: list, path: Path | None = None, seconds: float | None = None)
                 done.append(found)
                 bar.write(line(found))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+        raise UserError(f"the search stopped: {error.strerror or error} ({error.filename or path}).") from error
     finally:  # of an interrupted search, too
         for text in left_out(done):
             print(text)

@@ -3,7 +3,10 @@
 A file of `tuned/` is {"device": ..., "<kernel>": [[M, N, K, {setting: value}], ...], ...}. A GPU whose name has a
 file uses it, any other the file of its compute capability or of the nearest below. Of a kernel's entries the one
 nearest in log M, log N, log K serves: shapes between the measured ones come out sensibly. "w8a8" is
-{shape class: {setting: value}}, see w8a8_configs.py. `record` writes the file of this GPU.
+{shape class: {setting: value}}, see w8a8_configs.py.
+
+`record` writes the file of this GPU (search.py and `ptq4dm bench tune` do). It lies in `tuned/` beside this file, or
+in the user's folder, $PTQ4DM_TUNED or else ~/.cache/ptq4dm/tuned, whose entries come before those beside this file.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -53,11 +57,22 @@ def _merged(device: torch.device) -> dict:
 
 @functools.cache
 def own(device: torch.device) -> dict:
-    """What was measured on GPUs of this name; {} without a file."""
+    """What was measured on GPUs of this name; {} without a file. The user's entries before the package's."""
     if device.type != "cuda":
         return {}
     name = slug(torch.cuda.get_device_name(device))
-    return _read(name) if (FOLDER / f"{name}.json").is_file() else {}
+    shipped, users = (settings_in(folder / f"{name}.json") for folder in (FOLDER, user_folder()))
+    return {kernel: _together(shipped.get(kernel), users.get(kernel)) for kernel in {**shipped, **users}}
+
+
+def _together(shipped, users):
+    """A kernel's entries of two files; where both measured the same, the user's."""
+    if shipped is None or users is None or isinstance(users, str):
+        return shipped if users is None else users
+    if isinstance(users, dict):
+        return shipped | users
+    measured = [entry[:3] for entry in users]
+    return [entry for entry in shipped if entry[:3] not in measured] + users
 
 
 def forget() -> None:
@@ -74,22 +89,59 @@ def _general() -> list[tuple[int, int]]:
 
 @functools.cache
 def _read(name: str) -> dict:
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return settings_in(FOLDER / f"{name}.json")
+
+
+def settings_in(path: Path) -> dict:
+    """A file's settings; {} where there is none. Raises ValueError for a file that is no settings."""
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of settings ({error}); delete it and measure anew.") from None
+    if not isinstance(table, dict) or "device" not in table:
+        raise ValueError(f"{path} is no file of settings; delete it and measure anew.")
+    return table
+
+
+def user_folder() -> Path:
+    """Where a user's own files of settings are: $PTQ4DM_TUNED, else ptq4dm/tuned in the folder for caches."""
+    if named := os.environ.get("PTQ4DM_TUNED"):
+        return Path(os.path.expanduser(named))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "ptq4dm" / "tuned"
 
 
 def tuned_file() -> Path:
-    return FOLDER / f"{slug(torch.cuda.get_device_name())}.json"
+    """Where `record` writes for this GPU: `tuned/` beside this file, as in a checkout.
+
+    The user's folder if $PTQ4DM_TUNED names one, if it has a file of this GPU, which would hide what is written
+    here, or if this folder is read-only.
+    """
+    name = f"{slug(torch.cuda.get_device_name())}.json"
+    users = user_folder() / name
+    beside = not os.environ.get("PTQ4DM_TUNED") and not users.is_file() and os.access(FOLDER, os.W_OK)
+    return FOLDER / name if beside else users
 
 
-def record(kernel: str, key: list[int] | str, settings: dict) -> None:
-    """Put the settings for sizes [M, N, K], or for a shape class, into the file of this GPU."""
-    path = tuned_file()
-    table = json.loads(path.read_text()) if path.is_file() else {"device": torch.cuda.get_device_name()}
+def record(kernel: str, key: list[int] | str, settings: dict, path: Path | None = None) -> None:
+    """Put the settings for sizes [M, N, K], or for a shape class, into the file of this GPU, or into `path`.
+
+    The file is whole at any time: it is replaced by a new one.
+    """
+    path = path or tuned_file()
+    table = settings_in(path) or {"device": torch.cuda.get_device_name()}
     if isinstance(key, str):
         table.setdefault(kernel, {})[key] = settings
     else:
         table[kernel] = [old for old in table.get(kernel, []) if old[:3] != key] + [[*key, settings]]
-    path.write_text(formatted(table))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(formatted(table), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     forget()
 
 

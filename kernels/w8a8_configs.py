@@ -1,6 +1,6 @@
 """Which tile the W8A8 kernel uses: measured where a device was tuned, else one that is sane for its capability.
 
-A GPU's file in tuned/ has "w8a8": {shape class: Config}; scripts/bench_conv.py --tune makes it. A shape class is the
+A GPU's file in tuned/ has "w8a8": {shape class: Config}; `ptq4dm bench tune` makes it. A shape class is the
 operand type, the window, the channels and the number of rows to the nearest power of two.
 """
 

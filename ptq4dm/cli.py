@@ -12,6 +12,7 @@ from . import __version__
 
 STEPS = "50, or what the model was distilled to"
 DTYPES = ("float32", "bfloat16", "float16")
+TUNED = ("w4a8-fp8", "w4a8-int8", "w4a4", "w4a16", "w8a8")
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,17 +145,46 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--evaluate-every", type=int, **none, help="images between checkpoints and grids (50000)")
     training.add_argument("--num-fid", type=int, **none, help="images of a feature-FID; 0: none (5000 at 32x32)")
 
-    bench = command("bench", "Compare samplers: Frechet distance against evaluations of the model.")
-    bench.add_argument("subject", choices=["samplers"], help="what to compare")
-    _model(bench, "unet-cifar10")
-    bench.add_argument(
+    bench = command("bench", "Compare samplers; find the fastest settings of the kernels on a GPU.")
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="subject", parser_class=Parser)
+
+    def subject(name: str, text: str) -> argparse.ArgumentParser:
+        return subjects.add_parser(name, help=text, description=text, formatter_class=Help)
+
+    samplers = subject("samplers", "Compare samplers: Frechet distance against evaluations of the model.")
+    _model(samplers, "unet-cifar10")
+    samplers.add_argument(
         "--samplers", nargs="+", metavar="NAME", help="as for --sampler of generate; the usual ones otherwise"
     )
-    bench.add_argument("--evaluations", nargs="+", type=int, metavar="N", help="budgets; 5 6 8 10 15 20 50")
-    bench.add_argument("--num-images", type=int, default=1000)
-    bench.add_argument("--batch-size", type=int, default=100)
-    bench.add_argument("--seed", type=int, default=0)
-    bench.add_argument("--output", default="out/bench", help="folder of samplers.json and samplers.png; resumed")
+    samplers.add_argument("--evaluations", nargs="+", type=int, metavar="N", help="budgets; 5 6 8 10 15 20 50")
+    samplers.add_argument("--num-images", type=int, default=1000)
+    samplers.add_argument("--batch-size", type=int, default=100)
+    samplers.add_argument("--seed", type=int, default=0)
+    samplers.add_argument("--output", default="out/bench", help="folder of samplers.json and samplers.png; resumed")
+
+    tune = subject("tune", "Time the kernels' settings on this GPU, and record the fastest where the kernels look.")
+    _model(tune, None, "tune for its layers; the shapes of the README and of unet-cifar10 otherwise")
+    tune.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=TUNED,
+        metavar="NAME",
+        help=f"{', '.join(TUNED)}; what serves a shape otherwise: w4a16 up to 64 rows, above w4a8 and w4a4; and w8a8",
+    )
+    tune.add_argument(
+        "--shapes", nargs="+", metavar="M,N,K", help="of Linear layers (rows, outputs, inputs) instead of a model's"
+    )
+    tune.add_argument("--batch-size", type=int, help="images at once; 256 for the embedded models, 1 for others")
+    tune.add_argument(
+        "--minutes", type=float, help="begin no more launches after so many; the rest keeps what it had"
+    )
+    tune.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSON of the settings; otherwise where the kernels look for it: kernels/tuned/ of the package, or if "
+        "that is read-only, or $PTQ4DM_TUNED is set, that folder or ~/.cache/ptq4dm/tuned",
+    )
+    _conditioning(tune)
 
     info = command("info", "What a model is: layers, formats, kernels, bytes.")
     _model(info, None, "out/quantized if `quantize` made it, else unet-cifar10")

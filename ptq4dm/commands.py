@@ -21,7 +21,7 @@ from .layers import find_layers
 from .plan import Plan
 from .quantize import quantize as quantize_model
 from .quantizer import quantization_config
-from .reference import check_device, load_pipeline
+from .reference import EMBEDDED, check_device, load_pipeline
 from .report import kernel_report, stored_bytes
 from .sampling import default_steps, denoiser
 from .saved import RECORD, check_output, make_parent, original_of, save_quantized
@@ -141,6 +141,10 @@ def evaluate(args) -> None:
 
 
 def bench(args) -> None:
+    {"samplers": _bench_samplers, "tune": _bench_tune}[args.subject](args)
+
+
+def _bench_samplers(args) -> None:
     from .samplers.bench import SamplerBench, bench_samplers
     from .samplers.bench_report import plot_rows, table
 
@@ -157,6 +161,40 @@ def bench(args) -> None:
     print(f"figures: {output}")
     if plot_rows(str(args.model), rows, output.with_suffix(".png")):
         print(f"picture: {output.with_suffix('.png')}")
+
+
+def _bench_tune(args) -> None:
+    from . import tune
+
+    if args.shapes and args.model:
+        raise UserError("--shapes stand for a model's layers; give one of --shapes and --model.")
+    if args.minutes is not None and not args.minutes > 0:
+        raise UserError(f"--minutes must be above 0; got {args.minutes}.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1; got {args.batch_size}.")
+    shapes = [tune.parse_shape(text) for text in args.shapes or ()]
+    tune.check_gpu()
+    _one_process(args)
+    device = _device(args)
+    if device.type != "cuda":
+        raise UserError(f"kernels are tuned on a GPU, not on {device}.")
+    torch.cuda.set_device(device)
+    if shapes:
+        cases = tune.linear_cases(shapes)
+    elif args.model or not args.kernels or tune.W8A8 in args.kernels:
+        model = args.model or "unet-cifar10"
+        batch = args.batch_size or (256 if model in EMBEDDED else 1)
+        cases = tune.cases_of_pipeline(_load(args, model), batch, **_conditioning(args))
+        shapes = tune.linear_shapes(cases) if args.model else tune.known_shapes()
+        torch.cuda.empty_cache()
+    else:
+        shapes, cases = tune.known_shapes(), []
+    output = Path(args.output) if args.output else None
+    tune.tune(tune.plan(args.kernels, shapes, cases), output, args.minutes and 60 * args.minutes)
+    if output is not None:
+        from .kernels.tuning import tuned_file
+
+        print(f"the kernels do not look there; to use it, copy it to {tuned_file()}")
 
 
 def distill(args) -> None:

@@ -13,20 +13,46 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
-import sys
 from pathlib import Path
 
 import torch
-from conv_cases import Operands, cases_of, encoded, full_precision_call, layer_call, microseconds, product_call
+import torch.nn.functional as F
+from torch import Tensor
 
 import ptq4dm
 from ptq4dm.errors import run
+from ptq4dm.kernels import search_w8a8, w8a8, w8a8_launch
 from ptq4dm.kernels import w8a8_reference as reference
+from ptq4dm.kernels.stopwatch import graph_of, launched, microseconds
+from ptq4dm.kernels.w8a8_cases import Case, Operands, cases_of, encoded
 from ptq4dm.reference import load_reference
 from ptq4dm.sampling import denoiser
+from ptq4dm.tune import check_gpu, tune
 
 LIMIT = 4e-3  # relative error of a bf16 output
+
+
+def layer_call(case: Case, operands: tuple, x: Tensor) -> Tensor:
+    """What a quantized layer does, quantization of its input included."""
+    if case.linear:
+        return w8a8.w8a8_linear(x, *operands, 8)
+    w = case.window
+    return w8a8.w8a8_conv2d(x, *operands, 8, w.stride, w.padding, w.dilation, 1)
+
+
+def full_precision_call(case: Case, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    w = case.window
+    return F.linear(x, weight, bias) if case.linear else F.conv2d(x, weight, bias, w.stride, w.padding, w.dilation)
+
+
+def product_call(case: Case, operands: tuple, codes: Tensor) -> Tensor:
+    """The product alone, on codes that are there."""
+    return w8a8_launch.multiply(codes, case.window, *operands, 8, None, None, torch.bfloat16)
+
+
+def over(call, inputs: list) -> float:
+    """Median microseconds of call(x), over the inputs."""
+    return microseconds([lambda x=x: call(x) for x in inputs])
 
 
 def bench_layer(case) -> dict:
@@ -35,15 +61,15 @@ def bench_layer(case) -> dict:
     if half.ndim == 4:
         half = half.contiguous(memory_format=torch.channels_last)
     row = {"layer": case.name, "count": case.count, "GFLOP": case.operations / 1e9, "MB": case.floor_bytes / 1e6}
-    row["bf16_us"] = microseconds(lambda x: full_precision_call(case, half, operands.bias, x), inputs)
+    row["bf16_us"] = over(lambda x: full_precision_call(case, half, operands.bias, x), inputs)
     for form in ("int8", "fp8"):
         quantized = operands.quantized(form)
         row[f"{form}_error"] = check(case, quantized, inputs[0])
-        row[f"{form}_us"] = microseconds(lambda x, q=quantized: layer_call(case, q, x), inputs)
+        row[f"{form}_us"] = over(lambda x, q=quantized: layer_call(case, q, x), inputs)
         codes = [encoded(case, quantized, x) for x in inputs]
-        row[f"{form}_product_us"] = microseconds(lambda x, q=quantized: product_call(case, q, x), codes)
+        row[f"{form}_product_us"] = over(lambda x, q=quantized: product_call(case, q, x), codes)
     dynamic = operands.quantized("int8", static=False)
-    row["int8_dynamic_us"] = microseconds(lambda x: layer_call(case, dynamic, x), inputs)
+    row["int8_dynamic_us"] = over(lambda x: layer_call(case, dynamic, x), inputs)
     return row
 
 
@@ -83,33 +109,6 @@ def layer_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def milliseconds(call, rounds: int = 20) -> float:
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def graphed(call):
-    """(replay, its output) of a CUDA graph of call()."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
-    return graph.replay, output
-
-
 def inputs_of(model, batch: int, device: str) -> tuple[torch.Tensor, ...]:
     """(noise, timestep) of unet-cifar10; (noise, timestep, labels) of dit-cifar10."""
     noise = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
@@ -144,11 +143,11 @@ def bench_model(name: str, batch: int, compiled: bool) -> list[dict]:
             call = lambda one=one: one(x, *rest).sample  # noqa: E731
             answer = call().clone()
             truth = answer if truth is None else truth
-            row = {"model": form, "kind": kind, "ms": milliseconds(call)}
-            replay, output = graphed(call)
-            row["graph_ms"] = milliseconds(replay)
+            row = {"model": form, "kind": kind, "ms": launched(call) / 1e3}
+            graph, output = graph_of([call])
+            row["graph_ms"] = launched(graph.replay) / 1e3
             first = output.clone()
-            replay()
+            graph.replay()
             row["same_bits"] = bool(torch.equal(first, output)) and bool(torch.equal(first, answer))
             row["error"] = float((first.float() - truth.float()).norm() / truth.float().norm())
             rows.append(row)
@@ -183,20 +182,16 @@ def main():
     parser.add_argument("--only", choices=["layers", "model"])
     parser.add_argument("--tune", action="store_true", help="find the tiles for this GPU first")
     parser.add_argument("--budget", type=float, default=220, help="seconds for --tune")
-    parser.add_argument("--workers", type=int, default=12, help="processes that compile for --tune")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a CUDA GPU.")
+    check_gpu()
     torch.backends.cudnn.benchmark = True
     model = denoiser(load_reference(args.model))
-    cases = cases_of(model, inputs_of(model, 1, "cpu"), args.batch_size)
+    cases = cases_of(model, lambda: model(*inputs_of(model, 1, "cpu")), args.batch_size)
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "batch_size": args.batch_size}
     if args.tune:
-        from tune_conv import tune
-
-        tune(cases, args.budget, args.workers)
+        tune(search_w8a8.launches(cases), seconds=args.budget)
 
     def save():
         if args.json:

@@ -2,10 +2,12 @@
 
     python scripts/bench_kernels.py [--tune] [--shapes flux-qkv flux-out ...] [--rank 32] [--output out/bench]
 
+torchao and GemLite are rows of it where they are installed (bench_installed.py).
+
 Every time is the median over replays of a CUDA graph that holds several calls, each on the next of several sets of
 weights and inputs, together larger than the L2 cache; the candidates of a shape take turns. Ratios are to bf16
 `F.linear` with bias. Ours is everything: smoothing, quantization, both halves of the branch, bias.
---tune first measures every setting of bench_tune.py and writes the best ones in the form of kernels/tuned/.
+--tune first searches settings for these shapes, as `ptq4dm bench tune` does, and records them where kernels look.
 """
 
 from __future__ import annotations
@@ -15,27 +17,23 @@ import importlib.util
 import json
 from pathlib import Path
 
-import bench_tune
 import torch
 import triton
-from bench_common import error, libraries, over, race, sets_for
+from bench_common import error, libraries, over
+from bench_installed import BUILDERS, installed
 
-from ptq4dm.kernels import svdq
+from ptq4dm.errors import run
+from ptq4dm.kernels import search_svdq, svdq
+from ptq4dm.kernels.search_svdq import chosen, sets_for, state_for
+from ptq4dm.kernels.stopwatch import race
 from ptq4dm.kernels.svdq_linear import svdq_linear
 from ptq4dm.kernels.tuning import tuned_file
+from ptq4dm.tune import check_gpu, tune
 
-SHAPES = {  # M, N, K
-    "flux-qkv": (4608, 9216, 3072),
-    "flux-out": (4608, 3072, 3072),
-    "flux-up": (4608, 12288, 3072),
-    "flux-down": (4608, 3072, 12288),
-    "pixart-fc1": (4096, 4608, 1152),
-    "sdxl-ff": (4096, 10240, 1280),
+SHAPES = search_svdq.SHAPES | {  # M, N, K
     "dit-fc1": (16384, 1536, 384),
     "rows-256": (256, 12288, 3072),
     "rows-64": (64, 12288, 3072),
-    "adaln-1": (1, 18432, 3072),
-    "adaln-16": (16, 18432, 3072),
 }
 
 LIMITS = {  # relative errors; the reference does not round the folded weights of 8-bit activations to e4m3 or int8
@@ -58,7 +56,7 @@ def checked(one, activation: str) -> dict[str, float]:
         raise SystemExit("two runs of our kernels gave different bits")
     reference = svdq.svdq_linear(one.x.float(), *arguments(one, activation))
     found = {"to reference": error(y, reference)}
-    if "product" in bench_tune.chosen(one, activation) and activation != "int4":
+    if "product" in chosen(one, activation) and activation != "int4":
         found["to formula"] = error(y, formula(one, activation))
     limit = LIMITS[activation]
     if not all(found[key] < limit[key] for key in found):
@@ -68,8 +66,8 @@ def checked(one, activation: str) -> dict[str, float]:
 
 def formula(one, activation: str) -> torch.Tensor:
     """The product of the codes that our kernels made, in float64."""
-    state = bench_tune.state_for(one, activation)
-    bench_tune.run("prepare", one, bench_tune.chosen(one, activation)["prepare"], state)
+    state = state_for(one, activation)
+    search_svdq.run("prepare", one, chosen(one, activation)["prepare"], state)
     (codes, row_scale, branch), (w8, column_scale) = state.rows, state.weight
     expected = (codes.double() * row_scale.double()[:, None]) @ (w8.double() * column_scale.double()[:, None]).T
     if one.up is not None:
@@ -84,7 +82,7 @@ def parts(one, activation: str) -> dict[str, tuple]:
     """
     (m, k), n = one.x.shape, len(one.qweight)
     rank = 0 if one.down is None else len(one.down)
-    state, settings = bench_tune.state_for(one, activation), bench_tune.chosen(one, activation)
+    state, settings = state_for(one, activation), chosen(one, activation)
     width = state.weight[0].element_size()
     packed, branch = n * k // 2 + one.wscales.nbytes, 2 * rank * (m + n)
     rows = 2 * m * k + m * k + 4 * state.rows[1].numel() + 2 * m * rank if activation != "none" else 0
@@ -99,34 +97,47 @@ def parts(one, activation: str) -> dict[str, tuple]:
     if "prepare" in settings:
         settings = {"activation": settings["prepare"], "unpack": settings["prepare"]} | settings
     return {
-        step: (lambda one, step=step, setting=setting: bench_tune.run(step, one, setting, state), *work[step])
+        step: (lambda one, step=step, setting=setting: search_svdq.run(step, one, setting, state), *work[step])
         for step, setting in settings.items()
     }
 
 
-def measure(name: str, activation: str, rank: int, tune: bool) -> dict:
+def measure(name: str, activation: str, rank: int) -> dict:
     m, n, k = SHAPES[name]
     sets = sets_for(m, n, k, rank)
-    if tune:
-        bench_tune.tune(sets, activation)
     row = {"shape": name, "M": m, "N": n, "K": k, "rank": rank, "activation": activation}
     row["error"] = checked(sets[0], activation)
     ours = parts(sets[0], activation)
-    candidates = libraries(sets) | {"ours": over(sets, lambda one: svdq_linear(one.x, *arguments(one, activation)))}
+    candidates = (
+        libraries(sets)
+        | installed(sets)
+        | {"ours": over(sets, lambda one: svdq_linear(one.x, *arguments(one, activation)))}
+    )
     candidates |= {f"ours: {part}": over(sets, function) for part, (function, _, _) in ours.items()}
     times = row["us"] = race(candidates)
     row["ratio"] = {key: times["bf16"] / spent for key, spent in times.items()}
     row["TB/s"] = {part: moved / times[f"ours: {part}"] / 1e6 for part, (_, moved, _) in ours.items()}
     row["TFLOP/s"] = {part: work / times[f"ours: {part}"] / 1e6 for part, (_, _, work) in ours.items()}
     row["TFLOP/s"]["bf16"] = 2 * m * n * k / times["bf16"] / 1e6
-    row["settings"] = bench_tune.chosen(sets[0], activation)
+    row["settings"] = chosen(sets[0], activation)
     return row
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: microseconds, ratios to bf16, and what our launches reach."""
-    heads = ["shape (M,N,K)", "bf16 us", "TFLOP/s", "fp8", "fp8 + quantization", "+ branch unfused", "**ours**"]
-    lines = ["| " + " | ".join([*heads, "our launches: us, TB/s, TFLOP/s", "errors"]) + " |", "|" + "---|" * 9]
+    others = [name for name in BUILDERS if any(name in row["ratio"] for row in rows)]
+    heads = [
+        "shape (M,N,K)",
+        "bf16 us",
+        "TFLOP/s",
+        "fp8",
+        "fp8 + quantization",
+        "+ branch unfused",
+        *others,
+        "**ours**",
+    ]
+    heads += ["our launches: us, TB/s, TFLOP/s", "errors"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         us, ratio = row["us"], row["ratio"]
         launches = [
@@ -135,7 +146,8 @@ def table(rows: list[dict]) -> str:
         ]
         cells = [f"{row['shape']} {row['M']},{row['N']},{row['K']} {row['activation']} r{row['rank']}"]
         cells += [f"{us['bf16']:.1f}", f"{row['TFLOP/s']['bf16']:.0f}"]
-        cells += [f"{ratio[key]:.2f}" if key in ratio else "" for key in ("fp8", "fp8+quant", "fp8+quant+branch")]
+        compared = ("fp8", "fp8+quant", "fp8+quant+branch", *others)
+        cells += [f"{ratio[key]:.2f}" if key in ratio else "" for key in compared]
         cells += [f"**{ratio['ours']:.2f}** ({us['ours']:.1f} us)", "; ".join(launches)]
         cells += [", ".join(f"{key} {value:.1e}" for key, value in row["error"].items())]
         lines.append("| " + " | ".join(cells) + " |")
@@ -176,23 +188,24 @@ def main():
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--activation", choices=list(LIMITS), default="fp8")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--tune", action="store_true", help="search settings first; writes kernels/tuned/")
+    parser.add_argument("--tune", action="store_true", help="search settings first, and record them")
     parser.add_argument("--output", type=Path, default=Path("out/bench-kernels"))
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("these kernels are timed on a GPU; torch finds none here.")
+    check_gpu()
     args.output.mkdir(parents=True, exist_ok=True)
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     report |= {"copy TB/s": copy_bandwidth(), "rows": []}
     print(json.dumps(report), flush=True)
+    if args.tune:
+        shapes = [SHAPES[name] for name in args.shapes]
+        tune([one for shape in shapes for one in search_svdq.launches(*shape, args.rank, args.activation)])
+        (args.output / tuned_file().name).write_text(tuned_file().read_text())
     for name in args.shapes:
         print(name, flush=True)
-        report["rows"].append(measure(name, args.activation, args.rank, args.tune))
+        report["rows"].append(measure(name, args.activation, args.rank))
         print(table(report["rows"][-1:]), flush=True)
         (args.output / "bench_kernels.json").write_text(json.dumps(report, indent=1))
         (args.output / "bench_kernels.md").write_text(table(report["rows"]))
-        if args.tune:
-            (args.output / tuned_file().name).write_text(tuned_file().read_text())
         torch.cuda.empty_cache()
     print(table(report["rows"]))
     if importlib.util.find_spec("matplotlib"):
@@ -200,4 +213,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import bench_common  # noqa: F401  (lets ptq4dm.kernels be imported without diffusers)
 import torch
 import triton
 from triton.backends.compiler import GPUTarget

@@ -1,17 +1,18 @@
-"""The products of a model's layers as cases to time: operands made on the device, and a stopwatch."""
+"""The products of a model's W8A8 layers as cases to time, and operands for them, made on the device."""
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq4dm.kernels import fp8, int8, w8a8, w8a8_launch, w8a8_quantize
-from ptq4dm.kernels.window import Window
+from . import fp8, int8, w8a8_quantize
+from .window import Window
 
+DEVICE = "cuda"
 CODES = {"int8": torch.int8, "fp8": fp8.DTYPE}
 COLD = 160e6  # bytes of inputs that a timed round goes through: more than twice the L2 of any GPU there is
 
@@ -50,27 +51,35 @@ class Case:
         return f"{self.channels}->{self.outputs} {where}"
 
 
-def cases_of(model: nn.Module, inputs: tuple, batch: int) -> list[Case]:
-    """Every different product of a model's Linear and Conv2d layers, at `batch` images; inputs: of one image."""
+def cases_of(model: nn.Module, run: Callable[[], object], batch: int) -> list[Case]:
+    """Every different product of a model's Linear and Conv2d layers, at `batch` images; run: calls it with one."""
     seen: dict[Case, int] = {}
 
     def record(layer, args, _):
         x = args[0]
         if isinstance(layer, nn.Conv2d):
             geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            case = Case(Window(batch, *x.shape[2:], *geometry), layer.in_channels, layer.out_channels)
+            case = Case(Window(len(x) * batch, *x.shape[2:], *geometry), layer.in_channels, layer.out_channels)
         else:
             case = Case(Window(x.numel() // x.shape[-1] * batch, 1, 1), layer.in_features, layer.out_features)
         seen[case] = seen.get(case, 0) + 1
 
-    layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Conv2d)]
-    handles = [layer.register_forward_hook(record) for layer in layers]
-    with torch.no_grad():
-        model(*inputs)
-    for handle in handles:
-        handle.remove()
-    every = [Case(case.window, case.channels, case.outputs, count) for case, count in seen.items()]
+    handles = [module.register_forward_hook(record) for module in model.modules() if _served(module)]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    every = [replace(case, count=count) for case, count in seen.items()]
     return sorted(every, key=lambda case: -case.operations * case.count)
+
+
+def _served(module: nn.Module) -> bool:
+    """Whether the W8A8 kernels would: grouped convolutions and padding that is no zeros are left to others."""
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
+    return type(module) is nn.Linear
 
 
 @dataclass
@@ -82,19 +91,20 @@ class Operands:
     bias: Tensor
 
     @classmethod
-    def of(cls, case: Case, seed: int = 0) -> Operands:
-        generator = torch.Generator("cuda").manual_seed(seed)
+    def of(cls, case: Case, copies: int | None = None, seed: int = 0) -> Operands:
+        """copies: of the inputs; as many as no cache holds, unless given."""
+        generator = torch.Generator(DEVICE).manual_seed(seed)
         w = case.window
         size = (w.batch, case.channels, w.h, w.w)
-        copies = max(2, min(32, int(COLD / (2 * w.batch * case.channels * w.h * w.w))))
+        copies = copies or max(2, min(32, int(COLD / (2 * w.batch * case.channels * w.h * w.w))))
 
         def images() -> Tensor:
-            x = F.silu(torch.randn(size, generator=generator, device="cuda")).bfloat16()
+            x = F.silu(torch.randn(size, generator=generator, device=DEVICE)).bfloat16()
             return x.flatten(1) if case.linear else x.contiguous(memory_format=torch.channels_last)
 
         shape = (case.outputs, case.channels) + (() if case.linear else w.kernel)
-        weight = torch.randn(shape, generator=generator, device="cuda") * (w.taps * case.channels) ** -0.5
-        bias = torch.randn(case.outputs, generator=generator, device="cuda").bfloat16()
+        weight = torch.randn(shape, generator=generator, device=DEVICE) * (w.taps * case.channels) ** -0.5
+        bias = torch.randn(case.outputs, generator=generator, device=DEVICE).bfloat16()
         return cls([images() for _ in range(copies)], weight, bias)
 
     def quantized(self, form: str, static: bool = True) -> tuple:
@@ -112,53 +122,13 @@ class Operands:
             grid = (None, None)
         elif form == "int8":
             s, z = int8.affine_parameters(low, high)
-            grid = (torch.tensor(s, device="cuda"), torch.tensor(z, dtype=torch.int32, device="cuda"))
+            grid = (torch.tensor(s, device=DEVICE), torch.tensor(z, dtype=torch.int32, device=DEVICE))
         else:
-            grid = (torch.tensor(max(-low, high) / fp8.LIMIT, device="cuda"), None)
+            grid = (torch.tensor(max(-low, high) / fp8.LIMIT, device=DEVICE), None)
         return codes, scale, self.bias, *grid
-
-
-def layer_call(case: Case, operands: tuple, x: Tensor) -> Tensor:
-    """What a quantized layer does, quantization of its input included."""
-    if case.linear:
-        return w8a8.w8a8_linear(x, *operands, 8)
-    w = case.window
-    return w8a8.w8a8_conv2d(x, *operands, 8, w.stride, w.padding, w.dilation, 1)
-
-
-def full_precision_call(case: Case, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    w = case.window
-    return F.linear(x, weight, bias) if case.linear else F.conv2d(x, weight, bias, w.stride, w.padding, w.dilation)
 
 
 def encoded(case: Case, operands: tuple, x: Tensor) -> Tensor:
     """The codes of one input, as the quantize kernel writes them."""
     x = x[:, :, None, None] if case.linear else x
     return w8a8_quantize.quantize(x, *operands[3:], 8, operands[0].dtype, case.window.padding)
-
-
-def product_call(case: Case, operands: tuple, codes: Tensor) -> Tensor:
-    """The product alone, on codes that are there."""
-    return w8a8_launch.multiply(codes, case.window, *operands, 8, None, None, torch.bfloat16)
-
-
-def microseconds(call, inputs: list, rounds: int = 15) -> float:
-    """Median time of call(x), by replays of a CUDA graph that goes through all the inputs."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for x in inputs[:2]:
-            call(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for x in inputs:
-            call(x)
-    times = []
-    for _ in range(rounds + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(inputs))
-    return statistics.median(times[2:])

@@ -1,10 +1,10 @@
-"""The settings of the kernels that `bench_kernels.py --tune` tries."""
+"""The settings of SVDQuant's kernels that a search tries (search.py)."""
 
 from __future__ import annotations
 
 import itertools
 
-from ptq4dm.kernels.svdq_linear import INT4
+from .svdq_linear import INT4
 
 
 def activation_settings(m: int, k: int) -> list[dict]:

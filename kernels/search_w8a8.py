@@ -1,0 +1,142 @@
+"""The W8A8 kernel's tiles for a model's layers, to be searched: one launch for each shape class and operand type."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import triton
+
+from . import w8a8, w8a8_configs, w8a8_launch, w8a8_quantize, w8a8_triton
+from .prepared import prepared
+from .w8a8_cases import CODES, Case, Operands, encoded
+from .w8a8_configs import Config
+
+DEVICE = "cuda"
+FEW_IMAGES = 16  # enough to see whether a candidate runs
+
+
+@dataclass(frozen=True)
+class W8A8Launch:
+    """form: of the codes, "int8" or "fp8"; on_load: the input is quantized as it is loaded, else it is codes."""
+
+    case: Case
+    form: str
+    on_load: bool
+
+    kernel = "w8a8"
+
+    @property
+    def key(self) -> str:
+        return w8a8_configs.shape_class(*self._sizes, self.on_load)
+
+    @property
+    def _sizes(self) -> tuple:
+        channels = w8a8_quantize.stored_channels(self.case.channels)
+        return CODES[self.form], self.case.window, channels, self.case.outputs
+
+    def settings(self) -> list[dict]:
+        found = candidates(self.case, self.on_load, torch.cuda.get_device_capability(), shared_memory())
+        return [asdict(config) for config in found]
+
+    def current(self) -> dict:
+        return asdict(w8a8_configs.choose(*self._sizes, torch.device(DEVICE), self.on_load))
+
+    def compiled_as(self, setting: dict) -> tuple:
+        """The sizes of images and batches are not compiled in."""
+        case, setting = self.case, tuple(sorted(setting.items()))
+        return (
+            self.form, self.on_load, setting, case.channels, case.outputs, case.window.kernel, case.window.stride,
+        )  # fmt: skip
+
+    def attempt(self, setting: dict) -> None:
+        few = replace(self.case.window, batch=min(FEW_IMAGES, self.case.window.batch))
+        (x,), call = _operands(replace(self, case=replace(self.case, window=few)), 1)
+        call(x, Config(**setting))
+
+    def calls(self) -> Callable[[dict], list[Callable]]:
+        inputs, call = _operands(self, None)
+        return lambda setting: [functools.partial(call, x, Config(**setting)) for x in inputs]
+
+
+def shared_memory() -> int:
+    """Bytes that a program may have on this GPU."""
+    utils = triton.runtime.driver.active.utils
+    return utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+
+
+def launches(cases: list[Case]) -> list[W8A8Launch]:
+    """One for each shape class and each type of codes that this GPU multiplies."""
+    found: dict[str, W8A8Launch] = {}
+    for case in cases:
+        for form, dtype in CODES.items():
+            if w8a8.kernel_name(torch.device(DEVICE), dtype=dtype) == w8a8.REFERENCE:
+                continue
+            plain = case.window.taps == 1 and case.window.padding == (0, 0)
+            kinds = [True] * (plain and case.outputs <= w8a8_launch.ON_LOAD_OUTPUTS)
+            kinds += [False] * (not kinds or (case.channels, case.outputs) == (128, 128))  # query, key, value: codes
+            for on_load in kinds:
+                launch = W8A8Launch(case, form, on_load)
+                found.setdefault(launch.key, launch)
+    return list(found.values())
+
+
+def candidates(case: Case, on_load: bool, capability: tuple[int, int], shared: int) -> list[Config]:
+    """Tiles worth a try; shared: bytes of shared memory that a program may have."""
+    channels, n = w8a8_quantize.stored_channels(case.channels), case.outputs
+    widest = max(16, 1 << (n - 1).bit_length())
+    few = case.rows * n < 2**19
+    tiles = [  # bm, bn, warps, stages, registers
+        (128, 128, 4, 3, 0), (128, 128, 4, 4, 0), (128, 128, 8, 3, 128), (128, 128, 8, 4, 0), (256, 128, 8, 3, 0),
+        (256, 128, 8, 4, 0), (256, 128, 16, 3, 0), (128, 64, 4, 4, 0), (64, 128, 4, 4, 0), (256, 64, 8, 4, 0),
+        (128, 256, 8, 3, 0),
+        (64, 64, 4, 4, 0), (64, 32, 4, 4, 0), (32, 64, 4, 4, 0), (128, 16, 4, 4, 0),
+        (256, 16, 4, 4, 0), (64, 16, 4, 4, 0), (256, 16, 8, 3, 0),
+    ]  # fmt: skip
+    tiles = [t for t in tiles if t[1] <= max(widest, 16) and (t[1] >= min(64, widest) or few)]
+    tiles = [t for t in tiles if (t[0] <= 128 and t[3] == 4 if few else t[0] * t[1] >= min(64 * 128, 64 * widest))]
+    widths = [bk for bk in (128, 64, 32) if channels % bk == 0][: 1 if math.prod(case.window.kernel) > 1 else 2]
+    modes = ["on-load"] if on_load else ["gather"]
+    if not on_load and capability >= (9, 0) and max(case.window.stride) == 1:
+        modes = ["tma", *modes]
+    found = []
+    for mode in modes:
+        for bm, bn, warps, stages, registers in tiles:
+            for bk in widths:
+                if on_load and not few and bn < min(n, 128):
+                    continue
+                size = (bm * (3 if on_load else 1) + bn) * bk * stages
+                if size <= shared:
+                    found.append(Config(mode, bm, bn, bk, warps, stages, 0, registers))
+    large = [c for c in found if not few and c.bm * c.bn >= 128 * 128 and c.stages == 3 and not on_load]
+    found += [replace(c, programs=1) for c in large] + [replace(c, programs=2) for c in large if c.bm == 128]
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _operands(launch: W8A8Launch, copies: int | None) -> tuple[list[torch.Tensor], Callable]:
+    """(inputs as the kernel gets them, its call with one of them and a Config)."""
+    case = launch.case
+    operands = Operands.of(case, copies)
+    quantized = operands.quantized(launch.form)
+    inputs = [_floats(case, x) if launch.on_load else encoded(case, quantized, x) for x in operands.inputs]
+    return inputs, functools.partial(_product, case, quantized)
+
+
+def _floats(case: Case, x: torch.Tensor) -> torch.Tensor:
+    return x if case.linear else x.permute(0, 2, 3, 1)
+
+
+def _product(case: Case, operands: tuple, x: torch.Tensor, config: Config) -> torch.Tensor:
+    qweight, weight_scale, bias, scale, zero = operands
+    weight = prepared(qweight, "rows", lambda: w8a8_launch.weight_rows(qweight))
+    sums = None
+    if zero is not None:
+        sums = prepared(qweight, "sums", lambda: qweight.flatten(1).sum(1, dtype=torch.int32))
+    out = torch.empty(case.window.batch, *case.window.output, case.outputs, dtype=torch.bfloat16, device=x.device)
+    return w8a8_triton.conv2d(
+        x, case.window, weight, scale, zero, weight_scale, sums, bias, None, None, out, 8, config
+    )

@@ -1,0 +1,71 @@
+"""One stopwatch for every benchmark and search: medians of CUDA graph replays, or of launches as they are.
+
+A candidate is a list of calls, one for each of several sets of operands, together more than a cache holds: each call
+then finds its own in memory. Candidates of one race take turns, so that none has a warmer or a colder GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+
+import torch
+
+CALLS = 12  # that a graph holds at least: a short launch is lost in what a replay costs
+WARM_UP = 2
+
+
+def graph_of(calls: list[Callable]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """(one CUDA graph of all calls, what the last of them returned).
+
+    All are called before: what a call makes once and keeps must not become part of the graph.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in [*dict.fromkeys(calls)] * WARM_UP:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, result = torch.cuda.CUDAGraph(), None
+    with torch.cuda.graph(graph):
+        for call in calls:
+            result = call()
+    return graph, result
+
+
+def elapsed(call: Callable) -> float:
+    """Microseconds that the GPU takes for one call."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def race(candidates: dict[str, list[Callable]], rounds: int = 11) -> dict[str, float]:
+    """Median microseconds of one call of each candidate, in CUDA graphs."""
+    graphs = {}
+    for name, calls in candidates.items():
+        turns = math.ceil(CALLS / len(calls))
+        graphs[name] = graph_of(calls * turns)[0], len(calls) * turns
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + WARM_UP):
+        for name, (graph, count) in graphs.items():
+            spent = elapsed(graph.replay) / count
+            if turn >= WARM_UP:
+                times[name].append(spent)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def microseconds(calls: list[Callable], rounds: int = 11) -> float:
+    """Of one candidate."""
+    return race({"": calls}, rounds)[""]
+
+
+def launched(call: Callable, rounds: int = 20) -> float:
+    """Median microseconds of a call that is launched each time, without a graph."""
+    for _ in range(WARM_UP + 1):
+        call()
+    return statistics.median(elapsed(call) for _ in range(rounds))

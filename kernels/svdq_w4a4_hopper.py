@@ -31,6 +31,9 @@ TYPES = {
     torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16,
     torch.float32: gl.float32,
 }  # fmt: skip
+# Gluon is experimental: later versions of Triton have the first names, earlier ones the second.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -54,14 +57,14 @@ def _load(
             mbarrier.expect(bar, (BM + BN) * GROUPS * 68)
             for c in gl.static_range(WARPGROUPS):
                 place = slot * WARPGROUPS + c
-                tma.async_copy_global_to_shared(a_desc, [top + c * 64, step * GROUPS * 64], bar, a_ring.index(place))
+                async_load(a_desc, [top + c * 64, step * GROUPS * 64], bar, a_ring.index(place))
                 for u in gl.static_range(GROUPS):
                     first = (step * GROUPS + u) * M + top + c * 64
-                    tma.async_copy_global_to_shared(a_scale_desc, [first], bar, a_scales.index(place * GROUPS + u))
-            tma.async_copy_global_to_shared(w_desc, [left, step * GROUPS * 64], bar, w_ring.index(slot))
+                    async_load(a_scale_desc, [first], bar, a_scales.index(place * GROUPS + u))
+            async_load(w_desc, [left, step * GROUPS * 64], bar, w_ring.index(slot))
             for u in gl.static_range(GROUPS):
                 first = (step * GROUPS + u) * N + left
-                tma.async_copy_global_to_shared(w_scale_desc, [first], bar, w_scales.index(slot * GROUPS + u))
+                async_load(w_scale_desc, [first], bar, w_scales.index(slot * GROUPS + u))
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -72,8 +75,8 @@ def _load(
                 mbarrier.wait(low_empty, low_phase)
                 mbarrier.expect(low_full, (BM + BN) * BLOCK * 2)
                 for c in gl.static_range(WARPGROUPS):
-                    tma.async_copy_global_to_shared(branch_desc, [top + c * 64, j], low_full, branch_block.index(c))
-                tma.async_copy_global_to_shared(up_desc, [left, j], low_full, up_block)
+                    async_load(branch_desc, [top + c * 64, j], low_full, branch_block.index(c))
+                async_load(up_desc, [left, j], low_full, up_block)
                 low_phase ^= 1
 
 
@@ -159,7 +162,7 @@ def _multiply(
                 tma.store_wait(BUFFERS - 1)  # until what this buffer held is stored
                 buffer.store(y.to(y_desc.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(y_desc, [top, left + p * PIECE], buffer)
+                async_store(y_desc, [top, left + p * PIECE], buffer)
     tma.store_wait(0)
 
 
@@ -195,7 +198,6 @@ def _w4a4_hopper_kernel(
     mbarrier.init(low_full, count=1)
     mbarrier.init(low_empty, count=WARPGROUPS)
     fence_async_shared()
-    gl.thread_barrier()
     ring = (a_ring, w_ring, a_scales, w_scales, branch_block, up_block, full, empty, low_full, low_empty)
     sizes = (M, N, steps, tiles)
     if WARPGROUPS == 2:

@@ -40,12 +40,18 @@ def product_settings() -> list[dict]:
 
 
 def w4a4_settings() -> list[dict]:
-    """The product of groups: small tiles, several on a multiprocessor, so that sums and scaling overlap."""
-    shapes = [(64, 128, 4, 2), (64, 128, 8, 2), (128, 128, 8, 1), (128, 64, 4, 2), (64, 256, 8, 1), (64, 64, 4, 4)]
-    return [
-        dict(TMA=True, BM=bm, BN=bn, BAND=16, PER_SM=programs, num_warps=warps, num_stages=stages)
-        for (bm, bn, warps, programs), stages in itertools.product(shapes, (3, 4, 5))
+    """The product of groups: tiles of the kernel for Hopper, the order of tiles; two settings of the one for all."""
+    # WARPGROUPS, GROUPS, BN, PIECE, STAGES
+    hopper = [
+        (2, 2, 128, 128, 5), (2, 1, 256, 64, 6), (2, 2, 128, 64, 5), (2, 1, 128, 64, 10), (3, 1, 128, 64, 7),
+        (2, 2, 128, 128, 3),
+    ]  # fmt: skip
+    tiles = [
+        dict(WARPGROUPS=warpgroups, GROUPS=groups, BN=bn, PIECE=piece, STAGES=stages, BAND=band)
+        for (warpgroups, groups, bn, piece, stages), band in itertools.product(hopper, (8, 16))
     ]
+    general = dict(TMA=True, BAND=16, PER_SM=2, num_warps=4)
+    return tiles + [general | dict(BM=64, BN=128, num_stages=3), general | dict(BM=128, BN=64, num_stages=4)]
 
 
 def short_settings(m: int) -> list[dict]:

@@ -4,7 +4,8 @@
 
 Codes are whole numbers in e4m3 or int8, their sums over 64 inputs (at most 64 * 8 * 15) exact in both; groups add up
 in float32. No tensor core of Hopper multiplies 4-bit codes, so this computes at 8 bits, and each group costs two
-operations on every output beside: floor M N K / 32 of them, about as long as the product itself.
+operations on every output beside: floor M N K / 32 of them, about as long as the product itself. On Hopper both run
+at the same time (svdq_w4a4_hopper.py); the kernel here does one after the other, on any GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _w4a4_kernel(
         for g in range(0, K // 64):
             a = _operand(a_desc, a_ptr, top, g * 64, M, K, BM, 64)
             w = _operand(w_desc, w_ptr, left, g * 64, N, K, BN, 64)
-            following = (g + 1) % (K // 64)  # its scales arrive under this group's product
+            following = tl.minimum(g + 1, K // 64 - 1)  # its scales arrive under this group's product
             next_a = tl.load(a_scale_ptr + following * M + rows, mask=rows < M, other=0.0)
             next_w = tl.load(w_scale_ptr + following * N + columns, mask=columns < N, other=0.0)
             sums = tl.dot(a, w.T, out_dtype=tl.int32 if exact else tl.float32)
@@ -60,8 +61,13 @@ def product(
 ) -> None:
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
-    config: TMA, BM, BN, BAND, PER_SM, num_warps, num_stages.
+    config: TMA, BM, BN, BAND, PER_SM, num_warps, num_stages; or with WARPGROUPS the settings of svdq_w4a4_hopper.py.
     """
+    if "WARPGROUPS" in config:
+        from . import svdq_w4a4_hopper  # here: Gluon is not in every Triton that serves the other GPUs
+
+        svdq_w4a4_hopper.product(activation, weight, up, bias, out, config)
+        return
     (codes, a_scale, branch), (w, w_scale) = activation, weight
     (m, k), n = codes.shape, len(w)
     bm, bn = config["BM"], config["BN"]

@@ -19,10 +19,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia import hopper
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq4dm.kernels import svdq_gemm, svdq_linear, svdq_w4a4, tuning
+from ptq4dm.kernels import svdq_gemm, svdq_linear, svdq_w4a4, svdq_w4a4_hopper, tuning
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes that one program may have
@@ -38,6 +40,8 @@ def signature(value) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, hopper.TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -51,7 +55,7 @@ def compiled(kernel: JITFunction, target: int, args: tuple, options: dict):
         for index, name in enumerate(names)
         if types[name].startswith("*") or (types[name] == "i32" and values[name] % 16 == 0)
     ]
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         kernel,
         types,
         {(names.index(name),): value for name, value in constants.items()},
@@ -126,7 +130,7 @@ def main():
         tuning.forget()
         for module in (tuning, svdq_linear):
             module.capability = lambda device, target=target: divmod(target, 10)
-        for module in (svdq_gemm, svdq_w4a4):
+        for module in (svdq_gemm, svdq_w4a4, svdq_w4a4_hopper):
             module.multiprocessors = lambda device: 132
         calls(args.rank)
     sys.exit(failed)

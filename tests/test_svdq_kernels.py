@@ -186,6 +186,24 @@ def test_w4a4(tma, codes, m, n, k, rank, shift, dtype):
     assert distance(out, layer.expected("int4")) < (6e-4 if dtype == torch.float16 else 4e-3)
 
 
+@pytest.mark.skipif(not CUDA or not (9, 0) <= torch.cuda.get_device_capability() < (10, 0), reason="needs Hopper")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 128, 128, 4), (2, 1, 256, 64, 6), (2, 2, 128, 64, 3), (3, 1, 128, 64, 6)])
+@pytest.mark.parametrize(
+    "m, n, k, rank, shift",
+    [(70, 130, 192, 12, 0.0), (33, 136, 64, 40, 0.171875), (4600, 3080, 320, 0, 0.0), (300, 264, 3072, 32, 0.0)],
+)
+def test_w4a4_on_hopper(sizes, m, n, k, rank, shift, dtype):
+    layer = Layer(m, n, k, rank, dtype, shift)
+    rows, weight = layer.prepared("int4", FP8)
+    setting = dict(zip(("WARPGROUPS", "GROUPS", "BN", "PIECE", "STAGES"), sizes, strict=True), BAND=4)
+    out = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+    svdq_w4a4.product(rows, weight, layer.up, layer.bias, out, setting)
+    assert distance(out, layer.expected("int4")) < (6e-4 if dtype == torch.float16 else 4e-3)
+    svdq_w4a4.product(rows, weight, layer.up, layer.bias, again := torch.empty_like(out), setting)
+    assert torch.equal(out, again)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("mode", ["none", "int8"] + ["fp8"] * MODERN)

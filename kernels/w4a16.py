@@ -3,15 +3,15 @@
     y[m, n] = a[m] sum_g s[n, g] sum_{k in g} x[m, k] q[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
 
 over groups g of 64 inputs. x are 16-bit floats with a = 1 (weight-only layers: adaLN, time embedding), or codes in
-e4m3 or int8 with a scale per row (short inputs of layers with 8-bit activations: nothing is unpacked to memory). x and
-q are exact in the 16 bits of the product's operands, sums and scales in float32. Floor in bytes: N K / 2 + N K / 32
-for the codes and their scales.
+e4m3 or int8 with a scale per row (short inputs of layers with 8-bit activations: nothing is unpacked to memory). x
+and q are exact in the 16 bits of the product's operands; sums and scales in float32. Floor in bytes: N K / 2 + N K /
+32 for the codes and their scales.
 
-Codes go from memory to the tensor cores through registers alone. In a product of [16, 16] by [16, 8] lane 4 r + t of a
-warp holds row r of the first operand and column r of the second, and in both the same 4 of the 16 inputs, whichever
-they are. So lane 4 r + t loads bytes 8 t .. 8 t + 7 of a group of row r, which are inputs 8 t .. 8 t + 7 and
-32 + 8 t .. 39 + 8 t of that group, and the same inputs of row r of x; every tensor here is indexed [t, r, ...] first,
-which is the order in which Triton deals elements to lanes. The warps of a program divide the groups and meet once, at
+Codes go from memory to the tensor cores through registers alone. In a product of [16, 16] by [16, 8], lane 4 r + t of
+a warp holds rows r and r + 8 of the first operand and column r of the second, and of both the same 4 of the 16
+inputs; which 4, nobody asks. So lane 4 r + t reads bytes 8 t .. 8 t + 7 of a group of row r, which are its inputs
+8 t .. 8 t + 7 and 32 + 8 t .. 39 + 8 t, and the same inputs of row r of x. Tensors are indexed [t, r, ...], the order
+in which Triton deals elements to lanes, and then by warp: the warps of a program divide the groups and meet once, at
 the end. A word of 8 codes gives two at a time (`svdq_unpack.nibble_pairs`): those of its bytes 0 and 2, or 1 and 3.
 
 With SPLIT > 1 the groups are divided among that many programs; their sums meet in a second kernel in a fixed order.
@@ -28,14 +28,14 @@ from .svdq_unpack import MAGIC, nibble_pairs
 
 
 @triton.jit
-def _read(pointers, there, VECTORS: tl.constexpr):
-    """Zeros where a mask is given and false; the mask of vectors lacks their axis."""
+def _read(pointers, there, POLICY: tl.constexpr):
+    """Zeros where a mask is given and false; it lacks the sixth axis, that of what a lane reads at once."""
     if there is None:
-        values = tl.load(pointers)
-    elif VECTORS:
-        values = tl.load(pointers, mask=there[:, :, :, :, :, None], other=0.0)
+        values = tl.load(pointers, eviction_policy=POLICY)
+    elif len(pointers.shape) == 6:
+        values = tl.load(pointers, mask=there[:, :, :, :, :, None], other=0.0, eviction_policy=POLICY)
     else:
-        values = tl.load(pointers, mask=there, other=0.0)
+        values = tl.load(pointers, mask=there, other=0.0, eviction_policy=POLICY)
     return values
 
 
@@ -62,6 +62,18 @@ def _inputs(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _read_ahead(q, wscales, group, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
+    """(words, scales) of RUNS steps of STEP groups from `first`."""
+    words, scales = (), ()
+    for i in tl.static_range(RUNS):
+        at = first + i * STEP
+        there = None if EVEN else at + group < end
+        words += (_read(q + at * 8, there, "evict_first"),)
+        scales += (_read(wscales + at, there, ""),)
+    return words, scales
+
+
+@triton.jit
 def _finish(
     sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
@@ -85,9 +97,12 @@ def _short_kernel(
     x_ptr, row_scale_ptr, q_ptr, wscales_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, part_ptr,
     M, N, GROUPS, stride_m, span, magic,
     RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
+    RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Outputs n of a block, rows m of a block, `span` groups; each warp reads RUNS runs of RUN groups at once."""
+    """Outputs n of a block, rows m of a block, `span` groups; each warp reads RUNS runs of RUN groups at once.
+
+    With AHEAD the next are under way while these are multiplied; without, other programs' reads have to be.
+    """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     t = tl.arange(0, 4)[:, None, None, None, None]
     r = tl.arange(0, 8)[None, :, None, None, None]
@@ -103,20 +118,21 @@ def _short_kernel(
     start = tl.program_id(2) * span
     end = tl.minimum(start + span, GROUPS)
     sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
+    if AHEAD:
+        following = _read_ahead(q, wscales, group, start, end, RUN * WARPS, RUNS, EVEN)
     for first in tl.range(start, end, WARPS * RUN * RUNS, num_stages=1):
-        words, scales = (), ()
-        for i in tl.static_range(RUNS):
-            at = first + i * WARPS * RUN
-            there = None if EVEN else at + group < end
-            words += (_read(q + at * 8, there, True),)
-            scales += (_read(wscales + at, there, False),)
+        if AHEAD:
+            words, scales = following
+            following = _read_ahead(q, wscales, group, first + WARPS * RUN * RUNS, end, RUN * WARPS, RUNS, False)
+        else:
+            words, scales = _read_ahead(q, wscales, group, first, end, RUN * WARPS, RUNS, EVEN)
         tl.debug_barrier()  # lest the compiler move these reads to where they are used: all shall be under way
         for i in tl.static_range(RUNS):
             at = first + i * WARPS * RUN
             there = None if EVEN else at + group < end
             part = tl.zeros((RUN * WARPS, BN, BM), tl.float32)
             for half in tl.static_range(2):
-                columns = _inputs(_read(x + at * 64 + 32 * half, there, True), dtype)
+                columns = _inputs(_read(x + at * 64 + 32 * half, there, "evict_last"), dtype)
                 part = tl.dot(_weights(words[i], magic, 4 * half, dtype), columns, part)
             scale = tl.permute(scales[i].to(tl.float32), (4, 2, 3, 1, 0))[:, :, :, :, None, :, None]
             part = tl.reshape(part, (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale
@@ -152,9 +168,9 @@ def short_product(
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
     qweight uint8 [N, K/2] and wscales [N, K/64], contiguous; branch [M, padded rank] and up [N, r] of out's dtype.
-    config: SPLIT, BM, BN, RUN, RUNS, num_warps; BM a multiple of 8, BN of 16, all but RUNS powers of two.
+    config: SPLIT, BM, BN, RUN, RUNS, AHEAD, num_warps; powers of two but for RUNS, BM from 8, BN from 16 on.
     """
-    (m, k), n, groups = x.shape, len(qweight), x.shape[1] // 64
+    m, n, groups = len(x), *wscales.shape
     split, bm, bn, warps = (config[name] for name in ("SPLIT", "BM", "BN", "num_warps"))
     step = warps * config["RUN"] * config["RUNS"]
     split = min(split, triton.cdiv(groups, step))
@@ -167,7 +183,8 @@ def short_product(
     _short_kernel[(*grid, split)](
         x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out, part,
         m, n, groups, x.stride(0), span, MAGIC[out.dtype],
-        BN=bn, RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0, **ends,
+        BN=bn, RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0,
+        AHEAD=config["AHEAD"], **ends,
     )  # fmt: skip
     if split > 1:
         _meet_kernel[grid](part, row_scale, branch, up, bias, out, m, n, BN=bn, **ends)

@@ -28,49 +28,54 @@ from .svdq_unpack import MAGIC, nibble_pairs
 
 
 @triton.jit
+def _places(BLOCKS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
+    """Of every lane's reads, in the order in which Triton deals them out: t, row and group, each [reads]."""
+    read = tl.arange(0, BLOCKS * RUN * WARPS * 32)
+    t, r = read % 4, read // 4 % 8
+    group = read // 32 % WARPS * RUN + read // (32 * WARPS) % RUN
+    return t, read // (32 * WARPS * RUN) * 8 + r, group
+
+
+@triton.jit
 def _read(pointers, there, POLICY: tl.constexpr):
-    """Zeros where a mask is given and false; it lacks the sixth axis, that of what a lane reads at once."""
+    """Zeros where a mask is given and false."""
     if there is None:
         values = tl.load(pointers, eviction_policy=POLICY)
-    elif len(pointers.shape) == 6:
-        values = tl.load(pointers, mask=there[:, :, :, :, :, None], other=0.0, eviction_policy=POLICY)
     else:
         values = tl.load(pointers, mask=there, other=0.0, eviction_policy=POLICY)
     return values
 
 
 @triton.jit
-def _weights(words, magic, SHIFT: tl.constexpr, dtype: tl.constexpr):
-    """words [4 t, 8 r, WARPS, BN / 8, RUN, 2] -> their codes at SHIFT and SHIFT + 8 [RUN * WARPS, BN, 32]."""
-    byte0, byte2 = nibble_pairs(words, SHIFT, dtype, magic)
-    byte1, byte3 = nibble_pairs(words, SHIFT + 8, dtype, magic)
-    codes = tl.join(tl.join(byte0, byte2), tl.join(byte1, byte3))
-    codes = tl.permute(codes, (4, 2, 3, 1, 5, 0, 7, 6))
-    return tl.reshape(codes, (words.shape[4] * words.shape[2], 8 * words.shape[3], 32))
-
-
-@triton.jit
-def _inputs(x, dtype: tl.constexpr):
-    """x [4 t, 8 r, WARPS, BM / 8, RUN, 8] -> [RUN * WARPS, 32, BM] in the order of `_weights`."""
-    if x.dtype != dtype:
-        x = x.to(tl.float32).to(dtype)  # GPUs before Hopper lack e4m3 to bf16
-    warps: tl.constexpr = x.shape[2]
-    blocks: tl.constexpr = x.shape[3]
-    run: tl.constexpr = x.shape[4]
-    x = tl.permute(tl.reshape(x, (4, 8, warps, blocks, run, 2, 2, 2)), (4, 2, 5, 0, 7, 6, 3, 1))
-    return tl.reshape(x, (run * warps, 32, 8 * blocks))
-
-
-@triton.jit
-def _read_ahead(q, wscales, group, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
+def _read_ahead(q, wscales, groups, runs, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
     """(words, scales) of RUNS steps of STEP groups from `first`."""
     words, scales = (), ()
     for i in tl.static_range(RUNS):
         at = first + i * STEP
-        there = None if EVEN else at + group < end
-        words += (_read(q + at * 8, there, "evict_first"),)
-        scales += (_read(wscales + at, there, ""),)
+        words += (_read(q + at * 8, None if EVEN else at + groups < end, "evict_first"),)
+        scales += (_read(wscales + at, None if EVEN else at + runs < end, ""),)
     return words, scales
+
+
+@triton.jit
+def _weights(words, magic, SHIFT: tl.constexpr, dtype: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr):
+    """words [reads, 2] -> their codes at SHIFT and SHIFT + 8 [RUN * warps, BN, 32]."""
+    byte0, byte2 = nibble_pairs(words, SHIFT, dtype, magic)
+    byte1, byte3 = nibble_pairs(words, SHIFT + 8, dtype, magic)
+    codes = tl.join(tl.join(byte0, byte2), tl.join(byte1, byte3))
+    warps: tl.constexpr = words.shape[0] // (BN * RUN * 4)
+    codes = tl.reshape(codes, (BN // 8, RUN, warps, 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(codes, (1, 2, 0, 3, 5, 4, 7, 6)), (RUN * warps, BN, 32))
+
+
+@triton.jit
+def _inputs(x, dtype: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr):
+    """x [reads, 8] -> [RUN * warps, 32, BM], inputs in the order of `_weights`."""
+    if x.dtype != dtype:
+        x = x.to(tl.float32).to(dtype)  # GPUs before Hopper lack e4m3 to bf16
+    warps: tl.constexpr = x.shape[0] // (BM * RUN * 4)
+    x = tl.reshape(x, (BM // 8, RUN, warps, 8, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(x, (1, 2, 5, 4, 7, 6, 0, 3)), (RUN * warps, 32, BM))
 
 
 @triton.jit
@@ -104,39 +109,42 @@ def _short_kernel(
     With AHEAD the next are under way while these are multiplied; without, other programs' reads have to be.
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    t = tl.arange(0, 4)[:, None, None, None, None]
-    r = tl.arange(0, 8)[None, :, None, None, None]
-    group = (tl.arange(0, WARPS)[:, None] * RUN + tl.arange(0, RUN)[None, :])[None, None, :, None, :]
-    n = tl.program_id(0) * BN + tl.arange(0, BN // 8)[None, None, None, :, None] * 8 + r
-    m = tl.program_id(1) * BM + tl.arange(0, BM // 8)[None, None, None, :, None] * 8 + r
     # what is past the last row repeats it, and is not stored
-    row = tl.minimum(n, N - 1).to(tl.int64) * GROUPS + group
-    q = q_ptr + (row * 8 + t * 2)[:, :, :, :, :, None] + tl.arange(0, 2)
-    x = x_ptr + (tl.minimum(m, M - 1).to(tl.int64) * stride_m + group * 64 + t * 8)[:, :, :, :, :, None]
-    x += tl.arange(0, 8)
-    wscales = tl.max_contiguous(wscales_ptr + (row + 0 * t), (1, 1, 1, 1, RUN))  # one for each t, as in the sums
+    t, row, group = _places(BN // 8, RUN, WARPS)
+    row = tl.minimum(tl.program_id(0) * BN + row, N - 1).to(tl.int64) * GROUPS
+    groups = group[:, None]
+    q = q_ptr + ((row + group) * 8 + t * 2)[:, None] + tl.arange(0, 2)[None, :]
+    t, row, group = _places(BN // 8, 1, WARPS)
+    row = tl.minimum(tl.program_id(0) * BN + row, N - 1).to(tl.int64) * GROUPS
+    runs = (group * RUN)[:, None] + tl.arange(0, RUN)[None, :]
+    wscales = wscales_ptr + row[:, None] + runs  # one for each t, as in the sums
+    t, row, group = _places(BM // 8, RUN, WARPS)
+    row = tl.minimum(tl.program_id(1) * BM + row, M - 1).to(tl.int64) * stride_m
+    columns = group[:, None]
+    x = x_ptr + (row + group * 64 + t * 8)[:, None] + tl.arange(0, 8)[None, :]
     start = tl.program_id(2) * span
     end = tl.minimum(start + span, GROUPS)
     sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
+    step: tl.constexpr = WARPS * RUN
     if AHEAD:
-        following = _read_ahead(q, wscales, group, start, end, RUN * WARPS, RUNS, EVEN)
-    for first in tl.range(start, end, WARPS * RUN * RUNS, num_stages=1):
+        following = _read_ahead(q, wscales, groups, runs, start, end, step, RUNS, EVEN)
+    for first in tl.range(start, end, step * RUNS, num_stages=1):
         if AHEAD:
             words, scales = following
-            following = _read_ahead(q, wscales, group, first + WARPS * RUN * RUNS, end, RUN * WARPS, RUNS, False)
+            following = _read_ahead(q, wscales, groups, runs, first + step * RUNS, end, step, RUNS, False)
         else:
-            words, scales = _read_ahead(q, wscales, group, first, end, RUN * WARPS, RUNS, EVEN)
+            words, scales = _read_ahead(q, wscales, groups, runs, first, end, step, RUNS, EVEN)
         tl.debug_barrier()  # lest the compiler move these reads to where they are used: all shall be under way
         for i in tl.static_range(RUNS):
-            at = first + i * WARPS * RUN
-            there = None if EVEN else at + group < end
-            part = tl.zeros((RUN * WARPS, BN, BM), tl.float32)
+            at = first + i * step
+            part = tl.zeros((step, BN, BM), tl.float32)
             for half in tl.static_range(2):
-                columns = _inputs(_read(x + at * 64 + 32 * half, there, "evict_last"), dtype)
-                part = tl.dot(_weights(words[i], magic, 4 * half, dtype), columns, part)
-            scale = tl.permute(scales[i].to(tl.float32), (4, 2, 3, 1, 0))[:, :, :, :, None, :, None]
-            part = tl.reshape(part, (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale
-            sums += tl.sum(part, 0)
+                inputs = _read(x + at * 64 + 32 * half, None if EVEN else at + columns < end, "evict_last")
+                codes = _weights(words[i], magic, 4 * half, dtype, BN, RUN)
+                part = tl.dot(codes, _inputs(inputs, dtype, BM, RUN), part)
+            scale = tl.reshape(scales[i].to(tl.float32), (BN // 8, WARPS, 8, 4, RUN))
+            scale = tl.permute(scale, (4, 1, 0, 2, 3))[:, :, :, :, None, :, None]
+            sums += tl.sum(tl.reshape(part, (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale, 0)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     sums = tl.reshape(tl.sum(sums, 0), (BN, BM))

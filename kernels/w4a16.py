@@ -26,6 +26,10 @@ from torch import Tensor
 
 from .svdq_unpack import MAGIC, nibble_pairs
 
+# Of 16 inputs of a product Triton up to 3.7 gives a lane 4 in a row, later versions two pairs 8 apart. Results do not
+# depend on it, only whether values have to be handed from lane to lane.
+QUADS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
+
 
 @triton.jit
 def _places(BLOCKS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
@@ -65,7 +69,8 @@ def _weights(words, magic, SHIFT: tl.constexpr, dtype: tl.constexpr, BN: tl.cons
     codes = tl.join(tl.join(byte0, byte2), tl.join(byte1, byte3))
     warps: tl.constexpr = words.shape[0] // (BN * RUN * 4)
     codes = tl.reshape(codes, (BN // 8, RUN, warps, 8, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(codes, (1, 2, 0, 3, 5, 4, 7, 6)), (RUN * warps, BN, 32))
+    codes = tl.permute(codes, (1, 2, 0, 3, 5, 4, 7, 6) if QUADS else (1, 2, 0, 3, 5, 7, 4, 6))
+    return tl.reshape(codes, (RUN * warps, BN, 32))
 
 
 @triton.jit
@@ -75,7 +80,8 @@ def _inputs(x, dtype: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr):
         x = x.to(tl.float32).to(dtype)  # GPUs before Hopper lack e4m3 to bf16
     warps: tl.constexpr = x.shape[0] // (BM * RUN * 4)
     x = tl.reshape(x, (BM // 8, RUN, warps, 8, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(x, (1, 2, 5, 4, 7, 6, 0, 3)), (RUN * warps, 32, BM))
+    x = tl.permute(x, (1, 2, 5, 4, 7, 6, 0, 3) if QUADS else (1, 2, 5, 7, 4, 6, 0, 3))
+    return tl.reshape(x, (RUN * warps, 32, BM))
 
 
 @triton.jit

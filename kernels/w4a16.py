@@ -10,9 +10,10 @@ and q are exact in the 16 bits of the product's operands; sums and scales in flo
 Codes go from memory to the tensor cores through registers alone. In a product of [16, 16] by [16, 8], lane 4 r + t of
 a warp holds rows r and r + 8 of the first operand and column r of the second, and of both the same 4 of the 16
 inputs; which 4, nobody asks. So lane 4 r + t reads bytes 8 t .. 8 t + 7 of a group of row r, which are its inputs
-8 t .. 8 t + 7 and 32 + 8 t .. 39 + 8 t, and the same inputs of row r of x. Tensors are indexed [t, r, ...], the order
-in which Triton deals elements to lanes, and then by warp: the warps of a program divide the groups and meet once, at
-the end. A word of 8 codes gives two at a time (`svdq_unpack.nibble_pairs`): those of its bytes 0 and 2, or 1 and 3.
+8 t .. 8 t + 7 and 32 + 8 t .. 39 + 8 t, and the same inputs of row r of x. Reads are numbered along one axis, which
+Triton deals to the lanes of a warp, then to the warps, then around again: the warps of a program divide the groups
+and meet once, at the end. A word of 8 codes gives two at a time (`svdq_unpack.nibble_pairs`): those of its bytes 0
+and 2, or 1 and 3.
 
 With SPLIT > 1 the groups are divided among that many programs; their sums meet in a second kernel in a fixed order.
 """

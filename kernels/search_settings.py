@@ -55,12 +55,38 @@ def w4a4_settings() -> list[dict]:
 
 
 def short_settings(m: int) -> list[dict]:
-    """Outputs and bytes of each that a step takes; among how many programs the inputs are divided."""
-    bm = 16 if m <= 16 else 32 if m <= 32 else 64
-    shapes = [(64, 128, 4, 4), (64, 128, 6, 4), (32, 128, 4, 4), (64, 64, 6, 4), (64, 256, 3, 4), (128, 128, 4, 8)]
+    """Outputs of a program, groups that each of its warps reads at once, warps; whether the next are read meanwhile.
+
+    48 groups (3072 inputs) take one round without AHEAD wherever RUN * RUNS * num_warps is 48, two where it is 24.
+    """
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    shapes = {
+        8: [
+            (16, 1, 6, 4, False), (16, 1, 6, 8, False), (16, 1, 12, 4, False), (16, 2, 3, 4, False),
+            (16, 2, 3, 8, False), (16, 2, 6, 4, False), (16, 4, 3, 2, False), (16, 4, 3, 4, False),
+            (16, 2, 6, 2, False), (32, 1, 3, 8, False), (32, 1, 6, 4, False), (32, 2, 3, 4, False),
+            (32, 2, 3, 2, False), (64, 1, 3, 4, False), (16, 1, 3, 4, True), (16, 1, 4, 4, True), (16, 2, 2, 4, True),
+            (16, 4, 1, 4, True), (16, 1, 6, 4, True), (32, 1, 3, 4, True), (16, 4, 3, 1, True),
+        ],
+        16: [
+            (16, 1, 6, 4, False), (16, 1, 6, 8, False), (16, 1, 3, 8, False), (16, 2, 3, 4, False),
+            (16, 4, 1, 4, False), (32, 1, 3, 4, False), (32, 1, 3, 8, False), (32, 1, 3, 2, False),
+            (32, 1, 6, 4, False), (32, 2, 2, 4, False), (32, 2, 2, 2, False), (64, 1, 3, 4, False),
+            (64, 1, 3, 8, False), (16, 1, 3, 4, True), (16, 1, 3, 8, True), (16, 2, 1, 4, True), (32, 1, 2, 4, True),
+            (32, 1, 3, 4, True), (32, 2, 1, 4, True),
+        ],
+        32: [
+            (16, 1, 3, 4, False), (16, 1, 6, 4, False), (32, 1, 3, 4, False), (32, 1, 3, 8, False),
+            (16, 1, 3, 4, True), (32, 1, 2, 4, True),
+        ],
+        64: [
+            (16, 1, 1, 8, False), (16, 1, 3, 4, False), (32, 1, 1, 4, False), (16, 1, 1, 4, True),
+        ],
+    }  # fmt: skip
+    tried = [(1, shape) for shape in shapes[bm]] + [(split, shapes[bm][0]) for split in (2, 4)]
     return [
-        dict(SPLIT=split, BM=bm, BN=bn, BYTES=size, STAGES=stages, num_warps=warps)
-        for (bn, size, stages, warps), split in itertools.product(shapes, (1, 2, 4))
+        dict(SPLIT=split, BM=bm, BN=bn, RUN=run, RUNS=runs, AHEAD=ahead, num_warps=warps)
+        for split, (bn, run, runs, warps, ahead) in tried
     ]
 
 

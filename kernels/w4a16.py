@@ -1,15 +1,21 @@
 """Products of few rows with 4-bit weights in Triton: what counts is reading the weight once.
 
-    y[m, n] = a[m] sum_k x[m, k] s[n, k // 64] q[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+    y[m, n] = a[m] sum_g s[n, g] sum_{k in g} x[m, k] q[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
 
-x are 16-bit floats with a = 1 (weight-only layers: adaLN, time embedding), or codes in e4m3 or int8 with a scale per
-row (short inputs of layers with 8-bit activations: nothing is unpacked to memory). Both are exact in the 16 bits of
-the product's operands; s q is rounded to them once. Sums in float32. Floor in bytes: N K / 2 + N K / 32 for the codes
-and their scales.
+over groups g of 64 inputs. x are 16-bit floats with a = 1 (weight-only layers: adaLN, time embedding), or codes in
+e4m3 or int8 with a scale per row (short inputs of layers with 8-bit activations: nothing is unpacked to memory). x
+and q are exact in the 16 bits of the product's operands; sums and scales in float32. Floor in bytes: N K / 2 + N K /
+32 for the codes and their scales.
 
-With SPLIT > 1 the inputs are divided among that many programs; their sums meet in a second kernel in a fixed order.
-A word of 8 codes gives two at a time (`svdq_unpack.nibble_pairs`): those of its bytes 0 and 2, or 1 and 3; the
-columns of x are taken apart the same way.
+Codes go from memory to the tensor cores through registers alone. In a product of [16, 16] by [16, 8], lane 4 r + t of
+a warp holds rows r and r + 8 of the first operand and column r of the second, and of both the same 4 of the 16
+inputs; which 4, nobody asks. So lane 4 r + t reads bytes 8 t .. 8 t + 7 of a group of row r, which are its inputs
+8 t .. 8 t + 7 and 32 + 8 t .. 39 + 8 t, and the same inputs of row r of x. Reads are numbered along one axis, which
+Triton deals to the lanes of a warp, then to the warps, then around again: the warps of a program divide the groups
+and meet once, at the end. A word of 8 codes gives two at a time (`svdq_unpack.nibble_pairs`): those of its bytes 0
+and 2, or 1 and 3.
+
+With SPLIT > 1 the groups are divided among that many programs; their sums meet in a second kernel in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,21 +25,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .svdq_unpack import nibble_pairs
+from .svdq_unpack import MAGIC, nibble_pairs
+
+# Of 16 inputs of a product Triton up to 3.7 gives a lane 4 in a row, later versions two pairs 8 apart. Results do not
+# depend on it, only whether values have to be handed from lane to lane.
+QUADS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
 
 
 @triton.jit
-def _pair_product(sums, words, scale, x, SHIFT: tl.constexpr):
-    """sums [BN, BM] += the codes at SHIFT and SHIFT + 16 of words [BN, W], times x [BM, 2 W]."""
-    first, second = nibble_pairs(words, SHIFT, x.dtype)
-    weight = tl.reshape(tl.join(first, second), (words.shape[0], 2 * words.shape[1])) * scale
-    return tl.dot(weight, x.T, sums)
+def _places(BLOCKS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
+    """Of every lane's reads, in the order in which Triton deals them out: t, row and group, each [reads]."""
+    read = tl.arange(0, BLOCKS * RUN * WARPS * 32)
+    t, r = read % 4, read // 4 % 8
+    group = read // 32 % WARPS * RUN + read // (32 * WARPS) % RUN
+    return t, read // (32 * WARPS * RUN) * 8 + r, group
 
 
 @triton.jit
-def _taken_apart(x, dtype: tl.constexpr):
-    """x [BM, B] -> its even and its odd columns in dtype, by way of float32: GPUs before Hopper lack e4m3 to bf16."""
-    return tl.split(tl.reshape(x.to(tl.float32).to(dtype), (x.shape[0], x.shape[1] // 2, 2)))
+def _read(pointers, there, POLICY: tl.constexpr):
+    """Zeros where a mask is given and false."""
+    if there is None:
+        values = tl.load(pointers, eviction_policy=POLICY)
+    else:
+        values = tl.load(pointers, mask=there, other=0.0, eviction_policy=POLICY)
+    return values
+
+
+@triton.jit
+def _read_ahead(q, wscales, groups, runs, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
+    """(words, scales) of RUNS steps of STEP groups from `first`."""
+    words, scales = (), ()
+    for i in tl.static_range(RUNS):
+        at = first + i * STEP
+        words += (_read(q + at * 8, None if EVEN else at + groups < end, "evict_first"),)
+        scales += (_read(wscales + at, None if EVEN else at + runs < end, ""),)
+    return words, scales
+
+
+@triton.jit
+def _weights(words, magic, SHIFT: tl.constexpr, dtype: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr):
+    """words [reads, 2] -> their codes at SHIFT and SHIFT + 8 [RUN * warps, BN, 32]."""
+    byte0, byte2 = nibble_pairs(words, SHIFT, dtype, magic)
+    byte1, byte3 = nibble_pairs(words, SHIFT + 8, dtype, magic)
+    codes = tl.join(tl.join(byte0, byte2), tl.join(byte1, byte3))
+    warps: tl.constexpr = words.shape[0] // (BN * RUN * 4)
+    codes = tl.reshape(codes, (BN // 8, RUN, warps, 8, 4, 2, 2, 2))
+    codes = tl.permute(codes, (1, 2, 0, 3, 5, 4, 7, 6) if QUADS else (1, 2, 0, 3, 5, 7, 4, 6))
+    return tl.reshape(codes, (RUN * warps, BN, 32))
+
+
+@triton.jit
+def _inputs(x, dtype: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr):
+    """x [reads, 8] -> [RUN * warps, 32, BM], inputs in the order of `_weights`."""
+    if x.dtype != dtype:
+        x = x.to(tl.float32).to(dtype)  # GPUs before Hopper lack e4m3 to bf16
+    warps: tl.constexpr = x.shape[0] // (BM * RUN * 4)
+    x = tl.reshape(x, (BM // 8, RUN, warps, 8, 4, 2, 2, 2))
+    x = tl.permute(x, (1, 2, 5, 4, 7, 6, 0, 3) if QUADS else (1, 2, 5, 7, 4, 6, 0, 3))
+    return tl.reshape(x, (RUN * warps, 32, BM))
 
 
 @triton.jit
@@ -58,34 +107,54 @@ def _finish(
 @triton.jit
 def _short_kernel(
     x_ptr, row_scale_ptr, q_ptr, wscales_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, part_ptr,
-    M, N, GROUPS, stride_m, span,
+    M, N, GROUPS, stride_m, span, magic,
     RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BYTES: tl.constexpr, STAGES: tl.constexpr,
+    RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Outputs n of a block, rows m of a block, and `span` bytes of each weight row; q_ptr points to int32."""
+    """Outputs n of a block, rows m of a block, `span` groups; each warp reads RUNS runs of RUN groups at once.
+
+    With AHEAD the next are under way while these are multiplied; without, other programs' reads have to be.
+    """
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    # what is past the last row repeats it, and is not stored
+    t, row, group = _places(BN // 8, RUN, WARPS)
+    row = tl.minimum(tl.program_id(0) * BN + row, N - 1).to(tl.int64) * GROUPS
+    groups = group[:, None]
+    q = q_ptr + ((row + group) * 8 + t * 2)[:, None] + tl.arange(0, 2)[None, :]
+    t, row, group = _places(BN // 8, 1, WARPS)
+    row = tl.minimum(tl.program_id(0) * BN + row, N - 1).to(tl.int64) * GROUPS
+    runs = (group * RUN)[:, None] + tl.arange(0, RUN)[None, :]
+    wscales = wscales_ptr + row[:, None] + runs  # one for each t, as in the sums
+    t, row, group = _places(BM // 8, RUN, WARPS)
+    row = tl.minimum(tl.program_id(1) * BM + row, M - 1).to(tl.int64) * stride_m
+    columns = group[:, None]
+    x = x_ptr + (row + group * 64 + t * 8)[:, None] + tl.arange(0, 8)[None, :]
+    start = tl.program_id(2) * span
+    end = tl.minimum(start + span, GROUPS)
+    sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
+    step: tl.constexpr = WARPS * RUN
+    if AHEAD:
+        following = _read_ahead(q, wscales, groups, runs, start, end, step, RUNS, EVEN)
+    for first in tl.range(start, end, step * RUNS, num_stages=1):
+        if AHEAD:
+            words, scales = following
+            following = _read_ahead(q, wscales, groups, runs, first + step * RUNS, end, step, RUNS, False)
+        else:
+            words, scales = _read_ahead(q, wscales, groups, runs, first, end, step, RUNS, EVEN)
+        tl.debug_barrier()  # lest the compiler move these reads to where they are used: all shall be under way
+        for i in tl.static_range(RUNS):
+            at = first + i * step
+            part = tl.zeros((step, BN, BM), tl.float32)
+            for half in tl.static_range(2):
+                inputs = _read(x + at * 64 + 32 * half, None if EVEN else at + columns < end, "evict_last")
+                codes = _weights(words[i], magic, 4 * half, dtype, BN, RUN)
+                part = tl.dot(codes, _inputs(inputs, dtype, BM, RUN), part)
+            scale = tl.reshape(scales[i].to(tl.float32), (BN // 8, WARPS, 8, 4, RUN))
+            scale = tl.permute(scale, (4, 1, 0, 2, 3))[:, :, :, :, None, :, None]
+            sums += tl.sum(tl.reshape(part, (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale, 0)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    start = tl.program_id(2) * span
-    end = tl.minimum(start + span, GROUPS * 32)
-    sums = tl.zeros((BN, BM), tl.float32)
-    for first in tl.range(start, end, BYTES, num_stages=STAGES):
-        word = first // 4 + tl.arange(0, BYTES // 4)
-        group = first // 32 + tl.arange(0, BYTES // 32)
-        byte = first + tl.arange(0, BYTES)
-        there = (n < N)[:, None] & (word < GROUPS * 8)[None, :]
-        words = tl.load(q_ptr + n.to(tl.int64)[:, None] * (GROUPS * 8) + word[None, :], mask=there, other=0)
-        there = (n < N)[:, None] & (group < GROUPS)[None, :]
-        scale = tl.load(wscales_ptr + n[:, None] * GROUPS + group[None, :], mask=there, other=0.0).to(dtype)
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, BYTES // 32, 16)), (BN, BYTES // 2))
-        x = x_ptr + m[:, None] * stride_m + (byte // 32 * 64 + byte % 32)[None, :]
-        there = (m < M)[:, None] & (byte < GROUPS * 32)[None, :]
-        even, odd = _taken_apart(tl.load(x, mask=there, other=0.0), dtype)
-        sums = _pair_product(sums, words, scale, even, 0)
-        sums = _pair_product(sums, words, scale, odd, 8)
-        even, odd = _taken_apart(tl.load(x + 32, mask=there, other=0.0), dtype)
-        sums = _pair_product(sums, words, scale, even, 4)
-        sums = _pair_product(sums, words, scale, odd, 12)
+    sums = tl.reshape(tl.sum(sums, 0), (BN, BM))
     if SPLIT == 1:
         _finish(sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
     else:
@@ -114,21 +183,23 @@ def short_product(
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
     qweight uint8 [N, K/2] and wscales [N, K/64], contiguous; branch [M, padded rank] and up [N, r] of out's dtype.
-    config: SPLIT, BM, BN, BYTES, STAGES, num_warps.
+    config: SPLIT, BM, BN, RUN, RUNS, AHEAD, num_warps; powers of two but for RUNS, BM from 8, BN from 16 on.
     """
-    (m, k), n = x.shape, len(qweight)
-    split, bm, bn, size = (config[name] for name in ("SPLIT", "BM", "BN", "BYTES"))
-    split = min(split, triton.cdiv(k // 2, size))
-    span = triton.cdiv(triton.cdiv(k // 2, size), split) * size
+    m, n, groups = len(x), *wscales.shape
+    split, bm, bn, warps = (config[name] for name in ("SPLIT", "BM", "BN", "num_warps"))
+    step = warps * config["RUN"] * config["RUNS"]
+    split = min(split, triton.cdiv(groups, step))
+    span = triton.cdiv(triton.cdiv(groups, step), split) * step
     rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
     part = out.new_empty(split, m, n, dtype=torch.float32) if split > 1 else out
     branch, up = (out if half is None else half for half in (branch, up))
     grid = (triton.cdiv(n, bn), triton.cdiv(m, bm))
-    ends = dict(RANK=rank, R=padded, SPLIT=split, BM=bm, num_warps=config["num_warps"])
+    ends = dict(RANK=rank, R=padded, SPLIT=split, BM=bm, num_warps=warps)
     _short_kernel[(*grid, split)](
         x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out, part,
-        m, n, k // 64, x.stride(0), span,
-        BN=bn, BYTES=size, STAGES=config["STAGES"], **ends,
+        m, n, groups, x.stride(0), span, MAGIC[out.dtype],
+        BN=bn, RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0,
+        AHEAD=config["AHEAD"], **ends,
     )  # fmt: skip
     if split > 1:
         _meet_kernel[grid](part, row_scale, branch, up, bias, out, m, n, BN=bn, **ends)

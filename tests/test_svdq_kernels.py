@@ -207,10 +207,15 @@ def test_w4a4_on_hopper(sizes, m, n, k, rank, shift, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("mode", ["none", "int8"] + ["fp8"] * MODERN)
+@pytest.mark.parametrize(
+    "sizes",
+    [(8, 16, 1, 1, False, 2), (16, 32, 2, 1, True, 1), (8, 64, 1, 2, True, 1), (32, 16, 4, 3, False, 4)],
+    ids=str,
+)
 @pytest.mark.parametrize("m, n, k, rank", [(1, 130, 320, 0), (19, 24, 128, 12)])
-def test_short_product(mode, split, m, n, k, rank, dtype):
+def test_short_product(mode, split, sizes, m, n, k, rank, dtype):
     layer = Layer(m, n, k, rank, dtype)
-    setting = dict(SPLIT=split, BM=16, BN=32, BYTES=64, STAGES=2, num_warps=4)
+    setting = dict(zip(("BM", "BN", "RUN", "RUNS", "AHEAD", "num_warps"), sizes, strict=True), SPLIT=split)
     rows = svdq_activation.empty_activation(
         layer.x, mode, rank, {"int8": torch.int8, "fp8": FP8, "none": dtype}[mode]
     )

@@ -8,14 +8,16 @@ from .svdq_linear import INT4
 
 
 def activation_settings(m: int, k: int) -> list[dict]:
-    """BM, BK, STAGES of the programs that multiply by D; ROWS, STEP of those that quantize; warps of both."""
-    shapes = [(64, 64, 4), (64, 64, 3), (32, 128, 3), (32, 64, 4)]
+    """BM, BK, STAGES of the programs that multiply by D; ROWS, STEP of those that quantize; warps and
+    registers at most of both."""
+    shapes = [(64, 64, 4), (64, 64, 3), (32, 128, 3)]
     if m <= 64:
         shapes = [(16, 256, 4), (16, 512, 3)]
-    rows = [(1, 512, 4), (1, 1024, 8), (2, 1024, 4), (4, 256, 4), (1, 2048, 16)]
+    rows = [(1, 512, 4, None), (1, 1024, 8, None), (2, 1024, 4, None), (4, 256, 4, None)]
+    rows += [(1, 1024, 8, 80), (1, 2048, 8, 80), (1, 4096, 16, None)] if k > 4096 else []
     return [
-        dict(BM=bm, BK=bk, STAGES=stages, ROWS=rows, STEP=step, num_warps=warps)
-        for (bm, bk, stages), (rows, step, warps) in itertools.product(shapes, rows)
+        dict(BM=bm, BK=bk, STAGES=stages, ROWS=rows, STEP=step, num_warps=warps, maxnreg=registers)
+        for (bm, bk, stages), (rows, step, warps, registers) in itertools.product(shapes, rows)
         if rows * k <= 4096 * warps
     ]
 

@@ -217,7 +217,7 @@ def activation_launch(
     constants = dict(
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
         STEPS=triton.cdiv(x.shape[1], config["STEP"]), **limits(mode, shift != 0),
-        **{name: config[name] for name in SETTINGS},
+        **{name: config[name] for name in SETTINGS}, maxnreg=config.get("maxnreg"),
     )  # fmt: skip
     return programs, constants
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-from ptq4dm.kernels.svdq_linear import INT4
+import torch
+
+from ptq4dm.kernels.svdq_linear import FP8, INT4
+from ptq4dm.kernels.tuning import capability
 
 
 def activation_settings(m: int, k: int) -> list[dict]:
@@ -25,17 +28,28 @@ def prepare_settings(m: int, k: int) -> list[dict]:
     return [one | dict(UNPACK_BYTES=8192) for one in activation_settings(m, k)]
 
 
-def product_settings() -> list[dict]:
-    """Tiles, stages, warps and programs for each multiprocessor; the order of the tiles."""
+def product_settings(name: str, hopper: bool) -> list[dict]:
+    """Tiles, stages, warps, programs for each multiprocessor, order of the tiles; Gluon's too for fp8 on Hopper."""
     one = dict(TMA=True, PIECES=2, PER_SM=1, BAND=8, num_warps=8)
     two = dict(TMA=True, PIECES=2, PER_SM=2, BAND=16, num_warps=4)
-    return [
+    return (gluon_settings() if hopper and name == FP8 else []) + [
         one | dict(BM=128, BN=256, BK=128, num_stages=3),
         one | dict(BM=128, BN=256, BK=64, num_stages=5),
         one | dict(BM=256, BN=128, BK=128, num_stages=3),
         one | dict(BM=128, BN=128, BK=128, num_stages=4),
         two | dict(BM=128, BN=128, BK=64, num_stages=4),
         two | dict(BM=128, BN=128, BK=128, num_stages=2),
+    ]
+
+
+def gluon_settings() -> list[dict]:
+    """In ping-pong and side by side: as many stages as the shared memory of Hopper holds, few bytes from L2 first."""
+    shapes = [(False, 128, 256, 4), (False, 256, 128, 4), (True, 128, 128, 6)]
+    small = [(False, 128, 128, 6), (True, 64, 256, 4), (True, 64, 128, 8)]
+    return [
+        dict(GLUON=True, PINGPONG=pingpong, BM=bm, BN=bn, BK=128, BAND=band, STAGES=stages)
+        for band, tiles in ((8, shapes + small), (16, shapes))
+        for pingpong, bm, bn, stages in tiles
     ]
 
 
@@ -61,7 +75,7 @@ def short_settings(m: int) -> list[dict]:
 def settings_of(step: str, name: str, m: int, k: int) -> list[dict]:
     """All settings to try of one launch of the kernels called `name`, for m rows of k inputs."""
     if step == "product":
-        return w4a4_settings() if name == INT4 else product_settings()
+        return w4a4_settings() if name == INT4 else product_settings(name, capability(torch.device("cuda"))[0] == 9)
     if step == "unpack":
         return [dict(UNPACK_BYTES=size, num_warps=warps) for size in (2048, 4096, 8192, 16384) for warps in (4, 8)]
     if step == "short":

@@ -31,7 +31,7 @@ TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 
 
 def signature(value) -> str:
@@ -39,6 +39,8 @@ def signature(value) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if hasattr(value, "layout"):  # Gluon's descriptor, which knows how it lies in shared memory
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -52,7 +54,11 @@ def compiled(kernel: JITFunction, target: int, args: tuple, options: dict):
         for index, name in enumerate(names)
         if types[name].startswith("*") or (types[name] == "i32" and values[name] % 16 == 0)
     ]
-    source = ASTSource(
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        Source = ASTSource
+    source = Source(
         kernel,
         types,
         {(names.index(name),): value for name, value in constants.items()},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from .svdq_linear import INT4
+import torch
+
+from .svdq_linear import FP8, INT4
 
 
 def activation_settings(m: int, k: int) -> list[dict]:
@@ -41,19 +43,31 @@ def product_settings() -> list[dict]:
     ]
 
 
-def w4a4_settings() -> list[dict]:
-    """The product of groups: tiles of the kernel for Hopper, the order of tiles; two settings of the one for all."""
-    # WARPGROUPS, GROUPS, BN, PIECE, STAGES
-    hopper = [
-        (2, 2, 128, 128, 5), (2, 1, 256, 64, 6), (2, 2, 128, 64, 5), (2, 1, 128, 64, 10), (3, 1, 128, 64, 7),
-        (2, 2, 128, 128, 3),
-    ]  # fmt: skip
-    tiles = [
-        dict(WARPGROUPS=warpgroups, GROUPS=groups, BN=bn, PIECE=piece, STAGES=stages, BAND=band)
-        for (warpgroups, groups, bn, piece, stages), band in itertools.product(hopper, (8, 16))
+def hopper_settings() -> list[dict]:
+    """W4A8 in Gluon: tiles in ping-pong and side by side, as many stages as the shared memory of Hopper holds."""
+    shapes = [(False, 128, 256, 4), (False, 256, 128, 4), (True, 128, 128, 6)]
+    small = [(False, 128, 128, 6), (True, 64, 256, 4), (True, 64, 128, 8)]
+    return [
+        dict(GLUON=True, PINGPONG=pingpong, BM=bm, BN=bn, BK=128, BAND=band, STAGES=stages)
+        for band, tiles in ((8, shapes + small), (16, shapes))
+        for pingpong, bm, bn, stages in tiles
     ]
+
+
+def w4a4_settings() -> list[dict]:
+    """The product of groups: small tiles, several on a multiprocessor, so that sums and scaling overlap."""
     general = dict(TMA=True, BAND=16, PER_SM=2, num_warps=4)
-    return tiles + [general | dict(BM=64, BN=128, num_stages=3), general | dict(BM=128, BN=64, num_stages=4)]
+    return [general | dict(BM=64, BN=128, num_stages=3), general | dict(BM=128, BN=64, num_stages=4)]
+
+
+def w4a4_hopper_settings() -> list[dict]:
+    """The same in Gluon."""
+    # WARPGROUPS, GROUPS, BN, PIECE, STAGES
+    shapes = [(2, 2, 128, 128, 5), (2, 1, 256, 64, 6), (2, 2, 128, 64, 5), (2, 1, 128, 64, 10), (3, 1, 128, 64, 7)]
+    return [
+        dict(WARPGROUPS=warpgroups, GROUPS=groups, BN=bn, PIECE=piece, STAGES=stages, BAND=band)
+        for (warpgroups, groups, bn, piece, stages), band in itertools.product(shapes, (8, 16))
+    ]
 
 
 def short_settings(m: int) -> list[dict]:
@@ -95,7 +109,10 @@ def short_settings(m: int) -> list[dict]:
 def settings_of(step: str, name: str, m: int, k: int) -> list[dict]:
     """All settings to try of one launch of the kernels called `name`, for m rows of k inputs."""
     if step == "product":
-        return w4a4_settings() if name == INT4 else product_settings()
+        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+        if name == INT4:
+            return w4a4_settings() + w4a4_hopper_settings() * hopper
+        return product_settings() + hopper_settings() * (hopper and name == FP8)
     if step == "unpack":
         return [dict(UNPACK_BYTES=size, num_warps=warps) for size in (2048, 4096, 8192, 16384) for warps in (4, 8)]
     if step == "short":

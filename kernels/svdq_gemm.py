@@ -138,9 +138,14 @@ def product(
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
     config: TMA, BM, BN, BK, BAND, num_warps, num_stages; with TMA also PIECES (stores of a tile) and PER_SM (programs
-    of a multiprocessor).
+    of a multiprocessor). Settings with GLUON are of svdq_gluon.product, for e4m3 on Hopper.
     """
-    kernel = _tma_product if config["TMA"] else _pointer_product
+    if config.get("GLUON"):
+        from . import svdq_gluon  # a Triton without Gluon serves all other settings
+
+        kernel = svdq_gluon.product
+    else:
+        kernel = _tma_product if config["TMA"] else _pointer_product
     kernel(activation, weight, up, bias, out, config)
 
 

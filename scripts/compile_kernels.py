@@ -20,7 +20,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon.nvidia import hopper
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -32,7 +31,7 @@ TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 
 
 def signature(value) -> str:
@@ -40,7 +39,7 @@ def signature(value) -> str:
         return f"*{TYPES[value.dtype]}"
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-    if isinstance(value, hopper.TensorDescriptor):
+    if hasattr(value, "layout"):  # Gluon's descriptor, which knows how it lies in shared memory
         return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
     return "fp32" if isinstance(value, float) else "i32"
 

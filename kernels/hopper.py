@@ -1,0 +1,40 @@
+"""What the Gluon kernels for Hopper share: descriptors for TMA, and names that differ between versions of Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .tuning import capability
+
+TYPES = {
+    torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16,
+    torch.float32: gl.float32,
+}  # fmt: skip
+# Gluon is experimental: later versions of Triton have the first names, 3.6 the second.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+def blocks(tensor: Tensor | None, *size: int) -> TensorDescriptor | None:
+    """A tensor as TMA loads or stores it, `size` at a time; None for None."""
+    if tensor is None:
+        return None
+    layout = gl.NVMMASharedLayout.get_default_for(list(size), TYPES[tensor.dtype])
+    return TensorDescriptor.from_tensor(tensor, list(size), layout)
+
+
+def aligned(up: Tensor | None) -> Tensor | None:
+    """U [N, r] with rows that begin at multiples of 16 bytes, as those of a TMA operand have to."""
+    if up is None or (up.shape[1] % 8 == 0 and up.data_ptr() % 16 == 0):
+        return up
+    return torch.nn.functional.pad(up, (0, -up.shape[1] % 8)).clone()
+
+
+def check(codes: Tensor) -> None:
+    """Raises ValueError unless these are codes in e4m3 on a GPU of compute capability 9."""
+    if codes.dtype != torch.float8_e4m3fn or capability(codes.device)[0] != 9:
+        raise ValueError(f"settings with GLUON are for e4m3 on Hopper, not for {codes.dtype} on {codes.device}.")

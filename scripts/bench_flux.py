@@ -5,7 +5,8 @@
 19 double and 38 single blocks with random weights (12 B parameters), one image of 4096 tokens and 512 text tokens.
 Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes them, for bfloat16 too. All layers of
 blocks become W4A8 (or --activations int8, int4) with a branch of rank 32, adaLN weight-only; rounding is to nearest,
-which changes no time. Each form is timed as it is and with its blocks compiled by torch.compile; medians.
+which changes no time. Each form is timed as it is, with its blocks compiled by torch.compile, and compiled in a CUDA
+graph; medians. "profile" is where the GPU's time goes in a compiled step, in ms by kernel.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 
 from ptq4dm.errors import run
 from ptq4dm.files import replacing
+from ptq4dm.kernels import stopwatch
 from ptq4dm.modules import replace_module
 from ptq4dm.record import Calls, replay
 from ptq4dm.report import stored_bytes
@@ -86,7 +88,26 @@ def measure(model: nn.Module, calls: Calls, args) -> dict:
     if not args.no_compile:
         model.compile_repeated_blocks(fullgraph=True)
         figures["compiled_ms"] = 1e3 * seconds(model, calls, args.repeats)
+    if torch.cuda.is_available():
+        figures["profile"] = profile(model, calls)
+        graph, _ = stopwatch.graph_of([lambda: replay(model, calls)])
+        figures["graph_ms"] = statistics.median(stopwatch.elapsed(graph.replay) for _ in range(args.repeats)) / 1e3
     return figures
+
+
+def profile(model: nn.Module, calls: Calls, most: int = 16) -> dict[str, float]:
+    """Milliseconds by kernel of one step, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        replay(model, calls)
+        torch.cuda.synchronize()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    return {f"{e.count} x {e.key[:80]}": round(e.self_device_time_total / 1e3, 3) for e in events[:most]}
+
+
+def on(device: str, calls: Calls) -> Calls:
+    """The recorded call with its tensors there, as a pipeline hands them over."""
+    parts = ({k: v.to(device) for k, v in part.items()} for part in (calls.conditioning, calls.shared))
+    return Calls(calls.sample.to(device), calls.timestep.to(device), *parts)
 
 
 @torch.no_grad()
@@ -108,7 +129,7 @@ def main():
     result = {name: getattr(args, name) for name in names}
     result["device"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     model = fused_model(args)
-    calls = tuples(model, args).calls
+    calls = on(args.device, tuples(model, args).calls)
     result["bf16"] = measure(model, calls, args)
     del model  # compiled for its layers; and two would take twice the memory
     torch._dynamo.reset()
@@ -116,7 +137,7 @@ def main():
     result["kernels"] = quantize_blocks(model, args.activations, args.rank)
     result["quantized"] = measure(model, calls, args)
     result["bytes_ratio"] = result["quantized"]["bytes"] / result["bf16"]["bytes"]
-    for kind in ("eager_ms", "compiled_ms"):
+    for kind in ("eager_ms", "compiled_ms", "graph_ms"):
         if kind in result["bf16"]:
             result[f"speedup_{kind.removesuffix('_ms')}"] = result["bf16"][kind] / result["quantized"][kind]
     args.output.parent.mkdir(parents=True, exist_ok=True)

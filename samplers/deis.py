@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ptq4dm.errors import UserError
 
 from .coefficients import RUNGE_KUTTA, multistep_weights
+from .evaluations import Evaluation, multistep, runge_kutta
 from .grids import GRIDS, make_grid
 from .schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of, zero_terminal_snr
 from .timesteps import own_index
@@ -35,21 +36,6 @@ DEFAULTS = {
     "rho_rk": (None, "edm"),
 }
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One call of the model and the update after it: x' = scale * base + sum_j weights[j] * eps_j, newest first.
-
-    `base` is the sample at which the step began: this one where `starts` (always so in multistep methods), else
-    an earlier one of a Runge-Kutta step. weights[k] are for a history of k + 1 evaluations.
-    """
-
-    alpha: float  # sqrt(alpha_bar)
-    sigma: float  # sqrt(1 - alpha_bar)
-    starts: bool
-    scale: float
-    weights: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -185,9 +171,11 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         if config.final_denoise:
             rho[-1] = 0.0
         if config.solver == "rho_rk":
-            times, self._evaluations = self._runge_kutta(grid, rho)
+            times, self._evaluations = runge_kutta(config.rk_method, self.schedule, grid, rho)
         else:
-            times, self._evaluations = grid[:-1], self._multistep(grid[:-1], rho)
+            table = multistep_weights(config.solver, self.schedule, grid[:-1], rho[-1], self._order)
+            early = config.solver == "log_rho" and config.lower_order_final and len(grid) <= 15
+            times, self._evaluations = grid[:-1], multistep(table, rho, early)
         whole = self.schedule.discrete and config.solver != "rho_rk"
         self.timesteps = torch.tensor(times, dtype=torch.int64 if whole else torch.float64).to(device)
         self._own_timesteps = self.timesteps  # a caller may put a slice in its place
@@ -195,33 +183,6 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = num_inference_steps
         self._begin_index = None
         self._forget()
-
-    def _multistep(self, times: np.ndarray, rho: np.ndarray) -> list[Evaluation]:
-        table = multistep_weights(self.config.solver, self.schedule, times, rho[-1], self._order)
-        n, rows = len(times), []
-        for i, weights in enumerate(table):
-            if self.config.solver == "log_rho" and self.config.lower_order_final and n < 15:
-                weights = weights[: n - i]
-            rows.append(_evaluation(rho[i], rho[i], rho[i + 1], True, weights))
-        return rows
-
-    def _runge_kutta(self, times: np.ndarray, rho: np.ndarray) -> tuple[list[float], list[Evaluation]]:
-        """Stage s of a step of length h is at rho + c_s h; its update leads to the next one, the last to the end."""
-        nodes, matrix, final = RUNGE_KUTTA[self.config.rk_method]
-        all_times, rows = [], []
-        for i, (start, end) in enumerate(zip(rho[:-1], rho[1:], strict=True)):
-            if end == 0.0:  # a stage at rho = 0 would be outside the model's training: one Euler step
-                all_times.append(times[i])
-                rows.append(_evaluation(start, start, end, True, [np.array([end - start])]))
-                break
-            h, stages = end - start, [start + c * (end - start) for c in nodes]
-            stage_times = [times[i], *self.schedule.time(np.array(stages[1:]))]
-            for s, (at, t) in enumerate(zip(stages, stage_times, strict=True)):
-                row = np.array(matrix[s + 1] if s + 1 < len(nodes) else final, np.float64)
-                target = stages[s + 1] if s + 1 < len(nodes) else end
-                all_times.append(float(t))
-                rows.append(_evaluation(at, start, target, s == 0, [h * row[::-1]]))
-        return all_times, rows
 
     # ---------------------------------------------------------------------------------------------- step
 
@@ -359,13 +320,6 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
-
-
-def _evaluation(at: float, start: float, end: float, starts: bool, weights: list[np.ndarray]) -> Evaluation:
-    """At rho `at`, in a step that began at rho `start`: the update to rho `end`, from weights in drho."""
-    alpha, alpha_end = (1 + at**2) ** -0.5, (1 + end**2) ** -0.5
-    scaled = tuple(tuple(float(alpha_end * w) for w in row) for row in weights)
-    return Evaluation(float(alpha), float(at * alpha), starts, float(alpha_end * (1 + start**2) ** 0.5), scaled)
 
 
 def _check(name: str, value, allowed: tuple) -> None:

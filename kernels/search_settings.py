@@ -65,38 +65,30 @@ def w4a4_hopper_settings() -> list[dict]:
 
 
 def short_settings(m: int) -> list[dict]:
-    """Outputs of a program, groups that each of its warps reads at once, warps; whether the next are read meanwhile.
+    """Outputs of a program, groups that each of its warps reads at once, warps.
 
-    48 groups (3072 inputs) take one round without AHEAD wherever RUN * RUNS * num_warps is 48, two where it is 24.
+    48 groups (3072 inputs) take one round wherever RUN * RUNS * num_warps is 48, two where it is 24.
     """
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     shapes = {
         8: [
-            (16, 1, 6, 4, False), (16, 1, 6, 8, False), (16, 1, 12, 4, False), (16, 2, 3, 4, False),
-            (16, 2, 3, 8, False), (16, 2, 6, 4, False), (16, 4, 3, 2, False), (16, 4, 3, 4, False),
-            (16, 2, 6, 2, False), (32, 1, 3, 8, False), (32, 1, 6, 4, False), (32, 2, 3, 4, False),
-            (32, 2, 3, 2, False), (64, 1, 3, 4, False), (16, 1, 3, 4, True), (16, 1, 4, 4, True), (16, 2, 2, 4, True),
-            (16, 4, 1, 4, True), (16, 1, 6, 4, True), (32, 1, 3, 4, True), (16, 4, 3, 1, True),
+            (16, 1, 6, 4), (16, 1, 6, 8), (16, 1, 12, 4), (16, 2, 3, 4), (16, 2, 3, 8), (16, 2, 6, 4), (16, 4, 3, 2),
+            (16, 4, 3, 4), (16, 2, 6, 2), (32, 1, 3, 8), (32, 1, 6, 4), (32, 2, 3, 4), (32, 2, 3, 2), (32, 2, 6, 2),
+            (32, 4, 3, 1), (32, 2, 3, 1), (64, 1, 3, 4), (64, 2, 3, 2), (64, 1, 3, 2),
         ],
         16: [
-            (16, 1, 6, 4, False), (16, 1, 6, 8, False), (16, 1, 3, 8, False), (16, 2, 3, 4, False),
-            (16, 4, 1, 4, False), (32, 1, 3, 4, False), (32, 1, 3, 8, False), (32, 1, 3, 2, False),
-            (32, 1, 6, 4, False), (32, 2, 2, 4, False), (32, 2, 2, 2, False), (64, 1, 3, 4, False),
-            (64, 1, 3, 8, False), (16, 1, 3, 4, True), (16, 1, 3, 8, True), (16, 2, 1, 4, True), (32, 1, 2, 4, True),
-            (32, 1, 3, 4, True), (32, 2, 1, 4, True),
+            (16, 1, 6, 4), (16, 1, 6, 8), (16, 2, 3, 4), (32, 1, 3, 4), (32, 1, 3, 8), (32, 1, 6, 4), (32, 2, 2, 4),
+            (32, 2, 2, 2), (32, 4, 1, 2), (64, 1, 3, 4), (64, 1, 3, 8), (64, 1, 2, 4), (64, 2, 1, 4), (64, 2, 1, 2),
+            (64, 1, 2, 8), (64, 4, 1, 2), (128, 1, 1, 4), (128, 1, 1, 8),
         ],
-        32: [
-            (16, 1, 3, 4, False), (16, 1, 6, 4, False), (32, 1, 3, 4, False), (32, 1, 3, 8, False),
-            (16, 1, 3, 4, True), (32, 1, 2, 4, True),
-        ],
-        64: [
-            (16, 1, 1, 8, False), (16, 1, 3, 4, False), (32, 1, 1, 4, False), (16, 1, 1, 4, True),
-        ],
+        32: [(16, 1, 3, 4), (16, 1, 6, 4), (32, 1, 3, 4), (32, 1, 3, 8), (64, 1, 1, 4), (64, 1, 1, 8)],
+        64: [(16, 1, 1, 8), (16, 1, 3, 4), (32, 1, 1, 4), (32, 1, 1, 8)],
     }  # fmt: skip
     tried = [(1, shape) for shape in shapes[bm]] + [(split, shapes[bm][0]) for split in (2, 4)]
     return [
-        dict(SPLIT=split, BM=bm, BN=bn, RUN=run, RUNS=runs, AHEAD=ahead, num_warps=warps)
-        for split, (bn, run, runs, warps, ahead) in tried
+        dict(SPLIT=split, BM=bm, BN=bn, RUN=run, RUNS=runs, EARLY=early, num_warps=warps)
+        for split, (bn, run, runs, warps) in tried
+        for early in (False, True)
     ]
 
 

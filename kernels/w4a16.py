@@ -52,7 +52,7 @@ def _read(pointers, there, POLICY: tl.constexpr):
 
 
 @triton.jit
-def _read_ahead(q, wscales, groups, runs, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
+def _read_all(q, wscales, groups, runs, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
     """(words, scales) of RUNS steps of STEP groups from `first`."""
     words, scales = (), ()
     for i in tl.static_range(RUNS):
@@ -60,6 +60,17 @@ def _read_ahead(q, wscales, groups, runs, first, end, STEP: tl.constexpr, RUNS: 
         words += (_read(q + at * 8, None if EVEN else at + groups < end, "evict_first"),)
         scales += (_read(wscales + at, None if EVEN else at + runs < end, ""),)
     return words, scales
+
+
+@triton.jit
+def _read_inputs(x, columns, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
+    """Both halves of the groups of x that belong to them."""
+    inputs = ()
+    for i in tl.static_range(RUNS):
+        at = first + i * STEP
+        for half in tl.static_range(2):
+            inputs += (_read(x + at * 64 + 32 * half, None if EVEN else at + columns < end, "evict_last"),)
+    return inputs
 
 
 @triton.jit
@@ -109,11 +120,11 @@ def _short_kernel(
     x_ptr, row_scale_ptr, q_ptr, wscales_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, part_ptr,
     M, N, GROUPS, stride_m, span, magic,
     RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Outputs n of a block, rows m of a block, `span` groups; each warp reads RUNS runs of RUN groups at once.
 
-    With AHEAD the next are under way while these are multiplied; without, other programs' reads have to be.
+    While they are awaited, the tensor cores multiply for other programs.
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     # what is past the last row repeats it, and is not stored
@@ -133,22 +144,21 @@ def _short_kernel(
     end = tl.minimum(start + span, GROUPS)
     sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
     step: tl.constexpr = WARPS * RUN
-    if AHEAD:
-        following = _read_ahead(q, wscales, groups, runs, start, end, step, RUNS, EVEN)
     for first in tl.range(start, end, step * RUNS, num_stages=1):
-        if AHEAD:
-            words, scales = following
-            following = _read_ahead(q, wscales, groups, runs, first + step * RUNS, end, step, RUNS, False)
-        else:
-            words, scales = _read_ahead(q, wscales, groups, runs, first, end, step, RUNS, EVEN)
+        words, scales = _read_all(q, wscales, groups, runs, first, end, step, RUNS, EVEN)
+        if EARLY:
+            inputs = _read_inputs(x, columns, first, end, step, RUNS, EVEN)
         tl.debug_barrier()  # lest the compiler move these reads to where they are used: all shall be under way
         for i in tl.static_range(RUNS):
             at = first + i * step
             part = tl.zeros((step, BN, BM), tl.float32)
             for half in tl.static_range(2):
-                inputs = _read(x + at * 64 + 32 * half, None if EVEN else at + columns < end, "evict_last")
+                if EARLY:
+                    values = inputs[2 * i + half]
+                else:
+                    values = _read(x + at * 64 + 32 * half, None if EVEN else at + columns < end, "evict_last")
                 codes = _weights(words[i], magic, 4 * half, dtype, BN, RUN)
-                part = tl.dot(codes, _inputs(inputs, dtype, BM, RUN), part)
+                part = tl.dot(codes, _inputs(values, dtype, BM, RUN), part)
             scale = tl.reshape(scales[i].to(tl.float32), (BN // 8, WARPS, 8, 4, RUN))
             scale = tl.permute(scale, (4, 1, 0, 2, 3))[:, :, :, :, None, :, None]
             sums += tl.sum(tl.reshape(part, (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale, 0)
@@ -183,7 +193,7 @@ def short_product(
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
     qweight uint8 [N, K/2] and wscales [N, K/64], contiguous; branch [M, padded rank] and up [N, r] of out's dtype.
-    config: SPLIT, BM, BN, RUN, RUNS, AHEAD, num_warps; powers of two but for RUNS, BM from 8, BN from 16 on.
+    config: SPLIT, BM, BN, RUN, RUNS, num_warps; powers of two but for RUNS, BM from 8, BN from 16 on.
     """
     m, n, groups = len(x), *wscales.shape
     split, bm, bn, warps = (config[name] for name in ("SPLIT", "BM", "BN", "num_warps"))
@@ -199,7 +209,7 @@ def short_product(
         x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out, part,
         m, n, groups, x.stride(0), span, MAGIC[out.dtype],
         BN=bn, RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0,
-        AHEAD=config["AHEAD"], **ends,
+        EARLY=config.get("EARLY", False), **ends,
     )  # fmt: skip
     if split > 1:
         _meet_kernel[grid](part, row_scale, branch, up, bias, out, m, n, BN=bn, **ends)

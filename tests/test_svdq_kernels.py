@@ -243,7 +243,7 @@ def test_w4a4_on_hopper(sizes, m, n, k, rank, shift, dtype):
 @pytest.mark.parametrize("m, n, k, rank", [(1, 130, 320, 0), (19, 24, 128, 12)])
 def test_short_product(mode, split, sizes, m, n, k, rank, dtype):
     layer = Layer(m, n, k, rank, dtype)
-    setting = dict(zip(("BM", "BN", "RUN", "RUNS", "AHEAD", "num_warps"), sizes, strict=True), SPLIT=split)
+    setting = dict(zip(("BM", "BN", "RUN", "RUNS", "EARLY", "num_warps"), sizes, strict=True), SPLIT=split)
     rows = svdq_activation.empty_activation(
         layer.x, mode, rank, {"int8": torch.int8, "fp8": FP8, "none": dtype}[mode]
     )

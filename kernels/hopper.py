@@ -27,11 +27,12 @@ def blocks(tensor: Tensor | None, *size: int) -> TensorDescriptor | None:
     return TensorDescriptor.from_tensor(tensor, list(size), layout)
 
 
-def aligned(up: Tensor | None) -> Tensor | None:
-    """U [N, r] with rows that begin at multiples of 16 bytes, as those of a TMA operand have to."""
-    if up is None or (up.shape[1] % 8 == 0 and up.data_ptr() % 16 == 0):
-        return up
-    return torch.nn.functional.pad(up, (0, -up.shape[1] % 8)).clone()
+def aligned(rows: Tensor | None) -> Tensor | None:
+    """A matrix whose rows begin at multiples of 16 bytes, where TMA can begin to load."""
+    if rows is None or (rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0):
+        return rows
+    extra = -rows.shape[1] % (16 // rows.element_size())
+    return torch.nn.functional.pad(rows, (0, extra)) if extra else rows.clone()
 
 
 def check(codes: Tensor) -> None:

@@ -4,8 +4,8 @@
 
 Codes are whole numbers in e4m3 or int8, their sums over 64 inputs (at most 64 * 8 * 15) exact in both; groups add up
 in float32. No tensor core of Hopper multiplies 4-bit codes, so this computes at 8 bits, and each group costs two
-operations on every output beside: floor M N K / 32 of them, about as long as the product itself. On Hopper both run
-at the same time (svdq_w4a4_hopper.py); the kernel here does one after the other, on any GPU.
+operations on every output beside: floor M N K / 32 of them, about as long as the product itself. On Hopper the
+one runs under the other (svdq_w4a4_hopper.py); the kernel here does one after the other, on any GPU.
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ def product(
 ) -> None:
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
-    config: TMA, BM, BN, BAND, PER_SM, num_warps, num_stages; or with WARPGROUPS the settings of svdq_w4a4_hopper.py.
+    config: TMA, BM, BN, BAND, PER_SM, num_warps, num_stages. Settings with GLUON are of svdq_w4a4_hopper.product, for
+    e4m3 on Hopper.
     """
-    if "WARPGROUPS" in config:
-        from . import svdq_w4a4_hopper  # here: Gluon is not in every Triton that serves the other GPUs
+    if config.get("GLUON"):
+        from . import svdq_w4a4_hopper  # a Triton without Gluon serves all other settings
 
         svdq_w4a4_hopper.product(activation, weight, up, bias, out, config)
         return

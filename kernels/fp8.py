@@ -11,13 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .int8 import inverse
+
 DTYPE = torch.float8_e4m3fn
 LIMIT = 448.0
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """x float, scale float32 broadcast against it -> e4m3 codes of x's shape."""
-    return (x.float() * (1.0 / scale)).clamp_(-LIMIT, LIMIT).to(DTYPE)
+    return (x.float() * inverse(scale)).clamp_(-LIMIT, LIMIT).to(DTYPE)
 
 
 def scale_of(x: Tensor, dims: tuple[int, ...]) -> Tensor:

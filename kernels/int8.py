@@ -53,9 +53,17 @@ def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int 
     The plain formula; NaN, which has no code, counts as zero.
     """
     limit = 2 ** (bits - 1)
-    steps = torch.round(x.float() * (1.0 / scale)).nan_to_num_(0.0, float("inf"), -float("inf"))
+    steps = torch.round(x.float() * inverse(scale)).nan_to_num_(0.0, float("inf"), -float("inf"))
     codes = steps + zero_point
     return codes.clamp_(-limit, limit - 1).to(torch.int8)
+
+
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale, float32, rounded once: in compiled code, too, where a quotient of float32 is an approximate one.
+
+    A quotient of float32 values in float64 has digits enough that rounding it again changes nothing.
+    """
+    return (1.0 / scale.double()).float()
 
 
 def quantize_activation_uint8(x: Tensor, scale: float, zero_point: int) -> Tensor:

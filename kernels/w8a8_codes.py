@@ -1,7 +1,8 @@
 """Ops for layers whose producer hands over codes: quantization apart from the product, or fused with what is before.
 
 Codes are in the flat padded layout of `window`, [rows, C']. `fuse.py` puts a model's norms and convolutions together
-with them; each has the formula in torch for devices without a kernel.
+with them; each has the formula in torch for devices without a kernel. `linear` is for torch.compile, which fuses the
+formula itself with what is before it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from . import w8a8_reference as reference
 from .window import Window
 
 
+@torch.compiler.assume_constant_result  # a GPU stays what it is, and the compiler does not know how to ask
 def _triton(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
     return w8a8.kernel_name(device, 8, 1, dtype) in (w8a8.TRITON, w8a8.TRITON_FP8)
 
@@ -132,6 +134,36 @@ def w8a8_conv2d_codes(
 def _(codes, image, qweight, weight_scale, bias, scale, zero, stride, padding, dilation, shift, residual, dtype):
     window = _window(image, qweight, stride, padding, dilation)
     return codes.new_empty(window.batch, *window.output, len(qweight), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    activation_bits: int,
+) -> Tensor:
+    """What `w8a8_linear` computes. Under torch.compile, where `takes_codes`, codes are made by operations of torch.
+
+    Those the compiler sees, and makes the codes in the kernel that computes x (a norm, a modulation, an activation):
+    x itself is not written. The same x gives the same codes and the same y as in `w8a8_linear`; but an x inside a
+    fused kernel is float32 that nobody has rounded to bf16, so that a compiled model differs from the uncompiled one
+    by rounding: some codes by one step.
+    """
+    if not (torch.compiler.is_compiling() and takes_codes(x, qweight, input_scale)):
+        return w8a8.w8a8_linear(x, qweight, weight_scale, bias, input_scale, input_zero_point, activation_bits)
+    rows = x.reshape(-1, x.shape[-1])
+    codes = reference.encode(rows, qweight.dtype, input_scale, input_zero_point, activation_bits).contiguous()
+    operands = (qweight, weight_scale, bias, input_scale, input_zero_point)
+    y = w8a8_conv2d_codes(codes, [len(rows), 1, 1], *operands, [1, 1], [0, 0], [1, 1], None, None, x.dtype)
+    return y.reshape(*x.shape[:-1], len(qweight))
+
+
+def takes_codes(x: Tensor, qweight: Tensor, input_scale: Tensor | None) -> bool:
+    """Whether a Linear's kernel multiplies codes that need no largest value first and no channels to fill up."""
+    return input_scale is not None and x.shape[-1] % 32 == 0 and _triton(x.device, qweight.dtype)
 
 
 def _window(image, qweight, stride, padding, dilation) -> Window:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .kernels import fp8, w8a8
+from .kernels import fp8, w8a8, w8a8_codes
 from .kernels.int8 import dequantize_weight, quantize_weight
 from .plan import LayerPlan
 from .ranges import weight_scale
@@ -139,7 +139,7 @@ class Int8Linear(_W8A8Layer, nn.Linear):
         self._allocate((self.out_features, self.in_features), plan, bias, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return w8a8.w8a8_linear(x, *self._operands())
+        return w8a8_codes.linear(x, *self._operands())
 
     def _float_layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")

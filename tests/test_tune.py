@@ -277,6 +277,30 @@ def test_settings_of_a_launch_hold_what_is_used_today(gpu):
         assert len({one.compiled_as(setting) for setting in settings}) == len(settings)
 
 
+def test_linears_of_a_transformer_are_tuned_in_little_time(gpu):
+    """Each class has programs that work off many tiles, as many as fit; what is compiled once is not tried again."""
+    shapes = [(65536, 256, 256), (65536, 1024, 256), (65536, 12, 256), (256, 1536, 256), (256, 256, 256)]
+    launches = search_w8a8.launches(tune.linear_cases(shapes))
+    assert [one.key for one in launches if one.form == "int8"] == [
+        "int8 1x1/1 C256 N256 M2^16",
+        "int8 1x1/1 C256 N1024 M2^16",
+        "int8 on-load C256 N12 M2^16",
+        "int8 1x1/1 C256 N12 M2^16",
+        "int8 1x1/1 C256 N1536 M2^8",
+        "int8 1x1/1 C256 N256 M2^8",
+    ]
+    tried = [{one.compiled_as(setting) for setting in search.candidates(one)} for one in launches]
+    assert len(launches) == 12 and max(map(len, tried)) <= 20 and len(set().union(*tried)) <= 150
+    by_key = {one.key: settings for one, settings in zip(launches, tried, strict=True)}
+    for form in ("int8", "fp8"):
+        assert by_key[f"{form} 1x1/1 C256 N256 M2^16"] == by_key[f"{form} 1x1/1 C256 N1024 M2^16"]
+        assert by_key[f"{form} 1x1/1 C256 N256 M2^8"] == by_key[f"{form} 1x1/1 C256 N1536 M2^8"]
+    for one in launches:
+        many = [search_w8a8.Config(**setting) for setting in one.settings() if setting["programs"]]
+        assert all(c.programs * search_w8a8._shared(c) <= 233472 for c in many)  # of a multiprocessor
+        assert bool(many) == (one.key.endswith("M2^16") and not one.on_load)
+
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()

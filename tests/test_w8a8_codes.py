@@ -24,6 +24,8 @@ from ptq4dm.kernels import (
 from ptq4dm.kernels import w8a8_reference as reference
 from ptq4dm.kernels.w8a8_configs import Config
 from ptq4dm.kernels.window import Window
+from ptq4dm.modules import quantized_copy
+from ptq4dm.plan import LayerPlan
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"  # the kernels themselves run: compiled, or in Triton's interpreter
@@ -310,6 +312,97 @@ def test_group_norm_in_e4m3():
     if CUDA:
         assert (seen - right).abs().max() <= right.abs().max() / 16
     assert (codes[:, 8:].float() == 0).all() and codes.float().isfinite().all()
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def layer_of(dtype, outputs, features, *, static=True, device=DEVICE):
+    """A Linear of int8 or e4m3 codes."""
+    float_layer = torch.nn.Linear(features, outputs)
+    with torch.no_grad():
+        float_layer.weight.copy_(normal(outputs, features, seed=1) / 8)
+        float_layer.bias.copy_(normal(outputs, seed=2))
+    scale, zero = (None, None) if not static else grid(dtype)
+    plan = LayerPlan(
+        "int8" if dtype == torch.int8 else "fp8",
+        input_scale=None if scale is None else float(scale),
+        input_zero_point=None if zero is None else int(zero),
+    )
+    return quantized_copy(float_layer, plan, "linear").to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, fp8.DTYPE], ids=["int8", "fp8"])
+@pytest.mark.parametrize(
+    "features, static, plain", [(64, True, True), (72, True, False), (64, False, False)], ids=str
+)
+def test_what_a_compiler_sees_of_a_linear(dtype, features, static, plain, monkeypatch, fresh):
+    """Codes by plain operations where the kernel takes codes, else the op alone; the same bits either way."""
+    monkeypatch.setattr(w8a8, "kernel_name", lambda *_: w8a8.TRITON)
+    layer, x = layer_of(dtype, 136, features, static=static), inputs(dtype, 5, 7, features).to(DEVICE)
+    x[..., 0] = 448 * 2.0**-5
+    seen = []
+
+    def look(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(torch.compile(layer, backend=look, fullgraph=True)(x), expected)
+    ours = [name for name in seen if "ptq4dm" in name]
+    assert ours == ["ptq4dm.w8a8_conv2d_codes.default" if plain else "ptq4dm.w8a8_linear.default"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, fp8.DTYPE], ids=["int8", "fp8"])
+@pytest.mark.parametrize("backend, x_dtype", [("eager", torch.float32), ("aot_eager", torch.bfloat16)], ids=str)
+def test_codes_of_a_compiled_linear_are_those_of_the_op(dtype, backend, x_dtype, monkeypatch, fresh):
+    """The reference's bits: for inputs of any strides, with NaN and infinity, none at all, and sizes that change."""
+    layer = layer_of(dtype, 24, 64, device="cpu")
+    x = (normal(6, 3, 64) * 4).to(x_dtype)
+    x[0, 0, 0], x[1, 0, 0], x[2, 0, 0] = math.nan, math.inf, -math.inf
+    shapes = [x, x[:4], x[:3].transpose(0, 1), x[:0], x[:, 0].T.contiguous().T, x[0, 0]]
+    monkeypatch.setattr(w8a8, "kernel_name", lambda *_: w8a8.REFERENCE)
+    with torch.no_grad():
+        expected = [layer(one) for one in shapes]
+        monkeypatch.setattr(w8a8_codes, "takes_codes", lambda *_: True)
+        monkeypatch.setattr(w8a8, "w8a8_linear", None)
+        compiled = torch.compile(layer, backend=backend, fullgraph=True)
+        for one, right in zip(shapes, expected, strict=True):
+            y = compiled(one)
+            assert y.dtype == x_dtype and torch.equal(y.nan_to_num(7e4), right.nan_to_num(7e4))
+
+
+def test_the_inverse_of_a_scale_is_rounded_once():
+    scale = normal(100_000).abs() * torch.randint(-30, 30, (100_000,)).float().exp2()
+    assert torch.equal(int8.inverse(scale), 1.0 / scale)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.int8, fp8.DTYPE], ids=["int8", "fp8"])
+def test_a_compiled_linear_on_the_gpu(dtype, monkeypatch, fresh):
+    """In inductor's kernels: the same bits from the same x; after a norm, those of a norm that nobody rounded."""
+    layer = layer_of(dtype, 384, 256).to(torch.bfloat16)
+    x = normal(300, 256).cuda().bfloat16()
+    x[:3, 0] = torch.tensor([math.nan, math.inf, -math.inf])
+    norm = torch.nn.LayerNorm(256, device="cuda", dtype=torch.bfloat16)
+    model = torch.nn.Sequential(norm, layer)
+    with torch.no_grad():
+        expected, normed = layer(x), model(x[3:])
+        exact = norm.float()(x[3:].float()) @ layer.dequantized_weight().T + layer.bias.float()
+        norm.bfloat16()
+        monkeypatch.setattr(w8a8_quantize, "quantize", None)  # the kernel that is not to run
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x).nan_to_num(7e4), expected.nan_to_num(7e4))
+        y = torch.compile(model, fullgraph=True)(x[3:])
+    error = (normed.float() - exact).norm()
+    assert (y.float() - normed.float()).norm() <= error and (y.float() - exact).norm() <= 1.05 * error
 
 
 # --- ops and configurations ---------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -23,8 +25,13 @@ def blocks(tensor: Tensor | None, *size: int) -> TensorDescriptor | None:
     """A tensor as TMA loads or stores it, `size` at a time; None for None."""
     if tensor is None:
         return None
-    layout = gl.NVMMASharedLayout.get_default_for(list(size), TYPES[tensor.dtype])
-    return TensorDescriptor.from_tensor(tensor, list(size), layout)
+    return TensorDescriptor.from_tensor(tensor, list(size), _layout(size, tensor.dtype))
+
+
+@functools.cache
+def _layout(size: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a block lies in shared memory; kept, for working it out takes as long as the rest of a descriptor."""
+    return gl.NVMMASharedLayout.get_default_for(list(size), TYPES[dtype])
 
 
 def aligned(rows: Tensor | None) -> Tensor | None:

@@ -13,7 +13,7 @@ def activation_settings(m: int, k: int) -> list[dict]:
     """BM, BK, STAGES of the programs that multiply by D; ROWS, STEP of those that quantize; warps and
     registers at most of both."""
     shapes = [(64, 64, 4), (64, 64, 3), (32, 128, 3)]
-    if m <= 64:
+    if m <= 32:
         shapes = [(16, 256, 4), (16, 512, 3)]
     rows = [(1, 512, 4, None), (1, 1024, 8, None), (2, 1024, 4, None), (4, 256, 4, None)]
     rows += [(1, 1024, 8, 80), (1, 2048, 8, 80), (1, 4096, 16, None)] if k > 4096 else []
@@ -64,7 +64,7 @@ def short_settings(m: int) -> list[dict]:
 
     48 groups (3072 inputs) take one round wherever RUN * RUNS * num_warps is 48, two where it is 24.
     """
-    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32
     shapes = {
         8: [
             (16, 1, 6, 4), (16, 1, 6, 8), (16, 1, 12, 4), (16, 2, 3, 4), (16, 2, 3, 8), (16, 2, 6, 4), (16, 4, 3, 2),
@@ -77,7 +77,6 @@ def short_settings(m: int) -> list[dict]:
             (64, 1, 2, 8), (64, 4, 1, 2), (128, 1, 1, 4), (128, 1, 1, 8),
         ],
         32: [(16, 1, 3, 4), (16, 1, 6, 4), (32, 1, 3, 4), (32, 1, 3, 8), (64, 1, 1, 4), (64, 1, 1, 8)],
-        64: [(16, 1, 1, 8), (16, 1, 3, 4), (32, 1, 1, 4), (32, 1, 1, 8)],
     }  # fmt: skip
     tried = [(1, shape) for shape in shapes[bm]] + [(split, shapes[bm][0]) for split in (2, 4)]
     return [

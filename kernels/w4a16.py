@@ -193,7 +193,7 @@ def short_product(
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
     qweight uint8 [N, K/2] and wscales [N, K/64], contiguous; branch [M, padded rank] and up [N, r] of out's dtype.
-    config: SPLIT, BM, BN, RUN, RUNS, num_warps; powers of two but for RUNS, BM from 8, BN from 16 on.
+    config: SPLIT, BM, BN, RUN, RUNS, EARLY, num_warps; powers of two but for RUNS, BM from 8, BN from 16 on.
     """
     m, n, groups = len(x), *wscales.shape
     split, bm, bn, warps = (config[name] for name in ("SPLIT", "BM", "BN", "num_warps"))
@@ -209,7 +209,7 @@ def short_product(
         x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out, part,
         m, n, groups, x.stride(0), span, MAGIC[out.dtype],
         BN=bn, RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0,
-        EARLY=config.get("EARLY", False), **ends,
+        EARLY=config["EARLY"], **ends,
     )  # fmt: skip
     if split > 1:
         _meet_kernel[grid](part, row_scale, branch, up, bias, out, m, n, BN=bn, **ends)

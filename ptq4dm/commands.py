@@ -178,7 +178,8 @@ def _bench_tune(args) -> None:
     device = _device(args)
     if device.type != "cuda":
         raise UserError(f"kernels are tuned on a GPU, not on {device}.")
-    torch.cuda.set_device(device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     if shapes:
         cases = tune.linear_cases(shapes)
     elif args.model or not args.kernels or tune.W8A8 in args.kernels:

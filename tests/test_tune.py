@@ -35,14 +35,20 @@ def gpu(tmp_path, monkeypatch):
         "current_device": 0,
         "mem_get_info": (1 << 40, 1 << 40),
         "synchronize": None,
-        "set_device": None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen_device)
     monkeypatch.setattr(search_w8a8, "shared_memory", lambda: 232448)
     tuning.forget()
     yield
     monkeypatch.undo()
     tuning.forget()
+
+
+def chosen_device(device):
+    """As torch.cuda.set_device, which takes no device without a number."""
+    if not isinstance(device, int) and device.index is None:
+        raise ValueError(f"expected a device with an index, got {device}")
 
 
 class InThisProcess:
@@ -433,7 +439,7 @@ def test_the_command_tunes_what_it_is_asked_for(gpu, monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(
         tune, "tune", lambda launches, path, seconds: asked.update(launches=launches, path=path, seconds=seconds)
     )
-    monkeypatch.setattr(commands, "_device", lambda args: torch.device("cuda", 0))
+    monkeypatch.setattr(commands, "_device", lambda args: torch.device("cuda"))  # what accelerate says of one GPU
     monkeypatch.setattr(commands, "_one_process", lambda args: None)  # accelerate would keep the fake
     shapes = ["--shapes", "4096,128,64", "16,128,64", "--kernels", "w4a16", "w8a8"]
     assert main(["bench", "tune", *shapes, "--minutes", "2", "--output", str(tmp_path / "x.json")]) == 0

@@ -193,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _model(parser, default, note: str = "") -> None:
-    text = "hub id, diffusers folder, or embedded name (unet-cifar10, dit-cifar10)"
+    text = "hub id, diffusers folder, or embedded name (unet-cifar10, dit-cifar10, unet-cifar10-onestep)"
     parser.add_argument("--model", default=default, help=f"{text}; {note}" if note else text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")

@@ -130,8 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--batch-size", type=int, **none, help="over all processes and accumulation steps (256)")
     training.add_argument("--gradient-accumulation-steps", type=int, **none, help="parts of a batch (1)")
-    training.add_argument("--student-lr", type=float, **none, help="(1e-4)")
-    training.add_argument("--fake-lr", type=float, **none, help="of the fake score (3e-4)")
+    training.add_argument("--student-lr", type=float, **none, help="(3e-5)")
+    training.add_argument("--fake-lr", type=float, **none, help="of the fake score (1e-4)")
     training.add_argument("--fake-steps", type=int, **none, help="its updates for each of the student (1)")
     training.add_argument("--generator-sigma", type=float, **none, help="noise level of the generator's input (2.5)")
     training.add_argument("--degradation-steps", type=int, **none, help="iterations of stage 1 (100)")
@@ -193,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _model(parser, default, note: str = "") -> None:
-    text = "hub id, diffusers folder, or embedded name (unet-cifar10, dit-cifar10)"
+    text = "hub id, diffusers folder, or embedded name (unet-cifar10, dit-cifar10, unet-cifar10-onestep)"
     parser.add_argument("--model", default=default, help=f"{text}; {note}" if note else text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")

@@ -14,7 +14,7 @@ from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to Diffusio
 from .assets import asset_path
 from .errors import UserError
 
-EMBEDDED = ("unet-cifar10", "dit-cifar10")
+EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep")
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -69,8 +69,8 @@ def load_pipeline(
     """Load a diffusers pipeline, quantized by ptq4dm or not, onto a device.
 
     Args:
-        model: an embedded name (`unet-cifar10`, `dit-cifar10`), a local diffusers folder (with its
-            model_index.json), or a hub id `owner/name`. A local folder of an embedded name goes by `./name`.
+        model: an embedded name (one of EMBEDDED), a local diffusers folder (with its model_index.json), or a hub
+            id `owner/name`. A local folder of an embedded name goes by `./name`.
         dtype: what the floating-point weights are converted to, whatever they are stored in.
         kw: passed on to DiffusionPipeline.from_pretrained (revision, variant, ...).
 
@@ -113,11 +113,11 @@ def load_reference(
     """An embedded model of 32x32 CIFAR-10 images, stored in float16 and loaded as `dtype`.
 
     `unet-cifar10`: unconditional UNet (DDPMPipeline); `dit-cifar10`: class-conditional PixelDiTPipeline; both
-    with a DDIMScheduler.
+    with a DDIMScheduler. `unet-cifar10-onestep`: that UNet distilled to one step, with its OneStepScheduler.
 
     Raises:
-        UserError: the name is not one of the two.
+        UserError: the name is none of these.
     """
     if name not in EMBEDDED:
-        raise UserError(f"no reference model is called '{name}'; there are {' and '.join(EMBEDDED)}.")
+        raise UserError(f"no reference model is called '{name}'; choose from {', '.join(EMBEDDED)}.")
     return load_pipeline(name, dtype, device)

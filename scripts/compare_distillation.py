@@ -5,14 +5,15 @@
 Rows: each student with its one evaluation; the teacher with 1, 5, 10, 20 and 50 evaluations of DDIM and DEIS; each
 student in W8A8 (PTQ4DM, calibrated on its one step; static and dynamic activations). feature-FID over --num-fid
 images; same-seed PSNR and noise prediction error of the W8A8 rows are against their own full precision. Curves are
-read from OUT.run/log.jsonl beside each student and drawn into a picture beside the output. Rows already in the output
-are kept, so an interrupted run goes on.
+read from OUT.run/log.jsonl beside each student and drawn into a picture beside the output. Rows and curves already in
+the output are kept, so an interrupted run goes on, and --output on a finished file prints its table again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from pathlib import Path
 
@@ -82,9 +83,11 @@ def quantize(pipe, row: dict, args) -> None:
     ptq4dm.quantize(pipe, ptq4dm.PTQ4DMConfig(), ptq4dm.collect(pipe, config))
 
 
-def curves(students: list[str]) -> dict[str, list[dict]]:
-    """The feature-FIDs in each student's log: images the student learnt from, images of stage 1, feature_fid."""
-    found = {}
+def curves(students: list[str], output: Path) -> dict[str, list[dict]]:
+    """The feature-FIDs in the output that there is, and those in each student's log instead where there is one:
+    images the student learnt from, images of stage 1, feature_fid.
+    """
+    found = json.loads(output.read_text())["curves"] if output.exists() else {}
     for student in students:
         path = Path(student).with_name(f"{Path(student).name}.run") / "log.jsonl"
         if path.is_file():
@@ -93,25 +96,37 @@ def curves(students: list[str]) -> dict[str, list[dict]]:
 
 
 def draw(lines: dict[str, list[dict]], results: list[dict], picture: Path) -> None:
-    """feature-FID over images that the student learnt from; dotted: with the images of stage 1 before them."""
+    """feature-FID over images that the student learnt from; dotted: with the images of stage 1 before them.
+
+    Most of it happens early: both axes are logarithmic, and the untrained student is left out.
+    """
     figure, axes = pyplot().subplots(figsize=(8, 4.5))
-    for number, (name, points) in enumerate(lines.items()):
+    from matplotlib.ticker import LogLocator, NullFormatter  # pyplot() has said so where there is no matplotlib
+
+    trained = {name: [p for p in points if p["images"]] for name, points in lines.items()}
+    for number, (name, points) in enumerate((name, points) for name, points in trained.items() if points):
         values = [p["feature_fid"] for p in points]
-        axes.plot([p["images"] / 1e6 for p in points], values, f"C{number}o-", ms=3, label=Path(name).name)
-        if points[-1]["degraded_images"]:
-            shifted = [(p["images"] + p["degraded_images"]) / 1e6 for p in points]
-            axes.plot(shifted, values, f"C{number}:", label=f"{Path(name).name}, images of stage 1 counted")
+        degraded = points[-1]["degraded_images"]
+        label = f"{Path(name).name}, {'with' if degraded else 'without'} backtracking"
+        axes.plot([p["images"] / 1e3 for p in points], values, f"C{number}o-", ms=3, label=label)
+        if degraded:
+            shifted = [(p["images"] + p["degraded_images"]) / 1e3 for p in points]
+            axes.plot(shifted, values, f"C{number}:", label="the same, images of stage 1 counted")
     for row in results:
         if row["model"] == "teacher" and row["sampler"] == "ddim" and row["evaluations"] > 1:
             axes.axhline(row["feature_fid"], color="grey", lw=0.8)
-            axes.annotate(
-                f"teacher, {row['evaluations']} DDIM steps", (0, row["feature_fid"]), fontsize=7, va="bottom"
-            )
+            text, place = f" teacher, {row['evaluations']} DDIM steps", (1, row["feature_fid"])
+            axes.annotate(text, place, xycoords=("axes fraction", "data"), fontsize=7, va="center")
+    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("million images that the student learnt from")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("thousand images that the student learnt from")
     axes.set_ylabel("feature-FID")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.92))
     save_figure(figure, picture)
 
 
@@ -143,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--output", type=Path, default=Path("out/distillation.json"))
     args = parser.parse_args(arguments)
-    wanted, lines = rows(args.student), curves(args.student)
+    wanted, lines = rows(args.student), curves(args.student, args.output)
     results = Rows(args.output, {name: getattr(args, name) for name in SETTINGS}, curves=lines)
 
     def found(row: dict) -> dict | None:

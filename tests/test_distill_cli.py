@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ptq4dm import commands
 from ptq4dm.cli import build_parser, main
+from ptq4dm.images import load_images, read_metadata
 from ptq4dm.pixel_dit import PixelDiTPipeline
 from ptq4dm.reference import load_pipeline
 from ptq4dm.samplers import DisBackConfig, OneStepScheduler
@@ -111,6 +112,19 @@ def test_a_student_takes_one_step_and_no_other_sampler(capsys):
         assert run(*arguments, "--model", "./s") == 2
         assert message in capsys.readouterr().err
     assert run("generate", "--model", "./s", "--steps", 1, "--num-images", 2, "--output", "i") == 0
+
+
+def test_the_embedded_student_is_quantized_and_sampled_but_not_distilled(capsys):
+    name = "unet-cifar10-onestep"
+    assert run("distill", "--model", name, "--output", "s") == 2
+    assert "this model is a one-step student already; distil its teacher" in capsys.readouterr().err
+    assert not Path("s").exists() and not Path("s.run").exists()
+    assert run("quantize", "--model", name, "--num-samples", 2, "--batch-size", 2) == 0
+    assert run("generate", "--num-images", 2) == 0  # finds what quantize made
+    assert run("generate", "--model", name, "--num-images", 2, "--output", "full") == 0
+    full, quantized = (load_images(sorted(Path(f).iterdir())).float() for f in ("full", "out/images"))
+    assert ((quantized - full) / 255).square().mean() < 10**-2.5  # 25 dB
+    assert read_metadata("full/000001.png")["num_inference_steps"] == 1
 
 
 def test_an_interrupted_distillation_resumes(monkeypatch, capsys):

@@ -12,6 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTTransformer2
 import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.pixel_dit import PixelDiTPipeline
+from ptq4dm.reference import load_reference
 from ptq4dm.samplers import OneStepScheduler
 from ptq4dm.samplers.bench import SamplerBench
 from ptq4dm.samplers.catalog import make_sampler
@@ -76,6 +77,16 @@ def test_a_class_conditional_pipeline_takes_one_step():
     labels = torch.tensor([3, 4])
     want = by_formula(first_half, noise([3, 4]), 300, class_labels=labels)
     torch.testing.assert_close(sample(pipe, [3, 4], num_inference_steps=1), want, atol=1e-5, rtol=0)
+
+
+def test_the_embedded_student_repeats_itself():
+    pipe = load_reference("unet-cifar10-onestep")
+    assert type(pipe.scheduler) is OneStepScheduler and default_steps(pipe, 50) == 1
+    images = sample(pipe, [0, 1], num_inference_steps=1)
+    assert images.shape == (2, 3, 32, 32) and images.isfinite().all() and 0 <= images.min() < images.max() <= 1
+    assert torch.equal(sample(pipe, [0, 1], num_inference_steps=1), images)
+    torch.testing.assert_close(images, by_formula(pipe.unet, noise([0, 1], 32), 440), atol=1e-4, rtol=0)
+    assert (images[0] - images[1]).square().mean() > 0.01  # of values in [0, 1]: two seeds are two pictures
 
 
 def test_a_saved_student_loads_in_a_new_process(unet, tmp_path):

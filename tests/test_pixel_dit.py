@@ -24,8 +24,8 @@ import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.images import to_uint8
 from ptq4dm.pixel_dit import PixelDiTPipeline
-from ptq4dm.reference import load_pipeline, load_reference
-from ptq4dm.sampling import denoiser, sample
+from ptq4dm.reference import EMBEDDED, load_pipeline, load_reference
+from ptq4dm.sampling import default_steps, denoiser, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,11 +147,12 @@ def test_saves_as_plain_diffusers_and_loads_by_itself_in_a_fresh_process(tmp_pat
     assert "Expected types" not in run.stderr
 
 
-@pytest.mark.parametrize(("name", "kind"), [("unet-cifar10", DDPMPipeline), ("dit-cifar10", PixelDiTPipeline)])
-def test_embedded_models_make_pictures(name, kind):
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_models_make_pictures(name):
     pipe = load_reference(name)
+    kind = PixelDiTPipeline if name.startswith("dit") else DDPMPipeline
     assert type(pipe) is kind and {p.dtype for p in denoiser(pipe).parameters()} == {torch.float32}
-    images = sample(pipe, [0], num_inference_steps=4)
+    images = sample(pipe, [0], num_inference_steps=default_steps(pipe, 4))
     # A natural picture: neighbours resemble each other (noise has no such correlation).
     flat = images - images.mean((2, 3), keepdim=True)
     assert (flat[..., 1:] * flat[..., :-1]).sum() / flat.square().sum() > 0.7
@@ -160,7 +161,7 @@ def test_embedded_models_make_pictures(name, kind):
 def test_load_reference_dtype_and_wrong_name():
     pipe = load_reference("unet-cifar10", dtype=torch.bfloat16)
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
-    with pytest.raises(UserError, match="unet-cifar10 and dit-cifar10"):
+    with pytest.raises(UserError, match="choose from unet-cifar10, dit-cifar10"):
         load_reference("unet-cifar100")
 
 

@@ -18,6 +18,7 @@ from ptq4dm.modules import is_quantized, quantized_copy
 from ptq4dm.plan import LayerPlan
 from ptq4dm.quantize import make_plan
 from ptq4dm.quantizer import quantization_config
+from ptq4dm.reference import EMBEDDED
 from ptq4dm.report import Ratio, kernel_report, stored_bytes
 
 KERNEL = w8a8.kernel_name(torch.device("cpu"))
@@ -140,7 +141,7 @@ def float_weights_of(model):
     return [t for t in tensors_within(model, set()) if t.is_floating_point() and t.numel() in numbers]
 
 
-@pytest.mark.parametrize("name", ["unet-cifar10", "dit-cifar10"])
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_models_shrink(name):
     pipe = ptq4dm.load_reference(name)
     model = getattr(pipe, "unet", None) or pipe.transformer

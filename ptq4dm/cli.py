@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     distill.add_argument("--output", default="out/student", help="folder of the student; its run is in OUTPUT.run")
     distill.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT.run")
     budget = distill.add_argument_group("budget")
-    budget.add_argument("--images", type=int, **none, help="that the student learns from, in all (2000000)")
+    budget.add_argument("--images", type=int, **none, help="that the student learns from, in all (500000)")
     budget.add_argument("--minutes", type=float, **none, help="stop this call after so many; resume it with --resume")
     training = distill.add_argument_group("training")
     training.add_argument(

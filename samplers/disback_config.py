@@ -38,7 +38,7 @@ class DisBackConfig:
     """
 
     backtracking: bool = True
-    images: int = 2_000_000
+    images: int = 500_000
     minutes: float | None = None
     batch_size: int = 256
     gradient_accumulation_steps: int = 1

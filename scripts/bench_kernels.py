@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -155,24 +156,23 @@ def table(rows: list[dict]) -> str:
 
 
 def roofline(rows: list[dict], copy_speed: float, path: Path) -> None:
-    """Operations per least byte against operations per second of each launch, under the best seen in this run."""
+    """Operations per least byte against operations per second: colours are launches, marks shapes.
+
+    The roof: the bandwidth of a copying kernel, and the best rate of this run.
+    """
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 5))
-    points = [
-        (row["TFLOP/s"][part] / row["TB/s"][part], row["TFLOP/s"][part], part, row["shape"])
-        for row in rows
-        for part in row["TB/s"]
-        if row["TFLOP/s"][part]
-    ]
-    best = max(speed for _, speed, _, _ in points)
-    axes.plot([best / copy_speed / 100, best / copy_speed, 1e4], [best / 100, best, best], "k-", lw=1)
-    for part in dict.fromkeys(part for _, _, part, _ in points):
-        axes.plot(*zip(*[(x, y) for x, y, name, _ in points if name == part], strict=True), "o", label=part)
-    for x, y, _, shape in points:
-        axes.annotate(shape, (x, y), fontsize=6)
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    parts = [*dict.fromkeys(part for row in rows for part in row["TB/s"] if row["TFLOP/s"][part])]
+    best = max(row["TFLOP/s"].get(part, 0) for row in rows for part in parts)
+    axes.plot([1, best / copy_speed, 1e4], [copy_speed, best, best], "k-", lw=1)
+    for color, part in enumerate(parts):
+        for mark, row in zip(itertools.cycle("osD^vP*X"), rows, strict=False):
+            if part in row["TB/s"]:
+                speed, name = row["TFLOP/s"][part], f"{part}, {row['shape']}"
+                axes.plot(speed / row["TB/s"][part], speed, mark, color=f"C{color}", label=name, ms=5)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte (least bytes)", ylabel="TFLOP/s")
-    axes.legend()
+    axes.legend(fontsize=6, ncols=len(parts))
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 

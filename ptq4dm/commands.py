@@ -3,48 +3,53 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
-from .collect import CalibrationConfig
+from .arguments import (
+    calibration_of,
+    conditioning_of,
+    default_model,
+    device_of,
+    fitting,
+    load,
+    one_process,
+    recipe_of,
+    say,
+    steps_of,
+)
 from .collect import collect as collect_store
-from .config import METHODS, QuantConfig
 from .errors import UserError
 from .evaluate import EvaluateConfig, evaluate_images, write_reference
 from .evaluate import evaluate as evaluate_model
 from .generate import generate as generate_images
 from .generate import save_grid
 from .layers import find_layers
-from .plan import Plan
 from .quantize import quantize as quantize_model
 from .quantizer import quantization_config
-from .reference import EMBEDDED, check_device, load_pipeline
+from .reference import EMBEDDED, load_pipeline
 from .report import kernel_report, stored_bytes
-from .sampling import default_steps, denoiser
+from .sampling import denoiser
 from .saved import RECORD, check_output, make_parent, original_of, save_quantized
 from .store import CalibrationStore
 from .summary import format_report
 
-QUANTIZED = "out/quantized"  # where `quantize` writes and the others look first
-CALIBRATION_STEPS = 20
-STEPS = 50  # of `generate` and `evaluate`, but for models that were distilled to one
-
 
 def collect(args) -> None:
-    config = _calibration(args)
-    _one_process(args)
+    config = calibration_of(args)
+    one_process(args)
     if args.plot_layer and not args.plot:
         raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
     if args.plot:
         make_parent(Path(args.plot))
-    pipe = _load(args, args.model)
+    pipe = load(args, args.model)
     if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(denoiser(pipe))}:
         raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
-    config = _fitting(config, args, pipe)
-    store = collect_store(pipe, config, args.output, **_conditioning(args))
+    config = fitting(config, args, pipe)
+    store = collect_store(pipe, config, args.output, **conditioning_of(args))
     print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")
     if args.plot:
         from .plot import plot_ranges
@@ -54,17 +59,17 @@ def collect(args) -> None:
 
 
 def quantize(args) -> None:
-    config, calibration = _recipe(args), _calibration(args)
-    _one_process(args)
+    config, calibration = recipe_of(args), calibration_of(args)
+    one_process(args)
     output = Path(args.output)
     check_output(output)
     if args.plot:
         make_parent(Path(args.plot))
     store = CalibrationStore.load(args.calibration) if args.calibration else None
-    pipe = _load(args, args.model)
+    pipe = load(args, args.model)
     find_layers(denoiser(pipe), config.modules_to_not_convert)  # a pattern that names nothing is told at once
     if store is None and config.needs_calibration and config.plan is None:
-        store = collect_store(pipe, _fitting(calibration, args, pipe), **_conditioning(args))
+        store = collect_store(pipe, fitting(calibration, args, pipe), **conditioning_of(args))
     weights = dict(denoiser(pipe).named_parameters()) if args.plot else {}
     report = quantize_model(pipe, config, store)
     if args.plot:
@@ -78,21 +83,21 @@ def quantize(args) -> None:
 
 
 def generate(args) -> None:
-    model = _default_model(args)
+    model = default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
     picture = Path(args.picture or f"{args.output}.png")
     if args.picture:
         make_parent(picture)
-    pipe = _load(args, model)
+    pipe = load(args, model)
     paths = generate_images(
         pipe,
         range(args.seed, args.seed + args.num_images),
         args.output,
-        num_inference_steps=_steps(args, pipe),
+        num_inference_steps=steps_of(args, pipe),
         batch_size=args.batch_size,
         metadata={"model": str(model)},
-        **_conditioning(args),
+        **conditioning_of(args),
     )
     if PartialState().is_main_process:
         save_grid(paths, picture, columns=min(8, len(paths)), scale=max(1, 128 // _width(paths[0])))
@@ -103,26 +108,26 @@ def generate(args) -> None:
 def evaluate(args) -> None:
     config = EvaluateConfig(
         **{f.name: v for f in fields(EvaluateConfig) if (v := getattr(args, f.name, None)) is not None},
-        **_conditioning(args),
+        **conditioning_of(args),
     )
     config.check()
     if args.write_reference and not args.images:
         raise UserError("--write-reference takes the statistics of a folder of images; give it with --images.")
     if args.images:
-        device = _device(args)
+        device = device_of(args)
         if args.write_reference:
             make_parent(Path(args.write_reference))
             count = write_reference(args.images, args.write_reference, config, device)
-            _say(f"statistics of {count} images: {args.write_reference}")
+            say(f"statistics of {count} images: {args.write_reference}")
         else:
-            _say(format_report(evaluate_images(args.images, config, device)))
+            say(format_report(evaluate_images(args.images, config, device)))
         return
-    model = _default_model(args)
-    pipe = _load(args, model)
-    config.num_inference_steps = _steps(args, pipe)
+    model = default_model(args)
+    pipe = load(args, model)
+    config.num_inference_steps = steps_of(args, pipe)
     original = args.full_precision or original_of(model)
     try:
-        full_precision = _load(args, original) if original else None
+        full_precision = load(args, original) if original else None
     except UserError as error:
         if args.full_precision:
             raise
@@ -133,11 +138,11 @@ def evaluate(args) -> None:
         full_precision.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     report = evaluate_model(pipe, full_precision, config, args.output)
     sampler = f"{type(pipe.scheduler).__name__}" + (f" ({args.sampler})" if args.sampler else "")
-    _say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
-    _say(format_report(report))
-    _say(f"report:  {Path(args.output) / 'report.json'}")
+    say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
+    say(format_report(report))
+    say(f"report:  {Path(args.output) / 'report.json'}")
     if (Path(args.output) / "samples.png").is_file():
-        _say(f"picture: {Path(args.output) / 'samples.png'}")
+        say(f"picture: {Path(args.output) / 'samples.png'}")
 
 
 def bench(args) -> None:
@@ -148,12 +153,12 @@ def _bench_samplers(args) -> None:
     from .samplers.bench import SamplerBench, bench_samplers
     from .samplers.bench_report import plot_rows, table
 
-    _one_process(args)
+    one_process(args)
     given = {name: getattr(args, name) for name in ("samplers", "evaluations") if getattr(args, name)}
     config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **given)
     output = Path(args.output) / "samplers.json"
     make_parent(output)
-    pipe = _load(args, args.model)
+    pipe = load(args, args.model)
     settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
     rows = bench_samplers(pipe, config, output, settings)
     print(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
@@ -174,8 +179,8 @@ def _bench_tune(args) -> None:
         raise UserError(f"--batch-size must be at least 1; got {args.batch_size}.")
     shapes = [tune.parse_shape(text) for text in args.shapes or ()]
     tune.check_gpu()
-    _one_process(args)
-    device = _device(args)
+    one_process(args)
+    device = device_of(args)
     if device.type != "cuda":
         raise UserError(f"kernels are tuned on a GPU, not on {device}.")
     if device.index is not None:
@@ -185,7 +190,7 @@ def _bench_tune(args) -> None:
     elif args.model or not args.kernels or tune.W8A8 in args.kernels:
         model = args.model or "unet-cifar10"
         batch = args.batch_size or (256 if model in EMBEDDED else 1)
-        cases = tune.cases_of_pipeline(_load(args, model), batch, **_conditioning(args))
+        cases = tune.cases_of_pipeline(load(args, model), batch, **conditioning_of(args))
         shapes = tune.linear_shapes(cases) if args.model else tune.known_shapes()
         torch.cuda.empty_cache()
     else:
@@ -205,12 +210,12 @@ def distill(args) -> None:
     from .samplers.student import RECORD, save_student
 
     given = {f.name: getattr(args, f.name) for f in fields(DisBackConfig) if hasattr(args, f.name)}
-    dtype = args.dtype or ("bfloat16" if _device(args).type == "cuda" else "float32")
+    dtype = args.dtype or ("bfloat16" if device_of(args).type == "cuda" else "float32")
     precision = {"float32": "no", "bfloat16": "bf16"}.get(dtype, dtype)
     config = DisBackConfig(**given, precision=precision)
     output = Path(args.output)
     check_output(output, RECORD, "distill")
-    pipe = load_pipeline(args.model, torch.float32, _device(args))
+    pipe = load_pipeline(args.model, torch.float32, device_of(args))
     run = output.with_name(f"{output.name}.run")
     student = distill_model(pipe, config, run, args.resume)
     if PartialState().is_main_process:
@@ -223,8 +228,8 @@ def distill(args) -> None:
 
 
 def info(args) -> None:
-    model = _default_model(args)
-    pipe = _load(args, model)
+    model = default_model(args)
+    pipe = load(args, model)
     network = denoiser(pipe)
     rows = kernel_report(network)
     config = quantization_config(network)
@@ -255,94 +260,6 @@ def leave_process_group() -> None:
     """Processes that end without this may die at exit after all their work is done."""
     if PartialState._shared_state:
         PartialState().destroy_process_group()
-
-
-# --- shared -------------------------------------------------------------------------------------------------
-
-
-def _say(text: str) -> None:
-    if PartialState().is_main_process:
-        print(text)
-
-
-def _device(args) -> torch.device:
-    """The device asked for; else this process's own GPU, else the CPU."""
-    if args.device is not None:
-        device = check_device(args.device)
-        PartialState(cpu=device.type == "cpu")
-        return device
-    return PartialState(cpu=not torch.cuda.is_available()).device
-
-
-def _one_process(args) -> None:
-    _device(args)
-    if PartialState().num_processes > 1:
-        raise UserError("this command runs as one process; launch only generate and evaluate with accelerate.")
-
-
-def _load(args, model):
-    device = _device(args)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    pipe = load_pipeline(model, getattr(torch, dtype), device)
-    name, order, grid = (getattr(args, key, None) for key in ("sampler", "order", "grid"))
-    if name is not None:
-        from .samplers.catalog import make_sampler
-
-        pipe.scheduler = make_sampler(name, pipe.scheduler.config, order, grid)
-    elif order is not None or grid is not None:
-        raise UserError("--order and --grid belong to a sampler; name one with --sampler.")
-    return pipe
-
-
-def _default_model(args) -> str:
-    if args.model is not None:
-        return args.model
-    return QUANTIZED if (Path(QUANTIZED) / RECORD).is_file() else "unet-cifar10"
-
-
-def _calibration(args) -> CalibrationConfig:
-    return CalibrationConfig(
-        args.collector,
-        args.num_samples,
-        CALIBRATION_STEPS if args.calibration_steps is None else args.calibration_steps,
-        args.mu,
-        args.sigma,
-        args.num_bins,
-        args.batch_size,
-        args.seed,
-    )
-
-
-def _steps(args, pipe) -> int:
-    """Of the sampler: as the user says, or what the model takes."""
-    return default_steps(pipe, STEPS) if args.num_inference_steps is None else args.num_inference_steps
-
-
-def _fitting(config: CalibrationConfig, args, pipe) -> CalibrationConfig:
-    """The same with the steps of a model that was distilled to one, unless the user says how many."""
-    if args.calibration_steps is not None:
-        return config
-    return replace(config, num_inference_steps=default_steps(pipe, config.num_inference_steps))
-
-
-def _conditioning(args) -> dict:
-    conditioning = {"prompt": args.prompt, "class_labels": args.class_labels}
-    conditioning = {name: values for name, values in conditioning.items() if values}
-    kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
-    return {"conditioning": conditioning or None, "pipeline_kwargs": kwargs or None}
-
-
-def _recipe(args) -> QuantConfig:
-    others = {"calibration", "plan", "seed"}  # no options of a method on the command line
-    names = {f.name for method in METHODS.values() for f in fields(method)} - others
-    options = {name: getattr(args, name) for name in sorted(names) if hasattr(args, name)}
-    if args.plan is not None:
-        if options:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-            raise UserError(f"--plan has settled every choice of the method; leave out {flags}.")
-        plan = Plan.load(args.plan)
-        return QuantConfig.from_dict({"method": plan.method, "plan": plan})
-    return QuantConfig.from_dict({"method": args.method, **options})
 
 
 def _plot_branch(args, model, report, weights: dict) -> None:

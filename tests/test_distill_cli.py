@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file
 
-from ptq4dm import commands
+from ptq4dm.arguments import STEPS
 from ptq4dm.cli import build_parser, main
 from ptq4dm.images import load_images, read_metadata
 from ptq4dm.pixel_dit import PixelDiTPipeline
@@ -182,4 +182,4 @@ def test_the_help_tells_the_defaults_of_the_config(capsys):
     said = dict(re.findall(r"--([a-z-]+) [A-Z_]+ (?:(?!--)[^()])*\((\d[\d.e-]*)\)", text))
     defaults = {f.name.replace("_", "-"): f.default for f in fields(DisBackConfig)}
     assert len(said) >= 12 and all(float(value) == defaults[name] for name, value in said.items())
-    assert commands.STEPS == 50
+    assert STEPS == 50

@@ -439,8 +439,8 @@ def test_the_command_tunes_what_it_is_asked_for(gpu, monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(
         tune, "tune", lambda launches, path, seconds: asked.update(launches=launches, path=path, seconds=seconds)
     )
-    monkeypatch.setattr(commands, "_device", lambda args: torch.device("cuda"))  # what accelerate says of one GPU
-    monkeypatch.setattr(commands, "_one_process", lambda args: None)  # accelerate would keep the fake
+    monkeypatch.setattr(commands, "device_of", lambda args: torch.device("cuda"))  # what accelerate says of one GPU
+    monkeypatch.setattr(commands, "one_process", lambda args: None)  # accelerate would keep the fake
     shapes = ["--shapes", "4096,128,64", "16,128,64", "--kernels", "w4a16", "w8a8"]
     assert main(["bench", "tune", *shapes, "--minutes", "2", "--output", str(tmp_path / "x.json")]) == 0
     assert (asked["path"], asked["seconds"]) == (tmp_path / "x.json", 120)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv, next_power_of_2
 from .prepared import prepared
 
 GROUP = 64
@@ -183,7 +184,7 @@ def _activation_kernel(
 
 def padded_rank(rank: int) -> int:
     """Ranks come in 16, 32, 64, ...: what a tensor core's step takes. 0 stays 0."""
-    return max(16, triton.next_power_of_2(rank)) if rank else 0
+    return max(16, next_power_of_2(rank)) if rank else 0
 
 
 def limits(mode: str, shifted: bool) -> dict:
@@ -213,10 +214,10 @@ def activation_launch(
 ) -> tuple[int, dict]:
     """(number of programs, constants) of `activation_program` for x [M, K]; config has SETTINGS."""
     rank = 0 if down is None else len(down)
-    programs = triton.cdiv(len(x), config["ROWS"]) + (triton.cdiv(len(x), config["BM"]) if rank else 0)
+    programs = cdiv(len(x), config["ROWS"]) + (cdiv(len(x), config["BM"]) if rank else 0)
     constants = dict(
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
-        STEPS=triton.cdiv(x.shape[1], config["STEP"]), **limits(mode, shift != 0),
+        STEPS=cdiv(x.shape[1], config["STEP"]), **limits(mode, shift != 0),
         **{name: config[name] for name in SETTINGS}, maxnreg=config.get("maxnreg"),
     )  # fmt: skip
     return programs, constants

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .integers import cdiv
+
 
 @triton.jit
 def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
@@ -155,7 +157,7 @@ def _pointer_product(activation, weight, up, bias, out, config) -> None:
     (m, k), n = codes.shape, len(w8)
     sizes = {name: config[name] for name in ("BM", "BN", "BK", "BAND", "num_warps", "num_stages")}
     rank = 0 if up is None else up.shape[1]
-    _pointer_kernel[(triton.cdiv(m, config["BM"]) * triton.cdiv(n, config["BN"]),)](
+    _pointer_kernel[(cdiv(m, config["BM"]) * cdiv(n, config["BN"]),)](
         codes, w8, branch, out if up is None else up, out, row_scale, column_scale, bias, m, n, k,
         RANK=rank, R=branch.shape[1], **sizes,
     )  # fmt: skip
@@ -167,7 +169,7 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
     settings = ("BM", "BN", "BK", "PIECES", "BAND", "num_warps", "num_stages")
     bm, bn, bk, pieces = (config[name] for name in settings[:4])
     programs = multiprocessors(out.device) * config["PER_SM"]
-    tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
+    tiles = cdiv(m, bm) * cdiv(n, bn)
     if up is not None and (up.shape[1] % 8 or up.data_ptr() % 16):  # rows of a TMA operand begin at multiples of 16
         up = torch.nn.functional.pad(up, (0, -up.shape[1] % 8)).clone()
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv, next_power_of_2
 from .svdq_activation import GROUP, activation_launch, activation_program, reciprocals
 
 ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32
@@ -128,7 +129,7 @@ def empty_weight(qweight: Tensor, dtype: torch.dtype, mode: str) -> tuple[Tensor
 
 def _unpack_sizes(qweight: Tensor, config: dict) -> dict:
     """Whole rows: as many as make config["UNPACK_BYTES"] of codes."""
-    groups = triton.next_power_of_2(qweight.shape[1] * 2 // GROUP)
+    groups = next_power_of_2(qweight.shape[1] * 2 // GROUP)
     return dict(UNPACK_ROWS=max(1, config["UNPACK_BYTES"] // (groups * GROUP // 2)), PADDED_GROUPS=groups)
 
 
@@ -136,7 +137,7 @@ def unpack(qweight: Tensor, wscales: Tensor, out: tuple, mode: str, config: dict
     """Fill `out`, made by `empty_weight`, from qweight uint8 [N, K/2] and wscales [N, K/64], both contiguous."""
     w, scales = out
     sizes = _unpack_sizes(qweight, config)
-    _unpack_kernel[(triton.cdiv(len(qweight), sizes["UNPACK_ROWS"]),)](
+    _unpack_kernel[(cdiv(len(qweight), sizes["UNPACK_ROWS"]),)](
         qweight.view(torch.int32), wscales, w, scales, len(qweight), wscales.shape[1],
         FOLD=FOLDS[mode], PEAK=PEAK.get(w.dtype, 1.0), **sizes, num_warps=config["num_warps"],
     )  # fmt: skip
@@ -149,7 +150,7 @@ def prepare(
     """`svdq_activation.quantize_activation` and `unpack` in one launch, side by side."""
     n, sizes = len(qweight), _unpack_sizes(qweight, config)
     programs, constants = activation_launch(x, smooth, down, mode, shift, config)
-    _prepare_kernel[(programs + triton.cdiv(n, sizes["UNPACK_ROWS"]),)](
+    _prepare_kernel[(programs + cdiv(n, sizes["UNPACK_ROWS"]),)](
         x, x if smooth is None else reciprocals(smooth), x if down is None else down, *activation, shift, *x.shape,
         x.stride(0),
         qweight.view(torch.int32), wscales, *weight, n, wscales.shape[1], programs,

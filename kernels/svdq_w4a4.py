@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .integers import cdiv
 from .svdq_gemm import finish, multiprocessors, tile_place
 
 
@@ -72,7 +73,7 @@ def product(
     (codes, a_scale, branch), (w, w_scale) = activation, weight
     (m, k), n = codes.shape, len(w)
     bm, bn = config["BM"], config["BN"]
-    tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
+    tiles = cdiv(m, bm) * cdiv(n, bn)
     programs = multiprocessors(out.device) * config["PER_SM"]
     a_desc, w_desc = (
         TensorDescriptor.from_tensor(tensor, [size, 64]) if config["TMA"] else None

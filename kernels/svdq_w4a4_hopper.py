@@ -17,7 +17,6 @@ fully, probably because both want the registers: each product of 32 inputs reads
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,6 +24,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .hopper import aligned, async_load, async_store, blocks, check
+from .integers import cdiv
 from .svdq_gemm import multiprocessors, tile_place
 
 
@@ -186,12 +186,12 @@ def product(
     check(codes)
     (m, k), n, r, bn = codes.shape, len(w), branch.shape[1], config["BN"]
     a_scale, w_scale = aligned(a_scale), aligned(w_scale)
-    tiles = triton.cdiv(m, 128) * triton.cdiv(n, bn)
+    tiles = cdiv(m, 128) * cdiv(n, bn)
     programs = multiprocessors(out.device)
     _w4a4_hopper_kernel[(min(programs, tiles),)](
         blocks(codes, 128, 128), blocks(w, bn, 128), blocks(a_scale.view(-1), 128), blocks(w_scale.view(-1), bn),
         blocks(branch if r else None, 128, min(r, 32)), blocks(aligned(up), bn, min(r, 32)),
         blocks(out, 64, bn) if n % 8 == 0 else None,
-        out, bias, m, n, triton.cdiv(k, 128), tiles, a_scale.shape[1], w_scale.shape[1],
+        out, bias, m, n, cdiv(k, 128), tiles, a_scale.shape[1], w_scale.shape[1],
         BN=bn, R=r, BAND=config["BAND"], PROGRAMS=programs, STAGES=config["STAGES"], num_warps=4,
     )  # fmt: skip

@@ -22,7 +22,6 @@ Tried on an H200 and left out, for they were slower: both halves on one tile of 
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,6 +29,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .hopper import aligned, async_load, async_store, blocks, check
+from .integers import cdiv
 from .svdq_gemm import multiprocessors, tile_place
 
 # Of a thread: at the launch, of three groups of four warps; then the loads hand theirs to the arithmetic.
@@ -206,7 +206,7 @@ def product(
     (m, k), n, r = codes.shape, len(w8), branch.shape[1]
     bm, bn, bk = (config[name] for name in ("BM", "BN", "BK"))
     step = min(r, bk // 2)  # a stage has room for so many columns of 16 bits
-    tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
+    tiles = cdiv(m, bm) * cdiv(n, bn)
     programs = multiprocessors(out.device)
     _w4a8_hopper_kernel[(min(programs, tiles),)](
         blocks(codes, bm, bk), blocks(w8, bn, bk),

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv
 from .svdq_unpack import MAGIC, nibble_pairs
 
 # Of 16 inputs of a product Triton up to 3.7 gives a lane 4 in a row, later versions two pairs 8 apart. Results do not
@@ -198,12 +199,12 @@ def short_product(
     m, n, groups = len(x), *wscales.shape
     split, bm, bn, warps = (config[name] for name in ("SPLIT", "BM", "BN", "num_warps"))
     step = warps * config["RUN"] * config["RUNS"]
-    split = min(split, triton.cdiv(groups, step))
-    span = triton.cdiv(triton.cdiv(groups, step), split) * step
+    split = min(split, cdiv(groups, step))
+    span = cdiv(cdiv(groups, step), split) * step
     rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
     part = out.new_empty(split, m, n, dtype=torch.float32) if split > 1 else out
     branch, up = (out if half is None else half for half in (branch, up))
-    grid = (triton.cdiv(n, bn), triton.cdiv(m, bm))
+    grid = (cdiv(n, bn), cdiv(m, bm))
     ends = dict(RANK=rank, R=padded, SPLIT=split, BM=bm, num_warps=warps)
     _short_kernel[(*grid, split)](
         x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out, part,

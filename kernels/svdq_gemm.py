@@ -14,6 +14,8 @@ before the one that quantizes has ended.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -130,6 +132,7 @@ def _pointer_kernel(
     finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 3 where Triton's interpreter runs, so that a program walks over several tiles there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

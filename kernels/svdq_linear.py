@@ -27,9 +27,12 @@ SHORT = 32  # with 64, on an H200, unpacking and a product of whole tiles take l
 
 def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
     """What serves a layer of this activation format ("fp8", "int8", "int4", "none") on this device."""
-    if device.type != "cuda" or group_size != 64 or capability(device) < (8, 0):
+    if device.type != "cuda" or group_size != 64:
         return REFERENCE
-    fp8 = FP8 if capability(device) >= (8, 9) else INT8
+    known = capability(device)
+    if known < (8, 0):
+        return REFERENCE
+    fp8 = FP8 if known >= (8, 9) else INT8
     return {"fp8": fp8, "int8": INT8, "int4": INT4, "none": WEIGHT_ONLY}[activation]
 
 

@@ -183,7 +183,7 @@ def product(
     config: BN, BAND, STAGES.
     """
     (codes, a_scale, branch), (w, w_scale) = activation, weight
-    check(codes)
+    check(codes.dtype, codes.device)
     (m, k), n, r, bn = codes.shape, len(w), branch.shape[1], config["BN"]
     a_scale, w_scale = aligned(a_scale), aligned(w_scale)
     tiles = cdiv(m, 128) * cdiv(n, bn)

@@ -19,6 +19,8 @@ unpacking in every tile.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -187,6 +189,7 @@ def padded_rank(rank: int) -> int:
     return max(16, next_power_of_2(rank)) if rank else 0
 
 
+@functools.cache
 def limits(mode: str, shifted: bool) -> dict:
     """The first and last code of "fp8", "int8" or "int4", as the kernel takes them."""
     low, high = {"fp8": (-448.0, 448.0), "int8": (-127.0, 127.0), "int4": (-7.0, 7.0)}[mode]
@@ -213,11 +216,11 @@ def activation_launch(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, config: dict
 ) -> tuple[int, dict]:
     """(number of programs, constants) of `activation_program` for x [M, K]; config has SETTINGS."""
-    rank = 0 if down is None else len(down)
-    programs = cdiv(len(x), config["ROWS"]) + (cdiv(len(x), config["BM"]) if rank else 0)
+    (m, k), rank = x.shape, 0 if down is None else down.shape[0]
+    programs = cdiv(m, config["ROWS"]) + (cdiv(m, config["BM"]) if rank else 0)
     constants = dict(
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
-        STEPS=cdiv(x.shape[1], config["STEP"]), **limits(mode, shift != 0),
+        STEPS=cdiv(k, config["STEP"]), **limits(mode, shift != 0),
         **{name: config[name] for name in SETTINGS}, maxnreg=config.get("maxnreg"),
     )  # fmt: skip
     return programs, constants

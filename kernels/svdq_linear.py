@@ -56,7 +56,7 @@ def svdq_linear(
     if name == REFERENCE:
         raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
     y = rows_through(name, x.reshape(-1, x.shape[-1]), qweight, wscales, smooth, down, up, bias, shift)
-    return y.to(x.dtype).reshape(*x.shape[:-1], len(qweight))
+    return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
 
 
 @svdq_linear.register_fake
@@ -83,10 +83,11 @@ def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: 
         x = x.bfloat16()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    out = x.new_empty(len(x), len(qweight))
+    out = x.new_empty(x.shape[0], qweight.shape[0])
     if not out.numel():
         return out
-    down, up = (None if half is None else half.to(x.dtype).contiguous() for half in (down, up))
+    if down is not None:
+        down, up = down.to(x.dtype).contiguous(), up.to(x.dtype).contiguous()
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
     if name == WEIGHT_ONLY:
         return _weight_only(x, qweight, wscales, down, up, bias, out)
@@ -98,11 +99,11 @@ def _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out) ->
     from . import svdq_activation, svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
 
     mode, dtype = MODES[name], code_dtype(name, x.device)
-    first, second = (
-        best_config(f"{mode}.{step}", x.device, len(x), *out.shape[1:], x.shape[1]) for step in steps(name, len(x))
-    )
-    codes = svdq_activation.empty_activation(x, mode, 0 if down is None else len(down), dtype)
-    if steps(name, len(x))[0] == "activation":
+    (m, k), n = x.shape, out.shape[1]
+    launches = steps(name, m)
+    first, second = [best_config(f"{mode}.{step}", x.device, m, n, k) for step in launches]
+    codes = svdq_activation.empty_activation(x, mode, 0 if down is None else down.shape[0], dtype)
+    if launches[0] == "activation":
         svdq_activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
         w4a16.short_product(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second)
         return

@@ -148,7 +148,7 @@ def prepare(
     qweight: Tensor, wscales: Tensor, weight: tuple, config: dict,
 ) -> None:  # fmt: skip
     """`svdq_activation.quantize_activation` and `unpack` in one launch, side by side."""
-    n, sizes = len(qweight), _unpack_sizes(qweight, config)
+    n, sizes = qweight.shape[0], _unpack_sizes(qweight, config)
     programs, constants = activation_launch(x, smooth, down, mode, shift, config)
     _prepare_kernel[(programs + cdiv(n, sizes["UNPACK_ROWS"]),)](
         x, x if smooth is None else reciprocals(smooth), x if down is None else down, *activation, shift, *x.shape,

@@ -203,7 +203,7 @@ def product(
     """
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
     check(codes.dtype, codes.device)
-    (m, k), n, r = codes.shape, len(w8), branch.shape[1]
+    (m, k), n, r = codes.shape, w8.shape[0], branch.shape[1]
     bm, bn, bk = (config[name] for name in ("BM", "BN", "BK"))
     step = min(r, bk // 2)  # a stage has room for so many columns of 16 bits
     tiles = cdiv(m, bm) * cdiv(n, bn)

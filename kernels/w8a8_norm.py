@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv, next_power_of_2
 from .w8a8_quantize import encode, stored_channels
 from .window import Window
 
@@ -109,15 +110,15 @@ def _launch(x, y, gamma, beta, groups, eps, silu, scale, zero_point, bits, paddi
     batch, h, w, channels = x.shape
     group = channels // groups
     part = group * max(1, PART // group)
-    bc = triton.next_power_of_2(part)
-    bp = triton.next_power_of_2(h * w)
+    bc = next_power_of_2(part)
+    bp = next_power_of_2(h * w)
     once = bp * bc <= WHOLE
     if not once:
         bp = max(1, 8192 // bc)
     warps = max(4, min(16, bp * bc // 2048))
     limit = 2 ** (bits - 1)
     hp, wp = h + padding[0], w + padding[1]
-    _group_norm_kernel[(batch, triton.cdiv(channels, part))](
+    _group_norm_kernel[(batch, cdiv(channels, part))](
         x, y, gamma, beta, scale, zero_point, batch, h, w, hp, wp, eps,
         C=channels, CP=y.shape[-1], GROUP=group, PART=part, PH=padding[0], PW=padding[1], SILU=silu,
         QUANTIZE=scale is not None, HAS_ZERO=zero_point is not None, LOW=-limit, HIGH=limit - 1,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .integers import cdiv, next_power_of_2
 from .window import Window
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
@@ -89,7 +90,7 @@ def scales(x: Tensor, limit: float) -> Tensor:
     """x [R, ...], each x[r] dense in memory -> s_r = max|x[r]| / limit, [R] float32; 1 where all is zero."""
     rows, length = len(x), x.numel() // len(x)
     if length > 16384:  # in two steps, so that few large samples still fill the device
-        parts = x.new_empty(rows, triton.cdiv(length, 16384), dtype=torch.float32)
+        parts = x.new_empty(rows, cdiv(length, 16384), dtype=torch.float32)
         _launch_largest(x, parts, rows, length, 16384, limit, scale=False)
         x, length = parts, parts.shape[1]
     y = x.new_empty(rows, dtype=torch.float32)
@@ -98,9 +99,9 @@ def scales(x: Tensor, limit: float) -> Tensor:
 
 
 def _launch_largest(x: Tensor, y: Tensor, rows: int, length: int, chunk: int, limit: float, scale: bool) -> None:
-    bl = min(2048, max(16, triton.next_power_of_2(chunk)))
-    br = max(1, min(4096 // bl, triton.next_power_of_2(rows)))
-    grid = (triton.cdiv(rows, br), triton.cdiv(length, chunk))
+    bl = min(2048, max(16, next_power_of_2(chunk)))
+    br = max(1, min(4096 // bl, next_power_of_2(rows)))
+    grid = (cdiv(rows, br), cdiv(length, chunk))
     tiny = torch.finfo(torch.float32).tiny
     _largest_kernel[grid](x, y, rows, length, chunk, float(limit), TINY=tiny, SCALE=scale, BR=br, BL=bl)
 
@@ -123,11 +124,11 @@ def quantize(
     wide = stored_channels(channels)
     codes = torch.empty(window.rows, wide, dtype=dtype, device=x.device)
     limit = 2 ** (bits - 1)
-    bc = min(128, triton.next_power_of_2(wide))
-    br = min(8192 // bc, triton.next_power_of_2(window.rows))
+    bc = min(128, next_power_of_2(wide))
+    br = min(8192 // bc, next_power_of_2(window.rows))
     hp, wp = window.padded
     sb, sc, sh, sw = x.stride()
-    _quantize_kernel[(triton.cdiv(window.rows, br), triton.cdiv(wide, bc))](
+    _quantize_kernel[(cdiv(window.rows, br), cdiv(wide, bc))](
         x, codes, scale, zero_point, window.rows, batch, hp, wp, sb, sh, sw, sc,
         channels, CP=wide, PH=padding[0], PW=padding[1], UP=upsample, PER_IMAGE=scale.numel() > 1,
         HAS_ZERO=zero_point is not None, LOW=-limit, HIGH=limit - 1, FP8=dtype != torch.int8, BR=br, BC=bc,
@@ -137,4 +138,4 @@ def quantize(
 
 
 def stored_channels(channels: int) -> int:
-    return triton.cdiv(channels, CHANNELS) * CHANNELS
+    return cdiv(channels, CHANNELS) * CHANNELS

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .integers import cdiv
 from .w8a8_configs import Config, choose
 from .w8a8_quantize import encode
 from .window import Window
@@ -132,7 +133,7 @@ def conv2d(
     config = config or choose(weight.dtype, window, wide, n, x.device, on_load)
     (oh, ow), (hp, wp) = window.output, window.padded
     rows = window.batch * (hp * wp if config.mode == "tma" else oh * ow)
-    tiles = triton.cdiv(rows, config.bm) * triton.cdiv(n, config.bn)
+    tiles = cdiv(rows, config.bm) * cdiv(n, config.bn)
     operands = (x, weight)
     if config.mode == "tma":
         blocks = ([config.bm, config.bk], [config.bn, config.bk])

@@ -44,6 +44,6 @@ def aligned(rows: Tensor | None) -> Tensor | None:
 
 @functools.cache
 def check(dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError unless these are of codes in e4m3 on a GPU of compute capability 9; kept, for it takes 2 us."""
+    """Raises ValueError unless these are of codes in e4m3 on a GPU of compute capability 9. Asked once."""
     if dtype != torch.float8_e4m3fn or capability(device)[0] != 9:
         raise ValueError(f"settings with GLUON are for e4m3 on Hopper, not for {dtype} on {device}.")

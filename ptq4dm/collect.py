@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .errors import UserError
+from .files import output_folder
 from .modules import is_quantized
 from .record import Calls, record_calls, replay
 from .sampling import denoiser, evaluation_mode
@@ -117,12 +119,13 @@ def collect(
             return collect(pipe, config, folder, conditioning=conditioning, pipeline_kwargs=pipeline_kwargs)
     folder = Path(output)
     model = denoiser(pipe)
-    meta = _start(folder, model, config, pipe, conditioning, pipeline_kwargs)
-    if not meta["complete"]:
-        _record(folder, pipe, config, meta, conditioning, pipeline_kwargs)
-        write_meta(folder, meta)
-        _measure(folder, model, config, meta)
-        write_meta(folder, {**meta, "complete": True})
+    with output_folder(folder):
+        meta = _start(folder, model, config, pipe, conditioning, pipeline_kwargs)
+        if not meta["complete"]:
+            _record(folder, pipe, config, meta, conditioning, pipeline_kwargs)
+            write_meta(folder, meta)
+            _measure(folder, model, config, meta)
+            write_meta(folder, {**meta, "complete": True})
     return CalibrationStore.load(folder)
 
 
@@ -147,12 +150,10 @@ def _start(folder: Path, model: nn.Module, config, pipe, conditioning, pipeline_
                 "give another folder or delete it."
             )
         return meta
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and is no calibration store; give another folder.")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}.") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write into {folder}; give another folder.")
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and is no calibration store; give another folder.")
     # It is written with the first batch: arguments that cannot be sampled with leave no store behind.
     return {
         **asked,

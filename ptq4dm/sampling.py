@@ -51,9 +51,11 @@ def default_steps(pipe, otherwise: int) -> int:
 
 
 def check_steps(pipe, num_inference_steps: int) -> None:
-    """Raises UserError for no steps, or for more than the model was trained with."""
+    """Raises UserError for no steps, for more than the model was trained with, or other than its one."""
     if num_inference_steps < 1:
         raise UserError(f"sampling needs at least one step, not {num_inference_steps}.")
+    if default_steps(pipe, num_inference_steps) != num_inference_steps:
+        pipe.scheduler.set_timesteps(num_inference_steps)  # says which it takes
     limit = pipe.scheduler.config.get("num_train_timesteps")
     if limit is not None and num_inference_steps > limit:
         raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")

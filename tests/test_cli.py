@@ -284,7 +284,7 @@ WRONG = [
     ([*COLLECT, "--calibration-steps", "0"], "must be at least 1; got 0"),
     ([*COLLECT, "--sigma", "-1"], "sigma is not negative"),
     ([*COLLECT, "--seed", "-1"], "seed must not be negative"),
-    ([*COLLECT, "--output", "file/store"], "cannot write to file/store: Not a directory"),
+    ([*COLLECT, "--output", "file/store"], "cannot make the folder file/store: Not a directory"),
     ([*COLLECT, "--output", "foreign"], "foreign is not empty and is no calibration store"),
     ([*COLLECT, "--output", "store"], "already holds a calibration store that differs in config;"),
     ([*COLLECT, "--plot-layer", "conv_in"], "give --plot PNG too"),

@@ -428,10 +428,16 @@ def test_nan_is_named_by_layer_and_bin(tmp_path):
         collect(pipe, config, tmp_path / "inf")
 
 
+def test_what_fails_before_anything_is_written_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError):
+        collect(tiny_pipe(), CONFIG, tmp_path / "new" / "store", conditioning={"prompt": ["a UNet takes none"]})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "store"):
-        with pytest.raises(UserError, match=f"cannot write to {path}"):
+        with pytest.raises(UserError, match=f"cannot make the folder {path}"):
             collect(tiny_pipe(), CONFIG, path)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.txt").write_text("mine")

@@ -45,8 +45,13 @@ def shape_class(dtype: torch.dtype, window: Window, channels: int, n: int, on_lo
 
 
 def choose(dtype: torch.dtype, window: Window, channels: int, n: int, device: torch.device, on_load: bool) -> Config:
-    entry = own(device).get("w8a8", {}).get(shape_class(dtype, window, channels, n, on_load))
-    return Config(**entry) if entry else default(dtype, window, channels, n, capability(device), on_load)
+    """What was measured for the shape, or else for the same layer with twice or half the rows; or the default."""
+    measured = own(device).get("w8a8", {})
+    layer, power = shape_class(dtype, window, channels, n, on_load).split("^")
+    for more in (0, 1, -1):
+        if entry := measured.get(f"{layer}^{int(power) + more}"):
+            return Config(**entry)
+    return default(dtype, window, channels, n, capability(device), on_load)
 
 
 def default(

@@ -48,6 +48,15 @@ def test_a_shape_class_has_its_own_tile(gpu):
     assert w8a8_configs.choose(torch.int8, window, 256, 128, gpu, False).bm == 128
 
 
+@pytest.mark.parametrize("batch, bm", [(128, 64), (512, 64), (64, 128), (1024, 128)])
+def test_twice_or_half_the_rows_take_the_tile_that_was_measured(gpu, batch, bm):
+    window = Window(256, 32, 32, (3, 3), (1, 1), (1, 1))
+    measured = {"mode": "gather", "bm": 64, "bn": 32, "bk": 32, "warps": 4, "stages": 2}
+    tuning.record("w8a8", w8a8_configs.shape_class(torch.int8, window, 128, 128), measured)
+    other = Window(batch, 32, 32, (3, 3), (1, 1), (1, 1))
+    assert w8a8_configs.choose(torch.int8, other, 128, 128, gpu, False).bm == bm
+
+
 def test_files_keep_one_entry_to_a_line():
     table = {"device": "x", "a": [[1, 2, 3, {"BM": 1}]], "b": {"z": {"bm": 1}, "y": {"bm": 2}}}
     text = tuning.formatted(table)

@@ -34,14 +34,6 @@ def _layout(size: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(size), TYPES[dtype])
 
 
-def aligned(rows: Tensor | None) -> Tensor | None:
-    """A matrix whose rows begin at multiples of 16 bytes, where TMA can begin to load."""
-    if rows is None or (rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0):
-        return rows
-    extra = -rows.shape[1] % (16 // rows.element_size())
-    return torch.nn.functional.pad(rows, (0, extra)) if extra else rows.clone()
-
-
 @functools.cache
 def check(dtype: torch.dtype, device: torch.device) -> None:
     """Raises ValueError unless these are of codes in e4m3 on a GPU of compute capability 9. Asked once."""

@@ -6,14 +6,14 @@ import itertools
 
 import torch
 
-from .svdq_linear import FP8, INT4
+from .svdq_linear import FP8, INT4, SHORT
 
 
 def activation_settings(m: int, k: int) -> list[dict]:
     """BM, BK, STAGES of the programs that multiply by D; ROWS, STEP of those that quantize; warps and
     registers at most of both."""
     shapes = [(64, 64, 4), (64, 64, 3), (32, 128, 3)]
-    if m <= 32:
+    if m <= SHORT:
         shapes = [(16, 256, 4), (16, 512, 3)]
     rows = [(1, 512, 4, None), (1, 1024, 8, None), (2, 1024, 4, None), (4, 256, 4, None)]
     rows += [(1, 1024, 8, 80), (1, 2048, 8, 80), (1, 4096, 16, None)] if k > 4096 else []

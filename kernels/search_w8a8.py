@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import triton
 
-from . import w8a8, w8a8_configs, w8a8_launch, w8a8_quantize, w8a8_triton
-from .prepared import prepared
+from . import w8a8, w8a8_configs, w8a8_launch, w8a8_quantize
+from .integers import next_power_of_2
 from .w8a8_cases import CODES, Case, Operands, encoded
 from .w8a8_configs import Config
 
@@ -139,7 +139,7 @@ def _of_windows(case: Case, on_load: bool, few: bool) -> list[Config]:
 
 def _widest(outputs: int) -> int:
     """The outputs that a tile needs to have them all."""
-    return max(16, 1 << (outputs - 1).bit_length())
+    return max(16, next_power_of_2(outputs))
 
 
 def _depths(channels: int) -> list[int]:
@@ -164,16 +164,8 @@ def _operands(launch: W8A8Launch, copies: int | None) -> tuple[list[torch.Tensor
 
 
 def _floats(case: Case, x: torch.Tensor) -> torch.Tensor:
-    return x if case.linear else x.permute(0, 2, 3, 1)
+    return (x[:, :, None, None] if case.linear else x).permute(0, 2, 3, 1)
 
 
 def _product(case: Case, operands: tuple, x: torch.Tensor, config: Config) -> torch.Tensor:
-    qweight, weight_scale, bias, scale, zero = operands
-    weight = prepared(qweight, "rows", lambda: w8a8_launch.weight_rows(qweight))
-    sums = None
-    if zero is not None:
-        sums = prepared(qweight, "sums", lambda: qweight.flatten(1).sum(1, dtype=torch.int32))
-    out = torch.empty(case.window.batch, *case.window.output, case.outputs, dtype=torch.bfloat16, device=x.device)
-    return w8a8_triton.conv2d(
-        x, case.window, weight, scale, zero, weight_scale, sums, bias, None, None, out, 8, config
-    )
+    return w8a8_launch.multiply(x, case.window, *operands, 8, None, None, torch.bfloat16, config)

@@ -138,6 +138,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
+def aligned(rows: Tensor | None) -> Tensor | None:
+    """A matrix whose rows begin at multiples of 16 bytes, where TMA can begin to load."""
+    if rows is None or (rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0):
+        return rows
+    extra = -rows.shape[1] % (16 // rows.element_size())
+    return torch.nn.functional.pad(rows, (0, extra)) if extra else rows.clone()
+
+
 def product(
     activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict
 ) -> None:
@@ -173,8 +181,6 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
     bm, bn, bk, pieces = (config[name] for name in settings[:4])
     programs = multiprocessors(out.device) * config["PER_SM"]
     tiles = cdiv(m, bm) * cdiv(n, bn)
-    if up is not None and (up.shape[1] % 8 or up.data_ptr() % 16):  # rows of a TMA operand begin at multiples of 16
-        up = torch.nn.functional.pad(up, (0, -up.shape[1] % 8)).clone()
 
     def blocks(tensor, *size):
         return None if tensor is None else TensorDescriptor.from_tensor(tensor, list(size))
@@ -182,7 +188,8 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
     r = branch.shape[1]
     step = min(r, 32)
     _tma_kernel[(min(programs, tiles),)](
-        blocks(codes, bm, bk), blocks(w8, bn, bk), blocks(branch if r else None, bm, step), blocks(up, bn, step),
+        blocks(codes, bm, bk), blocks(w8, bn, bk),
+        blocks(branch if r else None, bm, step), blocks(aligned(up), bn, step),
         blocks(out, bm, bn // pieces) if n % 8 == 0 else None,
         out, row_scale, column_scale, bias, m, n, k, tiles,
         R=r, PROGRAMS=programs, **{name: config[name] for name in settings},

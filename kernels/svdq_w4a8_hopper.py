@@ -28,9 +28,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper import aligned, async_load, async_store, blocks, check
+from .hopper import async_load, async_store, blocks, check
 from .integers import cdiv
-from .svdq_gemm import multiprocessors, tile_place
+from .svdq_gemm import aligned, multiprocessors, tile_place
 
 # Of a thread: at the launch, of three groups of four warps; then the loads hand theirs to the arithmetic.
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24

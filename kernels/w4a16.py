@@ -64,13 +64,19 @@ def _read_all(q, wscales, groups, runs, first, end, STEP: tl.constexpr, RUNS: tl
 
 
 @triton.jit
+def _read_half(x, columns, at, end, HALF: tl.constexpr, EVEN: tl.constexpr):
+    """The inputs that belong to one half of the codes of a step."""
+    return _read(x + at * 64 + 32 * HALF, None if EVEN else at + columns < end, "evict_last")
+
+
+@triton.jit
 def _read_inputs(x, columns, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
     """Both halves of the groups of x that belong to them."""
     inputs = ()
     for i in tl.static_range(RUNS):
         at = first + i * STEP
         for half in tl.static_range(2):
-            inputs += (_read(x + at * 64 + 32 * half, None if EVEN else at + columns < end, "evict_last"),)
+            inputs += (_read_half(x, columns, at, end, half, EVEN),)
     return inputs
 
 
@@ -154,10 +160,7 @@ def _short_kernel(
             at = first + i * step
             part = tl.zeros((step, BN, BM), tl.float32)
             for half in tl.static_range(2):
-                if EARLY:
-                    values = inputs[2 * i + half]
-                else:
-                    values = _read(x + at * 64 + 32 * half, None if EVEN else at + columns < end, "evict_last")
+                values = inputs[2 * i + half] if EARLY else _read_half(x, columns, at, end, half, EVEN)
                 codes = _weights(words[i], magic, 4 * half, dtype, BN, RUN)
                 part = tl.dot(codes, _inputs(values, dtype, BM, RUN), part)
             scale = tl.reshape(scales[i].to(tl.float32), (BN // 8, WARPS, 8, 4, RUN))

@@ -113,8 +113,8 @@ class Operands:
             scale = self.weight.flatten(1).abs().amax(1) / int8.weight_limit(8)
             codes = int8.quantize_weight(self.weight, scale)
         else:
-            scale = fp8.scale_of(self.weight, tuple(range(1, self.weight.ndim))).flatten()
-            codes = fp8.quantize(self.weight, fp8.scale_of(self.weight, tuple(range(1, self.weight.ndim))))
+            scale = fp8.scale_of(self.weight, tuple(range(1, self.weight.ndim)))
+            codes, scale = fp8.quantize(self.weight, scale), scale.flatten()
         if self.weight.ndim == 4:
             codes = codes.contiguous(memory_format=torch.channels_last)
         low, high = (float(end) for end in torch.aminmax(self.inputs[0].float()))

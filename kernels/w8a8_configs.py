@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .integers import next_power_of_2
 from .tuning import capability, own
 from .window import Window
 
@@ -60,7 +61,7 @@ def default(
     """Tiles of 128 x 128 or, where rows or outputs are few, what covers them: as an H200 likes most of its shapes."""
     rows = window.batch * math.prod(window.output)
     bm = 128 if rows >= 2**15 else 64 if rows > 32 else 32
-    bn = min(128, max(16, 1 << (n - 1).bit_length()))
+    bn = min(128, max(16, next_power_of_2(n)))
     bk = next(size for size in (128, 64, 32) if channels % size == 0)
     if on_load or capability in LITTLE_SHARED_MEMORY:
         bk = min(bk, 64)

@@ -59,11 +59,12 @@ def _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_poi
 
 
 def multiply(
-    operand, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, shift, residual, dtype
-) -> Tensor:
+    operand, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, shift, residual, dtype,
+    config=None,
+) -> Tensor:  # fmt: skip
     """operand: codes in the flat layout, or floats [B, H, W, C] -> [B, H', W', N] of `dtype`.
 
-    shift [B, N] and residual [B, H', W', N] are added in float32.
+    shift [B, N] and residual [B, H', W', N] are added in float32. config: a w8a8_configs.Config, not the usual one.
 
     Raises ValueError where shapes do not belong together: the kernel would read past the end.
     """
@@ -78,8 +79,9 @@ def multiply(
     residual = None if residual is None else residual.contiguous()
     shift = None if shift is None else shift.contiguous()
     return w8a8_triton.conv2d(
-        operand, window, weight, input_scale, input_zero_point, weight_scale, sums, bias, shift, residual, out, bits
-    )
+        operand, window, weight, input_scale, input_zero_point, weight_scale, sums, bias, shift, residual, out, bits,
+        config,
+    )  # fmt: skip
 
 
 def weight_rows(qweight: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=TUNED,
         metavar="NAME",
-        help=f"{', '.join(TUNED)}; what serves a shape otherwise: w4a16 up to 64 rows, above w4a8 and w4a4; and w8a8",
+        help=f"{', '.join(TUNED)}; what serves a shape otherwise: w4a16 up to 32 rows, above w4a8 and w4a4; and w8a8",
     )
     tune.add_argument(
         "--shapes", nargs="+", metavar="M,N,K", help="of Linear layers (rows, outputs, inputs) instead of a model's"

@@ -451,7 +451,10 @@ def test_the_command_tunes_what_it_is_asked_for(gpu, monkeypatch, capsys, tmp_pa
     assert names(asked["launches"])[0] == "int4.prepare 4608" and asked["path"] is None and asked["seconds"] is None
 
 
-def test_names_on_the_command_line_are_those_of_the_kernels():
-    from ptq4dm.cli import TUNED
+def test_names_on_the_command_line_are_those_of_the_kernels(capsys):
+    from ptq4dm.cli import TUNED, build_parser
 
     assert list(TUNED) == list(tune.KERNELS)
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["bench", "tune", "--help"])
+    assert f"w4a16 up to {tune.SHORT} rows" in " ".join(capsys.readouterr().out.split())

@@ -163,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     samplers.add_argument("--output", default="out/bench", help="folder of samplers.json and samplers.png; resumed")
 
     tune = subject("tune", "Time the kernels' settings on this GPU, and record the fastest where the kernels look.")
-    _model(tune, None, "tune for its layers; the shapes of the README and of unet-cifar10 otherwise")
+    _model(tune, None, "tune for its layers; the shapes of kernels/README.md and of unet-cifar10 otherwise")
     tune.add_argument(
         "--kernels",
         nargs="+",

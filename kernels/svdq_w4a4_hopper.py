@@ -10,11 +10,11 @@ As many programs as multiprocessors walk over tiles of 128 x BN, each in three g
 
 Two groups a stage, so that two sets of sums take turns in registers without a move.
 
-A group of a 128 x 128 tile takes 425 ns of an H200's multiprocessor (4608 x 9216 x 3072): 214 without the scaling, 271
-without the products, 333 with scales that need no loading, 258 with one addition for the two operations. So issuing
-operations and multiplying add up, where they should overlap: it takes as many clocks as both together, and no order of
-them changed that (one barrier more, products and scaling in turns between the halves, three groups of 64 rows: 398 to
-462 ns). The tensor cores read and write every sum in the registers for each 32 inputs, which leaves others no turn.
+A group of a 128 x 128 tile takes 425 ns of an H200's multiprocessor (4608 x 9216 x 3072): 214 without scaling, 271
+without products, 333 with scales that need no loading, 258 with one addition for the two operations. So products and
+what issues beside them add up, where they should overlap, and no order of them changed that (one barrier more, the
+halves in turns, three groups of 64 rows: 398 to 462 ns). For each 32 inputs the tensor cores read and write every sum
+in the registers, which probably leaves others no turn.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops import op
 from .tuning import best_config, capability
 
 REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
@@ -36,7 +37,7 @@ def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
     return {"fp8": fp8, "int8": INT8, "int4": INT4, "none": WEIGHT_ONLY}[activation]
 
 
-@torch.library.custom_op("ptq4dm::svdq_linear", mutates_args=())
+@op
 def svdq_linear(
     x: Tensor,
     qweight: Tensor,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import w8a8_onednn
 from . import w8a8_reference as reference
+from .ops import op
 from .w8a8_launch import triton_conv2d, triton_linear
 from .window import Window
 
@@ -42,7 +43,7 @@ def kernel_name(
     return ONEDNN if onednn and dtype == torch.int8 else REFERENCE
 
 
-@torch.library.custom_op("ptq4dm::w8a8_linear", mutates_args=())
+@op
 def w8a8_linear(
     x: Tensor,
     qweight: Tensor,
@@ -74,7 +75,7 @@ def _(x, qweight, weight_scale, bias, input_scale, input_zero_point, activation_
     return x.new_empty(*x.shape[:-1], len(qweight))
 
 
-@torch.library.custom_op("ptq4dm::w8a8_conv2d", mutates_args=())
+@op
 def w8a8_conv2d(
     x: Tensor,
     qweight: Tensor,

@@ -84,7 +84,7 @@ def _together(shipped, users):
 
 
 def forget() -> None:
-    """Read the files again at the next call."""
+    """Read the files, and ask the device, again at the next call."""
     for function in REMEMBERED:
         function.cache_clear()
 

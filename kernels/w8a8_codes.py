@@ -15,7 +15,7 @@ from torch import Tensor
 from . import w8a8, w8a8_launch
 from . import w8a8_reference as reference
 from .ops import op
-from .window import Window
+from .window import Window, same_window
 
 
 @torch.compiler.assume_constant_result  # a GPU stays what it is, and the compiler does not know how to ask
@@ -117,7 +117,7 @@ def w8a8_conv2d_codes(
 
     shift [B, N] and residual [B, N, H', W'] are added before the one rounding to `dtype`.
     """
-    window = _window(image, qweight, stride, padding, dilation)
+    window = _window(image, qweight, stride, padding, dilation, same_window)
     if _triton(codes.device, qweight.dtype) and window.batch:
         added = None if residual is None else residual.permute(0, 2, 3, 1)
         y = w8a8_launch.multiply(
@@ -167,6 +167,6 @@ def takes_codes(x: Tensor, qweight: Tensor, input_scale: Tensor | None) -> bool:
     return input_scale is not None and x.shape[-1] % 32 == 0 and _triton(x.device, qweight.dtype)
 
 
-def _window(image, qweight, stride, padding, dilation) -> Window:
+def _window(image, qweight, stride, padding, dilation, make=Window) -> Window:
     kernel = tuple(qweight.shape[2:]) or (1, 1)
-    return Window(*image, kernel, tuple(stride), tuple(padding), tuple(dilation))
+    return make(*image, kernel, tuple(stride), tuple(padding), tuple(dilation))

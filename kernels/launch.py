@@ -22,6 +22,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .workspace import Piece
+
 
 def planned(build: Callable[..., Launch]) -> Callable[..., Launch]:
     """Keep what build(config, *sizes) returns; config is a dict of settings, the sizes are hashable."""
@@ -50,7 +52,7 @@ class Launch:
         self.blocks = [(self.open.index(name), size) for name, size in (blocks or {}).items()]
         self.known = {}  # signature -> a compiled kernel's way to the driver, and its descriptors but for the tensors
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Tensor | Piece | None) -> None:
         if self.interpreted:
             self.through_triton(tensors)
             return
@@ -72,22 +74,29 @@ class Launch:
 
     def through_triton(self, tensors) -> tuple:
         """(compiled kernel, of each descriptor the number of its tensor, its class and its other fields)."""
-        arguments, descriptors = list(tensors), []
+        arguments = [tensor.tensor() if isinstance(tensor, Piece) else tensor for tensor in tensors]
+        descriptors = []
         for i, size in self.blocks:
             if tensors[i] is not None:
-                arguments[i] = made = _descriptor(self.kernel, tensors[i], size)
+                arguments[i] = made = _descriptor(self.kernel, arguments[i], size)
                 descriptors.append((i, type(made), {**vars(made), "base": None}))
         compiled = self.kernel[self.grid](**dict(zip(self.open, arguments, strict=True)), **self.fixed)
         return compiled, descriptors
 
 
-def signature(device: int, tensors: tuple[Tensor | None, ...]) -> tuple[tuple, list[int | None]]:
-    """(what Triton specializes on, addresses). Devices too: addresses of another memory must not pass unseen."""
+def signature(device: int, tensors: tuple[Tensor | Piece | None, ...]) -> tuple[tuple, list[int | None]]:
+    """(what Triton specializes on, addresses). Devices too: addresses of another memory must not pass unseen.
+
+    Pieces are aligned, and where the tensors are that they belong to.
+    """
     key, addresses = [device], []
     for tensor in tensors:
         if tensor is None:
             key.append(None)
             addresses.append(None)
+        elif type(tensor) is Piece:
+            addresses.append(tensor.address)
+            key.append(tensor.dtype)
         else:
             addresses.append(address := tensor.data_ptr())
             key += tensor.dtype, tensor.get_device(), address % 16 == 0

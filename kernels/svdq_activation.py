@@ -195,14 +195,15 @@ def limits(mode: str, shifted: bool) -> dict:
 
 
 def empty_activation(x: Tensor, mode: str, rank: int, code_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for (codes [M, K], scales float32 [M] or [K/64, M], branch [M, padded rank] of x's dtype)."""
-    m, k = x.shape
+    """Room for what `activation_shapes` says of x [M, K]."""
+    shapes = activation_shapes(*x.shape, x.dtype, mode, rank, code_dtype)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+def activation_shapes(m: int, k: int, dtype: torch.dtype, mode: str, rank: int, code_dtype: torch.dtype) -> tuple:
+    """(shape, type) of codes [M, K], scales float32 [M] or [K/64, M], branch [M, padded rank] of the input's type."""
     scales = (k // GROUP, m) if mode == "int4" else (m,)
-    return (
-        x.new_empty(m, k, dtype=code_dtype),
-        x.new_empty(scales, dtype=torch.float32),
-        x.new_empty(m, padded_rank(rank)),
-    )
+    return ((m, k), code_dtype), (scales, torch.float32), ((m, padded_rank(rank)), dtype)
 
 
 def reciprocals(smooth: Tensor) -> Tensor:

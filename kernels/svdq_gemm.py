@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .integers import cdiv
 from .launch import Launch, planned
+from .workspace import Piece
 
 
 @triton.jit
@@ -138,10 +139,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def aligned(rows: Tensor | None) -> Tensor | None:
+def aligned(rows: Tensor | Piece | None) -> Tensor | Piece | None:
     """A matrix whose rows begin at multiples of 16 bytes, where TMA can begin to load."""
-    if rows is None or (rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0):
+    if rows is None or (rows.stride(0) * rows.dtype.itemsize % 16 == 0 and rows.data_ptr() % 16 == 0):
         return rows
+    rows = rows.tensor() if isinstance(rows, Piece) else rows
     extra = -rows.shape[1] % (16 // rows.element_size())
     return torch.nn.functional.pad(rows, (0, extra)) if extra else rows.clone()
 

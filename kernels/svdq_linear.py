@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .ops import op
 from .tuning import best_config, capability, remembered
+from .workspace import Workspace
 
 REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
     "reference", "triton-w4a8-fp8", "triton-w4a8-int8", "triton-w4a4", "triton-w4a16",
@@ -97,11 +98,14 @@ def _triton() -> SimpleNamespace:
 
 
 @remembered
-def _plan(name: str, device: torch.device, m: int, n: int, k: int) -> tuple:
-    """(launches, their settings, type of the codes)."""
-    launches = steps(name, m)
-    settings = [best_config(f"{MODES[name]}.{step}", device, m, n, k) for step in launches if step != "cublas"]
-    return launches, settings, code_dtype(name, device)
+def _plan(name: str, device: torch.device, m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
+    """(launches, their settings, room for what the first leaves to the second)."""
+    kernels, mode, launches = _triton(), MODES[name], steps(name, m)
+    settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches if step != "cublas"]
+    codes = code_dtype(name, device)
+    rows = () if mode == "none" else kernels.activation.activation_shapes(m, k, dtype, mode, rank, codes)
+    weight = kernels.unpack.weight_shapes(n, k, codes, mode) if launches[0] == "prepare" else ()
+    return launches, settings, Workspace(*rows, *weight)
 
 
 def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: float) -> Tensor:
@@ -117,7 +121,7 @@ def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: 
     if down is not None:
         down, up = _rows(down, x.dtype), _rows(up, x.dtype)
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
-    plan = _plan(name, x.device, m, n, k)
+    plan = _plan(name, x.device, m, n, k, 0 if down is None else down.shape[0], x.dtype)
     if name == WEIGHT_ONLY:
         return _weight_only(plan, x, qweight, wscales, down, up, bias, out)
     _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out)
@@ -130,13 +134,13 @@ def _rows(half: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out) -> None:
-    kernels, mode, (launches, (first, second), dtype) = _triton(), MODES[name], plan
-    codes = kernels.activation.empty_activation(x, mode, 0 if down is None else down.shape[0], dtype)
+    kernels, mode, (launches, (first, second), room) = _triton(), MODES[name], plan
+    pieces = room.take(x)
+    codes, weight = pieces[:3], pieces[3:]
     if launches[0] == "activation":
         kernels.activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
         kernels.short(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second)
         return
-    weight = kernels.unpack.empty_weight(qweight, dtype, mode)
     kernels.unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
     product = kernels.w4a4.product if name == INT4 else kernels.gemm.product
     product(codes, weight, up, bias, out, second)

@@ -122,10 +122,15 @@ FOLDS = {"fp8": "channel", "int8": "channel", "int4": "apart", "none": "weight"}
 
 
 def empty_weight(qweight: Tensor, dtype: torch.dtype, mode: str) -> tuple[Tensor, Tensor]:
-    """Room for w [N, K] of dtype and its float32 scales, for activations of this mode: [N], [K/64, N] or [0]."""
+    """Room for what `weight_shapes` says of qweight [N, K/2]."""
     n, half = qweight.shape
-    scales = {"channel": (n,), "apart": (2 * half // GROUP, n), "weight": (0,)}[FOLDS[mode]]
-    return qweight.new_empty(n, 2 * half, dtype=dtype), qweight.new_empty(scales, dtype=torch.float32)
+    return tuple(qweight.new_empty(shape, dtype=kind) for shape, kind in weight_shapes(n, 2 * half, dtype, mode))
+
+
+def weight_shapes(n: int, k: int, dtype: torch.dtype, mode: str) -> tuple:
+    """(shape, type) of w [N, K] and its float32 scales, for activations of this mode: [N], [K/64, N] or [0]."""
+    scales = {"channel": (n,), "apart": (k // GROUP, n), "weight": (0,)}[FOLDS[mode]]
+    return ((n, k), dtype), (scales, torch.float32)
 
 
 def _unpack_fixed(config: dict, mode: str, dtype: torch.dtype, n: int, groups: int) -> tuple[int, dict]:

@@ -190,8 +190,8 @@ def product(
     strides = a_scale.shape[1], w_scale.shape[1]
     launch = _launch(config, m, n, k, r, *strides, codes.dtype, out.device)
     launch(
-        codes, w, a_scale.view(-1), w_scale.view(-1), branch if r else None, aligned(up), out if n % 8 == 0 else None,
-        out, bias,
+        codes, w, a_scale.flatten(), w_scale.flatten(), branch if r else None, aligned(up),
+        out if n % 8 == 0 else None, out, bias,
     )  # fmt: skip
 
 

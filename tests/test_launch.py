@@ -9,6 +9,8 @@ launch = pytest.importorskip("ptq4dm.kernels.launch", reason="needs Triton", exc
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from ptq4dm.kernels import workspace  # noqa: E402
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [pytest.mark.gpu] * CUDA
@@ -185,6 +187,38 @@ def test_descriptors_are_of_the_tensors_at_hand(monkeypatch):
     right = triton.tools.tensor_descriptor.TensorDescriptor.from_tensor(second, [8, 16])
     assert {**vars(descriptor), "base": None} == {**vars(right), "base": None}
     assert all(fields["base"] is None for *_, known in kernel.known.values() for _, _, fields in known)
+
+
+def test_pieces_are_tensors_of_one_buffer():
+    sizes = ((3, 5), torch.int8), ((3,), torch.float32), ((3, 0), torch.float16), ((2, 7), torch.bfloat16)
+    room = workspace.Workspace(*sizes)
+    like = torch.empty(1, device=DEVICE)
+    pieces = room.take(like)
+    tensors = [piece.tensor() for piece in pieces]
+    for i, (piece, tensor) in enumerate(zip(pieces, tensors, strict=True)):
+        assert (piece.shape, piece.dtype, piece.stride()) == (tuple(tensor.shape), tensor.dtype, tensor.stride())
+        assert tensor.numel() == 0 or piece.data_ptr() == tensor.data_ptr()
+        assert piece.data_ptr() % 16 == 0 and tensor.is_contiguous() and tensor.device == like.device
+        tensor.fill_(i)
+    assert all((tensor == i).all() for i, tensor in enumerate(tensors))  # none lies over another
+    flat = pieces[0].flatten()
+    assert torch.equal(flat.tensor(), tensors[0].flatten()) and flat.stride() == (1,)
+
+
+def test_a_piece_and_a_tensor_have_kernels_of_their_own(monkeypatch):
+    stub = Stub(monkeypatch)
+    kernel = stub_launch(stub, blocks={"b_ptr": (8, 16)})
+    a, _, y = tensors()
+    room = workspace.Workspace(((16, 32), torch.float32))
+    for _ in range(2):
+        (piece,) = room.take(a)
+        kernel(a, piece, y)
+    assert isinstance(stub.compiled[0][1]["b_ptr"].base, torch.Tensor) and len(stub.compiled) == 1
+    descriptor = stub.launched[0][10]
+    assert descriptor.base.data_ptr() == piece.data_ptr()
+    assert (tuple(descriptor.shape), tuple(descriptor.strides)) == ((16, 32), (32, 1))
+    kernel(a, piece.tensor(), y)
+    assert len(stub.compiled) == 2
 
 
 def test_repeated_launches_compute_the_same():

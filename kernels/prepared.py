@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+import weakref
 
-CACHE: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (its version, {key: layout})
+from torch import Tensor
+
+CACHE: dict[int, tuple] = {}  # id of a weight -> (reference to it, its address and version), {key: layout}
 
 
 def prepared(qweight: Tensor, key, build) -> Tensor:
     """build() of this tensor, kept under `key`. Codes stay codes in it, never floats."""
-    version = (qweight.data_ptr(), 0 if qweight.is_inference() else qweight._version)
-    entry = CACHE.get(qweight)
-    if entry is None or entry[0] != version:
-        entry = CACHE[qweight] = (version, {})
+    state = qweight.data_ptr(), 0 if qweight.is_inference() else qweight._version
+    name = id(qweight)
+    entry = CACHE.get(name)
+    if entry is None or entry[0][0]() is not qweight or entry[0][1] != state:
+        entry = CACHE[name] = (weakref.ref(qweight, lambda _: CACHE.pop(name, None)), state), {}
     if key not in entry[1]:
         entry[1][key] = build()
     return entry[1][key]

@@ -19,14 +19,13 @@ unpacking in every tile.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
+from .launch import Launch, planned
 from .prepared import prepared
 
 GROUP = 64
@@ -189,7 +188,6 @@ def padded_rank(rank: int) -> int:
     return max(16, next_power_of_2(rank)) if rank else 0
 
 
-@functools.cache
 def limits(mode: str, shifted: bool) -> dict:
     """The first and last code of "fp8", "int8" or "int4", as the kernel takes them."""
     low, high = {"fp8": (-448.0, 448.0), "int8": (-127.0, 127.0), "int4": (-7.0, 7.0)}[mode]
@@ -197,14 +195,15 @@ def limits(mode: str, shifted: bool) -> dict:
 
 
 def empty_activation(x: Tensor, mode: str, rank: int, code_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for (codes [M, K], scales float32 [M] or [K/64, M], branch [M, padded rank] of x's dtype)."""
-    m, k = x.shape
+    """Room for what `activation_shapes` says of x [M, K]."""
+    shapes = activation_shapes(*x.shape, x.dtype, mode, rank, code_dtype)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+def activation_shapes(m: int, k: int, dtype: torch.dtype, mode: str, rank: int, code_dtype: torch.dtype) -> tuple:
+    """(shape, type) of codes [M, K], scales float32 [M] or [K/64, M], branch [M, padded rank] of the input's type."""
     scales = (k // GROUP, m) if mode == "int4" else (m,)
-    return (
-        x.new_empty(m, k, dtype=code_dtype),
-        x.new_empty(scales, dtype=torch.float32),
-        x.new_empty(m, padded_rank(rank)),
-    )
+    return ((m, k), code_dtype), (scales, torch.float32), ((m, padded_rank(rank)), dtype)
 
 
 def reciprocals(smooth: Tensor) -> Tensor:
@@ -212,18 +211,34 @@ def reciprocals(smooth: Tensor) -> Tensor:
     return prepared(smooth, "reciprocals", lambda: 1.0 / smooth.float())
 
 
+def activation_sizes(x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float) -> tuple:
+    """What decides about the launch for x [M, K]: the arguments of `activation_launch` after config."""
+    return mode, *x.shape, x.stride(0), 0 if down is None else down.shape[0], shift, smooth is not None
+
+
 def activation_launch(
-    x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, config: dict
+    config: dict, mode: str, m: int, k: int, stride: int, rank: int, shift: float, smoothed: bool
 ) -> tuple[int, dict]:
-    """(number of programs, constants) of `activation_program` for x [M, K]; config has SETTINGS."""
-    (m, k), rank = x.shape, 0 if down is None else down.shape[0]
+    """(number of programs, numbers and constants) of `activation_program`; config has SETTINGS."""
     programs = cdiv(m, config["ROWS"]) + (cdiv(m, config["BM"]) if rank else 0)
-    constants = dict(
-        RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smooth is not None,
+    fixed = dict(
+        shift=shift, M=m, K=k, stride_m=stride,
+        RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smoothed,
         STEPS=cdiv(k, config["STEP"]), **limits(mode, shift != 0),
         **{name: config[name] for name in SETTINGS}, maxnreg=config.get("maxnreg"),
     )  # fmt: skip
-    return programs, constants
+    return programs, fixed
+
+
+def activation_tensors(x: Tensor, smooth: Tensor | None, down: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors that `activation_program` reads."""
+    return x, x if smooth is None else reciprocals(smooth), x if down is None else down
+
+
+@planned
+def _launch(config: dict, *sizes) -> Launch:
+    programs, fixed = activation_launch(config, *sizes)
+    return Launch(_activation_kernel, (programs,), **fixed)
 
 
 def quantize_activation(
@@ -233,14 +248,5 @@ def quantize_activation(
 
     smooth [K] divisors, down [r, K]; mode "fp8", "int8" or "int4"; config has SETTINGS.
     """
-    programs, constants = activation_launch(x, smooth, down, mode, shift, config)
-    _activation_kernel[(programs,)](
-        x,
-        x if smooth is None else reciprocals(smooth),
-        x if down is None else down,
-        *out,
-        shift,
-        *x.shape,
-        x.stride(0),
-        **constants,
-    )
+    launch = _launch(config, *activation_sizes(x, smooth, down, mode, shift))
+    launch(*activation_tensors(x, smooth, down), *out)

@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .integers import cdiv
+from .launch import Launch, planned
+from .workspace import Piece
 
 
 @triton.jit
@@ -138,10 +139,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def aligned(rows: Tensor | None) -> Tensor | None:
+def aligned(rows: Tensor | Piece | None) -> Tensor | Piece | None:
     """A matrix whose rows begin at multiples of 16 bytes, where TMA can begin to load."""
-    if rows is None or (rows.stride(0) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0):
+    if rows is None or (rows.stride(0) * rows.dtype.itemsize % 16 == 0 and rows.data_ptr() % 16 == 0):
         return rows
+    rows = rows.tensor() if isinstance(rows, Piece) else rows
     extra = -rows.shape[1] % (16 // rows.element_size())
     return torch.nn.functional.pad(rows, (0, extra)) if extra else rows.clone()
 
@@ -165,32 +167,38 @@ def product(
 
 def _pointer_product(activation, weight, up, bias, out, config) -> None:
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
-    (m, k), n = codes.shape, len(w8)
+    launch = _pointer_launch(config, *codes.shape, out.shape[1], 0 if up is None else up.shape[1], branch.shape[1])
+    launch(codes, w8, branch, out if up is None else up, out, row_scale, column_scale, bias)
+
+
+@planned
+def _pointer_launch(config: dict, m: int, k: int, n: int, rank: int, r: int) -> Launch:
     sizes = {name: config[name] for name in ("BM", "BN", "BK", "BAND", "num_warps", "num_stages")}
-    rank = 0 if up is None else up.shape[1]
-    _pointer_kernel[(cdiv(m, config["BM"]) * cdiv(n, config["BN"]),)](
-        codes, w8, branch, out if up is None else up, out, row_scale, column_scale, bias, m, n, k,
-        RANK=rank, R=branch.shape[1], **sizes,
-    )  # fmt: skip
+    tiles = cdiv(m, config["BM"]) * cdiv(n, config["BN"])
+    return Launch(_pointer_kernel, (tiles,), M=m, N=n, K=k, RANK=rank, R=r, **sizes)
 
 
 def _tma_product(activation, weight, up, bias, out, config) -> None:
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
-    (m, k), n = codes.shape, len(w8)
+    (m, k), n, r = codes.shape, out.shape[1], branch.shape[1]
+    launch = _tma_launch(config, m, n, k, r, out.device)
+    launch(
+        codes, w8, branch if r else None, aligned(up), out if n % 8 == 0 else None,
+        out, row_scale, column_scale, bias,
+    )  # fmt: skip
+
+
+@planned
+def _tma_launch(config: dict, m: int, n: int, k: int, r: int, device: torch.device) -> Launch:
     settings = ("BM", "BN", "BK", "PIECES", "BAND", "num_warps", "num_stages")
     bm, bn, bk, pieces = (config[name] for name in settings[:4])
-    programs = multiprocessors(out.device) * config["PER_SM"]
+    programs = multiprocessors(device) * config["PER_SM"]
     tiles = cdiv(m, bm) * cdiv(n, bn)
-
-    def blocks(tensor, *size):
-        return None if tensor is None else TensorDescriptor.from_tensor(tensor, list(size))
-
-    r = branch.shape[1]
     step = min(r, 32)
-    _tma_kernel[(min(programs, tiles),)](
-        blocks(codes, bm, bk), blocks(w8, bn, bk),
-        blocks(branch if r else None, bm, step), blocks(aligned(up), bn, step),
-        blocks(out, bm, bn // pieces) if n % 8 == 0 else None,
-        out, row_scale, column_scale, bias, m, n, k, tiles,
-        R=r, PROGRAMS=programs, **{name: config[name] for name in settings},
+    blocks = dict(
+        a_desc=(bm, bk), w_desc=(bn, bk), branch_desc=(bm, step), up_desc=(bn, step), y_desc=(bm, bn // pieces)
+    )
+    return Launch(
+        _tma_kernel, (min(programs, tiles),), blocks,
+        M=m, N=n, K=k, tiles=tiles, R=r, PROGRAMS=programs, **{name: config[name] for name in settings},
     )  # fmt: skip

@@ -12,11 +12,16 @@ rounded to bf16 first. Every sum has a fixed order: the same bits in every run.
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tuning import best_config, capability
+from .ops import op
+from .tuning import best_config, capability, remembered
+from .workspace import Workspace
 
 REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
     "reference", "triton-w4a8-fp8", "triton-w4a8-int8", "triton-w4a4", "triton-w4a16",
@@ -36,7 +41,10 @@ def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
     return {"fp8": fp8, "int8": INT8, "int4": INT4, "none": WEIGHT_ONLY}[activation]
 
 
-@torch.library.custom_op("ptq4dm::svdq_linear", mutates_args=())
+_known_name = remembered(kernel_name)  # not for models themselves: torch.compile warns of what is cached
+
+
+@op
 def svdq_linear(
     x: Tensor,
     qweight: Tensor,
@@ -52,11 +60,13 @@ def svdq_linear(
 
     Raises ValueError where no Triton kernel serves them: `kernel_name` says.
     """
-    name = kernel_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
+    name = _known_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
     if name == REFERENCE:
         raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
-    y = rows_through(name, x.reshape(-1, x.shape[-1]), qweight, wscales, smooth, down, up, bias, shift)
-    return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y = rows_through(name, rows, qweight, wscales, smooth, down, up, bias, shift)
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], qweight.shape[0])
 
 
 @svdq_linear.register_fake
@@ -77,54 +87,74 @@ def code_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float8_e4m3fn if fp8 else torch.int8
 
 
+@functools.cache
+def _triton() -> SimpleNamespace:
+    """The files that need Triton. An import at each call would take 2 us, though they are there."""
+    from . import svdq_activation, svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
+
+    return SimpleNamespace(
+        activation=svdq_activation, unpack=svdq_unpack, gemm=svdq_gemm, w4a4=svdq_w4a4, short=w4a16.short_product
+    )
+
+
+@remembered
+def _plan(name: str, device: torch.device, m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
+    """(launches, their settings, room for what the first leaves to the second)."""
+    kernels, mode, launches = _triton(), MODES[name], steps(name, m)
+    settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches if step != "cublas"]
+    codes = code_dtype(name, device)
+    rows = () if mode == "none" else kernels.activation.activation_shapes(m, k, dtype, mode, rank, codes)
+    weight = kernels.unpack.weight_shapes(n, k, codes, mode) if launches[0] == "prepare" else ()
+    return launches, settings, Workspace(*rows, *weight)
+
+
 def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: float) -> Tensor:
     """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         x = x.bfloat16()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    out = x.new_empty(x.shape[0], qweight.shape[0])
+    (m, k), n = x.shape, qweight.shape[0]
+    out = x.new_empty(m, n)
     if not out.numel():
         return out
     if down is not None:
-        down, up = down.to(x.dtype).contiguous(), up.to(x.dtype).contiguous()
+        down, up = _rows(down, x.dtype), _rows(up, x.dtype)
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
+    plan = _plan(name, x.device, m, n, k, 0 if down is None else down.shape[0], x.dtype)
     if name == WEIGHT_ONLY:
-        return _weight_only(x, qweight, wscales, down, up, bias, out)
-    _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out)
+        return _weight_only(plan, x, qweight, wscales, down, up, bias, out)
+    _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out)
     return out
 
 
-def _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out) -> None:
-    from . import svdq_activation, svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
+def _rows(half: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the branch; usually as it is, which is asked in less time than `to` takes."""
+    return half if half.dtype == dtype and half.is_contiguous() else half.to(dtype).contiguous()
 
-    mode, dtype = MODES[name], code_dtype(name, x.device)
-    (m, k), n = x.shape, out.shape[1]
-    launches = steps(name, m)
-    first, second = [best_config(f"{mode}.{step}", x.device, m, n, k) for step in launches]
-    codes = svdq_activation.empty_activation(x, mode, 0 if down is None else down.shape[0], dtype)
+
+def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out) -> None:
+    kernels, mode, (launches, (first, second), room) = _triton(), MODES[name], plan
+    pieces = room.take(x)
+    codes, weight = pieces[:3], pieces[3:]
     if launches[0] == "activation":
-        svdq_activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
-        w4a16.short_product(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second)
+        kernels.activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
+        kernels.short(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second)
         return
-    weight = svdq_unpack.empty_weight(qweight, dtype, mode)
-    svdq_unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
-    product = svdq_w4a4.product if name == INT4 else svdq_gemm.product
+    kernels.unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
+    product = kernels.w4a4.product if name == INT4 else kernels.gemm.product
     product(codes, weight, up, bias, out, second)
 
 
-def _weight_only(x, qweight, wscales, down, up, bias, out) -> Tensor:
-    from . import svdq_activation, svdq_unpack, w4a16
-
-    step = steps(WEIGHT_ONLY, len(x))[0]
-    config = best_config(f"none.{step}", x.device, len(x), len(qweight), x.shape[1])
+def _weight_only(plan, x, qweight, wscales, down, up, bias, out) -> Tensor:
+    kernels, (launches, (config,), _) = _triton(), plan
     branch = None if down is None else F.linear(x, down)
-    if step == "short":
+    if launches[0] == "short":
         if down is not None:
-            branch = F.pad(branch, (0, svdq_activation.padded_rank(len(down)) - len(down)))
-        w4a16.short_product(x, None, qweight, wscales, branch, up, bias, out, config)
+            branch = F.pad(branch, (0, kernels.activation.padded_rank(len(down)) - len(down)))
+        kernels.short(x, None, qweight, wscales, branch, up, bias, out, config)
         return out
-    weight = svdq_unpack.empty_weight(qweight, x.dtype, "none")
-    svdq_unpack.unpack(qweight, wscales, weight, "none", config)
+    weight = kernels.unpack.empty_weight(qweight, x.dtype, "none")
+    kernels.unpack.unpack(qweight, wscales, weight, "none", config)
     y = F.linear(x, weight[0], None if bias is None else bias.to(x.dtype))
     return y if branch is None else y.addmm_(branch, up.T)

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
-from .svdq_activation import GROUP, activation_launch, activation_program, reciprocals
+from .launch import Launch, planned
+from .svdq_activation import GROUP, activation_launch, activation_program, activation_sizes, activation_tensors
 
 ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32
 PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}
@@ -121,26 +122,42 @@ FOLDS = {"fp8": "channel", "int8": "channel", "int4": "apart", "none": "weight"}
 
 
 def empty_weight(qweight: Tensor, dtype: torch.dtype, mode: str) -> tuple[Tensor, Tensor]:
-    """Room for w [N, K] of dtype and its float32 scales, for activations of this mode: [N], [K/64, N] or [0]."""
+    """Room for what `weight_shapes` says of qweight [N, K/2]."""
     n, half = qweight.shape
-    scales = {"channel": (n,), "apart": (2 * half // GROUP, n), "weight": (0,)}[FOLDS[mode]]
-    return qweight.new_empty(n, 2 * half, dtype=dtype), qweight.new_empty(scales, dtype=torch.float32)
+    return tuple(qweight.new_empty(shape, dtype=kind) for shape, kind in weight_shapes(n, 2 * half, dtype, mode))
 
 
-def _unpack_sizes(qweight: Tensor, config: dict) -> dict:
-    """Whole rows: as many as make config["UNPACK_BYTES"] of codes."""
-    groups = next_power_of_2(qweight.shape[1] * 2 // GROUP)
-    return dict(UNPACK_ROWS=max(1, config["UNPACK_BYTES"] // (groups * GROUP // 2)), PADDED_GROUPS=groups)
+def weight_shapes(n: int, k: int, dtype: torch.dtype, mode: str) -> tuple:
+    """(shape, type) of w [N, K] and its float32 scales, for activations of this mode: [N], [K/64, N] or [0]."""
+    scales = {"channel": (n,), "apart": (k // GROUP, n), "weight": (0,)}[FOLDS[mode]]
+    return ((n, k), dtype), (scales, torch.float32)
+
+
+def _unpack_fixed(config: dict, mode: str, dtype: torch.dtype, n: int, groups: int) -> tuple[int, dict]:
+    """(number of programs, numbers and constants): whole rows, as many as make config["UNPACK_BYTES"] of codes."""
+    padded = next_power_of_2(groups)
+    rows = max(1, config["UNPACK_BYTES"] // (padded * GROUP // 2))
+    sizes = dict(N=n, GROUPS=groups, UNPACK_ROWS=rows, PADDED_GROUPS=padded)
+    return cdiv(n, rows), dict(FOLD=FOLDS[mode], PEAK=PEAK.get(dtype, 1.0), **sizes)
+
+
+@planned
+def _unpack(config: dict, mode: str, dtype: torch.dtype, n: int, groups: int) -> Launch:
+    programs, fixed = _unpack_fixed(config, mode, dtype, n, groups)
+    return Launch(_unpack_kernel, (programs,), **fixed, num_warps=config["num_warps"])
 
 
 def unpack(qweight: Tensor, wscales: Tensor, out: tuple, mode: str, config: dict) -> None:
     """Fill `out`, made by `empty_weight`, from qweight uint8 [N, K/2] and wscales [N, K/64], both contiguous."""
-    w, scales = out
-    sizes = _unpack_sizes(qweight, config)
-    _unpack_kernel[(cdiv(len(qweight), sizes["UNPACK_ROWS"]),)](
-        qweight.view(torch.int32), wscales, w, scales, len(qweight), wscales.shape[1],
-        FOLD=FOLDS[mode], PEAK=PEAK.get(w.dtype, 1.0), **sizes, num_warps=config["num_warps"],
-    )  # fmt: skip
+    launch = _unpack(config, mode, out[0].dtype, *wscales.shape)
+    launch(qweight.view(torch.int32), wscales, *out)
+
+
+@planned
+def _prepare(config: dict, dtype: torch.dtype, n: int, groups: int, mode: str, *sizes) -> Launch:
+    row_programs, fixed = activation_launch(config, mode, *sizes)
+    programs, unpack_fixed = _unpack_fixed(config, mode, dtype, n, groups)
+    return Launch(_prepare_kernel, (row_programs + programs,), **fixed, **unpack_fixed, row_programs=row_programs)
 
 
 def prepare(
@@ -148,11 +165,6 @@ def prepare(
     qweight: Tensor, wscales: Tensor, weight: tuple, config: dict,
 ) -> None:  # fmt: skip
     """`svdq_activation.quantize_activation` and `unpack` in one launch, side by side."""
-    n, sizes = qweight.shape[0], _unpack_sizes(qweight, config)
-    programs, constants = activation_launch(x, smooth, down, mode, shift, config)
-    _prepare_kernel[(programs + cdiv(n, sizes["UNPACK_ROWS"]),)](
-        x, x if smooth is None else reciprocals(smooth), x if down is None else down, *activation, shift, *x.shape,
-        x.stride(0),
-        qweight.view(torch.int32), wscales, *weight, n, wscales.shape[1], programs,
-        FOLD=FOLDS[mode], PEAK=PEAK[weight[0].dtype], **sizes, **constants,
-    )  # fmt: skip
+    sizes = activation_sizes(x, smooth, down, mode, shift)
+    launch = _prepare(config, weight[0].dtype, *wscales.shape, *sizes)
+    launch(*activation_tensors(x, smooth, down), *activation, qweight.view(torch.int32), wscales, *weight)

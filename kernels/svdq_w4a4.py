@@ -10,12 +10,13 @@ one runs under the other (svdq_w4a4_hopper.py); the kernel here does one after t
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .integers import cdiv
+from .launch import Launch, planned
 from .svdq_gemm import finish, multiprocessors, tile_place
 
 
@@ -71,17 +72,19 @@ def product(
         svdq_w4a4_hopper.product(activation, weight, up, bias, out, config)
         return
     (codes, a_scale, branch), (w, w_scale) = activation, weight
-    (m, k), n = codes.shape, len(w)
+    rank = 0 if up is None else up.shape[1]
+    launch = _launch(config, *codes.shape, out.shape[1], rank, branch.shape[1], out.device)
+    a_moved, w_moved = (codes, w) if config["TMA"] else (None, None)
+    launch(a_moved, w_moved, codes, w, branch, out if up is None else up, out, a_scale, w_scale, bias)
+
+
+@planned
+def _launch(config: dict, m: int, k: int, n: int, rank: int, r: int, device: torch.device) -> Launch:
     bm, bn = config["BM"], config["BN"]
     tiles = cdiv(m, bm) * cdiv(n, bn)
-    programs = multiprocessors(out.device) * config["PER_SM"]
-    a_desc, w_desc = (
-        TensorDescriptor.from_tensor(tensor, [size, 64]) if config["TMA"] else None
-        for tensor, size in ((codes, bm), (w, bn))
-    )
-    _w4a4_kernel[(min(programs, tiles),)](
-        a_desc, w_desc, codes, w, branch, out if up is None else up, out, a_scale, w_scale, bias,
-        m, n, k, tiles,
-        RANK=0 if up is None else up.shape[1], R=branch.shape[1], BM=bm, BN=bn, BAND=config["BAND"],
-        PROGRAMS=programs, num_warps=config["num_warps"], num_stages=config["num_stages"],
+    programs = multiprocessors(device) * config["PER_SM"]
+    return Launch(
+        _w4a4_kernel, (min(programs, tiles),), dict(a_desc=(bm, 64), w_desc=(bn, 64)),
+        M=m, N=n, K=k, tiles=tiles, RANK=rank, R=r, BM=bm, BN=bn, BAND=config["BAND"], PROGRAMS=programs,
+        num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

@@ -19,14 +19,16 @@ in the registers, which probably leaves others no turn.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper import async_load, async_store, blocks, check
+from .hopper import async_load, async_store, check
 from .integers import cdiv
+from .launch import Launch, planned
 from .svdq_gemm import aligned, multiprocessors, tile_place
 
 
@@ -185,15 +187,31 @@ def product(
     config: BN, BAND, STAGES.
     """
     (codes, a_scale, branch), (w, w_scale) = activation, weight
-    check(codes.dtype, codes.device)
-    (m, k), n, r, bn = codes.shape, len(w), branch.shape[1], config["BN"]
+    (m, k), n, r = codes.shape, out.shape[1], branch.shape[1]
     a_scale, w_scale = aligned(a_scale), aligned(w_scale)
+    strides = a_scale.shape[1], w_scale.shape[1]
+    launch = _launch(config, m, n, k, r, *strides, codes.dtype, out.device)
+    launch(
+        codes, w, a_scale.flatten(), w_scale.flatten(), branch if r else None, aligned(up),
+        out if n % 8 == 0 else None, out, bias,
+    )  # fmt: skip
+
+
+@planned
+def _launch(
+    config: dict, m: int, n: int, k: int, r: int, a_stride: int, w_stride: int, dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:  # fmt: skip
+    check(dtype, device)
+    bn, step = config["BN"], min(r, 32)
+    blocks = dict(
+        a_desc=(128, 128), w_desc=(bn, 128), a_scale_desc=(128,), w_scale_desc=(bn,),
+        branch_desc=(128, step), up_desc=(bn, step), y_desc=(64, bn),
+    )  # fmt: skip
     tiles = cdiv(m, 128) * cdiv(n, bn)
-    programs = multiprocessors(out.device)
-    _w4a4_hopper_kernel[(min(programs, tiles),)](
-        blocks(codes, 128, 128), blocks(w, bn, 128), blocks(a_scale.view(-1), 128), blocks(w_scale.view(-1), bn),
-        blocks(branch if r else None, 128, min(r, 32)), blocks(aligned(up), bn, min(r, 32)),
-        blocks(out, 64, bn) if n % 8 == 0 else None,
-        out, bias, m, n, cdiv(k, 128), tiles, a_scale.shape[1], w_scale.shape[1],
+    programs = multiprocessors(device)
+    return Launch(
+        _w4a4_hopper_kernel, (min(programs, tiles),), blocks,
+        M=m, N=n, steps=cdiv(k, 128), tiles=tiles, a_stride=a_stride, w_stride=w_stride,
         BN=bn, R=r, BAND=config["BAND"], PROGRAMS=programs, STAGES=config["STAGES"], num_warps=4,
     )  # fmt: skip

@@ -22,14 +22,16 @@ Tried on an H200 and left out, for they were slower: both halves on one tile of 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper import async_load, async_store, blocks, check
+from .hopper import async_load, async_store, check
 from .integers import cdiv
+from .launch import Launch, planned
 from .svdq_gemm import aligned, multiprocessors, tile_place
 
 # Of a thread: at the launch, of three groups of four warps; then the loads hand theirs to the arithmetic.
@@ -202,17 +204,24 @@ def product(
     config: BM, BN, BK, BAND, STAGES.
     """
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
-    check(codes.dtype, codes.device)
-    (m, k), n, r = codes.shape, w8.shape[0], branch.shape[1]
+    (m, k), n, r = codes.shape, out.shape[1], branch.shape[1]
+    launch = _launch(config, m, n, k, r, codes.dtype, out.device)
+    launch(
+        codes, w8, branch if r else None, aligned(up), out if n % 8 == 0 else None,
+        out, row_scale, column_scale, bias,
+    )  # fmt: skip
+
+
+@planned
+def _launch(config: dict, m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    check(dtype, device)
     bm, bn, bk = (config[name] for name in ("BM", "BN", "BK"))
     step = min(r, bk // 2)  # a stage has room for so many columns of 16 bits
+    blocks = dict(a_desc=(bm, bk), w_desc=(bn, bk), branch_desc=(bm, step), up_desc=(bn, step), y_desc=(bm, bn // 4))
     tiles = cdiv(m, bm) * cdiv(n, bn)
-    programs = multiprocessors(out.device)
-    _w4a8_hopper_kernel[(min(programs, tiles),)](
-        blocks(codes, bm, bk), blocks(w8, bn, bk),
-        blocks(branch if r else None, bm, step), blocks(aligned(up), bn, step),
-        blocks(out, bm, bn // 4) if n % 8 == 0 else None,
-        out, row_scale, column_scale, bias, m, n, k, tiles, R=r, PROGRAMS=programs,
+    programs = multiprocessors(device)
+    return Launch(
+        _w4a8_hopper_kernel, (min(programs, tiles),), blocks, M=m, N=n, K=k, tiles=tiles, R=r, PROGRAMS=programs,
         **{name: config[name] for name in ("BM", "BN", "BAND", "STAGES")},
         COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -22,6 +22,14 @@ import torch
 
 FOLDER = Path(__file__).with_name("tuned")
 INTERPRETED = (8, 0)
+REMEMBERED = []
+
+
+def remembered(function):
+    """Decorator: keep what `function` makes of the files of settings and of the device, until `forget`."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    REMEMBERED.append(cached)
+    return cached
 
 
 def slug(device_name: str) -> str:
@@ -39,7 +47,7 @@ def best_config(kernel: str, device: torch.device, m: int, n: int, k: int) -> di
     return _best(kernel, device.type, device.index, m, n, k)
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _best(kernel, device_type, index, m, n, k) -> dict:
     device = torch.device(device_type, index)
     entries = _merged(device)[kernel]
@@ -55,7 +63,7 @@ def _merged(device: torch.device) -> dict:
     return table | own(device)
 
 
-@functools.cache
+@remembered
 def own(device: torch.device) -> dict:
     """What was measured on GPUs of this name; {} without a file. The user's entries before the package's."""
     if device.type != "cuda":
@@ -76,18 +84,18 @@ def _together(shipped, users):
 
 
 def forget() -> None:
-    """Read the files again at the next call."""
-    for cached in (own, _best, _general, _read):
-        cached.cache_clear()
+    """Read the files, and ask the device, again at the next call."""
+    for function in REMEMBERED:
+        function.cache_clear()
 
 
-@functools.cache
+@remembered
 def _general() -> list[tuple[int, int]]:
     names = [re.fullmatch(r"sm_(\d+)(\d)", path.stem) for path in FOLDER.glob("sm_*.json")]
     return [(int(name[1]), int(name[2])) for name in names if name]
 
 
-@functools.cache
+@remembered
 def _read(name: str) -> dict:
     return settings_in(FOLDER / f"{name}.json")
 

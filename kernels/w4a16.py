@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .integers import cdiv
+from .launch import Launch, planned
 from .svdq_unpack import MAGIC, nibble_pairs
 
 # Of 16 inputs of a product Triton up to 3.7 gives a lane 4 in a row, later versions two pairs 8 apart. Results do not
@@ -199,21 +200,29 @@ def short_product(
     qweight uint8 [N, K/2] and wscales [N, K/64], contiguous; branch [M, padded rank] and up [N, r] of out's dtype.
     config: SPLIT, BM, BN, RUN, RUNS, EARLY, num_warps; powers of two but for RUNS, BM from 8, BN from 16 on.
     """
-    m, n, groups = len(x), *wscales.shape
+    m, n = out.shape
+    rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
+    first, meet = _launches(config, m, n, wscales.shape[1], x.stride(0), rank, padded, out.dtype)
+    split = first.grid[2]
+    part = out.new_empty(split, m, n, dtype=torch.float32) if split > 1 else out
+    branch, up = (out if half is None else half for half in (branch, up))
+    first(x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out, part)
+    if split > 1:
+        meet(part, row_scale, branch, up, bias, out)
+
+
+@planned
+def _launches(
+    config: dict, m: int, n: int, groups: int, stride: int, rank: int, padded: int, dtype: torch.dtype
+) -> tuple[Launch, Launch]:
     split, bm, bn, warps = (config[name] for name in ("SPLIT", "BM", "BN", "num_warps"))
     step = warps * config["RUN"] * config["RUNS"]
     split = min(split, cdiv(groups, step))
-    span = cdiv(cdiv(groups, step), split) * step
-    rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
-    part = out.new_empty(split, m, n, dtype=torch.float32) if split > 1 else out
-    branch, up = (out if half is None else half for half in (branch, up))
     grid = (cdiv(n, bn), cdiv(m, bm))
-    ends = dict(RANK=rank, R=padded, SPLIT=split, BM=bm, num_warps=warps)
-    _short_kernel[(*grid, split)](
-        x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out, part,
-        m, n, groups, x.stride(0), span, MAGIC[out.dtype],
-        BN=bn, RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0,
+    ends = dict(M=m, N=n, RANK=rank, R=padded, SPLIT=split, BM=bm, BN=bn, num_warps=warps)
+    first = Launch(
+        _short_kernel, (*grid, split), GROUPS=groups, stride_m=stride, span=cdiv(cdiv(groups, step), split) * step,
+        magic=MAGIC[dtype], RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0,
         EARLY=config["EARLY"], **ends,
     )  # fmt: skip
-    if split > 1:
-        _meet_kernel[grid](part, row_scale, branch, up, bias, out, m, n, BN=bn, **ends)
+    return first, Launch(_meet_kernel, grid, **ends)

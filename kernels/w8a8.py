@@ -24,10 +24,13 @@ from torch import Tensor
 
 from . import w8a8_onednn
 from . import w8a8_reference as reference
+from .ops import op
+from .tuning import remembered
 from .w8a8_launch import triton_conv2d, triton_linear
 from .window import Window
 
 REFERENCE, ONEDNN, TRITON, TRITON_FP8 = "reference", "onednn-int8", "triton-int8", "triton-fp8"
+_capability = remembered(lambda device: torch.cuda.get_device_capability(device))
 
 
 def kernel_name(
@@ -37,12 +40,12 @@ def kernel_name(
     if device.type == "cuda" and groups == 1:
         if dtype == torch.int8:
             return TRITON
-        return TRITON_FP8 if torch.cuda.get_device_capability(device) >= (8, 9) else REFERENCE
+        return TRITON_FP8 if _capability(device) >= (8, 9) else REFERENCE
     onednn = device.type == "cpu" and torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
     return ONEDNN if onednn and dtype == torch.int8 else REFERENCE
 
 
-@torch.library.custom_op("ptq4dm::w8a8_linear", mutates_args=())
+@op
 def w8a8_linear(
     x: Tensor,
     qweight: Tensor,
@@ -58,14 +61,15 @@ def w8a8_linear(
     input_scale (float32) and input_zero_point (int32) are one-element tensors, or None for dynamic per-token
     quantization and, the zero point, for symmetric grids.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    m, n = rows.shape[0], qweight.shape[0]
     name = kernel_name(x.device, activation_bits, 1, qweight.dtype)
     operands = (rows, qweight, weight_scale, bias, input_scale, input_zero_point, activation_bits)
-    if len(rows) and name in (TRITON, TRITON_FP8):
-        added = None if residual is None else residual.reshape(-1, len(qweight))
+    if m and name in (TRITON, TRITON_FP8):
+        added = None if residual is None else residual.reshape(m, n)
         y = _LINEAR[name](*operands, added)
-        return y.reshape(*x.shape[:-1], len(qweight))
-    y = (_LINEAR[name] if len(rows) else reference.linear)(*operands).reshape(*x.shape[:-1], len(qweight))
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
+    y = (_LINEAR[name] if m else reference.linear)(*operands).reshape(*x.shape[:-1], n)
     return (y if residual is None else y + residual).to(x.dtype)
 
 
@@ -74,7 +78,7 @@ def _(x, qweight, weight_scale, bias, input_scale, input_zero_point, activation_
     return x.new_empty(*x.shape[:-1], len(qweight))
 
 
-@torch.library.custom_op("ptq4dm::w8a8_conv2d", mutates_args=())
+@op
 def w8a8_conv2d(
     x: Tensor,
     qweight: Tensor,
@@ -96,7 +100,7 @@ def w8a8_conv2d(
     kernel = _CONV2D[name] if x.numel() else reference.conv2d
     geometry = (list(stride), list(padding), list(dilation), groups)
     y = kernel(x, qweight, weight_scale, bias, input_scale, input_zero_point, activation_bits, *geometry)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return y if kernel is triton_conv2d else y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
 @w8a8_conv2d.register_fake

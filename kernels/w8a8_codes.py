@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import w8a8, w8a8_launch
 from . import w8a8_reference as reference
-from .window import Window
+from .ops import op
+from .window import Window, same_window
 
 
 @torch.compiler.assume_constant_result  # a GPU stays what it is, and the compiler does not know how to ask
@@ -22,7 +23,7 @@ def _triton(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
     return w8a8.kernel_name(device, 8, 1, dtype) in (w8a8.TRITON, w8a8.TRITON_FP8)
 
 
-@torch.library.custom_op("ptq4dm::w8a8_quantize", mutates_args=())
+@op
 def w8a8_quantize(
     x: Tensor,
     scale: Tensor,
@@ -47,7 +48,7 @@ def _(x, scale, zero_point, bits, dtype, padding, upsample):
     return x.new_empty(window.rows, -(-channels // 32) * 32, dtype=dtype)
 
 
-@torch.library.custom_op("ptq4dm::w8a8_group_norm", mutates_args=())
+@op
 def w8a8_group_norm(
     x: Tensor,
     gamma: Tensor,
@@ -79,7 +80,7 @@ def _(x, gamma, beta, groups, eps, silu, scale, zero_point, bits, dtype, padding
     return x.new_empty(Window(batch, h, w, padding=tuple(padding)).rows, -(-channels // 32) * 32, dtype=dtype)
 
 
-@torch.library.custom_op("ptq4dm::group_norm_silu", mutates_args=())
+@op
 def group_norm_silu(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     """x [B, C, H, W] -> GroupNorm(x), with SiLU after it where `silu`, channels_last and in x's dtype."""
     if _triton(x.device) and x.numel():
@@ -96,7 +97,7 @@ def _(x, gamma, beta, groups, eps, silu):
     return x.new_empty(batch, h, w, channels).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("ptq4dm::w8a8_conv2d_codes", mutates_args=())
+@op
 def w8a8_conv2d_codes(
     codes: Tensor,
     image: Sequence[int],
@@ -116,7 +117,7 @@ def w8a8_conv2d_codes(
 
     shift [B, N] and residual [B, N, H', W'] are added before the one rounding to `dtype`.
     """
-    window = _window(image, qweight, stride, padding, dilation)
+    window = _window(image, qweight, stride, padding, dilation, same_window)
     if _triton(codes.device, qweight.dtype) and window.batch:
         added = None if residual is None else residual.permute(0, 2, 3, 1)
         y = w8a8_launch.multiply(
@@ -166,6 +167,6 @@ def takes_codes(x: Tensor, qweight: Tensor, input_scale: Tensor | None) -> bool:
     return input_scale is not None and x.shape[-1] % 32 == 0 and _triton(x.device, qweight.dtype)
 
 
-def _window(image, qweight, stride, padding, dilation) -> Window:
+def _window(image, qweight, stride, padding, dilation, make=Window) -> Window:
     kernel = tuple(qweight.shape[2:]) or (1, 1)
-    return Window(*image, kernel, tuple(stride), tuple(padding), tuple(dilation))
+    return make(*image, kernel, tuple(stride), tuple(padding), tuple(dilation))

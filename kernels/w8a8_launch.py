@@ -7,6 +7,8 @@ dynamic                             largest values; quantize; GEMM
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from . import fp8
 from .int8 import weight_limit
 from .prepared import prepared
-from .window import Window
+from .window import Window, same_window
 
 ON_LOAD_OUTPUTS = 128  # more outputs than one tile has would quantize the same floats again
 
@@ -23,36 +25,36 @@ def triton_linear(
     x, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual: Tensor | None = None
 ) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype: a convolution of one-pixel images."""
-    window = Window(len(x), 1, 1)
-    image = x[:, :, None, None]
-    residual = None if residual is None else residual[:, None, None]
+    m, n = x.shape[0], qweight.shape[0]
+    residual = None if residual is None else residual.view(m, 1, 1, n)
+    image, window = x.view(m, -1, 1, 1), same_window(m, 1, 1)
     y = _windows(image, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual)
-    return y.flatten(0, 2)
+    return y.view(m, n)
 
 
 def triton_conv2d(
     x, qweight, weight_scale, bias, input_scale, input_zero_point, bits, stride, padding, dilation, groups
 ) -> Tensor:
     """x [B, C, H, W] -> [B, N, H', W'] channels_last in x's dtype; groups is 1."""
-    window = Window(len(x), *x.shape[2:], tuple(qweight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+    batch, _, h, w = x.shape
+    window = same_window(batch, h, w, qweight.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
     y = _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, None)
     return y.permute(0, 3, 1, 2)
 
 
 def _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual) -> Tensor:
-    from . import w8a8_quantize
-
+    kernels, _ = _triton()
     if x.shape[1] != qweight.shape[1]:
         raise ValueError(f"the input has {x.shape[1]} channels where the layer needs {qweight.shape[1]}.")
     plain = window.taps == 1 and window.padding == (0, 0)
-    if input_scale is not None and plain and len(qweight) <= ON_LOAD_OUTPUTS:
+    if input_scale is not None and plain and qweight.shape[0] <= ON_LOAD_OUTPUTS:
         operand = x.permute(0, 2, 3, 1).contiguous()
     else:
         if input_scale is None:
             x = x if x.permute(0, 2, 3, 1).is_contiguous() else x.contiguous()
             limit = weight_limit(bits) if qweight.dtype == torch.int8 else fp8.LIMIT
-            input_scale, input_zero_point = w8a8_quantize.scales(x, limit), None
-        operand = w8a8_quantize.quantize(x, input_scale, input_zero_point, bits, qweight.dtype, window.padding)
+            input_scale, input_zero_point = kernels.scales(x, limit), None
+        operand = kernels.quantize(x, input_scale, input_zero_point, bits, qweight.dtype, window.padding)
     return multiply(
         operand, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, None, residual, x.dtype
     )
@@ -68,17 +70,17 @@ def multiply(
 
     Raises ValueError where shapes do not belong together: the kernel would read past the end.
     """
-    from . import w8a8_triton
-
-    _check(operand, window, qweight, shift, residual)
+    _, kernels = _triton()
+    n = qweight.shape[0]
+    _check(operand.shape, window, qweight.shape, *(None if t is None else t.shape for t in (shift, residual)))
     weight = prepared(qweight, "rows", lambda: weight_rows(qweight))
     sums = None
     if input_zero_point is not None:
         sums = prepared(qweight, "sums", lambda: qweight.flatten(1).sum(1, dtype=torch.int32))
-    out = torch.empty(window.batch, *window.output, len(qweight), dtype=dtype, device=operand.device)
+    out = operand.new_empty(window.batch, *window.output, n, dtype=dtype)
     residual = None if residual is None else residual.contiguous()
     shift = None if shift is None else shift.contiguous()
-    return w8a8_triton.conv2d(
+    return kernels.conv2d(
         operand, window, weight, input_scale, input_zero_point, weight_scale, sums, bias, shift, residual, out, bits,
         config,
     )  # fmt: skip
@@ -95,19 +97,27 @@ def weight_rows(qweight: Tensor) -> Tensor:
     return rows.contiguous().flatten(1)
 
 
-def _check(operand: Tensor, window: Window, qweight: Tensor, shift: Tensor | None, residual: Tensor | None) -> None:
-    n, channels = qweight.shape[:2]
-    if operand.ndim == 2:
-        from .w8a8_quantize import stored_channels
-
-        right = (window.rows, stored_channels(channels))
+@functools.lru_cache(maxsize=4096)
+def _check(operand, window: Window, weight, shift, residual) -> None:
+    """Of shapes; those that were right once are not looked at again."""
+    n, channels = weight[:2]
+    if len(operand) == 2:
+        right = (window.rows, _triton()[0].stored_channels(channels))
     else:
         right = (window.batch, window.h, window.w, channels)
-    if tuple(operand.shape) != right:
-        raise ValueError(f"the input has shape {list(operand.shape)} where the layer needs {list(right)}.")
+    if tuple(operand) != right:
+        raise ValueError(f"the input has shape {list(operand)} where the layer needs {list(right)}.")
     for name, given, size in (
         ("shift", shift, (window.batch, n)),
         ("residual", residual, (window.batch, *window.output, n)),
     ):
-        if given is not None and tuple(given.shape) != size:
-            raise ValueError(f"the {name} has shape {list(given.shape)} where the layer needs {list(size)}.")
+        if given is not None and tuple(given) != size:
+            raise ValueError(f"the {name} has shape {list(given)} where the layer needs {list(size)}.")
+
+
+@functools.cache
+def _triton() -> tuple:
+    """The files that need Triton. An import at each call would take 2 us, though they are there."""
+    from . import w8a8_quantize, w8a8_triton
+
+    return w8a8_quantize, w8a8_triton

@@ -16,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
+from .launch import Launch
+from .tuning import remembered
 from .w8a8_quantize import encode, stored_channels
-from .window import Window
+from .window import same_window
 
 WHOLE = 32768  # values that a program of 16 warps can hold
 PART = 32  # channels of a program, about: 64 bytes of each pixel
@@ -101,27 +103,37 @@ def group_norm_quantize(
     """x [B, H, W, C] contiguous -> codes [rows, C'] as `w8a8_quantize.quantize` would write them."""
     batch, h, w, channels = x.shape
     wide = stored_channels(channels)
-    new = torch.empty if wide == channels else torch.zeros  # channels that only fill up must hold numbers, not NaN
-    codes = new(Window(batch, h, w, padding=tuple(padding)).rows, wide, dtype=dtype, device=x.device)
+    new = x.new_empty if wide == channels else x.new_zeros  # channels that only fill up must hold numbers, not NaN
+    codes = new(same_window(batch, h, w, padding=padding).rows, wide, dtype=dtype)
     return _launch(x, codes, gamma, beta, groups, eps, silu, scale, zero_point, bits, padding)
 
 
 def _launch(x, y, gamma, beta, groups, eps, silu, scale, zero_point, bits, padding) -> Tensor:
-    batch, h, w, channels = x.shape
+    kinds = scale is not None, zero_point is not None
+    launch = _plan(x.shape, y.shape[-1], y.dtype, groups, eps, silu, *kinds, bits, padding, WHOLE)
+    launch(x, y, gamma, beta, scale, zero_point)
+    return y
+
+
+@remembered
+def _plan(
+    shape: torch.Size, wide: int, dtype: torch.dtype, groups: int, eps: float, silu: bool, quantized: bool,
+    has_zero: bool, bits: int, padding: tuple[int, int], whole: int,
+) -> Launch:  # fmt: skip
+    batch, h, w, channels = shape
     group = channels // groups
     part = group * max(1, PART // group)
     bc = next_power_of_2(part)
     bp = next_power_of_2(h * w)
-    once = bp * bc <= WHOLE
+    once = bp * bc <= whole
     if not once:
         bp = max(1, 8192 // bc)
     warps = max(4, min(16, bp * bc // 2048))
     limit = 2 ** (bits - 1)
-    hp, wp = h + padding[0], w + padding[1]
-    _group_norm_kernel[(batch, cdiv(channels, part))](
-        x, y, gamma, beta, scale, zero_point, batch, h, w, hp, wp, eps,
-        C=channels, CP=y.shape[-1], GROUP=group, PART=part, PH=padding[0], PW=padding[1], SILU=silu,
-        QUANTIZE=scale is not None, HAS_ZERO=zero_point is not None, LOW=-limit, HIGH=limit - 1,
-        FP8=y.dtype == torch.float8_e4m3fn, ONCE=once, BP=bp, BC=bc, num_warps=warps,
+    return Launch(
+        _group_norm_kernel, (batch, cdiv(channels, part)),
+        batch=batch, H=h, W=w, HP=h + padding[0], WP=w + padding[1], eps=eps,
+        C=channels, CP=wide, GROUP=group, PART=part, PH=padding[0], PW=padding[1], SILU=silu,
+        QUANTIZE=quantized, HAS_ZERO=has_zero, LOW=-limit, HIGH=limit - 1,
+        FP8=dtype == torch.float8_e4m3fn, ONCE=once, BP=bp, BC=bc, num_warps=warps,
     )  # fmt: skip
-    return y

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
+from .launch import Launch
+from .tuning import remembered
 from .window import Window
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
@@ -91,19 +93,21 @@ def scales(x: Tensor, limit: float) -> Tensor:
     rows, length = len(x), x.numel() // len(x)
     if length > 16384:  # in two steps, so that few large samples still fill the device
         parts = x.new_empty(rows, cdiv(length, 16384), dtype=torch.float32)
-        _launch_largest(x, parts, rows, length, 16384, limit, scale=False)
+        _largest(rows, length, 16384, limit, False)(x, parts)
         x, length = parts, parts.shape[1]
     y = x.new_empty(rows, dtype=torch.float32)
-    _launch_largest(x, y, rows, length, length, limit, scale=True)
+    _largest(rows, length, length, limit, True)(x, y)
     return y
 
 
-def _launch_largest(x: Tensor, y: Tensor, rows: int, length: int, chunk: int, limit: float, scale: bool) -> None:
+@remembered
+def _largest(rows: int, length: int, chunk: int, limit: float, scale: bool) -> Launch:
     bl = min(2048, max(16, next_power_of_2(chunk)))
     br = max(1, min(4096 // bl, next_power_of_2(rows)))
-    grid = (cdiv(rows, br), cdiv(length, chunk))
-    tiny = torch.finfo(torch.float32).tiny
-    _largest_kernel[grid](x, y, rows, length, chunk, float(limit), TINY=tiny, SCALE=scale, BR=br, BL=bl)
+    return Launch(
+        _largest_kernel, (cdiv(rows, br), cdiv(length, chunk)), rows=rows, length=length, chunk=chunk,
+        limit=float(limit), TINY=torch.finfo(torch.float32).tiny, SCALE=scale, BR=br, BL=bl,
+    )  # fmt: skip
 
 
 def quantize(
@@ -119,22 +123,34 @@ def quantize(
 
     scale: one float32, or one per image. dtype: of the codes, int8 or float8_e4m3fn.
     """
-    batch, channels, h, w = x.shape
-    window = Window(batch, h * upsample, w * upsample, padding=tuple(padding))
+    launch, size = _plan(
+        x.shape, x.stride(), padding, upsample, scale.numel() > 1, zero_point is not None, bits, dtype
+    )
+    codes = x.new_empty(*size, dtype=dtype)
+    launch(x, codes, scale, zero_point)
+    return codes
+
+
+@remembered
+def _plan(
+    shape: torch.Size, strides: tuple[int, ...], padding: tuple[int, int], upsample: int, per_image: bool,
+    has_zero: bool, bits: int, dtype: torch.dtype,
+) -> tuple[Launch, tuple[int, int]]:  # fmt: skip
+    """(launch, size of the codes)."""
+    (batch, channels, h, w), (sb, sc, sh, sw) = shape, strides
+    window = Window(batch, h * upsample, w * upsample, padding=padding)
     wide = stored_channels(channels)
-    codes = torch.empty(window.rows, wide, dtype=dtype, device=x.device)
     limit = 2 ** (bits - 1)
     bc = min(128, next_power_of_2(wide))
     br = min(8192 // bc, next_power_of_2(window.rows))
     hp, wp = window.padded
-    sb, sc, sh, sw = x.stride()
-    _quantize_kernel[(cdiv(window.rows, br), cdiv(wide, bc))](
-        x, codes, scale, zero_point, window.rows, batch, hp, wp, sb, sh, sw, sc,
-        channels, CP=wide, PH=padding[0], PW=padding[1], UP=upsample, PER_IMAGE=scale.numel() > 1,
-        HAS_ZERO=zero_point is not None, LOW=-limit, HIGH=limit - 1, FP8=dtype != torch.int8, BR=br, BC=bc,
-        num_warps=4,
+    launch = Launch(
+        _quantize_kernel, (cdiv(window.rows, br), cdiv(wide, bc)),
+        rows=window.rows, batch=batch, HP=hp, WP=wp, sb=sb, sh=sh, sw=sw, sc=sc, C=channels, CP=wide,
+        PH=padding[0], PW=padding[1], UP=upsample, PER_IMAGE=per_image, HAS_ZERO=has_zero,
+        LOW=-limit, HIGH=limit - 1, FP8=dtype != torch.int8, BR=br, BC=bc, num_warps=4,
     )  # fmt: skip
-    return codes
+    return launch, (window.rows, wide)
 
 
 def stored_channels(channels: int) -> int:

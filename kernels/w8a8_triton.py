@@ -22,9 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .integers import cdiv
+from .launch import Launch
+from .tuning import remembered
 from .w8a8_configs import Config, choose
 from .w8a8_quantize import encode
 from .window import Window
@@ -127,29 +128,38 @@ def conv2d(
     weight: [N, taps * C'] of the codes' type. scale: one float32, or one per image, then without zero point.
     shift: [B, N]; residual: as out.
     """
-    n, k = weight.shape
+    launch = _plan(
+        config, window, x.shape, x.dtype, *weight.shape, weight.dtype, zero_point is not None, bias is not None,
+        shift is not None, residual is not None, scale.numel() > 1, bits, x.device,
+    )  # fmt: skip
+    launch(x, weight, out, scale, zero_point, weight_scale, weight_sum, bias, shift, residual)
+    return out
+
+
+@remembered
+def _plan(
+    config: Config | None, window: Window, shape: torch.Size, x_type: torch.dtype, n: int, k: int,
+    dtype: torch.dtype, has_zero: bool, has_bias: bool, has_shift: bool, has_residual: bool, per_row: bool, bits: int,
+    device: torch.device,
+) -> Launch:  # fmt: skip
     wide = k // window.taps
-    on_load = x.is_floating_point() and x.dtype.itemsize > 1
-    config = config or choose(weight.dtype, window, wide, n, x.device, on_load)
+    on_load = x_type.is_floating_point and x_type.itemsize > 1
+    config = config or choose(dtype, window, wide, n, device, on_load)
     (oh, ow), (hp, wp) = window.output, window.padded
     rows = window.batch * (hp * wp if config.mode == "tma" else oh * ow)
     tiles = cdiv(rows, config.bm) * cdiv(n, config.bn)
-    operands = (x, weight)
-    if config.mode == "tma":
-        blocks = ([config.bm, config.bk], [config.bn, config.bk])
-        operands = tuple(TensorDescriptor.from_tensor(t, block) for t, block in zip((x, weight), blocks, strict=True))
+    blocks = dict(x_ptr=(config.bm, config.bk), w_ptr=(config.bn, config.bk)) if config.mode == "tma" else None
     limit = 2 ** (bits - 1)
     options = {"maxnreg": config.registers} if config.registers else {}
-    _conv_kernel[(_programs(config, tiles, x.device),)](
-        *operands, out, scale, zero_point, weight_scale, weight_sum, bias, shift, residual,
-        rows, n, hp, wp, oh, ow, oh * ow, tiles, k // config.bk,
-        C=x.shape[-1], CP=wide, TAPS=window.taps, KW=window.kernel[1], SH=window.stride[0], SW=window.stride[1],
-        DH=window.dilation[0], DW=window.dilation[1], HAS_ZERO=zero_point is not None, HAS_BIAS=bias is not None,
-        HAS_SHIFT=shift is not None, HAS_RESIDUAL=residual is not None, PER_ROW=scale.numel() > 1, LOW=-limit,
-        HIGH=limit - 1, FP8=weight.dtype != torch.int8, BM=config.bm, BN=config.bn, BK=config.bk, MODE=config.mode,
-        PERSISTENT=config.programs > 0, num_warps=config.warps, num_stages=config.stages, **options,
+    return Launch(
+        _conv_kernel, (_programs(config, tiles, device),), blocks,
+        M=rows, N=n, HP=hp, WP=wp, OH=oh, OW=ow, rows_per_scale=oh * ow, tiles=tiles, steps=k // config.bk,
+        C=shape[-1], CP=wide, TAPS=window.taps, KW=window.kernel[1], SH=window.stride[0], SW=window.stride[1],
+        DH=window.dilation[0], DW=window.dilation[1], HAS_ZERO=has_zero, HAS_BIAS=has_bias, HAS_SHIFT=has_shift,
+        HAS_RESIDUAL=has_residual, PER_ROW=per_row, LOW=-limit, HIGH=limit - 1, FP8=dtype != torch.int8,
+        BM=config.bm, BN=config.bn, BK=config.bk, MODE=config.mode, PERSISTENT=config.programs > 0,
+        num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
-    return out
 
 
 def _programs(config: Config, tiles: int, device: torch.device) -> int:

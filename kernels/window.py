@@ -14,6 +14,7 @@ what the bulk copy engine wants.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 
@@ -29,23 +30,26 @@ class Window:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
 
-    @property
+    @functools.cached_property
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
 
-    @property
+    @functools.cached_property
     def output(self) -> tuple[int, int]:
         """Height and width of the output."""
         size = zip((self.h, self.w), self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in size)
 
-    @property
+    @functools.cached_property
     def padded(self) -> tuple[int, int]:
         """H' and W'."""
         return self.h + self.padding[0], self.w + self.padding[1]
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """Rows of the flat layout: up to the last one that any tap reads."""
         hp, wp = self.padded
         return (self.batch * hp + self.padding[0]) * wp + self.padding[1]
+
+
+same_window = functools.lru_cache(maxsize=4096)(Window)  # the same object for the same numbers: no work for each call

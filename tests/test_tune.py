@@ -268,6 +268,7 @@ def test_what_usually_serves_a_shape_is_tuned(gpu, monkeypatch):
     with pytest.raises(UserError, match="no layer that these kernels serve"):
         tune.plan(["w8a8"], [many], [])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    tuning.forget()
     found = names(tune.plan(None, [many], cases))
     assert found == ["int8.prepare 4096", "int8.product 4096", *usual[2:4], "w8a8 int8 1x1/1 C64 N256 M2^12"]
     with pytest.raises(UserError, match="Some GPU-9000 does not multiply fp8; choose w4a8-int8"):

@@ -1,0 +1,115 @@
+"""A Triton kernel launched again: what Triton worked out at the first call serves the later ones.
+
+Every `kernel[grid](...)` has Triton bind the arguments, ask each for its specialization and look the compiled kernel
+up by a text of all that, which takes as long as many kernels run. A `Launch` fixes grid, numbers and constants. Of
+what Triton specializes on, only the tensors are open then: which are None, their types, and whether they begin at a
+multiple of 16 bytes. A call that agrees in that with an earlier one hands its compiled kernel to the driver.
+
+Triton's own way is taken by the first such call and, always, where
+- a hook wants to see launches (Triton's profiler): it is given what is prepared there;
+- Triton interprets kernels, or compiles them for others than Nvidia's GPUs, where it specializes on more.
+Options that change while a program runs, such as Triton's debug mode, count at the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .workspace import Piece
+
+
+def planned(build: Callable[..., Launch]) -> Callable[..., Launch]:
+    """Keep what build(config, *sizes) returns; config is a dict of settings, the sizes are hashable."""
+
+    @functools.lru_cache(maxsize=4096)
+    def kept(settings, *sizes):
+        return build(dict(settings), *sizes)
+
+    return functools.wraps(build)(lambda config, *sizes: kept(tuple(config.items()), *sizes))
+
+
+class Launch:
+    """kernel[grid](..., **fixed), called with tensors (or None) for the arguments not in `fixed`, in their order.
+
+    fixed: numbers, constants, options such as num_warps. blocks: {argument: size} of tensors that TMA moves in blocks
+    of this size: the kernel gets descriptors.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], blocks: dict[str, tuple[int, ...]] | None = None, **fixed):
+        names = kernel.arg_names
+        self.kernel, self.grid, self.fixed = kernel, (*grid, 1, 1)[:3], fixed
+        self.interpreted = not isinstance(kernel, JITFunction)
+        self.values = [fixed.get(name) for name in names]
+        self.open = [name for name in names if name not in fixed]
+        self.places = [names.index(name) for name in self.open]
+        self.blocks = [(self.open.index(name), size) for name, size in (blocks or {}).items()]
+        self.known = {}  # signature -> a compiled kernel's way to the driver, and its descriptors but for the tensors
+
+    def __call__(self, *tensors: Tensor | Piece | None) -> None:
+        if self.interpreted:
+            self.through_triton(tensors)
+            return
+        device = driver.active.get_current_device()
+        key, addresses = signature(device, tensors)
+        if key not in self.known or _hooked():
+            compiled, descriptors = self.through_triton(tensors)
+            if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+                self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, descriptors
+            return
+        run, function, metadata, descriptors = self.known[key]
+        values = self.values.copy()
+        for place, address in zip(self.places, addresses, strict=True):
+            values[place] = address
+        for i, kind, fields in descriptors:  # they were checked when the first was made
+            tensor, values[self.places[i]] = tensors[i], (descriptor := object.__new__(kind))
+            descriptor.__dict__.update(fields, base=tensor, shape=tensor.shape, strides=tensor.stride())
+        run(*self.grid, driver.active.get_current_stream(device), function, metadata, None, None, None, *values)
+
+    def through_triton(self, tensors) -> tuple:
+        """(compiled kernel, of each descriptor the number of its tensor, its class and its other fields)."""
+        arguments = [tensor.tensor() if isinstance(tensor, Piece) else tensor for tensor in tensors]
+        descriptors = []
+        for i, size in self.blocks:
+            if tensors[i] is not None:
+                arguments[i] = made = _descriptor(self.kernel, arguments[i], size)
+                descriptors.append((i, type(made), {**vars(made), "base": None}))
+        compiled = self.kernel[self.grid](**dict(zip(self.open, arguments, strict=True)), **self.fixed)
+        return compiled, descriptors
+
+
+def signature(device: int, tensors: tuple[Tensor | Piece | None, ...]) -> tuple[tuple, list[int | None]]:
+    """(what Triton specializes on, addresses). Devices too: addresses of another memory must not pass unseen.
+
+    Pieces are aligned, and where the tensors are that they belong to.
+    """
+    key, addresses = [device], []
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+            addresses.append(None)
+        elif type(tensor) is Piece:
+            addresses.append(tensor.address)
+            key.append(tensor.dtype)
+        else:
+            addresses.append(address := tensor.data_ptr())
+            key += tensor.dtype, tensor.get_device(), address % 16 == 0
+    return tuple(key), addresses
+
+
+def _descriptor(kernel, tensor: Tensor, size: tuple[int, ...]):
+    if isinstance(kernel, JITFunction) and kernel.is_gluon():
+        from .hopper import blocks  # a Triton without Gluon has no such kernels
+
+        return blocks(tensor, *size)
+    return TensorDescriptor.from_tensor(tensor, list(size))
+
+
+def _hooked() -> bool:
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)

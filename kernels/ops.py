@@ -1,0 +1,60 @@
+"""Ops of PyTorch: one node to torch.compile, captured in CUDA graphs, and cheap to call.
+
+`torch.library.custom_op` spends 10 us of a call on its layers in Python, more than many kernels run. Here are two
+thin ones: `call`, and the one for autograd, which hands over to the kernel unless a gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("ptq4dm", "FRAGMENT")
+
+
+class _NoGradient(torch.autograd.Function):
+    """An op's result for inputs that require grad: good for inference, and an error in a backward pass."""
+
+    @staticmethod
+    def forward(ctx, op, keyset, *args):
+        ctx.op = op
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset, *args)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            f"{ctx.op} has no autograd formula: quantized layers have no gradient. Call them under torch.no_grad(), "
+            "or train the layers of the original model."
+        )
+
+
+def op(function: Callable) -> Callable:
+    """Decorator: `function` as the op ptq4dm::<its name>, on all devices. It must return a new tensor.
+
+    torch.library reads its schema from the annotations. `.register_fake` takes a function of the same arguments
+    that returns an empty tensor, as with custom_op. In a backward pass RuntimeError, for there is no formula.
+    """
+    name = function.__name__
+    schema = torch.library.infer_schema(function, mutates_args=())
+    LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    overload = getattr(torch.ops.ptq4dm, name).default
+    below = torch._C._after_autograd_keyset
+
+    def autograd(keyset, *args):
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return _NoGradient.apply(overload, keyset & below, *args)
+        return overload.redispatch(keyset & below, *args)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return overload(*args, **kwargs)
+
+    call.register_fake = functools.partial(torch.library.register_fake, overload, lib=LIBRARY)
+    return call

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
 from .prepared import prepared
-from .svdq_norm import blocks_of, columns_of, modulation, normed_branch, row_statistics, rows_of, starts_of
+from .svdq_norm import blocks_of, columns_of, modulation, normed, normed_branch, row_statistics, rows_of, starts_of
 
 GROUP = 64
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
@@ -121,12 +121,12 @@ def _quantized_rows(
         where = columns_of(x_rows, more_rows, more, k)
         rows = rows + (tl.load(where, mask=inside & (k < K)[None, :], other=0.0),)
     if norm is not None:
-        mean, rstd = row_statistics(rows, K, norm[5], STEP)
-        normed = ()
+        mean, rstd = row_statistics(rows, columns, K, norm[5])
+        values = ()
         for i in tl.static_range(STEPS):
             gain, offset = modulation(norm, sample, i * STEP + columns, K, rows[i])
-            normed = normed + ((rows[i].to(tl.float32) - mean) * rstd * gain + offset,)
-        rows = normed
+            values = values + (normed(rows[i], mean, rstd, gain, offset),)
+        rows = values
     if GROUPED:
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
@@ -270,8 +270,7 @@ def quantize_activation(
     Raises ValueError for a `more` or a `norm` of other sizes or types.
     """
     m, k = x.shape
-    joined = normed = (None, None, None)
-    samples = 1
+    joined, modulated, samples = (None,) * 3, (None,) * 6, 1
     if more is not None:
         _check_more(x, more)
         joined = (more, k, more.stride(0))
@@ -280,9 +279,7 @@ def quantize_activation(
         scale, offset, eps = norm
         _check_norm(scale, offset, m, k)
         samples = len(scale)
-        normed = (scale, offset, scale.stride(0), offset.stride(0), m // samples, eps)
-    else:
-        normed = (None,) * 6
+        modulated = (scale, offset, scale.stride(0), offset.stride(0), m // samples, eps)
     programs, constants = activation_launch(x, smooth, down, mode, shift, config, more, samples)
     _activation_kernel[(programs,)](
         x,
@@ -294,7 +291,7 @@ def quantize_activation(
         k,
         x.stride(0),
         *joined,
-        *normed,
+        *modulated,
         **constants,
     )
 

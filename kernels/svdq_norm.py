@@ -57,12 +57,17 @@ def columns_of(x_rows, more_rows, more, k):
 
 @triton.jit
 def modulation(norm, sample, k, K, like):
-    """(1 + scale, shift) of columns k in the shape of `like`, float32; (0, 0) beyond K."""
+    """(scale, shift) of columns k in the shape of `like`; (-1, 0) beyond K, where v is 0 then."""
     gain_ptr, offset_ptr, stride_gain, stride_offset = norm[0], norm[1], norm[2], norm[3]
     mask = (k < K)[None, :]
     gain = tl.load(tl.broadcast_to(gain_ptr + sample * stride_gain + k[None, :], like.shape), mask=mask, other=-1.0)
     offset = tl.load(tl.broadcast_to(offset_ptr + sample * stride_offset + k[None, :], like.shape), mask=mask, other=0)
-    return 1.0 + gain.to(tl.float32), offset.to(tl.float32)
+    return gain, offset
+
+
+@triton.jit
+def normed(x, mean, rstd, scale, shift):
+    return (x.to(tl.float32) - mean) * rstd * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
 
 
 @triton.jit
@@ -74,16 +79,19 @@ def by_eight(d, first, K):
 
 
 @triton.jit
-def row_statistics(rows, K, eps, STEP: tl.constexpr):
-    """(mean, rstd) of whole rows held as a tuple of [ROWS, STEP]: two passes over registers."""
-    total = by_eight(rows[0].to(tl.float32), 0, K)
-    for i in tl.static_range(1, len(rows)):
-        total += by_eight(rows[i].to(tl.float32), i * STEP, K)
+def row_statistics(rows, columns, K, eps):
+    """(mean, rstd), [ROWS, 1], of whole rows held as a tuple of [ROWS, STEP]: two passes over registers."""
+    STEP: tl.constexpr = rows[0].shape[1]
+    total = tl.zeros(rows[0].shape, tl.float32)
+    for i in tl.static_range(len(rows)):
+        total += rows[i].to(tl.float32)
     mean = (tl.sum(total, 1) / K)[:, None]
-    squares = tl.zeros_like(total)
+    squares = tl.zeros(rows[0].shape, tl.float32)
     for i in tl.static_range(len(rows)):
         d = rows[i].to(tl.float32) - mean
-        squares += by_eight(d * d, i * STEP, K)
+        if i == len(rows) - 1:
+            d = tl.where((columns + i * STEP < K)[None, :], d, 0.0)
+        squares += d * d
     return mean, tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
 
 
@@ -113,10 +121,10 @@ def normed_branch(
         x = tl.load(columns_of(x_rows, more_rows, more, k), mask=inside[:, None] & (k < K)[None, :], other=0.0)
         down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
         down = down.to(tl.float32)
-        scaled = (down * gain).to(x.dtype)
+        scaled = (down * (1.0 + gain.to(tl.float32))).to(x.dtype)
         product = tl.dot(x, scaled.T, product)
         down_sums += by_eight(scaled.to(tl.float32), start, K)
-        offsets += by_eight(down * offset, start, K)
+        offsets += by_eight(down * offset.to(tl.float32), start, K)
         d = x.to(tl.float32) - first
         sums += by_eight(d, start, K)
         squares += by_eight(d * d, start, K)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
 from .prepared import prepared
-from .svdq_norm import blocks_of, columns_of, modulation, normed, normed_branch, row_statistics, rows_of, starts_of
+from .svdq_norm import blocks_of, columns_of, normed, normed_branch, row_statistics, rows_of, starts_of
 
 GROUP = 64
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
@@ -124,13 +124,16 @@ def _quantized_rows(
         mean, rstd = row_statistics(rows, columns, K, norm[5])
         values = ()
         for i in tl.static_range(STEPS):
-            gain, offset = modulation(norm, sample, i * STEP + columns, K, rows[i])
-            values = values + (normed(rows[i], mean, rstd, gain, offset),)
+            k = i * STEP + columns
+            v = normed(rows[i], mean, rstd, inverse_ptr, shift, norm, sample, k, K, SHIFTED, SMOOTHED)
+            values = values + (v,)
         rows = values
+    LIFT: tl.constexpr = SHIFTED and norm is None
+    SMOOTH: tl.constexpr = SMOOTHED and norm is None
     if GROUPED:
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            v = _smoothed(rows[i], inverse_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            v = _smoothed(rows[i], inverse_ptr, k, K, shift, LIFT, SMOOTH)
             v = tl.reshape(v, (ROWS, STEP // 64, 64))
             scale = _scale(tl.max(_magnitude(v, SHIFTED), 2), HIGH)
             codes = _rounded(v * (1.0 / scale)[:, :, None], code_type, LOW, HIGH)
@@ -141,7 +144,7 @@ def _quantized_rows(
         peak = tl.zeros((ROWS, STEP), tl.int32)
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            v = _smoothed(rows[i], inverse_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            v = _smoothed(rows[i], inverse_ptr, k, K, shift, LIFT, SMOOTH)
             if SHIFTED:  # without one, v is 0 beyond K
                 v = tl.where((k < K)[None, :], v, 0.0)
             peak = tl.maximum(peak, _magnitude(v, False))
@@ -151,10 +154,10 @@ def _quantized_rows(
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
             factor = inverse  # on another way than above, or the compiler would keep all v, twice the registers of x
-            if SMOOTHED:
+            if SMOOTH:
                 factor = _inverse_of(rows[i], inverse_ptr, k, K) * inverse
             v = rows[i].to(tl.float32)
-            if SHIFTED:
+            if LIFT:
                 v += shift
             v = v * factor
             tl.store(code_rows + k[None, :], _rounded(v, code_type, LOW, HIGH), mask=inside & (k < K)[None, :])

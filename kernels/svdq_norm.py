@@ -1,7 +1,7 @@
 """What the activation kernel takes over from the layers before it: a second tensor, and an adaptive LayerNorm.
 
-    x = (x | more)                                        the columns of `more` follow those of x
-    v = (x - mean) rstd (1 + scale[b]) + shift[b]         mean and rstd = 1 / sqrt(variance + eps) of a row of sample b
+    x = (x | more)                                     the columns of `more` follow those of x
+    v = (x - mean) rstd (1 + scale[b]) + shift[b]      mean and rstd = 1 / sqrt(variance + eps) of a row of sample b
     v D^T = rstd (x D'^T - mean sum_k D'[:, k]) + shift[b] D^T,    D'[j, k] = (1 + scale[b, k]) D[j, k]
 
 (adaLN-Zero of DiT, arXiv:2212.09748, section 3.2, in FLUX's order.) In float32 from end to end: neither the norm's
@@ -57,17 +57,26 @@ def columns_of(x_rows, more_rows, more, k):
 
 @triton.jit
 def modulation(norm, sample, k, K, like):
-    """(scale, shift) of columns k in the shape of `like`; (-1, 0) beyond K, where v is 0 then."""
-    gain_ptr, offset_ptr, stride_gain, stride_offset = norm[0], norm[1], norm[2], norm[3]
+    """(scale, shift) of columns k in the shape of `like`; 0 beyond K."""
     mask = (k < K)[None, :]
-    gain = tl.load(tl.broadcast_to(gain_ptr + sample * stride_gain + k[None, :], like.shape), mask=mask, other=-1.0)
-    offset = tl.load(tl.broadcast_to(offset_ptr + sample * stride_offset + k[None, :], like.shape), mask=mask, other=0)
-    return gain, offset
+    scale = tl.load(tl.broadcast_to(norm[0] + sample * norm[2] + k[None, :], like.shape), mask=mask, other=0.0)
+    shift = tl.load(tl.broadcast_to(norm[1] + sample * norm[3] + k[None, :], like.shape), mask=mask, other=0.0)
+    return scale, shift
 
 
 @triton.jit
-def normed(x, mean, rstd, scale, shift):
-    return (x.to(tl.float32) - mean) * rstd * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
+def normed(x, mean, rstd, inverse_ptr, c, norm, sample, k, K, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr):
+    """(v + c) / s; without a c, 0 beyond K. What belongs to columns is made once for all rows."""
+    mask = (k < K)[None, :]
+    gain = 1.0 + tl.load(norm[0] + sample * norm[2] + k[None, :], mask=mask, other=-1.0).to(tl.float32)
+    offset = tl.load(norm[1] + sample * norm[3] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    if SHIFTED:
+        offset += c
+    if SMOOTHED:
+        inverse = tl.load(inverse_ptr + k[None, :], mask=mask, other=1.0)
+        gain *= inverse
+        offset *= inverse
+    return (x.to(tl.float32) - mean) * rstd * gain + offset
 
 
 @triton.jit
@@ -121,7 +130,7 @@ def normed_branch(
         x = tl.load(columns_of(x_rows, more_rows, more, k), mask=inside[:, None] & (k < K)[None, :], other=0.0)
         down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
         down = down.to(tl.float32)
-        scaled = (down * (1.0 + gain.to(tl.float32))).to(x.dtype)
+        scaled = (down * gain.to(tl.float32) + down).to(x.dtype)
         product = tl.dot(x, scaled.T, product)
         down_sums += by_eight(scaled.to(tl.float32), start, K)
         offsets += by_eight(down * offset.to(tl.float32), start, K)

@@ -148,7 +148,9 @@ def test_constant_rows_are_shift_alone():
     found = codes.double().cpu() * scales.double().cpu()[:, None] * case.smooth.double().cpu()
     shift = case.norm[1].double().cpu()
     assert (found - shift).abs().max() < 0.02 * shift.abs().max()
-    assert torch.allclose(branch[:, :12].double().cpu(), (shift @ case.down.double().cpu().T).expand(4, -1), atol=1e-3)
+    assert torch.allclose(
+        branch[:, :12].double().cpu(), (shift @ case.down.double().cpu().T).expand(4, -1), atol=1e-3
+    )
 
 
 def test_what_does_not_fit_is_said():

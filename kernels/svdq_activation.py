@@ -5,6 +5,7 @@
     group    scale[g, m] = max |v| / 7 over 64 inputs, or max v / 15 where c > 0,   q = round(v / scale)
     branch[m, j] = sum_k x[m, k] D[j, k]
 
+x may come in two tensors side by side, and may be normalised first, in the codes and in the branch: svdq_norm.py.
 Divisions are products with reciprocals, of s taken once per layer and of scales once per row, so that a value within
 2^-21 of a tie may get the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its
 scale is NaN.
@@ -243,9 +244,9 @@ def activation_launch(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, config: dict,
     more: Tensor | None = None, samples: int = 1,
 ) -> tuple[int, dict]:  # fmt: skip
-    """(number of programs, constants) of `activation_program` for x [M, K]; config has SETTINGS.
+    """(number of programs, constants) of `activation_program` for x [M, K], or for (x | more); config has SETTINGS.
 
-    No block of rows has rows of two samples.
+    samples: B of the norm. A block of rows belongs to one of them.
     """
     (m, k), rank = x.shape, 0 if down is None else down.shape[0]
     k += 0 if more is None else more.shape[1]

@@ -5,6 +5,7 @@
     group    scale[g, m] = max |v| / 7 over 64 inputs, or max v / 15 where c > 0,   q = round(v / scale)
     branch[m, j] = sum_k x[m, k] D[j, k]
 
+x may come in two tensors side by side, and may be normalised first, in the codes and in the branch: svdq_norm.py.
 Divisions are products with reciprocals, of s taken once per layer and of scales once per row, so that a value within
 2^-21 of a tie may get the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its
 scale is NaN.
@@ -27,6 +28,7 @@ from torch import Tensor
 from .integers import cdiv, next_power_of_2
 from .launch import Launch, planned
 from .prepared import prepared
+from .svdq_norm import blocks_of, columns_of, normed, normed_branch, row_statistics, rows_of, starts_of
 
 GROUP = 64
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
@@ -82,46 +84,56 @@ def _smoothed(x, inverse_ptr, k, K, shift, SHIFTED: tl.constexpr, SMOOTHED: tl.c
 
 
 @triton.jit
-def _branch_rows(
-    block, x_ptr, down_ptr, branch_ptr, M, K, stride_m,
+def _plain_branch(
+    block, x_ptr, down_ptr, M, K, stride_m, more,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """branch of rows block * BM .. + BM."""
-    m = block * BM + tl.arange(0, BM)
+    """x D^T of rows block * BM .. + BM, float32 [BM, R]."""
+    m, inside, _ = rows_of(block, M, None, BM)
     ranks, columns = tl.arange(0, R), tl.arange(0, BK)
-    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_m
+    x_rows, more_rows = starts_of(x_ptr, stride_m, more, m)
     down_rows = down_ptr + ranks[:, None] * K
     branch = tl.zeros((BM, R), tl.float32)
     for first in tl.range(0, K, BK, num_stages=STAGES):
         k = first + columns
-        x = tl.load(x_rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        x = tl.load(columns_of(x_rows, more_rows, more, k), mask=inside[:, None] & (k < K)[None, :], other=0.0)
         down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
         branch = tl.dot(x, down.to(x.dtype).T, branch)
-    where = branch_ptr + m[:, None] * R + ranks[None, :]
-    tl.store(where, branch.to(branch_ptr.dtype.element_ty), mask=(m < M)[:, None])
+    return branch
 
 
 @triton.jit
 def _quantized_rows(
-    block, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+    block, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
     GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """codes and scales of rows block * ROWS .. + ROWS; STEPS * STEP columns hold K."""
-    m = block * ROWS + tl.arange(0, ROWS)
-    inside = (m < M)[:, None]
+    """codes and scales of a block of ROWS rows; STEPS * STEP columns hold K."""
+    m, there, sample = rows_of(block, M, norm, ROWS)
+    inside = there[:, None]
     columns = tl.max_contiguous(tl.arange(0, STEP), 8)  # 16 bytes of x a thread; 16 codes would take every other 16
-    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_m
+    x_rows, more_rows = starts_of(x_ptr, stride_m, more, m)
     code_rows = codes_ptr + m.to(tl.int64)[:, None] * K
     code_type: tl.constexpr = codes_ptr.dtype.element_ty
     rows = ()
     for i in tl.static_range(STEPS):
         k = i * STEP + columns
-        rows = rows + (tl.load(x_rows + k[None, :], mask=inside & (k < K)[None, :], other=0.0),)
+        where = columns_of(x_rows, more_rows, more, k)
+        rows = rows + (tl.load(where, mask=inside & (k < K)[None, :], other=0.0),)
+    if norm is not None:
+        mean, rstd = row_statistics(rows, columns, K, norm[5])
+        values = ()
+        for i in tl.static_range(STEPS):
+            k = i * STEP + columns
+            v = normed(rows[i], mean, rstd, inverse_ptr, shift, norm, sample, k, K, SHIFTED, SMOOTHED)
+            values = values + (v,)
+        rows = values
+    LIFT: tl.constexpr = SHIFTED and norm is None
+    SMOOTH: tl.constexpr = SMOOTHED and norm is None
     if GROUPED:
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            v = _smoothed(rows[i], inverse_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            v = _smoothed(rows[i], inverse_ptr, k, K, shift, LIFT, SMOOTH)
             v = tl.reshape(v, (ROWS, STEP // 64, 64))
             scale = _scale(tl.max(_magnitude(v, SHIFTED), 2), HIGH)
             codes = _rounded(v * (1.0 / scale)[:, :, None], code_type, LOW, HIGH)
@@ -132,20 +144,20 @@ def _quantized_rows(
         peak = tl.zeros((ROWS, STEP), tl.int32)
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            v = _smoothed(rows[i], inverse_ptr, k, K, shift, SHIFTED, SMOOTHED)
+            v = _smoothed(rows[i], inverse_ptr, k, K, shift, LIFT, SMOOTH)
             if SHIFTED:  # without one, v is 0 beyond K
                 v = tl.where((k < K)[None, :], v, 0.0)
             peak = tl.maximum(peak, _magnitude(v, False))
         scale = _scale(tl.max(peak, 1), HIGH)
-        tl.store(scales_ptr + m, scale, mask=m < M)
+        tl.store(scales_ptr + m, scale, mask=there)
         inverse = (1.0 / scale)[:, None]
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
             factor = inverse  # on another way than above, or the compiler would keep all v, twice the registers of x
-            if SMOOTHED:
+            if SMOOTH:
                 factor = _inverse_of(rows[i], inverse_ptr, k, K) * inverse
             v = rows[i].to(tl.float32)
-            if SHIFTED:
+            if LIFT:
                 v += shift
             v = v * factor
             tl.store(code_rows + k[None, :], _rounded(v, code_type, LOW, HIGH), mask=inside & (k < K)[None, :])
@@ -153,19 +165,29 @@ def _quantized_rows(
 
 @triton.jit
 def activation_program(
-    program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m, more, norm,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """First the programs of the branch, of BM rows each, if R > 0 (the rank, padded); then those that quantize."""
-    branches = tl.cdiv(M, BM) if R > 0 else 0
+    """First the programs of the branch, of BM rows each, if R > 0 (the rank, padded); then those that quantize.
+
+    more: (pointer, columns of x, stride of rows) or None;
+    norm: (scale, shift, strides of their samples, rows of a sample, eps) or None.
+    """
+    branches = blocks_of(M, norm, BM) if R > 0 else 0
     if program < branches:
         if R > 0:
-            _branch_rows(program, x_ptr, down_ptr, branch_ptr, M, K, stride_m, RANK, R, BM, BK, STAGES)
+            if norm is None:
+                branch = _plain_branch(program, x_ptr, down_ptr, M, K, stride_m, more, RANK, R, BM, BK, STAGES)
+            else:
+                branch = normed_branch(program, x_ptr, down_ptr, M, K, stride_m, more, norm, RANK, R, BM, BK, STAGES)
+            m, inside, _ = rows_of(program, M, norm, BM)
+            where = branch_ptr + m[:, None] * R + tl.arange(0, R)[None, :]
+            tl.store(where, branch.to(branch_ptr.dtype.element_ty), mask=inside[:, None])
     else:
         _quantized_rows(
-            program - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m,
+            program - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
             GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
         )  # fmt: skip
 
@@ -173,13 +195,16 @@ def activation_program(
 @triton.jit
 def _activation_kernel(
     x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
+    more_ptr, x_columns, stride_more, gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    more = None if more_ptr is None else (more_ptr, x_columns, stride_more)
+    norm = None if gain_ptr is None else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps)
     activation_program(
         tl.program_id(0), x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-        RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
+        more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
     )  # fmt: skip
 
 
@@ -194,10 +219,15 @@ def limits(mode: str, shifted: bool) -> dict:
     return dict(LOW=0.0, HIGH=15.0) if mode == "int4" and shifted else dict(LOW=low, HIGH=high)
 
 
-def empty_activation(x: Tensor, mode: str, rank: int, code_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what `activation_shapes` says of x [M, K]."""
-    shapes = activation_shapes(*x.shape, x.dtype, mode, rank, code_dtype)
-    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+def empty_activation(
+    x: Tensor, mode: str, rank: int, code_dtype: torch.dtype, more: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `activation_shapes` says of x [M, K], or of (x | more)."""
+    m, k = x.shape
+    k += 0 if more is None else more.shape[1]
+    return tuple(
+        x.new_empty(shape, dtype=kind) for shape, kind in activation_shapes(m, k, x.dtype, mode, rank, code_dtype)
+    )
 
 
 def activation_shapes(m: int, k: int, dtype: torch.dtype, mode: str, rank: int, code_dtype: torch.dtype) -> tuple:
@@ -217,10 +247,14 @@ def activation_sizes(x: Tensor, smooth: Tensor | None, down: Tensor | None, mode
 
 
 def activation_launch(
-    config: dict, mode: str, m: int, k: int, stride: int, rank: int, shift: float, smoothed: bool
+    config: dict, mode: str, m: int, k: int, stride: int, rank: int, shift: float, smoothed: bool, samples: int = 1
 ) -> tuple[int, dict]:
-    """(number of programs, numbers and constants) of `activation_program`; config has SETTINGS."""
-    programs = cdiv(m, config["ROWS"]) + (cdiv(m, config["BM"]) if rank else 0)
+    """(number of programs, numbers and constants) of `activation_program`; config has SETTINGS.
+
+    samples: B of the norm. A block of rows belongs to one of them.
+    """
+    rows = m // samples
+    programs = samples * (cdiv(rows, config["ROWS"]) + (cdiv(rows, config["BM"]) if rank else 0))
     fixed = dict(
         shift=shift, M=m, K=k, stride_m=stride,
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smoothed,
@@ -236,17 +270,58 @@ def activation_tensors(x: Tensor, smooth: Tensor | None, down: Tensor | None) ->
 
 
 @planned
-def _launch(config: dict, *sizes) -> Launch:
-    programs, fixed = activation_launch(config, *sizes)
+def _launch(config: dict, k: int, samples: int, joined: tuple, modulated: tuple, mode, m, _, *sizes) -> Launch:
+    """k: of (x | more); joined: columns of x, stride of more; modulated: strides of the norm's vectors, rows, eps."""
+    programs, fixed = activation_launch(config, mode, m, k, *sizes, samples)
+    fixed |= dict(zip(("x_columns", "stride_more"), joined, strict=True))
+    fixed |= dict(zip(("stride_gain", "stride_offset", "sample_rows", "eps"), modulated, strict=True))
     return Launch(_activation_kernel, (programs,), **fixed)
 
 
 def quantize_activation(
-    x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, out: tuple, config: dict
-) -> None:
-    """Fill `out`, made by `empty_activation`, from x [M, K] (bf16 or fp16, columns contiguous), M > 0.
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, out: tuple, config: dict,
+    more: Tensor | None = None, norm: tuple[Tensor, Tensor, float] | None = None,
+) -> None:  # fmt: skip
+    """Fill `out`, made by `empty_activation`, from x [M, K] (bf16 or fp16, columns contiguous).
 
-    smooth [K] divisors, down [r, K]; mode "fp8", "int8" or "int4"; config has SETTINGS.
+    smooth [K] divisors, down [r, K] contiguous; mode "fp8", "int8" or "int4"; config has SETTINGS, those of
+    "<mode>.prepare" too. more [M, K2], like x: its columns follow those of x, and K is their sum. norm
+    (scale [B, K], shift [B, K], eps): x and more are normalised over K, scaled by 1 + scale and shifted first, M / B
+    rows with each row of scale and shift; see svdq_norm.py.
+
+    Raises ValueError for a `more` or a `norm` of other sizes or types.
     """
-    launch = _launch(config, *activation_sizes(x, smooth, down, mode, shift))
-    launch(*activation_tensors(x, smooth, down), *out)
+    m, k = x.shape
+    joined, samples, modulated = (None, None), 1, (None,) * 4
+    gain = offset = None
+    if more is not None:
+        _check_more(x, more)
+        joined = k, more.stride(0)
+        k += more.shape[1]
+    if norm is not None:
+        gain, offset, eps = norm
+        _check_norm(gain, offset, m, k)
+        samples = len(gain)
+        modulated = gain.stride(0), offset.stride(0), m // samples, eps
+    launch = _launch(config, k, samples, joined, modulated, *activation_sizes(x, smooth, down, mode, shift))
+    launch(*activation_tensors(x, smooth, down), *out, more, gain, offset)
+
+
+def _check_more(x: Tensor, more: Tensor) -> None:
+    if more.dtype != x.dtype or len(more) != len(x) or x.shape[1] % GROUP or more.shape[1] % GROUP:
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)} and more {more.dtype} {list(more.shape)}; "
+            f"give both the same dtype and rows, and numbers of columns that are multiples of {GROUP}."
+        )
+    if more.stride(1) != 1:
+        raise ValueError("the columns of more are not contiguous; call .contiguous() on it first.")
+
+
+def _check_norm(scale: Tensor, shift: Tensor, m: int, k: int) -> None:
+    if scale.shape != shift.shape or scale.ndim != 2 or scale.shape[1] != k or not len(scale) or m % len(scale):
+        raise ValueError(
+            f"scale {list(scale.shape)} and shift {list(shift.shape)} of the norm do not fit {m} rows of {k}; "
+            f"give both [B, {k}], where B divides {m}."
+        )
+    if scale.stride(1) != 1 or shift.stride(1) != 1:
+        raise ValueError("the columns of the norm's scale and shift are not contiguous; call .contiguous() on them.")

@@ -1,8 +1,8 @@
 """The W4A8 product of SVDQuant in Triton: 8-bit operands, the low-rank branch on the same accumulator, one store.
 
-    y[m, n] = a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+    y[m, n] = f(a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
-qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py. Codes are e4m3 (sums in float32) or int8
+f is one of nonlinearity.py, or nothing. qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py. Codes are e4m3 (sums in float32) or int8
 (sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16 bits).
 
 With e4m3 on Hopper svdq_w4a8_hopper.py is faster. Here, from Hopper on, operands move by TMA, and as many programs as
@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .integers import cdiv
+from .nonlinearity import nonlinear
 
 
 @triton.jit
@@ -37,9 +38,10 @@ def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexp
 
 @triton.jit
 def finish(
-    y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr
+    y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
-    """Store y [BM, BN] + branch [BM, R] U [BN, R]^T + bias, by pointers."""
+    """Store f(y [BM, BN] + branch [BM, R] U [BN, R]^T + bias), by pointers."""
     if R > 0:
         for first in tl.range(0, R, 32, num_stages=1):
             j = first + tl.arange(0, 32 if R > 16 else 16)
@@ -49,6 +51,7 @@ def finish(
             y = tl.dot(branch, up.T, y)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    y = nonlinear(y, NONLINEARITY)
     where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
@@ -57,6 +60,7 @@ def finish(
 def _tma_tile(
     top, left, a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
     M, N, K, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     exact: tl.constexpr = a_desc.dtype == tl.int8
     rows = top + tl.arange(0, BM)
@@ -82,6 +86,7 @@ def _tma_tile(
             y = tl.dot(branch_desc.load([top, first]), up_desc.load([left, first]).T, y)
     if bias_ptr is not None:
         y += bias.to(tl.float32)[None, :]
+    y = nonlinear(y, NONLINEARITY)
     if y_desc is None:
         where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
@@ -97,14 +102,14 @@ def _tma_tile(
 def _tma_kernel(
     a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, tiles,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
-    PROGRAMS: tl.constexpr, PIECES: tl.constexpr,
+    PROGRAMS: tl.constexpr, PIECES: tl.constexpr, NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     tl.assume(K > 0)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         top, left = tile_place(tile, M, N, BM, BN, BAND)
         _tma_tile(
             top, left, a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
-            M, N, K, R, BM, BN, BK, PIECES,
+            M, N, K, R, BM, BN, BK, PIECES, NONLINEARITY,
         )  # fmt: skip
 
 
@@ -112,6 +117,7 @@ def _tma_kernel(
 def _pointer_kernel(
     a_ptr, w_ptr, branch_ptr, up_ptr, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
     rows = top + tl.arange(0, BM)
@@ -129,7 +135,7 @@ def _pointer_kernel(
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
     column_scale = tl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)
     y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
-    finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
+    finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R, NONLINEARITY)
 
 
 @functools.cache
@@ -147,8 +153,9 @@ def aligned(rows: Tensor | None) -> Tensor | None:
 
 
 def product(
-    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict
-) -> None:
+    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
+    nonlinearity: str = "",
+) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
     config: TMA, BM, BN, BK, BAND, num_warps, num_stages; with TMA also PIECES (stores of a tile) and PER_SM (programs
@@ -160,21 +167,21 @@ def product(
         kernel = svdq_w4a8_hopper.product
     else:
         kernel = _tma_product if config["TMA"] else _pointer_product
-    kernel(activation, weight, up, bias, out, config)
+    kernel(activation, weight, up, bias, out, config, nonlinearity)
 
 
-def _pointer_product(activation, weight, up, bias, out, config) -> None:
+def _pointer_product(activation, weight, up, bias, out, config, nonlinearity) -> None:
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
     (m, k), n = codes.shape, len(w8)
     sizes = {name: config[name] for name in ("BM", "BN", "BK", "BAND", "num_warps", "num_stages")}
     rank = 0 if up is None else up.shape[1]
     _pointer_kernel[(cdiv(m, config["BM"]) * cdiv(n, config["BN"]),)](
         codes, w8, branch, out if up is None else up, out, row_scale, column_scale, bias, m, n, k,
-        RANK=rank, R=branch.shape[1], **sizes,
+        RANK=rank, R=branch.shape[1], NONLINEARITY=nonlinearity, **sizes,
     )  # fmt: skip
 
 
-def _tma_product(activation, weight, up, bias, out, config) -> None:
+def _tma_product(activation, weight, up, bias, out, config, nonlinearity) -> None:
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
     (m, k), n = codes.shape, len(w8)
     settings = ("BM", "BN", "BK", "PIECES", "BAND", "num_warps", "num_stages")
@@ -192,5 +199,5 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
         blocks(branch if r else None, bm, step), blocks(aligned(up), bn, step),
         blocks(out, bm, bn // pieces) if n % 8 == 0 else None,
         out, row_scale, column_scale, bias, m, n, k, tiles,
-        R=r, PROGRAMS=programs, **{name: config[name] for name in settings},
+        R=r, PROGRAMS=programs, NONLINEARITY=nonlinearity, **{name: config[name] for name in settings},
     )  # fmt: skip

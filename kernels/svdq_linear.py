@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .svdq import NONLINEARITIES, nonlinear
 from .tuning import best_config, capability
 
 REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
@@ -47,21 +48,29 @@ def svdq_linear(
     bias: Tensor | None,
     activation: str,
     shift: float,
+    nonlinearity: str = "",
 ) -> Tensor:
     """x [..., K] float on a GPU -> [..., N] in x's dtype; the arguments of `svdq.svdq_linear`, groups of 64.
 
-    Raises ValueError where no Triton kernel serves them: `kernel_name` says.
+    Raises ValueError where no Triton kernel serves them (`kernel_name` says), or for an unknown nonlinearity.
     """
+    check(nonlinearity)
     name = kernel_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
     if name == REFERENCE:
         raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
-    y = rows_through(name, x.reshape(-1, x.shape[-1]), qweight, wscales, smooth, down, up, bias, shift)
+    y = rows_through(name, x.reshape(-1, x.shape[-1]), qweight, wscales, smooth, down, up, bias, shift, nonlinearity)
     return y.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
 
 
 @svdq_linear.register_fake
-def _(x, qweight, wscales, smooth, down, up, bias, activation, shift):
+def _(x, qweight, wscales, smooth, down, up, bias, activation, shift, nonlinearity=""):
     return x.new_empty(*x.shape[:-1], len(qweight))
+
+
+def check(nonlinearity: str) -> None:
+    if nonlinearity not in NONLINEARITIES:
+        known = ", ".join(f"'{name}'" for name in NONLINEARITIES)
+        raise ValueError(f"the nonlinearity after a product is one of {known}, not '{nonlinearity}'.")
 
 
 def steps(name: str, rows: int) -> tuple[str, ...]:
@@ -77,12 +86,18 @@ def code_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float8_e4m3fn if fp8 else torch.int8
 
 
-def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: float) -> Tensor:
-    """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`."""
+def short_floats(x: Tensor) -> Tensor:
+    """x [M, K] in 16 bits, its columns contiguous."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         x = x.bfloat16()
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rows_through(
+    name: str, x, qweight, wscales, smooth, down, up, bias, shift: float, nonlinearity: str = ""
+) -> Tensor:
+    """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`."""
+    x = short_floats(x)
     out = x.new_empty(x.shape[0], qweight.shape[0])
     if not out.numel():
         return out
@@ -90,12 +105,12 @@ def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: 
         down, up = down.to(x.dtype).contiguous(), up.to(x.dtype).contiguous()
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
     if name == WEIGHT_ONLY:
-        return _weight_only(x, qweight, wscales, down, up, bias, out)
-    _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out)
+        return _weight_only(x, qweight, wscales, down, up, bias, out, nonlinearity)
+    _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity)
     return out
 
 
-def _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out) -> None:
+def _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity) -> None:
     from . import svdq_activation, svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
 
     mode, dtype = MODES[name], code_dtype(name, x.device)
@@ -105,15 +120,15 @@ def _quantized(name, x, qweight, wscales, smooth, down, up, bias, shift, out) ->
     codes = svdq_activation.empty_activation(x, mode, 0 if down is None else down.shape[0], dtype)
     if launches[0] == "activation":
         svdq_activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
-        w4a16.short_product(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second)
+        w4a16.short_product(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second, nonlinearity)
         return
     weight = svdq_unpack.empty_weight(qweight, dtype, mode)
     svdq_unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
     product = svdq_w4a4.product if name == INT4 else svdq_gemm.product
-    product(codes, weight, up, bias, out, second)
+    product(codes, weight, up, bias, out, second, nonlinearity)
 
 
-def _weight_only(x, qweight, wscales, down, up, bias, out) -> Tensor:
+def _weight_only(x, qweight, wscales, down, up, bias, out, nonlinearity) -> Tensor:
     from . import svdq_activation, svdq_unpack, w4a16
 
     step = steps(WEIGHT_ONLY, len(x))[0]
@@ -122,9 +137,10 @@ def _weight_only(x, qweight, wscales, down, up, bias, out) -> Tensor:
     if step == "short":
         if down is not None:
             branch = F.pad(branch, (0, svdq_activation.padded_rank(len(down)) - len(down)))
-        w4a16.short_product(x, None, qweight, wscales, branch, up, bias, out, config)
+        w4a16.short_product(x, None, qweight, wscales, branch, up, bias, out, config, nonlinearity)
         return out
     weight = svdq_unpack.empty_weight(qweight, x.dtype, "none")
     svdq_unpack.unpack(qweight, wscales, weight, "none", config)
     y = F.linear(x, weight[0], None if bias is None else bias.to(x.dtype))
-    return y if branch is None else y.addmm_(branch, up.T)
+    y = y if branch is None else y.addmm_(branch, up.T)
+    return nonlinear(y, nonlinearity)  # after cuBLAS it reads what is rounded to 16 bits

@@ -1,6 +1,6 @@
 """The W4A4 product of SVDQuant in Triton, in the exact semantics of its checkpoints: a scale per group on both sides.
 
-    y[m, n] = sum_g a[g, m] s[g, n] sum_{k in g} qx[m, k] qw[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+    y[m, n] = f(sum_g a[g, m] s[g, n] sum_{k in g} qx[m, k] qw[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
 Codes are whole numbers in e4m3 or int8, their sums over 64 inputs (at most 64 * 8 * 15) exact in both; groups add up
 in float32. No tensor core of Hopper multiplies 4-bit codes, so this computes at 8 bits, and each group costs two
@@ -34,7 +34,7 @@ def _w4a4_kernel(
     a_desc, w_desc, a_ptr, w_ptr, branch_ptr, up_ptr, y_ptr, a_scale_ptr, w_scale_ptr, bias_ptr,
     M, N, K, tiles,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr, NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     exact: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
@@ -54,12 +54,13 @@ def _w4a4_kernel(
             y += sums.to(tl.float32) * a_scale[:, None] * w_scale[None, :]
             a_scale = next_a
             w_scale = next_w
-        finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
+        finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R, NONLINEARITY)
 
 
 def product(
-    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict
-) -> None:
+    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
+    nonlinearity: str = "",
+) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
     config: TMA, BM, BN, BAND, PER_SM, num_warps, num_stages. Settings with GLUON are of svdq_w4a4_hopper.product, for
@@ -68,7 +69,7 @@ def product(
     if config.get("GLUON"):
         from . import svdq_w4a4_hopper  # a Triton without Gluon serves all other settings
 
-        svdq_w4a4_hopper.product(activation, weight, up, bias, out, config)
+        svdq_w4a4_hopper.product(activation, weight, up, bias, out, config, nonlinearity)
         return
     (codes, a_scale, branch), (w, w_scale) = activation, weight
     (m, k), n = codes.shape, len(w)
@@ -83,5 +84,5 @@ def product(
         a_desc, w_desc, codes, w, branch, out if up is None else up, out, a_scale, w_scale, bias,
         m, n, k, tiles,
         RANK=0 if up is None else up.shape[1], R=branch.shape[1], BM=bm, BN=bn, BAND=config["BAND"],
-        PROGRAMS=programs, num_warps=config["num_warps"], num_stages=config["num_stages"],
+        PROGRAMS=programs, NONLINEARITY=nonlinearity, num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

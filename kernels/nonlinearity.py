@@ -4,7 +4,7 @@
     gelu        y (1 + erf(y / sqrt 2)) / 2 = max(y, 0) - |y| erfc(z) / 2,    z = |y| / sqrt 2
     gelu_tanh   y (1 + tanh u) / 2 = y / (1 + e^-2u),    u = sqrt(2 / pi) (y + 0.044715 y^3)
 
-with erfc(z) = (a1 t + ... + a5 t^5) e^(-z^2), t = 1 / (1 + 0.3275911 z) (Abramowitz and Stegun, 7.1.26), within 1.5e-7.
+with erfc(z) = (a1 t + ... + a5 t^5) e^(-z^2), t = 1 / (1 + 0.3275911 z) (Abramowitz and Stegun, 7.1.26).
 No branches, two slow instructions each. PTX's tanh.approx would be one, but is off by 2^-11 of 1, which is a fifth of
 what is left of y = -3. These are within 3e-7 |y| of the exact values, and nearer than bf16's rounding until those are
 below 1e-5 (gelu; the others until 1e-7).

@@ -8,8 +8,8 @@
     Q_a        per token and group "int4" (unsigned where c > 0); per token "int8" or "fp8" (e4m3); or "none"
     f          the nonlinearity that follows the layer, "gelu", "gelu_tanh" or "silu", or "" for none
 
-What c adds is in b. The torch reference here is the truth: it multiplies the dequantized codes in float32. `codes` and
-`product` are its two halves, for layers that share an input and for inputs that come from a norm:
+What c adds is in b. The torch reference here is the truth: it multiplies the dequantized codes in float32. `codes`
+and `product` are its two halves, for layers that share an input and for inputs that come from a norm:
 
     x[b, t] = LayerNorm(h[b, t]) (1 + n[b]) + m[b]          adaptive layer norm (DiT, arXiv:2212.09748)
 """
@@ -93,10 +93,7 @@ def product(
 ) -> Tensor:  # fmt: skip
     """The layer's float32 outputs [M, N] from what `codes` gives."""
     weight = dequantize_groups(unpack_int4(qweight, 64), wscales)
-    if activation == "int4":
-        inputs = dequantize_groups(codes, scales.T)
-    else:
-        inputs = codes.float() * scales[:, None]
+    inputs = dequantize_groups(codes, scales.T) if activation == "int4" else codes.float() * scales[:, None]
     y = F.linear(inputs, weight)
     if up is not None:
         y = y + F.linear(branch.float(), up.float())

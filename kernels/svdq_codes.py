@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import fp8, svdq
-from .svdq_linear import FP8, INT4, MODES, REFERENCE, SHORT, check, code_dtype, kernel_name, short_floats
+from .svdq_linear import INT4, MODES, REFERENCE, SHORT, check, code_dtype, kernel_name, short_floats
 from .tuning import best_config
 
 
@@ -91,6 +91,8 @@ def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift
     if m:
         down = None if down is None else down.to(x.dtype).contiguous()
         config = best_config(f"{mode}.{_first_step(name, m)}", x.device, m, k, k)  # of what N is not known here
+        if norm is not None:
+            norm = (norm[0].contiguous(), norm[1].contiguous(), norm[2])  # they may be parts of wider rows
         quantize_activation(x, smooth, down, mode, shift, out, config, more=more, norm=norm)
     return out
 

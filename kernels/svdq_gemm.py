@@ -2,8 +2,8 @@
 
     y[m, n] = f(a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
-f is one of nonlinearity.py, or nothing. qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py. Codes are e4m3 (sums in float32) or int8
-(sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16 bits).
+f is one of nonlinearity.py, or nothing. qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py.
+Codes are e4m3 (sums in float32) or int8 (sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16).
 
 With e4m3 on Hopper svdq_w4a8_hopper.py is faster. Here, from Hopper on, operands move by TMA, and as many programs as
 multiprocessors walk over the tiles, so that the loads of the next tile begin under the epilogue of this one.

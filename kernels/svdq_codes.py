@@ -91,8 +91,6 @@ def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift
     if m:
         down = None if down is None else down.to(x.dtype).contiguous()
         config = best_config(f"{mode}.{_first_step(name, m)}", x.device, m, k, k)  # of what N is not known here
-        if norm is not None:
-            norm = (norm[0].contiguous(), norm[1].contiguous(), norm[2])  # they may be parts of wider rows
         quantize_activation(x, smooth, down, mode, shift, out, config, more=more, norm=norm)
     return out
 

@@ -226,7 +226,7 @@ def _share(layers: list[nn.Module]) -> bool:
 
 
 def _runs_fused(layers: list[nn.Module], passed_over: list[nn.Module]) -> bool:
-    """Whether kernels serve the layers, and nothing waits for calls of modules that would get codes, or none at all."""
+    """Whether kernels serve the layers, and nothing waits for calls of modules that get codes, or no call at all."""
     kind = all(type(layer) is SVDQLinear for layer in layers)
     return kind and _on_kernels(layers[0]) and unhooked(*layers, *passed_over)
 

@@ -118,8 +118,8 @@ class _SVDQLayer(QuantizedLayer):
     def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> Codes:
         """x [..., K], quantized for this layer and for those that share its smoothing and its branch.
 
-        more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps) of
-        an adaptive layer norm that x [B, ..., K] goes through first.
+        more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)
+        of an adaptive layer norm that x [B, ..., K] goes through first.
         """
         scale, shift, eps = norm or (None, None, 0.0)
         operands = (self.smooth, self.branch[0], self.plan.activation, self.plan.shift, scale, shift, eps)

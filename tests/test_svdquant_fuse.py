@@ -1,4 +1,4 @@
-"""Fused forward passes of transformers with SVDQuant layers: the same answers; unfused where fusing does not apply."""
+"""Fused forward passes of transformers with SVDQuant layers: the same answers, unfused where it does not apply."""
 
 import contextlib
 import copy

@@ -31,9 +31,11 @@ def svdq_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., K] float -> codes [M, K] (e4m3 or int8), float32 scales [M] ("int4": [K / 64, M]), x D^T [M, R].
 
-    more [..., K'] holds further columns of x: nothing is concatenated in memory. With norm_scale and norm_shift
-    [B, K] (without more) x [B, ..., K] is LayerNorm(x) (1 + norm_scale[b]) + norm_shift[b], with this eps, first.
-    smooth [K + K'], down [r, K + K']. R is r, padded where kernels want it so. activation: "fp8", "int8" or "int4".
+    more [..., K'] holds further columns of x, of which K is the sum then: nothing is concatenated in memory. With
+    norm_scale and norm_shift [B, K] x [B, ..., K] is LayerNorm(x) (1 + norm_scale[b]) + norm_shift[b], with this eps,
+    first. smooth [K], down [r, K]. R is r, padded where kernels want it so. activation: "fp8", "int8" or "int4".
+
+    Raises ValueError for sizes that do not fit.
     """
     _check_inputs(x, more, norm_scale, norm_shift)
     name = kernel_name(x.device, activation, 64)
@@ -146,7 +148,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check_inputs(x, more, norm_scale, norm_shift) -> None:
-    if more is not None and (more.shape[:-1] != x.shape[:-1] or norm_scale is not None):
-        raise ValueError(f"further columns {tuple(more.shape)} do not fit inputs {tuple(x.shape)} without a norm.")
-    if norm_scale is not None and not norm_scale.shape == norm_shift.shape == (len(x), x.shape[-1]):
-        raise ValueError(f"a norm's scale and shift of inputs {tuple(x.shape)} are [{len(x)}, {x.shape[-1]}].")
+    if more is not None and more.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"inputs {tuple(x.shape)} and their further columns {tuple(more.shape)} differ in rows.")
+    wanted = (len(x), x.shape[-1] + (0 if more is None else more.shape[-1]))
+    if norm_scale is not None and not norm_scale.shape == norm_shift.shape == wanted:
+        sizes = tuple(norm_scale.shape), tuple(norm_shift.shape)
+        raise ValueError(f"a norm's scale and shift {sizes} are not of {wanted[0]} samples and {wanted[1]} inputs.")

@@ -92,7 +92,7 @@ def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift
     m, k = out[0].shape
     if m:
         down = None if down is None else down.to(x.dtype).contiguous()
-        config = best_config(f"{mode}.{_first_step(name, m)}", x.device, m, k, k)  # of what N is not known here
+        config = best_config(f"{mode}.{_first_step(name, m)}", x.device, m, None, k)
         quantize_activation(x, smooth, down, mode, shift, out, config, more=more, norm=norm)
     return out
 

@@ -131,7 +131,9 @@ class _SVDQLayer(QuantizedLayer):
         plan = self.plan
         if isinstance(x, Codes):
             operands = (self.qweight, self.wscales, self.branch[1], self.bias, plan.activation, nonlinearity, x.dtype)
-            return svdq_codes.svdq_product(x.codes, x.scales, x.branch, *operands).view(*x.shape[:-1], -1)
+            return svdq_codes.svdq_product(x.codes, x.scales, x.branch, *operands).view(
+                *x.shape[:-1], len(self.qweight)
+            )
         reference = self._kernel_name(x.device) == svdq_linear.REFERENCE
         multiply = svdq.svdq_linear if reference else svdq_linear.svdq_linear
         return multiply(

@@ -436,6 +436,17 @@ def test_settings_are_there_for_every_kernel():
     assert near == tuning.best_config("none.short", torch.device(DEVICE), 2, 18432, 3072)
 
 
+def test_settings_for_any_outputs(monkeypatch):
+    """The nearest M and K count, whatever N they were measured with."""
+    table = {"fp8.prepare": [[4608, 12288, 3072, {"ROWS": 2}], [4608, 64, 12288, {"ROWS": 1}]]}
+    monkeypatch.setattr(tuning, "_merged", lambda _: table)
+    tuning._best.cache_clear()
+    sizes = [(4608, None, 15360), (4608, 15360, 12288), (512, None, 3072)]
+    found = [tuning.best_config("fp8.prepare", torch.device(DEVICE), *size)["ROWS"] for size in sizes]
+    tuning._best.cache_clear()
+    assert found == [1, 2, 2]
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("activation", ["fp8", "int8", "int4", "none"])
 def test_the_op_on_a_gpu(activation):

@@ -16,7 +16,7 @@ from ptq4dm.record import replay
 from ptq4dm.store import CalibrationStore, fingerprint
 from ptq4dm.svdquant.modules import Codes, SVDQLinear
 
-FUSE = sys.modules["ptq4dm.svdquant.fuse"]
+FUSE, PARTS = (sys.modules[f"ptq4dm.svdquant.{name}"] for name in ("fuse", "fused_parts"))
 CUDA = torch.cuda.is_available()
 QUICK = {"rank": 8, "num_tuples": 2, "smoothing": 0.5, "rounding": "nearest", "refinements": 0}
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
@@ -62,7 +62,7 @@ def fused_here(monkeypatch):
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(FUSE, "_on_kernels", lambda _: True)
+        patch.setattr(PARTS, "_on_kernels", lambda _: True)
         for name in ("svdq_codes", "svdq_product"):
             patch.setattr(svdq_codes, name, counted(name))
         yield seen
@@ -127,7 +127,7 @@ def test_a_fused_model_compiles_whole(kind, form, quantized, monkeypatch):
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FUSE, "_on_kernels", lambda _: True)
+        patch.setattr(PARTS, "_on_kernels", lambda _: True)
         eager = replay(model, calls)
         # of FLUX block by block, which diffusers finds by the names of their classes
         (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True, backend=backend)

@@ -33,7 +33,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 def op(function: Callable) -> Callable:
-    """Decorator: `function` as the op ptq4dm::<its name>, on all devices. It must return a new tensor.
+    """Decorator: `function` as the op ptq4dm::<its name>, on all devices. It must return new tensors.
 
     torch.library reads its schema from the annotations. `.register_fake` takes a function of the same arguments
     that returns an empty tensor, as with custom_op. In a backward pass RuntimeError, for there is no formula.

@@ -1,9 +1,9 @@
 """The W4A8 product of SVDQuant in Triton: 8-bit operands, the low-rank branch on the same accumulator, one store.
 
-    y[m, n] = a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+    y[m, n] = f(a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
-qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py. Codes are e4m3 (sums in float32) or int8
-(sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16 bits).
+f is one of nonlinearity.py, or nothing. qx, a and branch come from svdq_activation.py, w8 and c from svdq_unpack.py.
+Codes are e4m3 (sums in float32) or int8 (sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16).
 
 With e4m3 on Hopper svdq_w4a8_hopper.py is faster. Here, from Hopper on, operands move by TMA, and as many programs as
 multiprocessors walk over the tiles, so that the loads of the next tile begin under the epilogue of this one.
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .integers import cdiv
 from .launch import Launch, planned
+from .nonlinearity import nonlinear
 from .workspace import Piece
 
 
@@ -38,9 +39,10 @@ def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexp
 
 @triton.jit
 def finish(
-    y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr
+    y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
-    """Store y [BM, BN] + branch [BM, R] U [BN, R]^T + bias, by pointers."""
+    """Store f(y [BM, BN] + branch [BM, R] U [BN, R]^T + bias), by pointers."""
     if R > 0:
         for first in tl.range(0, R, 32, num_stages=1):
             j = first + tl.arange(0, 32 if R > 16 else 16)
@@ -50,6 +52,7 @@ def finish(
             y = tl.dot(branch, up.T, y)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    y = nonlinear(y, NONLINEARITY)
     where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
@@ -58,6 +61,7 @@ def finish(
 def _tma_tile(
     top, left, a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
     M, N, K, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     exact: tl.constexpr = a_desc.dtype == tl.int8
     rows = top + tl.arange(0, BM)
@@ -83,6 +87,7 @@ def _tma_tile(
             y = tl.dot(branch_desc.load([top, first]), up_desc.load([left, first]).T, y)
     if bias_ptr is not None:
         y += bias.to(tl.float32)[None, :]
+    y = nonlinear(y, NONLINEARITY)
     if y_desc is None:
         where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
@@ -98,14 +103,14 @@ def _tma_tile(
 def _tma_kernel(
     a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, tiles,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
-    PROGRAMS: tl.constexpr, PIECES: tl.constexpr,
+    PROGRAMS: tl.constexpr, PIECES: tl.constexpr, NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     tl.assume(K > 0)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         top, left = tile_place(tile, M, N, BM, BN, BAND)
         _tma_tile(
             top, left, a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr,
-            M, N, K, R, BM, BN, BK, PIECES,
+            M, N, K, R, BM, BN, BK, PIECES, NONLINEARITY,
         )  # fmt: skip
 
 
@@ -113,6 +118,7 @@ def _tma_kernel(
 def _pointer_kernel(
     a_ptr, w_ptr, branch_ptr, up_ptr, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
     rows = top + tl.arange(0, BM)
@@ -130,7 +136,7 @@ def _pointer_kernel(
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
     column_scale = tl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)
     y = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
-    finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
+    finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R, NONLINEARITY)
 
 
 @functools.cache
@@ -149,8 +155,9 @@ def aligned(rows: Tensor | Piece | None) -> Tensor | Piece | None:
 
 
 def product(
-    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict
-) -> None:
+    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
+    nonlinearity: str = "",
+) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
     config: TMA, BM, BN, BK, BAND, num_warps, num_stages; with TMA also PIECES (stores of a tile) and PER_SM (programs
@@ -162,26 +169,27 @@ def product(
         kernel = svdq_w4a8_hopper.product
     else:
         kernel = _tma_product if config["TMA"] else _pointer_product
-    kernel(activation, weight, up, bias, out, config)
+    kernel(activation, weight, up, bias, out, config, nonlinearity)
 
 
-def _pointer_product(activation, weight, up, bias, out, config) -> None:
+def _pointer_product(activation, weight, up, bias, out, config, nonlinearity) -> None:
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
-    launch = _pointer_launch(config, *codes.shape, out.shape[1], 0 if up is None else up.shape[1], branch.shape[1])
+    rank = 0 if up is None else up.shape[1]
+    launch = _pointer_launch(config, *codes.shape, out.shape[1], rank, branch.shape[1], nonlinearity)
     launch(codes, w8, branch, out if up is None else up, out, row_scale, column_scale, bias)
 
 
 @planned
-def _pointer_launch(config: dict, m: int, k: int, n: int, rank: int, r: int) -> Launch:
+def _pointer_launch(config: dict, m: int, k: int, n: int, rank: int, r: int, nonlinearity: str) -> Launch:
     sizes = {name: config[name] for name in ("BM", "BN", "BK", "BAND", "num_warps", "num_stages")}
     tiles = cdiv(m, config["BM"]) * cdiv(n, config["BN"])
-    return Launch(_pointer_kernel, (tiles,), M=m, N=n, K=k, RANK=rank, R=r, **sizes)
+    return Launch(_pointer_kernel, (tiles,), M=m, N=n, K=k, RANK=rank, R=r, NONLINEARITY=nonlinearity, **sizes)
 
 
-def _tma_product(activation, weight, up, bias, out, config) -> None:
+def _tma_product(activation, weight, up, bias, out, config, nonlinearity) -> None:
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
     (m, k), n, r = codes.shape, out.shape[1], branch.shape[1]
-    launch = _tma_launch(config, m, n, k, r, out.device)
+    launch = _tma_launch(config, m, n, k, r, nonlinearity, out.device)
     launch(
         codes, w8, branch if r else None, aligned(up), out if n % 8 == 0 else None,
         out, row_scale, column_scale, bias,
@@ -189,7 +197,7 @@ def _tma_product(activation, weight, up, bias, out, config) -> None:
 
 
 @planned
-def _tma_launch(config: dict, m: int, n: int, k: int, r: int, device: torch.device) -> Launch:
+def _tma_launch(config: dict, m: int, n: int, k: int, r: int, nonlinearity: str, device: torch.device) -> Launch:
     settings = ("BM", "BN", "BK", "PIECES", "BAND", "num_warps", "num_stages")
     bm, bn, bk, pieces = (config[name] for name in settings[:4])
     programs = multiprocessors(device) * config["PER_SM"]
@@ -200,5 +208,6 @@ def _tma_launch(config: dict, m: int, n: int, k: int, r: int, device: torch.devi
     )
     return Launch(
         _tma_kernel, (min(programs, tiles),), blocks,
-        M=m, N=n, K=k, tiles=tiles, R=r, PROGRAMS=programs, **{name: config[name] for name in settings},
+        M=m, N=n, K=k, tiles=tiles, R=r, PROGRAMS=programs, NONLINEARITY=nonlinearity,
+        **{name: config[name] for name in settings},
     )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops import op
+from .svdq import NONLINEARITIES, nonlinear
 from .tuning import best_config, capability, remembered
 from .workspace import Workspace
 
@@ -55,23 +56,31 @@ def svdq_linear(
     bias: Tensor | None,
     activation: str,
     shift: float,
+    nonlinearity: str = "",
 ) -> Tensor:
     """x [..., K] float on a GPU -> [..., N] in x's dtype; the arguments of `svdq.svdq_linear`, groups of 64.
 
-    Raises ValueError where no Triton kernel serves them: `kernel_name` says.
+    Raises ValueError where no Triton kernel serves them (`kernel_name` says), or for an unknown nonlinearity.
     """
+    check(nonlinearity)
     name = _known_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
     if name == REFERENCE:
         raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y = rows_through(name, rows, qweight, wscales, smooth, down, up, bias, shift)
+    y = rows_through(name, rows, qweight, wscales, smooth, down, up, bias, shift, nonlinearity)
     y = y if y.dtype == x.dtype else y.to(x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], qweight.shape[0])
 
 
 @svdq_linear.register_fake
-def _(x, qweight, wscales, smooth, down, up, bias, activation, shift):
+def _(x, qweight, wscales, smooth, down, up, bias, activation, shift, nonlinearity=""):
     return x.new_empty(*x.shape[:-1], len(qweight))
+
+
+def check(nonlinearity: str) -> None:
+    if nonlinearity not in NONLINEARITIES:
+        known = ", ".join(f"'{name}'" for name in NONLINEARITIES)
+        raise ValueError(f"the nonlinearity after a product is one of {known}, not '{nonlinearity}'.")
 
 
 def steps(name: str, rows: int) -> tuple[str, ...]:
@@ -108,12 +117,18 @@ def _plan(name: str, device: torch.device, m: int, n: int, k: int, rank: int, dt
     return launches, settings, Workspace(*rows, *weight)
 
 
-def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: float) -> Tensor:
-    """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`."""
+def short_floats(x: Tensor) -> Tensor:
+    """x [M, K] in 16 bits, its columns contiguous."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         x = x.bfloat16()
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rows_through(
+    name: str, x, qweight, wscales, smooth, down, up, bias, shift: float, nonlinearity: str = ""
+) -> Tensor:
+    """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`."""
+    x = short_floats(x)
     (m, k), n = x.shape, qweight.shape[0]
     out = x.new_empty(m, n)
     if not out.numel():
@@ -123,8 +138,8 @@ def rows_through(name: str, x, qweight, wscales, smooth, down, up, bias, shift: 
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
     plan = _plan(name, x.device, m, n, k, 0 if down is None else down.shape[0], x.dtype)
     if name == WEIGHT_ONLY:
-        return _weight_only(plan, x, qweight, wscales, down, up, bias, out)
-    _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out)
+        return _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity)
+    _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity)
     return out
 
 
@@ -133,28 +148,29 @@ def _rows(half: Tensor, dtype: torch.dtype) -> Tensor:
     return half if half.dtype == dtype and half.is_contiguous() else half.to(dtype).contiguous()
 
 
-def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out) -> None:
+def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity) -> None:
     kernels, mode, (launches, (first, second), room) = _triton(), MODES[name], plan
     pieces = room.take(x)
     codes, weight = pieces[:3], pieces[3:]
     if launches[0] == "activation":
         kernels.activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
-        kernels.short(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second)
+        kernels.short(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second, nonlinearity)
         return
     kernels.unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
     product = kernels.w4a4.product if name == INT4 else kernels.gemm.product
-    product(codes, weight, up, bias, out, second)
+    product(codes, weight, up, bias, out, second, nonlinearity)
 
 
-def _weight_only(plan, x, qweight, wscales, down, up, bias, out) -> Tensor:
+def _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity) -> Tensor:
     kernels, (launches, (config,), _) = _triton(), plan
     branch = None if down is None else F.linear(x, down)
     if launches[0] == "short":
         if down is not None:
             branch = F.pad(branch, (0, kernels.activation.padded_rank(len(down)) - len(down)))
-        kernels.short(x, None, qweight, wscales, branch, up, bias, out, config)
+        kernels.short(x, None, qweight, wscales, branch, up, bias, out, config, nonlinearity)
         return out
     weight = kernels.unpack.empty_weight(qweight, x.dtype, "none")
     kernels.unpack.unpack(qweight, wscales, weight, "none", config)
     y = F.linear(x, weight[0], None if bias is None else bias.to(x.dtype))
-    return y if branch is None else y.addmm_(branch, up.T)
+    y = y if branch is None else y.addmm_(branch, up.T)
+    return nonlinear(y, nonlinearity)  # after cuBLAS it reads what is rounded to 16 bits

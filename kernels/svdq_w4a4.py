@@ -1,6 +1,6 @@
 """The W4A4 product of SVDQuant in Triton, in the exact semantics of its checkpoints: a scale per group on both sides.
 
-    y[m, n] = sum_g a[g, m] s[g, n] sum_{k in g} qx[m, k] qw[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+    y[m, n] = f(sum_g a[g, m] s[g, n] sum_{k in g} qx[m, k] qw[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
 Codes are whole numbers in e4m3 or int8, their sums over 64 inputs (at most 64 * 8 * 15) exact in both; groups add up
 in float32. No tensor core of Hopper multiplies 4-bit codes, so this computes at 8 bits, and each group costs two
@@ -35,7 +35,7 @@ def _w4a4_kernel(
     a_desc, w_desc, a_ptr, w_ptr, branch_ptr, up_ptr, y_ptr, a_scale_ptr, w_scale_ptr, bias_ptr,
     M, N, K, tiles,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr, NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     exact: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
@@ -55,12 +55,13 @@ def _w4a4_kernel(
             y += sums.to(tl.float32) * a_scale[:, None] * w_scale[None, :]
             a_scale = next_a
             w_scale = next_w
-        finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
+        finish(y, rows, columns, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R, NONLINEARITY)
 
 
 def product(
-    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict
-) -> None:
+    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
+    nonlinearity: str = "",
+) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
     config: TMA, BM, BN, BAND, PER_SM, num_warps, num_stages. Settings with GLUON are of svdq_w4a4_hopper.product, for
@@ -69,22 +70,24 @@ def product(
     if config.get("GLUON"):
         from . import svdq_w4a4_hopper  # a Triton without Gluon serves all other settings
 
-        svdq_w4a4_hopper.product(activation, weight, up, bias, out, config)
+        svdq_w4a4_hopper.product(activation, weight, up, bias, out, config, nonlinearity)
         return
     (codes, a_scale, branch), (w, w_scale) = activation, weight
     rank = 0 if up is None else up.shape[1]
-    launch = _launch(config, *codes.shape, out.shape[1], rank, branch.shape[1], out.device)
+    launch = _launch(config, *codes.shape, out.shape[1], rank, branch.shape[1], nonlinearity, out.device)
     a_moved, w_moved = (codes, w) if config["TMA"] else (None, None)
     launch(a_moved, w_moved, codes, w, branch, out if up is None else up, out, a_scale, w_scale, bias)
 
 
 @planned
-def _launch(config: dict, m: int, k: int, n: int, rank: int, r: int, device: torch.device) -> Launch:
+def _launch(
+    config: dict, m: int, k: int, n: int, rank: int, r: int, nonlinearity: str, device: torch.device
+) -> Launch:
     bm, bn = config["BM"], config["BN"]
     tiles = cdiv(m, bm) * cdiv(n, bn)
     programs = multiprocessors(device) * config["PER_SM"]
     return Launch(
         _w4a4_kernel, (min(programs, tiles),), dict(a_desc=(bm, 64), w_desc=(bn, 64)),
         M=m, N=n, K=k, tiles=tiles, RANK=rank, R=r, BM=bm, BN=bn, BAND=config["BAND"], PROGRAMS=programs,
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        NONLINEARITY=nonlinearity, num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """The W4A4 product of SVDQuant on Hopper, in Gluon: the formula of svdq_w4a4.py, scaling under the next product.
 
-    y[m, n] = sum_g a[g, m] s[g, n] sum_{k in g} qx[m, k] qw[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+    y[m, n] = f(sum_g a[g, m] s[g, n] sum_{k in g} qx[m, k] qw[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
 As many programs as multiprocessors walk over tiles of 128 x BN, each in three groups of warps:
 
@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from .hopper import async_load, async_store, check
 from .integers import cdiv
 from .launch import Launch, planned
+from .nonlinearity import nonlinear
 from .svdq_gemm import aligned, multiprocessors, tile_place
 
 
@@ -83,6 +84,7 @@ def _scaled(y, sums, a_scale, w_scale, layout: gl.constexpr):
 def _multiply(
     y_desc, y_ptr, bias_ptr, ring, y_block, sizes, HALF: gl.constexpr,
     BN: gl.constexpr, R: gl.constexpr, BAND: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    NONLINEARITY: gl.constexpr,
 ):  # fmt: skip
     """The upper or the lower 64 rows of all tiles of this program."""
     a_ring, w_ring, a_scales, w_scales, branch_block, up_block, full, empty = ring
@@ -128,6 +130,7 @@ def _multiply(
         columns = left + gl.arange(0, BN, gl.SliceLayout(0, wide))
         if bias_ptr is not None:
             y += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+        y = nonlinear(y, NONLINEARITY)
         if y_desc is None:
             rows = top + gl.arange(0, 64, gl.SliceLayout(1, wide))
             where = y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :]
@@ -146,6 +149,7 @@ def _w4a4_hopper_kernel(
     a_desc, w_desc, a_scale_desc, w_scale_desc, branch_desc, up_desc, y_desc, y_ptr, bias_ptr,
     M, N, steps, tiles, a_stride, w_stride,
     BN: gl.constexpr, R: gl.constexpr, BAND: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr,
+    NONLINEARITY: gl.constexpr,
 ):  # fmt: skip
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 128, 128], a_desc.layout)
@@ -170,8 +174,10 @@ def _w4a4_hopper_kernel(
     sizes = (M, N, steps, tiles)
     gl.warp_specialize(
         [
-            (_multiply, (y_desc, y_ptr, bias_ptr, ring, y_block, sizes, 0, BN, R, BAND, PROGRAMS, STAGES)),
-            (_multiply, (y_desc, y_ptr, bias_ptr, ring, y_block, sizes, 1, BN, R, BAND, PROGRAMS, STAGES)),
+            (_multiply, (y_desc, y_ptr, bias_ptr, ring, y_block, sizes, 0, BN, R, BAND, PROGRAMS, STAGES,
+                         NONLINEARITY)),
+            (_multiply, (y_desc, y_ptr, bias_ptr, ring, y_block, sizes, 1, BN, R, BAND, PROGRAMS, STAGES,
+                         NONLINEARITY)),
             (_load, (a_desc, w_desc, a_scale_desc, w_scale_desc, branch_desc, up_desc, ring, sizes,
                      (a_stride, w_stride), BN, R, BAND, PROGRAMS, STAGES)),
         ],
@@ -180,8 +186,9 @@ def _w4a4_hopper_kernel(
 
 
 def product(
-    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict
-) -> None:
+    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
+    nonlinearity: str = "",
+) -> None:  # fmt: skip
     """What svdq_w4a4.product does, for e4m3 codes on Hopper; ValueError for others.
 
     config: BN, BAND, STAGES.
@@ -190,7 +197,7 @@ def product(
     (m, k), n, r = codes.shape, out.shape[1], branch.shape[1]
     a_scale, w_scale = aligned(a_scale), aligned(w_scale)
     strides = a_scale.shape[1], w_scale.shape[1]
-    launch = _launch(config, m, n, k, r, *strides, codes.dtype, out.device)
+    launch = _launch(config, m, n, k, r, *strides, nonlinearity, codes.dtype, out.device)
     launch(
         codes, w, a_scale.flatten(), w_scale.flatten(), branch if r else None, aligned(up),
         out if n % 8 == 0 else None, out, bias,
@@ -199,8 +206,8 @@ def product(
 
 @planned
 def _launch(
-    config: dict, m: int, n: int, k: int, r: int, a_stride: int, w_stride: int, dtype: torch.dtype,
-    device: torch.device,
+    config: dict, m: int, n: int, k: int, r: int, a_stride: int, w_stride: int, nonlinearity: str,
+    dtype: torch.dtype, device: torch.device,
 ) -> Launch:  # fmt: skip
     check(dtype, device)
     bn, step = config["BN"], min(r, 32)
@@ -213,5 +220,6 @@ def _launch(
     return Launch(
         _w4a4_hopper_kernel, (min(programs, tiles),), blocks,
         M=m, N=n, steps=cdiv(k, 128), tiles=tiles, a_stride=a_stride, w_stride=w_stride,
-        BN=bn, R=r, BAND=config["BAND"], PROGRAMS=programs, STAGES=config["STAGES"], num_warps=4,
+        BN=bn, R=r, BAND=config["BAND"], PROGRAMS=programs, STAGES=config["STAGES"],
+        NONLINEARITY=nonlinearity, num_warps=4,
     )  # fmt: skip

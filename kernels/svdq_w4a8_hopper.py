@@ -1,6 +1,6 @@
 """The W4A8 product of SVDQuant for Hopper in Gluon: loads, and two halves of the arithmetic, in warps of their own.
 
-    y[m, n] = a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+    y[m, n] = f(a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
 qx and w8 are e4m3, sums float32, the rest as in svdq_gemm.py. As many programs as multiprocessors walk over the
 tiles, each in three groups of warps, of which two have every second tile:
@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from .hopper import async_load, async_store, check
 from .integers import cdiv
 from .launch import Launch, planned
+from .nonlinearity import nonlinear
 from .svdq_gemm import aligned, multiprocessors, tile_place
 
 # Of a thread: at the launch, of three groups of four warps; then the loads hand theirs to the arithmetic.
@@ -83,7 +84,7 @@ def _load(
 @gluon.jit
 def _multiply(
     half: gl.constexpr, ring, ending, sizes, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NONLINEARITY: gl.constexpr,
 ):  # fmt: skip
     """Every second tile of a program: the products, then what is left of it while the other half multiplies."""
     codes, branch, buffers, barriers = ring
@@ -132,6 +133,7 @@ def _multiply(
             mbarrier.arrive(order.index(1 - half), count=1)
         if bias_ptr is not None:
             y += bias.to(gl.float32)[None, :]
+        y = nonlinear(y, NONLINEARITY)
         if y_desc is None:
             where = y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :]
             gl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
@@ -165,7 +167,8 @@ def _store(y, y_desc, buffers, first: gl.constexpr, top, left):
 def _w4a8_hopper_kernel(
     a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, tiles,
     R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    PROGRAMS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    PROGRAMS: gl.constexpr, NONLINEARITY: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     rows = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
     columns = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
@@ -187,8 +190,8 @@ def _w4a8_hopper_kernel(
     sizes = (M, N, K, tiles)
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), ring, ending, sizes, R, BM, BN, BAND, STAGES, PROGRAMS)),
-            (_multiply, (gl.constexpr(1), ring, ending, sizes, R, BM, BN, BAND, STAGES, PROGRAMS)),
+            (_multiply, (gl.constexpr(0), ring, ending, sizes, R, BM, BN, BAND, STAGES, PROGRAMS, NONLINEARITY)),
+            (_multiply, (gl.constexpr(1), ring, ending, sizes, R, BM, BN, BAND, STAGES, PROGRAMS, NONLINEARITY)),
             (_load, (ring, sizes, R, BM, BN, BAND, STAGES, PROGRAMS)),
         ],
         [4, 1],
@@ -197,15 +200,16 @@ def _w4a8_hopper_kernel(
 
 
 def product(
-    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict
-) -> None:
+    activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
+    nonlinearity: str = "",
+) -> None:  # fmt: skip
     """What svdq_gemm.product does, for e4m3 codes on Hopper; ValueError for others.
 
     config: BM, BN, BK, BAND, STAGES.
     """
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
     (m, k), n, r = codes.shape, out.shape[1], branch.shape[1]
-    launch = _launch(config, m, n, k, r, codes.dtype, out.device)
+    launch = _launch(config, m, n, k, r, nonlinearity, codes.dtype, out.device)
     launch(
         codes, w8, branch if r else None, aligned(up), out if n % 8 == 0 else None,
         out, row_scale, column_scale, bias,
@@ -213,7 +217,9 @@ def product(
 
 
 @planned
-def _launch(config: dict, m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device) -> Launch:
+def _launch(
+    config: dict, m: int, n: int, k: int, r: int, nonlinearity: str, dtype: torch.dtype, device: torch.device
+) -> Launch:
     check(dtype, device)
     bm, bn, bk = (config[name] for name in ("BM", "BN", "BK"))
     step = min(r, bk // 2)  # a stage has room for so many columns of 16 bits
@@ -222,6 +228,6 @@ def _launch(config: dict, m: int, n: int, k: int, r: int, dtype: torch.dtype, de
     programs = multiprocessors(device)
     return Launch(
         _w4a8_hopper_kernel, (min(programs, tiles),), blocks, M=m, N=n, K=k, tiles=tiles, R=r, PROGRAMS=programs,
-        **{name: config[name] for name in ("BM", "BN", "BAND", "STAGES")},
+        NONLINEARITY=nonlinearity, **{name: config[name] for name in ("BM", "BN", "BAND", "STAGES")},
         COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -42,8 +42,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED
 
 
-def best_config(kernel: str, device: torch.device, m: int, n: int, k: int) -> dict:
-    """The settings of `kernel` for a product of these sizes. Raises KeyError for a kernel nobody measured."""
+def best_config(kernel: str, device: torch.device, m: int, n: int | None, k: int) -> dict:
+    """The settings of `kernel` for a product of these sizes, of any N where that is None.
+
+    Raises KeyError for a kernel nobody measured.
+    """
     return _best(kernel, device.type, device.index, m, n, k)
 
 
@@ -51,8 +54,8 @@ def best_config(kernel: str, device: torch.device, m: int, n: int, k: int) -> di
 def _best(kernel, device_type, index, m, n, k) -> dict:
     device = torch.device(device_type, index)
     entries = _merged(device)[kernel]
-    wanted = [math.log(max(v, 1)) for v in (m, n, k)]
-    return min(entries, key=lambda entry: math.dist(wanted, [math.log(v) for v in entry[:3]]))[3]
+    wanted = [(place, math.log(max(v, 1))) for place, v in enumerate((m, n, k)) if v is not None]
+    return min(entries, key=lambda entry: sum((v - math.log(entry[place])) ** 2 for place, v in wanted))[3]
 
 
 def _merged(device: torch.device) -> dict:

@@ -1,6 +1,6 @@
 """Products of few rows with 4-bit weights in Triton: what counts is reading the weight once.
 
-    y[m, n] = a[m] sum_g s[n, g] sum_{k in g} x[m, k] q[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n]
+    y[m, n] = f(a[m] sum_g s[n, g] sum_{k in g} x[m, k] q[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
 over groups g of 64 inputs. x are 16-bit floats with a = 1 (weight-only layers: adaLN, time embedding), or codes in
 e4m3 or int8 with a scale per row (short inputs of layers with 8-bit activations: nothing is unpacked to memory). x
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .integers import cdiv
 from .launch import Launch, planned
+from .nonlinearity import nonlinear
 from .svdq_unpack import MAGIC, nibble_pairs
 
 # Of 16 inputs of a product Triton up to 3.7 gives a lane 4 in a row, later versions two pairs 8 apart. Results do not
@@ -106,9 +107,10 @@ def _inputs(x, dtype: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def _finish(
-    sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr
+    sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
-    """Scale, add branch and bias to sums [BN, BM], store."""
+    """Scale, add branch and bias to sums [BN, BM], apply f, store."""
     if row_scale_ptr is not None:
         sums *= tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
     if R > 0:
@@ -119,6 +121,7 @@ def _finish(
         sums = tl.dot(up, branch, sums)
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    sums = nonlinear(sums, NONLINEARITY)
     where = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(where, sums.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
@@ -129,6 +132,7 @@ def _short_kernel(
     M, N, GROUPS, stride_m, span, magic,
     RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     """Outputs n of a block, rows m of a block, `span` groups; each warp reads RUNS runs of RUN groups at once.
 
@@ -171,7 +175,7 @@ def _short_kernel(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     sums = tl.reshape(tl.sum(sums, 0), (BN, BM))
     if SPLIT == 1:
-        _finish(sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
+        _finish(sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R, NONLINEARITY)
     else:
         where = part_ptr + (tl.program_id(2) * M + m)[None, :].to(tl.int64) * N + n[:, None]
         tl.store(where, sums, mask=(m < M)[None, :] & (n < N)[:, None])
@@ -181,6 +185,7 @@ def _short_kernel(
 def _meet_kernel(
     part_ptr, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N,
     RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -188,12 +193,12 @@ def _meet_kernel(
     for part in tl.static_range(SPLIT):
         where = part_ptr + (part * M + m)[None, :].to(tl.int64) * N + n[:, None]
         sums += tl.load(where, mask=(m < M)[None, :] & (n < N)[:, None], other=0.0)
-    _finish(sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R)
+    _finish(sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R, NONLINEARITY)
 
 
 def short_product(
     x: Tensor, row_scale: Tensor | None, qweight: Tensor, wscales: Tensor, branch: Tensor | None, up: Tensor | None,
-    bias: Tensor | None, out: Tensor, config: dict,
+    bias: Tensor | None, out: Tensor, config: dict, nonlinearity: str = "",
 ) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
@@ -202,7 +207,7 @@ def short_product(
     """
     m, n = out.shape
     rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
-    first, meet = _launches(config, m, n, wscales.shape[1], x.stride(0), rank, padded, out.dtype)
+    first, meet = _launches(config, m, n, wscales.shape[1], x.stride(0), rank, padded, nonlinearity, out.dtype)
     split = first.grid[2]
     part = out.new_empty(split, m, n, dtype=torch.float32) if split > 1 else out
     branch, up = (out if half is None else half for half in (branch, up))
@@ -213,13 +218,21 @@ def short_product(
 
 @planned
 def _launches(
-    config: dict, m: int, n: int, groups: int, stride: int, rank: int, padded: int, dtype: torch.dtype
+    config: dict,
+    m: int,
+    n: int,
+    groups: int,
+    stride: int,
+    rank: int,
+    padded: int,
+    nonlinearity: str,
+    dtype: torch.dtype,
 ) -> tuple[Launch, Launch]:
     split, bm, bn, warps = (config[name] for name in ("SPLIT", "BM", "BN", "num_warps"))
     step = warps * config["RUN"] * config["RUNS"]
     split = min(split, cdiv(groups, step))
     grid = (cdiv(n, bn), cdiv(m, bm))
-    ends = dict(M=m, N=n, RANK=rank, R=padded, SPLIT=split, BM=bm, BN=bn, num_warps=warps)
+    ends = dict(M=m, N=n, RANK=rank, R=padded, SPLIT=split, BM=bm, BN=bn, NONLINEARITY=nonlinearity, num_warps=warps)
     first = Launch(
         _short_kernel, (*grid, split), GROUPS=groups, stride_m=stride, span=cdiv(cdiv(groups, step), split) * step,
         magic=MAGIC[dtype], RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0,

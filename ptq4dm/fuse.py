@@ -1,4 +1,6 @@
-"""Fused forward passes of a quantized UNet: what lies between two products runs inside the kernels beside it.
+"""Fused forward passes of a quantized model: what lies between two products runs inside the kernels beside it.
+
+Of UNets with W8A8 layers, here; other rooms add theirs to FUSED.
 
     ResnetBlock2D   norm + SiLU + quantize | conv1 + time embedding | norm + SiLU + quantize | conv2 + shortcut
     Attention       norm + quantize, once for query, key and value | ... | output product + residual
@@ -139,7 +141,8 @@ class FusedAttnProcessor(AttnProcessor2_0):
         return y.view(batch, h, w, channels).permute(0, 3, 1, 2)
 
 
-FUSED = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D}
+# plain class -> its fused one, with `fits(module)`: whether what the module is made of allows it
+FUSED: dict[type, type] = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D}
 
 
 def _has_output(module: nn.Module) -> bool:
@@ -157,11 +160,18 @@ def _on_kernels(x: Tensor) -> bool:
 
 def _runs_fused(x: Tensor, *layers: nn.Module) -> bool:
     """Whether nothing hangs on the layers that expects their own forward pass to be called."""
-    plain = all(
-        type(layer) in LAYERS and not (layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"))
-        for layer in layers
+    return _on_kernels(x) and all(type(layer) in LAYERS for layer in layers) and unhooked(*layers)
+
+
+def unhooked(*modules: nn.Module) -> bool:
+    """Whether no recorder, offloading or cache of torch, accelerate or diffusers waits for the modules' calls."""
+    return not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or hasattr(module, "_hf_hook")
+        or hasattr(module, "_diffusers_hook")
+        for module in modules
     )
-    return plain and _on_kernels(x)
 
 
 def _grid(layer) -> tuple[Tensor, Tensor | None, int, torch.dtype]:

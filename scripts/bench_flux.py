@@ -5,8 +5,9 @@
 19 double and 38 single blocks with random weights (12 B parameters), one image of 4096 tokens and 512 text tokens.
 Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes them, for bfloat16 too. All layers of
 blocks become W4A8 (or --activations int8, int4) with a branch of rank 32, adaLN weight-only; rounding is to nearest,
-which changes no time. Each form is timed as it is, with its blocks compiled by torch.compile, and compiled in a CUDA
-graph; medians. "profile" is where the GPU's time goes in a compiled step, in ms by kernel.
+which changes no time, and layers that share an input share smoothing and the branch's first half. "fused" is the
+quantized model after ptq4dm.fuse. Each form is timed as it is, with its blocks compiled by torch.compile, and
+compiled in a CUDA graph; medians. "profile" is where the GPU's time goes in a compiled step, in ms by kernel.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from flux_slice import BLOCKS, build, tuples
 from torch import nn
 
+import ptq4dm
 from ptq4dm.errors import run
 from ptq4dm.files import replacing
 from ptq4dm.kernels import stopwatch
@@ -47,21 +50,40 @@ def fused_model(args) -> nn.Module:
 
 def quantize_blocks(model: nn.Module, activations: str, rank: int) -> list[str]:
     """Every Linear of the blocks in place, without calibration; returns the kernels that serve them."""
-    kernels = set()
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or "blocks." not in name:
-            continue
-        embedded = "norm" in name  # adaLN: one row
+    kernels, groups = set(), {}
+    for name, layer in model.named_modules():
+        if type(layer) is nn.Linear and "blocks." in name:
+            groups.setdefault(leader_of(name), []).append(name)
+    for leader, names in groups.items():
+        embedded = "norm" in leader  # adaLN: one row
         plan = SVDQPlan(
             rank=0 if embedded else rank, group_size=GROUP_SIZE, activation="none" if embedded else activations
         )
-        weight = layer.weight.float()
-        group = Group(weight, weight, torch.ones_like(weight[0]), plan, layer.weight.dtype)
+        layers = [model.get_submodule(name) for name in names]
+        weight = torch.cat([layer.weight.float() for layer in layers])
+        group = Group(weight, weight, torch.ones_like(weight[0]), plan, layers[0].weight.dtype)
         split = split_weight(group, group.peak)
-        new = build_layer(layer, plan, split, slice(None), layer.weight.dtype, None)
-        replace_module(model, name, new)
-        kernels.add(new.kernel_name())
+        start, lender = 0, None
+        for name, layer in zip(names, layers, strict=True):
+            rows = slice(start, start + layer.out_features)
+            own = plan if lender is None else replace(plan, lender=leader)
+            new = build_layer(layer, own, split, rows, layer.weight.dtype, lender)
+            replace_module(model, name, new)
+            kernels.add(new.kernel_name())
+            start, lender = rows.stop, lender or new
     return sorted(kernels)
+
+
+def leader_of(name: str) -> str:
+    """The first of the layers that share an input with this one, as svdquant.trace finds it."""
+    return name.replace("attn.to_qkv", "proj_mlp") if name.startswith("single_") else name
+
+
+def uncompiled(model: nn.Module) -> None:
+    """Take back what compiling the blocks did."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+    torch._dynamo.reset()
 
 
 def seconds(model: nn.Module, calls: Calls, repeats: int) -> float:
@@ -136,10 +158,14 @@ def main():
     model = fused_model(args)
     result["kernels"] = quantize_blocks(model, args.activations, args.rank)
     result["quantized"] = measure(model, calls, args)
+    uncompiled(model)
+    result["modules_fused"] = len(ptq4dm.fuse(model))
+    result["fused"] = measure(model, calls, args)
     result["bytes_ratio"] = result["quantized"]["bytes"] / result["bf16"]["bytes"]
     for kind in ("eager_ms", "compiled_ms", "graph_ms"):
         if kind in result["bf16"]:
-            result[f"speedup_{kind.removesuffix('_ms')}"] = result["bf16"][kind] / result["quantized"][kind]
+            for form, name in (("quantized", "speedup"), ("fused", "speedup_fused")):
+                result[f"{name}_{kind.removesuffix('_ms')}"] = result["bf16"][kind] / result[form][kind]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output) as temporary:
         temporary.write_text(json.dumps(result, indent=1))

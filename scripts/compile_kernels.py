@@ -1,6 +1,6 @@
 """Compile SVDQuant's kernels ahead of time for GPUs that are not here; print registers, spills and shared memory.
 
-    python scripts/compile_kernels.py [--capability 80 89 90 100 120] [--rank 32]
+    python scripts/compile_kernels.py [--capability 80 89 90 100 120] [--rank 32] [--nonlinearity gelu_tanh]
 
 Calls go through the op's own code on tensors without data, with the settings that kernels/tuned/ has for each compute
 capability; where a kernel would be launched, it is compiled for that GPU instead. Exit status 1 if one does not fit.
@@ -23,7 +23,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq4dm.kernels import hopper, svdq_gemm, svdq_linear, svdq_w4a4, svdq_w4a4_hopper, svdq_w4a8_hopper, tuning
+from ptq4dm.kernels import (
+    hopper,
+    svdq,
+    svdq_codes,
+    svdq_gemm,
+    svdq_linear,
+    svdq_w4a4,
+    svdq_w4a4_hopper,
+    svdq_w4a8_hopper,
+    tuning,
+)
 from ptq4dm.kernels.launch import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -84,8 +94,8 @@ def resources(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def calls(rank: int) -> None:
-    """Every step of every kernel once: few rows and many."""
+def calls(rank: int, nonlinearity: str) -> None:
+    """Every step of every kernel once: few rows and many; of many also from codes that are handed over."""
     n, k = 3072, 3072
 
     def empty(*size, dtype=torch.bfloat16):
@@ -98,13 +108,17 @@ def calls(rank: int) -> None:
         for rows in (16, 4608):
             layer = [empty(n, k // 2, dtype=torch.uint8), empty(n, k // 64), empty(k)]
             branch = [empty(rank, k), empty(n, rank)] if rank and name != svdq_linear.WEIGHT_ONLY else [None, None]
-            svdq_linear.rows_through(name, empty(rows, k), *layer, *branch, empty(n), 0.0)
+            svdq_linear.rows_through(name, empty(rows, k), *layer, *branch, empty(n), 0.0, nonlinearity)
+        if name != svdq_linear.WEIGHT_ONLY:
+            codes = svdq_codes.codes_through(name, empty(rows, k), None, layer[2], branch[0], 0.0, None)
+            svdq_codes.product_through(name, *codes, *layer[:2], branch[1], empty(n), nonlinearity)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, nargs="+", choices=list(SHARED), default=[80, 89, 90, 100, 120])
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--nonlinearity", choices=list(svdq.NONLINEARITIES), default="")
     args = parser.parse_args()
     failed = False
     for target in args.capability:
@@ -133,7 +147,7 @@ def main():
             module.capability = lambda device, target=target: divmod(target, 10)
         for module in (svdq_gemm, svdq_w4a4, svdq_w4a4_hopper, svdq_w4a8_hopper):
             module.multiprocessors = lambda device: 132
-        calls(args.rank)
+        calls(args.rank, args.nonlinearity)
     sys.exit(failed)
 
 

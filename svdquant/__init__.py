@@ -1,5 +1,6 @@
 """SVDQuant: 4-bit layers with a low-rank branch."""
 
+from . import fuse  # noqa: F401, registers fused forward passes
 from .lora import fuse_lora, scale_lora, unfuse_lora
 from .method import SVDQuantConfig
 from .nunchaku_export import export_nunchaku_lite

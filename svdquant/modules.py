@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import svdq, svdq_linear
+from ..kernels import svdq, svdq_codes, svdq_linear
 from ..kernels.int4 import dequantize_groups, unpack_int4
 from ..modules import FORMATS, QuantizedLayer, frozen
 from .plan import SVDQPlan
+
+
+@dataclass
+class Codes:
+    """An input [..., K] that is quantized already, for layers that share it (see kernels/svdq_codes.py).
+
+    Attention processors and feed-forward parts, which hand their inputs to layers unread, take it for a tensor.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    branch: Tensor
+    shape: torch.Size
+    dtype: torch.dtype  # of the outputs
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
 
 class _SVDQLayer(QuantizedLayer):
@@ -95,17 +115,35 @@ class _SVDQLayer(QuantizedLayer):
     def _kernel_name(self, device: torch.device) -> str:
         return svdq_linear.kernel_name(device, self.plan.activation, self.plan.group_size)
 
-    def _multiply(self, x: Tensor) -> Tensor:
+    def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> Codes:
+        """x [..., K], quantized for this layer and for those that share its smoothing and its branch.
+
+        more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)
+        of an adaptive layer norm that x [B, ..., K] goes through first.
+        """
+        scale, shift, eps = norm or (None, None, 0.0)
+        operands = (self.smooth, self.branch[0], self.plan.activation, self.plan.shift, scale, shift, eps)
+        columns = x.shape[-1] + (0 if more is None else more.shape[-1])
+        return Codes(*svdq_codes.svdq_codes(x, more, *operands), x.shape[:-1] + (columns,), x.dtype)
+
+    def multiply(self, x: Tensor | Codes, nonlinearity: str = "") -> Tensor:
+        """The layer, and one of `svdq.NONLINEARITIES` on its sums."""
         plan = self.plan
+        if isinstance(x, Codes):
+            operands = (self.qweight, self.wscales, self.branch[1], self.bias, plan.activation, nonlinearity, x.dtype)
+            return svdq_codes.svdq_product(x.codes, x.scales, x.branch, *operands).view(
+                *x.shape[:-1], len(self.qweight)
+            )
         reference = self._kernel_name(x.device) == svdq_linear.REFERENCE
         multiply = svdq.svdq_linear if reference else svdq_linear.svdq_linear
         return multiply(
-            x, self.qweight, self.wscales, self.smooth, *self.branch, self.bias, plan.activation, plan.shift
-        )
+            x, self.qweight, self.wscales, self.smooth, *self.branch, self.bias, plan.activation, plan.shift,
+            nonlinearity,
+        )  # fmt: skip
 
 
 class SVDQLinear(_SVDQLayer, nn.Linear):
-    """x [..., K] float -> [..., N] in x's dtype."""
+    """x [..., K] float, or its Codes -> [..., N] in x's dtype."""
 
     def __init__(self, linear: nn.Linear, plan: SVDQPlan, device=None):
         nn.Module.__init__(self)
@@ -113,8 +151,8 @@ class SVDQLinear(_SVDQLayer, nn.Linear):
         bias = _bias_dtype(linear, plan)
         self._allocate(self.out_features, self.in_features, plan, bias, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x)
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        return self.multiply(x)
 
     def _shaped(self, weight: Tensor) -> Tensor:
         return weight
@@ -137,7 +175,7 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
         self._allocate(self.out_channels, self.in_channels, plan, _bias_dtype(conv, plan), device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.multiply(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _shaped(self, weight: Tensor) -> Tensor:
         return weight[:, :, None, None]

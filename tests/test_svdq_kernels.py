@@ -4,6 +4,8 @@ The interpreter multiplies no bf16, so there inputs are fp16; it loses the carry
 next power of two, so there up to 4% of what is rounded to e4m3 may be wrong.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -274,12 +276,92 @@ def test_short_product(mode, split, sizes, m, n, k, rank, dtype):
     assert distance(out, layer.expected(mode)) < tolerance
 
 
-def through(name, layer, x=None):
+def through(name, layer, x=None, nonlinearity=""):
     x = layer.x if x is None else x
     smooth = None if name == svdq_linear.WEIGHT_ONLY else layer.smooth
     return svdq_linear.rows_through(
-        name, x, layer.qweight, layer.wscales, smooth, layer.down, layer.up, layer.bias, layer.shift
-    )
+        name, x, layer.qweight, layer.wscales, smooth, layer.down, layer.up, layer.bias, layer.shift,
+        nonlinearity,
+    )  # fmt: skip
+
+
+EXACT = {
+    "gelu": lambda y: y * torch.special.erfc(-y / 2**0.5) / 2,
+    "gelu_tanh": lambda y: y * (1 + torch.tanh((2 / math.pi) ** 0.5 * (y + 0.044715 * y**3))) / 2,
+    "silu": lambda y: y / (1 + torch.exp(-y)),
+}
+
+
+@pytest.mark.parametrize("nonlinearity", EXACT)
+@pytest.mark.parametrize("product", ["pointers", "tma", "w4a4", "short", "short-split"])
+@pytest.mark.parametrize("m, n, k, rank", [(70, 130, 192, 12), (1, 24, 128, 0)])
+def test_nonlinearity(product, m, n, k, rank, nonlinearity):
+    """Of the sums before they are rounded, which the same kernel without one stores; also far from 0."""
+    if product == "tma" and not HOPPER:
+        pytest.skip("no TMA on this GPU")
+    layer = Layer(m, n, k, rank)
+    layer.bias = torch.linspace(-9, 9, n).to(DEVICE, torch.float16)
+    rows, weight = layer.prepared("int4" if product == "w4a4" else "int8", torch.int8)
+    outputs = []
+    for kind in ("", nonlinearity):
+        out = torch.full((m, n), float("nan"), dtype=torch.float16, device=DEVICE)
+        if product.startswith("short"):
+            setting = dict(BM=8, BN=16, RUN=1, RUNS=1, EARLY=True, num_warps=2, SPLIT=3 if "split" in product else 1)
+            operands = (*rows[:2], layer.qweight, layer.wscales, rows[2] if rank else None, layer.up, layer.bias, out)
+            w4a16.short_product(*operands, setting, kind)
+        elif product == "w4a4":
+            svdq_w4a4.product(rows, weight, layer.up, layer.bias, out, W4A4 | dict(TMA=False), kind)
+        else:
+            setting = POINTERS if product == "pointers" else TMA
+            svdq_gemm.product(rows, weight, layer.up, layer.bias, out, setting, kind)
+        outputs.append(out.double().cpu())
+    sums, y = outputs
+    expected = EXACT[nonlinearity](sums)
+    rounding = sums.abs() * 2**-11 * 1.2 + expected.abs() * 2**-11 + 2**-24  # of the sums (slope to 1.2), of y
+    assert ((y - expected).abs() <= rounding).all()
+    assert (y != sums).float().mean() > 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper")
+@pytest.mark.parametrize("nonlinearity", EXACT)
+@pytest.mark.parametrize("mode", ["fp8", "int4"])
+@pytest.mark.parametrize("m, n, k, rank", [(70, 130, 192, 12), (333, 264, 960, 40), (1, 24, 128, 0)])
+def test_nonlinearity_on_hopper(mode, m, n, k, rank, nonlinearity):
+    layer = Layer(m, n, k, rank)
+    layer.bias = torch.linspace(-9, 9, n).to(DEVICE, torch.float16)
+    rows, weight = layer.prepared(mode, FP8)
+    product = svdq_w4a4.product if mode == "int4" else svdq_gemm.product
+    setting = dict(GLUON=True, BM=128, BN=128, BK=128, BAND=2, STAGES=4)
+    outputs = []
+    for kind in ("", nonlinearity):
+        out = torch.full((m, n), float("nan"), dtype=torch.float16, device=DEVICE)
+        product(rows, weight, layer.up, layer.bias, out, setting, kind)
+        outputs.append(out.double().cpu())
+    sums, y = outputs
+    expected = EXACT[nonlinearity](sums)
+    assert ((y - expected).abs() <= sums.abs() * 2**-11 * 1.2 + expected.abs() * 2**-11 + 2**-24).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_nonlinearity(name):
+    layer = Layer(3, 24, 128, 8)
+    names = ("x", "qweight", "wscales", "smooth", "down", "up", "bias")
+    arguments = [getattr(layer, one) for one in names]
+    with pytest.raises(ValueError, match="one of '', 'gelu', 'gelu_tanh', 'silu', not 'relu'"):
+        svdq_linear.svdq_linear(*arguments, svdq_linear.MODES[name], 0.0, "relu")
+
+
+@pytest.mark.parametrize("nonlinearity", ["", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("m", [17, 70])
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_calls_with_a_nonlinearity(name, m, nonlinearity):
+    layer = Layer(m, 40, 192, 8, DTYPES[-1])
+    expected = layer.expected(svdq_linear.MODES[name])
+    expected = EXACT[nonlinearity](expected) if nonlinearity else expected
+    y = through(name, layer, nonlinearity=nonlinearity)
+    tolerance = {"int4": 6e-3, "none": 6e-3, "int8": 1.5e-2, "fp8": 4e-2 if CUDA else 9e-2}[svdq_linear.MODES[name]]
+    assert distance(y, expected) < tolerance
 
 
 @pytest.mark.parametrize("m", [1, 17, 70])
@@ -352,6 +434,17 @@ def test_settings_are_there_for_every_kernel():
                     assert all(len(entry) == 4 for entry in entries)
     near = tuning.best_config("none.short", torch.device(DEVICE), 1, 20000, 3072)
     assert near == tuning.best_config("none.short", torch.device(DEVICE), 2, 18432, 3072)
+
+
+def test_settings_for_any_outputs(monkeypatch):
+    """The nearest M and K count, whatever N they were measured with."""
+    table = {"fp8.prepare": [[4608, 12288, 3072, {"ROWS": 2}], [4608, 64, 12288, {"ROWS": 1}]]}
+    monkeypatch.setattr(tuning, "_merged", lambda _: table)
+    tuning._best.cache_clear()
+    sizes = [(4608, None, 15360), (4608, 15360, 12288), (512, None, 3072)]
+    found = [tuning.best_config("fp8.prepare", torch.device(DEVICE), *size)["ROWS"] for size in sizes]
+    tuning._best.cache_clear()
+    assert found == [1, 2, 2]
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")

@@ -65,7 +65,7 @@ class Case:
         )
         return out
 
-    def check(self, mode, setting):
+    def check(self, mode, setting, rtol=2e-5):
         codes, scales, branch = self.quantized(mode, setting)
         v = self.value()
         if self.down is not None:
@@ -79,7 +79,7 @@ class Case:
         top = v.amax(-1).clamp(min=0) if mode == "int4" and self.shift else v.abs().amax(-1)
         limit = {"fp8": 448, "int8": 127, "int4": 15 if self.shift else 7}[mode]
         wanted = top / limit
-        assert torch.allclose(scales.double().cpu(), wanted.T if mode == "int4" else wanted, rtol=2e-5)
+        assert torch.allclose(scales.double().cpu(), wanted.T if mode == "int4" else wanted, rtol=rtol)
         ideal = v / wanted[..., None]
         if mode == "int4" and self.shift:
             ideal = ideal.clamp(min=0)
@@ -108,8 +108,8 @@ def test_without_a_branch_and_with_a_shift(mode, rank, shift):
 
 @pytest.mark.parametrize("mode", list(CODES))
 def test_a_mean_far_from_zero_cancels(mode):
-    """fp16 has 5 bits left for what differs from the mean; float32 sums of x and x^2 would keep too few."""
-    Case(20, 320, 0, 2, mean=300.0).check(mode, SMALL)
+    """fp16 has two bits left for what differs from the mean; float32 sums of x and x^2 would keep too few."""
+    Case(20, 320, 0, 2, mean=1900.0).check(mode, SMALL, rtol=2e-4)  # the mean itself has 24 bits
 
 
 def test_strides_and_samples_in_any_order_of_memory():

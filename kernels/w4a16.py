@@ -1,21 +1,21 @@
 """Products of few rows with 4-bit weights in Triton: what counts is reading the weight once.
 
-    y[m, n] = a[m] sum_g s[n, g] (sum_{k in g} x[m, k] (c + q[n, k]) - c sum_{k in g} x[m, k])
+    y[m, n] = a[m] sum_g s[n, g] (sum_{k in g} x[m, k] (q[n, k] + c) - c sum_{k in g} x[m, k])
               + sum_j branch[m, j] U[n, j]  +  b[n]
 
 over groups g of 64 inputs. x are 16-bit floats with a = 1 (weight-only layers: adaLN, time embedding), or codes in
 e4m3 or int8 with a scale per row (short inputs of layers with 8-bit activations: nothing is unpacked to memory). x
-and q are exact in the 16 bits of the product's operands; sums and scales in float32. Floor in bytes: N K / 2 + N K /
-32 for the codes and their scales.
+and q + c are exact in the 16 bits of the product's operands; sums and scales in float32. Floor in bytes: N K / 2 +
+N K / 32 for the codes and their scales.
 
-Codes come as c + q (w4a16_operands.py says why); the second sum takes away what that is too much. It does not depend
-on n: a program works it out once, and each product starts from it. Its rounding errors, of 2^-24 c |x|, are far below
-those of the 16 bits of outputs.
+q + c is what unpacking gives soonest (w4a16_operands.py). The sum of x, which takes c away again, does not depend on
+n: a program works it out once, for all its outputs. What that adds to rounding errors, of the order of 2^-24 c |x|,
+is far less than 16 bits of an output show.
 
 The warps of a program divide the groups among them, so that each keeps its part of x in registers while the program
-walks over blocks of outputs; they meet once a block. As soon as a warp has multiplied a run of groups it reads the
-same run AHEAD blocks on: memory never waits for the tensor cores. What the registers of a program cannot hold of K
-is divided among SPLIT programs; their sums meet in a second kernel in a fixed order.
+walks over blocks of outputs; they meet once a block. As soon as a warp has multiplied a run of groups, it reads the
+same run AHEAD blocks on, so that memory need not wait for the tensor cores. If registers cannot hold all of K, SPLIT
+programs divide it; their sums meet in a second kernel in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from .integers import cdiv
 from .svdq_gemm import multiprocessors
 from .w4a16_operands import MAGIC, excess_of, places, read_inputs, read_run, scales_of, weights
+
 
 @triton.jit
 def _meet(sums, BN: tl.constexpr, BM: tl.constexpr):
@@ -82,7 +83,7 @@ def _short_kernel(
     RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Rows m of a block, RUNS runs of RUN groups for each warp, and every so manieth block of BN outputs."""
+    """Rows m of a block, RUNS runs of RUN groups for each warp, and every so many blocks of BN outputs one."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     step: tl.constexpr = WARPS * RUN
     start = tl.program_id(2) * step * RUNS
@@ -90,22 +91,26 @@ def _short_kernel(
     programs = tl.num_programs(0)
     t, row, group = places(BN // 8, RUN, WARPS)
     row, groups = row[:, None], group[:, None]
-    q = q_ptr + (row * GROUPS + groups + start).to(tl.int64) * 8 + t[:, None] * 2 + tl.arange(0, 2)[None, :]
+    q = (row * GROUPS + groups + start) * 8 + t[:, None] * 2 + tl.arange(0, 2)[None, :]
     t, rows, runs = places(BN // 8, 1, WARPS)
     runs *= RUN
     at = rows * GROUPS + runs + start  # one for each t, as in the sums
-    wscales = wscales_ptr.to(tl.pointer_type(tl.int32)) + (at >> 1)
-    words, scales, ends = (), (), ()
+    wscales, pairs_ptr = at >> 1, wscales_ptr.to(tl.pointer_type(tl.int32))
+    words, scales = (), ()
     for j in tl.static_range(AHEAD):
         block = tl.program_id(0) + j * programs
-        q_of, wscales_of = q + block.to(tl.int64) * (BN * GROUPS) * 8, wscales + block * (BN * GROUPS // 2)
+        q_of = q_ptr + (q + block * (BN * GROUPS * 8))
+        wscales_of = pairs_ptr + (wscales + block * (BN * GROUPS // 2))
         for i in tl.static_range(RUNS):
             read = read_run(q_of, wscales_of, row, groups, rows, runs, i * step, N - block * BN, end, EVEN)
             words += (read[0],)
             scales += (read[1],)
-        ends += _read_ends(up_ptr, bias_ptr, block * BN + tl.arange(0, BN), N, RANK, R)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     ends_of_rows = _read_rows(row_scale_ptr, branch_ptr, m, M, R)
+    ends = _read_ends(up_ptr, bias_ptr, tl.program_id(0) * BN + tl.arange(0, BN), N, RANK, R)
+    if bias_ptr is not None and SPLIT == 1:  # into the L2 cache, whence the blocks have it in time
+        coming = (tl.program_id(0) + tl.arange(0, 64) * programs) * BN
+        tl.load(bias_ptr + coming, mask=coming < N, volatile=True)
     t, row_x, columns = places(BM // 8, RUN, WARPS)
     row_x = tl.minimum(tl.program_id(1) * BM + row_x, M - 1)  # past the last row it repeats, and is not stored
     x = x_ptr + (row_x.to(tl.int64) * stride_m + (columns + start) * 64 + t * 8)[:, None] + tl.arange(0, 8)[None, :]
@@ -115,14 +120,15 @@ def _short_kernel(
         for j in tl.static_range(AHEAD):  # those of the same j have their registers
             block = first + j * programs
             later = block + AHEAD * programs
-            q_of, wscales_of = q + later.to(tl.int64) * (BN * GROUPS) * 8, wscales + later * (BN * GROUPS // 2)
+            q_of = q_ptr + (q + later * (BN * GROUPS * 8))
+            wscales_of = pairs_ptr + (wscales + later * (BN * GROUPS // 2))
             sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
             for i in tl.static_range(RUNS):
-                part = excess[i]
+                part = tl.zeros((step, BN, BM), tl.float32)
                 for half in tl.static_range(2):
                     part = tl.dot(weights(words[0], magic, 4 * half, dtype, BN, RUN), inputs[2 * i + half], part)
                 scale = scales_of(scales[0], at, wscales_ptr.dtype.element_ty, BN, RUN, WARPS)
-                sums += tl.sum(tl.reshape(part, (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale, 0)
+                sums += tl.sum(tl.reshape(part + excess[i], (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale, 0)
                 read = read_run(q_of, wscales_of, row, groups, rows, runs, i * step, N - later * BN, end, EVEN)
                 words = words[1:] + (read[0],)
                 scales = scales[1:] + (read[1],)
@@ -133,7 +139,7 @@ def _short_kernel(
             else:
                 where = part_ptr + (tl.program_id(2) * M + m)[None, :].to(tl.int64) * N + n[:, None]
                 tl.store(where, sums, mask=(m < M)[None, :] & (n < N)[:, None])
-            ends = ends[2:] + _read_ends(up_ptr, bias_ptr, later * BN + tl.arange(0, BN), N, RANK, R)
+            ends = _read_ends(up_ptr, bias_ptr, (block + programs) * BN + tl.arange(0, BN), N, RANK, R)
 
 
 @triton.jit
@@ -158,8 +164,8 @@ def short_product(
 ) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
-    qweight uint8 [N, K/2] and wscales [N, K/64], contiguous; branch [M, padded rank] and up [N, r] of out's dtype.
-    config: RUNS, how many runs of RUN (1 or 2) groups of x a warp may hold; SPLIT, how many programs divide K at
+    qweight uint8 [N, K/2] and wscales [N, K/64], contiguous, N K below 2^34; branch [M, padded rank] and up [N, r]
+    of out's dtype. config: RUNS, how many runs of RUN (1 or 2) groups of x a warp may hold; SPLIT, how many programs divide K at
     least; BM from 8, BN from 16 on and num_warps from 2 on, powers of two; AHEAD; PER_SM, programs for each
     multiprocessor.
     """

@@ -19,7 +19,7 @@ import triton.language as tl
 # Of 16 inputs of a product Triton up to 3.7 gives a lane 4 in a row, later versions two pairs 8 apart. Results do not
 # depend on it, only whether values have to be handed from lane to lane.
 QUADS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
-MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x54005400}  # 128 and 64, twice: a code is worth 1 from bit 0 or 4
+MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x54005400}  # 128 or 64, twice
 
 
 @triton.jit
@@ -55,9 +55,12 @@ def scales_of(pairs, at, dtype: tl.constexpr, BN: tl.constexpr, RUN: tl.constexp
 
 @triton.jit
 def _pairs(words, SHIFT: tl.constexpr, magic, dtype: tl.constexpr):
-    """The codes at bits SHIFT and SHIFT + 16 of int32 words, each more by `excess_of`."""
-    place: tl.constexpr = 0 if dtype == tl.bfloat16 else 4
-    moved = words >> SHIFT - place if SHIFT >= place else words << place - SHIFT
+    """The codes at bits SHIFT and SHIFT + 16 of int32 words, with c.
+
+    `magic`, MAGIC of dtype, is no literal: a bit operation with two literals is two.
+    """
+    place: tl.constexpr = 0 if dtype == tl.bfloat16 else 4  # the bit that is worth 1
+    moved = words >> (SHIFT - place) if place <= SHIFT else words << (place - SHIFT)
     bits = moved & (0x000F000F << place) | magic
     return bits.to(tl.int16).to(dtype, bitcast=True), (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
 
@@ -102,16 +105,19 @@ def read_inputs(
 
 @triton.jit
 def excess_of(inputs, dtype: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr):
-    """-c sum_k x[m, k] of every group [RUN * warps, BN, BM], where the products of all blocks start."""
+    """-c sum_k x[m, k] of every group [RUN * warps, BN, BM], to be added to each product."""
     batch: tl.constexpr = inputs[0].shape[0]
     BM: tl.constexpr = inputs[0].shape[2]
-    c = tl.full((batch, 16, 16), -136.0 if dtype == tl.bfloat16 else -72.0, dtype)
-    c = tl.reshape(tl.join(c, c), (batch, 16, 32))  # joined as the weights are, lest lanes hold x in two orders
+    half_c = tl.full((batch, 16, 16), -68.0 if dtype == tl.bfloat16 else -36.0, dtype)
+    # joined as weights are, lest lanes hold x in two orders
+    half_c = tl.reshape(tl.join(half_c, half_c), (batch, 16, 32))
     sums = ()
     for i in tl.static_range(RUNS):
         part = tl.zeros((batch, 16, BM), tl.float32)
         for half in tl.static_range(2):
-            part = tl.dot(c, inputs[2 * i + half], part)
-        part = tl.broadcast_to(part[:, None, :, :], (batch, BN // 16, 16, BM))
+            part = tl.dot(half_c, inputs[2 * i + half], part)
+        # all rows are alike: two of a lane are added and stand for all, so that they take few registers
+        part = tl.sum(tl.reshape(part, (batch, 2, 8, BM)), 1)
+        part = tl.broadcast_to(part[:, None, :, :], (batch, BN // 8, 8, BM))
         sums += (tl.reshape(part, (batch, BN, BM)),)
     return sums

@@ -23,7 +23,16 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq4dm.kernels import hopper, svdq_gemm, svdq_linear, svdq_w4a4, svdq_w4a4_hopper, svdq_w4a8_hopper, tuning
+from ptq4dm.kernels import (
+    hopper,
+    svdq_gemm,
+    svdq_linear,
+    svdq_w4a4,
+    svdq_w4a4_hopper,
+    svdq_w4a8_hopper,
+    tuning,
+    w4a16,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes that one program may have
@@ -129,7 +138,7 @@ def main():
         tuning.forget()
         for module in (tuning, svdq_linear, hopper):
             module.capability = lambda device, target=target: divmod(target, 10)
-        for module in (svdq_gemm, svdq_w4a4, svdq_w4a4_hopper, svdq_w4a8_hopper):
+        for module in (svdq_gemm, svdq_w4a4, svdq_w4a4_hopper, svdq_w4a8_hopper, w4a16):
             module.multiprocessors = lambda device: 132
         calls(args.rank)
     sys.exit(failed)

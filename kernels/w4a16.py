@@ -165,9 +165,9 @@ def short_product(
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
     qweight uint8 [N, K/2] and wscales [N, K/64], contiguous, N K below 2^34; branch [M, padded rank] and up [N, r]
-    of out's dtype. config: RUNS, how many runs of RUN (1 or 2) groups of x a warp may hold; SPLIT, how many programs divide K at
-    least; BM from 8, BN from 16 on and num_warps from 2 on, powers of two; AHEAD; PER_SM, programs for each
-    multiprocessor.
+    of out's dtype. config: RUNS, how many runs of RUN (1 or 2) groups of x a warp may hold; SPLIT, how many programs
+    divide K at least; BM from 8, BN from 16 on and num_warps from 2 on, powers of two; AHEAD; PER_SM, programs for
+    each multiprocessor.
     """
     m, n, groups = len(x), *wscales.shape
     bm, bn, warps = (config[name] for name in ("BM", "BN", "num_warps"))

@@ -60,29 +60,18 @@ def w4a4_hopper_settings() -> list[dict]:
 
 
 def short_settings(m: int) -> list[dict]:
-    """Outputs of a program, groups that each of its warps reads at once, warps.
+    """Outputs of a block, runs of groups that a warp holds, blocks that it reads ahead, programs, warps.
 
-    48 groups (3072 inputs) take one round wherever RUN * RUNS * num_warps is 48, two where it is 24.
+    48 groups (3072 inputs) are whole where RUN * RUNS * num_warps * SPLIT is 48.
     """
-    bm = 8 if m <= 8 else 16 if m <= 16 else 32
-    shapes = {
-        8: [
-            (16, 1, 6, 4), (16, 1, 6, 8), (16, 1, 12, 4), (16, 2, 3, 4), (16, 2, 3, 8), (16, 2, 6, 4), (16, 4, 3, 2),
-            (16, 4, 3, 4), (16, 2, 6, 2), (32, 1, 3, 8), (32, 1, 6, 4), (32, 2, 3, 4), (32, 2, 3, 2), (32, 2, 6, 2),
-            (32, 4, 3, 1), (32, 2, 3, 1), (64, 1, 3, 4), (64, 2, 3, 2), (64, 1, 3, 2),
-        ],
-        16: [
-            (16, 1, 6, 4), (16, 1, 6, 8), (16, 2, 3, 4), (32, 1, 3, 4), (32, 1, 3, 8), (32, 1, 6, 4), (32, 2, 2, 4),
-            (32, 2, 2, 2), (32, 4, 1, 2), (64, 1, 3, 4), (64, 1, 3, 8), (64, 1, 2, 4), (64, 2, 1, 4), (64, 2, 1, 2),
-            (64, 1, 2, 8), (64, 4, 1, 2), (128, 1, 1, 4), (128, 1, 1, 8),
-        ],
-        32: [(16, 1, 3, 4), (16, 1, 6, 4), (32, 1, 3, 4), (32, 1, 3, 8), (64, 1, 1, 4), (64, 1, 1, 8)],
-    }  # fmt: skip
-    tried = [(1, shape) for shape in shapes[bm]] + [(split, shapes[bm][0]) for split in (2, 4)]
+    wide, paired, single = (1, 3, 16), (2, 3, 8), (1, 6, 8)  # RUN, RUNS, num_warps
+    tried = [(1, bn, warps, ahead, 1) for bn in (16, 32) for warps in (wide, paired, single) for ahead in (1, 2, 3)]
+    tried += [(1, 16, paired, 4, 1), (1, 16, (2, 6, 4), 1, 2), (1, 16, (2, 6, 4), 2, 2)]
+    tried += [(2, 16, (1, 3, 8), ahead, 2) for ahead in (1, 2, 3)]
     return [
-        dict(SPLIT=split, BM=bm, BN=bn, RUN=run, RUNS=runs, EARLY=early, num_warps=warps)
-        for split, (bn, run, runs, warps) in tried
-        for early in (False, True)
+        dict(SPLIT=split, BM=bm, BN=bn, RUN=run, RUNS=runs, AHEAD=ahead, PER_SM=per_sm, num_warps=warps)
+        for bm in ((8,) if m <= 8 else (16, 8))
+        for split, bn, (run, runs, warps), ahead, per_sm in tried
     ]
 
 

@@ -24,19 +24,17 @@ from .svdq_activation import GROUP, activation_launch, activation_program, activ
 
 ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32
 PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}
-MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}  # 128 or 1024, twice
 
 
 @triton.jit
-def nibble_pairs(words, SHIFT: tl.constexpr, dtype: tl.constexpr, magic=None):
+def nibble_pairs(words, SHIFT: tl.constexpr, dtype: tl.constexpr):
     """int32 words of 8 codes -> the two codes at bits SHIFT and SHIFT + 16, as values in bf16 or fp16.
 
     A code is set into the mantissa of 128 (bf16) or 1024 (fp16) by bit operations that serve two codes at once, where
-    integers to floats would take a conversion each. `magic`, MAGIC of dtype where the kernel was given it, spares one
-    operation in two: one with two literals is two.
+    integers to floats would take a conversion each.
     """
-    literal: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
-    bits = (words >> SHIFT) & 0x000F000F | (literal if magic is None else magic)
+    magic: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+    bits = (words >> SHIFT) & 0x000F000F | magic
     eight = tl.full((), 136.0 if dtype == tl.bfloat16 else 1032.0, dtype)
     first = bits.to(tl.int16).to(dtype, bitcast=True)
     second = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)

@@ -1,21 +1,21 @@
 """Products of few rows with 4-bit weights in Triton: what counts is reading the weight once.
 
-    y[m, n] = f(a[m] sum_g s[n, g] sum_{k in g} x[m, k] q[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
+    y[m, n] = a[m] sum_g s[n, g] (sum_{k in g} x[m, k] (q[n, k] + c) - c sum_{k in g} x[m, k])
+              + sum_j branch[m, j] U[n, j]  +  b[n]
 
 over groups g of 64 inputs. x are 16-bit floats with a = 1 (weight-only layers: adaLN, time embedding), or codes in
 e4m3 or int8 with a scale per row (short inputs of layers with 8-bit activations: nothing is unpacked to memory). x
-and q are exact in the 16 bits of the product's operands; sums and scales in float32. Floor in bytes: N K / 2 + N K /
-32 for the codes and their scales.
+and q + c are exact in the 16 bits of the product's operands; sums and scales in float32. Floor in bytes: N K / 2 +
+N K / 32 for the codes and their scales.
 
-Codes go from memory to the tensor cores through registers alone. In a product of [16, 16] by [16, 8], lane 4 r + t of
-a warp holds rows r and r + 8 of the first operand and column r of the second, and of both the same 4 of the 16
-inputs; which 4, nobody asks. So lane 4 r + t reads bytes 8 t .. 8 t + 7 of a group of row r, which are its inputs
-8 t .. 8 t + 7 and 32 + 8 t .. 39 + 8 t, and the same inputs of row r of x. Reads are numbered along one axis, which
-Triton deals to the lanes of a warp, then to the warps, then around again: the warps of a program divide the groups
-and meet once, at the end. A word of 8 codes gives two at a time (`svdq_unpack.nibble_pairs`): those of its bytes 0
-and 2, or 1 and 3.
+q + c is what unpacking gives soonest (w4a16_operands.py). The sum of x, which takes c away again, does not depend on
+n: a program works it out once, for all its outputs. What that adds to rounding errors, of the order of 2^-24 c |x|,
+is far less than 16 bits of an output show.
 
-With SPLIT > 1 the groups are divided among that many programs; their sums meet in a second kernel in a fixed order.
+The warps of a program divide the groups among them, so that each keeps its part of x in registers while the program
+walks over blocks of outputs; they meet once a block. As soon as a warp has multiplied a run of groups, it reads the
+same run AHEAD blocks on, so that memory need not wait for the tensor cores. If registers cannot hold all of K, SPLIT
+programs divide it; their sums meet in a second kernel in a fixed order.
 """
 
 from __future__ import annotations
@@ -24,103 +24,58 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from .integers import cdiv
 from .launch import Launch, planned
 from .nonlinearity import nonlinear
-from .svdq_unpack import MAGIC, nibble_pairs
-
-# Of 16 inputs of a product Triton up to 3.7 gives a lane 4 in a row, later versions two pairs 8 apart. Results do not
-# depend on it, only whether values have to be handed from lane to lane.
-QUADS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
+from .svdq_gemm import multiprocessors
+from .w4a16_operands import MAGIC, excess_of, places, read_inputs, read_run, scales_of, weights
 
 
 @triton.jit
-def _places(BLOCKS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
-    """Of every lane's reads, in the order in which Triton deals them out: t, row and group, each [reads]."""
-    read = tl.arange(0, BLOCKS * RUN * WARPS * 32)
-    t, r = read % 4, read // 4 % 8
-    group = read // 32 % WARPS * RUN + read // (32 * WARPS) % RUN
-    return t, read // (32 * WARPS * RUN) * 8 + r, group
+def _meet(sums, BN: tl.constexpr, BM: tl.constexpr):
+    """The sums of all warps in a fixed order: [warps, ...] -> [BN, BM]."""
+    warps: tl.constexpr = sums.shape[0]
+    # a split hands the sums of an output to lanes of one warp: fewer exchanges than a sum over the warps would take
+    even, odd = tl.split(tl.reshape(tl.trans(tl.reshape(sums, (warps, BN * BM))), (BN * BM, warps // 2, 2)))
+    return tl.reshape(tl.sum(even + odd, 1), (BN, BM))
 
 
 @triton.jit
-def _read(pointers, there, POLICY: tl.constexpr):
-    """Zeros where a mask is given and false."""
-    if there is None:
-        values = tl.load(pointers, eviction_policy=POLICY)
-    else:
-        values = tl.load(pointers, mask=there, other=0.0, eviction_policy=POLICY)
-    return values
-
-
-@triton.jit
-def _read_all(q, wscales, groups, runs, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
-    """(words, scales) of RUNS steps of STEP groups from `first`."""
-    words, scales = (), ()
-    for i in tl.static_range(RUNS):
-        at = first + i * STEP
-        words += (_read(q + at * 8, None if EVEN else at + groups < end, "evict_first"),)
-        scales += (_read(wscales + at, None if EVEN else at + runs < end, ""),)
-    return words, scales
-
-
-@triton.jit
-def _read_half(x, columns, at, end, HALF: tl.constexpr, EVEN: tl.constexpr):
-    """The inputs that belong to one half of the codes of a step."""
-    return _read(x + at * 64 + 32 * HALF, None if EVEN else at + columns < end, "evict_last")
-
-
-@triton.jit
-def _read_inputs(x, columns, first, end, STEP: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr):
-    """Both halves of the groups of x that belong to them."""
-    inputs = ()
-    for i in tl.static_range(RUNS):
-        at = first + i * STEP
-        for half in tl.static_range(2):
-            inputs += (_read_half(x, columns, at, end, half, EVEN),)
-    return inputs
-
-
-@triton.jit
-def _weights(words, magic, SHIFT: tl.constexpr, dtype: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr):
-    """words [reads, 2] -> their codes at SHIFT and SHIFT + 8 [RUN * warps, BN, 32]."""
-    byte0, byte2 = nibble_pairs(words, SHIFT, dtype, magic)
-    byte1, byte3 = nibble_pairs(words, SHIFT + 8, dtype, magic)
-    codes = tl.join(tl.join(byte0, byte2), tl.join(byte1, byte3))
-    warps: tl.constexpr = words.shape[0] // (BN * RUN * 4)
-    codes = tl.reshape(codes, (BN // 8, RUN, warps, 8, 4, 2, 2, 2))
-    codes = tl.permute(codes, (1, 2, 0, 3, 5, 4, 7, 6) if QUADS else (1, 2, 0, 3, 5, 7, 4, 6))
-    return tl.reshape(codes, (RUN * warps, BN, 32))
-
-
-@triton.jit
-def _inputs(x, dtype: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr):
-    """x [reads, 8] -> [RUN * warps, 32, BM], inputs in the order of `_weights`."""
-    if x.dtype != dtype:
-        x = x.to(tl.float32).to(dtype)  # GPUs before Hopper lack e4m3 to bf16
-    warps: tl.constexpr = x.shape[0] // (BM * RUN * 4)
-    x = tl.reshape(x, (BM // 8, RUN, warps, 8, 4, 2, 2, 2))
-    x = tl.permute(x, (1, 2, 5, 4, 7, 6, 0, 3) if QUADS else (1, 2, 5, 7, 4, 6, 0, 3))
-    return tl.reshape(x, (RUN * warps, 32, BM))
-
-
-@triton.jit
-def _finish(
-    sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK: tl.constexpr, R: tl.constexpr,
-    NONLINEARITY: tl.constexpr,
-):  # fmt: skip
-    """Scale, add branch and bias to sums [BN, BM], apply f, store."""
+def _read_rows(row_scale_ptr, branch_ptr, m, M, R: tl.constexpr):
+    """(row_scale [1, BM], branch [R, BM]); numbers for what is not there."""
+    row_scale, branch = 1.0, 0.0
     if row_scale_ptr is not None:
-        sums *= tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+        row_scale = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
+    if R > 0:
+        branch = tl.load(branch_ptr + m[None, :] * R + tl.arange(0, R)[:, None], mask=(m < M)[None, :], other=0.0)
+    return row_scale, branch
+
+
+@triton.jit
+def _read_ends(up_ptr, bias_ptr, n, N, RANK: tl.constexpr, R: tl.constexpr):
+    """(up [BN, R], bias [BN]) of outputs n; numbers for what is not there."""
+    up, bias = 0.0, 0.0
     if R > 0:
         j = tl.arange(0, R)
         there = (n < N)[:, None] & (j < RANK)[None, :]
         up = tl.load(up_ptr + n[:, None] * RANK + j[None, :], mask=there, other=0.0)
-        branch = tl.load(branch_ptr + m[None, :] * R + j[:, None], mask=(m < M)[None, :], other=0.0)
-        sums = tl.dot(up, branch, sums)
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
+    return up, bias
+
+
+@triton.jit
+def _finish(
+    sums, m, n, rows, ends, y_ptr, M, N, R: tl.constexpr, BIAS: tl.constexpr, NONLINEARITY: tl.constexpr
+):  # fmt: skip
+    """Scale, add branch and bias to sums [BN, BM], apply the nonlinearity, store."""
+    sums *= rows[0]
+    if R > 0:
+        sums = tl.dot(ends[0], rows[1], sums)
+    if BIAS:
+        sums += ends[1].to(tl.float32)[:, None]
     sums = nonlinear(sums, NONLINEARITY)
     where = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(where, sums.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
@@ -129,63 +84,74 @@ def _finish(
 @triton.jit
 def _short_kernel(
     x_ptr, row_scale_ptr, q_ptr, wscales_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, part_ptr,
-    M, N, GROUPS, stride_m, span, magic,
+    M, N, GROUPS, stride_m, magic,
     RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    RUN: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
     NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
-    """Outputs n of a block, rows m of a block, `span` groups; each warp reads RUNS runs of RUN groups at once.
-
-    While they are awaited, the tensor cores multiply for other programs.
-    """
+    """Rows m of a block, RUNS runs of RUN groups for each warp, and every so many blocks of BN outputs one."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    # what is past the last row repeats it, and is not stored
-    t, row, group = _places(BN // 8, RUN, WARPS)
-    row = tl.minimum(tl.program_id(0) * BN + row, N - 1).to(tl.int64) * GROUPS
-    groups = group[:, None]
-    q = q_ptr + ((row + group) * 8 + t * 2)[:, None] + tl.arange(0, 2)[None, :]
-    t, row, group = _places(BN // 8, 1, WARPS)
-    row = tl.minimum(tl.program_id(0) * BN + row, N - 1).to(tl.int64) * GROUPS
-    runs = (group * RUN)[:, None] + tl.arange(0, RUN)[None, :]
-    wscales = wscales_ptr + row[:, None] + runs  # one for each t, as in the sums
-    t, row, group = _places(BM // 8, RUN, WARPS)
-    row = tl.minimum(tl.program_id(1) * BM + row, M - 1).to(tl.int64) * stride_m
-    columns = group[:, None]
-    x = x_ptr + (row + group * 64 + t * 8)[:, None] + tl.arange(0, 8)[None, :]
-    start = tl.program_id(2) * span
-    end = tl.minimum(start + span, GROUPS)
-    sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
     step: tl.constexpr = WARPS * RUN
-    for first in tl.range(start, end, step * RUNS, num_stages=1):
-        words, scales = _read_all(q, wscales, groups, runs, first, end, step, RUNS, EVEN)
-        if EARLY:
-            inputs = _read_inputs(x, columns, first, end, step, RUNS, EVEN)
-        tl.debug_barrier()  # lest the compiler move these reads to where they are used: all shall be under way
+    start = tl.program_id(2) * step * RUNS
+    end = GROUPS - start
+    programs = tl.num_programs(0)
+    t, row, group = places(BN // 8, RUN, WARPS)
+    row, groups = row[:, None], group[:, None]
+    q = (row * GROUPS + groups + start) * 8 + t[:, None] * 2 + tl.arange(0, 2)[None, :]
+    t, rows, runs = places(BN // 8, 1, WARPS)
+    runs *= RUN
+    at = rows * GROUPS + runs + start  # one for each t, as in the sums
+    wscales, pairs_ptr = at >> 1, wscales_ptr.to(tl.pointer_type(tl.int32))
+    words, scales = (), ()
+    for j in tl.static_range(AHEAD):
+        block = tl.program_id(0) + j * programs
+        q_of = q_ptr + (q + block * (BN * GROUPS * 8))
+        wscales_of = pairs_ptr + (wscales + block * (BN * GROUPS // 2))
         for i in tl.static_range(RUNS):
-            at = first + i * step
-            part = tl.zeros((step, BN, BM), tl.float32)
-            for half in tl.static_range(2):
-                values = inputs[2 * i + half] if EARLY else _read_half(x, columns, at, end, half, EVEN)
-                codes = _weights(words[i], magic, 4 * half, dtype, BN, RUN)
-                part = tl.dot(codes, _inputs(values, dtype, BM, RUN), part)
-            scale = tl.reshape(scales[i].to(tl.float32), (BN // 8, WARPS, 8, 4, RUN))
-            scale = tl.permute(scale, (4, 1, 0, 2, 3))[:, :, :, :, None, :, None]
-            sums += tl.sum(tl.reshape(part, (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale, 0)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+            read = read_run(q_of, wscales_of, row, groups, rows, runs, i * step, N - block * BN, end, EVEN)
+            words += (read[0],)
+            scales += (read[1],)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    sums = tl.reshape(tl.sum(sums, 0), (BN, BM))
-    if SPLIT == 1:
-        _finish(sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R, NONLINEARITY)
-    else:
-        where = part_ptr + (tl.program_id(2) * M + m)[None, :].to(tl.int64) * N + n[:, None]
-        tl.store(where, sums, mask=(m < M)[None, :] & (n < N)[:, None])
+    ends_of_rows = _read_rows(row_scale_ptr, branch_ptr, m, M, R)
+    ends = _read_ends(up_ptr, bias_ptr, tl.program_id(0) * BN + tl.arange(0, BN), N, RANK, R)
+    if bias_ptr is not None and SPLIT == 1:  # into the L2 cache, whence the blocks have it in time
+        coming = (tl.program_id(0) + tl.arange(0, 64) * programs) * BN
+        tl.load(bias_ptr + coming, mask=coming < N, volatile=True)
+    t, row_x, columns = places(BM // 8, RUN, WARPS)
+    row_x = tl.minimum(tl.program_id(1) * BM + row_x, M - 1)  # past the last row it repeats, and is not stored
+    x = x_ptr + (row_x.to(tl.int64) * stride_m + (columns + start) * 64 + t * 8)[:, None] + tl.arange(0, 8)[None, :]
+    inputs = read_inputs(x, columns[:, None], end, dtype, step, RUNS, BM, RUN, EVEN)
+    excess = excess_of(inputs, dtype, BN, RUNS)
+    for first in tl.range(tl.program_id(0), tl.cdiv(N, BN), programs * AHEAD, num_stages=1):
+        for j in tl.static_range(AHEAD):  # those of the same j have their registers
+            block = first + j * programs
+            later = block + AHEAD * programs
+            q_of = q_ptr + (q + later * (BN * GROUPS * 8))
+            wscales_of = pairs_ptr + (wscales + later * (BN * GROUPS // 2))
+            sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
+            for i in tl.static_range(RUNS):
+                part = tl.zeros((step, BN, BM), tl.float32)
+                for half in tl.static_range(2):
+                    part = tl.dot(weights(words[0], magic, 4 * half, dtype, BN, RUN), inputs[2 * i + half], part)
+                scale = scales_of(scales[0], at, wscales_ptr.dtype.element_ty, BN, RUN, WARPS)
+                sums += tl.sum(tl.reshape(part + excess[i], (RUN, WARPS, BN // 8, 8, BM // 8, 4, 2)) * scale, 0)
+                read = read_run(q_of, wscales_of, row, groups, rows, runs, i * step, N - later * BN, end, EVEN)
+                words = words[1:] + (read[0],)
+                scales = scales[1:] + (read[1],)
+            sums = _meet(sums, BN, BM)
+            n = block * BN + tl.arange(0, BN)
+            if SPLIT == 1:
+                _finish(sums, m, n, ends_of_rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
+            else:
+                where = part_ptr + (tl.program_id(2) * M + m)[None, :].to(tl.int64) * N + n[:, None]
+                tl.store(where, sums, mask=(m < M)[None, :] & (n < N)[:, None])
+            ends = _read_ends(up_ptr, bias_ptr, (block + programs) * BN + tl.arange(0, BN), N, RANK, R)
 
 
 @triton.jit
 def _meet_kernel(
     part_ptr, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N,
-    RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    NONLINEARITY: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -193,7 +159,9 @@ def _meet_kernel(
     for part in tl.static_range(SPLIT):
         where = part_ptr + (part * M + m)[None, :].to(tl.int64) * N + n[:, None]
         sums += tl.load(where, mask=(m < M)[None, :] & (n < N)[:, None], other=0.0)
-    _finish(sums, m, n, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, RANK, R, NONLINEARITY)
+    rows = _read_rows(row_scale_ptr, branch_ptr, m, M, R)
+    ends = _read_ends(up_ptr, bias_ptr, n, N, RANK, R)
+    _finish(sums, m, n, rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
 
 
 def short_product(
@@ -202,12 +170,16 @@ def short_product(
 ) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
-    qweight uint8 [N, K/2] and wscales [N, K/64], contiguous; branch [M, padded rank] and up [N, r] of out's dtype.
-    config: SPLIT, BM, BN, RUN, RUNS, EARLY, num_warps; powers of two but for RUNS, BM from 8, BN from 16 on.
+    qweight uint8 [N, K/2] and wscales [N, K/64], contiguous, N K below 2^34; branch [M, padded rank] and up [N, r]
+    of out's dtype. config: RUNS, how many runs of RUN (1 or 2) groups of x a warp may hold; SPLIT, how many programs
+    divide K at least; BM from 8, BN from 16 on and num_warps from 2 on, powers of two; AHEAD; PER_SM, programs for
+    each multiprocessor.
     """
-    m, n = out.shape
+    (m, n), groups = out.shape, wscales.shape[1]
     rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
-    first, meet = _launches(config, m, n, wscales.shape[1], x.stride(0), rank, padded, nonlinearity, out.dtype)
+    first, meet = _launches(config, m, n, groups, x.stride(0), rank, padded, nonlinearity, out.dtype, out.device)
+    if wscales.data_ptr() % 4 or wscales.numel() % 2:  # they are read in twos
+        wscales = F.pad(wscales.flatten(), (0, 1))
     split = first.grid[2]
     part = out.new_empty(split, m, n, dtype=torch.float32) if split > 1 else out
     branch, up = (out if half is None else half for half in (branch, up))
@@ -218,24 +190,19 @@ def short_product(
 
 @planned
 def _launches(
-    config: dict,
-    m: int,
-    n: int,
-    groups: int,
-    stride: int,
-    rank: int,
-    padded: int,
-    nonlinearity: str,
-    dtype: torch.dtype,
-) -> tuple[Launch, Launch]:
-    split, bm, bn, warps = (config[name] for name in ("SPLIT", "BM", "BN", "num_warps"))
-    step = warps * config["RUN"] * config["RUNS"]
-    split = min(split, cdiv(groups, step))
-    grid = (cdiv(n, bn), cdiv(m, bm))
+    config: dict, m: int, n: int, groups: int, stride: int, rank: int, padded: int, nonlinearity: str,
+    dtype: torch.dtype, device: torch.device,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    bm, bn, warps = (config[name] for name in ("BM", "BN", "num_warps"))
+    run = config["RUN"] if groups % config["RUN"] == 0 else 1
+    rounds = cdiv(groups, warps * run)
+    runs = cdiv(rounds, min(rounds, max(config["SPLIT"], cdiv(rounds, config["RUNS"]))))
+    split = cdiv(rounds, runs)
+    blocks = (cdiv(n, bn), cdiv(m, bm))
+    programs = min(blocks[0], max(1, config["PER_SM"] * multiprocessors(device) // (blocks[1] * split)))
     ends = dict(M=m, N=n, RANK=rank, R=padded, SPLIT=split, BM=bm, BN=bn, NONLINEARITY=nonlinearity, num_warps=warps)
     first = Launch(
-        _short_kernel, (*grid, split), GROUPS=groups, stride_m=stride, span=cdiv(cdiv(groups, step), split) * step,
-        magic=MAGIC[dtype], RUN=config["RUN"], RUNS=config["RUNS"], WARPS=warps, EVEN=groups % step == 0,
-        EARLY=config["EARLY"], **ends,
+        _short_kernel, (programs, blocks[1], split), GROUPS=groups, stride_m=stride, magic=MAGIC[dtype],
+        RUN=run, RUNS=runs, WARPS=warps, EVEN=groups == warps * run * runs * split, AHEAD=config["AHEAD"], **ends,
     )  # fmt: skip
-    return first, Launch(_meet_kernel, grid, **ends)
+    return first, Launch(_meet_kernel, blocks, **ends)

@@ -250,13 +250,15 @@ def test_w4a4_on_hopper(bn, stages, m, n, k, rank, shift, dtype):
 @pytest.mark.parametrize("mode", ["none", "int8"] + ["fp8"] * MODERN)
 @pytest.mark.parametrize(
     "sizes",
-    [(8, 16, 1, 1, False, 2), (16, 32, 2, 1, True, 1), (8, 64, 1, 2, True, 1), (32, 16, 4, 3, False, 4)],
+    [(8, 16, 1, 1, 1, 1, 2), (16, 32, 2, 1, 2, 1, 4), (8, 64, 1, 2, 1, 2, 2), (32, 16, 2, 3, 3, 1, 8)],
     ids=str,
 )
-@pytest.mark.parametrize("m, n, k, rank", [(1, 130, 320, 0), (19, 24, 128, 12)])
+@pytest.mark.parametrize("m, n, k, rank", [(1, 130, 320, 0), (19, 24, 128, 12), (9, 25, 192, 12)])
 def test_short_product(mode, split, sizes, m, n, k, rank, dtype):
+    """Odd numbers of groups, rows of scales that are no whole words, more blocks than programs read ahead."""
     layer = Layer(m, n, k, rank, dtype)
-    setting = dict(zip(("BM", "BN", "RUN", "RUNS", "EARLY", "num_warps"), sizes, strict=True), SPLIT=split)
+    names = ("BM", "BN", "RUN", "RUNS", "AHEAD", "PER_SM", "num_warps")
+    setting = dict(zip(names, sizes, strict=True), SPLIT=split)
     rows = svdq_activation.empty_activation(
         layer.x, mode, rank, {"int8": torch.int8, "fp8": FP8, "none": dtype}[mode]
     )

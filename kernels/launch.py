@@ -67,7 +67,7 @@ class Launch:
         values = self.values.copy()
         for place, address in zip(self.places, addresses, strict=True):
             values[place] = address
-        for i, kind, fields in descriptors:  # they were checked when the first was made
+        for i, kind, fields in descriptors:  # without the checks of their class: the driver checks again
             tensor, values[self.places[i]] = tensors[i], (descriptor := object.__new__(kind))
             descriptor.__dict__.update(fields, base=tensor, shape=tensor.shape, strides=tensor.stride())
         run(*self.grid, driver.active.get_current_stream(device), function, metadata, None, None, None, *values)
@@ -96,7 +96,7 @@ def signature(device: int, tensors: tuple[Tensor | Piece | None, ...]) -> tuple[
             addresses.append(None)
         elif type(tensor) is Piece:
             addresses.append(tensor.address)
-            key.append(tensor.dtype)
+            key.append(tensor.layout.dtype)
         else:
             addresses.append(address := tensor.data_ptr())
             key += tensor.dtype, tensor.get_device(), address % 16 == 0

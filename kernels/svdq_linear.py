@@ -131,7 +131,7 @@ def rows_through(
     x = short_floats(x)
     (m, k), n = x.shape, qweight.shape[0]
     out = x.new_empty(m, n)
-    if not out.numel():
+    if not (m and n):
         return out
     if down is not None:
         down, up = _rows(down, x.dtype), _rows(up, x.dtype)

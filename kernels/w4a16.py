@@ -151,7 +151,8 @@ def _short_kernel(
 @triton.jit
 def _meet_kernel(
     part_ptr, row_scale_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N,
-    RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NONLINEARITY: tl.constexpr,
+    RANK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)

@@ -308,7 +308,9 @@ def test_nonlinearity(product, m, n, k, rank, nonlinearity):
     for kind in ("", nonlinearity):
         out = torch.full((m, n), float("nan"), dtype=torch.float16, device=DEVICE)
         if product.startswith("short"):
-            setting = dict(BM=8, BN=16, RUN=1, RUNS=1, EARLY=True, num_warps=2, SPLIT=3 if "split" in product else 1)
+            setting = dict(
+                BM=8, BN=16, RUN=1, RUNS=1, AHEAD=1, PER_SM=1, num_warps=2, SPLIT=3 if "split" in product else 1
+            )
             operands = (*rows[:2], layer.qweight, layer.wscales, rows[2] if rank else None, layer.up, layer.bias, out)
             w4a16.short_product(*operands, setting, kind)
         elif product == "w4a4":

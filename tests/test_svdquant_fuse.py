@@ -248,12 +248,14 @@ def test_fused_kernels_of_a_whole_model(kind, quantized, monkeypatch):
 def test_fused_models_on_the_gpu(kind, form, qkv, quantized, denoisers):
     """Against the unfused one; the same bits every time; compiled whole."""
     model, calls = quantized(kind, qkv, activations=form)
-    exact = replay(denoisers.pair(kind)[0], calls)
+    exact = replay(denoisers.pair(kind)[0].cuda().bfloat16(), calls).float().cpu()  # times are rounded there, too
     nn.Module.bfloat16(model.cuda())
     before = replay(model, calls).float().cpu()
     ptq4dm.fuse(model)
     answer = replay(model, calls)
     assert torch.equal(replay(model, calls), answer)
-    assert distance(answer.float().cpu(), before, exact) < 0.5  # bf16 after every step, or not
+    assert (
+        distance(answer.float().cpu(), before, exact) < 0.5
+    )  # rounded to bf16 after the norm, or not: 0.05 (int8) to 0.3 (int4)
     (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True)
     assert distance(replay(model, calls).float().cpu(), answer.float().cpu(), exact) < 0.5

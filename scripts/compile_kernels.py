@@ -96,7 +96,7 @@ def resources(binary: bytes) -> tuple[int, int]:
 
 
 def calls(rank: int, nonlinearity: str) -> None:
-    """Every step of every kernel once: few rows and many; of many also from codes that are handed over."""
+    """Every step of every kernel once, of few rows and of many; codes that are handed over, normed and joined."""
     n, k = 3072, 3072
 
     def empty(*size, dtype=torch.bfloat16):
@@ -111,8 +111,11 @@ def calls(rank: int, nonlinearity: str) -> None:
             branch = [empty(rank, k), empty(n, rank)] if rank and name != svdq_linear.WEIGHT_ONLY else [None, None]
             svdq_linear.rows_through(name, empty(rows, k), *layer, *branch, empty(n), 0.0, nonlinearity)
         if name != svdq_linear.WEIGHT_ONLY:
-            codes = svdq_codes.codes_through(name, empty(rows, k), None, layer[2], branch[0], 0.0, None)
+            norm = (empty(1, k), empty(1, k), 1e-6)
+            codes = svdq_codes.codes_through(name, empty(rows, k), None, layer[2], branch[0], 0.0, norm)
             svdq_codes.product_through(name, *codes, *layer[:2], branch[1], empty(n), nonlinearity)
+            down = empty(rank, 5 * k) if rank else None
+            svdq_codes.codes_through(name, empty(rows, k), empty(rows, 4 * k), empty(5 * k), down, 0.0, None)
 
 
 def main():

@@ -85,16 +85,16 @@ def _smoothed(x, inverse_ptr, k, K, shift, SHIFTED: tl.constexpr, SMOOTHED: tl.c
 
 @triton.jit
 def _plain_branch(
-    block, x_ptr, down_ptr, M, K, stride_m, more, start, end,
+    block, x_ptr, down_ptr, M, K, stride_m, more,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x D^T of rows block * BM .. + BM over columns start .. end, float32 [BM, R]."""
+    """x D^T of rows block * BM .. + BM, float32 [BM, R]."""
     m, inside, _ = rows_of(block, M, None, BM)
     ranks, columns = tl.arange(0, R), tl.arange(0, BK)
     x_rows, more_rows = starts_of(x_ptr, stride_m, more, m)
     down_rows = down_ptr + ranks[:, None] * K
     branch = tl.zeros((BM, R), tl.float32)
-    for first in tl.range(start, end, BK, num_stages=STAGES):
+    for first in tl.range(0, K, BK, num_stages=STAGES):
         k = first + columns
         x = tl.load(columns_of(x_rows, more_rows, more, k), mask=inside[:, None] & (k < K)[None, :], other=0.0)
         down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
@@ -168,55 +168,28 @@ def activation_program(
     program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m, more, norm,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, LEAD: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """First the programs of the branch, of BM rows each, if R > 0 (the rank, padded); then those that quantize.
 
-    With SPLIT > 1 in turns: SPLIT programs of the branch, each for a part of K, and those that quantize the BM rows
-    LEAD turns before, while they are in the L2 cache. branch_ptr then takes the parts, float32 [SPLIT, M, R].
     more: (pointer, columns of x, stride of rows) or None;
     norm: (scale, shift, strides of their samples, rows of a sample, eps) or None.
     """
-    if SPLIT > 1:
-        turn, i = program // (SPLIT + BM // ROWS), program % (SPLIT + BM // ROWS)
-        if i < SPLIT:
-            if turn * BM < M:
-                span = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
-                start = i * span
-                end = tl.minimum(start + span, K)
-                branch = _plain_branch(
-                    turn, x_ptr, down_ptr, M, K, stride_m, more, start, end, RANK, R, BM, BK, STAGES
-                )
-                m = turn * BM + tl.arange(0, BM)
-                where = branch_ptr + (i * M + m)[:, None] * R + tl.arange(0, R)[None, :]
-                tl.store(where, branch, mask=(m < M)[:, None])
-        else:
-            block = (turn - LEAD) * (BM // ROWS) + i - SPLIT
-            if (block >= 0) & (block * ROWS < M):
-                _quantized_rows(
-                    block, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
-                    GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
-                )  # fmt: skip
+    branches = blocks_of(M, norm, BM) if R > 0 else 0
+    if program < branches:
+        if R > 0:
+            if norm is None:
+                branch = _plain_branch(program, x_ptr, down_ptr, M, K, stride_m, more, RANK, R, BM, BK, STAGES)
+            else:
+                branch = normed_branch(program, x_ptr, down_ptr, M, K, stride_m, more, norm, RANK, R, BM, BK, STAGES)
+            m, inside, _ = rows_of(program, M, norm, BM)
+            where = branch_ptr + m[:, None] * R + tl.arange(0, R)[None, :]
+            tl.store(where, branch.to(branch_ptr.dtype.element_ty), mask=inside[:, None])
     else:
-        branches = blocks_of(M, norm, BM) if R > 0 else 0
-        if program < branches:
-            if R > 0:
-                if norm is None:
-                    branch = _plain_branch(
-                        program, x_ptr, down_ptr, M, K, stride_m, more, 0, K, RANK, R, BM, BK, STAGES
-                    )
-                else:
-                    branch = normed_branch(
-                        program, x_ptr, down_ptr, M, K, stride_m, more, norm, RANK, R, BM, BK, STAGES
-                    )
-                m, inside, _ = rows_of(program, M, norm, BM)
-                where = branch_ptr + m[:, None] * R + tl.arange(0, R)[None, :]
-                tl.store(where, branch.to(branch_ptr.dtype.element_ty), mask=inside[:, None])
-        else:
-            _quantized_rows(
-                program - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
-                GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
-            )  # fmt: skip
+        _quantized_rows(
+            program - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
+            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -225,24 +198,14 @@ def _activation_kernel(
     more_ptr, x_columns, stride_more, gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr, LEAD: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     more = None if more_ptr is None else (more_ptr, x_columns, stride_more)
     norm = None if gain_ptr is None else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps)
     activation_program(
         tl.program_id(0), x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-        more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS, SPLIT, LEAD,
+        more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
     )  # fmt: skip
-
-
-@triton.jit
-def _meet_kernel(parts_ptr, branch_ptr, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """branch = the sum of its parts, in order."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    branch = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(SPLIT):
-        branch += tl.load(parts_ptr + part * size + i, mask=i < size, other=0.0)
-    tl.store(branch_ptr + i, branch.to(branch_ptr.dtype.element_ty), mask=i < size)
 
 
 def padded_rank(rank: int) -> int:
@@ -284,19 +247,15 @@ def activation_sizes(x: Tensor, smooth: Tensor | None, down: Tensor | None, mode
 
 
 def activation_launch(
-    config: dict, mode: str, m: int, k: int, stride: int, rank: int, shift: float, smoothed: bool, samples: int = 0
+    config: dict, mode: str, m: int, k: int, stride: int, rank: int, shift: float, smoothed: bool, samples: int = 1
 ) -> tuple[int, dict]:
     """(number of programs, numbers and constants) of `activation_program`; config has SETTINGS.
 
-    samples: B of a norm, 0 without one. A block of rows belongs to one of them.
+    samples: B of the norm. A block of rows belongs to one of them.
     """
-    rows, blocks = m // max(samples, 1), config["BM"] // config["ROWS"]
-    programs = max(samples, 1) * (cdiv(rows, config["ROWS"]) + (cdiv(rows, config["BM"]) if rank else 0))
-    split, lead = (config.get("SPLIT", 1), config.get("LEAD", 0)) if m and rank and not samples else (1, 0)
-    if split > 1:
-        programs = (cdiv(m, config["BM"]) + lead) * (split + blocks)
+    rows = m // samples
+    programs = samples * (cdiv(rows, config["ROWS"]) + (cdiv(rows, config["BM"]) if rank else 0))
     fixed = dict(
-        SPLIT=split, LEAD=lead,
         shift=shift, M=m, K=k, stride_m=stride,
         RANK=rank, R=padded_rank(rank), GROUPED=mode == "int4", SHIFTED=shift != 0, SMOOTHED=smoothed,
         STEPS=cdiv(k, config["STEP"]), **limits(mode, shift != 0),
@@ -319,24 +278,6 @@ def _launch(config: dict, k: int, samples: int, joined: tuple, modulated: tuple,
     return Launch(_activation_kernel, (programs,), **fixed)
 
 
-@planned
-def _meet(config: dict, m: int, r: int) -> Launch:
-    size, block = m * r, 1024
-    return Launch(_meet_kernel, (cdiv(size, block),), size=size, SPLIT=config["SPLIT"], BLOCK=block, num_warps=4)
-
-
-def launch_whole(launch: Launch, config: dict, x: Tensor, tensors: tuple, activation: tuple, more: tuple) -> None:
-    """Launch it with the branch of `activation` as room, or with room for its parts, and then add them up."""
-    codes, scales, branch = activation
-    split = launch.fixed["SPLIT"]
-    if split == 1:
-        launch(*tensors, codes, scales, branch, *more)
-        return
-    parts = x.new_empty(split, *branch.shape, dtype=torch.float32)
-    launch(*tensors, codes, scales, parts, *more)
-    _meet(config, *branch.shape)(parts, branch)
-
-
 def quantize_activation(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, out: tuple, config: dict,
     more: Tensor | None = None, norm: tuple[Tensor, Tensor, float] | None = None,
@@ -351,7 +292,7 @@ def quantize_activation(
     Raises ValueError for a `more` or a `norm` of other sizes or types.
     """
     m, k = x.shape
-    joined, samples, modulated = (None, None), 0, (None,) * 4
+    joined, samples, modulated = (None, None), 1, (None,) * 4
     gain = offset = None
     if more is not None:
         _check_more(x, more)
@@ -363,7 +304,7 @@ def quantize_activation(
         samples = len(gain)
         modulated = gain.stride(0), offset.stride(0), m // samples, eps
     launch = _launch(config, k, samples, joined, modulated, *activation_sizes(x, smooth, down, mode, shift))
-    launch_whole(launch, config, x, activation_tensors(x, smooth, down), out, (more, gain, offset))
+    launch(*activation_tensors(x, smooth, down), *out, more, gain, offset)
 
 
 def _check_more(x: Tensor, more: Tensor) -> None:

@@ -20,14 +20,7 @@ from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
 from .launch import Launch, planned
-from .svdq_activation import (
-    GROUP,
-    activation_launch,
-    activation_program,
-    activation_sizes,
-    activation_tensors,
-    launch_whole,
-)
+from .svdq_activation import GROUP, activation_launch, activation_program, activation_sizes, activation_tensors
 
 ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32
 PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}
@@ -107,7 +100,7 @@ def _prepare_kernel(
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, FOLD: tl.constexpr, PEAK: tl.constexpr,
-    UNPACK_ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr, SPLIT: tl.constexpr, LEAD: tl.constexpr,
+    UNPACK_ROWS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The activation's programs first, for they run longest; the unpacking ones fill what bandwidth they leave."""
     program = tl.program_id(0)
@@ -115,7 +108,6 @@ def _prepare_kernel(
         activation_program(
             program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
             None, None, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
-            SPLIT, LEAD,
         )  # fmt: skip
     else:
         unpack_rows(
@@ -173,5 +165,4 @@ def prepare(
     """`svdq_activation.quantize_activation` and `unpack` in one launch, side by side."""
     sizes = activation_sizes(x, smooth, down, mode, shift)
     launch = _prepare(config, weight[0].dtype, *wscales.shape, *sizes)
-    packed = (qweight.view(torch.int32), wscales, *weight)
-    launch_whole(launch, config, x, activation_tensors(x, smooth, down), activation, packed)
+    launch(*activation_tensors(x, smooth, down), *activation, qweight.view(torch.int32), wscales, *weight)

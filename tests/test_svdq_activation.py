@@ -100,15 +100,6 @@ def test_inputs(sizes, setting, mode, dtype):
     Case(*sizes, dtype=dtype).check(mode, setting)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", list(CODES))
-@pytest.mark.parametrize("lead", [0, 2])
-@pytest.mark.parametrize("sizes", [(1, 64, 0, 0), (70, 448, 64, 0), (33, 320, 0, 0), (50, 192, 128, 2)], ids=str)
-def test_in_turns(sizes, lead, mode, dtype):
-    """The branch in parts of K, before the rows that it shares the cache with; a norm needs all of K."""
-    Case(*sizes, dtype=dtype).check(mode, SMALL | dict(BK=64, SPLIT=3, LEAD=lead))
-
-
 @pytest.mark.parametrize("mode", list(CODES))
 @pytest.mark.parametrize("rank, shift", [(0, 0.0), (16, 0.171875)])
 def test_without_a_branch_and_with_a_shift(mode, rank, shift):

@@ -105,6 +105,7 @@ def parts(one, activation: str) -> dict[str, tuple]:
 
 def measure(name: str, activation: str, rank: int) -> dict:
     m, n, k = SHAPES[name]
+    rank = 0 if activation == "none" else rank  # weight-only layers have no branch
     sets = sets_for(m, n, k, rank)
     row = {"shape": name, "M": m, "N": n, "K": k, "rank": rank, "activation": activation}
     row["error"] = checked(sets[0], activation)

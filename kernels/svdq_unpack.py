@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .integers import cdiv, next_power_of_2
 from .launch import Launch, planned
-from .svdq_activation import GROUP, activation_launch, activation_program, activation_sizes, activation_tensors
+from .svdq_activation import GROUP, activation_launch, activation_sizes, activation_tensors
+from .svdq_activation_triton import activation_program
 
 ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32
 PEAK = {torch.float8_e4m3fn: 32.0, torch.int8: 15.0}

@@ -1,4 +1,4 @@
-"""The activation kernel (svdq_activation_triton.py) with its sizes worked out: what an SVDQuant layer's input becomes."""
+"""What an SVDQuant layer's input becomes: the launches of the activation kernel (svdq_activation_triton.py)."""
 
 from __future__ import annotations
 

@@ -107,15 +107,33 @@ def test_no_rows(name):
     assert svdq_codes.product_through(name, *codes, *operands, "").shape == (0, 40)
 
 
+CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 @pytest.mark.parametrize("how", ["plain", "joined", "normed"])
 @pytest.mark.parametrize("mode", ["fp8", "int8", "int4"])
 def test_what_the_ops_tell_the_compiler(mode, how):
+    """opcheck's test_schema compares inputs by multiplying, which torch cannot do with e4m3: here, by their bits."""
     layer = Layer(2, 5, 24, 8)
     arguments = layer.codes(mode, how)
-    checks = {"test_utils": "test_faketensor"} if mode == "fp8" else {}  # others multiply codes, which torch cannot
-    torch.library.opcheck(torch.ops.ptq4dm.svdq_codes.default, arguments, **checks)
-    codes = svdq_codes.svdq_codes(*arguments)
-    torch.library.opcheck(torch.ops.ptq4dm.svdq_product.default, (*codes, *layer.product(mode, "silu")), **checks)
+    product = (*svdq_codes.svdq_codes(*arguments), *layer.product(mode, "silu"))
+    for op, given in ((torch.ops.ptq4dm.svdq_codes, arguments), (torch.ops.ptq4dm.svdq_product, product)):
+        before = [bits(one) for one in given]
+        torch.library.opcheck(op.default, given, test_utils=CHECKS)
+        outputs = op(*given)
+        assert [bits(one) for one in given] == before
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        rooms = [set(map(room, tensors)) for tensors in (outputs, given)]
+        assert len(rooms[0]) == len(outputs) and not rooms[0] & rooms[1]
+
+
+def room(one):
+    """Where a tensor's memory begins; other arguments have none."""
+    return one.untyped_storage().data_ptr() if isinstance(one, torch.Tensor) else None
+
+
+def bits(one):
+    return one.contiguous().view(torch.uint8).flatten().tolist() if isinstance(one, torch.Tensor) else one
 
 
 def test_wrong_inputs():

@@ -130,7 +130,10 @@ def profile(model: nn.Module, calls: Calls, most: int = 16) -> dict[str, float]:
 
 
 def table(result: dict) -> str:
-    """Milliseconds of a step by form and way; how many times faster a form's graph is than bf16 compiled and in one."""
+    """Milliseconds of a step by form and way; how many times faster a form's graph is than bf16 compiled, and in one.
+
+    Whatever was not measured is "-".
+    """
     widths, lines = (10, 10, 10, 17, 14), []
     for form in FORMS:
         times = [result[form].get(f"{way}_ms") for way in WAYS]

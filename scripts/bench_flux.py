@@ -7,7 +7,8 @@ Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes t
 blocks become W4A8 (or --activations int8, int4) with a branch of rank 32, adaLN weight-only; rounding is to nearest,
 which changes no time, and layers that share an input share smoothing and the branch's first half. "fused" is the
 quantized model after ptq4dm.fuse. Each form is timed as it is, with its blocks compiled by torch.compile, and
-compiled in a CUDA graph; medians. "profile" is where the GPU's time goes in a compiled step, in ms by kernel.
+compiled in a CUDA graph; medians. "speedup_<way>" is of the same way of bf16; "speedup_over_compiled" of each form's
+graph over bf16 compiled. "profile" is where the GPU's time goes in a compiled step, in ms by kernel.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from ptq4dm.svdquant.packing import build_layer
 from ptq4dm.svdquant.plan import SVDQPlan
 
 GROUP_SIZE = 64
+FORMS = ("bf16", "quantized", "fused")
+WAYS = ("eager", "compiled", "graph")
 
 
 def fused_model(args) -> nn.Module:
@@ -126,6 +129,23 @@ def profile(model: nn.Module, calls: Calls, most: int = 16) -> dict[str, float]:
     return {f"{e.count} x {e.key[:80]}": round(e.self_device_time_total / 1e3, 3) for e in events[:most]}
 
 
+def table(result: dict) -> str:
+    """Milliseconds of a step by form and way; how many times faster a form's graph is than bf16 compiled, and in one.
+
+    Whatever was not measured is "-".
+    """
+    widths, lines = (10, 10, 10, 17, 14), []
+    for form in FORMS:
+        times = [result[form].get(f"{way}_ms") for way in WAYS]
+        bf16 = [result["bf16"].get(f"{way}_ms") for way in ("compiled", "graph")]
+        cells = ["-" if time is None else f"{time:.1f}" for time in times]
+        cells += ["-" if None in (time, times[-1]) else f"{time / times[-1]:.2f}" for time in bf16]
+        lines.append((form, *cells))
+    head = ("ms of a step", *WAYS, "x bf16 compiled", "x bf16 graph")
+    rows = [f"{name:12}" + "".join(map("{:>{}}".format, cells, widths)) for name, *cells in [head, *lines]]
+    return "\n".join([*rows, f"bytes of the quantized model: {result['bytes_ratio']:.3f} of bf16's"])
+
+
 def on(device: str, calls: Calls) -> Calls:
     """The recorded call with its tensors there, as a pipeline hands them over."""
     parts = ({k: v.to(device) for k, v in part.items()} for part in (calls.conditioning, calls.shared))
@@ -162,14 +182,18 @@ def main():
     result["modules_fused"] = len(ptq4dm.fuse(model))
     result["fused"] = measure(model, calls, args)
     result["bytes_ratio"] = result["quantized"]["bytes"] / result["bf16"]["bytes"]
-    for kind in ("eager_ms", "compiled_ms", "graph_ms"):
-        if kind in result["bf16"]:
+    for way in WAYS:
+        if f"{way}_ms" in result["bf16"]:
             for form, name in (("quantized", "speedup"), ("fused", "speedup_fused")):
-                result[f"{name}_{kind.removesuffix('_ms')}"] = result["bf16"][kind] / result[form][kind]
+                result[f"{name}_{way}"] = result["bf16"][f"{way}_ms"] / result[form][f"{way}_ms"]
+    if "graph_ms" in result["bf16"] and "compiled_ms" in result["bf16"]:
+        result["speedup_over_compiled"] = {
+            form: result["bf16"]["compiled_ms"] / result[form]["graph_ms"] for form in FORMS
+        }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output) as temporary:
         temporary.write_text(json.dumps(result, indent=1))
-    print(json.dumps(result, indent=1))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ptq4dm  # noqa: F401
-from ptq4dm.kernels import int4, svdq, svdq_codes, svdq_linear
+from ptq4dm.kernels import int4, svdq, svdq_codes, svdq_linear, tuning
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -107,15 +107,57 @@ def test_no_rows(name):
     assert svdq_codes.product_through(name, *codes, *operands, "").shape == (0, 40)
 
 
+NORMED = [(1, 4608, 3072), (2, 2304, 3072), (1, 512, 3072), (1, 256, 1152), (16, 256, 1152), (64, 256, 384)]
+
+
+@pytest.mark.parametrize("samples, t, k", NORMED)
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_with_a_norm(name, samples, t, k):
+    """Blocks of 64 rows for the branch; steps that waste little of K."""
+    pytest.importorskip("triton")
+    plan = svdq_codes._codes_plan(name, torch.device(DEVICE), samples * t, k, 32, torch.float16, samples)[0]
+    assert plan["BM"] == 64 and -(-k // plan["STEP"]) * plan["STEP"] < 1.5 * k
+    if (samples, k) == (2, 3072):
+        assert plan != svdq_codes._codes_plan(name, torch.device(DEVICE), 2 * t, k, 32, torch.float16, 1)[0]
+
+
+@pytest.mark.parametrize("path", sorted(tuning.FOLDER.glob("sm_*.json")), ids=lambda path: path.stem)
+def test_settings_fit_shared_memory(path):
+    """Rows and D in 16 bits, for each stage, in the 99 KiB that a program has on GPUs of compute capability 8.6."""
+    table = tuning.settings_in(path)
+    entries = [
+        one for mode in ("fp8", "int8", "int4") for step in ("prepare", "norm") for one in table[f"{mode}.{step}"]
+    ]
+    assert all(2 * (one["BM"] + 32) * one["BK"] * one["STAGES"] <= 99 << 10 for *_, one in entries)
+
+
+CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 @pytest.mark.parametrize("how", ["plain", "joined", "normed"])
 @pytest.mark.parametrize("mode", ["fp8", "int8", "int4"])
 def test_what_the_ops_tell_the_compiler(mode, how):
+    """opcheck's test_schema compares inputs by multiplying, which torch cannot do with e4m3: here, by their bits."""
     layer = Layer(2, 5, 24, 8)
     arguments = layer.codes(mode, how)
-    checks = {"test_utils": "test_faketensor"} if mode == "fp8" else {}  # others multiply codes, which torch cannot
-    torch.library.opcheck(torch.ops.ptq4dm.svdq_codes.default, arguments, **checks)
-    codes = svdq_codes.svdq_codes(*arguments)
-    torch.library.opcheck(torch.ops.ptq4dm.svdq_product.default, (*codes, *layer.product(mode, "silu")), **checks)
+    product = (*svdq_codes.svdq_codes(*arguments), *layer.product(mode, "silu"))
+    for op, given in ((torch.ops.ptq4dm.svdq_codes, arguments), (torch.ops.ptq4dm.svdq_product, product)):
+        before = [bits(one) for one in given]
+        torch.library.opcheck(op.default, given, test_utils=CHECKS)
+        outputs = op(*given)
+        assert [bits(one) for one in given] == before
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        rooms = [set(map(room, tensors)) for tensors in (outputs, given)]
+        assert len(rooms[0]) == len(outputs) and not rooms[0] & rooms[1]
+
+
+def room(one):
+    """Where a tensor's memory begins; other arguments have none."""
+    return one.untyped_storage().data_ptr() if isinstance(one, torch.Tensor) else None
+
+
+def bits(one):
+    return one.contiguous().view(torch.uint8).flatten().tolist() if isinstance(one, torch.Tensor) else one
 
 
 def test_wrong_inputs():

@@ -13,7 +13,7 @@ def meet(sums, BN: tl.constexpr, BM: tl.constexpr):
     """The sums of all warps in a fixed order: [warps, ...] -> [BN, BM]."""
     warps: tl.constexpr = sums.shape[0]
     if warps > 1:
-        # a split hands the sums of an output to lanes of one warp: fewer exchanges than a sum over the warps would take
+        # a split hands the sums of an output to lanes of one warp: fewer exchanges than a sum over the warps takes
         even, odd = tl.split(tl.reshape(tl.trans(tl.reshape(sums, (warps, BN * BM))), (BN * BM, warps // 2, 2)))
         sums = tl.sum(even + odd, 1)
     return tl.reshape(sums, (BN, BM))

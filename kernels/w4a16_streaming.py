@@ -3,8 +3,8 @@
 A program keeps no part of x: it comes from the L1 cache, which all programs of a multiprocessor share, and the sums
 of x that take c away again from one more product, of a constant. In return a program needs so few registers that a
 multiprocessor holds many, whose reads and products overlap, and its warps meet only once, at the end. A warp reads
-groups, and their scales, in twos. AHEAD of them are under way: as soon as it has multiplied one, it reads the one that
-comes AHEAD later, into the same registers.
+groups and their scales in twos. AHEAD of these are under way: as soon as it has multiplied two groups, it reads those
+that come AHEAD later, into the same registers.
 """
 
 from __future__ import annotations
@@ -127,10 +127,11 @@ def streaming_launch(
     config: dict, m: int, n: int, groups: int, stride: int, rank: int, padded: int, nonlinearity: str,
     dtype: torch.dtype,
 ) -> Launch:  # fmt: skip
-    """config: BM, BN, num_warps (powers of two; BM from 8, BN from 16 on), AHEAD; maxnreg, if registers are limited."""
+    """config: BM, BN, num_warps (powers of two; BM from 8, BN from 16 on), AHEAD; maxnreg to limit registers."""
     bm, bn, warps, ahead = (config[name] for name in ("BM", "BN", "num_warps", "AHEAD"))
+    options = {name: config[name] for name in ("num_warps", "maxnreg") if name in config}
     return Launch(
         _streaming_kernel, (cdiv(n, bn), cdiv(m, bm)), M=m, N=n, stride_m=stride, magic=MAGIC[dtype], GROUPS=groups,
         RANK=rank, R=padded, BM=bm, BN=bn, WARPS=warps, EVEN=n % bn == 0 and groups % (2 * warps * ahead) == 0,
-        AHEAD=ahead, NONLINEARITY=nonlinearity, **{key: config[key] for key in ("num_warps", "maxnreg") if key in config},
+        AHEAD=ahead, NONLINEARITY=nonlinearity, **options,
     )  # fmt: skip

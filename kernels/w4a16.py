@@ -28,57 +28,10 @@ from torch.nn import functional as F
 
 from .integers import cdiv
 from .launch import Launch, planned
-from .nonlinearity import nonlinear
 from .svdq_gemm import multiprocessors
+from .w4a16_ends import finish, meet, read_ends, read_rows
 from .w4a16_operands import MAGIC, excess_of, places, read_inputs, read_run, scales_of, weights
-
-
-@triton.jit
-def _meet(sums, BN: tl.constexpr, BM: tl.constexpr):
-    """The sums of all warps in a fixed order: [warps, ...] -> [BN, BM]."""
-    warps: tl.constexpr = sums.shape[0]
-    # a split hands the sums of an output to lanes of one warp: fewer exchanges than a sum over the warps would take
-    even, odd = tl.split(tl.reshape(tl.trans(tl.reshape(sums, (warps, BN * BM))), (BN * BM, warps // 2, 2)))
-    return tl.reshape(tl.sum(even + odd, 1), (BN, BM))
-
-
-@triton.jit
-def _read_rows(row_scale_ptr, branch_ptr, m, M, R: tl.constexpr):
-    """(row_scale [1, BM], branch [R, BM]); numbers for what is not there."""
-    row_scale, branch = 1.0, 0.0
-    if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
-    if R > 0:
-        branch = tl.load(branch_ptr + m[None, :] * R + tl.arange(0, R)[:, None], mask=(m < M)[None, :], other=0.0)
-    return row_scale, branch
-
-
-@triton.jit
-def _read_ends(up_ptr, bias_ptr, n, N, RANK: tl.constexpr, R: tl.constexpr):
-    """(up [BN, R], bias [BN]) of outputs n; numbers for what is not there."""
-    up, bias = 0.0, 0.0
-    if R > 0:
-        j = tl.arange(0, R)
-        there = (n < N)[:, None] & (j < RANK)[None, :]
-        up = tl.load(up_ptr + n[:, None] * RANK + j[None, :], mask=there, other=0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)
-    return up, bias
-
-
-@triton.jit
-def _finish(
-    sums, m, n, rows, ends, y_ptr, M, N, R: tl.constexpr, BIAS: tl.constexpr, NONLINEARITY: tl.constexpr
-):  # fmt: skip
-    """Scale, add branch and bias to sums [BN, BM], apply the nonlinearity, store."""
-    sums *= rows[0]
-    if R > 0:
-        sums = tl.dot(ends[0], rows[1], sums)
-    if BIAS:
-        sums += ends[1].to(tl.float32)[:, None]
-    sums = nonlinear(sums, NONLINEARITY)
-    where = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(where, sums.to(y_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+from .w4a16_streaming import streaming_launch
 
 
 @triton.jit
@@ -112,8 +65,8 @@ def _short_kernel(
             words += (read[0],)
             scales += (read[1],)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    ends_of_rows = _read_rows(row_scale_ptr, branch_ptr, m, M, R)
-    ends = _read_ends(up_ptr, bias_ptr, tl.program_id(0) * BN + tl.arange(0, BN), N, RANK, R)
+    ends_of_rows = read_rows(row_scale_ptr, branch_ptr, m, M, R)
+    ends = read_ends(up_ptr, bias_ptr, tl.program_id(0) * BN + tl.arange(0, BN), N, RANK, R)
     if bias_ptr is not None and SPLIT == 1:  # into the L2 cache, whence the blocks have it in time
         coming = (tl.program_id(0) + tl.arange(0, 64) * programs) * BN
         tl.load(bias_ptr + coming, mask=coming < N, volatile=True)
@@ -138,14 +91,14 @@ def _short_kernel(
                 read = read_run(q_of, wscales_of, row, groups, rows, runs, i * step, N - later * BN, end, EVEN)
                 words = words[1:] + (read[0],)
                 scales = scales[1:] + (read[1],)
-            sums = _meet(sums, BN, BM)
+            sums = meet(sums, BN, BM)
             n = block * BN + tl.arange(0, BN)
             if SPLIT == 1:
-                _finish(sums, m, n, ends_of_rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
+                finish(sums, m, n, ends_of_rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
             else:
                 where = part_ptr + (tl.program_id(2) * M + m)[None, :].to(tl.int64) * N + n[:, None]
                 tl.store(where, sums, mask=(m < M)[None, :] & (n < N)[:, None])
-            ends = _read_ends(up_ptr, bias_ptr, (block + programs) * BN + tl.arange(0, BN), N, RANK, R)
+            ends = read_ends(up_ptr, bias_ptr, (block + programs) * BN + tl.arange(0, BN), N, RANK, R)
 
 
 @triton.jit
@@ -160,9 +113,9 @@ def _meet_kernel(
     for part in tl.static_range(SPLIT):
         where = part_ptr + (part * M + m)[None, :].to(tl.int64) * N + n[:, None]
         sums += tl.load(where, mask=(m < M)[None, :] & (n < N)[:, None], other=0.0)
-    rows = _read_rows(row_scale_ptr, branch_ptr, m, M, R)
-    ends = _read_ends(up_ptr, bias_ptr, n, N, RANK, R)
-    _finish(sums, m, n, rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
+    rows = read_rows(row_scale_ptr, branch_ptr, m, M, R)
+    ends = read_ends(up_ptr, bias_ptr, n, N, RANK, R)
+    finish(sums, m, n, rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
 
 
 def short_product(
@@ -174,17 +127,22 @@ def short_product(
     qweight uint8 [N, K/2] and wscales [N, K/64], contiguous, N K below 2^34; branch [M, padded rank] and up [N, r]
     of out's dtype. config: RUNS, how many runs of RUN (1 or 2) groups of x a warp may hold; SPLIT, how many programs
     divide K at least; BM from 8, BN from 16 on and num_warps from 2 on, powers of two; AHEAD; PER_SM, programs for
-    each multiprocessor.
+    each multiprocessor. Settings with STREAMING are of w4a16_streaming.py: BM, BN, AHEAD, num_warps from 1 on.
     """
     (m, n), groups = out.shape, wscales.shape[1]
     rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
-    first, meet = _launches(config, m, n, groups, x.stride(0), rank, padded, nonlinearity, out.dtype, out.device)
     if wscales.data_ptr() % 4 or wscales.numel() % 2:  # they are read in twos
         wscales = F.pad(wscales.flatten(), (0, 1))
+    branch, up = (out if half is None else half for half in (branch, up))
+    operands = x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out
+    sizes = m, n, groups, x.stride(0), rank, padded, nonlinearity, out.dtype
+    if config.get("STREAMING"):
+        streaming_launch(config, *sizes)(*operands)
+        return
+    first, meet = _launches(config, *sizes, out.device)
     split = first.grid[2]
     part = out.new_empty(split, m, n, dtype=torch.float32) if split > 1 else out
-    branch, up = (out if half is None else half for half in (branch, up))
-    first(x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out, part)
+    first(*operands, part)
     if split > 1:
         meet(part, row_scale, branch, up, bias, out)
 

@@ -1,0 +1,137 @@
+"""The product of w4a16.py where a program has few warps and one block of outputs.
+
+A program keeps no part of x: it comes from the L1 cache, which all programs of a multiprocessor share, and the sums
+of x that take c away again from one more product, of a constant. In return a program needs so few registers that a
+multiprocessor holds many, whose reads and products overlap, and its warps meet only once, at the end. A warp reads
+groups and their scales in twos. AHEAD of these are under way: as soon as it has multiplied two groups, it reads those
+that come AHEAD later, into the same registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .integers import cdiv
+from .launch import Launch, planned
+from .w4a16_ends import finish, meet, read_ends, read_rows
+from .w4a16_operands import MAGIC, places, read_inputs, weights
+
+
+@triton.jit
+def _read(q, wscales, row, rows, groups, runs, left, end, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """(words of two groups, two scales in an int32) of each warp; `left` rows and `end` groups are there.
+
+    Even blocks are whole, and lie within their rows or past their end as a whole.
+    """
+    inside = tl.full((1,), end, tl.int32) > 0
+    first = inside[:, None] if EVEN else (row < left) & (groups < end)
+    second = inside[:, None] if EVEN else (row < left) & (groups + 1 < end)
+    words = tl.load(q, mask=first), tl.load(q + 8, mask=second)
+    there = inside if EVEN else (rows < left) & (runs < end)
+    if GROUPS % 2 == 0:
+        pairs = tl.load(wscales.to(tl.pointer_type(tl.int32)), mask=there, other=0)
+    else:  # every other row begins amid an int32
+        halves = wscales.to(tl.pointer_type(tl.uint16))
+        pairs = tl.load(halves, mask=there, other=0).to(tl.int32)
+        pairs |= tl.load(halves + 1, mask=there & (runs + 1 < end), other=0).to(tl.int32) << 16
+    return words, pairs
+
+
+@triton.jit
+def _scales(pairs, PLACE: tl.constexpr, dtype: tl.constexpr):
+    """The first or second of each pair, float32."""
+    if dtype == tl.bfloat16:  # by hand: compilers take four instructions where one does
+        return (pairs & -0x10000 if PLACE else pairs << 16).to(tl.float32, bitcast=True)
+    return (pairs >> 16 * PLACE).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _product(words, scales, inputs, minus_c, magic, dtype: tl.constexpr, BN: tl.constexpr):
+    """A group's product of each warp, times its scales [warps, BN / 8, 8, BM / 8, 4, 2]."""
+    WARPS: tl.constexpr = inputs[0].shape[0]
+    BM: tl.constexpr = inputs[0].shape[2]
+    part = tl.zeros((WARPS, 16, BM), tl.float32)
+    for half in tl.static_range(2):
+        part = tl.dot(minus_c, inputs[half], part)
+    part = tl.reshape(tl.broadcast_to(part[:, None, :, :], (WARPS, BN // 16, 16, BM)), (WARPS, BN, BM))
+    for half in tl.static_range(2):
+        part = tl.dot(weights(words, magic, 4 * half, dtype, BN, 1), inputs[half], part)
+    scales = tl.permute(tl.reshape(scales, (BN // 8, WARPS, 8, 4)), (1, 0, 2, 3))[:, :, :, None, :, None]
+    return tl.reshape(part, (WARPS, BN // 8, 8, BM // 8, 4, 2)) * scales
+
+
+@triton.jit
+def _streaming_kernel(
+    x_ptr, row_scale_ptr, q_ptr, wscales_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, stride_m, magic,
+    GROUPS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, NONLINEARITY: tl.constexpr,
+):  # fmt: skip
+    """Rows m of a block, outputs n of a block, two groups for each warp in turn."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    scale_dtype: tl.constexpr = wscales_ptr.dtype.element_ty
+    step: tl.constexpr = 2 * WARPS
+    block = tl.program_id(0)
+    left = N - block * BN
+    t, rows, warp = places(BN // 8, 1, WARPS)
+    runs = 2 * warp
+    wscales = wscales_ptr + block * (BN * GROUPS) + rows * GROUPS + runs  # one for each t, as in the sums
+    row, groups = rows[:, None], runs[:, None]
+    q = (
+        q_ptr
+        + block * (BN * GROUPS * 8)
+        + row * (GROUPS * 8)
+        + groups * 8
+        + t[:, None] * 2
+        + tl.arange(0, 2)[None, :]
+    )
+    words, pairs = (), ()
+    for i in tl.static_range(AHEAD):
+        end = GROUPS - i * step
+        read = _read(q + i * step * 8, wscales + i * step, row, rows, groups, runs, left, end, GROUPS, EVEN)
+        words += (read[0],)
+        pairs += (read[1],)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = block * BN + tl.arange(0, BN)
+    ends = read_ends(up_ptr, bias_ptr, n, N, RANK, R)
+    t, row_x, columns = places(BM // 8, 1, WARPS)
+    columns = 2 * columns[:, None]
+    row_x = tl.minimum(tl.program_id(1) * BM + row_x, M - 1)  # past the last row it repeats, and is not stored
+    x = x_ptr + row_x.to(tl.int64)[:, None] * stride_m + columns * 64 + t[:, None] * 8 + tl.arange(0, 8)[None, :]
+    # N >> 30 is 0, but compilers do not know: they would set the registers of a constant anew for every product
+    unlike = tl.arange(0, 16)[None, :, None] * 8 + tl.arange(0, 16)[None, None, :] % 8 & N >> 30
+    minus_c = (magic.to(tl.int16) | (-0x7FF8 if dtype == tl.bfloat16 else -0x7F80)) + unlike.to(tl.int16)
+    minus_c = tl.broadcast_to(minus_c.to(dtype, bitcast=True), (WARPS, 16, 16))
+    minus_c = tl.reshape(tl.join(minus_c, minus_c), (WARPS, 16, 32))  # joined as weights are
+    sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
+    for first in tl.range(0, GROUPS, AHEAD * step, num_stages=1):
+        q += AHEAD * step * 8
+        wscales += AHEAD * step
+        for i in tl.static_range(AHEAD):
+            end = GROUPS - first - i * step
+            for j in tl.static_range(2):
+                inputs = read_inputs(x + (i * step + j) * 64, columns, end - j, dtype, step, 1, BM, 1, EVEN)
+                sums += _product(words[0][j], _scales(pairs[0], j, scale_dtype), inputs, minus_c, magic, dtype, BN)
+            end -= AHEAD * step
+            read = _read(q + i * step * 8, wscales + i * step, row, rows, groups, runs, left, end, GROUPS, EVEN)
+            words = words[1:] + (read[0],)
+            pairs = pairs[1:] + (read[1],)
+        x += AHEAD * step * 64
+    rows = read_rows(row_scale_ptr, branch_ptr, m, M, R)
+    finish(meet(sums, BN, BM), m, n, rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
+
+
+@planned
+def streaming_launch(
+    config: dict, m: int, n: int, groups: int, stride: int, rank: int, padded: int, nonlinearity: str,
+    dtype: torch.dtype,
+) -> Launch:  # fmt: skip
+    """config: BM, BN, num_warps (powers of two; BM from 8, BN from 16 on), AHEAD; maxnreg to limit registers."""
+    bm, bn, warps, ahead = (config[name] for name in ("BM", "BN", "num_warps", "AHEAD"))
+    options = {name: config[name] for name in ("num_warps", "maxnreg") if name in config}
+    return Launch(
+        _streaming_kernel, (cdiv(n, bn), cdiv(m, bm)), M=m, N=n, stride_m=stride, magic=MAGIC[dtype], GROUPS=groups,
+        RANK=rank, R=padded, BM=bm, BN=bn, WARPS=warps, EVEN=n % bn == 0 and groups % (2 * warps * ahead) == 0,
+        AHEAD=ahead, NONLINEARITY=nonlinearity, **options,
+    )  # fmt: skip

@@ -2,8 +2,8 @@
 
 A file of `tuned/` is {"device": ..., "<kernel>": [[M, N, K, {setting: value}], ...], ...}. A GPU whose name has a
 file uses it, any other the file of its compute capability or of the nearest below. Of a kernel's entries the one
-nearest in log M, log N, log K serves: shapes between the measured ones come out sensibly. "w8a8" is
-{shape class: {setting: value}}, see w8a8_configs.py.
+nearest in log M, log N, log K serves: shapes between the measured ones come out sensibly. M of "<mode>.norm", rows
+under a layer norm, is of one sample. "w8a8" is {shape class: {setting: value}}, see w8a8_configs.py.
 
 `record` writes the file of this GPU (search.py and `ptq4dm bench tune` do). It lies in `tuned/` beside this file, or
 in the user's folder, $PTQ4DM_TUNED or else ~/.cache/ptq4dm/tuned, whose entries come before those beside this file.

@@ -14,8 +14,20 @@ from torch import Tensor
 
 from . import fp8, svdq
 from .ops import op
-from .svdq_linear import INT4, MODES, REFERENCE, SHORT, check, code_dtype, kernel_name, short_floats
-from .tuning import best_config
+from .svdq_linear import (
+    INT4,
+    MODES,
+    REFERENCE,
+    check,
+    code_dtype,
+    in_type,
+    known_name,
+    short_floats,
+    steps,
+    triton_files,
+)
+from .tuning import best_config, remembered
+from .workspace import Workspace
 
 
 @op
@@ -39,7 +51,7 @@ def svdq_codes(
     Raises ValueError for sizes that do not fit.
     """
     _check_inputs(x, more, norm_scale, norm_shift)
-    name = kernel_name(x.device, activation, 64)
+    name = known_name(x.device, activation, 64)
     x, more = _rows(x), None if more is None else _rows(more)
     norm = None if norm_scale is None else (norm_scale, norm_shift, eps)
     if name == REFERENCE:
@@ -50,9 +62,11 @@ def svdq_codes(
 @svdq_codes.register_fake
 def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps):
     _check_inputs(x, more, norm_scale, norm_shift)
-    name = kernel_name(x.device, activation, 64)
+    name = known_name(x.device, activation, 64)
     x, more = _rows(x), None if more is None else _rows(more)
-    return _empty(name, x, more, 0 if down is None else down.shape[0], activation)
+    k = x.shape[1] + (0 if more is None else more.shape[1])
+    shapes = _shapes(name, x.device, x.shape[0], k, 0 if down is None else down.shape[0], x.dtype, activation)
+    return tuple(x.new_empty(shape, dtype=kind) for shape, kind in shapes)
 
 
 @op
@@ -70,12 +84,12 @@ def svdq_product(
 ) -> Tensor:
     """What `svdq_codes` gives -> the layer's outputs [M, N] of dtype, with the nonlinearity applied to float32."""
     check(nonlinearity)
-    name = kernel_name(codes.device, activation, 64)
+    name = known_name(codes.device, activation, 64)
     if name == REFERENCE:
         y = svdq.product(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity)
     else:
         y = product_through(name, codes, scales, branch, qweight, wscales, up, bias, nonlinearity)
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 @svdq_product.register_fake
@@ -83,75 +97,88 @@ def _(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearit
     return codes.new_empty(codes.shape[0], qweight.shape[0], dtype=dtype)
 
 
+@remembered
+def _codes_plan(
+    name: str, device: torch.device, m: int, k: int, rank: int, dtype: torch.dtype, samples: int
+) -> tuple:
+    """(settings, what `_shapes` says); samples: those of a norm, or 0.
+
+    Settings are those of "prepare", of the activation beside unpacking; with a norm, those of "norm", by rows of a
+    sample, for a block of rows ends where it does.
+    """
+    mode, step, rows = MODES[name], steps(name, m)[0], m
+    if samples and step == "prepare":
+        step, rows = "norm", m // samples
+    return best_config(f"{mode}.{step}", device, rows, None, k), _shapes(name, device, m, k, rank, dtype, mode)
+
+
 def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift: float, norm) -> tuple:
     """`svdq.codes` by the kernels called `name`; the branch in bf16 or fp16, its columns padded with zeros."""
-    from .svdq_activation import quantize_activation
-
-    x, mode = short_floats(x), MODES[name]
-    more = None if more is None else short_floats(more.to(x.dtype))
-    out = _empty(name, x, more, 0 if down is None else down.shape[0], mode)
-    m, k = out[0].shape
+    x = short_floats(x)
+    dtype, (m, k) = x.dtype, x.shape
+    if more is not None:
+        more = short_floats(more if more.dtype == dtype else more.to(dtype))
+        k += more.shape[1]
+    rank, samples = 0 if down is None else down.shape[0], 0 if norm is None else norm[0].shape[0]
+    config, ((_, code), (scales, _), (branch, _)) = _codes_plan(name, x.device, m, k, rank, dtype, samples)
+    out = x.new_empty(m, k, dtype=code), x.new_empty(scales, dtype=torch.float32), x.new_empty(branch)
     if m:
-        down = None if down is None else down.to(x.dtype).contiguous()
-        config = best_config(f"{mode}.{_first_step(name, m)}", x.device, m, None, k)
-        quantize_activation(x, smooth, down, mode, shift, out, config, more=more, norm=norm)
+        down = None if down is None else in_type(down, dtype)
+        triton_files().activation.quantize_activation(x, smooth, down, MODES[name], shift, out, config, more, norm)
     return out
+
+
+@remembered
+def _product_plan(name: str, device: torch.device, m: int, n: int, k: int) -> tuple:
+    """(launches, their settings, room for the weight); "prepare" has the settings of unpacking, too."""
+    mode, launches = MODES[name], steps(name, m)
+    settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches]
+    shapes = triton_files().unpack.weight_shapes(n, k, code_dtype(name, device), mode)
+    return launches, settings, Workspace(*shapes)
 
 
 def product_through(name: str, codes, scales, branch, qweight, wscales, up, bias, nonlinearity: str) -> Tensor:
     """`svdq.product` by the kernels called `name`, in the branch's dtype."""
-    from . import svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
-
-    mode, (m, k), n = MODES[name], codes.shape, len(qweight)
+    kernels, (m, k), n = triton_files(), codes.shape, qweight.shape[0]
     out = branch.new_empty(m, n)
-    if not out.numel():
+    if not (m and n):
         return out
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
-    up = None if up is None else up.to(out.dtype).contiguous()
-    sizes = (codes.device, m, n, k)
-    if _first_step(name, m) == "activation":
-        config = best_config(f"{mode}.short", *sizes)
-        w4a16.short_product(codes, scales, qweight, wscales, branch, up, bias, out, config, nonlinearity)
+    up = None if up is None else in_type(up, out.dtype)
+    launches, (first, second), room = _product_plan(name, codes.device, m, n, k)
+    if launches[1] == "short":
+        kernels.short(codes, scales, qweight, wscales, branch, up, bias, out, second, nonlinearity)
         return out
-    weight = svdq_unpack.empty_weight(qweight, codes.dtype, mode)
-    svdq_unpack.unpack(qweight, wscales, weight, mode, best_config(f"{mode}.prepare", *sizes))
-    product = svdq_w4a4.product if name == INT4 else svdq_gemm.product
-    config = best_config(f"{mode}.product", *sizes)
-    product((codes, scales, branch), weight, up, bias, out, config, nonlinearity)
+    weight = room.take(codes)
+    kernels.unpack.unpack(qweight, wscales, weight, MODES[name], first)
+    product = kernels.w4a4.product if name == INT4 else kernels.gemm.product
+    product((codes, scales, branch), weight, up, bias, out, second, nonlinearity)
     return out
 
 
-def _first_step(name: str, rows: int) -> str:
-    """As in svdq_linear.steps; "prepare" has the settings of the activation and of unpacking, side by side."""
-    return "activation" if name != INT4 and rows <= SHORT else "prepare"
-
-
-def _empty(name: str, x: Tensor, more: Tensor | None, rank: int, activation: str) -> tuple:
-    """Room for codes, scales and the branch, as the reference or the kernels make them."""
+def _shapes(name: str, device: torch.device, m: int, k: int, rank: int, dtype: torch.dtype, activation: str) -> tuple:
+    """(shape, type) of codes, scales and the branch, as the reference or the kernels make them of x [M, K]."""
     if name == REFERENCE:
         code, half = fp8.DTYPE if activation == "fp8" else torch.int8, torch.float32
     else:
         from .svdq_activation import padded_rank
 
-        rank, code = padded_rank(rank), code_dtype(name, x.device)
-        half = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    m, k = x.shape[0], x.shape[1] + (0 if more is None else more.shape[1])
+        rank, code = padded_rank(rank), code_dtype(name, device)
+        half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
     scales = (k // 64, m) if activation == "int4" else (m,)
-    return (
-        x.new_empty(m, k, dtype=code),
-        x.new_empty(scales, dtype=torch.float32),
-        x.new_empty(m, rank, dtype=half),
-    )
+    return ((m, k), code), (scales, torch.float32), ((m, rank), half)
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _check_inputs(x, more, norm_scale, norm_shift) -> None:
     if more is not None and more.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"inputs {tuple(x.shape)} and their further columns {tuple(more.shape)} differ in rows.")
-    wanted = (len(x), x.shape[-1] + (0 if more is None else more.shape[-1]))
-    if norm_scale is not None and not norm_scale.shape == norm_shift.shape == wanted:
+    if norm_scale is None:
+        return
+    wanted = (x.shape[0], x.shape[-1] + (0 if more is None else more.shape[-1]))
+    if not norm_scale.shape == norm_shift.shape == wanted:
         sizes = tuple(norm_scale.shape), tuple(norm_shift.shape)
         raise ValueError(f"a norm's scale and shift {sizes} are not of {wanted[0]} samples and {wanted[1]} inputs.")

@@ -42,7 +42,7 @@ def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
     return {"fp8": fp8, "int8": INT8, "int4": INT4, "none": WEIGHT_ONLY}[activation]
 
 
-_known_name = remembered(kernel_name)  # not for models themselves: torch.compile warns of what is cached
+known_name = remembered(kernel_name)  # not where torch.compile traces: it warns of what is cached
 
 
 @op
@@ -63,7 +63,7 @@ def svdq_linear(
     Raises ValueError where no Triton kernel serves them (`kernel_name` says), or for an unknown nonlinearity.
     """
     check(nonlinearity)
-    name = _known_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
+    name = known_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
     if name == REFERENCE:
         raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -97,7 +97,7 @@ def code_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @functools.cache
-def _triton() -> SimpleNamespace:
+def triton_files() -> SimpleNamespace:
     """The files that need Triton. An import at each call would take 2 us, though they are there."""
     from . import svdq_activation, svdq_gemm, svdq_unpack, svdq_w4a4, w4a16
 
@@ -109,7 +109,7 @@ def _triton() -> SimpleNamespace:
 @remembered
 def _plan(name: str, device: torch.device, m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
     """(launches, their settings, room for what the first leaves to the second)."""
-    kernels, mode, launches = _triton(), MODES[name], steps(name, m)
+    kernels, mode, launches = triton_files(), MODES[name], steps(name, m)
     settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches if step != "cublas"]
     codes = code_dtype(name, device)
     rows = () if mode == "none" else kernels.activation.activation_shapes(m, k, dtype, mode, rank, codes)
@@ -134,7 +134,7 @@ def rows_through(
     if not (m and n):
         return out
     if down is not None:
-        down, up = _rows(down, x.dtype), _rows(up, x.dtype)
+        down, up = in_type(down, x.dtype), in_type(up, x.dtype)
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
     plan = _plan(name, x.device, m, n, k, 0 if down is None else down.shape[0], x.dtype)
     if name == WEIGHT_ONLY:
@@ -143,13 +143,13 @@ def rows_through(
     return out
 
 
-def _rows(half: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the branch; usually as it is, which is asked in less time than `to` takes."""
-    return half if half.dtype == dtype and half.is_contiguous() else half.to(dtype).contiguous()
+def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, contiguous and of this type; usually as it is, which is asked in less time than `to` takes."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity) -> None:
-    kernels, mode, (launches, (first, second), room) = _triton(), MODES[name], plan
+    kernels, mode, (launches, (first, second), room) = triton_files(), MODES[name], plan
     pieces = room.take(x)
     codes, weight = pieces[:3], pieces[3:]
     if launches[0] == "activation":
@@ -162,7 +162,7 @@ def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, o
 
 
 def _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity) -> Tensor:
-    kernels, (launches, (config,), _) = _triton(), plan
+    kernels, (launches, (config,), _) = triton_files(), plan
     branch = None if down is None else F.linear(x, down)
     if launches[0] == "short":
         if down is not None:

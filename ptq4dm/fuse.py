@@ -165,13 +165,16 @@ def _runs_fused(x: Tensor, *layers: nn.Module) -> bool:
 
 def unhooked(*modules: nn.Module) -> bool:
     """Whether no recorder, offloading or cache of torch, accelerate or diffusers waits for the modules' calls."""
-    return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or hasattr(module, "_hf_hook")
-        or hasattr(module, "_diffusers_hook")
-        for module in modules
-    )
+    for module in modules:
+        state = module.__dict__  # hasattr of a module without it takes ten times as long
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or "_hf_hook" in state
+            or "_diffusers_hook" in state
+        ):
+            return False
+    return True
 
 
 def _grid(layer) -> tuple[Tensor, Tensor | None, int, torch.dtype]:

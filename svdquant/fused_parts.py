@@ -70,14 +70,19 @@ def share(layers: list[nn.Module]) -> bool:
     """Whether codes for the first of the layers are codes for all: smoothing and branch are one, without adapters."""
     if len(layers) == 1:
         return True
-    lenders = [layer._lender[0] if layer._lender else layer for layer in layers]
-    return all(one is lenders[0] for one in lenders) and all(layer.lora_down is None for layer in layers)
+    leader = layers[0]._lender[0] if layers[0]._lender else layers[0]
+    for layer in layers:
+        if (layer._lender[0] if layer._lender else layer) is not leader or layer.lora_down is not None:
+            return False
+    return True
 
 
 def runs_fused(layers: list[nn.Module], passed_over: list[nn.Module]) -> bool:
     """Whether kernels serve the layers, and nothing waits for calls of modules that get codes, or no call at all."""
-    kind = all(type(layer) is SVDQLinear for layer in layers)
-    return kind and _on_kernels(layers[0]) and unhooked(*layers, *passed_over)
+    for layer in layers:
+        if type(layer) is not SVDQLinear:
+            return False
+    return _on_kernels(layers[0]) and unhooked(*layers, *passed_over)
 
 
 def _on_kernels(layer: SVDQLinear) -> bool:

@@ -24,7 +24,7 @@ class Codes:
     codes: Tensor
     scales: Tensor
     branch: Tensor
-    shape: torch.Size
+    shape: tuple[int, ...]
     dtype: torch.dtype  # of the outputs
 
     @property
@@ -79,12 +79,18 @@ class _SVDQLayer(QuantizedLayer):
     @property
     def branch(self) -> tuple[Tensor | None, Tensor | None]:
         """(down [r, K], up [N, r]), the ranks of fused LoRA adapters among them; or (None, None)."""
+        return self._branch_down(), self._branch_up()
+
+    def _branch_down(self) -> Tensor | None:
         down = _fetched(self._lender[0], self.qweight.device) if self._lender else self.down
         if self.lora_down is None:
-            return down, self.up
-        if down is None:
-            return self.lora_down, self.lora_up
-        return torch.cat([down, self.lora_down]), torch.cat([self.up, self.lora_up], 1)
+            return down
+        return self.lora_down if down is None else torch.cat([down, self.lora_down])
+
+    def _branch_up(self) -> Tensor | None:
+        if self.lora_down is None:
+            return self.up
+        return self.lora_up if self.up is None else torch.cat([self.up, self.lora_up], 1)
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -113,7 +119,8 @@ class _SVDQLayer(QuantizedLayer):
         return self._kernel_name(self.qweight.device)
 
     def _kernel_name(self, device: torch.device) -> str:
-        return svdq_linear.kernel_name(device, self.plan.activation, self.plan.group_size)
+        find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name
+        return find(device, self.plan.activation, self.plan.group_size)
 
     def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> Codes:
         """x [..., K], quantized for this layer and for those that share its smoothing and its branch.
@@ -122,18 +129,20 @@ class _SVDQLayer(QuantizedLayer):
         of an adaptive layer norm that x [B, ..., K] goes through first.
         """
         scale, shift, eps = norm or (None, None, 0.0)
-        operands = (self.smooth, self.branch[0], self.plan.activation, self.plan.shift, scale, shift, eps)
-        columns = x.shape[-1] + (0 if more is None else more.shape[-1])
-        return Codes(*svdq_codes.svdq_codes(x, more, *operands), x.shape[:-1] + (columns,), x.dtype)
+        plan, (*rows, columns) = self.plan, x.shape
+        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, scale, shift, eps)
+        columns += 0 if more is None else more.shape[-1]
+        return Codes(*svdq_codes.svdq_codes(x, more, *operands), (*rows, columns), x.dtype)
 
     def multiply(self, x: Tensor | Codes, nonlinearity: str = "") -> Tensor:
         """The layer, and one of `svdq.NONLINEARITIES` on its sums."""
         plan = self.plan
         if isinstance(x, Codes):
-            operands = (self.qweight, self.wscales, self.branch[1], self.bias, plan.activation, nonlinearity, x.dtype)
-            return svdq_codes.svdq_product(x.codes, x.scales, x.branch, *operands).view(
-                *x.shape[:-1], len(self.qweight)
-            )
+            y = svdq_codes.svdq_product(
+                x.codes, x.scales, x.branch, self.qweight, self.wscales, self._branch_up(), self.bias,
+                plan.activation, nonlinearity, x.dtype,
+            )  # fmt: skip
+            return y.view(*x.shape[:-1], y.shape[1])
         reference = self._kernel_name(x.device) == svdq_linear.REFERENCE
         multiply = svdq.svdq_linear if reference else svdq_linear.svdq_linear
         return multiply(

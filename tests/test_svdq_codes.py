@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ptq4dm  # noqa: F401
-from ptq4dm.kernels import int4, svdq, svdq_codes, svdq_linear
+from ptq4dm.kernels import int4, svdq, svdq_codes, svdq_linear, tuning
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -105,6 +105,30 @@ def test_no_rows(name):
     assert codes[0].shape == (0, K) and codes[2].shape == (0, 16)
     operands = (layer.qweight, layer.wscales, layer.up, layer.bias)
     assert svdq_codes.product_through(name, *codes, *operands, "").shape == (0, 40)
+
+
+NORMED = [(1, 4608, 3072), (2, 2304, 3072), (1, 512, 3072), (1, 256, 1152), (16, 256, 1152), (64, 256, 384)]
+
+
+@pytest.mark.parametrize("samples, t, k", NORMED)
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_with_a_norm(name, samples, t, k):
+    """Blocks of 64 rows for the branch; steps that waste little of K."""
+    pytest.importorskip("triton")
+    plan = svdq_codes._codes_plan(name, torch.device(DEVICE), samples * t, k, 32, torch.float16, samples)[0]
+    assert plan["BM"] == 64 and -(-k // plan["STEP"]) * plan["STEP"] < 1.5 * k
+    if (samples, k) == (2, 3072):
+        assert plan != svdq_codes._codes_plan(name, torch.device(DEVICE), 2 * t, k, 32, torch.float16, 1)[0]
+
+
+@pytest.mark.parametrize("path", sorted(tuning.FOLDER.glob("sm_*.json")), ids=lambda path: path.stem)
+def test_settings_fit_shared_memory(path):
+    """Rows and D in 16 bits, for each stage, in the 99 KiB that a program has on GPUs of compute capability 8.6."""
+    table = tuning.settings_in(path)
+    entries = [
+        one for mode in ("fp8", "int8", "int4") for step in ("prepare", "norm") for one in table[f"{mode}.{step}"]
+    ]
+    assert all(2 * (one["BM"] + 32) * one["BK"] * one["STAGES"] <= 99 << 10 for *_, one in entries)
 
 
 CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -237,7 +237,7 @@ def test_fused_kernels_of_a_whole_model(kind, quantized, monkeypatch):
         patch.setattr(PARTS, "_on_kernels", lambda _: True)
         reference = replay(model, calls).float()
         for module in (svdq_codes, svdq_linear):
-            patch.setattr(module, "kernel_name", lambda device, activation, _: BY_ACTIVATION[activation])
+            patch.setattr(module, "known_name", lambda device, activation, _: BY_ACTIVATION[activation])
         answer = replay(model, calls).float()
     assert not torch.equal(answer, reference) and (answer - reference).norm() < 0.01 * reference.norm()
 

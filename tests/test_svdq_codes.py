@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import ptq4dm  # noqa: F401
 from ptq4dm.kernels import int4, svdq, svdq_codes, svdq_linear, tuning
+from ptq4dm.kernels.tuning import best_config
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -94,6 +95,25 @@ def test_kernels(name, b, t, rank, how):
     expected = svdq.product(*svdq.codes(*cpu), *half, mode, "gelu")
     tolerance = {"int4": 1.2e-2, "int8": 1.5e-2, "fp8": 4e-2 if CUDA else 9e-2}[mode]
     assert y.dtype == torch.float16 and (y.cpu() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("t", [17, 35])
+@pytest.mark.parametrize("name", NAMES)
+def test_later_calls_look_up_no_settings(name, t, monkeypatch):
+    """Until the files of settings may have changed."""
+    pytest.importorskip("triton")
+    layer, mode = Layer(1, t, 40, 12), svdq_linear.MODES[name]
+    x, more, smooth, down, _, shift, norm = rows_of(layer.codes(mode, "normed"))
+
+    def call():
+        codes = svdq_codes.codes_through(name, x, more, smooth, down, shift, norm)
+        return svdq_codes.product_through(name, *codes, layer.qweight, layer.wscales, layer.up, layer.bias, "")
+
+    first, asked = call(), []
+    monkeypatch.setattr(svdq_codes, "best_config", lambda *sizes: asked.append(sizes) or best_config(*sizes))
+    assert torch.equal(call(), first) and not asked
+    tuning.forget()
+    assert torch.equal(call(), first) and len(asked) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,23 +20,24 @@ from .w4a16_operands import MAGIC, places, read_inputs, weights
 
 
 @triton.jit
-def _read(q, wscales, row, rows, groups, runs, left, end, GROUPS: tl.constexpr, EVEN: tl.constexpr):
-    """(words of two groups, two scales in an int32) of each warp; `left` rows and `end` groups are there.
+def _read_words(q, row, groups, left, end, EVEN: tl.constexpr):
+    """The words of a group of each warp; `left` rows and `end` groups are there.
 
     Even blocks are whole, and lie within their rows or past their end as a whole.
     """
-    inside = tl.full((1,), end, tl.int32) > 0
-    first = inside[:, None] if EVEN else (row < left) & (groups < end)
-    second = inside[:, None] if EVEN else (row < left) & (groups + 1 < end)
-    words = tl.load(q, mask=first), tl.load(q + 8, mask=second)
-    there = inside if EVEN else (rows < left) & (runs < end)
+    there = tl.full((1, 1), end, tl.int32) > 0 if EVEN else (row < left) & (groups < end)
+    return tl.load(q, mask=there)
+
+
+@triton.jit
+def _read_pairs(wscales, rows, runs, left, end, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """Two scales of each row and warp in an int32, as `_read_words`."""
+    there = tl.full((1,), end, tl.int32) > 0 if EVEN else (rows < left) & (runs < end)
     if GROUPS % 2 == 0:
-        pairs = tl.load(wscales.to(tl.pointer_type(tl.int32)), mask=there, other=0)
-    else:  # every other row begins amid an int32
-        halves = wscales.to(tl.pointer_type(tl.uint16))
-        pairs = tl.load(halves, mask=there, other=0).to(tl.int32)
-        pairs |= tl.load(halves + 1, mask=there & (runs + 1 < end), other=0).to(tl.int32) << 16
-    return words, pairs
+        return tl.load(wscales.to(tl.pointer_type(tl.int32)), mask=there, other=0)
+    halves = wscales.to(tl.pointer_type(tl.uint16))  # every other row begins amid an int32
+    pairs = tl.load(halves, mask=there, other=0).to(tl.int32)
+    return pairs | tl.load(halves + 1, mask=there & (runs + 1 < end), other=0).to(tl.int32) << 16
 
 
 @triton.jit
@@ -89,9 +90,9 @@ def _streaming_kernel(
     words, pairs = (), ()
     for i in tl.static_range(AHEAD):
         end = GROUPS - i * step
-        read = _read(q + i * step * 8, wscales + i * step, row, rows, groups, runs, left, end, GROUPS, EVEN)
-        words += (read[0],)
-        pairs += (read[1],)
+        for j in tl.static_range(2):
+            words += (_read_words(q + (i * step + j) * 8, row, groups, left, end - j, EVEN),)
+        pairs += (_read_pairs(wscales + i * step, rows, runs, left, end, GROUPS, EVEN),)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
     ends = read_ends(up_ptr, bias_ptr, n, N, RANK, R)
@@ -110,13 +111,13 @@ def _streaming_kernel(
         wscales += AHEAD * step
         for i in tl.static_range(AHEAD):
             end = GROUPS - first - i * step
+            later = end - AHEAD * step
             for j in tl.static_range(2):
                 inputs = read_inputs(x + (i * step + j) * 64, columns, end - j, dtype, step, 1, BM, 1, EVEN)
-                sums += _product(words[0][j], _scales(pairs[0], j, scale_dtype), inputs, minus_c, magic, dtype, BN)
-            end -= AHEAD * step
-            read = _read(q + i * step * 8, wscales + i * step, row, rows, groups, runs, left, end, GROUPS, EVEN)
-            words = words[1:] + (read[0],)
-            pairs = pairs[1:] + (read[1],)
+                scales = _scales(pairs[0], j, scale_dtype)
+                sums += _product(words[0], scales, inputs, minus_c, magic, dtype, BN)
+                words = words[1:] + (_read_words(q + (i * step + j) * 8, row, groups, left, later - j, EVEN),)
+            pairs = pairs[1:] + (_read_pairs(wscales + i * step, rows, runs, left, later, GROUPS, EVEN),)
         x += AHEAD * step * 64
     rows = read_rows(row_scale_ptr, branch_ptr, m, M, R)
     finish(meet(sums, BN, BM), m, n, rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)

@@ -60,19 +60,11 @@ def w4a4_hopper_settings() -> list[dict]:
 
 
 def short_settings(m: int) -> list[dict]:
-    """Outputs of a block, runs of groups that a warp holds, blocks that it reads ahead, programs, warps.
-
-    48 groups (3072 inputs) are whole where RUN * RUNS * num_warps * SPLIT is 48.
-    """
-    wide, paired, single = (1, 3, 16), (2, 3, 8), (1, 6, 8)  # RUN, RUNS, num_warps
-    tried = [(1, bn, warps, ahead, 1) for bn in (16, 32) for warps in (wide, paired, single) for ahead in (1, 2, 3)]
-    tried += [(1, 16, paired, 4, 1), (1, 16, (2, 6, 4), 1, 2), (1, 16, (2, 6, 4), 2, 2)]
-    tried += [(2, 16, (1, 3, 8), ahead, 2) for ahead in (1, 2, 3)]
-    return [
-        dict(SPLIT=split, BM=bm, BN=bn, RUN=run, RUNS=runs, AHEAD=ahead, PER_SM=per_sm, num_warps=warps)
-        for bm in ((8,) if m <= 8 else (16, 8))
-        for split, bn, (run, runs, warps), ahead, per_sm in tried
-    ]
+    """Outputs of a block, pairs of groups that a warp reads ahead, warps. With 56 registers 9 of 4 warps fit."""
+    shapes = [(16, 1, 4), (16, 1, 8), (16, 1, 2), (16, 2, 4), (32, 1, 4), (32, 1, 2), (32, 2, 2), (32, 3, 2)]
+    rows = (8,) if m <= 8 else (16,) if m <= 16 else (16, 32)
+    tried = [dict(BM=bm, BN=bn, AHEAD=ahead, num_warps=warps) for bm in rows for bn, ahead, warps in shapes]
+    return [one | dict(maxnreg=None) for one in tried] + [tried[0] | dict(maxnreg=56 if m <= 8 else 72)]
 
 
 def settings_of(step: str, name: str, m: int, k: int) -> list[dict]:

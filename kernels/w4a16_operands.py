@@ -23,34 +23,10 @@ MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x54005400}  # 128 or 64, tw
 
 
 @triton.jit
-def places(BLOCKS: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
-    """Of every lane's reads, in the order in which Triton deals them out: t, row and group, each [reads]."""
-    read = tl.arange(0, BLOCKS * RUN * WARPS * 32)
-    t, r = read % 4, read // 4 % 8
-    group = read // 32 % WARPS * RUN + read // (32 * WARPS) % RUN
-    return t, read // (32 * WARPS * RUN) * 8 + r, group
-
-
-@triton.jit
-def read_run(q, wscales, row, groups, rows, runs, i: tl.constexpr, left, end, EVEN: tl.constexpr):
-    """(words [reads, 2], pairs of scales) of a run of each warp, i groups after its first; `left` rows are there.
-
-    Scales are read in twos: where 16 bits are read to be used much later, compilers wait for them to pack two.
-    """
-    words = tl.load(q + i * 8, mask=row < left if EVEN else (row < left) & (groups + i < end))
-    pairs = tl.load(wscales + i // 2, mask=rows < left if EVEN else (rows < left) & (runs + i < end), other=0)
-    return words, pairs
-
-
-@triton.jit
-def scales_of(pairs, at, dtype: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr, WARPS: tl.constexpr):
-    """Pairs of scales, of which those from place `at` on are meant -> [RUN, warps, BN / 8, 8, 1, 4, 1]."""
-    if RUN == 1:
-        scales = (pairs >> (at & 1) * 16).to(tl.int16)
-    else:
-        scales = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
-    scales = tl.reshape(scales.to(dtype, bitcast=True).to(tl.float32), (BN // 8, WARPS, 8, 4, RUN))
-    return tl.permute(scales, (4, 1, 0, 2, 3))[:, :, :, :, None, :, None]
+def places(BLOCKS: tl.constexpr, WARPS: tl.constexpr):
+    """Of every lane's reads, in the order in which Triton deals them out: t, row and warp, each [reads]."""
+    read = tl.arange(0, BLOCKS * WARPS * 32)
+    return read % 4, read // (32 * WARPS) * 8 + read // 4 % 8, read // 32 % WARPS
 
 
 @triton.jit
@@ -66,58 +42,34 @@ def _pairs(words, SHIFT: tl.constexpr, magic, dtype: tl.constexpr):
 
 
 @triton.jit
-def weights(words, magic, SHIFT: tl.constexpr, dtype: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr):
-    """words [reads, 2] -> their codes at SHIFT and SHIFT + 8 [RUN * warps, BN, 32]."""
+def weights(words, magic, SHIFT: tl.constexpr, dtype: tl.constexpr, BN: tl.constexpr):
+    """words [reads, 2] -> their codes at SHIFT and SHIFT + 8 [warps, BN, 32]."""
     byte0, byte2 = _pairs(words, SHIFT, magic, dtype)
     byte1, byte3 = _pairs(words, SHIFT + 8, magic, dtype)
     codes = tl.join(tl.join(byte0, byte2), tl.join(byte1, byte3))
-    warps: tl.constexpr = words.shape[0] // (BN * RUN * 4)
-    codes = tl.reshape(codes, (BN // 8, RUN, warps, 8, 4, 2, 2, 2))
-    codes = tl.permute(codes, (1, 2, 0, 3, 5, 4, 7, 6) if QUADS else (1, 2, 0, 3, 5, 7, 4, 6))
-    return tl.reshape(codes, (RUN * warps, BN, 32))
+    warps: tl.constexpr = words.shape[0] // (BN * 4)
+    codes = tl.reshape(codes, (BN // 8, warps, 8, 4, 2, 2, 2))
+    codes = tl.permute(codes, (1, 0, 2, 4, 3, 6, 5) if QUADS else (1, 0, 2, 4, 6, 3, 5))
+    return tl.reshape(codes, (warps, BN, 32))
 
 
 @triton.jit
-def _inputs(x, dtype: tl.constexpr, BM: tl.constexpr, RUN: tl.constexpr):
-    """x [reads, 8] -> [RUN * warps, 32, BM], inputs in the order of `weights`."""
+def _inputs(x, dtype: tl.constexpr, BM: tl.constexpr):
+    """x [reads, 8] -> [warps, 32, BM], inputs in the order of `weights`."""
     if x.dtype != dtype:
         x = x.to(tl.float32).to(dtype)  # GPUs before Hopper lack e4m3 to bf16
-    warps: tl.constexpr = x.shape[0] // (BM * RUN * 4)
-    x = tl.reshape(x, (BM // 8, RUN, warps, 8, 4, 2, 2, 2))
-    x = tl.permute(x, (1, 2, 5, 4, 7, 6, 0, 3) if QUADS else (1, 2, 5, 7, 4, 6, 0, 3))
-    return tl.reshape(x, (RUN * warps, 32, BM))
+    warps: tl.constexpr = x.shape[0] // (BM * 4)
+    x = tl.reshape(x, (BM // 8, warps, 8, 4, 2, 2, 2))
+    x = tl.permute(x, (1, 4, 3, 6, 5, 0, 2) if QUADS else (1, 4, 6, 3, 5, 0, 2))
+    return tl.reshape(x, (warps, 32, BM))
 
 
 @triton.jit
-def read_inputs(
-    x, columns, end, dtype: tl.constexpr, STEP: tl.constexpr, RUNS: tl.constexpr, BM: tl.constexpr,
-    RUN: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Both halves of the groups of all runs; zeros for groups past the end."""
+def read_inputs(x, columns, end, dtype: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr):
+    """Both halves of a group of each warp; zeros for groups past the end."""
     inputs = ()
-    for i in tl.static_range(RUNS):
-        for half in tl.static_range(2):
-            at = x + i * STEP * 64 + 32 * half
-            values = tl.load(at) if EVEN else tl.load(at, mask=columns + i * STEP < end, other=0.0)
-            inputs += (_inputs(values, dtype, BM, RUN),)
+    for half in tl.static_range(2):
+        at = x + 32 * half
+        values = tl.load(at) if EVEN else tl.load(at, mask=columns < end, other=0.0)
+        inputs += (_inputs(values, dtype, BM),)
     return inputs
-
-
-@triton.jit
-def excess_of(inputs, dtype: tl.constexpr, BN: tl.constexpr, RUNS: tl.constexpr):
-    """-c sum_k x[m, k] of every group [RUN * warps, BN, BM], to be added to each product."""
-    batch: tl.constexpr = inputs[0].shape[0]
-    BM: tl.constexpr = inputs[0].shape[2]
-    half_c = tl.full((batch, 16, 16), -68.0 if dtype == tl.bfloat16 else -36.0, dtype)
-    # joined as weights are, lest lanes hold x in two orders
-    half_c = tl.reshape(tl.join(half_c, half_c), (batch, 16, 32))
-    sums = ()
-    for i in tl.static_range(RUNS):
-        part = tl.zeros((batch, 16, BM), tl.float32)
-        for half in tl.static_range(2):
-            part = tl.dot(half_c, inputs[2 * i + half], part)
-        # all rows are alike: two of a lane are added and stand for all, so that they take few registers
-        part = tl.sum(tl.reshape(part, (batch, 2, 8, BM)), 1)
-        part = tl.broadcast_to(part[:, None, :, :], (batch, BN // 8, 8, BM))
-        sums += (tl.reshape(part, (batch, BN, BM)),)
-    return sums

@@ -33,7 +33,6 @@ from ptq4dm.kernels import (
     svdq_w4a4_hopper,
     svdq_w4a8_hopper,
     tuning,
-    w4a16,
 )
 from ptq4dm.kernels.launch import Launch
 
@@ -149,7 +148,7 @@ def main():
         tuning.forget()
         for module in (tuning, svdq_linear, hopper):
             module.capability = lambda device, target=target: divmod(target, 10)
-        for module in (svdq_gemm, svdq_w4a4, svdq_w4a4_hopper, svdq_w4a8_hopper, w4a16):
+        for module in (svdq_gemm, svdq_w4a4, svdq_w4a4_hopper, svdq_w4a8_hopper):
             module.multiprocessors = lambda device: 132
         calls(args.rank, args.nonlinearity)
     sys.exit(failed)

@@ -246,31 +246,12 @@ def test_w4a4_on_hopper(bn, stages, m, n, k, rank, shift, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("mode", ["none", "int8"] + ["fp8"] * MODERN)
-@pytest.mark.parametrize(
-    "sizes",
-    [(8, 16, 1, 1, 1, 1, 2), (16, 32, 2, 1, 2, 1, 4), (8, 64, 1, 2, 1, 2, 2), (32, 16, 2, 3, 3, 1, 8)],
-    ids=str,
-)
-@pytest.mark.parametrize("m, n, k, rank", [(1, 130, 320, 0), (19, 24, 128, 12), (9, 25, 192, 12)])
-def test_short_product(mode, split, sizes, m, n, k, rank, dtype):
-    """Odd numbers of groups, rows of scales that are no whole words, more blocks than programs read ahead."""
-    names = ("BM", "BN", "RUN", "RUNS", "AHEAD", "PER_SM", "num_warps")
-    check_short_product(mode, dict(zip(names, sizes, strict=True), SPLIT=split), m, n, k, rank, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["none", "int8"] + ["fp8"] * MODERN)
 @pytest.mark.parametrize("sizes", [(8, 16, 1, 1), (16, 32, 2, 1), (8, 16, 1, 2), (32, 64, 3, 4)], ids=str)
 @pytest.mark.parametrize("m, n, k, rank", [(1, 130, 320, 0), (19, 24, 128, 12), (9, 25, 192, 12), (17, 64, 512, 0)])
-def test_streaming_short_product(mode, sizes, m, n, k, rank, dtype):
+def test_short_product(mode, sizes, m, n, k, rank, dtype):
     """Numbers of groups and outputs that are odd, that fill all blocks, that are fewer than warps read."""
-    setting = dict(zip(("BM", "BN", "AHEAD", "num_warps"), sizes, strict=True), STREAMING=True)
-    check_short_product(mode, setting, m, n, k, rank, dtype)
-
-
-def check_short_product(mode, setting, m, n, k, rank, dtype):
+    setting = dict(zip(("BM", "BN", "AHEAD", "num_warps"), sizes, strict=True))
     layer = Layer(m, n, k, rank, dtype)
     rows = svdq_activation.empty_activation(
         layer.x, mode, rank, {"int8": torch.int8, "fp8": FP8, "none": dtype}[mode]
@@ -308,7 +289,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("nonlinearity", EXACT)
-@pytest.mark.parametrize("product", ["pointers", "tma", "w4a4", "short", "short-split", "short-streaming"])
+@pytest.mark.parametrize("product", ["pointers", "tma", "w4a4", "short"])
 @pytest.mark.parametrize("m, n, k, rank", [(70, 130, 192, 12), (1, 24, 128, 0)])
 def test_nonlinearity(product, m, n, k, rank, nonlinearity):
     """Of the sums before they are rounded, which the same kernel without one stores; also far from 0."""
@@ -320,12 +301,8 @@ def test_nonlinearity(product, m, n, k, rank, nonlinearity):
     outputs = []
     for kind in ("", nonlinearity):
         out = torch.full((m, n), float("nan"), dtype=torch.float16, device=DEVICE)
-        if product.startswith("short"):
-            setting = dict(
-                BM=8, BN=16, RUN=1, RUNS=1, AHEAD=1, PER_SM=1, num_warps=2, SPLIT=3 if "split" in product else 1
-            )
-            if "streaming" in product:
-                setting = dict(STREAMING=True, BM=8, BN=16, AHEAD=1, num_warps=2)
+        if product == "short":
+            setting = dict(BM=8, BN=16, AHEAD=1, num_warps=2)
             operands = (*rows[:2], layer.qweight, layer.wscales, rows[2] if rank else None, layer.up, layer.bias, out)
             w4a16.short_product(*operands, setting, kind)
         elif product == "w4a4":

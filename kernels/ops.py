@@ -33,15 +33,23 @@ class _NoGradient(torch.autograd.Function):
 
 
 def op(function: Callable) -> Callable:
-    """Decorator: `function` as the op ptq4dm::<its name>, on all devices. It must return new tensors.
+    """Decorator: `function`, of a tensor and more, as the op ptq4dm::<its name> on all devices.
 
-    torch.library reads its schema from the annotations. `.register_fake` takes a function of the same arguments
+    It must return new tensors. torch.library reads its schema from the annotations. `.register_fake` takes a function of the same arguments
     that returns an empty tensor, as with custom_op. In a backward pass RuntimeError, for there is no formula.
     """
     name = function.__name__
+
+    def on_its_device(*args):
+        x = args[0]
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):  # of a model spread over GPUs: kernels are launched on the current one
+                return function(*args)
+        return function(*args)
+
     schema = torch.library.infer_schema(function, mutates_args=())
     LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, on_its_device, "CompositeExplicitAutograd")
     overload = getattr(torch.ops.ptq4dm, name).default
     below = torch._C._after_autograd_keyset
 

@@ -58,3 +58,12 @@ def test_shapes_of_fake_tensors():
     assert w8a8_linear(x, *rest).shape == (5, 8)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         w8a8_linear(x.requires_grad_(), *rest).sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_a_gpu_that_is_not_the_current_one():
+    x, *rest = [t.cuda(1) if isinstance(t, torch.Tensor) else t for t in operands()]
+    assert torch.cuda.current_device() == 0
+    first = [t.cuda(0) if isinstance(t, torch.Tensor) else t for t in (x, *rest)]
+    assert torch.equal(w8a8_linear(x, *rest).cpu(), w8a8_linear(*first).cpu())

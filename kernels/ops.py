@@ -35,8 +35,9 @@ class _NoGradient(torch.autograd.Function):
 def op(function: Callable) -> Callable:
     """Decorator: `function`, of a tensor and more, as the op ptq4dm::<its name> on all devices.
 
-    It must return new tensors. torch.library reads its schema from the annotations. `.register_fake` takes a function of the same arguments
-    that returns an empty tensor, as with custom_op. In a backward pass RuntimeError, for there is no formula.
+    It must return new tensors. torch.library reads its schema from the annotations. `.register_fake` takes a function
+    of the same arguments that returns empty tensors, as with custom_op. In a backward pass RuntimeError, for there is
+    no formula.
     """
     name = function.__name__
 

@@ -52,6 +52,19 @@ def module_beside(name):
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_stay_in_their_tensors():
+    """In Triton's interpreter every address is checked; see memory.py."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    with pytest.MonkeyPatch.context() as patch:
+        module_beside("memory").watch(interpreter, patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def analytic():
     """The module analytic.py: problems with known solutions."""

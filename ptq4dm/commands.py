@@ -64,6 +64,8 @@ def quantize(args) -> None:
     output = Path(args.output)
     check_output(output)
     if args.plot:
+        if args.method != "svdquant":
+            raise UserError("--plot draws a low-rank branch, which only --method svdquant makes.")
         make_parent(Path(args.plot))
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = load(args, args.model)

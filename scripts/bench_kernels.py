@@ -168,12 +168,12 @@ def roofline(rows: list[dict], copy_speed: float, path: Path) -> None:
     best = max(row["TFLOP/s"].get(part, 0) for row in rows for part in parts)
     axes.plot([1, best / copy_speed, 1e4], [copy_speed, best, best], "k-", lw=1)
     for color, part in enumerate(parts):
-        for mark, row in zip(itertools.cycle("osD^vP*X"), rows, strict=False):
+        for mark, row in zip(itertools.cycle("osD^vP*X<>hd"), rows, strict=False):
             if part in row["TB/s"]:
                 speed, name = row["TFLOP/s"][part], f"{part}, {row['shape']}"
                 axes.plot(speed / row["TB/s"][part], speed, mark, color=f"C{color}", label=name, ms=5)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte (least bytes)", ylabel="TFLOP/s")
-    axes.legend(fontsize=6, ncols=len(parts))
+    axes.legend(fontsize=6, ncols=len(parts), loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 

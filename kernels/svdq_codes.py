@@ -15,13 +15,13 @@ from torch import Tensor
 from . import fp8, svdq
 from .ops import op
 from .svdq_linear import (
-    INT4,
     MODES,
     REFERENCE,
     check,
     code_dtype,
     in_type,
     known_name,
+    multiply,
     short_floats,
     steps,
     triton_files,
@@ -139,34 +139,30 @@ def _product_plan(name: str, device: torch.device, m: int, n: int, k: int) -> tu
 
 def product_through(name: str, codes, scales, branch, qweight, wscales, up, bias, nonlinearity: str) -> Tensor:
     """`svdq.product` by the kernels called `name`, in the branch's dtype."""
-    kernels, (m, k), n = triton_files(), codes.shape, qweight.shape[0]
+    (m, k), n = codes.shape, qweight.shape[0]
     out = branch.new_empty(m, n)
     if not (m and n):
         return out
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
     up = None if up is None else in_type(up, out.dtype)
     launches, (first, second), room = _product_plan(name, codes.device, m, n, k)
-    if launches[1] == "short":
-        kernels.short(codes, scales, qweight, wscales, branch, up, bias, out, second, nonlinearity)
-        return out
-    weight = room.take(codes)
-    kernels.unpack.unpack(qweight, wscales, weight, MODES[name], first)
-    product = kernels.w4a4.product if name == INT4 else kernels.gemm.product
-    product((codes, scales, branch), weight, up, bias, out, second, nonlinearity)
+    weight = ()
+    if launches[1] == "product":
+        weight = room.take(codes)
+        triton_files().unpack.unpack(qweight, wscales, weight, MODES[name], first)
+    multiply(name, (codes, scales, branch), qweight, wscales, weight, up, bias, out, second, nonlinearity)
     return out
 
 
 def _shapes(name: str, device: torch.device, m: int, k: int, rank: int, dtype: torch.dtype, activation: str) -> tuple:
     """(shape, type) of codes, scales and the branch, as the reference or the kernels make them of x [M, K]."""
-    if name == REFERENCE:
-        code, half = fp8.DTYPE if activation == "fp8" else torch.int8, torch.float32
-    else:
-        from .svdq_activation import padded_rank
-
-        rank, code = padded_rank(rank), code_dtype(name, device)
+    if name != REFERENCE:
         half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        shapes = triton_files().activation.activation_shapes
+        return shapes(m, k, half, activation, rank, code_dtype(name, device))
+    code = fp8.DTYPE if activation == "fp8" else torch.int8
     scales = (k // 64, m) if activation == "int4" else (m,)
-    return ((m, k), code), (scales, torch.float32), ((m, rank), half)
+    return ((m, k), code), (scales, torch.float32), ((m, rank), torch.float32)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -154,11 +154,19 @@ def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, o
     codes, weight = pieces[:3], pieces[3:]
     if launches[0] == "activation":
         kernels.activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
-        kernels.short(codes[0], codes[1], qweight, wscales, codes[2], up, bias, out, second, nonlinearity)
+    else:
+        kernels.unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
+    multiply(name, codes, qweight, wscales, weight, up, bias, out, second, nonlinearity)
+
+
+def multiply(name, codes, qweight, wscales, weight, up, bias, out, config, nonlinearity) -> None:
+    """The last launch of a call: on the unpacked weight, or where there is none on the packed one."""
+    kernels = triton_files()
+    if not weight:
+        kernels.short(*codes[:2], qweight, wscales, codes[2], up, bias, out, config, nonlinearity)
         return
-    kernels.unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
     product = kernels.w4a4.product if name == INT4 else kernels.gemm.product
-    product(codes, weight, up, bias, out, second, nonlinearity)
+    product(codes, weight, up, bias, out, config, nonlinearity)
 
 
 def _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity) -> Tensor:

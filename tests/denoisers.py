@@ -12,6 +12,17 @@ HEADS = {"num_attention_heads": 2, "attention_head_dim": 32}
 TEXT = (8, 64)  # tokens, width
 
 
+class Doubled(torch.nn.Module):
+    """Around a layer, as an adapter is."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
 class Steps(diffusers.DiffusionPipeline):
     """A stand-in for a model's own pipeline: calls it as that would, and paints nothing."""
 

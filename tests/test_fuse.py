@@ -154,21 +154,13 @@ def test_layers_with_hooks_are_called(quantized, monkeypatch):
     assert seen == ["norm1", "conv1", "to_q"]
 
 
-def test_adapters_on_a_fused_model_are_called(quantized, monkeypatch):
-    class Doubled(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return 2 * self.layer(x)
-
+def test_adapters_on_a_fused_model_are_called(quantized, denoisers, monkeypatch):
     model = quantized()
     ptq4dm.fuse(model)
     with fused_here(monkeypatch, w8a8.REFERENCE):
         plain = run(model)
-        model.mid_block.resnets[0].conv2 = Doubled(model.mid_block.resnets[0].conv2)
-        model.conv_out = Doubled(model.conv_out)
+        model.mid_block.resnets[0].conv2 = denoisers.Doubled(model.mid_block.resnets[0].conv2)
+        model.conv_out = denoisers.Doubled(model.conv_out)
         answer = run(model)
     ptq4dm.unfuse(model)
     assert (answer - run(model)).norm() <= 0.02 * answer.norm() and (answer - plain).norm() > 0.1 * plain.norm()

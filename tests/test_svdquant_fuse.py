@@ -159,20 +159,12 @@ def _codes(x):
     return isinstance(x, Codes)
 
 
-def test_adapters_on_a_fused_model_are_called(quantized, monkeypatch):
-    class Doubled(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return 2 * self.layer(x)
-
+def test_adapters_on_a_fused_model_are_called(quantized, denoisers, monkeypatch):
     model, calls = quantized("dit", activations="int8")
     ptq4dm.fuse(model)
     block = model.transformer_blocks[0]
-    block.attn1.to_v = Doubled(block.attn1.to_v)
-    block.ff.net[0].proj = Doubled(block.ff.net[0].proj)
+    block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
+    block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
     with fused_here(monkeypatch) as seen:
         answer = replay(model, calls)
     assert seen.count("svdq_codes") == 2  # the other block's

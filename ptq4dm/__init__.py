@@ -9,19 +9,20 @@ if (_root / "pyproject.toml").is_file():
 __version__ = "0.1.0"
 
 # The quantizer registers with diffusers, which loads a saved scheduler only from a module that has been imported.
-from . import quantizer, samplers  # noqa: E402, F401
-from .collect import CalibrationConfig, collect  # noqa: E402
-from .config import QuantConfig  # noqa: E402
+from . import samplers  # noqa: E402, F401
+from .calibration.collect import CalibrationConfig, collect  # noqa: E402
+from .calibration.store import CalibrationStore  # noqa: E402
 from .errors import UserError  # noqa: E402
-from .fuse import fuse, unfuse  # noqa: E402
-from .generate import generate  # noqa: E402
-from .pixel_dit import PixelDiTPipeline  # noqa: E402
-from .plan import Plan  # noqa: E402
-from .ptq4dm import PTQ4DMConfig  # noqa: E402
-from .quantize import quantize  # noqa: E402
-from .reference import load_pipeline, load_reference  # noqa: E402
-from .rtn import RTNConfig  # noqa: E402
-from .store import CalibrationStore  # noqa: E402
+from .layers.fuse import fuse, unfuse  # noqa: E402
+from .layers.plan import Plan  # noqa: E402
+from .methods.ptq4dm import PTQ4DMConfig  # noqa: E402
+from .methods.rtn import RTNConfig  # noqa: E402
+from .pipelines.generate import generate  # noqa: E402
+from .pipelines.load import load_pipeline, load_reference  # noqa: E402
+from .pipelines.pixel_dit import PixelDiTPipeline  # noqa: E402
+from .quantization.diffusers_bridge import quantization_config  # noqa: E402
+from .quantization.quantize import quantize  # noqa: E402
+from .quantization.recipe import QuantConfig  # noqa: E402
 from .svdquant import SVDQuantConfig  # noqa: E402
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "generate",
     "load_pipeline",
     "load_reference",
+    "quantization_config",
     "quantize",
     "unfuse",
 ]

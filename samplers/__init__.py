@@ -2,8 +2,8 @@
 
 from .ddim import DDIMScheduler
 from .deis import DEISScheduler
-from .disback import distill
-from .disback_config import DisBackConfig
+from .distillation.config import DisBackConfig
+from .distillation.disback import distill
 from .one_step import OneStepScheduler
 
 __all__ = ["DDIMScheduler", "DEISScheduler", "DisBackConfig", "OneStepScheduler", "distill"]

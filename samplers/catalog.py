@@ -13,12 +13,11 @@ import re
 
 import diffusers
 
-from ptq4dm.errors import UserError
-
-from .coefficients import RUNGE_KUTTA
+from ..errors import UserError
 from .ddim import DDIMScheduler
 from .deis import DEFAULTS, DEISScheduler
-from .grids import GRIDS
+from .maths.coefficients import RUNGE_KUTTA
+from .maths.grids import GRIDS
 
 DIFFUSERS = {
     "ddim": ("DDIMScheduler", {}),

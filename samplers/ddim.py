@@ -20,11 +20,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ptq4dm.errors import UserError
-
-from .grids import make_grid
-from .schedule import DiscreteVP
-from .timesteps import own_index
+from ..errors import UserError
+from .maths.grids import make_grid
+from .maths.schedule import DiscreteVP
+from .maths.timesteps import own_index
 
 
 class DDIMScheduler(diffusers.DDIMScheduler):

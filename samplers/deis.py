@@ -19,13 +19,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ptq4dm.errors import UserError
-
-from .coefficients import RUNGE_KUTTA, multistep_weights
-from .evaluations import Evaluation, multistep, runge_kutta
-from .grids import GRIDS, make_grid
-from .schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of, zero_terminal_snr
-from .timesteps import own_index
+from ..errors import UserError
+from .maths.coefficients import RUNGE_KUTTA, multistep_weights
+from .maths.evaluations import Evaluation, multistep, runge_kutta
+from .maths.grids import GRIDS, make_grid
+from .maths.schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of, zero_terminal_snr
+from .maths.timesteps import own_index
 
 # Order and grid of each solver where the user names none: the best of the README's tables.
 DEFAULTS = {

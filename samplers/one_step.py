@@ -11,9 +11,8 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from ptq4dm.errors import UserError
-
-from .schedule import discrete_betas, zero_terminal_snr
+from ..errors import UserError
+from .maths.schedule import discrete_betas, zero_terminal_snr
 
 GENERATOR_SIGMA = 2.5  # sigma / alpha where SiD (arXiv:2404.04057) runs its generator
 

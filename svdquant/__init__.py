@@ -1,11 +1,11 @@
 """SVDQuant: 4-bit layers with a low-rank branch."""
 
-from . import fuse  # noqa: F401, registers fused forward passes
+from .layers import fused_blocks as fuse  # noqa: F401, registers fused forward passes
 from .lora import fuse_lora, scale_lora, unfuse_lora
 from .method import SVDQuantConfig
-from .nunchaku_export import export_nunchaku_lite
-from .nunchaku_flux import load_nunchaku_flux
-from .nunchaku_lite import load_nunchaku_lite
+from .nunchaku.export import export_nunchaku_lite
+from .nunchaku.flux import load_nunchaku_flux
+from .nunchaku.lite import load_nunchaku_lite
 
 __all__ = [
     "SVDQuantConfig",

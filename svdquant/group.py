@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.int4 import dequantize_groups, quantize_codes, quantize_groups
-from ..kernels.svdq import round_activation
-from .gptq import gptq_codes
+from ..kernels.formats.int4 import dequantize_groups, quantize_codes, quantize_groups
+from ..kernels.w4.reference import round_activation
+from ..rounding.gptq import gptq_codes
+from ..transforms.smooth import candidates, divisors
+from .layers.plan import SVDQPlan
 from .lowrank import top_factors
-from .plan import SVDQPlan
-from .smoothing import candidates, divisors
 
 SEARCH_ROWS = 1024
 FINALISTS = 3

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from ..errors import UserError
-from ..modules import replace_module
-from ..sampling import model_of
-from .modules import _SVDQLayer
+from ..layers.modules import replace_module
+from ..pipelines.sampling import model_of
+from .layers.svdq import _SVDQLayer
 
 
 def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:

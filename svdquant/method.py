@@ -17,19 +17,19 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..config import QuantConfig, register
+from ..calibration.capture import capture
+from ..calibration.record import Calls
+from ..calibration.trace import Traced, block_of, trace
 from ..errors import UserError
-from ..kernels.svdq import ACTIVATIONS
-from ..layers import LayerView
-from ..modules import quantized_copy
-from ..plan import LayerPlan, Plan
-from ..ptq4dm import PTQ4DMConfig
-from ..record import Calls
-from .capture import capture
-from .modules import link_lenders, matrix_like
+from ..kernels.w4.reference import ACTIVATIONS
+from ..layers.modules import quantized_copy
+from ..layers.plan import LayerPlan, Plan
+from ..layers.view import LayerView
+from ..methods.ptq4dm import PTQ4DMConfig
+from ..quantization.recipe import QuantConfig, register
+from .layers.plan import SVDQPlan
+from .layers.svdq import link_lenders, matrix_like
 from .packing import quantize_group
-from .plan import SVDQPlan
-from .trace import Traced, block_of, trace
 
 ROLES = ("w4", "weight-only", "int8", "keep")
 BATCH = 8  # calibration tuples per forward

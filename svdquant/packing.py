@@ -7,15 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..calibration.capture import Captured
 from ..errors import UserError
-from ..kernels.int4 import pack_int4
-from ..modules import empty_quantized
-from ..plan import Plan
-from ..report import Ratio
-from ..sampling import evaluation_mode
-from .capture import Captured
+from ..kernels.formats.int4 import pack_int4
+from ..layers.modules import empty_quantized
+from ..layers.plan import Plan
+from ..pipelines.sampling import evaluation_mode
+from ..quantization.report import Ratio
 from .group import Group, Split, output, refine, round_rest, search, split_weight, squared_error
-from .plan import SVDQPlan
+from .layers.plan import SVDQPlan
 
 # Least outputs of GELU and SiLU are -0.17 and -0.28: lifted by these, which are exact in 16 bits, they are positive.
 SHIFTS = (0.171875, 0.28125)

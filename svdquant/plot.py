@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..plot import pyplot, save_figure
-from .modules import _SVDQLayer
+from ..calibration.plot import pyplot, save_figure
+from .layers.svdq import _SVDQLayer
 
 
 def singular_values(weight: Tensor, layer: _SVDQLayer) -> tuple[Tensor, Tensor]:

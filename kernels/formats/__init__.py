@@ -1,0 +1,1 @@
+"""The number formats: codes, scales, packing; formulas in torch."""

@@ -1,0 +1,170 @@
+"""Which block sizes a kernel runs with: measured ones from `tuned/`, never searched for at a call.
+
+A file of `tuned/` is {"device": ..., "<kernel>": [[M, N, K, {setting: value}], ...], ...}. A GPU whose name has a
+file uses it, any other the file of its compute capability or of the nearest below. Of a kernel's entries the one
+nearest in log M, log N, log K serves: shapes between the measured ones come out sensibly. M of "<mode>.norm", rows
+under a layer norm, is of one sample. "w8a8" is {shape class: {setting: value}}, see configs.py.
+
+`record` writes the file of this GPU (search.py and `ptq4dm bench tune` do). It lies in `tuned/` beside this file, or
+in the user's folder, $PTQ4DM_TUNED or else ~/.cache/ptq4dm/tuned, whose entries come before those beside this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parents[1] / "tuned"
+INTERPRETED = (8, 0)
+REMEMBERED = []
+
+
+def remembered(function):
+    """Decorator: keep what `function` makes of the files of settings and of the device, until `forget`."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    REMEMBERED.append(cached)
+    return cached
+
+
+def slug(device_name: str) -> str:
+    """NVIDIA H200 -> nvidia_h200."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; of Ampere, whose kernels need no special hardware, where Triton's interpreter runs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED
+
+
+def best_config(kernel: str, device: torch.device, m: int, n: int | None, k: int) -> dict:
+    """The settings of `kernel` for a product of these sizes, of any N where that is None.
+
+    Raises KeyError for a kernel nobody measured.
+    """
+    return _best(kernel, device.type, device.index, m, n, k)
+
+
+@remembered
+def _best(kernel, device_type, index, m, n, k) -> dict:
+    device = torch.device(device_type, index)
+    entries = _merged(device)[kernel]
+    wanted = [(place, math.log(max(v, 1))) for place, v in enumerate((m, n, k)) if v is not None]
+    return min(entries, key=lambda entry: sum((v - math.log(entry[place])) ** 2 for place, v in wanted))[3]
+
+
+def _merged(device: torch.device) -> dict:
+    """The capability's file, under what the device's own file has."""
+    major_minor = capability(device)
+    below = [name for name in _general() if name <= major_minor]
+    table = dict(_read(f"sm_{max(below)[0]}{max(below)[1]}"))
+    return table | own(device)
+
+
+@remembered
+def own(device: torch.device) -> dict:
+    """What was measured on GPUs of this name; {} without a file. The user's entries before the package's."""
+    if device.type != "cuda":
+        return {}
+    name = slug(torch.cuda.get_device_name(device))
+    shipped, users = (settings_in(folder / f"{name}.json") for folder in (FOLDER, user_folder()))
+    return {kernel: _together(shipped.get(kernel), users.get(kernel)) for kernel in {**shipped, **users}}
+
+
+def _together(shipped, users):
+    """A kernel's entries of two files; where both measured the same, the user's."""
+    if shipped is None or users is None or isinstance(users, str):
+        return shipped if users is None else users
+    if isinstance(users, dict):
+        return shipped | users
+    measured = [entry[:3] for entry in users]
+    return [entry for entry in shipped if entry[:3] not in measured] + users
+
+
+def forget() -> None:
+    """Read the files, and ask the device, again at the next call."""
+    for function in REMEMBERED:
+        function.cache_clear()
+
+
+@remembered
+def _general() -> list[tuple[int, int]]:
+    names = [re.fullmatch(r"sm_(\d+)(\d)", path.stem) for path in FOLDER.glob("sm_*.json")]
+    return [(int(name[1]), int(name[2])) for name in names if name]
+
+
+@remembered
+def _read(name: str) -> dict:
+    return settings_in(FOLDER / f"{name}.json")
+
+
+def settings_in(path: Path) -> dict:
+    """A file's settings; {} where there is none. Raises ValueError for a file that is no settings."""
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of settings ({error}); delete it and measure anew.") from None
+    if not isinstance(table, dict) or "device" not in table:
+        raise ValueError(f"{path} is no file of settings; delete it and measure anew.")
+    return table
+
+
+def user_folder() -> Path:
+    """Where a user's own files of settings are: $PTQ4DM_TUNED, else ptq4dm/tuned in the folder for caches."""
+    if named := os.environ.get("PTQ4DM_TUNED"):
+        return Path(os.path.expanduser(named))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "ptq4dm" / "tuned"
+
+
+def tuned_file() -> Path:
+    """Where `record` writes for this GPU: `tuned/` beside this file, as in a checkout.
+
+    The user's folder if $PTQ4DM_TUNED names one, if it has a file of this GPU, which would hide what is written
+    here, or if this folder is read-only.
+    """
+    name = f"{slug(torch.cuda.get_device_name())}.json"
+    users = user_folder() / name
+    beside = not os.environ.get("PTQ4DM_TUNED") and not users.is_file() and os.access(FOLDER, os.W_OK)
+    return FOLDER / name if beside else users
+
+
+def record(kernel: str, key: list[int] | str, settings: dict, path: Path | None = None) -> None:
+    """Put the settings for sizes [M, N, K], or for a shape class, into the file of this GPU, or into `path`.
+
+    The file is whole at any time: it is replaced by a new one.
+    """
+    path = path or tuned_file()
+    table = settings_in(path) or {"device": torch.cuda.get_device_name()}
+    if isinstance(key, str):
+        table.setdefault(kernel, {})[key] = settings
+    else:
+        table[kernel] = [old for old in table.get(kernel, []) if old[:3] != key] + [[*key, settings]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(formatted(table), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    forget()
+
+
+def formatted(table: dict) -> str:
+    """One line for each entry, so that a change of one shows as one."""
+
+    def part(key: str, value) -> str:
+        if isinstance(value, list):
+            return f" {json.dumps(key)}: [\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
+        if isinstance(value, dict):
+            entries = (f"  {json.dumps(name)}: {json.dumps(value[name])}" for name in sorted(value))
+            return f" {json.dumps(key)}: {{\n" + ",\n".join(entries) + "\n }"
+        return f" {json.dumps(key)}: {json.dumps(value)}"
+
+    return "{\n" + ",\n".join(part(*item) for item in table.items()) + "\n}\n"

@@ -1,0 +1,1 @@
+"""Which settings run fastest on a GPU: the search behind `ptq4dm bench tune`."""

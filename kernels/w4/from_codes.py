@@ -1,0 +1,181 @@
+"""An SVDQuant layer in two ops, for what comes before it to hand over codes (formulas: reference.py):
+
+    svdq_codes     [layer norm ->] codes and x D^T      once for all layers that share an input, smoothing and D
+    svdq_product   codes, x D^T -> y                    once for each of them
+
+Nothing is rounded between the norm and the codes. Layers with 8- and 4-bit activations in groups of 64; on devices
+without kernels for them the ops are the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats import fp8
+from ..runtime.ops import op
+from ..runtime.settings import best_config, remembered
+from ..runtime.workspace import Workspace
+from . import reference as svdq
+from .layer import (
+    MODES,
+    REFERENCE,
+    check,
+    code_dtype,
+    in_type,
+    known_name,
+    multiply,
+    short_floats,
+    steps,
+    triton_files,
+)
+
+
+@op
+def svdq_codes(
+    x: Tensor,
+    more: Tensor | None,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    activation: str,
+    shift: float,
+    norm_scale: Tensor | None,
+    norm_shift: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., K] float -> codes [M, K] (e4m3 or int8), float32 scales [M] ("int4": [K / 64, M]), x D^T [M, R].
+
+    more [..., K'] holds further columns of x, of which K is the sum then: nothing is concatenated in memory. With
+    norm_scale and norm_shift [B, K] x [B, ..., K] is LayerNorm(x) (1 + norm_scale[b]) + norm_shift[b], with this eps,
+    first. smooth [K], down [r, K]. R is r, padded where kernels want it so. activation: "fp8", "int8" or "int4".
+
+    Raises ValueError for sizes that do not fit.
+    """
+    _check_inputs(x, more, norm_scale, norm_shift)
+    name = known_name(x.device, activation, 64)
+    x, more = _rows(x), None if more is None else _rows(more)
+    norm = None if norm_scale is None else (norm_scale, norm_shift, eps)
+    if name == REFERENCE:
+        return svdq.codes(x, more, smooth, down, activation, shift, norm)
+    return codes_through(name, x, more, smooth, down, shift, norm)
+
+
+@svdq_codes.register_fake
+def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps):
+    _check_inputs(x, more, norm_scale, norm_shift)
+    name = known_name(x.device, activation, 64)
+    x, more = _rows(x), None if more is None else _rows(more)
+    k = x.shape[1] + (0 if more is None else more.shape[1])
+    shapes = _shapes(name, x.device, x.shape[0], k, 0 if down is None else down.shape[0], x.dtype, activation)
+    return tuple(x.new_empty(shape, dtype=kind) for shape, kind in shapes)
+
+
+@op
+def svdq_product(
+    codes: Tensor,
+    scales: Tensor,
+    branch: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    nonlinearity: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What `svdq_codes` gives -> the layer's outputs [M, N] of dtype, with the nonlinearity applied to float32."""
+    check(nonlinearity)
+    name = known_name(codes.device, activation, 64)
+    if name == REFERENCE:
+        y = svdq.product(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity)
+    else:
+        y = product_through(name, codes, scales, branch, qweight, wscales, up, bias, nonlinearity)
+    return y if y.dtype == dtype else y.to(dtype)
+
+
+@svdq_product.register_fake
+def _(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity, dtype):
+    return codes.new_empty(codes.shape[0], qweight.shape[0], dtype=dtype)
+
+
+@remembered
+def _codes_plan(
+    name: str, device: torch.device, m: int, k: int, rank: int, dtype: torch.dtype, samples: int
+) -> tuple:
+    """(settings, what `_shapes` says); samples: those of a norm, or 0.
+
+    Settings are those of "prepare", of the activation beside unpacking; with a norm, those of "norm", by rows of a
+    sample, for a block of rows ends where it does.
+    """
+    mode, step, rows = MODES[name], steps(name, m)[0], m
+    if samples and step == "prepare":
+        step, rows = "norm", m // samples
+    return best_config(f"{mode}.{step}", device, rows, None, k), _shapes(name, device, m, k, rank, dtype, mode)
+
+
+def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift: float, norm) -> tuple:
+    """`svdq.codes` by the kernels called `name`; the branch in bf16 or fp16, its columns padded with zeros."""
+    x = short_floats(x)
+    dtype, (m, k) = x.dtype, x.shape
+    if more is not None:
+        more = short_floats(more if more.dtype == dtype else more.to(dtype))
+        k += more.shape[1]
+    rank, samples = 0 if down is None else down.shape[0], 0 if norm is None else norm[0].shape[0]
+    config, ((_, code), (scales, _), (branch, _)) = _codes_plan(name, x.device, m, k, rank, dtype, samples)
+    out = x.new_empty(m, k, dtype=code), x.new_empty(scales, dtype=torch.float32), x.new_empty(branch)
+    if m:
+        down = None if down is None else in_type(down, dtype)
+        triton_files().activation.quantize_activation(x, smooth, down, MODES[name], shift, out, config, more, norm)
+    return out
+
+
+@remembered
+def _product_plan(name: str, device: torch.device, m: int, n: int, k: int) -> tuple:
+    """(launches, their settings, room for the weight); "prepare" has the settings of unpacking, too."""
+    mode, launches = MODES[name], steps(name, m)
+    settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches]
+    shapes = triton_files().unpack.weight_shapes(n, k, code_dtype(name, device), mode)
+    return launches, settings, Workspace(*shapes)
+
+
+def product_through(name: str, codes, scales, branch, qweight, wscales, up, bias, nonlinearity: str) -> Tensor:
+    """`svdq.product` by the kernels called `name`, in the branch's dtype."""
+    (m, k), n = codes.shape, qweight.shape[0]
+    out = branch.new_empty(m, n)
+    if not (m and n):
+        return out
+    qweight, wscales = qweight.contiguous(), wscales.contiguous()
+    up = None if up is None else in_type(up, out.dtype)
+    launches, (first, second), room = _product_plan(name, codes.device, m, n, k)
+    weight = ()
+    if launches[1] == "product":
+        weight = room.take(codes)
+        triton_files().unpack.unpack(qweight, wscales, weight, MODES[name], first)
+    multiply(name, (codes, scales, branch), qweight, wscales, weight, up, bias, out, second, nonlinearity)
+    return out
+
+
+def _shapes(name: str, device: torch.device, m: int, k: int, rank: int, dtype: torch.dtype, activation: str) -> tuple:
+    """(shape, type) of codes, scales and the branch, as the reference or the kernels make them of x [M, K]."""
+    if name != REFERENCE:
+        half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        shapes = triton_files().activation.activation_shapes
+        return shapes(m, k, half, activation, rank, code_dtype(name, device))
+    code = fp8.DTYPE if activation == "fp8" else torch.int8
+    scales = (k // 64, m) if activation == "int4" else (m,)
+    return ((m, k), code), (scales, torch.float32), ((m, rank), torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _check_inputs(x, more, norm_scale, norm_shift) -> None:
+    if more is not None and more.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"inputs {tuple(x.shape)} and their further columns {tuple(more.shape)} differ in rows.")
+    if norm_scale is None:
+        return
+    wanted = (x.shape[0], x.shape[-1] + (0 if more is None else more.shape[-1]))
+    if not norm_scale.shape == norm_shift.shape == wanted:
+        sizes = tuple(norm_scale.shape), tuple(norm_shift.shape)
+        raise ValueError(f"a norm's scale and shift {sizes} are not of {wanted[0]} samples and {wanted[1]} inputs.")

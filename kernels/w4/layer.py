@@ -1,0 +1,188 @@
+"""The op behind SVDQuant's layers on a GPU: which Triton kernels serve a layer, and running them.
+
+    triton-w4a8-fp8     fp8 activations, where tensor cores know e4m3 (compute capability 8.9 and later)
+    triton-w4a8-int8    int8 activations; fp8 ones too on GPUs before that
+    triton-w4a4         int4 activations, scales per group on both sides
+    triton-w4a16        weight-only layers; of many rows, weights unpacked to 16 bits and multiplied by cuBLAS
+    reference           everything else: the formula in float32 (reference.py); the truth
+
+Up to SHORT rows nothing is unpacked to memory (product_short.py), but for int4 activations. Inputs of float32 or
+float64 are rounded to bf16 first. Every sum has a fixed order: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..runtime.ops import op
+from ..runtime.settings import best_config, capability, remembered
+from ..runtime.workspace import Workspace
+from .reference import NONLINEARITIES, nonlinear
+
+REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
+    "reference", "triton-w4a8-fp8", "triton-w4a8-int8", "triton-w4a4", "triton-w4a16",
+)  # fmt: skip
+MODES = {FP8: "fp8", INT8: "int8", INT4: "int4", WEIGHT_ONLY: "none"}
+SHORT = 32  # with 64, on an H200, unpacking and a product of whole tiles take less time
+
+
+def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
+    """What serves a layer of this activation format ("fp8", "int8", "int4", "none") on this device."""
+    if device.type != "cuda" or group_size != 64:
+        return REFERENCE
+    known = capability(device)
+    if known < (8, 0):
+        return REFERENCE
+    fp8 = FP8 if known >= (8, 9) else INT8
+    return {"fp8": fp8, "int8": INT8, "int4": INT4, "none": WEIGHT_ONLY}[activation]
+
+
+known_name = remembered(kernel_name)  # not where torch.compile traces: it warns of what is cached
+
+
+@op
+def svdq_linear(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    shift: float,
+    nonlinearity: str = "",
+) -> Tensor:
+    """x [..., K] float on a GPU -> [..., N] in x's dtype; the arguments of `svdq.svdq_linear`, groups of 64.
+
+    Raises ValueError where no Triton kernel serves them (`kernel_name` says), or for an unknown nonlinearity.
+    """
+    check(nonlinearity)
+    name = known_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
+    if name == REFERENCE:
+        raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y = rows_through(name, rows, qweight, wscales, smooth, down, up, bias, shift, nonlinearity)
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], qweight.shape[0])
+
+
+@svdq_linear.register_fake
+def _(x, qweight, wscales, smooth, down, up, bias, activation, shift, nonlinearity=""):
+    return x.new_empty(*x.shape[:-1], len(qweight))
+
+
+def check(nonlinearity: str) -> None:
+    if nonlinearity not in NONLINEARITIES:
+        known = ", ".join(f"'{name}'" for name in NONLINEARITIES)
+        raise ValueError(f"the nonlinearity after a product is one of {known}, not '{nonlinearity}'.")
+
+
+def steps(name: str, rows: int) -> tuple[str, ...]:
+    """The launches of one call; each has settings "<mode>.<step>" in tuned/ but for "cublas"."""
+    if name == WEIGHT_ONLY:
+        return ("short",) if rows <= SHORT else ("unpack", "cublas")
+    return ("activation", "short") if name != INT4 and rows <= SHORT else ("prepare", "product")
+
+
+def code_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of the operands of the product: 4-bit codes are exact in e4m3 too, which Hopper multiplies faster than int8."""
+    fp8 = name == FP8 or (name == INT4 and capability(device) >= (8, 9))
+    return torch.float8_e4m3fn if fp8 else torch.int8
+
+
+@functools.cache
+def triton_files() -> SimpleNamespace:
+    """The files that need Triton. An import at each call would take 2 us, though they are there."""
+    from . import activation as svdq_activation
+    from . import product_short as w4a16
+    from . import product_w4a4 as svdq_w4a4
+    from . import product_w4a8 as svdq_gemm
+    from . import unpack as svdq_unpack
+
+    return SimpleNamespace(
+        activation=svdq_activation, unpack=svdq_unpack, gemm=svdq_gemm, w4a4=svdq_w4a4, short=w4a16.short_product
+    )
+
+
+@remembered
+def _plan(name: str, device: torch.device, m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
+    """(launches, their settings, room for what the first leaves to the second)."""
+    kernels, mode, launches = triton_files(), MODES[name], steps(name, m)
+    settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches if step != "cublas"]
+    codes = code_dtype(name, device)
+    rows = () if mode == "none" else kernels.activation.activation_shapes(m, k, dtype, mode, rank, codes)
+    weight = kernels.unpack.weight_shapes(n, k, codes, mode) if launches[0] == "prepare" else ()
+    return launches, settings, Workspace(*rows, *weight)
+
+
+def short_floats(x: Tensor) -> Tensor:
+    """x [M, K] in 16 bits, its columns contiguous."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        x = x.bfloat16()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rows_through(
+    name: str, x, qweight, wscales, smooth, down, up, bias, shift: float, nonlinearity: str = ""
+) -> Tensor:
+    """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`."""
+    x = short_floats(x)
+    (m, k), n = x.shape, qweight.shape[0]
+    out = x.new_empty(m, n)
+    if not (m and n):
+        return out
+    if down is not None:
+        down, up = in_type(down, x.dtype), in_type(up, x.dtype)
+    qweight, wscales = qweight.contiguous(), wscales.contiguous()
+    plan = _plan(name, x.device, m, n, k, 0 if down is None else down.shape[0], x.dtype)
+    if name == WEIGHT_ONLY:
+        return _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity)
+    _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity)
+    return out
+
+
+def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, contiguous and of this type; usually as it is, which is asked in less time than `to` takes."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity) -> None:
+    kernels, mode, (launches, (first, second), room) = triton_files(), MODES[name], plan
+    pieces = room.take(x)
+    codes, weight = pieces[:3], pieces[3:]
+    if launches[0] == "activation":
+        kernels.activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
+    else:
+        kernels.unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
+    multiply(name, codes, qweight, wscales, weight, up, bias, out, second, nonlinearity)
+
+
+def multiply(name, codes, qweight, wscales, weight, up, bias, out, config, nonlinearity) -> None:
+    """The last launch of a call: on the unpacked weight, or where there is none on the packed one."""
+    kernels = triton_files()
+    if not weight:
+        kernels.short(*codes[:2], qweight, wscales, codes[2], up, bias, out, config, nonlinearity)
+        return
+    product = kernels.w4a4.product if name == INT4 else kernels.gemm.product
+    product(codes, weight, up, bias, out, config, nonlinearity)
+
+
+def _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity) -> Tensor:
+    kernels, (launches, (config,), _) = triton_files(), plan
+    branch = None if down is None else F.linear(x, down)
+    if launches[0] == "short":
+        if down is not None:
+            branch = F.pad(branch, (0, kernels.activation.padded_rank(len(down)) - len(down)))
+        kernels.short(x, None, qweight, wscales, branch, up, bias, out, config, nonlinearity)
+        return out
+    weight = kernels.unpack.empty_weight(qweight, x.dtype, "none")
+    kernels.unpack.unpack(qweight, wscales, weight, "none", config)
+    y = F.linear(x, weight[0], None if bias is None else bias.to(x.dtype))
+    y = y if branch is None else y.addmm_(branch, up.T)
+    return nonlinear(y, nonlinearity)  # after cuBLAS it reads what is rounded to 16 bits

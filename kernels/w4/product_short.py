@@ -1,0 +1,164 @@
+"""Products of few rows with 4-bit weights in Triton: what counts is reading the weight once.
+
+    y[m, n] = f(a[m] sum_g s[n, g] (sum_{k in g} x[m, k] (q[n, k] + c) - c sum_{k in g} x[m, k])
+                + sum_j branch[m, j] U[n, j]  +  b[n])
+
+over groups g of 64 inputs; f is one of nonlinearity.py, or nothing. x are 16-bit floats with a = 1 (weight-only
+layers: adaLN, time embedding), or codes in e4m3 or int8 with a scale per row (short inputs of layers with 8-bit
+activations: nothing is unpacked to memory). x and q + c are exact in the 16 bits of the product's operands; sums and
+scales in float32. Floor in bytes: N K / 2 + N K / 32 for the codes and their scales.
+
+q + c is what unpacking gives soonest (short_operands.py); -c sum x comes from one more product, of a constant. What
+that adds to rounding errors, of the order of 2^-24 c |x|, is far less than 16 bits of an output show.
+
+A program has one block of outputs and few warps, which divide the groups and meet once, at the end. It keeps no part
+of x: that comes from the L1 cache, which all programs of a multiprocessor share. So it needs few registers, and a
+multiprocessor holds many programs, whose reads and products overlap. A warp reads groups and their scales in twos.
+AHEAD of these are under way: as soon as it has multiplied two groups, it reads those that come AHEAD later, into the
+same registers.
+
+Tried on an H200 and left out: programs that read all they need at once; programs that keep x in registers and walk
+over blocks of outputs (as fast at 16 rows, 6 to 9 % slower at 1 and 4).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..runtime.integers import cdiv
+from ..runtime.launch import Launch, planned
+from .short_ends import finish, meet, read_ends, read_rows
+from .short_operands import MAGIC, places, read_inputs, weights
+
+
+@triton.jit
+def _read_words(q, row, groups, left, end, EVEN: tl.constexpr):
+    """The words of a group of each warp; `left` rows and `end` groups are there.
+
+    Even blocks are whole, and lie within their rows or past their end as a whole.
+    """
+    there = tl.full((1, 1), end, tl.int32) > 0 if EVEN else (row < left) & (groups < end)
+    return tl.load(q, mask=there)
+
+
+@triton.jit
+def _read_pairs(wscales, rows, runs, left, end, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """Two scales of each row and warp in an int32, as `_read_words`."""
+    there = tl.full((1,), end, tl.int32) > 0 if EVEN else (rows < left) & (runs < end)
+    if GROUPS % 2 == 0:
+        return tl.load(wscales.to(tl.pointer_type(tl.int32)), mask=there, other=0)
+    halves = wscales.to(tl.pointer_type(tl.uint16))  # every other row begins amid an int32
+    pairs = tl.load(halves, mask=there, other=0).to(tl.int32)
+    return pairs | tl.load(halves + 1, mask=there & (runs + 1 < end), other=0).to(tl.int32) << 16
+
+
+@triton.jit
+def _scales(pairs, PLACE: tl.constexpr, dtype: tl.constexpr):
+    """The first or second of each pair, float32."""
+    if dtype == tl.bfloat16:  # by hand: compilers take four instructions where one does
+        return (pairs & -0x10000 if PLACE else pairs << 16).to(tl.float32, bitcast=True)
+    return (pairs >> 16 * PLACE).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _product(words, scales, inputs, minus_c, magic, dtype: tl.constexpr, BN: tl.constexpr):
+    """A group's product of each warp, times its scales [warps, BN / 8, 8, BM / 8, 4, 2]."""
+    WARPS: tl.constexpr = inputs[0].shape[0]
+    BM: tl.constexpr = inputs[0].shape[2]
+    part = tl.zeros((WARPS, 16, BM), tl.float32)
+    for half in tl.static_range(2):
+        part = tl.dot(minus_c, inputs[half], part)
+    part = tl.reshape(tl.broadcast_to(part[:, None, :, :], (WARPS, BN // 16, 16, BM)), (WARPS, BN, BM))
+    for half in tl.static_range(2):
+        part = tl.dot(weights(words, magic, 4 * half, dtype, BN), inputs[half], part)
+    scales = tl.permute(tl.reshape(scales, (BN // 8, WARPS, 8, 4)), (1, 0, 2, 3))[:, :, :, None, :, None]
+    return tl.reshape(part, (WARPS, BN // 8, 8, BM // 8, 4, 2)) * scales
+
+
+@triton.jit
+def _short_kernel(
+    x_ptr, row_scale_ptr, q_ptr, wscales_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, stride_m, magic,
+    GROUPS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, NONLINEARITY: tl.constexpr,
+):  # fmt: skip
+    """Rows m of a block, outputs n of a block, two groups for each warp in turn."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    scale_dtype: tl.constexpr = wscales_ptr.dtype.element_ty
+    step: tl.constexpr = 2 * WARPS
+    block = tl.program_id(0)
+    left = N - block * BN
+    t, rows, warp = places(BN // 8, WARPS)
+    runs = 2 * warp
+    wscales = wscales_ptr + block * (BN * GROUPS) + rows * GROUPS + runs  # one for each t, as in the sums
+    row, groups = rows[:, None], runs[:, None]
+    q = q_ptr + block * (BN * GROUPS * 8) + row * (GROUPS * 8) + groups * 8
+    q += t[:, None] * 2 + tl.arange(0, 2)[None, :]
+    words, pairs = (), ()
+    for i in tl.static_range(AHEAD):
+        end = GROUPS - i * step
+        for j in tl.static_range(2):
+            words += (_read_words(q + (i * step + j) * 8, row, groups, left, end - j, EVEN),)
+        pairs += (_read_pairs(wscales + i * step, rows, runs, left, end, GROUPS, EVEN),)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = block * BN + tl.arange(0, BN)
+    ends = read_ends(up_ptr, bias_ptr, n, N, RANK, R)
+    t, row_x, columns = places(BM // 8, WARPS)
+    columns = 2 * columns[:, None]
+    row_x = tl.minimum(tl.program_id(1) * BM + row_x, M - 1)  # past the last row it repeats, and is not stored
+    x = x_ptr + row_x.to(tl.int64)[:, None] * stride_m + columns * 64 + t[:, None] * 8 + tl.arange(0, 8)[None, :]
+    # N >> 30 is 0, but compilers do not know: they would set the registers of a constant anew for every product
+    unlike = tl.arange(0, 16)[None, :, None] * 8 + tl.arange(0, 16)[None, None, :] % 8 & N >> 30
+    minus_c = (magic.to(tl.int16) | (-0x7FF8 if dtype == tl.bfloat16 else -0x7F80)) + unlike.to(tl.int16)
+    minus_c = tl.broadcast_to(minus_c.to(dtype, bitcast=True), (WARPS, 16, 16))
+    minus_c = tl.reshape(tl.join(minus_c, minus_c), (WARPS, 16, 32))  # joined as weights are
+    sums = tl.zeros((WARPS, BN // 8, 8, BM // 8, 4, 2), tl.float32)
+    for first in tl.range(0, GROUPS, AHEAD * step, num_stages=1):
+        q += AHEAD * step * 8
+        wscales += AHEAD * step
+        for i in tl.static_range(AHEAD):
+            end = GROUPS - first - i * step
+            later = end - AHEAD * step
+            for j in tl.static_range(2):
+                inputs = read_inputs(x + (i * step + j) * 64, columns, end - j, dtype, BM, EVEN)
+                scales = _scales(pairs[0], j, scale_dtype)
+                sums += _product(words[0], scales, inputs, minus_c, magic, dtype, BN)
+                words = words[1:] + (_read_words(q + (i * step + j) * 8, row, groups, left, later - j, EVEN),)
+            pairs = pairs[1:] + (_read_pairs(wscales + i * step, rows, runs, left, later, GROUPS, EVEN),)
+        x += AHEAD * step * 64
+    rows = read_rows(row_scale_ptr, branch_ptr, m, M, R)
+    finish(meet(sums, BN, BM), m, n, rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
+
+
+def short_product(
+    x: Tensor, row_scale: Tensor | None, qweight: Tensor, wscales: Tensor, branch: Tensor | None, up: Tensor | None,
+    bias: Tensor | None, out: Tensor, config: dict, nonlinearity: str = "",
+) -> None:  # fmt: skip
+    """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
+
+    qweight uint8 [N, K/2] and wscales [N, K/64], contiguous, N K below 2^34; branch [M, padded rank] and up [N, r]
+    of out's dtype. config: BM from 8, BN from 16 on and num_warps, powers of two; AHEAD; maxnreg to limit registers.
+    """
+    (m, n), groups = out.shape, wscales.shape[1]
+    rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
+    launch = _launch(config, m, n, groups, x.stride(0), rank, padded, nonlinearity, out.dtype)
+    if wscales.data_ptr() % 4 or wscales.numel() % 2:  # they are read in twos
+        wscales = F.pad(wscales.flatten(), (0, 1))
+    branch, up = (out if half is None else half for half in (branch, up))
+    launch(x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out)
+
+
+@planned
+def _launch(
+    config: dict, m: int, n: int, groups: int, stride: int, rank: int, padded: int, nonlinearity: str,
+    dtype: torch.dtype,
+) -> Launch:  # fmt: skip
+    bm, bn, warps, ahead = (config[name] for name in ("BM", "BN", "num_warps", "AHEAD"))
+    return Launch(
+        _short_kernel, (cdiv(n, bn), cdiv(m, bm)), M=m, N=n, stride_m=stride, magic=MAGIC[dtype], GROUPS=groups,
+        RANK=rank, R=padded, BM=bm, BN=bn, WARPS=warps, EVEN=n % bn == 0 and groups % (2 * warps * ahead) == 0,
+        AHEAD=ahead, NONLINEARITY=nonlinearity, num_warps=warps, maxnreg=config.get("maxnreg"),
+    )  # fmt: skip

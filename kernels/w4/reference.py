@@ -1,0 +1,127 @@
+"""A 4-bit linear layer with a low-rank branch (SVDQuant, arXiv:2411.05007, eq. 6):
+
+    y = f(Q_a((x + c) / s) Q_w(R)^T + (x D^T) U^T + b)
+
+    x [M, K]   c a constant that lifts the outputs of GELU or SiLU above 0, or 0
+    s [K]      smoothing divisors             R = W diag(s) - U D diag(s), the residual of the smoothed weight
+    Q_w        4-bit codes in groups of G     D [r, K], U [N, r] the branch; it reads x itself
+    Q_a        per token and group "int4" (unsigned where c > 0); per token "int8" or "fp8" (e4m3); or "none"
+    f          the nonlinearity that follows the layer, "gelu", "gelu_tanh" or "silu", or "" for none
+
+What c adds is in b. The torch reference here is the truth: it multiplies the dequantized codes in float32. `codes`
+and `product` are its two halves, for layers that share an input and for inputs that come from a norm:
+
+    x[b, t] = LayerNorm(h[b, t]) (1 + n[b]) + m[b]          adaptive layer norm (DiT, arXiv:2212.09748)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..formats import fp8
+from ..formats.int4 import dequantize_groups, quantize_activation_groups, unpack_int4
+from ..formats.int8 import dynamic_scale
+
+ACTIVATIONS = ("int4", "int8", "fp8", "none")
+NONLINEARITIES = {
+    "": lambda y: y,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def svdq_linear(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    shift: float = 0.0,
+    nonlinearity: str = "",
+) -> Tensor:
+    """x [..., K] float -> [..., N] in x's dtype.
+
+    qweight uint8 [N, K/2] as `int4.pack_int4` has it, wscales [N, K/G], smooth [K], down [r, K], up [N, r], bias [N];
+    any float dtypes. Without a branch down and up are None, without smoothing smooth is.
+    """
+    exact = x.float()
+    inputs = _smoothed(exact, smooth, shift)
+    group_size = 2 * qweight.shape[1] // wscales.shape[1]
+    weight = dequantize_groups(unpack_int4(qweight, group_size), wscales)
+    y = F.linear(round_activation(inputs, activation, group_size, bool(shift)), weight)
+    if down is not None:
+        y = y + F.linear(F.linear(exact, down.float()), up.float())
+    if bias is not None:
+        y = y + bias.float()
+    return nonlinear(y, nonlinearity).to(x.dtype)
+
+
+def codes(
+    x: Tensor, more: Tensor | None, smooth: Tensor | None, down: Tensor | None, activation: str, shift: float,
+    norm: tuple[Tensor, Tensor, float] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What x [B T, K] is to the products that read it: (codes [B T, K], scales, x D^T [B T, r]), in groups of 64.
+
+    more [B T, K']: further columns of x. norm: (n [B, K], m [B, K], eps), by which x is normalized first.
+    Codes are e4m3 or int8 (4-bit ones too) with float32 scales [B T], or [K / 64, B T] for "int4".
+    """
+    exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)
+    if norm is not None:
+        scale, offset, eps = norm
+        exact = F.layer_norm(exact, exact.shape[1:], eps=eps).unflatten(0, (len(scale), -1))
+        exact = (exact * (1 + scale.float())[:, None] + offset.float()[:, None]).flatten(0, 1)
+    branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())
+    inputs = _smoothed(exact, smooth, shift)
+    if activation == "int4":
+        rounded, scales = quantize_activation_groups(inputs, 64, bool(shift))
+        return rounded, scales.T.contiguous(), branch
+    scales = _row_scale(inputs, activation)
+    rounded = inputs / scales
+    rounded = rounded.to(fp8.DTYPE) if activation == "fp8" else torch.round(rounded).to(torch.int8)
+    return rounded, scales[:, 0].contiguous(), branch
+
+
+def product(
+    codes: Tensor, scales: Tensor, branch: Tensor, qweight: Tensor, wscales: Tensor, up: Tensor | None,
+    bias: Tensor | None, activation: str, nonlinearity: str,
+) -> Tensor:  # fmt: skip
+    """The layer's float32 outputs [M, N] from what `codes` gives."""
+    weight = dequantize_groups(unpack_int4(qweight, 64), wscales)
+    inputs = dequantize_groups(codes, scales.T) if activation == "int4" else codes.float() * scales[:, None]
+    y = F.linear(inputs, weight)
+    if up is not None:
+        y = y + F.linear(branch.float(), up.float())
+    if bias is not None:
+        y = y + bias.float()
+    return nonlinear(y, nonlinearity)
+
+
+def nonlinear(y: Tensor, name: str) -> Tensor:
+    return NONLINEARITIES[name](y)
+
+
+def round_activation(x: Tensor, activation: str, group_size: int, unsigned: bool) -> Tensor:
+    """x [..., K] float32 -> the values that its codes stand for, float32."""
+    if activation == "none":
+        return x
+    if activation == "int4":
+        return dequantize_groups(*quantize_activation_groups(x, group_size, unsigned))
+    scale = _row_scale(x, activation)
+    if activation == "int8":
+        return torch.round(x / scale) * scale
+    return (x / scale).to(fp8.DTYPE).float() * scale
+
+
+def _row_scale(x: Tensor, activation: str) -> Tensor:
+    return dynamic_scale(x, (-1,)) if activation == "int8" else fp8.scale_of(x, (-1,))
+
+
+def _smoothed(x: Tensor, smooth: Tensor | None, shift: float) -> Tensor:
+    x = x + shift if shift else x
+    return x if smooth is None else x / smooth.float()

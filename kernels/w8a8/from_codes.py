@@ -1,0 +1,173 @@
+"""Ops for layers whose producer hands over codes: quantization apart from the product, or fused with what is before.
+
+Codes are in the flat padded layout of `window`, [rows, C']. `fuse.py` puts a model's norms and convolutions together
+with them; each has the formula in torch for devices without a kernel. `linear` is for torch.compile, which fuses the
+formula itself with what is before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..runtime.ops import op
+from . import layer as w8a8
+from . import reference
+from . import steps as w8a8_launch
+from .window import Window, same_window
+
+
+@torch.compiler.assume_constant_result  # a GPU stays what it is, and the compiler does not know how to ask
+def _triton(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
+    return w8a8.kernel_name(device, 8, 1, dtype) in (w8a8.TRITON, w8a8.TRITON_FP8)
+
+
+@op
+def w8a8_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+    padding: Sequence[int],
+    upsample: int,
+) -> Tensor:
+    """x [B, C, H, W] float -> codes of the nearest-neighbour upsampled images, with room for a window's padding."""
+    if _triton(x.device, dtype) and x.numel():
+        from .quantize import quantize
+
+        return quantize(x, scale, zero_point, bits, dtype, tuple(padding), upsample)
+    return reference.quantize(x, scale, zero_point, bits, dtype, padding, upsample)
+
+
+@w8a8_quantize.register_fake
+def _(x, scale, zero_point, bits, dtype, padding, upsample):
+    batch, channels, h, w = x.shape
+    window = Window(batch, h * upsample, w * upsample, padding=tuple(padding))
+    return x.new_empty(window.rows, -(-channels // 32) * 32, dtype=dtype)
+
+
+@op
+def w8a8_group_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+    padding: Sequence[int],
+) -> Tensor:
+    """x [B, C, H, W] -> codes of GroupNorm(x), with SiLU after it where `silu`; nothing is rounded in between."""
+    if _triton(x.device, dtype) and x.numel():
+        from .norm import group_norm_quantize
+
+        pixels = x.permute(0, 2, 3, 1).contiguous()
+        return group_norm_quantize(
+            pixels, gamma, beta, groups, eps, silu, scale, zero_point, bits, dtype, tuple(padding)
+        )
+    y = reference.group_norm(x, gamma, beta, groups, eps, silu)
+    return reference.quantize(y, scale, zero_point, bits, dtype, padding, 1)
+
+
+@w8a8_group_norm.register_fake
+def _(x, gamma, beta, groups, eps, silu, scale, zero_point, bits, dtype, padding):
+    batch, channels, h, w = x.shape
+    return x.new_empty(Window(batch, h, w, padding=tuple(padding)).rows, -(-channels // 32) * 32, dtype=dtype)
+
+
+@op
+def group_norm_silu(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    """x [B, C, H, W] -> GroupNorm(x), with SiLU after it where `silu`, channels_last and in x's dtype."""
+    if _triton(x.device) and x.numel():
+        from .norm import group_norm
+
+        return group_norm(x.permute(0, 2, 3, 1).contiguous(), gamma, beta, groups, eps, silu).permute(0, 3, 1, 2)
+    y = reference.group_norm(x, gamma, beta, groups, eps, silu).to(x.dtype)
+    return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@group_norm_silu.register_fake
+def _(x, gamma, beta, groups, eps, silu):
+    batch, channels, h, w = x.shape
+    return x.new_empty(batch, h, w, channels).permute(0, 3, 1, 2)
+
+
+@op
+def w8a8_conv2d_codes(
+    codes: Tensor,
+    image: Sequence[int],
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    shift: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """codes [rows, C'], qweight [N, C, kh, kw] or [N, C] -> [B, N, H', W'] channels_last; image: (B, H, W).
+
+    shift [B, N] and residual [B, N, H', W'] are added before the one rounding to `dtype`.
+    """
+    window = _window(image, qweight, stride, padding, dilation, same_window)
+    if _triton(codes.device, qweight.dtype) and window.batch:
+        added = None if residual is None else residual.permute(0, 2, 3, 1)
+        y = w8a8_launch.multiply(
+            codes, window, qweight, weight_scale, bias, scale, zero_point, 8, shift, added, dtype
+        )
+        return y.permute(0, 3, 1, 2)
+    weight = qweight if qweight.ndim == 4 else qweight[:, :, None, None]
+    y = reference.conv2d_codes(codes, window, weight, weight_scale, bias, scale, zero_point)
+    y = y if shift is None else y + shift[:, :, None, None]
+    y = y if residual is None else y + residual
+    return y.to(dtype).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@w8a8_conv2d_codes.register_fake
+def _(codes, image, qweight, weight_scale, bias, scale, zero, stride, padding, dilation, shift, residual, dtype):
+    window = _window(image, qweight, stride, padding, dilation)
+    return codes.new_empty(window.batch, *window.output, len(qweight), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    activation_bits: int,
+) -> Tensor:
+    """What `w8a8_linear` computes. Under torch.compile, where `takes_codes`, codes are made by operations of torch.
+
+    Those the compiler sees, and makes the codes in the kernel that computes x (a norm, a modulation, an activation):
+    x itself is not written. The same x gives the same codes and the same y as in `w8a8_linear`; but an x inside a
+    fused kernel is float32 that nobody has rounded to bf16, so that a compiled model differs from the uncompiled one
+    by rounding: some codes by one step.
+    """
+    if not (torch.compiler.is_compiling() and takes_codes(x, qweight, input_scale)):
+        return w8a8.w8a8_linear(x, qweight, weight_scale, bias, input_scale, input_zero_point, activation_bits)
+    rows = x.reshape(-1, x.shape[-1])
+    codes = reference.encode(rows, qweight.dtype, input_scale, input_zero_point, activation_bits).contiguous()
+    operands = (qweight, weight_scale, bias, input_scale, input_zero_point)
+    y = w8a8_conv2d_codes(codes, [len(rows), 1, 1], *operands, [1, 1], [0, 0], [1, 1], None, None, x.dtype)
+    return y.reshape(*x.shape[:-1], len(qweight))
+
+
+def takes_codes(x: Tensor, qweight: Tensor, input_scale: Tensor | None) -> bool:
+    """Whether a Linear's kernel multiplies codes that need no largest value first and no channels to fill up."""
+    return input_scale is not None and x.shape[-1] % 32 == 0 and _triton(x.device, qweight.dtype)
+
+
+def _window(image, qweight, stride, padding, dilation, make=Window) -> Window:
+    kernel = tuple(qweight.shape[2:]) or (1, 1)
+    return make(*image, kernel, tuple(stride), tuple(padding), tuple(dilation))

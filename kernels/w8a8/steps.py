@@ -1,0 +1,124 @@
+"""From tensors of a model to the launches of the Triton kernels: what is quantized where, and prepared once.
+
+static, 1x1, at most 128 outputs    one kernel: floats quantized as they are loaded
+static                              quantize; GEMM
+dynamic                             largest values; quantize; GEMM
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats import fp8
+from ..formats.int8 import weight_limit
+from ..runtime.prepared import prepared
+from .window import Window, same_window
+
+ON_LOAD_OUTPUTS = 128  # more outputs than one tile has would quantize the same floats again
+
+
+def triton_linear(
+    x, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual: Tensor | None = None
+) -> Tensor:
+    """x [M, K] -> [M, N] in x's dtype: a convolution of one-pixel images."""
+    m, n = x.shape[0], qweight.shape[0]
+    residual = None if residual is None else residual.view(m, 1, 1, n)
+    image, window = x.view(m, -1, 1, 1), same_window(m, 1, 1)
+    y = _windows(image, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual)
+    return y.view(m, n)
+
+
+def triton_conv2d(
+    x, qweight, weight_scale, bias, input_scale, input_zero_point, bits, stride, padding, dilation, groups
+) -> Tensor:
+    """x [B, C, H, W] -> [B, N, H', W'] channels_last in x's dtype; groups is 1."""
+    batch, _, h, w = x.shape
+    window = same_window(batch, h, w, qweight.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
+    y = _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, None)
+    return y.permute(0, 3, 1, 2)
+
+
+def _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual) -> Tensor:
+    kernels, _ = _triton()
+    if x.shape[1] != qweight.shape[1]:
+        raise ValueError(f"the input has {x.shape[1]} channels where the layer needs {qweight.shape[1]}.")
+    plain = window.taps == 1 and window.padding == (0, 0)
+    if input_scale is not None and plain and qweight.shape[0] <= ON_LOAD_OUTPUTS:
+        operand = x.permute(0, 2, 3, 1).contiguous()
+    else:
+        if input_scale is None:
+            x = x if x.permute(0, 2, 3, 1).is_contiguous() else x.contiguous()
+            limit = weight_limit(bits) if qweight.dtype == torch.int8 else fp8.LIMIT
+            input_scale, input_zero_point = kernels.scales(x, limit), None
+        operand = kernels.quantize(x, input_scale, input_zero_point, bits, qweight.dtype, window.padding)
+    return multiply(
+        operand, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, None, residual, x.dtype
+    )
+
+
+def multiply(
+    operand, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, shift, residual, dtype,
+    config=None,
+) -> Tensor:  # fmt: skip
+    """operand: codes in the flat layout, or floats [B, H, W, C] -> [B, H', W', N] of `dtype`.
+
+    shift [B, N] and residual [B, H', W', N] are added in float32. config: a w8a8_configs.Config, not the usual one.
+
+    Raises ValueError where shapes do not belong together: the kernel would read past the end.
+    """
+    _, kernels = _triton()
+    n = qweight.shape[0]
+    _check(operand.shape, window, qweight.shape, *(None if t is None else t.shape for t in (shift, residual)))
+    weight = prepared(qweight, "rows", lambda: weight_rows(qweight))
+    sums = None
+    if input_zero_point is not None:
+        sums = prepared(qweight, "sums", lambda: qweight.flatten(1).sum(1, dtype=torch.int32))
+    out = operand.new_empty(window.batch, *window.output, n, dtype=dtype)
+    residual = None if residual is None else residual.contiguous()
+    shift = None if shift is None else shift.contiguous()
+    return kernels.conv2d(
+        operand, window, weight, input_scale, input_zero_point, weight_scale, sums, bias, shift, residual, out, bits,
+        config,
+    )  # fmt: skip
+
+
+def weight_rows(qweight: Tensor) -> Tensor:
+    """[N, C, kh, kw] or [N, K] codes -> [N, taps * C'], channels innermost, C' = C up to a multiple of 32."""
+    from .quantize import stored_channels
+
+    rows = qweight.permute(0, 2, 3, 1) if qweight.ndim == 4 else qweight
+    extra = stored_channels(rows.shape[-1]) - rows.shape[-1]
+    if extra:  # e4m3 through its bytes, which are zero for zero: pad does not know the type
+        rows = F.pad(rows.view(torch.int8), (0, extra)).view(qweight.dtype)
+    return rows.contiguous().flatten(1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _check(operand, window: Window, weight, shift, residual) -> None:
+    """Of shapes; those that were right once are not looked at again."""
+    n, channels = weight[:2]
+    if len(operand) == 2:
+        right = (window.rows, _triton()[0].stored_channels(channels))
+    else:
+        right = (window.batch, window.h, window.w, channels)
+    if tuple(operand) != right:
+        raise ValueError(f"the input has shape {list(operand)} where the layer needs {list(right)}.")
+    for name, given, size in (
+        ("shift", shift, (window.batch, n)),
+        ("residual", residual, (window.batch, *window.output, n)),
+    ):
+        if given is not None and tuple(given) != size:
+            raise ValueError(f"the {name} has shape {list(given)} where the layer needs {list(size)}.")
+
+
+@functools.cache
+def _triton() -> tuple:
+    """The files that need Triton. An import at each call would take 2 us, though they are there."""
+    from . import product as w8a8_triton
+    from . import quantize as w8a8_quantize
+
+    return w8a8_quantize, w8a8_triton

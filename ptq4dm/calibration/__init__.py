@@ -1,0 +1,1 @@
+"""What a model sees while it samples: recorded calls, statistics, traces."""

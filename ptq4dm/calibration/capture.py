@@ -1,0 +1,88 @@
+"""What the layers and modules of one block are fed on calibration calls."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..pipelines.sampling import evaluation_mode
+from .record import Calls, replay
+
+MAX_ROWS = 8192  # token rows kept per layer
+
+
+class _Enough(Exception):
+    """Raised once the block has run: what comes after it need not."""
+
+
+@dataclass
+class Captured:
+    """rows: layer -> [R, K] float32 inputs; peaks: layer -> [K] largest magnitude of all inputs; lows: layer -> the
+    least input; calls: module -> [(args, kwargs)]."""
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    peaks: dict[str, Tensor] = field(default_factory=dict)
+    lows: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, list] = field(default_factory=dict)
+
+
+def as_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input as [M, K]."""
+    x = x.permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else x
+    return x.reshape(-1, x.shape[-1])
+
+
+@torch.no_grad()
+def capture(model: nn.Module, layers: list[str], modules: list[str], batches: list[Calls], seed: int) -> Captured:
+    """Run the model on the batches, until the last of the layers and modules has been called.
+
+    Of each batch MAX_ROWS / (number of batches) rows of a layer's input are kept, drawn with `seed`; inputs of
+    modules are kept whole.
+    """
+    got = Captured({name: [] for name in layers}, {}, {}, {name: [] for name in modules})
+    share = -(-MAX_ROWS // len(batches))
+    waiting: set[str] = set()
+
+    def of_layer(name: str):
+        def hook(module, args):
+            x = as_rows(module, args[0]).float()
+            peak = x.abs().amax(0)
+            got.peaks[name] = torch.maximum(got.peaks[name], peak) if name in got.peaks else peak
+            got.lows[name] = min(got.lows.get(name, float("inf")), float(x.min()))
+            if len(x) > share:
+                generator = torch.Generator("cpu").manual_seed(seed + len(got.rows[name]))
+                x = x[torch.randperm(len(x), generator=generator)[:share].to(x.device)]
+            got.rows[name].append(x)
+
+        return hook
+
+    def of_module(name: str):
+        return lambda module, args, kwargs: got.calls[name].append((args, kwargs))
+
+    def done(name: str):
+        def hook(*_):
+            waiting.discard(name)
+            if not waiting:
+                raise _Enough
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(of_layer(name)) for name in layers]
+    handles += [
+        model.get_submodule(name).register_forward_pre_hook(of_module(name), with_kwargs=True) for name in modules
+    ]
+    handles += [model.get_submodule(name).register_forward_hook(done(name)) for name in {*layers, *modules}]
+    try:
+        with evaluation_mode(model):
+            for batch in batches:
+                waiting = {*layers, *modules}
+                with suppress(_Enough):
+                    replay(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    got.rows = {name: torch.cat(parts) for name, parts in got.rows.items() if parts}
+    return got

@@ -1,0 +1,1 @@
+"""What quantization cost and gained: distances, paired errors, bytes, time."""

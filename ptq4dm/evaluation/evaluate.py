@@ -1,0 +1,219 @@
+"""Measure what quantization cost and gained: Frechet distance, paired errors, bytes and step time, in one report."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files.atomic import output_folder
+from ..pipelines.images import to_uint8
+from ..pipelines.sampling import denoiser, sample
+from ..quantization.report import stored_bytes
+from .compare import compare_denoisers, image_errors, psnr
+from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
+from .frechet import Moments, write_statistics
+from .report import write_report, write_samples
+
+
+@dataclass
+class EvaluateConfig:
+    """What to measure, and with how much.
+
+    num_images: samples for the Frechet distance, seeds seed .. seed + num_images - 1.
+    num_paired: same-seed images of both models (the first of those seeds); 0 leaves it out.
+    num_heldout: recorded denoiser inputs for the epsilon error, seeds from heldout_seed; 0 leaves it out.
+    metric: "feature-fid" (embedded network, 32x32), "fid" (Inception) or "none".
+    reference: folder of images or npz; None is the embedded statistics (feature-fid only).
+    inception_weights, resize: see `load_inception`; for "fid" only.
+    timed_steps: denoiser calls timed per model after warmup_steps; 0 leaves it out.
+    conditioning, pipeline_kwargs: see `sample`.
+    """
+
+    num_images: int = 1000
+    num_paired: int = 64
+    num_heldout: int = 64
+    num_inference_steps: int = 50
+    batch_size: int = 64
+    seed: int = 0
+    heldout_seed: int = 1_000_000
+    num_bins: int = 10
+    metric: str = "feature-fid"
+    reference: str | os.PathLike | None = None
+    inception_weights: str | os.PathLike | None = None
+    resize: str = "torch-fidelity"
+    warmup_steps: int = 2
+    timed_steps: int = 10
+    conditioning: dict | None = None
+    pipeline_kwargs: dict | None = None
+
+    def check(self) -> None:
+        """Raises UserError for figures that measure nothing."""
+        if self.metric not in METRICS:
+            raise UserError(f"unknown metric '{self.metric}'; choose from {', '.join(METRICS)}.")
+        if self.metric != "none" and self.num_images < 2:
+            number = "zero images" if self.num_images == 0 else f"{self.num_images} image(s)"
+            raise UserError(f"{number} cannot give a Frechet distance; ask for 2 or more, or metric 'none'.")
+        for name in ("num_inference_steps", "batch_size", "num_bins"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be 1 or more, not {getattr(self, name)}.")
+        for name in ("num_paired", "num_heldout", "warmup_steps", "timed_steps", "seed", "heldout_seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+
+def evaluate(
+    pipe, full_precision=None, config: EvaluateConfig | None = None, output: str | os.PathLike | None = None
+) -> dict:
+    """Measure a pipeline, and compare it with its full-precision original where that is given.
+
+    Under an accelerate or torchrun launch every process calls this; seeds are dealt out among them, each sampled
+    once, and all return the same figures. Only the main process writes and shows progress.
+
+    Args:
+        pipe: the pipeline to measure, on its device.
+        full_precision: a pipeline of the same layout with the original denoiser.
+        output: folder for report.json and samples.png.
+
+    Returns:
+        {"frechet", "paired", "epsilon_error", "bytes", "step_time", "warnings"}, without what was left out;
+        plain numbers and strings, as in report.json. `format_report` prints it.
+
+    Raises:
+        UserError: settings that measure nothing, samples with NaN or infinity, or a reference that does not fit.
+    """
+    config = config or EvaluateConfig()
+    config.check()
+    if config.metric == "none" and full_precision is None:
+        raise UserError("metric 'none' without a full-precision model leaves nothing to measure.")
+    state = PartialState()
+    writes = output is not None and state.is_main_process
+    with output_folder(output) if writes else nullcontext() as folder:
+        report, shown = _measure(pipe, full_precision, config)
+        if writes:
+            write_report(report, folder)
+            if shown:
+                write_samples(*shown, folder)
+    state.wait_for_everyone()
+    return report
+
+
+def evaluate_images(folder: str | os.PathLike, config: EvaluateConfig | None = None, device="cpu") -> dict:
+    """The Frechet distance of all images in a folder against config.reference (a folder, an npz, or embedded).
+
+    Raises:
+        UserError: fewer than 2 images, images of different sizes, or a reference that does not fit.
+    """
+    config = config or EvaluateConfig()
+    extractor = _extractor(config, device)
+    reference = load_reference_statistics(extractor, config.reference, config.batch_size)
+    moments = folder_moments(folder, extractor, config.batch_size)
+    result, warnings = frechet_entry(extractor, moments, reference)
+    return {"frechet": {**result, "images": str(folder)}, "warnings": warnings}
+
+
+def write_reference(
+    folder: str | os.PathLike, destination: str | os.PathLike, config: EvaluateConfig | None = None, device="cpu"
+) -> int:
+    """Reference statistics (npz) of all images in a folder, for config.metric. Returns the number of images.
+
+    Raises:
+        UserError: fewer than 2 images, images of different sizes, or the file cannot be written.
+    """
+    config = config or EvaluateConfig()
+    extractor = _extractor(config, device)
+    moments = folder_moments(folder, extractor, config.batch_size)
+    statistics = moments.statistics(extractor.mode, extractor.feature)
+    state = PartialState()
+    if state.is_main_process:
+        write_statistics(destination, statistics)
+    state.wait_for_everyone()
+    return moments.count
+
+
+def _measure(pipe, full_precision, config: EvaluateConfig):
+    """The report, and pictures to show; see `_sample_all`."""
+    report: dict = {"sampler": _sampler(pipe), "num_inference_steps": config.num_inference_steps, "warnings": []}
+    extractor = moments = None
+    if config.metric != "none":
+        extractor = _extractor(config, denoiser(pipe).device)
+        reference = load_reference_statistics(extractor, config.reference, config.batch_size)
+        moments = Moments(extractor.dim)
+    num_paired = config.num_paired if full_precision is not None else 0
+    errors, shown = _sample_all(pipe, full_precision, config, num_paired, extractor, moments)
+    if moments:
+        report["frechet"], report["warnings"] = frechet_entry(extractor, moments.reduced(), reference)
+        report["frechet"] |= {"seed": config.seed, "num_inference_steps": config.num_inference_steps}
+    if num_paired:
+        errors = gather_object(errors)
+        report["paired"] = {
+            "num_images": len(errors),
+            "seed": config.seed,
+            "psnr_db": sum(map(psnr, errors)) / len(errors),
+            "mse": sum(errors) / len(errors),
+            "identical": errors.count(0.0),
+        }
+    if full_precision is not None:
+        report |= compare_denoisers(pipe, full_precision, config)
+    else:
+        report["bytes"] = {"model": stored_bytes(denoiser(pipe))}
+    return report, shown
+
+
+def _sampler(pipe) -> dict:
+    """The scheduler's class and what its config says besides the noise schedule."""
+    config = {k: v for k, v in pipe.scheduler.config.items() if isinstance(v, str | int | bool) and k[0] != "_"}
+    return {"class": type(pipe.scheduler).__name__, **config}
+
+
+def _extractor(config: EvaluateConfig, device) -> Extractor:
+    return load_extractor(config.metric, device, config.inception_weights, config.resize)
+
+
+def _sample_all(pipe, full_precision, config, num_paired, extractor, moments):
+    """Sample this process's share: features into `moments`; the pairs' squared errors; and pictures to show.
+
+    Seeds are dealt like cards, so that every process has its part of the pairs. Pairs make batches of their own: the
+    same batch for both models, as kernels may round differently in another batch size.
+    """
+    state = PartialState()
+    num_samples = config.num_images if moments else 0
+    errors: list[float] = []
+    shown: tuple[list, list[int]] | None = None
+    seeds = range(config.seed, config.seed + max(num_paired, num_samples))
+    dealt = slice(state.process_index, None, state.num_processes)
+    parts = [seeds[:num_paired][dealt], seeds[num_paired:][dealt]]
+    batches = [list(p[i : i + config.batch_size]) for p in parts for i in range(0, len(p), config.batch_size)]
+
+    alone = state.is_main_process and len(batches) == 1  # then the pipeline's own bar says more
+
+    def draw(model, batch):
+        return sample(
+            model,
+            batch,
+            progress=alone,
+            num_inference_steps=config.num_inference_steps,
+            conditioning=config.conditioning,
+            pipeline_kwargs=config.pipeline_kwargs,
+        )
+
+    hidden = alone or not state.is_main_process
+    bar = tqdm(total=sum(map(len, parts)), unit="image", desc="sampling", disable=hidden)
+    for batch in batches:
+        images = draw(pipe, batch)
+        rows = [("quantized" if full_precision is not None else "samples", images)]
+        if batch[0] < config.seed + num_paired:
+            rows.insert(0, ("full precision", draw(full_precision, batch)))
+            errors += image_errors(images, rows[0][1])
+        shown = shown or (rows, batch)
+        counted = sum(s < config.seed + num_samples for s in batch)
+        if counted:
+            moments.update(extractor(to_uint8(images[:counted])))
+        bar.update(len(batch))
+    bar.close()
+    return errors, shown

@@ -1,0 +1,159 @@
+"""Which network a Frechet distance is measured with, and the statistics it is measured against."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..pipelines.embedded import asset_path
+from ..pipelines.images import list_images, load_images
+from .features import NUM_FEATURES, load_features
+from .frechet import Moments, Statistics, frechet_distance, read_statistics
+
+EMBEDDED_STATISTICS = "features-cifar10/train-statistics.npz"
+FEW_IMAGES = 10_000  # the least that the authors of FID recommend
+METRICS = ("feature-fid", "fid", "none")
+
+
+@dataclass
+class Extractor:
+    """uint8 images [N, 3, H, W] -> features [N, dim], with the names that must stand beside a figure.
+
+    label: "feature-FID" or "FID"; feature: the network; mode: how images are resized.
+    """
+
+    label: str
+    feature: str
+    dim: int
+    mode: str
+    network: Callable[[Tensor], Tensor]
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        # Convolutions in full float32: with TF32, the default on NVIDIA GPUs, figures would differ from a CPU's.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            return self.network(images.to(self.device))
+
+
+def load_extractor(
+    metric: str,
+    device: torch.device | str = "cpu",
+    inception_weights: str | Path | None = None,
+    resize: str = "torch-fidelity",
+) -> Extractor:
+    """The extractor of a metric: "feature-fid" (embedded, 384-d, 32x32 images) or "fid" (Inception, 2048-d).
+
+    Raises:
+        UserError: an unknown metric, or Inception cannot be loaded.
+    """
+    device = torch.device(device)
+    if metric == "feature-fid":
+        net = load_features(device)
+        # Pixels of saved pictures, so that a pipeline and its PNG files give the same figure.
+        return Extractor(
+            "feature-FID",
+            "ptq4dm features-cifar10",
+            NUM_FEATURES,
+            "none (32x32)",
+            lambda images: net.features(images.float() / 127.5 - 1),
+            device,
+        )
+    if metric == "fid":
+        from .inception import NUM_FEATURES as DIM
+        from .inception import load_inception
+
+        net = load_inception(inception_weights, resize, device)
+        return Extractor("FID", net.feature, DIM, net.mode, net, device)
+    if metric == "none":
+        raise UserError("metric 'none' measures no pictures; choose feature-fid or fid.")
+    raise UserError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}.")
+
+
+def folder_moments(folder: str | os.PathLike, extractor: Extractor, batch_size: int) -> Moments:
+    """Feature moments of all images in a folder; in a launch of several processes each reads its share of the files.
+
+    Raises:
+        UserError: fewer than 2 images, images of different sizes, or a file that cannot be read.
+    """
+    paths = list_images(folder)
+    if len(paths) < 2:
+        raise UserError(f"{folder} holds one image; a Frechet distance needs at least 2.")
+    state, moments = PartialState(), Moments(extractor.dim)
+    mine = paths[state.process_index :: state.num_processes]
+    bar = tqdm(total=len(mine), unit="image", desc=Path(folder).name, disable=not state.is_main_process)
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start : start + batch_size]
+        # The folder's first image heads every batch, so that a stray size is caught wherever it lies.
+        moments.update(extractor(load_images([paths[0], *batch])[1:]))
+        bar.update(len(batch))
+    bar.close()
+    return moments.reduced()
+
+
+@dataclass
+class Reference:
+    """The Gaussian a figure is measured against, and what to call it."""
+
+    statistics: Statistics
+    name: str
+
+
+def load_reference_statistics(extractor: Extractor, path: str | os.PathLike | None, batch_size: int) -> Reference:
+    """Read an npz or a folder of images (None: the embedded statistics), and check it against the extractor.
+
+    Raises:
+        UserError: unreadable, made with another network, width or resize mode, or none given for Inception.
+    """
+    if path is not None and Path(path).is_dir():
+        moments = folder_moments(path, extractor, batch_size)
+        return Reference(moments.statistics(extractor.mode, extractor.feature), str(path))
+    if path is None:
+        if extractor.label != "feature-FID":
+            raise UserError("FID needs a reference: pass a folder of real images, or an npz with mu and sigma.")
+        path, name = asset_path(EMBEDDED_STATISTICS), "embedded CIFAR-10 training statistics"
+    else:
+        name = str(path)
+    statistics = read_statistics(path)
+    if len(statistics.mu) != extractor.dim:
+        raise UserError(
+            f"{name} has {len(statistics.mu)} features but {extractor.label} measures with {extractor.dim}: "
+            "it was made with another network."
+        )
+    for key in ("feature", "mode"):
+        theirs, ours = getattr(statistics, key), getattr(extractor, key)
+        if theirs is not None and theirs != ours:
+            raise UserError(f"{name} was made with {key} '{theirs}', not '{ours}'; the two cannot be compared.")
+    return Reference(statistics, name)
+
+
+def frechet_entry(extractor: Extractor, moments: Moments, reference: Reference) -> tuple[dict, list[str]]:
+    """The Frechet distance with all that must stand beside it, and the warnings that its reader needs."""
+    theirs, n = reference.statistics, moments.count
+    result = {
+        "label": extractor.label,
+        "value": frechet_distance(moments.mu, moments.sigma, theirs.mu, theirs.sigma),
+        "extractor": extractor.feature,
+        "resize": extractor.mode,
+        "num_images": n,
+        "reference": reference.name,
+        "reference_images": theirs.n,
+    }
+    warnings = []
+    for count, what in ((n, "images"), (theirs.n, "reference images")):
+        if count is not None and count < FEW_IMAGES:
+            warnings.append(f"with {count} {what} (fewer than {FEW_IMAGES}) {extractor.label} is biased upwards")
+    unsaid = [key for key in ("feature", "mode") if getattr(theirs, key) is None]
+    if unsaid:
+        names = {"feature": "its network", "mode": "its resize mode"}
+        said = " and ".join(names[key] for key in unsaid)
+        warnings.append(f"the reference does not say {said}; the figure holds only if the same was used")
+    return result, warnings

@@ -1,0 +1,84 @@
+"""What an evaluation leaves behind: a table on the screen, report.json, and samples.png."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ..files.atomic import replacing
+from ..pipelines.images import image_grid, save_picture, to_uint8
+
+CELL = 96  # pixels a side, about, of one picture in samples.png
+MAX_COLUMNS = 8
+
+
+def format_report(report: dict) -> str:
+    """The dict of `evaluate` or `evaluate_images` as text: one figure a line, its conditions beside it."""
+    lines = []
+    if f := report.get("frechet"):
+        lines.append(f"{f['label']:<22} {max(f['value'], 0):.4g}")
+        facts = [f"{f['num_images']} images", f"extractor {f['extractor']}", f"resize {f['resize']}"]
+        if "seed" in f:
+            facts.append(f"seeds from {f['seed']}, {f['num_inference_steps']} steps")
+        lines += [f"    {', '.join(facts)}", f"    against {f['reference']}"]
+    if p := report.get("paired"):
+        same = f", {p['identical']} identical (counted as 100 dB)" if p["identical"] else ""
+        lines.append(f"{'same-seed PSNR':<22} {p['psnr_db']:.2f} dB   MSE {p['mse']:.3e}")
+        lines.append(f"    {p['num_images']} images, seeds from {p['seed']}{same}")
+    if e := report.get("epsilon_error"):
+        lines.append(f"{'epsilon error':<22} {e['overall']:.3e}   |e_q - e_fp|^2 / |e_fp|^2")
+        lines.append(f"    {e['rows']} held-out calls, seeds from {e['seed']}; by timestep:")
+        for b in e["bins"]:
+            error = "-" if b["error"] is None else f"{b['error']:.3e}"
+            lines.append(f"    {b['from']:>5} to {b['to']:<5} {error:>10}   ({b['rows']} calls)")
+    if b := report.get("bytes"):
+        lines.append(f"{'bytes of the denoiser':<22} {b['model']:,}" + _against(b))
+    if t := report.get("step_time"):
+        ms = f": {t['milliseconds']:.3f} ms" if "milliseconds" in t else ""
+        lines.append(f"{'speed of one step':<22} {t['speedup']:.2f}x full precision{ms}")
+        lines.append(f"    {t['device']}, batch {t['batch_size']}, median of {t['timed_steps']}, interleaved")
+    lines += [f"warning: {w}" for w in report.get("warnings", [])]
+    return "\n".join(lines)
+
+
+def _against(b: dict) -> str:
+    return f"   {b['ratio']:.2f}x smaller than {b['full_precision']:,}" if "ratio" in b else ""
+
+
+def write_report(report: dict, folder: Path) -> None:
+    """report.json in `folder`: plain JSON, no NaN; written under a temporary name, then renamed.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], folder: Path) -> None:
+    """samples.png in `folder`: one labelled row per model, one column per seed (the first eight).
+
+    Args:
+        rows: (label, images float [N,3,H,W] in [0,1]), the same N and H, W for all.
+        seeds: N seeds, written above the columns.
+    """
+    columns = min(len(seeds), MAX_COLUMNS)
+    images = torch.cat([to_uint8(x[:columns]) for _, x in rows])
+    height, width = images.shape[2:]
+    grid = image_grid(images, columns, max(1, CELL // width))
+    if width > 2 * CELL:  # large pictures: the grid is for looking at, not for measuring
+        grid = grid.resize((columns * 2 * CELL, round(len(rows) * 2 * CELL * height / width)), Image.LANCZOS)
+    text = ImageDraw.Draw(grid).textlength
+    left, top = 12 + int(max(text(label) for label, _ in rows)), 18
+    canvas = Image.new("RGB", (left + grid.width, top + grid.height), "white")
+    canvas.paste(grid, (left, top))
+    draw = ImageDraw.Draw(canvas)
+    for k, (label, _) in enumerate(rows):
+        draw.text((6, top + (k + 0.5) * grid.height / len(rows)), label, "black", anchor="lm")
+    for k, seed in enumerate(seeds[:columns]):
+        draw.text((left + (k + 0.5) * grid.width / columns, top / 2), f"seed {seed}", "black", anchor="mm")
+    save_picture(canvas, folder / "samples.png")

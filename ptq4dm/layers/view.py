@@ -1,0 +1,101 @@
+"""LayerView: what a quantization method sees of a model's Linear and Conv2d layers."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+@dataclass
+class LayerView:
+    """One layer as a matrix product Y[M, N] = X[M, K] W[N, K]^T.
+
+    role: "first" (reads the model's input channels), "last" (writes its output channels) or "inner".
+    """
+
+    name: str
+    module: nn.Module
+    role: str = "inner"
+
+    @property
+    def weight(self) -> Tensor:
+        """W [N, K]: a convolution's rows are its output channels, K = C/groups * kh * kw."""
+        return self.module.weight.flatten(1)
+
+
+def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
+    """The layers that can be quantized, in the model's own order.
+
+    skip: names or shell patterns (`*.to_q`) of modules to leave out, with everything below them.
+    """
+    views = [
+        LayerView(name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module))
+    ]
+    _mark_edges(getattr(model, "config", None), views)
+    unmatched = [pattern for pattern in skip if not any(_matches(view.name, [pattern]) for view in views)]
+    if unmatched:
+        raise UserError(f"'{unmatched[0]}' in modules_to_not_convert names no layer of the model; see `ptq4dm info`.")
+    return [view for view in views if not _matches(view.name, skip)]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    parts = name.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes for pattern in patterns)
+
+
+def _zero_padded(conv: nn.Conv2d) -> bool:
+    even_same = conv.padding == "same" and any(
+        d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+    )
+    return conv.padding_mode == "zeros" and not even_same
+
+
+def _mark_edges(config, views: list[LayerView]) -> None:
+    """Find the layers at the model's ends by the channels of its config: no forward pass is needed to know.
+
+    Other layers may happen to be as wide, so of all that fit one is taken, by where diffusers' models have it:
+    outside the repeated blocks; the first a convolution if there is one, the last a child of the model itself.
+    """
+    if not isinstance(config, Mapping) or not config.get("in_channels"):
+        return
+    inputs = config["in_channels"]
+    outputs = config.get("out_channels") or inputs
+    patch = config.get("patch_size") or 1
+    area = patch * patch if isinstance(patch, int) else math.prod(patch)
+
+    def first(item):
+        order, view = item
+        linear, nested = isinstance(view.module, nn.Linear), "." in view.name
+        return _repeated(view.name), linear, _reads(view) != inputs, nested, order
+
+    def last(item):
+        order, view = item
+        return _repeated(view.name), "." in view.name, -order
+
+    readers = [item for item in enumerate(views) if _reads(item[1]) in (inputs, inputs * area)]
+    writers = [item for item in enumerate(views) if _writes(item[1]) in (outputs, outputs * area, 2 * outputs * area)]
+    if readers:
+        min(readers, key=first)[1].role = "first"
+    if writers:
+        min(writers, key=last)[1].role = "last"
+
+
+def _reads(view: LayerView) -> int:
+    return getattr(view.module, "in_features", None) or view.module.in_channels
+
+
+def _writes(view: LayerView) -> int:
+    return view.weight.shape[0]
+
+
+def _repeated(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))

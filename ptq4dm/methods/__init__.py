@@ -1,0 +1,1 @@
+"""One file for each paper: a recipe that turns layers and calibration into a plan."""

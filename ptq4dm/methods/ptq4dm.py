@@ -1,0 +1,41 @@
+"""PTQ4DM: "Post-training Quantization on Diffusion Models", Shang et al., CVPR 2023 (arXiv 2211.15736).
+
+1. Calibrate on what the model sees while it denoises, with timesteps drawn from a chosen law: `collect`.
+2. For each layer, find the range whose rounding and clipping error  E |x - Q(x)|^p  is least (section 3.4).
+3. Round weights and inputs to nearest in 8 bits; the first and last layers never get fewer than 8.
+
+The paper quantizes layer outputs; here the inputs are, so that the product itself runs on integers. The law of
+step 1 is the paper's NDTC when the store was collected with it; whether it beats uniform timesteps is measured in
+the README, not assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..layers.plan import LayerPlan
+from ..layers.view import LayerView
+from ..quantization.recipe import register
+from ..ranges.clipping import objective_parameter
+from .eight_bit import IntegerConfig
+
+
+@register("ptq4dm")
+@dataclass(repr=False)
+class PTQ4DMConfig(IntegerConfig):
+    """PTQ4DM. Options of IntegerConfig, and:
+
+    objective: "max", "percentile", "mse" or "lp", for inputs and weights.
+    objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4).
+    """
+
+    objective: str = "lp"
+    objective_parameter: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.objective_parameter = objective_parameter(self.objective, self.objective_parameter)
+
+    def resolve(self, model, views: list[LayerView], store) -> dict[str, LayerPlan]:
+        plans = {view.name: self.layer_plan(view, store, self.objective, self.objective_parameter) for view in views}
+        return {name: plan for name, plan in plans.items() if plan is not None}

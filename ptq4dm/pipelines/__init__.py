@@ -1,0 +1,1 @@
+"""Pipelines in, images out: opening, sampling, saving pictures."""

@@ -1,0 +1,130 @@
+"""Pictures in and out: float tensors, uint8 tensors, PNG files that carry their settings, and grids."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from ..errors import UserError
+from ..files.atomic import replacing
+
+METADATA_KEY = "ptq4dm"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """float [N,3,H,W] in [0,1] -> uint8 of the same shape, on the same device.
+
+    round(255 x) with halves to even, in float32: the arithmetic of diffusers' `numpy_to_pil`, so that a PNG
+    saved here equals the one diffusers would save. Values outside [0,1] are clamped.
+
+    Raises:
+        UserError: the images are not floating point, or hold NaN.
+    """
+    if not images.is_floating_point():
+        raise UserError(f"to_uint8 takes floating-point images in [0, 1], not {images.dtype}.")
+    if images.isnan().any():
+        raise UserError("the images hold NaN and cannot be turned into pictures.")
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike, text: PngImagePlugin.PngInfo | None = None):
+    """Write a PIL image as PNG under a temporary name, then rename: a killed run leaves no half picture.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with replacing(path) as temporary:  # its suffix keeps it out of list_images
+        picture.save(temporary, format="PNG", pnginfo=text)
+
+
+def save_png(image: torch.Tensor, path: str | os.PathLike, metadata: dict) -> None:
+    """Write one uint8 [3,H,W] image as PNG, with `metadata` as JSON in the text chunk `ptq4dm`; atomic.
+
+    Raises:
+        UserError: the image is not uint8 [3,H,W], or the file cannot be written.
+    """
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise UserError(f"save_png takes a uint8 [3,H,W] image, not {image.dtype} {list(image.shape)}.")
+    text = PngImagePlugin.PngInfo()
+    text.add_text(METADATA_KEY, json.dumps(metadata, sort_keys=True))
+    save_picture(Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()), path, text)
+
+
+def read_metadata(path: str | os.PathLike) -> dict:
+    """The metadata that `save_png` put into a PNG.
+
+    Raises:
+        UserError: the file cannot be read as an image, or holds no `ptq4dm` text chunk.
+    """
+    try:
+        with Image.open(path) as picture:
+            return json.loads(picture.info[METADATA_KEY])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} carries no ptq4dm metadata: it was not made by ptq4dm generate.") from error
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
+        raise UserError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """All png, jpg, jpeg and webp files under `folder`, sub-folders included, sorted by path.
+
+    Raises:
+        UserError: the folder does not exist, is a file, or holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder of images.")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise UserError(f"{folder} holds no images (looked for {', '.join(sorted(SUFFIXES))}).")
+    return paths
+
+
+def load_images(paths: Sequence[str | os.PathLike]) -> torch.Tensor:
+    """Read images of one size as RGB: uint8 [N,3,H,W] on the CPU.
+
+    Raises:
+        UserError: no paths, a file that cannot be read, or a size that differs from the first image's.
+    """
+    if not paths:
+        raise UserError("there are no images to load.")
+    images: list[np.ndarray] = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise UserError(f"{path} cannot be read as an image: {error}.") from error
+        if images and pixels.shape != images[0].shape:
+            (h, w, _), (h0, w0, _) = pixels.shape, images[0].shape
+            raise UserError(f"{path} is {w}x{h} but {paths[0]} is {w0}x{h0}; images must share one size.")
+        images.append(pixels)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def image_grid(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:
+    """Lay uint8 [N,3,H,W] out row by row, `columns` wide, on white; nearest upscale by the integer `scale`.
+
+    Raises:
+        UserError: the images are not uint8 [N,3,H,W] with N > 0, or columns or scale is below 1.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
+        raise UserError(f"image_grid takes uint8 [N,3,H,W], N > 0, not {images.dtype} {list(images.shape)}.")
+    if columns < 1 or scale < 1:
+        raise UserError(f"a grid needs columns >= 1 and scale >= 1, not {columns} and {scale}.")
+    number, _, height, width = images.shape
+    columns = min(columns, number)
+    rows = -(-number // columns)
+    cells = images.new_full((rows * columns, 3, height, width), 255)
+    cells[:number] = images
+    grid = cells.reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
+    grid = grid.reshape(rows * height, columns * width, 3)
+    grid = grid.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    return Image.fromarray(grid.cpu().numpy())

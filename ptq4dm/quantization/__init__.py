@@ -1,0 +1,1 @@
+"""Recipe, plan, the verb `quantize`, and its way into and out of diffusers."""

@@ -1,0 +1,145 @@
+"""The bridge to diffusers: save_pretrained, from_pretrained and quantization while loading.
+
+diffusers has no entry point for quantizers of other packages; like sdnq, we add ourselves to its two tables when
+`ptq4dm` is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
+
+from ..calibration.store import CalibrationStore, layer_fingerprint
+from ..errors import UserError
+from ..layers.modules import empty_quantized, is_quantized, replace_module
+from ..layers.plan import Plan
+from .recipe import QuantConfig
+
+
+class PTQ4DMQuantizer(DiffusersQuantizer):
+    """Loads packed checkpoints, or packs each layer as its weight arrives.
+
+    Packing while loading needs a plan, a calibration store (`config.calibration`) or a recipe without calibration.
+    """
+
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+
+    def __init__(self, quantization_config: QuantConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.store: CalibrationStore | None = None
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        return self.pre_quantized  # packing replaces modules while their biases arrive: one file at a time
+
+    def _process_model_before_weight_loading(self, model, device_map=None, keep_in_fp32_modules=(), **kwargs):
+        from .quantize import check_plan, make_plan
+
+        config = self.quantization_config
+        if self.pre_quantized:
+            if config.plan is None:
+                raise UserError("config.json names ptq4dm but holds no plan; save the model again.")
+            check_plan(model, config.plan)
+            for name, choice in config.plan.layers.items():
+                replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
+        elif not config.packs_while_loading:
+            raise UserError(
+                f"{type(config).__name__} looks at layers together and cannot pack them while a model loads; load it "
+                "in full precision, then call ptq4dm.quantize."
+            )
+        else:
+            if config.calibration is not None:
+                self.store = CalibrationStore.load(config.calibration)
+            plan = config.plan or make_plan(model, config, self.store)
+            check_plan(model, plan)
+            self.quantization_config = resolved(config, plan)
+        model.register_to_config(quantization_config=self.quantization_config)
+
+    def update_missing_keys(self, model, missing_keys, prefix):
+        if missing_keys:
+            raise UserError(
+                f"the checkpoint lacks {len(missing_keys)} tensors of the model (first '{min(missing_keys)}'); "
+                "it is truncated or of another model: save or download it again."
+            )
+        return missing_keys
+
+    def check_quantized_param_shape(self, param_name, current_param, new_param):
+        if current_param.shape != new_param.shape:
+            raise UserError(
+                f"'{param_name}' of the checkpoint has shape {list(new_param.shape)} and the model needs "
+                f"{list(current_param.shape)}: it is of another model."
+            )
+
+    def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
+        module, _, tensor = param_name.rpartition(".")
+        if self.pre_quantized:
+            return tensor in getattr(model.get_submodule(module), "kept", ())
+        return tensor == "weight" and module in self.quantization_config.plan.layers
+
+    def create_quantized_param(
+        self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs
+    ):
+        name, _, tensor = param_name.rpartition(".")
+        module = model.get_submodule(name)
+        if self.pre_quantized:  # param_value has been cast to the model's dtype; kept tensors stay as stored
+            value = state_dict[param_name].to(target_device)
+            setattr(module, tensor, nn.Parameter(value, requires_grad=False))
+            return
+        if self.store is not None and self.store.fingerprint.get(name) != layer_fingerprint(param_value):
+            self.store.raise_foreign()
+        layer = empty_quantized(module, self.quantization_config.plan.layers[name], "meta")
+        layer.pack(param_value.to(target_device), name)
+        layer.bias = module.bias  # loaded already or still to come
+        replace_module(model, name, layer)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        self.store = None
+        self.quantization_config.link(model, self.quantization_config.plan)
+        return model
+
+    def update_torch_dtype(self, torch_dtype):
+        return torch_dtype or torch.float32
+
+    def _dequantize(self, model):
+        dtype = model.dtype
+        for name, layer in list(model.named_modules()):
+            if is_quantized(layer):
+                replace_module(model, name, layer.dequantized(dtype))
+        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = type(model.config)(entries)  # diffusers has no call that takes an entry out
+        return model
+
+
+def resolved(config: QuantConfig, plan: Plan) -> QuantConfig:
+    """What a quantized model carries: the recipe with its plan, without the folder it was calibrated from."""
+    return replace(config, plan=plan, calibration=None)
+
+
+def mark_quantized(model: nn.Module, config: QuantConfig) -> None:
+    """Tell diffusers that a model was quantized after loading, so that it saves and loads as such."""
+    if not hasattr(model, "register_to_config"):
+        return  # a plain nn.Module: nothing saves it by configuration
+    model.hf_quantizer = PTQ4DMQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.register_to_config(quantization_config=config)
+
+
+def quantization_config(model: nn.Module) -> QuantConfig | None:
+    """The recipe and plan a model was quantized with, or None."""
+    config = getattr(model, "config", None)
+    found = config.get("quantization_config") if config is not None else None
+    if isinstance(found, dict):
+        found = QuantConfig.from_dict(found) if found.get("quant_method") == "ptq4dm" else None
+    return found if isinstance(found, QuantConfig) else None
+
+
+auto.AUTO_QUANTIZER_MAPPING["ptq4dm"] = PTQ4DMQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING["ptq4dm"] = QuantConfig

@@ -1,0 +1,126 @@
+"""Recipes: a method is a dataclass that turns layers and calibration into a plan.
+
+A method registers itself with `@register("name")`; nothing here knows which methods exist. Every recipe is a
+diffusers quantization config, so `from_pretrained(..., quantization_config=recipe)` works, and is written into the
+config.json of a quantized model together with its plan.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, ClassVar
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from ..errors import UserError
+from ..layers.modules import quantized_copy
+from ..layers.plan import LayerPlan, Plan
+from ..layers.view import LayerView
+
+METHODS: dict[str, type[QuantConfig]] = {}
+
+
+class QuantMethod(str, Enum):
+    """diffusers wants an enum here; all our methods share one loader."""
+
+    PTQ4DM = "ptq4dm"
+
+
+def register(name: str):
+    """Class decorator: make a config class known by its method name."""
+
+    def add(cls: type[QuantConfig]) -> type[QuantConfig]:
+        cls.method = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+@dataclass(repr=False)
+class QuantConfig(QuantizationConfigMixin):
+    """What every method has.
+
+    modules_to_not_convert: names or shell patterns of modules to keep in full precision.
+    calibration: folder of a calibration store, for methods that need one while loading
+        (`from_pretrained(..., quantization_config=PTQ4DMConfig(calibration="store"))`).
+    plan: what to follow instead of resolving the recipe; a quantized model carries its config with its plan
+        (`ptq4dm.quantization_config(model).plan`).
+    """
+
+    method: ClassVar[str]
+    packs_while_loading: ClassVar[bool] = True  # else a model must be there in full precision
+    loaded_only: ClassVar[bool] = False  # models of this method come from files of another library
+    quant_method: ClassVar[QuantMethod] = QuantMethod.PTQ4DM
+    modules_to_not_convert: tuple[str, ...] = ()
+    calibration: str | None = None
+    plan: Plan | None = None
+
+    def __post_init__(self):
+        self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
+        if isinstance(self.plan, dict):
+            self.plan = Plan.from_dict(self.plan)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `resolve` needs a store."""
+        return False
+
+    def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, LayerPlan]:
+        """The method itself: layer name -> choices. `store` is a CalibrationStore or None."""
+        raise NotImplementedError
+
+    def pack(self, model: nn.Module, plan: Plan, store) -> dict[str, nn.Module]:
+        """The quantized layers of a plan, by name. The model is left as it is.
+
+        Here each layer comes from its own weight; a method that needs more (what layers share, what they are fed)
+        has its own, and may complete the plan by what it finds.
+        """
+        return {name: quantized_copy(model.get_submodule(name), choice, name) for name, choice in plan.layers.items()}
+
+    def link(self, model: nn.Module, plan: Plan) -> None:
+        """Ties between the layers of a quantized model that its tensors do not hold; none here."""
+
+    # --- diffusers' side ------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {"quant_method": self.quant_method.value, "method": self.method}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            data[item.name] = value.to_dict() if isinstance(value, Plan) else value
+        data["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return data
+
+    to_diff_dict = to_dict
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+        """Any method's config from its dict, by the `method` entry."""
+        data = {k: v for k, v in {**config_dict, **kwargs}.items() if k != "quant_method"}
+        name = data.pop("method", getattr(cls, "method", None))
+        if name not in METHODS:
+            offered = sorted(name for name, one in METHODS.items() if not one.loaded_only)
+            raise UserError(f"quantization method '{name}' is unknown; known are {', '.join(offered)}.")
+        target = METHODS[name]
+        known = {item.name for item in fields(target)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise UserError(
+                f"{target.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
+            )
+        config = target(**data)
+        return (config, {}) if return_unused_kwargs else config
+
+    def summary(self) -> dict[str, Any]:
+        """The options that differ from the defaults, for reports and file metadata."""
+        changed, default = {"method": self.method}, type(self)()
+        for name in (item.name for item in fields(self) if item.name not in ("plan", "calibration")):
+            if getattr(self, name) not in (None, getattr(default, name)):
+                changed[name] = getattr(self, name)
+        return changed

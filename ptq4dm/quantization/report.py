@@ -1,0 +1,104 @@
+"""What a model stores and which kernel runs each layer; and what quantization did to each layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..files.atomic import replacing
+from ..layers.modules import is_quantized
+from ..layers.view import find_layers
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, scales and biases included, each tensor once."""
+    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def kernel_report(model: nn.Module) -> list[dict]:
+    """A row for each Linear and Conv2d: name, kind, shape, format, kernel, bytes."""
+    rows = []
+    unquantized = {view.name for view in find_layers(model)}
+    for name, module in model.named_modules():
+        if not (is_quantized(module) or name in unquantized):
+            continue
+        weight = module.weight
+        rows.append(
+            {
+                "layer": name,
+                "kind": "conv2d" if isinstance(module, nn.Conv2d) else "linear",
+                "shape": list(weight.shape),
+                "format": str(module.plan) if is_quantized(module) else str(weight.dtype).removeprefix("torch."),
+                "kernel": module.kernel_name() if is_quantized(module) else "torch",
+                "bytes": stored_bytes(module),
+            }
+        )
+    return rows
+
+
+class Ratio:
+    """Streaming signal-to-quantization-noise ratio."""
+
+    def __init__(self):
+        self.signal = self.noise = 0.0
+
+    @classmethod
+    def between(cls, exact: Tensor, approximate: Tensor) -> Ratio:
+        ratio = cls()
+        ratio.update(exact, approximate)
+        return ratio
+
+    def update(self, exact: Tensor, approximate: Tensor) -> None:
+        exact = exact.detach().double()
+        self.signal += float(exact.square().sum())
+        self.noise += float((exact - approximate.detach().double()).square().sum())
+
+    @property
+    def decibel(self) -> float:
+        if not self.noise:
+            return math.inf
+        return 10 * math.log10(max(self.signal, 1e-300) / self.noise)
+
+
+@dataclass
+class QuantizationReport:
+    """What `quantize` did. layers: rows of layer, format, kernel, bytes, sqnr (dB) and its basis, worst first."""
+
+    method: dict
+    bytes_before: int
+    bytes_after: int
+    layers: list[dict] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; a layer without any error has sqnr null, for JSON has no infinity."""
+        data = asdict(self)
+        for row in data["layers"]:
+            row["sqnr"] = row["sqnr"] if math.isfinite(row["sqnr"]) else None
+        return data
+
+    def save(self, path: str | Path) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1))
+
+    def table(self, worst: int = 10) -> str:
+        """The worst layers, then totals."""
+        basis = {row["basis"] for row in self.layers}
+        what = "layer output" if basis == {"output"} else "weight"
+        lines = [f"{'SQNR':>8}  {'format':<22} {'kernel':<14} layer   ({what}, dB, worst {worst} first)"]
+        for row in self.layers[:worst]:
+            lines.append(f"{row['sqnr']:8.2f}  {row['format']:<22} {row['kernel']:<14} {row['layer']}")
+        kernels: dict[str, int] = {}
+        for row in self.layers:
+            kernels[row["kernel"]] = kernels.get(row["kernel"], 0) + 1
+        served = ", ".join(f"{count} layers on {name}" for name, count in sorted(kernels.items()))
+        share = self.bytes_after / self.bytes_before
+        lines.append(f"{served}")
+        lines.append(
+            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.3f}x)"
+        )
+        return "\n".join(lines)

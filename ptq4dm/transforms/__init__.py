@@ -1,0 +1,1 @@
+"""Passes that change a model and not its function."""

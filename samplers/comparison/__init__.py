@@ -1,0 +1,1 @@
+"""Samplers against each other: `ptq4dm bench samplers`."""

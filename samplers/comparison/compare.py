@@ -1,0 +1,135 @@
+"""Frechet distance against the number of function evaluations, for our samplers and diffusers'.
+
+All samplers start from the same noise (image k from seed k) and run the same loop; a budget is in evaluations of
+the model, so a sampler that needs several a step takes fewer steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ...errors import UserError
+from ...evaluation.extractors import load_extractor, load_reference_statistics
+from ...evaluation.frechet import Moments, frechet_distance
+from ...files.rows import Rows
+from ...pipelines.images import to_uint8
+from ...pipelines.sampling import class_count, denoiser, evaluation_mode
+from ..catalog import make_sampler
+
+SAMPLERS = (
+    "deis",
+    "ddim",
+    "diffusers/ddim",
+    "diffusers/deis",
+    "diffusers/dpm++2m",
+    "diffusers/dpm++3m",
+    "diffusers/unipc",
+    "diffusers/euler",
+    "diffusers/heun",
+)
+
+
+@dataclass
+class SamplerBench:
+    """What to measure: each sampler at each budget of evaluations, feature-FID of num_images (seeds from seed)."""
+
+    samplers: Sequence[str] = SAMPLERS
+    evaluations: Sequence[int] = (5, 6, 8, 10, 15, 20, 50)
+    num_images: int = 1000
+    batch_size: int = 100
+    seed: int = 0
+
+    def check(self, pipe) -> None:
+        """Raises UserError for a name that is no sampler, figures that measure nothing, and latent or text models."""
+        config = denoiser(pipe).config
+        if config.in_channels != 3 or config.sample_size != 32 or getattr(pipe, "vae", None) is not None:
+            raise UserError("the bench compares samplers on 32x32 pixel models such as unet-cifar10 and dit-cifar10.")
+        for name in self.samplers:
+            make_sampler(name, pipe.scheduler.config)
+        if self.num_images < 2 or self.batch_size < 1 or not self.evaluations or min(self.evaluations) < 1:
+            raise UserError("the bench needs 2 images or more, a batch size and budgets of 1 or more.")
+
+
+def set_budget(scheduler, evaluations: int, device) -> int:
+    """set_timesteps with the most steps that need at most so many evaluations; returns how many they need."""
+    for steps in range(evaluations, 0, -1):
+        scheduler.set_timesteps(steps, device=device)
+        if len(scheduler.timesteps) <= evaluations:
+            return len(scheduler.timesteps)
+    return len(scheduler.timesteps)
+
+
+@torch.no_grad()
+def solve(model, scheduler, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Noise [B,C,H,W] to images, in the noise's dtype, on the timesteps that are set."""
+    extra = {} if labels is None else {"class_labels": labels}
+    x = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(x, t).to(model.dtype)
+        output = model(inputs, t.to(torch.float32).expand(len(x)), **extra).sample[:, : x.shape[1]]
+        x = scheduler.step(output.to(x.dtype), t, x).prev_sample
+    return x
+
+
+def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> list[dict]:
+    """Measure what is missing in the JSON file `output`; returns the rows asked for, in the order asked.
+
+    Args:
+        settings: what else decides a figure (model, dtype); a file made with other settings is refused.
+
+    Raises:
+        UserError: other settings in the file, an unknown sampler, or figures that measure nothing.
+    """
+    config.check(pipe)
+    settings = {**settings, "num_images": config.num_images, "seed": config.seed, "metric": "feature-fid"}
+    rows = Rows(output, settings)
+    done = {(row["sampler"], row["budget"]) for row in rows}
+    todo = [(s, b) for s in config.samplers for b in config.evaluations if (s, b) not in done]
+    if todo:
+        _measure(pipe, config, todo, rows)
+    found = {(row["sampler"], row["budget"]): row for row in rows}
+    return [found[s, b] for s in config.samplers for b in config.evaluations]
+
+
+def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: Rows) -> None:
+    """Add a row for each (sampler, budget)."""
+    model = denoiser(pipe)
+    device = model.device
+    extractor = load_extractor("feature-fid", device)
+    real = load_reference_statistics(extractor, None, config.batch_size).statistics
+    seeds = range(config.seed, config.seed + config.num_images)
+    noise = torch.cat([torch.randn(1, 3, 32, 32, generator=_generator(s)) for s in seeds])
+    classes = class_count(pipe)
+    labels = None if classes is None else torch.tensor(list(seeds)) % classes
+    run = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32)
+    with evaluation_mode(model), tuned, tqdm(todo, desc="samplers", unit="row") as bar:
+        for name, budget in bar:
+            bar.set_postfix_str(f"{name} {budget}")
+            scheduler, start = make_sampler(name, pipe.scheduler.config), time.time()
+            moments = Moments(extractor.dim)
+            for part in torch.arange(len(noise)).split(config.batch_size):
+                used = set_budget(scheduler, budget, device)
+                given = None if labels is None else labels[part].to(device)
+                images = solve(run, scheduler, noise[part].to(device), given)
+                moments.update(extractor(to_uint8((images / 2 + 0.5).clamp(0, 1))))
+            rows.add(
+                {
+                    "sampler": name,
+                    "budget": budget,
+                    "evaluations": used,
+                    "feature_fid": frechet_distance(moments.mu, moments.sigma, real.mu, real.sigma),
+                    "seconds": round(time.time() - start, 1),
+                    "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+                }
+            )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)

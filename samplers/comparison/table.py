@@ -1,0 +1,64 @@
+"""The bench's figures as a table and as a picture with one line per sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...calibration.plot import pyplot, save_figure
+from ...errors import UserError
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table: a line per sampler, a column per budget; the best of a column in bold.
+
+    A sampler that cannot use up a budget (Heun's method takes odd numbers) shows what it used in brackets.
+    """
+    budgets = sorted({row["budget"] for row in rows})
+    names = list(dict.fromkeys(row["sampler"] for row in rows))
+    found = {(row["sampler"], row["budget"]): row for row in rows}
+    lowest = {b: min(row["feature_fid"] for row in rows if row["budget"] == b) for b in budgets}
+
+    def cell(name: str, budget: int) -> str:
+        row = found.get((name, budget))
+        if row is None:
+            return ""
+        text = f"{row['feature_fid']:.2f}"
+        text = f"**{text}**" if row["feature_fid"] == lowest[budget] else text
+        return text if row["evaluations"] == budget else f"{text} ({row['evaluations']})"
+
+    lines = ["| sampler | " + " | ".join(map(str, budgets)) + " |", "|---" * (len(budgets) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(cell(name, b) for b in budgets) + " |" for name in names]
+    return "\n".join(lines)
+
+
+def plot_rows(title: str, rows: list[dict], path: Path) -> bool:
+    """Frechet distance over evaluations, a line per sampler (diffusers' dashed); False without matplotlib."""
+    try:
+        plt = pyplot()
+    except UserError:
+        return False
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    figures = [row["feature_fid"] for row in rows]
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        own = sorted((r["evaluations"], r["feature_fid"]) for r in rows if r["sampler"] == name)
+        theirs = name.startswith("diffusers/")
+        axes.plot(*zip(*own, strict=True), "x--" if theirs else "o-", label=name, lw=1 if theirs else 2, ms=4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    budgets = sorted({row["budget"] for row in rows})
+    axes.set_xticks(budgets, map(str, budgets))
+    low, high = 0.97 * min(figures), 1.05 * max(figures)
+    axes.set_yticks([t for t in (2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 13, 16, 20, 30, 50, 100, 200) if low < t < high])
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("evaluations of the model")
+    axes.set_ylabel("feature-FID")
+    axes.set_title(title)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+    return True

@@ -1,0 +1,1 @@
+"""DisBack: distillation to one step."""

@@ -1,0 +1,93 @@
+"""What there is to choose in DisBack."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ...errors import UserError
+
+# These may change when a run is resumed, and nothing else.
+FREE = ("images", "minutes", "student_lr", "fake_lr")
+
+
+@dataclass(frozen=True)
+class DisBackConfig:
+    """Distillation of a diffusion model to one step.
+
+    backtracking: DisBack; False leaves out stage 1 and aims at the teacher from the start: plain score distillation.
+    images: generated images that the student learns from, in all.
+    minutes: of wall-clock time after which this call stops, wherever it is; None: no limit.
+    batch_size: images of an iteration, over all processes and accumulation steps.
+    gradient_accumulation_steps: parts that a batch is worked off in, to save memory; the result is the same.
+    generator_sigma: sigma / alpha of the noise level that the one-step generator runs at.
+    sigma_range: scores are compared at timesteps between those where sigma / alpha is nearest to these. Above, an
+        epsilon network's error is multiplied by sigma / alpha and little of an image is left to compare.
+    degradation_steps, path_points: stage 1: iterations, and how many evenly spaced checkpoints it leaves. Few
+        iterations are enough, and with many nearly the whole path lies at G_0, where nothing is to be learnt.
+    switch_every: stage 2: iterations between a target and the next one of the path.
+    fake_steps: updates of the fake score for each of the student.
+    student_lr, fake_lr, betas, warmup_steps, gradient_clip: AdamW without decay of weights, constant after a warm-up.
+        Three times these rates leave feature-FID swinging on the embedded UNet: see the README.
+    ema_decay: moving average of the student's weights; reached slowly, (1 + step) / (10 + step) at first.
+    precision: "bf16" (autocast; weights and optimizers stay float32) or "no".
+    compile: torch.compile the networks; they then take minutes to start and less time for each iteration.
+    log_every: iterations between two lines of the log, at which the losses are looked at.
+    evaluate_every: images between two checkpoints, sample grids and measurements.
+    num_fid: images of each measured feature-FID; 0 leaves it out; None: 5000 where images are 32x32 RGB, else none.
+    seed: decides all noise; iteration k is given the same noise with and without backtracking.
+    """
+
+    backtracking: bool = True
+    images: int = 500_000
+    minutes: float | None = None
+    batch_size: int = 256
+    gradient_accumulation_steps: int = 1
+    generator_sigma: float = 2.5
+    sigma_range: tuple[float, float] = (0.1, 10.0)
+    degradation_steps: int = 100
+    path_points: int = 5
+    switch_every: int = 25
+    fake_steps: int = 1
+    student_lr: float = 3e-5
+    fake_lr: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.99)
+    warmup_steps: int = 100
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "no"
+    compile: bool = False
+    log_every: int = 50
+    evaluate_every: int = 50_000
+    num_fid: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.precision not in ("no", "bf16"):
+            raise UserError(f"precision must be 'no' or 'bf16', not '{self.precision}': fp16 overflows.")
+        positive = ("images", "batch_size", "gradient_accumulation_steps", "degradation_steps", "path_points")
+        for name in (*positive, "switch_every", "fake_steps", "warmup_steps", "log_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("generator_sigma", "student_lr", "fake_lr", "gradient_clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"minutes must be positive; got {self.minutes:g}.")
+        low, high = self.sigma_range
+        if not 0 < low < high < float("inf"):
+            raise UserError(f"sigma_range must rise from above 0; got {low:g} to {high:g}.")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay lies in [0, 1); got {self.ema_decay:g}.")
+        if self.path_points > self.degradation_steps:
+            raise UserError(
+                f"{self.degradation_steps} degradation_steps cannot leave {self.path_points} path_points."
+            )
+        if self.num_fid is not None and (self.num_fid == 1 or self.num_fid < 0):
+            raise UserError(f"num_fid must be 0, or at least 2 for a covariance; got {self.num_fid}.")
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative; got {self.seed}.")
+
+    def identity(self) -> dict:
+        """What has to be the same for a run to go on, as plain JSON values."""
+        values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

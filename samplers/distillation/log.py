@@ -1,0 +1,87 @@
+"""What a distillation run tells of itself: lines of JSON, feature-FID of its student, sample grids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ...errors import UserError
+from ...evaluation.extractors import load_extractor, load_reference_statistics
+from ...evaluation.features import IMAGE_SIZE
+from ...evaluation.frechet import Moments, frechet_distance
+from ...files.atomic import replacing
+from ...pipelines.images import image_grid, save_picture, to_uint8
+
+GRID = 64  # pictures on a grid
+EVALUATION_BATCH = 500
+NUM_FID = 5000
+
+
+class Log:
+    """log.jsonl: one object a line, in the order of training. Only the main process writes."""
+
+    def __init__(self, path: Path, keep: int, writes: bool) -> None:
+        """keep: lines of an earlier run that the checkpoint knows of; later ones will come again."""
+        self.path, self.writes, self.lines = path, writes, keep
+        if writes:
+            old = path.read_text().splitlines(keepends=True)[:keep] if keep else []
+            with replacing(path) as temporary:
+                temporary.write_text("".join(old))
+
+    def write(self, **entry) -> None:
+        self.lines += 1
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The lines of a log.jsonl. Raises UserError if it cannot be read."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not the log of a distillation run: {error}.") from error
+
+
+class Exhibition:
+    """The student on a fixed noise: feature-FID and a grid of samples, the same images at every visit."""
+
+    def __init__(self, diffusion, shape: tuple[int, int, int], classes: int | None, config, device) -> None:
+        self.diffusion, self.device = diffusion, device
+        self.pictures = shape[0] in (1, 3)
+        fits = shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+        self.num_fid = NUM_FID * fits if config.num_fid is None else config.num_fid
+        if self.num_fid:
+            if not fits:
+                raise UserError(
+                    f"feature-FID is of {IMAGE_SIZE}x{IMAGE_SIZE} RGB images; this model makes {shape[2]}x{shape[1]} "
+                    f"with {shape[0]} channels: set num_fid to 0."
+                )
+            self.extractor = load_extractor("feature-fid", device)
+            self.real = load_reference_statistics(self.extractor, None, EVALUATION_BATCH).statistics
+        number = max(self.num_fid, GRID)
+        # Not the noise of generate and evaluate, which goes by seeds, so nothing can be tuned to it.
+        self.z = torch.randn(number, *shape, generator=torch.Generator().manual_seed(config.seed + 2**31))
+        self.labels = None if classes is None else torch.arange(number) % classes
+
+    @torch.no_grad()
+    def visit(self, net, picture: Path) -> float | None:
+        """feature-FID of the student over num_fid images (None: not asked for); the first of them as a grid."""
+        if not (self.pictures or self.num_fid):
+            return None
+        number = self.num_fid or GRID
+        moments = Moments(self.extractor.dim) if self.num_fid else None
+        for start in range(0, number, EVALUATION_BATCH):
+            rows = slice(start, min(start + EVALUATION_BATCH, number))
+            labels = None if self.labels is None else self.labels[rows].to(self.device)
+            images = self.diffusion.generate(net, self.z[rows].to(self.device), labels)
+            images = to_uint8((images / 2 + 0.5).clamp(0, 1))
+            if moments:
+                moments.update(self.extractor(images))
+            if start == 0:
+                first = images[:GRID].expand(-1, 3, -1, -1).cpu()
+        picture.parent.mkdir(exist_ok=True)
+        save_picture(image_grid(first, 8, max(1, 64 // first.shape[-1])), picture)
+        return moments and frechet_distance(moments.mu, moments.sigma, self.real.mu, self.real.sigma)

@@ -1,0 +1,120 @@
+"""The networks of a distillation on accelerate: who is trained, who is aimed at, and one step of an optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...files.atomic import replacing
+from .config import DisBackConfig
+
+TRAINED = ("student", "fake")
+KEPT = ("student", "average", "fake")  # what a checkpoint holds; the target can be had from the path
+
+
+def make_accelerator(config: DisBackConfig, device: torch.device) -> Accelerator:
+    """Raises UserError where accelerate runs in this process already, in another precision or on another device."""
+    backend = "inductor" if config.compile else "no"
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.precision, dynamo_backend=backend)
+    except ValueError as error:
+        raise UserError(
+            f"accelerate is set up in this process in another precision than '{config.precision}'; use a new process."
+        ) from error
+    if accelerator.device.type != device.type:
+        raise UserError(
+            f"the teacher is on {device.type}, but accelerate is set up in this process on {accelerator.device.type}."
+        )
+    return accelerator
+
+
+class Networks:
+    """Four copies of the teacher: student and fake are trained, target is frozen, average follows the student.
+
+    `nets` are the modules themselves; `call` holds them as they are to be called: with autocast, compiled, and
+    synchronized where there are several processes.
+
+    Args:
+        folder: where the points of the path are: path/00001.safetensors and so on; point 0 is the teacher.
+    """
+
+    def __init__(self, teacher: nn.Module, config: DisBackConfig, accelerator: Accelerator, folder: Path) -> None:
+        self.teacher, self.config, self.accelerator, self.folder = teacher, config, accelerator, folder
+        # Dropout would be noise in the scores, and in a generator of one step: evaluation mode throughout.
+        self.nets = {
+            role: copy.deepcopy(teacher).to(accelerator.device).eval().requires_grad_(role in TRAINED)
+            for role in ("student", "average", "fake", "target")
+        }
+        self.optimizers = {
+            f"{role}_optimizer": torch.optim.AdamW(
+                self.nets[role].parameters(), lr=0.0, betas=config.betas, weight_decay=0.0, fused=True
+            )
+            for role in TRAINED
+        }
+        self.call = {
+            role: accelerator.prepare_model(self.nets[role], evaluation_mode=role not in TRAINED)
+            for role in ("student", "fake", "target")
+        }
+        self.target_index = 0
+
+    @property
+    def kept(self) -> dict[str, nn.Module]:
+        return {role: self.nets[role] for role in KEPT}
+
+    def descend(self, role: str, step: int, parts: list, loss_of: Callable) -> Tensor:
+        """One step of a role's optimizer down the mean of loss_of(part); returns this mean, still on the device."""
+        net, optimizer, config = self.call[role], self.optimizers[f"{role}_optimizer"], self.config
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, part in enumerate(parts):
+            with nullcontext() if i + 1 == len(parts) else self.accelerator.no_sync(net):
+                loss = loss_of(part) / len(parts)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self.nets[role].parameters(), config.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = getattr(config, f"{role}_lr") * min(1.0, (step + 1) / config.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def follow(self, step: int) -> None:
+        """Move the average a little towards the student."""
+        keep = min(self.config.ema_decay, (1 + step) / (10 + step))
+        average, student = (list(self.nets[role].parameters()) for role in ("average", "student"))
+        torch._foreach_lerp_(average, student, 1 - keep)
+
+    def keep_path_point(self, index: int) -> None:
+        """Write the fake score of this moment as a point of the path."""
+        if self.accelerator.is_main_process:
+            path = self._point(index)
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                save_file({k: v.cpu().contiguous() for k, v in self.nets["fake"].state_dict().items()}, temporary)
+
+    def aim(self, index: int) -> None:
+        """Make a point of the path the target."""
+        if index == self.target_index:
+            return
+        if index and not self._point(index).is_file():
+            raise UserError(f"{self._point(index)}, a point of the way back to the teacher, is missing; start anew.")
+        weights = load_file(self._point(index)) if index else self.teacher.state_dict()
+        self.nets["target"].load_state_dict(weights)
+        self.target_index = index
+
+    def finite(self) -> bool:
+        """Whether all weights are free of NaN and infinity; waits for the device."""
+        weights = [p for net in self.kept.values() for p in net.parameters()]
+        return bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())
+
+    def _point(self, index: int) -> Path:
+        return self.folder / "path" / f"{index:05d}.safetensors"

@@ -1,0 +1,196 @@
+"""A distillation run: what an iteration is given, its clock, its checkpoint and its log.
+
+checkpoint.safetensors   networks, optimizers, moving average, and how far it came
+path/00001.safetensors   checkpoints of stage 1: the way back to the teacher, which is its point 0
+log.jsonl, samples/      losses, feature-FID, sample grids
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...errors import UserError
+from ...files.checkpoint import load_checkpoint, save_checkpoint
+from ...pipelines.generate import fingerprint
+from ...pipelines.sampling import class_count, denoiser
+from ..one_step import nearest_timestep
+from .config import DisBackConfig
+from .log import Exhibition, Log
+from .networks import Networks, make_accelerator
+from .scores import Batch, Chance, Diffusion
+from .student import check_network, image_shape, one_step_scheduler, student_pipeline
+
+CHECKPOINT = "checkpoint.safetensors"
+STAGES = {1: "degradation", 2: "distillation"}
+
+
+@dataclass
+class Progress:
+    """Iterations of stage 1 and of stage 2, and lines in the log."""
+
+    degraded: int = 0
+    step: int = 0
+    lines: int = 0
+
+
+class Run:
+    """All that the loops in disback.py need besides the algorithm."""
+
+    def __init__(self, pipe, config: DisBackConfig, folder: str | Path, resume: bool) -> None:
+        check_network(pipe)
+        self.pipe, self.config, self.folder = pipe, config, Path(folder)
+        self.scheduler = one_step_scheduler(pipe, config.generator_sigma)
+        self.accelerator = make_accelerator(config, denoiser(pipe).device)
+        device = self.accelerator.device
+        self.num_parts = self.accelerator.num_processes * config.gradient_accumulation_steps
+        if config.batch_size % self.num_parts:
+            raise UserError(f"batch_size {config.batch_size} does not divide into {self.num_parts} equal parts.")
+        self.diffusion = Diffusion(self.scheduler.alphas_cumprod, self.scheduler.config.generator_timestep, device)
+        shape, classes = image_shape(pipe), class_count(pipe)
+        first, last = (nearest_timestep(self.scheduler.alphas_cumprod.numpy(), s) for s in config.sigma_range)
+        self.chance = Chance(config.seed, shape, classes, (first, last + 1), device)
+        self.exhibition = Exhibition(self.diffusion, shape, classes, config, device)
+        self.networks = Networks(denoiser(pipe), config, self.accelerator, self.folder)
+        self.recipe = {**config.identity(), "teacher": fingerprint(pipe)}
+        self.progress = self._start(resume)
+        self.saved = copy.copy(self.progress) if resume else None
+        self.log = Log(self.folder / "log.jsonl", self.progress.lines, self.accelerator.is_main_process)
+        self.sums: dict[str, Tensor] = {}
+        self.since, self.began, self.out_of_time = 0, time.monotonic(), False
+        self.clock = self.began
+
+    def _start(self, resume: bool) -> Progress:
+        """Where the run begins, and its folder."""
+        if resume:
+            path, networks = self.folder / CHECKPOINT, self.networks
+            progress, _ = load_checkpoint(path, networks.kept, networks.optimizers, self.recipe)
+            return Progress(**progress)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            there = any(self.folder.iterdir())
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror or error}.") from error
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        if there:
+            raise UserError(
+                f"{self.folder} is not empty; go on with the run in it (--resume) or choose another place."
+            )
+        return Progress()
+
+    # --------------------------------------------------------------------------------------- iterations
+
+    def parts(self, *key) -> list[Batch]:
+        """This process's share of an iteration's batch, in as many parts as gradients are accumulated over.
+
+        Every process draws the whole batch, so that a run is the same on any number of them.
+        """
+        batch, size = self.chance.draw(self.config.batch_size, *key), self.config.batch_size // self.num_parts
+        steps = self.config.gradient_accumulation_steps
+        first = self.accelerator.process_index * steps
+        return [batch.rows(slice((first + i) * size, (first + i + 1) * size)) for i in range(steps)]
+
+    @contextmanager
+    def iterations(self, stage: int, total: int) -> Iterator[Iterator[int]]:
+        """The iterations of a stage that are left, until its end or that of the time; then a checkpoint."""
+        first = self.step(stage)
+        with tqdm(
+            initial=first,
+            total=total,
+            desc=STAGES[stage],
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        ) as self.bar:
+            yield takewhile(lambda _: not self.out_of_time, range(first, total))
+            if self.saved != self.progress:
+                if stage == 2:
+                    self.show()
+                self.save(stage)
+
+    def note(self, stage: int, **losses: Tensor) -> None:
+        """After an iteration: add up losses, and now and then look at them (the only time the host waits)."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss
+        self.since += 1
+        if self.step(stage) % self.config.log_every == 0:
+            self.flush(stage)
+        self.bar.update()
+
+    def flush(self, stage: int) -> None:
+        """A line of the log with the mean losses since the last one, and a look at the clock.
+
+        Raises:
+            UserError: NaN or infinity among the losses.
+        """
+        if self.since:
+            names = sorted(self.sums)
+            mean = self.accelerator.reduce(torch.stack([self.sums[n] for n in names]) / self.since, "mean")
+            values = dict(zip(names, mean.tolist(), strict=True))
+            if not mean.isfinite().all():
+                self.give_up(stage)
+            speed = self.since * self.config.batch_size / (time.monotonic() - self.clock)
+            where = {"step": self.step(stage), "images": self.step(stage) * self.config.batch_size}
+            aim = {"target": self.networks.target_index} if stage == 2 else {}
+            self.log.write(stage=STAGES[stage], **where, **values, **aim, images_per_second=round(speed, 1))
+            self.bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+        if self.config.minutes is not None:
+            minutes = torch.tensor((time.monotonic() - self.began) / 60, device=self.accelerator.device)
+            self.out_of_time = float(broadcast(minutes)) >= self.config.minutes  # one clock for all processes
+        self.sums, self.since, self.clock = {}, 0, time.monotonic()
+
+    def show(self) -> None:
+        """Sample grid and feature-FID of the student's average."""
+        self.check(2)
+        images = self.progress.step * self.config.batch_size
+        found = {}
+        if self.accelerator.is_main_process:
+            with self.accelerator.autocast():
+                value = self.exhibition.visit(
+                    self.networks.nets["average"], self.folder / "samples" / f"{images:09d}.png"
+                )
+            found = {} if value is None else {"feature_fid": value, "num_images": self.exhibition.num_fid}
+        degraded = self.progress.degraded * self.config.batch_size
+        self.log.write(stage="evaluation", step=self.progress.step, images=images, degraded_images=degraded, **found)
+        self.accelerator.wait_for_everyone()
+        self.clock = time.monotonic()
+
+    def save(self, stage: int) -> None:
+        """Write the checkpoint."""
+        self.check(stage)
+        self.progress.lines = self.log.lines
+        if self.accelerator.is_main_process:
+            kept, optimizers = self.networks.kept, self.networks.optimizers
+            save_checkpoint(self.folder / CHECKPOINT, kept, optimizers, asdict(self.progress), self.recipe)
+        self.saved = copy.copy(self.progress)
+        self.accelerator.wait_for_everyone()
+        self.clock = time.monotonic()
+
+    def check(self, stage: int) -> None:
+        """Raises UserError if losses or weights hold NaN or infinity."""
+        self.flush(stage)
+        if not self.networks.finite():
+            self.give_up(stage)
+
+    def give_up(self, stage: int) -> None:
+        advice = "start anew with lower learning rates (--student-lr, --fake-lr)"
+        if self.saved is not None:
+            at = f"iteration {self.saved.step}" if self.saved.step else f"degradation {self.saved.degraded}"
+            advice = f"the checkpoint of {at} is kept: resume it with lower learning rates (--student-lr, --fake-lr)"
+        raise UserError(f"{STAGES[stage]} came to NaN or infinity by iteration {self.step(stage)}; {advice}.")
+
+    def step(self, stage: int) -> int:
+        return self.progress.degraded if stage == 1 else self.progress.step
+
+    def student(self):
+        """A pipeline with the average of the student's weights."""
+        return student_pipeline(self.pipe, self.networks.nets["average"], self.scheduler)

@@ -1,0 +1,1 @@
+"""SVDQuant's quantized layers, and blocks fused around them."""

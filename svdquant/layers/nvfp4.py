@@ -1,0 +1,127 @@
+"""NVFP4 linear layers with a low-rank branch: 4-bit floats (e2m1) in groups of 16, on both sides.
+
+    y = o * (Q_a(x / s) Q_w^T) + (x D^T) U^T + b
+
+    Q_w   e2m1 code * e4m3 scale of its group; o [N] the outer scale, so that w = Q_w * o
+    Q_a   e2m1 code * e4m3(scale), scale = min(max|x / s| / 6, 448) of its group, code = e2m1(x / s * (1 / scale))
+
+Both products of code and scale are exact in bfloat16 (2 + 4 significant bits), so any GPU or CPU runs such a layer as
+it was meant; here they are multiplied in float32. s, D, U and b are as in kernels.svdq.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import UserError
+from ...kernels.formats.int4 import dequantize_e2m1, pack_int4, quantize_e2m1, unpack_int4
+from ...layers.modules import FORMATS, QuantizedLayer, frozen
+from ...layers.plan import PLANS
+
+GROUP = 16
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+
+
+@dataclass
+class NVFP4Plan:
+    """How one Linear is kept in NVFP4. rank: of the low-rank branch, 0 for none."""
+
+    format: str = "nvfp4"
+    rank: int = 32
+
+    simulated = False
+
+    def __str__(self) -> str:
+        return "W4A4 nvfp4" + (f" r{self.rank}" if self.rank else "")
+
+
+class NVFP4Linear(QuantizedLayer, nn.Linear):
+    """x [..., K] float -> [..., N] in x's dtype; K is a multiple of 16.
+
+    bias     [N] in the model's dtype, or None
+    qweight  [N, K/2] uint8: e2m1 codes in the nibbles, in the order of kernels.int4.pack_int4 with groups of 16
+    wscales  [N, K/16] float8_e4m3fn
+    outer    [N] float32
+    smooth   [K], down [r, K], up [N, r]: 16-bit floats; without a branch down and up are None
+    """
+
+    plan: NVFP4Plan
+
+    def __init__(self, linear: nn.Linear, plan: NVFP4Plan, device=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.plan = linear.in_features, linear.out_features, plan
+        inputs, outputs = self.in_features, self.out_features
+
+        def new(*size: int, dtype: torch.dtype = torch.float16) -> nn.Parameter:
+            return frozen(*size, dtype=dtype, device=device)
+
+        self.bias = None if linear.bias is None else new(outputs, dtype=linear.bias.dtype)
+        self.qweight = new(outputs, inputs // 2, dtype=torch.uint8)
+        self.wscales = new(outputs, inputs // GROUP, dtype=torch.float8_e4m3fn)
+        self.outer = new(outputs, dtype=torch.float32)
+        self.smooth = new(inputs)
+        self.down = new(plan.rank, inputs) if plan.rank else None
+        self.up = new(outputs, plan.rank) if plan.rank else None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return ("wscales", "outer", "smooth", *(("down", "up") if self.plan.rank else ()))
+
+    def residual(self) -> Tensor:
+        """Q_w [N, K] float32, for smoothed inputs and without the outer scale; exact."""
+        values = dequantize_e2m1(unpack_e2m1(self.qweight)).unflatten(-1, (-1, GROUP))
+        return (values * self.wscales.float().unsqueeze(-1)).flatten(-2)
+
+    def dequantized_weight(self) -> Tensor:
+        """The float32 weight [N, K] that codes, scales, smoothing and branch stand for."""
+        weight = self.residual() * self.outer[:, None] / self.smooth.float()
+        return weight if self.down is None else weight + self.up.float() @ self.down.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.float()
+        y = F.linear(round_e2m1(exact / self.smooth.float()), self.residual()) * self.outer
+        if self.down is not None:
+            y = y + F.linear(F.linear(exact, self.down.float()), self.up.float())
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.to(x.dtype)
+
+    def pack(self, weight: Tensor, name: str) -> None:
+        raise UserError(f"layer '{name}' of the plan was read from a checkpoint: its codes cannot be made anew.")
+
+    def kernel_name(self) -> str:
+        return "reference"
+
+    def _float_layer(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.plan}"
+
+
+def round_e2m1(x: Tensor) -> Tensor:
+    """x [..., K] float32 -> the values its codes stand for, float32. A group with NaN or infinity becomes NaN."""
+    groups = x.unflatten(-1, (-1, GROUP))
+    peaks = groups.abs().amax(-1, keepdim=True)
+    scales = (peaks / E2M1_MAX).clamp(max=E4M3_MAX)
+    stored = torch.where(peaks.isfinite(), scales.to(torch.float8_e4m3fn).float(), torch.nan)
+    codes = quantize_e2m1(groups * (1.0 / scales))  # of zeros alone, NaN: code 0
+    return (dequantize_e2m1(codes) * stored).flatten(-2)
+
+
+def pack_e2m1(codes: Tensor) -> Tensor:
+    """codes uint8 [N, K] in [0, 15] -> uint8 [N, K/2]."""
+    return pack_int4(codes.to(torch.int8) - 8, GROUP)
+
+
+def unpack_e2m1(packed: Tensor) -> Tensor:
+    """The inverse of `pack_e2m1`."""
+    return (unpack_int4(packed, GROUP) + 8).to(torch.uint8)
+
+
+PLANS["nvfp4"] = NVFP4Plan
+FORMATS["nvfp4"] = {nn.Linear: NVFP4Linear}

@@ -1,0 +1,41 @@
+"""The choices that fix one SVDQuant layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...layers.plan import PLANS
+
+
+@dataclass
+class SVDQPlan:
+    """How one Linear or 1x1 Conv2d becomes 4-bit codes with a low-rank branch.
+
+    activation: "int4", "int8", "fp8", or "none" for weight-only layers.
+    lender: the first of the layers that share this one's input, if this is not it: they share smoothing and the down
+        projection, which the first one holds.
+    alpha, beta: exponents of the smoothing divisors; None until the search has found them.
+    shift: constant added to the input before it is rounded as unsigned; 0 for signed, None until calibration tells.
+    rounding: "nearest" or "gptq"; seed: of the random projections in large decompositions.
+    """
+
+    format: str = "svdq"
+    rank: int = 32
+    group_size: int = 64
+    activation: str = "int4"
+    lender: str = ""
+    alpha: float | None = None
+    beta: float | None = None
+    shift: float | None = 0.0
+    rounding: str = "gptq"
+    refinements: int = 10
+    seed: int = 0
+
+    simulated = False
+
+    def __str__(self) -> str:
+        bits = {"int4": "A4", "int8": "A8", "fp8": "A8 (fp8)", "none": "A16"}[self.activation]
+        return f"W4{bits} g{self.group_size}" + (f" r{self.rank}" if self.rank else "")
+
+
+PLANS["svdq"] = SVDQPlan

@@ -1,0 +1,235 @@
+"""SVDQuant layers: 4-bit codes, group scales, smoothing divisors and a low-rank branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...kernels.formats.int4 import dequantize_groups, unpack_int4
+from ...kernels.w4 import from_codes as svdq_codes
+from ...kernels.w4 import layer as svdq_linear
+from ...kernels.w4 import reference as svdq
+from ...layers.modules import FORMATS, QuantizedLayer, frozen
+from .plan import SVDQPlan
+
+
+@dataclass
+class Codes:
+    """An input [..., K] that is quantized already, for layers that share it (see kernels/w4/from_codes.py).
+
+    Attention processors and feed-forward parts, which hand their inputs to layers unread, take it for a tensor.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    branch: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # of the outputs
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+class _SVDQLayer(QuantizedLayer):
+    """What SVDQLinear and SVDQConv2d (1x1) share; K inputs, N outputs.
+
+    bias     [N] in the model's dtype, or None
+    qweight  [N, K/2] uint8, as kernels.int4.pack_int4 has it
+    wscales  [N, K/G]  \\
+    smooth   [K]        | 16-bit floats, whatever the model is converted to. Weight-only layers have no smooth, layers
+    down     [r, K]     | of rank 0 no down and up; of layers that share an input the first has `down` for all.
+    up       [N, r]    /
+    """
+
+    plan: SVDQPlan
+
+    def _allocate(self, outputs: int, inputs: int, plan: SVDQPlan, bias_dtype, device):
+        self.plan = plan
+
+        def new(*size: int, dtype: torch.dtype = torch.float16) -> nn.Parameter:
+            return frozen(*size, dtype=dtype, device=device)
+
+        self.bias = None if bias_dtype is None else new(outputs, dtype=bias_dtype)
+        self.qweight = new(outputs, inputs // 2, dtype=torch.uint8)
+        self.wscales = new(outputs, inputs // plan.group_size)
+        self.smooth = None if plan.activation == "none" else new(inputs)
+        self.down = new(plan.rank, inputs) if plan.rank and not plan.lender else None
+        self.up = new(outputs, plan.rank) if plan.rank else None
+        self._lender = ()
+        self.register_buffer("lora_down", None, persistent=False)
+        self.register_buffer("lora_up", None, persistent=False)
+
+    def borrow_from(self, lender: nn.Module) -> None:
+        """Use another layer's down projection (in a tuple, so that it does not become a child of this one)."""
+        self._lender = (lender,)
+
+    def pack(self, weight: Tensor, name: str) -> None:
+        raise UserError(
+            f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
+            "precision, then call ptq4dm.quantize with SVDQuantConfig."
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes, int8, unpacked in each call: tools that put adapters on layers read the shape off it."""
+        return self._shaped(unpack_int4(self.qweight, self.plan.group_size))
+
+    @property
+    def branch(self) -> tuple[Tensor | None, Tensor | None]:
+        """(down [r, K], up [N, r]), the ranks of fused LoRA adapters among them; or (None, None)."""
+        return self._branch_down(), self._branch_up()
+
+    def _branch_down(self) -> Tensor | None:
+        down = _fetched(self._lender[0], self.qweight.device) if self._lender else self.down
+        if self.lora_down is None:
+            return down
+        return self.lora_down if down is None else torch.cat([down, self.lora_down])
+
+    def _branch_up(self) -> Tensor | None:
+        if self.lora_down is None:
+            return self.up
+        return self.lora_up if self.up is None else torch.cat([self.up, self.lora_up], 1)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        names = ("wscales", "smooth", "down", "up", "lora_down", "lora_up")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    def dequantized_weight(self) -> Tensor:
+        """The float32 weight [N, K] (1x1: [N, K, 1, 1]) that codes, smoothing and branch stand for."""
+        weight = dequantize_groups(unpack_int4(self.qweight, self.plan.group_size), self.wscales)
+        if self.smooth is not None:
+            weight = weight / self.smooth.float()
+        down, up = self.branch
+        if down is not None:
+            weight = weight + up.float() @ down.float()
+        return self._shaped(weight)
+
+    def dequantized(self, dtype: torch.dtype) -> nn.Module:
+        layer = super().dequantized(dtype)
+        if self.plan.shift:  # the bias makes up for the shift of the inputs, which a float layer does not have
+            weight = dequantize_groups(unpack_int4(self.qweight, self.plan.group_size), self.wscales)
+            lifted = self.plan.shift * (weight / self.smooth.float()).sum(1)
+            layer.bias = nn.Parameter((self.bias.float() + lifted).to(self.bias.dtype))
+        return layer
+
+    def kernel_name(self) -> str:
+        return self._kernel_name(self.qweight.device)
+
+    def _kernel_name(self, device: torch.device) -> str:
+        find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name
+        return find(device, self.plan.activation, self.plan.group_size)
+
+    def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> Codes:
+        """x [..., K], quantized for this layer and for those that share its smoothing and its branch.
+
+        more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)
+        of an adaptive layer norm that x [B, ..., K] goes through first.
+        """
+        scale, shift, eps = norm or (None, None, 0.0)
+        plan, (*rows, columns) = self.plan, x.shape
+        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, scale, shift, eps)
+        columns += 0 if more is None else more.shape[-1]
+        return Codes(*svdq_codes.svdq_codes(x, more, *operands), (*rows, columns), x.dtype)
+
+    def multiply(self, x: Tensor | Codes, nonlinearity: str = "") -> Tensor:
+        """The layer, and one of `svdq.NONLINEARITIES` on its sums."""
+        plan = self.plan
+        if isinstance(x, Codes):
+            y = svdq_codes.svdq_product(
+                x.codes, x.scales, x.branch, self.qweight, self.wscales, self._branch_up(), self.bias,
+                plan.activation, nonlinearity, x.dtype,
+            )  # fmt: skip
+            return y.view(*x.shape[:-1], y.shape[1])
+        reference = self._kernel_name(x.device) == svdq_linear.REFERENCE
+        multiply = svdq.svdq_linear if reference else svdq_linear.svdq_linear
+        return multiply(
+            x, self.qweight, self.wscales, self.smooth, *self.branch, self.bias, plan.activation, plan.shift,
+            nonlinearity,
+        )  # fmt: skip
+
+
+class SVDQLinear(_SVDQLayer, nn.Linear):
+    """x [..., K] float, or its Codes -> [..., N] in x's dtype."""
+
+    def __init__(self, linear: nn.Linear, plan: SVDQPlan, device=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        bias = _bias_dtype(linear, plan)
+        self._allocate(self.out_features, self.in_features, plan, bias, device)
+
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        return self.multiply(x)
+
+    def _shaped(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def _float_layer(self) -> nn.Linear:
+        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.plan}"
+
+
+class SVDQConv2d(_SVDQLayer, nn.Conv2d):
+    """1x1 convolution, stride 1: x [B, K, H, W] float -> [B, N, H, W] in x's dtype."""
+
+    def __init__(self, conv: nn.Conv2d, plan: SVDQPlan, device=None):
+        nn.Module.__init__(self)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(conv, name))
+        self.padding_mode = "zeros"
+        self._allocate(self.out_channels, self.in_channels, plan, _bias_dtype(conv, plan), device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def _shaped(self, weight: Tensor) -> Tensor:
+        return weight[:, :, None, None]
+
+    def _float_layer(self) -> nn.Conv2d:
+        return nn.Conv2d(self.in_channels, self.out_channels, 1, bias=False, device="meta")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, 1x1, {self.plan}"
+
+
+def link_lenders(model: nn.Module, plan) -> None:
+    """Let each layer that borrows its down projection find the layer that its plan names."""
+    for name, choice in plan.layers.items():
+        if getattr(choice, "lender", ""):
+            model.get_submodule(name).borrow_from(model.get_submodule(choice.lender))
+
+
+def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:
+    """Another layer's down projection, back from where offloading layer by layer has put it away in the meantime."""
+    down = lender.down
+    if down is None or down.device == device:
+        return down
+    if down.is_meta:  # accelerate's; the values are in its hook
+        hook = lender._hf_hook
+        hooks = getattr(hook, "hooks", [hook])
+        down = next(one.weights_map["down"] for one in hooks if getattr(one, "weights_map", None) is not None)
+    return down.to(device)
+
+
+def _bias_dtype(layer: nn.Module, plan: SVDQPlan) -> torch.dtype | None:
+    """A layer whose inputs are shifted has a bias even where the original has none: it takes the shift back."""
+    if layer.bias is not None:
+        return layer.bias.dtype
+    return layer.weight.dtype if plan.shift else None
+
+
+def matrix_like(module: nn.Module) -> bool:
+    """Whether a layer is one matrix product over tokens: a Linear, or a 1x1 convolution of stride 1."""
+    if type(module) is nn.Linear:
+        return True
+    plain = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1}
+    return type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in plain.items())
+
+
+FORMATS["svdq"] = {nn.Linear: SVDQLinear, nn.Conv2d: SVDQConv2d}

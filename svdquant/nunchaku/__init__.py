@@ -1,0 +1,1 @@
+"""Nunchaku's checkpoints, in and out."""

@@ -1,0 +1,64 @@
+"""The files of measured settings."""
+
+import json
+
+import pytest
+import torch
+
+import ptq4dm  # noqa: F401
+from ptq4dm.kernels.runtime import settings as tuning
+from ptq4dm.kernels.w8a8 import configs as w8a8_configs
+from ptq4dm.kernels.w8a8.window import Window
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """A GPU that is not there, and an empty folder of settings."""
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU-9000 (PCIe)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    tuning.forget()
+    yield torch.device("cuda", 0)
+    monkeypatch.undo()
+    tuning.forget()
+
+
+def test_what_is_recorded_is_used(gpu, tmp_path):
+    general = {"device": "sm_90", "k": [[64, 64, 64, {"BM": 1}]]}
+    (tmp_path / "sm_90.json").write_text(json.dumps(general))
+    assert tuning.best_config("k", gpu, 5, 5, 5) == {"BM": 1}
+    tuning.record("k", [128, 128, 128], {"BM": 2})
+    tuning.record("k", [4096, 128, 128], {"BM": 3})
+    tuning.record("k", [128, 128, 128], {"BM": 4})  # in the place of the first
+    assert tuning.best_config("k", gpu, 100, 100, 100) == {"BM": 4}
+    assert tuning.best_config("k", gpu, 9999, 100, 100) == {"BM": 3}
+    assert tuning.tuned_file().name == "some_gpu_9000_pcie.json"
+    assert json.loads(tuning.tuned_file().read_text()) == {
+        "device": "Some GPU-9000 (PCIe)",
+        "k": [[4096, 128, 128, {"BM": 3}], [128, 128, 128, {"BM": 4}]],
+    }
+
+
+def test_a_shape_class_has_its_own_tile(gpu):
+    window = Window(256, 32, 32, (3, 3), (1, 1), (1, 1))
+    arguments = (torch.int8, window, 128, 128, gpu, False)
+    assert w8a8_configs.choose(*arguments) == w8a8_configs.default(torch.int8, window, 128, 128, (9, 0), False)
+    measured = {"mode": "gather", "bm": 64, "bn": 32, "bk": 32, "warps": 4, "stages": 2}
+    tuning.record("w8a8", w8a8_configs.shape_class(torch.int8, window, 128, 128), measured)
+    assert w8a8_configs.choose(*arguments) == w8a8_configs.Config(**measured)
+    assert w8a8_configs.choose(torch.int8, window, 256, 128, gpu, False).bm == 128
+
+
+@pytest.mark.parametrize("batch, bm", [(128, 64), (512, 64), (64, 128), (1024, 128)])
+def test_twice_or_half_the_rows_take_the_tile_that_was_measured(gpu, batch, bm):
+    window = Window(256, 32, 32, (3, 3), (1, 1), (1, 1))
+    measured = {"mode": "gather", "bm": 64, "bn": 32, "bk": 32, "warps": 4, "stages": 2}
+    tuning.record("w8a8", w8a8_configs.shape_class(torch.int8, window, 128, 128), measured)
+    other = Window(batch, 32, 32, (3, 3), (1, 1), (1, 1))
+    assert w8a8_configs.choose(torch.int8, other, 128, 128, gpu, False).bm == bm
+
+
+def test_files_keep_one_entry_to_a_line():
+    table = {"device": "x", "a": [[1, 2, 3, {"BM": 1}]], "b": {"z": {"bm": 1}, "y": {"bm": 2}}}
+    text = tuning.formatted(table)
+    assert json.loads(text) == table and len(text.splitlines()) == 10

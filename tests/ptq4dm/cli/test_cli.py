@@ -1,0 +1,390 @@
+"""The command line in-process: every verb, one plain line and status 2 for wrong input, nothing half-written."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel
+from PIL import Image
+
+from ptq4dm.cli import commands
+from ptq4dm.cli.main import main
+from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
+
+BAR = re.compile(r"\d+%\|")
+FEW = ["--num-samples", "2", "--calibration-steps", "2"]
+DYNAMIC = ["--method", "rtn", "--activations", "dynamic"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty working folder, one thread."""
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of tiny 32x32 pipelines: unet, dit; and what the command line made of unet: store, static, dynamic."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(root / "unet")
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=1, sample_size=32,
+        patch_size=8, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    PixelDiTPipeline(dit, DDIMScheduler()).save_pretrained(root / "dit")
+    assert main(["collect", "--model", f"{root}/unet", "--output", f"{root}/store", *FEW]) == 0
+    calibration = ["--calibration", f"{root}/store", "--objective", "max"]
+    assert main(["quantize", "--model", f"{root}/unet", "--output", f"{root}/static", *calibration]) == 0
+    assert main(["quantize", "--model", f"{root}/unet", "--output", f"{root}/dynamic", *DYNAMIC]) == 0
+    return root
+
+
+@pytest.fixture
+def run(capsys):
+    """run("info", ...) -> (status, stdout, lines of stderr that are no progress bars)."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        lines = [line.rpartition("\r")[2] for line in err.splitlines() if line.strip()]
+        return status, out, [line for line in lines if not BAR.search(line)]
+
+    return call
+
+
+def tree(folder):
+    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*"))
+
+
+def contents(folder):
+    return {name: (Path(folder) / name).read_bytes() for name in tree(folder) if (Path(folder) / name).is_file()}
+
+
+# --- what works ---------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_from_collect_to_info(run, here):
+    """Bare commands find each other's results under out/."""
+    status, out, err = run("collect", *FEW, "--plot", "out/ranges.png")
+    assert (status, err) == (0, []) and "store of 2 tuples, 92 layers: out/calibration" in out
+    with Image.open("out/ranges.png") as picture:
+        assert picture.format == "PNG"
+    status, out, err = run("quantize", "--calibration", "out/calibration", "--objective", "max")
+    assert (status, err) == (0, []) and "layer output, dB" in out and "92 layers on" in out
+    assert "out/quantized/quantization.json" in out
+    status, out, err = run("generate", "--num-images", 2, "--num-inference-steps", 2)
+    assert (status, err) == (0, []) and "2 images of out/quantized: out/images" in out
+    assert tree("out/images") == ["000000.png", "000001.png"]
+    with Image.open("out/images.png") as picture:
+        assert picture.size == (2 * 32 * 4, 32 * 4)
+    status, out, err = run("info", "--json")
+    facts = json.loads(out)
+    assert (status, err, len(facts["layers"])) == (0, [], 92)
+    assert facts["quantization"] == {"method": "ptq4dm", "objective": "max"} and facts["model"] == "out/quantized"
+    folder = Path("out/quantized/unet/diffusion_pytorch_model.safetensors")
+    assert 0 < facts["bytes"] <= folder.stat().st_size < 0.6 * 18_212_734  # the float16 file of the original
+    assert tree("out") == sorted(tree("out"))
+    assert not [name for name in tree(here) if name.endswith((".part", ".tmp")) or "/." in name]
+
+
+def test_quantize_without_calibration_collects(run, models):
+    status, out, _ = run("quantize", "--model", models / "unet", *FEW, "--output", "q")
+    assert status == 0 and "quantized pipeline: q" in out and "layer output" in out
+    files = [
+        "README.md",
+        "model_index.json",
+        "plan.json",
+        "quantization.json",
+        "scheduler",
+        "scheduler/scheduler_config.json",
+    ]
+    assert tree("q") == [*files, "unet", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    assert tree(".") == sorted(["q", *(f"q/{name}" for name in tree("q"))])  # the calibration was temporary
+    record = json.loads(Path("q/quantization.json").read_text())
+    assert record["model"] == str(models / "unet") and record["bytes_after"] < record["bytes_before"]
+
+
+def test_a_plan_gives_the_same_codes(run, models):
+    status, out, _ = run(
+        "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"
+    )
+    assert status == 0 and "(weight, dB" in out  # nothing was collected
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert contents("q")[name] == contents(models / "static")[name]
+    assert contents("q")["plan.json"] == contents(models / "static")["plan.json"]
+
+
+def test_method_options_reach_the_recipe(run, models):
+    options = ["--weight-bits", 4, "--activation-bits", 6, "--activations", "dynamic", "--objective", "lp"]
+    options += ["--objective-parameter", 2, "--first-last", "keep", "--modules-to-not-convert", "mid_block*"]
+    status, *_ = run("quantize", "--model", models / "unet", *options, "--output", "q")
+    assert status == 0
+    layers = json.loads(Path("q/plan.json").read_text())["layers"]
+    assert "conv_in" not in layers and "conv_out" not in layers and not any("mid_block" in name for name in layers)
+    expected = {"weight_bits": 4, "activation_bits": 6, "objective": "lp", "objective_parameter": 2.0}
+    assert layers and all(layer.items() >= expected.items() for layer in layers.values())
+    assert all(layer["input_scale"] is None for layer in layers.values())
+
+
+def test_quantizing_again_replaces_the_folder(run, models):
+    shutil.copytree(models / "dynamic", "q")
+    Path("q/stale").touch()
+    Path("q.old").mkdir()  # somebody's own backup
+    before = contents("q")
+    assert run("quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q")[0] == 0
+    after = contents("q")
+    assert after.keys() == before.keys() - {"stale"} and after["plan.json"] != before["plan.json"]
+    assert sorted(p.name for p in Path().iterdir()) == ["q", "q.old"]
+    Path("empty").mkdir()
+    assert run("quantize", "--model", models / "unet", "--plan", "q/plan.json", "--output", "empty")[0] == 0
+
+
+@pytest.mark.parametrize("broken", ["save_pretrained", "rename", "interrupt"])
+def test_a_failing_save_leaves_the_old_folder_whole(run, models, monkeypatch, broken):
+    shutil.copytree(models / "dynamic", "q")
+    before = contents("q")
+    full = OSError(28, "No space left on device")
+    if broken == "save_pretrained":
+        save = UNet2DModel.save_pretrained
+
+        def half(self, folder, *args, **kwargs):
+            save(self, folder, *args, **kwargs)
+            raise full
+
+        monkeypatch.setattr(UNet2DModel, "save_pretrained", half)
+    else:
+        rename = Path.rename
+
+        def refuse(self, target):
+            if self.name == "new":
+                raise full if broken == "rename" else KeyboardInterrupt
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", refuse)
+    status, _, err = run(
+        "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"
+    )  # fmt: skip
+    message = "ptq4dm quantize: cannot write q: No space left on device."
+    assert (status, err) == ((130, ["interrupted"]) if broken == "interrupt" else (2, [message]))
+    assert contents("q") == before and [p.name for p in Path().iterdir()] == ["q"]
+
+
+def test_generate_resumes_and_takes_labels(run, models):
+    options = ["generate", "--model", models / "dit", "--num-inference-steps", 2, "--class-labels", 3, 5]
+    assert run(*options, "--num-images", 2, "--output", "i", "--picture", "g.png", "--seed", 7)[0] == 0
+    before = contents("i")
+    status, out, _ = run(*options, "--num-images", 3, "--output", "i", "--picture", "g.png", "--seed", 7)
+    assert status == 0 and "3 images" in out and "picture: g.png" in out
+    assert tree("i") == ["000007.png", "000008.png", "000009.png"]
+    assert all(contents("i")[name] == data for name, data in before.items())
+    with Image.open("g.png") as picture:
+        assert picture.size == (3 * 128, 128)
+
+
+def test_evaluate_finds_the_original(run, models):
+    small = ["--num-paired", 2, "--num-heldout", 2, "--num-inference-steps", 2, "--batch-size", 2]
+    status, out, err = run("evaluate", "--model", models / "static", "--metric", "none", *small, "--output", "e")
+    assert (status, err) == (0, []) and f"{models}/static against {models}/unet" in out and "same-seed PSNR" in out
+    report = json.loads(Path("e/report.json").read_text())
+    assert report["paired"]["num_images"] == 2 and report["epsilon_error"]["rows"] == 2 and "frechet" not in report
+    assert report["bytes"]["ratio"] > 1.5 and tree("e") == ["report.json", "samples.png"]
+    few = ["--num-images", 3, "--num-inference-steps", 1, "--num-paired", 0, "--num-heldout", 0]
+    status, out, _ = run("evaluate", "--model", models / "unet", *few, "--output", "f")
+    assert status == 0 and "feature-FID" in out and "3 images" in out and "warning" in out
+    assert json.loads(Path("f/report.json").read_text())["frechet"]["num_images"] == 3
+
+
+def test_evaluate_folders_of_images(run, models):
+    made = run("generate", "--model", models / "unet", "--num-images", 3, "--num-inference-steps", 1, "--output", "i")
+    assert made[::2] == (0, [])
+    status, out, _ = run("evaluate", "--images", "i", "--write-reference", "reference.npz")
+    assert status == 0 and "statistics of 3 images: reference.npz" in out
+    status, out, _ = run("evaluate", "--images", "i", "--reference", "reference.npz")
+    assert status == 0 and float(re.search(r"feature-FID +(\S+)", out)[1]) < 1e-3
+
+
+def test_info(run, models):
+    status, out, err = run("info", "--model", models / "static")
+    assert (status, err) == (0, []) and "W8A8 static" in out and "objective" in out
+    layers = len(json.loads((models / "static/plan.json").read_text())["layers"])
+    assert len(out.splitlines()) == 6 + 2 + layers
+    status, out, _ = run("info", "--model", models / "unet")
+    assert status == 0 and re.search(r"quantization +none", out) and "float32" in out and "W8A8" not in out
+    facts = json.loads(run("info", "--model", models / "unet", "--dtype", "bfloat16", "--json")[1])
+    assert facts["quantization"] is None and {row["format"] for row in facts["layers"]} == {"bfloat16"}
+
+
+def test_interrupted(run, models, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "collect_store", interrupt)
+    status, _, err = run("collect", "--model", models / "unet")
+    assert (status, err) == (130, ["interrupted; the same command goes on where it stopped"])
+    assert run("quantize", "--model", models / "unet")[::2] == (130, ["interrupted"])  # begins anew: no promise
+    assert tree(".") == ["out"]
+
+
+COMMANDS = ("collect", "quantize", "generate", "evaluate", "distill", "bench", "info")
+
+
+def test_help_names_every_command(run):
+    status, out, _ = run("--help")
+    assert status == 0 and all(f" {name} " in out for name in COMMANDS)
+
+
+# --- wrong input --------------------------------------------------------------------------------------------
+
+QUANTIZE, COLLECT, GENERATE = (
+    ["quantize", "--model", "unet"],
+    ["collect", "--model", "unet"],
+    ["generate", "--model", "unet"],
+)
+EVALUATE = ["evaluate", "--model", "unet"]
+DISTILL = ["distill", "--model", "unet"]
+
+WRONG = [
+    # parser
+    (["magic"], "invalid choice: 'magic'"),
+    ([], "required: command"),
+    (["info", "--wings"], "unrecognized arguments: --wings"),
+    (["info", "--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
+    (["collect", "--num-samples", "many"], "--num-samples: invalid int value: 'many'"),
+    (["quantize", "--activations", "lazy"], "activations must be 'static' or 'dynamic'; got 'lazy'"),
+    (["quantize", "--method", "svdquant", "--activations", "static"], "activations must be int4, int8 or fp8"),
+    (["quantize", "--method", "rtn", "--rank", "8"], "RTNConfig has no option rank"),
+    ([*GENERATE, "--grid", "quad"], "--order and --grid belong to a sampler; name one with --sampler."),
+    ([*GENERATE, "--sampler", "dream"], "unknown sampler 'dream'"),
+    (["evaluate", "--metric", "beauty"], "--metric: invalid choice: 'beauty'"),
+    # models
+    (["info", "--model", "no-such-model"], "'no-such-model' is neither an embedded model"),
+    (["info", "--model", "./nowhere"], "neither an embedded model"),
+    (["info", "--model", "."], "no model_index.json"),
+    (["generate", "--model", "broken"], "diffusion_pytorch_model.safetensors is not a whole safetensors file"),
+    (["info", "--device", "warp"], "device 'warp' cannot be used here; try --device cpu"),
+    # calibration
+    ([*COLLECT, "--collector", "magic"], "choose from uniform, ndtc, solver"),
+    ([*COLLECT, "--num-samples", "-1"], "num_samples must be at least 1; got -1"),
+    ([*COLLECT, "--calibration-steps", "0"], "must be at least 1; got 0"),
+    ([*COLLECT, "--sigma", "-1"], "sigma is not negative"),
+    ([*COLLECT, "--seed", "-1"], "seed must not be negative"),
+    ([*COLLECT, "--output", "file/store"], "cannot make the folder file/store: Not a directory"),
+    ([*COLLECT, "--output", "foreign"], "foreign is not empty and is no calibration store"),
+    ([*COLLECT, "--output", "store"], "already holds a calibration store that differs in config;"),
+    ([*COLLECT, "--plot-layer", "conv_in"], "give --plot PNG too"),
+    ([*COLLECT, "--prompt", "a cat"], "DDPMPipeline takes no 'prompt'"),
+    (["collect", "--model", "static", "--output", "new"], "full precision"),
+    # quantize
+    ([*QUANTIZE, "--method", "magic"], "method 'magic' is unknown; known are ptq4dm, rtn"),
+    ([*QUANTIZE, "--objective", "beauty"], "objective 'beauty' is unknown; choose from max, percentile, mse, lp"),
+    ([*QUANTIZE, "--objective", "lp", "--objective-parameter", "-2"], "exponent of objective 'lp' is positive"),
+    ([*QUANTIZE, "--method", "rtn", "--objective", "lp"], "no option objective"),
+    ([*QUANTIZE, "--weight-bits", "9"], "from 2 to 8; got 9"),
+    ([*QUANTIZE, "--weight-bits", "-4"], "from 2 to 8; got -4"),
+    ([*QUANTIZE, "--num-samples", "0"], "num_samples must be at least 1"),
+    ([*QUANTIZE, "--calibration", "nowhere"], "nowhere is not a calibration store"),
+    (["quantize", "--model", "dit", "--calibration", "store"], "collected from another model"),
+    ([*QUANTIZE, "--calibration", "torn"], "statistics.safetensors is damaged"),
+    ([*QUANTIZE, "--plan", "nowhere.json"], "cannot read a plan from nowhere.json"),
+    ([*QUANTIZE, "--plan", "store/store.json"], "not a plan written by ptq4dm"),
+    (["quantize", "--model", "dit", "--plan", "static/plan.json"], "plan is of another model"),
+    ([*QUANTIZE, "--plan", "static/plan.json", "--symmetric", "--weight-bits", "4"],
+     "leave out --symmetric, --weight-bits"),
+    ([*QUANTIZE, "--output", "foreign"], "foreign exists and was not written by ptq4dm quantize"),
+    ([*QUANTIZE, "--output", "file"], "file exists and was not written by ptq4dm quantize"),
+    ([*QUANTIZE, "--output", "file/q"], "cannot write file/q: "),
+    (["quantize", "--model", "static", *DYNAMIC], "quantized already"),
+    ([*QUANTIZE, *DYNAMIC, "--modules-to-not-convert", "*"], "no layer of the model"),
+    # generate
+    ([*GENERATE, "--num-images", "0"], "0 images asked for; --num-images must be at least 1"),
+    ([*GENERATE, "--num-images", "-3"], "-3 images asked for"),
+    ([*GENERATE, "--num-inference-steps", "0"], "at least one step"),
+    ([*GENERATE, "--seed", "-1"], "no seed below 0"),
+    ([*GENERATE, "--batch-size", "0"], "batch size of at least 1"),
+    ([*GENERATE, "--output", "file/images"], "cannot make the folder file/images: Not a directory"),
+    ([*GENERATE, "--picture", "file/grid.png"], "cannot write file/grid.png: "),
+    ([*COLLECT, "--plot", "file/plot.png"], "cannot write file/plot.png: "),
+    ([*GENERATE, "--guidance-scale", "2"], "takes no argument 'guidance_scale'"),
+    ([*GENERATE, "--class-labels", "1"], "takes no 'class_labels'"),
+    (["generate", "--model", "dit", "--class-labels", "10"], "class label 10 is outside [0, 10)"),
+    # evaluate
+    ([*EVALUATE, "--num-images", "0"], "zero images cannot give a Frechet distance"),
+    ([*EVALUATE, "--metric", "none"], "leaves nothing to measure"),
+    ([*EVALUATE, "--num-paired", "-1"], "num_paired must not be negative"),
+    ([*EVALUATE, "--write-reference", "r.npz"], "give it with --images"),
+    ([*EVALUATE, "--output", "file/e", "--num-images", "2"], "file/e: Not a directory"),
+    ([*EVALUATE, "--reference", "nowhere.npz"], "nowhere.npz"),
+    (["evaluate", "--images", "nowhere"], "nowhere"),
+    (["evaluate", "--model", "orphan", "--metric", "none"], "Name it with --full-precision"),
+    (["evaluate", "--model", "static", "--full-precision", "gone", "--metric", "none"], "'gone' is neither"),
+    (["evaluate", "--model", "confused", "--metric", "none"], "name the original model with --full-precision"),
+    # distill
+    ([*DISTILL, "--dtype", "float16"], "precision must be 'no' or 'bf16', not 'float16'"),
+    ([*DISTILL, "--images", "0"], "images must be at least 1; got 0"),
+    ([*DISTILL, "--student-lr", "-1"], "student_lr must be positive; got -1.0"),
+    ([*DISTILL, "--minutes", "0"], "minutes must be positive; got 0"),
+    ([*DISTILL, "--resume", "--output", "new"], "no checkpoint at new.run/checkpoint.safetensors to resume"),
+    ([*DISTILL, "--output", "foreign"], "foreign exists and was not written by ptq4dm distill"),
+    ([*DISTILL, "--output", "file/s"], "cannot write file/s: "),
+    ([*DISTILL, "--output", "taken"], "taken.run is not empty; go on with the run in it (--resume)"),
+    (["distill", "--model", "static"], "the teacher is quantized"),
+    (["distill", "--model", "velocity"], "needs a teacher that predicts epsilon; DDIMScheduler says 'v_prediction'"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def desk(here, models):
+    """A working folder with good and bad things in it."""
+    for name in ("unet", "dit", "static", "store"):
+        (here / name).symlink_to(models / name)
+    for name, source in (
+        ("broken", "unet"),
+        ("torn", "store"),
+        ("orphan", "static"),
+        ("confused", "static"),
+        ("velocity", "unet"),
+    ):
+        shutil.copytree(models / source, here / name)
+    for path in ("broken/unet/diffusion_pytorch_model.safetensors", "torn/statistics.safetensors"):
+        Path(path).write_bytes(Path(path).read_bytes()[:1000])
+    record = json.loads(Path("orphan/quantization.json").read_text())
+    Path("orphan/quantization.json").write_text(json.dumps({**record, "model": "gone"}))
+    Path("confused/quantization.json").write_text("[]")
+    path = Path("velocity/scheduler/scheduler_config.json")
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+    (here / "file").write_text("mine")
+    (here / "taken.run").mkdir()
+    (here / "taken.run" / "thesis.txt").write_text("mine")
+    (here / "foreign").mkdir()
+    (here / "foreign" / "thesis.txt").write_text("mine")
+    return here
+
+
+def test_wrong_input_gives_one_line_status_2_and_leaves_nothing(run, desk):
+    kept = contents(desk)
+    failures = []
+    for arguments, message in WRONG:
+        status, out, err = run(*arguments)
+        said = len(err) == 1 and err[0].startswith("ptq4dm") and message in err[0] and "Traceback" not in err[0]
+        left = sorted(contents(desk).keys() ^ kept.keys())
+        if status != 2 or not said or out or left:
+            failures.append(f"{' '.join(arguments)}: {status=} {err=} {out=} {left=}")
+        shutil.rmtree(desk / "out", ignore_errors=True)
+    assert not failures, "\n".join(failures)
+    assert contents(desk) == kept

@@ -1,0 +1,265 @@
+"""evaluate and evaluate_images on tiny random pipelines: figures that can be checked by hand, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from PIL import Image
+
+import ptq4dm
+from ptq4dm import UserError
+from ptq4dm.calibration.record import Calls, record_calls, replay
+from ptq4dm.evaluation.compare import EpsilonError, heldout_timesteps, image_errors, psnr
+from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
+from ptq4dm.evaluation.frechet import read_statistics
+from ptq4dm.evaluation.report import format_report
+from ptq4dm.pipelines.images import save_png, to_uint8
+from ptq4dm.pipelines.sampling import sample
+from ptq4dm.quantization.report import stored_bytes
+
+SMALL = {"num_images": 6, "num_inference_steps": 2, "batch_size": 4, "num_paired": 3, "num_heldout": 6}
+SMALL |= {"num_bins": 2, "warmup_steps": 0, "timed_steps": 1}
+
+
+def pipeline(size: int = 32, noise: float = 0.0) -> DDPMPipeline:
+    """A UNet of 4,000 random parameters, the same on every call; `noise` is added to its weights."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=size,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    with torch.no_grad():
+        for p in unet.parameters():
+            p += noise * torch.randn_like(p)
+    return DDPMPipeline(unet.eval(), DDIMScheduler(timestep_spacing="trailing"))
+
+
+def save_pngs(images: torch.Tensor, folder: Path) -> Path:
+    folder.mkdir()
+    for k, image in enumerate(to_uint8(images)):
+        save_png(image, folder / f"{k:06d}.png", {})
+    return folder
+
+
+def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
+    pipe, config = pipeline(), EvaluateConfig(**SMALL)
+    report = evaluate(pipe, config=config)
+    seeds = ([0, 1, 2, 3], [4, 5])
+    images = torch.cat([sample(pipe, s, num_inference_steps=2) for s in seeds])
+    folder = save_pngs(images, tmp_path / "pngs")
+    again = evaluate_images(folder, EvaluateConfig(batch_size=5))
+    assert report["frechet"]["value"] == pytest.approx(again["frechet"]["value"], rel=1e-4)
+    assert report["frechet"]["value"] > 1
+    conditions = {k: report["frechet"][k] for k in ("label", "num_images", "resize", "seed", "num_inference_steps")}
+    assert conditions == {
+        "label": "feature-FID",
+        "num_images": 6,
+        "resize": "none (32x32)",
+        "seed": 0,
+        "num_inference_steps": 2,
+    }
+    assert set(report) == {"frechet", "bytes", "sampler", "num_inference_steps", "warnings"}
+    assert "biased upwards" in report["warnings"][0] and "biased upwards" in format_report(report)
+    # Against themselves they are at no distance; folder against folder and against the folder's npz agree.
+    other = save_pngs(images.flip(2) * 0.5, tmp_path / "other")
+    assert abs(evaluate_images(folder, EvaluateConfig(reference=folder))["frechet"]["value"]) < 1e-4
+    by_folder = evaluate_images(folder, EvaluateConfig(reference=other))["frechet"]
+    assert write_reference(other, tmp_path / "other.npz") == 6
+    by_file = evaluate_images(folder, EvaluateConfig(reference=tmp_path / "other.npz"))["frechet"]
+    assert by_file["value"] == pytest.approx(by_folder["value"]) and by_file["value"] > 0.1
+    assert read_statistics(tmp_path / "other.npz").n == by_file["reference_images"] == 6
+
+
+def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):
+    pipe, original, config = pipeline(noise=0.02), pipeline(), EvaluateConfig(**SMALL, metric="none")
+    report = evaluate(pipe, original, config, tmp_path / "out")
+    a, b = (sample(p, [0, 1, 2], num_inference_steps=2) for p in (pipe, original))
+    mse = (a - b).square().mean((1, 2, 3))
+    assert report["paired"]["mse"] == pytest.approx(float(mse.mean()), rel=1e-4)
+    assert report["paired"]["psnr_db"] == pytest.approx(float((-10 * mse.log10()).mean()), rel=1e-4)
+    assert report["paired"]["identical"] == 0 and report["paired"]["num_images"] == 3
+
+    timesteps = heldout_timesteps(6, 1000)
+    assert timesteps == sorted(timesteps, reverse=True) and sum(t < 500 for t in timesteps) == 3
+    calls = record_calls(original, range(10**6, 10**6 + 6), timesteps, num_inference_steps=2)
+    e_q, e_fp = (replay(p.unet, calls) for p in (pipe, original))
+    ratio = float((e_q - e_fp).square().sum() / e_fp.square().sum())
+    epsilon = report["epsilon_error"]
+    assert epsilon["overall"] == pytest.approx(ratio, rel=1e-4) and 0 < ratio < 2
+    high = calls.timestep >= 500
+    ratio = float((e_q - e_fp)[high].square().sum() / e_fp[high].square().sum())
+    assert epsilon["bins"][1]["error"] == pytest.approx(ratio, rel=1e-4)
+    assert sum(b["rows"] for b in epsilon["bins"]) == epsilon["rows"] == 6
+
+    size = stored_bytes(original.unet)
+    assert report["bytes"] == {"model": size, "full_precision": size, "ratio": 1.0}
+    assert report["step_time"]["speedup"] > 0 and "milliseconds" not in report["step_time"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.json", "samples.png"]
+    with Image.open(tmp_path / "out" / "samples.png") as picture:  # two rows of three, 3x, and room for labels
+        assert picture.width > 3 * 96 and 2 * 96 < picture.height < 3 * 96
+    text = format_report(report)
+    for word in ("same-seed PSNR", "epsilon error", "500 to 1000", "1.00x smaller", "x full precision"):
+        assert word in text
+
+
+def test_a_model_compared_with_itself_loses_nothing():
+    report = evaluate(pipeline(), pipeline(), EvaluateConfig(**SMALL, metric="none"))
+    assert report["paired"] == {"num_images": 3, "seed": 0, "psnr_db": 100.0, "mse": 0.0, "identical": 3}
+    assert report["epsilon_error"]["overall"] == 0.0
+
+
+def test_half_as_many_bytes_are_counted():
+    half = pipeline()
+    half.unet.to(torch.float16).to(torch.bfloat16)
+    config = EvaluateConfig(**SMALL | {"num_paired": 0, "num_heldout": 0, "timed_steps": 0}, metric="none")
+    report = evaluate(half, pipeline(), config)
+    assert report["bytes"]["ratio"] == 2.0 and set(report) == {"bytes", "sampler", "num_inference_steps", "warnings"}
+
+
+def test_nan_in_samples_is_an_error_that_names_the_seeds():
+    pipe = pipeline()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[0] = float("nan")
+    with pytest.raises(UserError, match="4 of 4 images hold NaN or infinity.*first seed 7"):
+        evaluate(pipe, config=EvaluateConfig(**SMALL, seed=7))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_images": 0}, "zero images"),
+        ({"num_images": 1}, r"1 image\(s\)"),
+        ({"metric": "FID"}, "unknown metric 'FID'"),
+        ({"metric": "none"}, "nothing to measure"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"num_paired": -1}, "num_paired"),
+        ({"reference": "nowhere.npz"}, "no reference statistics at nowhere.npz"),
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(pipeline(), config=EvaluateConfig(**SMALL | change))
+
+
+def test_pictures_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"\[N, 3, 32, 32\]"):
+        evaluate(pipeline(size=16), config=EvaluateConfig(**SMALL))
+    folder = save_pngs(torch.rand(3, 3, 32, 32), tmp_path / "mixed")
+    save_png(torch.zeros(3, 32, 24, dtype=torch.uint8), folder / "z.png", {})
+    with pytest.raises(UserError, match="24x32 but .* is 32x32"):
+        evaluate_images(folder, EvaluateConfig(batch_size=1))
+    with pytest.raises(UserError, match="at least 2"):
+        evaluate_images(save_pngs(torch.rand(1, 3, 32, 32), tmp_path / "one"))
+    with pytest.raises(UserError, match="not a folder"):
+        evaluate_images(tmp_path / "none")
+    with pytest.raises(UserError, match="different shapes"):
+        evaluate(pipeline(), pipeline(size=16), EvaluateConfig(**SMALL))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        evaluate(pipeline(), config=EvaluateConfig(**SMALL), output=tmp_path / "file")
+
+
+def test_a_failure_leaves_no_empty_folder_behind(tmp_path, monkeypatch):
+    (tmp_path / "before").mkdir()
+    for output in ("before", "new/out"):
+        with pytest.raises(UserError, match="no reference"):
+            evaluate(pipeline(), config=EvaluateConfig(**SMALL, reference="no.npz"), output=tmp_path / output)
+    assert [p.name for p in tmp_path.rglob("*")] == ["before"]
+
+    def fail(*_):
+        raise UserError("disk full")
+
+    monkeypatch.setattr("ptq4dm.evaluation.report.save_picture", fail)
+    with pytest.raises(UserError, match="disk full"):
+        evaluate(pipeline(), config=EvaluateConfig(**SMALL), output=tmp_path / "new" / "out")
+    assert [p.name for p in (tmp_path / "new" / "out").iterdir()] == ["report.json"]
+
+
+def test_errors_by_hand():
+    a = torch.zeros(2, 3, 4, 4)
+    assert image_errors(a, a + torch.tensor([0.1, 0.5]).reshape(2, 1, 1, 1)) == pytest.approx([0.01, 0.25])
+    assert psnr(0.01) == pytest.approx(20.0) and psnr(0.0) == pytest.approx(100.0)
+
+    class Constant(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.tensor(float(value)))
+
+        def forward(self, sample, timestep, return_dict=True):
+            return (torch.ones_like(sample) * self.value * (1 + timestep.reshape(-1, 1, 1, 1)),)
+
+    error = EpsilonError(num_bins=2, num_train_timesteps=10)
+    error.update(Constant(3), Constant(2), Calls(torch.zeros(3, 3, 2, 2), torch.tensor([0, 4, 9])))
+    result = error.result()
+    assert result["overall"] == pytest.approx(0.25)
+    assert [(b["from"], b["to"], b["rows"]) for b in result["bins"]] == [(0, 5, 2), (5, 10, 1)]
+    error.update(Constant(float("inf")), Constant(2), Calls(torch.zeros(1, 3, 2, 2), torch.tensor([1])))
+    with pytest.raises(UserError, match="overflowed"):
+        error.result()
+
+
+LAUNCHED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from accelerate import PartialState
+from test_evaluate import SMALL, pipeline
+from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+config = EvaluateConfig(**SMALL | {"batch_size": 1})
+report = evaluate(pipeline(noise=0.02), pipeline(), config, sys.argv[2])
+with open(f"{sys.argv[2]}/rank{state.process_index}.json", "w") as file:
+    json.dump(report, file)
+state.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path):
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    command = [sys.executable, str(tmp_path / "launched.py"), str(Path(__file__).parent), str(tmp_path)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What torchrun would set; its own process would cost another import of torch.
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    world |= {"PYTHONPATH": str(Path(ptq4dm.__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            _, complaints = rank.communicate(timeout=300)
+            assert rank.returncode == 0, complaints[-2000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    first, second, written = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("rank0", "rank1", "report")
+    )
+    assert first == second == written
+    one = evaluate(pipeline(noise=0.02), pipeline(), EvaluateConfig(**SMALL | {"batch_size": 1}))
+    assert first["frechet"]["num_images"] == 6 and first["paired"]["num_images"] == 3
+    assert first["frechet"]["value"] == pytest.approx(one["frechet"]["value"], rel=1e-4)
+    assert first["paired"]["mse"] == pytest.approx(one["paired"]["mse"], rel=1e-4)
+    assert first["epsilon_error"]["overall"] == pytest.approx(one["epsilon_error"]["overall"], rel=1e-4)
+    assert first["epsilon_error"]["rows"] == 6

@@ -1,0 +1,254 @@
+"""Fused forward passes of transformers with SVDQuant layers: the same answers, unfused where it does not apply."""
+
+import contextlib
+import copy
+import sys
+
+import pytest
+import torch
+from diffusers.models.activations import GELU
+from torch import nn
+
+import ptq4dm
+from ptq4dm import SVDQuantConfig
+from ptq4dm.calibration.record import replay
+from ptq4dm.calibration.store import CalibrationStore, fingerprint
+from ptq4dm.kernels.w4 import from_codes as svdq_codes
+from ptq4dm.kernels.w4 import layer as svdq_linear
+from ptq4dm.svdquant.layers.svdq import Codes, SVDQLinear
+
+FUSE, PARTS = (sys.modules[f"ptq4dm.svdquant.layers.{name}"] for name in ("fused_blocks", "fused_parts"))
+CUDA = torch.cuda.is_available()
+QUICK = {"rank": 8, "num_tuples": 2, "smoothing": 0.5, "rounding": "nearest", "refinements": 0}
+DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+NAMES = {
+    "flux": {DOUBLE, f"{DOUBLE}.ff.net.0", f"{DOUBLE}.ff_context.net.0", SINGLE},
+    "dit": {f"transformer_blocks.{i}{part}" for i in range(2) for part in ("", ".ff.net.0")},
+}
+pytestmark = pytest.mark.usefixtures("one_thread")
+BY_ACTIVATION = {"int8": svdq_linear.INT8, "none": svdq_linear.WEIGHT_ONLY}
+_made = {}
+
+
+@pytest.fixture
+def quantized(denoisers):
+    """Builds (a fresh quantized model, its calls)."""
+
+    def build(kind, qkv=False, **options):
+        key = (kind, qkv, str(options))
+        if key not in _made:
+            model, store = denoisers.pair(kind)
+            if qkv:
+                model.fuse_qkv_projections()
+                store = CalibrationStore({}, fingerprint(model), 1000, store.calls)
+            ptq4dm.quantize(model, SVDQuantConfig(**QUICK | options), store)
+            _made[key] = model, store.calls
+        model, calls = _made[key]
+        return copy.deepcopy(model), calls
+
+    return build
+
+
+@contextlib.contextmanager
+def fused_here(monkeypatch):
+    """Take this device for one that has kernels; the ops are then the reference. Yields the calls of the ops."""
+    seen = []
+
+    def counted(name):
+        op = getattr(svdq_codes, name)
+
+        def call(*args):
+            seen.append(name)
+            return op(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PARTS, "_on_kernels", lambda _: True)
+        for name in ("svdq_codes", "svdq_product"):
+            patch.setattr(svdq_codes, name, counted(name))
+        yield seen
+
+
+def distance(answer, other, exact):
+    """In units of what quantizing costs."""
+    return float((answer - other).norm() / (other - exact).norm())
+
+
+CASES = [("flux", "fp8", False), ("flux", "int8", True), ("flux", "int4", False), ("dit", "fp8", False)]
+
+
+@pytest.mark.parametrize("kind, form, qkv", CASES, ids=str)
+def test_fused_answers_are_the_unfused_ones(kind, form, qkv, quantized, denoisers, monkeypatch):
+    model, calls = quantized(kind, qkv, activations=form)
+    exact, before, keys = replay(denoisers.pair(kind)[0], calls), replay(model, calls), list(model.state_dict())
+    assert set(ptq4dm.fuse(model)) == NAMES[kind] and ptq4dm.fuse(model) == []
+    assert list(model.state_dict()) == keys
+    assert torch.equal(replay(model, calls), before)  # on a CPU nothing changes
+    with fused_here(monkeypatch) as seen:
+        answer = replay(model, calls)
+    layers = 1 if qkv else 3
+    codes, products = {"flux": (4 + 2, 2 * layers + 2 + layers + 2), "dit": (2 * 2, 2 * (3 + 1))}[kind]
+    assert (seen.count("svdq_codes"), seen.count("svdq_product")) == (codes, products)
+    # 32-bit sums in another order: where they turn a code, by one step; in 4 bits that is seen
+    assert distance(answer, before, exact) < (0.05 if form == "int4" else 0.01)
+    ptq4dm.unfuse(model)
+    with fused_here(monkeypatch) as seen:
+        assert torch.equal(replay(model, calls), before) and not seen
+    assert not any(type(module) in FUSE.KINDS.values() for module in model.modules())
+
+
+def test_layers_of_their_own_smoothing_get_their_own_codes(quantized, monkeypatch):
+    """As in Nunchaku's checkpoints: the MLP of a single block shares nothing with query, key and value."""
+    model, calls = quantized("flux", activations="int8")
+    block = model.get_submodule(SINGLE)
+    query, mlp = block.attn.to_q, block.proj_mlp
+    query.down, query._lender = mlp.down, ()
+    for layer in (block.attn.to_k, block.attn.to_v):
+        layer._lender = (query,)
+    before = replay(model, calls)
+    ptq4dm.fuse(model)
+    with fused_here(monkeypatch) as seen:
+        answer = replay(model, calls)
+    assert seen.count("svdq_codes") == 4 + 3
+    assert (answer - before).norm() < 1e-3 * before.norm()
+    block.attn.to_k._lender = (mlp,)  # no two of these share
+    ptq4dm.unfuse(model)
+    assert set(ptq4dm.fuse(model)) == NAMES["flux"] - {SINGLE}
+
+
+@pytest.mark.parametrize("kind, form", [("flux", "fp8"), ("dit", "int4")])
+def test_a_fused_model_compiles_whole(kind, form, quantized, monkeypatch):
+    model, calls = quantized(kind, activations=form)
+    ptq4dm.fuse(model)
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PARTS, "_on_kernels", lambda _: True)
+        eager = replay(model, calls)
+        # of FLUX block by block, which diffusers finds by the names of their classes
+        (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True, backend=backend)
+        assert torch.equal(replay(model, calls), eager)
+    assert any("svdq_codes" in name for name in seen) and any("svdq_product" in name for name in seen)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("where", ["norm1", "attn", "ff", "ff.net.0.proj", "attn.to_q"])
+def test_modules_with_hooks_are_called(where, quantized, monkeypatch):
+    """Recorders and offloading expect a module's own forward pass, of tensors."""
+    model, calls = quantized("flux", activations="int8")
+    ptq4dm.fuse(model)
+    seen, block = [], model.get_submodule(DOUBLE)
+
+    def hook(module, args, kwargs, output):
+        inputs = [*args, *kwargs.values()]
+        seen.append(any(isinstance(x, torch.Tensor) for x in inputs) and not any(_codes(x) for x in inputs))
+
+    block.get_submodule(where).register_forward_hook(hook, with_kwargs=True)
+    with fused_here(monkeypatch) as ops:
+        replay(model, calls)
+    assert seen and all(seen)
+    assert ops.count("svdq_codes") == 2  # the single block is fused
+
+
+def _codes(x):
+    return isinstance(x, Codes)
+
+
+def test_adapters_on_a_fused_model_are_called(quantized, denoisers, monkeypatch):
+    model, calls = quantized("dit", activations="int8")
+    ptq4dm.fuse(model)
+    block = model.transformer_blocks[0]
+    block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
+    block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
+    with fused_here(monkeypatch) as seen:
+        answer = replay(model, calls)
+    assert seen.count("svdq_codes") == 2  # the other block's
+    ptq4dm.unfuse(model)
+    assert (answer - replay(model, calls)).norm() < 1e-3 * answer.norm()
+
+
+def test_fused_lora_adapters(quantized, monkeypatch):
+    """They are ranks of their own layer's branch: it shares no codes then."""
+    model, calls = quantized("flux", activations="int8")
+    ptq4dm.fuse(model)
+    plain = replay(model, calls)
+    torch.manual_seed(0)
+    for name in ("attn.to_v", "proj_out"):
+        layer = model.get_submodule(f"{SINGLE}.{name}")
+        layer.lora_down = torch.randn(4, layer.in_features).half() / layer.in_features**0.5
+        layer.lora_up = torch.randn(layer.out_features, 4).half()
+    before = replay(model, calls)
+    assert (before - plain).norm() > 0.1 * plain.norm()
+    with fused_here(monkeypatch) as seen:
+        answer = replay(model, calls)
+    assert seen.count("svdq_codes") == 4  # those of the double block
+    assert (answer - before).norm() < 1e-3 * before.norm()
+    model.get_submodule(f"{SINGLE}.attn.to_v").lora_down = None
+    with fused_here(monkeypatch) as seen:
+        answer = replay(model, calls)
+    assert seen.count("svdq_codes") == 6
+    model.get_submodule(f"{SINGLE}.attn.to_v").lora_up = None
+    assert (answer - replay(model, calls)).norm() < 1e-3 * before.norm()
+
+
+def test_training_is_unfused(quantized, monkeypatch):
+    model, calls = quantized("dit", activations="int8")
+    ptq4dm.fuse(model)
+    for module in model.modules():
+        if type(module) in FUSE.KINDS.values():
+            module.training = True
+    with fused_here(monkeypatch) as seen:
+        replay(model, calls)
+    assert seen == []
+
+
+def test_what_does_not_fit_stays(denoisers, quantized):
+    assert ptq4dm.fuse(denoisers.pair("flux")[0]) == []  # nothing quantized
+    model, _ = quantized("dit", activations="int4", group_size=32)
+    assert all(name.endswith("net.0") for name in ptq4dm.fuse(model))
+    model, _ = quantized("dit", roles={"*to_v": "keep"}, activations="int8")
+    assert all(name.endswith("net.0") for name in ptq4dm.fuse(model))
+    gelu = GELU(64, 64, approximate="none")
+    assert ptq4dm.fuse(nn.ModuleList([gelu])) == [] and not isinstance(gelu.proj, SVDQLinear)
+
+
+@pytest.mark.skipif(CUDA, reason="runs kernels in Triton's interpreter, which multiplies fp16 but no bf16")
+@pytest.mark.parametrize("kind", ["flux", "dit"])
+def test_fused_kernels_of_a_whole_model(kind, quantized, monkeypatch):
+    pytest.importorskip("triton")
+    model, calls = quantized(kind, activations="int8")
+    calls = calls[:1]
+    nn.Module.half(model)  # diffusers forbids model.half() of quantized ones
+    ptq4dm.fuse(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(PARTS, "_on_kernels", lambda _: True)
+        reference = replay(model, calls).float()
+        for module in (svdq_codes, svdq_linear):
+            patch.setattr(module, "known_name", lambda device, activation, _: BY_ACTIVATION[activation])
+        answer = replay(model, calls).float()
+    assert not torch.equal(answer, reference) and (answer - reference).norm() < 0.01 * reference.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("kind, form, qkv", CASES, ids=str)
+def test_fused_models_on_the_gpu(kind, form, qkv, quantized, denoisers):
+    """Against the unfused one; the same bits every time; compiled whole."""
+    model, calls = quantized(kind, qkv, activations=form)
+    exact = replay(denoisers.pair(kind)[0].cuda().bfloat16(), calls).float().cpu()  # times are rounded there, too
+    nn.Module.bfloat16(model.cuda())
+    before = replay(model, calls).float().cpu()
+    ptq4dm.fuse(model)
+    answer = replay(model, calls)
+    assert torch.equal(replay(model, calls), answer)
+    assert (
+        distance(answer.float().cpu(), before, exact) < 0.5
+    )  # rounded to bf16 after the norm, or not: 0.05 (int8) to 0.3 (int4)
+    (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True)
+    assert distance(replay(model, calls).float().cpu(), answer.float().cpu(), exact) < 0.5

@@ -6,8 +6,6 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))  # a source checkout: ptq4dm.kernels lives in ./kernels
 
-__version__ = "0.1.0"
-
 # The quantizer registers with diffusers, which loads a saved scheduler only from a module that has been imported.
 from . import samplers  # noqa: E402, F401
 from .calibration.collect import CalibrationConfig, collect  # noqa: E402
@@ -24,6 +22,7 @@ from .quantization.diffusers_bridge import quantization_config  # noqa: E402
 from .quantization.quantize import quantize  # noqa: E402
 from .quantization.recipe import QuantConfig  # noqa: E402
 from .svdquant import SVDQuantConfig  # noqa: E402
+from .version import __version__  # noqa: E402, F401
 
 __all__ = [
     "CalibrationConfig",

@@ -25,7 +25,7 @@ from ..kernels.w4.reference import ACTIVATIONS
 from ..layers.modules import quantized_copy
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
-from ..methods.ptq4dm import PTQ4DMConfig
+from ..methods.eight_bit import IntegerConfig
 from ..quantization.recipe import QuantConfig, register
 from .layers.plan import SVDQPlan
 from .layers.svdq import link_lenders, matrix_like
@@ -103,7 +103,7 @@ class SVDQuantConfig(QuantConfig):
         if unmatched:
             raise UserError(f"'{unmatched[0]}' in roles names no layer of the model; see `ptq4dm info`.")
         traced = trace(model, views, store.calls[:1])
-        eight = PTQ4DMConfig()
+        eight = IntegerConfig()
         plans: dict[str, object] = {}
         for view in views:
             seen = traced.get(view.name)

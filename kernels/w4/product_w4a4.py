@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
-from .product_w4a8 import finish, multiprocessors, tile_place
+from .tiles import finish, multiprocessors, tile_place
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from ..runtime.hopper import async_load, async_store, check
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
 from .nonlinearity import nonlinear
-from .product_w4a8 import aligned, multiprocessors, tile_place
+from .tiles import aligned, multiprocessors, tile_place
 
 
 @gluon.jit

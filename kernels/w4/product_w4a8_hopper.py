@@ -33,7 +33,7 @@ from ..runtime.hopper import async_load, async_store, check
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
 from .nonlinearity import nonlinear
-from .product_w4a8 import aligned, multiprocessors, tile_place
+from .tiles import aligned, multiprocessors, tile_place
 
 # Of a thread: at the launch, of three groups of four warps; then the loads hand theirs to the arithmetic.
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24

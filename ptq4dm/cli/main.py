@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .. import __version__
+from ..version import __version__
 
 STEPS = "50, or what the model was distilled to"
 DTYPES = ("float32", "bfloat16", "float16")

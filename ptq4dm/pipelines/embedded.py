@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ..errors import UserError
@@ -13,9 +14,8 @@ def asset_path(name: str) -> Path:
     Raises:
         UserError: nothing of that name is embedded.
     """
-    import ptq4dm
-
-    roots = [Path(p) / "assets" for p in ptq4dm.__path__]
+    package = sys.modules[__name__.partition(".")[0]]  # in a checkout its path has two folders
+    roots = [Path(p) / "assets" for p in package.__path__]
     for root in roots:
         if (root / name).exists():
             return root / name

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import __version__
 from ..errors import UserError
 from ..files.atomic import output_folder
+from ..version import __version__
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
 from .sampling import check_steps, choose_conditioning, denoiser, sample
 

@@ -17,6 +17,7 @@ from ..calibration.store import CalibrationStore, layer_fingerprint
 from ..errors import UserError
 from ..layers.modules import empty_quantized, is_quantized, replace_module
 from ..layers.plan import Plan
+from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 
 
@@ -40,8 +41,6 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         return self.pre_quantized  # packing replaces modules while their biases arrive: one file at a time
 
     def _process_model_before_weight_loading(self, model, device_map=None, keep_in_fp32_modules=(), **kwargs):
-        from .quantize import check_plan, make_plan
-
         config = self.quantization_config
         if self.pre_quantized:
             if config.plan is None:

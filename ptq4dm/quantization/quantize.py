@@ -8,36 +8,14 @@ from ..calibration.collect import binned_batches
 from ..calibration.record import replay
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
-from ..layers.modules import FORMATS, is_quantized, replace_module
-from ..layers.plan import Plan
-from ..layers.view import find_layers
+from ..layers.modules import is_quantized, replace_module
 from ..pipelines.sampling import evaluation_mode, model_of
 from .diffusers_bridge import mark_quantized, resolved
+from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 from .report import QuantizationReport, Ratio, stored_bytes
 
 ERROR_SAMPLES = 32  # tuples on which layer errors are measured
-
-
-def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | None = None) -> Plan:
-    """Resolve a recipe against a model in full precision; the caller loads `config.calibration`.
-
-    Raises:
-        UserError: the recipe needs calibration that is not there, the store is of another model, or no layer
-            is left to quantize.
-    """
-    if store is None and config.needs_calibration:
-        otherwise = ", or choose activations='dynamic'" if getattr(config, "activations", "") == "static" else ""
-        raise UserError(
-            f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe){otherwise}."
-        )
-    if store is not None:
-        store.check_model(model)
-    views = find_layers(model, config.modules_to_not_convert)
-    plan = Plan(config.method, config.resolve(model, views, store))
-    if not plan.layers:
-        raise UserError("no layer of the model is left to quantize; check modules_to_not_convert.")
-    return plan
 
 
 def quantize(target, config: QuantConfig, store: CalibrationStore | None = None) -> QuantizationReport:
@@ -81,19 +59,6 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
     ]
     rows.sort(key=lambda row: row["sqnr"])
     return QuantizationReport(config.summary(), before, stored_bytes(model), rows)
-
-
-def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raises UserError where a plan names layers that the model does not have, or a format that nobody knows."""
-    known = {view.name for view in find_layers(model)}
-    missing = [name for name in plan.layers if name not in known]
-    if missing:
-        raise UserError(
-            f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
-        )
-    unknown = {layer.format for layer in plan.layers.values()} - set(FORMATS)
-    if unknown:
-        raise UserError(f"the plan asks for format {min(unknown)}; known are {', '.join(FORMATS)}.")
 
 
 def _output_errors(model, layers: dict[str, nn.Module], store: CalibrationStore) -> dict[str, Ratio]:

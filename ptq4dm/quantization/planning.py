@@ -1,0 +1,46 @@
+"""From a recipe to a plan, and whether a plan fits a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..calibration.store import CalibrationStore
+from ..errors import UserError
+from ..layers.modules import FORMATS
+from ..layers.plan import Plan
+from ..layers.view import find_layers
+from .recipe import QuantConfig
+
+
+def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | None = None) -> Plan:
+    """Resolve a recipe against a model in full precision; the caller loads `config.calibration`.
+
+    Raises:
+        UserError: the recipe needs calibration that is not there, the store is of another model, or no layer
+            is left to quantize.
+    """
+    if store is None and config.needs_calibration:
+        otherwise = ", or choose activations='dynamic'" if getattr(config, "activations", "") == "static" else ""
+        raise UserError(
+            f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe){otherwise}."
+        )
+    if store is not None:
+        store.check_model(model)
+    views = find_layers(model, config.modules_to_not_convert)
+    plan = Plan(config.method, config.resolve(model, views, store))
+    if not plan.layers:
+        raise UserError("no layer of the model is left to quantize; check modules_to_not_convert.")
+    return plan
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raises UserError where a plan names layers that the model does not have, or a format that nobody knows."""
+    known = {view.name for view in find_layers(model)}
+    missing = [name for name in plan.layers if name not in known]
+    if missing:
+        raise UserError(
+            f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
+        )
+    unknown = {layer.format for layer in plan.layers.values()} - set(FORMATS)
+    if unknown:
+        raise UserError(f"the plan asks for format {min(unknown)}; known are {', '.join(FORMATS)}.")

@@ -1,0 +1,147 @@
+"""The house's rules: who may import whom, no circles, no method named where methods register themselves."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {
+    "ptq4dm": "ptq4dm",
+    "svdquant": "ptq4dm.svdquant",
+    "samplers": "ptq4dm.samplers",
+    "kernels": "ptq4dm.kernels",
+}
+
+# From the ground up. A folder imports from folders on lines above its own, and from itself; folders on one line are
+# neighbours that do not know each other.
+FLOORS = """
+kernels/formats
+kernels/runtime
+kernels/w8a8  kernels/w4
+kernels/tuning
+ptq4dm/errors  ptq4dm/version
+ptq4dm/files
+ptq4dm/pipelines
+ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
+ptq4dm/layers
+ptq4dm/calibration
+ptq4dm/quantization
+ptq4dm/evaluation
+ptq4dm/methods
+svdquant/layers
+svdquant/nunchaku
+svdquant  samplers/maths
+samplers
+samplers/distillation  samplers/comparison
+ptq4dm/cli
+ptq4dm
+"""
+LEVEL = {folder: i for i, line in enumerate(FLOORS.split("\n")) for folder in line.split()}
+FRONT_DOORS = {
+    "svdquant/__init__",
+    "samplers/__init__",
+}  # they show what lies in their folders
+
+
+def package_of(path: Path) -> str:
+    """The dotted name of a file, of a folder for its __init__."""
+    room, *rest = path.relative_to(ROOT).with_suffix("").parts
+    parts = [ROOMS[room], *(part for part in rest if part != "__init__")]
+    return ".".join(parts)
+
+
+FILES = {package_of(p): p for room in ROOMS for p in sorted((ROOT / room).rglob("*.py"))}
+
+
+def imports_of(name: str, path: Path):
+    """(imported module of ours, line, lazily?) of one file."""
+    tree = ast.parse(path.read_text())
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            found = [f"{base}.{a.name}" if f"{base}.{a.name}" in FILES else base for a in node.names]
+        else:
+            continue
+        for target in found:
+            if target in FILES:
+                yield target, node.lineno, id(node) in inside
+
+
+def folder_of(name: str) -> str:
+    """ptq4dm.kernels.w4.layer -> kernels/w4; files at the top of a room stand for the room."""
+    where = FILES[name].relative_to(ROOT)
+    if where.as_posix() in ("ptq4dm/errors.py", "ptq4dm/version.py"):
+        return where.with_suffix("").as_posix()
+    return where.parent.as_posix()
+
+
+EDGES = [(name, *edge) for name, path in FILES.items() for edge in imports_of(name, path)]
+
+
+def test_every_folder_has_a_floor():
+    assert {folder_of(name) for name in FILES} == set(LEVEL)
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{FILES[name].relative_to(ROOT)}:{line} imports {target}"
+        for name, target, line, _ in EDGES
+        if folder_of(name) != folder_of(target)
+        and LEVEL[folder_of(target)] >= LEVEL[folder_of(name)]
+        and FILES[name].relative_to(ROOT).with_suffix("").as_posix() not in FRONT_DOORS
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_circles():
+    """Between files, lazy imports included: a circle that is broken by a late import is still a circle."""
+    after = defaultdict(set)
+    for name, target, _, _ in EDGES:
+        if target != "ptq4dm":
+            after[name].add(target)
+    state: dict[str, int] = {}
+
+    def visit(name: str, path: list[str]) -> None:
+        state[name] = 1
+        for target in after[name]:
+            if state.get(target) == 1:
+                pytest.fail("a circle: " + " -> ".join([*path[path.index(target) :], target]))
+            if target not in state:
+                visit(target, [*path, target])
+        state[name] = 2
+
+    for name in FILES:
+        if name not in state:
+            visit(name, [name])
+
+
+def test_methods_do_not_know_each_other():
+    def method(name: str) -> str | None:
+        where = FILES[name].relative_to(ROOT).parts
+        return name if where[:2] == ("ptq4dm", "methods") else "svdquant" if where[0] == "svdquant" else None
+
+    bases = {"ptq4dm.methods.eight_bit"}
+    wrong = [
+        f"{FILES[name].relative_to(ROOT)}:{line} imports {target}"
+        for name, target, line, _ in EDGES
+        if method(name) and method(target) and method(name) != method(target) and target not in bases
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_folder_is_a_heap(room):
+    heaps = {
+        folder.relative_to(ROOT).as_posix(): len(list(folder.glob("*.py")))
+        for folder in (ROOT / room).rglob("*")
+        if folder.is_dir() and len(list(folder.glob("*.py"))) > 20
+    }
+    assert not heaps
+    assert all(len(p.relative_to(ROOT).parts) <= 4 for p in (ROOT / room).rglob("*.py"))

@@ -10,7 +10,7 @@ No model is named: roles come from the calls and from shapes, and `roles` overri
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -26,12 +26,14 @@ from ..layers.modules import quantized_copy
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
 from ..methods.eight_bit import IntegerConfig
+from ..quantization.options import number_or_word, option
 from ..quantization.recipe import QuantConfig, register
 from .layers.plan import SVDQPlan
 from .layers.svdq import link_lenders, matrix_like
 from .packing import quantize_group
 
 ROLES = ("w4", "weight-only", "int8", "keep")
+GROUP_SIZES = (16, 32, 64, 128)
 BATCH = 8  # calibration tuples per forward
 
 
@@ -59,22 +61,22 @@ class SVDQuantConfig(QuantConfig):
         and all larger convolutions "int8"; the rest "keep".
     """
 
-    rank: int = 32
-    group_size: int = 64
-    activations: str = "int4"
-    smoothing: str | float = "search"
-    rounding: str = "gptq"
-    refinements: int = 10
-    num_tuples: int = 32
-    unsigned: bool = False
-    roles: dict[str, str] = field(default_factory=dict)
-    seed: int = 0
+    rank: int = option(32, "of the low-rank branch")
+    group_size: int = option(64, "inputs per scale", choices=GROUP_SIZES)
+    activations: str = option("int4", "format of inputs", choices=ACTIVATIONS[:3])
+    smoothing: str | float = option("search", "search, exhaustive, none, or alpha", parse=number_or_word)
+    rounding: str = option("gptq", "gptq or nearest", choices=("gptq", "nearest"))
+    refinements: int = option(10, "most turns of branch and rounding")
+    num_tuples: int = option(32, "calibration tuples used")
+    unsigned: bool = option(False, "lift the outputs of GELU and SiLU above zero (int4)")
+    roles: dict[str, str] = option({}, "layer pattern -> role", flag=False)
+    seed: int = option(0, "of the rows that are kept", flag=False)
 
     def __post_init__(self):
         super().__post_init__()
         if not (isinstance(self.rank, int) and 0 <= self.rank <= 1024):
             raise UserError(f"rank must be a whole number from 0 to 1024; got {self.rank!r}.")
-        if self.group_size not in (16, 32, 64, 128):
+        if self.group_size not in GROUP_SIZES:
             raise UserError(f"group_size must be 16, 32, 64 or 128; got {self.group_size!r}.")
         if self.activations not in ACTIVATIONS[:3]:
             raise UserError(f"activations must be int4, int8 or fp8; got '{self.activations}'.")

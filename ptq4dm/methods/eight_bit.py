@@ -10,11 +10,13 @@ from ..errors import UserError
 from ..kernels.formats import fp8
 from ..layers.plan import LayerPlan
 from ..layers.view import LayerView
+from ..quantization.options import option
 from ..quantization.recipe import QuantConfig
 from ..ranges.clipping import activation_grid, objective_parameter
 
 NUMBER_FORMATS = ("int8", "fp8")
 FIRST_LAST = ("int8", "same", "keep")
+ACTIVATIONS = ("static", "dynamic")
 
 
 @dataclass(repr=False)
@@ -32,12 +34,12 @@ class IntegerConfig(QuantConfig):
         least 8 bits, PTQ4DM's rule), "same" (no exception) or "keep" (full precision).
     """
 
-    format: str = "int8"
-    weight_bits: int = 8
-    activation_bits: int = 8
-    activations: str = "static"
-    symmetric: bool = False
-    first_last: str = "int8"
+    format: str = option("int8", "number format of weights and inputs", choices=NUMBER_FORMATS)
+    weight_bits: int = option(8, "8; narrower grids are simulated in int8 containers")
+    activation_bits: int = option(8, "8; narrower grids are simulated")
+    activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
+    symmetric: bool = option(False, "static inputs without a zero point")
+    first_last: str = option("int8", "the layers at the model's ends", choices=FIRST_LAST)
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,7 +50,7 @@ class IntegerConfig(QuantConfig):
             raise UserError(f"format must be 'int8' or 'fp8'; got '{self.format}'.")
         if self.format == "fp8" and (self.weight_bits, self.activation_bits) != (8, 8):
             raise UserError("format='fp8' has 8 bits; leave weight_bits and activation_bits at 8, or take 'int8'.")
-        if self.activations not in ("static", "dynamic"):
+        if self.activations not in ACTIVATIONS:
             raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
         if self.first_last not in FIRST_LAST:
             raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..layers.plan import LayerPlan
 from ..layers.view import LayerView
+from ..quantization.options import option
 from ..quantization.recipe import register
 from ..ranges.clipping import objective_parameter
 from .eight_bit import IntegerConfig
@@ -29,8 +30,8 @@ class PTQ4DMConfig(IntegerConfig):
     objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4).
     """
 
-    objective: str = "lp"
-    objective_parameter: float | None = None
+    objective: str = option("lp", "range objective: max, percentile, mse or lp")
+    objective_parameter: float | None = option(None, "percent of percentile, exponent of lp", parse=float)
 
     def __post_init__(self):
         super().__post_init__()

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..layers.modules import quantized_copy
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
+from .options import option
 
 METHODS: dict[str, type[QuantConfig]] = {}
 
@@ -55,9 +56,9 @@ class QuantConfig(QuantizationConfigMixin):
     packs_while_loading: ClassVar[bool] = True  # else a model must be there in full precision
     loaded_only: ClassVar[bool] = False  # models of this method come from files of another library
     quant_method: ClassVar[QuantMethod] = QuantMethod.PTQ4DM
-    modules_to_not_convert: tuple[str, ...] = ()
-    calibration: str | None = None
-    plan: Plan | None = None
+    modules_to_not_convert: tuple[str, ...] = option((), "names or patterns of layers to leave alone")
+    calibration: str | None = option(None, "folder of a calibration store", flag=False)
+    plan: Plan | None = option(None, "choices to follow", flag=False)
 
     def __post_init__(self):
         self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())

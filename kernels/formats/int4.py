@@ -17,6 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+GROUP = 64
+"""Inputs of a group that the 4-bit kernels take; packed runs have as many, whatever size groups of scales have."""
+
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """Code -> value, float32 [16]. Code 8, minus zero, is read but never written."""
 

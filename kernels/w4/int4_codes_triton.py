@@ -1,0 +1,116 @@
+"""`int4_codes` in Triton: one kernel for all sizes of groups. A program does whole rows.
+
+Scales that are folded make two passes over a row's packed codes, the second out of L1 or L2: the first finds the
+largest scale of the groups in use. One scale a row makes one pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats.int4 import GROUP
+from ..runtime.integers import cdiv, next_power_of_2
+from ..runtime.launch import Launch
+from ..runtime.rounding import ROUND
+from ..runtime.settings import remembered
+
+BYTES = 2048  # of codes that a program has at hand: 16 for each thread
+MOST_ROWS = 16
+
+
+@triton.jit
+def _half(
+    bytes, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """One half of packed runs, `bytes` [R, B, 32] of rows n whose inputs begin at `start` [B]: (q - z, s [R, B]).
+
+    A half lies in one group. Where it lies outside the weight both are 0.
+    """
+    inside = in_row[:, None] & (start < K)[None, :]
+    place = n.to(tl.int64)[:, None] * GROUPS + (start // SIZE)[None, :]
+    scale = tl.load(wscales_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    steps = ((bytes >> (4 * HALF)) & 15).to(tl.int32) - 8
+    if wzeros_ptr is not None:
+        steps -= tl.load(wzeros_ptr + place, mask=inside, other=0).to(tl.int32)[:, :, None]
+    return tl.where(inside[:, :, None], steps, 0), scale
+
+
+@triton.jit
+def _int4_codes_kernel(
+    q_ptr, wscales_ptr, wzeros_ptr, codes_ptr, scales_ptr, N, K, RUNS,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, PEAK: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """RUNS: packed runs of a row; R rows and B runs are at hand at a time. GROUPS of SIZE inputs."""
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    in_row = n < N
+    j = tl.arange(0, 32)
+    row = n.to(tl.int64)
+    if GROUPS == 1:
+        channel = tl.load(wscales_ptr + n, mask=in_row, other=0.0).to(tl.float32)
+        known = in_row
+        divisor = tl.full((R,), 1.0, tl.float32)
+        tl.store(scales_ptr + n, channel, mask=in_row)
+    else:
+        peak = tl.zeros((R,), tl.float32)
+        strange = tl.zeros((R,), tl.int32)
+        for first in range(0, RUNS, B):
+            run = first + tl.arange(0, B)
+            mask = in_row[:, None] & (run < RUNS)[None, :]
+            where = q_ptr + (row[:, None] * RUNS + run[None, :])[:, :, None] * 32 + j[None, None, :]
+            bytes = tl.load(where, mask=mask[:, :, None], other=0x88)
+            for half in tl.static_range(2):
+                steps, scale = _half(
+                    bytes, wscales_ptr, wzeros_ptr, n, run * 64 + 32 * half, in_row, N, K, GROUPS, SIZE, half
+                )
+                used = tl.max((steps != 0).to(tl.int32), 2) != 0
+                finite = tl.abs(scale) < float("inf")
+                peak = tl.maximum(peak, tl.max(tl.where(used & finite, scale, 0.0), 1))
+                strange = tl.maximum(strange, tl.max(tl.where(finite, 0, 1), 1))
+        known = strange == 0
+        channel = tl.div_rn(peak, PEAK)
+        divisor = tl.where(channel > 0, channel, 1.0)
+        tl.store(scales_ptr + n, tl.where(known, divisor, float("nan")), mask=in_row)
+    for first in range(0, RUNS, B):
+        run = first + tl.arange(0, B)
+        mask = in_row[:, None] & (run < RUNS)[None, :]
+        where = q_ptr + (row[:, None] * RUNS + run[None, :])[:, :, None] * 32 + j[None, None, :]
+        bytes = tl.load(where, mask=mask[:, :, None], other=0x88)
+        for half in tl.static_range(2):
+            start = run * 64 + 32 * half
+            steps, scale = _half(bytes, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS, SIZE, half)
+            if GROUPS > 1:
+                ratio = tl.where(known[:, None], tl.div_rn(scale, divisor[:, None]), 0.0)
+                value = tl.minimum(tl.maximum(steps.to(tl.float32) * ratio[:, :, None], -127.0), 127.0)
+                value = tl.where(steps != 0, value, 0.0)
+                steps = ((value + ROUND) - ROUND).to(tl.int32)
+            k = start[:, None] + j[None, :]
+            out = in_row[:, None, None] & (k < K)[None, :, :]
+            tl.store(codes_ptr + row[:, None, None] * K + k[None, :, :], steps.to(tl.int8), mask=out)
+
+
+def int4_codes(
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, peak: float
+) -> tuple[Tensor, Tensor]:
+    """The codes and scales of the op of this name; shapes were checked there, and N > 0. peak: P."""
+    codes = qweight.new_empty(len(qweight), inputs, dtype=torch.int8)
+    scales = qweight.new_empty(len(qweight), dtype=torch.float32)
+    launch = _plan(*wscales.shape, inputs, peak)
+    wzeros = None if wzeros is None else wzeros.contiguous()
+    launch(qweight.contiguous(), wscales.contiguous(), wzeros, codes, scales)
+    return codes, scales
+
+
+@remembered
+def _plan(n: int, groups: int, k: int, peak: float) -> Launch:
+    runs = cdiv(k, GROUP)
+    at_hand = min(next_power_of_2(runs), BYTES // 32)
+    rows = min(MOST_ROWS, BYTES // 32 // at_hand)
+    size = k // groups if groups > 1 else runs * GROUP
+    return Launch(
+        _int4_codes_kernel, (cdiv(n, rows),), N=n, K=k, RUNS=runs,
+        GROUPS=groups, SIZE=size, PEAK=peak, R=rows, B=at_hand, num_warps=4,
+    )  # fmt: skip

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.formats.int4 import dequantize_groups, quantize_codes, quantize_groups
+from ..calibration.evidence import squared_error
+from ..evidence import LayerEvidence
+from ..kernels.formats.grid import Grid
+from ..kernels.formats.int4 import dequantize_groups, quantize_groups
 from ..kernels.w4.reference import round_activation
-from ..rounding.gptq import gptq_codes
+from ..rounding.registry import ROUNDERS
 from ..transforms.smooth import candidates, divisors
 from .layers.plan import SVDQPlan
 from .lowrank import top_factors
@@ -78,10 +81,6 @@ def output(group: Group, split: Split, rows: Tensor, inputs: Tensor | None = Non
     return y if split.down is None else y + (rows @ split.down.T) @ split.up.T
 
 
-def squared_error(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).square().sum(dtype=torch.float64))  # 16-bit squares would vanish
-
-
 def split_weight(group: Group, smooth: Tensor, residual: Tensor | None = None) -> Split:
     """Branch and codes of the smoothed weight; `residual` is what 4 bits hold already (step 2), 0 at first."""
     plan, smoothed = group.plan, group.weight * smooth
@@ -140,11 +139,9 @@ def round_rest(group: Group, split: Split) -> Split:
     rest = group.weight * split.smooth
     if split.down is not None:
         rest = rest - split.up @ (split.down * split.smooth)
-    if group.plan.rounding == "nearest":
-        split.codes = quantize_codes(rest, split.scales)
-    else:
-        # The bias takes back what the rounded weight makes of the shift: the Hessian is that of unshifted inputs.
-        split.codes = gptq_codes(rest, split.scales, group.rows / split.smooth)
+    # The bias takes back what the rounded weight makes of the shift: rounders see the unshifted inputs.
+    rounder = ROUNDERS.find(group.plan.rounding)
+    split.codes = rounder(rest, Grid(split.scales, None, -7, 7), LayerEvidence(group.rows / split.smooth))
     return split
 
 

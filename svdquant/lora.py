@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import UserError
-from ..layers.modules import replace_module
+from ..layers.base import replace_module
 from ..pipelines.sampling import model_of
 from .layers.svdq import _SVDQLayer
 

@@ -1,45 +1,39 @@
-"""From a group's captured inputs to its packed layers: search, split, round, and a layer for each weight."""
+"""From a problem of the driver to packed SVDQuant layers: search, split, round, and a layer for each weight."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration.capture import Captured
-from ..errors import UserError
-from ..kernels.formats.int4 import pack_int4
-from ..layers.modules import empty_quantized
-from ..layers.plan import Plan
-from ..pipelines.sampling import evaluation_mode
+from ..layers.registry import Problem, empty_quantized, register_format
 from ..quantization.report import Ratio
-from .group import Group, Split, output, refine, round_rest, search, split_weight, squared_error
+from .group import Group, Split, output, refine, round_rest, search, split_weight
 from .layers.plan import SVDQPlan
+from .layers.svdq import SVDQConv2d, SVDQLinear
 
 # Least outputs of GELU and SiLU are -0.17 and -0.28: lifted by these, which are exact in 16 bits, they are positive.
 SHIFTS = (0.171875, 0.28125)
 
 
 @torch.no_grad()
-def quantize_group(
-    model: nn.Module, names: list[str], plan: Plan, got: Captured, enclosing: str | None, exhaustive: bool
-) -> dict[str, nn.Module]:
-    """The quantized layers of one group, by name; what was searched is written into the plan."""
-    leader, layers = names[0], [model.get_submodule(name) for name in names]
-    if leader not in got.rows:
-        raise UserError(f"layer '{leader}' of the plan was not called during calibration.")
+def quantize_group(problem: Problem) -> dict[str, nn.Module]:
+    """The quantized layers of one group, by name, their plans completed by what was searched."""
+    leader, layers = problem.leader, list(problem.layers.values())
+    fed = problem.evidence.of(leader)
     weights = [layer.weight.detach().flatten(1).float() for layer in layers]
-    stacked, choice = torch.cat(weights), plan.layers[leader]
+    stacked, choice = torch.cat(weights), problem.plans[leader]
     choice = replace(choice, rank=min(choice.rank, *stacked.shape))
     if choice.shift is None:
-        choice = replace(choice, shift=_shift(got.lows[leader], float(got.peaks[leader].max())))
+        choice = replace(choice, shift=_shift(fed.low, float(fed.peak.max())))
     original = layers[0].weight.dtype
     dtype = original if original in (torch.float16, torch.bfloat16) else torch.float16
-    group = Group(stacked, got.rows[leader], got.peaks[leader], choice, dtype)
+    group = Group(stacked, fed.rows, fed.peak, choice, dtype)
     if choice.alpha is None:
-        judge = module_error(model, names, group, got.calls[enclosing], enclosing) if enclosing else None
-        alpha, beta = search(group, exhaustive, judge)
+        judge = None if problem.enclosing is None else _module_error(problem, group)
+        alpha, beta = search(group, choice.search == "exhaustive", judge)
         choice = group.plan = replace(choice, alpha=alpha, beta=beta)
     smooth = group.divisors(choice.alpha, choice.beta)
     splits = _stages(group, smooth)
@@ -47,11 +41,10 @@ def quantize_group(
     exact = group.rows @ group.weight.T
     results = {stage: output(group, one, group.rows) for stage, one in splits.items()}
     packed, start = {}, 0
-    for name, layer, weight in zip(names, layers, weights, strict=True):
+    for (name, layer), weight in zip(problem.layers.items(), weights, strict=True):
         rows = slice(start, start + len(weight))
         start = rows.stop
         own = replace(choice, lender="" if name == leader else leader)
-        plan.layers[name] = own
         packed[name] = build_layer(layer, own, split, rows, dtype, packed.get(leader))
         packed[name].stages = {
             f"sqnr_{stage}": Ratio.between(exact[:, rows], result[:, rows]).decibel
@@ -96,51 +89,32 @@ def build_layer(
     return new.train(layer.training)
 
 
-def module_error(model, names: list[str], group: Group, calls: list, enclosing: str):
-    """A function: Split -> squared error of the enclosing module's outputs with the group's layers quantized."""
-    module = model.get_submodule(enclosing)
-    layers = [model.get_submodule(name) for name in names]
-    ends = torch.tensor([layer.weight.shape[0] for layer in layers]).cumsum(0).tolist()
-    with evaluation_mode(module):
-        exact = [_tensors(module(*args, **kwargs)) for args, kwargs in calls]
+def _module_error(problem: Problem, group: Group) -> Callable[[Split], float]:
+    """A function: Split -> squared error of the enclosing module's outputs with the problem's layers quantized."""
+    layers = problem.layers
+    ends = torch.tensor([layer.weight.shape[0] for layer in layers.values()]).cumsum(0).tolist()
 
-    def quantized(split: Split, rows: slice, bias):
-        part = Split(
-            split.codes[rows],
-            split.scales[rows],
-            split.down,
-            None if split.up is None else split.up[rows],
-            split.smooth,
-        )
+    def quantized(layer: nn.Module, split: Split, rows: slice) -> Callable[[Tensor], Tensor]:
+        up = None if split.up is None else split.up[rows]
+        part = Split(split.codes[rows], split.scales[rows], split.down, up, split.smooth)
+        conv, bias = isinstance(layer, nn.Conv2d), layer.bias
 
         def forward(x: Tensor) -> Tensor:
-            flat = x.permute(0, 2, 3, 1) if isinstance(layers[0], nn.Conv2d) else x
+            flat = x.permute(0, 2, 3, 1) if conv else x
             y = output(group, part, flat.reshape(-1, flat.shape[-1]).float())
             y = (y if bias is None else y + bias.float()).to(x.dtype).unflatten(0, flat.shape[:-1])
-            return y.permute(0, 3, 1, 2) if isinstance(layers[0], nn.Conv2d) else y
+            return y.permute(0, 3, 1, 2) if conv else y
 
         return forward
 
     def error(split: Split) -> float:
-        try:
-            for layer, start, end in zip(layers, [0, *ends], ends, strict=False):
-                layer.forward = quantized(split, slice(start, end), layer.bias)
-            with evaluation_mode(module):
-                results = [_tensors(module(*args, **kwargs)) for args, kwargs in calls]
-        finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
-        pairs = [pair for two in zip(exact, results, strict=True) for pair in zip(*two, strict=True)]
-        return sum(squared_error(a, b) for a, b in pairs)
+        forwards = {
+            name: quantized(layer, split, slice(start, end))
+            for (name, layer), start, end in zip(layers.items(), [0, *ends], ends, strict=False)
+        }
+        return problem.evidence.module_error(problem.enclosing, forwards)
 
     return error
-
-
-def _tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _shift(low: float, high: float) -> float:
@@ -148,3 +122,24 @@ def _shift(low: float, high: float) -> float:
     if low < 0 and high > -4 * low:
         return next((shift for shift in SHIFTS if low >= -shift), 0.0)
     return 0.0
+
+
+def _link(find: Callable[[str], nn.Module], name: str, plan: SVDQPlan) -> None:
+    """Let a layer that borrows its down projection find the layer that its plan names."""
+    if plan.lender:
+        find(name).borrow_from(find(plan.lender))
+
+
+def _needs(plan: SVDQPlan) -> frozenset[str]:
+    return frozenset({"rows"} if plan.alpha is not None else {"rows", "module"})
+
+
+register_format(
+    "svdq",
+    plan=SVDQPlan,
+    layers={nn.Linear: SVDQLinear, nn.Conv2d: SVDQConv2d},
+    build=quantize_group,
+    needs=_needs,
+    leader=lambda name, plan: plan.lender or name,
+    link=_link,
+)

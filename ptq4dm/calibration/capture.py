@@ -6,8 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.base import numeric_padding
 from ..pipelines.sampling import evaluation_mode
 from .record import Calls, replay
 
@@ -30,9 +32,15 @@ class Captured:
 
 
 def as_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """A layer's input as [M, K]."""
-    x = x.permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else x
-    return x.reshape(-1, x.shape[-1])
+    """A layer's input as rows [M, K], with K in the order of its flattened weight; of a grouped convolution K is that
+    of all its groups, one after the other."""
+    if not isinstance(module, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1])
+    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), 0, "valid", "same"):
+        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    padding = numeric_padding(module)
+    windows = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # [B, C kh kw, pixels]
+    return windows.transpose(1, 2).reshape(-1, windows.shape[1])
 
 
 @torch.no_grad()
@@ -47,8 +55,8 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
     waiting: set[str] = set()
 
     def of_layer(name: str):
-        def hook(module, args):
-            x = as_rows(module, args[0]).float()
+        def hook(module, args, kwargs):
+            x = as_rows(module, args[0] if args else next(iter(kwargs.values()))).float()
             peak = x.abs().amax(0)
             got.peaks[name] = torch.maximum(got.peaks[name], peak) if name in got.peaks else peak
             got.lows[name] = min(got.lows.get(name, float("inf")), float(x.min()))
@@ -70,9 +78,9 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(of_layer(name)) for name in layers]
-    handles += [
-        model.get_submodule(name).register_forward_pre_hook(of_module(name), with_kwargs=True) for name in modules
+    watched = [(name, of_layer) for name in layers] + [(name, of_module) for name in modules]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name, hook in watched
     ]
     handles += [model.get_submodule(name).register_forward_hook(done(name)) for name in {*layers, *modules}]
     try:

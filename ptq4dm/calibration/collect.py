@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..files.atomic import output_folder
-from ..layers.modules import is_quantized
+from ..layers.base import is_quantized
 from ..pipelines.sampling import denoiser, evaluation_mode
 from .record import Calls, record_calls, replay
 from .statistics import InputStatistics

@@ -15,7 +15,7 @@ from ..calibration.record import record_calls
 from ..errors import UserError
 from ..kernels.runtime import settings as tuning
 from ..kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
-from ..layers.modules import is_quantized
+from ..layers.base import is_quantized
 from ..pipelines.sampling import default_steps, denoiser
 from ..quantization.saving import make_parent
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
 from ..pipelines.sampling import model_of
-from .modules import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
+from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 
 LAYERS = (Int8Conv2d, Int8Linear, Fp8Conv2d, Fp8Linear)
 
@@ -137,7 +137,7 @@ class FusedAttnProcessor(AttnProcessor2_0):
         y = F.scaled_dot_product_attention(*(heads(layer) for layer in layers[:3]))
         y = y.transpose(1, 2).reshape(batch, h * w, -1)
         pixels = hidden_states.permute(0, 2, 3, 1).reshape(batch, h * w, channels)
-        y = w8a8_linear(y, *out._operands(), pixels)
+        y = w8a8_linear(y, *out.operands, pixels)
         return y.view(batch, h, w, channels).permute(0, 3, 1, 2)
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from ..errors import UserError
 from ..files.atomic import replacing
+from ..transforms.base import TransformPlan
+from .registry import FORMATS
 
 
 @dataclass
 class LayerPlan:
-    """How one layer is quantized.
+    """How one layer is quantized to 8 bits.
 
-    format: the number format, a key of `modules.FORMATS`.
+    format: the number format, a name in `registry.FORMATS`.
     weight_bits, activation_bits: width of the grids; 8 and 8 are what the kernels are made for, others are
         computed on a narrower grid of the same int8 codes (`simulated`).
     objective: the range objective of the weight scales (`ranges.OBJECTIVES`), with its `objective_parameter`.
     input_scale, input_zero_point: the static activation grid; None for dynamic activations. FP8 has no zero point.
+    rounding: how the weight is rounded (`rounding.ROUNDERS`).
     """
 
     format: str = "int8"
@@ -28,6 +36,7 @@ class LayerPlan:
     objective_parameter: float | None = None
     input_scale: float | None = None
     input_zero_point: int | None = None
+    rounding: str = "nearest"
 
     @property
     def static(self) -> bool:
@@ -39,43 +48,116 @@ class LayerPlan:
 
     def __str__(self) -> str:
         kind = "static" if self.static else "dynamic"
-        name = "FP8" if self.format == "fp8" else f"W{self.weight_bits}A{self.activation_bits}"
+        name = "FP8" if self.format == "fp8" else f"W{self.weight_bits}A{self.activation_bits}{self.groups_text}"
         name = f"{name} {kind}"
         return f"{name} (simulated)" if self.simulated else name
 
+    @property
+    def groups_text(self) -> str:
+        """Text for the inputs that share a weight scale, where a row has several."""
+        return ""
 
-# format -> the dataclass of a layer's choices in it; a method with a format of its own adds one.
-PLANS: dict[str, type] = {"int8": LayerPlan, "fp8": LayerPlan}
+
+@dataclass
+class Int4Plan(LayerPlan):
+    """How one layer gets weights of 4 bits, stored as such, under inputs of 8.
+
+    group_size: inputs per weight scale, 32, 64 or 128; None gives each output one. The inputs of a convolution are
+        taken pixel by pixel of its window, so that a group holds channels of one pixel.
+    affine: scales with zero points.
+    """
+
+    format: str = "int4"
+    weight_bits: int = 4
+    group_size: int | None = None
+    affine: bool = False
+
+    @property
+    def simulated(self) -> bool:
+        return self.activation_bits != 8
+
+    @property
+    def groups_text(self) -> str:
+        return ("" if self.group_size is None else f" g{self.group_size}") + (" affine" if self.affine else "")
 
 
 @dataclass
 class Plan:
-    """method: who made it; layers: module name -> its choices, of the class that PLANS names for their `format`.
+    """What was decided for one model.
 
-    Layers not named keep their precision.
+    method: who made it.
+    layers: module name -> its choices, of the class that its `format` registered. Layers not named keep their
+        precision.
+    transforms: changes of the model that keep its function, made in this order before anything is quantized.
     """
 
     method: str
     layers: dict[str, LayerPlan] = field(default_factory=dict)
+    transforms: list[TransformPlan] = field(default_factory=list)
 
     def to_dict(self) -> dict:
-        return {"method": self.method, "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+        """The plan as JSON holds it; tensors of transforms are not in it."""
+        data = {"method": self.method, "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+        if self.transforms:
+            data["transforms"] = [transform.to_dict() for transform in self.transforms]
+        return data
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of all transforms, named "<number>/<name>"."""
+        return {
+            f"{number}/{name}": tensor
+            for number, transform in enumerate(self.transforms)
+            for name, tensor in transform.tensors.items()
+        }
+
+    def copy(self) -> Plan:
+        """A plan of its own, whose layers may be completed."""
+        return copy.deepcopy(self)
 
     @classmethod
-    def from_dict(cls, data: dict) -> Plan:
+    def from_dict(cls, data: dict, tensors: dict[str, torch.Tensor] | None = None) -> Plan:
+        """The plan of a dict. Raises UserError where it is none, or names a format that nobody knows.
+
+        tensors: those of its transforms; without them a plan can be read, and a packed model loaded, but not followed.
+        """
         try:
-            layers = {name: PLANS.get(layer["format"], LayerPlan)(**layer) for name, layer in data["layers"].items()}
-            return cls(data["method"], layers)
+            layers = {name: _layer_plan(layer) for name, layer in data["layers"].items()}
+            transforms = [
+                TransformPlan.from_dict(
+                    transform,
+                    None if tensors is None else {
+                        name.partition("/")[2]: tensor
+                        for name, tensor in tensors.items()
+                        if name.partition("/")[0] == str(number)
+                    },
+                )
+                for number, transform in enumerate(data.get("transforms", ()))
+            ]  # fmt: skip
+            return cls(data["method"], layers, transforms)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"this is not a plan written by ptq4dm ({error}).") from None
 
     def save(self, path: str | Path) -> None:
+        """Write the plan into a JSON file, and tensors of transforms, if any, beside it, as .safetensors."""
+        path = Path(path)
+        tensors = self.tensors()
+        if tensors:
+            with replacing(path.with_suffix(".safetensors")) as temporary:
+                save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote. Raises UserError where it cannot be read."""
+        path = Path(path)
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            data = json.loads(path.read_text())
+            beside = path.with_suffix(".safetensors")
+            return cls.from_dict(data, load_file(beside) if beside.is_file() else {})
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
             raise UserError(f"cannot read a plan from {path}: {error}.") from None
+
+
+def _layer_plan(choices: dict):
+    return FORMATS.find(choices["format"]).plan(**choices)

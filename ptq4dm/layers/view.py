@@ -99,3 +99,11 @@ def _writes(view: LayerView) -> int:
 
 def _repeated(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
+
+
+def matrix_like(module: nn.Module) -> bool:
+    """Whether a layer is one matrix product over tokens: a Linear, or a 1x1 convolution of stride 1."""
+    if type(module) is nn.Linear:
+        return True
+    plain = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1}
+    return type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in plain.items())

@@ -1,22 +1,29 @@
-"""What RTN and PTQ4DM share: 8-bit or narrower weights per output channel, inputs per tensor or token."""
+"""What RTN and PTQ4DM share: weights of 8 bits and less, inputs of 8 bits and less per tensor or token."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import nn
 
+from ..allocation.roles import allocate, edge_role
+from ..calibration.evidence import Evidence, calibration_batches
+from ..calibration.trace import block_of
 from ..errors import UserError
-from ..kernels.formats import fp8
-from ..layers.plan import LayerPlan
+from ..evidence import LayerEvidence
+from ..layers.plan import Int4Plan, LayerPlan
+from ..layers.registry import needs_of
 from ..layers.view import LayerView
+from ..quantization.input_grids import fp8_scale, int8_grid
 from ..quantization.options import option
 from ..quantization.recipe import QuantConfig
-from ..ranges.clipping import activation_grid, objective_parameter
+from ..ranges.registry import OBJECTIVES, objective_parameter
+from ..rounding.registry import ROUNDERS
 
 NUMBER_FORMATS = ("int8", "fp8")
 FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
+GROUP_SIZES = (None, 32, 64, 128)
 
 
 @dataclass(repr=False)
@@ -25,21 +32,35 @@ class IntegerConfig(QuantConfig):
 
     format: "int8", or "fp8": e4m3 floats, 8 and 8 bits, symmetric, with ranges that reach to the largest value
         whatever the objective (their steps grow with the value, so there is little to gain by clipping).
-    weight_bits, activation_bits: 2..8. 8 and 8 are real; narrower grids are `simulated` (int8 containers).
+    weight_bits: 8; or 4, stored in 4 bits; 2, 3, 5, 6 and 7 are `simulated` in int8 containers.
+    activation_bits: 8; narrower grids are `simulated`.
+    group_size: of 4-bit weights: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs do not
+        divide into groups (of a convolution, its channels) have one scale an output; the report names each layer's.
+    affine: 4-bit weights with zero points.
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
         calibration never reached is "dynamic" in either case.
     symmetric: static activation grids without a zero point.
     first_last: the layers that read the model's input channels and write its output channels: "int8" (at
         least 8 bits, PTQ4DM's rule), "same" (no exception) or "keep" (full precision).
+    rounding: of weights: "nearest", or "gptq" and others of rounding.ROUNDERS that look at calibration inputs.
+    num_tuples: calibration tuples that roundings and objectives look at, evenly from the store; seed: of the input rows
+        that are kept.
     """
 
     format: str = option("int8", "number format of weights and inputs", choices=NUMBER_FORMATS)
-    weight_bits: int = option(8, "8; narrower grids are simulated in int8 containers")
+    weight_bits: int = option(8, "8, or 4 stored as such; other widths are simulated in int8 containers")
     activation_bits: int = option(8, "8; narrower grids are simulated")
+    group_size: int | None = option(
+        None, "inputs per scale of 4-bit weights: 32, 64, 128; else one an output", parse=int
+    )
+    affine: bool = option(False, "4-bit weights with zero points")
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")
     first_last: str = option("int8", "the layers at the model's ends", choices=FIRST_LAST)
+    rounding: str = option("nearest", "how weights are rounded: nearest, or gptq by calibration inputs")
+    num_tuples: int = option(32, "calibration tuples that roundings and objectives look at")
+    seed: int = option(0, "of the input rows that are kept", flag=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,43 +71,85 @@ class IntegerConfig(QuantConfig):
             raise UserError(f"format must be 'int8' or 'fp8'; got '{self.format}'.")
         if self.format == "fp8" and (self.weight_bits, self.activation_bits) != (8, 8):
             raise UserError("format='fp8' has 8 bits; leave weight_bits and activation_bits at 8, or take 'int8'.")
+        if self.group_size not in GROUP_SIZES:
+            raise UserError(f"group_size must be None, 32, 64 or 128; got {self.group_size!r}.")
+        if self.weight_bits != 4 and (self.group_size is not None or self.affine):
+            raise UserError("group_size and affine are choices of 4-bit weights; give weight_bits=4 with them.")
         if self.activations not in ACTIVATIONS:
             raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
         if self.first_last not in FIRST_LAST:
             raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
+        ROUNDERS.find(self.rounding)
+        if self.num_tuples < 1:
+            raise UserError(f"num_tuples must be 1 or more; got {self.num_tuples}.")
+
+    def ranges(self) -> tuple[str, float | None]:
+        """The range objective of this method, and its parameter."""
+        return "max", None
 
     @property
     def needs_calibration(self) -> bool:
-        return self.activations == "static"
+        looks = ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs
+        return self.activations == "static" or bool(looks)
 
-    def layer_plan(self, view: LayerView, store, objective: str, parameter: float | None) -> LayerPlan | None:
-        """One layer's plan under a range objective; None keeps the layer in full precision."""
-        edge = view.role in ("first", "last")
-        if edge and self.first_last == "keep":
-            return None
+    def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, LayerPlan]:
+        """A plan for each layer; those at the model's ends as `first_last` says."""
+        fed = self._inputs(model, views, store)
+        edge = None if self.first_last == "keep" else lambda view: self._plan(view, store, fed(view), True)
+        inner = lambda view: self._plan(view, store, fed(view), False)  # noqa: E731
+        return allocate(views, {"edge": edge, "inner": inner}, edge_role)
+
+    def _inputs(self, model, views: list[LayerView], store):
+        """A function: view -> LayerEvidence, captured block by block, or None where the objective needs none."""
+        if self.activations == "dynamic" or self.format == "fp8" or not OBJECTIVES.find(self.ranges()[0]).needs:
+            return lambda view: None
+        batches = calibration_batches(store.calls, self.num_tuples)
+        blocks: dict[str, Evidence] = {}  # of one block at a time
+
+        def fed(view: LayerView) -> LayerEvidence | None:
+            if store.input_of(view.name)[2] > store.input_of(view.name)[3]:
+                return None  # calibration never reached it
+            block = block_of(view.name)
+            if block not in blocks:
+                blocks.clear()
+                names = [v.name for v in views if block_of(v.name) == block]
+                blocks[block] = Evidence(model, names, [], batches, self.seed)
+            return blocks[block].of(view.name)
+
+        return fed
+
+    def _plan(self, view: LayerView, store, fed: LayerEvidence | None, edge: bool) -> LayerPlan:
+        """One layer's plan; at an edge the weight has 8 bits where `first_last` says so."""
         if self.format == "fp8":
-            return self._fp8_plan(view, store)
+            scale = fp8_scale(view, store) if self.activations == "static" else None
+            return LayerPlan("fp8", input_scale=scale, rounding=self.rounding)
         weight_bits, activation_bits = self.weight_bits, self.activation_bits
         if edge and self.first_last == "int8":
             weight_bits = activation_bits = 8
+        objective, parameter = self.ranges()
         parameter = objective_parameter(objective, parameter)
-        plan = LayerPlan("int8", weight_bits, activation_bits, objective, parameter)
+        scale = zero = None
         if self.activations == "static":
-            histogram, limit, low, high = store.input_of(view.name)
-            if low > high:  # calibration never reached the layer: nothing is known of its input beforehand
-                return plan
-            device = view.module.weight.device
-            histogram = histogram.to("cpu" if device.type == "meta" else device)  # the search is quick on a GPU
-            plan.input_scale, plan.input_zero_point = activation_grid(
-                histogram, limit, low, high, activation_bits, objective, parameter, self.symmetric
-            )
+            scale, zero = int8_grid(view, store, activation_bits, objective, parameter, self.symmetric, fed)
+        if weight_bits == 4:
+            plan = Int4Plan(activation_bits=activation_bits, group_size=self._groups(view), affine=self.affine)
+        else:
+            plan = LayerPlan("int8", weight_bits, activation_bits)
+        plan.objective, plan.objective_parameter, plan.rounding = objective, parameter, self.rounding
+        plan.input_scale, plan.input_zero_point = scale, zero
+        if store is not None and needs_of(plan) and _unseen(view, store):
+            plan.rounding, plan.objective, plan.objective_parameter = "nearest", "max", None
         return plan
 
-    def _fp8_plan(self, view: LayerView, store) -> LayerPlan:
-        plan = LayerPlan("fp8")
-        if self.activations == "static":
-            _, _, low, high = store.input_of(view.name)
-            if low <= high:
-                scale = max(-low, high) / fp8.LIMIT
-                plan.input_scale = scale if scale >= torch.finfo(torch.float32).tiny else 1.0
-        return plan
+    def _groups(self, view: LayerView) -> int | None:
+        """The group size, if the layer's inputs divide into such groups."""
+        channels = view.weight.shape[1]
+        if isinstance(view.module, nn.Conv2d):
+            channels = view.module.in_channels // view.module.groups
+        return self.group_size if self.group_size and channels % self.group_size == 0 else None
+
+
+def _unseen(view: LayerView, store) -> bool:
+    """Whether calibration never reached a layer: nothing is known of its input."""
+    _, _, low, high = store.input_of(view.name)
+    return low > high

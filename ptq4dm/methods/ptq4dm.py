@@ -13,11 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..layers.plan import LayerPlan
-from ..layers.view import LayerView
 from ..quantization.options import option
 from ..quantization.recipe import register
-from ..ranges.clipping import objective_parameter
+from ..ranges.registry import objective_parameter
 from .eight_bit import IntegerConfig
 
 
@@ -26,17 +24,18 @@ from .eight_bit import IntegerConfig
 class PTQ4DMConfig(IntegerConfig):
     """PTQ4DM. Options of IntegerConfig, and:
 
-    objective: "max", "percentile", "mse" or "lp", for inputs and weights.
+    objective: "max", "percentile", "mse", "lp" or "output" (the error of the layer's output on calibration inputs), for
+        inputs and weights.
     objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4).
     """
 
-    objective: str = option("lp", "range objective: max, percentile, mse or lp")
+    objective: str = option("lp", "range objective: max, percentile, mse, lp or output")
     objective_parameter: float | None = option(None, "percent of percentile, exponent of lp", parse=float)
 
     def __post_init__(self):
         super().__post_init__()
         self.objective_parameter = objective_parameter(self.objective, self.objective_parameter)
 
-    def resolve(self, model, views: list[LayerView], store) -> dict[str, LayerPlan]:
-        plans = {view.name: self.layer_plan(view, store, self.objective, self.objective_parameter) for view in views}
-        return {name: plan for name, plan in plans.items() if plan is not None}
+    def ranges(self) -> tuple[str, float | None]:
+        """The range objective and its parameter."""
+        return self.objective, self.objective_parameter

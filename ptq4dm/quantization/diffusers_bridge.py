@@ -15,8 +15,10 @@ from torch import nn
 
 from ..calibration.store import CalibrationStore, layer_fingerprint
 from ..errors import UserError
-from ..layers.modules import empty_quantized, is_quantized, replace_module
+from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
+from ..layers.registry import empty_quantized, needs_of
+from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 
@@ -49,15 +51,14 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             for name, choice in config.plan.layers.items():
                 replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
         elif not config.packs_while_loading:
-            raise UserError(
-                f"{type(config).__name__} looks at layers together and cannot pack them while a model loads; load it "
-                "in full precision, then call ptq4dm.quantize."
-            )
+            raise _not_while_loading(config)
         else:
             if config.calibration is not None:
                 self.store = CalibrationStore.load(config.calibration)
             plan = config.plan or make_plan(model, config, self.store)
             check_plan(model, plan)
+            if any(needs_of(choice) for choice in plan.layers.values()):
+                raise _not_while_loading(config)
             self.quantization_config = resolved(config, plan)
         model.register_to_config(quantization_config=self.quantization_config)
 
@@ -100,7 +101,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.store = None
-        self.quantization_config.link(model, self.quantization_config.plan)
+        link_layers(model.get_submodule, self.quantization_config.plan.layers)
         return model
 
     def update_torch_dtype(self, torch_dtype):
@@ -114,6 +115,13 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(entries)  # diffusers has no call that takes an entry out
         return model
+
+
+def _not_while_loading(config: QuantConfig) -> UserError:
+    return UserError(
+        f"{type(config).__name__} looks at layers together, or at what they are fed, and cannot pack them while a model "
+        "loads; load it in full precision, then call ptq4dm.quantize."
+    )
 
 
 def resolved(config: QuantConfig, plan: Plan) -> QuantConfig:

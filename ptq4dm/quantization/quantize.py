@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from ..calibration.collect import binned_batches
 from ..calibration.record import replay
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
-from ..layers.modules import is_quantized, replace_module
+from ..layers.base import is_quantized, replace_module
 from ..pipelines.sampling import evaluation_mode, model_of
 from .diffusers_bridge import mark_quantized, resolved
+from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 from .report import QuantizationReport, Ratio, stored_bytes
@@ -18,14 +21,23 @@ from .report import QuantizationReport, Ratio, stored_bytes
 ERROR_SAMPLES = 32  # tuples on which layer errors are measured
 
 
-def quantize(target, config: QuantConfig, store: CalibrationStore | None = None) -> QuantizationReport:
+def quantize(
+    target,
+    config: QuantConfig,
+    store: CalibrationStore | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+) -> QuantizationReport:
     """Quantize a pipeline's denoiser, or a model, in place.
 
     Args:
         target: a diffusers pipeline (its unet or transformer is quantized) or an nn.Module in full precision.
         config: a recipe (PTQ4DMConfig, RTNConfig, ...). With `config.plan` set, that plan is followed and the
             same plan gives the same codes, bit for bit.
-        store: from `collect`; needed for static activations, and for layer errors measured on outputs.
+        store: from `collect`; needed for static activations, for roundings and objectives that look at what layers are
+            fed, and for layer errors measured on outputs.
+        checkpoint: a folder that keeps each block of the model as it is packed; the same call with it goes on where it
+            was interrupted, with the same codes.
 
     Returns:
         A report: bytes, kernels and the SQNR of each layer's output on calibration tuples (of its weight when
@@ -38,12 +50,12 @@ def quantize(target, config: QuantConfig, store: CalibrationStore | None = None)
         store = CalibrationStore.load(config.calibration)
     plan = config.plan or make_plan(model, config, store)
     check_plan(model, plan)
-    layers = config.pack(model, plan, store)
+    layers, plan = config.pack(model, plan, store, checkpoint)
     errors = _output_errors(model, layers, store) if store is not None else _weight_errors(model, layers)
     before = stored_bytes(model)
     for name, layer in layers.items():
         replace_module(model, name, layer)
-    config.link(model, plan)
+    link_layers(model.get_submodule, plan.layers)
     mark_quantized(model, resolved(config, plan))
     rows = [
         {

@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ..errors import UserError
-from ..layers.modules import quantized_copy
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
+from ..registry import Registry
 from .options import option
+from .packing import PackingOptions, pack_plan
 
-METHODS: dict[str, type[QuantConfig]] = {}
+METHODS: Registry = Registry("quantization method")
 
 
 class QuantMethod(str, Enum):
@@ -35,8 +37,7 @@ def register(name: str):
 
     def add(cls: type[QuantConfig]) -> type[QuantConfig]:
         cls.method = name
-        METHODS[name] = cls
-        return cls
+        return METHODS.add(name, cls)
 
     return add
 
@@ -74,16 +75,12 @@ class QuantConfig(QuantizationConfigMixin):
         """The method itself: layer name -> choices. `store` is a CalibrationStore or None."""
         raise NotImplementedError
 
-    def pack(self, model: nn.Module, plan: Plan, store) -> dict[str, nn.Module]:
-        """The quantized layers of a plan, by name. The model is left as it is.
-
-        Here each layer comes from its own weight; a method that needs more (what layers share, what they are fed)
-        has its own, and may complete the plan by what it finds.
-        """
-        return {name: quantized_copy(model.get_submodule(name), choice, name) for name, choice in plan.layers.items()}
-
-    def link(self, model: nn.Module, plan: Plan) -> None:
-        """Ties between the layers of a quantized model that its tensors do not hold; none here."""
+    def pack(
+        self, model: nn.Module, plan: Plan, store, checkpoint: str | Path | None = None
+    ) -> tuple[dict[str, nn.Module], Plan]:
+        """(the quantized layers of a plan by name, the plan completed). The model is left as it is; see `pack_plan`."""
+        chosen = {item.name: getattr(self, item.name) for item in fields(PackingOptions) if hasattr(self, item.name)}
+        return pack_plan(model, plan, store, PackingOptions(**chosen), checkpoint)
 
     # --- diffusers' side ------------------------------------------------------------------------------------
 
@@ -105,10 +102,7 @@ class QuantConfig(QuantizationConfigMixin):
         """Any method's config from its dict, by the `method` entry."""
         data = {k: v for k, v in {**config_dict, **kwargs}.items() if k != "quant_method"}
         name = data.pop("method", getattr(cls, "method", None))
-        if name not in METHODS:
-            offered = sorted(name for name, one in METHODS.items() if not one.loaded_only)
-            raise UserError(f"quantization method '{name}' is unknown; known are {', '.join(offered)}.")
-        target = METHODS[name]
+        target = METHODS.find(name)
         known = {item.name for item in fields(target)}
         unknown = sorted(set(data) - known)
         if unknown:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..files.atomic import replacing
-from ..layers.modules import is_quantized
+from ..layers.base import is_quantized
 from ..layers.view import find_layers
 
 

@@ -1,6 +1,4 @@
-"""Range objectives: how far a grid should reach when the largest value need not be on it.
-
-An objective scores clipping; the search is over fractions of the full range:
+"""Range objectives that look at the values alone: an objective scores clipping, the search is over fractions.
 
     max         no clipping
     percentile  the range that holds that share of the values (default 99.99 %)
@@ -16,103 +14,109 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..kernels.formats.int8 import affine_parameters, weight_limit
-
-OBJECTIVES = {"max": None, "percentile": 99.99, "mse": 2.0, "lp": 2.4}
-"""name -> the default of its parameter (percent, or the exponent)."""
+from .inputs import InputValues
+from .registry import positive, register_objective
+from .weights import WeightRows
 
 ACTIVATION_STEPS = 48  # grid points of the search for each end of the range
 WEIGHT_STEPS = 50  # from half the range to the whole
 QUANTILE_SIZE = 2**23  # older torch.quantile takes no more than 2^24 values at once
 
 
-def objective_parameter(objective: str, value: float | None = None) -> float | None:
-    """The objective's parameter, checked; None stands for the default."""
-    if objective not in OBJECTIVES:
-        raise UserError(f"objective '{objective}' is unknown; choose from {', '.join(OBJECTIVES)}.")
-    if value is None or objective in ("max", "mse"):
-        return OBJECTIVES[objective]
-    if objective == "percentile" and not 50 < value <= 100:
-        raise UserError(f"a percentile lies in (50, 100]; got {value}.")
-    if not 0 < value < float("inf"):
-        raise UserError(f"the exponent of objective 'lp' is positive and finite; got {value}.")
-    return float(value)
+@register_objective("max")
+class Max:
+    """The whole range."""
+
+    @staticmethod
+    def weight(rows: WeightRows, parameter, evidence) -> Tensor:
+        return rows.full
+
+    @staticmethod
+    def input(inputs: InputValues, parameter, evidence) -> tuple[float, int]:
+        return inputs.grid(inputs.low, inputs.high)
 
 
-def weight_scale(weight: Tensor, bits: int, objective: str = "max", parameter: float | None = None) -> Tensor:
-    """Scales [N] float32 of symmetric per-channel codes for weight [N, ...] float; a zero row gets scale 1."""
-    rows = weight.flatten(1).float()
-    limit = weight_limit(bits)
-    parameter = objective_parameter(objective, parameter)
-    full = rows.abs().amax(1) / limit
-    if objective == "max":
-        best = full
-    elif objective == "percentile":
-        parts = rows.abs().split(max(1, QUANTILE_SIZE // rows.shape[1]))
-        best = torch.cat([part.quantile(parameter / 100, dim=1) for part in parts]) / limit
-        best = torch.where(best > 0, best, full)  # a row of little but zeros keeps what it has
-    else:
-        best, least = full.clone(), torch.full_like(full, float("inf"))
-        for step in range(WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1):
-            scale = full * (step / (2 * WEIGHT_STEPS))
-            steps = rows / torch.where(scale > 0, scale, 1.0)[:, None]
-            error = (steps - steps.round().clamp_(-limit, limit)).abs_().pow_(parameter).sum(1)
-            error = error * scale.pow(parameter)
-            better = error <= least
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return torch.where(best < torch.finfo(torch.float32).tiny, 1.0, best)
+@register_objective("percentile", parameter=99.99)
+class Percentile:
+    """The range that holds a share of the values; of inputs, half of what is left out lies on either side."""
+
+    @staticmethod
+    def check(value: float) -> float:
+        if not 50 < value <= 100:
+            raise UserError(f"a percentile lies in (50, 100]; got {value}.")
+        return value
+
+    @staticmethod
+    def weight(rows: WeightRows, parameter: float, evidence) -> Tensor:
+        magnitudes = rows.rows.abs()
+        parts = magnitudes.split(max(1, QUANTILE_SIZE // magnitudes.shape[1]))
+        reach = torch.cat([part.quantile(parameter / 100, dim=1) for part in parts])
+        best = rows.full * (reach / magnitudes.amax(1)).nan_to_num_(1.0) if rows.affine else reach / rows.limit
+        return torch.where(best > 0, best, rows.full)  # a row of little but zeros keeps what it has
+
+    @staticmethod
+    def input(inputs: InputValues, parameter: float, evidence) -> tuple[float, int]:
+        centres, counts = inputs.values
+        cumulative = counts.cumsum(0) / counts.sum()
+        tail = (100 - parameter) / 200
+        inside = (cumulative >= tail) & (cumulative - counts / counts.sum() <= 1 - tail)
+        return inputs.grid(float(centres[inside].min()), float(centres[inside].max()))
 
 
-def activation_grid(
-    histogram: Tensor,
-    limit: float,
-    low: float,
-    high: float,
-    bits: int,
-    objective: str = "max",
-    parameter: float | None = None,
-    symmetric: bool = False,
-) -> tuple[float, int]:
-    """The scale and zero point of a static activation grid.
+@register_objective("lp", parameter=2.4)
+class Lp:
+    """The least mean of |x - Q(x)|^p."""
 
-    Args:
-        histogram: [n] counts of values in n equal bins over [-limit, limit].
-        low, high: the exact extremes.
-    """
-    parameter = objective_parameter(objective, parameter)
-    low, high = min(low, 0.0), max(high, 0.0)
-    if objective == "max" or low == high:
-        return affine_parameters(low, high, bits, symmetric)
-    counts = histogram.double()
-    n = len(counts)
-    centres = (torch.arange(n, dtype=torch.float64, device=counts.device) + 0.5) * (2 * limit / n) - limit
-    used = counts > 0
-    centres, counts = centres[used].clamp_(low, high), counts[used]
-    if objective == "percentile":
-        return affine_parameters(*_percentile_range(centres, counts, parameter), bits, symmetric)
-    return _search(centres, counts / counts.sum(), low, high, bits, parameter, symmetric)
+    @staticmethod
+    def check(value: float) -> float:
+        return positive(value, "the exponent of objective 'lp'")
 
+    @staticmethod
+    def weight(rows: WeightRows, parameter: float, evidence) -> Tensor:
+        def error(scale: Tensor) -> Tensor:
+            return rows.errors(scale).abs_().pow_(parameter).sum(1) * scale.pow(parameter)
 
-def _percentile_range(centres: Tensor, counts: Tensor, percent: float) -> tuple[float, float]:
-    """The shares (100 - percent)/2 are cut off at either end."""
-    cumulative = counts.cumsum(0) / counts.sum()
-    tail = (100 - percent) / 200
-    inside = (cumulative >= tail) & (cumulative - counts / counts.sum() <= 1 - tail)
-    return float(centres[inside].min()), float(centres[inside].max())
+        return least_of(rows, error)
+
+    @staticmethod
+    def input(inputs: InputValues, parameter: float, evidence) -> tuple[float, int]:
+        """Both ends of the range on a grid of fractions (one fraction for both if symmetric): PTQ4DM's search."""
+        centres, counts = inputs.values
+        shares = counts / counts.sum()
+        grids = [inputs.grid(low, high) for low, high in ranges_of(inputs, ACTIVATION_STEPS)]
+        scale, zero = torch.tensor(grids, dtype=torch.float64, device=centres.device).T[:, :, None]
+        limit = 2 ** (inputs.bits - 1)
+        errors = []
+        for s, z in zip(scale.split(256), zero.split(256), strict=True):
+            codes = ((centres / s).round_() + z).clamp_(-limit, limit - 1) - z
+            errors.append((centres - codes * s).abs_().pow_(parameter) @ shares)
+        return grids[int(torch.cat(errors).argmin())]
 
 
-def _search(centres, shares, low, high, bits, exponent, symmetric) -> tuple[float, int]:
-    """PTQ4DM's search: both ends of the range on a grid of fractions (one fraction for both if symmetric)."""
-    fractions = torch.arange(1, ACTIVATION_STEPS + 1, dtype=torch.float64) / ACTIVATION_STEPS
-    lows = fractions if low < 0 and not symmetric else fractions[-1:]
-    highs = fractions if high > 0 or symmetric else fractions[-1:]
+@register_objective("mse", parameter=2.0)
+class Mse(Lp):
+    """The least mean of (x - Q(x))^2: lp with an exponent that nobody sets."""
+
+    check = staticmethod(lambda value: 2.0)
+
+
+def least_of(rows: WeightRows, error) -> Tensor:
+    """Scales [R], from half the full range to the whole, each of the least error(scales [R]) -> [R]."""
+    best, least = rows.full.clone(), torch.full_like(rows.full, float("inf"))
+    for step in range(WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1):
+        scale = rows.full * (step / (2 * WEIGHT_STEPS))
+        found = error(scale)
+        better = found <= least
+        best, least = torch.where(better, scale, best), torch.where(better, found, least)
+    return best
+
+
+def ranges_of(inputs: InputValues, steps: int) -> list[tuple[float, float]]:
+    """(low, high) of all ranges whose ends are fractions of the full one; of symmetric grids, one for both."""
+    fractions = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    low, high = inputs.low, inputs.high
+    lows = fractions if low < 0 and not inputs.symmetric else fractions[-1:]
+    highs = fractions if high > 0 or inputs.symmetric else fractions[-1:]
     bound = max(-low, high)
-    ends = [(-bound * b, bound * b) if symmetric else (low * a, high * b) for a in lows for b in highs]
-    grids = [affine_parameters(float(a), float(b), bits, symmetric) for a, b in ends]
-    scale, zero = torch.tensor(grids, dtype=torch.float64, device=centres.device).T[:, :, None]
-    limit = 2 ** (bits - 1)
-    errors = []
-    for s, z in zip(scale.split(256), zero.split(256), strict=True):
-        codes = ((centres / s).round_() + z).clamp_(-limit, limit - 1) - z
-        errors.append((centres - codes * s).abs_().pow_(exponent) @ shares)
-    return grids[int(torch.cat(errors).argmin())]
+    ends = [(-bound * b, bound * b) if inputs.symmetric else (low * a, high * b) for a in lows for b in highs]
+    return [(float(a), float(b)) for a, b in ends]

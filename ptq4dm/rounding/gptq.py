@@ -10,36 +10,38 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..evidence import LayerEvidence
+from .registry import register_rounder
 
 BLOCK = 128
 DAMPING = 0.01  # at first; then ten times as much until the Hessian has an inverse
 MOST_DAMPING = 1e9
 
 
-def gptq_codes(weight: Tensor, scales: Tensor, inputs: Tensor, low: int = -7, high: int = 7) -> Tensor:
-    """int8 codes [N, K] of weight [N, K] float32 under scales [N, K/G], least in ||inputs (W - Q)^T||.
+@register_rounder("gptq", needs=frozenset({"rows"}))
+def gptq(weight: Tensor, grid, evidence: LayerEvidence) -> Tensor:
+    """Codes [N, K] of weight [N, K] float32 on the grid, least in ||X (W - Q)^T|| for the rows X of the evidence.
 
-    inputs: [M, K] float32 rows of what the layer is fed.
+    Raises UserError where the rows hold NaN or infinity.
     """
     columns = weight.shape[1]
-    scales = scales.float().repeat_interleave(columns // scales.shape[1], dim=1)
-    hessian = (inputs.T @ inputs).double()
+    hessian = evidence.hessian
     order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = _inverse_factor(hessian[order][:, order]).to(weight.dtype)
-    work, scales = weight[:, order].clone(), scales[:, order]
-    codes = torch.empty_like(work)
+    work, grid_of = weight[:, order].clone(), grid.columns(order)
+    values = torch.empty_like(work)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         errors = torch.empty_like(work[:, start:end])
         for j in range(start, end):
-            codes[:, j] = (work[:, j] / scales[:, j]).round().clamp(low, high)
-            error = (work[:, j] - codes[:, j] * scales[:, j]) / upper[j, j]
+            values[:, j] = grid_of.nearest(work[:, j], j)
+            error = (work[:, j] - values[:, j]) / upper[j, j]
             work[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
             errors[:, j - start] = error
         work[:, end:] -= errors @ upper[start:end, end:]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
-    return result.to(torch.int8)
+    result = torch.empty_like(values)
+    result[:, order] = values
+    return grid.codes(result)  # of values that are on the grid: exact
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

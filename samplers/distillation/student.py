@@ -13,7 +13,7 @@ from torch import nn
 from ...calibration.record import TIMESTEPS
 from ...errors import UserError
 from ...files.atomic import replacing_folder
-from ...layers.modules import is_quantized
+from ...layers.base import is_quantized
 from ...pipelines.sampling import class_count, denoiser, denoiser_name
 from ..one_step import OneStepScheduler, nearest_timestep
 

@@ -29,7 +29,7 @@ from ptq4dm.calibration.record import Calls, replay
 from ptq4dm.errors import run
 from ptq4dm.files.atomic import replacing
 from ptq4dm.kernels.tuning import stopwatch
-from ptq4dm.layers.modules import replace_module
+from ptq4dm.layers.base import replace_module
 from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.svdquant.group import Group, split_weight
 from ptq4dm.svdquant.layers.plan import SVDQPlan

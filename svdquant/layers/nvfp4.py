@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from ...errors import UserError
 from ...kernels.formats.int4 import dequantize_e2m1, pack_int4, quantize_e2m1, unpack_int4
-from ...layers.modules import FORMATS, QuantizedLayer, frozen
-from ...layers.plan import PLANS
+from ...layers.base import QuantizedLayer, frozen
+from ...layers.registry import register_format
 
 GROUP = 16
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
@@ -90,7 +90,7 @@ class NVFP4Linear(QuantizedLayer, nn.Linear):
             y = y + self.bias.float()
         return y.to(x.dtype)
 
-    def pack(self, weight: Tensor, name: str) -> None:
+    def pack(self, weight: Tensor, name: str, evidence=None) -> None:
         raise UserError(f"layer '{name}' of the plan was read from a checkpoint: its codes cannot be made anew.")
 
     def kernel_name(self) -> str:
@@ -123,5 +123,4 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
     return (unpack_int4(packed, GROUP) + 8).to(torch.uint8)
 
 
-PLANS["nvfp4"] = NVFP4Plan
-FORMATS["nvfp4"] = {nn.Linear: NVFP4Linear}
+register_format("nvfp4", plan=NVFP4Plan, layers={nn.Linear: NVFP4Linear})

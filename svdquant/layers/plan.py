@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...layers.plan import PLANS
-
 
 @dataclass
 class SVDQPlan:
@@ -16,7 +14,8 @@ class SVDQPlan:
         projection, which the first one holds.
     alpha, beta: exponents of the smoothing divisors; None until the search has found them.
     shift: constant added to the input before it is rounded as unsigned; 0 for signed, None until calibration tells.
-    rounding: "nearest" or "gptq"; seed: of the random projections in large decompositions.
+    rounding: a name in rounding.ROUNDERS; seed: of the random projections in large decompositions.
+    search: how alpha and beta are found: "finalists" or "exhaustive" (see group.search).
     """
 
     format: str = "svdq"
@@ -30,12 +29,10 @@ class SVDQPlan:
     rounding: str = "gptq"
     refinements: int = 10
     seed: int = 0
+    search: str = "finalists"
 
     simulated = False
 
     def __str__(self) -> str:
         bits = {"int4": "A4", "int8": "A8", "fp8": "A8 (fp8)", "none": "A16"}[self.activation]
         return f"W4{bits} g{self.group_size}" + (f" r{self.rank}" if self.rank else "")
-
-
-PLANS["svdq"] = SVDQPlan

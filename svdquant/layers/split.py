@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...kernels.w4.reference import svdq_linear
-from ...layers.modules import FORMATS, QuantizedLayer, frozen
-from ...layers.plan import PLANS
+from ...layers.base import QuantizedLayer, frozen
+from ...layers.registry import register_format
 from .plan import SVDQPlan
 from .svdq import SVDQLinear
 
@@ -109,7 +109,7 @@ class SplitLinear(QuantizedLayer, nn.Linear):
         layer.bias = nn.Parameter(torch.stack(biases).sum(0).to(self.bias.dtype))
         return layer
 
-    def pack(self, weight: Tensor, name: str) -> None:
+    def pack(self, weight: Tensor, name: str, evidence=None) -> None:
         raise UserError(f"layer '{name}' of the plan was read from a checkpoint: its codes cannot be made anew.")
 
     def kernel_name(self) -> str:
@@ -122,5 +122,4 @@ class SplitLinear(QuantizedLayer, nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.plan}"
 
 
-PLANS["svdq-split"] = SplitPlan
-FORMATS["svdq-split"] = {nn.Linear: SplitLinear}
+register_format("svdq-split", plan=SplitPlan, layers={nn.Linear: SplitLinear})

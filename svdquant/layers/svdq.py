@@ -12,7 +12,7 @@ from ...kernels.formats.int4 import dequantize_groups, unpack_int4
 from ...kernels.w4 import from_codes as svdq_codes
 from ...kernels.w4 import layer as svdq_linear
 from ...kernels.w4 import reference as svdq
-from ...layers.modules import FORMATS, QuantizedLayer, frozen
+from ...layers.base import QuantizedLayer, frozen
 from .plan import SVDQPlan
 
 
@@ -67,7 +67,7 @@ class _SVDQLayer(QuantizedLayer):
         """Use another layer's down projection (in a tuple, so that it does not become a child of this one)."""
         self._lender = (lender,)
 
-    def pack(self, weight: Tensor, name: str) -> None:
+    def pack(self, weight: Tensor, name: str, evidence=None) -> None:
         raise UserError(
             f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
             "precision, then call ptq4dm.quantize with SVDQuantConfig."
@@ -198,13 +198,6 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
         return f"{self.in_channels}, {self.out_channels}, 1x1, {self.plan}"
 
 
-def link_lenders(model: nn.Module, plan) -> None:
-    """Let each layer that borrows its down projection find the layer that its plan names."""
-    for name, choice in plan.layers.items():
-        if getattr(choice, "lender", ""):
-            model.get_submodule(name).borrow_from(model.get_submodule(choice.lender))
-
-
 def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:
     """Another layer's down projection, back from where offloading layer by layer has put it away in the meantime."""
     down = lender.down
@@ -222,14 +215,3 @@ def _bias_dtype(layer: nn.Module, plan: SVDQPlan) -> torch.dtype | None:
     if layer.bias is not None:
         return layer.bias.dtype
     return layer.weight.dtype if plan.shift else None
-
-
-def matrix_like(module: nn.Module) -> bool:
-    """Whether a layer is one matrix product over tokens: a Linear, or a 1x1 convolution of stride 1."""
-    if type(module) is nn.Linear:
-        return True
-    plain = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1}
-    return type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in plain.items())
-
-
-FORMATS["svdq"] = {nn.Linear: SVDQLinear, nn.Conv2d: SVDQConv2d}

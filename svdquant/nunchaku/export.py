@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...files.atomic import replacing
 from ...kernels.formats.int4 import unpack_int4
-from ...layers.modules import is_quantized
+from ...layers.base import is_quantized
 from ..layers.svdq import SVDQLinear
 from . import layout
 from .lite import WEIGHTS

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...layers.modules import replace_module
+from ...layers.base import replace_module
 from ...layers.plan import Plan
 from ...quantization.diffusers_bridge import mark_quantized
+from ...quantization.packing import link_layers
 from ...quantization.recipe import QuantConfig, register
-from ..layers.svdq import link_lenders
 
 FLOAT16S = (torch.bfloat16, torch.float16)
 
@@ -37,11 +37,8 @@ class NunchakuConfig(QuantConfig):
     def resolve(self, model, views, store):
         raise UserError("the method 'nunchaku' stands for layers read from a checkpoint; quantize with svdquant.")
 
-    def pack(self, model, plan, store):
+    def pack(self, model, plan, store, checkpoint=None):
         return self.resolve(model, None, store)
-
-    def link(self, model: nn.Module, plan: Plan) -> None:
-        link_lenders(model, plan)
 
 
 @dataclass
@@ -145,7 +142,7 @@ def install(model: nn.Module, layers: dict[str, nn.Module], checkpoint: Checkpoi
     model.load_state_dict(values, strict=False, assign=any(tensor.is_meta for tensor in wanted.values()))
     plan = Plan(NunchakuConfig.method, {name: layer.plan for name, layer in layers.items()})
     config = NunchakuConfig(plan=plan)
-    config.link(model, plan)
+    link_layers(model.get_submodule, plan.layers)
     mark_quantized(model, config)
 
 

@@ -11,8 +11,9 @@ import ptq4dm
 from ptq4dm import PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.kernels.formats import fp8
 from ptq4dm.kernels.w8a8 import layer as w8a8
-from ptq4dm.layers.modules import Fp8Conv2d, Fp8Linear, is_quantized
+from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.w8a8 import Fp8Conv2d, Fp8Linear
 
 make_plan = sys.modules["ptq4dm.quantization.quantize"].make_plan  # the name in the package is the function's
 

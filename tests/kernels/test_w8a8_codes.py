@@ -21,8 +21,8 @@ from ptq4dm.kernels.w8a8 import reference
 from ptq4dm.kernels.w8a8 import steps as w8a8_launch
 from ptq4dm.kernels.w8a8.configs import Config
 from ptq4dm.kernels.w8a8.window import Window
-from ptq4dm.layers.modules import quantized_copy
 from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.registry import quantized_copy
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"  # the kernels themselves run: compiled, or in Triton's interpreter

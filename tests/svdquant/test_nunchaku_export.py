@@ -16,8 +16,9 @@ import ptq4dm
 from ptq4dm.calibration.record import Calls
 from ptq4dm.calibration.store import fingerprint
 from ptq4dm.errors import UserError
-from ptq4dm.layers.modules import is_quantized, quantized_copy, replace_module
+from ptq4dm.layers.base import is_quantized, replace_module
 from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.svdquant import export_nunchaku_lite, load_nunchaku_lite
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.layers.svdq import SVDQConv2d, SVDQLinear

@@ -10,7 +10,7 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm.errors import UserError
-from ptq4dm.layers.modules import is_quantized
+from ptq4dm.layers.base import is_quantized
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.quantization.report import kernel_report
 from ptq4dm.svdquant import load_nunchaku_flux

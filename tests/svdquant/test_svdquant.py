@@ -12,8 +12,8 @@ import ptq4dm
 from ptq4dm import Plan, RTNConfig, SVDQuantConfig, UserError
 from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import fingerprint
-from ptq4dm.layers.modules import Int8Linear
 from ptq4dm.layers.view import find_layers
+from ptq4dm.layers.w8a8 import Int8Linear
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.quantization.quantize import make_plan
 from ptq4dm.quantization.recipe import QuantConfig

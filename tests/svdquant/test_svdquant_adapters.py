@@ -15,7 +15,7 @@ from diffusers import (
 import ptq4dm
 from ptq4dm import SVDQuantConfig
 from ptq4dm.calibration.record import replay
-from ptq4dm.layers.modules import Int8Conv2d
+from ptq4dm.layers.w8a8 import Int8Conv2d
 from ptq4dm.svdquant.layers.svdq import SVDQConv2d, SVDQLinear
 
 peft = pytest.importorskip("peft")

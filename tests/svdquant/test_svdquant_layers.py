@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ptq4dm.calibration.record import replay
-from ptq4dm.layers.modules import empty_quantized
+from ptq4dm.layers.registry import empty_quantized
 from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.svdquant.group import Group, split_weight
 from ptq4dm.svdquant.layers.plan import SVDQPlan

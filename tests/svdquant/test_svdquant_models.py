@@ -11,8 +11,9 @@ import ptq4dm
 from ptq4dm import SVDQuantConfig
 from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import fingerprint
-from ptq4dm.layers.modules import Int8Conv2d, Int8Linear, is_quantized
+from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.view import find_layers
+from ptq4dm.layers.w8a8 import Int8Conv2d, Int8Linear
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.svdquant.layers.svdq import SVDQConv2d, SVDQLinear

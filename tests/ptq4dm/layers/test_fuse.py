@@ -13,7 +13,7 @@ from torch import nn
 import ptq4dm
 from ptq4dm import RTNConfig
 from ptq4dm.kernels.w8a8 import layer as w8a8
-from ptq4dm.layers.modules import is_quantized
+from ptq4dm.layers.base import is_quantized
 
 FUSE = sys.modules["ptq4dm.layers.fuse"]  # the name in the package is the function's
 CUDA = torch.cuda.is_available()

@@ -12,8 +12,9 @@ from diffusers import (
 from torch import nn
 
 from ptq4dm.errors import UserError
-from ptq4dm.layers.modules import quantized_copy, replace_module
+from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.view import find_layers
 
 

@@ -15,8 +15,9 @@ import ptq4dm
 from ptq4dm import CalibrationConfig, CalibrationStore, Plan, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.kernels.runtime import prepared
 from ptq4dm.kernels.w8a8 import layer as w8a8
-from ptq4dm.layers.modules import is_quantized, quantized_copy
+from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.pipelines.load import EMBEDDED
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.quantization.quantize import make_plan

@@ -24,7 +24,8 @@ from torch import nn
 import ptq4dm
 from ptq4dm import CalibrationConfig, CalibrationStore, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.calibration.store import fingerprint
-from ptq4dm.layers.modules import Int8Conv2d, Int8Linear, is_quantized
+from ptq4dm.layers.base import is_quantized
+from ptq4dm.layers.w8a8 import Int8Conv2d, Int8Linear
 from ptq4dm.pipelines.load import load_pipeline
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.quantization.report import stored_bytes

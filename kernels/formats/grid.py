@@ -1,0 +1,93 @@
+"""Grids: what a weight [N, K] can be rounded to, whatever its format.
+
+    uniform    w ~ s (q - z),   q in [low, high];   s and z [N, G] are one for each of G groups of K / G inputs
+    e4m3       w ~ s q,         q one of the floats of 8 bits
+
+`codes` rounds to nearest, halves to even; `values` is its inverse; `columns` picks inputs, so that a rounder can go
+through them in its own order; `nearest` rounds one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import fp8
+from .int4 import dequantize_groups, quantize_codes
+
+
+@dataclass
+class Grid:
+    """scales: [N, G] float; zeros: [N, G] integers, or None; low, high: the first and the last code."""
+
+    scales: Tensor
+    zeros: Tensor | None
+    low: int
+    high: int
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Codes int8 [N, K] of weight [N, K] float."""
+        if self.zeros is None:
+            return quantize_codes(weight, self.scales, self.low, self.high)
+        zeros = self._wide(self.zeros, weight.shape[1])
+        steps = (weight.float() / self._wide(self.scales.float(), weight.shape[1])).round_() + zeros
+        return steps.clamp_(self.low, self.high).nan_to_num_(0.0).to(torch.int8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes [N, K] stand for, float32 [N, K]."""
+        if self.zeros is None:
+            return dequantize_groups(codes, self.scales)
+        return (codes.float() - self._wide(self.zeros, codes.shape[1])) * self._wide(
+            self.scales.float(), codes.shape[1]
+        )
+
+    def columns(self, order: Tensor) -> Grid:
+        """The grid of the inputs `order` [K], with a scale for each: G = K."""
+        scales = self._wide(self.scales.float(), len(order))[:, order]
+        zeros = None if self.zeros is None else self._wide(self.zeros, len(order))[:, order]
+        return Grid(scales, zeros, self.low, self.high)
+
+    def nearest(self, weight: Tensor, column: int) -> Tensor:
+        """The value of the grid nearest to weight [N], float32, for one input of a grid with G = K."""
+        scale = self.scales[:, column]
+        if self.zeros is None:
+            return (weight / scale).round().clamp(self.low, self.high) * scale
+        zero = self.zeros[:, column]
+        return ((weight / scale).round().add_(zero).clamp_(self.low, self.high) - zero) * scale
+
+    def rows(self, chosen: slice) -> Grid:
+        """The grid of some outputs."""
+        return Grid(self.scales[chosen], None if self.zeros is None else self.zeros[chosen], self.low, self.high)
+
+    def _wide(self, values: Tensor, columns: int) -> Tensor:
+        """[N, G] -> [N, K]."""
+        return values.repeat_interleave(columns // values.shape[1], dim=1)
+
+
+@dataclass
+class Fp8Grid:
+    """scales: [N, 1] float32 of e4m3 codes."""
+
+    scales: Tensor
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Codes e4m3 [N, K] of weight [N, K] float."""
+        return fp8.quantize(weight, self.scales)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes [N, K] stand for, float32 [N, K]."""
+        return codes.float() * self.scales
+
+    def columns(self, order: Tensor) -> Fp8Grid:
+        """The same: all inputs of an output share its scale."""
+        return self
+
+    def nearest(self, weight: Tensor, column: int) -> Tensor:
+        """The value of the grid nearest to weight [N], float32."""
+        return self.values(self.codes(weight[:, None]))[:, 0]
+
+    def rows(self, chosen: slice) -> Fp8Grid:
+        """The grid of some outputs."""
+        return Fp8Grid(self.scales[chosen])

@@ -1,0 +1,143 @@
+"""Layers with 4-bit weights, stored in 4 bits, and 8-bit activations: format "int4"."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..evidence import LayerEvidence
+from ..kernels.formats.grid import Grid
+from ..kernels.formats.int4 import pack_int4, unpack_int4
+from ..ranges.weights import weight_grid
+from . import int4_ops
+from .base import QuantizedConv2d, QuantizedLinear, frozen
+from .int4_ops import PACKED
+from .plan import Int4Plan
+from .registry import finite, register_format
+from .rounded import rounded
+from .w8a8 import allocate_input_grid, put_input_grid
+
+HALF = torch.finfo(torch.float16)
+
+
+class Int4Layer:
+    """What Linear and Conv2d with 4-bit weights share; N outputs of K inputs, in G groups (G = 1: one scale a row).
+
+    bias              [N] in the model's dtype, or None
+    qweight           [N, K'/2] uint8, K' = K up to a multiple of 64; of a convolution K counts kernel, then channel
+    wscales           [N, G] float32 where G = 1, else float16, or bfloat16 where scales are too small for it
+    wzeros            [N, G] int8, affine layers only
+    input_scale       [] float32    static layers only
+    input_zero_point  [] int32      static layers only
+    """
+
+    plan: Int4Plan
+    kept = ("wscales", "input_scale")
+
+    def _allocate(self, shape: tuple[int, ...], device) -> None:
+        self.weight_shape = shape
+        outputs, inputs = shape[0], math.prod(shape[1:])
+        scales = 1 if self.plan.group_size is None else inputs // self.plan.group_size
+        packed = -(-inputs // PACKED) * PACKED
+        self.qweight = frozen(outputs, packed // 2, dtype=torch.uint8, device=device)
+        kind = torch.float32 if self.plan.group_size is None else torch.float16
+        self.wscales = frozen(outputs, scales, dtype=kind, device=device)
+        self.wzeros = frozen(outputs, scales, dtype=torch.int8, device=device) if self.plan.affine else None
+        allocate_input_grid(self, self.plan, True, device)
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor, name: str, evidence: LayerEvidence | None = None) -> None:
+        """Fill codes and scales from a float weight [N, ...], and the input grid from the plan.
+
+        Raises UserError, naming the layer, if the weight holds NaN or infinity.
+        """
+        plan, groups = self.plan, getattr(self, "groups", 1)
+        matrix = _pixel_first(finite(weight, name))
+        fed = None if evidence is None else evidence.columns(_pixel_first_order(weight, groups))
+        codes, scales, zeros = rounded(matrix, self._grid, plan.rounding, fed, groups)
+        self.put(qweight=pack_int4(F.pad(codes, (0, -codes.shape[1] % PACKED)), PACKED), wscales=scales)
+        if zeros is not None:
+            self.put(wzeros=zeros.to(torch.int8))
+        put_input_grid(self, plan, weight.device)
+
+    def _grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Grid:
+        """The grid of a float32 weight [N, K], by the plan, with scales as they are stored."""
+        plan = self.plan
+        grid = weight_grid(
+            matrix, 4, plan.objective, plan.objective_parameter, plan.group_size, plan.affine, evidence
+        )
+        if plan.group_size is not None:
+            grid.scales = _sixteen_bits(grid.scales)
+        return grid
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes, int8, unpacked in each call: tools that put adapters on layers read the shape off it."""
+        return self._shaped(unpack_int4(self.qweight, PACKED)[:, : math.prod(self.weight_shape[1:])])
+
+    def dequantized_weight(self) -> Tensor:
+        """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
+        inputs = math.prod(self.weight_shape[1:])
+        return self._shaped(int4_ops.weight_of(self.qweight, self.wscales, self.wzeros, inputs))
+
+    def _shaped(self, matrix: Tensor) -> Tensor:
+        """[N, K] -> the layer's own [N, K] or [N, C, kh, kw]."""
+        if len(self.weight_shape) == 2:
+            return matrix
+        outputs, channels, *kernel = self.weight_shape
+        return matrix.view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+
+    def kernel_name(self) -> str:
+        """The kernel that serves this layer where its codes are now."""
+        plan, shape = self.plan, self.weight_shape
+        return int4_ops.kernel_name(
+            self.qweight.device, len(shape) == 2, math.prod(shape[1:]), self.wscales.shape[1], plan.affine,
+            plan.static, plan.activation_bits, getattr(self, "groups", 1),
+        )  # fmt: skip
+
+    @property
+    def operands(self) -> tuple:
+        """The arguments of the int4 ops after x: weight, its grid, bias, the input's grid and its bits."""
+        return (
+            self.qweight, self.wscales, self.wzeros, self.bias, self.input_scale, self.input_zero_point,
+            self.plan.activation_bits,
+        )  # fmt: skip
+
+
+class Int4Linear(Int4Layer, QuantizedLinear):
+    """y = x W^T + b, W of 4 bits and x of 8: x [..., K] float -> [..., N] in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int4_ops.int4_linear(x, *self.operands)
+
+
+class Int4Conv2d(Int4Layer, QuantizedConv2d):
+    """Zero-padded convolution with weights of 4 bits: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        return int4_ops.int4_conv2d(x, *self.operands, *geometry)
+
+
+def _pixel_first(weight: Tensor) -> Tensor:
+    """[N, K] or [N, C, kh, kw] -> [N, K] with K in the order (kh, kw, C)."""
+    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _pixel_first_order(weight: Tensor, groups: int) -> Tensor:
+    """[groups K]: where each column of `_pixel_first` stands in the flattened weight, for each group of outputs."""
+    columns = torch.arange(weight[0].numel(), device=weight.device)
+    order = _pixel_first(columns.view(1, *weight.shape[1:]))[0]
+    return torch.cat([order + group * len(order) for group in range(groups)])
+
+
+def _sixteen_bits(scales: Tensor) -> Tensor:
+    """Scales in float16, or in bfloat16 where they are too small or too large for it."""
+    fits = scales.min() >= HALF.tiny and scales.max() <= HALF.max
+    return scales.to(torch.float16 if fits else torch.bfloat16)
+
+
+register_format("int4", plan=Int4Plan, layers={nn.Linear: Int4Linear, nn.Conv2d: Int4Conv2d})

@@ -1,0 +1,152 @@
+"""Products of 8-bit inputs with plain 4-bit weights, as ops of torch.
+
+    y[m, n] = s_x[m] sum_g s_w[n, g] sum_{k in g} (q_x[m, k] - z_x) (q_w[n, k] - z_w[n, g])  +  b[n]
+
+    triton-w4a8-int8        CUDA, Linear, dynamic inputs, symmetric weights, K a multiple of 64
+    unpack + triton-int8    CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
+    onednn-int8, int8 copy  x86 CPU, one scale an output: the W8A8 kernel on an int8 copy that is kept
+    reference               everywhere: the formula in float32 on dequantized weights; the truth
+
+The kernels on a GPU fold the scales of groups into 8-bit weights (kernels/w4/int4_codes.py says what that rounds);
+one scale an output is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.formats.grid import Grid
+from ..kernels.formats.int4 import unpack_int4
+from ..kernels.runtime.ops import op
+from ..kernels.runtime.prepared import prepared
+from ..kernels.w4 import layer as w4
+from ..kernels.w4.int4_codes import int4_codes
+from ..kernels.w8a8 import layer as w8a8
+from ..kernels.w8a8 import reference
+from ..kernels.w8a8.window import Window
+
+PACKED = 64  # codes that are packed together; rows are filled up to a multiple of it
+COPY, SCRATCH = "{}, int8 copy", "unpack + {}"
+
+
+def kernel_name(
+    device: torch.device, linear: bool, inputs: int, scales: int, affine: bool, static: bool, bits: int, groups: int
+) -> str:
+    """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution."""
+    eight = w8a8.kernel_name(device, bits, groups)
+    if device.type == "cuda":
+        if linear and not static and not affine and bits == 8 and inputs % PACKED == 0 and inputs // scales >= PACKED:
+            direct = w4.known_name(device, "int8", PACKED)
+            if direct != w4.REFERENCE:
+                return direct
+        return w8a8.REFERENCE if eight == w8a8.REFERENCE else SCRATCH.format(eight)
+    return COPY.format(eight) if scales == 1 and eight == w8a8.ONEDNN else w8a8.REFERENCE
+
+
+def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> Tensor:
+    """The float32 weight [N, K] that the codes stand for."""
+    codes = unpack_int4(qweight, PACKED)[:, :inputs]
+    return Grid(wscales, wzeros, -8, 7).values(codes)
+
+
+@op
+def int4_linear(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wzeros: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    activation_bits: int,
+) -> Tensor:
+    """x [..., K] float -> [..., N] in x's dtype.
+
+    qweight uint8 [N, K'/2], K' = K up to a multiple of 64, as `int4.pack_int4` has it in groups of 64; wscales [N, G]
+    float, wzeros [N, G] int8 or None; bias [N]; the input's grid as in `w8a8_linear`.
+    """
+    inputs, scales = x.shape[-1], wscales.shape[1]
+    static = input_scale is not None
+    name = kernel_name(x.device, True, inputs, scales, wzeros is not None, static, activation_bits, 1)
+    grid = (input_scale, input_zero_point, activation_bits)
+    if name == w8a8.REFERENCE or not x.numel():
+        rows = _rounded(x.reshape(-1, inputs), *grid, (1,))
+        y = F.linear(rows, weight_of(qweight, wscales, wzeros, inputs), None if bias is None else bias.float())
+        return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
+    if name in w4.MODES:
+        spread = prepared(wscales, PACKED, lambda: _per_packed(wscales, inputs))
+        return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
+    codes, scale = _int8(qweight, wscales, wzeros, inputs)
+    return w8a8.w8a8_linear(x, codes, scale, bias, *grid)
+
+
+@int4_linear.register_fake
+def _(x, qweight, wscales, wzeros, bias, input_scale, input_zero_point, activation_bits):
+    return x.new_empty(*x.shape[:-1], len(qweight))
+
+
+@op
+def int4_conv2d(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wzeros: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    activation_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """x [B, C, H, W] float -> [B, N, H', W'] channels_last in x's dtype.
+
+    K = kh kw C / groups, in this order of pixels and channels; zero padding; the rest as in `int4_linear`, with dynamic
+    scales per sample.
+    """
+    channels = x.shape[1] // groups
+    inputs = channels * kernel[0] * kernel[1]
+    static = input_scale is not None
+    affine = wzeros is not None
+    name = kernel_name(x.device, False, inputs, wscales.shape[1], affine, static, activation_bits, groups)
+    grid = (input_scale, input_zero_point, activation_bits)
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    shape = (len(qweight), *kernel, channels)
+    if name == w8a8.REFERENCE or not x.numel():
+        weight = weight_of(qweight, wscales, wzeros, inputs).view(shape).permute(0, 3, 1, 2)
+        pixels = _rounded(x, *grid, (1, 2, 3))
+        y = F.conv2d(pixels, weight, None if bias is None else bias.float(), *geometry)
+        return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    codes, scale = _int8(qweight, wscales, wzeros, inputs)
+    return w8a8.w8a8_conv2d(x, codes.view(shape).permute(0, 3, 1, 2), scale, bias, *grid, *geometry)
+
+
+@int4_conv2d.register_fake
+def _(x, qweight, ws, wz, bias, s, z, bits, kernel, stride, padding, dilation, groups):
+    window = Window(len(x), *x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+    batch, (height, width) = len(x), window.output
+    return x.new_empty(batch, height, width, len(qweight)).permute(0, 3, 1, 2)
+
+
+def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> tuple[Tensor, Tensor]:
+    """(int8 weight [N, K], scales [N]): made for this call on a GPU, once and kept on a CPU."""
+    if qweight.is_cuda:
+        return int4_codes(qweight, wscales, wzeros, inputs)
+    return prepared(qweight, ("int8", inputs), lambda: int4_codes(qweight, wscales, wzeros, inputs))
+
+
+def _per_packed(wscales: Tensor, inputs: int) -> Tensor:
+    """Scales [N, K / 64] of scales [N, G] that reach at least as far."""
+    return wscales.repeat_interleave(inputs // PACKED // wscales.shape[1], 1).contiguous()
+
+
+def _rounded(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int, dims: tuple) -> Tensor:
+    """What the 8-bit codes of x stand for, float32."""
+    codes, scale = reference.centred_codes(x.float(), torch.int8, scale, zero_point, bits, dims)
+    return codes * scale

@@ -1,0 +1,129 @@
+"""Layers with 8-bit weights and activations: formats "int8" and "fp8"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..evidence import LayerEvidence
+from ..kernels.formats import fp8
+from ..kernels.formats.grid import Fp8Grid
+from ..kernels.formats.int8 import dequantize_weight
+from ..kernels.w8a8 import from_codes, layer
+from ..ranges.weights import weight_grid
+from .base import QuantizedConv2d, QuantizedLinear, frozen
+from .plan import LayerPlan
+from .registry import finite, register_format
+from .rounded import rounded
+
+
+class W8A8Layer:
+    """What layers with 8-bit weights and activations share; N outputs.
+
+    bias              [N] in the model's dtype, or None
+    qweight           [N, ...] int8 or e4m3, symmetric per output channel
+    weight_scale      [N] float32
+    input_scale       [] float32    static layers only
+    input_zero_point  [] int32      static int8 layers only
+    """
+
+    plan: LayerPlan
+    kept: tuple[str, ...] = ("weight_scale", "input_scale")
+    code = torch.int8
+
+    def _allocate(self, shape: tuple[int, ...], device) -> None:
+        self.qweight = frozen(*shape, dtype=self.code, device=device)
+        self.weight_scale = frozen(shape[0], dtype=torch.float32, device=device)
+        allocate_input_grid(self, self.plan, self.code == torch.int8, device)
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor, name: str, evidence: LayerEvidence | None = None) -> None:
+        """Fill codes and scales from a float weight [N, ...], and the input grid from the plan.
+
+        Raises UserError, naming the layer, if the weight holds NaN or infinity.
+        """
+        weight = finite(weight, name)
+        groups = getattr(self, "groups", 1)
+        codes, scales, _ = rounded(weight.flatten(1), self._grid, self.plan.rounding, evidence, groups)
+        self.put(qweight=codes.view(weight.shape), weight_scale=scales[:, 0].contiguous())
+        put_input_grid(self, self.plan, weight.device)
+
+    def _grid(self, matrix: Tensor, evidence: LayerEvidence | None):
+        """The grid of a float32 weight [N, K], by the plan."""
+        plan = self.plan
+        return weight_grid(matrix, plan.weight_bits, plan.objective, plan.objective_parameter, evidence=evidence)
+
+    def dequantized_weight(self) -> Tensor:
+        """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
+        return dequantize_weight(self.qweight, self.weight_scale)
+
+    def kernel_name(self) -> str:
+        """The kernel that serves this layer where its codes are now."""
+        groups = getattr(self, "groups", 1)
+        return layer.kernel_name(self.qweight.device, self.plan.activation_bits, groups, self.code)
+
+    @property
+    def operands(self) -> tuple:
+        """The arguments of the W8A8 ops after x: weight, its scales, bias, the input's grid and its bits."""
+        return (
+            self.qweight, self.weight_scale, self.bias, self.input_scale, self.input_zero_point,
+            self.plan.activation_bits,
+        )  # fmt: skip
+
+
+def allocate_input_grid(module: nn.Module, plan: LayerPlan, affine: bool, device) -> None:
+    """Room for the static grid of a layer's input: input_scale [] float32, input_zero_point [] int32; or None."""
+    module.input_scale = frozen(dtype=torch.float32, device=device) if plan.static else None
+    module.input_zero_point = frozen(dtype=torch.int32, device=device) if plan.static and affine else None
+
+
+def put_input_grid(module, plan: LayerPlan, device) -> None:
+    """Fill what `allocate_input_grid` made from the plan."""
+    if plan.static:
+        module.put(input_scale=torch.tensor(plan.input_scale, dtype=torch.float32, device=device))
+    if module.input_zero_point is not None:
+        module.put(input_zero_point=torch.tensor(plan.input_zero_point, dtype=torch.int32, device=device))
+
+
+class W8A8Linear(W8A8Layer, QuantizedLinear):
+    """y = x W^T + b on 8-bit codes: x [..., K] float -> [..., N] in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return from_codes.linear(x, *self.operands)
+
+
+class W8A8Conv2d(W8A8Layer, QuantizedConv2d):
+    """Zero-padded convolution on 8-bit codes: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer.w8a8_conv2d(x, *self.operands, self.stride, self.padding, self.dilation, self.groups)
+
+
+class _Fp8:
+    """What makes a W8A8 layer one of e4m3 codes; torch counts them as floats, so they are kept from conversion."""
+
+    kept = ("qweight", "weight_scale", "input_scale")
+    code = fp8.DTYPE
+
+    def _grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Fp8Grid:
+        return Fp8Grid(fp8.scale_of(matrix, (1,)))
+
+
+class Int8Linear(W8A8Linear):
+    """A Linear of format "int8"."""
+
+
+class Int8Conv2d(W8A8Conv2d):
+    """A Conv2d of format "int8"."""
+
+
+class Fp8Linear(_Fp8, W8A8Linear):
+    """A Linear of format "fp8"."""
+
+
+class Fp8Conv2d(_Fp8, W8A8Conv2d):
+    """A Conv2d of format "fp8"."""
+
+
+register_format("int8", plan=LayerPlan, layers={nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d})
+register_format("fp8", plan=LayerPlan, layers={nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d})

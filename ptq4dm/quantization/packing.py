@@ -1,0 +1,157 @@
+"""From a plan to quantized layers: one driver for all methods.
+
+Block by block, in the order of the model: layers that share an input and a format are one problem; what their formats
+need to know of calibration is captured once for the block, from full precision or from the part that is quantized
+already; each format builds the layers of its problems.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..calibration.evidence import Evidence, calibration_batches
+from ..calibration.store import CalibrationStore
+from ..calibration.trace import block_of, trace
+from ..errors import UserError
+from ..layers.plan import Plan
+from ..layers.registry import FORMATS, Problem, finite, needs_of
+from ..layers.view import LayerView
+from .checkpoint import BlockCheckpoint
+
+PREFIXES = ("exact", "quantized")
+
+
+@dataclass
+class PackingOptions:
+    """What decides about codes beside plan and store.
+
+    num_tuples: calibration tuples used, evenly from the store; seed: of the input rows that are kept.
+    prefix: "exact" or "quantized": what a block is fed while it is packed.
+    """
+
+    num_tuples: int = 32
+    seed: int = 0
+    prefix: str = "exact"
+
+    def __post_init__(self):
+        if self.prefix not in PREFIXES:
+            raise UserError(f"prefix must be one of {', '.join(PREFIXES)}; got '{self.prefix}'.")
+        if self.num_tuples < 1:
+            raise UserError(f"num_tuples must be 1 or more; got {self.num_tuples}.")
+
+
+@dataclass
+class _Block:
+    """The problems of one block: leader -> names of the layers, itself first."""
+
+    name: str
+    problems: dict[str, list[str]] = field(default_factory=dict)
+
+
+def pack_plan(
+    model: nn.Module,
+    plan: Plan,
+    store: CalibrationStore | None = None,
+    options: PackingOptions | None = None,
+    checkpoint: str | Path | None = None,
+) -> tuple[dict[str, nn.Module], Plan]:
+    """(the quantized layers by name, a copy of the plan completed by what was found). The model is left as it is.
+
+    checkpoint: a folder that keeps each block as it is done; the same call with it goes on where it stopped.
+
+    Raises:
+        UserError: a weight holds NaN or infinity, evidence is needed and there is no store, or the store is of
+            another model.
+    """
+    options, plan = options or PackingOptions(), plan.copy()
+    needs = {name: needs_of(choice) for name, choice in plan.layers.items()}
+    if any(needs.values()):
+        if store is None:
+            raise UserError(
+                f"{plan.method} needs a calibration store here, also to follow a plan: its formats, roundings or "
+                "objectives look at what layers are fed; make one with ptq4dm.collect."
+            )
+        store.check_model(model)
+    for name in plan.layers:
+        finite(model.get_submodule(name).weight, name)
+    blocks = blocks_of(model, plan)
+    batches = calibration_batches(store.calls, options.num_tuples) if any(needs.values()) else []
+    enclosing = _enclosing(model, blocks, needs, batches)
+    kept = _checkpoint(checkpoint, plan, store, options)
+    packed: dict[str, nn.Module] = {}
+    for block in tqdm(blocks, desc=plan.method, unit="block", disable=not batches):
+        done = kept.load(block.name, model) if kept else None
+        if done is None:
+            leaders = [leader for leader, names in block.problems.items() if any(needs[name] for name in names)]
+            around = sorted({enclosing[leader] for leader in leaders if leader in enclosing})
+            before = packed if options.prefix == "quantized" else {}
+            evidence = Evidence(model, leaders, around, batches, options.seed, before) if leaders else None
+            done = {}
+            for leader, names in block.problems.items():
+                layers = {name: model.get_submodule(name) for name in names}
+                problem = Problem(layers, {n: plan.layers[n] for n in names}, evidence, enclosing.get(leader))
+                done |= FORMATS.find(plan.layers[leader].format).build(problem)
+            if kept:
+                kept.save(block.name, done)
+        packed |= done
+        link_layers(packed.__getitem__, {name: layer.plan for name, layer in done.items()})
+    packed = {name: packed[name] for name in plan.layers}
+    plan.layers = {name: layer.plan for name, layer in packed.items()}
+    return packed, plan
+
+
+def link_layers(find: Callable[[str], nn.Module], plans: dict[str, object]) -> None:
+    """Tie layers to those they share something with, as their formats say. find: name -> quantized layer."""
+    for name, choice in plans.items():
+        FORMATS.find(choice.format).link(find, name, choice)
+
+
+def blocks_of(model: nn.Module, plan: Plan) -> list[_Block]:
+    """The problems of a plan, in the order of the model (files sort plans by name), block by block.
+
+    Raises UserError where a layer follows one that has another format or is not in the plan.
+    """
+    problems: dict[str, list[str]] = {}
+    for name, _ in model.named_modules():
+        if (choice := plan.layers.get(name)) is not None:
+            problems.setdefault(FORMATS.find(choice.format).leader(name, choice), []).append(name)
+    blocks: dict[str, _Block] = {}
+    for leader, names in problems.items():
+        if names[0] != leader or len({plan.layers[name].format for name in names}) > 1:
+            raise UserError(f"the plan is damaged: '{names[0]}' borrows from '{leader}', which has nothing to lend.")
+        block = block_of(leader)
+        blocks.setdefault(block, _Block(block)).problems[leader] = names
+    return list(blocks.values())
+
+
+def _enclosing(model, blocks: list[_Block], needs: dict[str, frozenset[str]], batches) -> dict[str, str]:
+    """leader -> the module around its problem, where a format wants to judge by that and there are several layers."""
+    asked = [
+        (leader, names)
+        for block in blocks
+        for leader, names in block.problems.items()
+        if len(names) > 1 and "module" in needs[leader]
+    ]
+    if not asked:
+        return {}
+    views = [LayerView(name, model.get_submodule(name)) for _, names in asked for name in names]
+    traced = trace(model, views, batches[0][:1])
+    found = {leader: traced[leader].enclosing for leader, _ in asked if leader in traced}
+    return {leader: module for leader, module in found.items() if module != leader}
+
+
+def _checkpoint(folder, plan: Plan, store, options: PackingOptions) -> BlockCheckpoint | None:
+    if folder is None:
+        return None
+    identity = {
+        "plan": plan.to_dict(),
+        "options": asdict(options),
+        "store": None if store is None else [store.config, store.fingerprint],
+    }
+    return BlockCheckpoint(Path(folder), json.loads(json.dumps(identity)))

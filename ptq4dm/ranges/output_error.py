@@ -1,0 +1,61 @@
+"""The range objective of the layer's output: what clipping does to X W^T, not to X or W alone.
+
+    weights     argmin_c  ||X (W - Q_c(W))^T||^2      row by row (group by group, as if no other were rounded)
+    inputs      argmin_c  ||(X - Q_c(X)) W^T||^2      each end of the range in turn, the other one kept
+
+X are rows of what the layer is fed in calibration.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..evidence import LayerEvidence
+from .clipping import least_of
+from .inputs import InputValues
+from .registry import register_objective
+from .weights import WeightRows
+
+ROWS = 512  # of the input, on which its ranges are scored
+STEPS = 24  # fractions of the full range that each end is tried at
+TURNS = 2
+
+
+@register_objective("output", needs=frozenset({"rows"}))
+class OutputError:
+    """The least squared error of the layer's output."""
+
+    @staticmethod
+    def weight(rows: WeightRows, parameter, evidence: LayerEvidence) -> Tensor:
+        hessian = evidence.hessian.to(rows.rows.device, torch.float32)
+        size = hessian.shape[0] // rows.groups
+        blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
+
+        def error(scale: Tensor) -> Tensor:
+            wrong = (rows.errors(scale) * scale[:, None]).view(-1, rows.groups, size)
+            return torch.einsum("ngi,gij,ngj->ng", wrong, blocks, wrong).flatten()
+
+        return least_of(rows, error)
+
+    @staticmethod
+    def input(inputs: InputValues, parameter, evidence: LayerEvidence) -> tuple[float, int]:
+        x = evidence.rows[:: max(1, len(evidence.rows) // ROWS)]
+        weight = inputs.weight.to(x)
+        limit = 2 ** (inputs.bits - 1)
+
+        def error(ends: tuple[float, float]) -> float:
+            scale, zero = inputs.grid(*ends)
+            rounded = ((x / scale).round_().add_(zero).clamp_(-limit, limit - 1) - zero) * scale
+            return float(((x - rounded) @ weight.T).square_().sum(dtype=torch.float64))
+
+        fractions = [step / STEPS for step in range(STEPS, 0, -1)]
+        low, high = inputs.low, inputs.high
+        if inputs.symmetric:
+            bound = max(-low, high)
+            return inputs.grid(*min(((-bound * f, bound * f) for f in fractions), key=error))
+        best = (low, high)
+        for _ in range(TURNS):
+            best = min(((best[0], high * f) for f in fractions), key=error) if high > 0 else best
+            best = min(((low * f, best[1]) for f in fractions), key=error) if low < 0 else best
+        return inputs.grid(*best)

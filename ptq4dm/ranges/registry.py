@@ -1,0 +1,48 @@
+"""The slot of range objectives: how far a grid reaches when the largest value need not be on it.
+
+An objective is a class of functions without state:
+
+    check(value) -> value                           its parameter, checked; left out where there is none
+    weight(rows, parameter, evidence) -> [R]        scales for a WeightRows (weights.py), one for each of its rows
+    input(inputs, parameter, evidence) -> grid      (scale, zero point) for an InputValues (inputs.py)
+
+`evidence` is a LayerEvidence, or None for objectives without `needs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import UserError
+from ..registry import Registry
+
+OBJECTIVES: Registry = Registry("objective")
+
+
+def register_objective(name: str, parameter: float | None = None, needs: frozenset[str] = frozenset()) -> Callable:
+    """Return a class decorator that makes an objective known under a name.
+
+    parameter: the default of its parameter; None for an objective without one.
+    needs: "rows", if it looks at what the layer is fed.
+    """
+
+    def add(objective: type) -> type:
+        objective.parameter, objective.needs = parameter, frozenset(needs)
+        return OBJECTIVES.add(name, objective)
+
+    return add
+
+
+def objective_parameter(objective: str, value: float | None = None) -> float | None:
+    """The objective's parameter, checked; None stands for the default."""
+    found = OBJECTIVES.find(objective)
+    if value is None or not hasattr(found, "check"):
+        return found.parameter
+    return float(found.check(value))
+
+
+def positive(value: float, what: str) -> float:
+    """The value, if it is positive and finite; else UserError."""
+    if not 0 < value < float("inf"):
+        raise UserError(f"{what} is positive and finite; got {value}.")
+    return value

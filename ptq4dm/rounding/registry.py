@@ -1,0 +1,26 @@
+"""The slot of rounders: which of the codes near a weight stands for it.
+
+A rounder is a function (weight [N, K] float32, grid, evidence) -> codes [N, K] of the grid's type. Grids are those of
+kernels/formats/grid.py; `evidence` is a LayerEvidence, or None where the rounder needs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..registry import Registry
+
+ROUNDERS: Registry = Registry("rounding")
+
+
+def register_rounder(name: str, needs: frozenset[str] = frozenset()) -> Callable:
+    """Return a decorator that makes a rounder known under a name.
+
+    needs: "rows", if it looks at what the layer is fed.
+    """
+
+    def add(rounder: Callable) -> Callable:
+        rounder.needs = frozenset(needs)
+        return ROUNDERS.add(name, rounder)
+
+    return add

@@ -1,12 +1,23 @@
 """Smoothing: divisors s [K] that move outliers from activations to weights, x / s and W diag(s).
 
 s_j = max|X_j|^alpha / max|W_j|^beta        (SVDQuant section 4.1; the candidates are its code's)
+
+SVDQuant divides in its own layers. The transform "smooth" divides in the weights of the layer before, where nothing
+nonlinear lies between: values of attention, and hidden units that a gate multiplies.
+
+    y = W_reader diag(s)  diag(1/s) (W_writer u + b)
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .attention import value_streams
+from .base import Evidence, TransformPlan, register_transform
+from .feedforward import gated_streams
+from .streams import Stream, change, input_peaks, stream_of, weight_peaks
 
 
 def divisors(input_peak: Tensor, weight_peak: Tensor, alpha: float, beta: float) -> Tensor:
@@ -20,3 +31,52 @@ def candidates(steps: int) -> list[tuple[float, float]]:
     """(alpha, beta): none; then alpha = i / steps with beta 0 and with beta = 1 - alpha."""
     shares = [i / steps for i in range(1, steps)]
     return [(0.0, 0.0), *((a, 0.0) for a in shares), *((a, 1 - a) for a in shares)]
+
+
+def check_alpha(kind: str, alpha: float) -> None:
+    """Raises UserError unless alpha is from 0 to 1."""
+    if not 0 <= alpha <= 1:
+        raise UserError(f"alpha of '{kind}' is a share from 0 to 1, not {alpha}.")
+
+
+def check_divisors(plan: TransformPlan) -> None:
+    """Raises UserError unless the plan's divisors, if there, are positive and finite."""
+    s = plan.tensors.get("divisors")
+    if s is not None and not (s.isfinite() & (s > 0)).all():
+        raise UserError(f"the divisors of '{plan.kind}' for {plan.modules} must be positive and finite.")
+
+
+@register_transform("smooth")
+class Smooth:
+    """Smoothing by the formulas above, with beta = 1 - alpha (SmoothQuant, arXiv:2211.10438, eq. 4)."""
+
+    needs = frozenset({"peaks"})
+
+    def find(self, model: nn.Module, evidence: Evidence | None, *, alpha: float = 0.5) -> list[TransformPlan]:
+        """Plans with `divisors` s [K] float32.
+
+        alpha: from 0, where the readers' columns become equally large, to 1, where their inputs do.
+
+        Raises:
+            UserError: alpha is out of range, or the evidence has no peaks of this model.
+        """
+        check_alpha(self.name, alpha)
+        plans = []
+        for stream, peak in input_peaks(self.name, self._streams(model), evidence):
+            s = divisors(peak, weight_peaks(model, stream).to(peak.device), alpha, 1 - alpha)
+            plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s}))
+        return plans
+
+    def check(self, model: nn.Module, plan: TransformPlan) -> Stream:
+        """The stream that the plan is for; UserError where it does not fit the model."""
+        check_divisors(plan)
+        return stream_of(model, plan, self._streams(model), ("divisors",))
+
+    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+        """W_writer / s in rows, its bias too; W_reader s in columns."""
+        stream = self.check(model, plan)
+        s = plan.tensors["divisors"][:, None]
+        change(model, stream, lambda w: w / s.to(w), lambda w: w * s.to(w))
+
+    def _streams(self, model: nn.Module) -> list[Stream]:
+        return value_streams(model) + gated_streams(model)

@@ -1,0 +1,113 @@
+"""The streams of diffusers' attention: softmax(Q K^T) V is linear in V, and bilinear in Q and K.
+
+Attention is known by its class and its processor together, as the processor does the computing. What is not in the
+table (fused projections, adapters, other libraries) has no streams here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .streams import COLUMNS, ROWS, End, Stream, whole
+
+
+def each(size: int) -> Tensor:
+    """No rotary embedding: every channel of a head is its own."""
+    return torch.arange(size)
+
+
+def adjacent(size: int) -> Tensor:
+    """Channels 2 i and 2 i + 1 of a head turn together."""
+    return torch.arange(size) // 2
+
+
+def thirds(size: int) -> Tensor:
+    """Three parts of a head (time, height, width), in each the channels i and i + half turn together (Allegro)."""
+    third = size // 3
+    i = torch.arange(size)
+    return i // third * third + i % third % (third // 2)
+
+
+# (attention, processor), by file and class of diffusers -> which channels of a head of Q and K turn together:
+# channels of one number; None where something nonlinear lies between.
+PLAIN = "attention_processor.Attention"
+KNOWN: dict[tuple[str, str], Callable[[int], Tensor] | None] = {
+    (PLAIN, "attention_processor.AttnProcessor"): each,
+    (PLAIN, "attention_processor.AttnProcessor2_0"): each,
+    (PLAIN, "attention_processor.JointAttnProcessor2_0"): each,
+    (PLAIN, "attention_processor.CogVideoXAttnProcessor2_0"): adjacent,
+    (PLAIN, "attention_processor.AllegroAttnProcessor2_0"): thirds,
+    (PLAIN, "attention_processor.SanaLinearAttnProcessor2_0"): None,  # ReLU
+    (PLAIN, "sana_transformer.SanaAttnProcessor2_0"): each,
+    ("transformer_flux.FluxAttention", "transformer_flux.FluxAttnProcessor"): None,  # norms, as in those below
+    ("transformer_wan.WanAttention", "transformer_wan.WanAttnProcessor"): None,
+    ("transformer_ltx.LTXAttention", "transformer_ltx.LTXVideoAttnProcessor"): None,
+}
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+
+def value_streams(model: nn.Module) -> list[Stream]:
+    """From the value projections to the output projections, per channel of V.
+
+    In joint attention both modalities' values go to both outputs: they are one stream. Where the text's attention
+    leaves the module without a projection (the last block of SD3) there is none.
+    """
+    found = []
+    for name, attention, _ in _known(model):
+        size = _rows(attention.to_v)
+        if size != attention.inner_dim or size % attention.heads:  # several heads read one value
+            continue
+        writers = _ends(name, attention, ROWS, "to_v", "add_v_proj")
+        readers = _ends(name, attention, COLUMNS, "to_out.0", "to_add_out")
+        block = name.rpartition(".")[0]
+        if not readers and class_of(model.get_submodule(block)) == "transformer_flux.FluxSingleTransformerBlock":
+            readers = (End(f"{block}.proj_out", COLUMNS),)  # it reads attention and hidden units, in this order
+        if readers and not (len(writers) == 2 and attention.context_pre_only):
+            found.append(Stream(writers, readers, size, attention.heads))
+    return whole(model, found)
+
+
+def query_key_streams(model: nn.Module) -> list[tuple[Stream, Tensor]]:
+    """(from the key projections to the query projections, the number [K] of what each channel turns with).
+
+    Only where Q and K go into their product as they leave the projections, rotary embedding aside.
+    """
+    found = {}
+    for name, attention, turning in _known(model):
+        size, heads = _rows(attention.to_k), attention.heads
+        keys = _ends(name, attention, ROWS, "to_k", "add_k_proj")
+        queries = _ends(name, attention, ROWS, "to_q", "add_q_proj")
+        normed = any(getattr(attention, norm, None) is not None for norm in NORMS)
+        if turning is None or normed or size != attention.inner_dim or size % heads or len(keys) != len(queries):
+            continue
+        width = size // heads
+        numbers = torch.cat([turning(width) + head * width for head in range(heads)])
+        found[Stream(keys, queries, size, heads)] = numbers
+    return [(stream, found[stream]) for stream in whole(model, found)]
+
+
+def _known(model: nn.Module):
+    """(name, module, its entry in KNOWN) of every attention that is known."""
+    for name, module in model.named_modules():
+        key = class_of(module), class_of(getattr(module, "processor", None))
+        if key in KNOWN and not module.fused_projections:
+            yield name, module, KNOWN[key]
+
+
+def _rows(layer) -> int:
+    return layer.out_features if type(layer) is nn.Linear else 0
+
+
+def _ends(name: str, module: nn.Module, axis: int, *children: str) -> tuple[End, ...]:
+    """Ends at those children that a module has."""
+    there = [child for child in children if getattr(module, child.partition(".")[0], None) is not None]
+    return tuple(End(f"{name}.{child}".lstrip("."), axis) for child in there)
+
+
+def class_of(thing) -> str:
+    """ "file.class" of what belongs to diffusers' models; "" of anything else."""
+    where = type(thing).__module__
+    return f"{where.rpartition('.')[2]}.{type(thing).__qualname__}" if where.startswith("diffusers.models.") else ""

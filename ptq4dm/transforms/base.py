@@ -1,0 +1,122 @@
+"""Changes of a model that preserve its function: how they register, their plans, and applying these to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+TRANSFORMS: dict[str, Transform] = {}
+
+
+@dataclass(eq=False)
+class TransformPlan:
+    """One change of a few layers that belong together.
+
+    kind: its name in TRANSFORMS.
+    modules: names of the layers that change.
+    options: numbers and strings, as JSON holds them.
+    tensors: what is too large for JSON (divisors, an order of channels), by name.
+    """
+
+    kind: str
+    modules: list[str]
+    options: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """What JSON holds of it: of the tensors their names and shapes, which `from_dict` looks for."""
+        shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        return {"kind": self.kind, "modules": list(self.modules), "options": dict(self.options), "tensors": shapes}
+
+    @classmethod
+    def from_dict(cls, data: dict, tensors: Mapping[str, Tensor]) -> TransformPlan:
+        """Put a plan and its tensors together again; further tensors are not looked at.
+
+        Raises:
+            UserError: the dict is not a plan, its kind is unknown, or a tensor is missing or of another shape.
+        """
+        try:
+            kind, modules, options = data["kind"], [str(name) for name in data["modules"]], dict(data["options"])
+            shapes = {name: list(shape) for name, shape in data["tensors"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"this is not a transform's plan written by ptq4dm ({error!r}).") from None
+        transform_named(kind)
+        for name, shape in shapes.items():
+            if name not in tensors:
+                raise UserError(f"the plan of '{kind}' for {modules} lacks its tensor '{name}'; save the plan again.")
+            if list(tensors[name].shape) != shape:
+                raise UserError(
+                    f"the tensor '{name}' of the plan of '{kind}' for {modules} has shape "
+                    f"{list(tensors[name].shape)} and not {shape}: it is of another plan."
+                )
+        return cls(kind, modules, options, {name: tensors[name] for name in shapes})
+
+    def __eq__(self, other) -> bool:
+        return (
+            isinstance(other, TransformPlan)
+            and self.to_dict() == other.to_dict()
+            and all(torch.equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
+        )
+
+
+class Evidence(Protocol):
+    """What was seen of a model's Linear layers while it ran; `peaks.Peaks` is one. None: that layer never ran."""
+
+    def peak(self, name: str) -> Tensor | None:
+        """The largest magnitude [K] in each channel of a layer's input."""
+
+    def output_peak(self, name: str) -> Tensor | None:
+        """The largest magnitude [N] in each channel of a layer's output, with its bias."""
+
+
+class Transform(Protocol):
+    """A kind of change. `needs` names the evidence that `find` reads: "peaks", "output_peaks"; empty for none."""
+
+    name: str
+    needs: frozenset[str]
+
+    def find(self, model: nn.Module, evidence: Evidence | None, **options) -> list[TransformPlan]:
+        """Plans for all places of a model where the change is known to be exact; the model stays as it is."""
+
+    def check(self, model: nn.Module, plan: TransformPlan) -> None:
+        """Raises UserError where the plan does not fit the model."""
+
+    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+        """Change the float weights in place. Raises UserError as `check` does, before anything changes."""
+
+
+def register_transform(name: str):
+    """Class decorator: make a transform known by its name."""
+
+    def add(cls: type) -> type:
+        cls.name = name
+        TRANSFORMS[name] = cls()
+        return cls
+
+    return add
+
+
+def transform_named(name: str) -> Transform:
+    """The registered transform of a name; UserError if there is none."""
+    if name not in TRANSFORMS:
+        raise UserError(f"no transform is called '{name}'; known are {', '.join(sorted(TRANSFORMS))}.")
+    return TRANSFORMS[name]
+
+
+def apply_all(model: nn.Module, plans: Iterable[TransformPlan]) -> None:
+    """Apply plans in their order, in place, to a model in full precision.
+
+    Raises:
+        UserError: a plan does not fit the model. Then nothing has changed.
+    """
+    plans = list(plans)
+    for plan in plans:
+        transform_named(plan.kind).check(model, plan)
+    for plan in plans:
+        transform_named(plan.kind).apply(model, plan)

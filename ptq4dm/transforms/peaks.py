@@ -1,0 +1,50 @@
+"""Peaks: the largest magnitudes in the channels of what Linear layers are fed and give, while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Peaks:
+    """Evidence for transforms: layer name -> float32 [K] of its input, [N] of its output."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def peak(self, name: str) -> Tensor | None:
+        return self.inputs.get(name)
+
+    def output_peak(self, name: str) -> Tensor | None:
+        return self.outputs.get(name)
+
+
+@contextmanager
+def watch_peaks(model: nn.Module) -> Iterator[Peaks]:
+    """Peaks of all Linear layers of a model, over every call of it inside the `with` block."""
+    peaks = Peaks()
+
+    def watch(name: str):
+        def hook(layer, args, output):
+            _raise_to(peaks.inputs, name, args[0])
+            _raise_to(peaks.outputs, name, output)
+
+        return hook
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers]
+    try:
+        yield peaks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _raise_to(found: dict[str, Tensor], name: str, values: Tensor) -> None:
+    peak = values.detach().abs().flatten(0, -2).amax(0).float()
+    found[name] = torch.maximum(found[name], peak) if name in found else peak

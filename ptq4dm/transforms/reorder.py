@@ -1,0 +1,62 @@
+"""Reorder: channels by falling peak, so that neighbours in a quantization group are alike (QServe, arXiv:2405.04532).
+
+    y = (W_reader P^T) (P W_writer u + P b)        P: x -> x[order]
+
+Values of attention change places within their head, hidden units of a feed-forward layer anywhere in it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .attention import value_streams
+from .base import Evidence, TransformPlan, register_transform
+from .feedforward import hidden_streams
+from .streams import Stream, change, input_peaks, stream_of
+
+
+def falling(peak: Tensor, heads: int) -> Tensor:
+    """The order [K] int64 that sorts each head's channels by falling peak; equal ones stay as they are."""
+    width = len(peak) // heads
+    order = peak.reshape(heads, width).argsort(dim=1, descending=True, stable=True)
+    return (order + width * torch.arange(heads, device=peak.device)[:, None]).flatten()
+
+
+@register_transform("reorder")
+class Reorder:
+    """A new order of channels between layers."""
+
+    needs = frozenset({"peaks"})
+
+    def find(self, model: nn.Module, evidence: Evidence | None) -> list[TransformPlan]:
+        """Plans with `order` [K] int64, where it is another than now.
+
+        Raises:
+            UserError: the evidence has no peaks of this model.
+        """
+        plans = []
+        for stream, peak in input_peaks(self.name, self._streams(model), evidence):
+            order = falling(peak, stream.heads)
+            if not torch.equal(order, torch.arange(stream.size, device=order.device)):
+                plans.append(TransformPlan(self.name, stream.modules, {}, {"order": order}))
+        return plans
+
+    def check(self, model: nn.Module, plan: TransformPlan) -> Stream:
+        """The stream that the plan is for; UserError where it does not fit the model."""
+        stream = stream_of(model, plan, self._streams(model), ("order",))
+        order = plan.tensors["order"].cpu()
+        heads = torch.arange(stream.size).reshape(stream.heads, -1)
+        if order.dtype != torch.int64 or not torch.equal(order.reshape(heads.shape).sort(dim=1).values, heads):
+            raise UserError(f"the order of '{plan.kind}' for {plan.modules} is no permutation within heads.")
+        return stream
+
+    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+        """W_writer[order] in rows, its bias too; W_reader[:, order]."""
+        stream = self.check(model, plan)
+        order = plan.tensors["order"]
+        change(model, stream, lambda w: w[order.to(w.device)], lambda w: w[order.to(w.device)])
+
+    def _streams(self, model: nn.Module) -> list[Stream]:
+        return value_streams(model) + hidden_streams(model)

@@ -1,0 +1,60 @@
+"""Rotate: values of attention by a Hadamard matrix, which spreads outliers over a head (QuaRot, arXiv:2404.00456).
+
+y = (W_reader H^T) (H W_writer u + H b)        H H^T = I
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .attention import value_streams
+from .base import Evidence, TransformPlan, register_transform
+from .streams import Stream, change, stream_of
+
+
+def hadamard(size: int) -> Tensor:
+    """The orthogonal matrix H [size, size] float64 of Sylvester; size is a power of two."""
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < size:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H / size**0.5
+
+
+def rotated(w: Tensor, block: int) -> Tensor:
+    """diag(H, ..., H) w: each `block` rows of a matrix [K, N] times H."""
+    return (hadamard(block).to(w) @ w.reshape(-1, block, w.shape[1])).reshape(w.shape)
+
+
+def block_of(stream: Stream) -> int:
+    """The largest power of two that divides a head: 72 channels are rotated by eights."""
+    width = stream.size // stream.heads
+    return width & -width
+
+
+@register_transform("rotate")
+class Rotate:
+    """A rotation of values within each head."""
+
+    needs = frozenset()
+
+    def find(self, model: nn.Module, evidence: Evidence | None = None) -> list[TransformPlan]:
+        """Plans with the option `block`, the size of H; heads of an odd width are left alone."""
+        streams = [stream for stream in value_streams(model) if block_of(stream) > 1]
+        return [TransformPlan(self.name, stream.modules, {"block": block_of(stream)}) for stream in streams]
+
+    def check(self, model: nn.Module, plan: TransformPlan) -> Stream:
+        """The stream that the plan is for; UserError where it does not fit the model."""
+        stream = stream_of(model, plan, value_streams(model))
+        if plan.options.get("block") != block_of(stream):
+            raise UserError(
+                f"the plan of '{plan.kind}' for {plan.modules} needs a block of {block_of(stream)}, not "
+                f"{plan.options.get('block')}: it is of another model."
+            )
+        return stream
+
+    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+        """H W_writer in rows, its bias too; W_reader H^T in columns, which is H on its transpose."""
+        stream, block = self.check(model, plan), plan.options["block"]
+        change(model, stream, lambda w: rotated(w, block), lambda w: rotated(w, block))

@@ -1,0 +1,66 @@
+"""Attention's smoothing: divisors s [K] that move outliers from keys to queries (QServe, arXiv:2405.04532).
+
+    s_j = max|K_j|^alpha        Q K^T = (Q diag(s)) (K diag(1/s))^T
+
+Channels that a rotary embedding turns together share one s, the largest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .attention import query_key_streams
+from .base import Evidence, TransformPlan, register_transform
+from .smooth import check_alpha, check_divisors, divisors
+from .streams import Stream, change, output_peaks, stream_of
+
+
+def shared(s: Tensor, numbers: Tensor) -> Tensor:
+    """Each channel's value [K] becomes the largest among the channels of its number [K]."""
+    largest = s.new_zeros(len(s)).scatter_reduce(0, numbers, s, "amax")
+    return largest[numbers]
+
+
+@register_transform("smooth-attention")
+class SmoothAttention:
+    """Smoothing of keys by queries; not where they are normalized first, which is nonlinear."""
+
+    needs = frozenset({"output_peaks"})
+
+    def find(self, model: nn.Module, evidence: Evidence | None, *, alpha: float = 0.5) -> list[TransformPlan]:
+        """Plans with `divisors` s [K] float32.
+
+        alpha: from 0, where nothing changes, to 1, where all keys' channels become equally large.
+
+        Raises:
+            UserError: alpha is out of range, or the evidence has no peaks of this model.
+        """
+        check_alpha(self.name, alpha)
+        turning = dict(query_key_streams(model))
+        plans = []
+        for stream, peak in output_peaks(self.name, list(turning), evidence):
+            peak = shared(peak, turning[stream].to(peak.device))
+            s = divisors(peak, torch.ones_like(peak), alpha, 0)
+            plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s}))
+        return plans
+
+    def check(self, model: nn.Module, plan: TransformPlan) -> Stream:
+        """The stream that the plan is for; UserError where it does not fit the model."""
+        check_divisors(plan)
+        turning = dict(query_key_streams(model))
+        stream = stream_of(model, plan, list(turning), ("divisors",))
+        s = plan.tensors["divisors"]
+        if not torch.equal(s, shared(s, turning[stream].to(s.device))):
+            raise UserError(
+                f"the divisors of '{plan.kind}' for {plan.modules} differ between channels that the rotary embedding "
+                "of this model turns together."
+            )
+        return stream
+
+    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+        """W_key / s and W_query s, both in rows, and their biases."""
+        stream = self.check(model, plan)
+        s = plan.tensors["divisors"][:, None]
+        change(model, stream, lambda w: w / s.to(w), lambda w: w * s.to(w))

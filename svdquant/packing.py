@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..kernels.formats.int4 import pack_int4
 from ..layers.registry import Problem, empty_quantized, register_format
 from ..quantization.report import Ratio
 from .group import Group, Split, output, refine, round_rest, search, split_weight

@@ -1,4 +1,4 @@
-"""What the layers of one block are fed on calibration calls: captured when first asked for, kept while it is packed."""
+"""What the layers of one block are fed on calibration calls: captured when asked for, kept while it is packed."""
 
 from __future__ import annotations
 

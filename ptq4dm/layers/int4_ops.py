@@ -107,8 +107,8 @@ def int4_conv2d(
 ) -> Tensor:
     """x [B, C, H, W] float -> [B, N, H', W'] channels_last in x's dtype.
 
-    K = kh kw C / groups, in this order of pixels and channels; zero padding; the rest as in `int4_linear`, with dynamic
-    scales per sample.
+    K = kh kw C / groups, in this order of pixels and channels; zero padding; the rest as in `int4_linear`, with
+    dynamic scales per sample.
     """
     channels = x.shape[1] // groups
     inputs = channels * kernel[0] * kernel[1]

@@ -118,7 +118,7 @@ class Plan:
     def from_dict(cls, data: dict, tensors: dict[str, torch.Tensor] | None = None) -> Plan:
         """The plan of a dict. Raises UserError where it is none, or names a format that nobody knows.
 
-        tensors: those of its transforms; without them a plan can be read, and a packed model loaded, but not followed.
+        tensors: those of its transforms; without them (None) a packed model can be loaded, but the plan not followed.
         """
         try:
             layers = {name: _layer_plan(layer) for name, layer in data["layers"].items()}

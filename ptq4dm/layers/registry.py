@@ -52,9 +52,10 @@ class Format:
     plan: the dataclass of a layer's choices.
     layers: nn.Linear, nn.Conv2d -> the quantized class that takes its place.
     build: Problem -> quantized layers by name; their plans are complete.
-    needs: plan -> the evidence it takes to pack the layer: "rows", and "module" for the calls of the enclosing module.
+    needs: plan -> the evidence it takes to pack the layer: "rows"; "module" for the calls of the enclosing module.
     leader: (name, plan) -> the layer whose input it shares; itself where it shares none.
-    link: (model, name, plan) ties a layer to others, where its tensors do not say so; called after loading, too.
+    link: (find, name, plan) ties a layer to others, which find(name) gives, where its tensors do not say so; called
+        after loading, too.
     """
 
     plan: type
@@ -62,7 +63,7 @@ class Format:
     build: Callable[[Problem], dict[str, nn.Module]]
     needs: Callable[[Any], frozenset[str]]
     leader: Callable[[str, Any], str]
-    link: Callable[[nn.Module, str, Any], None]
+    link: Callable[[Callable[[str], nn.Module], str, Any], None]
 
 
 def register_format(
@@ -73,7 +74,7 @@ def register_format(
     build: Callable[[Problem], dict[str, nn.Module]] | None = None,
     needs: Callable[[Any], frozenset[str]] | None = None,
     leader: Callable[[str, Any], str] | None = None,
-    link: Callable[[nn.Module, str, Any], None] | None = None,
+    link: Callable[[Callable[[str], nn.Module], str, Any], None] | None = None,
 ) -> None:
     """Register a number format. What is left out: each layer is packed by itself, from its own weight.
 

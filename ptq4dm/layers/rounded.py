@@ -21,7 +21,7 @@ def rounded(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(codes [N, K], scales [N, G], zeros [N, G] or None) of a weight [N, K] float32.
 
-    grid_of: (weight, evidence) -> its grid. rounding: the rounder's name. groups: those of a grouped convolution, each
+    grid_of: (weight, evidence) -> its grid. rounding: the rounder's name. groups: of a grouped convolution, each
     of which has N / groups outputs and inputs of its own: evidence is of all groups' inputs, one after the other.
     """
     rounder = ROUNDERS.find(rounding)

@@ -34,8 +34,8 @@ class IntegerConfig(QuantConfig):
         whatever the objective (their steps grow with the value, so there is little to gain by clipping).
     weight_bits: 8; or 4, stored in 4 bits; 2, 3, 5, 6 and 7 are `simulated` in int8 containers.
     activation_bits: 8; narrower grids are `simulated`.
-    group_size: of 4-bit weights: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs do not
-        divide into groups (of a convolution, its channels) have one scale an output; the report names each layer's.
+    group_size: of 4-bit weights: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs do
+        not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
     affine: 4-bit weights with zero points.
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
@@ -44,16 +44,14 @@ class IntegerConfig(QuantConfig):
     first_last: the layers that read the model's input channels and write its output channels: "int8" (at
         least 8 bits, PTQ4DM's rule), "same" (no exception) or "keep" (full precision).
     rounding: of weights: "nearest", or "gptq" and others of rounding.ROUNDERS that look at calibration inputs.
-    num_tuples: calibration tuples that roundings and objectives look at, evenly from the store; seed: of the input rows
-        that are kept.
+    num_tuples: calibration tuples that roundings and objectives look at, evenly from the store; seed: of the input
+        rows that are kept.
     """
 
     format: str = option("int8", "number format of weights and inputs", choices=NUMBER_FORMATS)
     weight_bits: int = option(8, "8, or 4 stored as such; other widths are simulated in int8 containers")
     activation_bits: int = option(8, "8; narrower grids are simulated")
-    group_size: int | None = option(
-        None, "inputs per scale of 4-bit weights: 32, 64, 128; else one an output", parse=int
-    )
+    group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
     affine: bool = option(False, "4-bit weights with zero points")
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")

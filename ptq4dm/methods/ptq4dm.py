@@ -24,8 +24,8 @@ from .eight_bit import IntegerConfig
 class PTQ4DMConfig(IntegerConfig):
     """PTQ4DM. Options of IntegerConfig, and:
 
-    objective: "max", "percentile", "mse", "lp" or "output" (the error of the layer's output on calibration inputs), for
-        inputs and weights.
+    objective: "max", "percentile", "mse", "lp" or "output" (the error of the layer's output on calibration
+        inputs), for inputs and weights.
     objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4).
     """
 

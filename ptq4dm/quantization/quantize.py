@@ -34,10 +34,10 @@ def quantize(
         target: a diffusers pipeline (its unet or transformer is quantized) or an nn.Module in full precision.
         config: a recipe (PTQ4DMConfig, RTNConfig, ...). With `config.plan` set, that plan is followed and the
             same plan gives the same codes, bit for bit.
-        store: from `collect`; needed for static activations, for roundings and objectives that look at what layers are
-            fed, and for layer errors measured on outputs.
-        checkpoint: a folder that keeps each block of the model as it is packed; the same call with it goes on where it
-            was interrupted, with the same codes.
+        store: from `collect`; needed for static activations, for roundings and objectives that look at what layers
+            are fed, and for layer errors measured on outputs.
+        checkpoint: a folder that keeps each block of the model as it is packed; the same call with it goes on where
+            it was interrupted, with the same codes.
 
     Returns:
         A report: bytes, kernels and the SQNR of each layer's output on calibration tuples (of its weight when

@@ -78,7 +78,7 @@ class QuantConfig(QuantizationConfigMixin):
     def pack(
         self, model: nn.Module, plan: Plan, store, checkpoint: str | Path | None = None
     ) -> tuple[dict[str, nn.Module], Plan]:
-        """(the quantized layers of a plan by name, the plan completed). The model is left as it is; see `pack_plan`."""
+        """(the quantized layers of a plan by name, the plan completed); the model stays as it is. See `pack_plan`."""
         chosen = {item.name: getattr(self, item.name) for item in fields(PackingOptions) if hasattr(self, item.name)}
         return pack_plan(model, plan, store, PackingOptions(**chosen), checkpoint)
 

@@ -3,8 +3,8 @@
     symmetric   s = f max|w| / limit,              q in [-limit, limit],          limit = 2^(b-1) - 1
     affine      s = f (max w - min w) / (2^b - 1), q in [-2^(b-1), 2^(b-1) - 1],  z = round(-min w / s_1) - 2^(b-1)
 
-s_1 is the scale of f = 1. Each row of a weight [N, K], or each group of `group_size` inputs of a row, has a scale of its own; f in (0, 1] is what
-an objective chooses for it. A row of nothing but zeros gets scale 1.
+s_1 is the scale of f = 1. Each row of a weight [N, K], or each group of `group_size` inputs of a row, has a scale of
+its own; f in (0, 1] is what an objective chooses for it. A row of nothing but zeros gets scale 1.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def weight_grid(
 ) -> Grid:
     """The grid of a weight [N, K] float: scales [N, G] float32, zeros [N, G] int32 or None.
 
-    group_size: inputs per scale; None gives each row one. evidence: what the layer is fed, for objectives that need it.
+    group_size: inputs per scale; None gives each row one. evidence: what the layer is fed, where objectives need it.
 
     Raises UserError for an objective that is unknown or needs evidence that is not there.
     """

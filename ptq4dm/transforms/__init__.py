@@ -1,3 +1,5 @@
-"""Passes that change a model and not its function."""
+"""Passes that change a model and not its function. A new file here that registers itself is a new transform."""
 
-from . import reorder, rotate, smooth, smooth_attention  # noqa: F401 (each registers itself)
+from ..registry import load_members
+
+load_members(__name__, __path__)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..registry import Registry
 
-TRANSFORMS: dict[str, Transform] = {}
+TRANSFORMS: Registry = Registry("transform")
 
 
 @dataclass(eq=False)
@@ -35,8 +36,10 @@ class TransformPlan:
         return {"kind": self.kind, "modules": list(self.modules), "options": dict(self.options), "tensors": shapes}
 
     @classmethod
-    def from_dict(cls, data: dict, tensors: Mapping[str, Tensor]) -> TransformPlan:
+    def from_dict(cls, data: dict, tensors: Mapping[str, Tensor] | None) -> TransformPlan:
         """Put a plan and its tensors together again; further tensors are not looked at.
+
+        tensors: None leaves them out: such a plan tells what was done to a model, and cannot be applied.
 
         Raises:
             UserError: the dict is not a plan, its kind is unknown, or a tensor is missing or of another shape.
@@ -47,6 +50,10 @@ class TransformPlan:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"this is not a transform's plan written by ptq4dm ({error!r}).") from None
         transform_named(kind)
+        if tensors is None:
+            return cls(
+                kind, modules, options, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            )
         for name, shape in shapes.items():
             if name not in tensors:
                 raise UserError(f"the plan of '{kind}' for {modules} lacks its tensor '{name}'; save the plan again.")
@@ -96,7 +103,7 @@ def register_transform(name: str):
 
     def add(cls: type) -> type:
         cls.name = name
-        TRANSFORMS[name] = cls()
+        TRANSFORMS.add(name, cls())
         return cls
 
     return add
@@ -104,9 +111,7 @@ def register_transform(name: str):
 
 def transform_named(name: str) -> Transform:
     """The registered transform of a name; UserError if there is none."""
-    if name not in TRANSFORMS:
-        raise UserError(f"no transform is called '{name}'; known are {', '.join(sorted(TRANSFORMS))}.")
-    return TRANSFORMS[name]
+    return TRANSFORMS.find(name)
 
 
 def apply_all(model: nn.Module, plans: Iterable[TransformPlan]) -> None:

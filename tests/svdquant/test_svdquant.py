@@ -10,8 +10,10 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm import Plan, RTNConfig, SVDQuantConfig, UserError
+from ptq4dm.calibration.evidence import Evidence, calibration_batches
 from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import fingerprint
+from ptq4dm.layers.registry import Problem
 from ptq4dm.layers.view import find_layers
 from ptq4dm.layers.w8a8 import Int8Linear
 from ptq4dm.quantization.diffusers_bridge import quantization_config
@@ -20,7 +22,8 @@ from ptq4dm.quantization.recipe import QuantConfig
 from ptq4dm.quantization.report import kernel_report
 from ptq4dm.svdquant.group import Group, search, split_weight, squared_error
 from ptq4dm.svdquant.layers.plan import SVDQPlan
-from ptq4dm.svdquant.packing import build_layer, module_error
+from ptq4dm.svdquant.packing import _module_error as module_error
+from ptq4dm.svdquant.packing import build_layer
 from ptq4dm.transforms.smooth import candidates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,10 +130,11 @@ def test_every_choice_of_a_plan_reaches_the_layer(flux):
     assert same(layer(), first)
 
 
-def test_tuples_are_taken_evenly(made, recipe):
-    rows = torch.cat([part.timestep for part in replace(recipe, num_tuples=2)._batches(made[1])])
-    assert torch.equal(rows, made[1].calls.timestep[[0, -1]])
-    assert sum(len(part) for part in replace(recipe, num_tuples=99)._batches(made[1])) == 4
+def test_tuples_are_taken_evenly(made):
+    calls = made[1].calls
+    rows = torch.cat([part.timestep for part in calibration_batches(calls, 2)])
+    assert torch.equal(rows, calls.timestep[[0, -1]])
+    assert sum(len(part) for part in calibration_batches(calls, 99)) == 4
 
 
 def test_the_report_tells_what_each_part_is_worth(made):
@@ -153,21 +157,17 @@ def test_smoothing_is_judged_by_what_the_module_would_give(flux):
     weight = torch.cat([layer.weight.detach() for layer in layers])
     group = Group(weight, rows, rows.abs().amax(0), SVDQPlan(rank=4, alpha=0.5, beta=0.5), torch.float16)
     split = split_weight(group, group.divisors(0.5, 0.5))
-    calls = []
-    handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, a, k: calls.append((a, k)), with_kwargs=True
-    )
-    replay(model, store.calls)
-    handle.remove()
-    attention = model.get_submodule(name)
+    evidence = Evidence(model, QKV[:1], [name], [store.calls])
+    problem = Problem({n: model.get_submodule(n) for n in QKV}, {n: group.plan for n in QKV}, evidence, name)
+    attention, ((args, kwargs),) = model.get_submodule(name), evidence.calls(name)
     with torch.no_grad():
-        exact = attention(*calls[0][0], **calls[0][1])
-        error = module_error(model, QKV, group, calls, name)(split)
+        exact = attention(*args, **kwargs)
+        error = module_error(problem, group)(split)
         assert all("forward" not in vars(layer) for layer in layers)
         for i, layer in enumerate(layers):
             rows = slice(64 * i, 64 * i + 64)
             setattr(attention, f"to_{'qkv'[i]}", build_layer(layer, group.plan, split, rows, torch.float16, None))
-        found = attention(*calls[0][0], **calls[0][1])
+        found = attention(*args, **kwargs)
     assert error == pytest.approx(sum(squared_error(a, b) for a, b in zip(exact, found, strict=True)), rel=1e-3)
     assert error > 0
 
@@ -288,7 +288,7 @@ def test_more_ranks_than_a_layer_has(denoisers, tmp_path):
         ({"group_size": 48}, "group_size must be 16, 32, 64 or 128; got 48."),
         ({"activations": "static"}, "activations must be int4, int8 or fp8; got 'static'."),
         ({"activations": "none"}, "activations must be"),
-        ({"rounding": "up"}, "rounding must be gptq or nearest; got 'up'."),
+        ({"rounding": "up"}, "rounding 'up' is unknown; choose from gptq, nearest"),
         ({"smoothing": "some"}, "smoothing must be search, exhaustive, none or a number in \\[0, 1\\]; got 'some'."),
         ({"smoothing": 1.5}, "smoothing must be"),
         ({"refinements": -1}, "refinements must be 0 or more"),
@@ -336,13 +336,15 @@ def test_it_needs_a_store(flux, made, recipe):
         UserError, match="SVDQuantConfig needs calibration: pass a store from ptq4dm.collect\\(pipe\\).$"
     ):
         ptq4dm.quantize(flux[0], recipe)
-    with pytest.raises(UserError, match="needs a calibration store, also to follow a plan"):
+    with pytest.raises(UserError, match="needs a calibration store here, also to follow a plan"):
         ptq4dm.quantize(flux[0], replace(recipe, plan=plan_of(made[0])))
 
 
-def test_other_methods_cannot_follow_its_plan(flux, made):
-    with pytest.raises(UserError, match="layers together.*SVDQuantConfig"):
-        ptq4dm.quantize(flux[0], RTNConfig(plan=plan_of(made[0])), flux[1])
+def test_another_method_follows_its_plan_to_the_bit(flux, made, recipe):
+    """One driver packs for all methods: the plan says what to do, not who made it."""
+    model, store = flux
+    ptq4dm.quantize(model, RTNConfig(plan=plan_of(made[0]), num_tuples=recipe.num_tuples), store)
+    assert same(model, made[0])
 
 
 def test_a_store_of_other_weights(flux, made, recipe):

@@ -1,0 +1,80 @@
+"""Transforms on their way through `quantize`: found on calibration calls, made on the float model, undone on failure.
+
+What a transform changes is what layers are fed, so a store is measured anew: its calls stay true, for the model's
+function does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..calibration.collect import measured
+from ..calibration.evidence import calibration_batches
+from ..calibration.record import replay
+from ..calibration.store import CalibrationStore, fingerprint
+from ..errors import UserError
+from ..pipelines.denoiser import evaluation_mode
+from ..transforms.base import TRANSFORMS, TransformPlan, apply_all
+from ..transforms.peaks import watch_peaks
+
+TUPLES = 32  # calibration tuples that transforms look at
+
+
+@contextmanager
+def transformed(
+    model: nn.Module,
+    kinds: Sequence[str],
+    plans: Sequence[TransformPlan] | None,
+    store: CalibrationStore | None,
+) -> Iterator[tuple[list[TransformPlan], CalibrationStore | None]]:
+    """Transform a model in place, by plans or, where there are none, by the kinds named. Gives (plans, store).
+
+    The store given back is of the transformed model. Where the block fails, the model gets its weights back.
+
+    Raises UserError for an unknown kind, one that needs a store where there is none, or plans of another model.
+    """
+    if not kinds and not plans:
+        yield [], store
+        return
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    try:
+        if plans is None:
+            plans = []
+            for kind in kinds:
+                found = _found(model, kind, store)
+                apply_all(model, found)
+                plans += found
+        else:
+            if any(tensor.is_meta for plan in plans for tensor in plan.tensors.values()):
+                raise UserError("the plan's transforms came without their tensors; load it with Plan.load.")
+            apply_all(model, plans)
+        yield list(plans), None if store is None else remeasured(model, store)
+    except BaseException:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if name in before:  # layers that were replaced already are whole
+                    value.copy_(before[name])
+        raise
+
+
+def remeasured(model: nn.Module, store: CalibrationStore) -> CalibrationStore:
+    """The same calls, with statistics and fingerprints of the model as it is now."""
+    statistics = measured(model, store)
+    return replace(store, fingerprint=fingerprint(model), statistics=statistics)
+
+
+def _found(model: nn.Module, kind: str, store: CalibrationStore | None) -> list[TransformPlan]:
+    transform = TRANSFORMS.find(kind)
+    if not transform.needs:
+        return transform.find(model, None)
+    if store is None:
+        raise UserError(f"the transform '{kind}' looks at what layers are fed; give a calibration store.")
+    with watch_peaks(model) as peaks, evaluation_mode(model):
+        for batch in calibration_batches(store.calls, TUPLES):
+            replay(model, batch)
+    return transform.find(model, peaks)

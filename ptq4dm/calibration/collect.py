@@ -26,8 +26,8 @@ from ..errors import UserError
 from ..files.atomic import output_folder
 from ..layers.modules import is_quantized
 from ..pipelines.sampling import denoiser, evaluation_mode
+from .input_statistics import InputStatistics
 from .record import Calls, record_calls, replay
-from .statistics import InputStatistics
 from .store import (
     CalibrationStore,
     batch_path,

@@ -23,8 +23,8 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm.calibration.collect import CalibrationConfig, collect, draw_timesteps, timestep_bins
+from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.record import Calls, replay
-from ptq4dm.calibration.statistics import InputStatistics
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
 from ptq4dm.methods.rtn import RTNConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.plot import QUANTILES, layer_ranges, plot_ranges
-from ptq4dm.calibration.statistics import InputStatistics
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ptq4dm.calibration.statistics import HISTOGRAM_BINS, InputStatistics
+from ptq4dm.calibration.input_statistics import HISTOGRAM_BINS, InputStatistics
 from ptq4dm.errors import UserError
 
 

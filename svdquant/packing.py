@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..kernels.formats.int4 import pack_int4
 from ..layers.modules import empty_quantized
 from ..layers.plan import Plan
-from ..pipelines.sampling import evaluation_mode
+from ..pipelines.denoiser import evaluation_mode
 from ..quantization.report import Ratio
 from .group import Group, Split, output, refine, round_rest, search, split_weight, squared_error
 from .layers.plan import SVDQPlan

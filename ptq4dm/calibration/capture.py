@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..pipelines.sampling import evaluation_mode
+from ..pipelines.denoiser import evaluation_mode
 from .record import Calls, replay
 
 MAX_ROWS = 8192  # token rows kept per layer
@@ -70,19 +70,19 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(of_layer(name)) for name in layers]
-    handles += [
-        model.get_submodule(name).register_forward_pre_hook(of_module(name), with_kwargs=True) for name in modules
-    ]
-    handles += [model.get_submodule(name).register_forward_hook(done(name)) for name in {*layers, *modules}]
-    try:
-        with evaluation_mode(model):
+    with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
+        handles = [model.get_submodule(name).register_forward_pre_hook(of_layer(name)) for name in layers]
+        handles += [
+            model.get_submodule(name).register_forward_pre_hook(of_module(name), with_kwargs=True) for name in modules
+        ]
+        handles += [model.get_submodule(name).register_forward_hook(done(name)) for name in {*layers, *modules}]
+        try:
             for batch in batches:
                 waiting = {*layers, *modules}
                 with suppress(_Enough):
                     replay(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     got.rows = {name: torch.cat(parts) for name, parts in got.rows.items() if parts}
     return got

@@ -9,7 +9,7 @@ from ..calibration.record import replay
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..layers.modules import is_quantized, replace_module
-from ..pipelines.sampling import evaluation_mode, model_of
+from ..pipelines.denoiser import evaluation_mode, model_of
 from .diffusers_bridge import mark_quantized, resolved
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig

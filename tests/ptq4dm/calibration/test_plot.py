@@ -16,8 +16,8 @@ def store():
     """Two layers, ten bins; "b" sees N(0, (bin + 1)^2) in bins 0, 3 and 9."""
     statistics = InputStatistics(2, 10)
     generator = torch.Generator().manual_seed(0)
-    for bin in (0, 3, 9):
-        statistics.update(1, bin, torch.randn(200_000, generator=generator) * (bin + 1))
+    for k in (0, 3, 9):
+        statistics.update(1, k, torch.randn(200_000, generator=generator) * (k + 1))
     return CalibrationStore({"num_bins": 10}, {"a": "1", "b": "2"}, 1000, statistics=statistics)
 
 

@@ -215,43 +215,47 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
                 f"the model's output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}; they "
                 "must agree: split a learned variance off."
             )
-        state = self._states.get(sample, self._latest)
-        if state is not None and state.shape != sample.shape:
-            state = None
-        index = self._index(timestep, state)
-        if state is not None and state.index != index:
-            state = None
+        index, state = self._state_for(timestep, sample)
         evaluation = self._evaluations[index]
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x = sample.to(dtype)
         history = (self._epsilon(model_output.to(dtype), x, evaluation), *(state.history if state else ()))
         if evaluation.starts:
             base = x
-        elif state is not None:
+        elif state is not None and state.base is not None:
             base = state.base
         else:
             raise UserError(f"timestep {float(timestep):g} is inside a Runge-Kutta step, where none can begin.")
-        weights = evaluation.weights[min(len(history), len(evaluation.weights)) - 1]
-        result = base * evaluation.scale
-        for weight, eps in zip(weights, history, strict=False):
-            result.add_(eps, alpha=weight)
-        result = result.to(sample.dtype)
-        self._latest = None
-        if index + 1 < len(self._evaluations):
-            following = self._evaluations[index + 1]
-            past = history[: len(following.weights[-1]) - 1]
-            # The caller may write the next sample and output over these two (static buffers of a CUDA graph).
-            if past and past[0] is model_output:
-                past = (model_output.clone(), *past[1:])
-            if following.starts:
-                base = None
-            elif base is sample:
-                base = base.clone()
-            self._latest = self._states[result] = _State(index + 1, sample.shape, base, past)
+        result = _advance(evaluation, base, history).to(sample.dtype)
+        self._remember(result, index + 1, sample, model_output, base, history)
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
 
+    def _state_for(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> tuple[int, _State | None]:
+        """(index of the evaluation at `timestep`, the state that led to it: of this sample or the latest, if any)."""
+        state = self._states.get(sample, self._latest)
+        if state is not None and state.shape != sample.shape:
+            state = None
+        index = self._index(timestep, state)
+        return index, state if state is not None and state.index == index else None
+
+    def _remember(self, result: torch.Tensor, index: int, sample, model_output, base, history) -> None:
+        """Keep with `result` what evaluation `index`, its next, needs of this one; nothing after the last."""
+        self._latest = None
+        if index == len(self._evaluations):
+            return
+        following = self._evaluations[index]
+        past = history[: len(following.weights[-1]) - 1]
+        # The caller may write the next sample and output over these two (static buffers of a CUDA graph).
+        if past and past[0] is model_output:
+            past = (model_output.clone(), *past[1:])
+        if following.starts:
+            base = None
+        elif base is sample:
+            base = base.clone()
+        self._latest = self._states[result] = _State(index, sample.shape, base, past)
+
     def _index(self, timestep: int | float | torch.Tensor, state: _State | None) -> int:
-        """Which evaluation a timestep belongs to; never reads a timestep of ours from the device.
+        """Index of the evaluation that a timestep belongs to; never reads a timestep of ours from the device.
 
         A time that is not in the grid belongs to the nearest one that is; of two equal ones, a step begins at it.
         """
@@ -319,6 +323,15 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def _advance(evaluation: Evaluation, base: torch.Tensor, history: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """scale * base + sum of w_j eps_j; the latest noise prediction comes first in `history`."""
+    weights = evaluation.weights[min(len(history), len(evaluation.weights)) - 1]
+    result = base * evaluation.scale
+    for weight, eps in zip(weights, history, strict=False):
+        result.add_(eps, alpha=weight)
+    return result
 
 
 def _check(name: str, value, allowed: tuple) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UserError
 from ..layers.base import replace_module
-from ..pipelines.sampling import model_of
+from ..pipelines.denoiser import model_of
 from .layers.svdq import _SVDQLayer
 
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import analytic
+import memory
+
 # Without a GPU, kernels run in Triton's interpreter; it must be told before Triton is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -44,14 +47,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def module_beside(name):
-    """Test files cannot import one another."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "support" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session", autouse=True)
 def kernels_stay_in_their_tensors():
     """In Triton's interpreter every address is checked; see memory.py."""
@@ -61,32 +56,8 @@ def kernels_stay_in_their_tensors():
     from triton.runtime import interpreter
 
     with pytest.MonkeyPatch.context() as patch:
-        module_beside("memory").watch(interpreter, patch)
+        memory.watch(interpreter, patch)
         yield
-
-
-@pytest.fixture(scope="session")
-def analytic():
-    """The module analytic.py: problems with known solutions."""
-    return module_beside("analytic")
-
-
-@pytest.fixture(scope="session")
-def denoisers():
-    """The module denoisers.py: small models of diffusers and their calibration."""
-    return module_beside("denoisers")
-
-
-@pytest.fixture(scope="session")
-def points():
-    """The module points.py: a diffusion model of points in the plane."""
-    return module_beside("points")
-
-
-@pytest.fixture(scope="session")
-def nunchaku_bytes():
-    """The module nunchaku_bytes.py: Nunchaku's files and layers by their formulas."""
-    return module_beside("nunchaku_bytes")
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +68,6 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def mixture(analytic, golden):
+def mixture(golden):
     """The problem of those outputs."""
     return analytic.Mixture(*(torch.from_numpy(golden[f"problem/{name}"]) for name in ("means", "weights", "covs")))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.base import numeric_padding
-from ..pipelines.sampling import evaluation_mode
+from ..pipelines.denoiser import evaluation_mode
 from .record import Calls, replay
 
 MAX_ROWS = 8192  # token rows kept per layer
@@ -78,19 +78,19 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
 
         return hook
 
-    watched = [(name, of_layer) for name in layers] + [(name, of_module) for name in modules]
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name, hook in watched
-    ]
-    handles += [model.get_submodule(name).register_forward_hook(done(name)) for name in {*layers, *modules}]
-    try:
-        with evaluation_mode(model):
+    with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
+        watched = [(name, of_layer) for name in layers] + [(name, of_module) for name in modules]
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name, hook in watched
+        ]
+        handles += [model.get_submodule(name).register_forward_hook(done(name)) for name in {*layers, *modules}]
+        try:
             for batch in batches:
                 waiting = {*layers, *modules}
                 with suppress(_Enough):
                     replay(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     got.rows = {name: torch.cat(parts) for name, parts in got.rows.items() if parts}
     return got

@@ -14,7 +14,7 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..files.atomic import output_folder
 from ..layers.base import is_quantized
-from ..pipelines.sampling import denoiser, evaluation_mode
+from ..pipelines.denoiser import denoiser, evaluation_mode
+from .input_statistics import InputStatistics
 from .record import Calls, record_calls, replay
-from .statistics import InputStatistics
 from .store import (
     CalibrationStore,
     batch_path,
@@ -204,43 +204,51 @@ def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
     statistics, progress = InputStatistics(len(layers), config.num_bins), 0
     if (folder / "statistics.safetensors").exists():
         statistics, progress = load_statistics(folder)
-    state = {"bin": 0}
-
-    def measure(index: int, name: str):
-        def hook(_, args):
-            try:
-                statistics.update(index, state["bin"], args[0])
-            except UserError as error:
-                raise UserError(f"layer '{name}', timestep bin {state['bin']}: {error}") from None
-
-        return hook
-
-    modules = [model.get_submodule(name) for name in layers]
-    handles = [
-        module.register_forward_pre_hook(measure(index, name))
-        for index, (module, name) in enumerate(zip(modules, layers, strict=True))
-    ]
-    try:
-        with evaluation_mode(model):
-            for done, (bin, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
+    measured = _Measured(statistics)
+    with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(measured.hook(index, name))
+            for index, name in enumerate(layers)
+        ]
+        try:
+            for done, (bin_index, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
                 if done < progress:
                     continue
-                state["bin"] = bin
+                measured.bin_index = bin_index
                 replay(model, batch)
                 if (done + 1) % SAVE_EVERY == 0 or done + 1 == len(batches):
                     save_statistics(folder, statistics, done + 1)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def binned_batches(calls: Calls, num_bins: int, num_train_timesteps: int, batch_size: int):
+@dataclass
+class _Measured:
+    """Statistics, and the timestep bin of the batch that is being replayed."""
+
+    statistics: InputStatistics
+    bin_index: int = 0
+
+    def hook(self, layer: int, name: str) -> Callable:
+        def add_input(_, args):
+            try:
+                self.statistics.update(layer, self.bin_index, args[0])
+            except UserError as error:
+                raise UserError(f"layer '{name}', timestep bin {self.bin_index}: {error}") from None
+
+        return add_input
+
+
+def binned_batches(
+    calls: Calls, num_bins: int, num_train_timesteps: int, batch_size: int
+) -> Iterator[tuple[int, Calls]]:
     """(bin, Calls) batches in which all rows are of one timestep bin: [b, b+1) T / num_bins."""
     bins = timestep_bins(calls.timestep, num_bins, num_train_timesteps)
-    for bin in range(num_bins):
-        rows = (bins == bin).nonzero().flatten()
+    for index in range(num_bins):
+        rows = (bins == index).nonzero().flatten()
         for part in rows.split(batch_size) if len(rows) else ():
-            yield bin, calls[part]
+            yield index, calls[part]
 
 
 def timestep_bins(timestep: Tensor, num_bins: int, num_train_timesteps: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..evidence import LayerEvidence
 from ..layers.base import replace_module
-from ..pipelines.sampling import evaluation_mode
+from ..pipelines.denoiser import evaluation_mode
 from .capture import Captured, capture
 from .record import Calls
 

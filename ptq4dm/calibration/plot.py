@@ -17,15 +17,15 @@ def layer_ranges(store: CalibrationStore, layer: str) -> list[dict]:
     """A row per timestep bin that has samples: from, to (timesteps), low, high and QUANTILES of the input."""
     num_bins, total = store.config["num_bins"], store.num_train_timesteps
     rows = []
-    for bin in range(num_bins):
-        histogram, limit, low, high = store.input_of(layer, [bin])
+    for index in range(num_bins):
+        histogram, limit, low, high = store.input_of(layer, [index])
         if not histogram.any():
             continue
         n = len(histogram)
         share = histogram.cumsum(0).double() / histogram.sum()
         edges = [2 * limit * int(torch.searchsorted(share, q)) / n - limit for q in QUANTILES]
         rows.append(
-            {"from": bin * total / num_bins, "to": (bin + 1) * total / num_bins, "low": low, "high": high}
+            {"from": index * total / num_bins, "to": (index + 1) * total / num_bins, "low": low, "high": high}
             | {"quantiles": [min(max(edge, low), high) for edge in edges]}  # a histogram's bin may reach past them
         )
     return rows

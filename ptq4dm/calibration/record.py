@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..pipelines.sampling import denoiser, sample
+from ..pipelines.denoiser import denoiser, evaluation_mode
+from ..pipelines.sampling import own_step, sample
 
 TIMESTEPS = ("timestep", "timesteps", "t")  # what diffusers' models call the argument
 
@@ -88,6 +88,43 @@ class _AllRecorded(Exception):
     """Raised inside the sampling loop once every row is on record: the remaining steps need not run."""
 
 
+class _Recorder:
+    """The calls of one run of a sampler: for row k of the batch the one at the grid time nearest timesteps[k].
+
+    It is told of each call of the model and of each step of the scheduler, and counts the steps.
+    """
+
+    def __init__(self, model: nn.Module, scheduler, timesteps: Sequence[float]):
+        self.signature = inspect.signature(model.forward)
+        self.scheduler = scheduler
+        self.timesteps = torch.as_tensor(list(timesteps), dtype=torch.float64)
+        self.index: Tensor | None = None  # [B] the step that each row is recorded at; known with the first call
+        self.step = 0
+        self.parts: list[Calls] = []
+
+    def before_forward(self, _, args, kwargs) -> None:
+        if self.index is None:
+            grid = self.scheduler.timesteps.to("cpu", torch.float64)
+            self.index = (self.timesteps[:, None] - grid[None, :]).abs().argmin(dim=1)
+        if self.complete:
+            raise _AllRecorded
+        rows = (self.index == self.step).nonzero().flatten()
+        if len(rows):
+            self.parts.append(_rows(self.signature, args, kwargs, rows, len(self.timesteps)))
+
+    def counted(self, step: Callable) -> Callable:
+        @functools.wraps(step)  # pipelines inspect the signature of step
+        def counted_step(*args, **kwargs):
+            self.step += 1
+            return step(*args, **kwargs)
+
+        return counted_step
+
+    @property
+    def complete(self) -> bool:
+        return self.index is not None and self.step > int(self.index.max())
+
+
 def record_calls(
     pipe,
     seeds: Sequence[int],
@@ -104,51 +141,30 @@ def record_calls(
     own, so the result holds a multiple of len(seeds) rows. Tensors are returned on the CPU.
     """
     model = denoiser(pipe)
-    scheduler = pipe.scheduler
-    signature = inspect.signature(model.forward)
-    wanted = torch.as_tensor(list(timesteps), dtype=torch.float64)
-    if len(wanted) != len(seeds):
-        raise UserError(f"one timestep for each seed is needed; got {len(wanted)} for {len(seeds)} seeds.")
-    parts: list[Calls] = []
-    state = {"step": 0, "index": None}
-
-    def before_forward(_, args, kwargs):
-        if state["index"] is None:
-            grid = scheduler.timesteps.to("cpu", torch.float64)
-            state["index"] = (wanted[:, None] - grid[None, :]).abs().argmin(dim=1)
-        if state["step"] > int(state["index"].max()):
-            raise _AllRecorded
-        rows = (state["index"] == state["step"]).nonzero().flatten()
-        if len(rows):
-            parts.append(_rows(signature, args, kwargs, rows, len(seeds)))
-
-    step = scheduler.step
-
-    @functools.wraps(step)  # pipelines inspect the signature of step
-    def counted_step(*args, **kwargs):
-        state["step"] += 1
-        return step(*args, **kwargs)
-
-    handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    try:
-        with mock.patch.object(scheduler, "step", counted_step):
-            sample(
-                pipe,
-                seeds,
-                num_inference_steps=num_inference_steps,
-                conditioning=conditioning,
-                pipeline_kwargs=pipeline_kwargs,
-            )
-    except _AllRecorded:
-        pass
-    finally:
-        handle.remove()
-    if state["index"] is None or state["step"] <= int(state["index"].max()):
+    if len(timesteps) != len(seeds):
+        raise UserError(f"one timestep for each seed is needed; got {len(timesteps)} for {len(seeds)} seeds.")
+    recorder = _Recorder(model, pipe.scheduler, timesteps)
+    with evaluation_mode(model):  # before the hook is there: no other thread's calls reach it
+        handle = model.register_forward_pre_hook(recorder.before_forward, with_kwargs=True)
+        try:
+            with own_step(pipe.scheduler, recorder.counted(pipe.scheduler.step)):
+                sample(
+                    pipe,
+                    seeds,
+                    num_inference_steps=num_inference_steps,
+                    conditioning=conditioning,
+                    pipeline_kwargs=pipeline_kwargs,
+                )
+        except _AllRecorded:
+            pass
+        finally:
+            handle.remove()
+    if not recorder.complete:
         raise UserError(
-            f"{type(pipe).__name__} took {state['step']} steps of its scheduler, fewer than its sampling grid has; "
+            f"{type(pipe).__name__} took {recorder.step} steps of its scheduler, fewer than its sampling grid has; "
             "its calls cannot be recorded."
         )
-    return Calls.concatenate(parts)
+    return Calls.concatenate(recorder.parts)
 
 
 @torch.no_grad()

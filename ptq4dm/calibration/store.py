@@ -2,7 +2,7 @@
 
 store.json                 configuration, layer names and fingerprints, number of batches
 batch-00000.safetensors    one recorded batch each: sample, timestep, cond/*, shared/*
-statistics.safetensors     see statistics.InputStatistics
+statistics.safetensors     see input_statistics.InputStatistics
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files.atomic import replacing
 from ..layers.view import find_layers
+from .input_statistics import InputStatistics
 from .record import Calls
-from .statistics import InputStatistics
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.view import LayerView
-from ..pipelines.sampling import evaluation_mode
+from ..pipelines.denoiser import evaluation_mode
 from .record import Calls, replay
 
 
@@ -45,15 +45,16 @@ def trace(model: nn.Module, views: list[LayerView], calls: Calls) -> dict[str, T
         return hook
 
     names = {view.name for view in views}
-    handles = [
-        module.register_forward_pre_hook(remember(name), with_kwargs=True) for name, module in model.named_modules()
-    ]
-    try:
-        with evaluation_mode(model):
+    with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
+        handles = [
+            module.register_forward_pre_hook(remember(name), with_kwargs=True)
+            for name, module in model.named_modules()
+        ]
+        try:
             replay(model, calls)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     # All inputs are alive here, so one place in memory is one tensor.
     sharing: dict[tuple, list[list[str]]] = {}
     for name, (x, version) in inputs.items():

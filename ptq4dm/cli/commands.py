@@ -16,10 +16,10 @@ from ..evaluation.evaluate import EvaluateConfig, evaluate_images, write_referen
 from ..evaluation.evaluate import evaluate as evaluate_model
 from ..evaluation.report import format_report
 from ..layers.view import find_layers
+from ..pipelines.denoiser import denoiser
 from ..pipelines.generate import generate as generate_images
 from ..pipelines.generate import save_grid
 from ..pipelines.load import EMBEDDED, load_pipeline
-from ..pipelines.sampling import denoiser
 from ..quantization.diffusers_bridge import quantization_config
 from ..quantization.quantize import quantize as quantize_model
 from ..quantization.report import kernel_report, stored_bytes

@@ -16,7 +16,8 @@ from ..errors import UserError
 from ..kernels.runtime import settings as tuning
 from ..kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
 from ..layers.base import is_quantized
-from ..pipelines.sampling import default_steps, denoiser
+from ..pipelines.denoiser import denoiser
+from ..pipelines.sampling import default_steps
 from ..quantization.saving import make_parent
 
 W8A8 = "w8a8"

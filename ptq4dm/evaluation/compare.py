@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..calibration.record import Calls, record_calls, replay
 from ..errors import UserError
-from ..pipelines.sampling import denoiser
+from ..pipelines.denoiser import denoiser
 from ..quantization.report import stored_bytes
 
 MSE_FLOOR = 1e-10  # 100 dB: what identical pictures are given, so that a mean over pictures stays finite

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files.atomic import output_folder
+from ..pipelines.denoiser import denoiser
 from ..pipelines.images import to_uint8
-from ..pipelines.sampling import denoiser, sample
+from ..pipelines.sampling import sample
 from ..quantization.report import stored_bytes
 from .compare import compare_denoisers, image_errors, psnr
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
-from ..pipelines.sampling import model_of
+from ..pipelines.denoiser import model_of
 from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 
 LAYERS = (Int8Conv2d, Int8Linear, Fp8Conv2d, Fp8Linear)

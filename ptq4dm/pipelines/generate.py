@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..files.atomic import output_folder
 from ..version import __version__
+from .denoiser import denoiser
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
-from .sampling import check_steps, choose_conditioning, denoiser, sample
+from .sampling import check_steps, choose_conditioning, sample
 
 SEED_NAMED = re.compile(r"\d{6,}\.png")
 

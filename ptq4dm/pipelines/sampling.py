@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from ..errors import UserError
+from .denoiser import class_count, denoiser, evaluation_mode
+from .noise import float32_noise
 
 OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "return_dict")
-
-
-def denoiser_name(pipe) -> str:
-    """ "unet" or "transformer": the attribute of the pipeline that holds the network run at every step.
-
-    Raises:
-        UserError: the pipeline has neither.
-    """
-    for name in ("unet", "transformer"):
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return name
-    raise UserError(f"{type(pipe).__name__} has neither a unet nor a transformer; ptq4dm needs one of them.")
-
-
-def denoiser(pipe) -> nn.Module:
-    """The pipeline's denoising network: pipe.unet or pipe.transformer (UserError when it has neither)."""
-    return getattr(pipe, denoiser_name(pipe))
-
-
-def model_of(target) -> nn.Module:
-    """A model as it is, or the denoiser of a pipeline."""
-    return target if isinstance(target, nn.Module) else denoiser(target)
-
-
-def class_count(pipe) -> int | None:
-    """How many class labels the denoiser knows; None when it is not class-conditional."""
-    config = denoiser(pipe).config
-    # DiTTransformer2DModel and UNet2DModel have their own names for it.
-    return getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
 
 
 def default_steps(pipe, otherwise: int) -> int:
@@ -84,32 +54,21 @@ def choose_conditioning(pipe, seeds: Sequence[int], conditioning: dict[str, Sequ
 
 
 @contextmanager
-def _float32_noise(pipe):
-    """Draw noise in float32, then round to the model's dtype.
-
-    Older PyTorch (and 2.13 for sizes that are no multiple of 16) draws other numbers from a seeded CPU
-    generator in float16 than in float32, so that one seed would start another picture in each dtype and
-    same-seed comparisons would mean nothing. diffusers pipelines and schedulers draw through the name
-    `randn_tensor` of their own module; it is wrapped there.
-    """
-
-    def wrap(randn_tensor):
-        def draw(shape, generator=None, device=None, dtype=None, **rest):
-            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32, **rest)
-            return noise.to(dtype or torch.float32)
-
-        return draw
-
-    modules = {sys.modules.get(c.__module__) for part in (pipe, pipe.scheduler) for c in type(part).__mro__}
-    with ExitStack() as stack:
-        for module in modules:
-            if hasattr(module, "randn_tensor"):
-                stack.enter_context(mock.patch.object(module, "randn_tensor", wrap(module.randn_tensor)))
+def own_step(scheduler, step: Callable) -> Iterator[None]:
+    """Let `scheduler.step` be another function, of this one scheduler; afterwards it is what it was."""
+    before = vars(scheduler).get("step")
+    scheduler.step = step
+    try:
         yield
+    finally:
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before
 
 
 @contextmanager
-def _scheduler_fit(pipe):
+def _scheduler_fit(pipe) -> Iterator[None]:
     """Let stock DDPMPipeline run with any scheduler that starts from unit noise.
 
     DDPMPipeline passes generator= to scheduler.step, which deterministic solvers (DEIS, UniPC, ...) do not
@@ -131,36 +90,24 @@ def _scheduler_fit(pipe):
         yield
         return
     step = scheduler.step
-    with mock.patch.object(scheduler, "step", lambda *a, generator=None, **k: step(*a, **k)):
+    with own_step(scheduler, lambda *a, generator=None, **k: step(*a, **k)):
         yield
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module):
-    """Dropout and the like off; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _quiet(pipe, progress: bool):
+def _quiet(pipe, progress: bool) -> Iterator[None]:
     """Evaluation mode (dropout draws from the global generator), no inner progress bar; restores both."""
-    had, before = "_progress_bar_config" in vars(pipe), getattr(pipe, "_progress_bar_config", {})
-    if not progress:
-        pipe._progress_bar_config = {**before, "disable": True}
-    try:
-        with evaluation_mode(denoiser(pipe)):
+    with evaluation_mode(denoiser(pipe)):
+        had, before = "_progress_bar_config" in vars(pipe), getattr(pipe, "_progress_bar_config", {})
+        if not progress:
+            pipe._progress_bar_config = {**before, "disable": True}
+        try:
             yield
-    finally:
-        if had:
-            pipe._progress_bar_config = before
-        else:
-            vars(pipe).pop("_progress_bar_config", None)
+        finally:
+            if had:
+                pipe._progress_bar_config = before
+            else:
+                vars(pipe).pop("_progress_bar_config", None)
 
 
 def sample(
@@ -175,7 +122,8 @@ def sample(
     """Run the pipeline once, for len(seeds) images: float32 [B,3,H,W] in [0,1], on the CPU.
 
     Every seed has its own CPU generator, handed to the pipeline as a list, and noise is drawn in float32: the
-    noise of image k depends on seeds[k] only, not on the batch, its order, the process, device or dtype.
+    noise of image k depends on seeds[k] only, not on the batch, its order, the process, device or dtype. Threads may
+    sample at the same time; those that share a denoiser wait for each other.
 
     Args:
         conditioning: for seed s, values[s % len(values)] of every entry, e.g. {"prompt": [...]} or
@@ -203,7 +151,7 @@ def sample(
     if "batch_size" in parameters:
         arguments["batch_size"] = len(seeds)
     generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-    with _quiet(pipe, progress), _float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
+    with _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
         result = pipe(generator=generators, num_inference_steps=num_inference_steps, output_type="pt", **arguments)
     images = getattr(result, "images", None)
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) != len(seeds):

@@ -11,7 +11,7 @@ from ..calibration.record import replay
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..layers.base import is_quantized, replace_module
-from ..pipelines.sampling import evaluation_mode, model_of
+from ..pipelines.denoiser import evaluation_mode, model_of
 from .diffusers_bridge import mark_quantized, resolved
 from .packing import link_layers
 from .planning import check_plan, make_plan

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files.atomic import replacing_folder
-from ..pipelines.sampling import denoiser
+from ..pipelines.denoiser import denoiser
 from .diffusers_bridge import quantization_config
 
 RECORD = "quantization.json"  # beside model_index.json: the report, with the original's name

@@ -18,8 +18,8 @@ from ...errors import UserError
 from ...evaluation.extractors import load_extractor, load_reference_statistics
 from ...evaluation.frechet import Moments, frechet_distance
 from ...files.rows import Rows
+from ...pipelines.denoiser import class_count, denoiser, evaluation_mode
 from ...pipelines.images import to_uint8
-from ...pipelines.sampling import class_count, denoiser, evaluation_mode
 from ..catalog import make_sampler
 
 SAMPLERS = (

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from ...errors import UserError
 from ...files.checkpoint import load_checkpoint, save_checkpoint
+from ...pipelines.denoiser import class_count, denoiser
 from ...pipelines.generate import fingerprint
-from ...pipelines.sampling import class_count, denoiser
 from ..one_step import nearest_timestep
 from .config import DisBackConfig
 from .log import Exhibition, Log

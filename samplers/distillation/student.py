@@ -14,7 +14,7 @@ from ...calibration.record import TIMESTEPS
 from ...errors import UserError
 from ...files.atomic import replacing_folder
 from ...layers.base import is_quantized
-from ...pipelines.sampling import class_count, denoiser, denoiser_name
+from ...pipelines.denoiser import class_count, denoiser, denoiser_name
 from ..one_step import OneStepScheduler, nearest_timestep
 
 RECORD = "distillation.json"  # beside model_index.json: teacher and settings

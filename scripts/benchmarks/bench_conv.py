@@ -29,8 +29,8 @@ from ptq4dm.kernels.tuning.stopwatch import graph_of, launched, microseconds
 from ptq4dm.kernels.w8a8 import layer as w8a8
 from ptq4dm.kernels.w8a8 import reference
 from ptq4dm.kernels.w8a8 import steps as w8a8_launch
+from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.load import load_reference
-from ptq4dm.pipelines.sampling import denoiser
 
 LIMIT = 4e-3  # relative error of a bf16 output
 

@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 import ptq4dm
 from ptq4dm.calibration.record import Calls, replay
 from ptq4dm.errors import run
+from ptq4dm.pipelines.denoiser import class_count, denoiser
 from ptq4dm.pipelines.load import load_reference
-from ptq4dm.pipelines.sampling import class_count, denoiser
 from ptq4dm.quantization.report import stored_bytes
 
 

@@ -17,8 +17,8 @@ import time
 import torch
 
 from ptq4dm.errors import run
+from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.load import load_reference
-from ptq4dm.pipelines.sampling import denoiser
 from ptq4dm.samplers.catalog import make_sampler
 
 SAMPLERS = (

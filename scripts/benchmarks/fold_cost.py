@@ -15,7 +15,7 @@ import torch
 import ptq4dm
 from ptq4dm.kernels.formats.int4 import dequantize_groups, quantize_groups
 from ptq4dm.kernels.w4.unpack import PEAK
-from ptq4dm.pipelines.sampling import denoiser
+from ptq4dm.pipelines.denoiser import denoiser
 
 
 def folded(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

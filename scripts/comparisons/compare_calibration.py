@@ -24,8 +24,8 @@ import ptq4dm
 from ptq4dm.calibration.collect import draw_timesteps, timestep_bins
 from ptq4dm.errors import run
 from ptq4dm.files.rows import Rows
+from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.load import load_reference
-from ptq4dm.pipelines.sampling import denoiser
 from ptq4dm.quantization.report import stored_bytes
 
 SETTINGS = ("model", "steps", "num_fid", "num_paired", "calibration_samples")

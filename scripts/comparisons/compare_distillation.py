@@ -26,8 +26,8 @@ from ptq4dm.calibration.plot import pyplot, save_figure
 from ptq4dm.errors import run
 from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate
 from ptq4dm.files.rows import Rows
+from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
 from ptq4dm.pipelines.load import load_pipeline
-from ptq4dm.pipelines.sampling import denoiser, denoiser_name
 from ptq4dm.samplers.catalog import make_sampler
 from ptq4dm.samplers.distillation.log import read_log
 

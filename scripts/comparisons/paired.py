@@ -10,8 +10,9 @@ import torch
 from ptq4dm.calibration.record import Calls, record_calls, replay
 from ptq4dm.evaluation.extractors import load_extractor, load_reference_statistics
 from ptq4dm.evaluation.frechet import Moments, frechet_distance
+from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
 from ptq4dm.pipelines.images import to_uint8
-from ptq4dm.pipelines.sampling import denoiser, denoiser_name, sample
+from ptq4dm.pipelines.sampling import sample
 
 HELD_OUT = 1_000_000  # first seed that calibration never uses
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import analytic
 from ptq4dm.samplers import DEISScheduler
 from ptq4dm.samplers.maths.coefficients import RUNGE_KUTTA
 
@@ -12,7 +13,7 @@ CLASSICAL = {"1euler": 1, "2heun": 2, "3kutta": 3, "3heun": 3, "3ral": 3, "4rk":
 
 
 @pytest.fixture(scope="module")
-def error(analytic):
+def error():
     """error(steps, **options): rms distance from the solution, at the end of the continuous schedule.
 
     `skip` leaves out that fraction of the steps: the start is then the exact solution there.
@@ -116,7 +117,7 @@ def test_stages_at_the_end_of_the_step_fail_in_long_steps(error):
     ("solver", "ratio"), [("ipndm", 4), ("t_ab", 10), ("rho_ab", 8), ("log_rho", 12), ("rho_rk", 50)]
 )
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_discrete_schedules(analytic, schedule, solver, ratio):
+def test_discrete_schedules(schedule, solver, ratio):
     """Each solver in its default setting: the error at 40 steps, and against that at 10 (order 1 would give 4)."""
     problem, x = analytic.gaussian(), analytic.noise(8)
     scheduler = DEISScheduler(beta_schedule=schedule, solver=solver)

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
+import points
 import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.samplers import DisBackConfig, OneStepScheduler, distill
@@ -34,7 +35,7 @@ def new_accelerate():
 
 
 @pytest.fixture(scope="module")
-def teacher(points):
+def teacher():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield points.train_teacher()
@@ -42,7 +43,7 @@ def teacher(points):
 
 
 @pytest.fixture
-def untrained(points):
+def untrained():
     """A teacher for what does not depend on what it knows."""
     torch.manual_seed(0)
     return DDPMPipeline(points.PointNet(width=16).eval(), DDIMScheduler())
@@ -70,7 +71,7 @@ def diffusion_of(scheduler):
 
 
 @pytest.mark.parametrize("backtracking", [True, False])
-def test_one_step_samples_approach_the_data(points, teacher, tmp_path, backtracking):
+def test_one_step_samples_approach_the_data(teacher, tmp_path, backtracking):
     """The energy distance to the data falls to a tenth or less: below that of the teacher's 5 DDIM steps."""
     data = points.draw_points(2000, 1)
     z = torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(5))
@@ -354,7 +355,7 @@ def test_configs_that_make_no_sense(options, message):
         DisBackConfig(**options)
 
 
-def test_folders_and_checkpoints_that_do_not_fit(untrained, points, tmp_path):
+def test_folders_and_checkpoints_that_do_not_fit(untrained, tmp_path):
     config, folder = DisBackConfig(**SHORT), tmp_path / "run"
     with pytest.raises(UserError, match="no checkpoint at .* to resume"):
         distill(untrained, config, folder, resume=True)

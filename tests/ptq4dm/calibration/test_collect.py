@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,11 +25,12 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm.calibration.collect import CalibrationConfig, collect, draw_timesteps, timestep_bins
+from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.record import Calls, replay
-from ptq4dm.calibration.statistics import InputStatistics
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
 from ptq4dm.methods.rtn import RTNConfig
+from ptq4dm.pipelines.sampling import sample
 
 COLLECT = importlib.import_module("ptq4dm.calibration.collect")  # ptq4dm.collect is the function
 STORE = importlib.import_module("ptq4dm.calibration.store")
@@ -81,12 +84,12 @@ def test_statistics_equal_brute_force(dtype, tmp_path):
     caught = {name: [[] for _ in range(4)] for name in store.fingerprint}
     layers = [n for n, m in pipe.unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert list(store.fingerprint) == layers and len(layers) > 10
-    bin = 0
+    current = 0
     for name in layers:
-        hook = lambda module, args, name=name: caught[name][bin].append(args[0].float().flatten())  # noqa: E731
+        hook = lambda module, args, name=name: caught[name][current].append(args[0].float().flatten())  # noqa: E731
         pipe.unet.get_submodule(name).register_forward_pre_hook(hook)
     for row in range(len(store.calls)):
-        bin = int(store.calls.timestep[row]) * 4 // 1000
+        current = int(store.calls.timestep[row]) * 4 // 1000
         with torch.no_grad():
             pipe.unet(store.calls.sample[row : row + 1], store.calls.timestep[row])
     assert len({len(parts) for parts in caught["conv_in"]}) > 1
@@ -104,6 +107,25 @@ def test_statistics_equal_brute_force(dtype, tmp_path):
         assert (low, high) == (float(values.min()), float(values.max())) and int(histogram.sum()) == len(values)
     with pytest.raises(UserError, match="no statistics of layer 'conv_99'"):
         store.input_of("conv_99")
+
+
+def test_collecting_beside_a_thread_that_samples(whole, tmp_path):
+    """Both use one pipeline: they take turns, and what the other feeds the model is not measured."""
+    pipe, stop, images = tiny_pipe(), threading.Event(), []
+
+    def keep_sampling():
+        while not stop.is_set() or not images:
+            images.append(sample(pipe, [5, 6], num_inference_steps=6))
+
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(keep_sampling)
+        try:
+            pool.submit(collect, pipe, CONFIG, tmp_path / "store").result()
+        finally:
+            stop.set()
+        other.result()
+    assert files(tmp_path / "store") == whole[1]
+    assert all(torch.equal(one, images[0]) for one in images)
 
 
 @pytest.mark.parametrize("collector", ["uniform", "ndtc", "solver"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.plot import QUANTILES, layer_ranges, plot_ranges
-from ptq4dm.calibration.statistics import InputStatistics
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
 
@@ -16,8 +16,8 @@ def store():
     """Two layers, ten bins; "b" sees N(0, (bin + 1)^2) in bins 0, 3 and 9."""
     statistics = InputStatistics(2, 10)
     generator = torch.Generator().manual_seed(0)
-    for bin in (0, 3, 9):
-        statistics.update(1, bin, torch.randn(200_000, generator=generator) * (bin + 1))
+    for k in (0, 3, 9):
+        statistics.update(1, k, torch.randn(200_000, generator=generator) * (k + 1))
     return CalibrationStore({"num_bins": 10}, {"a": "1", "b": "2"}, 1000, statistics=statistics)
 
 

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+import denoisers
 import ptq4dm
 from ptq4dm import RTNConfig
 from ptq4dm.kernels.w8a8 import layer as w8a8
@@ -154,7 +155,7 @@ def test_layers_with_hooks_are_called(quantized, monkeypatch):
     assert seen == ["norm1", "conv1", "to_q"]
 
 
-def test_adapters_on_a_fused_model_are_called(quantized, denoisers, monkeypatch):
+def test_adapters_on_a_fused_model_are_called(quantized, monkeypatch):
     model = quantized()
     ptq4dm.fuse(model)
     with fused_here(monkeypatch, w8a8.REFERENCE):

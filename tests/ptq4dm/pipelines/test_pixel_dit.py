@@ -22,10 +22,11 @@ from diffusers import (
 
 import ptq4dm
 from ptq4dm.errors import UserError
+from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.images import to_uint8
 from ptq4dm.pipelines.load import EMBEDDED, load_pipeline, load_reference
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
-from ptq4dm.pipelines.sampling import default_steps, denoiser, sample
+from ptq4dm.pipelines.sampling import default_steps, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,5 +1,9 @@
 """One call of a pipeline in which image k depends on seeds[k] alone."""
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from diffusers import (
@@ -19,8 +23,9 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 
 from ptq4dm.errors import UserError
+from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
 from ptq4dm.pipelines.images import to_uint8
-from ptq4dm.pipelines.sampling import denoiser, denoiser_name, sample
+from ptq4dm.pipelines.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +87,58 @@ def test_one_seed_starts_the_same_noise_in_every_dtype():
     exact = sample(Noise(tiny_unet(), DDIMScheduler()), [1, 2], num_inference_steps=1)
     half = sample(Noise(tiny_unet().half(), DDIMScheduler()), [1, 2], num_inference_steps=1)
     assert torch.equal(exact.half().float(), half)
+
+
+class Halves(DDPMPipeline):
+    """In float16, of a size where float16 noise is not float32 noise; meets the other threads before it draws."""
+
+    meeting = None
+
+    def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
+        self.meeting.wait(timeout=60)
+        images = [randn_tensor((len(generator), 3, 5, 5), generator=generator, dtype=torch.float16)]
+        self.meeting.wait(timeout=60)
+        images.append(randn_tensor((len(generator), 3, 5, 5), generator=generator, dtype=torch.float16))
+        return ImagePipelineOutput(images=torch.cat(images, 2))
+
+
+def test_threads_sample_what_each_samples_alone(monkeypatch):
+    """While they sample together, a thread that calls diffusers itself gets its own noise."""
+    here = sys.modules[__name__]
+    monkeypatch.setattr(Halves, "meeting", threading.Barrier(1))
+    pipes = [Halves(tiny_unet(), DDIMScheduler()) for _ in range(3)]
+    plain = pipes[2](generator=[torch.Generator().manual_seed(2)]).images
+    alone = [sample(pipe, [seed], num_inference_steps=1) for seed, pipe in enumerate(pipes[:2])]
+    monkeypatch.setattr(Halves, "meeting", threading.Barrier(3))
+    with ThreadPoolExecutor(3) as pool:
+        together = [pool.submit(sample, pipe, [seed], num_inference_steps=1) for seed, pipe in enumerate(pipes[:2])]
+        beside = pool.submit(pipes[2], generator=[torch.Generator().manual_seed(2)])
+    assert all(torch.equal(one.result(), other) for one, other in zip(together, alone, strict=True))
+    assert torch.equal(beside.result().images, plain)
+    exact = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(2)).half()
+    assert not torch.equal(plain[:, :, :5], exact)  # or the thread beside them would prove nothing
+    assert here.randn_tensor is sys.modules["diffusers.utils.torch_utils"].randn_tensor
+
+
+def test_threads_leave_nothing_behind():
+    """Uneven numbers of steps, so that each is in another's middle; then two threads take turns at one pipeline."""
+    module = sys.modules[DDPMPipeline.__module__]
+    own, shared = module.randn_tensor, DDPMPipeline(tiny_unet(), DDPMScheduler())
+
+    def work(pipe, seed):
+        return [sample(pipe, [seed], num_inference_steps=1 + k % 3) for k in range(6)]
+
+    def pipes():
+        return [DDPMPipeline(tiny_unet(), DEISMultistepScheduler()) for _ in range(2)] + [shared, shared]
+
+    with ThreadPoolExecutor(1) as pool:
+        alone = list(pool.map(work, pipes(), range(4)))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, pipes(), range(4)))
+    assert len(together) == 4 and all(
+        torch.equal(torch.cat(a), torch.cat(b)) for a, b in zip(together, alone, strict=True)
+    )
+    assert module.randn_tensor is own and "step" not in vars(shared.scheduler)
 
 
 def test_sigma_space_scheduler_is_refused_where_the_pipeline_cannot_drive_it():

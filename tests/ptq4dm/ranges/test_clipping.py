@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptq4dm.calibration.statistics import InputStatistics
+from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.int8 import affine_parameters, dequantize_weight, quantize_weight, weight_limit
 from ptq4dm.ranges.inputs import activation_grid

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import denoisers
 from ptq4dm.calibration.record import replay
 from ptq4dm.layers.registry import empty_quantized
 from ptq4dm.quantization.report import stored_bytes
@@ -26,7 +27,7 @@ EMBEDDED = "transformer_blocks.0.norm1.linear"
 
 
 @pytest.fixture
-def made(denoisers):
+def made():
     """(a quantized model, its store, its report). Tests must not change it."""
     return denoisers.quantized("flux")
 

@@ -9,6 +9,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import nunchaku_bytes
 import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.quantization.diffusers_bridge import quantization_config
@@ -38,13 +39,13 @@ def tensors_of(made, model, layers):
 
 
 @pytest.fixture(scope="module")
-def made(nunchaku_bytes, tmp_path_factory):
+def made(tmp_path_factory):
     """kind -> (folder of a checkpoint, its layers); the kinds are int4 and nvfp4."""
     found = {}
     for kind in ("int4", "nvfp4"):
         folder, model = tmp_path_factory.mktemp(kind), nunchaku_bytes.tiny_flux()
         layers = nunchaku_bytes.lite_layers(kind)
-        tensors = tensors_of(nunchaku_bytes, model, layers)
+        tensors = tensors_of(model, layers)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config_of(model, layers, kind)))
         found[kind] = folder, layers
@@ -60,7 +61,7 @@ def close(a, b, share):
 
 
 @kinds
-def test_every_layer_is_the_formula(made, kind, nunchaku_bytes):
+def test_every_layer_is_the_formula(made, kind):
     folder, layers = made[kind]
     model = load_nunchaku_lite(folder, dtype=torch.float32)
     kinds_of = {type(model.get_submodule(name)) for name in layers}
@@ -78,7 +79,7 @@ def test_every_layer_is_the_formula(made, kind, nunchaku_bytes):
 
 
 @kinds
-def test_the_whole_model_is_the_formula(made, kind, nunchaku_bytes):
+def test_the_whole_model_is_the_formula(made, kind):
     folder, layers = made[kind]
     given = nunchaku_bytes.tiny_flux()
     with torch.no_grad():
@@ -91,7 +92,7 @@ def test_the_whole_model_is_the_formula(made, kind, nunchaku_bytes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_model_of_the_class_that_the_config_names(made, dtype, nunchaku_bytes):
+def test_a_model_of_the_class_that_the_config_names(made, dtype):
     model = load_nunchaku_lite(made["int4"][0], dtype=dtype)
     assert type(model) is FluxTransformer2DModel and not model.training and model.is_quantized
     assert model.dtype == dtype and not any(p.is_meta for p in model.parameters())
@@ -106,7 +107,7 @@ def test_a_model_of_the_class_that_the_config_names(made, dtype, nunchaku_bytes)
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_saves_and_loads_as_ours(made, kind, dtype, tmp_path, nunchaku_bytes):
+def test_it_saves_and_loads_as_ours(made, kind, dtype, tmp_path):
     model = load_nunchaku_lite(made[kind][0], dtype=dtype)
     before = nunchaku_bytes.run(model, dtype)
     model.save_pretrained(tmp_path)
@@ -124,7 +125,7 @@ def test_it_saves_and_loads_as_ours(made, kind, dtype, tmp_path, nunchaku_bytes)
     assert {"format", "bytes"} <= kernel_report(model)[0].keys()
 
 
-def test_shards(made, tmp_path, nunchaku_bytes):
+def test_shards(made, tmp_path):
     folder, _ = made["int4"]
     tensors = load_file(folder / WEIGHTS)
     names = sorted(tensors)
@@ -149,11 +150,11 @@ class Plain(nn.Module):
         self.one, self.two = nn.Linear(128, 256, bias=False), nn.Linear(256, 128)
 
 
-def test_no_bias_no_branch_and_padding(tmp_path, nunchaku_bytes):
+def test_no_bias_no_branch_and_padding(tmp_path):
     one = nunchaku_bytes.random_layer(256, 128, 48, bias=False)
     two = nunchaku_bytes.random_layer(128, 256, 48)
     one.a[:], two.a[7:], two.b[:, 3] = 0, 0, 0
-    save_file(tensors_of(nunchaku_bytes, Plain(), {"one": one, "two": two}), tmp_path / "some.safetensors")
+    save_file(tensors_of(Plain(), {"one": one, "two": two}), tmp_path / "some.safetensors")
     section = {"precision": "int4", "group_size": 64, "rank": 48, "targets": ["one", "two"]}
     config = {"quantization_config": {"quant_method": "nunchaku_lite", "svdq_w4a4": section}}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -185,7 +186,7 @@ def test_a_new_model_is_as_from_pretrained_makes_it():
         empty_model(Exact, {"width": "wide"}, torch.bfloat16)
 
 
-def test_buffers_may_be_in_the_file(made, tmp_path, nunchaku_bytes):
+def test_buffers_may_be_in_the_file(made, tmp_path):
     folder, _ = made["int4"]
     model = nunchaku_bytes.tiny_flux()
     model.register_buffer("position", torch.ones(3), persistent=False)
@@ -196,7 +197,7 @@ def test_buffers_may_be_in_the_file(made, tmp_path, nunchaku_bytes):
     assert load_nunchaku_lite(tmp_path, model).count.tolist() == [3, 4]
 
 
-def test_awq_zeros_may_be_rounded_otherwise(made, tmp_path, nunchaku_bytes):
+def test_awq_zeros_may_be_rounded_otherwise(made, tmp_path):
     folder, layers = made["int4"]
     tensors = load_file(folder / WEIGHTS)
     exact = -7 * tensors[f"{NORM}.wscales"].float()
@@ -266,7 +267,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(mistake, made, tmp_path, nunchaku_bytes):
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(mistake, made, tmp_path):
     folder, _ = made["int4"]
     tensors, config = load_file(folder / WEIGHTS), json.loads((folder / "config.json").read_text())
     apply, message = MISTAKES[mistake]
@@ -307,7 +308,7 @@ def test_files_that_are_none(made, tmp_path):
         load_nunchaku_lite(tmp_path)
 
 
-def test_only_into_full_precision_and_only_by_loading(made, nunchaku_bytes):
+def test_only_into_full_precision_and_only_by_loading(made):
     model = load_nunchaku_lite(made["nvfp4"][0])
     with pytest.raises(UserError, match="no Linear in full precision"):
         load_nunchaku_lite(made["nvfp4"][0], model)
@@ -317,7 +318,7 @@ def test_only_into_full_precision_and_only_by_loading(made, nunchaku_bytes):
             ptq4dm.quantize(nunchaku_bytes.tiny_flux(), recipe)
 
 
-def test_nvfp4_activations(nunchaku_bytes):
+def test_nvfp4_activations():
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-4, 1, 5000])[:, None]
     x[1, :16], x[1, 16:32], x[1, 40], x[2, 3] = 0, torch.arange(16) / 8, torch.inf, torch.nan
     values = round_e2m1(x)

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from ptq4dm.calibration.statistics import HISTOGRAM_BINS, InputStatistics
+from ptq4dm.calibration.input_statistics import HISTOGRAM_BINS, InputStatistics
 from ptq4dm.errors import UserError
 
 
-def filled(*tensors, bin=0):
+def filled(*tensors, bin_index=0):
     statistics = InputStatistics(1, 2)
     for values in tensors:
-        statistics.update(0, bin, values)
+        statistics.update(0, bin_index, values)
     return statistics
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import nunchaku_bytes
 import ptq4dm  # noqa: F401
 from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.int4 import quantize_e2m1
@@ -26,14 +27,14 @@ def same(a, b):
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def test_qweight(nunchaku_bytes):
+def test_qweight():
     codes = integers(-8, 7, N, K)
     packed = nunchaku_bytes.pack_qweight(codes)
     assert same(layout.pack_qweight(codes), packed)
     assert same(layout.unpack_qweight(packed), codes)
 
 
-def test_qweight_of_e2m1_codes(nunchaku_bytes):
+def test_qweight_of_e2m1_codes():
     codes = quantize_e2m1(3 * normal(N, K))
     packed = nunchaku_bytes.pack_qweight(codes)
     assert same(layout.pack_qweight(codes, signed=False), packed)
@@ -41,7 +42,7 @@ def test_qweight_of_e2m1_codes(nunchaku_bytes):
 
 
 @sixteen_bits
-def test_scales(dtype, nunchaku_bytes):
+def test_scales(dtype):
     scales = normal(N, K // 64, dtype=dtype)
     packed = nunchaku_bytes.place(scales, nunchaku_bytes.scale_index(K // 64), (K // 64, N))
     assert same(layout.pack_scales(scales), packed)
@@ -49,7 +50,7 @@ def test_scales(dtype, nunchaku_bytes):
 
 
 @sixteen_bits
-def test_vectors(dtype, nunchaku_bytes):
+def test_vectors(dtype):
     vector = normal(K, dtype=dtype)
     packed = nunchaku_bytes.vector(vector)
     assert same(layout.pack_vector(vector), packed)
@@ -57,7 +58,7 @@ def test_vectors(dtype, nunchaku_bytes):
 
 
 @sixteen_bits
-def test_low_rank(dtype, nunchaku_bytes):
+def test_low_rank(dtype):
     a, b = normal(R, K, dtype=dtype), normal(N, R, dtype=dtype)
     down = nunchaku_bytes.place(a, nunchaku_bytes.down_index(R), (K, R))
     up = nunchaku_bytes.place(b, nunchaku_bytes.up_index(R), (N, R))
@@ -65,7 +66,7 @@ def test_low_rank(dtype, nunchaku_bytes):
     assert same(layout.pack_up(b), up) and same(layout.unpack_up(up), b)
 
 
-def test_nvfp4_scales(nunchaku_bytes):
+def test_nvfp4_scales():
     scales = normal(N, K // 16).abs().to(E4M3)
     packed = nunchaku_bytes.place(scales, nunchaku_bytes.nvfp4_index(K // 16), (K // 16, N))
     assert same(layout.pack_nvfp4_scales(scales), packed)
@@ -73,7 +74,7 @@ def test_nvfp4_scales(nunchaku_bytes):
 
 
 @pytest.mark.parametrize("n, k", [(64, 256), (12, 192)])
-def test_awq(n, k, nunchaku_bytes):
+def test_awq(n, k):
     codes = integers(0, 15, n, k, dtype=torch.uint8)
     words = nunchaku_bytes.pack_awq(codes)
     assert same(layout.pack_awq_qweight(codes), words.view(torch.int32))

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.activations import GELU
 from torch import nn
 
+import denoisers
 import ptq4dm
 from ptq4dm import SVDQuantConfig
 from ptq4dm.calibration.record import replay
@@ -31,7 +32,7 @@ _made = {}
 
 
 @pytest.fixture
-def quantized(denoisers):
+def quantized():
     """Builds (a fresh quantized model, its calls)."""
 
     def build(kind, qkv=False, **options):
@@ -79,7 +80,7 @@ CASES = [("flux", "fp8", False), ("flux", "int8", True), ("flux", "int4", False)
 
 
 @pytest.mark.parametrize("kind, form, qkv", CASES, ids=str)
-def test_fused_answers_are_the_unfused_ones(kind, form, qkv, quantized, denoisers, monkeypatch):
+def test_fused_answers_are_the_unfused_ones(kind, form, qkv, quantized, monkeypatch):
     model, calls = quantized(kind, qkv, activations=form)
     exact, before, keys = replay(denoisers.pair(kind)[0], calls), replay(model, calls), list(model.state_dict())
     assert set(ptq4dm.fuse(model)) == NAMES[kind] and ptq4dm.fuse(model) == []
@@ -160,7 +161,7 @@ def _codes(x):
     return isinstance(x, Codes)
 
 
-def test_adapters_on_a_fused_model_are_called(quantized, denoisers, monkeypatch):
+def test_adapters_on_a_fused_model_are_called(quantized, monkeypatch):
     model, calls = quantized("dit", activations="int8")
     ptq4dm.fuse(model)
     block = model.transformer_blocks[0]
@@ -208,7 +209,7 @@ def test_training_is_unfused(quantized, monkeypatch):
     assert seen == []
 
 
-def test_what_does_not_fit_stays(denoisers, quantized):
+def test_what_does_not_fit_stays(quantized):
     assert ptq4dm.fuse(denoisers.pair("flux")[0]) == []  # nothing quantized
     model, _ = quantized("dit", activations="int4", group_size=32)
     assert all(name.endswith("net.0") for name in ptq4dm.fuse(model))
@@ -238,7 +239,7 @@ def test_fused_kernels_of_a_whole_model(kind, quantized, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("kind, form, qkv", CASES, ids=str)
-def test_fused_models_on_the_gpu(kind, form, qkv, quantized, denoisers):
+def test_fused_models_on_the_gpu(kind, form, qkv, quantized):
     """Against the unfused one; the same bits every time; compiled whole."""
     model, calls = quantized(kind, qkv, activations=form)
     exact = replay(denoisers.pair(kind)[0].cuda().bfloat16(), calls).float().cpu()  # times are rounded there, too

@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
+import nunchaku_bytes
 import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized
@@ -55,7 +56,7 @@ def tensors_of_norm(made, layer, chunks):
 
 
 @pytest.fixture(scope="module")
-def layers(nunchaku_bytes):
+def layers():
     """v1 name -> the layer in plain order, as the file fuses and cuts them."""
     found = {}
     names = [f"{D}.{name}" for name in SIZES] + [f"{S}.{name}" for name in SIZES if "context" not in name]
@@ -72,12 +73,12 @@ def layers(nunchaku_bytes):
 
 
 @pytest.fixture(scope="module")
-def tensors(layers, nunchaku_bytes):
+def tensors(layers):
     """The file, by v1 names."""
     found = {}
     for name, layer in layers.items():
         if name in NORMS:
-            found |= {f"{name}.{key}": t for key, t in tensors_of_norm(nunchaku_bytes, layer, NORMS[name]).items()}
+            found |= {f"{name}.{key}": t for key, t in tensors_of_norm(layer, NORMS[name]).items()}
             continue
         for key, tensor in nunchaku_bytes.tensors_of(layer).items():
             found[f"{name}.{V1.get(key, key)}"] = tensor
@@ -92,9 +93,9 @@ def tensors(layers, nunchaku_bytes):
 
 
 @pytest.fixture(scope="module")
-def file(tensors, tmp_path_factory, nunchaku_bytes):
+def file(tensors, tmp_path_factory):
     path = tmp_path_factory.mktemp("flux") / "svdq-int4_r16-flux.safetensors"
-    write(path, tensors, nunchaku_bytes)
+    write(path, tensors)
     return path
 
 
@@ -105,7 +106,7 @@ def write(path, tensors, made, **metadata):
 
 
 @pytest.fixture(scope="module")
-def wanted(layers, tensors, nunchaku_bytes):
+def wanted(layers, tensors):
     """(diffusers' name -> layer, name -> layers over ranges of the inputs): what the model is to compute."""
     plain = {name: layers[name] for name in NORMS}
     for block, source, names in [
@@ -125,7 +126,7 @@ def close(a, b, share):
     return float((a - b).norm() / b.norm()) < share
 
 
-def test_every_layer_is_the_formula(file, wanted, nunchaku_bytes):
+def test_every_layer_is_the_formula(file, wanted):
     model = load_nunchaku_flux(file, nunchaku_bytes.tiny_flux())
     plain, cut = wanted
     assert {name for name, layer in model.named_modules() if is_quantized(layer)} == {*plain, *cut}
@@ -140,7 +141,7 @@ def test_every_layer_is_the_formula(file, wanted, nunchaku_bytes):
 
 
 @torch.no_grad()
-def test_the_whole_model_is_the_formula(file, wanted, tensors, nunchaku_bytes):
+def test_the_whole_model_is_the_formula(file, wanted, tensors):
     given = nunchaku_bytes.tiny_flux()
     result = nunchaku_bytes.run(load_nunchaku_flux(file, given))
     other = nunchaku_bytes.computed(nunchaku_bytes.tiny_flux(), *wanted)
@@ -150,7 +151,7 @@ def test_the_whole_model_is_the_formula(file, wanted, tensors, nunchaku_bytes):
     assert close(result, nunchaku_bytes.run(other), 1e-2)
 
 
-def test_later_names_and_a_model_from_the_metadata(file, tensors, tmp_path, nunchaku_bytes):
+def test_later_names_and_a_model_from_the_metadata(file, tensors, tmp_path):
     v2 = {v1: v2 for v2, v1 in V1.items()} | {"smooth_orig": "smooth_factor_orig"}
     fused = {"qkv_proj": "attn.to_qkv", "qkv_proj_context": "attn.add_qkv_proj"}
     renamed = {}
@@ -163,7 +164,7 @@ def test_later_names_and_a_model_from_the_metadata(file, tensors, tmp_path, nunc
             key = f"{block}.{places.get(inner, inner)}.{v2.get(leaf, leaf)}"
         renamed[key] = tensor
     assert f"{S}.attn.to_out.smooth_factor_orig" in renamed and f"{D}.attn.to_qkv.proj_down" in renamed
-    write(tmp_path / "v2.safetensors", renamed, nunchaku_bytes, model_class="NunchakuFluxTransformer2dModel")
+    write(tmp_path / "v2.safetensors", renamed, model_class="NunchakuFluxTransformer2dModel")
     one, other = load_nunchaku_flux(file), load_nunchaku_flux(tmp_path / "v2.safetensors")
     assert type(one) is FluxTransformer2DModel and one.dtype == torch.bfloat16 and not one.training
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -171,18 +172,18 @@ def test_later_names_and_a_model_from_the_metadata(file, tensors, tmp_path, nunc
     assert load_nunchaku_flux(file, dtype=torch.float16).dtype == torch.float16
 
 
-def test_the_bias_of_the_attention_half(tensors, tmp_path, nunchaku_bytes):
+def test_the_bias_of_the_attention_half(tensors, tmp_path):
     """It is zero in known files; where it is not there, or not zero, it counts as it should."""
     key = f"{S}.out_proj.bias"
-    write(tmp_path / "none", {name: t for name, t in tensors.items() if name != key}, nunchaku_bytes)
-    write(tmp_path / "ones", {**tensors, key: torch.ones(128).bfloat16()}, nunchaku_bytes)
+    write(tmp_path / "none", {name: t for name, t in tensors.items() if name != key})
+    write(tmp_path / "ones", {**tensors, key: torch.ones(128).bfloat16()})
     none, ones = (load_nunchaku_flux(tmp_path / name, nunchaku_bytes.tiny_flux()) for name in ("none", "ones"))
     difference = ones.get_submodule(f"{S}.proj_out").bias - none.get_submodule(f"{S}.proj_out").bias
     assert torch.allclose(difference, torch.ones(128), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_saves_and_loads_as_ours(file, dtype, tmp_path, nunchaku_bytes):
+def test_it_saves_and_loads_as_ours(file, dtype, tmp_path):
     model = load_nunchaku_flux(file, nunchaku_bytes.tiny_flux(dtype))
     before = nunchaku_bytes.run(model, dtype)
     model.save_pretrained(tmp_path)
@@ -232,11 +233,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_does_not_fit_is_named_and_nothing_is_loaded(mistake, tensors, tmp_path, nunchaku_bytes):
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(mistake, tensors, tmp_path):
     apply, message = MISTAKES[mistake]
     wrong = dict(tensors)
     apply(wrong)
-    write(tmp_path / "flux.safetensors", wrong, nunchaku_bytes)
+    write(tmp_path / "flux.safetensors", wrong)
     model = nunchaku_bytes.tiny_flux()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=message) as caught:
@@ -247,19 +248,19 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(mistake, tensors, tmp_
     assert not any(isinstance(layer, SVDQLinear) for layer in model.modules())
 
 
-def test_files_that_are_none(file, tensors, tmp_path, nunchaku_bytes):
+def test_files_that_are_none(file, tensors, tmp_path):
     path = tmp_path / "flux.safetensors"
     path.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match="is not a whole safetensors file"):
         load_nunchaku_flux(path)
-    write(path, tensors, nunchaku_bytes, model_class="NunchakuQwenImageTransformer2DModel")
+    write(path, tensors, model_class="NunchakuQwenImageTransformer2DModel")
     with pytest.raises(UserError, match="of NunchakuQwenImageTransformer2DModel; only FLUX"):
         load_nunchaku_flux(path)
     fp4 = {**QUANTIZATION, "weight": {"dtype": "fp4_e2m1_all"}}
-    write(path, tensors, nunchaku_bytes, quantization_config=json.dumps(fp4))
+    write(path, tensors, quantization_config=json.dumps(fp4))
     with pytest.raises(UserError, match="holds NVFP4 weights"):
         load_nunchaku_flux(path)
-    write(path, tensors, nunchaku_bytes, config="{")
+    write(path, tensors, config="{")
     with pytest.raises(UserError, match="the model config of .* cannot be read"):
         load_nunchaku_flux(path)
     assert load_nunchaku_flux(path, nunchaku_bytes.tiny_flux()).is_quantized  # then it is not needed

@@ -12,6 +12,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
+import denoisers
 import ptq4dm
 from ptq4dm import SVDQuantConfig
 from ptq4dm.calibration.record import replay
@@ -34,14 +35,14 @@ def adapters(rank, targets):
 
 
 @pytest.fixture
-def flux(denoisers):
+def flux():
     """(a quantized model to put adapters on, its calls, its answer to them)"""
     model, store, _ = denoisers.quantized("flux")
     return copy.deepcopy(model), store.calls, replay(model, store.calls)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_an_adapter_on_top_and_off_again(kind, denoisers):
+def test_an_adapter_on_top_and_off_again(kind):
     quantized, store, _ = denoisers.quantized(kind)
     model, before = copy.deepcopy(quantized), replay(quantized, store.calls)
     torch.manual_seed(0)
@@ -60,7 +61,7 @@ def test_an_adapter_on_top_and_off_again(kind, denoisers):
     assert torch.equal(replay(model, store.calls), before)
 
 
-def test_models_for_which_diffusers_has_no_adapters(denoisers):
+def test_models_for_which_diffusers_has_no_adapters():
     """DiT and PixArt: peft itself puts them in."""
     quantized, store, _ = denoisers.quantized("dit")
     model, before = copy.deepcopy(quantized), replay(quantized, store.calls)
@@ -163,7 +164,7 @@ def trained(original, targets):
         ("sdxl", sdxl_pipeline, "unet", ["to_q", "to_v", "conv1", "conv_shortcut", "time_emb_proj"]),
     ],
 )
-def test_pipelines_load_adapters(kind, pipeline, prefix, targets, denoisers):
+def test_pipelines_load_adapters(kind, pipeline, prefix, targets):
     original, store = denoisers.pair(kind)
     model = denoisers.pair(kind)[0]
     quick = {"rank": 8, "num_tuples": 4, "smoothing": 0.5, "refinements": 0, "activations": "int8"}
@@ -192,7 +193,7 @@ def test_pipelines_load_adapters(kind, pipeline, prefix, targets, denoisers):
     assert torch.equal(replay(model, store.calls), before)
 
 
-def test_flux_takes_adapters_by_its_transformer(flux, denoisers):
+def test_flux_takes_adapters_by_its_transformer(flux):
     """diffusers' FluxPipeline.load_lora_weights looks for float weights; load_lora_adapter does not."""
     model, calls, before = flux
     tensors = trained(denoisers.pair("flux")[0], ["to_q", "to_v", "net.2", "proj_mlp"])

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+import analytic
+
 
 @pytest.mark.parametrize(("start", "key"), [(999, "exact/x0"), (998, "exact/x0_from_t998")])
-def test_the_solver_reaches_the_stored_solution(analytic, golden, mixture, start, key):
+def test_the_solver_reaches_the_stored_solution(golden, mixture, start, key):
     alpha_bar = analytic.discrete_alpha_bar(golden["schedule/alphas_cumprod"])
     x0 = analytic.rk4(mixture, torch.from_numpy(golden["x_T"]), alpha_bar(start), alpha_bar(0))
     assert (x0 - torch.from_numpy(golden[key])).abs().max() < 2e-9
 
 
-def test_the_solver_reaches_a_gaussians_closed_form(analytic):
+def test_the_solver_reaches_a_gaussians_closed_form():
     problem, x = analytic.gaussian(), analytic.noise(8)
     a, a_end = analytic.continuous_alpha_bar(1.0), analytic.continuous_alpha_bar(1e-3)
     exact = problem.flow(x, a, a_end)
@@ -20,7 +22,7 @@ def test_the_solver_reaches_a_gaussians_closed_form(analytic):
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
-def test_epsilon_is_the_noise_to_expect(analytic, mixture, kind):
+def test_epsilon_is_the_noise_to_expect(mixture, kind):
     """E[(n - epsilon(x_t))  f(x_t)] = 0 for any f: here for f = 1 and f = epsilon."""
     if kind == "gaussian":
         problem = analytic.gaussian(dim=2)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import nunchaku_bytes
 import ptq4dm
 from ptq4dm.calibration.record import Calls
 from ptq4dm.calibration.store import fingerprint
@@ -36,7 +37,7 @@ def calibration(model, call):
 
 
 @pytest.fixture(scope="module")
-def quantized(nunchaku_bytes):
+def quantized():
     """dtype -> a model quantized by SVDQuantConfig, W4A4 and weight-only, with branches of rank 8."""
     found = {}
 
@@ -60,7 +61,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 @dtypes
-def test_read_back_by_the_formulas(dtype, quantized, tmp_path, nunchaku_bytes):
+def test_read_back_by_the_formulas(dtype, quantized, tmp_path):
     model = quantized(dtype)
     assert model.get_submodule(K).down is None  # it shares that of to_q, which the file repeats
     export_nunchaku_lite(model, tmp_path / "new" / "folder")
@@ -91,7 +92,7 @@ def names_of(tensors, layer):
 
 
 @dtypes
-def test_there_and_back(dtype, quantized, tmp_path, nunchaku_bytes):
+def test_there_and_back(dtype, quantized, tmp_path):
     model = quantized(dtype)
     export_nunchaku_lite(model, tmp_path)
     again = load_nunchaku_lite(tmp_path)
@@ -132,11 +133,11 @@ class Kernels:
 
 
 @pytest.fixture
-def diffusers_own(monkeypatch, nunchaku_bytes):
+def diffusers_own(monkeypatch):
     """diffusers' Nunchaku code, with its kernels replaced."""
     pytest.importorskip("diffusers.quantizers.nunchaku", reason="this diffusers has no nunchaku_lite")
     module = types.ModuleType("kernels")
-    module.get_kernel = lambda *args, **kwargs: types.SimpleNamespace(ops=Kernels(nunchaku_bytes))
+    module.get_kernel = lambda *args, **kwargs: types.SimpleNamespace(ops=Kernels())
     monkeypatch.setitem(sys.modules, "kernels", module)
     monkeypatch.setattr("diffusers.utils.is_kernels_available", lambda: True)
     monkeypatch.setattr("diffusers.utils.is_kernels_version", lambda *args: True)
@@ -149,7 +150,7 @@ def diffusers_own(monkeypatch, nunchaku_bytes):
     del sys.modules[name]  # the next to import it gets the real one
 
 
-def test_diffusers_loads_and_runs_it(quantized, tmp_path, diffusers_own, nunchaku_bytes):
+def test_diffusers_loads_and_runs_it(quantized, tmp_path, diffusers_own):
     model = quantized(torch.bfloat16)
     export_nunchaku_lite(model, tmp_path)
     theirs = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path)
@@ -184,7 +185,7 @@ def put(model, name, **plan):
 
 
 @pytest.mark.parametrize("rank, written", [(0, 16), (16, 16), (20, 32)])
-def test_ranks_biases_and_buffers(rank, written, tmp_path, diffusers_own, nunchaku_bytes):
+def test_ranks_biases_and_buffers(rank, written, tmp_path, diffusers_own):
     torch.manual_seed(0)
     model = Toy(256)
     put(model, "one", rank=rank)
@@ -205,7 +206,7 @@ def test_ranks_biases_and_buffers(rank, written, tmp_path, diffusers_own, nuncha
     assert again.one.plan.rank == rank and close(again.one(x), model.one(x), 1e-6)
 
 
-def test_another_dtype_and_fused_adapters(tmp_path, nunchaku_bytes):
+def test_another_dtype_and_fused_adapters(tmp_path):
     torch.manual_seed(0)
     model = Toy()
     layer = put(model, "two", rank=16)

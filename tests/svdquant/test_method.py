@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import denoisers
 import ptq4dm
 from ptq4dm import Plan, RTNConfig, SVDQuantConfig, UserError
 from ptq4dm.calibration.evidence import Evidence, calibration_batches
@@ -35,19 +36,19 @@ EMBEDDED = "transformer_blocks.0.norm1.linear"
 
 
 @pytest.fixture
-def flux(denoisers):
+def flux():
     """(a model in full precision, its store)"""
     return denoisers.pair("flux")
 
 
 @pytest.fixture
-def made(denoisers):
+def made():
     """(a quantized model, its store, its report). Tests must not change it."""
     return denoisers.quantized("flux")
 
 
 @pytest.fixture
-def recipe(denoisers):
+def recipe():
     """What it was made with."""
     return denoisers.CONFIG
 
@@ -173,7 +174,7 @@ def test_smoothing_is_judged_by_what_the_module_would_give(flux):
 
 
 @pytest.mark.parametrize("smoothing", ["search", "exhaustive"])
-def test_layers_that_share_are_judged_together(denoisers, smoothing, monkeypatch):
+def test_layers_that_share_are_judged_together(smoothing, monkeypatch):
     model, store = denoisers.pair("dit")
     names, tried = [f"transformer_blocks.0.attn1.to_{x}" for x in "qkv"], []
 
@@ -194,7 +195,7 @@ def test_layers_that_share_are_judged_together(denoisers, smoothing, monkeypatch
     assert all(torch.equal(layer.smooth, layers[0].smooth) for layer in layers)
 
 
-def test_dropout_has_no_say(denoisers):
+def test_dropout_has_no_say():
     """A model in training mode is quantized as the same model in evaluation mode, and stays in its mode."""
     (evaluated, store), (trained, _) = denoisers.pair("dit"), denoisers.pair("dit")
     only_qkv = replace(QUICK, smoothing="exhaustive", roles={"*attn1.to_?": "w4", "*": "keep"})
@@ -265,7 +266,7 @@ def test_layers_with_one_input_but_in_another_order_of_calls(flux):
     assert set(lenders.values()) == {"", first} and lenders[first] == "" and len(lenders) == 3
 
 
-def test_more_ranks_than_a_layer_has(denoisers, tmp_path):
+def test_more_ranks_than_a_layer_has(tmp_path):
     model, store = denoisers.pair("dit")
     exact = replay(model, store.calls)
     ptq4dm.quantize(model, replace(QUICK, rank=100, roles={"*norm1*": "keep"}), store)
@@ -315,7 +316,7 @@ def test_roles_that_do_not_fit(flux, options, message):
         ptq4dm.quantize(flux[0], replace(QUICK, **options), flux[1])
 
 
-def test_layers_that_calibration_does_not_reach(denoisers):
+def test_layers_that_calibration_does_not_reach():
     model, store = denoisers.pair("dit")
     model.transformer_blocks[0].unused, model.transformer_blocks[0].idle = nn.Linear(64, 64), nn.Linear(64, 64)
     store = replace(store, fingerprint=fingerprint(model))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import denoisers
 import ptq4dm
 from ptq4dm import SVDQuantConfig
 from ptq4dm.calibration.record import replay
@@ -59,7 +60,7 @@ def coarse():
 class Case:
     """One model before and after."""
 
-    def __init__(self, denoisers, kind):
+    def __init__(self, kind):
         self.kind, (self.original, self.store) = kind, denoisers.pair(kind)
         self.model = denoisers.pair(kind)[0]
         self.report = ptq4dm.quantize(self.model, SVDQuantConfig(rank=8, num_tuples=4), self.store)
@@ -74,11 +75,11 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=ROLES)
-def case(request, denoisers):
+def case(request):
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the tests: in another number of threads sums round another way
     try:
-        return Case(denoisers, request.param)
+        return Case(request.param)
     finally:
         torch.set_num_threads(before)
 
@@ -115,7 +116,7 @@ def test_layers_that_share(case):
         assert torch.equal(layer.smooth, first.smooth)
 
 
-def test_output_is_near_full_precision(case, denoisers):
+def test_output_is_near_full_precision(case):
     assert case.output.shape == case.exact.shape == case.store.calls.sample.shape
     error = case.error(case.output)
     assert error < WORST.get(case.kind, OTHERS)
@@ -157,7 +158,7 @@ def test_saved_and_loaded(case, tmp_path):
 QUICK = {"rank": 4, "num_tuples": 4, "smoothing": 0.5, "rounding": "nearest", "refinements": 0}
 
 
-def test_sharded(denoisers, tmp_path):
+def test_sharded(tmp_path):
     model, store = denoisers.pair("flux")
     ptq4dm.quantize(model, SVDQuantConfig(**QUICK), store)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
@@ -168,7 +169,7 @@ def test_sharded(denoisers, tmp_path):
     assert attn.to_v.branch[0] is again.single_transformer_blocks[0].proj_mlp.down is not None
 
 
-def test_mixed_formats(denoisers, tmp_path):
+def test_mixed_formats(tmp_path):
     """Convolutions in 8 bits, Linear layers in 4, none kept."""
     model, store = denoisers.pair("sdxl")
     roles = {
@@ -194,7 +195,7 @@ def test_mixed_formats(denoisers, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_models(denoisers, tmp_path, dtype):
+def test_16_bit_models(tmp_path, dtype):
     model, store = denoisers.pair("sd3")
     wide, exact = denoisers.pair("sd3")[0], replay(model, store.calls)
     ptq4dm.quantize(wide, SVDQuantConfig(**QUICK), store)
@@ -216,7 +217,7 @@ def test_16_bit_models(denoisers, tmp_path, dtype):
     assert (replay(other, store.calls) - output).norm() < 0.1 * output.norm()
 
 
-def test_positions_that_come_as_a_tuple_are_recorded(denoisers):
+def test_positions_that_come_as_a_tuple_are_recorded():
     """CogVideoX is called with (cos, sin)."""
     _, store = denoisers.pair("cogvideox")
     names = {"image_rotary_emb/0", "image_rotary_emb/1"}

@@ -1,6 +1,6 @@
 """The activation kernel's joined and normed inputs against float64 formulas: in Triton's interpreter, or on a GPU.
 
-The interpreter's limits are those of test_svdq_kernels.py: fp16 only, and up to 4% of e4m3 codes may be wrong.
+The interpreter's limits are those of test_products.py: fp16 only, and up to 4% of e4m3 codes may be wrong.
 """
 
 import pytest

@@ -31,7 +31,7 @@ class InputStatistics:
         self.exponent = torch.full((num_layers, num_bins), LEAST_EXPONENT, dtype=torch.int32)
         self.counts = torch.zeros(num_layers, num_bins, HISTOGRAM_BINS, dtype=torch.int64)
 
-    def update(self, layer: int, bin: int, values: Tensor) -> None:
+    def update(self, layer: int, bin_index: int, values: Tensor) -> None:
         """Add a tensor of values, of any shape. Raises UserError if one is NaN or infinite."""
         if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
             values = values.permute(0, 2, 3, 1)  # the same values in memory order: no copy
@@ -39,13 +39,13 @@ class InputStatistics:
         low, high = (float(v) for v in torch.aminmax(values))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise UserError("its input holds NaN or infinity; calibrate a model that gives finite numbers.")
-        self.low[layer, bin] = min(float(self.low[layer, bin]), low)
-        self.high[layer, bin] = max(float(self.high[layer, bin]), high)
-        self._widen(layer, bin, _exponent(max(-low, high)))
+        self.low[layer, bin_index] = min(float(self.low[layer, bin_index]), low)
+        self.high[layer, bin_index] = max(float(self.high[layer, bin_index]), high)
+        self._widen(layer, bin_index, _exponent(max(-low, high)))
         # Scaling by a power of two and flooring are exact: no value changes sides when bins merge later.
-        scaled = values * (HISTOGRAM_BINS / 2 / 2.0 ** int(self.exponent[layer, bin]))
+        scaled = values * (HISTOGRAM_BINS / 2 / 2.0 ** int(self.exponent[layer, bin_index]))
         numbers = (scaled.floor_() + HISTOGRAM_BINS // 2).int()
-        self.counts[layer, bin] += torch.bincount(numbers, minlength=HISTOGRAM_BINS).cpu()
+        self.counts[layer, bin_index] += torch.bincount(numbers, minlength=HISTOGRAM_BINS).cpu()
 
     def merged(self, layer: int, bins: list[int] | None = None) -> tuple[Tensor, float, float, float]:
         """(histogram [HISTOGRAM_BINS], limit, low, high) of one layer over some or all timestep bins."""
@@ -70,11 +70,11 @@ class InputStatistics:
             setattr(statistics, name, tensors[name].clone())
         return statistics
 
-    def _widen(self, layer: int, bin: int, exponent: int) -> None:
-        shift = exponent - int(self.exponent[layer, bin])
+    def _widen(self, layer: int, bin_index: int, exponent: int) -> None:
+        shift = exponent - int(self.exponent[layer, bin_index])
         if shift > 0:
-            self.counts[layer, bin] = _coarser(self.counts[layer, bin], shift)
-            self.exponent[layer, bin] = exponent
+            self.counts[layer, bin_index] = _coarser(self.counts[layer, bin_index], shift)
+            self.exponent[layer, bin_index] = exponent
 
 
 def _exponent(bound: float) -> int:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import denoisers
 import ptq4dm
 from ptq4dm.calibration.record import replay
 from ptq4dm.svdquant.layers.svdq import SVDQLinear
@@ -13,7 +14,7 @@ pytestmark = [
 ]
 
 
-def quantized(denoisers, kind, **options):
+def quantized(kind, **options):
     model, store = denoisers.pair(kind)
     model = model.to("cuda")
     ptq4dm.quantize(model, ptq4dm.SVDQuantConfig(rank=8, num_tuples=4, **options), store)
@@ -21,8 +22,8 @@ def quantized(denoisers, kind, **options):
 
 
 @pytest.mark.parametrize("kind", ["dit", "flux"])
-def test_the_same_codes_twice(kind, denoisers):
-    (one, _), (two, _) = quantized(denoisers, kind), quantized(denoisers, kind)
+def test_the_same_codes_twice(kind):
+    (one, _), (two, _) = quantized(kind), quantized(kind)
     first, second = one.state_dict(), two.state_dict()
     assert first.keys() == second.keys() and any(name.endswith("qweight") for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -38,9 +39,9 @@ def distance(there, here):
 
 
 @pytest.mark.parametrize("activations", ["int4", "int8", "fp8"])
-def test_layers_agree_with_the_cpu(activations, denoisers):
+def test_layers_agree_with_the_cpu(activations):
     """Each on what it is fed in the model, rounded for both to the 16 bits that kernels read."""
-    model, store = quantized(denoisers, "dit", activations=activations)
+    model, store = quantized("dit", activations=activations)
     seen = {}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SVDQLinear)}
     for name, layer in layers.items():
@@ -59,13 +60,13 @@ def test_layers_agree_with_the_cpu(activations, denoisers):
 
 
 @pytest.mark.parametrize("activations", ["int4", "int8", "fp8"])
-def test_models_agree_with_the_cpu(activations, denoisers):
+def test_models_agree_with_the_cpu(activations):
     """As near as the CPU with inputs rounded to bf16 is to the CPU without.
 
     4-bit codes are steps of a seventh of the largest of 64 inputs, and an input that bf16 moves over a tie moves by
     such a step: that alone makes 0.028 here (int8: 0.003, fp8: 0.008), of 0.045 that quantizing costs.
     """
-    model, store = quantized(denoisers, "dit", activations=activations)
+    model, store = quantized("dit", activations=activations)
     there = replay(model, store.calls).cpu()
     here = replay(model.cpu(), store.calls)
     for layer in model.modules():

@@ -65,7 +65,8 @@ def value_streams(model: nn.Module) -> list[Stream]:
         block = name.rpartition(".")[0]
         if not readers and class_of(model.get_submodule(block)) == "transformer_flux.FluxSingleTransformerBlock":
             readers = (End(f"{block}.proj_out", COLUMNS),)  # it reads attention and hidden units, in this order
-        if readers and not (len(writers) == 2 and attention.context_pre_only):
+        unread = len(writers) == 2 and getattr(attention, "context_pre_only", None)
+        if readers and not unread:
             found.append(Stream(writers, readers, size, attention.heads))
     return whole(model, found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -91,10 +92,10 @@ class Transform(Protocol):
     def find(self, model: nn.Module, evidence: Evidence | None, **options) -> list[TransformPlan]:
         """Plans for all places of a model where the change is known to be exact; the model stays as it is."""
 
-    def check(self, model: nn.Module, plan: TransformPlan) -> None:
-        """Raises UserError where the plan does not fit the model."""
+    def check(self, model: nn.Module, *plans: TransformPlan):
+        """Raises UserError where a plan does not fit the model."""
 
-    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+    def apply(self, model: nn.Module, *plans: TransformPlan) -> None:
         """Change the float weights in place. Raises UserError as `check` does, before anything changes."""
 
 
@@ -120,8 +121,8 @@ def apply_all(model: nn.Module, plans: Iterable[TransformPlan]) -> None:
     Raises:
         UserError: a plan does not fit the model. Then nothing has changed.
     """
-    plans = list(plans)
-    for plan in plans:
-        transform_named(plan.kind).check(model, plan)
-    for plan in plans:
-        transform_named(plan.kind).apply(model, plan)
+    runs = [(transform_named(kind), list(run)) for kind, run in groupby(plans, lambda plan: plan.kind)]
+    for transform, run in runs:
+        transform.check(model, *run)
+    for transform, run in runs:
+        transform.apply(model, *run)

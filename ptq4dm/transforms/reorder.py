@@ -7,6 +7,8 @@ Values of attention change places within their head, hidden units of a feed-forw
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from ..errors import UserError
 from .attention import value_streams
 from .base import Evidence, TransformPlan, register_transform
 from .feedforward import hidden_streams
-from .streams import Stream, change, input_peaks, stream_of
+from .streams import Stream, change, input_peaks, streams_of
 
 
 def falling(peak: Tensor, heads: int) -> Tensor:
@@ -22,6 +24,11 @@ def falling(peak: Tensor, heads: int) -> Tensor:
     width = len(peak) // heads
     order = peak.reshape(heads, width).argsort(dim=1, descending=True, stable=True)
     return (order + width * torch.arange(heads, device=peak.device)[:, None]).flatten()
+
+
+def permuted(w: Tensor, order: Tensor) -> Tensor:
+    """The rows of a matrix [K, N] in an order [K]."""
+    return w[order.to(w.device)]
 
 
 @register_transform("reorder")
@@ -43,20 +50,21 @@ class Reorder:
                 plans.append(TransformPlan(self.name, stream.modules, {}, {"order": order}))
         return plans
 
-    def check(self, model: nn.Module, plan: TransformPlan) -> Stream:
-        """The stream that the plan is for; UserError where it does not fit the model."""
-        stream = stream_of(model, plan, self._streams(model), ("order",))
-        order = plan.tensors["order"].cpu()
-        heads = torch.arange(stream.size).reshape(stream.heads, -1)
-        if order.dtype != torch.int64 or not torch.equal(order.reshape(heads.shape).sort(dim=1).values, heads):
-            raise UserError(f"the order of '{plan.kind}' for {plan.modules} is no permutation within heads.")
-        return stream
+    def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
+        """The streams that the plans are for; UserError where one does not fit the model."""
+        streams = streams_of(model, plans, self._streams(model), ("order",))
+        for plan, stream in zip(plans, streams, strict=True):
+            order = plan.tensors["order"].cpu()
+            heads = torch.arange(stream.size).reshape(stream.heads, -1)
+            if order.dtype != torch.int64 or not torch.equal(order.reshape(heads.shape).sort(dim=1).values, heads):
+                raise UserError(f"the order of '{plan.kind}' for {plan.modules} is no permutation within heads.")
+        return streams
 
-    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+    def apply(self, model: nn.Module, *plans: TransformPlan) -> None:
         """W_writer[order] in rows, its bias too; W_reader[:, order]."""
-        stream = self.check(model, plan)
-        order = plan.tensors["order"]
-        change(model, stream, lambda w: w[order.to(w.device)], lambda w: w[order.to(w.device)])
+        for plan, stream in zip(plans, self.check(model, *plans), strict=True):
+            permute = partial(permuted, order=plan.tensors["order"])
+            change(model, stream, permute, permute)
 
     def _streams(self, model: nn.Module) -> list[Stream]:
         return value_streams(model) + hidden_streams(model)

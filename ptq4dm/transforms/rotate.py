@@ -5,13 +5,15 @@ y = (W_reader H^T) (H W_writer u + H b)        H H^T = I
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import value_streams
 from .base import Evidence, TransformPlan, register_transform
-from .streams import Stream, change, stream_of
+from .streams import Stream, change, streams_of
 
 
 def hadamard(size: int) -> Tensor:
@@ -44,17 +46,19 @@ class Rotate:
         streams = [stream for stream in value_streams(model) if block_of(stream) > 1]
         return [TransformPlan(self.name, stream.modules, {"block": block_of(stream)}) for stream in streams]
 
-    def check(self, model: nn.Module, plan: TransformPlan) -> Stream:
-        """The stream that the plan is for; UserError where it does not fit the model."""
-        stream = stream_of(model, plan, value_streams(model))
-        if plan.options.get("block") != block_of(stream):
-            raise UserError(
-                f"the plan of '{plan.kind}' for {plan.modules} needs a block of {block_of(stream)}, not "
-                f"{plan.options.get('block')}: it is of another model."
-            )
-        return stream
+    def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
+        """The streams that the plans are for; UserError where one does not fit the model."""
+        streams = streams_of(model, plans, value_streams(model))
+        for plan, stream in zip(plans, streams, strict=True):
+            if plan.options.get("block") != block_of(stream):
+                raise UserError(
+                    f"the plan of '{plan.kind}' for {plan.modules} needs a block of {block_of(stream)}, not "
+                    f"{plan.options.get('block')}: it is of another model."
+                )
+        return streams
 
-    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+    def apply(self, model: nn.Module, *plans: TransformPlan) -> None:
         """H W_writer in rows, its bias too; W_reader H^T in columns, which is H on its transpose."""
-        stream, block = self.check(model, plan), plan.options["block"]
-        change(model, stream, lambda w: rotated(w, block), lambda w: rotated(w, block))
+        for plan, stream in zip(plans, self.check(model, *plans), strict=True):
+            turn = partial(rotated, block=plan.options["block"])
+            change(model, stream, turn, turn)

@@ -10,6 +10,8 @@ nonlinear lies between: values of attention, and hidden units that a gate multip
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from ..errors import UserError
 from .attention import value_streams
 from .base import Evidence, TransformPlan, register_transform
 from .feedforward import gated_streams
-from .streams import Stream, change, input_peaks, stream_of, weight_peaks
+from .streams import Stream, change, input_peaks, streams_of, weight_peaks
 
 
 def divisors(input_peak: Tensor, weight_peak: Tensor, alpha: float, beta: float) -> Tensor:
@@ -39,11 +41,19 @@ def check_alpha(kind: str, alpha: float) -> None:
         raise UserError(f"alpha of '{kind}' is a share from 0 to 1, not {alpha}.")
 
 
-def check_divisors(plan: TransformPlan) -> None:
-    """Raises UserError unless the plan's divisors, if there, are positive and finite."""
-    s = plan.tensors.get("divisors")
-    if s is not None and not (s.isfinite() & (s > 0)).all():
-        raise UserError(f"the divisors of '{plan.kind}' for {plan.modules} must be positive and finite.")
+def check_divisors(plans: Sequence[TransformPlan]) -> None:
+    """Raises UserError unless the plans' divisors, where there are any, are positive and finite."""
+    for plan in plans:
+        s = plan.tensors.get("divisors")
+        if s is not None and not (s.isfinite() & (s > 0)).all():
+            raise UserError(f"the divisors of '{plan.kind}' for {plan.modules} must be positive and finite.")
+
+
+def divide(model: nn.Module, plans: Sequence[TransformPlan], streams: list[Stream]) -> None:
+    """What the writers give by s, what the readers do times s, in place."""
+    for plan, stream in zip(plans, streams, strict=True):
+        s = plan.tensors["divisors"][:, None]
+        change(model, stream, lambda w, s=s: w / s.to(w), lambda w, s=s: w * s.to(w))
 
 
 @register_transform("smooth")
@@ -67,16 +77,14 @@ class Smooth:
             plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s}))
         return plans
 
-    def check(self, model: nn.Module, plan: TransformPlan) -> Stream:
-        """The stream that the plan is for; UserError where it does not fit the model."""
-        check_divisors(plan)
-        return stream_of(model, plan, self._streams(model), ("divisors",))
+    def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
+        """The streams that the plans are for; UserError where one does not fit the model."""
+        check_divisors(plans)
+        return streams_of(model, plans, self._streams(model), ("divisors",))
 
-    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+    def apply(self, model: nn.Module, *plans: TransformPlan) -> None:
         """W_writer / s in rows, its bias too; W_reader s in columns."""
-        stream = self.check(model, plan)
-        s = plan.tensors["divisors"][:, None]
-        change(model, stream, lambda w: w / s.to(w), lambda w: w * s.to(w))
+        divide(model, plans, self.check(model, *plans))
 
     def _streams(self, model: nn.Module) -> list[Stream]:
         return value_streams(model) + gated_streams(model)

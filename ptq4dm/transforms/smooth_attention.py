@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .attention import query_key_streams
 from .base import Evidence, TransformPlan, register_transform
-from .smooth import check_alpha, check_divisors, divisors
-from .streams import Stream, change, output_peaks, stream_of
+from .smooth import check_alpha, check_divisors, divide, divisors
+from .streams import Stream, output_peaks, streams_of
 
 
 def shared(s: Tensor, numbers: Tensor) -> Tensor:
@@ -46,21 +46,20 @@ class SmoothAttention:
             plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s}))
         return plans
 
-    def check(self, model: nn.Module, plan: TransformPlan) -> Stream:
-        """The stream that the plan is for; UserError where it does not fit the model."""
-        check_divisors(plan)
+    def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
+        """The streams that the plans are for; UserError where one does not fit the model."""
+        check_divisors(plans)
         turning = dict(query_key_streams(model))
-        stream = stream_of(model, plan, list(turning), ("divisors",))
-        s = plan.tensors["divisors"]
-        if not torch.equal(s, shared(s, turning[stream].to(s.device))):
-            raise UserError(
-                f"the divisors of '{plan.kind}' for {plan.modules} differ between channels that the rotary embedding "
-                "of this model turns together."
-            )
-        return stream
+        streams = streams_of(model, plans, list(turning), ("divisors",))
+        for plan, stream in zip(plans, streams, strict=True):
+            s = plan.tensors["divisors"]
+            if not torch.equal(s, shared(s, turning[stream].to(s.device))):
+                raise UserError(
+                    f"the divisors of '{plan.kind}' for {plan.modules} differ between channels that the rotary "
+                    "embedding of this model turns together."
+                )
+        return streams
 
-    def apply(self, model: nn.Module, plan: TransformPlan) -> None:
+    def apply(self, model: nn.Module, *plans: TransformPlan) -> None:
         """W_key / s and W_query s, both in rows, and their biases."""
-        stream = self.check(model, plan)
-        s = plan.tensors["divisors"][:, None]
-        change(model, stream, lambda w: w / s.to(w), lambda w: w * s.to(w))
+        divide(model, plans, self.check(model, *plans))

@@ -89,13 +89,19 @@ def whole(model: nn.Module, streams: Iterable[Stream]) -> list[Stream]:
     return [s for s in streams if all(usable(end, s.size) for end in (*s.writers, *s.readers))]
 
 
-def stream_of(model: nn.Module, plan: TransformPlan, streams: list[Stream], tensors: tuple[str, ...] = ()) -> Stream:
-    """The one of a model's streams that a plan is for; each of the plan's `tensors` must be of its size.
+def streams_of(
+    model: nn.Module, plans: Iterable[TransformPlan], streams: list[Stream], tensors: tuple[str, ...] = ()
+) -> list[Stream]:
+    """Those of a model's streams that plans are for; each of a plan's `tensors` must be of its stream's size.
 
     Raises:
         UserError: a module is missing or quantized, weights are not loaded, the stream is not there or of another
             size, or a tensor is missing.
     """
+    return [_stream_of(model, plan, streams, tensors) for plan in plans]
+
+
+def _stream_of(model, plan: TransformPlan, streams: list[Stream], tensors: tuple[str, ...]) -> Stream:
     for name in plan.modules:
         try:
             layer = model.get_submodule(name)

@@ -6,6 +6,8 @@ import json
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 import ptq4dm
@@ -38,6 +40,17 @@ def allegro():
     }  # fmt: skip
 
 
+def wan_with_image():
+    """Cross-attention to text and, with values of its own, to an image; both into one output projection."""
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=1, text_dim=64,
+        freq_dim=64, ffn_dim=128, rope_max_seq_len=32, image_dim=64, added_kv_proj_dim=64,
+    )  # fmt: skip
+    return model, (4, 2, 8, 8), lambda words: {
+        "encoder_hidden_states": words.repeat(1, 64, 1), "encoder_hidden_states_image": words[:, :3],
+    }  # fmt: skip
+
+
 def without_norms(build):
     """The same architecture with queries and keys as they leave their projections (SD3 medium, early CogVideoX)."""
 
@@ -59,6 +72,7 @@ def zoo(denoisers, unet):
         "unet": lambda: (unet(), (3, 8, 8), lambda words: {}),
         **denoisers.KINDS,
         "allegro": allegro,
+        "wan with image": wan_with_image,
         "sd3 without norms": without_norms(denoisers.sd3),
         "cogvideox without norms": without_norms(denoisers.cogvideox),
     }
@@ -89,9 +103,9 @@ def zoo(denoisers, unet):
 
 
 KINDS = ["unet", "dit", "pixart", "sd3", "flux", "sana", "sdxl", "cogvideox", "wan", "ltx", "allegro"]
-KINDS += ["sd3 without norms", "cogvideox without norms"]
+KINDS += ["wan with image", "sd3 without norms", "cogvideox without norms"]
 # where queries and keys are normalized
-NOTHING = {("smooth-attention", kind) for kind in ("sd3", "flux", "cogvideox", "wan", "ltx")}
+NOTHING = {("smooth-attention", kind) for kind in ("sd3", "flux", "cogvideox", "wan", "ltx", "wan with image")}
 # the last block of SD3 forgets its text
 UNREAD = {("transformer_blocks.1.attn.add_q_proj", "sd3 without norms")}
 
@@ -130,9 +144,10 @@ def test_function_is_preserved(zoo, name, kind):
         assert changed(model, before) == set(plan.modules)
         assert same(output(model), reference)
         for layer in plan.modules:
-            half = copy.deepcopy(model)
-            half.get_submodule(layer).load_state_dict(original.get_submodule(layer).state_dict())
-            assert same(output(half), reference) == ((layer, kind) in UNREAD)
+            after = weights(model.get_submodule(layer))
+            model.get_submodule(layer).load_state_dict(original.get_submodule(layer).state_dict())
+            assert same(output(model), reference) == ((layer, kind) in UNREAD)
+            model.get_submodule(layer).load_state_dict(after)
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
@@ -156,6 +171,35 @@ def test_plans_are_followed_to_the_bit(zoo, kind):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     assert same(output(one.double()), output(original.float().double()))
     original.double()
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMS))
+def test_attention_by_its_older_processor(zoo, name):
+    original, output, peaks = zoo("pixart")
+    model = copy.deepcopy(original)
+    model.set_attn_processor(AttnProcessor())
+    plans = TRANSFORMS[name].find(model, peaks)
+    assert plans == TRANSFORMS[name].find(original, peaks)
+    apply_all(model, plans)
+    assert same(output(model), output(original))
+
+
+@pytest.mark.parametrize("name", ["smooth", "reorder"])
+@pytest.mark.parametrize(
+    "activation", ["gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu"]
+)
+def test_feed_forward_layers(name, activation):
+    torch.manual_seed(0)
+    layer = FeedForward(16, 12, activation_fn=activation, final_dropout=True).double().eval()
+    x = torch.randn(9, 16).double()
+    with torch.no_grad(), watch_peaks(layer) as peaks:
+        expected = layer(x)
+    before = weights(layer)
+    plans = TRANSFORMS[name].find(layer, peaks)
+    apply_all(layer, plans)
+    found = name == "reorder" or activation in ("geglu", "swiglu")
+    assert changed(layer, before) == ({"net.0.proj", "net.2"} if found else set())
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_zoo_is_all_that_is_tested(zoo):

@@ -21,6 +21,7 @@ kernels/formats
 kernels/runtime
 kernels/w8a8  kernels/w4
 kernels/tuning
+kernels
 ptq4dm/errors  ptq4dm/version
 ptq4dm/files
 ptq4dm/pipelines

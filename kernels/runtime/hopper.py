@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .settings import capability
+from .settings import capability, remembered
 
 TYPES = {
     torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16,
@@ -34,7 +34,7 @@ def _layout(size: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(size), TYPES[dtype])
 
 
-@functools.cache
+@remembered
 def check(dtype: torch.dtype, device: torch.device) -> None:
     """Raises ValueError unless these are of codes in e4m3 on a GPU of compute capability 9. Asked once."""
     if dtype != torch.float8_e4m3fn or capability(device)[0] != 9:

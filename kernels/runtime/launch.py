@@ -22,15 +22,16 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import settings
 from .workspace import Piece
 
 
 def planned(build: Callable[..., Launch]) -> Callable[..., Launch]:
     """Keep what build(config, *sizes) returns; config is a dict of settings, the sizes are hashable."""
 
-    @functools.lru_cache(maxsize=4096)
-    def kept(settings, *sizes):
-        return build(dict(settings), *sizes)
+    @settings.remembered
+    def kept(config, *sizes):
+        return build(dict(config), *sizes)
 
     return functools.wraps(build)(lambda config, *sizes: kept(tuple(config.items()), *sizes))
 
@@ -53,7 +54,7 @@ class Launch:
         self.known = {}  # signature -> a compiled kernel's way to the driver, and its descriptors but for the tensors
 
     def __call__(self, *tensors: Tensor | Piece | None) -> None:
-        if self.interpreted:
+        if self.interpreted or settings.TARGET is not None:
             self.through_triton(tensors)
             return
         device = driver.active.get_current_device()
@@ -80,7 +81,10 @@ class Launch:
             if tensors[i] is not None:
                 arguments[i] = made = _descriptor(self.kernel, arguments[i], size)
                 descriptors.append((i, type(made), {**vars(made), "base": None}))
-        compiled = self.kernel[self.grid](**dict(zip(self.open, arguments, strict=True)), **self.fixed)
+        given = dict(zip(self.open, arguments, strict=True)) | self.fixed
+        if settings.TARGET is not None:
+            return settings.TARGET.launch(self.kernel, given), descriptors
+        compiled = self.kernel[self.grid](**given)
         return compiled, descriptors
 
 

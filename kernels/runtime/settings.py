@@ -16,13 +16,44 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from .atomic import replacing
+
 FOLDER = Path(__file__).parents[1] / "tuned"
 INTERPRETED = (8, 0)
 REMEMBERED = []
+TARGET: Target | None = None  # set by `target`
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU that is not here, for which kernels are chosen, cut to size and compiled.
+
+    launch: called instead of each launch with the kernel and {argument or option: value}.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    launch: Callable[[object, dict], None]
+
+
+@contextmanager
+def target(gpu: Target) -> Iterator[None]:
+    """Take this GPU for the one that runs, whatever the device of the tensors; they may be on "meta"."""
+    global TARGET
+    forget()
+    TARGET = gpu
+    try:
+        yield
+    finally:
+        TARGET = None
+        forget()
 
 
 def remembered(function):
@@ -38,8 +69,22 @@ def slug(device_name: str) -> str:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; of Ampere, whose kernels need no special hardware, where Triton's interpreter runs."""
+    """Compute capability of a GPU; of Ampere, which needs no special hardware, where Triton's interpreter runs."""
+    if TARGET is not None:
+        return TARGET.capability
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 3 where Triton's interpreter runs, so that programs walk over several tiles there."""
+    if TARGET is not None:
+        return TARGET.multiprocessors
+    return _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def best_config(kernel: str, device: torch.device, m: int, n: int | None, k: int) -> dict:
@@ -68,7 +113,7 @@ def _merged(device: torch.device) -> dict:
 
 @remembered
 def own(device: torch.device) -> dict:
-    """What was measured on GPUs of this name; {} without a file. The user's entries before the package's."""
+    """Settings measured on GPUs of this name; {} without a file. The user's entries before the package's."""
     if device.type != "cuda":
         return {}
     name = slug(torch.cuda.get_device_name(device))
@@ -147,12 +192,8 @@ def record(kernel: str, key: list[int] | str, settings: dict, path: Path | None 
     else:
         table[kernel] = [old for old in table.get(kernel, []) if old[:3] != key] + [[*key, settings]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(formatted(table), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     forget()
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..formats import fp8, int8
 from ..w8a8 import quantize as w8a8_quantize
 from ..w8a8.window import Window
+from .stopwatch import COLD
 
 DEVICE = "cuda"
 CODES = {"int8": torch.int8, "fp8": fp8.DTYPE}
-COLD = 160e6  # bytes of inputs that a timed round goes through: more than twice the L2 of any GPU there is
 
 
 @dataclass(frozen=True)

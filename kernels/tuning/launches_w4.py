@@ -81,7 +81,7 @@ def launches(m: int, n: int, k: int, rank: int, activation: str) -> list[SVDQLau
 
     Raises ValueError where none does: `svdq_linear.kernel_name` says.
     """
-    name = kernel_name(torch.device(DEVICE), activation, 64)
+    name = kernel_name(torch.device(DEVICE), activation, int4.GROUP)
     if name not in MODES:
         raise ValueError(f"no kernel for {activation} activations on this device.")
     rank = 0 if name == WEIGHT_ONLY else rank
@@ -97,11 +97,11 @@ def operands(m: int, n: int, k: int, rank: int, seed: int) -> SimpleNamespace:
 
     width = normal(k).exp()
     weight = normal(n, k) / k**0.5
-    codes, wscales = int4.quantize_groups(weight, 64, torch.bfloat16)
+    codes, wscales = int4.quantize_groups(weight, int4.GROUP, torch.bfloat16)
     return SimpleNamespace(
         x=(normal(m, k) * width).bfloat16(),
         weight=weight.bfloat16(),
-        qweight=int4.pack_int4(codes, 64),
+        qweight=int4.pack_int4(codes, int4.GROUP),
         wscales=wscales,
         smooth=width.sqrt().bfloat16(),
         down=(normal(rank, k) / k**0.5).bfloat16() if rank else None,

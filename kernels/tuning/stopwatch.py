@@ -1,4 +1,4 @@
-"""One stopwatch for every benchmark and search: medians of CUDA graph replays, or of launches as they are.
+"""One stopwatch for every benchmark and search: medians of CUDA graph replays, of launches as they are, or on a CPU.
 
 A candidate is a list of calls, one for each of several sets of operands, together more than a cache holds: each call
 then finds its own in memory. Candidates of one race take turns, so that none has a warmer or a colder GPU.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 
 CALLS = 12  # that a graph holds at least: a short launch is lost in what a replay costs
 WARM_UP = 2
+COLD = 160e6  # bytes that the calls of a candidate go through: more than twice the L2 of any GPU there is
 
 
 def graph_of(calls: list[Callable]) -> tuple[torch.cuda.CUDAGraph, object]:
@@ -60,7 +62,7 @@ def race(candidates: dict[str, list[Callable]], rounds: int = 11) -> dict[str, f
 
 
 def microseconds(calls: list[Callable], rounds: int = 11) -> float:
-    """Of one candidate."""
+    """Median microseconds of one call of one candidate, in CUDA graphs."""
     return race({"": calls}, rounds)[""]
 
 
@@ -69,3 +71,15 @@ def launched(call: Callable, rounds: int = 20) -> float:
     for _ in range(WARM_UP + 1):
         call()
     return statistics.median(elapsed(call) for _ in range(rounds))
+
+
+def on_cpu(calls: list[Callable], rounds: int = 11) -> float:
+    """Median microseconds of wall time of one call, on a CPU."""
+    times = []
+    for turn in range(rounds + WARM_UP):
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            if turn >= WARM_UP:
+                times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..formats.int4 import GROUP
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch, planned
 from ..runtime.prepared import prepared
 from .activation_triton import activation_kernel
 
-GROUP = 64
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
 
 

@@ -24,9 +24,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..runtime.rounding import ROUND
 from .norm import blocks_of, columns_of, normed, normed_branch, row_statistics, rows_of, starts_of
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
 
 

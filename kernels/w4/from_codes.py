@@ -9,14 +9,18 @@ without kernels for them the ops are the reference.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..formats import fp8
+from ..formats.int4 import GROUP
+from ..runtime.late import late
 from ..runtime.ops import op
 from ..runtime.settings import best_config, remembered
 from ..runtime.workspace import Workspace
-from . import reference as svdq
+from . import reference
 from .layer import (
     MODES,
     REFERENCE,
@@ -27,8 +31,13 @@ from .layer import (
     multiply,
     short_floats,
     steps,
-    triton_files,
 )
+
+if TYPE_CHECKING:
+    from . import activation as activation_launches
+    from . import unpack
+else:
+    late(globals(), "unpack", activation_launches="activation")
 
 
 @op
@@ -52,18 +61,18 @@ def svdq_codes(
     Raises ValueError for sizes that do not fit.
     """
     _check_inputs(x, more, norm_scale, norm_shift)
-    name = known_name(x.device, activation, 64)
+    name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
     norm = None if norm_scale is None else (norm_scale, norm_shift, eps)
     if name == REFERENCE:
-        return svdq.codes(x, more, smooth, down, activation, shift, norm)
+        return reference.codes(x, more, smooth, down, activation, shift, norm)
     return codes_through(name, x, more, smooth, down, shift, norm)
 
 
 @svdq_codes.register_fake
 def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps):
     _check_inputs(x, more, norm_scale, norm_shift)
-    name = known_name(x.device, activation, 64)
+    name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
     k = x.shape[1] + (0 if more is None else more.shape[1])
     shapes = _shapes(name, x.device, x.shape[0], k, 0 if down is None else down.shape[0], x.dtype, activation)
@@ -85,9 +94,9 @@ def svdq_product(
 ) -> Tensor:
     """What `svdq_codes` gives -> the layer's outputs [M, N] of dtype, with the nonlinearity applied to float32."""
     check(nonlinearity)
-    name = known_name(codes.device, activation, 64)
+    name = known_name(codes.device, activation, GROUP)
     if name == REFERENCE:
-        y = svdq.product(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity)
+        y = reference.product(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity)
     else:
         y = product_through(name, codes, scales, branch, qweight, wscales, up, bias, nonlinearity)
     return y if y.dtype == dtype else y.to(dtype)
@@ -114,7 +123,7 @@ def _codes_plan(
 
 
 def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift: float, norm) -> tuple:
-    """`svdq.codes` by the kernels called `name`; the branch in bf16 or fp16, its columns padded with zeros."""
+    """`reference.codes` by the kernels called `name`; the branch in bf16 or fp16, its columns padded with zeros."""
     x = short_floats(x)
     dtype, (m, k) = x.dtype, x.shape
     if more is not None:
@@ -125,7 +134,7 @@ def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift
     out = x.new_empty(m, k, dtype=code), x.new_empty(scales, dtype=torch.float32), x.new_empty(branch)
     if m:
         down = None if down is None else in_type(down, dtype)
-        triton_files().activation.quantize_activation(x, smooth, down, MODES[name], shift, out, config, more, norm)
+        activation_launches.quantize_activation(x, smooth, down, MODES[name], shift, out, config, more, norm)
     return out
 
 
@@ -134,12 +143,12 @@ def _product_plan(name: str, device: torch.device, m: int, n: int, k: int) -> tu
     """(launches, their settings, room for the weight); "prepare" has the settings of unpacking, too."""
     mode, launches = MODES[name], steps(name, m)
     settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches]
-    shapes = triton_files().unpack.weight_shapes(n, k, code_dtype(name, device), mode)
+    shapes = unpack.weight_shapes(n, k, code_dtype(name, device), mode)
     return launches, settings, Workspace(*shapes)
 
 
 def product_through(name: str, codes, scales, branch, qweight, wscales, up, bias, nonlinearity: str) -> Tensor:
-    """`svdq.product` by the kernels called `name`, in the branch's dtype."""
+    """`reference.product` by the kernels called `name`, in the branch's dtype."""
     (m, k), n = codes.shape, qweight.shape[0]
     out = branch.new_empty(m, n)
     if not (m and n):
@@ -150,7 +159,7 @@ def product_through(name: str, codes, scales, branch, qweight, wscales, up, bias
     weight = ()
     if launches[1] == "product":
         weight = room.take(codes)
-        triton_files().unpack.unpack(qweight, wscales, weight, MODES[name], first)
+        unpack.unpack(qweight, wscales, weight, MODES[name], first)
     multiply(name, (codes, scales, branch), qweight, wscales, weight, up, bias, out, second, nonlinearity)
     return out
 
@@ -159,10 +168,10 @@ def _shapes(name: str, device: torch.device, m: int, k: int, rank: int, dtype: t
     """(shape, type) of codes, scales and the branch, as the reference or the kernels make them of x [M, K]."""
     if name != REFERENCE:
         half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        shapes = triton_files().activation.activation_shapes
+        shapes = activation_launches.activation_shapes
         return shapes(m, k, half, activation, rank, code_dtype(name, device))
     code = fp8.DTYPE if activation == "fp8" else torch.int8
-    scales = (k // 64, m) if activation == "int4" else (m,)
+    scales = (k // GROUP, m) if activation == "int4" else (m,)
     return ((m, k), code), (scales, torch.float32), ((m, rank), torch.float32)
 
 

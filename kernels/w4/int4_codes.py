@@ -17,12 +17,19 @@ s <= s_max / (2 P) its codes of +-1 become 0. Bytes: N K / 2 read, N K written; 
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..formats.int4 import GROUP, unpack_int4
+from ..runtime.late import late
 from ..runtime.ops import op
+
+if TYPE_CHECKING:
+    from . import int4_codes_triton
+else:
+    late(globals(), "int4_codes_triton")
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -39,9 +46,7 @@ def int4_codes(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: 
     """
     check(qweight.shape, wscales.shape, None if wzeros is None else wzeros.shape, inputs)
     if qweight.is_cuda and qweight.shape[0]:
-        from .int4_codes_triton import int4_codes as triton_codes
-
-        return triton_codes(qweight, wscales, wzeros, inputs, peak(wzeros))
+        return int4_codes_triton.int4_codes(qweight, wscales, wzeros, inputs, peak(wzeros))
     return reference(qweight, wscales, wzeros, inputs)
 
 

@@ -12,17 +12,24 @@ float64 are rounded to bf16 first. Every sum has a fixed order: the same bits in
 
 from __future__ import annotations
 
-import functools
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..formats.int4 import GROUP
+from ..runtime.late import late
 from ..runtime.ops import op
 from ..runtime.settings import best_config, capability, remembered
 from ..runtime.workspace import Workspace
 from .reference import NONLINEARITIES, nonlinear
+
+if TYPE_CHECKING:
+    from . import activation as activation_launches
+    from . import product_short, product_w4a4, product_w4a8, unpack
+else:
+    late(globals(), "product_short", "product_w4a4", "product_w4a8", "unpack", activation_launches="activation")
 
 REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
     "reference", "triton-w4a8-fp8", "triton-w4a8-int8", "triton-w4a4", "triton-w4a16",
@@ -33,7 +40,7 @@ SHORT = 32  # with 64, on an H200, unpacking and a product of whole tiles take l
 
 def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
     """What serves a layer of this activation format ("fp8", "int8", "int4", "none") on this device."""
-    if device.type != "cuda" or group_size != 64:
+    if device.type != "cuda" or group_size != GROUP:
         return REFERENCE
     known = capability(device)
     if known < (8, 0):
@@ -96,28 +103,14 @@ def code_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float8_e4m3fn if fp8 else torch.int8
 
 
-@functools.cache
-def triton_files() -> SimpleNamespace:
-    """The files that need Triton. An import at each call would take 2 us, though they are there."""
-    from . import activation as svdq_activation
-    from . import product_short as w4a16
-    from . import product_w4a4 as svdq_w4a4
-    from . import product_w4a8 as svdq_gemm
-    from . import unpack as svdq_unpack
-
-    return SimpleNamespace(
-        activation=svdq_activation, unpack=svdq_unpack, gemm=svdq_gemm, w4a4=svdq_w4a4, short=w4a16.short_product
-    )
-
-
 @remembered
 def _plan(name: str, device: torch.device, m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
     """(launches, their settings, room for what the first leaves to the second)."""
-    kernels, mode, launches = triton_files(), MODES[name], steps(name, m)
+    mode, launches = MODES[name], steps(name, m)
     settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches if step != "cublas"]
     codes = code_dtype(name, device)
-    rows = () if mode == "none" else kernels.activation.activation_shapes(m, k, dtype, mode, rank, codes)
-    weight = kernels.unpack.weight_shapes(n, k, codes, mode) if launches[0] == "prepare" else ()
+    rows = () if mode == "none" else activation_launches.activation_shapes(m, k, dtype, mode, rank, codes)
+    weight = unpack.weight_shapes(n, k, codes, mode) if launches[0] == "prepare" else ()
     return launches, settings, Workspace(*rows, *weight)
 
 
@@ -153,36 +146,35 @@ def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity) -> None:
-    kernels, mode, (launches, (first, second), room) = triton_files(), MODES[name], plan
+    mode, (launches, (first, second), room) = MODES[name], plan
     pieces = room.take(x)
     codes, weight = pieces[:3], pieces[3:]
     if launches[0] == "activation":
-        kernels.activation.quantize_activation(x, smooth, down, mode, shift, codes, first)
+        activation_launches.quantize_activation(x, smooth, down, mode, shift, codes, first)
     else:
-        kernels.unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
+        unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)
     multiply(name, codes, qweight, wscales, weight, up, bias, out, second, nonlinearity)
 
 
 def multiply(name, codes, qweight, wscales, weight, up, bias, out, config, nonlinearity) -> None:
     """The last launch of a call: on the unpacked weight, or where there is none on the packed one."""
-    kernels = triton_files()
     if not weight:
-        kernels.short(*codes[:2], qweight, wscales, codes[2], up, bias, out, config, nonlinearity)
+        product_short.short_product(*codes[:2], qweight, wscales, codes[2], up, bias, out, config, nonlinearity)
         return
-    product = kernels.w4a4.product if name == INT4 else kernels.gemm.product
+    product = product_w4a4.product if name == INT4 else product_w4a8.product
     product(codes, weight, up, bias, out, config, nonlinearity)
 
 
 def _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity) -> Tensor:
-    kernels, (launches, (config,), _) = triton_files(), plan
+    launches, (config,), _ = plan
     branch = None if down is None else F.linear(x, down)
     if launches[0] == "short":
         if down is not None:
-            branch = F.pad(branch, (0, kernels.activation.padded_rank(len(down)) - len(down)))
-        kernels.short(x, None, qweight, wscales, branch, up, bias, out, config, nonlinearity)
+            branch = F.pad(branch, (0, activation_launches.padded_rank(len(down)) - len(down)))
+        product_short.short_product(x, None, qweight, wscales, branch, up, bias, out, config, nonlinearity)
         return out
-    weight = kernels.unpack.empty_weight(qweight, x.dtype, "none")
-    kernels.unpack.unpack(qweight, wscales, weight, "none", config)
+    weight = unpack.empty_weight(qweight, x.dtype, "none")
+    unpack.unpack(qweight, wscales, weight, "none", config)
     y = F.linear(x, weight[0], None if bias is None else bias.to(x.dtype))
     y = y if branch is None else y.addmm_(branch, up.T)
     return nonlinear(y, nonlinearity)  # after cuBLAS it reads what is rounded to 16 bits

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
-from .tiles import finish, multiprocessors, tile_place
+from ..runtime.settings import multiprocessors
+from .tiles import finish, tile_place
 
 
 @triton.jit

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
+from ..runtime.settings import multiprocessors
 from .nonlinearity import nonlinear
-from .tiles import aligned, finish, multiprocessors, tile_place
+from .tiles import aligned, finish, tile_place
 
 
 @triton.jit

@@ -32,8 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from ..runtime.hopper import async_load, async_store, check
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
+from ..runtime.settings import multiprocessors
 from .nonlinearity import nonlinear
-from .tiles import aligned, multiprocessors, tile_place
+from .tiles import aligned, tile_place
 
 # Of a thread: at the launch, of three groups of four warps; then the loads hand theirs to the arithmetic.
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24

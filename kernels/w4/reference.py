@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats import fp8
-from ..formats.int4 import dequantize_groups, quantize_activation_groups, unpack_int4
+from ..formats.int4 import GROUP, dequantize_groups, quantize_activation_groups, unpack_int4
 from ..formats.int8 import dynamic_scale
 
 ACTIVATIONS = ("int4", "int8", "fp8", "none")
@@ -79,7 +79,7 @@ def codes(
     branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())
     inputs = _smoothed(exact, smooth, shift)
     if activation == "int4":
-        rounded, scales = quantize_activation_groups(inputs, 64, bool(shift))
+        rounded, scales = quantize_activation_groups(inputs, GROUP, bool(shift))
         return rounded, scales.T.contiguous(), branch
     scales = _row_scale(inputs, activation)
     rounded = inputs / scales
@@ -92,7 +92,7 @@ def product(
     bias: Tensor | None, activation: str, nonlinearity: str,
 ) -> Tensor:  # fmt: skip
     """The layer's float32 outputs [M, N] from what `codes` gives."""
-    weight = dequantize_groups(unpack_int4(qweight, 64), wscales)
+    weight = dequantize_groups(unpack_int4(qweight, GROUP), wscales)
     inputs = dequantize_groups(codes, scales.T) if activation == "int4" else codes.float() * scales[:, None]
     y = F.linear(inputs, weight)
     if up is not None:

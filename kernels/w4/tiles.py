@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -41,12 +39,6 @@ def finish(
     y = nonlinear(y, NONLINEARITY)
     where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 3 where Triton's interpreter runs, so that a program walks over several tiles there too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def aligned(rows: Tensor | Piece | None) -> Tensor | Piece | None:

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formats.int4 import GROUP
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch, planned
-from .activation import GROUP, activation_launch, activation_sizes, activation_tensors
+from .activation import activation_launch, activation_sizes, activation_tensors
 from .activation_triton import activation_program
 
 ZEROS = tl.constexpr(0x88888888 - (1 << 32))  # eight codes 0, as int32

@@ -8,20 +8,25 @@ formula itself with what is before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..runtime.late import late
 from ..runtime.ops import op
-from . import layer as w8a8
-from . import reference
-from . import steps as w8a8_launch
+from . import layer, reference, steps
 from .window import Window, same_window
+
+if TYPE_CHECKING:
+    from . import norm, quantize
+else:
+    late(globals(), "norm", "quantize")
 
 
 @torch.compiler.assume_constant_result  # a GPU stays what it is, and the compiler does not know how to ask
 def _triton(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
-    return w8a8.kernel_name(device, 8, 1, dtype) in (w8a8.TRITON, w8a8.TRITON_FP8)
+    return layer.kernel_name(device, 8, 1, dtype) in (layer.TRITON, layer.TRITON_FP8)
 
 
 @op
@@ -36,9 +41,7 @@ def w8a8_quantize(
 ) -> Tensor:
     """x [B, C, H, W] float -> codes of the nearest-neighbour upsampled images, with room for a window's padding."""
     if _triton(x.device, dtype) and x.numel():
-        from .quantize import quantize
-
-        return quantize(x, scale, zero_point, bits, dtype, tuple(padding), upsample)
+        return quantize.quantize(x, scale, zero_point, bits, dtype, tuple(padding), upsample)
     return reference.quantize(x, scale, zero_point, bits, dtype, padding, upsample)
 
 
@@ -65,10 +68,8 @@ def w8a8_group_norm(
 ) -> Tensor:
     """x [B, C, H, W] -> codes of GroupNorm(x), with SiLU after it where `silu`; nothing is rounded in between."""
     if _triton(x.device, dtype) and x.numel():
-        from .norm import group_norm_quantize
-
         pixels = x.permute(0, 2, 3, 1).contiguous()
-        return group_norm_quantize(
+        return norm.group_norm_quantize(
             pixels, gamma, beta, groups, eps, silu, scale, zero_point, bits, dtype, tuple(padding)
         )
     y = reference.group_norm(x, gamma, beta, groups, eps, silu)
@@ -85,9 +86,7 @@ def _(x, gamma, beta, groups, eps, silu, scale, zero_point, bits, dtype, padding
 def group_norm_silu(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     """x [B, C, H, W] -> GroupNorm(x), with SiLU after it where `silu`, channels_last and in x's dtype."""
     if _triton(x.device) and x.numel():
-        from .norm import group_norm
-
-        return group_norm(x.permute(0, 2, 3, 1).contiguous(), gamma, beta, groups, eps, silu).permute(0, 3, 1, 2)
+        return norm.group_norm(x.permute(0, 2, 3, 1).contiguous(), gamma, beta, groups, eps, silu).permute(0, 3, 1, 2)
     y = reference.group_norm(x, gamma, beta, groups, eps, silu).to(x.dtype)
     return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
@@ -121,9 +120,7 @@ def w8a8_conv2d_codes(
     window = _window(image, qweight, stride, padding, dilation, same_window)
     if _triton(codes.device, qweight.dtype) and window.batch:
         added = None if residual is None else residual.permute(0, 2, 3, 1)
-        y = w8a8_launch.multiply(
-            codes, window, qweight, weight_scale, bias, scale, zero_point, 8, shift, added, dtype
-        )
+        y = steps.multiply(codes, window, qweight, weight_scale, bias, scale, zero_point, 8, shift, added, dtype)
         return y.permute(0, 3, 1, 2)
     weight = qweight if qweight.ndim == 4 else qweight[:, :, None, None]
     y = reference.conv2d_codes(codes, window, weight, weight_scale, bias, scale, zero_point)
@@ -155,7 +152,7 @@ def linear(
     by rounding: some codes by one step.
     """
     if not (torch.compiler.is_compiling() and takes_codes(x, qweight, input_scale)):
-        return w8a8.w8a8_linear(x, qweight, weight_scale, bias, input_scale, input_zero_point, activation_bits)
+        return layer.w8a8_linear(x, qweight, weight_scale, bias, input_scale, input_zero_point, activation_bits)
     rows = x.reshape(-1, x.shape[-1])
     codes = reference.encode(rows, qweight.dtype, input_scale, input_zero_point, activation_bits).contiguous()
     operands = (qweight, weight_scale, bias, input_scale, input_zero_point)

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from ..runtime.ops import op
-from ..runtime.settings import remembered
-from . import onednn as w8a8_onednn
-from . import reference
+from ..runtime.settings import capability, remembered
+from . import onednn, reference
 from .steps import triton_conv2d, triton_linear
 from .window import Window
 
 REFERENCE, ONEDNN, TRITON, TRITON_FP8 = "reference", "onednn-int8", "triton-int8", "triton-fp8"
-_capability = remembered(lambda device: torch.cuda.get_device_capability(device))
+_capability = remembered(capability)
 
 
 def kernel_name(
@@ -115,13 +114,13 @@ def _channels_last(like: Tensor, batch, channels, height, width) -> Tensor:
 
 _LINEAR = {
     REFERENCE: reference.linear,
-    ONEDNN: w8a8_onednn.linear,
+    ONEDNN: onednn.linear,
     TRITON: triton_linear,
     TRITON_FP8: triton_linear,
 }
 _CONV2D = {
     REFERENCE: reference.conv2d,
-    ONEDNN: w8a8_onednn.conv2d,
+    ONEDNN: onednn.conv2d,
     TRITON: triton_conv2d,
     TRITON_FP8: triton_conv2d,
 }

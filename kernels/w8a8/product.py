@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch
-from ..runtime.settings import remembered
+from ..runtime.settings import multiprocessors, remembered
 from .configs import Config, choose
 from .quantize import encode
 from .window import Window
@@ -165,4 +165,4 @@ def _plan(
 def _programs(config: Config, tiles: int, device: torch.device) -> int:
     if not config.programs or device.type != "cuda":
         return tiles
-    return min(tiles, config.programs * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tiles, config.programs * multiprocessors(device))

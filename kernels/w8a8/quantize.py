@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
+from ..runtime.rounding import ROUND
 from ..runtime.settings import remembered
 from .window import Window
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 to nearest even
 CHANNELS = 32  # the least K of an 8-bit tensor-core product
 
 

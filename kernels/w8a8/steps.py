@@ -8,6 +8,7 @@ dynamic                             largest values; quantize; GEMM
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,14 @@ from torch import Tensor
 
 from ..formats import fp8
 from ..formats.int8 import weight_limit
+from ..runtime.late import late
 from ..runtime.prepared import prepared
 from .window import Window, same_window
+
+if TYPE_CHECKING:
+    from . import product, quantize
+else:
+    late(globals(), "product", "quantize")
 
 ON_LOAD_OUTPUTS = 128  # more outputs than one tile has would quantize the same floats again
 
@@ -43,7 +50,6 @@ def triton_conv2d(
 
 
 def _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual) -> Tensor:
-    kernels, _ = _triton()
     if x.shape[1] != qweight.shape[1]:
         raise ValueError(f"the input has {x.shape[1]} channels where the layer needs {qweight.shape[1]}.")
     plain = window.taps == 1 and window.padding == (0, 0)
@@ -53,8 +59,8 @@ def _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_poi
         if input_scale is None:
             x = x if x.permute(0, 2, 3, 1).is_contiguous() else x.contiguous()
             limit = weight_limit(bits) if qweight.dtype == torch.int8 else fp8.LIMIT
-            input_scale, input_zero_point = kernels.scales(x, limit), None
-        operand = kernels.quantize(x, input_scale, input_zero_point, bits, qweight.dtype, window.padding)
+            input_scale, input_zero_point = quantize.scales(x, limit), None
+        operand = quantize.quantize(x, input_scale, input_zero_point, bits, qweight.dtype, window.padding)
     return multiply(
         operand, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, None, residual, x.dtype
     )
@@ -70,7 +76,6 @@ def multiply(
 
     Raises ValueError where shapes do not belong together: the kernel would read past the end.
     """
-    _, kernels = _triton()
     n = qweight.shape[0]
     _check(operand.shape, window, qweight.shape, *(None if t is None else t.shape for t in (shift, residual)))
     weight = prepared(qweight, "rows", lambda: weight_rows(qweight))
@@ -80,7 +85,7 @@ def multiply(
     out = operand.new_empty(window.batch, *window.output, n, dtype=dtype)
     residual = None if residual is None else residual.contiguous()
     shift = None if shift is None else shift.contiguous()
-    return kernels.conv2d(
+    return product.conv2d(
         operand, window, weight, input_scale, input_zero_point, weight_scale, sums, bias, shift, residual, out, bits,
         config,
     )  # fmt: skip
@@ -88,10 +93,8 @@ def multiply(
 
 def weight_rows(qweight: Tensor) -> Tensor:
     """[N, C, kh, kw] or [N, K] codes -> [N, taps * C'], channels innermost, C' = C up to a multiple of 32."""
-    from .quantize import stored_channels
-
     rows = qweight.permute(0, 2, 3, 1) if qweight.ndim == 4 else qweight
-    extra = stored_channels(rows.shape[-1]) - rows.shape[-1]
+    extra = quantize.stored_channels(rows.shape[-1]) - rows.shape[-1]
     if extra:  # e4m3 through its bytes, which are zero for zero: pad does not know the type
         rows = F.pad(rows.view(torch.int8), (0, extra)).view(qweight.dtype)
     return rows.contiguous().flatten(1)
@@ -99,10 +102,10 @@ def weight_rows(qweight: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _check(operand, window: Window, weight, shift, residual) -> None:
-    """Of shapes; those that were right once are not looked at again."""
+    """Raise ValueError for shapes that do not belong together; right ones are looked at once."""
     n, channels = weight[:2]
     if len(operand) == 2:
-        right = (window.rows, _triton()[0].stored_channels(channels))
+        right = (window.rows, quantize.stored_channels(channels))
     else:
         right = (window.batch, window.h, window.w, channels)
     if tuple(operand) != right:
@@ -113,12 +116,3 @@ def _check(operand, window: Window, weight, shift, residual) -> None:
     ):
         if given is not None and tuple(given) != size:
             raise ValueError(f"the {name} has shape {list(given)} where the layer needs {list(size)}.")
-
-
-@functools.cache
-def _triton() -> tuple:
-    """The files that need Triton. An import at each call would take 2 us, though they are there."""
-    from . import product as w8a8_triton
-    from . import quantize as w8a8_quantize
-
-    return w8a8_quantize, w8a8_triton

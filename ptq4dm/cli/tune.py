@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..calibration.record import record_calls
 from ..errors import UserError
+from ..kernels import dispatch
 from ..kernels.runtime import settings as tuning
 from ..kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
 from ..layers.base import is_quantized
@@ -21,7 +22,7 @@ from ..pipelines.sampling import default_steps
 from ..quantization.saving import make_parent
 
 W8A8 = "w8a8"
-KERNELS = {name.removeprefix("triton-"): mode for name, mode in MODES.items()} | {W8A8: None}
+KERNELS = dispatch.tunable()
 RANK = 32  # of the low-rank branch, SVDQuant's default
 LOWEST = (8, 0)
 LATEST = 1e9  # a time after any of a sampler's: the one nearest to it is the first

@@ -11,31 +11,21 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import UserError
+from ..kernels.runtime import atomic
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` at the end and removed where anything fails.
 
-    Its name is hidden, ends in .tmp and is this process's own: two processes may write into one folder. Its mode is
-    that of any new file, whoever writes it.
-
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors puts a file of its own there, that nobody else may read
-        os.replace(temporary, path)
+        with atomic.replacing(path) as temporary:  # safetensors puts a file of its own there
+            yield temporary
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
-    finally:
-        if temporary.is_file():  # below a regular file even unlink(missing_ok=True) raises
-            temporary.unlink()
 
 
 @contextmanager

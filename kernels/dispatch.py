@@ -1,0 +1,178 @@
+"""Which kernel serves a quantized layer, and how long it takes.
+
+    find(Query("int8", "int8", device=torch.device("cuda")))        Kernel triton-int8
+    report(Query("int4", "none", 64, branch=True, device=...))      {"rows <= 32": "triton-w4a16", "more": ...}
+    time(Query("int8", "int8", rows=256), n=1152, k=1152)           microseconds
+
+KERNELS is the list of all of them. The layers themselves ask `kernel_name` of their room, w8a8/layer.py or
+w4/layer.py, which decides from format and device; so does `find`. The last of the list is the reference: it serves
+everything and is the truth that the others are tested against. What no kernel serves is never called by another name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .formats.fp8 import DTYPE
+from .tuning import latency
+from .w4 import layer as w4
+from .w8a8 import layer as w8a8
+
+WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4"), ("int8", "fp8", "int4", "none")
+CUBLAS, UNPACK, COPY = "unpack + cublas", "unpack + triton-int8", "onednn-int8 on an int8 copy"
+RANK = 32  # of the branch of a layer that is timed
+
+
+@dataclass(frozen=True)
+class Query:
+    """A quantized layer in a few words.
+
+    weight: "int8", "fp8" or "int4"; activation: the same, or "none" for 16-bit inputs.
+    group_size: inputs under one scale of the weight; None for one scale a row.
+    groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.
+    static: one activation scale for all rows, known before. zeros: the 4-bit weight has zero points.
+    branch: a 4-bit layer with a low-rank branch in 16 bits and smoothing (w4/layer.py), of any rank, 0 too; without
+        it a 4-bit weight is plain (w4/int4_codes.py).
+
+    Raises ValueError for other words.
+    """
+
+    weight: str
+    activation: str
+    group_size: int | None = None
+    groups: int = 1
+    rows: int | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    static: bool = False
+    zeros: bool = False
+    branch: bool = False
+
+    def __post_init__(self):
+        for name, given, known in (
+            ("weight", self.weight, WEIGHTS),
+            ("activation", self.activation, ACTIVATIONS),
+        ):
+            if given not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, not '{given}'.")
+        if self.weight != "int4" and (self.group_size is not None or self.zeros or self.branch):
+            raise ValueError(f"only int4 weights have groups of scales, zero points or a branch, not {self.weight}.")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """name: as reports have it. serves: whether it does. what: a line for tables.
+
+    tuned: the name by which `ptq4dm bench tune` searches its settings, None where it has none. mode: of an SVDQuant
+    layer, the first part of their names in tuned/.
+    """
+
+    name: str
+    what: str
+    serves: Callable[[Query], bool] = field(repr=False)
+    tuned: str | None = None
+    mode: str | None = None
+
+
+def find(query: Query) -> Kernel:
+    """The kernel that serves it; the reference where no other does."""
+    return next(kernel for kernel in KERNELS if kernel.serves(query))
+
+
+def report(query: Query) -> dict[str, str]:
+    """Names of the kernels that serve it: {"rows <= 32": name, "more": name}, or {"all rows": name} where one does.
+
+    The query's rows do not count.
+    """
+    few, many = (find(replace(query, rows=rows)).name for rows in (w4.SHORT, None))
+    return {"all rows": few} if few == many else {f"rows <= {w4.SHORT}": few, "more": many}
+
+
+def tunable() -> dict[str, str | None]:
+    """Kernels with settings to search: {name for `ptq4dm bench tune`: mode of an SVDQuant layer, or None}."""
+    return {kernel.tuned: kernel.mode for kernel in KERNELS if kernel.tuned}
+
+
+def time(query: Query, n: int, k: int) -> float:
+    """Median microseconds of a Linear layer of n outputs and k inputs on query.rows rows, everything included.
+
+    On a GPU in a CUDA graph on operands that no cache holds, in bf16; on a CPU wall time, in float32.
+
+    Raises ValueError for a query without rows or with groups, or where k does not divide into groups of scales.
+    """
+    if query.rows is None or query.groups != 1:
+        raise ValueError("what is timed is a Linear layer on so many rows: give `rows`, and no groups.")
+    if query.group_size and k % query.group_size:
+        raise ValueError(f"{k} inputs do not divide into groups of {query.group_size}.")
+    sizes, name = (query.rows, n, k, query.device), find(query).name
+    if query.branch:
+        kernel = name != w4.REFERENCE
+        arguments = (query.activation, query.group_size or k, RANK if query.activation != "none" else 0, kernel)
+        make = latency.svdq_linear
+    elif query.weight == "int4":
+        make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)
+        if name == w8a8.REFERENCE:
+            make, arguments = latency.int4_reference, (*arguments[:2], query.activation, query.static)
+    elif query.weight == query.activation:
+        make, arguments = latency.w8a8_linear, (query.weight, query.static)
+    else:
+        raise ValueError(f"no layer has {query.weight} weights and {query.activation} activations.")
+    moved = 2 * query.rows * (n + k) + n * k // (2 if query.weight == "int4" else 1)
+    return latency.microseconds(lambda seed: make(*sizes, *arguments, seed), moved, query.device)
+
+
+def _eight_bit(query: Query) -> str:
+    """What serves the product of 8-bit codes in a layer that is asked about."""
+    dtype = DTYPE if query.activation == "fp8" else torch.int8
+    return w8a8.kernel_name(query.device, 8, query.groups, dtype)
+
+
+def _w8a8(name: str) -> Callable[[Query], bool]:
+    return lambda query: query.weight == query.activation in ("int8", "fp8") and _eight_bit(query) == name
+
+
+def _branched(name: str, many: bool | None = None) -> Callable[[Query], bool]:
+    """many: serves above SHORT rows, or up to them; None: both."""
+
+    def serves(query: Query) -> bool:
+        if not query.branch or query.groups != 1 or query.zeros or query.static:
+            return False
+        right = many in (None, query.rows is None or query.rows > w4.SHORT)
+        return right and w4.kernel_name(query.device, query.activation, query.group_size) == name
+
+    return serves
+
+
+def _plain(product: str) -> Callable[[Query], bool]:
+    def serves(query: Query) -> bool:
+        plain = query.weight == "int4" and query.activation == "int8" and not query.branch
+        return plain and (query.device.type == "cuda" or not query.group_size) and _eight_bit(query) == product
+
+    return serves
+
+
+KERNELS: list[Kernel] = [
+    Kernel(
+        w4.FP8, "4-bit weights, e4m3 activations, low-rank branch: unpack, multiply", _branched(w4.FP8),
+        "w4a8-fp8", "fp8",
+    ),
+    Kernel(
+        w4.INT8, "4-bit weights, int8 activations, low-rank branch: unpack, multiply", _branched(w4.INT8),
+        "w4a8-int8", "int8",
+    ),
+    Kernel(w4.INT4, "4-bit weights and activations, low-rank branch", _branched(w4.INT4), "w4a4", "int4"),
+    Kernel(
+        w4.WEIGHT_ONLY, "4-bit weights unpacked in the product, few rows", _branched(w4.WEIGHT_ONLY, False),
+        "w4a16", "none",
+    ),
+    Kernel(CUBLAS, "4-bit weights unpacked to 16 bits, many rows", _branched(w4.WEIGHT_ONLY, True)),
+    Kernel(w8a8.TRITON, "int8 weights and activations", _w8a8(w8a8.TRITON), "w8a8"),
+    Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", _w8a8(w8a8.TRITON_FP8), "w8a8"),
+    Kernel(w8a8.ONEDNN, "int8 weights and activations, x86 CPU with VNNI", _w8a8(w8a8.ONEDNN)),
+    Kernel(UNPACK, "plain 4-bit weights unpacked to int8 in every call", _plain(w8a8.TRITON)),
+    Kernel(COPY, "plain 4-bit weights, one scale a row; the copy is kept in memory", _plain(w8a8.ONEDNN)),
+    Kernel(w8a8.REFERENCE, "the formula in torch, everywhere", lambda query: True),
+]  # fmt: skip
+"""The first that serves is used."""

@@ -1,0 +1,128 @@
+"""How long a Linear layer takes: calls of its op on random operands, everything included, timed by the stopwatch.
+
+Static scales are one for all rows, dynamic ones are found in the call. A 4-bit weight that goes to an 8-bit product
+is unpacked in every call on a GPU; on a CPU its int8 copy is made once, before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..formats import fp8, int4, int8
+from ..w4 import layer as w4
+from ..w4 import reference as w4_reference
+from ..w4.int4_codes import int4_codes
+from ..w8a8 import layer as w8a8
+from ..w8a8 import reference as w8a8_reference
+from . import stopwatch
+
+MOST = 16  # sets of operands
+CODES = {"int8": torch.int8, "fp8": fp8.DTYPE}
+
+Call = Callable[[], Tensor]
+
+
+def microseconds(make: Callable[[int], Call], moved: int, device: torch.device) -> float:
+    """Median microseconds of the calls that make(seed) gives, each on operands of its own.
+
+    moved: bytes that one call reads and writes; together the calls move more than any cache of a GPU holds.
+    """
+    if device.type != "cuda":
+        return stopwatch.on_cpu([make(0)])
+    with torch.cuda.device(device):
+        return stopwatch.microseconds([make(seed) for seed in range(min(MOST, math.ceil(stopwatch.COLD / moved)))])
+
+
+def w8a8_linear(m: int, n: int, k: int, device: torch.device, form: str, static: bool, seed: int) -> Call:
+    """form: "int8" or "fp8", of weight and activations."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    if form == "int8":
+        scale = weight.abs().amax(1) / int8.weight_limit(8)
+        codes = int8.quantize_weight(weight, scale)
+    else:
+        scale = fp8.scale_of(weight, (1,))
+        codes, scale = fp8.quantize(weight, scale), scale.flatten()
+    grid = _grid(x, form) if static else (None, None)
+    return functools.partial(w8a8.w8a8_linear, x, codes, scale, bias, *grid, 8)
+
+
+def int4_linear(
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, static: bool, seed: int
+) -> Call:
+    """A plain 4-bit weight as the int8 operand of an 8-bit product."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    qweight, wscales, wzeros = _packed(weight, group_size, zeros)
+    grid = _grid(x, "int8") if static else (None, None)
+
+    def call() -> Tensor:
+        codes, scale = int4_codes(qweight, wscales, wzeros, k)
+        return w8a8.w8a8_linear(x, codes, scale, bias, *grid, 8)
+
+    if device.type == "cuda":
+        return call
+    return functools.partial(w8a8.w8a8_linear, x, *int4_codes(qweight, wscales, wzeros, k), bias, *grid, 8)
+
+
+def int4_reference(
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, activation: str, static: bool,
+    seed: int,
+) -> Call:  # fmt: skip
+    """The formula: a plain 4-bit weight and rounded activations multiplied as floats."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    qweight, wscales, wzeros = _packed(weight, group_size, zeros)
+    grid = _grid(x, activation) if static else (None, None)
+
+    def rounded() -> Tensor:
+        if activation in CODES:
+            steps, scale = w8a8_reference.centred_codes(x, CODES[activation], *grid, 8, dims=(1,))
+            return steps * scale
+        return w4_reference.round_activation(x.float(), activation, group_size or k, False)
+
+    def call() -> Tensor:
+        steps = int4.unpack_int4(qweight, int4.GROUP)[:, :k].float().unflatten(1, (wscales.shape[1], -1))
+        steps = steps if wzeros is None else steps - wzeros[:, :, None]
+        return F.linear(rounded(), int4.dequantize_groups(steps.flatten(1), wscales), bias.float()).to(x.dtype)
+
+    return call
+
+
+def svdq_linear(
+    m: int, n: int, k: int, device: torch.device, activation: str, group_size: int, rank: int, kernel: bool, seed: int
+) -> Call:
+    """A 4-bit layer with a low-rank branch; kernel: whether Triton serves it, or the reference."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    codes, wscales = int4.quantize_groups(weight, group_size, x.dtype)
+    down, up = (torch.randn(size, device=device).to(x.dtype) * k**-0.5 for size in ((rank, k), (n, rank)))
+    op = w4.svdq_linear if kernel else w4_reference.svdq_linear
+    operands = (int4.pack_int4(codes, group_size), wscales, None, down, up, bias, activation, 0.0)
+    return functools.partial(op, x, *operands)
+
+
+def _float_layer(m: int, n: int, k: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(x [M, K], weight [N, K] in float32, bias [N]); bf16 on a GPU, float32 on a CPU."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x, weight, bias = (torch.randn(size, generator=generator, device=device) for size in ((m, k), (n, k), (n,)))
+    return x.to(dtype), weight * k**-0.5, bias.to(dtype)
+
+
+def _grid(x: Tensor, form: str) -> tuple[Tensor, Tensor | None]:
+    low, high = (float(end) for end in torch.aminmax(x.float()))
+    if form == "fp8":
+        return torch.tensor(max(-low, high) / fp8.LIMIT, device=x.device), None
+    scale, zero = int8.affine_parameters(low, high)
+    return torch.tensor(scale, device=x.device), torch.tensor(zero, dtype=torch.int32, device=x.device)
+
+
+def _packed(weight: Tensor, group_size: int | None, zeros: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(qweight, wscales, wzeros) as `int4_codes` takes them; zero points are 0: they take no less time for it."""
+    k = weight.shape[1]
+    codes, wscales = int4.quantize_groups(weight, group_size or k, torch.bfloat16 if group_size else torch.float32)
+    wzeros = torch.zeros_like(wscales, dtype=torch.int8) if zeros else None
+    return int4.pack_int4(F.pad(codes, (0, -k % int4.GROUP)), int4.GROUP), wscales, wzeros

@@ -1,0 +1,183 @@
+"""Which kernel serves a layer, asked of GPUs that are not here too, and timing what serves it."""
+
+import pytest
+import torch
+
+from ptq4dm.kernels import dispatch
+from ptq4dm.kernels.dispatch import Query
+from ptq4dm.kernels.runtime import settings
+from ptq4dm.kernels.w4 import layer as w4
+from ptq4dm.kernels.w8a8 import layer as w8a8
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HERE = torch.cuda.is_available()
+SPLIT = {"rows <= 32": "triton-w4a16", "more": "unpack + cublas"}
+
+
+def on_gpu(capability, **query):
+    with settings.target(settings.Target(capability, 132, lambda *_: None)):
+        return dispatch.report(Query(**query, device=CUDA))
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)], ids=str)
+def test_layers_with_a_branch(capability):
+    modern, served = capability >= (8, 9), capability >= (8, 0)
+    right = {
+        "fp8": "triton-w4a8-fp8" if modern else "triton-w4a8-int8",
+        "int8": "triton-w4a8-int8",
+        "int4": "triton-w4a4",
+    }
+    for activation, name in right.items():
+        query = dict(weight="int4", activation=activation, branch=True)
+        got = on_gpu(capability, **query, group_size=64)
+        assert got == {"all rows": name if served else "reference"}
+        for other in (dict(group_size=32), dict(), dict(group_size=64, zeros=True), dict(group_size=64, static=True)):
+            assert on_gpu(capability, **query, **other) == {"all rows": "reference"}
+    got = on_gpu(capability, weight="int4", activation="none", branch=True, group_size=64)
+    assert got == (SPLIT if served else {"all rows": "reference"})
+
+
+def test_few_rows_are_those_that_the_layer_does_not_unpack():
+    """The limit in the report is the one that chooses the launches."""
+    assert w4.steps(w4.WEIGHT_ONLY, 32) == ("short",) and w4.steps(w4.WEIGHT_ONLY, 33) == ("unpack", "cublas")
+    query = dict(weight="int4", activation="none", group_size=64, branch=True, device=CUDA)
+    with settings.target(settings.Target((9, 0), 132, lambda *_: None)):
+        names = {rows: dispatch.find(Query(**query, rows=rows)).name for rows in (1, 32, 33, None)}
+    assert names == {1: "triton-w4a16", 32: "triton-w4a16", 33: "unpack + cublas", None: "unpack + cublas"}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_eight_bit_layers(groups):
+    for weight, capability, name in [
+        ("int8", (8, 0), "triton-int8"),
+        ("int8", (9, 0), "triton-int8"),
+        ("fp8", (8, 0), "reference"),
+        ("fp8", (8, 9), "triton-fp8"),
+    ]:
+        got = on_gpu(capability, weight=weight, activation=weight, groups=groups)
+        assert got == {"all rows": name if groups == 1 else "reference"}
+    assert on_gpu((9, 0), weight="int8", activation="fp8") == {"all rows": "reference"}
+    assert on_gpu((9, 0), weight="fp8", activation="none") == {"all rows": "reference"}
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_on_a_cpu(vnni, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    def name(*query, **more):
+        return dispatch.find(Query(*query, **more, device=CPU)).name
+
+    assert name("int8", "int8") == name("int8", "int8", groups=4) == ("onednn-int8" if vnni else "reference")
+    assert name("int4", "int8", zeros=True) == ("onednn-int8 on an int8 copy" if vnni else "reference")
+    for query, more in [
+        (("fp8", "fp8"), {}),
+        (("int4", "int8", 64), {}),
+        (("int4", "none"), {}),
+        (("int4", "int8", 64), dict(branch=True)),
+    ]:
+        assert name(*query, **more) == "reference"
+
+
+def test_plain_4_bit_weights_on_a_gpu():
+    for group_size in (None, 32, 64, 128):
+        for zeros in (True, False):
+            query = dict(weight="int4", group_size=group_size, zeros=zeros)
+            assert on_gpu((8, 0), **query, activation="int8") == {"all rows": "unpack + triton-int8"}
+            for activation in ("fp8", "int4", "none"):
+                assert on_gpu((9, 0), **query, activation=activation) == {"all rows": "reference"}
+    assert on_gpu((9, 0), weight="int4", activation="int8", groups=2) == {"all rows": "reference"}
+
+
+def test_what_find_says_is_what_the_layers_ask():
+    """One table: `find` and the `kernel_name` of each room agree for every format on every device."""
+    for capability in [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)]:
+        with settings.target(settings.Target(capability, 132, lambda *_: None)):
+            for device in (CPU, CUDA):
+                for form, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+                    found = dispatch.find(Query(form, form, device=device)).name
+                    assert found == w8a8.kernel_name(device, 8, 1, dtype)
+                for activation in dispatch.ACTIVATIONS:
+                    query = Query("int4", activation, 64, rows=1, branch=True, device=device)
+                    assert dispatch.find(query).name == w4.kernel_name(device, activation, 64)
+
+
+def test_the_list():
+    names = [kernel.name for kernel in dispatch.KERNELS]
+    assert len(set(names)) == len(names) and names[-1] == "reference"
+    assert set(names) >= {w4.FP8, w4.INT8, w4.INT4, w4.WEIGHT_ONLY, w8a8.TRITON, w8a8.TRITON_FP8, w8a8.ONEDNN}
+    modes = {mode for mode in dispatch.tunable().values() if mode}
+    assert modes == set(w4.MODES.values()) and list(dispatch.tunable())[-1] == "w8a8"
+    tables = [settings.settings_in(settings.FOLDER / f"{name}.json") for name in ("nvidia_h200", "sm_80")]
+    assert modes | {"w8a8"} == {name.partition(".")[0] for table in tables for name in table if name != "device"}
+
+
+@pytest.mark.parametrize(
+    "query, says",
+    [
+        (dict(weight="int3", activation="int8"), "weight is one of int8, fp8, int4, not 'int3'"),
+        (dict(weight="int8", activation="bf16"), "activation is one of"),
+        (dict(weight="int8", activation="int8", group_size=64), "only int4"),
+        (dict(weight="fp8", activation="fp8", branch=True), "only int4"),
+    ],
+)
+def test_words_that_are_not_known(query, says):
+    with pytest.raises(ValueError, match=says):
+        Query(**query)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        Query("int8", "int8", rows=3),
+        Query("int8", "int8", rows=3, static=True),
+        Query("fp8", "fp8", rows=3, static=True),
+        Query("int4", "int8", rows=3, zeros=True),
+        Query("int4", "int8", 64, rows=3, static=True),
+        Query("int4", "none", rows=3),
+        Query("int4", "int4", 32, rows=3, branch=True),
+    ],
+    ids=str,
+)
+def test_times(query, monkeypatch):
+    """The call that is timed is the layer: its output is near the float product, of the right shape."""
+    timed = []
+    monkeypatch.setattr(dispatch.latency.stopwatch, "on_cpu", lambda calls: timed.extend(calls) or 12.5)
+    assert dispatch.time(query, 40, 128) == 12.5
+    (call,) = timed
+    y = call()
+    assert y.shape == (3, 40) and y.isfinite().all()
+    x, weight, bias = dispatch.latency._float_layer(3, 40, 128, CPU, 0)
+    right = x @ weight.T + bias
+    if not query.branch:  # else a random branch is added
+        assert (y - right).norm() < (0.25 if query.weight == "int4" else 0.05) * right.norm()
+
+
+def test_the_stopwatch_of_a_cpu():
+    spent = dispatch.time(Query("int8", "int8", rows=4), 16, 32)
+    assert 0 < spent < 1e6
+
+
+def test_what_cannot_be_timed():
+    for query, k, says in [
+        (Query("int8", "int8"), 64, "give `rows`"),
+        (Query("int8", "int8", rows=4, groups=2), 64, "no groups"),
+        (Query("int4", "int8", 32, rows=4), 40, "groups of 32"),
+        (Query("int8", "none", rows=4), 64, "no layer has int8 weights and none"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            dispatch.time(query, 8, k)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HERE, reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [16, 256])
+def test_times_on_the_gpu(rows):
+    for query in [
+        Query("int8", "int8", rows=rows, device=CUDA, static=True),
+        Query("int4", "int8", rows=rows, device=CUDA),
+        Query("int4", "int8", 64, rows=rows, device=CUDA, zeros=True),
+        Query("int4", "int8", 64, rows=rows, device=CUDA, branch=True),
+        Query("int4", "none", 64, rows=rows, device=CUDA, branch=True),
+    ]:
+        assert 0 < dispatch.time(query, 1152, 1152) < 1e4

@@ -21,7 +21,7 @@ kernels/formats
 kernels/runtime
 kernels/w8a8  kernels/w4
 kernels/tuning
-ptq4dm/errors  ptq4dm/version
+ptq4dm/errors  ptq4dm/version  ptq4dm/lazy
 ptq4dm/files
 ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
@@ -77,7 +77,7 @@ def imports_of(name: str, path: Path):
 def folder_of(name: str) -> str:
     """ptq4dm.kernels.w4.layer -> kernels/w4; files at the top of a room stand for the room."""
     where = FILES[name].relative_to(ROOT)
-    if where.as_posix() in ("ptq4dm/errors.py", "ptq4dm/version.py"):
+    if where.as_posix() in ("ptq4dm/errors.py", "ptq4dm/version.py", "ptq4dm/lazy.py"):
         return where.with_suffix("").as_posix()
     return where.parent.as_posix()
 

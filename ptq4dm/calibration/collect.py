@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,6 +44,11 @@ COLLECTORS = ("uniform", "ndtc", "solver")
 SAVE_EVERY = 20  # batches between two saves of the statistics
 
 
+def _option(default, help: str):
+    """Return a field that is an option of the command line, too (quantization/options.py is above this floor)."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """What to calibrate on.
@@ -58,14 +63,14 @@ class CalibrationConfig:
     seed: trajectory i starts from the noise of seed + i.
     """
 
-    collector: str = "uniform"
-    num_samples: int = 128
+    collector: str = _option("uniform", "law of the timesteps: uniform, ndtc or solver")
+    num_samples: int = _option(128, "sampling trajectories")
     num_inference_steps: int = 20
-    mu: float = 0.4
-    sigma: float = 0.4
-    num_bins: int = 10
-    batch_size: int = 16
-    seed: int = 0
+    mu: float = _option(0.4, "ndtc: mean, as a fraction of the timesteps")
+    sigma: float = _option(0.4, "ndtc: deviation; 0 is a single timestep")
+    num_bins: int = _option(10, "timestep bins of the statistics")
+    batch_size: int = _option(16, "trajectories at a time")
+    seed: int = _option(0, "seed of the first trajectory")
 
     def __post_init__(self):
         if self.collector not in COLLECTORS:

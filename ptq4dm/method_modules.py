@@ -1,0 +1,62 @@
+"""Where methods are: their modules are imported when somebody first looks for a method, not with `import ptq4dm`.
+
+A file in ptq4dm/methods/ is found by being there. A method with a room of its own has a module `registered` that
+imports all it registers: the method, its formats, fused passes, pictures.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .diffusers_hook import when_imported
+
+PACKAGE = __name__.rpartition(".")[0]
+REGISTRY = f"{PACKAGE}.quantization.recipe"
+FOLDER = f"{PACKAGE}.methods"
+ROOMS = (f"{PACKAGE}.svdquant.registered",)
+
+_begun = False
+
+
+def load_methods() -> None:
+    """Import every module that registers a method; after the first time, nothing."""
+    global _begun
+    if _begun:
+        return
+    _begun = True
+    try:
+        for module in iter_modules(import_module(FOLDER).__path__, f"{FOLDER}."):
+            import_module(module.name)
+        for name in ROOMS:
+            import_module(name)
+    except BaseException:
+        _begun = False  # who asks again is told again
+        raise
+
+
+def _reading(name: str):
+    def read(self, *args):
+        load_methods()
+        return getattr(dict, name)(self, *args)
+
+    return read
+
+
+class Methods(dict):
+    """Method name -> recipe: a dict that is complete for everybody who looks into it."""
+
+    __contains__, __getitem__ = _reading("__contains__"), _reading("__getitem__")
+    __iter__, __len__, get = _reading("__iter__"), _reading("__len__"), _reading("get")
+    items, keys, values = _reading("items"), _reading("keys"), _reading("values")
+
+
+def _fill_on_demand() -> None:
+    recipe = sys.modules[REGISTRY]
+    recipe.METHODS = Methods(recipe.METHODS)
+
+
+def install() -> None:
+    """Make the registry of methods import them on demand, once the module that holds it is imported."""
+    when_imported(REGISTRY, _fill_on_demand)

@@ -106,7 +106,7 @@ def _first_that_takes(parsers: list):
 def _shown(field: Field) -> str:
     """The default, as a user would write it; "" where it says nothing."""
     default = _default(field)
-    if isinstance(default, bool) or default is None or default == ():
+    if isinstance(default, bool) or default in (None, (), [], {}):
         return ""
     return f"{default:g}" if isinstance(default, float) else str(default)
 

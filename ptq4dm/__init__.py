@@ -1,32 +1,43 @@
-"""ptq4dm: quantize, sample and measure diffusion models; nothing pretended, everything measured."""
+"""ptq4dm: quantize, sample and measure diffusion models; nothing pretended, everything measured.
+
+Importing it is cheap: PyTorch, diffusers and the rest come with the first name that is used. From then on diffusers
+knows our saved models, too, whichever of the two is imported first.
+"""
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))  # a source checkout: ptq4dm.kernels lives in ./kernels
 
-# The quantizer registers with diffusers, which loads a saved scheduler only from a module that has been imported.
-from . import samplers  # noqa: E402, F401
-from .calibration.collect import CalibrationConfig, collect  # noqa: E402
-from .calibration.store import CalibrationStore  # noqa: E402
+from . import diffusers_hook, registry  # noqa: E402
 from .errors import UserError  # noqa: E402
-from .layers.fuse import fuse, unfuse  # noqa: E402
-from .layers.plan import Plan  # noqa: E402
-from .methods.ptq4dm import PTQ4DMConfig  # noqa: E402
-from .methods.rtn import RTNConfig  # noqa: E402
-from .pipelines.generate import generate  # noqa: E402
-from .pipelines.load import load_pipeline, load_reference  # noqa: E402
-from .pipelines.pixel_dit import PixelDiTPipeline  # noqa: E402
-from .quantization.diffusers_bridge import quantization_config  # noqa: E402
-from .quantization.quantize import quantize  # noqa: E402
-from .quantization.recipe import QuantConfig  # noqa: E402
-from .svdquant import SVDQuantConfig  # noqa: E402
+from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
+
+if TYPE_CHECKING:  # for editors; at run time, each when it is first used
+    from .calibration.collect import CalibrationConfig, collect
+    from .calibration.record import record_calls as record
+    from .calibration.store import CalibrationStore
+    from .evaluation.evaluate import EvaluateConfig, evaluate
+    from .layers.fuse import fuse, unfuse
+    from .layers.plan import Plan
+    from .methods.ptq4dm import PTQ4DMConfig
+    from .methods.rtn import RTNConfig
+    from .pipelines.generate import generate
+    from .pipelines.load import load_pipeline, load_reference
+    from .pipelines.pixel_dit import PixelDiTPipeline
+    from .pipelines.sampling import sample
+    from .quantization.diffusers_bridge import quantization_config
+    from .quantization.quantize import quantize
+    from .quantization.recipe import QuantConfig
+    from .svdquant import SVDQuantConfig
 
 __all__ = [
     "CalibrationConfig",
     "CalibrationStore",
+    "EvaluateConfig",
     "PTQ4DMConfig",
     "PixelDiTPipeline",
     "Plan",
@@ -35,11 +46,55 @@ __all__ = [
     "SVDQuantConfig",
     "UserError",
     "collect",
+    "evaluate",
     "fuse",
     "generate",
     "load_pipeline",
     "load_reference",
     "quantization_config",
     "quantize",
+    "record",
+    "sample",
     "unfuse",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "CalibrationConfig": "calibration.collect",
+        "CalibrationStore": "calibration.store",
+        "EvaluateConfig": "evaluation.evaluate",
+        "PTQ4DMConfig": "methods.ptq4dm",
+        "PixelDiTPipeline": "pipelines.pixel_dit",
+        "Plan": "layers.plan",
+        "QuantConfig": "quantization.recipe",
+        "RTNConfig": "methods.rtn",
+        "SVDQuantConfig": "svdquant.method",
+        "collect": "calibration.collect",
+        "evaluate": "evaluation.evaluate",
+        "fuse": "layers.fuse",
+        "generate": "pipelines.generate",
+        "load_pipeline": "pipelines.load",
+        "load_reference": "pipelines.load",
+        "quantization_config": "quantization.diffusers_bridge",
+        "quantize": "quantization.quantize",
+        "record": "calibration.record:record_calls",
+        "sample": "pipelines.sampling",
+        "unfuse": "layers.fuse",
+    },
+    rooms=(
+        "calibration",
+        "evaluation",
+        "kernels",
+        "layers",
+        "methods",
+        "pipelines",
+        "quantization",
+        "samplers",
+        "svdquant",
+    ),
+    first=registry.load_late,
+)
+
+diffusers_hook.install()
+registry.LATE += [f"{__name__}.methods", f"{__name__}.svdquant.registered"]

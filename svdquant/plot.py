@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..calibration.plot import pyplot, save_figure
+from ..quantization.pictures import PICTURES, Picture
+from .layers.plan import SVDQPlan
 from .layers.svdq import _SVDQLayer
 
 
@@ -41,3 +43,10 @@ def plot_branch(weight: Tensor, layer: _SVDQLayer, title: str, path: str | Path)
     axes.set_title(title)
     axes.legend()
     save_figure(figure, path)
+
+
+def has_branch(plan) -> bool:
+    return isinstance(plan, SVDQPlan) and plan.rank > 0
+
+
+PICTURES["svdquant"] = Picture("a low-rank branch", has_branch, lambda config: config.rank > 0, plot_branch)

@@ -22,12 +22,14 @@ kernels/runtime
 kernels/w8a8  kernels/w4
 kernels/tuning
 kernels
-ptq4dm/errors  ptq4dm/version
+ptq4dm/errors  ptq4dm/version  ptq4dm/lazy
+ptq4dm/registry  ptq4dm/evidence
 ptq4dm/files
 ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
 ptq4dm/layers
 ptq4dm/calibration
+ptq4dm/allocation
 ptq4dm/quantization
 ptq4dm/evaluation
 ptq4dm/methods
@@ -78,7 +80,7 @@ def imports_of(name: str, path: Path):
 def folder_of(name: str) -> str:
     """ptq4dm.kernels.w4.layer -> kernels/w4; files at the top of a room stand for the room."""
     where = FILES[name].relative_to(ROOT)
-    if where.as_posix() in ("ptq4dm/errors.py", "ptq4dm/version.py"):
+    if where.with_suffix("").as_posix() in LEVEL:
         return where.with_suffix("").as_posix()
     return where.parent.as_posix()
 

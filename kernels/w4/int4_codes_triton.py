@@ -23,17 +23,17 @@ MOST_ROWS = 16
 
 @triton.jit
 def _half(
-    bytes, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    raw, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """One half of packed runs, `bytes` [R, B, 32] of rows n whose inputs begin at `start` [B]: (q - z, s [R, B]).
+    """One half of packed runs, `raw` [R, B, 32] of rows n whose inputs begin at `start` [B]: (q - z, s [R, B]).
 
     A half lies in one group. Where it lies outside the weight both are 0.
     """
     inside = in_row[:, None] & (start < K)[None, :]
     place = n.to(tl.int64)[:, None] * GROUPS + (start // SIZE)[None, :]
     scale = tl.load(wscales_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    steps = ((bytes >> (4 * HALF)) & 15).to(tl.int32) - 8
+    steps = ((raw >> (4 * HALF)) & 15).to(tl.int32) - 8
     if wzeros_ptr is not None:
         steps -= tl.load(wzeros_ptr + place, mask=inside, other=0).to(tl.int32)[:, :, None]
     return tl.where(inside[:, :, None], steps, 0), scale
@@ -61,10 +61,10 @@ def _int4_codes_kernel(
             run = first + tl.arange(0, B)
             mask = in_row[:, None] & (run < RUNS)[None, :]
             where = q_ptr + (row[:, None] * RUNS + run[None, :])[:, :, None] * 32 + j[None, None, :]
-            bytes = tl.load(where, mask=mask[:, :, None], other=0x88)
+            raw = tl.load(where, mask=mask[:, :, None], other=0x88)
             for half in tl.static_range(2):
                 steps, scale = _half(
-                    bytes, wscales_ptr, wzeros_ptr, n, run * 64 + 32 * half, in_row, N, K, GROUPS, SIZE, half
+                    raw, wscales_ptr, wzeros_ptr, n, run * 64 + 32 * half, in_row, N, K, GROUPS, SIZE, half
                 )
                 used = tl.max((steps != 0).to(tl.int32), 2) != 0
                 finite = tl.abs(scale) < float("inf")
@@ -78,10 +78,10 @@ def _int4_codes_kernel(
         run = first + tl.arange(0, B)
         mask = in_row[:, None] & (run < RUNS)[None, :]
         where = q_ptr + (row[:, None] * RUNS + run[None, :])[:, :, None] * 32 + j[None, None, :]
-        bytes = tl.load(where, mask=mask[:, :, None], other=0x88)
+        raw = tl.load(where, mask=mask[:, :, None], other=0x88)
         for half in tl.static_range(2):
             start = run * 64 + 32 * half
-            steps, scale = _half(bytes, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS, SIZE, half)
+            steps, scale = _half(raw, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS, SIZE, half)
             if GROUPS > 1:
                 ratio = tl.where(known[:, None], tl.div_rn(scale, divisor[:, None]), 0.0)
                 value = tl.minimum(tl.maximum(steps.to(tl.float32) * ratio[:, :, None], -127.0), 127.0)

@@ -81,7 +81,8 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
     with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
         watched = [(name, of_layer) for name in layers] + [(name, of_module) for name in modules]
         handles = [
-            model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name, hook in watched
+            model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+            for name, hook in watched
         ]
         handles += [model.get_submodule(name).register_forward_hook(done(name)) for name in {*layers, *modules}]
         try:

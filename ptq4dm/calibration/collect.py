@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,6 +44,11 @@ COLLECTORS = ("uniform", "ndtc", "solver")
 SAVE_EVERY = 20  # batches between two saves of the statistics
 
 
+def _option(default, help: str):
+    """Return a field that is an option of the command line, too (quantization/options.py is above this floor)."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """What to calibrate on.
@@ -58,14 +63,14 @@ class CalibrationConfig:
     seed: trajectory i starts from the noise of seed + i.
     """
 
-    collector: str = "uniform"
-    num_samples: int = 128
+    collector: str = _option("uniform", "law of the timesteps: uniform, ndtc or solver")
+    num_samples: int = _option(128, "sampling trajectories")
     num_inference_steps: int = 20
-    mu: float = 0.4
-    sigma: float = 0.4
-    num_bins: int = 10
-    batch_size: int = 16
-    seed: int = 0
+    mu: float = _option(0.4, "ndtc: mean, as a fraction of the timesteps")
+    sigma: float = _option(0.4, "ndtc: deviation; 0 is a single timestep")
+    num_bins: int = _option(10, "timestep bins of the statistics")
+    batch_size: int = _option(16, "trajectories at a time")
+    seed: int = _option(0, "seed of the first trajectory")
 
     def __post_init__(self):
         if self.collector not in COLLECTORS:
@@ -204,20 +209,45 @@ def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
     statistics, progress = InputStatistics(len(layers), config.num_bins), 0
     if (folder / "statistics.safetensors").exists():
         statistics, progress = load_statistics(folder)
-    measured = _Measured(statistics)
+
+    def keep(done: int) -> None:
+        if done % SAVE_EVERY == 0 or done == len(batches):
+            save_statistics(folder, statistics, done)
+
+    _update(statistics, model, layers, batches, progress, keep)
+
+
+def measured(model: nn.Module, store: CalibrationStore) -> InputStatistics:
+    """Statistics of a model's layers on the calls of a store, as `collect` measures them."""
+    config, layers = store.config, list(store.fingerprint)
+    batches = binned_batches(store.calls, config["num_bins"], store.num_train_timesteps, config["batch_size"])
+    statistics = InputStatistics(len(layers), config["num_bins"])
+    _update(statistics, model, layers, list(batches))
+    return statistics
+
+
+def _update(
+    statistics: InputStatistics,
+    model: nn.Module,
+    layers: list[str],
+    batches: list[tuple[int, Calls]],
+    progress: int = 0,
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Replay batches but for the first `progress`, and add what the layers are fed; after(number of batches done)."""
+    watch = _Measured(statistics)
     with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
         handles = [
-            model.get_submodule(name).register_forward_pre_hook(measured.hook(index, name))
+            model.get_submodule(name).register_forward_pre_hook(watch.hook(index, name))
             for index, name in enumerate(layers)
         ]
         try:
             for done, (bin_index, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
                 if done < progress:
                     continue
-                measured.bin_index = bin_index
+                watch.bin_index = bin_index
                 replay(model, batch)
-                if (done + 1) % SAVE_EVERY == 0 or done + 1 == len(batches):
-                    save_statistics(folder, statistics, done + 1)
+                after(done + 1)
         finally:
             for handle in handles:
                 handle.remove()

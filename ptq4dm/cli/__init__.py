@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: one verb, one file, with `add(parser)` and `run(args)`; `main` finds the file."""

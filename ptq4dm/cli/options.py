@@ -1,8 +1,8 @@
-"""What the arguments of a command stand for: a device, a pipeline, a calibration, a recipe."""
+"""What verbs share: groups of options, and what they stand for (a device, a pipeline, a calibration)."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,18 +10,61 @@ from accelerate import PartialState
 
 from ..calibration.collect import CalibrationConfig
 from ..errors import UserError
-from ..layers.plan import Plan
-from ..pipelines.load import check_device, load_pipeline
+from ..evaluation.evaluate import EvaluateConfig
+from ..pipelines.load import EMBEDDED, check_device, load_pipeline
 from ..pipelines.sampling import default_steps
-from ..quantization.recipe import METHODS, QuantConfig
 from ..quantization.saving import RECORD
+from .flags import add_flags, given
 
+DTYPES = ("float32", "bfloat16", "float16")
+EXAMPLE = EMBEDDED[0]  # the model where none is named
 QUANTIZED = "out/quantized"  # where `quantize` writes and the others look first
-CALIBRATION_STEPS = 20
-STEPS = 50  # of `generate` and `evaluate`, but for models that were distilled to one
+QUANTIZED_FIRST = f"{QUANTIZED} if `quantize` made it, else {EXAMPLE}"
+STEPS = EvaluateConfig.num_inference_steps  # but for models that were distilled to one
+BATCH_SIZE = 16
+
+
+def add_model(parser, default: str | None = EXAMPLE, note: str = "") -> None:
+    text = f"hub id, diffusers folder, or embedded name ({', '.join(EMBEDDED)})"
+    parser.add_argument("--model", default=default, help=f"{text}; {note}" if note else text)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+
+
+def add_steps(parser) -> None:
+    text = f"{STEPS}, or what the model was distilled to"
+    parser.add_argument("--num-inference-steps", "--steps", type=int, help=text)
+
+
+def add_sampler(parser) -> None:
+    group = parser.add_argument_group("sampler")
+    group.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help="ddim, deis, a solver of it (ipndm, t_ab, rho_ab, log_rho, rho_rk), a setting such as t_ab3/quad, or "
+        "rho_rk-3heun/edm, .../clean (ends at clean data), or diffusers/ with ddim, deis, dpm++2m, dpm++3m, unipc, "
+        "euler, heun, some with -karras; the model's own otherwise",
+    )
+    group.add_argument("--order", type=int, choices=range(4), help="of a DEIS solver; 0 is DDIM")
+    group.add_argument("--grid", help="timesteps: linear, quad, cubic, log, edm, beta, linspace, leading or trailing")
+
+
+def add_calibration(parser) -> None:
+    group = parser.add_argument_group("calibration")
+    add_flags(group, CalibrationConfig)
+    text = f"steps of the sampler that calls are taken from; {CalibrationConfig.num_inference_steps}, or what the "
+    group.add_argument("--calibration-steps", type=int, help=text + "model was distilled to")
+
+
+def add_conditioning(parser) -> None:
+    group = parser.add_argument_group("conditioning")
+    group.add_argument("--prompt", nargs="+", metavar="TEXT", help="image k gets prompt k mod their number")
+    group.add_argument("--class-labels", nargs="+", type=int, metavar="N", help="likewise; all classes otherwise")
+    group.add_argument("--guidance-scale", type=float, help="for pipelines that take one")
 
 
 def say(text: str) -> None:
+    """Print, once however many processes there are."""
     if PartialState().is_main_process:
         print(text)
 
@@ -36,15 +79,20 @@ def device_of(args) -> torch.device:
 
 
 def one_process(args) -> None:
+    """Raises UserError under a launch of several processes."""
     device_of(args)
     if PartialState().num_processes > 1:
         raise UserError("this command runs as one process; launch only generate and evaluate with accelerate.")
 
 
+def dtype_of(args) -> str:
+    """The dtype asked for; else what is quickest on the device."""
+    return args.dtype or ("bfloat16" if device_of(args).type == "cuda" else "float32")
+
+
 def load(args, model):
-    device = device_of(args)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    pipe = load_pipeline(model, getattr(torch, dtype), device)
+    """The pipeline of `model`, with the sampler that the arguments name."""
+    pipe = load_pipeline(model, getattr(torch, dtype_of(args)), device_of(args))
     name, order, grid = (getattr(args, key, None) for key in ("sampler", "order", "grid"))
     if name is not None:
         from ..samplers.catalog import make_sampler
@@ -56,27 +104,15 @@ def load(args, model):
 
 
 def default_model(args) -> str:
+    """The model asked for; else what `quantize` made; else an embedded one."""
     if args.model is not None:
         return args.model
-    return QUANTIZED if (Path(QUANTIZED) / RECORD).is_file() else "unet-cifar10"
+    return QUANTIZED if (Path(QUANTIZED) / RECORD).is_file() else EXAMPLE
 
 
 def calibration_of(args) -> CalibrationConfig:
-    return CalibrationConfig(
-        args.collector,
-        args.num_samples,
-        CALIBRATION_STEPS if args.calibration_steps is None else args.calibration_steps,
-        args.mu,
-        args.sigma,
-        args.num_bins,
-        args.batch_size,
-        args.seed,
-    )
-
-
-def steps_of(args, pipe) -> int:
-    """Of the sampler: as the user says, or what the model takes."""
-    return default_steps(pipe, STEPS) if args.num_inference_steps is None else args.num_inference_steps
+    steps = {} if args.calibration_steps is None else {"num_inference_steps": args.calibration_steps}
+    return CalibrationConfig(**given(args, CalibrationConfig), **steps)
 
 
 def fitting(config: CalibrationConfig, args, pipe) -> CalibrationConfig:
@@ -86,21 +122,14 @@ def fitting(config: CalibrationConfig, args, pipe) -> CalibrationConfig:
     return replace(config, num_inference_steps=default_steps(pipe, config.num_inference_steps))
 
 
+def steps_of(args, pipe) -> int:
+    """The sampler's steps: as the user says, or what the model takes."""
+    return default_steps(pipe, STEPS) if args.num_inference_steps is None else args.num_inference_steps
+
+
 def conditioning_of(args) -> dict:
+    """The arguments `conditioning` and `pipeline_kwargs` of `sample`."""
     conditioning = {"prompt": args.prompt, "class_labels": args.class_labels}
     conditioning = {name: values for name, values in conditioning.items() if values}
     kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     return {"conditioning": conditioning or None, "pipeline_kwargs": kwargs or None}
-
-
-def recipe_of(args) -> QuantConfig:
-    others = {"calibration", "plan", "seed"}  # no options of a method on the command line
-    names = {f.name for method in METHODS.values() for f in fields(method)} - others
-    options = {name: getattr(args, name) for name in sorted(names) if hasattr(args, name)}
-    if args.plan is not None:
-        if options:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-            raise UserError(f"--plan has settled every choice of the method; leave out {flags}.")
-        plan = Plan.load(args.plan)
-        return QuantConfig.from_dict({"method": plan.method, "plan": plan})
-    return QuantConfig.from_dict({"method": args.method, **options})

@@ -23,7 +23,9 @@ from ..quantization.saving import make_parent
 
 W8A8 = "w8a8"
 KERNELS = dispatch.tunable()
-RANK = 32  # of the low-rank branch, SVDQuant's default
+USUAL = f"w4a16 up to {SHORT} rows, above w4a8 and w4a4; and {W8A8}"  # what serves a shape
+EMBEDDED_BATCH = 256  # images at once in the embedded models, which are small
+RANK = 32  # of the low-rank branch
 LOWEST = (8, 0)
 LATEST = 1e9  # a time after any of a sampler's: the one nearest to it is the first
 
@@ -85,7 +87,7 @@ def cases_of_pipeline(
 
 
 def linear_shapes(cases: list) -> list[Shape]:
-    """(M, N, K) of those that SVDQuant could serve: inputs in groups of 64."""
+    """(M, N, K) of those that 4-bit kernels could serve: inputs in groups of 64."""
     return list(dict.fromkeys((c.rows, c.outputs, c.channels) for c in cases if c.linear and c.channels % 64 == 0))
 
 
@@ -107,7 +109,7 @@ def plan(kernels: list[str] | None, shapes: list[Shape], cases: list) -> list:
 
     kernels: names from KERNELS, each of which is tuned for every shape. Left out: what usually serves a shape, which
         is the weight-only kernel up to SHORT rows, and above those that quantize activations; and W8A8 for `cases`.
-    shapes: (M, N, K) of Linear layers that SVDQuant serves.
+    shapes: (M, N, K) of Linear layers that 4-bit kernels serve.
     cases: the products of layers that W8A8 serves.
 
     Raises:

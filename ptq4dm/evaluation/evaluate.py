@@ -15,10 +15,12 @@ from ..files.atomic import output_folder
 from ..pipelines.denoiser import denoiser
 from ..pipelines.images import to_uint8
 from ..pipelines.sampling import sample
+from ..quantization.options import option
 from ..quantization.report import stored_bytes
 from .compare import compare_denoisers, image_errors, psnr
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
 from .frechet import Moments, write_statistics
+from .inception import MODES
 from .report import write_report, write_samples
 
 
@@ -36,18 +38,18 @@ class EvaluateConfig:
     conditioning, pipeline_kwargs: see `sample`.
     """
 
-    num_images: int = 1000
-    num_paired: int = 64
-    num_heldout: int = 64
+    num_images: int = option(1000, "samples for the Frechet distance")
+    num_paired: int = option(64, "same-seed pairs")
+    num_heldout: int = option(64, "recorded calls for the epsilon error")
     num_inference_steps: int = 50
     batch_size: int = 64
-    seed: int = 0
+    seed: int = option(0, "seed of the first image")
     heldout_seed: int = 1_000_000
     num_bins: int = 10
-    metric: str = "feature-fid"
-    reference: str | os.PathLike | None = None
-    inception_weights: str | os.PathLike | None = None
-    resize: str = "torch-fidelity"
+    metric: str = option("feature-fid", "Frechet distance of the samples", choices=METRICS)
+    reference: str | os.PathLike | None = option(None, "folder of real images, or npz of their mu and sigma")
+    inception_weights: str | os.PathLike | None = option(None, "file, for --metric fid; downloaded otherwise")
+    resize: str = option("torch-fidelity", "how --metric fid resizes images", choices=tuple(MODES))
     warmup_steps: int = 2
     timed_steps: int = 10
     conditioning: dict | None = None

@@ -19,7 +19,7 @@ from ..ranges.registry import OBJECTIVES
 from ..registry import Registry
 from ..rounding.registry import ROUNDERS
 
-FORMATS: Registry = Registry("format")
+FORMATS: Registry = Registry("format", late=True)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The bridge to diffusers: save_pretrained, from_pretrained and quantization while loading.
 
-diffusers has no entry point for quantizers of other packages; like sdnq, we add ourselves to its two tables when
-`ptq4dm` is imported.
+diffusers has no entry point for quantizers of other packages; like sdnq, we add ourselves to its two tables
+(ptq4dm/diffusers_hook.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
@@ -57,7 +56,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
                 self.store = CalibrationStore.load(config.calibration)
             plan = config.plan or make_plan(model, config, self.store)
             check_plan(model, plan)
-            if any(needs_of(choice) for choice in plan.layers.values()):
+            if config.transforms or plan.transforms or any(needs_of(one) for one in plan.layers.values()):
                 raise _not_while_loading(config)
             self.quantization_config = resolved(config, plan)
         model.register_to_config(quantization_config=self.quantization_config)
@@ -146,7 +145,3 @@ def quantization_config(model: nn.Module) -> QuantConfig | None:
     if isinstance(found, dict):
         found = QuantConfig.from_dict(found) if found.get("quant_method") == "ptq4dm" else None
     return found if isinstance(found, QuantConfig) else None
-
-
-auto.AUTO_QUANTIZER_MAPPING["ptq4dm"] = PTQ4DMQuantizer
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING["ptq4dm"] = QuantConfig

@@ -17,6 +17,7 @@ from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 from .report import QuantizationReport, Ratio, stored_bytes
+from .transforming import transformed
 
 ERROR_SAMPLES = 32  # tuples on which layer errors are measured
 
@@ -48,10 +49,13 @@ def quantize(
         raise UserError("the model is quantized already; load it in full precision to quantize it again.")
     if store is None and config.calibration is not None:
         store = CalibrationStore.load(config.calibration)
-    plan = config.plan or make_plan(model, config, store)
-    check_plan(model, plan)
-    layers, plan = config.pack(model, plan, store, checkpoint)
-    errors = _output_errors(model, layers, store) if store is not None else _weight_errors(model, layers)
+    kinds, plans = config.transforms, None if config.plan is None else config.plan.transforms
+    with transformed(model, kinds, plans, store) as (transforms, store):
+        plan = config.plan or make_plan(model, config, store)
+        check_plan(model, plan)
+        layers, plan = config.pack(model, plan, store, checkpoint)
+        plan.transforms = transforms
+        errors = _output_errors(model, layers, store) if store is not None else _weight_errors(model, layers)
     before = stored_bytes(model)
     for name, layer in layers.items():
         replace_module(model, name, layer)

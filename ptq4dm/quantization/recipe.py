@@ -20,10 +20,11 @@ from ..errors import UserError
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
 from ..registry import Registry
+from ..transforms.base import TRANSFORMS
 from .options import option
 from .packing import PackingOptions, pack_plan
 
-METHODS: Registry = Registry("quantization method")
+METHODS: Registry = Registry("quantization method", late=True)
 
 
 class QuantMethod(str, Enum):
@@ -51,6 +52,8 @@ class QuantConfig(QuantizationConfigMixin):
         (`from_pretrained(..., quantization_config=PTQ4DMConfig(calibration="store"))`).
     plan: what to follow instead of resolving the recipe; a quantized model carries its config with its plan
         (`ptq4dm.quantization_config(model).plan`).
+    transforms: names of transforms (transforms.TRANSFORMS) that change the float model, not its function, before
+        anything is quantized; in the order named.
     """
 
     method: ClassVar[str]
@@ -60,9 +63,15 @@ class QuantConfig(QuantizationConfigMixin):
     modules_to_not_convert: tuple[str, ...] = option((), "names or patterns of layers to leave alone")
     calibration: str | None = option(None, "folder of a calibration store", flag=False)
     plan: Plan | None = option(None, "choices to follow", flag=False)
+    transforms: tuple[str, ...] = option(
+        (), "changes that keep the model's function, made first (smooth, rotate, ...)"
+    )
 
     def __post_init__(self):
         self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
+        self.transforms = tuple(self.transforms or ())
+        for kind in self.transforms:
+            TRANSFORMS.find(kind)
         if isinstance(self.plan, dict):
             self.plan = Plan.from_dict(self.plan)
 
@@ -89,8 +98,7 @@ class QuantConfig(QuantizationConfigMixin):
         for item in fields(self):
             value = getattr(self, item.name)
             data[item.name] = value.to_dict() if isinstance(value, Plan) else value
-        data["modules_to_not_convert"] = list(self.modules_to_not_convert)
-        return data
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
 
     to_diff_dict = to_dict
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ...errors import UserError
+from ...quantization.options import option
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "student_lr", "fake_lr")
@@ -37,29 +38,29 @@ class DisBackConfig:
     seed: decides all noise; iteration k is given the same noise with and without backtracking.
     """
 
-    backtracking: bool = True
-    images: int = 500_000
-    minutes: float | None = None
-    batch_size: int = 256
-    gradient_accumulation_steps: int = 1
-    generator_sigma: float = 2.5
+    backtracking: bool = option(True, "DisBack; without: plain score distillation, towards the teacher at once")
+    images: int = option(500_000, "that the student learns from, in all")
+    minutes: float | None = option(None, "stop this call after so many; resume it with --resume")
+    batch_size: int = option(256, "over all processes and accumulation steps")
+    gradient_accumulation_steps: int = option(1, "parts of a batch")
+    generator_sigma: float = option(2.5, "noise level of the generator's input")
     sigma_range: tuple[float, float] = (0.1, 10.0)
-    degradation_steps: int = 100
-    path_points: int = 5
-    switch_every: int = 25
-    fake_steps: int = 1
-    student_lr: float = 3e-5
-    fake_lr: float = 1e-4
+    degradation_steps: int = option(100, "iterations of stage 1")
+    path_points: int = option(5, "targets on the way back to the teacher")
+    switch_every: int = option(25, "iterations from one to the next")
+    fake_steps: int = option(1, "updates of the fake score for each of the student")
+    student_lr: float = option(3e-5, "its learning rate")
+    fake_lr: float = option(1e-4, "of the fake score")
     betas: tuple[float, float] = (0.0, 0.99)
     warmup_steps: int = 100
     gradient_clip: float = 1.0
-    ema_decay: float = 0.999
+    ema_decay: float = option(0.999, "moving average of the student")
     precision: str = "no"
-    compile: bool = False
+    compile: bool = option(False, "torch.compile: pays in runs of many minutes")
     log_every: int = 50
-    evaluate_every: int = 50_000
-    num_fid: int | None = None
-    seed: int = 0
+    evaluate_every: int = option(50_000, "images between checkpoints and grids")
+    num_fid: int | None = option(None, "images of a feature-FID; 0: none (5000 at 32x32)")
+    seed: int = option(0, "of all noise")
 
     def __post_init__(self):
         if self.precision not in ("no", "bf16"):

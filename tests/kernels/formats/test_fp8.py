@@ -1,7 +1,5 @@
 """FP8 (e4m3) as a format of the 8-bit methods: rounding, plans, checkpoints, conversion, wrong input."""
 
-import sys
-
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -14,8 +12,7 @@ from ptq4dm.kernels.w8a8 import layer as w8a8
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.w8a8 import Fp8Conv2d, Fp8Linear
-
-make_plan = sys.modules["ptq4dm.quantization.quantize"].make_plan  # the name in the package is the function's
+from ptq4dm.quantization.planning import make_plan
 
 
 @pytest.fixture(scope="module")

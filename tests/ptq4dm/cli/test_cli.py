@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 
-from ptq4dm.cli import commands
+from ptq4dm.cli import collect as collect_verb
+from ptq4dm.cli import quantize as quantize_verb
 from ptq4dm.cli.main import main
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 
@@ -234,7 +235,8 @@ def test_interrupted(run, models, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "collect_store", interrupt)
+    for verb in (collect_verb, quantize_verb):
+        monkeypatch.setattr(verb, "collect", interrupt)
     status, _, err = run("collect", "--model", models / "unet")
     assert (status, err) == (130, ["interrupted; the same command goes on where it stopped"])
     assert run("quantize", "--model", models / "unet")[::2] == (130, ["interrupted"])  # begins anew: no promise

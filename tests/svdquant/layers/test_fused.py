@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import sys
 
 import pytest
 import torch
@@ -16,9 +15,10 @@ from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.kernels.w4 import from_codes as svdq_codes
 from ptq4dm.kernels.w4 import layer as svdq_linear
+from ptq4dm.svdquant.layers import fused_blocks as FUSE
+from ptq4dm.svdquant.layers import fused_parts as PARTS
 from ptq4dm.svdquant.layers.svdq import Codes, SVDQLinear
 
-FUSE, PARTS = (sys.modules[f"ptq4dm.svdquant.layers.{name}"] for name in ("fused_blocks", "fused_parts"))
 CUDA = torch.cuda.is_available()
 QUICK = {"rank": 8, "num_tuples": 2, "smoothing": 0.5, "rounding": "nearest", "refinements": 0}
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"

@@ -1,0 +1,113 @@
+"""`ptq4dm bench samplers | tune`: samplers compared; settings of the kernels searched (how, is in tune.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from ..kernels.runtime.settings import tuned_file
+from ..pipelines.load import EMBEDDED
+from ..pipelines.sampling import denoiser
+from ..quantization.saving import make_parent
+from ..samplers.comparison.compare import SamplerBench, bench_samplers
+from ..samplers.comparison.table import plot_rows, table
+from . import tune
+from .main import Parser, add_command
+from .options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
+
+
+def add(parser) -> None:
+    subjects = parser.add_subparsers(dest="subject", required=True, metavar="subject", parser_class=Parser)
+    text = "Compare samplers: Frechet distance against evaluations of the model."
+    _add_samplers(add_command(subjects, "samplers", text))
+    text = "Time the kernels' settings on this GPU, and record the fastest where the kernels look."
+    _add_tune(add_command(subjects, "tune", text))
+
+
+def run(args) -> None:
+    {"samplers": _run_samplers, "tune": _run_tune}[args.subject](args)
+
+
+def _add_samplers(parser) -> None:
+    add_model(parser)
+    text = "as for --sampler of generate; the usual ones otherwise"
+    parser.add_argument("--samplers", nargs="+", metavar="NAME", help=text)
+    usual = " ".join(map(str, SamplerBench.evaluations))
+    parser.add_argument("--evaluations", nargs="+", type=int, metavar="N", help=f"budgets; {usual}")
+    parser.add_argument("--num-images", type=int, default=SamplerBench.num_images)
+    parser.add_argument("--batch-size", type=int, default=SamplerBench.batch_size)
+    parser.add_argument("--seed", type=int, default=SamplerBench.seed)
+    parser.add_argument("--output", default="out/bench", help="folder of samplers.json and samplers.png; resumed")
+
+
+def _run_samplers(args) -> None:
+    one_process(args)
+    given = {name: getattr(args, name) for name in ("samplers", "evaluations") if getattr(args, name)}
+    config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **given)
+    output = Path(args.output) / "samplers.json"
+    make_parent(output)
+    pipe = load(args, args.model)
+    settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
+    rows = bench_samplers(pipe, config, output, settings)
+    print(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
+    print(table(rows))
+    print(f"figures: {output}")
+    if plot_rows(str(args.model), rows, output.with_suffix(".png")):
+        print(f"picture: {output.with_suffix('.png')}")
+
+
+def _add_tune(parser) -> None:
+    text = f"tune for its layers; the shapes of kernels/README.md and of {EXAMPLE} otherwise"
+    add_model(parser, None, text)
+    text = f"{', '.join(tune.KERNELS)}; what serves a shape otherwise: {tune.USUAL}"
+    parser.add_argument("--kernels", nargs="+", choices=tuple(tune.KERNELS), metavar="NAME", help=text)
+    text = "of Linear layers (rows, outputs, inputs) instead of a model's"
+    parser.add_argument("--shapes", nargs="+", metavar="M,N,K", help=text)
+    text = f"images at once; {tune.EMBEDDED_BATCH} for the embedded models, 1 for others"
+    parser.add_argument("--batch-size", type=int, help=text)
+    text = "begin no more launches after so many; the rest keeps what it had"
+    parser.add_argument("--minutes", type=float, help=text)
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSON of the settings; otherwise where the kernels look for it: kernels/tuned/ of the package, or if "
+        "that is read-only, or $PTQ4DM_TUNED is set, that folder or ~/.cache/ptq4dm/tuned",
+    )
+    add_conditioning(parser)
+
+
+def _run_tune(args) -> None:
+    if args.shapes and args.model:
+        raise UserError("--shapes stand for a model's layers; give one of --shapes and --model.")
+    if args.minutes is not None and not args.minutes > 0:
+        raise UserError(f"--minutes must be above 0; got {args.minutes}.")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1; got {args.batch_size}.")
+    shapes = [tune.parse_shape(text) for text in args.shapes or ()]
+    tune.check_gpu()
+    one_process(args)
+    device = device_of(args)
+    if device.type != "cuda":
+        raise UserError(f"kernels are tuned on a GPU, not on {device}.")
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    shapes, cases = _work(args, shapes)
+    output = Path(args.output) if args.output else None
+    tune.tune(tune.plan(args.kernels, shapes, cases), output, args.minutes and 60 * args.minutes)
+    if output is not None:
+        print(f"the kernels do not look there; to use it, copy it to {tuned_file()}")
+
+
+def _work(args, shapes: list) -> tuple[list, list]:
+    """The shapes and the cases to tune for: those given, a model's, or the usual ones."""
+    if shapes:
+        return shapes, tune.linear_cases(shapes)
+    if not args.model and args.kernels and tune.W8A8 not in args.kernels:
+        return tune.known_shapes(), []
+    model = args.model or EXAMPLE
+    batch = args.batch_size or (tune.EMBEDDED_BATCH if model in EMBEDDED else 1)
+    cases = tune.cases_of_pipeline(load(args, model), batch, **conditioning_of(args))
+    torch.cuda.empty_cache()
+    return tune.linear_shapes(cases) if args.model else tune.known_shapes(), cases

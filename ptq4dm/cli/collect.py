@@ -1,0 +1,55 @@
+"""`ptq4dm collect`: a calibration store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..calibration.collect import collect
+from ..errors import UserError
+from ..layers.view import find_layers
+from ..pipelines.sampling import denoiser
+from ..quantization.saving import make_parent
+from .options import (
+    add_calibration,
+    add_conditioning,
+    add_model,
+    add_sampler,
+    calibration_of,
+    conditioning_of,
+    fitting,
+    load,
+    one_process,
+)
+
+GOES_ON = "the same command"
+
+
+def add(parser) -> None:
+    add_model(parser)
+    add_calibration(parser)
+    add_sampler(parser)
+    add_conditioning(parser)
+    parser.add_argument("--output", default="out/calibration", help="folder of the store; resumed if unfinished")
+    parser.add_argument("--plot", metavar="PNG", help="draw a layer's input range over timesteps (needs matplotlib)")
+    text = "which layer; the first convolution or linear otherwise"
+    parser.add_argument("--plot-layer", metavar="NAME", help=text)
+
+
+def run(args) -> None:
+    config = calibration_of(args)
+    one_process(args)
+    if args.plot_layer and not args.plot:
+        raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
+    if args.plot:
+        make_parent(Path(args.plot))
+    pipe = load(args, args.model)
+    if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(denoiser(pipe))}:
+        raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
+    config = fitting(config, args, pipe)
+    store = collect(pipe, config, args.output, **conditioning_of(args))
+    print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")
+    if args.plot:
+        from ..calibration.plot import plot_ranges
+
+        plot_ranges(store, args.plot_layer or next(iter(store.fingerprint)), args.plot)
+        print(f"picture: {args.plot}")

@@ -1,0 +1,46 @@
+"""`ptq4dm distill`: a one-step student of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..pipelines.load import load_pipeline
+from ..quantization.saving import check_output
+from ..samplers.distillation import disback
+from ..samplers.distillation.config import DisBackConfig
+from ..samplers.distillation.log import read_log
+from ..samplers.distillation.student import RECORD, save_student
+from .flags import add_flags, given, options_of
+from .options import add_model, device_of, dtype_of
+
+GOES_ON = "the same command with --resume"
+BUDGET = ("images", "minutes")
+
+
+def add(parser) -> None:
+    add_model(parser)
+    parser.add_argument("--output", default="out/student", help="folder of the student; its run is in OUTPUT.run")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT.run")
+    add_flags(parser.add_argument_group("budget"), DisBackConfig, BUDGET)
+    add_flags(parser.add_argument_group("training"), DisBackConfig, set(options_of(DisBackConfig)) - set(BUDGET))
+
+
+def run(args) -> None:
+    dtype = dtype_of(args)
+    precision = {"float32": "no", "bfloat16": "bf16"}.get(dtype, dtype)
+    config = DisBackConfig(**given(args, DisBackConfig), precision=precision)
+    output = Path(args.output)
+    check_output(output, RECORD, "distill")
+    pipe = load_pipeline(args.model, torch.float32, device_of(args))
+    folder = output.with_name(f"{output.name}.run")
+    student = disback.distill(pipe, config, folder, args.resume)
+    if PartialState().is_main_process:
+        save_student(student, {"model": str(args.model), **config.identity()}, output)
+        evaluations = (line for line in read_log(folder / "log.jsonl") if line["stage"] == "evaluation")
+        learnt = max((line["images"] for line in evaluations), default=0)
+        more = "" if learnt >= config.images else " (--resume goes on)"
+        print(f"one-step student after {learnt} of {config.images} images{more}: {output}")
+        print(f"log, sample grids, checkpoint: {folder}")

@@ -1,0 +1,88 @@
+"""`ptq4dm evaluate`: what quantization cost and gained, or statistics of a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
+from ..evaluation.report import format_report
+from ..quantization.saving import make_parent, original_of
+from .flags import add_flags, given
+from .options import (
+    BATCH_SIZE,
+    QUANTIZED_FIRST,
+    add_conditioning,
+    add_model,
+    add_sampler,
+    add_steps,
+    conditioning_of,
+    default_model,
+    device_of,
+    load,
+    say,
+    steps_of,
+)
+
+
+def add(parser) -> None:
+    add_model(parser, None, QUANTIZED_FIRST)
+    text = "what to compare with; a quantized model knows its original"
+    parser.add_argument("--full-precision", metavar="MODEL", help=text)
+    parser.add_argument("--images", metavar="DIR", help="measure a folder of images instead of a model")
+    parser.add_argument("--write-reference", metavar="NPZ", help="write the statistics of --images and stop")
+    add_flags(parser, EvaluateConfig)
+    add_steps(parser)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
+    parser.add_argument("--output", default="out/evaluation", help="folder of report.json and samples.png")
+    add_sampler(parser)
+    add_conditioning(parser)
+
+
+def run(args) -> None:
+    options = given(args, EvaluateConfig) | conditioning_of(args)
+    if args.num_inference_steps is not None:
+        options["num_inference_steps"] = args.num_inference_steps
+    config = EvaluateConfig(batch_size=args.batch_size, **options)
+    config.check()
+    if args.write_reference and not args.images:
+        raise UserError("--write-reference takes the statistics of a folder of images; give it with --images.")
+    if args.images:
+        _run_images(args, config)
+        return
+    model = default_model(args)
+    pipe = load(args, model)
+    config.num_inference_steps = steps_of(args, pipe)
+    original, full_precision = _original(args, model)
+    if full_precision is not None:  # the models are compared, not two samplers
+        full_precision.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    report = evaluate(pipe, full_precision, config, args.output)
+    sampler = f"{type(pipe.scheduler).__name__}" + (f" ({args.sampler})" if args.sampler else "")
+    say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
+    say(format_report(report))
+    say(f"report:  {Path(args.output) / 'report.json'}")
+    if (Path(args.output) / "samples.png").is_file():
+        say(f"picture: {Path(args.output) / 'samples.png'}")
+
+
+def _run_images(args, config: EvaluateConfig) -> None:
+    device = device_of(args)
+    if args.write_reference:
+        make_parent(Path(args.write_reference))
+        count = write_reference(args.images, args.write_reference, config, device)
+        say(f"statistics of {count} images: {args.write_reference}")
+    else:
+        say(format_report(evaluate_images(args.images, config, device)))
+
+
+def _original(args, model):
+    """The name and the pipeline of the model in full precision; None and None where nobody knows it."""
+    original = args.full_precision or original_of(model)
+    try:
+        return original, load(args, original) if original else None
+    except UserError as error:
+        if args.full_precision:
+            raise
+        raise UserError(
+            f"{model} was quantized from another model: {error} Name it with --full-precision."
+        ) from error

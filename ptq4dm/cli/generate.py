@@ -1,0 +1,63 @@
+"""`ptq4dm generate`: images, one PNG per seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import PartialState
+from PIL import Image
+
+from ..errors import UserError
+from ..pipelines.generate import generate, save_grid
+from ..quantization.saving import make_parent
+from .options import (
+    BATCH_SIZE,
+    QUANTIZED_FIRST,
+    add_conditioning,
+    add_model,
+    add_sampler,
+    add_steps,
+    conditioning_of,
+    default_model,
+    load,
+    steps_of,
+)
+
+GOES_ON = "the same command"
+
+
+def add(parser) -> None:
+    add_model(parser, None, QUANTIZED_FIRST)
+    parser.add_argument("--num-images", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next has seed + 1")
+    add_steps(parser)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
+    parser.add_argument("--output", default="out/images", help="folder of the PNGs; only missing ones are made")
+    parser.add_argument("--picture", metavar="PNG", help="all images on one picture; OUTPUT.png unless given")
+    add_sampler(parser)
+    add_conditioning(parser)
+
+
+def run(args) -> None:
+    model = default_model(args)
+    if args.num_images < 1:
+        raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
+    picture = Path(args.picture or f"{args.output}.png")
+    if args.picture:
+        make_parent(picture)
+    pipe = load(args, model)
+    paths = generate(
+        pipe,
+        range(args.seed, args.seed + args.num_images),
+        args.output,
+        num_inference_steps=steps_of(args, pipe),
+        batch_size=args.batch_size,
+        metadata={"model": str(model)},
+        **conditioning_of(args),
+    )
+    if PartialState().is_main_process:
+        with Image.open(paths[0]) as image:
+            scale = max(1, 128 // image.width)
+        save_grid(paths, picture, columns=min(8, len(paths)), scale=scale)
+        print(f"{len(paths)} images of {model}: {args.output}")
+        print(f"picture: {picture}")

@@ -1,0 +1,97 @@
+"""`ptq4dm quantize`: a quantized pipeline in a folder. Methods and their options come from the registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..calibration.collect import collect
+from ..calibration.store import CalibrationStore
+from ..errors import UserError
+from ..layers.plan import Plan
+from ..layers.view import find_layers
+from ..pipelines.sampling import denoiser
+from ..quantization import recipe
+from ..quantization.pictures import PICTURES, picture_of
+from ..quantization.quantize import quantize
+from ..quantization.recipe import QuantConfig
+from ..quantization.saving import RECORD, check_output, make_parent, save_quantized
+from .flags import add_union, flag_of, options_of
+from .options import (
+    QUANTIZED,
+    add_calibration,
+    add_conditioning,
+    add_model,
+    add_sampler,
+    calibration_of,
+    conditioning_of,
+    fitting,
+    load,
+    one_process,
+)
+
+METHOD = __name__.partition(".")[0]  # where none is named, the one that gave the package its name
+
+
+def methods() -> dict[str, type[QuantConfig]]:
+    """The methods that quantize, by name; others stand for models of other libraries."""
+    return {name: kind for name, kind in sorted(recipe.METHODS.items()) if not kind.loaded_only}
+
+
+def add(parser) -> None:
+    known = methods()
+    drawn = "; ".join(f"{picture.shows} ({name})" for name, picture in PICTURES.items())
+    add_model(parser)
+    parser.add_argument("--method", default=METHOD, help=", ".join(known))
+    parser.add_argument("--calibration", metavar="DIR", help="store from `collect`; made on the fly otherwise")
+    parser.add_argument("--plan", metavar="JSON", help="follow a saved plan instead of a method's options")
+    parser.add_argument("--output", default=QUANTIZED, help="folder of the quantized pipeline")
+    parser.add_argument("--plot", metavar="PNG", help=f"draw of one layer (needs matplotlib): {drawn}")
+    parser.add_argument("--plot-layer", metavar="NAME", help="which layer; the worst otherwise")
+    add_union(parser.add_argument_group("method", "in brackets: whose option it is, and its default there"), known)
+    add_calibration(parser)
+    add_sampler(parser)
+    add_conditioning(parser)
+
+
+def recipe_of(args) -> QuantConfig:
+    """The recipe that the options make, or the plan.
+
+    Raises:
+        UserError: an option that the method does not have, or any option beside a plan.
+    """
+    names = sorted({name for kind in methods().values() for name in options_of(kind)})
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if args.plan is None:
+        return QuantConfig.from_dict({"method": args.method, **options})
+    if options:
+        raise UserError(
+            f"--plan has settled every choice of the method; leave out {', '.join(map(flag_of, options))}."
+        )
+    plan = Plan.load(args.plan)
+    return QuantConfig.from_dict({"method": plan.method, "plan": plan})
+
+
+def run(args) -> None:
+    config, calibration = recipe_of(args), calibration_of(args)
+    one_process(args)
+    output = Path(args.output)
+    check_output(output)
+    picture = picture_of(config) if args.plot else None
+    if args.plot:
+        make_parent(Path(args.plot))
+    store = CalibrationStore.load(args.calibration) if args.calibration else None
+    pipe = load(args, args.model)
+    model = denoiser(pipe)
+    find_layers(model, config.modules_to_not_convert)  # a pattern that names nothing is told at once
+    if store is None and config.needs_calibration and config.plan is None:
+        store = collect(pipe, fitting(calibration, args, pipe), **conditioning_of(args))
+    weights = dict(model.named_parameters()) if picture else {}
+    report = quantize(pipe, config, store)
+    if picture:
+        picture.draw_one(model, weights, [row["layer"] for row in report.layers], args.plot_layer, args.plot)
+    save_quantized(pipe, {"model": args.model, "dtype": str(model.dtype), **report.to_dict()}, output)
+    print(report.table())
+    print(f"all {len(report.layers)} layers: {output / RECORD}")
+    print(f"quantized pipeline: {output}")
+    if picture:
+        print(f"picture: {args.plot}")

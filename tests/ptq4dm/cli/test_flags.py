@@ -1,0 +1,186 @@
+"""Flags from dataclasses: what a new method brings to the command line, and whose option it is."""
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+import ptq4dm
+from ptq4dm import RTNConfig, UserError
+from ptq4dm.cli import flags
+from ptq4dm.cli.main import build_parser, main
+from ptq4dm.quantization import recipe
+from ptq4dm.quantization.options import option
+
+ROOT = Path(ptq4dm.__file__).parents[1]
+
+
+def half(text):
+    return float(text) / 2
+
+
+@pytest.fixture
+def shifty(monkeypatch):
+    """A method of its own with options of its own, registered as a new file would."""
+    monkeypatch.setattr(recipe, "METHODS", type(recipe.METHODS)(recipe.METHODS))
+
+    @recipe.register("shifty")
+    @dataclass(repr=False)
+    class ShiftyConfig(RTNConfig):
+        far_left: int = option(3, "how far, in 100% of cases", choices=(3, 5))
+        really: bool = option(False, "whether to")
+        gently: bool = option(True, "whether with care")
+        halved: float = option(1.0, "twice the value", parse=half)
+        names: tuple[str, ...] = option((), "what to shift")
+        limit: int | None = option(None, "at most")
+        symmetric: str = option("often", "how often")
+        secret: str = option("", "no flag", flag=False)
+        unsaid: int = 5
+
+        def __post_init__(self):
+            super().__post_init__()
+            if self.far_left not in (3, 5):
+                raise UserError(f"far_left must be 3 or 5; got {self.far_left}.")
+
+    return ShiftyConfig
+
+
+def quantize_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["quantize", "--help"])
+    assert end.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_new_method_shows_its_options(shifty, capsys):
+    text = quantize_help(capsys)
+    assert re.search(r"--method METHOD [^-]*\bshifty\b", text)
+    assert "--far-left FAR_LEFT how far, in 100% of cases: 3 or 5 (shifty: 3)" in text
+    assert "--really whether to (shifty)" in text
+    assert "--gently, --no-gently whether with care (shifty)" in text
+    assert "--limit LIMIT at most (shifty)" in text and "--halved HALVED twice the value (shifty: 1)" in text
+    assert "--secret" not in text and "--unsaid" not in text
+    assert re.search(r"--format FORMAT [^-]* \(ptq4dm, rtn, shifty: int8\)", text)
+    assert "static inputs without a zero point (ptq4dm, rtn); how often (shifty: often)" in text
+
+
+def test_options_reach_the_recipe(shifty):
+    from ptq4dm.cli.quantize import recipe_of
+
+    def made(*arguments):
+        return recipe_of(build_parser(["quantize"]).parse_args(["quantize", *arguments]))
+
+    said = ["--method", "shifty", "--far-left", "5", "--really", "--no-gently", "--halved", "3", "--names", "a", "b*"]
+    config = made(*said, "--limit", "7", "--symmetric", "seldom", "--modules-to-not-convert", "x", "y")
+    assert type(config) is shifty and (config.far_left, config.really, config.gently) == (5, True, False)
+    assert (config.halved, config.names, config.limit, config.symmetric) == (1.5, ["a", "b*"], 7, "seldom")
+    assert config.modules_to_not_convert == ("x", "y")
+    assert made("--method", "shifty").far_left == 3 and made("--method", "rtn", "--symmetric").symmetric is True
+    with pytest.raises(UserError, match="RTNConfig has no option far_left"):
+        made("--method", "rtn", "--far-left", "3")
+    with pytest.raises(UserError, match="far_left must be 3 or 5; got 4."):
+        made("--method", "shifty", "--far-left", "4")
+
+
+def test_wrong_values_are_told_by_the_parser(shifty, capsys):
+    for arguments, message in (
+        (["--far-left", "x"], "argument --far-left: invalid int value: 'x'"),
+        (["--halved", "x"], "argument --halved: invalid half value: 'x'"),
+        (["--secret", "x"], "unrecognized arguments: --secret x"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["quantize", "--method", "shifty", *arguments])
+        assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_value_that_methods_read_differently():
+    @dataclass
+    class Whole:
+        size: int = option(1, "size")
+        mode: bool = option(False, "mode")
+
+    @dataclass
+    class Words:
+        size: str = option("big", "size")
+        mode: float = option(0.5, "mode")
+
+    parser = argparse.ArgumentParser()
+    flags.add_union(parser, {"whole": Whole, "words": Words})
+    assert vars(parser.parse_args(["--size", "12", "--mode"])) == {"size": 12, "mode": True}
+    assert vars(parser.parse_args(["--size", "12cm", "--mode", "0.25"])) == {"size": "12cm", "mode": 0.25}
+    assert vars(parser.parse_args([])) == {}
+    assert "size (whole: 1; words: big)" in " ".join(parser.format_help().split())
+
+
+def test_the_command_line_names_no_method():
+    named = sorted(set(recipe.METHODS) - {"ptq4dm"})  # the package has its name from one of them
+    assert len(named) >= 2
+    files = sorted((ROOT / "ptq4dm" / "cli").glob("*.py"))
+    assert len(files) > 8
+    found = [f.name for f in files if re.search(rf"\b({'|'.join(named)})\b", f.read_text(), re.IGNORECASE)]
+    assert not found
+
+
+def test_verbs_are_files_with_add_and_run():
+    from ptq4dm.cli.main import VERBS, verb_module
+
+    for name in VERBS:
+        module = verb_module(name)
+        assert callable(module.add) and callable(module.run) and f"`ptq4dm {name}" in module.__doc__
+
+
+# --- the picture of a plan ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny transformer, its calibration, and what two methods made of it."""
+    root = tmp_path_factory.mktemp("made")
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=1, sample_size=8,
+        patch_size=4, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    ptq4dm.PixelDiTPipeline(dit, DDIMScheduler()).save_pretrained(root / "dit")
+    few = ["--num-samples", "2", "--calibration-steps", "2"]
+    assert main(["collect", "--model", f"{root}/dit", "--output", f"{root}/store", *few]) == 0
+    common = ["quantize", "--model", f"{root}/dit", "--calibration", f"{root}/store"]
+    quick = ["--rank", "2", "--group-size", "16", "--num-tuples", "2", "--smoothing", "0.5", "--rounding", "nearest"]
+    assert main([*common, "--method", "svdquant", *quick, "--output", f"{root}/four"]) == 0
+    assert main([*common, "--method", "rtn", "--output", f"{root}/eight"]) == 0
+    return root
+
+
+def test_a_plan_with_branches_is_drawn(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["quantize", "--model", f"{made}/dit", "--calibration", f"{made}/store"]
+    assert main([*common, "--plan", f"{made}/four/plan.json", "--plot", "p.png", "--output", "q"]) == 0
+    assert Path("p.png").read_bytes()[:4] == b"\x89PNG" and "picture: p.png" in capsys.readouterr().out
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    assert Path("q", name).read_bytes() == (made / "four" / name).read_bytes()
+
+
+def test_what_cannot_be_drawn_is_refused_before_any_work(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    layers = json.loads((made / "four" / "plan.json").read_text())
+    for layer in layers["layers"].values():
+        if layer["format"] == "svdq":
+            layer["rank"] = 0
+    Path("bare.json").write_text(json.dumps(layers))
+    draws = "--plot draws a low-rank branch, which"
+    common = ["quantize", "--plot", "p.png", "--calibration", "nowhere", "--model", "nowhere"]
+    for arguments, message in (
+        ([], "--plot has nothing to draw of the method 'ptq4dm'; it draws a low-rank branch (svdquant)."),
+        (["--plan", f"{made}/eight/plan.json"], "--plot has nothing to draw of the method 'rtn'"),
+        (["--method", "svdquant", "--rank", "0"], f"{draws} no layer of this recipe has."),
+        (["--plan", "bare.json"], f"{draws} no layer of this recipe has."),
+    ):
+        assert main([*common, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    named = ["--plan", f"{made}/four/plan.json", "--calibration", f"{made}/store", "--model", f"{made}/dit"]
+    assert main([*common, *named, "--plot-layer", "pos_embed.proj", "--output", "q"]) == 2
+    assert f"{draws} 'pos_embed.proj' has." in capsys.readouterr().err
+    assert not Path("p.png").exists() and not Path("q").exists()

@@ -1,0 +1,72 @@
+"""The slot of rounders: every member, on every grid."""
+
+import pytest
+import torch
+
+from ptq4dm.errors import UserError
+from ptq4dm.evidence import LayerEvidence
+from ptq4dm.kernels.formats.fp8 import scale_of
+from ptq4dm.kernels.formats.grid import Fp8Grid, Grid
+from ptq4dm.ranges.weights import weight_grid
+from ptq4dm.rounding import ROUNDERS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def problem(outputs=12, inputs=96):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    mixing = torch.randn(inputs, inputs, generator=generator) * torch.logspace(0, -2, inputs)[:, None]
+    return weight, LayerEvidence(torch.randn(600, inputs, generator=generator) @ mixing)
+
+
+def grids(weight):
+    return {
+        "int8": weight_grid(weight, 8),
+        "int4-row": weight_grid(weight, 4),
+        "int4-groups": weight_grid(weight, 4, group_size=32),
+        "int4-affine": weight_grid(weight, 4, group_size=32, affine=True),
+        "fp8": Fp8Grid(scale_of(weight, (1,))),
+    }
+
+
+GRIDS = list(grids(problem()[0]))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("rounding", ROUNDERS)
+def test_codes_are_on_the_grid_and_keep_their_values(rounding, name):
+    weight, evidence = problem()
+    grid = grids(weight)[name]
+    codes = ROUNDERS[rounding](weight, grid, evidence)
+    values = grid.values(codes)
+    assert codes.shape == weight.shape and values.isfinite().all()
+    assert torch.equal(grid.codes(values), codes)
+    if isinstance(grid, Grid):
+        assert codes.dtype == torch.int8 and grid.low <= codes.min() and codes.max() <= grid.high
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_hessian_rounding_gains_on_every_grid(name):
+    weight, evidence = problem()
+    grid = grids(weight)[name]
+    errors = {
+        rounding: (evidence.rows @ (weight - grid.values(ROUNDERS[rounding](weight, grid, evidence))).T).norm()
+        for rounding in ("nearest", "gptq")
+    }
+    assert errors["gptq"] < 0.7 * errors["nearest"]
+
+
+def test_a_grid_picks_columns():
+    weight, _ = problem()
+    for name, grid in grids(weight).items():
+        order = torch.randperm(96, generator=torch.Generator().manual_seed(3))
+        picked = grid.columns(order)
+        whole = grid.values(grid.codes(weight))[:, order]
+        found = torch.stack([picked.nearest(weight[:, order][:, j], j) for j in range(96)], 1)
+        assert torch.equal(found, whole), name
+
+
+def test_an_unknown_rounder_is_named():
+    with pytest.raises(UserError, match="rounding 'down' is unknown; choose from gptq, nearest"):
+        ROUNDERS.find("down")

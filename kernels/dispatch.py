@@ -1,4 +1,4 @@
-"""Which kernel serves a quantized layer, and how long it takes.
+"""Find the kernel that serves a quantized layer, and the time it takes.
 
     find(Query("int8", "int8", device=torch.device("cuda")))        Kernel triton-int8
     report(Query("int4", "none", 64, branch=True, device=...))      {"rows <= 32": "triton-w4a16", "more": ...}
@@ -124,7 +124,7 @@ def time(query: Query, n: int, k: int) -> float:
 
 
 def _eight_bit(query: Query) -> str:
-    """What serves the product of 8-bit codes in a layer that is asked about."""
+    """Name of the kernel for the product of 8-bit codes in the layer that is asked about."""
     dtype = DTYPE if query.activation == "fp8" else torch.int8
     return w8a8.kernel_name(query.device, 8, query.groups, dtype)
 

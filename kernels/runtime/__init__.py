@@ -1,1 +1,1 @@
-"""What every kernel needs: ops of torch, launches, workspaces, settings of this GPU."""
+"""The ground under every kernel: ops of torch, launches, workspaces, settings of this GPU."""

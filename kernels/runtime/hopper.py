@@ -1,4 +1,4 @@
-"""What the Gluon kernels for Hopper share: descriptors for TMA, and names that differ between versions of Triton."""
+"""Shared by the Gluon kernels for Hopper: descriptors for TMA, and names that differ between versions of Triton."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def blocks(tensor: Tensor | None, *size: int) -> TensorDescriptor | None:
 
 @functools.cache
 def _layout(size: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How a block lies in shared memory; kept, for working it out takes as long as the rest of a descriptor."""
+    """Layout of a block in shared memory; kept, for working it out takes as long as the rest of a descriptor."""
     return gl.NVMMASharedLayout.get_default_for(list(size), TYPES[dtype])
 
 

@@ -9,6 +9,10 @@ Triton's own way is taken by the first such call and, always, where
 - a hook wants to see launches (Triton's profiler): it is given what is prepared there;
 - Triton interprets kernels, or compiles them for others than Nvidia's GPUs, where it specializes on more.
 Options that change while a program runs, such as Triton's debug mode, count at the first call.
+
+This rests on parts of Triton that no document promises: the arguments of a compiled kernel's `run`, the fields of
+descriptors, what arguments are specialized on. Seen so in Triton 3.6 (with PyTorch 2.11) and 3.9 (2.13);
+tests/kernels/test_pinned.py holds them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a kernel makes of a weight before it runs: made once, and dropped with the weight or when it changes."""
+"""Forms of a weight that a kernel makes before it runs: made once, and dropped with the weight or when it changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which block sizes a kernel runs with: measured ones from `tuned/`, never searched for at a call.
+"""Block sizes that kernels run with: measured ones from `tuned/`, never searched for at a call.
 
 A file of `tuned/` is {"device": ..., "<kernel>": [[M, N, K, {setting: value}], ...], ...}. A GPU whose name has a
 file uses it, any other the file of its compute capability or of the nearest below. Of a kernel's entries the one
@@ -162,14 +162,14 @@ def settings_in(path: Path) -> dict:
 
 
 def user_folder() -> Path:
-    """Where a user's own files of settings are: $PTQ4DM_TUNED, else ptq4dm/tuned in the folder for caches."""
+    """Folder of a user's own files of settings: $PTQ4DM_TUNED, else ptq4dm/tuned in the folder for caches."""
     if named := os.environ.get("PTQ4DM_TUNED"):
         return Path(os.path.expanduser(named))
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "ptq4dm" / "tuned"
 
 
 def tuned_file() -> Path:
-    """Where `record` writes for this GPU: `tuned/` beside this file, as in a checkout.
+    """File that `record` writes for this GPU: in `tuned/` beside this file, as in a checkout.
 
     The user's folder if $PTQ4DM_TUNED names one, if it has a file of this GPU, which would hide what is written
     here, or if this folder is read-only.

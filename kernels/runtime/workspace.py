@@ -17,7 +17,7 @@ ALIGNMENT = 256  # bytes; of the buffer at least 16, as of any tensor that is al
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Of a contiguous tensor that begins `offset` bytes into a buffer."""
+    """Place and form of a contiguous tensor that begins `offset` bytes into a buffer."""
 
     offset: int
     shape: tuple[int, ...]

@@ -1,1 +1,1 @@
-"""Which settings run fastest on a GPU: the search behind `ptq4dm bench tune`."""
+"""The search for the settings that run fastest on a GPU, behind `ptq4dm bench tune`."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..formats import fp8, int8
-from ..w8a8 import quantize as w8a8_quantize
+from ..w8a8.quantize import quantize
 from ..w8a8.window import Window
 from .stopwatch import COLD
 
@@ -77,7 +77,7 @@ def cases_of(model: nn.Module, run: Callable[[], object], batch: int) -> list[Ca
 
 
 def _served(module: nn.Module) -> bool:
-    """Whether the W8A8 kernels would: grouped convolutions and padding that is no zeros are left to others."""
+    """Say whether the W8A8 kernels serve it: not grouped convolutions, nor padding that is no zeros."""
     if type(module) is nn.Conv2d:
         return module.groups == 1 and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
     return type(module) is nn.Linear
@@ -132,4 +132,4 @@ class Operands:
 def encoded(case: Case, operands: tuple, x: Tensor) -> Tensor:
     """The codes of one input, as the quantize kernel writes them."""
     x = x[:, :, None, None] if case.linear else x
-    return w8a8_quantize.quantize(x, *operands[3:], 8, operands[0].dtype, case.window.padding)
+    return quantize(x, *operands[3:], 8, operands[0].dtype, case.window.padding)

@@ -1,4 +1,4 @@
-"""How long a Linear layer takes: calls of its op on random operands, everything included, timed by the stopwatch.
+"""Time of a Linear layer: calls of its op on random operands, everything included, timed by the stopwatch.
 
 Static scales are one for all rows, dynamic ones are found in the call. A 4-bit weight that goes to an 8-bit product
 is unpacked in every call on a GPU; on a CPU its int8 copy is made once, before.
@@ -22,7 +22,7 @@ from ..w8a8 import layer as w8a8
 from ..w8a8 import reference as w8a8_reference
 from . import stopwatch
 
-MOST = 16  # sets of operands
+MOST = 64  # sets of operands
 CODES = {"int8": torch.int8, "fp8": fp8.DTYPE}
 
 Call = Callable[[], Tensor]
@@ -31,7 +31,8 @@ Call = Callable[[], Tensor]
 def microseconds(make: Callable[[int], Call], moved: int, device: torch.device) -> float:
     """Median microseconds of the calls that make(seed) gives, each on operands of its own.
 
-    moved: bytes that one call reads and writes; together the calls move more than any cache of a GPU holds.
+    moved: bytes that one call reads and writes; together the calls, of which there are at most MOST, move more than
+    any cache of a GPU holds.
     """
     if device.type != "cuda":
         return stopwatch.on_cpu([make(0)])

@@ -12,11 +12,7 @@ import torch
 
 from ..formats import int4
 from ..runtime.settings import best_config
-from ..w4 import activation as svdq_activation
-from ..w4 import product_short as w4a16
-from ..w4 import product_w4a4 as svdq_w4a4
-from ..w4 import product_w4a8 as svdq_gemm
-from ..w4 import unpack as svdq_unpack
+from ..w4 import activation, product_short, product_w4a4, product_w4a8, unpack
 from ..w4.layer import INT4, MODES, WEIGHT_ONLY, code_dtype, kernel_name, steps
 from .candidates_w4 import settings_of
 
@@ -37,7 +33,7 @@ SHAPES = {  # M, N, K
 
 @dataclass(frozen=True)
 class SVDQLaunch:
-    """One launch of a layer of N outputs and K inputs on M rows; mode: as in svdq_linear.MODES."""
+    """One launch of a layer of N outputs and K inputs on M rows; mode: as in w4.layer.MODES."""
 
     m: int
     n: int
@@ -76,14 +72,14 @@ class SVDQLaunch:
         return lambda setting: [functools.partial(run, self.step, one, setting, state) for one in sets]
 
 
-def launches(m: int, n: int, k: int, rank: int, activation: str) -> list[SVDQLaunch]:
-    """Those that serve a layer of this activation format on this GPU.
+def launches(m: int, n: int, k: int, rank: int, mode: str) -> list[SVDQLaunch]:
+    """The launches that serve a layer of this activation format on this GPU.
 
-    Raises ValueError where none does: `svdq_linear.kernel_name` says.
+    Raises ValueError where none does: `w4.layer.kernel_name` says.
     """
-    name = kernel_name(torch.device(DEVICE), activation, int4.GROUP)
+    name = kernel_name(torch.device(DEVICE), mode, int4.GROUP)
     if name not in MODES:
-        raise ValueError(f"no kernel for {activation} activations on this device.")
+        raise ValueError(f"no kernel for {mode} activations on this device.")
     rank = 0 if name == WEIGHT_ONLY else rank
     return [SVDQLaunch(m, n, k, rank, MODES[name], step) for step in steps(name, m) if step != "cublas"]
 
@@ -119,12 +115,12 @@ def state_for(one, mode: str) -> SimpleNamespace:
     """Room for what the launches of one call hand to one another."""
     name = NAMES[mode]
     dtype = one.x.dtype if mode == "none" else code_dtype(name, one.x.device)
-    rows = svdq_activation.empty_activation(one.x, mode, 0 if one.down is None else len(one.down), dtype)
+    rows = activation.empty_activation(one.x, mode, 0 if one.down is None else len(one.down), dtype)
     return SimpleNamespace(
         name=name,
         mode=mode,
         rows=(one.x, None, None) if mode == "none" else rows,
-        weight=svdq_unpack.empty_weight(one.qweight, dtype, mode),
+        weight=unpack.empty_weight(one.qweight, dtype, mode),
         out=one.x.new_empty(len(one.x), len(one.qweight)),
     )
 
@@ -133,17 +129,19 @@ def run(step: str, one, setting: dict | None, state) -> None:
     """One launch of a call; what those before it left is in `state`."""
     rows = (one.x, one.smooth, one.down, state.mode, 0.0, state.rows)
     if step == "prepare":
-        svdq_unpack.prepare(*rows, one.qweight, one.wscales, state.weight, setting)
+        unpack.prepare(*rows, one.qweight, one.wscales, state.weight, setting)
     elif step == "activation":
-        svdq_activation.quantize_activation(*rows, setting)
+        activation.quantize_activation(*rows, setting)
     elif step == "unpack":
-        svdq_unpack.unpack(one.qweight, one.wscales, state.weight, state.mode, setting)
+        unpack.unpack(one.qweight, one.wscales, state.weight, state.mode, setting)
     elif step == "product":
-        product = svdq_w4a4.product if state.name == INT4 else svdq_gemm.product
+        product = product_w4a4.product if state.name == INT4 else product_w4a8.product
         product(state.rows, state.weight, one.up, one.bias, state.out, setting)
     elif step == "short":
         codes, scale, branch = state.rows
-        w4a16.short_product(codes, scale, one.qweight, one.wscales, branch, one.up, one.bias, state.out, setting)
+        product_short.short_product(
+            codes, scale, one.qweight, one.wscales, branch, one.up, one.bias, state.out, setting
+        )
     else:
         torch.nn.functional.linear(one.x, state.weight[0], one.bias)
 

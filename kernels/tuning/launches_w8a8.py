@@ -10,11 +10,10 @@ import torch
 import triton
 
 from ..runtime.integers import next_power_of_2
-from ..w8a8 import configs as w8a8_configs
-from ..w8a8 import layer as w8a8
-from ..w8a8 import quantize as w8a8_quantize
-from ..w8a8 import steps as w8a8_launch
-from ..w8a8.configs import Config
+from ..w8a8.configs import Config, choose, shape_class
+from ..w8a8.layer import REFERENCE, kernel_name
+from ..w8a8.quantize import stored_channels
+from ..w8a8.steps import ON_LOAD_OUTPUTS, Parameters, multiply
 from .cases import CODES, Case, Operands, encoded
 
 DEVICE = "cuda"
@@ -33,11 +32,11 @@ class W8A8Launch:
 
     @property
     def key(self) -> str:
-        return w8a8_configs.shape_class(*self._sizes, self.on_load)
+        return shape_class(*self._sizes, self.on_load)
 
     @property
     def _sizes(self) -> tuple:
-        channels = w8a8_quantize.stored_channels(self.case.channels)
+        channels = stored_channels(self.case.channels)
         return CODES[self.form], self.case.window, channels, self.case.outputs
 
     def settings(self) -> list[dict]:
@@ -45,7 +44,7 @@ class W8A8Launch:
         return [asdict(config) for config in found]
 
     def current(self) -> dict:
-        return asdict(w8a8_configs.choose(*self._sizes, torch.device(DEVICE), self.on_load))
+        return asdict(choose(*self._sizes, torch.device(DEVICE), self.on_load))
 
     def compiled_as(self, setting: dict) -> tuple:
         """The sizes of images and batches are not compiled in, and of the outputs only that 16 divides them."""
@@ -74,10 +73,10 @@ def launches(cases: list[Case]) -> list[W8A8Launch]:
     found: dict[str, W8A8Launch] = {}
     for case in cases:
         for form, dtype in CODES.items():
-            if w8a8.kernel_name(torch.device(DEVICE), dtype=dtype) == w8a8.REFERENCE:
+            if kernel_name(torch.device(DEVICE), dtype=dtype) == REFERENCE:
                 continue
             plain = case.window.taps == 1 and case.window.padding == (0, 0)
-            kinds = [True] * (plain and case.outputs <= w8a8_launch.ON_LOAD_OUTPUTS)
+            kinds = [True] * (plain and case.outputs <= ON_LOAD_OUTPUTS)
             kinds += [False] * (not kinds or case.linear)  # a Linear gets codes, too, from a fused or compiled norm
             for on_load in kinds:
                 launch = W8A8Launch(case, form, on_load)
@@ -147,7 +146,7 @@ def _widest(outputs: int) -> int:
 
 def _depths(channels: int) -> list[int]:
     """The steps in K that divide it, the largest first."""
-    return [bk for bk in (128, 64, 32) if w8a8_quantize.stored_channels(channels) % bk == 0]
+    return [bk for bk in (128, 64, 32) if stored_channels(channels) % bk == 0]
 
 
 def _shared(config: Config) -> int:
@@ -171,4 +170,4 @@ def _floats(case: Case, x: torch.Tensor) -> torch.Tensor:
 
 
 def _product(case: Case, operands: tuple, x: torch.Tensor, config: Config) -> torch.Tensor:
-    return w8a8_launch.multiply(x, case.window, *operands, 8, None, None, torch.bfloat16, config)
+    return multiply(x, case.window, Parameters(*operands), torch.bfloat16, config=config)

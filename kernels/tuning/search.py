@@ -1,4 +1,4 @@
-"""Which settings a kernel runs fastest with on this GPU: each is tried, timed, and the best one recorded.
+"""Find the settings that a kernel runs fastest with on this GPU: try each, time it, and record the best.
 
     tried       compiled and run once, in several processes at once; Triton keeps what they compile on disk
     timed       here, alone on the GPU, by CUDA graphs on operands that no cache holds
@@ -26,12 +26,12 @@ from . import stopwatch
 from .workers import Workers, first_line
 
 ROOM = 2 << 30  # bytes of GPU memory for each process: a CUDA context and one set of operands
-GROUP = 8  # settings for each process before those that compile are timed
+PER_PROCESS = 8  # settings for each process before those that compile are timed
 FINALISTS = 3
 
 
-class Launch(Protocol):
-    """One launch of one shape; frozen and picklable."""
+class Tunable(Protocol):
+    """One launch of one shape, whose settings are searched; frozen and picklable."""
 
     kernel: str  # its name in the file of settings
     key: list[int] | str  # sizes [M, N, K], or a shape class
@@ -40,7 +40,7 @@ class Launch(Protocol):
         """To be tried."""
 
     def current(self) -> dict | None:
-        """What it runs with today; None where nothing is known."""
+        """Settings that it runs with today; None where nothing is known."""
 
     def compiled_as(self, setting: dict) -> Hashable:
         """The same for launches that compile to the same: one of them is tried."""
@@ -54,9 +54,9 @@ class Launch(Protocol):
 
 @dataclass
 class Found:
-    """What came of a launch: (microseconds, setting), the fastest first; (reason, setting) of those left out."""
+    """Result for one launch: (microseconds, setting), the fastest first; (reason, setting) of those left out."""
 
-    launch: Launch
+    launch: Tunable
     times: list[tuple[float, dict]]
     left_out: list[tuple[str, dict]] = field(default_factory=list)
     before: float | None = None  # microseconds with what was used until now
@@ -67,7 +67,7 @@ class Found:
         return f"{self.launch.kernel} {key if isinstance(key, str) else ','.join(map(str, key))}"
 
 
-def candidates(launch: Launch) -> list[dict]:
+def candidates(launch: Tunable) -> list[dict]:
     """Its settings, what it runs with today among them: a search never makes a kernel slower."""
     current = launch.current()
     settings = launch.settings()
@@ -80,7 +80,7 @@ def default_workers() -> int:
 
 
 def search(
-    launches: list[Launch],
+    launches: list[Tunable],
     path: Path,
     workers: int,
     seconds: float | None = None,
@@ -95,7 +95,7 @@ def search(
     problems: dict[Hashable, str | None] = {}
     with Workers(attempt, workers) as pool:
         work = [(launch, candidates(launch), launch.current()) for launch in launches]
-        for group in groups(work, GROUP * workers):
+        for group in groups(work, PER_PROCESS * workers):
             if seconds is not None and time.monotonic() - began > seconds:
                 return
             jobs: dict[Hashable, tuple] = {}
@@ -124,7 +124,7 @@ def search(
                 yield found
 
 
-def groups(work: list[tuple[Launch, list[dict], dict | None]], least: int) -> Iterator[list]:
+def groups(work: list[tuple[Tunable, list[dict], dict | None]], least: int) -> Iterator[list]:
     """Consecutive launches with at least so many settings together, so that no process waits for another's end."""
     group: list = []
     for one in work:
@@ -136,7 +136,7 @@ def groups(work: list[tuple[Launch, list[dict], dict | None]], least: int) -> It
         yield group
 
 
-def timed(launch: Launch, settings: list[dict], current: dict | None, tick: Callable[[], None]) -> Found:
+def timed(launch: Tunable, settings: list[dict], current: dict | None, tick: Callable[[], None]) -> Found:
     """Time each setting; then once more the fastest, and what is used today, in turns."""
     found = Found(launch, [])
     if not settings:
@@ -164,7 +164,7 @@ def timed(launch: Launch, settings: list[dict], current: dict | None, tick: Call
     return found
 
 
-def attempt(job: tuple[int, Launch, dict]) -> str | None:
+def attempt(job: tuple[int, Tunable, dict]) -> str | None:
     """In a process of its own: run a launch once. What went wrong, or None.
 
     Raises where the GPU can no longer be used by this process.

@@ -1,4 +1,4 @@
-"""What an SVDQuant layer's input becomes: the launches of the activation kernel (activation_triton.py)."""
+"""Codes of an SVDQuant layer's input: the launches of the activation kernel (activation_triton.py)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def reciprocals(smooth: Tensor) -> Tensor:
 
 
 def activation_sizes(x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float) -> tuple:
-    """What decides about the launch for x [M, K]: the arguments of `activation_launch` after config."""
+    """Numbers that decide about the launch for x [M, K]: the arguments of `activation_launch` after config."""
     return mode, *x.shape, x.stride(0), 0 if down is None else down.shape[0], shift, smooth is not None
 
 

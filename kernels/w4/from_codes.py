@@ -92,7 +92,7 @@ def svdq_product(
     nonlinearity: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What `svdq_codes` gives -> the layer's outputs [M, N] of dtype, with the nonlinearity applied to float32."""
+    """Outputs [M, N] of dtype from what `svdq_codes` gives; the nonlinearity is applied to float32."""
     check(nonlinearity)
     name = known_name(codes.device, activation, GROUP)
     if name == REFERENCE:

@@ -39,7 +39,7 @@ SHORT = 32  # with 64, on an H200, unpacking and a product of whole tiles take l
 
 
 def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
-    """What serves a layer of this activation format ("fp8", "int8", "int4", "none") on this device."""
+    """Name of the kernel for a layer of this activation format ("fp8", "int8", "int4", "none") on this device."""
     if device.type != "cuda" or group_size != GROUP:
         return REFERENCE
     known = capability(device)
@@ -98,7 +98,7 @@ def steps(name: str, rows: int) -> tuple[str, ...]:
 
 
 def code_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of the operands of the product: 4-bit codes are exact in e4m3 too, which Hopper multiplies faster than int8."""
+    """Type of the product's operands: 4-bit codes are exact in e4m3 too, which Hopper multiplies faster than int8."""
     fp8 = name == FP8 or (name == INT4 and capability(device) >= (8, 9))
     return torch.float8_e4m3fn if fp8 else torch.int8
 

@@ -1,4 +1,4 @@
-"""What may follow a product, on its float32 sums before they are stored, in Triton and Gluon.
+"""Functions that may follow a product, on its float32 sums before they are stored, in Triton and Gluon.
 
     silu        y / (1 + e^-y)
     gelu        y (1 + erf(y / sqrt 2)) / 2 = max(y, 0) - |y| erfc(z) / 2,    z = |y| / sqrt 2

@@ -1,4 +1,4 @@
-"""What the activation kernel takes over from the layers before it: a second tensor, and an adaptive LayerNorm.
+"""Steps that the activation kernel takes over from layers before it: a second tensor, an adaptive LayerNorm.
 
     x = (x | more)                                     the columns of `more` follow those of x
     v = (x - mean) rstd (1 + scale[b]) + shift[b]      mean and rstd = 1 / sqrt(variance + eps) of a row of sample b
@@ -38,7 +38,7 @@ def blocks_of(M, norm, BLOCK: tl.constexpr):
 
 @triton.jit
 def starts_of(x_ptr, stride_m, more, m):
-    """Where rows m begin: (in x, in `more`)."""
+    """Offsets at which rows m begin: (in x, in `more`)."""
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_m
     if more is None:
         return x_rows, x_rows
@@ -48,7 +48,7 @@ def starts_of(x_ptr, stride_m, more, m):
 
 @triton.jit
 def columns_of(x_rows, more_rows, more, k):
-    """Where columns k of (x | more) lie; x has more[1] of them."""
+    """Offsets of columns k of (x | more); x has more[1] of them."""
     if more is None:
         return x_rows + k[None, :]
     else:

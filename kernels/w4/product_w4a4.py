@@ -65,13 +65,13 @@ def product(
 ) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
-    config: TMA, BM, BN, BAND, PER_SM, num_warps, num_stages. Settings with GLUON are of svdq_w4a4_hopper.product, for
+    config: TMA, BM, BN, BAND, PER_SM, num_warps, num_stages. Settings with GLUON are of product_w4a4_hopper, for
     e4m3 on Hopper.
     """
     if config.get("GLUON"):
-        from . import product_w4a4_hopper as svdq_w4a4_hopper  # a Triton without Gluon serves all other settings
+        from . import product_w4a4_hopper  # a Triton without Gluon serves all other settings
 
-        svdq_w4a4_hopper.product(activation, weight, up, bias, out, config, nonlinearity)
+        product_w4a4_hopper.product(activation, weight, up, bias, out, config, nonlinearity)
         return
     (codes, a_scale, branch), (w, w_scale) = activation, weight
     rank = 0 if up is None else up.shape[1]

@@ -190,7 +190,7 @@ def product(
     activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
     nonlinearity: str = "",
 ) -> None:  # fmt: skip
-    """What svdq_w4a4.product does, for e4m3 codes on Hopper; ValueError for others.
+    """Do what product_w4a4.product does, for e4m3 codes on Hopper; ValueError for others.
 
     config: BN, BAND, STAGES.
     """

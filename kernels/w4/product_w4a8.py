@@ -115,12 +115,12 @@ def product(
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
     config: TMA, BM, BN, BK, BAND, num_warps, num_stages; with TMA also PIECES (stores of a tile) and PER_SM (programs
-    of a multiprocessor). Settings with GLUON are of svdq_w4a8_hopper.product, for e4m3 on Hopper.
+    of a multiprocessor). Settings with GLUON are of product_w4a8_hopper, for e4m3 on Hopper.
     """
     if config.get("GLUON"):
-        from . import product_w4a8_hopper as svdq_w4a8_hopper  # a Triton without Gluon serves all other settings
+        from . import product_w4a8_hopper  # a Triton without Gluon serves all other settings
 
-        kernel = svdq_w4a8_hopper.product
+        kernel = product_w4a8_hopper.product
     else:
         kernel = _tma_product if config["TMA"] else _pointer_product
     kernel(activation, weight, up, bias, out, config, nonlinearity)

@@ -204,7 +204,7 @@ def product(
     activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
     nonlinearity: str = "",
 ) -> None:  # fmt: skip
-    """What svdq_gemm.product does, for e4m3 codes on Hopper; ValueError for others.
+    """Do what product_w4a8.product does, for e4m3 codes on Hopper; ValueError for others.
 
     config: BM, BN, BK, BAND, STAGES.
     """

@@ -66,7 +66,7 @@ def codes(
     x: Tensor, more: Tensor | None, smooth: Tensor | None, down: Tensor | None, activation: str, shift: float,
     norm: tuple[Tensor, Tensor, float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What x [B T, K] is to the products that read it: (codes [B T, K], scales, x D^T [B T, r]), in groups of 64.
+    """Quantize x [B T, K] for the products that read it: (codes [B T, K], scales, x D^T [B T, r]), in groups of 64.
 
     more [B T, K']: further columns of x. norm: (n [B, K], m [B, K], eps), by which x is normalized first.
     Codes are e4m3 or int8 (4-bit ones too) with float32 scales [B T], or [K / 64, B T] for "int4".

@@ -1,4 +1,4 @@
-"""What the products of few rows in Triton do once they have their sums: add those of all warps, finish, store."""
+"""Last steps of the products of few rows in Triton: add the sums of all warps, finish, store."""
 
 from __future__ import annotations
 

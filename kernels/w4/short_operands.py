@@ -24,7 +24,7 @@ MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x54005400}  # 128 or 64, tw
 
 @triton.jit
 def places(BLOCKS: tl.constexpr, WARPS: tl.constexpr):
-    """Of every lane's reads, in the order in which Triton deals them out: t, row and warp, each [reads]."""
+    """Places of every lane's reads, in the order in which Triton deals them out: t, row and warp, each [reads]."""
     read = tl.arange(0, BLOCKS * WARPS * 32)
     return read % 4, read // (32 * WARPS) * 8 + read // 4 % 8, read // 32 % WARPS
 

@@ -1,4 +1,4 @@
-"""What the products share: the order of tiles, the last steps of a tile, and rows as TMA can load them."""
+"""Shared by the products: the order of tiles, the last steps of a tile, and rows as TMA can load them."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def prepare(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, activation: tuple,
     qweight: Tensor, wscales: Tensor, weight: tuple, config: dict,
 ) -> None:  # fmt: skip
-    """`svdq_activation.quantize_activation` and `unpack` in one launch, side by side."""
+    """Run `activation.quantize_activation` and `unpack` in one launch, side by side."""
     sizes = activation_sizes(x, smooth, down, mode, shift)
     launch = _prepare(config, weight[0].dtype, *wscales.shape, *sizes)
     launch(*activation_tensors(x, smooth, down), *activation, qweight.view(torch.int32), wscales, *weight)

@@ -1,4 +1,4 @@
-"""Which tile the W8A8 kernel uses: measured where a device was tuned, else one that is sane for its capability.
+"""Tiles that the W8A8 kernel uses: measured where a device was tuned, else one that is sane for its capability.
 
 A GPU's file in tuned/ has "w8a8": {shape class: Config}; `ptq4dm bench tune` makes it. A shape class is the
 operand type, the window, the channels and the number of rows to the nearest power of two.
@@ -46,7 +46,7 @@ def shape_class(dtype: torch.dtype, window: Window, channels: int, n: int, on_lo
 
 
 def choose(dtype: torch.dtype, window: Window, channels: int, n: int, device: torch.device, on_load: bool) -> Config:
-    """What was measured for the shape, or else for the same layer with twice or half the rows; or the default."""
+    """Config measured for the shape, or else for the same layer with twice or half the rows; or the default."""
     measured = own(device).get("w8a8", {})
     layer, power = shape_class(dtype, window, channels, n, on_load).split("^")
     for more in (0, 1, -1):

@@ -120,7 +120,8 @@ def w8a8_conv2d_codes(
     window = _window(image, qweight, stride, padding, dilation, same_window)
     if _triton(codes.device, qweight.dtype) and window.batch:
         added = None if residual is None else residual.permute(0, 2, 3, 1)
-        y = steps.multiply(codes, window, qweight, weight_scale, bias, scale, zero_point, 8, shift, added, dtype)
+        parameters = steps.Parameters(qweight, weight_scale, bias, scale, zero_point)
+        y = steps.multiply(codes, window, parameters, dtype, shift, added)
         return y.permute(0, 3, 1, 2)
     weight = qweight if qweight.ndim == 4 else qweight[:, :, None, None]
     y = reference.conv2d_codes(codes, window, weight, weight_scale, bias, scale, zero_point)
@@ -144,7 +145,7 @@ def linear(
     input_zero_point: Tensor | None,
     activation_bits: int,
 ) -> Tensor:
-    """What `w8a8_linear` computes. Under torch.compile, where `takes_codes`, codes are made by operations of torch.
+    """Compute `w8a8_linear`. Under torch.compile, where `takes_codes`, codes are made by operations of torch.
 
     Those the compiler sees, and makes the codes in the kernel that computes x (a norm, a modulation, an activation):
     x itself is not written. The same x gives the same codes and the same y as in `w8a8_linear`; but an x inside a
@@ -161,7 +162,7 @@ def linear(
 
 
 def takes_codes(x: Tensor, qweight: Tensor, input_scale: Tensor | None) -> bool:
-    """Whether a Linear's kernel multiplies codes that need no largest value first and no channels to fill up."""
+    """Say whether a Linear's kernel multiplies codes that need no largest value first and no channels to fill up."""
     return input_scale is not None and x.shape[-1] % 32 == 0 and _triton(x.device, qweight.dtype)
 
 

@@ -100,7 +100,7 @@ def group_norm_quantize(
     x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool, scale: Tensor,
     zero_point: Tensor | None, bits: int, dtype: torch.dtype, padding=(0, 0),
 ) -> Tensor:  # fmt: skip
-    """x [B, H, W, C] contiguous -> codes [rows, C'] as `w8a8_quantize.quantize` would write them."""
+    """x [B, H, W, C] contiguous -> codes [rows, C'] as `quantize.quantize` would write them."""
     batch, h, w, channels = x.shape
     wide = stored_channels(channels)
     new = x.new_empty if wide == channels else x.new_zeros  # channels that only fill up must hold numbers, not NaN

@@ -36,7 +36,7 @@ def _store(
     total, n, scale, m, image, inside, N, y_ptr, weight_scale_ptr, bias_ptr, shift_ptr, residual_ptr,
     HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """What comes after the sum, in float32, on columns n; rows m where `inside`."""
+    """Finish the sums in float32 and store them, on columns n and on rows m where `inside`."""
     valid = n < N
     y = total.to(tl.float32) * (tl.load(weight_scale_ptr + n, mask=valid, other=0.0)[None, :] * scale)
     if HAS_BIAS:
@@ -124,7 +124,7 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """Fill out [B, OH, OW, N] (contiguous) and return it.
 
-    x: codes [rows, C'] as `w8a8_quantize.quantize` leaves them; for mode "on-load", floats [B, H, W, C], contiguous.
+    x: codes [rows, C'] as `quantize.quantize` leaves them; for mode "on-load", floats [B, H, W, C], contiguous.
     weight: [N, taps * C'] of the codes' type. scale: one float32, or one per image, then without zero point.
     shift: [B, N]; residual: as out.
     """

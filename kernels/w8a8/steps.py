@@ -8,7 +8,7 @@ dynamic                             largest values; quantize; GEMM
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from ..formats import fp8
 from ..formats.int8 import weight_limit
 from ..runtime.late import late
 from ..runtime.prepared import prepared
+from .configs import Config
 from .window import Window, same_window
 
 if TYPE_CHECKING:
@@ -28,6 +29,22 @@ else:
 ON_LOAD_OUTPUTS = 128  # more outputs than one tile has would quantize the same floats again
 
 
+class Parameters(NamedTuple):
+    """A layer beside its geometry, as the W8A8 ops take it; a dataclass would take four times as long to make.
+
+    qweight [N, C, kh, kw] or [N, K] codes, weight_scale [N] float32, bias [N] or None. input_scale float32 and
+    input_zero_point int32, of one element; a scale of [B] elements is one for each image, without zero points; None
+    for a scale that is found in the call. bits: of the activation's codes.
+    """
+
+    qweight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    bits: int = 8
+
+
 def triton_linear(
     x, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual: Tensor | None = None
 ) -> Tensor:
@@ -35,8 +52,8 @@ def triton_linear(
     m, n = x.shape[0], qweight.shape[0]
     residual = None if residual is None else residual.view(m, 1, 1, n)
     image, window = x.view(m, -1, 1, 1), same_window(m, 1, 1)
-    y = _windows(image, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual)
-    return y.view(m, n)
+    layer = Parameters(qweight, weight_scale, bias, input_scale, input_zero_point, bits)
+    return _windows(image, window, layer, residual).view(m, n)
 
 
 def triton_conv2d(
@@ -45,44 +62,48 @@ def triton_conv2d(
     """x [B, C, H, W] -> [B, N, H', W'] channels_last in x's dtype; groups is 1."""
     batch, _, h, w = x.shape
     window = same_window(batch, h, w, qweight.shape[2:], tuple(stride), tuple(padding), tuple(dilation))
-    y = _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, None)
-    return y.permute(0, 3, 1, 2)
+    layer = Parameters(qweight, weight_scale, bias, input_scale, input_zero_point, bits)
+    return _windows(x, window, layer, None).permute(0, 3, 1, 2)
 
 
-def _windows(x, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, residual) -> Tensor:
+def _windows(x: Tensor, window: Window, layer: Parameters, residual: Tensor | None) -> Tensor:
+    qweight, weight_scale, bias, input_scale, input_zero_point, bits = layer
     if x.shape[1] != qweight.shape[1]:
         raise ValueError(f"the input has {x.shape[1]} channels where the layer needs {qweight.shape[1]}.")
     plain = window.taps == 1 and window.padding == (0, 0)
     if input_scale is not None and plain and qweight.shape[0] <= ON_LOAD_OUTPUTS:
-        operand = x.permute(0, 2, 3, 1).contiguous()
-    else:
-        if input_scale is None:
-            x = x if x.permute(0, 2, 3, 1).is_contiguous() else x.contiguous()
-            limit = weight_limit(bits) if qweight.dtype == torch.int8 else fp8.LIMIT
-            input_scale, input_zero_point = quantize.scales(x, limit), None
-        operand = quantize.quantize(x, input_scale, input_zero_point, bits, qweight.dtype, window.padding)
-    return multiply(
-        operand, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, None, residual, x.dtype
-    )
+        return multiply(x.permute(0, 2, 3, 1).contiguous(), window, layer, x.dtype, None, residual)
+    if input_scale is None:
+        x = x if x.permute(0, 2, 3, 1).is_contiguous() else x.contiguous()
+        limit = weight_limit(bits) if qweight.dtype == torch.int8 else fp8.LIMIT
+        input_scale, input_zero_point = quantize.scales(x, limit), None
+        layer = Parameters(qweight, weight_scale, bias, input_scale, input_zero_point, bits)
+    codes = quantize.quantize(x, input_scale, input_zero_point, bits, qweight.dtype, window.padding)
+    return multiply(codes, window, layer, x.dtype, None, residual)
 
 
 def multiply(
-    operand, window, qweight, weight_scale, bias, input_scale, input_zero_point, bits, shift, residual, dtype,
-    config=None,
-) -> Tensor:  # fmt: skip
+    operand: Tensor,
+    window: Window,
+    layer: Parameters,
+    dtype: torch.dtype,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
     """operand: codes in the flat layout, or floats [B, H, W, C] -> [B, H', W', N] of `dtype`.
 
-    shift [B, N] and residual [B, H', W', N] are added in float32. config: a w8a8_configs.Config, not the usual one.
+    shift [B, N] and residual [B, H', W', N] are added in float32. config: not the usual one.
 
     Raises ValueError where shapes do not belong together: the kernel would read past the end.
     """
-    n = qweight.shape[0]
+    qweight, weight_scale, bias, input_scale, input_zero_point, bits = layer
     _check(operand.shape, window, qweight.shape, *(None if t is None else t.shape for t in (shift, residual)))
     weight = prepared(qweight, "rows", lambda: weight_rows(qweight))
     sums = None
     if input_zero_point is not None:
         sums = prepared(qweight, "sums", lambda: qweight.flatten(1).sum(1, dtype=torch.int32))
-    out = operand.new_empty(window.batch, *window.output, n, dtype=dtype)
+    out = operand.new_empty(window.batch, *window.output, qweight.shape[0], dtype=dtype)
     residual = None if residual is None else residual.contiguous()
     shift = None if shift is None else shift.contiguous()
     return product.conv2d(

@@ -1,4 +1,4 @@
-"""Where a convolution reads: its geometry, and the flat layout of padded images that the W8A8 kernels share.
+"""Geometry of what a convolution reads, and the flat layout of padded images that the W8A8 kernels share.
 
     row(b, y, x) = (b H' + y + ph) W' + x + pw,   H' = H + ph,  W' = W + pw
 

@@ -27,8 +27,7 @@ from ptq4dm.kernels.tuning import launches_w8a8 as search_w8a8
 from ptq4dm.kernels.tuning.cases import Case, Operands, cases_of, encoded
 from ptq4dm.kernels.tuning.stopwatch import graph_of, launched, microseconds
 from ptq4dm.kernels.w8a8 import layer as w8a8
-from ptq4dm.kernels.w8a8 import reference
-from ptq4dm.kernels.w8a8 import steps as w8a8_launch
+from ptq4dm.kernels.w8a8 import reference, steps
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.load import load_reference
 
@@ -50,7 +49,7 @@ def full_precision_call(case: Case, weight: Tensor, bias: Tensor, x: Tensor) -> 
 
 def product_call(case: Case, operands: tuple, codes: Tensor) -> Tensor:
     """The product alone, on codes that are there."""
-    return w8a8_launch.multiply(codes, case.window, *operands, 8, None, None, torch.bfloat16)
+    return steps.multiply(codes, case.window, steps.Parameters(*operands), torch.bfloat16)
 
 
 def over(call, inputs: list) -> float:

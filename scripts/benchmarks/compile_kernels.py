@@ -1,19 +1,24 @@
-"""Compile SVDQuant's kernels ahead of time for GPUs that are not here; print registers, spills and shared memory.
+"""Compile the kernels ahead of time for GPUs that are not here; print registers, spills and shared memory.
 
-    python scripts/benchmarks/compile_kernels.py [--capability 80 89 90 100 120] [--rank 32]
+    python scripts/benchmarks/compile_kernels.py [--quick] [--capability 80 89 90 100 120] [--rank 32]
         [--nonlinearity gelu_tanh]
 
 Calls go through the op's own code on tensors without data, with the settings that kernels/tuned/ has for each compute
-capability; where a kernel would be launched, it is compiled for that GPU instead. Exit status 1 if one does not fit.
+capability; where a kernel would be launched, it is compiled for that GPU instead. No GPU is needed. --quick compiles
+each kernel once or twice, for a check of every change. Exit status 1 if one does not compile or fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,16 +29,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptq4dm.kernels.runtime import hopper
-from ptq4dm.kernels.runtime import settings as tuning
-from ptq4dm.kernels.runtime.launch import Launch
-from ptq4dm.kernels.w4 import from_codes as svdq_codes
-from ptq4dm.kernels.w4 import layer as svdq_linear
-from ptq4dm.kernels.w4 import product_w4a4 as svdq_w4a4
-from ptq4dm.kernels.w4 import product_w4a4_hopper as svdq_w4a4_hopper
-from ptq4dm.kernels.w4 import product_w4a8 as svdq_gemm
-from ptq4dm.kernels.w4 import product_w4a8_hopper as svdq_w4a8_hopper
-from ptq4dm.kernels.w4 import reference as svdq
+from ptq4dm.kernels.runtime import settings
+from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, layer
+from ptq4dm.kernels.w4.int4_codes import peak
+from ptq4dm.kernels.w4.reference import NONLINEARITIES
+from ptq4dm.kernels.w8a8 import norm, quantize, steps
+from ptq4dm.kernels.w8a8.window import same_window
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes that one program may have
@@ -93,64 +94,112 @@ def resources(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def calls(rank: int, nonlinearity: str) -> None:
+def empty(*size, dtype=torch.bfloat16):
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def svdquant_calls(capability: tuple[int, int], rank: int, nonlinearity: str, quick: bool) -> None:
     """Every step of every kernel once, of few rows and of many; codes that are handed over, normed and joined."""
     n, k = 3072, 3072
-
-    def empty(*size, dtype=torch.bfloat16):
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    for name in svdq_linear.MODES:
-        fp8 = name == svdq_linear.FP8
-        if fp8 and tuning.capability(torch.device("meta")) < (8, 9):
+    for name in layer.MODES:
+        if name == layer.FP8 and capability < (8, 9):
             continue
         for rows in (16, 4608):
-            layer = [empty(n, k // 2, dtype=torch.uint8), empty(n, k // 64), empty(k)]
-            branch = [empty(rank, k), empty(n, rank)] if rank and name != svdq_linear.WEIGHT_ONLY else [None, None]
-            svdq_linear.rows_through(name, empty(rows, k), *layer, *branch, empty(n), 0.0, nonlinearity)
-        if name != svdq_linear.WEIGHT_ONLY:
-            norm = (empty(1, k), empty(1, k), 1e-6)
-            codes = svdq_codes.codes_through(name, empty(rows, k), None, layer[2], branch[0], 0.0, norm)
-            svdq_codes.product_through(name, *codes, *layer[:2], branch[1], empty(n), nonlinearity)
-            down = empty(rank, 5 * k) if rank else None
-            svdq_codes.codes_through(name, empty(rows, k), empty(rows, 4 * k), empty(5 * k), down, 0.0, None)
+            weight = [empty(n, k // 2, dtype=torch.uint8), empty(n, k // 64), empty(k)]
+            branch = [empty(rank, k), empty(n, rank)] if rank and name != layer.WEIGHT_ONLY else [None, None]
+            layer.rows_through(name, empty(rows, k), *weight, *branch, empty(n), 0.0, nonlinearity)
+        if name != layer.WEIGHT_ONLY:
+            scale = (empty(1, k), empty(1, k), 1e-6)
+            codes = from_codes.codes_through(name, empty(rows, k), None, weight[2], branch[0], 0.0, scale)
+            if not quick:
+                from_codes.product_through(name, *codes, *weight[:2], branch[1], empty(n), nonlinearity)
+                down = empty(rank, 5 * k) if rank else None
+                from_codes.codes_through(name, empty(rows, k), empty(rows, 4 * k), empty(5 * k), down, 0.0, None)
+
+
+def int4_calls(quick: bool) -> None:
+    """Plain 4-bit weights: a scale a row, and groups."""
+    n, k = 1152, 1152
+    for groups, zeros in [(1, False), (k // 32, True)] if quick else [(g, z) for g in (1, 36, 9) for z in (0, 1)]:
+        scales = empty(n, groups, dtype=torch.float32 if groups == 1 else torch.bfloat16)
+        wzeros = empty(n, groups, dtype=torch.int8) if zeros else None
+        int4_codes_triton.int4_codes(empty(n, k // 2, dtype=torch.uint8), scales, wzeros, k, peak(wzeros))
+
+
+def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
+    """Linear layers and 3x3 convolutions, static and dynamic; a norm that hands over codes."""
+    n = c = 256
+    static = empty(1, dtype=torch.float32), empty(1, dtype=torch.int32)
+    for form in (torch.int8, torch.float8_e4m3fn):
+        if form != torch.int8 and capability < (8, 9):
+            continue
+        grid = static if form == torch.int8 else (static[0], None)
+        scale, bias = empty(n, dtype=torch.float32), empty(n)
+        steps.triton_conv2d(
+            empty(128, c, 32, 32), empty(n, c, 3, 3, dtype=form), scale, bias, *grid, 8, (1, 1), (1, 1), (1, 1), 1
+        )
+        steps.triton_linear(empty(4608, c), empty(64, c, dtype=form), scale[:64], bias[:64], *grid, 8)  # on load
+        if not quick:
+            for inputs in (grid, (None, None)):
+                steps.triton_linear(empty(4608, c), empty(n, c, dtype=form), scale, bias, *inputs, 8)
+                steps.triton_linear(empty(16, c), empty(n, c, dtype=form), scale, bias, *inputs, 8)
+            window = same_window(64, 16, 16, (3, 3), (1, 1), (1, 1), (1, 1))
+            codes = quantize.quantize(empty(64, c, 8, 8), *grid, 8, form, (1, 1), 2)
+            layer8 = steps.Parameters(empty(n, c, 3, 3, dtype=form), scale, bias, *grid)
+            steps.multiply(codes, window, layer8, torch.bfloat16, empty(64, n), empty(64, 16, 16, n))
+        else:
+            steps.triton_linear(empty(4608, c), empty(n, c, dtype=form), scale, bias, None, None, 8)
+        image = empty(64, 32, 32, c)
+        norm.group_norm_quantize(image, empty(c), empty(c), 32, 1e-5, True, *grid, 8, form, (1, 1))
+    norm.group_norm(image, empty(c), empty(c), 32, 1e-5, True)
+
+
+def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[tuple[str, str]]:
+    """(line, problem or "") of every kernel; lines are printed as they come."""
+    found = []
+
+    def compile_instead(kernel, options):
+        line, problem = f"sm_{target}  {kernel.fn.__name__:20}", ""
+        try:
+            binary = compiled(kernel, target, options)
+        except Exception as error:
+            problem = f"  DOES NOT COMPILE: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        else:
+            registers, spilled = resources(binary.asm["cubin"])
+            line += f" {registers:4} registers {spilled:5} bytes spilled {binary.metadata.shared:7} bytes shared"
+            problem += "  DOES NOT FIT" * (binary.metadata.shared > SHARED[target])
+            if "\ttrap;" in binary.asm["ptx"]:  # what ptxas makes of too much tensor memory on Blackwell
+                problem += "  COMPILES TO A TRAP"
+            if target == 90 and serialized(binary.asm["ptx"], target):
+                problem += "  MATRIX INSTRUCTIONS SERIALIZED"
+        found.append((line + problem, problem))
+        print(line + problem, flush=True)
+
+    gpu = settings.Target(divmod(target, 10), 132, compile_instead)
+    with settings.target(gpu):
+        svdquant_calls(gpu.capability, rank, nonlinearity, quick)
+        int4_calls(quick)
+        w8a8_calls(gpu.capability, quick)
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, nargs="+", choices=list(SHARED), default=[80, 89, 90, 100, 120])
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--nonlinearity", choices=list(svdq.NONLINEARITIES), default="")
+    parser.add_argument("--nonlinearity", choices=list(NONLINEARITIES), default="")
+    parser.add_argument("--quick", action="store_true", help="each kernel once or twice")
     args = parser.parse_args()
-    failed = False
-    for target in args.capability:
-
-        def compile_instead(kernel, grid=None, warmup=None, target=target, **options):
-            nonlocal failed
-            binary = compiled(kernel, target, options)
-            registers, spilled = resources(binary.asm["cubin"])
-            problem = "  DOES NOT FIT" * (binary.metadata.shared > SHARED[target])
-            problem += "  COMPILES TO A TRAP" * (
-                "\ttrap;" in binary.asm["ptx"]
-            )  # too much tensor memory on Blackwell
-            if target == 90 and serialized(binary.asm["ptx"], target):
-                problem += "  MATRIX INSTRUCTIONS SERIALIZED"
-            failed |= bool(problem)
-            print(
-                f"sm_{target}  {kernel.fn.__name__:20} {registers:4} registers {spilled:5} bytes spilled "
-                f"{binary.metadata.shared:7} bytes shared{problem}",
-                flush=True,
-            )
-
-        JITFunction.run = compile_instead
-        Launch.__call__ = lambda launch, *tensors: launch.through_triton(tensors)  # the rest asks a GPU
-        tuning.forget()
-        for module in (tuning, svdq_linear, hopper):
-            module.capability = lambda device, target=target: divmod(target, 10)
-        for module in (svdq_gemm, svdq_w4a4, svdq_w4a4_hopper, svdq_w4a8_hopper):
-            module.multiprocessors = lambda device: 132
-        calls(args.rank, args.nonlinearity)
-    sys.exit(failed)
+    if not isinstance(quantize._quantize_kernel, JITFunction):
+        sys.exit("kernels are interpreted, not compiled, where TRITON_INTERPRET is set; unset it.")
+    began = time.monotonic()
+    work = functools.partial(compile_for, rank=args.rank, nonlinearity=args.nonlinearity, quick=args.quick)
+    with ProcessPoolExecutor(min(len(args.capability), os.cpu_count() or 1)) as pool:
+        found = [one for every in pool.map(work, args.capability) for one in every]
+    wrong = [line for line, problem in found if problem]
+    print(f"{len(found)} kernels, {len(wrong)} of them wrong, {time.monotonic() - began:.0f} s")
+    print("\n".join(wrong), end="\n" * bool(wrong))
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

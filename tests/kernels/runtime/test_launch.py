@@ -9,7 +9,7 @@ launch = pytest.importorskip("ptq4dm.kernels.runtime.launch", reason="needs Trit
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from ptq4dm.kernels.runtime import workspace  # noqa: E402
+from ptq4dm.kernels.runtime import settings, workspace  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -187,6 +187,25 @@ def test_descriptors_are_of_the_tensors_at_hand(monkeypatch):
     right = triton.tools.tensor_descriptor.TensorDescriptor.from_tensor(second, [8, 16])
     assert {**vars(descriptor), "base": None} == {**vars(right), "base": None}
     assert all(fields["base"] is None for *_, known in kernel.known.values() for _, _, fields in known)
+
+
+def test_a_target_gets_the_launches():
+    """Nothing runs; afterwards all is as before, also where something fails in between."""
+    given, device = [], torch.device(DEVICE)
+    before = settings.capability(device), settings.multiprocessors(device)
+    gpu = settings.Target((9, 0), 132, lambda kernel, arguments: given.append((kernel, arguments)))
+    meta = torch.empty(40, device="meta")
+    with pytest.raises(ZeroDivisionError), settings.target(gpu):
+        assert settings.capability(device) == (9, 0) and settings.multiprocessors(meta.device) == 132
+        sum_launch()(meta, None, meta)
+        raise ZeroDivisionError
+    ((kernel, arguments),) = given
+    assert kernel is _sum_kernel
+    assert arguments == dict(a_ptr=meta, b_ptr=None, y_ptr=meta, scale=2.0, N=40, BLOCK=32)
+    assert (settings.capability(device), settings.multiprocessors(device)) == before
+    a, _, y = tensors()
+    sum_launch()(a, None, y)
+    assert torch.equal(y, 2 * a.float()) and len(given) == 1
 
 
 def test_pieces_are_tensors_of_one_buffer():

@@ -46,7 +46,7 @@ SAVE_EVERY = 20  # batches between two saves of the statistics
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What to calibrate on.
+    """Choice of the calibration data.
 
     collector: "uniform", "ndtc" or "solver" (see above).
     num_samples: sampling trajectories; each gives one tuple (two with classifier-free guidance).

@@ -1,1 +1,1 @@
-"""How far a grid reaches: range objectives."""
+"""Range objectives: they choose how far a grid reaches."""

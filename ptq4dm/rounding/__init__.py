@@ -1,1 +1,1 @@
-"""Which of two neighbouring codes: rounders."""
+"""Rounders: they choose one of the two neighbouring codes of a value."""

@@ -35,7 +35,7 @@ class Codes:
 
 
 class _SVDQLayer(QuantizedLayer):
-    """What SVDQLinear and SVDQConv2d (1x1) share; K inputs, N outputs.
+    """Common part of SVDQLinear and SVDQConv2d (1x1); K inputs, N outputs.
 
     bias     [N] in the model's dtype, or None
     qweight  [N, K/2] uint8, as kernels.int4.pack_int4 has it
@@ -225,7 +225,7 @@ def _bias_dtype(layer: nn.Module, plan: SVDQPlan) -> torch.dtype | None:
 
 
 def matrix_like(module: nn.Module) -> bool:
-    """Whether a layer is one matrix product over tokens: a Linear, or a 1x1 convolution of stride 1."""
+    """True if a layer is one matrix product over tokens: a Linear, or a 1x1 convolution of stride 1."""
     if type(module) is nn.Linear:
         return True
     plain = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1}

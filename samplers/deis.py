@@ -39,7 +39,7 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class _State:
-    """What the next evaluation needs of the ones before, in tensors that no caller can write to."""
+    """Memory of earlier evaluations that the next one needs, in tensors that no caller can write to."""
 
     index: int
     shape: torch.Size

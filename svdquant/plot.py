@@ -1,4 +1,4 @@
-"""What the low-rank branch takes off 4 bits: singular values of a smoothed weight, and of the rest."""
+"""Picture of what the low-rank branch takes off 4 bits: singular values of a smoothed weight, and of the rest."""
 
 from __future__ import annotations
 

@@ -19,23 +19,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def unet():
     """Builds a small random UNet with attention: the same for the same seed."""
-    from diffusers import UNet2DModel  # not above: it may import Triton
+    from models import unet  # not above: diffusers may import Triton
 
-    def build(seed=0):
-        torch.manual_seed(seed)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=3,
-            out_channels=3,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-            attention_head_dim=8,
-        ).eval()
-
-    return build
+    return unet
 
 
 @pytest.fixture

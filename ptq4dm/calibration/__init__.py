@@ -1,1 +1,1 @@
-"""What a model sees while it samples: recorded calls, statistics, traces."""
+"""Calibration: recorded calls of a model while it samples, statistics of its layers, traces."""

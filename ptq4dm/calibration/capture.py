@@ -1,4 +1,4 @@
-"""What the layers and modules of one block are fed on calibration calls."""
+"""Inputs of the layers and modules of one block on calibration calls."""
 
 from __future__ import annotations
 

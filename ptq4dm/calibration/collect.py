@@ -51,7 +51,7 @@ def _option(default, help: str):
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What to calibrate on.
+    """Choice of the calibration data.
 
     collector: "uniform", "ndtc" or "solver" (see above).
     num_samples: sampling trajectories; each gives one tuple (two with classifier-free guidance).

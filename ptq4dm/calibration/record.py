@@ -230,7 +230,7 @@ def _rows(signature, args, kwargs, rows: Tensor, batch: int) -> Calls:
 
 
 def _plain(value) -> bool:
-    """Whether JSON can hold a value: numbers, strings and lists of them."""
+    """True if JSON can hold a value: numbers, strings and lists of them."""
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))

@@ -26,7 +26,7 @@ from .record import Calls
 
 @dataclass
 class CalibrationStore:
-    """What `collect` measured of one model.
+    """Measurements that `collect` made of one model.
 
     fingerprint: layer name -> fingerprint of its weight, in the order of the statistics' first axis.
     calls: the recorded tuples, sorted by falling timestep.

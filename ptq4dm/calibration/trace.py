@@ -1,4 +1,4 @@
-"""What a model's calls tell about its layers: which share an input, which are fed embeddings, what encloses them."""
+"""Facts about layers, read off a model's calls: which share an input or are fed embeddings, what encloses them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def block_of(name: str) -> str:
 
 
 def _one_block(name: str, other: str) -> bool:
-    """Whether two layers are of one repeated block: all blocks may be fed one text, and share nothing else."""
+    """True if two layers are of one repeated block: all blocks may be fed one text, and share nothing else."""
     parts = zip(name.split("."), other.split("."), strict=False)
     one, two = next(((a, b) for a, b in parts if a != b), ("", ""))
     return block_of(name) == block_of(other) and not (one.isdigit() and two.isdigit())

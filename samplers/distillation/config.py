@@ -1,4 +1,4 @@
-"""What there is to choose in DisBack."""
+"""Settings of DisBack."""
 
 from __future__ import annotations
 
@@ -89,6 +89,6 @@ class DisBackConfig:
             raise UserError(f"seed must not be negative; got {self.seed}.")
 
     def identity(self) -> dict:
-        """What has to be the same for a run to go on, as plain JSON values."""
+        """Settings that have to be the same for a run to go on, as plain JSON values."""
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

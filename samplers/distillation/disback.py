@@ -117,5 +117,5 @@ def backtrack(run: Run) -> None:
 
 
 def target_of(config: DisBackConfig, step: int) -> int:
-    """Which point of the path iteration `step` of stage 2 aims at; 0 is the teacher."""
+    """Index of the point of the path that iteration `step` of stage 2 aims at; 0 is the teacher."""
     return max(0, config.path_points - 1 - step // config.switch_every) if config.backtracking else 0

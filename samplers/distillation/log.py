@@ -1,4 +1,4 @@
-"""What a distillation run tells of itself: lines of JSON, feature-FID of its student, sample grids."""
+"""Records of a distillation run: lines of JSON, feature-FID of its student, sample grids."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Networks:
         self.target_index = index
 
     def finite(self) -> bool:
-        """Whether all weights are free of NaN and infinity; waits for the device."""
+        """True if all weights are free of NaN and infinity; waits for the device."""
         weights = [p for net in self.kept.values() for p in net.parameters()]
         return bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())
 

@@ -1,4 +1,4 @@
-"""What score distillation is made of: a one-step generator, noise, and two denoisers that disagree about it.
+"""Parts of score distillation: a one-step generator, noise, and two denoisers that disagree about it.
 
     generator     x_0 = G(z) = (z - sigma_* eps_G(z, t_*)) / alpha_*             z ~ N(0, I), t_* fixed
     noise         x_t = alpha_t x_0 + sigma_t n
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Batch:
-    """What chance decides of one iteration, B rows.
+    """Random choices of one iteration, B rows.
 
     z, noise [B, C, H, W] float32; t [B] int64; labels [B] int64, or None for an unconditional model.
     """

@@ -1,4 +1,4 @@
-"""Which step a timestep belongs to, without reading it back from the device."""
+"""Index of the step that a timestep belongs to, without reading it back from the device."""
 
 from __future__ import annotations
 

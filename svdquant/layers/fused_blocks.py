@@ -123,7 +123,7 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
 
 
 class FusedBasicTransformerBlock(BasicTransformerBlock):
-    """Of DiT: self-attention alone, under adaptive norms."""
+    """Block of DiT, fused: self-attention alone, under adaptive norms."""
 
     @staticmethod
     def fits(block: BasicTransformerBlock) -> bool:

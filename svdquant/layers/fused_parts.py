@@ -1,4 +1,4 @@
-"""What fused blocks are made of: which modules fit together, and what lies between them."""
+"""Parts of fused blocks: which modules fit together, and what lies between them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def feed_forward(x: Tensor, norm: nn.LayerNorm, ff: FeedForward, shift, scale, g
 
 
 def modulation(norm: nn.Module, embedding: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """What an adaptive norm makes of an embedding [B, K]: shift, scale, gate, each [B, K]; twice where it has six."""
+    """Shift, scale and gate [B, K] that an adaptive norm makes of an embedding [B, K]; twice where it has six."""
     return norm.linear(norm.silu(embedding)).chunk(parts, dim=1)
 
 
@@ -40,7 +40,7 @@ def first(ff: FeedForward) -> nn.Module:
 
 
 def before(ff: FeedForward) -> list[nn.Module]:
-    """What passes an input on to the first layer."""
+    """Modules that pass an input on to the first layer."""
     return [ff, ff.net[0]]
 
 
@@ -67,7 +67,7 @@ def read_codes(*layers: nn.Module) -> bool:
 
 
 def share(layers: list[nn.Module]) -> bool:
-    """Whether codes for the first of the layers are codes for all: smoothing and branch are one, without adapters."""
+    """True if codes for the first of the layers are codes for all: smoothing and branch are one, without adapters."""
     if len(layers) == 1:
         return True
     leader = layers[0]._lender[0] if layers[0]._lender else layers[0]
@@ -78,7 +78,7 @@ def share(layers: list[nn.Module]) -> bool:
 
 
 def runs_fused(layers: list[nn.Module], passed_over: list[nn.Module]) -> bool:
-    """Whether kernels serve the layers, and nothing waits for calls of modules that get codes, or no call at all."""
+    """True if kernels serve the layers, and nothing waits for calls of modules that get codes, or no call at all."""
     for layer in layers:
         if type(layer) is not SVDQLinear:
             return False

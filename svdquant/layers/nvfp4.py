@@ -28,7 +28,7 @@ E2M1_MAX, E4M3_MAX = 6.0, 448.0
 
 @dataclass
 class NVFP4Plan:
-    """How one Linear is kept in NVFP4. rank: of the low-rank branch, 0 for none."""
+    """Plan of one Linear that is kept in NVFP4. rank: of the low-rank branch, 0 for none."""
 
     format: str = "nvfp4"
     rank: int = 32

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class SVDQPlan:
-    """How one Linear or 1x1 Conv2d becomes 4-bit codes with a low-rank branch.
+    """Plan by which one Linear or 1x1 Conv2d becomes 4-bit codes with a low-rank branch.
 
     activation: "int4", "int8", "fp8", or "none" for weight-only layers.
     lender: the first of the layers that share this one's input, if this is not it: they share smoothing and the down

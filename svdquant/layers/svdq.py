@@ -35,7 +35,7 @@ class Codes:
 
 
 class _SVDQLayer(QuantizedLayer):
-    """What SVDQLinear and SVDQConv2d (1x1) share; K inputs, N outputs.
+    """Common part of SVDQLinear and SVDQConv2d (1x1); K inputs, N outputs.
 
     bias     [N] in the model's dtype, or None
     qweight  [N, K/2] uint8, as kernels.int4.pack_int4 has it

@@ -1,4 +1,4 @@
-"""How Nunchaku and diffusers' `nunchaku_lite` lay out the tensors of a 4-bit layer, and plain tensors from and to it.
+"""Layouts of the tensors of a 4-bit layer in Nunchaku and diffusers' `nunchaku_lite`, from and to plain tensors.
 
 n is an output row, k an input, r a rank. Their files hold what each lane of a tensor-core instruction reads, so
 every index below is a permutation of the digits of n, k and r; rows in brackets run slowest to fastest:

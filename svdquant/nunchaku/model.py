@@ -29,7 +29,7 @@ FLOAT16S = (torch.bfloat16, torch.float16)
 @register("nunchaku")
 @dataclass(repr=False)
 class NunchakuConfig(QuantConfig):
-    """What a model carries whose layers came from a checkpoint of Nunchaku's; it cannot quantize anything itself."""
+    """Mark of a model whose layers came from a checkpoint of Nunchaku's; it cannot quantize anything itself."""
 
     packs_while_loading: ClassVar[bool] = False
     loaded_only: ClassVar[bool] = True

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
 
+from models import plain_unet
 from ptq4dm.cli.main import main
 from ptq4dm.errors import UserError
 from ptq4dm.samplers import DDIMScheduler as OurDDIM
@@ -19,11 +20,7 @@ CONFIG = DDIMScheduler(timestep_spacing="trailing").config
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
-    )  # fmt: skip
+    unet = plain_unet(sample_size=32)
     path = tmp_path_factory.mktemp("model")
     DDPMPipeline(unet, DDIMScheduler(timestep_spacing="trailing")).save_pretrained(path)
     return str(path)

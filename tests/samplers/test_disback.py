@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import points
 import ptq4dm
+from helpers import same
 from ptq4dm.errors import UserError
 from ptq4dm.samplers import DisBackConfig, OneStepScheduler, distill
 from ptq4dm.samplers.distillation import disback
@@ -51,10 +52,6 @@ def untrained():
 
 def weights(pipe):
     return {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def log(folder):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTTransformer2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
 import ptq4dm
+from models import pixel_dit
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.load import load_reference
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
@@ -64,11 +65,7 @@ def test_pipelines_take_one_step(unet):
 
 
 def test_a_class_conditional_pipeline_takes_one_step():
-    torch.manual_seed(0)
-    net = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=6, num_layers=1, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=10,
-    ).eval()  # fmt: skip
+    net = pixel_dit(out_channels=6)
     pipe = PixelDiTPipeline(net, OneStepScheduler(generator_timestep=300))
 
     def first_half(x, t, **extra):

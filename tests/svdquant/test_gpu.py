@@ -5,6 +5,7 @@ import torch
 
 import denoisers
 import ptq4dm
+from helpers import distance
 from ptq4dm.calibration.record import replay
 from ptq4dm.svdquant.layers.svdq import SVDQLinear
 
@@ -32,10 +33,6 @@ def test_the_same_codes_twice(kind):
 def halved(x):
     """What kernels do to float32 inputs."""
     return x.bfloat16().float()
-
-
-def distance(there, here):
-    return float((there - here).norm() / here.norm())
 
 
 @pytest.mark.parametrize("activations", ["int4", "int8", "fp8"])

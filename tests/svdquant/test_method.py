@@ -10,6 +10,7 @@ from torch import nn
 
 import denoisers
 import ptq4dm
+from helpers import same
 from ptq4dm import Plan, RTNConfig, SVDQuantConfig, UserError
 from ptq4dm.calibration.evidence import Evidence, calibration_batches
 from ptq4dm.calibration.record import replay
@@ -55,11 +56,6 @@ def recipe():
 
 def plan_of(model):
     return quantization_config(model).plan
-
-
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 # --- plans --------------------------------------------------------------------------------------------------

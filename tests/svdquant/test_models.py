@@ -86,6 +86,7 @@ def case(request):
 
 def test_roles(case):
     inner = {view.name: view for view in find_layers(case.original)}
+    assert len(inner) > 10 and any(isinstance(layer, (SVDQLinear, SVDQConv2d)) for layer in case.model.modules())
     for name, view in inner.items():
         layer = case.model.get_submodule(name)
         numbered = any(part.isdigit() for part in name.split("."))

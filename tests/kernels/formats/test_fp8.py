@@ -6,6 +6,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
 import ptq4dm
+from helpers import run
 from ptq4dm import PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.kernels.formats import fp8
 from ptq4dm.kernels.w8a8 import layer as w8a8
@@ -20,12 +21,6 @@ def store(unet):
     pipe = DDPMPipeline(unet(), DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return ptq4dm.collect(pipe, ptq4dm.CalibrationConfig(num_samples=4, num_inference_steps=3))
-
-
-@torch.no_grad()
-def run(model):
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return model(x.to(model.dtype), 10).sample.float()
 
 
 def e4m3(values):

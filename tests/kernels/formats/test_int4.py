@@ -4,16 +4,13 @@ import pytest
 import torch
 
 import ptq4dm  # noqa: F401
+from helpers import normal
 from ptq4dm.kernels.formats import int4
 
 SHAPES = [(1, 2, 2), (3, 64, 64), (5, 128, 64), (7, 192, 64), (3, 96, 32), (9, 48, 16), (2, 12, 4), (0, 64, 64)]
 shapes = pytest.mark.parametrize("n, k, size", SHAPES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 NAN, INF = float("nan"), float("inf")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_codes(*shape):

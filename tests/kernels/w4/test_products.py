@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ptq4dm  # noqa: F401
+from helpers import distance
 from ptq4dm.kernels.formats import int4
 from ptq4dm.kernels.w4 import layer as svdq_linear
 from ptq4dm.kernels.w4 import reference as svdq
@@ -86,10 +87,6 @@ class Layer:
             self.x, self.smooth, self.down, mode, self.shift, rows, self.qweight, self.wscales, weight, setting
         )
         return rows, weight
-
-
-def distance(y, expected):
-    return ((y.double().cpu() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

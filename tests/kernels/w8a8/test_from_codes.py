@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import ptq4dm  # noqa: F401
+from helpers import normal
 from ptq4dm.kernels.formats import fp8, int8
 from ptq4dm.kernels.runtime import settings as tuning
 from ptq4dm.kernels.w8a8 import configs as w8a8_configs
@@ -38,10 +39,6 @@ WINDOWS = [  # channels, outputs, window
     (40, 130, Window(2, 4, 3)),
     (8, 24, Window(37, 1, 1)),
 ]
-
-
-def normal(*size, seed=0, scale=1.0):
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def on_grid(*size, seed=0):
@@ -428,14 +425,17 @@ def test_opcheck(dtype):
 
 def test_configurations_fit_their_shapes():
     """What ships is usable: known fields, tiles that divide the channels, the copy engine only for stride 1."""
+    found = 0
     for path in tuning.FOLDER.glob("*.json"):
         device, entries = path.stem, json.loads(path.read_text()).get("w8a8", {})
+        found += len(entries)
         for name, entry in entries.items():
             config, parts = Config(**entry), name.split()
             channels = int(next(part[1:] for part in parts if part.startswith("C")))
             assert channels % config.bk == 0 and config.mode in ("tma", "gather", "on-load"), (device, name)
             assert (config.mode == "on-load") == ("on-load" in parts), (device, name)
             assert config.mode != "tma" or name.split("/")[1].startswith("1"), (device, name)
+    assert found > 10
     for channels, n, capability in itertools.product((32, 96, 320, 1280), (3, 130), ((8, 0), (9, 0), (12, 0))):
         for window in (Window(2, 8, 8), Window(99, 64, 64, (3, 3), (2, 2), (1, 1))):
             config = w8a8_configs.default(fp8.DTYPE, window, channels, n, capability, False)

@@ -18,12 +18,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
     PNDMScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
 )
 from torch import nn
 
 import ptq4dm
+from models import added_unet, plain_unet
 from ptq4dm.calibration.collect import CalibrationConfig, collect, draw_timesteps, timestep_bins
 from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.record import Calls, replay
@@ -38,14 +37,10 @@ STORE = importlib.import_module("ptq4dm.calibration.store")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = dict(sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4)
-
 
 def tiny_pipe(seed=0, dtype=torch.float32, scheduler=None, **config):
-    torch.manual_seed(seed)
-    blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False)
-    unet = UNet2DModel(**SMALL, **blocks, **config)
-    return DDPMPipeline(unet.to(dtype).eval(), scheduler or DDIMScheduler(timestep_spacing="trailing"))
+    unet = plain_unet(seed, **config)
+    return DDPMPipeline(unet.to(dtype), scheduler or DDIMScheduler(timestep_spacing="trailing"))
 
 
 CONFIG = CalibrationConfig(num_samples=9, num_inference_steps=4, num_bins=4, batch_size=2, seed=3)
@@ -221,13 +216,7 @@ class Flow(DiffusionPipeline):
 
 
 def flow_pipe():
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        **SMALL, cross_attention_dim=8, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",), addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=32,
-    )  # fmt: skip
-    return Flow(unet.eval(), FlowMatchEulerDiscreteScheduler())
+    return Flow(added_unet(), FlowMatchEulerDiscreteScheduler())
 
 
 def test_conditioning_and_float_times_go_through_the_disk(tmp_path):

@@ -10,14 +10,12 @@ from diffusers import (
     DDPMPipeline,
     DiffusionPipeline,
     DiTPipeline,
-    DiTTransformer2DModel,
     HeunDiscreteScheduler,
     ImagePipelineOutput,
     PNDMScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
 )
 
+from models import added_unet, pixel_dit, plain_unet
 from ptq4dm.calibration.record import Calls, record_calls, replay
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
@@ -35,23 +33,11 @@ def randomized(model):
 
 
 def tiny_unet():
-    return randomized(
-        UNet2DModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(8,),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            add_attention=False,
-        )  # fmt: skip
-    )
+    return randomized(plain_unet())
 
 
 def tiny_dit(**config):
-    config = {"in_channels": 3, "out_channels": 3, "num_embeds_ada_norm": 10, **config}
-    size = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, patch_size=2)
-    return randomized(DiTTransformer2DModel(**size, **config))
+    return randomized(pixel_dit(**config))
 
 
 def unet_pipe(scheduler=None):
@@ -231,21 +217,7 @@ class Guided(DiffusionPipeline):
 
 
 def tiny_conditional():
-    return randomized(
-        UNet2DConditionModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(8,),
-            norm_num_groups=4,
-            cross_attention_dim=8,
-            attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=32,
-        )  # fmt: skip
-    )
+    return randomized(added_unet())
 
 
 def test_guidance_by_two_calls_and_dict_arguments():

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline
 from PIL import Image
 
 import ptq4dm
+from models import plain_unet
 from ptq4dm import UserError
 from ptq4dm.calibration.record import Calls, record_calls, replay
 from ptq4dm.evaluation.compare import EpsilonError, heldout_timesteps, image_errors, psnr
@@ -31,20 +32,11 @@ SMALL |= {"num_bins": 2, "warmup_steps": 0, "timed_steps": 1}
 
 def pipeline(size: int = 32, noise: float = 0.0) -> DDPMPipeline:
     """A UNet of 4,000 random parameters, the same on every call; `noise` is added to its weights."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=size,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        add_attention=False,
-    )
+    unet = plain_unet(sample_size=size)
     with torch.no_grad():
         for p in unet.parameters():
             p += noise * torch.randn_like(p)
-    return DDPMPipeline(unet.eval(), DDIMScheduler(timestep_spacing="trailing"))
+    return DDPMPipeline(unet, DDIMScheduler(timestep_spacing="trailing"))
 
 
 def save_pngs(images: torch.Tensor, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from torch import nn
 
 import denoisers
 import ptq4dm
+from helpers import run
 from ptq4dm import RTNConfig
 from ptq4dm.kernels.w8a8 import layer as w8a8
 from ptq4dm.layers import fuse as FUSE
@@ -60,12 +61,6 @@ def fused_here(monkeypatch, kernel=None):
         if kernel:
             patch.setattr(w8a8, "kernel_name", lambda *_: kernel)
         yield
-
-
-@torch.no_grad()
-def run(model, seed=0):
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return model(x.to(model.device, model.dtype), 10).sample
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from diffusers import (
-    DiTTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
 )
 from torch import nn
 
+from models import conditional_unet, dit, unet
 from ptq4dm.errors import UserError
 from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.plan import LayerPlan
@@ -18,57 +16,24 @@ from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.view import find_layers
 
 
-def unet():
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 12),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
+def narrow_unet():
+    return unet(block_out_channels=(8, 12), attention_head_dim=4)
 
 
-def conditional_unet():
+def narrow_conditional_unet():
     """As narrow as its input and output: widths alone do not tell its ends."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=2,
-        attention_head_dim=2,
-        cross_attention_dim=6,
-    )
+    return conditional_unet(block_out_channels=(4, 8), norm_num_groups=2, attention_head_dim=2, cross_attention_dim=6)
 
 
-def dit(width=8):
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=width,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=10,
-    )
-
-
-def pixart(width=8):
+def pixart(attention_head_dim=8):
     return PixArtTransformer2DModel(
         num_attention_heads=2,
-        attention_head_dim=width,
+        attention_head_dim=attention_head_dim,
         in_channels=4,
         out_channels=8,
         num_layers=1,
         sample_size=8,
-        cross_attention_dim=2 * width,
+        cross_attention_dim=2 * attention_head_dim,
         caption_channels=12,
         use_additional_conditions=False,
     )
@@ -87,9 +52,9 @@ def flux():
     )
 
 
-ENDS = {  # model -> (first, last); 16 is both the width of dit(8) and its patch of 2 x 2 x 4 input channels
-    unet: ("conv_in", "conv_out"),
-    conditional_unet: ("conv_in", "conv_out"),
+ENDS = {  # model -> (first, last); 16 is both the width of dit() and its patch of 2 x 2 x 4 input channels
+    narrow_unet: ("conv_in", "conv_out"),
+    narrow_conditional_unet: ("conv_in", "conv_out"),
     dit: ("pos_embed.proj", "proj_out_2"),
     pixart: ("pos_embed.proj", "proj_out"),
     flux: ("x_embedder", "proj_out"),
@@ -106,7 +71,7 @@ def test_ends_of_diffusers_models(build):
 @pytest.mark.parametrize("build", [dit, pixart], ids=lambda f: f.__name__)
 def test_ends_when_the_width_is_that_of_the_output(build):
     """2 x 16 = 32 = a patch of 2 x 2 x 8 output channels."""
-    roles = {view.role: view.name for view in find_layers(build(16)) if view.role != "inner"}
+    roles = {view.role: view.name for view in find_layers(build(attention_head_dim=16)) if view.role != "inner"}
     assert (roles["first"], roles["last"]) == ENDS[build]
 
 
@@ -136,7 +101,7 @@ def test_ends_do_not_move_when_layers_are_skipped():
 
 
 def test_every_linear_and_convolution_is_found_in_order():
-    model = unet()
+    model = narrow_unet()
     expected = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     assert [view.name for view in find_layers(model)] == expected and len(expected) > 40
 

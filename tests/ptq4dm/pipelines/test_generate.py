@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DEISMultistepScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DEISMultistepScheduler
 
 import ptq4dm
+from models import unet
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.generate import fingerprint, generate, save_grid
 from ptq4dm.pipelines.images import load_images, read_metadata
@@ -22,12 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def tiny(scheduler=DDIMScheduler, seed=0, dtype=torch.float64):
     # float64: the order of summation, which changes with the batch, cannot reach a grey level.
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    return DDPMPipeline(unet.eval().to(dtype), scheduler())
+    net = unet(seed, block_out_channels=(8, 8))
+    return DDPMPipeline(net.to(dtype), scheduler())
 
 
 def files(folder):

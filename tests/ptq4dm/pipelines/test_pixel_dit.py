@@ -15,12 +15,11 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DiffusionPipeline,
-    DiTTransformer2DModel,
     EulerDiscreteScheduler,
-    UNet2DModel,
 )
 
 import ptq4dm
+from models import dit, plain_unet
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.images import to_uint8
@@ -32,12 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(scheduler=DDIMScheduler, out_channels=3):
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=out_channels, num_layers=2,
-        sample_size=8, num_embeds_ada_norm=10,
-    )  # fmt: skip
-    pipe = PixelDiTPipeline(transformer.eval(), scheduler())
+    transformer = dit(in_channels=3, out_channels=out_channels)
+    pipe = PixelDiTPipeline(transformer, scheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -168,10 +163,7 @@ def test_load_reference_dtype_and_wrong_name():
 
 @pytest.fixture
 def folder(tmp_path):
-    unet = UNet2DModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-    )  # fmt: skip
+    unet = plain_unet(add_attention=True)
     DDPMPipeline(unet.half(), DDIMScheduler()).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

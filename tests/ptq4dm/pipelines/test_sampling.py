@@ -14,14 +14,13 @@ from diffusers import (
     DEISMultistepScheduler,
     DiffusionPipeline,
     DiTPipeline,
-    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     ImagePipelineOutput,
-    UNet2DModel,
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
 
+from models import dit, unet
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
 from ptq4dm.pipelines.images import to_uint8
@@ -31,28 +30,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_unet(channels=3, **config):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **config,
-    ).eval()
+    return unet(in_channels=channels, out_channels=channels, block_out_channels=(8, 8), **config)
 
 
 def tiny_dit():
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
-        sample_size=4, num_embeds_ada_norm=1000,
-    )  # fmt: skip
+    transformer = dit(num_layers=1, sample_size=4, num_embeds_ada_norm=1000)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4)
-    return DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    return DiTPipeline(transformer, vae.eval(), DDIMScheduler())
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, DEISMultistepScheduler, UniPCMultistepScheduler])

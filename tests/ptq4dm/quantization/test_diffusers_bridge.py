@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ptq4dm
+from helpers import run, same
+from models import plain_unet
 from ptq4dm import CalibrationConfig, CalibrationStore, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.calibration.store import fingerprint
 from ptq4dm.layers.base import is_quantized
@@ -40,20 +42,9 @@ def pipeline(model):
     return pipe
 
 
-def run(model, dtype=torch.float32):
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5)).to(dtype)
-    with torch.no_grad():
-        return model(x, torch.tensor([10, 70])).sample
-
-
-def same(a, b):
+def one_model(a, b):
     """Two models hold the same tensors, bit for bit, and give the same answer."""
-    a_state, b_state = a.state_dict(), b.state_dict()
-    assert a_state.keys() == b_state.keys()
-    for name in a_state:
-        assert a_state[name].dtype == b_state[name].dtype, name
-        assert torch.equal(a_state[name], b_state[name]), name
-    return torch.equal(run(a, a.dtype), run(b, b.dtype))
+    return same(a, b) and torch.equal(run(a), run(b))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +106,7 @@ def messages():
 def test_model_there_and_back(quantized, tmp_path, messages):
     quantized.save_pretrained(tmp_path)
     again = UNet2DModel.from_pretrained(tmp_path)
-    assert same(again, quantized) and messages == []
+    assert one_model(again, quantized) and messages == []
     assert (tmp_path / WEIGHTS).stat().st_size < 1.6 * stored_bytes(quantized)  # no float copy; names take room
     found = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert found["quant_method"] == "ptq4dm" and found["method"] == "rtn" and found["calibration"] is None
@@ -132,7 +123,7 @@ def test_config_of_a_loaded_model(quantized, saved, unet):
 
 def test_pipeline_there_and_back(quantized, saved, messages):
     pipe = DiffusionPipeline.from_pretrained(saved)
-    assert same(pipe.unet, quantized) and messages == []
+    assert one_model(pipe.unet, quantized) and messages == []
     generator = torch.Generator().manual_seed(0)
     image = pipe(generator=generator, num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 8, 8, 3)
@@ -148,28 +139,28 @@ def test_a_loaded_model_is_saved_again(quantized, saved, tmp_path):
     again.save_pretrained(tmp_path / "a")
     UNet2DModel.from_pretrained(tmp_path / "a" / "unet").save_pretrained(tmp_path / "b")
     third = UNet2DModel.from_pretrained(tmp_path / "b")
-    assert same(third, quantized) and quantization_config(third) == quantization_config(quantized)
+    assert one_model(third, quantized) and quantization_config(third) == quantization_config(quantized)
 
 
 def test_sharded(quantized, tmp_path, messages):
     quantized.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert same(UNet2DModel.from_pretrained(tmp_path), quantized) and messages == []
+    assert one_model(UNet2DModel.from_pretrained(tmp_path), quantized) and messages == []
 
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}], ids=str)
 def test_device_map(quantized, saved, device_map):
-    assert same(UNet2DModel.from_pretrained(saved / "unet", device_map=device_map), quantized)
+    assert one_model(UNet2DModel.from_pretrained(saved / "unet", device_map=device_map), quantized)
 
 
 def test_auto_model(quantized, saved):
     again = AutoModel.from_pretrained(str(saved / "unet"))
-    assert type(again) is UNet2DModel and same(again, quantized)
+    assert type(again) is UNet2DModel and one_model(again, quantized)
 
 
 def test_copy_of_a_loaded_model(quantized, saved):
     again = copy.deepcopy(UNet2DModel.from_pretrained(saved / "unet"))
-    assert same(again, quantized) and again.is_quantized
+    assert one_model(again, quantized) and again.is_quantized
 
 
 def test_bfloat16(saved, quantized, tmp_path):
@@ -178,11 +169,11 @@ def test_bfloat16(saved, quantized, tmp_path):
     scales = [m for m in model.modules() if is_quantized(m)]
     assert all(m.weight_scale.dtype == m.input_scale.dtype == torch.float32 for m in scales)
     assert torch.equal(model.conv_in.weight_scale, quantized.conv_in.weight_scale)
-    answer = run(model, torch.bfloat16)
+    answer = run(model)
     assert (answer.float() - run(quantized)).norm() < 0.05 * run(quantized).norm()
     model.save_pretrained(tmp_path)
     again = UNet2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert same(again, model) and torch.equal(run(again, torch.bfloat16), answer)
+    assert one_model(again, model) and torch.equal(run(again), answer)
 
 
 def test_dequantize(quantized, saved, tmp_path):
@@ -195,7 +186,7 @@ def test_dequantize(quantized, saved, tmp_path):
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again = UNet2DModel.from_pretrained(tmp_path)
-    assert type(again.conv_in) is nn.Conv2d and same(again, model)
+    assert type(again.conv_in) is nn.Conv2d and one_model(again, model)
     ptq4dm.quantize(again, RTNConfig(plan=quantization_config(quantized).plan))  # and it can be quantized anew
     assert is_quantized(again.conv_in)
 
@@ -221,7 +212,7 @@ def test_layers_without_bias(tmp_path):
 def test_while_loading_equals_after_loading(folders, recipe, quantized, source, messages):
     config = replace(recipe)
     model = UNet2DModel.from_pretrained(folders / source, quantization_config=config)
-    assert same(model, quantized) and messages == []
+    assert one_model(model, quantized) and messages == []
     assert quantization_config(model) == quantization_config(quantized)
     assert config.plan is None  # the caller's recipe serves for the next model too
 
@@ -231,7 +222,7 @@ def test_while_loading_searches_like_after_loading(folders, monkeypatch, unet):
     config = PTQ4DMConfig(calibration=str(folders / "store"))
     model = unet()
     ptq4dm.quantize(model, replace(config))
-    assert same(UNet2DModel.from_pretrained(folders / "plain", quantization_config=config), model)
+    assert one_model(UNet2DModel.from_pretrained(folders / "plain", quantization_config=config), model)
 
 
 def test_while_loading_without_calibration(folders, tmp_path, messages, unet):
@@ -239,41 +230,41 @@ def test_while_loading_without_calibration(folders, tmp_path, messages, unet):
     model = UNet2DModel.from_pretrained(folders / "plain", quantization_config=config)
     after = unet()
     ptq4dm.quantize(after, replace(config))
-    assert same(model, after) and is_quantized(model.conv_in)
+    assert one_model(model, after) and is_quantized(model.conv_in)
     assert not any(is_quantized(m) for m in model.mid_block.modules())
     model.save_pretrained(tmp_path)
-    assert same(UNet2DModel.from_pretrained(tmp_path), model) and messages == []
+    assert one_model(UNet2DModel.from_pretrained(tmp_path), model) and messages == []
 
 
 def test_while_loading_by_a_plan(folders, quantized):
     plan = quantization_config(quantized).plan
     model = UNet2DModel.from_pretrained(folders / "plain", quantization_config=RTNConfig(plan=plan))
-    assert same(model, quantized)
+    assert one_model(model, quantized)
 
 
 def test_while_loading_by_a_dict(folders, recipe, quantized):
     config = {"quant_method": "ptq4dm", "method": "rtn", "calibration": recipe.calibration, "weight_bits": 6}
-    assert same(UNet2DModel.from_pretrained(folders / "plain", quantization_config=config), quantized)
+    assert one_model(UNet2DModel.from_pretrained(folders / "plain", quantization_config=config), quantized)
 
 
 def test_while_loading_a_pipeline(folders, recipe, quantized):
     config = PipelineQuantizationConfig(quant_mapping={"unet": replace(recipe)})
     pipe = DiffusionPipeline.from_pretrained(folders / "pipe", quantization_config=config)
-    assert same(pipe.unet, quantized)
+    assert one_model(pipe.unet, quantized)
 
 
 def test_while_loading_in_bfloat16(folders, recipe):
     after = UNet2DModel.from_pretrained(folders / "plain", dtype=torch.bfloat16)
     ptq4dm.quantize(after, replace(recipe))
     model = UNet2DModel.from_pretrained(folders / "plain", dtype=torch.bfloat16, quantization_config=replace(recipe))
-    assert same(model, after)
+    assert one_model(model, after)
 
 
 def test_while_loading_on_threads(folders, recipe, quantized, monkeypatch):
     """Biases may arrive while their layers are packed: shards are then read one after another."""
     monkeypatch.setattr("diffusers.models.modeling_utils.HF_ENABLE_PARALLEL_LOADING", True)
     model = UNet2DModel.from_pretrained(folders / "sharded", quantization_config=replace(recipe))
-    assert not model.hf_quantizer.supports_parallel_loading and same(model, quantized)
+    assert not model.hf_quantizer.supports_parallel_loading and one_model(model, quantized)
 
 
 def test_while_loading_needs_what_after_loading_needs(folders):
@@ -329,7 +320,7 @@ def test_a_packed_checkpoint_keeps_its_own_recipe(saved, quantized):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = UNet2DModel.from_pretrained(saved / "unet", quantization_config=RTNConfig(activations="dynamic"))
-    assert any("already has" in str(w.message) for w in caught) and same(model, quantized)
+    assert any("already has" in str(w.message) for w in caught) and one_model(model, quantized)
 
 
 # --- broken folders -----------------------------------------------------------------------------------------
@@ -479,11 +470,7 @@ class TestCompile:
         assert torch.allclose(answer, expected, atol=1e-5)
 
     def test_unet(self):
-        torch.manual_seed(0)
-        blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-        model = UNet2DModel(
-            sample_size=8, layers_per_block=1, norm_num_groups=4, attention_head_dim=8, **blocks
-        ).eval()
+        model = plain_unet(add_attention=True)
         exact = run(model)
         ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
         expected = run(model)

@@ -226,4 +226,3 @@ def test_a_format_without_such_a_layer_says_so():
         pack_plan(nn.Sequential(nn.Conv2d(3, 4, 1)), Plan("x", {"0": packing.FORMATS["nvfp4"].plan()}))
     layers, _ = pack_plan(nn.Sequential(nn.Linear(3, 4)), Plan("x", {"0": Int4Plan()}))
     assert layers["0"].plan == Int4Plan()
-

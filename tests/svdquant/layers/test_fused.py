@@ -71,7 +71,7 @@ def fused_here(monkeypatch):
         yield seen
 
 
-def distance(answer, other, exact):
+def cost(answer, other, exact):
     """In units of what quantizing costs."""
     return float((answer - other).norm() / (other - exact).norm())
 
@@ -92,7 +92,7 @@ def test_fused_answers_are_the_unfused_ones(kind, form, qkv, quantized, monkeypa
     codes, products = {"flux": (4 + 2, 2 * layers + 2 + layers + 2), "dit": (2 * 2, 2 * (3 + 1))}[kind]
     assert (seen.count("svdq_codes"), seen.count("svdq_product")) == (codes, products)
     # 32-bit sums in another order: where they turn a code, by one step; in 4 bits that is seen
-    assert distance(answer, before, exact) < (0.05 if form == "int4" else 0.01)
+    assert cost(answer, before, exact) < (0.05 if form == "int4" else 0.01)
     ptq4dm.unfuse(model)
     with fused_here(monkeypatch) as seen:
         assert torch.equal(replay(model, calls), before) and not seen
@@ -249,7 +249,7 @@ def test_fused_models_on_the_gpu(kind, form, qkv, quantized):
     answer = replay(model, calls)
     assert torch.equal(replay(model, calls), answer)
     assert (
-        distance(answer.float().cpu(), before, exact) < 0.5
+        cost(answer.float().cpu(), before, exact) < 0.5
     )  # rounded to bf16 after the norm, or not: 0.05 (int8) to 0.3 (int4)
     (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True)
-    assert distance(replay(model, calls).float().cpu(), answer.float().cpu(), exact) < 0.5
+    assert cost(replay(model, calls).float().cpu(), answer.float().cpu(), exact) < 0.5

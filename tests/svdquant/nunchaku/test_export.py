@@ -14,6 +14,7 @@ from torch import nn
 
 import nunchaku_bytes
 import ptq4dm
+from helpers import distance
 from ptq4dm.calibration.record import Calls
 from ptq4dm.calibration.store import fingerprint
 from ptq4dm.errors import UserError
@@ -52,11 +53,6 @@ def quantized():
     return get
 
 
-def close(a, b, share):
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm()) < share
-
-
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -84,7 +80,7 @@ def test_read_back_by_the_formulas(dtype, quantized, tmp_path):
     for name, layer in ours.items():
         read = nunchaku_bytes.layer_of({key: tensors[f"{name}.{key}"] for key in names_of(tensors, name)})
         x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(1))
-        assert close(layer(x), nunchaku_bytes.compute(read, x), 1e-6), name
+        assert distance(layer(x), nunchaku_bytes.compute(read, x)) < 1e-6, name
 
 
 def names_of(tensors, layer):
@@ -157,7 +153,7 @@ def test_diffusers_loads_and_runs_it(quantized, tmp_path, diffusers_own):
     assert isinstance(theirs.get_submodule(Q), diffusers_own.SVDQW4A4Linear) and theirs.dtype == torch.bfloat16
     diffusers_own.check_strict_state_dict_match(theirs, load_file(tmp_path / WEIGHTS))
     wanted = nunchaku_bytes.run(model, torch.bfloat16)
-    assert close(nunchaku_bytes.run(theirs, torch.bfloat16), wanted, 0.02)
+    assert distance(nunchaku_bytes.run(theirs, torch.bfloat16), wanted) < 0.02
 
 
 class Toy(diffusers.ModelMixin, diffusers.ConfigMixin):
@@ -197,13 +193,13 @@ def test_ranks_biases_and_buffers(rank, written, tmp_path, diffusers_own):
     assert section["compute_dtype"] == "float16"  # the scales'
     read = nunchaku_bytes.layer_of({key: tensors[f"one.{key}"] for key in names_of(tensors, "one")})
     x = torch.randn(7, 128)
-    assert close(model.one(x), nunchaku_bytes.compute(read, x), 1e-6)
+    assert distance(model.one(x), nunchaku_bytes.compute(read, x)) < 1e-6
 
     theirs = Toy(256)
     diffusers_own.replace_with_nunchaku_linear(theirs, section, torch.float16)
     diffusers_own.check_strict_state_dict_match(theirs, tensors)  # it wants "table", too, and no "one.bias"
     again = load_nunchaku_lite(tmp_path, Toy(256))
-    assert again.one.plan.rank == rank and close(again.one(x), model.one(x), 1e-6)
+    assert again.one.plan.rank == rank and distance(again.one(x), model.one(x)) < 1e-6
 
 
 def test_another_dtype_and_fused_adapters(tmp_path):
@@ -219,7 +215,7 @@ def test_another_dtype_and_fused_adapters(tmp_path):
     x = torch.randn(7, 128)
     for name in ("one", "two"):
         read = nunchaku_bytes.layer_of({key: tensors[f"{name}.{key}"] for key in names_of(tensors, name)})
-        assert close(model.get_submodule(name)(x), nunchaku_bytes.compute(read, x), 0.05)
+        assert distance(model.get_submodule(name)(x), nunchaku_bytes.compute(read, x)) < 0.05
 
 
 def int8(model):

@@ -10,6 +10,7 @@ from torch import nn
 
 import nunchaku_bytes
 import ptq4dm
+from helpers import distance
 from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.quantization.diffusers_bridge import quantization_config
@@ -121,11 +122,6 @@ def wanted(layers, tensors):
     return plain, {f"{S}.proj_out": [layers[f"{S}.out_proj"], layers[f"{S}.mlp_fc2"]]}
 
 
-def close(a, b, share):
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm()) < share
-
-
 def test_every_layer_is_the_formula(file, wanted):
     model = load_nunchaku_flux(file, nunchaku_bytes.tiny_flux())
     plain, cut = wanted
@@ -134,8 +130,8 @@ def test_every_layer_is_the_formula(file, wanted):
         ours, theirs = model.get_submodule(name), nunchaku_bytes.Computed(*parts)
         x = torch.randn(2, 9, ours.in_features, generator=torch.Generator().manual_seed(seed))
         x = torch.nn.functional.gelu(x) if any(part.shift for part in parts) else x
-        assert close(ours(x), theirs(x.double()), 1e-6), name
-        assert close(ours.dequantized(torch.float32)(x), theirs(x), 0.2), name
+        assert distance(ours(x), theirs(x.double())) < 1e-6, name
+        assert distance(ours.dequantized(torch.float32)(x), theirs(x)) < 0.2, name
     assert model.get_submodule(f"{D}.attn.to_k").down is None  # to_q holds it
     assert model.get_submodule(f"{D}.ff.net.2").plan.shift == 0.171875
 
@@ -148,7 +144,7 @@ def test_the_whole_model_is_the_formula(file, wanted, tensors):
     for name, parameter in other.named_parameters():
         parameter.copy_(tensors[name.replace("attn.norm", "norm")])
     assert result.isfinite().all() and result.std() > 0.1
-    assert close(result, nunchaku_bytes.run(other), 1e-2)
+    assert distance(result, nunchaku_bytes.run(other)) < 1e-2
 
 
 def test_later_names_and_a_model_from_the_metadata(file, tensors, tmp_path):
@@ -200,7 +196,7 @@ def test_it_saves_and_loads_as_ours(file, dtype, tmp_path):
     assert len(rows) == 1 and rows[0]["bytes"] > 128 * 640 // 2
     again.dequantize()
     assert type(again.get_submodule(f"{S}.proj_out")) is nn.Linear
-    assert close(nunchaku_bytes.run(again, dtype), before, 0.5)
+    assert distance(nunchaku_bytes.run(again, dtype), before) < 0.5
     with pytest.raises(UserError, match="read from a checkpoint"):
         plan = quantization_config(model).plan
         plan.layers = {name: layer for name, layer in plan.layers.items() if "proj_out" in name}

@@ -1,8 +1,11 @@
 """The layouts of Nunchaku's files against packers that put each element at its index (nunchaku_bytes.py)."""
 
+import functools
+
 import pytest
 import torch
 
+import helpers
 import nunchaku_bytes
 import ptq4dm  # noqa: F401
 from ptq4dm.errors import UserError
@@ -18,11 +21,10 @@ def integers(low, high, *shape, dtype=torch.int8):
     return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def normal(*shape, dtype=torch.bfloat16):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+normal = functools.partial(helpers.normal, dtype=torch.bfloat16)
 
 
-def same(a, b):
+def same_bits(a, b):
     """Equal in dtype, shape and every bit."""
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
@@ -30,31 +32,31 @@ def same(a, b):
 def test_qweight():
     codes = integers(-8, 7, N, K)
     packed = nunchaku_bytes.pack_qweight(codes)
-    assert same(layout.pack_qweight(codes), packed)
-    assert same(layout.unpack_qweight(packed), codes)
+    assert same_bits(layout.pack_qweight(codes), packed)
+    assert same_bits(layout.unpack_qweight(packed), codes)
 
 
 def test_qweight_of_e2m1_codes():
     codes = quantize_e2m1(3 * normal(N, K))
     packed = nunchaku_bytes.pack_qweight(codes)
-    assert same(layout.pack_qweight(codes, signed=False), packed)
-    assert same(layout.unpack_qweight(packed, signed=False), codes)
+    assert same_bits(layout.pack_qweight(codes, signed=False), packed)
+    assert same_bits(layout.unpack_qweight(packed, signed=False), codes)
 
 
 @sixteen_bits
 def test_scales(dtype):
     scales = normal(N, K // 64, dtype=dtype)
     packed = nunchaku_bytes.place(scales, nunchaku_bytes.scale_index(K // 64), (K // 64, N))
-    assert same(layout.pack_scales(scales), packed)
-    assert same(layout.unpack_scales(packed), scales)
+    assert same_bits(layout.pack_scales(scales), packed)
+    assert same_bits(layout.unpack_scales(packed), scales)
 
 
 @sixteen_bits
 def test_vectors(dtype):
     vector = normal(K, dtype=dtype)
     packed = nunchaku_bytes.vector(vector)
-    assert same(layout.pack_vector(vector), packed)
-    assert same(layout.unpack_vector(packed), vector)
+    assert same_bits(layout.pack_vector(vector), packed)
+    assert same_bits(layout.unpack_vector(packed), vector)
 
 
 @sixteen_bits
@@ -62,34 +64,34 @@ def test_low_rank(dtype):
     a, b = normal(R, K, dtype=dtype), normal(N, R, dtype=dtype)
     down = nunchaku_bytes.place(a, nunchaku_bytes.down_index(R), (K, R))
     up = nunchaku_bytes.place(b, nunchaku_bytes.up_index(R), (N, R))
-    assert same(layout.pack_down(a), down) and same(layout.unpack_down(down), a)
-    assert same(layout.pack_up(b), up) and same(layout.unpack_up(up), b)
+    assert same_bits(layout.pack_down(a), down) and same_bits(layout.unpack_down(down), a)
+    assert same_bits(layout.pack_up(b), up) and same_bits(layout.unpack_up(up), b)
 
 
 def test_nvfp4_scales():
     scales = normal(N, K // 16).abs().to(E4M3)
     packed = nunchaku_bytes.place(scales, nunchaku_bytes.nvfp4_index(K // 16), (K // 16, N))
-    assert same(layout.pack_nvfp4_scales(scales), packed)
-    assert same(layout.unpack_nvfp4_scales(packed), scales)
+    assert same_bits(layout.pack_nvfp4_scales(scales), packed)
+    assert same_bits(layout.unpack_nvfp4_scales(packed), scales)
 
 
 @pytest.mark.parametrize("n, k", [(64, 256), (12, 192)])
 def test_awq(n, k):
     codes = integers(0, 15, n, k, dtype=torch.uint8)
     words = nunchaku_bytes.pack_awq(codes)
-    assert same(layout.pack_awq_qweight(codes), words.view(torch.int32))
+    assert same_bits(layout.pack_awq_qweight(codes), words.view(torch.int32))
     assert layout.pack_awq_qweight(codes).shape == (n // 4, k // 2)
-    assert same(layout.unpack_awq_qweight(words), codes)
-    assert same(layout.unpack_awq_qweight(words.view(torch.int32)), codes)
+    assert same_bits(layout.unpack_awq_qweight(words), codes)
+    assert same_bits(layout.unpack_awq_qweight(words.view(torch.int32)), codes)
 
 
 def test_views_pack_like_copies():
     codes, a, scales = integers(-8, 7, K, N).T, normal(K, R).T, normal(K // 64, N).T
-    assert same(layout.pack_qweight(codes), layout.pack_qweight(codes.contiguous()))
-    assert same(layout.pack_down(a), layout.pack_down(a.contiguous()))
-    assert same(layout.pack_scales(scales), layout.pack_scales(scales.contiguous()))
+    assert same_bits(layout.pack_qweight(codes), layout.pack_qweight(codes.contiguous()))
+    assert same_bits(layout.pack_down(a), layout.pack_down(a.contiguous()))
+    assert same_bits(layout.pack_scales(scales), layout.pack_scales(scales.contiguous()))
     unsigned = codes.bitwise_and(15)
-    assert same(layout.pack_awq_qweight(unsigned), layout.pack_awq_qweight(unsigned.contiguous()))
+    assert same_bits(layout.pack_awq_qweight(unsigned), layout.pack_awq_qweight(unsigned.contiguous()))
 
 
 @pytest.mark.parametrize("splits", [3, 6])
@@ -99,7 +101,7 @@ def test_adanorm_rows(splits):
     for tensor, dim in [(codes, 0), (zeros, 1), (zeros, -1), (bias, 0)]:
         mixed = layout.interleave_adanorm_rows(tensor, splits, dim)
         assert mixed.shape == tensor.shape
-        assert same(layout.deinterleave_adanorm_rows(mixed, splits, dim), tensor)
+        assert same_bits(layout.deinterleave_adanorm_rows(mixed, splits, dim), tensor)
         for chunk in range(splits):
             for j in range(n // splits):
                 row = tensor.select(dim, chunk * (n // splits) + j)
@@ -116,12 +118,12 @@ def test_odd_sizes_round_trip_through_padding(n, k, rank):
     def check(plain, padded, shape, value, pack, unpack):
         assert padded.dtype == plain.dtype and padded.shape == shape
         rows = slice(len(plain)), *[slice(size) for size in plain.shape[1:]]
-        assert same(padded[rows], plain)
+        assert same_bits(padded[rows], plain)
         assert (padded.float() == value).sum() >= padded.numel() - plain.numel()
         outside = torch.ones(padded.shape, dtype=torch.bool)
         outside[rows] = False
         assert (padded.float()[outside] == value).all()
-        assert same(unpack(pack(padded)), padded)
+        assert same_bits(unpack(pack(padded)), padded)
 
     pads = layout.pad_codes, layout.pad_scales, layout.pad_vector, layout.pad_down, layout.pad_up
     pad_codes, pad_scales, pad_vector, pad_down, pad_up = pads

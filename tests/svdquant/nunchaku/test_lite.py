@@ -11,6 +11,7 @@ from torch import nn
 
 import nunchaku_bytes
 import ptq4dm
+from helpers import distance
 from ptq4dm.errors import UserError
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.quantization.report import kernel_report
@@ -55,11 +56,6 @@ def made(tmp_path_factory):
 kinds = pytest.mark.parametrize("kind", ["int4", "nvfp4"])
 
 
-def close(a, b, share):
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm()) < share
-
-
 @kinds
 def test_every_layer_is_the_formula(made, kind):
     folder, layers = made[kind]
@@ -71,11 +67,11 @@ def test_every_layer_is_the_formula(made, kind):
         x = torch.randn(2, 9, layer.codes.shape[1], generator=draw)
         x[0, 0] = 0
         ours = model.get_submodule(name)
-        assert close(ours(x), nunchaku_bytes.compute(layer, x), 1e-6), name
+        assert distance(ours(x), nunchaku_bytes.compute(layer, x)) < 1e-6, name
         assert ours(x.bfloat16()).dtype == torch.bfloat16
         exact = ours.dequantized(torch.float32)
         outputs = nunchaku_bytes.compute(layer, x)
-        assert close(exact(x), outputs, 0.2 if layer.smooth is not None else 1e-6)
+        assert distance(exact(x), outputs) < (0.2 if layer.smooth is not None else 1e-6)
 
 
 @kinds
@@ -88,7 +84,7 @@ def test_the_whole_model_is_the_formula(made, kind):
     assert load_nunchaku_lite(folder, given) is given
     wanted = nunchaku_bytes.run(nunchaku_bytes.computed(nunchaku_bytes.tiny_flux(), layers))
     result = nunchaku_bytes.run(given)
-    assert result.isfinite().all() and result.std() > 0.1 and close(result, wanted, 1e-2)
+    assert result.isfinite().all() and result.std() > 0.1 and distance(result, wanted) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -121,7 +117,7 @@ def test_it_saves_and_loads_as_ours(made, kind, dtype, tmp_path):
     layer.to(dtype)
     again.dequantize()
     assert not any(isinstance(m, (SVDQLinear, NVFP4Linear)) for m in again.modules())
-    assert close(nunchaku_bytes.run(again, dtype), before, 0.5)
+    assert distance(nunchaku_bytes.run(again, dtype), before) < 0.5
     assert {"format", "bytes"} <= kernel_report(model)[0].keys()
 
 
@@ -161,8 +157,8 @@ def test_no_bias_no_branch_and_padding(tmp_path):
     model = load_nunchaku_lite(tmp_path, Plain())
     assert model.one.bias is None and model.one.down is None and model.two.plan.rank == 6
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
-    assert close(model.one(x), nunchaku_bytes.compute(one, x), 1e-6)
-    assert close(model.two(model.one(x)), nunchaku_bytes.compute(two, model.one(x)), 1e-6)
+    assert distance(model.one(x), nunchaku_bytes.compute(one, x)) < 1e-6
+    assert distance(model.two(model.one(x)), nunchaku_bytes.compute(two, model.one(x))) < 1e-6
 
 
 class Exact(diffusers.ModelMixin, diffusers.ConfigMixin):
@@ -206,7 +202,7 @@ def test_awq_zeros_may_be_rounded_otherwise(made, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     layer = load_nunchaku_lite(tmp_path, nunchaku_bytes.tiny_flux()).get_submodule(NORM)
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
-    assert close(layer(x), nunchaku_bytes.compute(layers[NORM], x), 1e-6)
+    assert distance(layer(x), nunchaku_bytes.compute(layers[NORM], x)) < 1e-6
 
 
 def change(key, value):

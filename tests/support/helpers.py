@@ -1,0 +1,44 @@
+"""What tests of many rooms share: random numbers, the answers of models, and how far apart two answers are."""
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+
+
+def normal(*shape, seed=0, scale=1.0, dtype=torch.float32):
+    """Standard normal numbers times `scale`: of one seed always the same."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def correlated(rows, columns, seed=3):
+    """Inputs that lie near a plane of a few dimensions."""
+    return normal(rows, 8, seed=seed) @ normal(8, columns, seed=seed + 1) + 0.3 * normal(rows, columns, seed=seed + 2)
+
+
+def distance(found, expected):
+    """|found - expected| / |expected| (2-norm), in float64 on the CPU."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def run(model, seed=5):
+    """The answer of a tiny UNet or DiT to one fixed input of two rows, in its own dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, size = model.config.in_channels, model.config.sample_size
+    x = torch.randn(2, channels, size, size, generator=generator)
+    extra = {}
+    if isinstance(model, UNet2DConditionModel):
+        words = torch.randn(2, 3, model.config.cross_attention_dim, generator=generator)
+        extra["encoder_hidden_states"] = words.to(model.device, model.dtype)
+    elif isinstance(model, DiTTransformer2DModel):
+        extra["class_labels"] = torch.tensor([1, 7], device=model.device)
+    times = torch.tensor([10, 70], device=model.device)
+    return model(x.to(model.device, model.dtype), timestep=times, return_dict=False, **extra)[0]
+
+
+def same(one, other):
+    """Whether two models or state dicts hold the same tensors: names, dtypes and every value."""
+    one, other = (x.state_dict() if isinstance(x, torch.nn.Module) else x for x in (one, other))
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )

@@ -96,7 +96,7 @@ class Bench:
         if name != "full precision":
             report = ptq4dm.quantize(model, self._config(name, options), self.store)
             row["seconds_to_quantize"] = round(time.time() - start, 1)
-            row |= self.truth.compare(model)[0]
+            row |= self.truth.compare(model)
             row["bytes_float16"] = bytes_of_float16(model) / bytes_of_float16(exact)
             row["kernels"] = sorted({layer["kernel"] for layer in report.layers})
         if args.num_fid:

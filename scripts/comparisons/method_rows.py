@@ -108,8 +108,8 @@ def low_rank() -> list[Row]:
         turn = {"rounding": "nearest", "refinements": 0}
         fill = at_bytes_of(make(), RTNConfig)
         rows += [
-            Row(f"RTN W4A{activations[3:]} g64", "baseline", make(**plain), name),
-            Row(f"RTN W4A{activations[3:]} and W8A8, bytes of SVDQuant", "baseline", make(**plain), name, plan=fill),
+            Row(f"RTN as {name}", "baseline", make(**plain), name),
+            Row(f"RTN in the bytes of {name}", "baseline", make(**plain), name, plan=fill),
             Row(name, "method", make()),
             Row(f"{name}, no branch", "ablation", make(rank=0), name),
             Row(f"{name}, no smoothing", "ablation", make(smoothing="none"), name),

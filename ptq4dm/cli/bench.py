@@ -8,8 +8,8 @@ import torch
 
 from ..errors import UserError
 from ..kernels.runtime.settings import tuned_file
+from ..pipelines.denoiser import denoiser
 from ..pipelines.load import EMBEDDED
-from ..pipelines.sampling import denoiser
 from ..quantization.saving import make_parent
 from ..samplers.comparison.compare import SamplerBench, bench_samplers
 from ..samplers.comparison.table import plot_rows, table

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..calibration.collect import collect
 from ..errors import UserError
 from ..layers.view import find_layers
-from ..pipelines.sampling import denoiser
+from ..pipelines.denoiser import denoiser
 from ..quantization.saving import make_parent
 from .options import (
     add_calibration,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..pipelines.sampling import denoiser
+from ..pipelines.denoiser import denoiser
 from ..quantization.diffusers_bridge import quantization_config
 from ..quantization.report import kernel_report, stored_bytes
 from .options import QUANTIZED_FIRST, add_model, default_model, load

@@ -9,7 +9,7 @@ from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..layers.plan import Plan
 from ..layers.view import find_layers
-from ..pipelines.sampling import denoiser
+from ..pipelines.denoiser import denoiser
 from ..quantization import recipe
 from ..quantization.pictures import PICTURES, picture_of
 from ..quantization.quantize import quantize

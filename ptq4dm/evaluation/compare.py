@@ -1,8 +1,4 @@
-"""Two denoisers or two sets of pictures side by side: the paired evidence that quality is judged by.
-
-Same-seed endpoint error, noise-prediction error on inputs that both models are given alike, and step time measured
-alternately in one run. Sums are float64 and add up over processes.
-"""
+"""Two denoisers side by side: noise prediction error on held-out inputs, bytes, and step time, taken in turns."""
 
 from __future__ import annotations
 
@@ -12,79 +8,14 @@ from dataclasses import replace
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibration.record import Calls, record_calls, replay
-from ..errors import UserError
 from ..pipelines.denoiser import denoiser
 from ..quantization.report import stored_bytes
-
-MSE_FLOOR = 1e-10  # 100 dB: what identical pictures are given, so that a mean over pictures stays finite
-
-
-def image_errors(images: Tensor, reference: Tensor) -> list[float]:
-    """Mean squared error of each image, data range 1: [N,3,H,W] float in [0,1] twice -> N floats.
-
-    Raises:
-        UserError: the shapes differ.
-    """
-    if images.shape != reference.shape:
-        raise UserError(
-            f"the two models make images of different shapes, {list(images.shape)} and {list(reference.shape)}; "
-            "they cannot be compared."
-        )
-    return (images.double() - reference.double()).square().flatten(1).mean(1).tolist()
-
-
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB for data range 1, at most 100 dB (identical pictures)."""
-    return float(-10 * torch.tensor(max(mse, MSE_FLOOR), dtype=torch.float64).log10())
-
-
-class EpsilonError:
-    """sum |e_q - e_fp|^2 / sum |e_fp|^2 of noise predictions, per equal-width bin of timesteps and over all.
-
-    `sums` is float64 [num_bins, 3]: squared difference, squared reference, rows.
-    """
-
-    def __init__(self, num_bins: int, num_train_timesteps: int) -> None:
-        self.width = num_train_timesteps / num_bins
-        self.sums = torch.zeros(num_bins, 3, dtype=torch.float64)
-
-    def update(self, model: nn.Module, full_precision: nn.Module, calls: Calls) -> None:
-        """Give both denoisers the same recorded inputs and add up the difference of their answers."""
-        wrong, right = (replay(m, calls).detach().cpu().double().flatten(1) for m in (model, full_precision))
-        t = calls.timestep.double()
-        if calls.timestep.is_floating_point() and t.max() <= 1:
-            t = t * self.width * len(self.sums)  # flow-matching pipelines call their model with t in [0, 1]
-        bins = (t / self.width).long().clamp(0, len(self.sums) - 1)
-        rows = torch.stack([(wrong - right).square().sum(1), right.square().sum(1), torch.ones_like(t)], dim=1)
-        self.sums.index_add_(0, bins, rows.double())
-
-    def result(self) -> dict:
-        """{"overall", "rows", "bins": [{"from", "to", "rows", "error"}]}; bins without rows are left out.
-
-        Raises:
-            UserError: nothing was measured, or a prediction held NaN or infinity.
-        """
-        if not self.sums.isfinite().all():
-            raise UserError("a noise prediction holds NaN or infinity; the quantized model overflowed.")
-        total = self.sums.sum(0)
-        if total[1] == 0:
-            raise UserError("the full-precision model predicts no noise at all; its error has no scale.")
-        bins = [
-            {
-                "from": round(k * self.width),
-                "to": round((k + 1) * self.width),
-                "rows": int(rows),
-                "error": difference / reference if reference else None,
-            }
-            for k, (difference, reference, rows) in enumerate(self.sums.tolist())
-            if rows
-        ]
-        return {"overall": float(total[0] / total[1]), "rows": int(total[2]), "bins": bins}
+from .paired import EpsilonError
 
 
 def heldout_timesteps(number: int, num_train_timesteps: int) -> list[float]:
@@ -180,8 +111,7 @@ def compare_denoisers(pipe, full_precision, config) -> dict:
         for k in tqdm(starts, desc="noise prediction", unit="batch", disable=not state.is_main_process):
             rows = slice(k, k + config.batch_size)
             error.update(model, original, record(seeds[rows], timesteps[rows]))
-        if state.num_processes > 1:
-            error.sums = reduce(error.sums.to(state.device), reduction="sum").cpu()
+        error.rows = gather_object(error.rows)
         result["epsilon_error"] = {"seed": config.heldout_seed, **error.result()}
     ours, theirs = stored_bytes(model), stored_bytes(original)
     result["bytes"] = {"model": ours, "full_precision": theirs, "ratio": theirs / ours}

@@ -13,14 +13,14 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files.atomic import output_folder
 from ..pipelines.denoiser import denoiser
-from ..pipelines.images import to_uint8
 from ..pipelines.sampling import sample
 from ..quantization.options import option
 from ..quantization.report import stored_bytes
-from .compare import compare_denoisers, image_errors, psnr
+from .compare import compare_denoisers
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
-from .frechet import Moments, write_statistics
+from .frechet import write_statistics
 from .inception import MODES
+from .paired import image_errors, paired_psnr
 from .report import write_report, write_samples
 
 
@@ -140,32 +140,26 @@ def write_reference(
 
 
 def _measure(pipe, full_precision, config: EvaluateConfig):
-    """The report, and pictures to show; see `_sample_all`."""
+    """The report, and pictures to show; see `_Pictures`."""
     report: dict = {"sampler": _sampler(pipe), "num_inference_steps": config.num_inference_steps, "warnings": []}
-    extractor = moments = None
+    pictures = _Pictures(pipe, full_precision, config)
     if config.metric != "none":
         extractor = _extractor(config, denoiser(pipe).device)
         reference = load_reference_statistics(extractor, config.reference, config.batch_size)
-        moments = Moments(extractor.dim)
-    num_paired = config.num_paired if full_precision is not None else 0
-    errors, shown = _sample_all(pipe, full_precision, config, num_paired, extractor, moments)
-    if moments:
-        report["frechet"], report["warnings"] = frechet_entry(extractor, moments.reduced(), reference)
+        moments = extractor.moments(pictures.batches()).reduced()
+        report["frechet"], report["warnings"] = frechet_entry(extractor, moments, reference)
         report["frechet"] |= {"seed": config.seed, "num_inference_steps": config.num_inference_steps}
-    if num_paired:
-        errors = gather_object(errors)
-        report["paired"] = {
-            "num_images": len(errors),
-            "seed": config.seed,
-            "psnr_db": sum(map(psnr, errors)) / len(errors),
-            "mse": sum(errors) / len(errors),
-            "identical": errors.count(0.0),
-        }
+    else:
+        for _ in pictures.batches():
+            pass
+    if pictures.num_paired:
+        errors = gather_object(pictures.errors)
+        report["paired"] = {"num_images": len(errors), "seed": config.seed, **paired_psnr(errors)}
     if full_precision is not None:
         report |= compare_denoisers(pipe, full_precision, config)
     else:
         report["bytes"] = {"model": stored_bytes(denoiser(pipe))}
-    return report, shown
+    return report, pictures.shown
 
 
 def _sampler(pipe) -> dict:
@@ -178,45 +172,49 @@ def _extractor(config: EvaluateConfig, device) -> Extractor:
     return load_extractor(config.metric, device, config.inception_weights, config.resize)
 
 
-def _sample_all(pipe, full_precision, config, num_paired, extractor, moments):
-    """Sample this process's share: features into `moments`; the pairs' squared errors; and pictures to show.
+class _Pictures:
+    """This process's share of the pictures: sampled as `batches` is read, the pairs compared on the way.
 
     Seeds are dealt like cards, so that every process has its part of the pairs. Pairs make batches of their own: the
     same batch for both models, as kernels may round differently in another batch size.
+
+    errors: the pairs' mean squared errors; shown: (rows of pictures, seeds) of the first batch, None before it.
     """
-    state = PartialState()
-    num_samples = config.num_images if moments else 0
-    errors: list[float] = []
-    shown: tuple[list, list[int]] | None = None
-    seeds = range(config.seed, config.seed + max(num_paired, num_samples))
-    dealt = slice(state.process_index, None, state.num_processes)
-    parts = [seeds[:num_paired][dealt], seeds[num_paired:][dealt]]
-    batches = [list(p[i : i + config.batch_size]) for p in parts for i in range(0, len(p), config.batch_size)]
 
-    alone = state.is_main_process and len(batches) == 1  # then the pipeline's own bar says more
+    def __init__(self, pipe, full_precision, config: EvaluateConfig) -> None:
+        self.pipe, self.full_precision, self.config = pipe, full_precision, config
+        self.num_paired = config.num_paired if full_precision is not None else 0
+        self.num_counted = config.num_images if config.metric != "none" else 0
+        self.errors: list[float] = []
+        self.shown: tuple[list, list[int]] | None = None
 
-    def draw(model, batch):
+    def batches(self):
+        """Images [B, 3, H, W] in [0, 1] of the seeds that the Frechet distance counts."""
+        config, state = self.config, PartialState()
+        seeds = range(config.seed, config.seed + max(self.num_paired, self.num_counted))
+        dealt = slice(state.process_index, None, state.num_processes)
+        parts = [seeds[: self.num_paired][dealt], seeds[self.num_paired :][dealt]]
+        batches = [list(p[i : i + config.batch_size]) for p in parts for i in range(0, len(p), config.batch_size)]
+        alone = state.is_main_process and len(batches) == 1  # then the pipeline's own bar says more
+        hidden = alone or not state.is_main_process
+        with tqdm(total=sum(map(len, parts)), unit="image", desc="sampling", disable=hidden) as bar:
+            for batch in batches:
+                images = self._draw(self.pipe, batch, alone)
+                rows = [("quantized" if self.full_precision is not None else "samples", images)]
+                if batch[0] < config.seed + self.num_paired:
+                    rows.insert(0, ("full precision", self._draw(self.full_precision, batch, alone)))
+                    self.errors += image_errors(images, rows[0][1])
+                self.shown = self.shown or (rows, batch)
+                if counted := sum(seed < config.seed + self.num_counted for seed in batch):
+                    yield images[:counted]
+                bar.update(len(batch))
+
+    def _draw(self, pipe, seeds: list[int], progress: bool):
         return sample(
-            model,
-            batch,
-            progress=alone,
-            num_inference_steps=config.num_inference_steps,
-            conditioning=config.conditioning,
-            pipeline_kwargs=config.pipeline_kwargs,
+            pipe,
+            seeds,
+            progress=progress,
+            num_inference_steps=self.config.num_inference_steps,
+            conditioning=self.config.conditioning,
+            pipeline_kwargs=self.config.pipeline_kwargs,
         )
-
-    hidden = alone or not state.is_main_process
-    bar = tqdm(total=sum(map(len, parts)), unit="image", desc="sampling", disable=hidden)
-    for batch in batches:
-        images = draw(pipe, batch)
-        rows = [("quantized" if full_precision is not None else "samples", images)]
-        if batch[0] < config.seed + num_paired:
-            rows.insert(0, ("full precision", draw(full_precision, batch)))
-            errors += image_errors(images, rows[0][1])
-        shown = shown or (rows, batch)
-        counted = sum(s < config.seed + num_samples for s in batch)
-        if counted:
-            moments.update(extractor(to_uint8(images[:counted])))
-        bar.update(len(batch))
-    bar.close()
-    return errors, shown

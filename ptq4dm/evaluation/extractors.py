@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..pipelines.embedded import asset_path
-from ..pipelines.images import list_images, load_images
-from .features import NUM_FEATURES, load_features
+from ..pipelines.images import list_images, load_images, to_uint8
+from .features import NUM_FEATURES, Features, load_features
 from .frechet import Moments, Statistics, frechet_distance, read_statistics
 
 EMBEDDED_STATISTICS = "features-cifar10/train-statistics.npz"
@@ -43,6 +43,13 @@ class Extractor:
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             return self.network(images.to(self.device))
 
+    def moments(self, batches: Iterable[Tensor]) -> Moments:
+        """Feature moments of images [B, 3, H, W], batch by batch: uint8, or float in [0, 1], rounded as if saved."""
+        moments = Moments(self.dim)
+        for images in batches:
+            moments.update(self(images if images.dtype == torch.uint8 else to_uint8(images)))
+        return moments
+
 
 def load_extractor(
     metric: str,
@@ -57,16 +64,7 @@ def load_extractor(
     """
     device = torch.device(device)
     if metric == "feature-fid":
-        net = load_features(device)
-        # Pixels of saved pictures, so that a pipeline and its PNG files give the same figure.
-        return Extractor(
-            "feature-FID",
-            "ptq4dm features-cifar10",
-            NUM_FEATURES,
-            "none (32x32)",
-            lambda images: net.features(images.float() / 127.5 - 1),
-            device,
-        )
+        return feature_extractor(load_features(device), device)
     if metric == "fid":
         from .inception import NUM_FEATURES as DIM
         from .inception import load_inception
@@ -78,6 +76,19 @@ def load_extractor(
     raise UserError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}.")
 
 
+def feature_extractor(net: Features, device: torch.device | str = "cpu") -> Extractor:
+    """The extractor of feature-FID with a network of the embedded kind, on its device."""
+    # Pixels of saved pictures, so that a pipeline and its PNG files give the same figure.
+    return Extractor(
+        "feature-FID",
+        "ptq4dm features-cifar10",
+        NUM_FEATURES,
+        "none (32x32)",
+        lambda images: net.features(images.float() / 127.5 - 1),
+        torch.device(device),
+    )
+
+
 def folder_moments(folder: str | os.PathLike, extractor: Extractor, batch_size: int) -> Moments:
     """Feature moments of all images in a folder; in a launch of several processes each reads its share of the files.
 
@@ -87,16 +98,18 @@ def folder_moments(folder: str | os.PathLike, extractor: Extractor, batch_size: 
     paths = list_images(folder)
     if len(paths) < 2:
         raise UserError(f"{folder} holds one image; a Frechet distance needs at least 2.")
-    state, moments = PartialState(), Moments(extractor.dim)
+    state = PartialState()
     mine = paths[state.process_index :: state.num_processes]
-    bar = tqdm(total=len(mine), unit="image", desc=Path(folder).name, disable=not state.is_main_process)
-    for start in range(0, len(mine), batch_size):
-        batch = mine[start : start + batch_size]
-        # The folder's first image heads every batch, so that a stray size is caught wherever it lies.
-        moments.update(extractor(load_images([paths[0], *batch])[1:]))
-        bar.update(len(batch))
-    bar.close()
-    return moments.reduced()
+
+    def batches():
+        with tqdm(total=len(mine), unit="image", desc=Path(folder).name, disable=not state.is_main_process) as bar:
+            for start in range(0, len(mine), batch_size):
+                batch = mine[start : start + batch_size]
+                # The folder's first image heads every batch, so that a stray size is caught wherever it lies.
+                yield load_images([paths[0], *batch])[1:]
+                bar.update(len(batch))
+
+    return extractor.moments(batches()).reduced()
 
 
 @dataclass

@@ -26,8 +26,10 @@ def format_report(report: dict) -> str:
             facts.append(f"seeds from {f['seed']}, {f['num_inference_steps']} steps")
         lines += [f"    {', '.join(facts)}", f"    against {f['reference']}"]
     if p := report.get("paired"):
-        same = f", {p['identical']} identical (counted as 100 dB)" if p["identical"] else ""
-        lines.append(f"{'same-seed PSNR':<22} {p['psnr_db']:.2f} dB   MSE {p['mse']:.3e}")
+        same = f", {p['identical']} identical (counted as 120 dB)" if p["identical"] else ""
+        low, high = p["psnr_interval"] or (None, None)
+        reach = "" if low is None else f" (95 %: {low:.2f} to {high:.2f})"
+        lines.append(f"{'same-seed PSNR':<22} {p['psnr_db']:.2f} dB{reach}   MSE {p['mse']:.3e}")
         lines.append(f"    {p['num_images']} images, seeds from {p['seed']}{same}")
     if e := report.get("epsilon_error"):
         lines.append(f"{'epsilon error':<22} {e['overall']:.3e}   |e_q - e_fp|^2 / |e_fp|^2")

@@ -15,11 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ...errors import UserError
-from ...evaluation.extractors import load_extractor, load_reference_statistics
-from ...evaluation.frechet import Moments, frechet_distance
+from ...evaluation.feature_fid import FeatureFID
 from ...files.rows import Rows
 from ...pipelines.denoiser import class_count, denoiser, evaluation_mode
-from ...pipelines.images import to_uint8
 from ..catalog import make_sampler
 
 SAMPLERS = (
@@ -37,7 +35,7 @@ SAMPLERS = (
 
 @dataclass
 class SamplerBench:
-    """Settings of a comparison: each sampler at each budget of evaluations, feature-FID of num_images (seeds from seed)."""
+    """Settings of a comparison: samplers, budgets of evaluations, and images (seeds from seed) of each feature-FID."""
 
     samplers: Sequence[str] = SAMPLERS
     evaluations: Sequence[int] = (5, 6, 8, 10, 15, 20, 50)
@@ -101,30 +99,31 @@ def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: Rows
     """Add a row for each (sampler, budget)."""
     model = denoiser(pipe)
     device = model.device
-    extractor = load_extractor("feature-fid", device)
-    real = load_reference_statistics(extractor, None, config.batch_size).statistics
+    measure = FeatureFID(device)
     seeds = range(config.seed, config.seed + config.num_images)
     noise = torch.cat([torch.randn(1, 3, 32, 32, generator=_generator(s)) for s in seeds])
     classes = class_count(pipe)
     labels = None if classes is None else torch.tensor(list(seeds)) % classes
     run = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+
+    def batches(scheduler, budget):
+        for part in torch.arange(len(noise)).split(config.batch_size):
+            set_budget(scheduler, budget, device)  # anew: some solvers remember their last steps
+            given = None if labels is None else labels[part].to(device)
+            yield (solve(run, scheduler, noise[part].to(device), given) / 2 + 0.5).clamp(0, 1)
+
     tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32)
     with evaluation_mode(model), tuned, tqdm(todo, desc="samplers", unit="row") as bar:
         for name, budget in bar:
             bar.set_postfix_str(f"{name} {budget}")
             scheduler, start = make_sampler(name, pipe.scheduler.config), time.time()
-            moments = Moments(extractor.dim)
-            for part in torch.arange(len(noise)).split(config.batch_size):
-                used = set_budget(scheduler, budget, device)
-                given = None if labels is None else labels[part].to(device)
-                images = solve(run, scheduler, noise[part].to(device), given)
-                moments.update(extractor(to_uint8((images / 2 + 0.5).clamp(0, 1))))
+            used = set_budget(scheduler, budget, device)
             rows.add(
                 {
                     "sampler": name,
                     "budget": budget,
                     "evaluations": used,
-                    "feature_fid": frechet_distance(moments.mu, moments.sigma, real.mu, real.sigma),
+                    "feature_fid": measure(batches(scheduler, budget)),
                     "seconds": round(time.time() - start, 1),
                     "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
                 }

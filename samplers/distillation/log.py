@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from ...errors import UserError
-from ...evaluation.extractors import load_extractor, load_reference_statistics
+from ...evaluation.feature_fid import FeatureFID
 from ...evaluation.features import IMAGE_SIZE
-from ...evaluation.frechet import Moments, frechet_distance
 from ...files.atomic import replacing
 from ...pipelines.images import image_grid, save_picture, to_uint8
 
@@ -59,8 +59,7 @@ class Exhibition:
                     f"feature-FID is of {IMAGE_SIZE}x{IMAGE_SIZE} RGB images; this model makes {shape[2]}x{shape[1]} "
                     f"with {shape[0]} channels: set num_fid to 0."
                 )
-            self.extractor = load_extractor("feature-fid", device)
-            self.real = load_reference_statistics(self.extractor, None, EVALUATION_BATCH).statistics
+            self.measure = FeatureFID(device)
         number = max(self.num_fid, GRID)
         # Not the noise of generate and evaluate, which goes by seeds, so nothing can be tuned to it.
         self.z = torch.randn(number, *shape, generator=torch.Generator().manual_seed(config.seed + 2**31))
@@ -71,17 +70,19 @@ class Exhibition:
         """feature-FID of the student over num_fid images (None: not asked for); the first of them as a grid."""
         if not (self.pictures or self.num_fid):
             return None
+        batches = self._batches(net)
+        first = next(batches)
+        figure = self.measure(chain([first], batches)) if self.num_fid else None
+        grid = first[:GRID].expand(-1, 3, -1, -1).cpu()
+        picture.parent.mkdir(exist_ok=True)
+        save_picture(image_grid(grid, 8, max(1, 64 // grid.shape[-1])), picture)
+        return figure
+
+    def _batches(self, net):
+        """Images [B, C, H, W] uint8: those of the figure, or as many as the grid takes."""
         number = self.num_fid or GRID
-        moments = Moments(self.extractor.dim) if self.num_fid else None
         for start in range(0, number, EVALUATION_BATCH):
             rows = slice(start, min(start + EVALUATION_BATCH, number))
             labels = None if self.labels is None else self.labels[rows].to(self.device)
             images = self.diffusion.generate(net, self.z[rows].to(self.device), labels)
-            images = to_uint8((images / 2 + 0.5).clamp(0, 1))
-            if moments:
-                moments.update(self.extractor(images))
-            if start == 0:
-                first = images[:GRID].expand(-1, 3, -1, -1).cpu()
-        picture.parent.mkdir(exist_ok=True)
-        save_picture(image_grid(first, 8, max(1, 64 // first.shape[-1])), picture)
-        return moments and frechet_distance(moments.mu, moments.sigma, self.real.mu, self.real.sigma)
+            yield to_uint8((images / 2 + 0.5).clamp(0, 1))

@@ -21,7 +21,7 @@ from paired import Paired
 from tqdm.auto import tqdm
 
 import ptq4dm
-from ptq4dm.calibration.collect import draw_timesteps, timestep_bins
+from ptq4dm.calibration.collect import draw_timesteps
 from ptq4dm.errors import run
 from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.denoiser import denoiser
@@ -95,20 +95,13 @@ class Bench:
             result["kernels"] = sorted({layer["kernel"] for layer in report.layers})
             result["simulated"] = row["bits"] != "W8A8"
             result["bytes_ratio"] = stored_bytes(model) / stored_bytes(truth.exact)
-            figures, errors = truth.compare(model)
-            result |= {**figures, "eps_error_bins": self._by_time(errors)}
+            result |= truth.compare(model)
         result["feature_fid"] = (
             truth.feature_fid(model, self.args.num_fid, self.args.steps) if self.args.num_fid else None
         )
         result["seconds"] = round(time.time() - start, 1)
         result["device"] = torch.cuda.get_device_name() if self.args.device.startswith("cuda") else "CPU"
         return result
-
-    def _by_time(self, errors: torch.Tensor) -> list[float | None]:
-        """Relative error of the predictions in ten equal parts of the timesteps."""
-        bins = timestep_bins(self.truth.calls.timestep, 10, self.pipe.scheduler.config.num_train_timesteps)
-        sums = [errors[bins == b].sum(0) for b in range(10)]
-        return [float(noise / signal) if signal else None for noise, signal in sums]
 
 
 def markdown(results: list[dict]) -> str:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from conditions import bytes_of_float16, tensor_float32
 from paired import Paired
 from tqdm.auto import tqdm
 
@@ -64,16 +64,6 @@ def mixed() -> list[tuple[str, dict]]:
 TABLES = {"parts": parts, "bytes": sizes, "mixed": mixed}
 
 
-def bytes_of_float16(model: torch.nn.Module) -> int:
-    """Bytes of all tensors of a float32 model, were it one of float16: codes and scales stay what they are."""
-
-    def size(name: str, tensor: torch.Tensor) -> int:
-        scale = name.rpartition(".")[2] in ("weight_scale", "input_scale")
-        return tensor.numel() * (2 if tensor.dtype == torch.float32 and not scale else tensor.element_size())
-
-    return sum(size(name, tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()])
-
-
 class Bench:
     """The model, its calibration and its truth, each made once."""
 
@@ -96,7 +86,7 @@ class Bench:
         if name != "full precision":
             report = ptq4dm.quantize(model, self._config(name, options), self.store)
             row["seconds_to_quantize"] = round(time.time() - start, 1)
-            row |= self.truth.compare(model)[0]
+            row |= self.truth.compare(model)
             row["bytes_float16"] = bytes_of_float16(model) / bytes_of_float16(exact)
             row["kernels"] = sorted({layer["kernel"] for layer in report.layers})
         if args.num_fid:
@@ -113,17 +103,6 @@ class Bench:
         if name == "PTQ4DM W8A8":
             return ptq4dm.PTQ4DMConfig(modules_to_not_convert=list(kept))
         return ptq4dm.SVDQuantConfig(roles=kept, **options)
-
-
-@contextmanager
-def tensor_float32(on: bool):
-    """Matrix products of float32 in TF32: ten thousand images in half the time; no paired figure is made so."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = on
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def markdown(rows: list[dict]) -> str:

@@ -1,20 +1,24 @@
-"""A model beside its full-precision original: same-seed images, noise predictions on held-out tuples, feature-FID."""
+"""Many models beside one full-precision original, whose images and noise predictions are made once.
+
+The figures themselves are those of `ptq4dm evaluate`: ptq4dm/evaluation/paired.py and feature_fid.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from ptq4dm.calibration.record import Calls, record_calls, replay
-from ptq4dm.evaluation.extractors import load_extractor, load_reference_statistics
-from ptq4dm.evaluation.frechet import Moments, frechet_distance
+from ptq4dm.evaluation.feature_fid import FeatureFID
+from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr
 from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
-from ptq4dm.pipelines.images import to_uint8
 from ptq4dm.pipelines.sampling import sample
 
 HELD_OUT = 1_000_000  # first seed that calibration never uses
+NUM_BINS = 10  # equal parts of the timesteps
 
 
 @dataclass
@@ -36,20 +40,21 @@ class Paired:
             self.eps = self.predict(self.exact)
             self.images = torch.cat(list(self.sample(self.exact, self.seeds, self.steps)))
 
-    def compare(self, model) -> tuple[dict, torch.Tensor]:
-        """PSNR of same-seed images and relative squared error of predictions; (noise, signal) of each tuple."""
+    def compare(self, model) -> dict:
+        """psnr (dB), psnr_stderr, psnr_interval, mse of the images; eps_error of the predictions, and
+        eps_error_bins by NUM_BINS parts of the timesteps (None where no tuple lies)."""
         images = torch.cat(list(self.sample(model, self.seeds, self.steps)))
-        mse = (images - self.images).double().square().flatten(1).mean(1)
-        psnr = -10 * mse.clamp_min(1e-12).log10()
-        noise = (self.predict(model) - self.eps).double().square().flatten(1).sum(1)
-        signal = self.eps.double().square().flatten(1).sum(1)
-        figures = {
-            "psnr": float(psnr.mean()),
-            "psnr_stderr": float(psnr.std() / len(psnr) ** 0.5),
-            "mse": float(mse.mean()),
-            "eps_error": float(noise.sum() / signal.sum()),
+        pictures = paired_psnr(image_errors(images, self.images))
+        error = EpsilonError(NUM_BINS, self.pipe.scheduler.config.num_train_timesteps)
+        error.add(self.calls.timestep, self.predict(model), self.eps)
+        return {
+            "psnr": pictures["psnr_db"],
+            "psnr_stderr": pictures["psnr_stderr"],
+            "psnr_interval": pictures["psnr_interval"],
+            "mse": pictures["mse"],
+            "eps_error": error.result()["overall"],
+            "eps_error_bins": [float(noise / signal) if signal else None for noise, signal, _ in error.sums],
         }
-        return figures, torch.stack([noise, signal], 1)
 
     def predict(self, model) -> torch.Tensor:
         model.eval()
@@ -67,12 +72,11 @@ class Paired:
 
     def feature_fid(self, model, count: int, steps: int) -> float:
         """Of `count` images, seeds from 0."""
-        extractor = load_extractor("feature-fid", denoiser(self.pipe).device)
-        real = load_reference_statistics(extractor, None, self.batch_size).statistics
-        moments = Moments(extractor.dim)
-        for images in self.sample(model, range(count), steps):
-            moments.update(extractor(to_uint8(images)))
-        return frechet_distance(moments.mu, moments.sigma, real.mu, real.sigma)
+        return self.feature_distance(self.sample(model, range(count), steps))
+
+    @cached_property
+    def feature_distance(self) -> FeatureFID:
+        return FeatureFID(denoiser(self.pipe).device)
 
     def _held_out(self) -> Calls:
         parts = [

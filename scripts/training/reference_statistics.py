@@ -15,9 +15,9 @@ import torch
 from cifar10 import Split, read_cifar10, to_signed
 
 from ptq4dm.errors import run
-from ptq4dm.evaluation.extractors import load_extractor
-from ptq4dm.evaluation.features import NUM_FEATURES, Features, load_features
-from ptq4dm.evaluation.frechet import Moments, Statistics, write_statistics
+from ptq4dm.evaluation.extractors import feature_extractor
+from ptq4dm.evaluation.features import Features, load_features
+from ptq4dm.evaluation.frechet import Statistics, write_statistics
 
 BATCH = 1000
 
@@ -28,12 +28,8 @@ def feature_statistics(net: Features, images: torch.Tensor) -> Statistics:
 
     They carry the names by which `ptq4dm evaluate` knows its own network and its way to read images.
     """
-    device = next(net.parameters()).device
-    moments = Moments(NUM_FEATURES)
-    for batch in images.split(BATCH):
-        moments.update(net.features(to_signed(batch.to(device))))
-    names = load_extractor("feature-fid")
-    return moments.statistics(mode=names.mode, feature=names.feature)
+    extractor = feature_extractor(net, next(net.parameters()).device)
+    return extractor.moments(images.split(BATCH)).statistics(extractor.mode, extractor.feature)
 
 
 @torch.no_grad()

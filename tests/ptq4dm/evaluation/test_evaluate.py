@@ -18,9 +18,10 @@ import ptq4dm
 from models import plain_unet
 from ptq4dm import UserError
 from ptq4dm.calibration.record import Calls, record_calls, replay
-from ptq4dm.evaluation.compare import EpsilonError, heldout_timesteps, image_errors, psnr
+from ptq4dm.evaluation.compare import heldout_timesteps
 from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ptq4dm.evaluation.frechet import read_statistics
+from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr, psnr
 from ptq4dm.evaluation.report import format_report
 from ptq4dm.pipelines.images import save_png, to_uint8
 from ptq4dm.pipelines.sampling import sample
@@ -110,7 +111,9 @@ def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):
 
 def test_a_model_compared_with_itself_loses_nothing():
     report = evaluate(pipeline(), pipeline(), EvaluateConfig(**SMALL, metric="none"))
-    assert report["paired"] == {"num_images": 3, "seed": 0, "psnr_db": 100.0, "mse": 0.0, "identical": 3}
+    paired = {"num_images": 3, "seed": 0, "psnr_db": 120.0, "psnr_stderr": 0.0, "psnr_interval": [120.0, 120.0]}
+    assert report["paired"] == {**paired, "mse": 0.0, "identical": 3}
+    assert "3 identical (counted as 120 dB)" in format_report(report)
     assert report["epsilon_error"]["overall"] == 0.0
 
 
@@ -184,7 +187,7 @@ def test_a_failure_leaves_no_empty_folder_behind(tmp_path, monkeypatch):
 def test_errors_by_hand():
     a = torch.zeros(2, 3, 4, 4)
     assert image_errors(a, a + torch.tensor([0.1, 0.5]).reshape(2, 1, 1, 1)) == pytest.approx([0.01, 0.25])
-    assert psnr(0.01) == pytest.approx(20.0) and psnr(0.0) == pytest.approx(100.0)
+    assert psnr(0.01) == pytest.approx(20.0) and psnr(0.0) == pytest.approx(120.0)
 
     class Constant(torch.nn.Module):
         def __init__(self, value):
@@ -202,6 +205,27 @@ def test_errors_by_hand():
     error.update(Constant(float("inf")), Constant(2), Calls(torch.zeros(1, 3, 2, 2), torch.tensor([1])))
     with pytest.raises(UserError, match="overflowed"):
         error.result()
+
+
+def test_the_interval_of_a_psnr_is_students():
+    figures = paired_psnr([1e-2, 1e-3, 1e-4])  # 20, 30, 40 dB: standard deviation 10
+    assert figures["psnr_db"] == pytest.approx(30) and figures["psnr_stderr"] == pytest.approx(10 / 3**0.5)
+    reach = 4.302653 * 10 / 3**0.5  # Student's law with two degrees of freedom, 97.5 %
+    assert figures["psnr_interval"] == pytest.approx([30 - reach, 30 + reach])
+    assert figures["mse"] == pytest.approx(0.0037) and figures["identical"] == 0
+    alone = paired_psnr([0.0])
+    assert (alone["psnr_db"], alone["psnr_interval"], alone["identical"]) == (120, None, 1)
+
+
+def test_whether_time_runs_to_one_is_decided_over_all_rows():
+    error = EpsilonError(num_bins=2, num_train_timesteps=10)
+    for t in ([0.5, 1.0], [9.0]):  # the first batch alone looks like a flow model's
+        error.add(torch.tensor(t), torch.full((len(t), 1), 3.0), torch.full((len(t), 1), 2.0))
+    assert [(b["from"], b["rows"]) for b in error.result()["bins"]] == [(0, 2), (5, 1)]
+    flow = EpsilonError(num_bins=2, num_train_timesteps=10)
+    for t in ([0.2], [0.7, 1.0]):
+        flow.add(torch.tensor(t), torch.full((len(t), 1), 3.0), torch.full((len(t), 1), 2.0))
+    assert [(b["from"], b["rows"]) for b in flow.result()["bins"]] == [(0, 1), (5, 2)]
 
 
 LAUNCHED = """

@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_quantization_is_refused(dit, tmp_path):
 
 
 def test_ranges_by_output_error_lower_the_error_of_outputs(dit):
-    """Static inputs and weights: the objective that looks at outputs beats the one that looks at nothing, on outputs."""
+    """Static inputs and weights: the objective that looks at outputs beats the whole range, on outputs."""
     sums = {}
     for objective in ("max", "output"):
         model, store = denoisers.pair("dit")

@@ -1,0 +1,121 @@
+"""The figures that quality is judged by: a model beside its full-precision original, on the same seeds and inputs.
+
+    PSNR            -10 log10 max(MSE, 1e-12) of each image, data range 1; the mean over images, with its interval
+    epsilon error   sum |e_q - e_fp|^2 / sum |e_fp|^2 of noise predictions on inputs that both models are given alike
+
+All sums are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor, nn
+
+from ..calibration.collect import timestep_bins
+from ..calibration.record import Calls, replay
+from ..errors import UserError
+
+MSE_FLOOR = 1e-12  # 120 dB: what identical pictures are given, so that a mean over pictures stays finite
+CONFIDENCE = 0.95
+
+
+def image_errors(images: Tensor, reference: Tensor) -> list[float]:
+    """Mean squared error of each image, data range 1: [N,3,H,W] float in [0,1] twice -> N floats.
+
+    Raises:
+        UserError: the shapes differ.
+    """
+    if images.shape != reference.shape:
+        raise UserError(
+            f"the two models make images of different shapes, {list(images.shape)} and {list(reference.shape)}; "
+            "they cannot be compared."
+        )
+    return (images.double() - reference.double()).square().flatten(1).mean(1).tolist()
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB for data range 1, at most 120 dB (identical pictures)."""
+    return -10 * math.log10(max(mse, MSE_FLOOR))
+
+
+def paired_psnr(errors: Sequence[float]) -> dict:
+    """The mean PSNR of images and how well it is known, from their mean squared errors.
+
+    Returns:
+        {"psnr_db", "psnr_stderr", "psnr_interval", "mse", "identical"}: the standard error over the images; the two
+        ends of the 95 % interval, by Student's law for so many images; and how many images have no error at all.
+        One image alone has neither standard error nor interval: they are None.
+    """
+    values, count = [psnr(error) for error in errors], len(errors)
+    mean = sum(values) / count
+    stderr = interval = None
+    if count > 1:
+        stderr = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+        reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * stderr
+        interval = [mean - reach, mean + reach]
+    return {
+        "psnr_db": mean,
+        "psnr_stderr": stderr,
+        "psnr_interval": interval,
+        "mse": sum(errors) / count,
+        "identical": sum(error == 0 for error in errors),
+    }
+
+
+class EpsilonError:
+    """sum |e_q - e_fp|^2 / sum |e_fp|^2 of noise predictions, per equal-width bin of timesteps and over all.
+
+    rows: (timestep [B] as the model is called with it, squared difference [B], squared reference [B]) of each update;
+    they are put into bins when all are there, as it takes all to see that a model's time runs in [0, 1].
+    """
+
+    def __init__(self, num_bins: int, num_train_timesteps: int) -> None:
+        self.num_bins, self.num_train_timesteps = num_bins, num_train_timesteps
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def update(self, model: nn.Module, full_precision: nn.Module, calls: Calls) -> None:
+        """Give both denoisers the same recorded inputs and add up the difference of their answers."""
+        self.add(calls.timestep, replay(model, calls), replay(full_precision, calls))
+
+    def add(self, timestep: Tensor, predicted: Tensor, exact: Tensor) -> None:
+        """timestep [B]; two predictions [B, ...] for the same inputs, any floating dtype and device."""
+        wrong, right = (x.detach().cpu().double().flatten(1) for x in (predicted, exact))
+        self.rows.append((timestep.cpu(), (wrong - right).square().sum(1), right.square().sum(1)))
+
+    @property
+    def sums(self) -> Tensor:
+        """float64 [num_bins, 3]: squared difference, squared reference, rows."""
+        sums = torch.zeros(self.num_bins, 3, dtype=torch.float64)
+        if not self.rows:
+            return sums
+        timestep, difference, reference = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
+        bins = timestep_bins(timestep, self.num_bins, self.num_train_timesteps)
+        return sums.index_add_(0, bins, torch.stack([difference, reference, torch.ones_like(reference)], 1))
+
+    def result(self) -> dict:
+        """{"overall", "rows", "bins": [{"from", "to", "rows", "error"}]}; bins without rows are left out.
+
+        Raises:
+            UserError: nothing was measured, or a prediction held NaN or infinity.
+        """
+        sums, width = self.sums, self.num_train_timesteps / self.num_bins
+        if not sums.isfinite().all():
+            raise UserError("a noise prediction holds NaN or infinity; the quantized model overflowed.")
+        total = sums.sum(0)
+        if total[1] == 0:
+            raise UserError("the full-precision model predicts no noise at all; its error has no scale.")
+        bins = [
+            {
+                "from": round(k * width),
+                "to": round((k + 1) * width),
+                "rows": int(rows),
+                "error": difference / reference if reference else None,
+            }
+            for k, (difference, reference, rows) in enumerate(sums.tolist())
+            if rows
+        ]
+        return {"overall": float(total[0] / total[1]), "rows": int(total[2]), "bins": bins}

@@ -1,0 +1,242 @@
+"""The table of all methods: what each costs in quality and gains in bytes and time, its controls beside it.
+
+    python scripts/comparisons/compare_methods.py --model dit-cifar10 --output out/methods.json
+    python scripts/comparisons/compare_methods.py --device cuda --num-paired 256 --steps 50 --num-fid 10000
+        --model unet-cifar10 dit-cifar10 --minutes 50 --output out/methods.json
+    python scripts/comparisons/compare_methods.py --rows "SVDQuant*" "full precision" --kinds method baseline
+
+The rows are those of method_rows.py: methods; baselines (full precision, round to nearest at the same bits and at the
+same stored bytes); ablations, a method with one idea taken out; and shuffled controls, a method with its decisions
+dealt out at random, whose gain must vanish (controls.py). All have the same models, calibration and held-out seeds.
+
+Columns: PSNR of same-seed images with its 95 % interval, and noise prediction error, both against full precision on
+seeds that calibration never saw; feature-FID (--num-fid); bytes of all tensors in float16 and their share of the
+unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and on a
+GPU also compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import gc
+import time
+from pathlib import Path
+
+import torch
+from conditions import bytes_of_float16, commit, device_name, in_dtype, tensor_float32, watched
+from method_rows import KINDS, Row, all_rows
+from methods_report import draw, markdown
+from paired import Paired
+from tqdm.auto import tqdm
+
+import ptq4dm
+from ptq4dm.errors import UserError, run
+from ptq4dm.evaluation.compare import step_times
+from ptq4dm.files.rows import Rows
+from ptq4dm.pipelines.denoiser import denoiser
+from ptq4dm.quantization.planning import make_plan
+
+SETTINGS = ("steps", "num_paired", "num_fid", "calibration_samples", "seed")
+MODELS = ("unet-cifar10", "dit-cifar10")
+
+
+class Bench:
+    """One model, its calibration and its truth, each made once."""
+
+    def __init__(self, model: str, args, pipe=None):
+        """pipe: the model's pipeline, where it is there already."""
+        self.model, self.args = model, args
+        self.cuda = torch.device(args.device).type == "cuda"
+        self.pipe = pipe or ptq4dm.load_reference(model, device=args.device)
+        if self.cuda:
+            denoiser(self.pipe).to(memory_format=torch.channels_last)
+        config = ptq4dm.CalibrationConfig(
+            "solver", args.calibration_samples, args.steps, batch_size=args.batch_size, seed=args.seed
+        )
+        self.store = ptq4dm.collect(self.pipe, config)
+        self.pipe.scheduler.set_timesteps(args.steps)
+        grid = self.pipe.scheduler.timesteps.tolist()
+        times = [grid[i * len(grid) // args.num_paired % len(grid)] for i in range(args.num_paired)]
+        self.truth = Paired(self.pipe, args.num_paired, times, args.steps, args.batch_size)
+
+    def measure(self, row: Row) -> dict:
+        """The row with its figures and their conditions, as JSON holds them."""
+        args, exact, start = self.args, self.truth.exact, time.perf_counter()
+        figures: dict = {"model": self.model, "row": row.name, "kind": row.kind, "of": row.of}
+        model = exact
+        if row.recipe is not None:
+            model, facts = self._quantized(row)
+            figures |= facts | self.truth.compare(model) | self._times(model)
+        figures["bytes"] = bytes_of_float16(model)
+        figures["bytes_share"] = figures["bytes"] / bytes_of_float16(exact)
+        figures["feature_fid"] = None
+        if args.num_fid:
+            with tensor_float32(self.cuda):
+                figures["feature_fid"] = self.truth.feature_fid(model, args.num_fid, args.steps)
+        conditions = {"device": device_name(args.device), "commit": commit(), "version": ptq4dm.__version__}
+        return figures | conditions | {"seed": args.seed, "seconds": round(time.perf_counter() - start, 1)}
+
+    def _quantized(self, row: Row) -> tuple[torch.nn.Module, dict]:
+        model, config = copy.deepcopy(self.truth.exact), row.recipe()
+        with watched(self.args.device) as cost:
+            if row.plan is not None:
+                config.plan = row.plan(model, make_plan(model, config, self.store), self.store, self.args.seed)
+            report = ptq4dm.quantize(model, config, self.store)
+        if row.packed is not None:
+            row.packed(model, self.truth.exact, self.store, self.args.seed)
+        return model, {
+            "recipe": config.summary(),
+            "formats": _counted([layer["format"] for layer in report.layers]),
+            "simulated": any("simulated" in layer["format"] for layer in report.layers),
+            "kernels": _counted([layer["kernel"] for layer in report.layers]),
+            "seconds_to_quantize": cost["seconds"],
+            "memory_to_quantize": cost["peak_memory"],
+        }
+
+    def _times(self, model) -> dict:
+        """step_time, in turns with full precision; on a GPU also that of both compiled in bfloat16."""
+        calls, exact = self.truth.calls[: self.args.timed_batch], self.truth.exact
+        found = {"step_time": _ratio(step_times(model, exact, calls, timed=self.args.timed_steps))}
+        if self.cuda:
+            torch.compiler.reset()  # else every row adds to what the compiler holds of the last ones
+            pair = [in_dtype(one, torch.bfloat16) for one in (model, exact)]
+            for one in pair:
+                one.compile(dynamic=False)
+            try:
+                found["step_time_bf16_compiled"] = _ratio(
+                    step_times(*pair, calls, warmup=5, timed=self.args.timed_steps)
+                )
+            except RuntimeError as error:  # of the compiler; the row's other figures stand
+                found["step_time_bf16_compiled"] = {"failed": str(error).splitlines()[0]}
+        return found
+
+
+def _ratio(times: dict) -> dict:
+    """The times of `step_times` with "ratio": the model's over full precision's."""
+    return {"ratio": 1 / times["speedup"], **times}
+
+
+def _counted(names: list[str]) -> dict[str, int]:
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def available(rows: list[Row]) -> tuple[list[Row], dict[str, str]]:
+    """The rows whose recipes the library can make, and why each of the others is left out.
+
+    Raises what the recipe raises, where a row does not say that it waits for anything.
+    """
+    ready, left_out = [], {}
+    for row in rows:
+        try:
+            if row.recipe is not None:
+                row.recipe()
+            ready.append(row)
+        except (UserError, TypeError) as error:
+            if not row.needs:
+                raise
+            left_out[row.name] = f"it waits for {row.needs} ({error})"
+    return ready, left_out
+
+
+def chosen(rows: list[Row], patterns: list[str], kinds: list[str]) -> list[Row]:
+    """The rows whose names fit one of the patterns, of one of the kinds; UserError for a pattern that fits none."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
+            raise UserError(f"no row is called '{pattern}'; there are: {'; '.join(row.name for row in rows)}.")
+    return [row for row in rows if row.kind in kinds and any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
+
+
+class Deadline:
+    """Whether there is time for one more row, judged by the longest so far."""
+
+    def __init__(self, minutes: float | None):
+        self.end = None if minutes is None else time.perf_counter() + 60 * minutes
+        self.longest = 0.0
+
+    def passed(self) -> bool:
+        return self.end is not None and time.perf_counter() + self.longest > self.end
+
+    def took(self, seconds: float) -> None:
+        self.longest = max(self.longest, seconds)
+
+
+def fill(results: Rows, rows: list[Row], args, make_bench=Bench) -> tuple[int, dict[str, str]]:
+    """Measure what is missing in `results`: (rows not begun for want of time, why rows could not be measured)."""
+    index, count = (int(part) for part in args.shard.split("/"))
+    everything = [(model, row) for model in args.model for row in rows][index::count]
+    done = {(row["model"], row["row"]) for row in results}
+    todo = [(model, row) for model, row in everything if (model, row.name) not in done]
+    deadline, bench, failed = Deadline(args.minutes), None, {}
+    with tqdm(todo, unit="row") as bar:
+        for number, (model, row) in enumerate(bar):
+            bar.set_postfix_str(f"{model}: {row.name}")
+            if deadline.passed():
+                return len(todo) - number, failed
+            if bench is None or bench.model != model:
+                bench = None  # its memory first
+                bench = make_bench(model, args)
+            try:
+                results.add(bench.measure(row))
+            except UserError as error:
+                failed[f"{model}: {row.name}"] = str(error)
+                continue
+            deadline.took(results[-1]["seconds"])
+            gc.collect()
+            if args.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+    return 0, failed
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", nargs="+", default=list(MODELS), help="embedded models")
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="NAME", help="names or patterns of rows")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
+    parser.add_argument("--num-paired", type=int, default=16, help="held-out seeds")
+    parser.add_argument("--num-fid", type=int, default=0, help="images for feature-FID; 0 leaves it out")
+    parser.add_argument("--calibration-samples", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--timed-batch", type=int, default=16, help="tuples of a timed step, at most --num-paired")
+    parser.add_argument("--timed-steps", type=int, default=10, help="timed steps of each model")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration and of what is shuffled")
+    parser.add_argument("--minutes", type=float, help="begin no row that would end after so many")
+    parser.add_argument(
+        "--shard", default="0/1", help="i/n: every n-th row from the i-th, with an --output of its own"
+    )
+    parser.add_argument(
+        "--join", nargs="+", type=Path, default=[], help="outputs of other shards, for table, pictures"
+    )
+    parser.add_argument("--output", type=Path, default=Path("out/methods.json"))
+    return parser
+
+
+def main(words: list[str] | None = None, make_bench=Bench) -> None:
+    args = arguments().parse_args(words)
+    table = all_rows()
+    rows, left_out = available(chosen(table, args.rows, args.kinds))
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    results = Rows(args.output, settings)
+    remaining, failed = fill(results, rows, args, make_bench)
+    found = [*results, *(row for path in args.join for row in Rows(path, settings))]
+    order = {row.name: place for place, row in enumerate(table)}
+    for model in dict.fromkeys(row["model"] for row in found):
+        own = sorted(
+            (row for row in found if row["model"] == model), key=lambda row: order.get(row["row"], len(order))
+        )
+        print(f"\n{model}, {args.steps} DDIM steps, {args.num_paired} held-out seeds\n\n{markdown(own)}\n")
+        try:
+            print(f"picture: {draw(own, args.output.with_name(f'{args.output.stem}-{model}.png'))}")
+        except UserError as error:
+            print(f"no picture: {error}")
+    for name, why in {**left_out, **failed}.items():
+        print(f"left out: {name}: {why}")
+    if remaining:
+        print(f"{remaining} rows are still to do; the same command goes on with them.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,263 @@
+"""Shuffled controls: a method with its decisions dealt out at random, everything else as it was.
+
+If the gain of a method is in its decisions, it is gone when they are shuffled; if it stays, the gain is of something
+else. What is shuffled keeps its numbers: the same ratios, the same divisors, as many flipped codes.
+
+A control of a plan takes (model, plan, store, seed) and returns another plan; one of packed layers takes (model,
+exact, store, seed), the quantized model and its original, and changes the former. `seed` fixes what is drawn.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ptq4dm.calibration.capture import as_rows
+from ptq4dm.calibration.record import replay
+from ptq4dm.errors import UserError
+from ptq4dm.kernels.formats.int4 import pack_int4, quantize_groups
+from ptq4dm.kernels.formats.int8 import affine_parameters, quantize_weight, weight_limit
+from ptq4dm.layers.plan import Plan
+from ptq4dm.pipelines.denoiser import evaluation_mode
+from ptq4dm.ranges.clipping import weight_scale
+from ptq4dm.rounding.gptq import gptq_codes
+from ptq4dm.svdquant.lowrank import top_factors
+
+HESSIAN_ROWS = 4096  # inputs kept of a layer
+HESSIAN_CALLS = 16  # calibration tuples they come from
+AT_ONCE = 8  # layers whose inputs are held at one time
+
+
+def generator(seed: int, place: int = 0) -> torch.Generator:
+    """The generator of the `place`-th layer."""
+    return torch.Generator("cpu").manual_seed(seed * 1_000_003 + place)
+
+
+def permuted(values: Sequence, seed: int) -> list:
+    return [values[i] for i in torch.randperm(len(values), generator=generator(seed)).tolist()]
+
+
+# ------------------------------------------------------------------------------------------------ ranges
+
+
+def input_ratios(plan: Plan, store) -> dict[str, tuple[float, float]]:
+    """layer -> (low, high): where its static int8 grid ends, over where its inputs end; 1 for an end at zero."""
+    ratios = {}
+    for name, choice in plan.layers.items():
+        if choice.format == "int8" and choice.static:
+            low, high = _extremes(store, name)
+            limit, zero = 2 ** (choice.activation_bits - 1), choice.input_zero_point
+            ends = (-limit - zero) * choice.input_scale, (limit - 1 - zero) * choice.input_scale
+            ratios[name] = tuple(end / full if full else 1.0 for end, full in zip(ends, (low, high), strict=True))
+    return ratios
+
+
+def shuffle_input_ranges(model: nn.Module, plan: Plan, store, seed: int) -> Plan:
+    """The ratios of chosen to full input ranges are permuted among the layers of one width."""
+    plan, ratios = copy.deepcopy(plan), input_ratios(plan, store)
+    if not ratios:
+        raise UserError("no layer of the plan has a static int8 grid: there are no input ranges to shuffle.")
+    for bits in {plan.layers[name].activation_bits for name in ratios}:
+        names = [name for name in ratios if plan.layers[name].activation_bits == bits]
+        for name, (a, b) in zip(names, permuted([ratios[name] for name in names], seed), strict=True):
+            low, high = _extremes(store, name)
+            choice = plan.layers[name]
+            choice.input_scale, choice.input_zero_point = affine_parameters(low * a, high * b, bits)
+    return plan
+
+
+def shuffle_weight_ranges(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """The ratios of chosen to full weight ranges are permuted among a layer's rows, and the codes rounded anew."""
+    for place, (layer, weight) in enumerate(_int8_layers(model, exact)):
+        full = weight_scale(weight, layer.plan.weight_bits)
+        order = torch.randperm(len(full), generator=generator(seed, place)).to(full.device)
+        scale = full * (layer.weight_scale / full)[order]
+        layer.weight_scale.copy_(scale)
+        layer.qweight.copy_(quantize_weight(weight, scale, layer.plan.weight_bits))
+
+
+# ------------------------------------------------------------------------------------------------ SVDQuant
+
+
+def shuffle_smoothing(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """The smoothing divisors are permuted within a layer; branch and codes are made anew under them."""
+
+    def shuffled(place: int, smooth: Tensor) -> Tensor:
+        return smooth[torch.randperm(len(smooth), generator=generator(seed, place)).to(smooth.device)]
+
+    split_anew(model, exact, smoothing=shuffled)
+
+
+def random_branch(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """The branch keeps its rank but takes random directions of the inputs, and the best outputs for them."""
+
+    def factors(place: int, smoothed: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        start = torch.randn(smoothed.shape[1], rank, generator=generator(seed, place)).to(smoothed)
+        down = torch.linalg.qr(start).Q.T
+        return smoothed @ down.T, down
+
+    split_anew(model, exact, factors=factors)
+
+
+def split_anew(model: nn.Module, exact: nn.Module, smoothing=None, factors=None) -> None:
+    """Branch and codes of SVDQuant layers from the original weights, under other divisors or in other directions.
+
+    Of layers that were rounded to nearest in one turn (rounding="nearest", refinements=0), because only those can be
+    made anew without the inputs: with neither given, they stay what they are, bit for bit.
+
+    smoothing: (number of the group, divisors [K]) -> divisors [K].
+    factors: (number of the group, smoothed weight [N, K], rank) -> up [N, r], down [r, K].
+    """
+    groups: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "plan", None), "format", "") == "svdq" and module.plan.activation != "none":
+            groups.setdefault(module.plan.lender or name, []).append(name)
+    if not groups:
+        raise UserError("the model has no SVDQuant layer to shuffle.")
+    for place, names in enumerate(groups.values()):
+        layers = [model.get_submodule(name) for name in names]
+        leader, plan = layers[0], layers[0].plan
+        if (plan.rounding, plan.refinements, plan.shift) != ("nearest", 0, 0):
+            raise UserError("this control needs SVDQuant with rounding='nearest', refinements=0 and unsigned=False.")
+        weights = [exact.get_submodule(name).weight.detach().flatten(1).float() for name in names]
+        weight, dtype = torch.cat(weights), leader.smooth.dtype
+        smooth = leader.smooth.float() if smoothing is None else smoothing(place, leader.smooth.float())
+        rest = smoothed = weight * smooth
+        if plan.rank:
+            make = factors or (lambda _, matrix, rank, seed=plan.seed: top_factors(matrix, rank, seed))
+            up, down = make(place, smoothed, plan.rank)
+            down, up = (down / smooth).to(dtype), up.to(dtype)
+            rest = smoothed - up.float() @ (down.float() * smooth)
+            leader.down.copy_(down)
+        codes, scales = quantize_groups(rest, plan.group_size, dtype)
+        start = 0
+        for layer, own in zip(layers, weights, strict=True):
+            rows = slice(start, start := start + len(own))
+            layer.qweight.copy_(pack_int4(codes[rows], plan.group_size))
+            layer.wscales.copy_(scales[rows])
+            layer.smooth.copy_(smooth)
+            if plan.rank:
+                layer.up.copy_(up[rows])
+
+
+# ------------------------------------------------------------------------------------------------ rounding
+
+
+def random_flips(weight: Tensor, codes: Tensor, scale: Tensor, bits: int, draw: torch.Generator) -> Tensor:
+    """Nearest codes [N, ...] with as many of them at random at their other neighbour as `codes` has off the nearest.
+
+    The other neighbour is the code on the other side of the weight; of a weight right on a code, either. Those whose
+    other neighbour is not on the grid are not drawn.
+    """
+    limit = weight_limit(bits)
+    nearest = quantize_weight(weight, scale, bits)
+    steps = weight.float() / scale.reshape(-1, *[1] * (weight.ndim - 1))
+    coin = torch.randint(0, 2, nearest.shape, generator=draw).to(weight.device) * 2 - 1
+    side = torch.where(steps == nearest, coin, (steps - nearest).sign()).to(torch.int8)
+    free = ((nearest + side).abs() <= limit).flatten().nonzero().flatten()
+    count = min(int((codes != nearest).sum()), len(free))
+    chosen = free[torch.randperm(len(free), generator=draw)[:count].to(weight.device)]
+    flat = nearest.flatten()
+    flat[chosen] += side.flatten()[chosen]
+    return flat.view_as(nearest)
+
+
+def shuffle_rounding(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """In each int8 layer as many codes are flipped as the rounder flipped against nearest, but at random."""
+    flipped = 0
+    for place, (layer, weight) in enumerate(_int8_layers(model, exact)):
+        bits = layer.plan.weight_bits
+        codes = random_flips(weight, layer.qweight, layer.weight_scale, bits, generator(seed, place))
+        flipped += int((codes != quantize_weight(weight, layer.weight_scale, bits)).sum())
+        layer.qweight.copy_(codes)
+    if not flipped:
+        raise UserError("all codes are the nearest ones: there is no rounding to shuffle.")
+
+
+def shuffle_hessian(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """Hessian rounding of int8 layers, the Hessian's columns permuted: errors are made up for in the wrong places."""
+
+    def shuffled(place: int, rows: Tensor) -> Tensor:
+        return rows[:, torch.randperm(rows.shape[1], generator=generator(seed, place)).to(rows.device)]
+
+    round_by_hessian(model, exact, store, seed, shuffled)
+
+
+@torch.no_grad()
+def round_by_hessian(model: nn.Module, exact: nn.Module, store, seed: int, change=None) -> None:
+    """Hessian rounding of packed int8 layers, on their own scales; layers of several groups stay as they are.
+
+    change: (number of the layer, its inputs [R, K]) -> the inputs [R, K] that rounding is to believe in.
+    """
+    names = [name for name, module in model.named_modules() if _is_int8(module)]
+    names = [name for name in names if getattr(model.get_submodule(name), "groups", 1) == 1]
+    if not names:
+        raise UserError("the model has no int8 layer to round.")
+    for start in range(0, len(names), AT_ONCE):
+        some = names[start : start + AT_ONCE]
+        inputs = layer_inputs(exact, {name: model.get_submodule(name) for name in some}, store, seed)
+        for place, name in enumerate(some, start):
+            if name not in inputs:
+                continue  # calibration never reached it
+            layer, weight = model.get_submodule(name), exact.get_submodule(name).weight
+            rows = inputs[name] if change is None else change(place, inputs[name])
+            limit = weight_limit(layer.plan.weight_bits)
+            codes = gptq_codes(weight.flatten(1).float(), layer.weight_scale[:, None], rows, -limit, limit)
+            layer.qweight.copy_(codes.view_as(layer.qweight))
+
+
+def layer_inputs(exact: nn.Module, packed: dict[str, nn.Module], store, seed: int) -> dict[str, Tensor]:
+    """layer -> [R, K] float32 of what it is fed on calibration tuples, R at most about HESSIAN_ROWS.
+
+    packed: the quantized layers, whose geometry is in numbers. A convolution's rows are its patches.
+    """
+    step = max(1, len(store.calls) // HESSIAN_CALLS)
+    batches = [store.calls[i : i + 1] for i in range(0, len(store.calls), step)][:HESSIAN_CALLS]
+    share, got = -(-HESSIAN_ROWS // len(batches)), {}
+
+    def keep(name: str):
+        def hook(_, args):
+            x = _patches(packed[name], args[0]).float()
+            parts = got.setdefault(name, [])
+            picked = torch.randperm(len(x), generator=generator(seed, len(parts)))[:share]
+            parts.append(x[picked.to(x.device)])
+
+        return hook
+
+    handles = [exact.get_submodule(name).register_forward_pre_hook(keep(name)) for name in packed]
+    try:
+        with evaluation_mode(exact):
+            for batch in batches:
+                replay(exact, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in got.items()}
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    if not isinstance(layer, nn.Conv2d):
+        return as_rows(layer, x)
+    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return patches.transpose(1, 2).flatten(0, 1)
+
+
+def _extremes(store, name: str) -> tuple[float, float]:
+    _, _, low, high = store.input_of(name)
+    return min(low, 0.0), max(high, 0.0)
+
+
+def _is_int8(module: nn.Module) -> bool:
+    return getattr(getattr(module, "plan", None), "format", "") == "int8"
+
+
+def _int8_layers(model: nn.Module, exact: nn.Module):
+    """(packed layer, its float32 weight [N, ...]) of all W8A8 layers, narrower grids among them."""
+    layers = [(name, module) for name, module in model.named_modules() if _is_int8(module)]
+    if not layers:
+        raise UserError("the model has no int8 layer to shuffle.")
+    for name, layer in layers:
+        yield layer, exact.get_submodule(name).weight.detach().float()

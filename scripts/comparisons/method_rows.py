@@ -1,0 +1,128 @@
+"""The rows of the table of all methods. A new method adds its rows here: itself, its baselines, ablations, controls.
+
+    Row("Mine W4A8", "method", lambda: MineConfig())
+    Row("Mine W4A8, idea taken out", "ablation", lambda: MineConfig(idea=False), of="Mine W4A8")
+    Row("Mine W4A8, shuffled", "shuffled", lambda: MineConfig(), of="Mine W4A8", packed=my_control)
+
+Beside every method stand full precision, round to nearest at the same bits, and round to nearest at the same stored
+bytes (for W8A8 those are one row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import controls
+from budgets import at_bytes_of
+
+from ptq4dm import PTQ4DMConfig, RTNConfig, SVDQuantConfig
+from ptq4dm.quantization.recipe import QuantConfig
+
+KINDS = ("method", "baseline", "ablation", "shuffled")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model quantized in one way.
+
+    name: unique in the table. kind: one of KINDS. recipe: makes the config; None for full precision.
+    of: the method that the row stands beside; empty for methods and for what stands beside all.
+    plan: changes the plan, (model, plan, store, seed) -> plan. packed: changes the quantized model, (model, exact,
+        store, seed). Shuffled controls are one or both of them (controls.py).
+    needs: what the recipe waits for, where that is not in the library yet: the row is then left out, and this said.
+    """
+
+    name: str
+    kind: str
+    recipe: Callable[[], QuantConfig] | None
+    of: str = ""
+    plan: Callable | None = None
+    packed: Callable | None = None
+    needs: str = ""
+
+
+def svdquant(**options) -> Callable[[], QuantConfig]:
+    return partial(SVDQuantConfig, **options)
+
+
+def eight_bits() -> list[Row]:
+    rows = [
+        Row("full precision", "baseline", None),
+        Row("RTN W8A8", "baseline", RTNConfig),
+        Row("RTN W8A8, dynamic", "baseline", partial(RTNConfig, activations="dynamic")),
+    ]
+    for bits in (8, 6):  # at 6, simulated, ranges matter more
+        name, of = f"PTQ4DM W{bits}A{bits}", dict(weight_bits=bits, activation_bits=bits)
+        recipe = partial(PTQ4DMConfig, **of)
+        if bits != 8:
+            rows.append(Row(f"RTN W{bits}A{bits}", "baseline", partial(RTNConfig, **of), name))
+        shuffle = {"plan": controls.shuffle_input_ranges, "packed": controls.shuffle_weight_ranges}
+        rows += [
+            Row(name, "method", recipe),
+            Row(f"{name}, mse ranges", "ablation", partial(recipe, objective="mse"), name),
+            Row(f"{name}, ranges shuffled", "shuffled", recipe, name, **shuffle),
+        ]
+    return rows
+
+
+def hessian_rounding() -> list[Row]:
+    """Rounding and ranges of every method, in 8 bits."""
+    name, gptq = "PTQ4DM W8A8, gptq", partial(PTQ4DMConfig, rounding="gptq")
+    waits = "rounding='gptq' of PTQ4DMConfig"
+    return [
+        Row(name, "method", gptq, needs=waits),
+        Row(f"{name}, max ranges", "ablation", partial(RTNConfig, rounding="gptq"), name, needs=waits),
+        Row(f"{name}, flips at random", "shuffled", gptq, name, packed=controls.shuffle_rounding, needs=waits),
+        Row(f"{name}, Hessian shuffled", "shuffled", gptq, name, packed=controls.shuffle_hessian, needs=waits),
+        Row(
+            "PTQ4DM W8A8, output ranges", "ablation", partial(PTQ4DMConfig, objective="output"), "PTQ4DM W8A8",
+            needs="objective='output' of PTQ4DMConfig",
+        ),
+    ]  # fmt: skip
+
+
+def four_bits() -> list[Row]:
+    """4-bit weights as a format of its own, inputs in 8 bits: one scale per row, and one per group."""
+    rows, waits = [], "weight_bits=4 with group_size=, stored in 4 bits"
+    for size in (None, 64):
+        name = "PTQ4DM W4A8 " + ("per row" if size is None else f"g{size}")
+        four = {"weight_bits": 4, "group_size": size}
+        for objective in ("lp", "output"):
+            own = name if objective == "lp" else f"{name}, {objective} ranges"
+            recipe = partial(PTQ4DMConfig, objective=objective, **four)
+            rows.append(Row(own, "method" if own == name else "ablation", recipe, "" if own == name else name))
+            rows.append(Row(f"{own}, gptq", "ablation", partial(recipe, rounding="gptq"), name))
+        rows.append(Row(name.replace("PTQ4DM", "RTN"), "baseline", partial(RTNConfig, **four), name))
+    return [Row(row.name, row.kind, row.recipe, row.of, needs=waits) for row in rows]
+
+
+def low_rank() -> list[Row]:
+    """SVDQuant; its shuffled controls are of one turn, rounded to nearest (see `controls.split_anew`)."""
+    rows = []
+    for activations in ("int8", "int4"):
+        name = f"SVDQuant W4A{activations[3:]}"
+        make = partial(svdquant, activations=activations)
+        plain = {"rank": 0, "smoothing": "none", "rounding": "nearest"}
+        turn = {"rounding": "nearest", "refinements": 0}
+        fill = at_bytes_of(make(), RTNConfig)
+        rows += [
+            Row(f"RTN as {name}", "baseline", make(**plain), name),
+            Row(f"RTN in the bytes of {name}", "baseline", make(**plain), name, plan=fill),
+            Row(name, "method", make()),
+            Row(f"{name}, no branch", "ablation", make(rank=0), name),
+            Row(f"{name}, no smoothing", "ablation", make(smoothing="none"), name),
+            Row(f"{name}, nearest", "ablation", make(**turn), name),
+            Row(f"{name}, nearest, no branch", "ablation", make(rank=0, **turn), name),
+            Row(f"{name}, nearest, no smoothing", "ablation", make(smoothing="none", **turn), name),
+            Row(f"{name}, nearest, smoothing shuffled", "shuffled", make(**turn), name,
+                packed=controls.shuffle_smoothing),
+            Row(f"{name}, nearest, branch at random", "shuffled", make(**turn), name, packed=controls.random_branch),
+        ]  # fmt: skip
+    return rows
+
+
+def all_rows() -> list[Row]:
+    """In the order in which they are printed."""
+    return [*eight_bits(), *hessian_rounding(), *four_bits(), *low_rank()]

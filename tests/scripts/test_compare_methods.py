@@ -1,0 +1,308 @@
+"""The table of all methods on a tiny model: rows, what resumes, and whether the shuffled controls shuffle."""
+
+import copy
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ptq4dm
+from ptq4dm.errors import UserError
+from ptq4dm.kernels.formats.int8 import quantize_weight
+from ptq4dm.quantization.planning import make_plan
+from ptq4dm.quantization.report import stored_bytes
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "comparisons"
+SMALL = ["--steps", "3", "--num-paired", "3", "--calibration-samples", "4", "--batch-size", "4"]
+SMALL += ["--timed-batch", "1", "--timed-steps", "1", "--device", "cpu", "--model", "tiny", "--output", "m.json"]
+FIELDS = {
+    "model", "row", "kind", "of", "psnr", "psnr_stderr", "psnr_interval", "mse", "eps_error", "eps_error_bins",
+    "feature_fid", "bytes", "bytes_share", "step_time", "recipe", "formats", "simulated", "kernels",
+    "seconds_to_quantize", "memory_to_quantize", "seconds", "device", "commit", "version", "seed",
+}  # fmt: skip
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Imports a file of scripts/comparisons; the working folder is a new one."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.chdir(tmp_path)
+    return importlib.import_module
+
+
+def tiny_unet(unet):
+    from diffusers import DDIMScheduler, DDPMPipeline
+
+    pipe = DDPMPipeline(unet(), DDIMScheduler(timestep_spacing="trailing"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def calibrated(unet, one_thread):
+    """(exact model, calibration store)."""
+    pipe = tiny_unet(unet)
+    return pipe.unet, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 4, 3, batch_size=4))
+
+
+def split_model():
+    """A calibrated DiT of width 64, wide enough for groups of 64, with two strong directions in each weight: (exact,
+    store)."""
+    from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=3, out_channels=3, num_layers=1, sample_size=8,
+        num_embeds_ada_norm=10,
+    )  # fmt: skip
+    for module in model.transformer_blocks.modules():
+        if isinstance(module, torch.nn.Linear):
+            outputs, inputs = module.weight.shape
+            module.weight.data += 0.2 * torch.randn(outputs, 2) @ torch.randn(2, inputs)
+    pipe = ptq4dm.PixelDiTPipeline(transformer=model.eval(), scheduler=DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return model, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 4, 2, batch_size=4))
+
+
+def quantized(exact, config, store):
+    model = copy.deepcopy(exact)
+    ptq4dm.quantize(model, config, store)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def test_rows_resume_and_hold_all_fields(script, unet, one_thread, capsys):
+    compare = script("compare_methods")
+    made = []
+
+    def bench(model, args):
+        made.append(model)
+        return compare.Bench(model, args, tiny_unet(unet))
+
+    names = ["full precision", "RTN W8A8", "PTQ4DM W6A6", "PTQ4DM W6A6, ranges shuffled", "PTQ4DM W8A8, gptq"]
+    compare.main([*SMALL, "--rows", *names[:2]], bench)
+    first = json.loads(Path("m.json").read_text())["rows"]
+    compare.main([*SMALL, "--rows", *names], bench)
+    rows = json.loads(Path("m.json").read_text())["rows"]
+    assert made == ["tiny", "tiny"] and rows[:2] == first
+    by_name = {row["row"]: row for row in rows}
+    reference, rtn, method = (by_name[name] for name in ("full precision", "RTN W8A8", "PTQ4DM W6A6"))
+    assert set(rtn) == set(method) == FIELDS
+    assert (reference["bytes_share"], method["simulated"], rtn["simulated"]) == (1.0, True, False)
+    low, high = rtn["psnr_interval"]
+    assert low < rtn["psnr"] < high and rtn["eps_error"] < method["eps_error"]
+    assert len(rtn["eps_error_bins"]) == 10 and sum(error is not None for error in rtn["eps_error_bins"]) == 3
+    assert rtn["bytes_share"] == rtn["bytes"] / reference["bytes"] < 1 and rtn["step_time"]["ratio"] > 0
+    assert sum(rtn["kernels"].values()) == sum(rtn["formats"].values()) > 10
+    out = capsys.readouterr().out.split("tiny, 3 DDIM steps")[-1]
+    lines = [line for line in out.splitlines() if line.startswith("| ")]
+    shown = [name for name in names if name in by_name]
+    assert len(lines) == len(shown) + 1 >= 5 and len({line.count("|") for line in lines}) == 1
+    assert "feature-FID" not in lines[0] and f"{rtn['psnr']:.2f} ± {(high - low) / 2:.2f}" in lines[2]
+    for row, line in zip(sorted(shown, key=names.index), lines[1:], strict=True):
+        assert line.startswith(f"| {row}")
+    if "PTQ4DM W8A8, gptq" not in by_name:  # until the library has the option
+        assert "left out: PTQ4DM W8A8, gptq: it waits for rounding='gptq'" in out
+    with Image.open("m-tiny.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_shards_join_and_time_ends(script, unet, one_thread, capsys):
+    compare = script("compare_methods")
+    rows = ["--rows", "full precision", "RTN W8A8", "RTN W8A8, dynamic"]
+
+    def bench(model, args):
+        return compare.Bench(model, args, tiny_unet(unet))
+
+    compare.main([*SMALL, *rows, "--shard", "1/2", "--output", "one.json"], bench)
+    assert [row["row"] for row in json.loads(Path("one.json").read_text())["rows"]] == ["RTN W8A8"]
+    compare.main([*SMALL, *rows, "--minutes", "0", "--join", "one.json"], lambda *_: pytest.fail("no time is left"))
+    out = capsys.readouterr().out
+    assert "3 rows are still to do" in out and "| RTN W8A8 | baseline |" in out
+    with pytest.raises(UserError, match="other settings"):
+        compare.main([*SMALL, *rows, "--steps", "4", "--join", "one.json", "--output", "new.json", "--minutes", "0"])
+    with pytest.raises(UserError, match="no row is called 'PTQ5DM"):
+        compare.main([*SMALL, "--rows", "PTQ5DM*"])
+
+
+def test_a_row_that_a_model_cannot_take_is_said(script, unet, one_thread, capsys):
+    compare = script("compare_methods")
+    bench = lambda model, args: compare.Bench(model, args, tiny_unet(unet))  # noqa: E731
+    compare.main([*SMALL, "--rows", "full precision", "SVDQuant W4A8"], bench)
+    assert "left out: tiny: SVDQuant W4A8: no layer of the model can take 4 bits" in capsys.readouterr().out
+    assert [row["row"] for row in json.loads(Path("m.json").read_text())["rows"]] == ["full precision"]
+
+
+def test_every_method_stands_beside_its_baselines_and_controls(script):
+    rows = script("method_rows").all_rows()
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names) and {row.kind for row in rows} == set(script("method_rows").KINDS)
+    methods = {row.name: row for row in rows if row.kind == "method"}
+    assert all(row.of in methods for row in rows if row.of)
+    assert all(row.of and (row.plan or row.packed) for row in rows if row.kind == "shuffled")
+    for name, method in methods.items():
+        if not method.needs:
+            assert {"ablation", "shuffled"} <= {row.kind for row in rows if row.of == name}, name
+    # Only rows that say what they wait for may fail to be made.
+    ready, left_out = script("compare_methods").available(rows)
+    assert len(ready) + len(left_out) == len(rows) and {r.name for r in rows if not r.needs} <= {
+        r.name for r in ready
+    }
+    broken = script("method_rows").Row("broken", "method", lambda: ptq4dm.RTNConfig(no_such_option=1))
+    with pytest.raises(TypeError):
+        script("compare_methods").available([broken])
+
+
+def test_the_front_is_what_nothing_beats(script):
+    front = script("methods_report").front
+    assert front([(3, 1), (1, 5), (2, 2), (2, 3), (3, 4)]) == [(1, 5), (2, 2), (3, 1)] and front([]) == []
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+def test_shuffled_input_ranges_are_a_permutation(script, calibrated):
+    controls, (exact, store) = script("controls"), calibrated
+    plan = make_plan(exact, ptq4dm.PTQ4DMConfig(weight_bits=6, activation_bits=6, first_last="same"), store)
+    before, given = controls.input_ratios(plan, store), copy.deepcopy(plan)
+    shuffled = controls.shuffle_input_ranges(exact, plan, store, seed=1)
+    assert plan == given and shuffled != plan  # the caller's plan stays
+    after = controls.input_ratios(shuffled, store)
+    expected = dict(zip(before, controls.permuted(list(before.values()), 1), strict=True))
+    step = 1 / 63
+    checked = 0
+    for name, ends in after.items():
+        low, high = controls._extremes(store, name)
+        if low and high:  # ends move by half a step when the zero point is rounded
+            width = high * expected[name][1] - low * expected[name][0]
+            errors = [abs(a - b) * abs(e) for a, b, e in zip(ends, expected[name], (low, high), strict=True)]
+            assert max(errors) <= 0.51 * step * width
+            checked += 1
+    assert checked > 10 and len(set(before.values())) > 5
+    assert controls.shuffle_input_ranges(exact, plan, store, 1) == shuffled
+    assert controls.shuffle_input_ranges(exact, plan, store, 2) != shuffled
+
+
+def test_shuffled_weight_ranges_are_a_permutation_of_each_layers(script, calibrated):
+    controls, (exact, store) = script("controls"), calibrated
+    model = quantized(exact, ptq4dm.PTQ4DMConfig(weight_bits=4), store)
+    before = copy.deepcopy(model)
+    controls.shuffle_weight_ranges(model, exact, store, 0)
+    moved = 0
+    for (layer, weight), (old, _) in zip(
+        controls._int8_layers(model, exact), controls._int8_layers(before, exact), strict=True
+    ):
+        full = controls.weight_scale(weight, layer.plan.weight_bits)
+        torch.testing.assert_close(
+            (layer.weight_scale / full).sort().values, (old.weight_scale / full).sort().values, rtol=1e-5, atol=0
+        )
+        assert torch.equal(layer.qweight, quantize_weight(weight, layer.weight_scale, layer.plan.weight_bits))
+        moved += not torch.equal(layer.weight_scale, old.weight_scale)
+    assert moved > 10
+
+
+def test_flips_are_as_many_and_to_the_other_neighbour(script):
+    controls = script("controls")
+    torch.manual_seed(0)
+    weight, scale = torch.randn(8, 32), torch.full((8,), 0.3)
+    weight[0, :4] = torch.tensor([100.0, -100.0, 0.3, 0.0])  # beyond the grid on either side; right on codes
+    nearest = quantize_weight(weight, scale, 4)
+    rounded = nearest.clone()
+    rounded[:, ::4] = torch.where(rounded[:, ::4] < 0, rounded[:, ::4] + 1, rounded[:, ::4] - 1)
+    count = int((rounded != nearest).sum())
+    codes = controls.random_flips(weight, rounded, scale, 4, controls.generator(0))
+    flipped = codes != nearest
+    assert int(flipped.sum()) == count == 64 and not torch.equal(codes, rounded) and codes.abs().max() <= 7
+    steps = weight / scale[:, None]
+    assert ((codes.float() - steps).abs()[flipped] <= 1 + 1e-4).all()  # the neighbours lie a step apart
+    assert torch.equal(codes, controls.random_flips(weight, rounded, scale, 4, controls.generator(0)))
+    assert not torch.equal(codes, controls.random_flips(weight, rounded, scale, 4, controls.generator(1)))
+
+
+def test_hessian_rounding_gains_and_its_controls_lose_the_gain(script, calibrated):
+    controls, (exact, store) = script("controls"), calibrated
+    nearest = quantized(exact, ptq4dm.RTNConfig(weight_bits=4, first_last="same"), store)
+    with pytest.raises(UserError, match="no rounding to shuffle"):
+        controls.shuffle_rounding(copy.deepcopy(nearest), exact, store, 0)
+
+    def error(model) -> float:
+        """Of all layers' outputs on their own inputs."""
+        total = 0.0
+        layers = {name: m for name, m in model.named_modules() if controls._is_int8(m)}
+        for name, rows in controls.layer_inputs(exact, layers, store, 0).items():
+            weight = exact.get_submodule(name).weight.detach().flatten(1)
+            got = rows @ layers[name].dequantized_weight().flatten(1).T
+            total += float((got - rows @ weight.T).square().sum() / (rows @ weight.T).square().sum())
+        return total
+
+    hessian = copy.deepcopy(nearest)
+    controls.round_by_hessian(hessian, exact, store, 0)
+    wrong, random = copy.deepcopy(hessian), copy.deepcopy(hessian)
+    controls.shuffle_hessian(wrong, exact, store, 0)
+    controls.shuffle_rounding(random, exact, store, 0)
+
+    def flips(model) -> list[int]:
+        pairs = zip(controls._int8_layers(model, exact), controls._int8_layers(nearest, exact), strict=True)
+        return [int((a.qweight != b.qweight).sum()) for (a, _), (b, _) in pairs]
+
+    assert flips(random) == flips(hessian) and sum(flips(hessian)) > 1000
+    assert error(hessian) < 0.7 * error(nearest) < 0.7 * min(error(wrong), error(random))
+
+
+def test_svdquant_is_split_anew_to_the_bit_and_shuffled_otherwise(script, one_thread):
+    controls, (exact, store) = script("controls"), split_model()
+    config = ptq4dm.SVDQuantConfig(activations="int8", rank=8, rounding="nearest", refinements=0, smoothing=0.5)
+    model = quantized(exact, config, store)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for layer in model.modules():
+        if getattr(getattr(layer, "plan", None), "activation", "none") != "none":
+            for name in ("qweight", "wscales", "up", "down"):
+                if getattr(layer, name) is not None:
+                    getattr(layer, name).zero_()
+    controls.split_anew(model, exact)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    size = stored_bytes(model)
+    controls.shuffle_smoothing(model, exact, store, 0)
+    smooth = [name for name in before if name.endswith(".smooth")]
+    assert len(smooth) >= 4 and stored_bytes(model) == size
+    for name in smooth:
+        now = model.state_dict()[name]
+        assert torch.equal(now.sort().values, before[name].sort().values) and not torch.equal(now, before[name])
+
+    def error(model) -> float:
+        names = [name.removesuffix(".smooth") for name in smooth]
+        pairs = [(model.get_submodule(n).dequantized_weight(), exact.get_submodule(n).weight) for n in names]
+        return sum(float(((a - b).square().sum() / b.square().sum()).detach()) for a, b in pairs)
+
+    best, anyhow = quantized(exact, config, store), quantized(exact, config, store)
+    controls.random_branch(anyhow, exact, store, 0)
+    none = quantized(exact, ptq4dm.SVDQuantConfig(**{**plain(config), "rank": 0}), store)
+    assert error(best) < 0.5 * error(anyhow) and 0.7 < error(anyhow) / error(none) < 1.1
+    gptq = quantized(exact, ptq4dm.SVDQuantConfig(rank=8, smoothing=0.5), store)
+    with pytest.raises(UserError, match="rounding='nearest'"):
+        controls.shuffle_smoothing(gptq, exact, store, 0)
+
+
+def plain(config) -> dict:
+    return {name: getattr(config, name) for name in ("activations", "rank", "rounding", "refinements", "smoothing")}
+
+
+def test_rounding_at_the_bytes_of_a_method(script, one_thread):
+    budgets, (exact, store) = script("budgets"), split_model()
+    method = lambda: ptq4dm.SVDQuantConfig(activations="int8", rank=16)  # noqa: E731
+    rtn = ptq4dm.SVDQuantConfig(activations="int8", rank=0, smoothing="none", rounding="nearest")
+    narrow = make_plan(exact, rtn, store)
+    plan = budgets.at_bytes_of(method, ptq4dm.RTNConfig)(exact, narrow, store, 0)
+    budget = sum(budgets.plan_bytes(exact, make_plan(exact, method(), store)).values())
+    sizes = budgets.plan_bytes(exact, plan)
+    assert sum(budgets.plan_bytes(exact, narrow).values()) < sum(sizes.values()) <= budget
+    rtn.plan = plan
+    model = quantized(exact, rtn, store)
+    assert sizes == {name: stored_bytes(model.get_submodule(name)) for name in plan.layers}
+    assert {"int8", "svdq"} == {choice.format for choice in plan.layers.values()}

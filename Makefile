@@ -1,12 +1,14 @@
-# make demo   quantize, sample and measure the embedded model       make test   run the tests
-# make lint   check style and format                                make clean  remove what make made
+# make demo      quantize, sample and measure the embedded model    make test      run the tests
+# make lint      check style and format                             make types     check types, room by room
+# make gpu-test  the tests that need a GPU                          make wheel     build, install elsewhere, import
+# make docs      API pages into out/docs                            make clean     remove what make made
 #
 # The first run makes .venv. TORCH is what pip installs for PyTorch: a version, or more, TORCH="torch --index-url URL".
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint types gpu-test wheel docs clean
 
 demo: .venv/plot.stamp
 	$(BIN)/ptq4dm quantize --output out/demo/quantized
@@ -18,6 +20,29 @@ test: .venv/test.stamp
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Which rooms: [tool.mypy] in pyproject.toml.
+types: .venv/test.stamp
+	$(BIN)/mypy
+
+gpu-test: .venv/test.stamp
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch finds no GPU here'"
+	$(BIN)/python -m pytest -m gpu
+
+# In another folder, so that the checkout cannot stand in for what the wheel lacks.
+wheel: .venv/test.stamp
+	rm -rf out/wheel build  # an old build folder would lend its files to a new wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir out/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target out/wheel/site out/wheel/*.whl
+	cd out/wheel && PYTHONPATH=$(CURDIR)/out/wheel/site $(CURDIR)/$(BIN)/python -c "import ptq4dm, ptq4dm.kernels.w8a8.layer; \
+		assert ptq4dm.__file__.startswith('$(CURDIR)/out/wheel/site'), ptq4dm.__file__; ptq4dm.load_reference()"
+	cd out/wheel && PYTHONPATH=$(CURDIR)/out/wheel/site $(CURDIR)/$(BIN)/python site/bin/ptq4dm --help >/dev/null
+
+# Rooms whose __init__ shows less than they hold are named with their folders; ptq4dm.kernels has no __init__.
+PAGES = $(shell find ptq4dm svdquant samplers -mindepth 1 -maxdepth 1 \( -type d -o -name '[a-z]*.py' \) ! -name __pycache__ \
+	| sed -e 's|^ptq4dm/||' -e 's|\.py$$||' -e 's|/|.|g' -e 's|^|ptq4dm.|')
+docs: .venv/docs.stamp
+	$(BIN)/pdoc --output-directory out/docs ptq4dm ptq4dm.kernels ptq4dm.svdquant ptq4dm.samplers $(PAGES)
 
 # PyTorch first and by itself, so that the extras below do not choose another build of it.
 .venv/torch.stamp:

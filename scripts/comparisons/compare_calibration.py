@@ -1,4 +1,4 @@
-"""What calibration and range objective are worth: ptq4dm/README.md's table of PTQ4DM against round-to-nearest.
+"""What calibration and range objective are worth: the table of PTQ4DM in scripts/results/README.md.
 
     python scripts/comparisons/compare_calibration.py --model unet-cifar10 --device cuda
         --output out/calibration-unet.json

@@ -1,4 +1,4 @@
-"""What each part of SVDQuant is worth, and what it costs in bytes: the tables of svdquant/README.md.
+"""What each part of SVDQuant is worth, and what it costs in bytes: the tables of scripts/results/README.md.
 
     python scripts/comparisons/compare_svdquant.py --output out/svdquant.json  # the parts, on dit-cifar10
     python scripts/comparisons/compare_svdquant.py --table bytes --output out/svdquant.json  # error against bytes

@@ -1,0 +1,47 @@
+"""Wrong input: one plain line, exit status 2, nothing half-written. TRIED lists what is typed, and the answer.
+
+These need damaged models or long work, and are in the tests of their rooms:
+
+    info --model broken (truncated weights)    .../diffusion_pytorch_model.safetensors is not a whole safetensors file
+    quantize --calibration (another model's)   the calibration store was collected from another model ...
+    collect --model with-nan-weights           2 of 2 images hold NaN or infinity (first seed 0): ...
+    a layer that alone sees NaN                the layer and timestep bin by name
+    distill --model with-v-prediction          distillation needs a teacher that predicts epsilon; ...
+    a distillation that comes to NaN           ... the checkpoint of iteration 12 is kept: resume it with lower ...
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptq4dm.cli.main import main
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")
+TRIED = [
+    ("quantize --model unet-cifar11", "'unet-cifar11' is neither an embedded model ("),
+    ("quantize --dtype int4", "argument --dtype: invalid choice: 'int4' (choose from"),
+    ("quantize --objective best", "objective 'best' is unknown; choose from max, percentile, mse, lp"),
+    ("quantize --modules-to-not-convert nowhere", "'nowhere' in modules_to_not_convert names no layer"),
+    ("generate --num-images 0", "0 images asked for; --num-images must be at least 1."),
+    ("generate --steps 5000", "5000 steps are more than the 1000 that the model was trained with."),
+    ("generate --model unet-cifar10-onestep --steps 2", "this model was distilled to one step;"),
+    ("collect --output FILE/x", "cannot make the folder FILE/x: Not a directory."),
+    pytest.param("bench tune", "kernels are tuned on the GPU they run on; PyTorch finds none here.", marks=no_gpu),
+    ("bench tune --shapes 16,64,96", "'16,64,96': the kernels take inputs in groups of 64, and K = 96"),
+]
+
+
+@pytest.mark.parametrize("tried, answer", TRIED)
+def test_the_answer_is_one_line(tried, answer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("in the way")
+    verb, *_ = words = tried.split()
+    try:
+        status = main(words)
+    except SystemExit as leaving:
+        status = leaving.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ptq4dm ")]
+    assert status == 2
+    assert len(lines) == 1 and lines[0].startswith(f"ptq4dm {verb}: {answer}")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "FILE"]

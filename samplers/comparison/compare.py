@@ -35,7 +35,7 @@ SAMPLERS = (
 
 @dataclass
 class SamplerBench:
-    """Settings of a comparison: samplers, budgets of evaluations, and images (seeds from seed) of each feature-FID."""
+    """Settings of a comparison: samplers, budgets of evaluations, images of each feature-FID (seeds from seed)."""
 
     samplers: Sequence[str] = SAMPLERS
     evaluations: Sequence[int] = (5, 6, 8, 10, 15, 20, 50)

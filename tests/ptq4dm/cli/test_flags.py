@@ -1,6 +1,7 @@
 """Flags from dataclasses: what a new method brings to the command line, and whose option it is."""
 
 import argparse
+import copy
 import json
 import re
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ def half(text):
 @pytest.fixture
 def shifty(monkeypatch):
     """A method of its own with options of its own, registered as a new file would."""
-    monkeypatch.setattr(recipe, "METHODS", type(recipe.METHODS)(recipe.METHODS))
+    monkeypatch.setattr(recipe, "METHODS", copy.copy(recipe.METHODS))
 
     @recipe.register("shifty")
     @dataclass(repr=False)

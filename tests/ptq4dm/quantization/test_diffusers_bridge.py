@@ -385,7 +385,7 @@ def test_damaged_checkpoints(kind, device_map, saved, folders, tmp_path):
         (lambda q: q.update(colour="blue"), "colour"),
         (lambda q: q.update(plan=None), "no plan"),
         (lambda q: q["plan"]["layers"].update(nowhere=q["plan"]["layers"]["conv_in"]), "another model.*nowhere"),
-        (lambda q: q["plan"]["layers"]["conv_in"].update(format="int3"), "format int3"),
+        (lambda q: q["plan"]["layers"]["conv_in"].update(format="int3"), "format 'int3' is unknown"),
     ],
 )
 def test_damaged_config(change, word, saved, tmp_path):

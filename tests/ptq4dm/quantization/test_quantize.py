@@ -273,7 +273,7 @@ def test_first_and_last(first_last, bits, options):
             assert name not in plan.layers and type(layer) is nn.Conv2d and layer.weight.is_floating_point()
         else:
             assert plan.layers[name].weight_bits == bits
-            assert layer.qweight.abs().max() == 2 ** (bits - 1) - 1
+            assert layer.weight.abs().max() == 2 ** (bits - 1) - 1
 
 
 def test_modules_to_not_convert(options):
@@ -288,7 +288,7 @@ def test_modules_to_not_convert(options):
     assert stored_bytes(model) == report.bytes_after < report.bytes_before
 
 
-@pytest.mark.parametrize("weight_bits, activation_bits", [(4, 8), (8, 6), (6, 6), (2, 2)])
+@pytest.mark.parametrize("weight_bits, activation_bits", [(5, 8), (8, 6), (6, 6), (2, 2)])
 def test_narrow_grids_are_labelled(weight_bits, activation_bits, store, options):
     config = RTNConfig(weight_bits=weight_bits, activation_bits=activation_bits)
     model, plan, report = options(config, store)
@@ -301,6 +301,17 @@ def test_narrow_grids_are_labelled(weight_bits, activation_bits, store, options)
     layer = model.get_submodule(inner)
     assert layer.qweight.dtype == torch.int8 and layer.qweight.abs().max() == 2 ** (weight_bits - 1) - 1
     assert report.bytes_after == options(RTNConfig(), store)[2].bytes_after
+
+
+def test_four_bits_are_stored_as_such(store, options):
+    model, plan, report = options(RTNConfig(weight_bits=4), store)
+    inner = "mid_block.resnets.0.conv1"
+    assert str(plan.layers[inner]) == "W4A8 static" and not plan.layers[inner].simulated
+    assert {r["format"] for r in report.layers} == {"W4A8 static", "W8A8 static"}
+    assert model.get_submodule(inner).qweight.dtype == torch.uint8
+    eight = options(RTNConfig(), store)[2].bytes_after
+    halved = sum(row["bytes"] for row in kernel_report(model) if row["format"] == "W4A8 static")
+    assert report.bytes_after < eight - 0.7 * halved
 
 
 def test_narrow_activations_use_a_narrow_grid(store, monkeypatch, options):

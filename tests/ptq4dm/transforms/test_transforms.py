@@ -10,6 +10,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+import denoisers
 import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.transforms.attention import query_key_streams, value_streams
@@ -66,7 +67,7 @@ def without_norms(build):
 
 
 @pytest.fixture(scope="module")
-def zoo(denoisers, unet):
+def zoo(unet):
     """kind -> (model in float64, its output function, peaks of its layers)."""
     builders = {
         "unet": lambda: (unet(), (3, 8, 8), lambda words: {}),
@@ -366,7 +367,7 @@ def refused(model, plans, match):
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
-def test_a_plan_of_another_model_is_refused(zoo, denoisers, name):
+def test_a_plan_of_another_model_is_refused(zoo, name):
     """Nothing has changed then, by the plans before it neither."""
     original, _, peaks = zoo("pixart")
     plans = TRANSFORMS[name].find(original, peaks)

@@ -15,8 +15,8 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm.errors import run
-from ptq4dm.layers.modules import FORMATS, QuantizedLayer, frozen
-from ptq4dm.layers.plan import PLANS
+from ptq4dm.layers.base import QuantizedLinear, frozen
+from ptq4dm.layers.registry import finite, register_format
 from ptq4dm.quantization.recipe import QuantConfig, register
 
 PLACES = 2 ** torch.arange(8)
@@ -31,26 +31,23 @@ class SignPlan:
         return "W1A16"
 
 
-class SignLinear(QuantizedLayer, nn.Linear):
+class SignLinear(QuantizedLinear):
     """bias [N] or None; qweight [N, K / 8] uint8, bit k % 8 of byte k // 8; weight_scale [N] float32."""
 
     kept = ("weight_scale",)  # stays float32 whatever the model is converted to
 
-    def __init__(self, linear: nn.Linear, plan: SignPlan, device=None):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.plan = linear.in_features, linear.out_features, plan
-        rows, bias = self.out_features, linear.bias
-        self.bias = None if bias is None else frozen(rows, dtype=bias.dtype, device=device)
-        self.qweight = frozen(rows, self.in_features // 8, dtype=torch.uint8, device=device)
+    def _allocate(self, shape, device):
+        rows, columns = shape
+        self.qweight = frozen(rows, columns // 8, dtype=torch.uint8, device=device)
         self.weight_scale = frozen(rows, dtype=torch.float32, device=device)
 
     @torch.no_grad()
-    def pack(self, weight, name):
+    def pack(self, weight, name, evidence=None):
         """Fill codes and scales from a float weight [N, K]."""
+        weight = finite(weight, name)
         bits = (weight >= 0).view(len(weight), -1, 8)
         packed = (bits * PLACES.to(weight.device)).sum(-1).to(torch.uint8)
-        self.qweight = nn.Parameter(packed, requires_grad=False)
-        self.weight_scale = nn.Parameter(weight.float().abs().mean(1), requires_grad=False)
+        self.put(qweight=packed, weight_scale=weight.abs().mean(1))
 
     def dequantized_weight(self):
         bits = self.qweight[..., None].bitwise_and(PLACES.to(self.qweight)).ne(0).flatten(1)
@@ -62,12 +59,8 @@ class SignLinear(QuantizedLayer, nn.Linear):
     def forward(self, x):
         return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), self.bias)
 
-    def _float_layer(self):
-        return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
 
-
-PLANS["sign"] = SignPlan
-FORMATS["sign"] = {nn.Linear: SignLinear}
+register_format("sign", plan=SignPlan, layers={nn.Linear: SignLinear})
 
 
 @register("sign-rtn")

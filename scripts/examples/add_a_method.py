@@ -20,7 +20,7 @@ from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.quantization.options import option
 from ptq4dm.quantization.recipe import QuantConfig, register
 from ptq4dm.quantization.report import Ratio
-from ptq4dm.ranges.clipping import weight_scale
+from ptq4dm.ranges.weights import weight_scale
 
 
 @register("thrifty")

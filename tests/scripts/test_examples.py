@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 import ptq4dm
-from ptq4dm.layers.modules import is_quantized
+from ptq4dm.layers.base import is_quantized
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "scripts" / "examples"
 pytestmark = pytest.mark.usefixtures("one_thread", "coarse")

@@ -15,20 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ptq4dm.calibration.capture import as_rows
-from ptq4dm.calibration.record import replay
 from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.int4 import pack_int4, quantize_groups
-from ptq4dm.kernels.formats.int8 import affine_parameters, quantize_weight, weight_limit
+from ptq4dm.kernels.formats.grid import Grid
+from ptq4dm.kernels.formats.int8 import affine_parameters, quantize_weight
 from ptq4dm.layers.plan import Plan
-from ptq4dm.pipelines.denoiser import evaluation_mode
-from ptq4dm.ranges.clipping import weight_scale
-from ptq4dm.rounding.gptq import gptq_codes
+from ptq4dm.ranges.weights import weight_scale
+from ptq4dm.rounding import register_rounder
+from ptq4dm.rounding.gptq import gptq
 from ptq4dm.svdquant.lowrank import top_factors
-
-HESSIAN_ROWS = 4096  # inputs kept of a layer
-HESSIAN_CALLS = 16  # calibration tuples they come from
-AT_ONCE = 8  # layers whose inputs are held at one time
 
 
 def generator(seed: int, place: int = 0) -> torch.Generator:
@@ -47,7 +42,7 @@ def input_ratios(plan: Plan, store) -> dict[str, tuple[float, float]]:
     """layer -> (low, high): where its static int8 grid ends, over where its inputs end; 1 for an end at zero."""
     ratios = {}
     for name, choice in plan.layers.items():
-        if choice.format == "int8" and choice.static:
+        if choice.format in ("int8", "int4") and choice.static:
             low, high = _extremes(store, name)
             limit, zero = 2 ** (choice.activation_bits - 1), choice.input_zero_point
             ends = (-limit - zero) * choice.input_scale, (limit - 1 - zero) * choice.input_scale
@@ -59,7 +54,7 @@ def shuffle_input_ranges(model: nn.Module, plan: Plan, store, seed: int) -> Plan
     """The ratios of chosen to full input ranges are permuted among the layers of one width."""
     plan, ratios = copy.deepcopy(plan), input_ratios(plan, store)
     if not ratios:
-        raise UserError("no layer of the plan has a static int8 grid: there are no input ranges to shuffle.")
+        raise UserError("no layer of the plan has a static grid of its input: there are no input ranges to shuffle.")
     for bits in {plan.layers[name].activation_bits for name in ratios}:
         names = [name for name in ratios if plan.layers[name].activation_bits == bits]
         for name, (a, b) in zip(names, permuted([ratios[name] for name in names], seed), strict=True):
@@ -146,18 +141,18 @@ def split_anew(model: nn.Module, exact: nn.Module, smoothing=None, factors=None)
 # ------------------------------------------------------------------------------------------------ rounding
 
 
-def random_flips(weight: Tensor, codes: Tensor, scale: Tensor, bits: int, draw: torch.Generator) -> Tensor:
-    """Nearest codes [N, ...] with as many of them at random at their other neighbour as `codes` has off the nearest.
+def random_flips(weight: Tensor, codes: Tensor, grid: Grid, draw: torch.Generator) -> Tensor:
+    """Nearest codes [N, K] with as many of them at random at their other neighbour as `codes` has off the nearest.
 
     The other neighbour is the code on the other side of the weight; of a weight right on a code, either. Those whose
     other neighbour is not on the grid are not drawn.
     """
-    limit = weight_limit(bits)
-    nearest = quantize_weight(weight, scale, bits)
-    steps = weight.float() / scale.reshape(-1, *[1] * (weight.ndim - 1))
+    nearest = grid.codes(weight)
+    wrong = weight.float() - grid.values(nearest)
     coin = torch.randint(0, 2, nearest.shape, generator=draw).to(weight.device) * 2 - 1
-    side = torch.where(steps == nearest, coin, (steps - nearest).sign()).to(torch.int8)
-    free = ((nearest + side).abs() <= limit).flatten().nonzero().flatten()
+    side = torch.where(wrong == 0, coin, wrong.sign()).to(torch.int8)
+    moved = nearest + side
+    free = ((moved >= grid.low) & (moved <= grid.high)).flatten().nonzero().flatten()
     count = min(int((codes != nearest).sum()), len(free))
     chosen = free[torch.randperm(len(free), generator=draw)[:count].to(weight.device)]
     flat = nearest.flatten()
@@ -165,84 +160,42 @@ def random_flips(weight: Tensor, codes: Tensor, scale: Tensor, bits: int, draw: 
     return flat.view_as(nearest)
 
 
-def shuffle_rounding(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
-    """In each int8 layer as many codes are flipped as the rounder flipped against nearest, but at random."""
-    flipped = 0
-    for place, (layer, weight) in enumerate(_int8_layers(model, exact)):
-        bits = layer.plan.weight_bits
-        codes = random_flips(weight, layer.qweight, layer.weight_scale, bits, generator(seed, place))
-        flipped += int((codes != quantize_weight(weight, layer.weight_scale, bits)).sum())
-        layer.qweight.copy_(codes)
-    if not flipped:
-        raise UserError("all codes are the nearest ones: there is no rounding to shuffle.")
+@register_rounder("gptq, flips at random", needs=frozenset({"rows"}))
+def flips_at_random(weight: Tensor, grid: Grid, evidence) -> Tensor:
+    """As many codes off the nearest as Hessian rounding has, but at random."""
+    return random_flips(weight, gptq(weight, grid, evidence), grid, generator(DRAWS["seed"], weight.numel()))
 
 
-def shuffle_hessian(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
-    """Hessian rounding of int8 layers, the Hessian's columns permuted: errors are made up for in the wrong places."""
-
-    def shuffled(place: int, rows: Tensor) -> Tensor:
-        return rows[:, torch.randperm(rows.shape[1], generator=generator(seed, place)).to(rows.device)]
-
-    round_by_hessian(model, exact, store, seed, shuffled)
+@register_rounder("gptq, Hessian shuffled", needs=frozenset({"rows"}))
+def hessian_shuffled(weight: Tensor, grid: Grid, evidence) -> Tensor:
+    """Hessian rounding, the Hessian's columns permuted: errors are made up for in the wrong places."""
+    order = torch.randperm(weight.shape[1], generator=generator(DRAWS["seed"], weight.numel()))
+    return gptq(weight, grid, evidence.columns(order.to(weight.device)))
 
 
-@torch.no_grad()
-def round_by_hessian(model: nn.Module, exact: nn.Module, store, seed: int, change=None) -> None:
-    """Hessian rounding of packed int8 layers, on their own scales; layers of several groups stay as they are.
-
-    change: (number of the layer, its inputs [R, K]) -> the inputs [R, K] that rounding is to believe in.
-    """
-    names = [name for name, module in model.named_modules() if _is_int8(module)]
-    names = [name for name in names if getattr(model.get_submodule(name), "groups", 1) == 1]
-    if not names:
-        raise UserError("the model has no int8 layer to round.")
-    for start in range(0, len(names), AT_ONCE):
-        some = names[start : start + AT_ONCE]
-        inputs = layer_inputs(exact, {name: model.get_submodule(name) for name in some}, store, seed)
-        for place, name in enumerate(some, start):
-            if name not in inputs:
-                continue  # calibration never reached it
-            layer, weight = model.get_submodule(name), exact.get_submodule(name).weight
-            rows = inputs[name] if change is None else change(place, inputs[name])
-            limit = weight_limit(layer.plan.weight_bits)
-            codes = gptq_codes(weight.flatten(1).float(), layer.weight_scale[:, None], rows, -limit, limit)
-            layer.qweight.copy_(codes.view_as(layer.qweight))
+DRAWS = {"seed": 0}  # of the two rounders above, which get no seed
 
 
-def layer_inputs(exact: nn.Module, packed: dict[str, nn.Module], store, seed: int) -> dict[str, Tensor]:
-    """layer -> [R, K] float32 of what it is fed on calibration tuples, R at most about HESSIAN_ROWS.
+def rounded_by(name: str):
+    """A control of a plan: all that Hessian rounding rounds is rounded by this rounder instead."""
 
-    packed: the quantized layers, whose geometry is in numbers. A convolution's rows are its patches.
-    """
-    step = max(1, len(store.calls) // HESSIAN_CALLS)
-    batches = [store.calls[i : i + 1] for i in range(0, len(store.calls), step)][:HESSIAN_CALLS]
-    share, got = -(-HESSIAN_ROWS // len(batches)), {}
+    def control(model: nn.Module, plan: Plan, store, seed: int) -> Plan:
+        plan, DRAWS["seed"] = copy.deepcopy(plan), seed
+        chosen = [layer for layer in plan.layers.values() if getattr(layer, "rounding", "") == "gptq"]
+        if not chosen:
+            raise UserError("no layer of the plan is rounded by its Hessian: there is no rounding to shuffle.")
+        for layer in chosen:
+            layer.rounding = name
+        return plan
 
-    def keep(name: str):
-        def hook(_, args):
-            x = _patches(packed[name], args[0]).float()
-            parts = got.setdefault(name, [])
-            picked = torch.randperm(len(x), generator=generator(seed, len(parts)))[:share]
-            parts.append(x[picked.to(x.device)])
-
-        return hook
-
-    handles = [exact.get_submodule(name).register_forward_pre_hook(keep(name)) for name in packed]
-    try:
-        with evaluation_mode(exact):
-            for batch in batches:
-                replay(exact, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(parts) for name, parts in got.items()}
+    return control
 
 
-def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    if not isinstance(layer, nn.Conv2d):
-        return as_rows(layer, x)
-    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    return patches.transpose(1, 2).flatten(0, 1)
+shuffle_rounding = rounded_by("gptq, flips at random")
+shuffle_hessian = rounded_by("gptq, Hessian shuffled")
+
+
+# ------------------------------------------------------------------------------------------------ parts
 
 
 def _extremes(store, name: str) -> tuple[float, float]:

@@ -68,34 +68,44 @@ def eight_bits() -> list[Row]:
 
 
 def hessian_rounding() -> list[Row]:
-    """Rounding and ranges of every method, in 8 bits."""
+    """Rounding and ranges that look at what layers are fed, in 8 bits."""
     name, gptq = "PTQ4DM W8A8, gptq", partial(PTQ4DMConfig, rounding="gptq")
-    waits = "rounding='gptq' of PTQ4DMConfig"
     return [
-        Row(name, "method", gptq, needs=waits),
-        Row(f"{name}, max ranges", "ablation", partial(RTNConfig, rounding="gptq"), name, needs=waits),
-        Row(f"{name}, flips at random", "shuffled", gptq, name, packed=controls.shuffle_rounding, needs=waits),
-        Row(f"{name}, Hessian shuffled", "shuffled", gptq, name, packed=controls.shuffle_hessian, needs=waits),
-        Row(
-            "PTQ4DM W8A8, output ranges", "ablation", partial(PTQ4DMConfig, objective="output"), "PTQ4DM W8A8",
-            needs="objective='output' of PTQ4DMConfig",
-        ),
-    ]  # fmt: skip
+        Row(name, "method", gptq),
+        Row(f"{name}, max ranges", "ablation", partial(RTNConfig, rounding="gptq"), name),
+        *_shuffled_rounding(name, gptq),
+        Row("PTQ4DM W8A8, output ranges", "ablation", partial(PTQ4DMConfig, objective="output"), "PTQ4DM W8A8"),
+    ]
 
 
 def four_bits() -> list[Row]:
-    """4-bit weights as a format of its own, inputs in 8 bits: one scale per row, and one per group."""
-    rows, waits = [], "weight_bits=4 with group_size=, stored in 4 bits"
-    for size in (None, 64):
-        name = "PTQ4DM W4A8 " + ("per row" if size is None else f"g{size}")
-        four = {"weight_bits": 4, "group_size": size}
-        for objective in ("lp", "output"):
-            own = name if objective == "lp" else f"{name}, {objective} ranges"
-            recipe = partial(PTQ4DMConfig, objective=objective, **four)
-            rows.append(Row(own, "method" if own == name else "ablation", recipe, "" if own == name else name))
-            rows.append(Row(f"{own}, gptq", "ablation", partial(recipe, rounding="gptq"), name))
-        rows.append(Row(name.replace("PTQ4DM", "RTN"), "baseline", partial(RTNConfig, **four), name))
-    return [Row(row.name, row.kind, row.recipe, row.of, needs=waits) for row in rows]
+    """4-bit weights as a format of its own, inputs in 8 bits: one scale per row, and one per group; affine ones."""
+    rows = []
+    choices = {"per row": {}, "g64": {"group_size": 64}, "g64 affine": {"group_size": 64, "affine": True}}
+    for label, choice in choices.items():
+        four = {"weight_bits": 4, **choice}
+        name, gptq = f"PTQ4DM W4A8 {label}, gptq", partial(PTQ4DMConfig, rounding="gptq", **four)
+        rows += [
+            Row(f"RTN W4A8 {label}", "baseline", partial(RTNConfig, **four), name),
+            Row(name, "method", gptq),
+            Row(f"PTQ4DM W4A8 {label}", "ablation", partial(PTQ4DMConfig, **four), name),
+            Row(f"{name}, dynamic", "ablation", partial(gptq, activations="dynamic"), name),
+            *_shuffled_rounding(name, gptq),
+        ]
+    row = {"weight_bits": 4, "objective": "output"}
+    return [
+        *rows,
+        Row("PTQ4DM W4A8 per row, output ranges", "ablation", partial(PTQ4DMConfig, **row), rows[1].name),
+        Row("PTQ4DM W4A8 per row, output ranges, gptq", "ablation", partial(PTQ4DMConfig, rounding="gptq", **row),
+            rows[1].name),
+    ]  # fmt: skip
+
+
+def _shuffled_rounding(name: str, recipe: Callable[[], QuantConfig]) -> list[Row]:
+    return [
+        Row(f"{name}, flips at random", "shuffled", recipe, name, plan=controls.shuffle_rounding),
+        Row(f"{name}, Hessian shuffled", "shuffled", recipe, name, plan=controls.shuffle_hessian),
+    ]
 
 
 def low_rank() -> list[Row]:

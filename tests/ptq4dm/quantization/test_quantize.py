@@ -310,8 +310,9 @@ def test_four_bits_are_stored_as_such(store, options):
     assert {r["format"] for r in report.layers} == {"W4A8 static", "W8A8 static"}
     assert model.get_submodule(inner).qweight.dtype == torch.uint8
     eight = options(RTNConfig(), store)[2].bytes_after
-    halved = sum(row["bytes"] for row in kernel_report(model) if row["format"] == "W4A8 static")
-    assert report.bytes_after < eight - 0.7 * halved
+    assert report.bytes_after < eight
+    layer = model.get_submodule(inner)  # rows are filled up to a multiple of 64 codes
+    assert layer.qweight.nbytes == len(layer.qweight) * -(-layer.weight[0].numel() // 64) * 32
 
 
 def test_narrow_activations_use_a_narrow_grid(store, monkeypatch, options):

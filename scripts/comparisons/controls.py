@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq4dm.errors import UserError
-from ptq4dm.kernels.formats.int4 import pack_int4, quantize_groups
 from ptq4dm.kernels.formats.grid import Grid
+from ptq4dm.kernels.formats.int4 import pack_int4, quantize_groups
 from ptq4dm.kernels.formats.int8 import affine_parameters, quantize_weight
 from ptq4dm.layers.plan import Plan
 from ptq4dm.ranges.weights import weight_scale

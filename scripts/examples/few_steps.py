@@ -12,7 +12,7 @@ import tiny
 
 import ptq4dm
 from ptq4dm.errors import run
-from ptq4dm.evaluation.compare import image_errors, psnr
+from ptq4dm.evaluation.paired import image_errors, psnr
 from ptq4dm.pipelines.sampling import sample
 from ptq4dm.samplers import DDIMScheduler, DEISScheduler
 

@@ -143,7 +143,7 @@ def test_nothing_that_runs_is_an_error_and_leaves_no_file(faked):
 
 
 def test_a_search_that_is_cut_short_keeps_what_it_found(faked, monkeypatch, capsys):
-    monkeypatch.setattr(search, "GROUP", 0)  # a group for each launch
+    monkeypatch.setattr(search, "PER_PROCESS", 0)  # a group for each launch
     clock = iter(range(100))
     monkeypatch.setattr(search.time, "monotonic", lambda: next(clock))
     found = tune.tune([Fake("a"), Fake("b"), Fake("c")], seconds=3)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .formats.fp8 import DTYPE
+from .formats.int4 import GROUP
 from .tuning import latency
 from .w4 import layer as w4
 from .w8a8 import layer as w8a8
@@ -33,6 +34,7 @@ class Query:
     weight: "int8", "fp8" or "int4"; activation: the same, or "none" for 16-bit inputs.
     group_size: inputs under one scale of the weight; None for one scale a row.
     groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.
+    linear: a Linear layer, or a convolution of one pixel; inputs: K of it, None for a multiple of 64.
     static: one activation scale for all rows, known before. zeros: the 4-bit weight has zero points.
     branch: a 4-bit layer with a low-rank branch in 16 bits and smoothing (w4/layer.py), of any rank, 0 too; without
         it a 4-bit weight is plain (w4/int4_codes.py).
@@ -49,6 +51,8 @@ class Query:
     static: bool = False
     zeros: bool = False
     branch: bool = False
+    linear: bool = True
+    inputs: int | None = None
 
     def __post_init__(self):
         for name, given, known in (
@@ -111,6 +115,8 @@ def time(query: Query, n: int, k: int) -> float:
         kernel = name != w4.REFERENCE
         arguments = (query.activation, query.group_size or k, RANK if query.activation != "none" else 0, kernel)
         make = latency.svdq_linear
+    elif name == w4.INT8:
+        make, arguments = latency.svdq_linear, (query.activation, GROUP, 0, True)
     elif query.weight == "int4":
         make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)
         if name == w8a8.REFERENCE:
@@ -145,12 +151,27 @@ def _branched(name: str, many: bool | None = None) -> Callable[[Query], bool]:
     return serves
 
 
-def _plain(product: str) -> Callable[[Query], bool]:
+def _plain(query: Query) -> bool:
+    return query.weight == "int4" and query.activation == "int8" and not query.branch
+
+
+def _unpacked(product: str) -> Callable[[Query], bool]:
     def serves(query: Query) -> bool:
-        plain = query.weight == "int4" and query.activation == "int8" and not query.branch
-        return plain and (query.device.type == "cuda" or not query.group_size) and _eight_bit(query) == product
+        held = query.device.type == "cuda" or not query.group_size
+        return _plain(query) and held and _eight_bit(query) == product
 
     return serves
+
+
+def _direct(query: Query) -> bool:
+    """Whether the kernels of branched layers serve a plain weight, as one without a branch: scales per token only."""
+    fits = query.linear and query.groups == 1 and not query.static and not query.zeros
+    whole = (query.inputs or GROUP) % GROUP == 0 and (query.group_size or GROUP) % GROUP == 0
+    return _plain(query) and fits and whole and w4.kernel_name(query.device, "int8", GROUP) == w4.INT8
+
+
+def _either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:
+    return lambda query: any(one(query) for one in serve)
 
 
 KERNELS: list[Kernel] = [
@@ -159,8 +180,8 @@ KERNELS: list[Kernel] = [
         "w4a8-fp8", "fp8",
     ),
     Kernel(
-        w4.INT8, "4-bit weights, int8 activations, low-rank branch: unpack, multiply", _branched(w4.INT8),
-        "w4a8-int8", "int8",
+        w4.INT8, "4-bit weights, int8 activations, with or without low-rank branch: unpack, multiply",
+        _either(_branched(w4.INT8), _direct), "w4a8-int8", "int8",
     ),
     Kernel(w4.INT4, "4-bit weights and activations, low-rank branch", _branched(w4.INT4), "w4a4", "int4"),
     Kernel(
@@ -171,8 +192,8 @@ KERNELS: list[Kernel] = [
     Kernel(w8a8.TRITON, "int8 weights and activations", _w8a8(w8a8.TRITON), "w8a8"),
     Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", _w8a8(w8a8.TRITON_FP8), "w8a8"),
     Kernel(w8a8.ONEDNN, "int8 weights and activations, x86 CPU with VNNI", _w8a8(w8a8.ONEDNN)),
-    Kernel(UNPACK, "plain 4-bit weights unpacked to int8 in every call", _plain(w8a8.TRITON)),
-    Kernel(COPY, "plain 4-bit weights, one scale a row; the copy is kept in memory", _plain(w8a8.ONEDNN)),
+    Kernel(UNPACK, "plain 4-bit weights unpacked to int8 in every call", _unpacked(w8a8.TRITON)),
+    Kernel(COPY, "plain 4-bit weights, one scale a row; the copy is kept in memory", _unpacked(w8a8.ONEDNN)),
     Kernel(w8a8.REFERENCE, "the formula in torch, everywhere", lambda query: True),
 ]  # fmt: skip
 """The first that serves is used."""

@@ -2,10 +2,12 @@
 
     y[m, n] = s_x[m] sum_g s_w[n, g] sum_{k in g} (q_x[m, k] - z_x) (q_w[n, k] - z_w[n, g])  +  b[n]
 
-    triton-w4a8-int8        CUDA, Linear, dynamic inputs, symmetric weights, K a multiple of 64
-    unpack + triton-int8    CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
-    onednn-int8, int8 copy  x86 CPU, one scale an output: the W8A8 kernel on an int8 copy that is kept
-    reference               everywhere: the formula in float32 on dequantized weights; the truth
+    triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric weights, K a multiple of 64
+    unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
+    onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
+    reference                   everywhere: the formula in float32 on dequantized weights; the truth
+
+Which one: kernels/dispatch.py.
 
 The kernels on a GPU fold the scales of groups into 8-bit weights (kernels/w4/int4_codes.py says what that rounds);
 one scale an output is exact.
@@ -19,32 +21,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import dispatch
 from ..kernels.formats.grid import Grid
-from ..kernels.formats.int4 import unpack_int4
+from ..kernels.formats.int4 import GROUP, unpack_int4
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
+from ..kernels.runtime.settings import remembered
 from ..kernels.w4 import layer as w4
 from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8 import reference
 from ..kernels.w8a8.window import Window
 
-PACKED = 64  # codes that are packed together; rows are filled up to a multiple of it
-COPY, SCRATCH = "{}, int8 copy", "unpack + {}"
+PACKED = GROUP  # codes that are packed together; rows are filled up to a multiple of it
 
 
+@remembered
 def kernel_name(
-    device: torch.device, linear: bool, inputs: int, scales: int, affine: bool, static: bool, bits: int, groups: int
+    device: torch.device,
+    linear: bool,
+    inputs: int,
+    scales: int,
+    affine: bool,
+    static: bool,
+    bits: int,
+    groups: int,
 ) -> str:
     """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution."""
-    eight = w8a8.kernel_name(device, bits, groups)
-    if device.type == "cuda":
-        if linear and not static and not affine and bits == 8 and inputs % PACKED == 0 and inputs // scales >= PACKED:
-            direct = w4.known_name(device, "int8", PACKED)
-            if direct != w4.REFERENCE:
-                return direct
-        return w8a8.REFERENCE if eight == w8a8.REFERENCE else SCRATCH.format(eight)
-    return COPY.format(eight) if scales == 1 and eight == w8a8.ONEDNN else w8a8.REFERENCE
+    query = dispatch.Query(
+        "int4",
+        "int8",
+        None if scales == 1 else inputs // scales,
+        groups,
+        device=device,
+        static=static,
+        zeros=affine,
+        linear=linear and bits == 8,  # narrower grids of inputs are for the kernels that take any grid
+        inputs=inputs,
+    )
+    return dispatch.find(query).name
 
 
 def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> Tensor:
@@ -77,7 +92,7 @@ def int4_linear(
         rows = _rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(rows, weight_of(qweight, wscales, wzeros, inputs), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
-    if name in w4.MODES:
+    if name == w4.INT8:
         spread = prepared(wscales, PACKED, lambda: _per_packed(wscales, inputs))
         return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
     codes, scale = _int8(qweight, wscales, wzeros, inputs)

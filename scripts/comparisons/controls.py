@@ -190,6 +190,8 @@ def shuffle_hessian(model: nn.Module, exact: nn.Module, store, seed: int) -> Non
 def round_by_hessian(model: nn.Module, exact: nn.Module, store, seed: int, change=None) -> None:
     """Hessian rounding of packed int8 layers, on their own scales; layers of several groups stay as they are.
 
+    The Hessian is that of `layer_inputs`, so a control may estimate it from other rows than the method does.
+
     change: (number of the layer, its inputs [R, K]) -> the inputs [R, K] that rounding is to believe in.
     """
     names = [name for name, module in model.named_modules() if _is_int8(module)]

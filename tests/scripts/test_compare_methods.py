@@ -128,6 +128,9 @@ def test_shards_join_and_time_ends(script, unet, one_thread, capsys):
         compare.main([*SMALL, *rows, "--steps", "4", "--join", "one.json", "--output", "new.json", "--minutes", "0"])
     with pytest.raises(UserError, match="no row is called 'PTQ5DM"):
         compare.main([*SMALL, "--rows", "PTQ5DM*"])
+    for words in (["--shard", "2/2"], ["--shard", "x"], ["--join", "none.json"], ["--num-paired", "0"]):
+        with pytest.raises(UserError, match="shard is|no none.json|num-paired must"):
+            compare.main([*SMALL, *rows, *words])
 
 
 def test_a_row_that_a_model_cannot_take_is_said(script, unet, one_thread, capsys):

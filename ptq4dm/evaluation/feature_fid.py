@@ -10,8 +10,6 @@ from torch import Tensor
 from .extractors import load_extractor, load_reference_statistics
 from .frechet import frechet_distance
 
-READ_AT_ONCE = 500  # the embedded reference is a file of statistics; the number matters for folders alone
-
 
 class FeatureFID:
     """Measures any number of models with one network and one reference, both read once.
@@ -25,7 +23,7 @@ class FeatureFID:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.extractor = load_extractor("feature-fid", device)
-        self.reference = load_reference_statistics(self.extractor, None, READ_AT_ONCE).statistics
+        self.reference = load_reference_statistics(self.extractor, None, batch_size=1).statistics
 
     def __call__(self, batches: Iterable[Tensor]) -> float:
         moments = self.extractor.moments(batches)

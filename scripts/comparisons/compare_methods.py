@@ -148,6 +148,27 @@ def chosen(rows: list[Row], patterns: list[str], kinds: list[str]) -> list[Row]:
     return [row for row in rows if row.kind in kinds and any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
 
 
+def shard_of(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n", 0 <= i < n."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"--shard is i/n with i from 0 to n - 1, such as 0/4; got '{text}'.")
+    return int(index), int(count)
+
+
+def check(args) -> None:
+    """Raises UserError, before any work, for figures that measure nothing and for files that are not there."""
+    for name in ("steps", "num_paired", "calibration_samples", "batch_size", "timed_batch", "timed_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}.")
+    if args.num_fid == 1 or args.num_fid < 0:
+        raise UserError("--num-fid is 0, which leaves feature-FID out, or 2 or more.")
+    shard_of(args.shard)
+    for path in args.join:
+        if not path.is_file():
+            raise UserError(f"there is no {path} to join.")
+
+
 class Deadline:
     """Whether there is time for one more row, judged by the longest so far."""
 
@@ -164,7 +185,7 @@ class Deadline:
 
 def fill(results: Rows, rows: list[Row], args, make_bench=Bench) -> tuple[int, dict[str, str]]:
     """Measure what is missing in `results`: (rows not begun for want of time, why rows could not be measured)."""
-    index, count = (int(part) for part in args.shard.split("/"))
+    index, count = shard_of(args.shard)
     everything = [(model, row) for model in args.model for row in rows][index::count]
     done = {(row["model"], row["row"]) for row in results}
     todo = [(model, row) for model, row in everything if (model, row.name) not in done]
@@ -216,6 +237,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None, make_bench=Bench) -> None:
     args = arguments().parse_args(words)
+    check(args)
     table = all_rows()
     rows, left_out = available(chosen(table, args.rows, args.kinds))
     settings = {name: getattr(args, name) for name in SETTINGS}

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,38 +79,44 @@ def quantized(exact, config, store):
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def test_rows_resume_and_hold_all_fields(script, unet, one_thread, capsys):
-    compare = script("compare_methods")
-    made = []
+def test_rows_resume_and_hold_all_fields(script, unet, one_thread, monkeypatch, capsys):
+    compare, Row, made = script("compare_methods"), script("method_rows").Row, []
+    narrow = partial(ptq4dm.RTNConfig, weight_bits=6, activation_bits=6)
+    ranges = {"plan": script("controls").shuffle_input_ranges, "packed": script("controls").shuffle_weight_ranges}
+    table = [
+        Row("full precision", "baseline", None),
+        Row("RTN W8A8", "baseline", ptq4dm.RTNConfig),
+        Row("RTN W6A6", "method", narrow),
+        Row("RTN W6A6, shuffled", "shuffled", narrow, "RTN W6A6", **ranges),
+        Row("to come", "method", partial(ptq4dm.RTNConfig, no_such_option=1), needs="an option"),
+    ]
+    monkeypatch.setattr(compare, "all_rows", lambda: table)
 
     def bench(model, args):
         made.append(model)
         return compare.Bench(model, args, tiny_unet(unet))
 
-    names = ["full precision", "RTN W8A8", "PTQ4DM W6A6", "PTQ4DM W6A6, ranges shuffled", "PTQ4DM W8A8, gptq"]
-    compare.main([*SMALL, "--rows", *names[:2]], bench)
+    compare.main([*SMALL, "--rows", "full precision", "RTN W8A8"], bench)
     first = json.loads(Path("m.json").read_text())["rows"]
-    compare.main([*SMALL, "--rows", *names], bench)
+    compare.main(SMALL, bench)
     rows = json.loads(Path("m.json").read_text())["rows"]
-    assert made == ["tiny", "tiny"] and rows[:2] == first
-    by_name = {row["row"]: row for row in rows}
-    reference, rtn, method = (by_name[name] for name in ("full precision", "RTN W8A8", "PTQ4DM W6A6"))
-    assert set(rtn) == set(method) == FIELDS
-    assert (reference["bytes_share"], method["simulated"], rtn["simulated"]) == (1.0, True, False)
+    assert made == ["tiny", "tiny"] and rows[:2] == first and len(rows) == 4
+    compare.main(SMALL, lambda *_: pytest.fail("all is there already"))
+    reference, rtn, six, shuffled = rows
+    assert set(rtn) == set(six) == set(shuffled) == FIELDS
+    assert (reference["bytes_share"], six["simulated"], rtn["simulated"]) == (1.0, True, False)
     low, high = rtn["psnr_interval"]
-    assert low < rtn["psnr"] < high and rtn["eps_error"] < method["eps_error"]
+    assert low < rtn["psnr"] < high and rtn["eps_error"] < min(six["eps_error"], shuffled["eps_error"])
     assert len(rtn["eps_error_bins"]) == 10 and sum(error is not None for error in rtn["eps_error_bins"]) == 3
     assert rtn["bytes_share"] == rtn["bytes"] / reference["bytes"] < 1 and rtn["step_time"]["ratio"] > 0
     assert sum(rtn["kernels"].values()) == sum(rtn["formats"].values()) > 10
     out = capsys.readouterr().out.split("tiny, 3 DDIM steps")[-1]
     lines = [line for line in out.splitlines() if line.startswith("| ")]
-    shown = [name for name in names if name in by_name]
-    assert len(lines) == len(shown) + 1 >= 5 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert [line.startswith(f"| {row['row']}") for row, line in zip(rows, lines[1:], strict=True)] == [True] * 4
     assert "feature-FID" not in lines[0] and f"{rtn['psnr']:.2f} ± {(high - low) / 2:.2f}" in lines[2]
-    for row, line in zip(sorted(shown, key=names.index), lines[1:], strict=True):
-        assert line.startswith(f"| {row}")
-    if "PTQ4DM W8A8, gptq" not in by_name:  # until the library has the option
-        assert "left out: PTQ4DM W8A8, gptq: it waits for rounding='gptq'" in out
+    assert "RTN W6A6 (simulated) | method" in lines[3]
+    assert "left out: to come: it waits for an option (" in out
     with Image.open("m-tiny.png") as picture:
         assert picture.format == "PNG"
 
@@ -130,13 +137,17 @@ def test_shards_join_and_time_ends(script, unet, one_thread, capsys):
         compare.main([*SMALL, *rows, "--steps", "4", "--join", "one.json", "--output", "new.json", "--minutes", "0"])
     with pytest.raises(UserError, match="no row is called 'PTQ5DM"):
         compare.main([*SMALL, "--rows", "PTQ5DM*"])
+    for words in (["--shard", "2/2"], ["--shard", "x"], ["--join", "none.json"], ["--num-paired", "0"]):
+        with pytest.raises(UserError, match="shard is|no none.json|num-paired must"):
+            compare.main([*SMALL, *rows, *words])
 
 
-def test_a_row_that_a_model_cannot_take_is_said(script, unet, one_thread, capsys):
-    compare = script("compare_methods")
-    bench = lambda model, args: compare.Bench(model, args, tiny_unet(unet))  # noqa: E731
-    compare.main([*SMALL, "--rows", "full precision", "SVDQuant W4A8"], bench)
-    assert "left out: tiny: SVDQuant W4A8: no layer of the model can take 4 bits" in capsys.readouterr().out
+def test_a_row_that_a_model_cannot_take_is_said(script, unet, one_thread, monkeypatch, capsys):
+    compare, Row = script("compare_methods"), script("method_rows").Row
+    wrong = Row("wrong", "method", partial(ptq4dm.RTNConfig, modules_to_not_convert=("nowhere",)))
+    monkeypatch.setattr(compare, "all_rows", lambda: [wrong, Row("full precision", "baseline", None)])
+    compare.main(SMALL, lambda model, args: compare.Bench(model, args, tiny_unet(unet)))
+    assert "left out: tiny: wrong: 'nowhere' in modules_to_not_convert names no layer" in capsys.readouterr().out
     assert [row["row"] for row in json.loads(Path("m.json").read_text())["rows"]] == ["full precision"]
 
 

@@ -20,6 +20,7 @@ from ptq4dm import UserError
 from ptq4dm.calibration.record import Calls, record_calls, replay
 from ptq4dm.evaluation.compare import heldout_timesteps
 from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
+from ptq4dm.evaluation.feature_fid import FeatureFID
 from ptq4dm.evaluation.frechet import read_statistics
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr, psnr
 from ptq4dm.evaluation.report import format_report
@@ -56,6 +57,9 @@ def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
     again = evaluate_images(folder, EvaluateConfig(batch_size=5))
     assert report["frechet"]["value"] == pytest.approx(again["frechet"]["value"], rel=1e-4)
     assert report["frechet"]["value"] > 1
+    measure = FeatureFID()
+    for batches in ([images], [images[:2], to_uint8(images[2:])]):
+        assert measure(batches) == pytest.approx(report["frechet"]["value"], rel=1e-4)
     conditions = {k: report["frechet"][k] for k in ("label", "num_images", "resize", "seed", "num_inference_steps")}
     assert conditions == {
         "label": "feature-FID",

@@ -7,33 +7,37 @@ imports all it registers: the method, its formats, fused passes, pictures.
 from __future__ import annotations
 
 import sys
+import threading
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 
 from .diffusers_hook import when_imported
 
 PACKAGE = __name__.rpartition(".")[0]
-REGISTRY = f"{PACKAGE}.quantization.recipe"
+REGISTRIES = (("quantization.recipe", "METHODS"), ("layers.plan", "PLANS"))  # module, name of a dict in it
 FOLDER = f"{PACKAGE}.methods"
 ROOMS = (f"{PACKAGE}.svdquant.registered",)
 
+_lock = threading.RLock()
 _begun = False
 
 
 def load_methods() -> None:
     """Import every module that registers a method; after the first time, nothing."""
     global _begun
-    if _begun:
-        return
-    _begun = True
-    try:
-        for module in iter_modules(import_module(FOLDER).__path__, f"{FOLDER}."):
-            import_module(module.name)
-        for name in ROOMS:
-            import_module(name)
-    except BaseException:
-        _begun = False  # who asks again is told again
-        raise
+    with _lock:
+        if _begun:
+            return
+        _begun = True
+        try:
+            for module in iter_modules(import_module(FOLDER).__path__, f"{FOLDER}."):
+                import_module(module.name)
+            for name in ROOMS:
+                import_module(name)
+        except BaseException:
+            _begun = False  # who asks again is told again
+            raise
 
 
 def _reading(name: str):
@@ -44,19 +48,20 @@ def _reading(name: str):
     return read
 
 
-class Methods(dict):
-    """Method name -> recipe: a dict that is complete for everybody who looks into it."""
+class Registry(dict):
+    """A dict that methods write into, complete for everybody who looks into it."""
 
     __contains__, __getitem__ = _reading("__contains__"), _reading("__getitem__")
     __iter__, __len__, get = _reading("__iter__"), _reading("__len__"), _reading("get")
     items, keys, values = _reading("items"), _reading("keys"), _reading("values")
 
 
-def _fill_on_demand() -> None:
-    recipe = sys.modules[REGISTRY]
-    recipe.METHODS = Methods(recipe.METHODS)
+def _fill_on_demand(module: str, name: str) -> None:
+    holder = sys.modules[module]
+    setattr(holder, name, Registry(getattr(holder, name)))
 
 
 def install() -> None:
-    """Make the registry of methods import them on demand, once the module that holds it is imported."""
-    when_imported(REGISTRY, _fill_on_demand)
+    """Make registries import the methods on demand, once the modules that hold them are imported."""
+    for module, name in REGISTRIES:
+        when_imported(f"{PACKAGE}.{module}", partial(_fill_on_demand, f"{PACKAGE}.{module}", name))

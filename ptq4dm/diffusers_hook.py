@@ -33,7 +33,7 @@ class _Watch:
     def find_spec(self, name, path=None, target=None):
         if name != self.name:
             return None
-        finders = [finder for finder in sys.meta_path if finder is not self]
+        finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         spec = next((spec for finder in finders if (spec := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
@@ -48,28 +48,28 @@ class _Watch:
         return spec
 
 
-class _Later:
-    """Stands for a class of our bridge in a table of diffusers, which may still be half imported."""
+class _Later(type):
+    """A class that stands for the one of its name in our bridge: diffusers may be half imported when it needs one."""
 
-    def __init__(self, name: str):
-        self._name = name
+    def _real(cls):
+        return getattr(import_module(f"{PACKAGE}.quantization.diffusers_bridge"), cls.__name__)
 
-    def _class(self):
-        return getattr(import_module(f"{PACKAGE}.quantization.diffusers_bridge"), self._name)
+    def __call__(cls, *args, **kwargs):
+        return cls._real()(*args, **kwargs)
 
-    def __call__(self, *args, **kwargs):
-        return self._class()(*args, **kwargs)
+    def __instancecheck__(cls, instance):
+        return isinstance(instance, cls._real())
 
-    def __getattr__(self, name: str):
+    def __getattr__(cls, name: str):
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._class(), name)
+        return getattr(cls._real(), name)
 
 
 def _fill_tables() -> None:
     auto = sys.modules["diffusers.quantizers.auto"]
-    auto.AUTO_QUANTIZER_MAPPING.setdefault("ptq4dm", _Later("PTQ4DMQuantizer"))
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("ptq4dm", _Later("QuantConfig"))
+    auto.AUTO_QUANTIZER_MAPPING.setdefault("ptq4dm", _Later("PTQ4DMQuantizer", (), {}))
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("ptq4dm", _Later("QuantConfig", (), {}))
 
 
 def _import_saved_classes() -> None:

@@ -15,7 +15,8 @@ def prepared(qweight: Tensor, key, build) -> Tensor:
     name = id(qweight)
     entry = CACHE.get(name)
     if entry is None or entry[0][0]() is not qweight or entry[0][1] != state:
-        entry = CACHE[name] = (weakref.ref(qweight, lambda _, cache=CACHE: cache.pop(name, None)), state), {}
+        # `drop` is held here, for weights that outlive the names of this module when Python ends.
+        entry = CACHE[name] = (weakref.ref(qweight, lambda _, drop=CACHE.pop: drop(name, None)), state), {}
     if key not in entry[1]:
         entry[1][key] = build()
     return entry[1][key]

@@ -124,6 +124,8 @@ for name, path in (("w8a8", root / "w8a8"), ("svdquant", root / "svdquant"), ("e
     network = getattr(pipe, "unet", None) or pipe.transformer
     formats = sorted({m.plan.format for m in network.modules() if hasattr(m, "plan")})
     facts[name] = [*kinds, formats, sum(p.double().sum().item() for p in network.state_dict().values())]
+from diffusers import PipelineQuantizationConfig, QuantoConfig  # looks whether a config is of any class of the table
+PipelineQuantizationConfig(quant_mapping={"unet": QuantoConfig("int8")})
 print(json.dumps(facts))
 """
 
@@ -152,13 +154,20 @@ def test_saved_models_load_whichever_is_imported_first(first, saved):
         assert facts[name][3] == sum(p.double().sum().item() for p in network.state_dict().values())
 
 
-def test_the_registry_knows_every_method_to_whoever_asks():
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "from ptq4dm.quantization.recipe import QuantConfig\nmade = QuantConfig.from_dict({'method': 'svdquant'})",
+        "from ptq4dm.layers.plan import Plan\n"
+        "made = Plan.from_dict({'method': 'svdquant', 'layers': {'a': {'format': 'svdq', 'rank': 4}}}).layers['a']",
+    ],
+    ids=["method", "plan"],
+)
+def test_registries_are_complete_for_whoever_asks_first(ask):
     code = (
-        "import json, sys\nfrom ptq4dm.quantization.recipe import METHODS, QuantConfig\n"
-        "before = 'ptq4dm.svdquant.method' in sys.modules\n"
-        "made = QuantConfig.from_dict({'method': 'svdquant'})\n"
-        "print(json.dumps([before, type(made).__name__, len(METHODS), sorted(METHODS)]))"
+        "import json, sys\n" + ask + "\nfrom ptq4dm.quantization.recipe import METHODS\n"
+        "print(json.dumps([type(made).__module__, made.rank, len(METHODS), sorted(METHODS)]))"
     )
-    before, made, count, names = fresh(code)
-    assert (before, made) == (False, "SVDQuantConfig")
+    module, rank, count, names = fresh(code)
+    assert (module, rank) in (("ptq4dm.svdquant.method", 32), ("ptq4dm.svdquant.layers.plan", 4))
     assert count == len(names) and {"ptq4dm", "rtn", "svdquant"} <= set(names)

@@ -37,7 +37,7 @@ SAMPLERS = (
 
 @dataclass
 class SamplerBench:
-    """Settings of a comparison: each sampler at each budget of evaluations, feature-FID of num_images (seeds from seed)."""
+    """Settings of a comparison: each sampler at each budget of evaluations, feature-FID of num_images (from seed)."""
 
     samplers: Sequence[str] = SAMPLERS
     evaluations: Sequence[int] = (5, 6, 8, 10, 15, 20, 50)

@@ -100,6 +100,7 @@ def svdq_linear(
     x, weight, bias = _float_layer(m, n, k, device, seed)
     codes, wscales = int4.quantize_groups(weight, group_size, x.dtype)
     down, up = (torch.randn(size, device=device).to(x.dtype) * k**-0.5 for size in ((rank, k), (n, rank)))
+    down, up = (down, up) if rank else (None, None)
     op = w4.svdq_linear if kernel else w4_reference.svdq_linear
     operands = (int4.pack_int4(codes, group_size), wscales, None, down, up, bias, activation, 0.0)
     return functools.partial(op, x, *operands)

@@ -87,7 +87,8 @@ def reference(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: i
         return steps.reshape(n, inputs).contiguous(), scales[:, 0].clone()
     finite = scales.isfinite().all(1)
     used = (steps != 0).any(-1)
-    channel = torch.where(used & finite[:, None], scales, 0.0).amax(1) / peak(wzeros)
+    channel = torch.where(used & finite[:, None], scales, 0.0).amax(1)
+    channel = channel / torch.full_like(channel, peak(wzeros))  # a quotient: by a number CUDA multiplies by 1 / P
     channel = torch.where(channel > 0, channel, 1.0)
     ratio = torch.where(finite[:, None], scales / channel[:, None], 0.0)
     codes = torch.where(used[:, :, None], steps * ratio[:, :, None], 0.0).round_().clamp_(-127, 127).to(torch.int8)

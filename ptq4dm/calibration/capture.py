@@ -50,7 +50,8 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
     Of each batch MAX_ROWS / (number of batches) rows of a layer's input are kept, drawn with `seed`; inputs of
     modules are kept whole.
     """
-    got = Captured({name: [] for name in layers}, {}, {}, {name: [] for name in modules})
+    got = Captured(calls={name: [] for name in modules})
+    kept: dict[str, list[Tensor]] = {name: [] for name in layers}
     share = -(-MAX_ROWS // len(batches))
     waiting: set[str] = set()
 
@@ -61,9 +62,9 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
             got.peaks[name] = torch.maximum(got.peaks[name], peak) if name in got.peaks else peak
             got.lows[name] = min(got.lows.get(name, float("inf")), float(x.min()))
             if len(x) > share:
-                generator = torch.Generator("cpu").manual_seed(seed + len(got.rows[name]))
+                generator = torch.Generator("cpu").manual_seed(seed + len(kept[name]))
                 x = x[torch.randperm(len(x), generator=generator)[:share].to(x.device)]
-            got.rows[name].append(x)
+            kept[name].append(x)
 
         return hook
 
@@ -93,5 +94,5 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
         finally:
             for handle in handles:
                 handle.remove()
-    got.rows = {name: torch.cat(parts) for name, parts in got.rows.items() if parts}
+    got.rows = {name: torch.cat(parts) for name, parts in kept.items() if parts}
     return got

@@ -89,10 +89,10 @@ def draw_timesteps(config: CalibrationConfig, num_train_timesteps: int, grid: Se
     last = num_train_timesteps - 1
     generator = torch.Generator("cpu").manual_seed(config.seed)
     if config.collector == "solver":
-        grid = torch.tensor(list(dict.fromkeys(grid)), dtype=torch.float64)  # some solvers repeat times
+        times = torch.tensor(list(dict.fromkeys(grid)), dtype=torch.float64)  # some solvers repeat times
         turns = torch.arange(config.num_samples)
-        few = config.num_samples < len(grid)  # spread them over the whole grid
-        return grid[turns * len(grid) // config.num_samples if few else turns % len(grid)]
+        few = config.num_samples < len(times)  # spread them over the whole grid
+        return times[turns * len(times) // config.num_samples if few else turns % len(times)]
     if config.collector == "uniform":
         return torch.rand(config.num_samples, generator=generator, dtype=torch.float64) * last
     normal = torch.randn(config.num_samples, generator=generator, dtype=torch.float64)
@@ -120,8 +120,8 @@ def collect(
     """
     config = config or CalibrationConfig()
     if output is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return collect(pipe, config, folder, conditioning=conditioning, pipeline_kwargs=pipeline_kwargs)
+        with tempfile.TemporaryDirectory() as temporary:
+            return collect(pipe, config, temporary, conditioning=conditioning, pipeline_kwargs=pipeline_kwargs)
     folder = Path(output)
     model = denoiser(pipe)
     with output_folder(folder):

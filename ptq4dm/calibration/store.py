@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +43,8 @@ class CalibrationStore:
         """(histogram, limit, low, high) of a layer's input, over some or all timestep bins."""
         if layer not in self.fingerprint:
             raise UserError(f"the calibration store has no statistics of layer '{layer}'; collect again.")
+        if self.statistics is None:
+            raise UserError("the calibration store holds no statistics, only recorded calls; collect again.")
         return self.statistics.merged(list(self.fingerprint).index(layer), bins)
 
     def check_model(self, model: nn.Module) -> None:
@@ -86,8 +89,8 @@ def layer_fingerprint(weight: Tensor) -> str:
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """layer name -> fingerprint of its weight; empty strings while a model is on the meta device."""
-    views = find_layers(model)
-    return {v.name: "" if v.module.weight.is_meta else layer_fingerprint(v.module.weight) for v in views}
+    weights = {view.name: cast(Tensor, view.module.weight) for view in find_layers(model)}
+    return {name: "" if weight.is_meta else layer_fingerprint(weight) for name, weight in weights.items()}
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -38,8 +39,8 @@ _guard = threading.Lock()
 @contextmanager
 def float32_noise(pipe) -> Iterator[None]:
     """In this thread the pipeline and its scheduler draw noise in float32, and round it to the dtype they ask for."""
-    classes = (c for part in (pipe, pipe.scheduler) for c in type(part).__mro__)
-    modules = {module for c in classes if hasattr(module := sys.modules.get(c.__module__), "randn_tensor")}
+    names = {c.__module__ for part in (pipe, pipe.scheduler) for c in type(part).__mro__} & sys.modules.keys()
+    modules = [sys.modules[name] for name in names if hasattr(sys.modules[name], "randn_tensor")]
     for module in modules:
         _borrow(module)
     token = _in_float32.set(True)
@@ -51,7 +52,7 @@ def float32_noise(pipe) -> Iterator[None]:
             _give_back(module)
 
 
-def _borrow(module: ModuleType) -> None:
+def _borrow(module: Any) -> None:
     with _guard:
         if module not in _borrowed:
             _borrowed[module] = _Borrowed(module.randn_tensor)
@@ -59,7 +60,7 @@ def _borrow(module: ModuleType) -> None:
         _borrowed[module].users += 1
 
 
-def _give_back(module: ModuleType) -> None:
+def _give_back(module: Any) -> None:
     with _guard:
         _borrowed[module].users -= 1
         if not _borrowed[module].users:

@@ -105,8 +105,8 @@ def test_there_and_back(dtype, quantized, tmp_path):
 class Kernels:
     """Stands in for the CUDA kernels that diffusers calls: the formulas, on the tensors as they lie in the file."""
 
-    def __init__(self, made):
-        self.made, self.inputs = made, {}
+    def __init__(self):
+        self.inputs = {}
 
     def quantize_w4a4_act_fuse_lora(self, x, codes, scales, down, lora, smooth, glu, nvfp4):
         assert not glu and len(codes) % 256 == 0
@@ -117,11 +117,13 @@ class Kernels:
         x, down, smooth, _ = self.inputs.pop(codes.data_ptr())
         assert unused is None and scales is not None and not unsigned
         found = {"qweight": qweight, "wscales": wscales, "smooth_factor": smooth, "proj_down": down, "proj_up": up}
-        out.copy_(self.made.compute(self.made.layer_of(found | ({} if bias is None else {"bias": bias})), x))
+        out.copy_(
+            nunchaku_bytes.compute(nunchaku_bytes.layer_of(found | ({} if bias is None else {"bias": bias})), x)
+        )
 
     def awq_gemm_w4a16_g64_int32(self, x, qweight, scales, zeros):
         found = {"qweight": qweight, "wscales": scales, "wzeros": zeros}
-        return self.made.compute(self.made.layer_of(found), x).to(x)
+        return nunchaku_bytes.compute(nunchaku_bytes.layer_of(found), x).to(x)
 
     def gemv_awq(self, x, qweight, scales, zeros, m, n, k, group):
         assert (m, n, k, group) == (len(x), 4 * len(qweight), x.shape[1], 64)

@@ -49,11 +49,13 @@ def scale_rows(layer, chunks):
     return torch.arange(len(layer.codes)).view(chunks, -1)[1::3].flatten()
 
 
-def tensors_of_norm(made, layer, chunks):
+def tensors_of_norm(layer, chunks):
     bias = layer.bias.float()
     bias[scale_rows(layer, chunks)] += 1
     bias = interleave(bias.to(layer.bias.dtype), chunks)
-    return made.tensors_of(made.Layer(interleave(layer.codes, chunks), interleave(layer.scales, chunks), bias=bias))
+    return nunchaku_bytes.tensors_of(
+        nunchaku_bytes.Layer(interleave(layer.codes, chunks), interleave(layer.scales, chunks), bias=bias)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +102,8 @@ def file(tensors, tmp_path_factory):
     return path
 
 
-def write(path, tensors, made, **metadata):
-    config = made.tiny_flux().to_json_string()
+def write(path, tensors, **metadata):
+    config = nunchaku_bytes.tiny_flux().to_json_string()
     metadata = {"config": config, "quantization_config": json.dumps(QUANTIZATION), **metadata}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
 

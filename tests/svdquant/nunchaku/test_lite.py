@@ -34,9 +34,9 @@ def config_of(model, layers, kind, rank=16, dtype="bfloat16"):
     return {**json.loads(model.to_json_string()), "quantization_config": config}
 
 
-def tensors_of(made, model, layers):
-    tensors = {f"{n}.{key}": t for n, layer in layers.items() for key, t in made.tensors_of(layer).items()}
-    return {**made.rest_of(model, layers), **tensors}
+def tensors_of(model, layers):
+    tensors = {f"{n}.{key}": t for n, layer in layers.items() for key, t in nunchaku_bytes.tensors_of(layer).items()}
+    return {**nunchaku_bytes.rest_of(model, layers), **tensors}
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ dealt out at random, whose gain must vanish (controls.py). All have the same mod
 
 Columns: PSNR of same-seed images with its 95 % interval, and noise prediction error, both against full precision on
 seeds that calibration never saw; feature-FID (--num-fid); bytes of all tensors in float16 and their share of the
-unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and on a
-GPU also compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not made again.
+unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and with
+--compiled on a GPU also compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not made again.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Bench:
         """step_time, in turns with full precision; on a GPU also that of both compiled in bfloat16."""
         calls, exact = self.truth.calls[: self.args.timed_batch], self.truth.exact
         found = {"step_time": _ratio(step_times(model, exact, calls, timed=self.args.timed_steps))}
-        if self.cuda:
+        if self.cuda and self.args.compiled:
             torch.compiler.reset()  # else every row adds to what the compiler holds of the last ones
             pair = [in_dtype(one, torch.bfloat16) for one in (model, exact)]
             for one in pair:
@@ -223,6 +223,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--timed-batch", type=int, default=16, help="tuples of a timed step, at most --num-paired")
     parser.add_argument("--timed-steps", type=int, default=10, help="timed steps of each model")
+    parser.add_argument("--compiled", action="store_true", help="on a GPU, time compiled bf16, too: a minute a row")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration and of what is shuffled")
     parser.add_argument("--minutes", type=float, help="begin no row that would end after so many")
     parser.add_argument(

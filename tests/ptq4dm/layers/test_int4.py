@@ -195,3 +195,32 @@ def test_a_model_of_mixed_layers_saves_and_loads_to_the_bit(unet, tmp_path):
 def test_packing_is_the_inverse_of_unpacking_over_filled_rows():
     codes = torch.randint(-8, 8, (3, 128), dtype=torch.int8)
     assert torch.equal(unpack_int4(pack_int4(codes, 64), 64), codes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("choice", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("kind", ["linear", "few-rows", "odd-linear", "conv", "strided-conv", "grouped-conv"])
+def test_kernels_on_a_gpu_give_what_the_reference_gives(kind, choice, static):
+    """One scale an output is exact; folding the scales of groups rounds weights to 1 / 30 (affine: 1 / 16) of a step."""
+    layer, x = {
+        "linear": (linear(72), torch.randn(3, 50, 256)),
+        "few-rows": (linear(72), torch.randn(3, 256)),
+        "odd-linear": (linear(17, 96, bias=False), torch.randn(70, 96)),
+        "conv": (conv(24, 128), torch.randn(2, 128, 9, 8)),
+        "strided-conv": (conv(24, 128, stride=2, bias=False), torch.randn(2, 128, 9, 9)),
+        "grouped-conv": (conv(24, 256, groups=2), torch.randn(2, 256, 6, 5)),
+    }[kind]
+    if kind == "odd-linear" and choice.get("group_size"):
+        choice = {**choice, "group_size": 32}
+    grid = {"input_scale": 0.03, "input_zero_point": 5} if static else {}
+    quantized = quantized_copy(layer, Int4Plan(**choice, **grid), "layer")
+    with torch.no_grad():
+        expected = quantized(x)
+        on_gpu = copy.deepcopy(quantized).cuda()
+        found = on_gpu(x.cuda())
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    relative = (found.cpu() - expected).norm() / expected.norm()
+    assert relative < (0.004 if choice.get("group_size") is None else 0.06 if choice.get("affine") else 0.03)
+    assert (on_gpu.kernel_name() == "reference") == (kind == "grouped-conv")

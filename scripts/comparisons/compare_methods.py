@@ -11,8 +11,9 @@ dealt out at random, whose gain must vanish (controls.py). All have the same mod
 
 Columns: PSNR of same-seed images with its 95 % interval, and noise prediction error, both against full precision on
 seeds that calibration never saw; feature-FID (--num-fid); bytes of all tensors in float16 and their share of the
-unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and with
---compiled on a GPU also compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not made again.
+unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and, on a
+GPU with --compiled, compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not
+made again.
 """
 
 from __future__ import annotations

@@ -164,9 +164,10 @@ def _unpacked(product: str) -> Callable[[Query], bool]:
 
 
 def _direct(query: Query) -> bool:
-    """Whether the kernels of branched layers serve a plain weight, as one without a branch: scales per token only."""
+    """Whether the kernels of branched layers serve a plain weight, as one without a branch: 16-bit scales of whole
+    groups, activation scales per token. They round float32 inputs and outputs to bf16."""
     fits = query.linear and query.groups == 1 and not query.static and not query.zeros
-    whole = (query.inputs or GROUP) % GROUP == 0 and (query.group_size or GROUP) % GROUP == 0
+    whole = (query.inputs or GROUP) % GROUP == 0 and query.group_size is not None and query.group_size % GROUP == 0
     return _plain(query) and fits and whole and w4.kernel_name(query.device, "int8", GROUP) == w4.INT8
 
 

@@ -2,7 +2,7 @@
 
     y[m, n] = s_x[m] sum_g s_w[n, g] sum_{k in g} (q_x[m, k] - z_x) (q_w[n, k] - z_w[n, g])  +  b[n]
 
-    triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric weights, K a multiple of 64
+    triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric groups of 64 or 128
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
     onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
     reference                   everywhere: the formula in float32 on dequantized weights; the truth

@@ -26,7 +26,7 @@ def int8_grid(
         return None, None
     device = view.module.weight.device
     histogram = histogram.to("cpu" if device.type == "meta" else device)  # the search is quick on a GPU
-    weight = None if evidence is None else view.weight
+    weight = None if evidence is None else view.weight.detach().float()
     return activation_grid(histogram, limit, low, high, bits, objective, parameter, symmetric, evidence, weight)
 
 

@@ -80,12 +80,12 @@ def test_on_a_cpu(vnni, monkeypatch):
 
 
 def test_plain_4_bit_weights_on_a_gpu():
-    """Scales per token, whole groups of 64 and no zero points: the kernels of branched layers; else unpacked."""
+    """Scales per token, groups of 64 or 128 and no zero points: the kernels of branched layers; else unpacked."""
     direct, unpacked = {"all rows": "triton-w4a8-int8"}, {"all rows": "unpack + triton-int8"}
     for group_size in (None, 32, 64, 128):
         for zeros in (True, False):
             query = dict(weight="int4", group_size=group_size, zeros=zeros, activation="int8")
-            served = unpacked if zeros or group_size == 32 else direct
+            served = direct if group_size in (64, 128) and not zeros else unpacked
             assert on_gpu((8, 0), **query) == served
             for more in (dict(static=True), dict(linear=False), dict(inputs=96)):
                 assert on_gpu((8, 0), **query, **more) == unpacked

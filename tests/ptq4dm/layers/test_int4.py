@@ -203,7 +203,7 @@ def test_packing_is_the_inverse_of_unpacking_over_filled_rows():
 @pytest.mark.parametrize("choice", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("kind", ["linear", "few-rows", "odd-linear", "conv", "strided-conv", "grouped-conv"])
 def test_kernels_on_a_gpu_give_what_the_reference_gives(kind, choice, static):
-    """One scale an output is exact; folding the scales of groups rounds weights to 1 / 30 of a step (affine: 1 / 16)."""
+    """One scale an output is exact; folding scales of groups rounds weights to 1 / 30 of a step (affine: 1 / 16)."""
     layer, x = {
         "linear": (linear(72), torch.randn(3, 50, 256)),
         "few-rows": (linear(72), torch.randn(3, 256)),

@@ -14,8 +14,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 from PIL import Image
 
+import models
 import ptq4dm
-from models import plain_unet
 from ptq4dm import UserError
 from ptq4dm.calibration.record import Calls, record_calls, replay
 from ptq4dm.evaluation.compare import heldout_timesteps
@@ -34,7 +34,7 @@ SMALL |= {"num_bins": 2, "warmup_steps": 0, "timed_steps": 1}
 
 def pipeline(size: int = 32, noise: float = 0.0) -> DDPMPipeline:
     """A UNet of 4,000 random parameters, the same on every call; `noise` is added to its weights."""
-    unet = plain_unet(sample_size=size)
+    unet = models.plain_unet(sample_size=size)
     with torch.no_grad():
         for p in unet.parameters():
             p += noise * torch.randn_like(p)
@@ -256,7 +256,8 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
         port = free.getsockname()[1]
     # What torchrun would set; its own process would cost another import of torch.
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    world |= {"PYTHONPATH": str(Path(ptq4dm.__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
+    paths = [Path(ptq4dm.__file__).parent.parent, Path(models.__file__).parent]
+    world |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "CUDA_VISIBLE_DEVICES": ""}
     ranks = [
         subprocess.Popen(
             command,

@@ -20,8 +20,8 @@ from ..errors import UserError
 from ..kernels.w4.reference import ACTIVATIONS
 from ..layers.plan import LayerPlan
 from ..layers.view import LayerView
+from ..options import number_or_word, option
 from ..quantization.input_grids import int8_grid
-from ..quantization.options import number_or_word, option
 from ..quantization.recipe import QuantConfig, register
 from ..rounding import ROUNDERS
 from . import packing  # noqa: F401, registers the format

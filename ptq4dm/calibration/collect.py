@@ -14,8 +14,8 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,9 +25,11 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..files.atomic import output_folder
 from ..layers.base import is_quantized
-from ..pipelines.denoiser import denoiser, evaluation_mode
+from ..options import option
+from ..pipelines.denoiser import denoiser
 from .input_statistics import InputStatistics
-from .record import Calls, record_calls, replay
+from .measure import binned_batches, update
+from .record import Calls, record_calls
 from .store import (
     CalibrationStore,
     batch_path,
@@ -44,11 +46,6 @@ COLLECTORS = ("uniform", "ndtc", "solver")
 SAVE_EVERY = 20  # batches between two saves of the statistics
 
 
-def _option(default, help: str):
-    """Return a field that is an option of the command line, too (quantization/options.py is above this floor)."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Choice of the calibration data.
@@ -63,14 +60,14 @@ class CalibrationConfig:
     seed: trajectory i starts from the noise of seed + i.
     """
 
-    collector: str = _option("uniform", "law of the timesteps: uniform, ndtc or solver")
-    num_samples: int = _option(128, "sampling trajectories")
+    collector: str = option("uniform", "law of the timesteps: uniform, ndtc or solver")
+    num_samples: int = option(128, "sampling trajectories")
     num_inference_steps: int = 20
-    mu: float = _option(0.4, "ndtc: mean, as a fraction of the timesteps")
-    sigma: float = _option(0.4, "ndtc: deviation; 0 is a single timestep")
-    num_bins: int = _option(10, "timestep bins of the statistics")
-    batch_size: int = _option(16, "trajectories at a time")
-    seed: int = _option(0, "seed of the first trajectory")
+    mu: float = option(0.4, "ndtc: mean, as a fraction of the timesteps")
+    sigma: float = option(0.4, "ndtc: deviation; 0 is a single timestep")
+    num_bins: int = option(10, "timestep bins of the statistics")
+    batch_size: int = option(16, "trajectories at a time")
+    seed: int = option(0, "seed of the first trajectory")
 
     def __post_init__(self):
         if self.collector not in COLLECTORS:
@@ -214,79 +211,7 @@ def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
         if done % SAVE_EVERY == 0 or done == len(batches):
             save_statistics(folder, statistics, done)
 
-    _update(statistics, model, layers, batches, progress, keep)
-
-
-def measured(model: nn.Module, store: CalibrationStore) -> InputStatistics:
-    """Statistics of a model's layers on the calls of a store, as `collect` measures them."""
-    config, layers = store.config, list(store.fingerprint)
-    batches = binned_batches(store.calls, config["num_bins"], store.num_train_timesteps, config["batch_size"])
-    statistics = InputStatistics(len(layers), config["num_bins"])
-    _update(statistics, model, layers, list(batches))
-    return statistics
-
-
-def _update(
-    statistics: InputStatistics,
-    model: nn.Module,
-    layers: list[str],
-    batches: list[tuple[int, Calls]],
-    progress: int = 0,
-    after: Callable[[int], None] = lambda done: None,
-) -> None:
-    """Replay batches but for the first `progress`, and add what the layers are fed; after(number of batches done)."""
-    watch = _Measured(statistics)
-    with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(watch.hook(index, name))
-            for index, name in enumerate(layers)
-        ]
-        try:
-            for done, (bin_index, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
-                if done < progress:
-                    continue
-                watch.bin_index = bin_index
-                replay(model, batch)
-                after(done + 1)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@dataclass
-class _Measured:
-    """Statistics, and the timestep bin of the batch that is being replayed."""
-
-    statistics: InputStatistics
-    bin_index: int = 0
-
-    def hook(self, layer: int, name: str) -> Callable:
-        def add_input(_, args):
-            try:
-                self.statistics.update(layer, self.bin_index, args[0])
-            except UserError as error:
-                raise UserError(f"layer '{name}', timestep bin {self.bin_index}: {error}") from None
-
-        return add_input
-
-
-def binned_batches(
-    calls: Calls, num_bins: int, num_train_timesteps: int, batch_size: int
-) -> Iterator[tuple[int, Calls]]:
-    """(bin, Calls) batches in which all rows are of one timestep bin: [b, b+1) T / num_bins."""
-    bins = timestep_bins(calls.timestep, num_bins, num_train_timesteps)
-    for index in range(num_bins):
-        rows = (bins == index).nonzero().flatten()
-        for part in rows.split(batch_size) if len(rows) else ():
-            yield index, calls[part]
-
-
-def timestep_bins(timestep: Tensor, num_bins: int, num_train_timesteps: int) -> Tensor:
-    """[B] bin indices. Models that are called with t in [0, 1] (flow matching) are scaled up first."""
-    t = timestep.double()
-    if timestep.is_floating_point() and float(t.max()) <= 1.0:
-        t = t * num_train_timesteps
-    return (t * num_bins / num_train_timesteps).floor().clamp(0, num_bins - 1).long()
+    update(statistics, model, layers, batches, progress, keep)
 
 
 def _describe(value):

@@ -1,6 +1,6 @@
 """Flags from the fields of dataclasses: a field whose metadata has a `help` is an option of the command line.
 
-quantization/options.py makes such fields. Nothing is left in the arguments of a flag that was not given: defaults are
+ptq4dm/options.py makes such fields. Nothing is left in the arguments of a flag that was not given: defaults are
 the dataclass's own.
 """
 

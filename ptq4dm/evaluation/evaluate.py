@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files.atomic import output_folder
+from ..options import option
 from ..pipelines.denoiser import denoiser
 from ..pipelines.sampling import sample
-from ..quantization.options import option
 from ..quantization.report import stored_bytes
 from .compare import compare_denoisers
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics

@@ -15,7 +15,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from ..calibration.collect import timestep_bins
+from ..calibration.measure import timestep_bins
 from ..calibration.record import Calls, replay
 from ..errors import UserError
 

@@ -150,10 +150,10 @@ def _(x, qweight, ws, wz, bias, s, z, bits, kernel, stride, padding, dilation, g
 
 
 def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> tuple[Tensor, Tensor]:
-    """(int8 weight [N, K], scales [N]): made for this call on a GPU, once and kept on a CPU."""
+    """(int8 weight [N, K], scales [N]): made for this call on a GPU, once on a CPU (one scale an output)."""
     if qweight.is_cuda:
         return int4_codes(qweight, wscales, wzeros, inputs)
-    return prepared(qweight, ("int8", inputs), lambda: int4_codes(qweight, wscales, wzeros, inputs))
+    return prepared(qweight, inputs, lambda: int4_codes(qweight, wscales, wzeros, inputs)[0]), wscales[:, 0]
 
 
 def _per_packed(wscales: Tensor, inputs: int) -> Tensor:

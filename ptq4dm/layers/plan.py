@@ -138,9 +138,14 @@ class Plan:
             raise UserError(f"this is not a plan written by ptq4dm ({error}).") from None
 
     def save(self, path: str | Path) -> None:
-        """Write the plan into a JSON file, and tensors of transforms, if any, beside it, as .safetensors."""
+        """Write the plan into a JSON file, and tensors of transforms, if any, beside it, as .safetensors.
+
+        Raises UserError where they cannot be written.
+        """
         path = Path(path)
         tensors = self.tensors()
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise UserError("the plan's transforms came without their tensors, as a loaded model has them.")
         if tensors:
             with replacing(path.with_suffix(".safetensors")) as temporary:
                 save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
@@ -154,6 +159,8 @@ class Plan:
         try:
             data = json.loads(path.read_text())
             beside = path.with_suffix(".safetensors")
+            if isinstance(data, dict) and "components" in data:
+                raise UserError(f"{path} holds the plans of several networks ({', '.join(data['components'])}).")
             return cls.from_dict(data, load_file(beside) if beside.is_file() else {})
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
             raise UserError(f"cannot read a plan from {path}: {error}.") from None

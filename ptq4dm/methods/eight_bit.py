@@ -14,8 +14,8 @@ from ..evidence import LayerEvidence
 from ..layers.plan import Int4Plan, LayerPlan
 from ..layers.registry import needs_of
 from ..layers.view import LayerView
+from ..options import option
 from ..quantization.input_grids import fp8_scale, int8_grid
-from ..quantization.options import option
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter
 from ..rounding.registry import ROUNDERS

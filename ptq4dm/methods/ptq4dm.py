@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..quantization.options import option
+from ..options import option
 from ..quantization.recipe import register
 from ..ranges.registry import objective_parameter
 from .eight_bit import IntegerConfig

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from ..calibration.collect import binned_batches
+from ..calibration.measure import binned_batches
 from ..calibration.record import replay
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..layers.base import is_quantized, replace_module
-from ..pipelines.denoiser import evaluation_mode, model_of
+from ..pipelines.denoiser import evaluation_mode
+from .components import component_of
 from .diffusers_bridge import mark_quantized, resolved
 from .packing import link_layers
 from .planning import check_plan, make_plan
@@ -27,6 +28,7 @@ def quantize(
     config: QuantConfig,
     store: CalibrationStore | None = None,
     *,
+    component: str | None = None,
     checkpoint: str | Path | None = None,
 ) -> QuantizationReport:
     """Quantize a pipeline's denoiser, or a model, in place.
@@ -37,6 +39,7 @@ def quantize(
             same plan gives the same codes, bit for bit.
         store: from `collect`; needed for static activations, for roundings and objectives that look at what layers
             are fed, and for layer errors measured on outputs.
+        component: the name of another network of the pipeline than its denoiser ("transformer_2", "controlnet").
         checkpoint: a folder that keeps each block of the model as it is packed; the same call with it goes on where
             it was interrupted, with the same codes.
 
@@ -44,7 +47,7 @@ def quantize(
         A report: bytes, kernels and the SQNR of each layer's output on calibration tuples (of its weight when
         there is no store), worst first. `print(report.table())`.
     """
-    model = model_of(target)
+    model = component_of(target, component)
     if any(is_quantized(module) for module in model.modules()):
         raise UserError("the model is quantized already; load it in full precision to quantize it again.")
     if store is None and config.calibration is not None:

@@ -19,9 +19,9 @@ from torch import nn
 from ..errors import UserError
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
+from ..options import option
 from ..registry import Registry
 from ..transforms.base import TRANSFORMS
-from .options import option
 from .packing import PackingOptions, pack_plan
 
 METHODS: Registry = Registry("quantization method", late=True)
@@ -88,6 +88,11 @@ class QuantConfig(QuantizationConfigMixin):
         self, model: nn.Module, plan: Plan, store, checkpoint: str | Path | None = None
     ) -> tuple[dict[str, nn.Module], Plan]:
         """(the quantized layers of a plan by name, the plan completed); the model stays as it is. See `pack_plan`."""
+        made_by = METHODS.get(plan.method)
+        if made_by is not None and made_by.loaded_only:
+            raise UserError(
+                f"the plan is of '{plan.method}', of layers read from a checkpoint: their codes cannot be made anew."
+            )
         chosen = {item.name: getattr(self, item.name) for item in fields(PackingOptions) if hasattr(self, item.name)}
         return pack_plan(model, plan, store, PackingOptions(**chosen), checkpoint)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files.atomic import replacing_folder
-from ..pipelines.denoiser import denoiser
-from .diffusers_bridge import quantization_config
+from .components import save_plans
 
 RECORD = "quantization.json"  # beside model_index.json: the report, with the original's name
 
@@ -61,5 +60,4 @@ def save_quantized(pipe, record: dict, folder: Path) -> None:
         pipe.save_pretrained(new)
         (new / "README.md").write_text(CARD.format(**record))
         (new / RECORD).write_text(json.dumps(record, indent=1))
-        plan = quantization_config(denoiser(pipe)).plan
-        (new / "plan.json").write_text(json.dumps(plan.to_dict(), indent=1))
+        save_plans(pipe, new / "plan.json")

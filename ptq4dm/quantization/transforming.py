@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..calibration.collect import measured
 from ..calibration.evidence import calibration_batches
+from ..calibration.measure import measured
 from ..calibration.record import replay
 from ..calibration.store import CalibrationStore, fingerprint
 from ..errors import UserError

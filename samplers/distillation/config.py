@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ...errors import UserError
-from ...quantization.options import option
+from ...options import option
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "student_lr", "fake_lr")

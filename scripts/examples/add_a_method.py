@@ -5,7 +5,7 @@
 This one, "thrifty", gives each layer the narrowest weight grid that keeps its weights' signal-to-noise ratio above a
 target in decibels. A plan names choices only; packing, kernels, reports, saving and loading are those of the library.
 In the library a method is a file like this in ptq4dm/methods/; fields declared with `option(...)` (see
-ptq4dm/quantization/options.py) become flags of `ptq4dm quantize --method thrifty`.
+ptq4dm/options.py) become flags of `ptq4dm quantize --method thrifty`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import ptq4dm
 from ptq4dm.errors import UserError, run
 from ptq4dm.kernels.formats.int8 import dequantize_weight, quantize_weight
 from ptq4dm.layers.plan import LayerPlan
-from ptq4dm.quantization.options import option
+from ptq4dm.options import option
 from ptq4dm.quantization.recipe import QuantConfig, register
 from ptq4dm.quantization.report import Ratio
 from ptq4dm.ranges.weights import weight_scale

@@ -37,9 +37,6 @@ class NunchakuConfig(QuantConfig):
     def resolve(self, model, views, store):
         raise UserError("the method 'nunchaku' stands for layers read from a checkpoint; quantize with svdquant.")
 
-    def pack(self, model, plan, store, checkpoint=None):
-        return self.resolve(model, None, store)
-
 
 @dataclass
 class Checkpoint:

@@ -23,8 +23,9 @@ from torch import nn
 
 import ptq4dm
 from models import added_unet, plain_unet
-from ptq4dm.calibration.collect import CalibrationConfig, collect, draw_timesteps, timestep_bins
+from ptq4dm.calibration.collect import CalibrationConfig, collect, draw_timesteps
 from ptq4dm.calibration.input_statistics import InputStatistics
+from ptq4dm.calibration.measure import timestep_bins
 from ptq4dm.calibration.record import Calls, replay
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
@@ -32,6 +33,7 @@ from ptq4dm.methods.rtn import RTNConfig
 from ptq4dm.pipelines.sampling import sample
 
 COLLECT = importlib.import_module("ptq4dm.calibration.collect")  # ptq4dm.collect is the function
+MEASURE = importlib.import_module("ptq4dm.calibration.measure")
 STORE = importlib.import_module("ptq4dm.calibration.store")
 
 
@@ -304,8 +306,8 @@ def interrupt_at(monkeypatch, module, name, count, error=KeyboardInterrupt):
         (COLLECT, "record_calls", 4, 2, 5),
         (COLLECT, "save_calls", 2, 4, 5),
         (STORE, "save_file", 3, 3, 5),
-        (COLLECT, "replay", 1, 0, 5),
-        (COLLECT, "replay", 4, 0, 3),
+        (MEASURE, "replay", 1, 0, 5),
+        (MEASURE, "replay", 4, 0, 3),
         (COLLECT, "save_statistics", 2, 0, 3),
     ],
 )
@@ -322,7 +324,8 @@ def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, module, 
     with pytest.raises(UserError, match="no store.json" if nothing else "not finished.*run the same"):
         CalibrationStore.load(tmp_path / "store")
     with monkeypatch.context() as patch:
-        again = [interrupt_at(patch, COLLECT, step, 0) for step in ("record_calls", "replay")]
+        steps = ((COLLECT, "record_calls"), (MEASURE, "replay"))
+        again = [interrupt_at(patch, module, step, 0) for module, step in steps]
         collect(pipe, CONFIG, tmp_path / "store")
     assert [len(calls) for calls in again] == [recorded, measured]
     assert files(tmp_path / "store") == whole[1]
@@ -333,7 +336,7 @@ def test_shared_arguments_outlive_an_interruption(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, num_samples=3)
     collect(flow_pipe(), config, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, COLLECT, "replay", 1)
+        interrupt_at(patch, MEASURE, "replay", 1)
         with pytest.raises(KeyboardInterrupt):
             collect(flow_pipe(), config, tmp_path / "store", **options)
     store = collect(flow_pipe(), config, tmp_path / "store", **options)
@@ -343,7 +346,7 @@ def test_shared_arguments_outlive_an_interruption(tmp_path, monkeypatch):
 
 def test_a_finished_store_is_only_loaded(whole, copy, monkeypatch):
     monkeypatch.setattr(COLLECT, "record_calls", None)
-    monkeypatch.setattr(COLLECT, "replay", None)
+    monkeypatch.setattr(MEASURE, "replay", None)
     store = collect(tiny_pipe(), CONFIG, copy)
     assert len(store.calls) == 9 and files(copy) == whole[1]
 

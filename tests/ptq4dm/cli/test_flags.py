@@ -14,8 +14,8 @@ import ptq4dm
 from ptq4dm import RTNConfig, UserError
 from ptq4dm.cli import flags
 from ptq4dm.cli.main import build_parser, main
+from ptq4dm.options import option
 from ptq4dm.quantization import recipe
-from ptq4dm.quantization.options import option
 
 ROOT = Path(ptq4dm.__file__).parents[1]
 

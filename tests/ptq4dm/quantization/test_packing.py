@@ -15,8 +15,10 @@ from ptq4dm.calibration.evidence import Evidence, calibration_batches
 from ptq4dm.calibration.record import replay
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.quantization import packing
+from ptq4dm.quantization.components import component_of, load_plans, quantized_plans
 from ptq4dm.quantization.packing import PackingOptions, blocks_of, pack_plan
 from ptq4dm.quantization.planning import make_plan
+from ptq4dm.quantization.saving import save_quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -226,3 +228,28 @@ def test_a_format_without_such_a_layer_says_so():
         pack_plan(nn.Sequential(nn.Conv2d(3, 4, 1)), Plan("x", {"0": packing.FORMATS["nvfp4"].plan()}))
     layers, _ = pack_plan(nn.Sequential(nn.Linear(3, 4)), Plan("x", {"0": Int4Plan()}))
     assert layers["0"].plan == Int4Plan()
+
+
+def test_networks_beside_the_denoiser(tmp_path):
+    """Another network by its name; both plans in one file, and both load again."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline
+
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    vae = AutoencoderKL(**sizes, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",))
+    pipe = DiTPipeline(denoisers.pair("dit")[0], vae, DDIMScheduler())
+    for component, word in (("vea", "has no network 'vea'; it has"), ("scheduler", "has no network 'scheduler'")):
+        with pytest.raises(UserError, match=word):
+            ptq4dm.quantize(pipe, RTNConfig(activations="dynamic"), component=component)
+    ptq4dm.quantize(pipe, RTNConfig(activations="dynamic"))
+    ptq4dm.quantize(pipe, RTNConfig(weight_bits=4, activations="dynamic"), component="vae")
+    save_quantized(pipe, {"model": "tiny", "method": "rtn"}, tmp_path / "saved")
+    plans = load_plans(tmp_path / "saved" / "plan.json")
+    assert set(plans) == {"transformer", "vae"} == set(quantized_plans(pipe))
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert quantized_plans(again) == plans == quantized_plans(pipe)
+    with pytest.raises(UserError, match="holds the plans of several networks"):
+        Plan.load(tmp_path / "saved" / "plan.json")
+    pipe.vae = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="'vae' is a Linear, which diffusers does not load"):
+        component_of(pipe, "vae")

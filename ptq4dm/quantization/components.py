@@ -1,0 +1,72 @@
+"""The networks of a pipeline: which of them are quantized, and their plans on disk.
+
+plan.json beside a pipeline is the plan of its denoiser; where more than one network is quantized, it is
+{"components": {name: plan}}.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from ..errors import UserError
+from ..files.atomic import replacing
+from ..layers.plan import Plan
+from ..pipelines.denoiser import denoiser_name, model_of
+from .diffusers_bridge import quantization_config
+
+
+def component_of(target, component: str | None) -> nn.Module:
+    """The network to quantize: `target` itself, its denoiser, or the component of that name.
+
+    Raises UserError where there is no such network, or one that could not be loaded again.
+    """
+    if component is None:
+        return model_of(target)
+    if isinstance(target, nn.Module):
+        raise UserError(f"a model has no component '{component}'; give the pipeline.")
+    found = getattr(target, component, None)
+    networks = [name for name, part in target.components.items() if isinstance(part, nn.Module)]
+    if component not in networks:
+        raise UserError(f"{type(target).__name__} has no network '{component}'; it has {', '.join(networks)}.")
+    if not isinstance(found, ModelMixin):
+        raise UserError(
+            f"'{component}' is a {type(found).__name__}, which diffusers does not load: it could not be loaded again "
+            "as it would be saved; quantize networks of diffusers."
+        )
+    return found
+
+
+def quantized_plans(pipe) -> dict[str, Plan]:
+    """Component name -> plan, of every quantized network of a pipeline."""
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    configs = {name: quantization_config(network) for name, network in networks.items()}
+    return {name: config.plan for name, config in configs.items() if config is not None}
+
+
+def save_plans(pipe, path: Path) -> None:
+    """Write the plans of a pipeline's quantized networks into one JSON file."""
+    plans = quantized_plans(pipe)
+    if list(plans) == [denoiser_name(pipe)]:
+        next(iter(plans.values())).save(path)
+        return
+    with replacing(path) as temporary:
+        whole = {"components": {name: plan.to_dict() for name, plan in plans.items()}}
+        temporary.write_text(json.dumps(whole, indent=1))
+
+
+def load_plans(path: str | Path) -> dict[str, Plan]:
+    """Component name -> plan, as `save_plans` wrote them; "" is the name of the denoiser where it is the only one.
+
+    Raises UserError where the file cannot be read.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read a plan from {path}: {error}.") from None
+    if not (isinstance(data, dict) and isinstance(data.get("components"), dict)):
+        return {"": Plan.load(path)}
+    return {name: Plan.from_dict(plan) for name, plan in data["components"].items()}

@@ -46,6 +46,15 @@ class QuantizedLayer:
         """The codes: float weights are not kept."""
         return self.qweight
 
+    def kernels(self) -> dict[str, str]:
+        """The kernels that serve this layer, by the rows of its input: {"all rows": name}, or one name for few rows
+        and one for more."""
+        return {"all rows": self.kernel_name()}
+
+    def kernels_text(self) -> str:
+        """The kernels in a few words, for reports."""
+        return ", ".join(name if rows == "all rows" else f"{name} ({rows})" for rows, name in self.kernels().items())
+
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
         """A float layer with the dequantized weight, in the bias's dtype or, without one, in `dtype`."""
         layer = self._float_layer()

@@ -68,7 +68,7 @@ def quantize(
         {
             "layer": name,
             "format": str(layer.plan),
-            "kernel": layer.kernel_name(),
+            "kernel": layer.kernels_text(),
             "bytes": stored_bytes(layer),
             "sqnr": errors[name].decibel,
             "basis": "weight" if store is None else "output",

@@ -34,7 +34,7 @@ def kernel_report(model: nn.Module) -> list[dict]:
                 "kind": "conv2d" if isinstance(module, nn.Conv2d) else "linear",
                 "shape": list(weight.shape),
                 "format": str(module.plan) if is_quantized(module) else str(weight.dtype).removeprefix("torch."),
-                "kernel": module.kernel_name() if is_quantized(module) else "torch",
+                "kernel": module.kernels_text() if is_quantized(module) else "torch",
                 "bytes": stored_bytes(module),
             }
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...kernels import dispatch
 from ...kernels.formats.int4 import dequantize_groups, unpack_int4
 from ...kernels.w4 import from_codes as svdq_codes
 from ...kernels.w4 import layer as svdq_linear
@@ -119,6 +120,13 @@ class _SVDQLayer(QuantizedLayer):
 
     def kernel_name(self) -> str:
         return self._kernel_name(self.qweight.device)
+
+    def kernels(self) -> dict[str, str]:
+        """The kernels by the rows of an input: weight-only layers of many rows are unpacked for cuBLAS."""
+        plan = self.plan
+        return dispatch.report(
+            dispatch.Query("int4", plan.activation, plan.group_size, branch=True, device=self.qweight.device)
+        )
 
     def _kernel_name(self, device: torch.device) -> str:
         find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name

@@ -186,3 +186,17 @@ def test_times_on_the_gpu(rows):
         Query("int4", "none", 64, rows=rows, device=CUDA, branch=True),
     ]:
         assert 0 < dispatch.time(query, 1152, 1152) < 1e4
+
+
+def test_layers_report_the_kernels_of_few_rows_and_of_more():
+    """A weight-only layer: above 32 rows cuBLAS multiplies, and the report says so."""
+    from ptq4dm.layers.registry import empty_quantized
+    from ptq4dm.svdquant.layers.plan import SVDQPlan
+
+    layer = empty_quantized(torch.nn.Linear(64, 8), SVDQPlan(rank=0, activation="none"), "meta")
+    assert layer.kernels_text() == "reference"
+    with settings.target(settings.Target((9, 0), 132, lambda *_: None)):
+        query = Query("int4", "none", 64, branch=True, device=CUDA)
+        assert dispatch.report(query) == SPLIT
+        layer.kernels = lambda: dispatch.report(query)
+        assert layer.kernels_text() == "triton-w4a16 (rows <= 32), unpack + cublas (more)"

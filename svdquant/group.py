@@ -48,7 +48,7 @@ class Group:
 
 
 @dataclass
-class Split:
+class Decomposition:
     """A group's result.
 
     codes [N, K] int8, scales [N, K/G] float32; down [r, K], up [N, r] (they take inputs as they come), smooth [K].
@@ -71,7 +71,7 @@ def rounded_inputs(group: Group, smooth: Tensor, rows: Tensor) -> Tensor:
     return round_activation((rows + plan.shift) / smooth, plan.activation, plan.group_size, bool(plan.shift))
 
 
-def output(group: Group, split: Split, rows: Tensor, inputs: Tensor | None = None) -> Tensor:
+def output(group: Group, split: Decomposition, rows: Tensor, inputs: Tensor | None = None) -> Tensor:
     """What the quantized layers give on rows [R, K], without bias: [R, N]. inputs: their `rounded_inputs`."""
     inputs = rounded_inputs(group, split.smooth, rows) if inputs is None else inputs
     rest = split.residual()
@@ -81,7 +81,7 @@ def output(group: Group, split: Split, rows: Tensor, inputs: Tensor | None = Non
     return y if split.down is None else y + (rows @ split.down.T) @ split.up.T
 
 
-def split_weight(group: Group, smooth: Tensor, residual: Tensor | None = None) -> Split:
+def split_weight(group: Group, smooth: Tensor, residual: Tensor | None = None) -> Decomposition:
     """Branch and codes of the smoothed weight; `residual` is what 4 bits hold already (step 2), 0 at first."""
     plan, smoothed = group.plan, group.weight * smooth
     up = down = None
@@ -92,10 +92,12 @@ def split_weight(group: Group, smooth: Tensor, residual: Tensor | None = None) -
         up = up.to(group.dtype).float()
         rest = smoothed - up @ (down * smooth)
     codes, scales = quantize_groups(rest, plan.group_size, group.dtype)
-    return Split(codes, scales.float(), down, up, smooth)
+    return Decomposition(codes, scales.float(), down, up, smooth)
 
 
-def search(group: Group, exhaustive: bool, module_error: Callable[[Split], float] | None) -> tuple[float, float]:
+def search(
+    group: Group, exhaustive: bool, module_error: Callable[[Decomposition], float] | None
+) -> tuple[float, float]:
     """(alpha, beta) of least error, that of the enclosing module where it is given.
 
     Exhaustive: every candidate of the authors' grid on it. Otherwise a grid half as fine is ranked by the layers' own
@@ -104,10 +106,10 @@ def search(group: Group, exhaustive: bool, module_error: Callable[[Split], float
     rows = group.rows if exhaustive else group.rows[:: max(1, len(group.rows) // SEARCH_ROWS)]
     exact = rows @ group.weight.T
 
-    def row_error(split: Split) -> float:
+    def row_error(split: Decomposition) -> float:
         return squared_error(output(group, split, rows), exact)
 
-    def ranking(score: Callable[[Split], float], choices: list) -> list:
+    def ranking(score: Callable[[Decomposition], float], choices: list) -> list:
         errors = [score(split_weight(group, group.divisors(*choice))) for choice in choices]
         return [choices[i] for i in sorted(range(len(choices)), key=lambda i: _least(errors[i]))]
 
@@ -119,7 +121,7 @@ def search(group: Group, exhaustive: bool, module_error: Callable[[Split], float
     return ranking(module_error, ranked[:FINALISTS])[0]
 
 
-def refine(group: Group, smooth: Tensor) -> Split:
+def refine(group: Group, smooth: Tensor) -> Decomposition:
     """Step 2: branch and rounded rest in turn, until the first time that the output error grows."""
     rows, inputs = group.rows, rounded_inputs(group, smooth, group.rows)
     exact = rows @ group.weight.T
@@ -134,7 +136,7 @@ def refine(group: Group, smooth: Tensor) -> Split:
     return best
 
 
-def round_rest(group: Group, split: Split) -> Split:
+def round_rest(group: Group, split: Decomposition) -> Decomposition:
     """Step 3: the codes of the rest, W~ minus the branch, under the scales that are there."""
     rest = group.weight * split.smooth
     if split.down is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels.formats.int4 import pack_int4
 from ..layers.registry import Problem, empty_quantized, register_format
 from ..quantization.report import Ratio
-from .group import Group, Split, output, refine, round_rest, search, split_weight
+from .group import Decomposition, Group, output, refine, round_rest, search, split_weight
 from .layers.plan import SVDQPlan
 from .layers.svdq import SVDQConv2d, SVDQLinear
 
@@ -54,7 +54,7 @@ def quantize_group(problem: Problem) -> dict[str, nn.Module]:
     return packed
 
 
-def _stages(group: Group, smooth: Tensor) -> dict[str, Split]:
+def _stages(group: Group, smooth: Tensor) -> dict[str, Decomposition]:
     """What each part of the method is worth: rounding alone; with smoothing; with smoothing and branch, at once."""
     plain = replace(group, plan=replace(group.plan, rank=0))
     ones = torch.ones_like(smooth)
@@ -66,7 +66,7 @@ def _stages(group: Group, smooth: Tensor) -> dict[str, Split]:
 
 
 def build_layer(
-    layer: nn.Module, plan: SVDQPlan, split: Split, rows: slice, dtype, lender: nn.Module | None
+    layer: nn.Module, plan: SVDQPlan, split: Decomposition, rows: slice, dtype, lender: nn.Module | None
 ) -> nn.Module:
     new = empty_quantized(layer, plan, layer.weight.device)
 
@@ -90,14 +90,14 @@ def build_layer(
     return new.train(layer.training)
 
 
-def _module_error(problem: Problem, group: Group) -> Callable[[Split], float]:
-    """A function: Split -> squared error of the enclosing module's outputs with the problem's layers quantized."""
+def _module_error(problem: Problem, group: Group) -> Callable[[Decomposition], float]:
+    """A function: Decomposition -> squared error of the enclosing module's outputs with the layers quantized so."""
     layers = problem.layers
     ends = torch.tensor([layer.weight.shape[0] for layer in layers.values()]).cumsum(0).tolist()
 
-    def quantized(layer: nn.Module, split: Split, rows: slice) -> Callable[[Tensor], Tensor]:
+    def quantized(layer: nn.Module, split: Decomposition, rows: slice) -> Callable[[Tensor], Tensor]:
         up = None if split.up is None else split.up[rows]
-        part = Split(split.codes[rows], split.scales[rows], split.down, up, split.smooth)
+        part = Decomposition(split.codes[rows], split.scales[rows], split.down, up, split.smooth)
         conv, bias = isinstance(layer, nn.Conv2d), layer.bias
 
         def forward(x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _module_error(problem: Problem, group: Group) -> Callable[[Split], float]:
 
         return forward
 
-    def error(split: Split) -> float:
+    def error(split: Decomposition) -> float:
         forwards = {
             name: quantized(layer, split, slice(start, end))
             for (name, layer), start, end in zip(layers.items(), [0, *ends], ends, strict=False)

@@ -60,8 +60,8 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def draw(rows: list[dict], path: Path) -> Path:
     """Noise prediction error against stored bytes and against the time of a step, one model: a PNG.
 
-    Rows are marked by their kinds and numbered as in the legend; a line joins those that no other beats. Time is that
-    of compiled bfloat16 where there is any.
+    Methods and baselines are named, ablations and shuffled controls are small marks; a line joins the rows that no
+    other beats. Time is that of compiled bfloat16 where there is any.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -76,24 +76,35 @@ def draw(rows: list[dict], path: Path) -> Path:
             lambda row: row.get(key, {}).get("ratio")
         ),
     }
-    figure, panels = plt.subplots(1, 2, figsize=(14, 6), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(15, 7), sharey=True, layout="constrained")
     for axes, (title, place) in zip(panels, columns.items(), strict=True):
-        points = [(place(row), row["eps_error"]) for row in measured]
-        for number, (row, (x, y)) in enumerate(zip(measured, points, strict=True), 1):
-            if x is None:
-                continue
-            mark, colour = MARKS[row["kind"]]
-            name = f"{number} {row['row']}" if axes is panels[0] else None
-            axes.plot([x], [y], mark, color=colour, ms=5, label=name)
-            axes.annotate(f" {number}", (x, y), fontsize=7)
-        best = front([point for point in points if point[0] is not None])
+        points = [(row, place(row), row["eps_error"]) for row in measured if place(row) is not None]
+        for kind, (mark, colour) in MARKS.items():
+            own = [(x, y) for row, x, y in points if row["kind"] == kind]
+            small = kind in ("ablation", "shuffled")
+            if own:
+                axes.plot(*zip(*own, strict=True), mark, color=colour, ms=4 if small else 7, alpha=0.6, label=kind)
+        best = front([(x, y) for _, x, y in points])
         if best:
             axes.plot(*zip(*best, strict=True), ":", color="grey", lw=1)
         axes.set(xlabel=title, yscale="log")
+        axes.margins(x=0.05, y=0.05)
         axes.grid(alpha=0.3)
+        _name(axes, [(row["row"], x, y) for row, x, y in points if row["kind"] in ("method", "baseline")])
     panels[0].set_ylabel("noise prediction error")
-    if measured:
-        names = panels[0].get_legend_handles_labels()
-        panels[1].legend(*names, fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
+    panels[0].legend(fontsize=8)
     save_figure(figure, path)
     return path
+
+
+def _name(axes, points: list[tuple[str, float, float]]) -> None:
+    """Write the names of points in a column beside the axes, in their order from above, each with a thin line."""
+    if not points:
+        return
+    names = sorted(points, key=lambda point: -point[2])
+    for number, (name, x, y) in enumerate(names):
+        height = 1 - (number + 0.5) / len(names)
+        axes.annotate(
+            name, (x, y), (1.03, height), textcoords="axes fraction", fontsize=7, va="center",
+            arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.4, "relpos": (0, 0.5)},
+        )  # fmt: skip

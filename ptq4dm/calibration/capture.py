@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -31,16 +32,44 @@ class Captured:
     calls: dict[str, list] = field(default_factory=dict)
 
 
-def as_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """A layer's input as rows [M, K], with K in the order of its flattened weight; of a grouped convolution K is that
-    of all its groups, one after the other."""
+def row_count(module: nn.Module, x: Tensor) -> int:
+    """Rows of a layer's input: tokens of a Linear, windows of a convolution."""
     if not isinstance(module, nn.Conv2d):
-        return x.reshape(-1, x.shape[-1])
-    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), 0, "valid", "same"):
-        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    padding = numeric_padding(module)
-    windows = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # [B, C kh kw, pixels]
-    return windows.transpose(1, 2).reshape(-1, windows.shape[1])
+        return x.numel() // x.shape[-1]
+    height, width = _output_size(module, x)
+    return len(x) * height * width
+
+
+def as_rows(module: nn.Module, x: Tensor, picked: Tensor | None = None) -> Tensor:
+    """A layer's input as rows [M, K], or those `picked` by their numbers, with K in the order of its flattened weight.
+
+    Of a grouped convolution K is that of all its groups, one after the other. Only the windows picked are gathered.
+    """
+    if not isinstance(module, nn.Conv2d):
+        rows = x.reshape(-1, x.shape[-1])
+        return rows if picked is None else rows[picked]
+    height, width = _output_size(module, x)
+    picked = torch.arange(len(x) * height * width, device=x.device) if picked is None else picked
+    (above, left), (down, right), (dy, dx) = numeric_padding(module), module.stride, module.dilation
+    padded = F.pad(x, (left, left, above, above))
+    image, place = picked // (height * width), picked % (height * width)
+    y = (place // width * down)[:, None] + dy * torch.arange(module.kernel_size[0], device=x.device)
+    z = (place % width * right)[:, None] + dx * torch.arange(module.kernel_size[1], device=x.device)
+    windows = padded[image[:, None, None], :, y[:, :, None], z[:, None, :]]  # [R, kh, kw, C]
+    return windows.permute(0, 3, 1, 2).flatten(1)
+
+
+def input_peaks(module: nn.Module, x: Tensor) -> Tensor:
+    """[K] largest magnitudes of a layer's input; of a convolution each is that of its whole channel."""
+    if not isinstance(module, nn.Conv2d):
+        return x.abs().reshape(-1, x.shape[-1]).amax(0)
+    return x.abs().amax((0, 2, 3)).repeat_interleave(math.prod(module.kernel_size))
+
+
+def _output_size(module: nn.Conv2d, x: Tensor) -> tuple[int, int]:
+    sizes = zip(x.shape[2:], numeric_padding(module), module.dilation, module.kernel_size, module.stride, strict=True)
+    height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
+    return height, width
 
 
 @torch.no_grad()
@@ -57,14 +86,15 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
 
     def of_layer(name: str):
         def hook(module, args, kwargs):
-            x = as_rows(module, args[0] if args else next(iter(kwargs.values()))).float()
-            peak = x.abs().amax(0)
+            x = args[0] if args else next(iter(kwargs.values()))
+            peak, count = input_peaks(module, x).float(), row_count(module, x)
             got.peaks[name] = torch.maximum(got.peaks[name], peak) if name in got.peaks else peak
             got.lows[name] = min(got.lows.get(name, float("inf")), float(x.min()))
-            if len(x) > share:
+            picked = None
+            if count > share:
                 generator = torch.Generator("cpu").manual_seed(seed + len(kept[name]))
-                x = x[torch.randperm(len(x), generator=generator)[:share].to(x.device)]
-            kept[name].append(x)
+                picked = torch.randperm(count, generator=generator)[:share].to(x.device)
+            kept[name].append(as_rows(module, x, picked).float())
 
         return hook
 

@@ -41,7 +41,7 @@ def row_count(module: nn.Module, x: Tensor) -> int:
 
 
 def as_rows(module: nn.Module, x: Tensor, picked: Tensor | None = None) -> Tensor:
-    """A layer's input as rows [M, K], or those `picked` by their numbers, with K in the order of its flattened weight.
+    """A layer's input as rows [M, K], or those `picked` by number, with K in the order of its flattened weight.
 
     Of a grouped convolution K is that of all its groups, one after the other. Only the windows picked are gathered.
     """

@@ -44,7 +44,7 @@ class _Watch:
                     sys.meta_path.remove(self)
                 self.action()
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
         return spec
 
 

@@ -46,7 +46,7 @@ class Registry(dict):
 def _complete(name: str) -> Callable:
     """A method of dict that sees the late members, too."""
 
-    def read(self: Registry, *args):
+    def read(self: Registry, *args: Any) -> Any:
         if self.late and not (name in ("__contains__", "__getitem__", "get") and dict.__contains__(self, args[0])):
             load_late()
         return getattr(dict, name)(self, *args)

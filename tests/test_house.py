@@ -1,4 +1,4 @@
-"""The house's rules: who may import whom, no circles, no method named where methods register themselves."""
+"""The house's rules: who may import whom, no circles, no method named outside of its own files."""
 
 import ast
 from collections import defaultdict
@@ -137,6 +137,66 @@ def test_methods_do_not_know_each_other():
         if method(name) and method(target) and method(name) != method(target) and target not in bases
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def texts_of(tree: ast.AST):
+    """(text, line) of every string in a file that is not a docstring."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and stated(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value, node.lineno
+
+
+def stated(node) -> bool:
+    return bool(node.body) and isinstance(node.body[0], ast.Expr) and ast.get_docstring(node, clean=False) is not None
+
+
+@pytest.fixture(scope="module")
+def methods() -> dict[str, type]:
+    """The methods that register themselves in our rooms; tests and examples add others to the same registry."""
+    from ptq4dm.quantization.recipe import METHODS
+
+    return {name: kind for name, kind in METHODS.items() if kind.__module__ in FILES}
+
+
+def test_methods_are_not_named_below_them_nor_on_the_command_line(methods):
+    """Who adds a method adds a file: nobody else has a list of methods, or a special case for one."""
+    modules, classes = {kind.__module__ for kind in methods.values()}, {kind.__name__ for kind in methods.values()}
+    names = set(methods) - {"ptq4dm"}  # the package's own name says nothing of the method
+    assert len(names) >= 2 and len(modules) == len(methods)
+    strangers = {
+        name: path
+        for name, path in FILES.items()
+        if LEVEL[folder_of(name)] < LEVEL["ptq4dm/methods"] or folder_of(name) == "ptq4dm/cli"
+    }
+    assert {"ptq4dm/cli", "ptq4dm/quantization", "ptq4dm/layers", "kernels/w4"} <= set(map(folder_of, strangers))
+    wrong = [
+        f"{FILES[name].relative_to(ROOT)}:{line} imports {target}"
+        for name, target, line, _ in EDGES
+        if name in strangers and target in modules
+    ]
+    for path in strangers.values():
+        tree = ast.parse(path.read_text())
+        where = path.relative_to(ROOT)
+        wrong += [f"{where}:{line} names '{text}'" for text, line in texts_of(tree) if text in names]
+        wrong += [
+            f"{where}:{node.lineno} imports {alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if alias.name in classes
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_says_in_one_line_what_it_is():
+    inits = {path for path in FILES.values() if path.stem == "__init__"}
+    assert len(inits) > 20
+    for path in inits:
+        first, *rest = (ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").split("\n")
+        assert path.read_text().startswith('"""') and first.strip(), f"{path.relative_to(ROOT)} has no docstring"
+        assert first.endswith(".") and (not rest or not rest[0].strip()), f"{path.relative_to(ROOT)}: {first}"
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -12,7 +12,7 @@ The edges are PTQ4DM's rule (arXiv:2211.15736); the others are SVDQuant's (arXiv
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ ROLES = ("w4", "weight-only", "int8", KEEP)
 
 
 def allocate(
-    views: list[LayerView], candidates: dict[str, Candidate], role_of: Callable[[LayerView], str]
+    views: list[LayerView], candidates: Mapping[str, Candidate | None], role_of: Callable[[LayerView], str]
 ) -> dict[str, Any]:
     """Layer name -> plan: of each view the candidate of its role, asked in the model's order.
 

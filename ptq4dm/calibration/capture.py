@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -84,8 +85,8 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
     share = -(-MAX_ROWS // len(batches))
     waiting: set[str] = set()
 
-    def of_layer(name: str):
-        def hook(module, args, kwargs):
+    def of_layer(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             peak, count = input_peaks(module, x).float(), row_count(module, x)
             got.peaks[name] = torch.maximum(got.peaks[name], peak) if name in got.peaks else peak
@@ -98,11 +99,11 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
 
         return hook
 
-    def of_module(name: str):
+    def of_module(name: str) -> Callable:
         return lambda module, args, kwargs: got.calls[name].append((args, kwargs))
 
-    def done(name: str):
-        def hook(*_):
+    def done(name: str) -> Callable:
+        def hook(*_: object) -> None:
             waiting.discard(name)
             if not waiting:
                 raise _Enough

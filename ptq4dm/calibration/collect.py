@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,9 @@ from .store import (
     save_statistics,
     write_meta,
 )
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 COLLECTORS = ("uniform", "ndtc", "solver")
 SAVE_EVERY = 20  # batches between two saves of the statistics
@@ -69,7 +73,7 @@ class CalibrationConfig:
     batch_size: int = option(16, "trajectories at a time")
     seed: int = option(0, "seed of the first trajectory")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.collector not in COLLECTORS:
             raise UserError(f"collector '{self.collector}' is unknown; choose from {', '.join(COLLECTORS)}.")
         for name in ("num_samples", "num_inference_steps", "num_bins", "batch_size"):
@@ -97,7 +101,7 @@ def draw_timesteps(config: CalibrationConfig, num_train_timesteps: int, grid: Se
 
 
 def collect(
-    pipe,
+    pipe: DiffusionPipeline,
     config: CalibrationConfig | None = None,
     output: str | Path | None = None,
     *,
@@ -131,9 +135,16 @@ def collect(
     return CalibrationStore.load(folder)
 
 
-def _start(folder: Path, model: nn.Module, config, pipe, conditioning, pipeline_kwargs) -> dict:
+def _start(
+    folder: Path,
+    model: nn.Module,
+    config: CalibrationConfig,
+    pipe: DiffusionPipeline,
+    conditioning: dict | None,
+    pipeline_kwargs: dict | None,
+) -> dict:
     """The store's header: a new one, or that of the interrupted run that these arguments continue."""
-    asked = {
+    asked: dict[str, Any] = {
         "config": asdict(config),
         "dtype": str(model.dtype),
         "scheduler": {"class": type(pipe.scheduler).__name__, **_describe(dict(pipe.scheduler.config))},
@@ -166,7 +177,14 @@ def _start(folder: Path, model: nn.Module, config, pipe, conditioning, pipeline_
     }
 
 
-def _record(folder, pipe, config, meta, conditioning, pipeline_kwargs) -> None:
+def _record(
+    folder: Path,
+    pipe: DiffusionPipeline,
+    config: CalibrationConfig,
+    meta: dict,
+    conditioning: dict | None,
+    pipeline_kwargs: dict | None,
+) -> None:
     """Phase 1: one file per batch of trajectories; batches already there are kept. Fills in meta["shared"]."""
     grid = _sampling_grid(pipe.scheduler, config.num_inference_steps) if config.collector == "solver" else []
     timesteps = draw_timesteps(config, meta["num_train_timesteps"], grid)
@@ -188,7 +206,7 @@ def _record(folder, pipe, config, meta, conditioning, pipeline_kwargs) -> None:
         save_calls(folder, index, calls)
 
 
-def _sampling_grid(scheduler, num_inference_steps: int) -> list[float]:
+def _sampling_grid(scheduler: SchedulerMixin, num_inference_steps: int) -> list[float]:
     """The times of the sampler, asked of a copy: the pipeline's own scheduler is not touched."""
     scheduler = copy.deepcopy(scheduler)
     try:
@@ -198,7 +216,7 @@ def _sampling_grid(scheduler, num_inference_steps: int) -> list[float]:
     return scheduler.timesteps.tolist()
 
 
-def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
+def _measure(folder: Path, model: nn.Module, config: CalibrationConfig, meta: dict) -> None:
     """Phase 2: replay the tuples bin by bin through the model and measure what each layer is fed."""
     calls = Calls.concatenate([load_calls(folder, i, meta["shared"]) for i in range(meta["num_batches"])])
     batches = list(binned_batches(calls, config.num_bins, meta["num_train_timesteps"], config.batch_size))
@@ -214,7 +232,7 @@ def _measure(folder: Path, model: nn.Module, config, meta: dict) -> None:
     update(statistics, model, layers, batches, progress, keep)
 
 
-def _describe(value):
+def _describe(value: Any) -> Any:
     """A JSON form of settings for comparing stores: tensors by shape and sum, other objects by their class."""
     if isinstance(value, dict):
         return {str(k): _describe(v) for k, v in value.items() if not str(k).startswith("_")}

@@ -113,7 +113,7 @@ def squared_error(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).square().sum(dtype=torch.float64))
 
 
-def _tensors(value) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()

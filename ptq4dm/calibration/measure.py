@@ -18,7 +18,7 @@ from .store import CalibrationStore
 def measured(model: nn.Module, store: CalibrationStore) -> InputStatistics:
     """Statistics of a model's layers on the calls of a store, as `collect` measures them."""
     config, layers = store.config, list(store.fingerprint)
-    batches = binned_batches(store.calls, config["num_bins"], store.num_train_timesteps, config["batch_size"])
+    batches = binned_batches(store.recorded(), config["num_bins"], store.num_train_timesteps, config["batch_size"])
     statistics = InputStatistics(len(layers), config["num_bins"])
     update(statistics, model, layers, list(batches))
     return statistics
@@ -59,7 +59,7 @@ class _Measured:
     bin_index: int = 0
 
     def hook(self, layer: int, name: str) -> Callable:
-        def add_input(_, args):
+        def add_input(_: nn.Module, args: tuple) -> None:
             try:
                 self.statistics.update(layer, self.bin_index, args[0])
             except UserError as error:

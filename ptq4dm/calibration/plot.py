@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import UserError
 from ..files.atomic import replacing
 from .store import CalibrationStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 QUANTILES = (0.001, 0.25, 0.75, 0.999)
 
@@ -31,7 +36,7 @@ def layer_ranges(store: CalibrationStore, layer: str) -> list[dict]:
     return rows
 
 
-def pyplot():
+def pyplot() -> ModuleType:
     """matplotlib.pyplot, drawing into files. Raises UserError where matplotlib is missing."""
     try:
         import matplotlib
@@ -43,7 +48,7 @@ def pyplot():
     return plt
 
 
-def save_figure(figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure into a PNG, whose folder is made, and close it. Raises UserError if it cannot be written."""
     path = Path(path)
     try:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..pipelines.denoiser import denoiser, evaluation_mode
 from ..pipelines.sampling import own_step, sample
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 TIMESTEPS = ("timestep", "timesteps", "t")  # what diffusers' models call the argument
 
@@ -46,7 +49,7 @@ class Calls:
         """The shared arguments that are no tensors: what JSON can hold."""
         return {k: v for k, v in self.shared.items() if not isinstance(v, Tensor)}
 
-    def __getitem__(self, rows) -> Calls:
+    def __getitem__(self, rows: slice | Tensor) -> Calls:
         """Rows of it, by slice or index tensor."""
         picked = {k: v[rows] for k, v in self.conditioning.items()}
         return Calls(self.sample[rows], self.timestep[rows], picked, self.shared)
@@ -75,7 +78,7 @@ def _differing(one: Calls, other: Calls) -> set[str]:
     def shapes(calls: Calls) -> dict:
         return {k: v.shape[1:] for k, v in {"sample": calls.sample, **calls.conditioning}.items()}
 
-    def same(a, b) -> bool:
+    def same(a: object, b: object) -> bool:
         return type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
 
     ours, theirs = shapes(one), shapes(other)
@@ -94,7 +97,7 @@ class _Recorder:
     It is told of each call of the model and of each step of the scheduler, and counts the steps.
     """
 
-    def __init__(self, model: nn.Module, scheduler, timesteps: Sequence[float]):
+    def __init__(self, model: nn.Module, scheduler: SchedulerMixin, timesteps: Sequence[float]) -> None:
         self.signature = inspect.signature(model.forward)
         self.scheduler = scheduler
         self.timesteps = torch.as_tensor(list(timesteps), dtype=torch.float64)
@@ -102,7 +105,7 @@ class _Recorder:
         self.step = 0
         self.parts: list[Calls] = []
 
-    def before_forward(self, _, args, kwargs) -> None:
+    def before_forward(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.index is None:
             grid = self.scheduler.timesteps.to("cpu", torch.float64)
             self.index = (self.timesteps[:, None] - grid[None, :]).abs().argmin(dim=1)
@@ -114,7 +117,7 @@ class _Recorder:
 
     def counted(self, step: Callable) -> Callable:
         @functools.wraps(step)  # pipelines inspect the signature of step
-        def counted_step(*args, **kwargs):
+        def counted_step(*args: Any, **kwargs: Any) -> Any:
             self.step += 1
             return step(*args, **kwargs)
 
@@ -126,7 +129,7 @@ class _Recorder:
 
 
 def record_calls(
-    pipe,
+    pipe: DiffusionPipeline,
     seeds: Sequence[int],
     timesteps: Sequence[float],
     *,
@@ -177,7 +180,7 @@ def replay(model: nn.Module, calls: Calls) -> Tensor:
     parameter = next(model.parameters())
     dtype = getattr(model, "dtype", parameter.dtype)
 
-    def ready(value):
+    def ready(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(parameter.device, dtype) if value.is_floating_point() else value.to(parameter.device)
@@ -190,7 +193,7 @@ def replay(model: nn.Module, calls: Calls) -> Tensor:
     return output[:, : calls.sample.shape[1]] if output.ndim == 4 else output
 
 
-def _leading(signature) -> tuple[str, str]:
+def _leading(signature: inspect.Signature) -> tuple[str, str]:
     """The names of a model's sample and timestep arguments."""
     names = list(signature.parameters)
     timestep = next((name for name in TIMESTEPS if name in names), None)
@@ -199,7 +202,7 @@ def _leading(signature) -> tuple[str, str]:
     return names[0], timestep
 
 
-def _rows(signature, args, kwargs, rows: Tensor, batch: int) -> Calls:
+def _rows(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any], rows: Tensor, batch: int) -> Calls:
     """The given items of one call (args, kwargs), guidance copies included."""
     bound = signature.bind(*args, **kwargs).arguments
     extra = bound.pop("kwargs", {})
@@ -229,14 +232,14 @@ def _rows(signature, args, kwargs, rows: Tensor, batch: int) -> Calls:
     return Calls(x.detach()[every].cpu(), t[every.to(t.device)].cpu(), conditioning, shared)
 
 
-def _plain(value) -> bool:
+def _plain(value: object) -> bool:
     """True if JSON can hold a value: numbers, strings and lists of them."""
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _flatten(arguments: dict):
+def _flatten(arguments: dict) -> Iterator[tuple[str, Any]]:
     """(name, value) of all arguments, with the entries of dicts, and of tuples with tensors in them, one by one."""
     for name, value in arguments.items():
         if isinstance(value, (list, tuple)) and any(isinstance(entry, (Tensor, tuple)) for entry in value):
@@ -247,7 +250,7 @@ def _flatten(arguments: dict):
             yield name, value
 
 
-def _nested(flat: dict):
+def _nested(flat: dict[str, Any]) -> Any:
     """The inverse of `_flatten`; sequences become tuples."""
     entries: dict[str, dict] = {}
     for name, value in flat.items():

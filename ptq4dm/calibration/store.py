@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,12 @@ class CalibrationStore:
     calls: Calls | None = None
     statistics: InputStatistics | None = None
 
+    def recorded(self) -> Calls:
+        """The recorded tuples. Raises UserError where the store holds statistics only."""
+        if self.calls is None:
+            raise UserError("the calibration store holds no recorded calls, only statistics; collect again.")
+        return self.calls
+
     def input_of(self, layer: str, bins: list[int] | None = None) -> tuple[Tensor, float, float, float]:
         """(histogram, limit, low, high) of a layer's input, over some or all timestep bins."""
         if layer not in self.fingerprint:
@@ -53,7 +59,7 @@ class CalibrationStore:
         if list(found) != list(self.fingerprint) or any(v not in ("", self.fingerprint[k]) for k, v in found.items()):
             self.raise_foreign()
 
-    def raise_foreign(self):
+    def raise_foreign(self) -> NoReturn:
         raise UserError(
             "the calibration store was collected from another model (or other weights); "
             "collect one from this model with `ptq4dm collect`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,8 @@ def trace(model: nn.Module, views: list[LayerView], calls: Calls) -> dict[str, T
     inputs: dict[str, tuple[Tensor, int]] = {}
     called: set[str] = set()
 
-    def remember(name: str):
-        def hook(_, args, kwargs):
+    def remember(name: str) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
             called.add(name)
             if name in names and name not in inputs:
                 x = args[0] if args else next(iter(kwargs.values()))

@@ -47,7 +47,7 @@ def run(args) -> None:
         raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
     config = fitting(config, args, pipe)
     store = collect(pipe, config, args.output, **conditioning_of(args))
-    print(f"calibration store of {len(store.calls)} tuples, {len(store.fingerprint)} layers: {args.output}")
+    print(f"calibration store of {len(store.recorded())} tuples, {len(store.fingerprint)} layers: {args.output}")
     if args.plot:
         from ..calibration.plot import plot_ranges
 

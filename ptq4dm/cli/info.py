@@ -21,12 +21,13 @@ def run(args) -> None:
     network = denoiser(pipe)
     rows = kernel_report(network)
     config = quantization_config(network)
+    chosen = None if config is None else config.summary()
     facts = {
         "model": str(model),
         "pipeline": type(pipe).__name__,
         "denoiser": type(network).__name__,
         "scheduler": type(pipe.scheduler).__name__,
-        "quantization": None if config is None else config.summary(),
+        "quantization": chosen,
         "bytes": stored_bytes(network),
         "layers": rows,
     }
@@ -35,7 +36,7 @@ def run(args) -> None:
         return
     for name in ("model", "pipeline", "denoiser", "scheduler"):
         print(f"{name:<13} {facts[name]}")
-    options = ", ".join(f"{name} {value}" for name, value in (facts["quantization"] or {}).items()) or "none"
+    options = ", ".join(f"{name} {value}" for name, value in (chosen or {}).items()) or "none"
     print(f"{'quantization':<13} {options}")
     print(f"{'bytes':<13} {facts['bytes']:,} in all tensors of the denoiser")
     print(f"\n{'bytes':>12}  {'format':<24} {'kernel':<13} {'shape':<20} layer")

@@ -50,7 +50,7 @@ def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup
         {"speedup": full-precision time / model time, "batch_size", "timed_steps", "device"}; on CUDA also
         "milliseconds" and "milliseconds_full_precision" (a CPU's own figure says little on another machine).
     """
-    turns = [(m, _moved(calls, m), []) for m in (model, full_precision)]
+    turns: list[tuple[nn.Module, Calls, list[float]]] = [(m, _moved(calls, m), []) for m in (model, full_precision)]
     device = next(model.parameters()).device
 
     def synchronize():

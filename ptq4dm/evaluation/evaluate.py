@@ -95,10 +95,10 @@ def evaluate(
     if config.metric == "none" and full_precision is None:
         raise UserError("metric 'none' without a full-precision model leaves nothing to measure.")
     state = PartialState()
-    writes = output is not None and state.is_main_process
-    with output_folder(output) if writes else nullcontext() as folder:
+    writer = output_folder(output) if output is not None and state.is_main_process else nullcontext()
+    with writer as folder:
         report, shown = _measure(pipe, full_precision, config)
-        if writes:
+        if folder is not None:
             write_report(report, folder)
             if shown:
                 write_samples(*shown, folder)
@@ -139,7 +139,7 @@ def write_reference(
     return moments.count
 
 
-def _measure(pipe, full_precision, config: EvaluateConfig):
+def _measure(pipe, full_precision, config: EvaluateConfig) -> tuple[dict, tuple[list, list[int]] | None]:
     """The report, and pictures to show; see `_Pictures`."""
     report: dict = {"sampler": _sampler(pipe), "num_inference_steps": config.num_inference_steps, "warnings": []}
     pictures = _Pictures(pipe, full_precision, config)

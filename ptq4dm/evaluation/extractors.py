@@ -54,7 +54,7 @@ class Extractor:
 def load_extractor(
     metric: str,
     device: torch.device | str = "cpu",
-    inception_weights: str | Path | None = None,
+    inception_weights: str | os.PathLike | None = None,
     resize: str = "torch-fidelity",
 ) -> Extractor:
     """The extractor of a metric: "feature-fid" (embedded, 384-d, 32x32 images) or "fid" (Inception, 2048-d).

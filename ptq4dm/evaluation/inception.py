@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class InceptionFeatures(nn.Module):
 
 
 def load_inception(
-    weights: str | Path | None = None, resize: str = "torch-fidelity", device: torch.device | str = "cpu"
+    weights: str | os.PathLike | None = None, resize: str = "torch-fidelity", device: torch.device | str = "cpu"
 ) -> InceptionFeatures:
     """The Inception network for FID, in evaluation mode, float32.
 

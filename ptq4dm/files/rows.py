@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from .atomic import replacing
@@ -20,7 +21,7 @@ class Rows(list):
         UserError: the file was made with other settings.
     """
 
-    def __init__(self, path: Path, settings: dict, **also):
+    def __init__(self, path: Path, settings: dict, **also: Any) -> None:
         super().__init__()
         self.path, self.settings, self.also = Path(path), settings, also
         if self.path.exists():

@@ -7,6 +7,9 @@ them; `weight` answers with the codes, and no float copy of the weight exists. A
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,17 +22,21 @@ class QuantizedLayer:
     device maps with offloading move them. `bias` is registered first: a model's `dtype` is that of its first floating
     parameter.
 
+    plan: the choices that the layer was made by, of the class that its format registered.
     kept: names of the floating tensors that keep their dtype whatever the model is converted to.
     """
 
-    plan: object
+    plan: Any
     kept: tuple[str, ...] = ()
+    qweight: Tensor
+    bias: nn.Parameter | None
+    training: bool
 
-    def __new__(cls, layer=None, *sizes, **options):
+    def __new__(cls, layer: Any = None, *sizes: Any, **options: Any) -> Any:
         """peft makes a convolution's adapters as `type(layer)(inputs, outputs, ...)`: those are float layers."""
         return nn.Conv2d(layer, *sizes, **options) if isinstance(layer, int) else super().__new__(cls)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """What `.to()` and `.half()` go through: kept tensors move but stay what they are, and nothing becomes an
         8-bit float (diffusers' layerwise casting would store scales so)."""
         kept = [getattr(self, name) for name in self.kept]
@@ -39,12 +46,24 @@ class QuantizedLayer:
             keep = any(tensor is one for one in kept) or new.dtype.itemsize == 1
             return tensor.to(new.device) if keep and new.dtype != tensor.dtype else new
 
-        return super()._apply(careful, recurse)
+        return super()._apply(careful, recurse)  # type: ignore[misc]  # nn.Module's, which comes after this class
 
     @property
     def weight(self) -> Tensor:
         """The codes: float weights are not kept."""
         return self.qweight
+
+    def dequantized_weight(self) -> Tensor:
+        """The float32 weight that the codes stand for, made anew in each call."""
+        raise NotImplementedError
+
+    def kernel_name(self) -> str:
+        """The kernel that serves this layer where its codes are now."""
+        raise NotImplementedError
+
+    def _float_layer(self) -> nn.Module:
+        """A float layer of the same shape, without tensors."""
+        raise NotImplementedError
 
     def kernels(self) -> dict[str, str]:
         """The kernels that serve this layer, by the rows of its input: {"all rows": name}, or one name for few rows
@@ -72,7 +91,7 @@ class QuantizedLayer:
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """x [..., K] float -> [..., N] in x's dtype."""
 
-    def __init__(self, linear: nn.Linear, plan, device=None):
+    def __init__(self, linear: nn.Linear, plan: Any, device: torch.device | str | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.plan = plan
@@ -89,7 +108,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """Zero-padded convolution: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
-    def __init__(self, conv: nn.Conv2d, plan, device=None):
+    def __init__(self, conv: nn.Conv2d, plan: Any, device: torch.device | str | None = None) -> None:
         nn.Module.__init__(self)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"):
             setattr(self, name, getattr(conv, name))
@@ -106,12 +125,12 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, {self.plan}"
 
 
-def frozen(*size: int, dtype: torch.dtype, device) -> nn.Parameter:
+def frozen(*size: int, dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
     """An empty parameter without gradient."""
     return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
 
-def bias_like(layer: nn.Module, outputs: int, device) -> nn.Parameter | None:
+def bias_like(layer: nn.Module, outputs: int, device: torch.device | str | None) -> nn.Parameter | None:
     """Room for the bias of a layer, if it has one."""
     return None if layer.bias is None else frozen(outputs, dtype=layer.bias.dtype, device=device)
 

@@ -15,6 +15,8 @@ rounding alone: fused steps are in float32, unfused ones round to the model's dt
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -27,10 +29,13 @@ from ..kernels.w8a8.layer import w8a8_linear
 from ..pipelines.denoiser import model_of
 from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 LAYERS = (Int8Conv2d, Int8Linear, Fp8Conv2d, Fp8Linear)
 
 
-def fuse(target) -> list[str]:
+def fuse(target: DiffusionPipeline | nn.Module) -> list[str]:
     """Fuse what can be fused in a pipeline's denoiser, or a model, in place. Returns the names of the modules."""
     fused = []
     for name, module in model_of(target).named_modules():
@@ -48,7 +53,7 @@ def fuse(target) -> list[str]:
     return fused
 
 
-def unfuse(target) -> None:
+def unfuse(target: DiffusionPipeline | nn.Module) -> None:
     """Take back what `fuse` did."""
     back = {kind: plain for plain, kind in FUSED.items()}
     for module in model_of(target).modules():
@@ -68,7 +73,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         simple = block.time_embedding_norm == "default" and isinstance(block.nonlinearity, nn.SiLU)
         return plain and norms and simple and _static(block.conv1) and _static(block.conv2)
 
-    def forward(self, input_tensor: Tensor, temb: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.training or not _runs_fused(input_tensor, self.conv1, self.conv2):
             return super().forward(input_tensor, temb, *args, **kwargs)
         shift = None
@@ -85,7 +90,7 @@ class FusedUpsample2D(Upsample2D):
         plain = module.norm is None and not module.use_conv_transpose and module.interpolate
         return plain and module.use_conv and module.name == "conv" and _static(module.conv)
 
-    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if output_size is not None or not _runs_fused(hidden_states, self.conv):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         conv, (batch, _, h, w) = self.conv, hidden_states.shape
@@ -118,7 +123,14 @@ class FusedAttnProcessor(AttnProcessor2_0):
         return all(grid == grids[0] for grid in grids)
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, *args, **kwargs
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         given = encoder_hidden_states is not None or attention_mask is not None or hidden_states.ndim != 4
         layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
@@ -130,7 +142,7 @@ class FusedAttnProcessor(AttnProcessor2_0):
             hidden_states, norm.weight, norm.bias, norm.num_groups, norm.eps, False, *_grid(attn.to_q), (0, 0)
         )
 
-        def heads(layer) -> Tensor:
+        def heads(layer: nn.Module) -> Tensor:
             y = _conv(codes, (batch, h, w), layer, None, None, hidden_states.dtype)
             return y.permute(0, 2, 3, 1).view(batch, h * w, attn.heads, -1).transpose(1, 2)
 
@@ -142,7 +154,7 @@ class FusedAttnProcessor(AttnProcessor2_0):
 
 
 # plain class -> its fused one, with `fits(module)`: whether what the module is made of allows it
-FUSED: dict[type, type] = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D}
+FUSED: dict[type, Any] = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D}
 
 
 def _has_output(module: nn.Module) -> bool:
@@ -150,7 +162,7 @@ def _has_output(module: nn.Module) -> bool:
     return parts == [nn.GroupNorm, nn.SiLU] and _static(getattr(module, "conv_out", None))
 
 
-def _static(layer) -> bool:
+def _static(layer: Any) -> bool:
     return type(layer) in LAYERS and layer.plan.static and getattr(layer, "groups", 1) == 1
 
 
@@ -177,19 +189,28 @@ def unhooked(*modules: nn.Module) -> bool:
     return True
 
 
-def _grid(layer) -> tuple[Tensor, Tensor | None, int, torch.dtype]:
+def _grid(layer: nn.Module) -> tuple[Tensor, Tensor | None, int, torch.dtype]:
     """How the layer's input is turned into codes."""
     return layer.input_scale, layer.input_zero_point, layer.plan.activation_bits, layer.code
 
 
-def _norm_conv(norm: nn.GroupNorm, conv, x: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+def _norm_conv(
+    norm: nn.GroupNorm, conv: nn.Module, x: Tensor, shift: Tensor | None, residual: Tensor | None
+) -> Tensor:
     """conv(SiLU(norm(x))) + shift + residual."""
     batch, _, h, w = x.shape
     codes = w8a8_group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, True, *_grid(conv), conv.padding)
     return _conv(codes, (batch, h, w), conv, shift, residual, x.dtype)
 
 
-def _conv(codes: Tensor, image: tuple, layer, shift: Tensor | None, residual: Tensor | None, dtype) -> Tensor:
+def _conv(
+    codes: Tensor,
+    image: tuple[int, int, int],
+    layer: nn.Module,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """A convolution, or a Linear on pixels, of codes."""
     geometry = [getattr(layer, name, plain) for name, plain in (("stride", (1, 1)), ("padding", (0, 0)))]
     operands = (layer.qweight, layer.weight_scale, layer.bias, layer.input_scale, layer.input_zero_point)

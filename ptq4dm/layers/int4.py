@@ -13,7 +13,7 @@ from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import pack_int4, unpack_int4
 from ..ranges.weights import weight_grid
 from . import int4_ops
-from .base import QuantizedConv2d, QuantizedLinear, frozen
+from .base import QuantizedConv2d, QuantizedLayer, QuantizedLinear, frozen
 from .int4_ops import PACKED
 from .plan import Int4Plan
 from .registry import finite, register_format
@@ -23,7 +23,7 @@ from .w8a8 import allocate_input_grid, put_input_grid
 HALF = torch.finfo(torch.float16)
 
 
-class Int4Layer:
+class Int4Layer(QuantizedLayer):
     """What Linear and Conv2d with 4-bit weights share; N outputs of K inputs, in G groups (G = 1: one scale a row).
 
     bias              [N] in the model's dtype, or None
@@ -36,8 +36,13 @@ class Int4Layer:
 
     plan: Int4Plan
     kept = ("wscales", "input_scale")
+    weight_shape: tuple[int, ...]
+    wscales: Tensor
+    wzeros: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
 
-    def _allocate(self, shape: tuple[int, ...], device) -> None:
+    def _allocate(self, shape: tuple[int, ...], device: torch.device | str | None) -> None:
         self.weight_shape = shape
         outputs, inputs = shape[0], math.prod(shape[1:])
         scales = 1 if self.plan.group_size is None else inputs // self.plan.group_size

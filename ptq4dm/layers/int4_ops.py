@@ -100,7 +100,16 @@ def int4_linear(
 
 
 @int4_linear.register_fake
-def _(x, qweight, wscales, wzeros, bias, input_scale, input_zero_point, activation_bits):
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wzeros: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    activation_bits: int,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(qweight))
 
 
@@ -143,7 +152,21 @@ def int4_conv2d(
 
 
 @int4_conv2d.register_fake
-def _(x, qweight, ws, wz, bias, s, z, bits, kernel, stride, padding, dilation, groups):
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wzeros: Tensor | None,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    activation_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
     window = Window(len(x), *x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
     batch, (height, width) = len(x), window.output
     return x.new_empty(batch, height, width, len(qweight)).permute(0, 3, 1, 2)

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -97,7 +98,10 @@ class Plan:
 
     def to_dict(self) -> dict:
         """The plan as JSON holds it; tensors of transforms are not in it."""
-        data = {"method": self.method, "layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+        data: dict[str, Any] = {
+            "method": self.method,
+            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
+        }
         if self.transforms:
             data["transforms"] = [transform.to_dict() for transform in self.transforms]
         return data
@@ -166,5 +170,5 @@ class Plan:
             raise UserError(f"cannot read a plan from {path}: {error}.") from None
 
 
-def _layer_plan(choices: dict):
+def _layer_plan(choices: dict) -> Any:
     return FORMATS.find(choices["format"]).plan(**choices)

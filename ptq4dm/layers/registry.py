@@ -113,7 +113,7 @@ def build_each(problem: Problem) -> dict[str, nn.Module]:
     }
 
 
-def empty_quantized(module: nn.Module, plan: Any, device=None) -> nn.Module:
+def empty_quantized(module: nn.Module, plan: Any, device: torch.device | str | None = None) -> nn.Module:
     """A quantized layer of the module's shape, its tensors allocated but not filled.
 
     Raises UserError where the format has no layer of this kind.

@@ -30,7 +30,9 @@ def rounded(
     found = []
     for i in range(parts):
         rows = weight[i * count : (i + 1) * count]
-        fed = evidence if parts == 1 else evidence.columns(slice(i * width, (i + 1) * width))
+        fed = evidence
+        if evidence is not None and parts > 1:
+            fed = evidence.columns(slice(i * width, (i + 1) * width))
         grid = grid_of(rows, fed)
         found.append((rounder(rows, grid, fed), grid.scales, getattr(grid, "zeros", None)))
     codes, scales, zeros = zip(*found, strict=True)

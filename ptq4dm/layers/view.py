@@ -59,7 +59,7 @@ def _zero_padded(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not even_same
 
 
-def _mark_edges(config, views: list[LayerView]) -> None:
+def _mark_edges(config: object, views: list[LayerView]) -> None:
     """Find the layers at the model's ends by the channels of its config: no forward pass is needed to know.
 
     Other layers may happen to be as wide, so of all that fit one is taken, by where diffusers' models have it:
@@ -72,12 +72,12 @@ def _mark_edges(config, views: list[LayerView]) -> None:
     patch = config.get("patch_size") or 1
     area = patch * patch if isinstance(patch, int) else math.prod(patch)
 
-    def first(item):
+    def first(item: tuple[int, LayerView]) -> tuple:
         order, view = item
         linear, nested = isinstance(view.module, nn.Linear), "." in view.name
         return _repeated(view.name), linear, _reads(view) != inputs, nested, order
 
-    def last(item):
+    def last(item: tuple[int, LayerView]) -> tuple:
         order, view = item
         return _repeated(view.name), "." in view.name, -order
 

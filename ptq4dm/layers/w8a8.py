@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
 from ..kernels.formats import fp8
-from ..kernels.formats.grid import Fp8Grid
+from ..kernels.formats.grid import Fp8Grid, Grid
 from ..kernels.formats.int8 import dequantize_weight
 from ..kernels.w8a8 import from_codes, layer
 from ..ranges.weights import weight_grid
-from .base import QuantizedConv2d, QuantizedLinear, frozen
+from .base import QuantizedConv2d, QuantizedLayer, QuantizedLinear, frozen
 from .plan import LayerPlan
 from .registry import finite, register_format
 from .rounded import rounded
 
 
-class W8A8Layer:
+class W8A8Layer(QuantizedLayer):
     """What layers with 8-bit weights and activations share; N outputs.
 
     bias              [N] in the model's dtype, or None
@@ -29,9 +29,12 @@ class W8A8Layer:
 
     plan: LayerPlan
     kept: tuple[str, ...] = ("weight_scale", "input_scale")
-    code = torch.int8
+    code: torch.dtype = torch.int8
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
 
-    def _allocate(self, shape: tuple[int, ...], device) -> None:
+    def _allocate(self, shape: tuple[int, ...], device: torch.device | str | None) -> None:
         self.qweight = frozen(*shape, dtype=self.code, device=device)
         self.weight_scale = frozen(shape[0], dtype=torch.float32, device=device)
         allocate_input_grid(self, self.plan, self.code == torch.int8, device)
@@ -48,7 +51,7 @@ class W8A8Layer:
         self.put(qweight=codes.view(weight.shape), weight_scale=scales[:, 0].contiguous())
         put_input_grid(self, self.plan, weight.device)
 
-    def _grid(self, matrix: Tensor, evidence: LayerEvidence | None):
+    def _grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Grid | Fp8Grid:
         """The grid of a float32 weight [N, K], by the plan."""
         plan = self.plan
         return weight_grid(matrix, plan.weight_bits, plan.objective, plan.objective_parameter, evidence=evidence)
@@ -71,13 +74,13 @@ class W8A8Layer:
         )  # fmt: skip
 
 
-def allocate_input_grid(module: nn.Module, plan: LayerPlan, affine: bool, device) -> None:
+def allocate_input_grid(module: nn.Module, plan: LayerPlan, affine: bool, device: torch.device | str | None) -> None:
     """Room for the static grid of a layer's input: input_scale [] float32, input_zero_point [] int32; or None."""
     module.input_scale = frozen(dtype=torch.float32, device=device) if plan.static else None
     module.input_zero_point = frozen(dtype=torch.int32, device=device) if plan.static and affine else None
 
 
-def put_input_grid(module, plan: LayerPlan, device) -> None:
+def put_input_grid(module: nn.Module, plan: LayerPlan, device: torch.device | str | None) -> None:
     """Fill what `allocate_input_grid` made from the plan."""
     if plan.static:
         module.put(input_scale=torch.tensor(plan.input_scale, dtype=torch.float32, device=device))
@@ -99,7 +102,7 @@ class W8A8Conv2d(W8A8Layer, QuantizedConv2d):
         return layer.w8a8_conv2d(x, *self.operands, self.stride, self.padding, self.dilation, self.groups)
 
 
-class _Fp8:
+class _Fp8(W8A8Layer):
     """What makes a W8A8 layer one of e4m3 codes; torch counts them as floats, so they are kept from conversion."""
 
     kept = ("qweight", "weight_scale", "input_scale")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
 from ..allocation.roles import allocate, edge_role
 from ..calibration.evidence import Evidence, calibration_batches
+from ..calibration.store import CalibrationStore
 from ..calibration.trace import block_of
 from ..errors import UserError
 from ..evidence import LayerEvidence
@@ -60,7 +63,7 @@ class IntegerConfig(QuantConfig):
     num_tuples: int = option(32, "calibration tuples that roundings and objectives look at")
     seed: int = option(0, "of the input rows that are kept", flag=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("weight_bits", "activation_bits"):
             if not (isinstance(getattr(self, name), int) and 2 <= getattr(self, name) <= 8):
@@ -90,18 +93,23 @@ class IntegerConfig(QuantConfig):
         looks = ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs
         return self.activations == "static" or bool(looks)
 
-    def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, LayerPlan]:
+    def resolve(
+        self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
+    ) -> dict[str, LayerPlan]:
         """A plan for each layer; those at the model's ends as `first_last` says."""
         fed = self._inputs(model, views, store)
         edge = None if self.first_last == "keep" else lambda view: self._plan(view, store, fed(view), True)
         inner = lambda view: self._plan(view, store, fed(view), False)  # noqa: E731
         return allocate(views, {"edge": edge, "inner": inner}, edge_role)
 
-    def _inputs(self, model, views: list[LayerView], store):
+    def _inputs(
+        self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
+    ) -> Callable[[LayerView], LayerEvidence | None]:
         """A function: view -> LayerEvidence, captured block by block, or None where the objective needs none."""
         if self.activations == "dynamic" or self.format == "fp8" or not OBJECTIVES.find(self.ranges()[0]).needs:
             return lambda view: None
-        batches = calibration_batches(store.calls, self.num_tuples)
+        store = cast(CalibrationStore, store)  # make_plan has asked for one
+        batches = calibration_batches(store.recorded(), self.num_tuples)
         blocks: dict[str, Evidence] = {}  # of one block at a time
 
         def fed(view: LayerView) -> LayerEvidence | None:
@@ -116,10 +124,12 @@ class IntegerConfig(QuantConfig):
 
         return fed
 
-    def _plan(self, view: LayerView, store, fed: LayerEvidence | None, edge: bool) -> LayerPlan:
+    def _plan(
+        self, view: LayerView, store: CalibrationStore | None, fed: LayerEvidence | None, edge: bool
+    ) -> LayerPlan:
         """One layer's plan; at an edge the weight has 8 bits where `first_last` says so."""
         if self.format == "fp8":
-            scale = fp8_scale(view, store) if self.activations == "static" else None
+            scale = fp8_scale(view, cast(CalibrationStore, store)) if self.activations == "static" else None
             return LayerPlan("fp8", input_scale=scale, rounding=self.rounding)
         weight_bits, activation_bits = self.weight_bits, self.activation_bits
         if edge and self.first_last == "int8":
@@ -128,9 +138,13 @@ class IntegerConfig(QuantConfig):
         parameter = objective_parameter(objective, parameter)
         scale = zero = None
         if self.activations == "static":
-            scale, zero = int8_grid(view, store, activation_bits, objective, parameter, self.symmetric, fed)
+            scale, zero = int8_grid(
+                view, cast(CalibrationStore, store), activation_bits, objective, parameter, self.symmetric, fed
+            )
         if weight_bits == 4:
-            plan = Int4Plan(activation_bits=activation_bits, group_size=self._groups(view), affine=self.affine)
+            plan: LayerPlan = Int4Plan(
+                activation_bits=activation_bits, group_size=self._groups(view), affine=self.affine
+            )
         else:
             plan = LayerPlan("int8", weight_bits, activation_bits)
         plan.objective, plan.objective_parameter, plan.rounding = objective, parameter, self.rounding
@@ -147,7 +161,7 @@ class IntegerConfig(QuantConfig):
         return self.group_size if self.group_size and channels % self.group_size == 0 else None
 
 
-def _unseen(view: LayerView, store) -> bool:
+def _unseen(view: LayerView, store: CalibrationStore) -> bool:
     """Whether calibration never reached a layer: nothing is known of its input."""
     _, _, low, high = store.input_of(view.name)
     return low > high

@@ -32,7 +32,7 @@ class PTQ4DMConfig(IntegerConfig):
     objective: str = option("lp", "range objective: max, percentile, mse, lp or output")
     objective_parameter: float | None = option(None, "percent of percentile, exponent of lp", parse=float)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.objective_parameter = objective_parameter(self.objective, self.objective_parameter)
 

@@ -83,7 +83,7 @@ def load_pipeline(
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{folder} holds no model_index.json, so it is not a diffusers pipeline.")
         _check_weights(folder)
-        source = folder
+        source: str | Path = folder
     elif isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"'{name}' is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -18,8 +19,11 @@ from ..layers.plan import Plan
 from ..pipelines.denoiser import denoiser_name, model_of
 from .diffusers_bridge import quantization_config
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-def component_of(target, component: str | None) -> nn.Module:
+
+def component_of(target: DiffusionPipeline | nn.Module, component: str | None) -> nn.Module:
     """The network to quantize: `target` itself, its denoiser, or the component of that name.
 
     Raises UserError where there is no such network, or one that could not be loaded again.
@@ -40,14 +44,14 @@ def component_of(target, component: str | None) -> nn.Module:
     return found
 
 
-def quantized_plans(pipe) -> dict[str, Plan]:
+def quantized_plans(pipe: DiffusionPipeline) -> dict[str, Plan]:
     """Component name -> plan, of every quantized network of a pipeline."""
     networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     configs = {name: quantization_config(network) for name, network in networks.items()}
-    return {name: config.plan for name, config in configs.items() if config is not None}
+    return {name: cast(Plan, config.plan) for name, config in configs.items() if config is not None}
 
 
-def save_plans(pipe, path: Path) -> None:
+def save_plans(pipe: DiffusionPipeline, path: Path) -> None:
     """Write the plans of a pipeline's quantized networks into one JSON file."""
     plans = quantized_plans(pipe)
     if list(plans) == [denoiser_name(pipe)]:

@@ -6,11 +6,13 @@ diffusers has no entry point for quantizers of other packages; like sdnq, we add
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.store import CalibrationStore, layer_fingerprint
 from ..errors import UserError
@@ -32,8 +34,9 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     is_serializable = True
     is_trainable = False
     is_compileable = True
+    quantization_config: QuantConfig
 
-    def __init__(self, quantization_config: QuantConfig, **kwargs):
+    def __init__(self, quantization_config: QuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.store: CalibrationStore | None = None
 
@@ -41,7 +44,14 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     def supports_parallel_loading(self) -> bool:
         return self.pre_quantized  # packing replaces modules while their biases arrive: one file at a time
 
-    def _process_model_before_weight_loading(self, model, device_map=None, keep_in_fp32_modules=(), **kwargs):
+    @property
+    def _plan(self) -> Plan:
+        """The plan that is there as soon as the model's weights are being read."""
+        return cast(Plan, self.quantization_config.plan)
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, device_map: Any = None, keep_in_fp32_modules: Sequence[str] = (), **kwargs: Any
+    ) -> None:
         config = self.quantization_config
         if self.pre_quantized:
             if config.plan is None:
@@ -61,7 +71,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             self.quantization_config = resolved(config, plan)
         model.register_to_config(quantization_config=self.quantization_config)
 
-    def update_missing_keys(self, model, missing_keys, prefix):
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if missing_keys:
             raise UserError(
                 f"the checkpoint lacks {len(missing_keys)} tensors of the model (first '{min(missing_keys)}'); "
@@ -69,22 +79,31 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             )
         return missing_keys
 
-    def check_quantized_param_shape(self, param_name, current_param, new_param):
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, new_param: Tensor) -> None:
         if current_param.shape != new_param.shape:
             raise UserError(
                 f"'{param_name}' of the checkpoint has shape {list(new_param.shape)} and the model needs "
                 f"{list(current_param.shape)}: it is of another model."
             )
 
-    def check_if_quantized_param(self, model, param_value, param_name, state_dict, **kwargs) -> bool:
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> bool:
         module, _, tensor = param_name.rpartition(".")
         if self.pre_quantized:
             return tensor in getattr(model.get_submodule(module), "kept", ())
-        return tensor == "weight" and module in self.quantization_config.plan.layers
+        return tensor == "weight" and module in self._plan.layers
 
     def create_quantized_param(
-        self, model, param_value, param_name, target_device, state_dict, unexpected_keys=None, **kwargs
-    ):
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Tensor],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         name, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(name)
         if self.pre_quantized:  # param_value has been cast to the model's dtype; kept tensors stay as stored
@@ -93,20 +112,20 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             return
         if self.store is not None and self.store.fingerprint.get(name) != layer_fingerprint(param_value):
             self.store.raise_foreign()
-        layer = empty_quantized(module, self.quantization_config.plan.layers[name], "meta")
+        layer = empty_quantized(module, self._plan.layers[name], "meta")
         layer.pack(param_value.to(target_device), name)
         layer.bias = module.bias  # loaded already or still to come
         replace_module(model, name, layer)
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.store = None
-        link_layers(model.get_submodule, self.quantization_config.plan.layers)
+        link_layers(model.get_submodule, self._plan.layers)
         return model
 
-    def update_torch_dtype(self, torch_dtype):
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         return torch_dtype or torch.float32
 
-    def _dequantize(self, model):
+    def _dequantize(self, model: nn.Module) -> nn.Module:
         dtype = model.dtype
         for name, layer in list(model.named_modules()):
             if is_quantized(layer):

@@ -8,14 +8,16 @@ already; each format builds the layers of its problems.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.evidence import Evidence, calibration_batches
+from ..calibration.record import Calls
 from ..calibration.store import CalibrationStore
 from ..calibration.trace import block_of, trace
 from ..errors import UserError
@@ -39,7 +41,7 @@ class PackingOptions:
     seed: int = 0
     prefix: str = "exact"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.prefix not in PREFIXES:
             raise UserError(f"prefix must be one of {', '.join(PREFIXES)}; got '{self.prefix}'.")
         if self.num_tuples < 1:
@@ -71,6 +73,7 @@ def pack_plan(
     """
     options, plan = options or PackingOptions(), plan.copy()
     needs = {name: needs_of(choice) for name, choice in plan.layers.items()}
+    batches: list[Calls] = []
     if any(needs.values()):
         if store is None:
             raise UserError(
@@ -78,10 +81,10 @@ def pack_plan(
                 "objectives look at what layers are fed; make one with ptq4dm.collect."
             )
         store.check_model(model)
+        batches = calibration_batches(store.recorded(), options.num_tuples)
     for name in plan.layers:
         finite(model.get_submodule(name).weight, name)
     blocks = blocks_of(model, plan)
-    batches = calibration_batches(store.calls, options.num_tuples) if any(needs.values()) else []
     enclosing = _enclosing(model, blocks, needs, batches)
     kept = _checkpoint(checkpoint, plan, store, options)
     packed: dict[str, nn.Module] = {}
@@ -106,7 +109,7 @@ def pack_plan(
     return packed, plan
 
 
-def link_layers(find: Callable[[str], nn.Module], plans: dict[str, object]) -> None:
+def link_layers(find: Callable[[str], nn.Module], plans: Mapping[str, Any]) -> None:
     """Tie layers to those they share something with, as their formats say. find: name -> quantized layer."""
     for name, choice in plans.items():
         FORMATS.find(choice.format).link(find, name, choice)
@@ -130,7 +133,9 @@ def blocks_of(model: nn.Module, plan: Plan) -> list[_Block]:
     return list(blocks.values())
 
 
-def _enclosing(model, blocks: list[_Block], needs: dict[str, frozenset[str]], batches) -> dict[str, str]:
+def _enclosing(
+    model: nn.Module, blocks: list[_Block], needs: dict[str, frozenset[str]], batches: list[Calls]
+) -> dict[str, str]:
     """leader -> the module around its problem, where a format wants to judge by that and there are several layers."""
     asked = [
         (leader, names)
@@ -146,7 +151,9 @@ def _enclosing(model, blocks: list[_Block], needs: dict[str, frozenset[str]], ba
     return {leader: module for leader, module in found.items() if module != leader}
 
 
-def _checkpoint(folder, plan: Plan, store, options: PackingOptions) -> BlockCheckpoint | None:
+def _checkpoint(
+    folder: str | Path | None, plan: Plan, store: CalibrationStore | None, options: PackingOptions
+) -> BlockCheckpoint | None:
     if folder is None:
         return None
     identity = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -20,11 +22,14 @@ from .recipe import QuantConfig
 from .report import QuantizationReport, Ratio, stored_bytes
 from .transforming import transformed
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 ERROR_SAMPLES = 32  # tuples on which layer errors are measured
 
 
 def quantize(
-    target,
+    target: DiffusionPipeline | nn.Module,
     config: QuantConfig,
     store: CalibrationStore | None = None,
     *,
@@ -80,16 +85,16 @@ def quantize(
     return QuantizationReport(config.summary(), before, stored_bytes(model), rows)
 
 
-def _output_errors(model, layers: dict[str, nn.Module], store: CalibrationStore) -> dict[str, Ratio]:
+def _output_errors(model: nn.Module, layers: dict[str, nn.Module], store: CalibrationStore) -> dict[str, Ratio]:
     """Each quantized layer beside its original, fed the original's inputs, on tuples from every bin."""
     errors = {name: Ratio() for name in layers}
 
-    def compare(name: str):
+    def compare(name: str) -> Callable:
         return lambda _, args, output: errors[name].update(output, layers[name](*args))
 
     handles = [model.get_submodule(name).register_forward_hook(compare(name)) for name in layers]
-    step = max(1, len(store.calls) // ERROR_SAMPLES)
-    calls = store.calls[slice(None, None, step)]
+    calls = store.recorded()
+    calls = calls[slice(None, None, max(1, len(calls) // ERROR_SAMPLES))]
     try:
         with evaluation_mode(model):
             for _, batch in binned_batches(calls, 1, store.num_train_timesteps, 16):
@@ -100,7 +105,7 @@ def _output_errors(model, layers: dict[str, nn.Module], store: CalibrationStore)
     return errors
 
 
-def _weight_errors(model, layers: dict[str, nn.Module]) -> dict[str, Ratio]:
+def _weight_errors(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Ratio]:
     return {
         name: Ratio.between(model.get_submodule(name).weight, layer.dequantized_weight())
         for name, layer in layers.items()

@@ -8,14 +8,16 @@ config.json of a quantized model together with its plan.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
@@ -23,6 +25,8 @@ from ..options import option
 from ..registry import Registry
 from ..transforms.base import TRANSFORMS
 from .packing import PackingOptions, pack_plan
+
+_Config = TypeVar("_Config", bound="QuantConfig")
 
 METHODS: Registry = Registry("quantization method", late=True)
 
@@ -33,10 +37,10 @@ class QuantMethod(str, Enum):
     PTQ4DM = "ptq4dm"
 
 
-def register(name: str):
+def register(name: str) -> Callable[[type[_Config]], type[_Config]]:
     """Class decorator: make a config class known by its method name."""
 
-    def add(cls: type[QuantConfig]) -> type[QuantConfig]:
+    def add(cls: type[_Config]) -> type[_Config]:
         cls.method = name
         return METHODS.add(name, cls)
 
@@ -67,7 +71,7 @@ class QuantConfig(QuantizationConfigMixin):
         (), "changes that keep the model's function, made first (smooth, rotate, ...)"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
         self.transforms = tuple(self.transforms or ())
         for kind in self.transforms:
@@ -80,12 +84,14 @@ class QuantConfig(QuantizationConfigMixin):
         """Whether `resolve` needs a store."""
         return False
 
-    def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, LayerPlan]:
+    def resolve(
+        self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
+    ) -> dict[str, LayerPlan]:
         """The method itself: layer name -> choices. `store` is a CalibrationStore or None."""
         raise NotImplementedError
 
     def pack(
-        self, model: nn.Module, plan: Plan, store, checkpoint: str | Path | None = None
+        self, model: nn.Module, plan: Plan, store: CalibrationStore | None, checkpoint: str | Path | None = None
     ) -> tuple[dict[str, nn.Module], Plan]:
         """(the quantized layers of a plan by name, the plan completed); the model stays as it is. See `pack_plan`."""
         made_by = METHODS.get(plan.method)
@@ -99,7 +105,7 @@ class QuantConfig(QuantizationConfigMixin):
     # --- diffusers' side ------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        data = {"quant_method": self.quant_method.value, "method": self.method}
+        data: dict[str, Any] = {"quant_method": self.quant_method.value, "method": self.method}
         for item in fields(self):
             value = getattr(self, item.name)
             data[item.name] = value.to_dict() if isinstance(value, Plan) else value
@@ -111,7 +117,7 @@ class QuantConfig(QuantizationConfigMixin):
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Any method's config from its dict, by the `method` entry."""
         data = {k: v for k, v in {**config_dict, **kwargs}.items() if k != "quant_method"}
         name = data.pop("method", getattr(cls, "method", None))
@@ -127,7 +133,8 @@ class QuantConfig(QuantizationConfigMixin):
 
     def summary(self) -> dict[str, Any]:
         """The options that differ from the defaults, for reports and file metadata."""
-        changed, default = {"method": self.method}, type(self)()
+        changed: dict[str, Any] = {"method": self.method}
+        default = type(self)()
         for name in (item.name for item in fields(self) if item.name not in ("plan", "calibration")):
             if getattr(self, name) not in (None, getattr(default, name)):
                 changed[name] = getattr(self, name)

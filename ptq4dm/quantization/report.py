@@ -44,7 +44,7 @@ def kernel_report(model: nn.Module) -> list[dict]:
 class Ratio:
     """Streaming signal-to-quantization-noise ratio."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal = self.noise = 0.0
 
     @classmethod

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..files.atomic import replacing_folder
 from .components import save_plans
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 RECORD = "quantization.json"  # beside model_index.json: the report, with the original's name
 
@@ -54,7 +58,7 @@ def original_of(model: str) -> str | None:
         raise UserError(f"{record} is damaged; name the original model with --full-precision.") from None
 
 
-def save_quantized(pipe, record: dict, folder: Path) -> None:
+def save_quantized(pipe: DiffusionPipeline, record: dict, folder: Path) -> None:
     """Save a quantized pipeline with its plan, its report (`record`, with the original's name) and a card."""
     with replacing_folder(folder) as new:
         pipe.save_pretrained(new)

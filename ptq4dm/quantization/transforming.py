@@ -75,6 +75,6 @@ def _found(model: nn.Module, kind: str, store: CalibrationStore | None) -> list[
     if store is None:
         raise UserError(f"the transform '{kind}' looks at what layers are fed; give a calibration store.")
     with watch_peaks(model) as peaks, evaluation_mode(model):
-        for batch in calibration_batches(store.calls, TUPLES):
+        for batch in calibration_batches(store.recorded(), TUPLES):
             replay(model, batch)
     return transform.find(model, peaks)

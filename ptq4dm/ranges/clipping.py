@@ -10,10 +10,13 @@ Activations are scored on a histogram, weights row by row on their values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..evidence import LayerEvidence
 from .inputs import InputValues
 from .registry import positive, register_objective
 from .weights import WeightRows
@@ -28,11 +31,11 @@ class Max:
     """The whole range."""
 
     @staticmethod
-    def weight(rows: WeightRows, parameter, evidence) -> Tensor:
+    def weight(rows: WeightRows, parameter: None, evidence: LayerEvidence | None) -> Tensor:
         return rows.full
 
     @staticmethod
-    def input(inputs: InputValues, parameter, evidence) -> tuple[float, int]:
+    def input(inputs: InputValues, parameter: None, evidence: LayerEvidence | None) -> tuple[float, int]:
         return inputs.grid(inputs.low, inputs.high)
 
 
@@ -47,7 +50,7 @@ class Percentile:
         return value
 
     @staticmethod
-    def weight(rows: WeightRows, parameter: float, evidence) -> Tensor:
+    def weight(rows: WeightRows, parameter: float, evidence: LayerEvidence | None) -> Tensor:
         magnitudes = rows.rows.abs()
         parts = magnitudes.split(max(1, QUANTILE_SIZE // magnitudes.shape[1]))
         reach = torch.cat([part.quantile(parameter / 100, dim=1) for part in parts])
@@ -55,7 +58,7 @@ class Percentile:
         return torch.where(best > 0, best, rows.full)  # a row of little but zeros keeps what it has
 
     @staticmethod
-    def input(inputs: InputValues, parameter: float, evidence) -> tuple[float, int]:
+    def input(inputs: InputValues, parameter: float, evidence: LayerEvidence | None) -> tuple[float, int]:
         centres, counts = inputs.values
         cumulative = counts.cumsum(0) / counts.sum()
         tail = (100 - parameter) / 200
@@ -72,14 +75,14 @@ class Lp:
         return positive(value, "the exponent of objective 'lp'")
 
     @staticmethod
-    def weight(rows: WeightRows, parameter: float, evidence) -> Tensor:
+    def weight(rows: WeightRows, parameter: float, evidence: LayerEvidence | None) -> Tensor:
         def error(scale: Tensor) -> Tensor:
             return rows.errors(scale).abs_().pow_(parameter).sum(1) * scale.pow(parameter)
 
         return least_of(rows, error)
 
     @staticmethod
-    def input(inputs: InputValues, parameter: float, evidence) -> tuple[float, int]:
+    def input(inputs: InputValues, parameter: float, evidence: LayerEvidence | None) -> tuple[float, int]:
         """Both ends of the range on a grid of fractions (one fraction for both if symmetric): PTQ4DM's search."""
         centres, counts = inputs.values
         shares = counts / counts.sum()
@@ -100,7 +103,7 @@ class Mse(Lp):
     check = staticmethod(lambda value: 2.0)
 
 
-def least_of(rows: WeightRows, error) -> Tensor:
+def least_of(rows: WeightRows, error: Callable[[Tensor], Tensor]) -> Tensor:
     """Scales [R], from half the full range to the whole, each of the least error(scales [R]) -> [R]."""
     best, least = rows.full.clone(), torch.full_like(rows.full, float("inf"))
     for step in range(WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1):

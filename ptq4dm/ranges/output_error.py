@@ -8,6 +8,8 @@ X are rows of what the layer is fed in calibration.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class OutputError:
     """The least squared error of the layer's output."""
 
     @staticmethod
-    def weight(rows: WeightRows, parameter, evidence: LayerEvidence) -> Tensor:
+    def weight(rows: WeightRows, parameter: None, evidence: LayerEvidence) -> Tensor:
         hessian = evidence.hessian.to(rows.rows.device, torch.float32)
         size = hessian.shape[0] // rows.groups
         blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
@@ -39,9 +41,9 @@ class OutputError:
         return least_of(rows, error)
 
     @staticmethod
-    def input(inputs: InputValues, parameter, evidence: LayerEvidence) -> tuple[float, int]:
+    def input(inputs: InputValues, parameter: None, evidence: LayerEvidence) -> tuple[float, int]:
         x = evidence.rows[:: max(1, len(evidence.rows) // ROWS)]
-        weight = inputs.weight.to(x)
+        weight = cast(Tensor, inputs.weight).to(x)  # there is one where there is evidence
         limit = 2 ** (inputs.bits - 1)
 
         def error(ends: tuple[float, float]) -> float:

@@ -12,6 +12,7 @@ An objective is a class of functions without state:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import UserError
 from ..registry import Registry
@@ -26,7 +27,7 @@ def register_objective(name: str, parameter: float | None = None, needs: frozens
     needs: "rows", if it looks at what the layer is fed.
     """
 
-    def add(objective: type) -> type:
+    def add(objective: Any) -> Any:
         objective.parameter, objective.needs = parameter, frozenset(needs)
         return OBJECTIVES.add(name, objective)
 

@@ -34,7 +34,7 @@ class WeightRows:
     affine: bool
     groups: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.affine:
             self.low, self.high = self.rows.amin(1).clamp(max=0), self.rows.amax(1).clamp(min=0)
             self.full = (self.high - self.low) / (2**self.bits - 1)

@@ -7,6 +7,7 @@ kernels/formats/grid.py; `evidence` is a LayerEvidence, or None where the rounde
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..registry import Registry
 
@@ -19,7 +20,7 @@ def register_rounder(name: str, needs: frozenset[str] = frozenset()) -> Callable
     needs: "rows", if it looks at what the layer is fed.
     """
 
-    def add(rounder: Callable) -> Callable:
+    def add(rounder: Any) -> Any:
         rounder.needs = frozenset(needs)
         return ROUNDERS.add(name, rounder)
 

@@ -6,7 +6,8 @@ table (fused projections, adapters, other libraries) has no streams here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ def query_key_streams(model: nn.Module) -> list[tuple[Stream, Tensor]]:
     return [(stream, found[stream]) for stream in whole(model, found)]
 
 
-def _known(model: nn.Module):
+def _known(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     """(name, module, its entry in KNOWN) of every attention that is known."""
     for name, module in model.named_modules():
         key = class_of(module), class_of(getattr(module, "processor", None))
@@ -98,7 +99,7 @@ def _known(model: nn.Module):
             yield name, module, KNOWN[key]
 
 
-def _rows(layer) -> int:
+def _rows(layer: nn.Module) -> int:
     return layer.out_features if type(layer) is nn.Linear else 0
 
 
@@ -108,7 +109,7 @@ def _ends(name: str, module: nn.Module, axis: int, *children: str) -> tuple[End,
     return tuple(End(f"{name}.{child}".lstrip("."), axis) for child in there)
 
 
-def class_of(thing) -> str:
+def class_of(thing: object) -> str:
     """ "file.class" of what belongs to diffusers' models; "" of anything else."""
     where = type(thing).__module__
     return f"{where.rpartition('.')[2]}.{type(thing).__qualname__}" if where.startswith("diffusers.models.") else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -65,7 +65,7 @@ class TransformPlan:
                 )
         return cls(kind, modules, options, {name: tensors[name] for name in shapes})
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, TransformPlan)
             and self.to_dict() == other.to_dict()
@@ -89,20 +89,20 @@ class Transform(Protocol):
     name: str
     needs: frozenset[str]
 
-    def find(self, model: nn.Module, evidence: Evidence | None, **options) -> list[TransformPlan]:
+    def find(self, model: nn.Module, evidence: Evidence | None, **options: Any) -> list[TransformPlan]:
         """Plans for all places of a model where the change is known to be exact; the model stays as it is."""
 
-    def check(self, model: nn.Module, *plans: TransformPlan):
+    def check(self, model: nn.Module, *plans: TransformPlan) -> Any:
         """Raises UserError where a plan does not fit the model."""
 
     def apply(self, model: nn.Module, *plans: TransformPlan) -> None:
         """Change the float weights in place. Raises UserError as `check` does, before anything changes."""
 
 
-def register_transform(name: str):
+def register_transform(name: str) -> Callable:
     """Class decorator: make a transform known by its name."""
 
-    def add(cls: type) -> type:
+    def add(cls: Any) -> Any:
         cls.name = name
         TRANSFORMS.add(name, cls())
         return cls

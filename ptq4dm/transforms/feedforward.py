@@ -7,6 +7,8 @@ f(W_1 x) is alike in every hidden unit; gated layers have two rows for each, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from .attention import class_of
@@ -34,7 +36,7 @@ def gated_streams(model: nn.Module) -> list[Stream]:
     )
 
 
-def _hidden(model: nn.Module):
+def _hidden(model: nn.Module) -> Iterator[tuple[Stream, int]]:
     """(stream, rows of a unit) of every feed-forward layer that is known."""
     for name, module in model.named_modules():
         if class_of(module) == "attention.FeedForward":

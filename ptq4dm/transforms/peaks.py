@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -29,8 +29,8 @@ def watch_peaks(model: nn.Module) -> Iterator[Peaks]:
     """Peaks of all Linear layers of a model, over every call of it inside the `with` block."""
     peaks = Peaks()
 
-    def watch(name: str):
-        def hook(layer, args, output):
+    def watch(name: str) -> Callable:
+        def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
             _raise_to(peaks.inputs, name, args[0])
             _raise_to(peaks.outputs, name, output)
 

@@ -35,6 +35,7 @@ def permuted(w: Tensor, order: Tensor) -> Tensor:
 class Reorder:
     """A new order of channels between layers."""
 
+    name: str
     needs = frozenset({"peaks"})
 
     def find(self, model: nn.Module, evidence: Evidence | None) -> list[TransformPlan]:

@@ -39,7 +39,8 @@ def block_of(stream: Stream) -> int:
 class Rotate:
     """A rotation of values within each head."""
 
-    needs = frozenset()
+    name: str
+    needs: frozenset[str] = frozenset()
 
     def find(self, model: nn.Module, evidence: Evidence | None = None) -> list[TransformPlan]:
         """Plans with the option `block`, the size of H; heads of an odd width are left alone."""

@@ -60,6 +60,7 @@ def divide(model: nn.Module, plans: Sequence[TransformPlan], streams: list[Strea
 class Smooth:
     """Smoothing by the formulas above, with beta = 1 - alpha (SmoothQuant, arXiv:2211.10438, eq. 4)."""
 
+    name: str
     needs = frozenset({"peaks"})
 
     def find(self, model: nn.Module, evidence: Evidence | None, *, alpha: float = 0.5) -> list[TransformPlan]:

@@ -27,6 +27,7 @@ def shared(s: Tensor, numbers: Tensor) -> Tensor:
 class SmoothAttention:
     """Smoothing of keys by queries; not where they are normalized first, which is nonlinear."""
 
+    name: str
     needs = frozenset({"output_peaks"})
 
     def find(self, model: nn.Module, evidence: Evidence | None, *, alpha: float = 0.5) -> list[TransformPlan]:

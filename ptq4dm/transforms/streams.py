@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .base import TransformPlan
+from .base import Evidence, TransformPlan
 
 ROWS, COLUMNS = 0, 1
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -79,7 +79,8 @@ def whole(model: nn.Module, streams: Iterable[Stream]) -> list[Stream]:
     def usable(end: End, size: int) -> bool:
         layer = modules.get(end.name)
         return (
-            type(layer) is nn.Linear
+            layer is not None
+            and type(layer) is nn.Linear
             and layer.weight.dtype in FLOATS
             and end.start + size <= layer.weight.shape[end.axis]
             and uses[id(layer)] == uses[id(layer.weight)] == 1
@@ -101,7 +102,7 @@ def streams_of(
     return [_stream_of(model, plan, streams, tensors) for plan in plans]
 
 
-def _stream_of(model, plan: TransformPlan, streams: list[Stream], tensors: tuple[str, ...]) -> Stream:
+def _stream_of(model: nn.Module, plan: TransformPlan, streams: list[Stream], tensors: tuple[str, ...]) -> Stream:
     for name in plan.modules:
         try:
             layer = model.get_submodule(name)
@@ -136,21 +137,23 @@ def weight_peaks(model: nn.Module, stream: Stream) -> Tensor:
         return torch.stack([part.float().abs().amax(1) for part in parts]).amax(0)
 
 
-def input_peaks(kind: str, streams: list[Stream], evidence) -> list[tuple[Stream, Tensor]]:
+def input_peaks(kind: str, streams: list[Stream], evidence: Evidence | None) -> list[tuple[Stream, Tensor]]:
     """(stream, the largest magnitude [K] of what its readers are fed), float32, of the streams that were seen.
 
     Raises:
         UserError: there is no evidence, it saw none of the streams, or it is of another model or not finite.
     """
-    return _peaks(kind, [(s, s.readers) for s in streams], evidence and evidence.peak)
+    return _peaks(kind, [(s, s.readers) for s in streams], None if evidence is None else evidence.peak)
 
 
-def output_peaks(kind: str, streams: list[Stream], evidence) -> list[tuple[Stream, Tensor]]:
+def output_peaks(kind: str, streams: list[Stream], evidence: Evidence | None) -> list[tuple[Stream, Tensor]]:
     """(stream, the largest magnitude [K] of what its writers give); otherwise as `input_peaks`."""
-    return _peaks(kind, [(s, s.writers) for s in streams], evidence and evidence.output_peak)
+    return _peaks(kind, [(s, s.writers) for s in streams], None if evidence is None else evidence.output_peak)
 
 
-def _peaks(kind, streams: list[tuple[Stream, tuple[End, ...]]], look_up) -> list[tuple[Stream, Tensor]]:
+def _peaks(
+    kind: str, streams: list[tuple[Stream, tuple[End, ...]]], look_up: Callable[[str], Tensor | None] | None
+) -> list[tuple[Stream, Tensor]]:
     if look_up is None:
         raise UserError(f"'{kind}' needs evidence of how large the model's activations are; calibrate it first.")
     found = []

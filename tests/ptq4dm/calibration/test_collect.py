@@ -540,3 +540,14 @@ def test_a_grid_that_depends_on_the_picture():
         collect(
             pipe, dataclasses.replace(CONFIG, collector="solver"), conditioning={"prompt_embeds": torch.ones(1, 5, 8)}
         )  # fmt: skip
+
+
+def test_a_store_that_lacks_a_part_says_which():
+    statistics = CalibrationStore({}, {"a": "1"}, 1000, statistics=InputStatistics(1, 1))
+    with pytest.raises(UserError, match="no recorded calls, only statistics"):
+        statistics.recorded()
+    calls = Calls(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+    store = CalibrationStore({}, {"a": "1"}, 1000, calls)
+    assert store.recorded() is calls
+    with pytest.raises(UserError, match="no statistics, only recorded calls"):
+        store.input_of("a")

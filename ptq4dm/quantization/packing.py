@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.evidence import Evidence, calibration_batches
-from ..calibration.store import CalibrationStore
+from ..calibration.store import CalibrationStore, fingerprint
 from ..calibration.trace import block_of, trace
 from ..errors import UserError
 from ..layers.plan import Plan
@@ -83,7 +83,7 @@ def pack_plan(
     blocks = blocks_of(model, plan)
     batches = calibration_batches(store.calls, options.num_tuples) if any(needs.values()) else []
     enclosing = _enclosing(model, blocks, needs, batches)
-    kept = _checkpoint(checkpoint, plan, store, options)
+    kept = _checkpoint(checkpoint, model, plan, store, options)
     packed: dict[str, nn.Module] = {}
     for block in tqdm(blocks, desc=plan.method, unit="block", disable=not batches):
         done = kept.load(block.name, model) if kept else None
@@ -146,12 +146,13 @@ def _enclosing(model, blocks: list[_Block], needs: dict[str, frozenset[str]], ba
     return {leader: module for leader, module in found.items() if module != leader}
 
 
-def _checkpoint(folder, plan: Plan, store, options: PackingOptions) -> BlockCheckpoint | None:
+def _checkpoint(folder, model: nn.Module, plan: Plan, store, options: PackingOptions) -> BlockCheckpoint | None:
     if folder is None:
         return None
     identity = {
         "plan": plan.to_dict(),
         "options": asdict(options),
+        "model": fingerprint(model),
         "store": None if store is None else [store.config, store.fingerprint],
     }
     return BlockCheckpoint(Path(folder), json.loads(json.dumps(identity)))

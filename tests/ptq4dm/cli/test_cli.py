@@ -122,6 +122,23 @@ def test_quantize_without_calibration_collects(run, models):
     assert record["model"] == str(models / "unet") and record["bytes_after"] < record["bytes_before"]
 
 
+def test_transforms_have_their_calibration_collected_and_their_plan_can_be_followed(run, models):
+    def basis(folder):
+        return {layer["basis"] for layer in json.loads(Path(f"{folder}/quantization.json").read_text())["layers"]}
+
+    command = ["quantize", "--model", models / "dit", *DYNAMIC, *FEW]
+    status, _, err = run(*command, "--transforms", "smooth-attention", "--output", "q")
+    assert (status, err, basis("q")) == (0, [], {"output"})
+    assert "plan.safetensors" in contents("q")  # the divisors
+    status, _, err = run("quantize", "--model", models / "dit", "--plan", "q/plan.json", "--output", "again")
+    assert (status, err) == (0, [])
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    assert contents("again")[name] == contents("q")[name]
+    assert run(*command, "--output", "plain")[0] == 0 and contents("plain")[name] != contents("q")[name]
+    assert run(*command, "--transforms", "rotate", "--output", "r")[0] == 0
+    assert basis("r") == {"weight"}  # rotations look at nothing: nothing is collected
+
+
 def test_a_plan_gives_the_same_codes(run, models):
     status, out, _ = run(
         "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"

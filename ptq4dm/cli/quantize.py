@@ -11,6 +11,7 @@ from ..layers.plan import Plan
 from ..layers.view import find_layers
 from ..pipelines.denoiser import denoiser
 from ..quantization import recipe
+from ..quantization.checkpoint import check_folder
 from ..quantization.pictures import PICTURES, picture_of
 from ..quantization.quantize import quantize
 from ..quantization.recipe import QuantConfig
@@ -44,6 +45,9 @@ def add(parser) -> None:
     parser.add_argument("--method", default=METHOD, help=", ".join(known))
     parser.add_argument("--calibration", metavar="DIR", help="store from `collect`; made on the fly otherwise")
     parser.add_argument("--plan", metavar="JSON", help="follow a saved plan instead of a method's options")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="keep each block here as it is done: the same command then goes on"
+    )
     parser.add_argument("--output", default=QUANTIZED, help="folder of the quantized pipeline")
     parser.add_argument("--plot", metavar="PNG", help=f"draw of one layer (needs matplotlib): {drawn}")
     parser.add_argument("--plot-layer", metavar="NAME", help="which layer; the worst otherwise")
@@ -76,6 +80,8 @@ def run(args) -> None:
     one_process(args)
     output = Path(args.output)
     check_output(output)
+    if args.checkpoint:
+        check_folder(Path(args.checkpoint))
     picture = picture_of(config) if args.plot else None
     if args.plot:
         make_parent(Path(args.plot))
@@ -86,7 +92,7 @@ def run(args) -> None:
     if store is None and config.needs_calibration and config.plan is None:
         store = collect(pipe, fitting(calibration, args, pipe), **conditioning_of(args))
     weights = dict(model.named_parameters()) if picture else {}
-    report = quantize(pipe, config, store)
+    report = quantize(pipe, config, store, checkpoint=args.checkpoint)
     if picture:
         picture.draw_one(model, weights, [row["layer"] for row in report.layers], args.plot_layer, args.plot)
     save_quantized(pipe, {"model": args.model, "dtype": str(model.dtype), **report.to_dict()}, output)

@@ -91,7 +91,7 @@ class IntegerConfig(QuantConfig):
     @property
     def needs_calibration(self) -> bool:
         looks = ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs
-        return self.activations == "static" or bool(looks)
+        return self.activations == "static" or bool(looks) or super().needs_calibration
 
     def resolve(
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None

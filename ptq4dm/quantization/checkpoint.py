@@ -1,6 +1,6 @@
 """Blocks that are packed already, on disk, so that a long quantization that was interrupted goes on.
 
-checkpoint.json            what is being made: plan, options, calibration
+checkpoint.json            what is being made: plan, options, model, calibration
 <block>.safetensors        the tensors of the block's layers, their completed plans in the header
 """
 
@@ -22,6 +22,17 @@ from ..layers.registry import FORMATS, empty_quantized
 HEADER = "checkpoint.json"
 
 
+def check_folder(folder: Path) -> None:
+    """Before the long work: raises UserError where a folder cannot hold a checkpoint. Nothing is made."""
+    if folder.is_dir() and not (folder / HEADER).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files; give a folder of its own to a checkpoint.")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot make the folder {folder}: {there} is a file.")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"cannot write into {folder}; give another folder.")
+
+
 class BlockCheckpoint:
     """A folder of packed blocks.
 
@@ -29,12 +40,12 @@ class BlockCheckpoint:
     """
 
     def __init__(self, folder: Path, identity: dict):
-        self.folder = folder
+        check_folder(folder)
+        self.folder, header = folder, folder / HEADER
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror or error}.") from error
-        header = folder / HEADER
+            raise UserError(f"cannot make the folder {folder}: {error.strerror or error}.") from None
         if header.exists():
             try:
                 same = json.loads(header.read_text()) == identity
@@ -42,13 +53,9 @@ class BlockCheckpoint:
                 same = False
             if not same:
                 raise UserError(
-                    f"{folder} holds the blocks of another quantization (plan, options or calibration differ); "
-                    "give another folder or delete it."
+                    f"{folder} holds the blocks of another quantization (plan, options, model or calibration "
+                    "differ); give another folder or delete it."
                 )
-        elif any(folder.iterdir()):
-            raise UserError(f"{folder} holds other files; give a folder of its own to a checkpoint.")
-        elif not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write into {folder}; give another folder.")
         else:
             with replacing(header) as temporary:
                 temporary.write_text(json.dumps(identity))

@@ -59,14 +59,14 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             check_plan(model, config.plan)
             for name, choice in config.plan.layers.items():
                 replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
-        elif not config.packs_while_loading:
+        elif not config.packs_while_loading or config.transforms:
             raise _not_while_loading(config)
         else:
             if config.calibration is not None:
                 self.store = CalibrationStore.load(config.calibration)
             plan = config.plan or make_plan(model, config, self.store)
             check_plan(model, plan)
-            if config.transforms or plan.transforms or any(needs_of(one) for one in plan.layers.values()):
+            if plan.transforms or any(needs_of(one) for one in plan.layers.values()):
                 raise _not_while_loading(config)
             self.quantization_config = resolved(config, plan)
         model.register_to_config(quantization_config=self.quantization_config)
@@ -161,6 +161,9 @@ def quantization_config(model: nn.Module) -> QuantConfig | None:
     """The recipe and plan a model was quantized with, or None."""
     config = getattr(model, "config", None)
     found = config.get("quantization_config") if config is not None else None
-    if isinstance(found, dict):
+    if isinstance(found, dict):  # diffusers leaves one when it saves; the loader has the recipe with all its tensors
+        kept = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+        if isinstance(kept, QuantConfig):
+            return kept
         found = QuantConfig.from_dict(found) if found.get("quant_method") == "ptq4dm" else None
     return found if isinstance(found, QuantConfig) else None

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..calibration.evidence import Evidence, calibration_batches
 from ..calibration.record import Calls
-from ..calibration.store import CalibrationStore
+from ..calibration.store import CalibrationStore, fingerprint
 from ..calibration.trace import block_of, trace
 from ..errors import UserError
 from ..layers.plan import Plan
@@ -86,7 +86,7 @@ def pack_plan(
         finite(model.get_submodule(name).weight, name)
     blocks = blocks_of(model, plan)
     enclosing = _enclosing(model, blocks, needs, batches)
-    kept = _checkpoint(checkpoint, plan, store, options)
+    kept = _checkpoint(checkpoint, model, plan, store, options)
     packed: dict[str, nn.Module] = {}
     for block in tqdm(blocks, desc=plan.method, unit="block", disable=not batches):
         done = kept.load(block.name, model) if kept else None
@@ -152,13 +152,14 @@ def _enclosing(
 
 
 def _checkpoint(
-    folder: str | Path | None, plan: Plan, store: CalibrationStore | None, options: PackingOptions
+    folder: str | Path | None, model: nn.Module, plan: Plan, store: CalibrationStore | None, options: PackingOptions
 ) -> BlockCheckpoint | None:
     if folder is None:
         return None
     identity = {
         "plan": plan.to_dict(),
         "options": asdict(options),
+        "model": fingerprint(model),
         "store": None if store is None else [store.config, store.fingerprint],
     }
     return BlockCheckpoint(Path(folder), json.loads(json.dumps(identity)))

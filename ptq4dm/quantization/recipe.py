@@ -81,8 +81,8 @@ class QuantConfig(QuantizationConfigMixin):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `resolve` needs a store."""
-        return False
+        """Whether a store is needed to resolve the recipe: for its transforms, if for nothing else."""
+        return any(TRANSFORMS.find(kind).needs for kind in self.transforms)
 
     def resolve(
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None

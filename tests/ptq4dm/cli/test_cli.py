@@ -14,6 +14,7 @@ from ptq4dm.cli import collect as collect_verb
 from ptq4dm.cli import quantize as quantize_verb
 from ptq4dm.cli.main import main
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
+from ptq4dm.quantization.checkpoint import BlockCheckpoint
 
 BAR = re.compile(r"\d+%\|")
 FEW = ["--num-samples", "2", "--calibration-steps", "2"]
@@ -121,6 +122,23 @@ def test_quantize_without_calibration_collects(run, models):
     assert record["model"] == str(models / "unet") and record["bytes_after"] < record["bytes_before"]
 
 
+def test_transforms_have_their_calibration_collected_and_their_plan_can_be_followed(run, models):
+    def basis(folder):
+        return {layer["basis"] for layer in json.loads(Path(f"{folder}/quantization.json").read_text())["layers"]}
+
+    command = ["quantize", "--model", models / "dit", *DYNAMIC, *FEW]
+    status, _, err = run(*command, "--transforms", "smooth-attention", "--output", "q")
+    assert (status, err, basis("q")) == (0, [], {"output"})
+    assert "plan.safetensors" in contents("q")  # the divisors
+    status, _, err = run("quantize", "--model", models / "dit", "--plan", "q/plan.json", "--output", "again")
+    assert (status, err) == (0, [])
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    assert contents("again")[name] == contents("q")[name]
+    assert run(*command, "--output", "plain")[0] == 0 and contents("plain")[name] != contents("q")[name]
+    assert run(*command, "--transforms", "rotate", "--output", "r")[0] == 0
+    assert basis("r") == {"weight"}  # rotations look at nothing: nothing is collected
+
+
 def test_a_plan_gives_the_same_codes(run, models):
     status, out, _ = run(
         "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"
@@ -141,6 +159,38 @@ def test_method_options_reach_the_recipe(run, models):
     expected = {"weight_bits": 4, "activation_bits": 6, "objective": "lp", "objective_parameter": 2.0}
     assert layers and all(layer.items() >= expected.items() for layer in layers.values())
     assert all(layer["input_scale"] is None for layer in layers.values())
+
+
+def test_an_interrupted_quantize_goes_on_from_its_checkpoint(run, models, monkeypatch):
+    save, command = BlockCheckpoint.save, ["quantize", "--model", models / "unet", *DYNAMIC, "--output", "q"]
+    kept = []
+
+    def save_two(self, block, layers):
+        save(self, block, layers)
+        kept.append(block)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockCheckpoint, "save", save_two)
+    assert run(*command, "--checkpoint", "kept")[::2] == (130, ["interrupted"])
+    assert len(list(Path("kept").glob("*.safetensors"))) == 2 and not Path("q").exists()
+    assert run(*command, "--checkpoint", "kept")[0] == 0
+    assert len(kept) > 3 and len(set(kept)) == len(kept)  # no block was packed twice
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert contents("q")[name] == contents(models / "dynamic")[name]
+    status, out, err = run(*command, "--weight-bits", 4, "--output", "q4", "--checkpoint", "kept")
+    assert (status, out, len(err)) == (2, "", 1) and "kept holds the blocks of another quantization" in err[0]
+    assert not Path("q4").exists()
+
+
+def test_a_folder_that_cannot_be_a_checkpoint_is_told_before_calibration(run, models, monkeypatch):
+    monkeypatch.setattr(quantize_verb, "collect", None)
+    Path("foreign").mkdir()
+    Path("foreign/thesis.txt").write_text("mine")
+    for folder, message in (("foreign", "holds other files"), ("foreign/thesis.txt/c", "cannot make the folder")):
+        status, _, err = run("quantize", "--model", models / "unet", "--checkpoint", folder)
+        assert status == 2 and len(err) == 1 and message in err[0]
+    assert tree(".") == ["foreign", "foreign/thesis.txt", "out"]
 
 
 def test_quantizing_again_replaces_the_folder(run, models):
@@ -311,6 +361,8 @@ WRONG = [
     ([*QUANTIZE, "--output", "foreign"], "foreign exists and was not written by ptq4dm quantize"),
     ([*QUANTIZE, "--output", "file"], "file exists and was not written by ptq4dm quantize"),
     ([*QUANTIZE, "--output", "file/q"], "cannot write file/q: "),
+    ([*QUANTIZE, "--checkpoint", "foreign"], "foreign holds other files; give a folder of its own to a checkpoint."),
+    ([*QUANTIZE, "--checkpoint", "file"], "cannot make the folder file: file is a file."),
     (["quantize", "--model", "static", *DYNAMIC], "quantized already"),
     ([*QUANTIZE, *DYNAMIC, "--modules-to-not-convert", "*"], "no layer of the model"),
     # generate

@@ -172,6 +172,10 @@ def test_a_checkpoint_of_another_quantization_is_refused(dit, tmp_path):
     ptq4dm.quantize(copy.deepcopy(model), GPTQ, store, checkpoint=folder)
     with pytest.raises(UserError, match="holds the blocks of another quantization"):
         ptq4dm.quantize(copy.deepcopy(model), replace(GPTQ, num_tuples=3), store, checkpoint=folder)
+    plain = ptq4dm.RTNConfig(activations="dynamic")  # without a store nothing but the weights tells models apart
+    ptq4dm.quantize(copy.deepcopy(model), plain, checkpoint=tmp_path / "plain")
+    with pytest.raises(UserError, match="holds the blocks of another quantization"):
+        ptq4dm.quantize(copy.deepcopy(model), replace(plain, transforms=("rotate",)), checkpoint=tmp_path / "plain")
     damaged = next(folder.glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged"):

@@ -19,6 +19,7 @@ from ..layers.registry import needs_of
 from ..layers.view import LayerView
 from ..options import option
 from ..quantization.input_grids import fp8_scale, int8_grid
+from ..quantization.packing import PackingOptions
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter
 from ..rounding.registry import ROUNDERS
@@ -49,6 +50,7 @@ class IntegerConfig(QuantConfig):
     rounding: of weights: "nearest", or "gptq" and others of rounding.ROUNDERS that look at calibration inputs.
     num_tuples: calibration tuples that roundings and objectives look at, evenly from the store; seed: of the input
         rows that are kept.
+    prefix: "exact", or "quantized": roundings then see what the layers packed before make of their inputs.
     """
 
     format: str = option("int8", "number format of weights and inputs", choices=NUMBER_FORMATS)
@@ -62,6 +64,7 @@ class IntegerConfig(QuantConfig):
     rounding: str = option("nearest", "how weights are rounded: nearest, or gptq by calibration inputs")
     num_tuples: int = option(32, "calibration tuples that roundings and objectives look at")
     seed: int = option(0, "of the input rows that are kept", flag=False)
+    prefix: str = option("exact", "what roundings see: inputs of the exact model or, quantized, of what is packed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,8 +84,7 @@ class IntegerConfig(QuantConfig):
         if self.first_last not in FIRST_LAST:
             raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
         ROUNDERS.find(self.rounding)
-        if self.num_tuples < 1:
-            raise UserError(f"num_tuples must be 1 or more; got {self.num_tuples}.")
+        PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
 
     def ranges(self) -> tuple[str, float | None]:
         """The range objective of this method, and its parameter."""

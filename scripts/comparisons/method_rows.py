@@ -92,11 +92,16 @@ def four_bits() -> list[Row]:
             Row(f"{name}, dynamic", "ablation", partial(gptq, activations="dynamic"), name),
             *_shuffled_rounding(name, gptq),
         ]
-    row = {"weight_bits": 4, "objective": "output"}
+    row, after = (
+        {"weight_bits": 4, "objective": "output"},
+        {"weight_bits": 4, "rounding": "gptq", "prefix": "quantized"},
+    )
     return [
         *rows,
         Row("PTQ4DM W4A8 per row, output ranges", "ablation", partial(PTQ4DMConfig, **row), rows[1].name),
         Row("PTQ4DM W4A8 per row, output ranges, gptq", "ablation", partial(PTQ4DMConfig, rounding="gptq", **row),
+            rows[1].name),
+        Row("PTQ4DM W4A8 per row, gptq, after quantized blocks", "ablation", partial(PTQ4DMConfig, **after),
             rows[1].name),
     ]  # fmt: skip
 

@@ -1,14 +1,15 @@
 # make demo      quantize, sample and measure the embedded model    make test      run the tests
-# make lint      check style and format                             make types     check types, room by room
+# make lint      check style and format                             make types     check types
 # make gpu-test  the tests that need a GPU                          make wheel     build, install elsewhere, import
-# make docs      API pages into out/docs                            make clean     remove what make made
+# make docs      API pages into out/docs                            make kernels   compile them for GPUs not here
+# make clean     remove what make made
 #
 # The first run makes .venv. TORCH is what pip installs for PyTorch: a version, or more, TORCH="torch --index-url URL".
 PYTHON ?= python3
 TORCH ?= torch
 BIN := .venv/bin
 
-.PHONY: demo test lint types gpu-test wheel docs clean
+.PHONY: demo test lint types kernels gpu-test wheel docs clean
 
 demo: .venv/plot.stamp
 	$(BIN)/ptq4dm quantize --output out/demo/quantized
@@ -24,6 +25,10 @@ lint: .venv/test.stamp
 # Which rooms: [tool.mypy] in pyproject.toml.
 types: .venv/test.stamp
 	$(BIN)/mypy
+
+# Ahead of time, for every GPU that kernels/tuned/ has settings for; none is needed.
+kernels: .venv/test.stamp
+	env -u TRITON_INTERPRET $(BIN)/python scripts/benchmarks/compile_kernels.py --quick
 
 gpu-test: .venv/test.stamp
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch finds no GPU here'"

@@ -5,7 +5,8 @@
 
 Calls go through the op's own code on tensors without data, with the settings that kernels/tuned/ has for each compute
 capability; where a kernel would be launched, it is compiled for that GPU instead. No GPU is needed. --quick compiles
-each kernel once or twice, for a check of every change. Exit status 1 if one does not compile or fit.
+each kernel once or twice, for a check of every change. Exit status 1 if one does not compile or fit, or if
+there is none.
 """
 
 from __future__ import annotations
@@ -195,8 +196,12 @@ def main():
     began = time.monotonic()
     work = functools.partial(compile_for, rank=args.rank, nonlinearity=args.nonlinearity, quick=args.quick)
     with ProcessPoolExecutor(min(len(args.capability), os.cpu_count() or 1)) as pool:
-        found = [one for every in pool.map(work, args.capability) for one in every]
+        of_each = list(pool.map(work, args.capability))
+    found = [one for every in of_each for one in every]
     wrong = [line for line, problem in found if problem]
+    wrong += [
+        f"sm_{name}  NOTHING COMPILED" for name, every in zip(args.capability, of_each, strict=True) if not every
+    ]
     print(f"{len(found)} kernels, {len(wrong)} of them wrong, {time.monotonic() - began:.0f} s")
     print("\n".join(wrong), end="\n" * bool(wrong))
     sys.exit(bool(wrong))

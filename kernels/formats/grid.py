@@ -10,6 +10,7 @@ through them in its own order; `nearest` rounds one of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,14 +27,19 @@ class Grid:
     zeros: Tensor | None
     low: int
     high: int
+    kind: ClassVar[str] = "uniform"
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes int8 [N, K] of weight [N, K] float."""
         if self.zeros is None:
             return quantize_codes(weight, self.scales, self.low, self.high)
         zeros = self._wide(self.zeros, weight.shape[1])
-        steps = (weight.float() / self._wide(self.scales.float(), weight.shape[1])).round_() + zeros
+        steps = self.steps(weight).round_() + zeros
         return steps.clamp_(self.low, self.high).nan_to_num_(0.0).to(torch.int8)
+
+    def steps(self, weight: Tensor) -> Tensor:
+        """weight [N, K] in units of its scales, float32: what a rounder rounds up or down, before zero points."""
+        return weight.float() / self._wide(self.scales.float(), weight.shape[1])
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [N, K] stand for, float32 [N, K]."""
@@ -71,6 +77,7 @@ class Fp8Grid:
     """scales: [N, 1] float32 of e4m3 codes."""
 
     scales: Tensor
+    kind: ClassVar[str] = "e4m3"
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes e4m3 [N, K] of weight [N, K] float."""

@@ -54,6 +54,7 @@ class Format:
     build: Problem -> quantized layers by name; their plans are complete.
     needs: plan -> the evidence it takes to pack the layer: "rows"; "module" for the calls of the enclosing module.
     leader: (name, plan) -> the layer whose input it shares; itself where it shares none.
+    grid: the kind of grid that rounders get, "uniform" or "e4m3".
     link: (find, name, plan) ties a layer to others, which find(name) gives, where its tensors do not say so; called
         after loading, too.
     """
@@ -64,6 +65,7 @@ class Format:
     needs: Callable[[Any], frozenset[str]]
     leader: Callable[[str, Any], str]
     link: Callable[[Callable[[str], nn.Module], str, Any], None]
+    grid: str = "uniform"
 
 
 def register_format(
@@ -75,6 +77,7 @@ def register_format(
     needs: Callable[[Any], frozenset[str]] | None = None,
     leader: Callable[[str, Any], str] | None = None,
     link: Callable[[Callable[[str], nn.Module], str, Any], None] | None = None,
+    grid: str = "uniform",
 ) -> None:
     """Register a number format. What is left out: each layer is packed by itself, from its own weight.
 
@@ -89,6 +92,7 @@ def register_format(
             needs or choices_need,
             leader or (lambda layer, _: layer),
             link or (lambda *_: None),
+            grid,
         ),
     )
 

@@ -129,4 +129,4 @@ class Fp8Conv2d(_Fp8, W8A8Conv2d):
 
 
 register_format("int8", plan=LayerPlan, layers={nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d})
-register_format("fp8", plan=LayerPlan, layers={nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d})
+register_format("fp8", plan=LayerPlan, layers={nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d}, grid="e4m3")

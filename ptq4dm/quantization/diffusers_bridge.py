@@ -64,7 +64,10 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         else:
             if config.calibration is not None:
                 self.store = CalibrationStore.load(config.calibration)
-            plan = config.plan or make_plan(model, config, self.store)
+            try:
+                plan = config.plan or make_plan(model, config, self.store)
+            except (RuntimeError, NotImplementedError) as error:  # of tensors without values
+                raise _not_while_loading(config) from error
             check_plan(model, plan)
             if plan.transforms or any(needs_of(one) for one in plan.layers.values()):
                 raise _not_while_loading(config)

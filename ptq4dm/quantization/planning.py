@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..layers.plan import Plan
 from ..layers.registry import FORMATS
 from ..layers.view import find_layers
+from ..rounding.registry import ROUNDERS
 from .recipe import QuantConfig
 
 
@@ -41,5 +42,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         raise UserError(
             f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
         )
-    for layer in plan.layers.values():
-        FORMATS.find(layer.format)
+    for name, layer in plan.layers.items():
+        grid, rounding = FORMATS.find(layer.format).grid, getattr(layer, "rounding", "nearest")
+        if grid not in ROUNDERS.find(rounding).grids:
+            raise UserError(f"layer '{name}': rounding '{rounding}' does not serve format '{layer.format}'.")

@@ -72,6 +72,10 @@ class QuantConfig(QuantizationConfigMixin):
     )
 
     def __post_init__(self) -> None:
+        if not hasattr(type(self), "method"):
+            raise UserError(
+                "QuantConfig is what all recipes share; take one of them, also for a plan: RTNConfig, ..."
+            )
         self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
         self.transforms = tuple(self.transforms or ())
         for kind in self.transforms:

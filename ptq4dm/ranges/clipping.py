@@ -10,8 +10,6 @@ Activations are scored on a histogram, weights row by row on their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -19,10 +17,10 @@ from ..errors import UserError
 from ..evidence import LayerEvidence
 from .inputs import InputValues
 from .registry import positive, register_objective
+from .search import least_of, ranges_of
 from .weights import WeightRows
 
 ACTIVATION_STEPS = 48  # grid points of the search for each end of the range
-WEIGHT_STEPS = 50  # from half the range to the whole
 QUANTILE_SIZE = 2**23  # older torch.quantile takes no more than 2^24 values at once
 
 
@@ -101,25 +99,3 @@ class Mse(Lp):
     """The least mean of (x - Q(x))^2: lp with an exponent that nobody sets."""
 
     check = staticmethod(lambda value: 2.0)
-
-
-def least_of(rows: WeightRows, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """Scales [R], from half the full range to the whole, each of the least error(scales [R]) -> [R]."""
-    best, least = rows.full.clone(), torch.full_like(rows.full, float("inf"))
-    for step in range(WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1):
-        scale = rows.full * (step / (2 * WEIGHT_STEPS))
-        found = error(scale)
-        better = found <= least
-        best, least = torch.where(better, scale, best), torch.where(better, found, least)
-    return best
-
-
-def ranges_of(inputs: InputValues, steps: int) -> list[tuple[float, float]]:
-    """(low, high) of all ranges whose ends are fractions of the full one; of symmetric grids, one for both."""
-    fractions = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    low, high = inputs.low, inputs.high
-    lows = fractions if low < 0 and not inputs.symmetric else fractions[-1:]
-    highs = fractions if high > 0 or inputs.symmetric else fractions[-1:]
-    bound = max(-low, high)
-    ends = [(-bound * b, bound * b) if inputs.symmetric else (low * a, high * b) for a in lows for b in highs]
-    return [(float(a), float(b)) for a, b in ends]

@@ -39,6 +39,11 @@ class InputValues:
         """The scale and zero point of the grid over [low, high]."""
         return affine_parameters(low, high, self.bits, self.symmetric)
 
+    def rounded(self, x: Tensor, scale: float, zero: int) -> Tensor:
+        """What the codes of x stand for on a grid, in the type of x."""
+        half = 2 ** (self.bits - 1)
+        return ((x / scale).round_().add_(zero).clamp_(-half, half - 1) - zero) * scale
+
     @cached_property
     def values(self) -> tuple[Tensor, Tensor]:
         """(the centres of the bins that hold something, their counts), float64."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..evidence import LayerEvidence
-from .clipping import least_of
 from .inputs import InputValues
 from .registry import register_objective
+from .search import least_of
 from .weights import WeightRows
 
 ROWS = 512  # of the input, on which its ranges are scored
@@ -44,11 +44,9 @@ class OutputError:
     def input(inputs: InputValues, parameter: None, evidence: LayerEvidence) -> tuple[float, int]:
         x = evidence.rows[:: max(1, len(evidence.rows) // ROWS)]
         weight = cast(Tensor, inputs.weight).to(x)  # there is one where there is evidence
-        limit = 2 ** (inputs.bits - 1)
 
         def error(ends: tuple[float, float]) -> float:
-            scale, zero = inputs.grid(*ends)
-            rounded = ((x / scale).round_().add_(zero).clamp_(-limit, limit - 1) - zero) * scale
+            rounded = inputs.rounded(x, *inputs.grid(*ends))
             return float(((x - rounded) @ weight.T).square_().sum(dtype=torch.float64))
 
         fractions = [step / STEPS for step in range(STEPS, 0, -1)]

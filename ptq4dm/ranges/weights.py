@@ -55,6 +55,10 @@ class WeightRows:
         zero, half = self.zeros()[:, None], 2 ** (self.bits - 1)
         return steps - ((steps.round() + zero).clamp_(-half, half - 1) - zero)
 
+    def rounded(self, scale: Tensor) -> Tensor:
+        """Q(w) [R, C] under scales [R]."""
+        return self.rows - self.errors(scale) * torch.where(scale > 0, scale, 1.0)[:, None]
+
     def zeros(self) -> Tensor:
         """Zero points [R] of affine grids: both ends of a range are clipped by one fraction, which moves no zero."""
         return torch.where(self.full > 0, -self.low / self.full, 0.0).round() - 2 ** (self.bits - 1)

@@ -14,14 +14,16 @@ from ..registry import Registry
 ROUNDERS: Registry = Registry("rounding")
 
 
-def register_rounder(name: str, needs: frozenset[str] = frozenset()) -> Callable:
+def register_rounder(
+    name: str, needs: frozenset[str] = frozenset(), grids: tuple[str, ...] = ("uniform", "e4m3")
+) -> Callable:
     """Return a decorator that makes a rounder known under a name.
 
-    needs: "rows", if it looks at what the layer is fed.
+    needs: "rows", if it looks at what the layer is fed. grids: the kinds of grids that it serves.
     """
 
     def add(rounder: Any) -> Any:
-        rounder.needs = frozenset(needs)
+        rounder.needs, rounder.grids = frozenset(needs), grids
         return ROUNDERS.add(name, rounder)
 
     return add

@@ -343,8 +343,8 @@ WRONG = [
     ([*COLLECT, "--prompt", "a cat"], "DDPMPipeline takes no 'prompt'"),
     (["collect", "--model", "static", "--output", "new"], "full precision"),
     # quantize
-    ([*QUANTIZE, "--method", "magic"], "method 'magic' is unknown; choose from ptq4dm, rtn"),
-    ([*QUANTIZE, "--objective", "beauty"], "objective 'beauty' is unknown; choose from lp, max, mse"),
+    ([*QUANTIZE, "--method", "magic"], "method 'magic' is unknown; choose from"),
+    ([*QUANTIZE, "--objective", "beauty"], "objective 'beauty' is unknown; choose from"),
     ([*QUANTIZE, "--objective", "lp", "--objective-parameter", "-2"], "exponent of objective 'lp' is positive"),
     ([*QUANTIZE, "--method", "rtn", "--objective", "lp"], "no option objective"),
     ([*QUANTIZE, "--weight-bits", "9"], "from 2 to 8; got 9"),

@@ -19,6 +19,7 @@ from ptq4dm.quantization.components import component_of, load_plans, quantized_p
 from ptq4dm.quantization.packing import PackingOptions, blocks_of, pack_plan
 from ptq4dm.quantization.planning import make_plan
 from ptq4dm.quantization.saving import save_quantized
+from ptq4dm.rounding import ROUNDERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -257,3 +258,22 @@ def test_networks_beside_the_denoiser(tmp_path):
     pipe.vae = nn.Linear(2, 2)
     with pytest.raises(UserError, match="'vae' is a Linear, which diffusers does not load"):
         component_of(pipe, "vae")
+
+
+def test_a_rounder_that_does_not_serve_a_grid_is_refused_before_any_work(dit, monkeypatch):
+    model, _ = dit
+    monkeypatch.setattr(ROUNDERS["nearest"], "grids", ("uniform",))
+    with pytest.raises(UserError, match="layer '.*': rounding 'nearest' does not serve format 'fp8'"):
+        ptq4dm.quantize(model, RTNConfig(format="fp8", activations="dynamic"))
+    with pytest.raises(UserError, match="QuantConfig is what all recipes share"):
+        ptq4dm.QuantConfig()
+
+
+def test_a_recipe_that_reads_weights_cannot_pack_while_a_model_loads(dit, tmp_path, monkeypatch):
+    model, _ = dit
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        RTNConfig, "resolve", lambda self, model, views, store: {views[0].name: views[0].weight.sum().item()}
+    )
+    with pytest.raises(UserError, match="load it in full precision, then call ptq4dm.quantize"):
+        type(model).from_pretrained(tmp_path, quantization_config=RTNConfig(activations="dynamic"))

@@ -38,6 +38,8 @@ GRIDS = list(grids(problem()[0]))
 def test_codes_are_on_the_grid_and_keep_their_values(rounding, name):
     weight, evidence = problem()
     grid = grids(weight)[name]
+    if grid.kind not in ROUNDERS[rounding].grids:
+        return  # plans that ask for it are refused
     codes = ROUNDERS[rounding](weight, grid, evidence)
     values = grid.values(codes)
     assert codes.shape == weight.shape and values.isfinite().all()
@@ -68,5 +70,5 @@ def test_a_grid_picks_columns():
 
 
 def test_an_unknown_rounder_is_named():
-    with pytest.raises(UserError, match="rounding 'down' is unknown; choose from gptq, nearest"):
+    with pytest.raises(UserError, match="rounding 'down' is unknown; choose from .*nearest"):
         ROUNDERS.find("down")

@@ -419,7 +419,7 @@ def test_plans_lack_nothing():
         TransformPlan.from_dict(data, {})
     with pytest.raises(UserError, match=r"has shape \[5\] and not \[4\]"):
         TransformPlan.from_dict(data, {"divisors": torch.ones(5)})
-    with pytest.raises(UserError, match="transform 'smoothe' is unknown; choose from reorder, rotate, smooth"):
+    with pytest.raises(UserError, match="transform 'smoothe' is unknown; choose from .*smooth"):
         TransformPlan.from_dict({**data, "kind": "smoothe"}, plan.tensors)
     for broken in ({}, [], {**data, "options": 3}, {**data, "tensors": ["divisors"]}):
         with pytest.raises(UserError, match="not a transform's plan"):

@@ -1,0 +1,35 @@
+"""Searches over ranges, for objectives: scales of weights one by one, both ends of an input's range together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .inputs import InputValues
+from .weights import WeightRows
+
+WEIGHT_STEPS = 50  # from half the range to the whole
+
+
+def least_of(rows: WeightRows, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """Scales [R], from half the full range to the whole, each of the least error(scales [R]) -> [R]."""
+    best, least = rows.full.clone(), torch.full_like(rows.full, float("inf"))
+    for step in range(WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1):
+        scale = rows.full * (step / (2 * WEIGHT_STEPS))
+        found = error(scale)
+        better = found <= least
+        best, least = torch.where(better, scale, best), torch.where(better, found, least)
+    return best
+
+
+def ranges_of(inputs: InputValues, steps: int) -> list[tuple[float, float]]:
+    """(low, high) of all ranges whose ends are fractions of the full one; of symmetric grids, one for both."""
+    fractions = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    low, high = inputs.low, inputs.high
+    lows = fractions if low < 0 and not inputs.symmetric else fractions[-1:]
+    highs = fractions if high > 0 or inputs.symmetric else fractions[-1:]
+    bound = max(-low, high)
+    ends = [(-bound * b, bound * b) if inputs.symmetric else (low * a, high * b) for a in lows for b in highs]
+    return [(float(a), float(b)) for a, b in ends]

@@ -1,8 +1,9 @@
-"""How diffusers learns of ptq4dm, whichever of the two is imported first, without importing it or torch from here.
+"""How diffusers learns of ptq4dm, whichever of the two is imported first. Nothing here imports diffusers or torch.
 
-diffusers has no entry point for others: it knows quantizers from two tables, pipelines as names of its own, and takes
-the class of a saved scheduler only from a module that has been imported. As soon as the module that holds its tables
-has run, ours are in them; as soon as it can load pipelines, it can load ours with our schedulers.
+diffusers has no entry points for other libraries. It finds quantizers in two tables of its own, pipelines among its
+own names, and the class of a saved scheduler only in a module that has been imported already. So we wait for two of
+its modules: when the one with the tables has run, we put our quantizer into them; when the one that loads pipelines
+has run, we import our pipelines and schedulers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PIPELINES = ("pipelines.pixel_dit",)  # puts its class among the names of diffus
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call `action` once the module `name` has run: now, if it has."""
+    """Call `action` once, after the module `name` has run; at once, if it has run already."""
     if name in sys.modules:
         action()
     else:
@@ -25,7 +26,7 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 class _Watch:
-    """A finder that finds one module as the others do, and has something done after it has run."""
+    """An import finder for one module: it asks the other finders, and calls `action` after the module has run."""
 
     def __init__(self, name: str, action: Callable[[], None]):
         self.name, self.action = name, action
@@ -49,7 +50,8 @@ class _Watch:
 
 
 class _Later(type):
-    """A class that stands for the one of its name in our bridge: diffusers may be half imported when it needs one."""
+    """The type of a class that stands for the class of the same name in our bridge, which it imports when it is used:
+    when diffusers' tables are filled, diffusers is only half imported, and the bridge could not be."""
 
     def _real(cls):
         return getattr(import_module(f"{PACKAGE}.quantization.diffusers_bridge"), cls.__name__)
@@ -78,6 +80,6 @@ def _import_saved_classes() -> None:
 
 
 def install() -> None:
-    """Register with diffusers, or see to it that it happens when diffusers is imported."""
+    """Register with diffusers: now, or when diffusers is imported."""
     when_imported("diffusers.quantizers.auto", _fill_tables)
     when_imported("diffusers.pipelines.pipeline_utils", _import_saved_classes)

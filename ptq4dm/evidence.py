@@ -1,4 +1,4 @@
-"""What calibration knows of one layer, as rounders and range objectives get it."""
+"""What calibration knows of one layer: the form in which rounders and range objectives get it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass
 class LayerEvidence:
-    """What one layer is fed, with K inputs in the order of its flattened weight [N, K].
+    """What one layer is fed. Its K inputs are in the order of its flattened weight [N, K].
 
-    rows: [R, K] float32, a sample of its inputs as rows: tokens of a Linear, windows of a convolution.
-    peak: [K] float32, the largest magnitude of all inputs, sampled or not; None where nobody looked.
-    low: the least input of all; None where nobody looked.
+    rows: [R, K] float32, a sample of the inputs: a row is a token of a Linear, or a window of a convolution.
+    peak: [K] float32, the largest magnitude of each input over all rows, sampled or not; None where it was not taken.
+    low: the smallest value of all inputs; None where it was not taken.
     """
 
     rows: Tensor
@@ -23,9 +23,9 @@ class LayerEvidence:
 
     @cached_property
     def hessian(self) -> Tensor:
-        """X^T X [K, K] float64: half the second derivative of |X W^T - X Q^T|^2 in a row of Q."""
+        """X^T X [K, K] float64 of the rows X: half the second derivative of |X W^T - X Q^T|^2 in a row of Q."""
         return (self.rows.T @ self.rows).double()
 
     def columns(self, chosen: Tensor | slice) -> LayerEvidence:
-        """The evidence of some inputs, or of all in another order."""
+        """Return the evidence of some of the inputs, or of all inputs in another order."""
         return LayerEvidence(self.rows[:, chosen], None if self.peak is None else self.peak[chosen], self.low)

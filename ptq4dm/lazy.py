@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562)."""
+"""Late imports: a package that imports each of its names when somebody first asks for it (PEP 562)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ def lazy_names(
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` for the __init__ of a package.
 
-    homes: public name -> "module:attribute" below the package; ":attribute" left out where it is the name itself.
-    rooms: folders and files of the package that are names of it, too.
+    homes: public name -> "module:attribute", the module below the package. ":attribute" may be left out where the
+        attribute has the public name.
+    rooms: folders and files of the package that can be asked for by name, too.
     first: called before a module of `homes` is imported.
+
+    `__getattr__` raises AttributeError for any other name, as Python wants it.
     """
 
     def get(name: str) -> object:

@@ -1,4 +1,9 @@
-"""Options of a recipe: dataclass fields that say on the command line, too, what they are for."""
+"""Options of a recipe: fields of a dataclass that are flags of the command line, too.
+
+    rank: int = option(32, "of the low-rank branch")        --rank RANK   of the low-rank branch (32)
+
+cli/flags.py reads the fields and makes the flags.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +22,11 @@ def option(
 ) -> Any:
     """Return a dataclass field whose metadata makes it an option of `ptq4dm quantize`.
 
-    default: the value where nothing is said; a list or a dict is made anew for each recipe.
+    default: the value where the user says nothing. A list, a dict or a set is copied for each recipe.
     help: what the option does, in a few words.
-    choices: the values that there are; () where they cannot be listed.
-    parse: from the text of the command line to a value; left out, the type of the default does it.
-    flag: False for what has no place on a command line (a dict of roles, a plan).
+    choices: all values that are allowed; () where they cannot be listed.
+    parse: a function from the text of the command line to a value. Without it the type of the default decides.
+    flag: False for an option that has no place on a command line (a dict of roles, a plan).
     """
     metadata = {"help": help, "choices": tuple(choices), "parse": parse, "flag": flag}
     if isinstance(default, (list, dict, set)):
@@ -30,7 +35,7 @@ def option(
 
 
 def number_or_word(text: str) -> float | str:
-    """ "0.5" -> 0.5; anything that is no number stays as it is."""
+    """Return the number that a text holds ("0.5" -> 0.5), or the text where it holds none ("search")."""
     try:
         return float(text)
     except ValueError:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..hooks import hooked, input_of
 from ..layers.base import numeric_padding
 from ..pipelines.denoiser import evaluation_mode
 from .record import Calls, replay
@@ -87,7 +88,7 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
 
     def of_layer(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             peak, count = input_peaks(module, x).float(), row_count(module, x)
             got.peaks[name] = torch.maximum(got.peaks[name], peak) if name in got.peaks else peak
             got.lows[name] = min(got.lows.get(name, float("inf")), float(x.min()))
@@ -110,20 +111,14 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
 
         return hook
 
-    with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
-        watched = [(name, of_layer) for name in layers] + [(name, of_module) for name in modules]
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
-            for name, hook in watched
-        ]
-        handles += [model.get_submodule(name).register_forward_hook(done(name)) for name in {*layers, *modules}]
-        try:
-            for batch in batches:
-                waiting = {*layers, *modules}
-                with suppress(_Enough):
-                    replay(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+    before = {name: of_layer(name) for name in layers}
+    inside = {name: of_module(name) for name in modules}
+    after = {name: done(name) for name in {*layers, *modules}}
+    # The model first: no other thread's calls reach the hooks.
+    with evaluation_mode(model), hooked(model, before, after), hooked(model, inside):
+        for batch in batches:
+            waiting = {*layers, *modules}
+            with suppress(_Enough):
+                replay(model, batch)
     got.rows = {name: torch.cat(parts) for name, parts in kept.items() if parts}
     return got

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..hooks import hooked, input_of
 from ..pipelines.denoiser import evaluation_mode
 from .input_statistics import InputStatistics
 from .record import Calls, replay
@@ -34,21 +35,14 @@ def update(
 ) -> None:
     """Replay batches but for the first `progress`, and add what the layers are fed; after(number of batches done)."""
     watch = _Measured(statistics)
-    with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(watch.hook(index, name))
-            for index, name in enumerate(layers)
-        ]
-        try:
-            for done, (bin_index, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
-                if done < progress:
-                    continue
-                watch.bin_index = bin_index
-                replay(model, batch)
-                after(done + 1)
-        finally:
-            for handle in handles:
-                handle.remove()
+    before = {name: watch.hook(index, name) for index, name in enumerate(layers)}
+    with evaluation_mode(model), hooked(model, before):  # in this order: no other thread's calls reach the hooks
+        for done, (bin_index, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
+            if done < progress:
+                continue
+            watch.bin_index = bin_index
+            replay(model, batch)
+            after(done + 1)
 
 
 @dataclass
@@ -59,9 +53,9 @@ class _Measured:
     bin_index: int = 0
 
     def hook(self, layer: int, name: str) -> Callable:
-        def add_input(_: nn.Module, args: tuple) -> None:
+        def add_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
             try:
-                self.statistics.update(layer, self.bin_index, args[0])
+                self.statistics.update(layer, self.bin_index, input_of(args, kwargs))
             except UserError as error:
                 raise UserError(f"layer '{name}', timestep bin {self.bin_index}: {error}") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..hooks import hooked
 from ..pipelines.denoiser import denoiser, evaluation_mode
 from ..pipelines.sampling import own_step, sample
 
@@ -147,21 +149,16 @@ def record_calls(
     if len(timesteps) != len(seeds):
         raise UserError(f"one timestep for each seed is needed; got {len(timesteps)} for {len(seeds)} seeds.")
     recorder = _Recorder(model, pipe.scheduler, timesteps)
-    with evaluation_mode(model):  # before the hook is there: no other thread's calls reach it
-        handle = model.register_forward_pre_hook(recorder.before_forward, with_kwargs=True)
-        try:
-            with own_step(pipe.scheduler, recorder.counted(pipe.scheduler.step)):
-                sample(
-                    pipe,
-                    seeds,
-                    num_inference_steps=num_inference_steps,
-                    conditioning=conditioning,
-                    pipeline_kwargs=pipeline_kwargs,
-                )
-        except _AllRecorded:
-            pass
-        finally:
-            handle.remove()
+    # The model first: no other thread's calls reach the hook, and the scheduler's step is its own.
+    with evaluation_mode(model), hooked(model, {"": recorder.before_forward}), suppress(_AllRecorded):  # noqa: SIM117
+        with own_step(pipe.scheduler, recorder.counted(pipe.scheduler.step)):
+            sample(
+                pipe,
+                seeds,
+                num_inference_steps=num_inference_steps,
+                conditioning=conditioning,
+                pipeline_kwargs=pipeline_kwargs,
+            )
     if not recorder.complete:
         raise UserError(
             f"{type(pipe).__name__} took {recorder.step} steps of its scheduler, fewer than its sampling grid has; "
@@ -177,20 +174,31 @@ def replay(model: nn.Module, calls: Calls) -> Tensor:
     Channels past the sample's own (a learned variance) are cut off. Floating arguments are cast to the model's
     dtype and moved to its device.
     """
+    calls = moved(calls, model)
+    first, timestep = _leading(inspect.signature(model.forward))
+    arguments: dict[str, Any] = {first: calls.sample, timestep: calls.timestep}
+    arguments |= _nested({**calls.shared, **calls.conditioning})
+    arguments.pop("return_dict", None)
+    output = model(**arguments, return_dict=False)[0]
+    return output[:, : calls.sample.shape[1]] if output.ndim == 4 else output
+
+
+def moved(calls: Calls, model: nn.Module) -> Calls:
+    """Calls on a model's device, floating arguments but the timestep in its dtype."""
     parameter = next(model.parameters())
     dtype = getattr(model, "dtype", parameter.dtype)
 
     def ready(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(parameter.device, dtype) if value.is_floating_point() else value.to(parameter.device)
+        return value.to(parameter.device, dtype if value.is_floating_point() else None)
 
-    first, timestep = _leading(inspect.signature(model.forward))
-    arguments: dict[str, Any] = {first: ready(calls.sample), timestep: calls.timestep.to(parameter.device)}
-    arguments |= _nested({name: ready(value) for name, value in {**calls.shared, **calls.conditioning}.items()})
-    arguments.pop("return_dict", None)
-    output = model(**arguments, return_dict=False)[0]
-    return output[:, : calls.sample.shape[1]] if output.ndim == 4 else output
+    return Calls(
+        ready(calls.sample),
+        calls.timestep.to(parameter.device),
+        {name: ready(value) for name, value in calls.conditioning.items()},
+        {name: ready(value) for name, value in calls.shared.items()},
+    )
 
 
 def _leading(signature: inspect.Signature) -> tuple[str, str]:

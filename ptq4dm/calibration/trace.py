@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..hooks import hooked, input_of
 from ..layers.view import LayerView
 from ..pipelines.denoiser import evaluation_mode
 from .record import Calls, replay
@@ -40,22 +41,15 @@ def trace(model: nn.Module, views: list[LayerView], calls: Calls) -> dict[str, T
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
             called.add(name)
             if name in names and name not in inputs:
-                x = args[0] if args else next(iter(kwargs.values()))
+                x = input_of(args, kwargs)
                 inputs[name] = x, 0 if x.is_inference() else x._version  # counts changes in place
 
         return hook
 
     names = {view.name for view in views}
-    with evaluation_mode(model):  # before the hooks are there: no other thread's calls reach them
-        handles = [
-            module.register_forward_pre_hook(remember(name), with_kwargs=True)
-            for name, module in model.named_modules()
-        ]
-        try:
-            replay(model, calls)
-        finally:
-            for handle in handles:
-                handle.remove()
+    before = {name: remember(name) for name, _ in model.named_modules()}
+    with evaluation_mode(model), hooked(model, before):  # in this order: no other thread's calls reach the hooks
+        replay(model, calls)
     # All inputs are alive here, so one place in memory is one tensor.
     sharing: dict[tuple, list[list[str]]] = {}
     for name, (x, version) in inputs.items():

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import statistics as stats
 import time
-from dataclasses import replace
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from ..calibration.record import Calls, record_calls, replay
+from ..calibration.record import Calls, moved, record_calls, replay
 from ..pipelines.denoiser import denoiser
 from ..quantization.report import stored_bytes
 from .paired import EpsilonError
@@ -21,24 +20,6 @@ from .paired import EpsilonError
 def heldout_timesteps(number: int, num_train_timesteps: int) -> list[float]:
     """`number` timesteps from high to low, at the middles of equal parts of [0, num_train_timesteps)."""
     return [(number - k - 0.5) * num_train_timesteps / number for k in range(number)]
-
-
-def _moved(calls: Calls, model: nn.Module) -> Calls:
-    parameter = next(model.parameters())
-    dtype = getattr(model, "dtype", parameter.dtype)
-
-    def ready(value):
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(parameter.device, dtype if value.is_floating_point() else None)
-
-    return replace(
-        calls,
-        sample=ready(calls.sample),
-        timestep=calls.timestep.to(parameter.device),
-        conditioning={k: ready(v) for k, v in calls.conditioning.items()},
-        shared={k: ready(v) for k, v in calls.shared.items()},
-    )
 
 
 def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup: int = 2, timed: int = 10) -> dict:
@@ -50,7 +31,7 @@ def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup
         {"speedup": full-precision time / model time, "batch_size", "timed_steps", "device"}; on CUDA also
         "milliseconds" and "milliseconds_full_precision" (a CPU's own figure says little on another machine).
     """
-    turns: list[tuple[nn.Module, Calls, list[float]]] = [(m, _moved(calls, m), []) for m in (model, full_precision)]
+    turns: list[tuple[nn.Module, Calls, list[float]]] = [(m, moved(calls, m), []) for m in (model, full_precision)]
     device = next(model.parameters()).device
 
     def synchronize():

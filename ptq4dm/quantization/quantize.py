@@ -12,6 +12,7 @@ from ..calibration.measure import binned_batches
 from ..calibration.record import replay
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
+from ..hooks import hooked
 from ..layers.base import is_quantized, replace_module
 from ..pipelines.denoiser import evaluation_mode
 from .components import component_of
@@ -25,7 +26,7 @@ from .transforming import transformed
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-ERROR_SAMPLES = 32  # tuples on which layer errors are measured
+ERROR_SAMPLES, ERROR_BATCH = 32, 16  # tuples on which layer errors are measured, so many at a time
 
 
 def quantize(
@@ -90,18 +91,13 @@ def _output_errors(model: nn.Module, layers: dict[str, nn.Module], store: Calibr
     errors = {name: Ratio() for name in layers}
 
     def compare(name: str) -> Callable:
-        return lambda _, args, output: errors[name].update(output, layers[name](*args))
+        return lambda _, args, kwargs, output: errors[name].update(output, layers[name](*args, **kwargs))
 
-    handles = [model.get_submodule(name).register_forward_hook(compare(name)) for name in layers]
     calls = store.recorded()
     calls = calls[slice(None, None, max(1, len(calls) // ERROR_SAMPLES))]
-    try:
-        with evaluation_mode(model):
-            for _, batch in binned_batches(calls, 1, store.num_train_timesteps, 16):
-                replay(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluation_mode(model), hooked(model, after={name: compare(name) for name in layers}):
+        for _, batch in binned_batches(calls, 1, store.num_train_timesteps, ERROR_BATCH):
+            replay(model, batch)
     return errors
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..hooks import hooked, input_of
+
 
 @dataclass
 class Peaks:
@@ -30,19 +32,15 @@ def watch_peaks(model: nn.Module) -> Iterator[Peaks]:
     peaks = Peaks()
 
     def watch(name: str) -> Callable:
-        def hook(layer: nn.Module, args: tuple, output: Tensor) -> None:
-            _raise_to(peaks.inputs, name, args[0])
+        def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            _raise_to(peaks.inputs, name, input_of(args, kwargs))
             _raise_to(peaks.outputs, name, output)
 
         return hook
 
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers]
-    try:
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    with hooked(model, after={name: watch(name) for name in layers}):
         yield peaks
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _raise_to(found: dict[str, Tensor], name: str, values: Tensor) -> None:

@@ -86,14 +86,23 @@ class IntegerConfig(QuantConfig):
         ROUNDERS.find(self.rounding)
         PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
 
+    @property
+    def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide
+        """Whether each layer can be packed as its weight arrives: nothing looks at what layers are fed."""
+        return not self._looks
+
+    @property
+    def _looks(self) -> frozenset[str]:
+        """The evidence that rounding and range objective look at."""
+        return ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs
+
     def ranges(self) -> tuple[str, float | None]:
         """The range objective of this method, and its parameter."""
         return "max", None
 
     @property
     def needs_calibration(self) -> bool:
-        looks = ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs
-        return self.activations == "static" or bool(looks) or super().needs_calibration
+        return self.activations == "static" or bool(self._looks) or super().needs_calibration
 
     def resolve(
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None

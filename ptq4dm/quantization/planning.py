@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
 from ..calibration.store import CalibrationStore
@@ -21,9 +23,8 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
             is left to quantize.
     """
     if store is None and config.needs_calibration:
-        otherwise = ", or choose activations='dynamic'" if getattr(config, "activations", "") == "static" else ""
         raise UserError(
-            f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe){otherwise}."
+            f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe){_otherwise(config)}."
         )
     if store is not None:
         store.check_model(model)
@@ -32,6 +33,15 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
     if not plan.layers:
         raise UserError("no layer of the model is left to quantize; check modules_to_not_convert.")
     return plan
+
+
+def _otherwise(config: QuantConfig) -> str:
+    """What else a recipe could do than be given a store."""
+    if getattr(config, "activations", "") != "static":
+        return ""
+    dynamic = copy.copy(config)
+    dynamic.__dict__["activations"] = "dynamic"
+    return ", or choose activations='dynamic'" if not dynamic.needs_calibration else ""
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

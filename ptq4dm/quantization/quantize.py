@@ -53,6 +53,7 @@ def quantize(
         A report: bytes, kernels and the SQNR of each layer's output on calibration tuples (of its weight when
         there is no store), worst first. `print(report.table())`.
     """
+    _check_types(config, store)
     model = component_of(target, component)
     if any(is_quantized(module) for module in model.modules()):
         raise UserError("the model is quantized already; load it in full precision to quantize it again.")
@@ -84,6 +85,15 @@ def quantize(
     ]
     rows.sort(key=lambda row: row["sqnr"])
     return QuantizationReport(config.summary(), before, stored_bytes(model), rows)
+
+
+def _check_types(config: object, store: object) -> None:
+    if not isinstance(config, QuantConfig):
+        raise UserError(f"config is a recipe, such as PTQ4DMConfig(); got {type(config).__name__}.")
+    if not (store is None or isinstance(store, CalibrationStore)):
+        raise UserError(
+            f"store is a CalibrationStore, from collect or CalibrationStore.load(folder); got {type(store).__name__}."
+        )
 
 
 def _output_errors(model: nn.Module, layers: dict[str, nn.Module], store: CalibrationStore) -> dict[str, Ratio]:

@@ -76,12 +76,16 @@ class QuantConfig(QuantizationConfigMixin):
             raise UserError(
                 "QuantConfig is what all recipes share; take one of them, also for a plan: RTNConfig, ..."
             )
+        if isinstance(self.transforms, str) or isinstance(self.modules_to_not_convert, str):
+            raise UserError("transforms and modules_to_not_convert are tuples of names, also where there is one.")
         self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
         self.transforms = tuple(self.transforms or ())
         for kind in self.transforms:
             TRANSFORMS.find(kind)
         if isinstance(self.plan, dict):
             self.plan = Plan.from_dict(self.plan)
+        if not (self.plan is None or isinstance(self.plan, Plan)):
+            raise UserError(f"plan is a Plan, from Plan.load(path); got {type(self.plan).__name__}.")
 
     @property
     def needs_calibration(self) -> bool:

@@ -76,7 +76,7 @@ def draw(rows: list[dict], path: Path) -> Path:
             lambda row: row.get(key, {}).get("ratio")
         ),
     }
-    figure, panels = plt.subplots(1, 2, figsize=(15, 7), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(15, 7), sharey=True)
     for axes, (title, place) in zip(panels, columns.items(), strict=True):
         points = [(row, place(row), row["eps_error"]) for row in measured if place(row) is not None]
         for kind, (mark, colour) in MARKS.items():

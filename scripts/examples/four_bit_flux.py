@@ -3,7 +3,8 @@
     python scripts/examples/four_bit_flux.py                                        # a tiny random FLUX
     python scripts/examples/four_bit_flux.py --model org/flux --device cuda --prompt "a red bicycle" --steps 20
 
-On GPUs with fp8 (Ada, Hopper, Blackwell) take `--activations fp8`, on Ampere int8 (the default here).
+It needs transformers (`pip install ".[text]"`), which diffusers' FLUX pipeline imports. On GPUs with fp8 (Ada,
+Hopper, Blackwell) take `--activations fp8`, on Ampere int8 (the default here).
 """
 
 import argparse

@@ -277,3 +277,20 @@ def test_a_recipe_that_reads_weights_cannot_pack_while_a_model_loads(dit, tmp_pa
     )
     with pytest.raises(UserError, match="load it in full precision, then call ptq4dm.quantize"):
         type(model).from_pretrained(tmp_path, quantization_config=RTNConfig(activations="dynamic"))
+
+
+@pytest.mark.parametrize(
+    "call, word",
+    [
+        (lambda model: ptq4dm.quantize(model, {"method": "rtn"}), "config is a recipe, .*; got dict"),
+        (lambda model: ptq4dm.quantize(model, RTNConfig(), "a/folder"), "store is a CalibrationStore, .*; got str"),
+        (lambda model: RTNConfig(plan="plan.json"), "plan is a Plan, .*; got str"),
+        (lambda model: RTNConfig(transforms="smooth"), "are tuples of names"),
+        (lambda model: ptq4dm.quantize(model, RTNConfig()), "store .* or choose activations='dynamic'"),
+        (lambda model: ptq4dm.quantize(model, RTNConfig(rounding="gptq")), r"store from ptq4dm.collect\(pipe\)\.$"),
+    ],
+    ids=["dict", "folder", "plan", "transforms", "static", "gptq"],
+)
+def test_wrong_kinds_of_arguments(dit, call, word):
+    with pytest.raises(UserError, match=word):
+        call(dit[0])

@@ -31,7 +31,7 @@ from .networks import Networks, make_accelerator
 from .scores import Batch, Chance, Diffusion
 from .student import check_network, image_shape, one_step_scheduler, student_pipeline
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 STAGES = {1: "degradation", 2: "distillation"}
 
 
@@ -65,20 +65,22 @@ class Run:
         self.recipe = {**config.identity(), "teacher": fingerprint(pipe)}
         self.progress = self._start(resume)
         self.saved = copy.copy(self.progress) if resume else None
-        self.log = Log(self.folder / "log.jsonl", self.progress.lines, self.accelerator.is_main_process)
+        self.log = Log(self.folder / LOG, self.progress.lines, self.accelerator.is_main_process)
         self.sums: dict[str, Tensor] = {}
         self.since, self.began, self.out_of_time = 0, time.monotonic(), False
         self.clock = self.began
 
     def _start(self, resume: bool) -> Progress:
         """Where the run begins, and its folder."""
+        if resume and not self._begun():
+            resume = False  # stopped before its first checkpoint: there is nothing to go on from
         if resume:
             path, networks = self.folder / CHECKPOINT, self.networks
             progress, _ = load_checkpoint(path, networks.kept, networks.optimizers, self.recipe)
             return Progress(**progress)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            there = any(self.folder.iterdir())
+            there = any(path.name != LOG for path in self.folder.iterdir())
         except OSError as error:
             raise UserError(f"cannot make the folder {self.folder}: {error.strerror or error}.") from error
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
@@ -87,6 +89,10 @@ class Run:
                 f"{self.folder} is not empty; go on with the run in it (--resume) or choose another place."
             )
         return Progress()
+
+    def _begun(self) -> bool:
+        """Whether there is more in the folder than the log of a run that was stopped before its first checkpoint."""
+        return not (self.folder / LOG).is_file() or any(path.name != LOG for path in self.folder.iterdir())
 
     # --------------------------------------------------------------------------------------- iterations
 

@@ -368,6 +368,12 @@ def test_folders_and_checkpoints_that_do_not_fit(untrained, tmp_path):
     before = (folder / "log.jsonl").read_bytes()
     with pytest.raises(UserError, match="is not empty; go on with the run in it"):
         distill(untrained, config, folder)
+    for resume in (False, True):  # stopped before its first checkpoint: it starts over, asked to resume or not
+        begun = tmp_path / f"begun-{resume}"
+        begun.mkdir()
+        (begun / "log.jsonl").write_text("")
+        distill(untrained, DisBackConfig(**{**SHORT, "images": 4 * 32}), begun, resume=resume)
+        assert (begun / "log.jsonl").read_bytes() and (begun / "checkpoint.safetensors").is_file()
     with pytest.raises(UserError, match=r"other settings \(seed\)"):
         distill(untrained, DisBackConfig(**SHORT, seed=1), folder, resume=True)
     torch.manual_seed(1)

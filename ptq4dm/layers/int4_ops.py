@@ -16,6 +16,7 @@ one scale an output is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,16 +101,7 @@ def int4_linear(
 
 
 @int4_linear.register_fake
-def _(
-    x: Tensor,
-    qweight: Tensor,
-    wscales: Tensor,
-    wzeros: Tensor | None,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    activation_bits: int,
-) -> Tensor:
+def _(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(qweight))
 
 
@@ -152,24 +144,11 @@ def int4_conv2d(
 
 
 @int4_conv2d.register_fake
-def _(
-    x: Tensor,
-    qweight: Tensor,
-    wscales: Tensor,
-    wzeros: Tensor | None,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    activation_bits: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
+    *_, kernel, stride, padding, dilation, _ = rest
     window = Window(len(x), *x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    batch, (height, width) = len(x), window.output
-    return x.new_empty(batch, height, width, len(qweight)).permute(0, 3, 1, 2)
+    height, width = window.output
+    return x.new_empty(len(x), height, width, len(qweight)).permute(0, 3, 1, 2)
 
 
 def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> tuple[Tensor, Tensor]:

@@ -197,6 +197,21 @@ def test_packing_is_the_inverse_of_unpacking_over_filled_rows():
     assert torch.equal(unpack_int4(pack_int4(codes, 64), 64), codes)
 
 
+@pytest.mark.parametrize("choice", [{}, {"group_size": 64, "affine": True}], ids=["row", "g64-affine"])
+def test_the_ops_are_whole_and_compile(choice):
+    """Schema and fake kernels fit the real ones; a compiled layer gives what it gives eagerly."""
+    fully = quantized_copy(linear(), Int4Plan(**choice), "layer")
+    window = quantized_copy(conv(stride=2), Int4Plan(**choice), "layer")
+    geometry = ([3, 3], [2, 2], [1, 1], [1, 1], 1)
+    torch.library.opcheck(torch.ops.ptq4dm.int4_linear.default, (torch.randn(3, 256), *fully.operands))
+    torch.library.opcheck(
+        torch.ops.ptq4dm.int4_conv2d.default, (torch.randn(2, 64, 7, 6), *window.operands, *geometry)
+    )
+    x = torch.randn(2, 5, 256)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(fully, backend="aot_eager")(x), fully(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])

@@ -124,8 +124,8 @@ class IntegerConfig(QuantConfig):
         blocks: dict[str, Evidence] = {}  # of one block at a time
 
         def fed(view: LayerView) -> LayerEvidence | None:
-            if store.input_of(view.name)[2] > store.input_of(view.name)[3]:
-                return None  # calibration never reached it
+            if _unseen(view, store):
+                return None
             block = block_of(view.name)
             if block not in blocks:
                 blocks.clear()

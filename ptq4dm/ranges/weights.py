@@ -36,8 +36,8 @@ class WeightRows:
 
     def __post_init__(self) -> None:
         if self.affine:
-            self.low, self.high = self.rows.amin(1).clamp(max=0), self.rows.amax(1).clamp(min=0)
-            self.full = (self.high - self.low) / (2**self.bits - 1)
+            self.low, high = self.rows.amin(1).clamp(max=0), self.rows.amax(1).clamp(min=0)
+            self.full = (high - self.low) / (2**self.bits - 1)
         else:
             self.full = self.rows.abs().amax(1) / self.limit
 

@@ -50,7 +50,7 @@ def record(target: Any) -> Iterator[Calls]:
 def replay(model: nn.Module, calls: Calls) -> list[Any]:
     """Make recorded calls again: what the model gives, call by call; to the bit what it gave, if it is unchanged.
 
-    Rows that were recorded from batches are put into one call for each group. Tensors are moved to the model's device;
+    Rows that were recorded from batches are put into one call for each group. Tensors move to the model's device;
     those of the dtype that the recorded model had (but for times) are cast to this model's dtype.
     """
     return [

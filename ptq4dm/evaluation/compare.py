@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ..calibration.calls import Call, Calls
 from ..calibration.record import ready
-from ..calibration.sampled import record_calls
-from ..pipelines.denoiser import denoiser
+from ..calibration.sampled import look, record_calls, request_of
+from ..pipelines.denoiser import denoiser, denoiser_name
 from ..quantization.report import stored_bytes
 from .paired import EpsilonError
 
@@ -76,15 +76,16 @@ def compare_denoisers(pipe, full_precision, config) -> dict:
     span = int(full_precision.scheduler.config.get("num_train_timesteps", 1000))
     result: dict = {}
 
+    options = {
+        "num_inference_steps": config.num_inference_steps,
+        "conditioning": config.conditioning,
+        "pipeline_kwargs": config.pipeline_kwargs,
+    }
+    request = request_of(full_precision, [denoiser_name(full_precision)], **options)
+    sampling = look(request, config.heldout_seed)
+
     def record(seeds, timesteps):
-        return record_calls(
-            full_precision,
-            seeds,
-            timesteps,
-            num_inference_steps=config.num_inference_steps,
-            conditioning=config.conditioning,
-            pipeline_kwargs=config.pipeline_kwargs,
-        )
+        return record_calls(full_precision, seeds, timesteps, sampling=sampling, **options)
 
     if config.num_heldout:
         error = EpsilonError(config.num_bins, span)

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file
 
+import ptq4dm
 from ptq4dm.cli.main import build_parser, main
 from ptq4dm.cli.options import STEPS
 from ptq4dm.pipelines.images import load_images, read_metadata

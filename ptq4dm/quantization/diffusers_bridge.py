@@ -39,6 +39,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.store: CalibrationStore | None = None
+        self._on_disk = False
 
     @property
     def supports_parallel_loading(self) -> bool:
@@ -74,13 +75,29 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             self.quantization_config = resolved(config, plan)
         model.register_to_config(quantization_config=self.quantization_config)
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        self._on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        if missing_keys:
+        lacking = [key for key in missing_keys if not self._is_made_here(model, key)]
+        if lacking:
             raise UserError(
-                f"the checkpoint lacks {len(missing_keys)} tensors of the model (first '{min(missing_keys)}'); "
+                f"the checkpoint lacks {len(lacking)} tensors of the model (first '{min(lacking)}'); "
                 "it is truncated or of another model: save or download it again."
             )
-        return missing_keys
+        return lacking
+
+    def _is_made_here(self, model: nn.Module, key: str) -> bool:
+        """Files of versions before `like` lack it. Where accelerate looks for it on disk, layers do without."""
+        name, _, tensor = key.rpartition(".")
+        layer = model.get_submodule(name)
+        if tensor != "like" or not is_quantized(layer):
+            return False
+        if self._on_disk:
+            layer.like = None
+        else:
+            layer.put(like=torch.zeros(1, dtype=layer.model_dtype))
+        return True
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, new_param: Tensor) -> None:
         if current_param.shape != new_param.shape:
@@ -117,6 +134,8 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             self.store.raise_foreign()
         layer = empty_quantized(module, self._plan.layers[name], "meta")
         layer.pack(param_value.to(target_device), name)
+        if layer.like is not None:
+            layer.put(like=torch.zeros(1, dtype=param_value.dtype, device=target_device))
         layer.bias = module.bias  # loaded already or still to come
         replace_module(model, name, layer)
 
@@ -129,10 +148,9 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         return torch_dtype or torch.float32
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        dtype = model.dtype
         for name, layer in list(model.named_modules()):
             if is_quantized(layer):
-                replace_module(model, name, layer.dequantized(dtype))
+                replace_module(model, name, layer.dequantized())
         entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(entries)  # diffusers has no call that takes an entry out
         return model

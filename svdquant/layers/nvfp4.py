@@ -59,7 +59,7 @@ class NVFP4Linear(QuantizedLayer, nn.Linear):
         def new(*size: int, dtype: torch.dtype = torch.float16) -> nn.Parameter:
             return frozen(*size, dtype=dtype, device=device)
 
-        self.bias = None if linear.bias is None else new(outputs, dtype=linear.bias.dtype)
+        self._allocate_bias(linear, linear.bias is not None, device)
         self.qweight = new(outputs, inputs // 2, dtype=torch.uint8)
         self.wscales = new(outputs, inputs // GROUP, dtype=torch.float8_e4m3fn)
         self.outer = new(outputs, dtype=torch.float32)
@@ -81,14 +81,14 @@ class NVFP4Linear(QuantizedLayer, nn.Linear):
         weight = self.residual() * self.outer[:, None] / self.smooth.float()
         return weight if self.down is None else weight + self.up.float() @ self.down.float()
 
-    def forward(self, x: Tensor) -> Tensor:
-        exact = x.float()
+    def forward(self, input: Tensor) -> Tensor:
+        exact = input.float()
         y = F.linear(round_e2m1(exact / self.smooth.float()), self.residual()) * self.outer
         if self.down is not None:
             y = y + F.linear(F.linear(exact, self.down.float()), self.up.float())
         if self.bias is not None:
             y = y + self.bias.float()
-        return y.to(x.dtype)
+        return y.to(input.dtype)
 
     def pack(self, weight: Tensor, name: str, evidence=None) -> None:
         raise UserError(f"layer '{name}' of the plan was read from a checkpoint: its codes cannot be made anew.")

@@ -48,13 +48,16 @@ class _SVDQLayer(QuantizedLayer):
 
     plan: SVDQPlan
 
-    def _allocate(self, outputs: int, inputs: int, plan: SVDQPlan, bias_dtype, device):
+    def _allocate(self, layer: nn.Module, plan: SVDQPlan, device):
         self.plan = plan
+        outputs, inputs = self.weight_shape[:2]
+        # A layer whose inputs are shifted has a bias even where the original has none: it takes the shift back.
+        self._allocate_bias(layer, layer.bias is not None or bool(plan.shift), device)
+        self._bias_is_added = layer.bias is None
 
         def new(*size: int, dtype: torch.dtype = torch.float16) -> nn.Parameter:
             return frozen(*size, dtype=dtype, device=device)
 
-        self.bias = None if bias_dtype is None else new(outputs, dtype=bias_dtype)
         self.qweight = new(outputs, inputs // 2, dtype=torch.uint8)
         self.wscales = new(outputs, inputs // plan.group_size)
         self.smooth = None if plan.activation == "none" else new(inputs)
@@ -73,11 +76,6 @@ class _SVDQLayer(QuantizedLayer):
             f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
             "precision, then call ptq4dm.quantize with SVDQuantConfig."
         )
-
-    @property
-    def weight(self) -> Tensor:
-        """The codes, int8, unpacked in each call: tools that put adapters on layers read the shape off it."""
-        return self._shaped(unpack_int4(self.qweight, self.plan.group_size))
 
     @property
     def branch(self) -> tuple[Tensor | None, Tensor | None]:
@@ -110,9 +108,11 @@ class _SVDQLayer(QuantizedLayer):
             weight = weight + up.float() @ down.float()
         return self._shaped(weight)
 
-    def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        layer = super().dequantized(dtype)
-        if self.plan.shift:  # the bias makes up for the shift of the inputs, which a float layer does not have
+    def dequantized(self) -> nn.Module:
+        layer = super().dequantized()
+        if self._bias_is_added:
+            layer.bias = None
+        elif self.plan.shift:  # the bias makes up for the shift of the inputs, which a float layer does not have
             weight = dequantize_groups(unpack_int4(self.qweight, self.plan.group_size), self.wscales)
             lifted = self.plan.shift * (weight / self.smooth.float()).sum(1)
             layer.bias = nn.Parameter((self.bias.float() + lifted).to(self.bias.dtype))
@@ -167,11 +167,10 @@ class SVDQLinear(_SVDQLayer, nn.Linear):
     def __init__(self, linear: nn.Linear, plan: SVDQPlan, device=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        bias = _bias_dtype(linear, plan)
-        self._allocate(self.out_features, self.in_features, plan, bias, device)
+        self._allocate(linear, plan, device)
 
-    def forward(self, x: Tensor | Codes) -> Tensor:
-        return self.multiply(x)
+    def forward(self, input: Tensor | Codes) -> Tensor:
+        return self.multiply(input)
 
     def _shaped(self, weight: Tensor) -> Tensor:
         return weight
@@ -191,10 +190,10 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, name, getattr(conv, name))
         self.padding_mode = "zeros"
-        self._allocate(self.out_channels, self.in_channels, plan, _bias_dtype(conv, plan), device)
+        self._allocate(conv, plan, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.multiply(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _shaped(self, weight: Tensor) -> Tensor:
         return weight[:, :, None, None]
@@ -216,10 +215,3 @@ def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:
         hooks = getattr(hook, "hooks", [hook])
         down = next(one.weights_map["down"] for one in hooks if getattr(one, "weights_map", None) is not None)
     return down.to(device)
-
-
-def _bias_dtype(layer: nn.Module, plan: SVDQPlan) -> torch.dtype | None:
-    """A layer whose inputs are shifted has a bias even where the original has none: it takes the shift back."""
-    if layer.bias is not None:
-        return layer.bias.dtype
-    return layer.weight.dtype if plan.shift else None

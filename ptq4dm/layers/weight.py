@@ -8,11 +8,12 @@ it for such a product, and the sum of it and a change of the same shape (DoRA's 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import UserError
@@ -114,3 +115,33 @@ def _same_shape(args: tuple) -> bool:
 def _copies(func: Any, args: tuple) -> bool:
     """Whether values are written into a part of a float tensor: a layer that takes the place of this one grows."""
     return func is Tensor.__setitem__ and not isinstance(args[0], QuantizedWeight)
+
+
+class StateDict(OrderedDict):
+    """The tensors of a model with quantized layers. Asked for one, it also knows `<layer>.weight`, which is not among
+    them: diffusers' LoRA loader of FLUX reads shapes off there."""
+
+    layers: dict[str, nn.Module]
+
+    def __missing__(self, key: str) -> Tensor:
+        if key not in self:
+            raise KeyError(key)
+        return QuantizedWeight(self.layers[key])
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self.layers
+
+    def __reduce__(self) -> tuple:
+        return OrderedDict, (list(self.items()),)
+
+
+def answer_for_weights(model: nn.Module, state_dict: OrderedDict, prefix: str, local_metadata: dict) -> OrderedDict:
+    """A hook of `state_dict()` that makes a StateDict of what it gives."""
+    known = StateDict(state_dict)
+    known._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
+    known.layers = {
+        f"{prefix}{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(getattr(type(module), "weight", None), property) and hasattr(module, "dequantized_weight")
+    }
+    return known

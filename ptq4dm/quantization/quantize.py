@@ -20,6 +20,7 @@ from .diffusers_bridge import mark_quantized, resolved
 from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
+from .refusals import check_model
 from .report import QuantizationReport, Ratio, stored_bytes
 from .transforming import transformed
 
@@ -57,6 +58,7 @@ def quantize(
     model = component_of(target, component)
     if any(is_quantized(module) for module in model.modules()):
         raise UserError("the model is quantized already; load it in full precision to quantize it again.")
+    check_model(model, config)
     if store is None and config.calibration is not None:
         store = CalibrationStore.load(config.calibration)
     kinds, plans = config.transforms, None if config.plan is None else config.plan.transforms

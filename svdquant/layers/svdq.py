@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...errors import UserError
@@ -44,6 +45,7 @@ class _SVDQLayer(QuantizedLayer):
     smooth   [K]        | 16-bit floats, whatever the model is converted to. Weight-only layers have no smooth, layers
     down     [r, K]     | of rank 0 no down and up; of layers that share an input the first has `down` for all.
     up       [N, r]    /
+    lora_down [q, K], lora_up [N, q]: of fused LoRA adapters, as trained, in the order of plan.adapters; or None
     """
 
     plan: SVDQPlan
@@ -64,8 +66,9 @@ class _SVDQLayer(QuantizedLayer):
         self.down = new(plan.rank, inputs) if plan.rank and not plan.lender else None
         self.up = new(outputs, plan.rank) if plan.rank else None
         self._lender = ()
-        self.register_buffer("lora_down", None, persistent=False)
-        self.register_buffer("lora_up", None, persistent=False)
+        fused = sum(rank for rank, _ in plan.adapters.values())
+        self.lora_down = new(fused, inputs) if fused else None
+        self.lora_up = new(outputs, fused) if fused else None
 
     def borrow_from(self, lender: nn.Module) -> None:
         """Use another layer's down projection (in a tuple, so that it does not become a child of this one)."""
@@ -89,9 +92,12 @@ class _SVDQLayer(QuantizedLayer):
         return self.lora_down if down is None else torch.cat([down, self.lora_down])
 
     def _branch_up(self) -> Tensor | None:
-        if self.lora_down is None:
+        if self.lora_up is None:
             return self.up
-        return self.lora_up if self.up is None else torch.cat([self.up, self.lora_up], 1)
+        parts = self.lora_up.split([rank for rank, _ in self.plan.adapters.values()], 1)
+        strengths = [strength for _, strength in self.plan.adapters.values()]
+        scaled = [part if c == 1 else c * part for part, c in zip(parts, strengths, strict=True)]
+        return torch.cat(scaled if self.up is None else [self.up, *scaled], 1)
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -208,7 +214,14 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
 def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:
     """Another layer's down projection, back from where offloading layer by layer has put it away in the meantime."""
     down = lender.down
-    if down is None or down.device == device:
+    if down is None:
+        return None
+    if "_diffusers_hook" in vars(lender):
+        hook = lender._diffusers_hook.get_hook("group_offloading")
+        if hook is not None and getattr(hook.group, "_is_offloaded_to_disk", False):  # what is in memory is noise
+            with safe_open(hook.group.safetensors_file_path, "pt", device=str(device)) as file:
+                return file.get_tensor(hook.group.tensor_to_key[down])
+    if down.device == device:
         return down
     if down.is_meta:  # accelerate's; the values are in its hook
         hook = lender._hf_hook

@@ -15,6 +15,7 @@ from ...errors import UserError
 from ...files.atomic import replacing_folder
 from ...layers.base import is_quantized
 from ...pipelines.denoiser import class_count, denoiser, denoiser_name
+from ..configs import refuse_foreign
 from ..one_step import OneStepScheduler, nearest_timestep
 
 RECORD = "distillation.json"  # beside model_index.json: teacher and settings
@@ -53,6 +54,7 @@ def one_step_scheduler(pipe, generator_sigma: float) -> OneStepScheduler:
     name = type(scheduler).__name__
     if "generator_timestep" in config:
         raise UserError("this model is a one-step student already; distil its teacher.")
+    refuse_foreign(config, "OneStepScheduler", name)
     if config.get("prediction_type") != "epsilon":
         raise UserError(
             f"distillation needs a teacher that predicts epsilon; {name} says '{config.get('prediction_type')}'."

@@ -54,11 +54,11 @@ def one_step_scheduler(pipe, generator_sigma: float) -> OneStepScheduler:
     name = type(scheduler).__name__
     if "generator_timestep" in config:
         raise UserError("this model is a one-step student already; distil its teacher.")
-    refuse_foreign(config, "OneStepScheduler", name)
     if config.get("prediction_type") != "epsilon":
         raise UserError(
             f"distillation needs a teacher that predicts epsilon; {name} says '{config.get('prediction_type')}'."
         )
+    refuse_foreign(config, "OneStepScheduler", name)
     if config.get("beta_schedule") == "continuous" or not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"distillation needs a teacher with discrete DDPM timesteps; {name} has none here.")
     a = scheduler.alphas_cumprod.double().numpy()

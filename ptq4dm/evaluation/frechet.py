@@ -202,7 +202,7 @@ def _count(n: np.ndarray, path) -> int:
     """A number of images, whatever the shape of the array that holds it."""
     if n.size != 1 or n.dtype.kind not in "fiu" or not np.isfinite(n).all():
         raise UserError(f"{path}: n must be one number, the count of images; it is {n.dtype} {list(n.shape)}.")
-    count = n.reshape(-1)[0].item()
+    count = float(n.reshape(-1)[0])
     if count < 1 or count != int(count):
         raise UserError(f"{path}: n must be the count of images, 1 or more; it is {count:g}.")
     return int(count)

@@ -48,7 +48,7 @@ def test_floats_whose_white_nobody_knows(values, tmp_path):
         load_image(tmp_path / "a.tif")
 
 
-MODES = "1.png P.png P.gif LA.png RGBA.png CMYK.tif YCbCr.jpg RGBA.webp".split()
+MODES = ["1.png", "P.png", "P.gif", "LA.png", "RGBA.png", "CMYK.tif", "YCbCr.jpg", "RGBA.webp"]
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [name.split(".") for name in MODES])

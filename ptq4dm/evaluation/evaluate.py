@@ -110,13 +110,14 @@ def evaluate_images(folder: str | os.PathLike, config: EvaluateConfig | None = N
     """The Frechet distance of all images in a folder against config.reference (a folder, an npz, or embedded).
 
     Raises:
-        UserError: fewer than 2 images, images of different sizes, or a reference that does not fit.
+        UserError: fewer than 2 images, images of different sizes for feature-FID, or a reference that does not fit.
     """
     config = config or EvaluateConfig()
     extractor = _extractor(config, device)
     reference = load_reference_statistics(extractor, config.reference, config.batch_size)
-    moments = folder_moments(folder, extractor, config.batch_size)
+    moments, passed_over = folder_moments(folder, extractor, config.batch_size)
     result, warnings = frechet_entry(extractor, moments, reference)
+    warnings += [passed_over] if passed_over else []
     return {"frechet": {**result, "images": str(folder)}, "warnings": warnings}
 
 
@@ -126,11 +127,11 @@ def write_reference(
     """Reference statistics (npz) of all images in a folder, for config.metric. Returns the number of images.
 
     Raises:
-        UserError: fewer than 2 images, images of different sizes, or the file cannot be written.
+        UserError: fewer than 2 images, images of different sizes for feature-FID, or the file cannot be written.
     """
     config = config or EvaluateConfig()
     extractor = _extractor(config, device)
-    moments = folder_moments(folder, extractor, config.batch_size)
+    moments, _ = folder_moments(folder, extractor, config.batch_size)
     statistics = moments.statistics(extractor.mode, extractor.feature)
     state = PartialState()
     if state.is_main_process:

@@ -81,6 +81,10 @@ def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
     by_file = evaluate_images(folder, EvaluateConfig(reference=tmp_path / "other.npz"))["frechet"]
     assert by_file["value"] == pytest.approx(by_folder["value"]) and by_file["value"] > 0.1
     assert read_statistics(tmp_path / "other.npz").n == by_file["reference_images"] == 6
+    (folder / "notes.txt").write_text("x")
+    (other / ".hidden.png").write_text("x")
+    text = format_report(evaluate_images(folder, EvaluateConfig(reference=other)))
+    assert f"{folder}: 1 not pictures by their suffix, passed over" in text and f"{other}: 1 hidden" in text
 
 
 def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):

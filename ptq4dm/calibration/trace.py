@@ -12,7 +12,7 @@ from ..hooks import hooked, input_of
 from ..layers.view import LayerView
 from ..pipelines.denoiser import evaluation_mode
 from .calls import Calls
-from .record import replay
+from .record import answers
 
 
 @dataclass
@@ -50,7 +50,7 @@ def trace(model: nn.Module, views: list[LayerView], calls: Calls) -> dict[str, T
     names = {view.name for view in views}
     before = {name: remember(name) for name, _ in model.named_modules()}
     with evaluation_mode(model), hooked(model, before):  # in this order: no other thread's calls reach the hooks
-        replay(model, calls)
+        answers(model, calls)
     # All inputs are alive here, so one place in memory is one tensor.
     sharing: dict[tuple, list[list[str]]] = {}
     for name, (x, version) in inputs.items():

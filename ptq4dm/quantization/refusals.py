@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, NoReturn
 
 from torch import nn
@@ -40,11 +40,6 @@ def check_model(model: nn.Module, config: Any = None) -> None:
             raise UserError("the model is offloaded or cast layer by layer; quantize it first and do that then.")
     if offloaded := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise UserError(f"'{offloaded[0]}' is not in memory (offloaded); load the model without offloading.")
-    if foreign := _foreign(model):
-        raise UserError(
-            f"'{foreign}' is not as in a new {kind} of the model's config: saved, it could not be loaded again; "
-            "quantize the model as it was built."
-        )
     layers = getattr(getattr(config, "plan", None), "layers", {})
     if fused := next((name for name, one in layers.items() if getattr(one, "adapters", None)), None):
         raise UserError(
@@ -68,6 +63,11 @@ def check_saving(model: nn.Module, names: Iterable[str]) -> None:
         raise UserError(
             f"layer '{lost[0]}' was quantized and is not any more, so the model could not be loaded again; call "
             "model.dequantize() and save it in full precision."
+        )
+    if foreign := _foreign(model):
+        raise UserError(
+            f"'{foreign}' is not as in a new {type(model).__name__} of the model's config, so the model could not be "
+            "loaded again; quantize the model as it was built."
         )
 
 
@@ -108,8 +108,8 @@ def _check_adapters(model: nn.Module, verb: str, then: str) -> None:
 
 def _foreign(model: nn.Module) -> str | None:
     """The first tensor that is not as in a new model of the same config; None, too, where none can be made."""
-    if not hasattr(model, "register_to_config") or any(in_ip_adapter(name) for name, _ in model.named_modules()):
-        return None  # a plain module, which nothing loads; or an IP-Adapter, which is not saved
+    if not hasattr(model, "register_to_config"):
+        return None  # a plain module, which nothing loads
     from accelerate import init_empty_weights
 
     config = {key: value for key, value in model.config.items() if key != "_use_default_values"}
@@ -119,8 +119,19 @@ def _foreign(model: nn.Module) -> str | None:
             fuse_as_in(model.state_dict(), fresh)
     except Exception:  # whatever a model's constructor raises: it cannot be loaded in full precision either
         return None
-    have, expected = model.state_dict(), fresh.state_dict()
+    quantized = {name: module for name, module in model.named_modules() if is_quantized(module)}
+    have, expected = (_shapes(one, quantized) for one in (model, fresh))
+    have |= {f"{name}.weight": tuple(layer.weight_shape) for name, layer in quantized.items()}
     for name in itertools.chain(have, expected):
-        if name not in have or name not in expected or have[name].shape != expected[name].shape:
+        if have.get(name) != expected.get(name):
             return name
     return None
+
+
+def _shapes(model: nn.Module, quantized: Container[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tensors by name, of the layers that are quantized those of the weights."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name.rpartition(".")[0] not in quantized or name.endswith(".weight")
+    }

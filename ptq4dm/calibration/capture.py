@@ -90,6 +90,8 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
     def of_layer(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = input_of(args, kwargs)
+            if not x.numel():  # an expert that gets no token
+                return
             peak, count = input_peaks(module, x).float(), row_count(module, x)
             got.peaks[name] = torch.maximum(got.peaks[name], peak) if name in got.peaks else peak
             got.lows[name] = min(got.lows.get(name, float("inf")), float(x.min()))

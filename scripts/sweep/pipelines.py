@@ -1,0 +1,102 @@
+"""The catalogue of pipelines: every family of diffusers that can be built offline, tiny and with random weights.
+
+    python scripts/sweep/pipelines.py                    # does each run in float? a line a pipeline
+    python scripts/sweep/pipelines.py --only "Flux*" StableDiffusionPipeline
+
+`PIPELINES` is {name: function that builds a `Case`}; `LEFT_OUT` says why other folders of `diffusers.pipelines` have
+no case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import inspect
+import os
+import pkgutil
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from pipelines_base import Builders, Case
+
+PIPELINES: Builders = {}
+for _file in sorted(Path(__file__).parent.glob("pipelines_*.py")):
+    PIPELINES |= getattr(importlib.import_module(_file.stem), "PIPELINES", {})
+
+LEFT_OUT: dict[str, str] = {}
+
+
+def run(case: Case, seeds: list[int], steps: int = 2) -> object:
+    """What the pipeline gives for these seeds, each with a generator of its own."""
+    parameters = inspect.signature(case.pipe.__call__).parameters
+    rows = [seed % len(next(iter(case.conditioning.values()), [0])) for seed in seeds]
+    arguments = {
+        name: values[rows] if isinstance(values, torch.Tensor) else [values[row] for row in rows]
+        for name, values in case.conditioning.items()
+    }
+    own = {"num_inference_steps": steps, "output_type": "pt", "batch_size": len(seeds)}
+    arguments |= {name: value for name, value in own.items() if name in parameters} | case.pipeline_kwargs
+    if "generator" in parameters:
+        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with torch.no_grad():
+        return case.pipe(**arguments)
+
+
+def values(output: object) -> Iterator[np.ndarray]:
+    """All arrays of numbers in what a pipeline gave."""
+    if isinstance(output, torch.Tensor):
+        yield output.detach().float().numpy()
+    elif isinstance(output, (np.ndarray, PIL.Image.Image)):
+        yield np.asarray(output, dtype=np.float64)
+    elif isinstance(output, dict):
+        yield from (array for value in output.values() for array in values(value))
+    elif isinstance(output, (list, tuple)):
+        yield from (array for value in output for array in values(value))
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from (array for name in output.__dataclass_fields__ for array in values(getattr(output, name)))
+
+
+def finite(output: object) -> bool:
+    """Whether there is something, and all of it is finite."""
+    arrays = list(values(output))
+    return bool(arrays) and all(array.size and np.isfinite(array).all() for array in arrays)
+
+
+def float_column(case: Case) -> str:
+    """ "ok" where the pipeline itself runs for one seed and for two; else the error."""
+    for seeds in [[0]] if case.alone else [[0], [0, 1]]:
+        try:
+            if not finite(run(case, seeds)):
+                return f"not finite for {len(seeds)} seeds"
+        except Exception as error:
+            if os.environ.get("TRACE"):
+                traceback.print_exc()
+            return f"{len(seeds)} seeds: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "ok"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["*"], help="names, or patterns such as 'Flux*'")
+    options = parser.parse_args(argv)
+    for name, build in PIPELINES.items():
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
+            continue
+        start = time.perf_counter()
+        try:
+            answer = float_column(build())
+        except Exception as error:
+            if os.environ.get("TRACE"):
+                traceback.print_exc()
+            answer = f"not built: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"{name:48} {time.perf_counter() - start:5.1f} s  {answer}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ tokens are given to the encoders' configurations; their embeddings have `VOCABUL
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import transformers as tr
@@ -184,3 +184,39 @@ def sections(head: int) -> Sequence[int]:
     """How the half of a head's channels is split over time, height and width."""
     half = head // 2
     return [half - 2 * (half // 3), half // 3, half // 3]
+
+
+class PictureReader:
+    """What Qwen's processors do: every picture's token in a text becomes as many as the picture has patches.
+
+    The processors of transformers want one for videos too, which want torchvision.
+    """
+
+    def __init__(self, patch: int = 14) -> None:
+        self.image_processor = tr.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56, patch_size=patch)
+        self.tokenizer = tokenizer(1024, ends=False)
+        self.image_token = "<|image_pad|>"
+        self.image_token_id = IDS[self.image_token]
+
+    def __call__(self, text: object, images: object = None, videos: object = None, **kwargs: object) -> tr.BatchFeature:
+        """Token ids, masks, patches and their grids; `kwargs` are those of the tokenizer."""
+        texts, seen = [text] if isinstance(text, str) else list(text), {}
+        if images is not None:
+            seen = dict(self.image_processor(images=images, return_tensors="pt"))
+            counts = iter(int(grid.prod()) // self.image_processor.merge_size**2 for grid in seen["image_grid_thw"])
+            texts = [self._expand(one, counts) for one in texts]
+        words = self.tokenizer(texts, **{"return_tensors": "pt", **kwargs})
+        return tr.BatchFeature(dict(words) | seen)
+
+    def _expand(self, text: str, counts: Iterator[int]) -> str:
+        first, *rest = text.split(self.image_token)
+        return first + "".join(self.image_token * next(counts) + part for part in rest)
+
+    def apply_chat_template(self, *args: object, **kwargs: object) -> object:
+        return self.tokenizer.apply_chat_template(*args, **kwargs)
+
+    def decode(self, *args: object, **kwargs: object) -> str:
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: object, **kwargs: object) -> list[str]:
+        return self.tokenizer.batch_decode(*args, **kwargs)

@@ -136,7 +136,7 @@ def kandinsky5_readers() -> dict:
     }
 
 
-def kandinsky5(kind, *names, sees=False, blocks=2, **kwargs) -> Case:
+def kandinsky5(kind, *names, sees=False, blocks=2, alone=False, **kwargs) -> Case:
     pipe = make(
         kind,
         scheduler=EULER(shift=7.0),
@@ -145,7 +145,7 @@ def kandinsky5(kind, *names, sees=False, blocks=2, **kwargs) -> Case:
         **kandinsky5_readers(),
     )
     pipe.resolutions = [(64, 64)]
-    return Case(pipe, given(*names), {"height": 64, "width": 64, "max_sequence_length": 16} | kwargs)
+    return Case(pipe, given(*names), {"height": 64, "width": 64, "max_sequence_length": 16} | kwargs, alone)
 
 
 OVIS = BLOCKS | {"patch_size": 1, "in_channels": 4, "num_single_layers": 1, "axes_dims_rope": (4, 4, 8)}
@@ -172,16 +172,13 @@ def longcat(kind, *names, reads=True, **kwargs) -> Case:
 
 
 def prx(kind, pixels=False) -> Case:
-    """Prompts come as embeddings: to read them the pipelines want ftfy."""
     config = {"patch_size": 1, "hidden_size": 16, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "axes_dim": [4, 4]}
     config |= {"in_channels": 3 if pixels else 4, "context_in_dim": 16}
     config |= {"bottleneck_size": 8, "resolution_embeds": True} if pixels else {}
     parts = {"prompt_max_tokens": 16} if pixels else {"vae": flux_vae(4)}
     transformer = tiny(d.PRXTransformer2DModel, **config)
     pipe = make(kind, scheduler=EULER(), transformer=transformer, **qwen3(), **parts)
-    conditioning = {"prompt_embeds": normal(2, 8, 16), "negative_prompt_embeds": normal(2, 8, 16)}
-    masks = {f"{name.removesuffix('embeds')}attention_mask": torch.ones(2, 8).bool() for name in conditioning}
-    return Case(pipe, conditioning | masks, SIZE | {"use_resolution_binning": False})
+    return Case(pipe, prompted(), SIZE | {"use_resolution_binning": False})
 
 
 PIPELINES: Builders = {
@@ -205,7 +202,7 @@ PIPELINES: Builders = {
     "ZImageInpaintPipeline": lambda: z_image(d.ZImageInpaintPipeline, "image", "mask_image", strength=0.8),
     "HiDreamImagePipeline": hidream,
     "Kandinsky5T2IPipeline": lambda: kandinsky5(d.Kandinsky5T2IPipeline),
-    "Kandinsky5I2IPipeline": lambda: kandinsky5(d.Kandinsky5I2IPipeline, sees=True, blocks=4, image=picture(64), max_sequence_length=768),
+    "Kandinsky5I2IPipeline": lambda: kandinsky5(d.Kandinsky5I2IPipeline, sees=True, blocks=4, alone=True, image=picture(64), max_sequence_length=768),
     "OvisImagePipeline": ovis,
     "LongCatImagePipeline": lambda: longcat(d.LongCatImagePipeline, enable_prompt_rewrite=False),
     "PRXPipeline": lambda: prx(d.PRXPipeline),

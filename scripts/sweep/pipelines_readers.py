@@ -178,7 +178,7 @@ def prx(kind, pixels=False) -> Case:
     parts = {"prompt_max_tokens": 16} if pixels else {"vae": flux_vae(4)}
     transformer = tiny(d.PRXTransformer2DModel, **config)
     pipe = make(kind, scheduler=EULER(), transformer=transformer, **qwen3(), **parts)
-    return Case(pipe, prompted(), SIZE | {"use_resolution_binning": False})
+    return Case(pipe, prompted(), SIZE | {"use_resolution_binning": False}, alone=True)  # guidance fails for two
 
 
 PIPELINES: Builders = {

@@ -1,0 +1,314 @@
+"""Video, second part: AnimateDiff, Stable Video Diffusion, Cosmos, LTX-2, HunyuanVideo 1.5, Mochi, Latte and others."""
+
+from __future__ import annotations
+
+import diffusers as d
+import standins
+import torch
+import transformers as tr
+from pipelines_base import EULER, Builders, Case, make, normal, picture, pictures, prompted, text, tiny, uniform, vae
+from pipelines_base import wan_vae
+from pipelines_image import gemma
+from pipelines_readers import KANDINSKY, kandinsky5_readers, qwen_tokenizer, qwen_vae
+from pipelines_stable_diffusion import CONTROL, DDIM, UNET, control_net
+from pipelines_video import CLIP_SEEN, NINE, SIZE, WAN, clip_seen, cogvideox, hunyuan_vae, hunyuan_video, wan
+
+WIDE = {"height": 32, "width": 32}
+FEW = WIDE | {"num_frames": 9, "max_sequence_length": 16}
+# The blocks of AnimateDiff's tests: crossing first, so that every block has a motion module.
+MOVING = UNET | {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 16),
+}
+
+
+def animate(kind, conditioning=None, parts=None, alone=False, frames=2, **kwargs) -> Case:
+    adapter = {"block_out_channels": (16, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 4}
+    pipe = make(
+        kind,
+        unet=tiny(d.UNet2DConditionModel, **MOVING),
+        vae=vae(),
+        scheduler=d.DDIMScheduler(**DDIM | {"beta_schedule": "linear"}),
+        motion_adapter=tiny(d.MotionAdapter, motion_num_attention_heads=2, **adapter),
+        text_encoder=standins.clip(),
+        tokenizer=standins.clip_tokenizer(),
+        **(parts or {}),
+    )
+    fixed = {"num_frames": frames} if frames else {}
+    return Case(pipe, conditioning or prompted(), fixed | kwargs, alone)
+
+
+def sparse() -> dict:
+    config = {k: v for k, v in MOVING.items() if k in ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim")}
+    own = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "conditioning_channels": 3}
+    own |= {"use_simplified_condition_embedding": False, "num_attention_heads": 2}
+    return {"controlnet": tiny(d.SparseControlNetModel, **config | own | CONTROL)}
+
+
+def stable_video() -> Case:
+    config = {"sample_size": 8, "in_channels": 8, "out_channels": 4, "layers_per_block": 1, "num_frames": 2}
+    config |= {"block_out_channels": (32, 32), "cross_attention_dim": 32, "num_attention_heads": 2}
+    config |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24}
+    config |= {"down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal")}
+    config |= {"up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")}
+    sampler = {"prediction_type": "v_prediction", "use_karras_sigmas": True, "timestep_type": "continuous"}
+    coder = {"block_out_channels": [32, 32], "down_block_types": ["DownEncoderBlock2D"] * 2, "layers_per_block": 1}
+    pipe = make(
+        d.StableVideoDiffusionPipeline,
+        unet=tiny(d.UNetSpatioTemporalConditionModel, **config),
+        vae=tiny(d.AutoencoderKLTemporalDecoder, latent_channels=4, **coder),
+        scheduler=d.EulerDiscreteScheduler(sigma_min=0.002, sigma_max=700.0, **sampler),
+        image_encoder=standins.clip_vision(),
+        feature_extractor=standins.clip_pictures(),
+    )
+    return Case(pipe, {"image": uniform(2, 3, 32, 32)}, WIDE | {"num_frames": 2})
+
+
+COSMOS = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "mlp_ratio": 2,
+    "text_embed_dim": 32,
+    "adaln_lora_dim": 4,
+    "max_size": (4, 32, 32),
+    "patch_size": (1, 2, 2),
+    "rope_scale": (2.0, 1.0, 1.0),
+    "concat_padding_mask": True,
+    "extra_pos_embed_type": "learnable",
+}
+
+
+class Unchecked(torch.nn.Module):
+    """A safety checker that finds everything safe: the real one is a large model of its own."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, text: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: object) -> object:
+        return video
+
+
+def cosmos_vae():
+    config = {"latent_channels": 4, "encoder_block_out_channels": (8, 8, 8, 8), "attention_resolutions": (8,)}
+    config |= {"decode_block_out_channels": (8, 8, 8, 8), "resolution": 64, "num_layers": 2, "patch_size": 4}
+    config |= {"spatial_compression_ratio": 4, "temporal_compression_ratio": 4, "patch_type": "haar"}
+    return tiny(d.AutoencoderKLCosmos, **config)
+
+
+def cosmos(kind, channels, *, first=False, scheduler=None, conditioning=None, alone=False, size=FEW, **kwargs) -> Case:
+    own = {"in_channels": channels, "out_channels": 4} if first else {"in_channels": channels}
+    default = d.EDMEulerScheduler(final_sigmas_type="sigma_min", sigma_min=0.002, sigma_max=80, sigma_data=0.5)
+    later = EULER(use_karras_sigmas=True)
+    pipe = make(
+        kind,
+        transformer=tiny(d.CosmosTransformer3DModel, **COSMOS | own),
+        vae=cosmos_vae() if first else wan_vae(),
+        scheduler=scheduler or (default if first else later),
+        safety_checker=Unchecked(),
+        **text(),
+    )
+    return Case(pipe, conditioning or prompted(), size | kwargs, alone)
+
+
+def simple(kind, transformer, vae_, scheduler=None, size=NINE, parts=None, alone=False, **kwargs) -> Case:
+    """A pipeline of T5, its tokenizer, a transformer, a VAE and a sampler."""
+    scheduler = scheduler or EULER(shift=7.0)
+    pipe = make(kind, transformer=transformer, vae=vae_, scheduler=scheduler, **text() | (parts or {}))
+    return Case(pipe, prompted(), size | kwargs, alone)
+
+
+def mochi() -> Case:
+    config = {"patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+    config |= {"pooled_projection_dim": 16, "in_channels": 12, "out_channels": None, "qk_norm": "rms_norm"}
+    config |= {"text_embed_dim": 32, "time_embed_dim": 4, "activation_fn": "swiglu", "max_sequence_length": 16}
+    coder = {"latent_channels": 12, "out_channels": 3, "encoder_block_out_channels": (32,) * 4}
+    coder |= {"decoder_block_out_channels": (32,) * 4, "layers_per_block": (1,) * 5}
+    transformer = tiny(d.MochiTransformer3DModel, **config)
+    return simple(d.MochiPipeline, transformer, tiny(d.AutoencoderKLMochi, **coder), EULER(), SIZE, num_frames=7)
+
+
+def allegro() -> Case:
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "cross_attention_dim": 24}
+    config |= {"in_channels": 4, "out_channels": 4, "sample_width": 8, "sample_height": 8, "sample_frames": 8}
+    config |= {"caption_channels": 32}
+    coder = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2}
+    coder |= {"down_block_types": ("AllegroDownBlock3D",) * 4, "up_block_types": ("AllegroUpBlock3D",) * 4}
+    transformer, coder = tiny(d.AllegroTransformer3DModel, **config), tiny(d.AutoencoderKLAllegro, **coder)
+    coder.enable_tiling()
+    return simple(d.AllegroPipeline, transformer, coder, d.DDIMScheduler(), SIZE, num_frames=8)
+
+
+def latte() -> Case:
+    config = {"sample_size": 8, "num_layers": 1, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 4}
+    config |= {"caption_channels": 32, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 32}
+    config |= {"video_length": 2, "attention_bias": True, "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000}
+    config |= {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": 1e-6}
+    size = {"height": 16, "width": 16, "video_length": 2}
+    return simple(d.LattePipeline, tiny(d.LatteTransformer3DModel, **config), vae(), d.DDIMScheduler(), size)
+
+
+def easy_animate(kind, channels=4, conditioning=None, alone=False, **kwargs) -> Case:
+    config = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": channels, "out_channels": 4}
+    config |= {"time_embed_dim": 4, "text_embed_dim": 16, "num_layers": 2, "sample_width": 16, "sample_height": 16}
+    coder = {"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
+    coder |= {"down_block_types": ["SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 2, "SpatialTemporalDownBlock3D"]}
+    coder |= {"up_block_types": ["SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3], "spatial_group_norm": False}
+    pipe = make(
+        kind,
+        transformer=tiny(d.EasyAnimateTransformer3DModel, patch_size=2, **config),
+        vae=tiny(d.AutoencoderKLMagvit, **coder),
+        scheduler=EULER(),
+        text_encoder=standins.qwen_vl("2"),
+        tokenizer=qwen_tokenizer(),
+    )
+    return Case(pipe, conditioning or prompted(), {"height": 16, "width": 16, "num_frames": 5} | kwargs, alone)
+
+
+def hunyuan15() -> Case:
+    config = {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    config |= {"num_refiner_layers": 1, "mlp_ratio": 2.0, "patch_size": 1, "patch_size_t": 1, "text_embed_dim": 16}
+    config |= {"text_embed_2_dim": 32, "image_embed_dim": 12, "rope_axes_dim": (2, 2, 4), "target_size": 16}
+    coder = {"latent_channels": 4, "block_out_channels": (16, 16), "layers_per_block": 1}
+    coder |= {"spatial_compression_ratio": 4, "temporal_compression_ratio": 2}
+    coder |= {"downsample_match_channel": False, "upsample_match_channel": False}
+    pipe = make(
+        d.HunyuanVideo15Pipeline,
+        transformer=tiny(d.HunyuanVideo15Transformer3DModel, task_type="t2v", **config),
+        vae=tiny(d.AutoencoderKLHunyuanVideo15, **coder),
+        scheduler=EULER(shift=7.0),
+        text_encoder=standins.qwen_vl("2.5", part="text"),
+        tokenizer=qwen_tokenizer(),
+        text_encoder_2=standins.t5(),
+        tokenizer_2=standins.tokenizer(256),
+        guider=d.ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+    # Two videos a call fail in the transformer's refiner.
+    return Case(pipe, prompted(), {"height": 16, "width": 16, "num_frames": 9}, alone=True)
+
+
+def sana_video(kind, **kwargs) -> Case:
+    config = {"in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 12}
+    config |= {"num_layers": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 12}
+    config |= {"cross_attention_dim": 24, "caption_channels": 16, "sample_size": 8, "patch_size": (1, 2, 2)}
+    transformer = tiny(d.SanaVideoTransformer3DModel, qk_norm="rms_norm_across_heads", rope_max_seq_len=32, **config)
+    fixed = WIDE | {"frames": 9, "max_sequence_length": 16, "complex_human_instruction": []}
+    sampler = EULER() if kwargs else d.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    size = fixed | {"use_resolution_binning": False}
+    return simple(kind, transformer, wan_vae(), sampler, size, gemma(), alone=bool(kwargs), **kwargs)
+
+
+def kandinsky5(kind, sees=False, **kwargs) -> Case:
+    coder = {"latent_channels": 16, "block_out_channels": (32, 64, 64), "layers_per_block": 1}
+    coder |= {"down_block_types": ("HunyuanVideoDownBlock3D",) * 3, "up_block_types": ("HunyuanVideoUpBlock3D",) * 3}
+    pipe = make(
+        kind,
+        transformer=tiny(d.Kandinsky5Transformer3DModel, visual_cond=True, **KANDINSKY),
+        vae=tiny(d.AutoencoderKLHunyuanVideo, mid_block_add_attention=False, **coder),
+        scheduler=EULER(shift=7.0),
+        **kandinsky5_readers(),
+    )
+    return Case(pipe, prompted(), WIDE | {"num_frames": 5, "max_sequence_length": 16} | kwargs, bool(kwargs))
+
+
+TWO = uniform(2, 3, 16, 16)
+PIPELINES: Builders = {
+    "AnimateDiffPipeline": lambda: animate(d.AnimateDiffPipeline),
+    "AnimateDiffPAGPipeline": lambda: animate(d.AnimateDiffPAGPipeline, pag_scale=3.0),
+    "AnimateDiffControlNetPipeline": lambda: animate(
+        d.AnimateDiffControlNetPipeline, parts=control_net(MOVING), alone=True, conditioning_frames=pictures(16)
+    ),
+    "AnimateDiffSparseControlNetPipeline": lambda: animate(
+        d.AnimateDiffSparseControlNetPipeline,
+        parts=sparse(),
+        alone=True,
+        conditioning_frames=pictures(16),
+        controlnet_frame_indices=[0, 1],
+    ),
+    "AnimateDiffVideoToVideoPipeline": lambda: animate(
+        d.AnimateDiffVideoToVideoPipeline, frames=None, alone=True, video=pictures(16)
+    ),
+    "AnimateDiffVideoToVideoControlNetPipeline": lambda: animate(
+        d.AnimateDiffVideoToVideoControlNetPipeline,
+        parts=control_net(MOVING),
+        frames=None,
+        alone=True,
+        video=pictures(16),
+        conditioning_frames=pictures(16),
+    ),
+    "StableVideoDiffusionPipeline": stable_video,
+    "CosmosTextToWorldPipeline": lambda: cosmos(d.CosmosTextToWorldPipeline, 4, first=True),
+    "CosmosVideoToWorldPipeline": lambda: cosmos(
+        d.CosmosVideoToWorldPipeline, 5, first=True, alone=True, image=picture(32)
+    ),
+    "Cosmos2TextToImagePipeline": lambda: cosmos(
+        d.Cosmos2TextToImagePipeline, 16, size=WIDE | {"max_sequence_length": 16}
+    ),
+    "Cosmos2VideoToWorldPipeline": lambda: cosmos(
+        d.Cosmos2VideoToWorldPipeline, 17, alone=True, image=picture(32)
+    ),
+    "MochiPipeline": mochi,
+    "AllegroPipeline": allegro,
+    "LattePipeline": latte,
+    "EasyAnimatePipeline": lambda: easy_animate(d.EasyAnimatePipeline),
+    "HunyuanVideo15Pipeline": hunyuan15,
+    "SanaVideoPipeline": lambda: sana_video(d.SanaVideoPipeline),
+    "SanaImageToVideoPipeline": lambda: sana_video(d.SanaImageToVideoPipeline, image=picture(32)),
+    "Kandinsky5T2VPipeline": lambda: kandinsky5(d.Kandinsky5T2VPipeline),
+    "ChronoEditPipeline": lambda: wan(
+        d.ChronoEditPipeline,
+        CLIP_SEEN | {"in_channels": 36},
+        network=d.ChronoEditTransformer3DModel,
+        parts=clip_seen(),
+        alone=True,
+        image=picture(16),
+        size=SIZE | {"num_frames": 5},
+    ),
+    "AnyFlowPipeline": lambda: wan(
+        d.AnyFlowPipeline,
+        network=d.AnyFlowTransformer3DModel,
+        scheduler=d.FlowMapEulerDiscreteScheduler(shift=5.0),
+    ),
+    "AnyFlowFARPipeline": lambda: wan(
+        d.AnyFlowFARPipeline,
+        {"chunk_partition": (1, 1, 1)},
+        network=d.AnyFlowFARTransformer3DModel,
+        scheduler=d.FlowMapEulerDiscreteScheduler(shift=5.0),
+    ),
+    "HeliosPipeline": lambda: wan(
+        d.HeliosPipeline,
+        {"rope_dim": (4, 4, 4), "has_multi_term_memory_patch": True, "rope_max_seq_len": None},
+        network=d.HeliosTransformer3DModel,
+        scheduler=d.HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True),
+        guidance_scale=1.0,
+    ),
+    "LucyEditPipeline": lambda: wan(
+        d.LucyEditPipeline, {"in_channels": 32}, alone=True, size=NINE, video=pictures(16, 9)
+    ),
+    "MotifVideoPipeline": lambda: motif(d.MotifVideoPipeline),
+}
+
+
+def motif(kind) -> Case:
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "num_single_layers": 1}
+    config |= {"in_channels": 33, "out_channels": 16, "patch_size": 1, "text_embed_dim": 16, "rope_axes_dim": (4, 4, 4)}
+    reader = {"text_encoder": t5gemma2(), "tokenizer": standins.tokenizer(512), "guider": d.AdaptiveProjectedGuidance()}
+    size = {"parts": reader, "size": NINE}
+    return simple(kind, tiny(d.MotifVideoTransformer3DModel, **config), wan_vae(), **size)
+
+
+def t5gemma2():
+    from transformers.models.t5gemma2 import configuration_t5gemma2 as c
+    from transformers.models.t5gemma2 import modeling_t5gemma2 as m
+
+    text_config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_config |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "dropout_rate": 0.0}
+    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sight |= {"image_size": 16, "patch_size": 4, "model_type": "siglip_vision_model"}
+    config = c.T5Gemma2EncoderConfig(text_config=text_config | standins.TOKENS, vision_config=sight)
+    return standins.random(m.T5Gemma2Encoder, config)

@@ -77,7 +77,7 @@ COSMOS = {
     "max_size": (4, 32, 32),
     "patch_size": (1, 2, 2),
     "rope_scale": (2.0, 1.0, 1.0),
-    "concat_padding_mask": True,
+    "concat_padding_mask": False,  # to make the mask, diffusers wants torchvision
     "extra_pos_embed_type": "learnable",
 }
 
@@ -167,7 +167,8 @@ def easy_animate(kind, channels=4, conditioning=None, alone=False, **kwargs) -> 
         text_encoder=standins.qwen_vl("2"),
         tokenizer=qwen_tokenizer(),
     )
-    return Case(pipe, conditioning or prompted(), {"height": 16, "width": 16, "num_frames": 5} | kwargs, alone)
+    read = prompted(negative_prompt=["bad", "ugly"])
+    return Case(pipe, conditioning or read, {"height": 16, "width": 16, "num_frames": 5} | kwargs, alone)
 
 
 def hunyuan15() -> Case:
@@ -216,7 +217,33 @@ def kandinsky5(kind, sees=False, **kwargs) -> Case:
     return Case(pipe, prompted(), WIDE | {"num_frames": 5, "max_sequence_length": 16} | kwargs, bool(kwargs))
 
 
-TWO = uniform(2, 3, 16, 16)
+def helios() -> Case:
+    config = {name: value for name, value in WAN.items() if name != "rope_max_seq_len"} | {"rope_dim": (4, 4, 4)}
+    sampler = d.HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True)
+    transformer = tiny(d.HeliosTransformer3DModel, **config)
+    return simple(d.HeliosPipeline, transformer, wan_vae(), sampler, guidance_scale=1.0)
+
+
+def motif(kind) -> Case:
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "num_single_layers": 1}
+    config |= {"in_channels": 33, "out_channels": 16, "patch_size": 1, "text_embed_dim": 16, "rope_axes_dim": (4, 4, 4)}
+    reader = {"text_encoder": t5gemma2(), "tokenizer": standins.tokenizer(512), "guider": d.AdaptiveProjectedGuidance()}
+    size = {"parts": reader, "size": NINE}
+    return simple(kind, tiny(d.MotifVideoTransformer3DModel, **config), wan_vae(), **size)
+
+
+def t5gemma2():
+    from transformers.models.t5gemma2 import configuration_t5gemma2 as c
+    from transformers.models.t5gemma2 import modeling_t5gemma2 as m
+
+    text_config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_config |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "dropout_rate": 0.0}
+    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sight |= {"image_size": 16, "patch_size": 4, "model_type": "siglip_vision_model"}
+    config = c.T5Gemma2EncoderConfig(text_config=text_config | standins.TOKENS, vision_config=sight)
+    return standins.random(m.T5Gemma2Encoder, config)
+
+
 PIPELINES: Builders = {
     "AnimateDiffPipeline": lambda: animate(d.AnimateDiffPipeline),
     "AnimateDiffPAGPipeline": lambda: animate(d.AnimateDiffPAGPipeline, pag_scale=3.0),
@@ -280,35 +307,9 @@ PIPELINES: Builders = {
         network=d.AnyFlowFARTransformer3DModel,
         scheduler=d.FlowMapEulerDiscreteScheduler(shift=5.0),
     ),
-    "HeliosPipeline": lambda: wan(
-        d.HeliosPipeline,
-        {"rope_dim": (4, 4, 4), "has_multi_term_memory_patch": True, "rope_max_seq_len": None},
-        network=d.HeliosTransformer3DModel,
-        scheduler=d.HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True),
-        guidance_scale=1.0,
-    ),
+    "HeliosPipeline": helios,
     "LucyEditPipeline": lambda: wan(
         d.LucyEditPipeline, {"in_channels": 32}, alone=True, size=NINE, video=pictures(16, 9)
     ),
     "MotifVideoPipeline": lambda: motif(d.MotifVideoPipeline),
 }
-
-
-def motif(kind) -> Case:
-    config = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "num_single_layers": 1}
-    config |= {"in_channels": 33, "out_channels": 16, "patch_size": 1, "text_embed_dim": 16, "rope_axes_dim": (4, 4, 4)}
-    reader = {"text_encoder": t5gemma2(), "tokenizer": standins.tokenizer(512), "guider": d.AdaptiveProjectedGuidance()}
-    size = {"parts": reader, "size": NINE}
-    return simple(kind, tiny(d.MotifVideoTransformer3DModel, **config), wan_vae(), **size)
-
-
-def t5gemma2():
-    from transformers.models.t5gemma2 import configuration_t5gemma2 as c
-    from transformers.models.t5gemma2 import modeling_t5gemma2 as m
-
-    text_config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text_config |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "dropout_rate": 0.0}
-    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sight |= {"image_size": 16, "patch_size": 4, "model_type": "siglip_vision_model"}
-    config = c.T5Gemma2EncoderConfig(text_config=text_config | standins.TOKENS, vision_config=sight)
-    return standins.random(m.T5Gemma2Encoder, config)

@@ -16,7 +16,8 @@ from diffusers import (
 )
 
 from models import added_unet, pixel_dit, plain_unet
-from ptq4dm.calibration.record import Calls, record_calls, replay
+from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.sampled import record_calls
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 
@@ -75,6 +76,16 @@ def ddim(model, scheduler, x, steps, **arguments):
     return states, answers
 
 
+def argument(calls, name):
+    """What calls that are one call were given by this name."""
+    return calls.call().kwargs[name]
+
+
+def sample_of(calls):
+    """[U, ...] the first arguments of the calls."""
+    return torch.cat([part.call().args[0] for part in calls.batches(len(calls))])
+
+
 def noise(seeds, *shape):
     return torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).double()
 
@@ -95,11 +106,11 @@ def test_pairs_are_those_of_an_independent_ddim_loop():
     rows = rows_by_seed(calls, seeds, asked, grid)
     assert sorted(t for _, t in rows.values()) == [0, 400, 600, 800]
     assert calls.timestep.dtype == torch.int64 and len(calls) == 4
-    output = replay(pipe.unet, calls)
+    output = predictions(pipe.unet, calls)
     for k, seed in enumerate(seeds):
         row, t = rows[seed]
         assert calls.timestep[row] == t
-        torch.testing.assert_close(calls.sample[row], states[t][k], rtol=0, atol=1e-10)
+        torch.testing.assert_close(sample_of(calls)[row], states[t][k], rtol=0, atol=1e-10)
         torch.testing.assert_close(output[row], answers[t][k], rtol=0, atol=1e-10)
     # The trajectories move: a shift of one step would be seen.
     assert (states[400] - states[600]).abs().mean() > 1e-3
@@ -111,11 +122,11 @@ def test_pixel_dit_labels_follow_their_seeds():
     calls = record_calls(pipe, seeds, asked, num_inference_steps=5)
     labels = torch.tensor([3, 2, 5])  # seed mod 10 classes
     states, answers = ddim(tiny_dit(), DDIMScheduler(), noise(seeds, 3, 8, 8), 5, class_labels=labels)
-    output = replay(pipe.transformer, calls)
+    output = predictions(pipe.transformer, calls)
     for k, seed in enumerate(seeds):
         row, t = rows_by_seed(calls, seeds, asked, list(states))[seed]
-        assert (calls.timestep[row], calls.conditioning["class_labels"][row]) == (t, labels[k])
-        torch.testing.assert_close(calls.sample[row], states[t][k], rtol=0, atol=1e-10)
+        assert (calls.timestep[row], argument(calls, "class_labels")[row]) == (t, labels[k])
+        torch.testing.assert_close(sample_of(calls)[row], states[t][k], rtol=0, atol=1e-10)
         torch.testing.assert_close(output[row], answers[t][k], rtol=0, atol=1e-10)
 
 
@@ -133,12 +144,12 @@ def test_guidance_gives_two_rows_a_seed():
     assert len(calls) == 6 and len(seen) == 3
     # Seed 6 (entry 6 mod 3 = 0) leaves at the first step, the others (entries 1 and 2) at the last one.
     assert calls.timestep.tolist() == [666, 666, 0, 0, 0, 0]
-    assert calls.conditioning["class_labels"].tolist() == [70, 1000, 80, 90, 1000, 1000]
-    assert torch.equal(calls.sample, torch.cat([first[0][[2, 5]], last[0][[0, 1, 3, 4]]]))
+    assert argument(calls, "class_labels").tolist() == [70, 1000, 80, 90, 1000, 1000]
+    assert torch.equal(sample_of(calls), torch.cat([first[0][[2, 5]], last[0][[0, 1, 3, 4]]]))
     expected = torch.cat([first[2][[2, 5]], last[2][[0, 1, 3, 4]]])[:, :4]  # without the learned variance
     del transformer.forward  # no longer watched
-    output = replay(transformer, calls)
-    assert output.shape == calls.sample.shape
+    output = predictions(transformer, calls)
+    assert output.shape == sample_of(calls).shape
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
     assert not torch.allclose(output[2:4], output[4:])  # the label matters
 
@@ -189,7 +200,7 @@ def test_grids_that_repeat_times_record_the_first_call_of_each(scheduler):
     assert len(calls) == 6
     for row, seed in enumerate(seeds):  # asked from high to low: rows in the order of the seeds
         step = times.index(int(calls.timestep[row]))
-        assert torch.equal(calls.sample[row], seen[step][0][seed])
+        assert torch.equal(sample_of(calls)[row], seen[step][0][seed])
 
 
 class Guided(DiffusionPipeline):
@@ -230,14 +241,14 @@ def test_guidance_by_two_calls_and_dict_arguments():
     names = {"encoder_hidden_states", "added_cond_kwargs/text_embeds", "added_cond_kwargs/time_ids"}
     assert calls.conditioning.keys() == names
     expected = torch.cat([embeds[[1, 0]], 0 * embeds, embeds[[0]], 0 * embeds[[0]]])
-    assert torch.equal(calls.conditioning["encoder_hidden_states"], expected)
+    assert torch.equal(argument(calls, "encoder_hidden_states"), expected)
     assert calls.conditioning["added_cond_kwargs/time_ids"][:, 0].tolist() == [6, 12, 6, 12, 0, 0]
-    assert torch.equal(calls.sample[:2], calls.sample[2:4])
+    assert torch.equal(sample_of(calls)[:2], sample_of(calls)[2:4])
     one = calls[2:3]
     more = {"text_embeds": torch.zeros(1, 8).double(), "time_ids": torch.arange(6, 12)[None]}
     with torch.no_grad():
         direct = pipe.unet(one.sample, 500, encoder_hidden_states=0 * embeds[:1], added_cond_kwargs=more).sample
-    torch.testing.assert_close(replay(pipe.unet, one), direct, rtol=0, atol=1e-12)
+    torch.testing.assert_close(predictions(pipe.unet, one), direct, rtol=0, atol=1e-12)
 
 
 class WithIds(torch.nn.Module):
@@ -275,8 +286,8 @@ def test_arguments_that_all_rows_share():
     assert calls.shared == {"gain": 2.0, "mode": "train"} and not calls.conditioning
     calls.shared["ids"] = torch.arange(5.0) / 10
     expected = calls.sample * 2 + calls.timestep[:, None, None, None]
-    torch.testing.assert_close(replay(pipe.transformer, calls), expected)
-    torch.testing.assert_close(replay(pipe.transformer, calls[1:]), expected[1:])
+    torch.testing.assert_close(predictions(pipe.transformer, calls), expected)
+    torch.testing.assert_close(predictions(pipe.transformer, calls[1:]), expected[1:])
 
 
 class OneByOne(DDPMPipeline):
@@ -367,8 +378,8 @@ def test_tuples_and_lists_of_tensors():
     assert calls.plain == {"shapes": [(1, 2, 3)], "extra/bias": 3.0}
     expected = calls.sample * 21 + 6 + calls.conditioning["extra/text/0"].sum(1)[:, None] + 4 + 3
     expected += calls.timestep[:, None]
-    torch.testing.assert_close(replay(pipe.transformer, calls), expected)
-    torch.testing.assert_close(replay(pipe.transformer, calls[1:]), expected[1:])
+    torch.testing.assert_close(predictions(pipe.transformer, calls), expected)
+    torch.testing.assert_close(predictions(pipe.transformer, calls[1:]), expected[1:])
 
 
 def test_models_that_cannot_be_recorded():

@@ -6,7 +6,7 @@ from torch import nn
 
 from ptq4dm.calibration import capture as capturing
 from ptq4dm.calibration.capture import capture
-from ptq4dm.calibration.record import Calls
+from ptq4dm.calibration.calls import calls_of_rows
 from ptq4dm.calibration.trace import block_of, trace
 from ptq4dm.layers.view import find_layers
 
@@ -67,7 +67,7 @@ class Model(nn.Module):
 def calls(rows=3, tokens=5):
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(rows, 4, K, generator=generator)
-    return Calls(torch.randn(rows, tokens, 2, generator=generator), torch.arange(rows), {"text": text})
+    return calls_of_rows(torch.randn(rows, tokens, 2, generator=generator), timestep=torch.arange(rows), text=text)
 
 
 @pytest.fixture

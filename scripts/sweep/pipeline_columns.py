@@ -1,16 +1,21 @@
-"""What the sweep asks of each pipeline: is it calibrated, quantized to W8A8, saved, loaded to the bit, and does it run?"""
+"""What the sweep asks of each pipeline: is it calibrated, quantized to W8A8, saved, loaded to the bit, and does it run?
+
+    python scripts/sweep/pipeline_columns.py --only "Flux*" WanPipeline
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from pipelines import finite, float_column, run
+from pipelines import PIPELINES, chosen, finite, float_column, run
 from pipelines_base import Case
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -141,3 +146,20 @@ def columns(case: Case) -> dict[str, str]:
     held.clear()
     gc.collect()
     return cells
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["*"], help="names, or patterns such as 'Flux*'")
+    options = parser.parse_args(argv)
+    for name in chosen(options.only):
+        start = time.perf_counter()
+        try:
+            cells = columns(PIPELINES[name]())
+        except Exception as error:
+            cells = dict.fromkeys(COLUMNS, f"FAIL not built: {error}")
+        print(f"{name}  {time.perf_counter() - start:.1f} s  " + "  ".join(f"[{k}] {v}" for k, v in cells.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

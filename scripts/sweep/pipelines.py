@@ -81,16 +81,19 @@ def float_column(case: Case) -> str:
     return "ok"
 
 
+def chosen(patterns: list[str]) -> list[str]:
+    """Names of the catalogue that fit one of the patterns."""
+    return [name for name in PIPELINES if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], help="names, or patterns such as 'Flux*'")
     options = parser.parse_args(argv)
-    for name, build in PIPELINES.items():
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
-            continue
+    for name in chosen(options.only):
         start = time.perf_counter()
         try:
-            answer = float_column(build())
+            answer = float_column(PIPELINES[name]())
         except Exception as error:
             if os.environ.get("TRACE"):
                 traceback.print_exc()

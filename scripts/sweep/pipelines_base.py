@@ -43,8 +43,8 @@ def tiny(kind: type, **config: object) -> nn.Module:
     model = kind(**config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, max(1, weight[0].numel()) ** -0.5)
+            if weight.ndim > 1 and weight.numel():
+                weight.normal_(0, weight[0].numel() ** -0.5)
     return model
 
 

@@ -157,7 +157,7 @@ def ovis() -> Case:
     return Case(pipe, prompted(negative_prompt=["bad", "ugly"]), SHORT)
 
 
-def longcat(kind, *names, reads=True, **kwargs) -> Case:
+def longcat(kind, alone=False, **kwargs) -> Case:
     config = OVIS | {"in_channels": 64, "joint_attention_dim": 16, "pooled_projection_dim": 16}
     pipe = make(
         kind,
@@ -168,7 +168,7 @@ def longcat(kind, *names, reads=True, **kwargs) -> Case:
         tokenizer=qwen_tokenizer(),
         text_processor=standins.PictureReader(),
     )
-    return Case(pipe, given(*names), SIZE | kwargs)
+    return Case(pipe, prompted(), kwargs, alone)
 
 
 def prx(kind, pixels=False) -> Case:
@@ -204,7 +204,7 @@ PIPELINES: Builders = {
     "Kandinsky5T2IPipeline": lambda: kandinsky5(d.Kandinsky5T2IPipeline),
     "Kandinsky5I2IPipeline": lambda: kandinsky5(d.Kandinsky5I2IPipeline, sees=True, blocks=4, alone=True, image=picture(64), max_sequence_length=768),
     "OvisImagePipeline": ovis,
-    "LongCatImagePipeline": lambda: longcat(d.LongCatImagePipeline, enable_prompt_rewrite=False),
+    "LongCatImagePipeline": lambda: longcat(d.LongCatImagePipeline, **SIZE, enable_prompt_rewrite=False),
     "PRXPipeline": lambda: prx(d.PRXPipeline),
     "PRXPixelPipeline": lambda: prx(d.PRXPixelPipeline, pixels=True),
 }

@@ -206,6 +206,8 @@ class PictureReader:
             counts = iter(int(grid.prod()) // self.image_processor.merge_size**2 for grid in seen["image_grid_thw"])
             texts = [self._expand(one, counts) for one in texts]
         words = self.tokenizer(texts, **{"return_tensors": "pt", **kwargs})
+        if seen:
+            seen["mm_token_type_ids"] = (words["input_ids"] == self.image_token_id).long()
         return tr.BatchFeature(dict(words) | seen)
 
     def _expand(self, text: str, counts: Iterator[int]) -> str:

@@ -193,9 +193,6 @@ PIPELINES: Builders = {
         d.QwenImageControlNetInpaintPipeline, "control_image", "control_mask", control={"extra_condition_channels": 4}
     ),
     "QwenImageEditPipeline": lambda: qwen(d.QwenImageEditPipeline, reads=True, alone=True, image=picture()),
-    "QwenImageEditInpaintPipeline": lambda: qwen(
-        d.QwenImageEditInpaintPipeline, reads=True, alone=True, image=picture(), mask_image=mask(32, 1), strength=0.8
-    ),
     "QwenImageEditPlusPipeline": lambda: qwen(d.QwenImageEditPlusPipeline, reads=True, alone=True, image=pictures()),
     "ZImagePipeline": lambda: z_image(d.ZImagePipeline),
     "ZImageImg2ImgPipeline": lambda: z_image(d.ZImageImg2ImgPipeline, "image", strength=0.8),

@@ -1,6 +1,6 @@
 """What the sweep asks of each pipeline: is it calibrated, quantized to W8A8, saved, loaded to the bit, and does it run?
 
-    python scripts/sweep/pipeline_columns.py --only "Flux*" WanPipeline
+python scripts/sweep/pipeline_columns.py --only "Flux*" WanPipeline
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def columns(case: Case) -> dict[str, str]:
 
     def collect() -> str:
         held["store"] = store = collected(case)
-        held["wanted"] = {name: outputs(getattr(case.pipe, name), part.calls) for name, part in store.components.items()}
+        held["wanted"] = {
+            name: outputs(getattr(case.pipe, name), part.calls) for name, part in store.components.items()
+        }
         return "ok " + ", ".join(f"{name} {len(part.calls)}" for name, part in store.components.items())
 
     def sampled() -> str:
@@ -158,7 +160,10 @@ def main(argv: list[str] | None = None) -> None:
             cells = columns(PIPELINES[name]())
         except Exception as error:
             cells = dict.fromkeys(COLUMNS, f"FAIL not built: {error}")
-        print(f"{name}  {time.perf_counter() - start:.1f} s  " + "  ".join(f"[{k}] {v}" for k, v in cells.items()), flush=True)
+        print(
+            f"{name}  {time.perf_counter() - start:.1f} s  " + "  ".join(f"[{k}] {v}" for k, v in cells.items()),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -25,8 +25,21 @@ def vocoder():
 
 def clap():
     """CLAP, which reads prompts and hears sounds."""
-    text = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16, "projection_dim": 16}
-    heard = {"window_size": 4, "num_mel_bins": 8, "spec_size": 8, "patch_size": 2, "patch_stride": 2, "depths": [1, 1]}
+    text = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 16,
+        "projection_dim": 16,
+    }
+    heard = {
+        "window_size": 4,
+        "num_mel_bins": 8,
+        "spec_size": 8,
+        "patch_size": 2,
+        "patch_stride": 2,
+        "depths": [1, 1],
+    }
     heard |= {"num_attention_heads": [1, 1], "num_hidden_layers": 1, "hidden_size": 192, "projection_dim": 16}
     config = tr.ClapConfig(
         text_config=text | standins.TOKENS | {"max_position_embeddings": 514},

@@ -5,8 +5,21 @@ from __future__ import annotations
 import diffusers as d
 import standins
 import transformers as tr
-from pipelines_base import EULER, Builders, Case, flux_vae, make, mask, normal, picture, pictures, prompted, text
-from pipelines_base import tiny, uniform, vae, wan_vae
+from pipelines_base import (
+    EULER,
+    Builders,
+    Case,
+    flux_vae,
+    make,
+    mask,
+    picture,
+    prompted,
+    text,
+    tiny,
+    uniform,
+    vae,
+    wan_vae,
+)
 
 BLOCKS = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
 FLUX = BLOCKS | {
@@ -32,9 +45,7 @@ def readers() -> dict:
 def flux(kind, conditioning=None, latent=1, channels=None, more=None, size=SIZE, out=None, **kwargs) -> Case:
     channels = channels or 4 * latent
     transformer = tiny(d.FluxTransformer2DModel, in_channels=channels, out_channels=out, **FLUX)
-    pipe = make(
-        kind, scheduler=EULER(), transformer=transformer, vae=flux_vae(latent), **readers() | (more or {})
-    )
+    pipe = make(kind, scheduler=EULER(), transformer=transformer, vae=flux_vae(latent), **readers() | (more or {}))
     return Case(pipe, conditioning or prompted(), size | kwargs)
 
 
@@ -53,7 +64,12 @@ def visual_cloze(kind, **kwargs) -> Case:
     transformer = tiny(d.FluxTransformer2DModel, in_channels=12, out_channels=4, **config)
     pipe = make(kind, scheduler=EULER(), transformer=transformer, vae=flux_vae(), resolution=32, **readers())
     shown = [[picture(32, 0), picture(32, 1)], [picture(32, 2), None]]
-    kwargs = {"image": shown, "max_sequence_length": 77, "content_prompt": "a lake", "task_prompt": "[IMAGE1] becomes [IMAGE2]"} | kwargs
+    kwargs = {
+        "image": shown,
+        "max_sequence_length": 77,
+        "content_prompt": "a lake",
+        "task_prompt": "[IMAGE1] becomes [IMAGE2]",
+    } | kwargs
     return Case(pipe, {}, kwargs, alone=True)
 
 
@@ -122,9 +138,7 @@ BRIA = BLOCKS | {"patch_size": 1, "in_channels": 16, "joint_attention_dim": 32, 
 
 def bria() -> Case:
     transformer = tiny(d.BriaTransformer2DModel, **BRIA)
-    pipe = make(
-        d.BriaPipeline, scheduler=EULER(), transformer=transformer, vae=vae(1, shift_factor=0.0), **text()
-    )
+    pipe = make(d.BriaPipeline, scheduler=EULER(), transformer=transformer, vae=vae(1, shift_factor=0.0), **text())
     return Case(pipe, prompted(), SIZE)
 
 

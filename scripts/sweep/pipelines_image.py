@@ -5,8 +5,19 @@ from __future__ import annotations
 import diffusers as d
 import standins
 import transformers as tr
-from pipelines_base import EULER, Builders, Case, flux_vae, make, mask, normal, picture, prompted, text, tiny, uniform
-from pipelines_base import vae, wan_vae
+from pipelines_base import (
+    EULER,
+    Builders,
+    Case,
+    flux_vae,
+    make,
+    mask,
+    prompted,
+    text,
+    tiny,
+    uniform,
+    vae,
+)
 
 SMALL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
 SD3 = {
@@ -49,7 +60,13 @@ def sd3(kind, *names, channels=4, control=None, **kwargs) -> Case:
 
 
 def pixart(kind, **kwargs) -> Case:
-    config = SMALL | {"num_layers": 2, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 32, "sample_size": 8}
+    config = SMALL | {
+        "num_layers": 2,
+        "in_channels": 4,
+        "out_channels": 8,
+        "cross_attention_dim": 32,
+        "sample_size": 8,
+    }
     transformer = tiny(d.PixArtTransformer2DModel, caption_channels=32, norm_type="ada_norm_single", **config)
     pipe = make(kind, scheduler=d.DDIMScheduler(), transformer=transformer, vae=vae(), **text())
     return Case(pipe, prompted(), {"use_resolution_binning": False} | SIZE | kwargs)
@@ -139,7 +156,11 @@ def hunyuan_dit(kind, *names, control=False, **kwargs) -> Case:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        **({"controlnet": tiny(d.HunyuanDiT2DControlNetModel, transformer_num_layers=4, **net | own)} if control else {}),
+        **(
+            {"controlnet": tiny(d.HunyuanDiT2DControlNetModel, transformer_num_layers=4, **net | own)}
+            if control
+            else {}
+        ),
     )
     return Case(pipe, given(*names), {"use_resolution_binning": False} | SIZE | kwargs)
 
@@ -157,7 +178,9 @@ def aura_flow() -> Case:
         pos_embed_max_size=64,
     )
     reader = {"text_encoder": standins.umt5(), "tokenizer": standins.tokenizer()}
-    return Case(make(d.AuraFlowPipeline, scheduler=EULER(), transformer=transformer, vae=vae(), **reader), prompted(), SIZE)
+    return Case(
+        make(d.AuraFlowPipeline, scheduler=EULER(), transformer=transformer, vae=vae(), **reader), prompted(), SIZE
+    )
 
 
 def lumina() -> Case:
@@ -175,7 +198,9 @@ def lumina() -> Case:
     )
     encoder = standins.decoder(tr.GemmaForCausalLM, tr.GemmaConfig)
     reader = {"text_encoder": encoder, "tokenizer": standins.tokenizer(256, ends=False, bos=True)}
-    return Case(make(d.LuminaPipeline, scheduler=EULER(), transformer=transformer, vae=vae(), **reader), prompted(), SIZE)
+    return Case(
+        make(d.LuminaPipeline, scheduler=EULER(), transformer=transformer, vae=vae(), **reader), prompted(), SIZE
+    )
 
 
 def lumina2() -> Case:
@@ -259,7 +284,9 @@ PIPELINES: Builders = {
     ),
     "HunyuanDiTPipeline": lambda: hunyuan_dit(d.HunyuanDiTPipeline),
     "HunyuanDiTPAGPipeline": lambda: hunyuan_dit(d.HunyuanDiTPAGPipeline, pag_scale=3.0),
-    "HunyuanDiTControlNetPipeline": lambda: hunyuan_dit(d.HunyuanDiTControlNetPipeline, "control_image", control=True),
+    "HunyuanDiTControlNetPipeline": lambda: hunyuan_dit(
+        d.HunyuanDiTControlNetPipeline, "control_image", control=True
+    ),
     "AuraFlowPipeline": aura_flow,
     "LuminaPipeline": lumina,
     "Lumina2Pipeline": lumina2,

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+
 import diffusers as d
 import standins
-import torch
 import transformers as tr
-from pipelines_base import EULER, Builders, Case, flux_vae, make, mask, normal, picture, pictures, prompted, tiny, uniform
-from pipelines_base import vae
-from pipelines_flux import flux2_vae
+from pipelines_base import (
+    EULER,
+    Builders,
+    Case,
+    flux_vae,
+    make,
+    mask,
+    picture,
+    pictures,
+    prompted,
+    tiny,
+    uniform,
+    vae,
+)
 
 BLOCKS = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
 SIZE = {"height": 32, "width": 32}
@@ -40,6 +52,14 @@ def qwen_vae():
 
 QWEN = BLOCKS | {"patch_size": 2, "in_channels": 16, "out_channels": 4, "joint_attention_dim": 16}
 QWEN |= {"axes_dims_rope": (8, 4, 4)}
+
+
+def small(kind: type) -> type:
+    """A pipeline that edits pictures as if they had a million pixels, from now on with 32 x 32."""
+    module = sys.modules[kind.__module__]
+    sizes = module.calculate_dimensions
+    module.calculate_dimensions = lambda area, ratio: (32, 32, *sizes(area, ratio)[2:])
+    return kind
 
 
 def qwen(kind, *names, control=None, reads=False, conditioning=None, alone=False, **kwargs) -> Case:
@@ -192,16 +212,29 @@ PIPELINES: Builders = {
     "QwenImageControlNetInpaintPipeline": lambda: qwen(
         d.QwenImageControlNetInpaintPipeline, "control_image", "control_mask", control={"extra_condition_channels": 4}
     ),
-    "QwenImageEditPipeline": lambda: qwen(d.QwenImageEditPipeline, reads=True, alone=True, image=picture()),
-    "QwenImageEditPlusPipeline": lambda: qwen(d.QwenImageEditPlusPipeline, reads=True, alone=True, image=pictures()),
+    "QwenImageEditPipeline": lambda: qwen(small(d.QwenImageEditPipeline), reads=True, alone=True, image=picture()),
+    "QwenImageEditInpaintPipeline": lambda: qwen(
+        small(d.QwenImageEditInpaintPipeline),
+        reads=True,
+        alone=True,
+        image=picture(),
+        mask_image=mask(32, 1),
+        strength=0.8,
+    ),
+    "QwenImageEditPlusPipeline": lambda: qwen(
+        small(d.QwenImageEditPlusPipeline), reads=True, alone=True, image=pictures()
+    ),
     "ZImagePipeline": lambda: z_image(d.ZImagePipeline),
     "ZImageImg2ImgPipeline": lambda: z_image(d.ZImageImg2ImgPipeline, "image", strength=0.8),
     "ZImageInpaintPipeline": lambda: z_image(d.ZImageInpaintPipeline, "image", "mask_image", strength=0.8),
     "HiDreamImagePipeline": hidream,
     "Kandinsky5T2IPipeline": lambda: kandinsky5(d.Kandinsky5T2IPipeline),
-    "Kandinsky5I2IPipeline": lambda: kandinsky5(d.Kandinsky5I2IPipeline, sees=True, blocks=4, alone=True, image=picture(64), max_sequence_length=768),
+    "Kandinsky5I2IPipeline": lambda: kandinsky5(
+        d.Kandinsky5I2IPipeline, sees=True, blocks=4, alone=True, image=picture(64), max_sequence_length=768
+    ),
     "OvisImagePipeline": ovis,
     "LongCatImagePipeline": lambda: longcat(d.LongCatImagePipeline, **SIZE, enable_prompt_rewrite=False),
+    "LongCatImageEditPipeline": lambda: longcat(small(d.LongCatImageEditPipeline), alone=True, image=picture(32)),
     "PRXPipeline": lambda: prx(d.PRXPipeline),
     "PRXPixelPipeline": lambda: prx(d.PRXPixelPipeline, pixels=True),
 }

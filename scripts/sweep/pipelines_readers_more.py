@@ -7,8 +7,7 @@ import standins
 import transformers as tr
 from pipelines_base import EULER, Builders, Case, make, picture, pictures, prompted, tiny, uniform, wan_vae
 from pipelines_flux import flux2_vae
-from pipelines_readers import BLOCKS, OVIS, SHORT, SIZE, ZIMAGE, qwen, qwen3, qwen_tokenizer, qwen_vae, z_image
-from pipelines_flux import fibo
+from pipelines_readers import BLOCKS, SHORT, SIZE, ZIMAGE, qwen_tokenizer, qwen_vae, z_image
 
 
 def hunyuan_image() -> Case:
@@ -85,7 +84,11 @@ def ideogram4() -> Case:
 def nucleus() -> Case:
     config = BLOCKS | {"num_layers": 2, "patch_size": 2, "in_channels": 16, "out_channels": 4}
     config |= {"joint_attention_dim": 16, "axes_dims_rope": (8, 4, 4), "mlp_ratio": 2.0}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "dense_moe_strategy": "leave_first_three_blocks_dense"}
+    config |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "dense_moe_strategy": "leave_first_three_blocks_dense",
+    }
     config |= {"moe_enabled": False, "capacity_factors": [8.0] * 2}
     pipe = make(
         d.NucleusMoEImagePipeline,
@@ -181,7 +184,11 @@ def gemma3():
 
 def z_control() -> object:
     own = {"control_layers_places": [0, 1], "control_refiner_layers_places": [0], "control_in_dim": 16}
-    config = {name: value for name, value in ZIMAGE.items() if name in ("all_patch_size", "all_f_patch_size", "dim", "n_refiner_layers", "n_heads", "n_kv_heads")}
+    config = {
+        name: value
+        for name, value in ZIMAGE.items()
+        if name in ("all_patch_size", "all_f_patch_size", "dim", "n_refiner_layers", "n_heads", "n_kv_heads")
+    }
     return tiny(d.ZImageControlNetModel, **config | own)
 
 

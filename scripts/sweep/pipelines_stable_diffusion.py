@@ -7,7 +7,7 @@ from collections.abc import Callable
 import diffusers as d
 import standins
 import torch
-from pipelines_base import Builders, Case, make, mask, normal, picture, pictures, prompted, tiny, uniform, vae
+from pipelines_base import Builders, Case, make, mask, picture, prompted, tiny, uniform, vae
 
 UNET = {
     "sample_size": 8,
@@ -152,7 +152,9 @@ PIPELINES: Builders = {
     ),
     "StableDiffusionPAGPipeline": lambda: sd(d.StableDiffusionPAGPipeline, **PAG),
     "StableDiffusionPAGImg2ImgPipeline": lambda: sd(d.StableDiffusionPAGImg2ImgPipeline, "image", **PAG),
-    "StableDiffusionPAGInpaintPipeline": lambda: sd(d.StableDiffusionPAGInpaintPipeline, "image", "mask_image", **PAG),
+    "StableDiffusionPAGInpaintPipeline": lambda: sd(
+        d.StableDiffusionPAGInpaintPipeline, "image", "mask_image", **PAG
+    ),
     "StableDiffusionControlNetPAGPipeline": lambda: sd(
         d.StableDiffusionControlNetPAGPipeline, "image", parts=controlled(), **PAG
     ),
@@ -166,8 +168,16 @@ PIPELINES: Builders = {
         **PAG,
     ),
     "StableDiffusionXLPipeline": lambda: xl(d.StableDiffusionXLPipeline),
-    "StableDiffusionXLImg2ImgPipeline": lambda: xl(d.StableDiffusionXLImg2ImgPipeline, "image", strength=0.8, embedded=72, parts={"requires_aesthetics_score": True}),
-    "StableDiffusionXLInpaintPipeline": lambda: xl(d.StableDiffusionXLInpaintPipeline, "image", "mask_image", strength=0.8),
+    "StableDiffusionXLImg2ImgPipeline": lambda: xl(
+        d.StableDiffusionXLImg2ImgPipeline,
+        "image",
+        strength=0.8,
+        embedded=72,
+        parts={"requires_aesthetics_score": True},
+    ),
+    "StableDiffusionXLInpaintPipeline": lambda: xl(
+        d.StableDiffusionXLInpaintPipeline, "image", "mask_image", strength=0.8
+    ),
     "StableDiffusionXLInstructPix2PixPipeline": lambda: xl(
         d.StableDiffusionXLInstructPix2PixPipeline, "image", channels=8, image_guidance_scale=1.0, height=16, width=16
     ),
@@ -190,7 +200,9 @@ PIPELINES: Builders = {
         d.StableDiffusionXLControlNetUnionInpaintPipeline, "image", "mask_image", parts=union_xl(), **ONE_HINT
     ),
     "StableDiffusionXLPAGPipeline": lambda: xl(d.StableDiffusionXLPAGPipeline, **PAG),
-    "StableDiffusionXLPAGImg2ImgPipeline": lambda: xl(d.StableDiffusionXLPAGImg2ImgPipeline, "image", strength=0.8, **PAG),
+    "StableDiffusionXLPAGImg2ImgPipeline": lambda: xl(
+        d.StableDiffusionXLPAGImg2ImgPipeline, "image", strength=0.8, **PAG
+    ),
     "StableDiffusionXLPAGInpaintPipeline": lambda: xl(
         d.StableDiffusionXLPAGInpaintPipeline, "image", "mask_image", **PAG
     ),

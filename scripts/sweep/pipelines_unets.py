@@ -5,9 +5,8 @@ from __future__ import annotations
 import diffusers as d
 import numpy as np
 import standins
-import torch
 from pipelines_base import Builders, Case, make, mask, normal, picture, prompted, text, tiny, uniform, vae
-from pipelines_stable_diffusion import UNET, scheduler, sd
+from pipelines_stable_diffusion import UNET, scheduler
 
 SIMPLE = {
     "sample_size": 8,
@@ -54,7 +53,10 @@ def prior() -> dict:
         "text_encoder": standins.clip(projected=True),
         "tokenizer": standins.clip_tokenizer(),
         "scheduler": d.UnCLIPScheduler(
-            variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=10.0, num_train_timesteps=1000
+            variance_type="fixed_small_log",
+            prediction_type="sample",
+            clip_sample_range=10.0,
+            num_train_timesteps=1000,
         ),
         "image_processor": standins.clip_pictures(),
     }
@@ -86,7 +88,9 @@ EMBEDDED = ("image_embeds", "negative_image_embeds")
 
 
 def kandinsky(kind, *shown, unet=SEEN, parts=None, hint=False, alone=False, read=False, size=SIZE, **kwargs) -> Case:
-    conditioning = {name: normal(2, 32) for name in EMBEDDED} | {name: uniform(2, 3, size["height"], size["height"]) for name in shown}
+    conditioning = {name: normal(2, 32) for name in EMBEDDED} | {
+        name: uniform(2, 3, size["height"], size["height"]) for name in shown
+    }
     conditioning |= {"prompt": ["a horse", "two cats"]} if read else {}
     pipe = make(kind, **decoded(unet, hint), **(mclip() if read else {}), **(parts or {}))
     return Case(pipe, conditioning, size | kwargs, alone)
@@ -139,8 +143,14 @@ def deep_floyd(kind, *names, second=False, **kwargs) -> Case:
         **({"image_noising_scheduler": d.DDPMScheduler(beta_schedule="squaredcos_cap_v2")} if second else {}),
     )
     large = {"image": 8} if second else {}
-    shown = {name: mask(16) if "mask" in name else 2 * uniform(2, 3, *[large.get(name, 16)] * 2) - 1 for name in names}
-    return Case(pipe, prompted(**shown), kwargs | ({"height": 16, "width": 16} if names in ((), ("image",)) and "strength" not in kwargs else {}))
+    shown = {
+        name: mask(16) if "mask" in name else 2 * uniform(2, 3, *[large.get(name, 16)] * 2) - 1 for name in names
+    }
+    return Case(
+        pipe,
+        prompted(**shown),
+        kwargs | ({"height": 16, "width": 16} if names in ((), ("image",)) and "strength" not in kwargs else {}),
+    )
 
 
 def marigold(kind, channels, parts, out=4) -> Case:
@@ -158,7 +168,10 @@ def marigold(kind, channels, parts, out=4) -> Case:
 
 def unet2d(**more):
     config = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    halves = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    halves = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
     return tiny(d.UNet2DModel, **config | halves | more)
 
 
@@ -173,7 +186,10 @@ def unclip(kind, **more) -> Case:
 
     own = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64}
     reader = {"prior_text_encoder": standins.clip(projected=True), "prior_tokenizer": standins.clip_tokenizer()}
-    dreams = {"prior": prior()["prior"], "prior_scheduler": d.DDPMScheduler(prediction_type="sample", clip_sample_range=5.0)}
+    dreams = {
+        "prior": prior()["prior"],
+        "prior_scheduler": d.DDPMScheduler(prediction_type="sample", clip_sample_range=5.0),
+    }
     sees = {"feature_extractor": standins.clip_pictures(), "image_encoder": standins.clip_vision()}
     parts = sees if "Img2Img" in kind.__name__ else reader | dreams
     pipe = make(
@@ -218,7 +234,9 @@ PIPELINES: Builders = {
     "KandinskyV22InpaintPipeline": lambda: kandinsky(
         d.KandinskyV22InpaintPipeline, unet=SEEN | {"in_channels": 9}, alone=True, image=picture(), mask_image=PAINTED
     ),
-    "KandinskyV22ControlnetPipeline": lambda: kandinsky(d.KandinskyV22ControlnetPipeline, "hint", unet=HINTED, hint=True, size={"height": 64, "width": 64}),
+    "KandinskyV22ControlnetPipeline": lambda: kandinsky(
+        d.KandinskyV22ControlnetPipeline, "hint", unet=HINTED, hint=True, size={"height": 64, "width": 64}
+    ),
     "KandinskyV22CombinedPipeline": lambda: combined(d.KandinskyV22CombinedPipeline),
     "KandinskyV22Img2ImgCombinedPipeline": lambda: combined(
         d.KandinskyV22Img2ImgCombinedPipeline, alone=True, image=picture(), strength=0.8
@@ -235,10 +253,15 @@ PIPELINES: Builders = {
     "IFInpaintingSuperResolutionPipeline": lambda: deep_floyd(
         d.IFInpaintingSuperResolutionPipeline, "image", "original_image", "mask_image", second=True, strength=0.8
     ),
-    "MarigoldDepthPipeline": lambda: marigold(d.MarigoldDepthPipeline, 8, {"prediction_type": "depth", "scale_invariant": True, "shift_invariant": True}),
+    "MarigoldDepthPipeline": lambda: marigold(
+        d.MarigoldDepthPipeline, 8, {"prediction_type": "depth", "scale_invariant": True, "shift_invariant": True}
+    ),
     "MarigoldNormalsPipeline": lambda: marigold(d.MarigoldNormalsPipeline, 8, {"prediction_type": "normals"}),
     "MarigoldIntrinsicsPipeline": lambda: marigold(
-        d.MarigoldIntrinsicsPipeline, 12, {"prediction_type": "intrinsics", "target_properties": {"target_names": ["albedo", "shading"]}}, 8
+        d.MarigoldIntrinsicsPipeline,
+        12,
+        {"prediction_type": "intrinsics", "target_properties": {"target_names": ["albedo", "shading"]}},
+        8,
     ),
     "StableUnCLIPPipeline": lambda: unclip(d.StableUnCLIPPipeline),
     "StableUnCLIPImg2ImgPipeline": lambda: unclip(d.StableUnCLIPImg2ImgPipeline),

@@ -5,10 +5,9 @@ from __future__ import annotations
 import diffusers as d
 import standins
 import torch
-import transformers as tr
-from pipelines_base import Builders, Case, make, normal, picture, prompted, tiny, uniform, vae
-from pipelines_stable_diffusion import DDIM, STAGE, UNET, XL, given, scheduler, sd, xl
-from pipelines_unets import SIMPLE, prior, unet2d
+from pipelines_base import Builders, Case, make, normal, prompted, tiny, uniform, vae
+from pipelines_stable_diffusion import UNET, scheduler, sd, xl
+from pipelines_unets import unet2d
 
 
 def words(prefix: str = "") -> dict:
@@ -57,14 +56,33 @@ def wuerstchen(which: str) -> Case:
     from diffusers.pipelines.deprecated.wuerstchen import WuerstchenPrior
     from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
 
-    steps, reader = d.DDPMWuerstchenScheduler, {"text_encoder": standins.clip(), "tokenizer": standins.clip_tokenizer()}
+    steps, reader = (
+        d.DDPMWuerstchenScheduler,
+        {"text_encoder": standins.clip(), "tokenizer": standins.clip_tokenizer()},
+    )
     if which == "prior":
         network = tiny(WuerstchenPrior, c_in=4, c=32, depth=2, c_cond=32, c_r=16, nhead=2)
-        pipe = make(d.WuerstchenPriorPipeline, prior=network, scheduler=steps(), latent_mean=1.0, latent_std=1.0, **reader)
+        pipe = make(
+            d.WuerstchenPriorPipeline, prior=network, scheduler=steps(), latent_mean=1.0, latent_std=1.0, **reader
+        )
         return Case(pipe, prompted(), {"height": 128, "width": 128})
-    config = {"c_cond": 32, "c_hidden": [32], "nhead": [2], "blocks": [2], "level_config": ["CTA"], "inject_effnet": [True]}
+    config = {
+        "c_cond": 32,
+        "c_hidden": [32],
+        "nhead": [2],
+        "blocks": [2],
+        "level_config": ["CTA"],
+        "inject_effnet": [True],
+    }
     network = tiny(WuerstchenDiffNeXt, clip_embd=32, **config)
-    pipe = make(d.WuerstchenDecoderPipeline, decoder=network, vqgan=paella(), scheduler=steps(), latent_dim_scale=4.0, **reader)
+    pipe = make(
+        d.WuerstchenDecoderPipeline,
+        decoder=network,
+        vqgan=paella(),
+        scheduler=steps(),
+        latent_dim_scale=4.0,
+        **reader,
+    )
     return Case(pipe, prompted(image_embeddings=normal(2, 16, 4, 4)), {"guidance_scale": 0.0}, alone=True)
 
 
@@ -83,11 +101,25 @@ def image_variation() -> Case:
 
 
 def latent_upscale() -> Case:
-    config = {"in_channels": 8, "out_channels": 5, "act_fn": "gelu", "layers_per_block": 1, "block_out_channels": [32, 32, 64, 64]}
+    config = {
+        "in_channels": 8,
+        "out_channels": 5,
+        "act_fn": "gelu",
+        "layers_per_block": 1,
+        "block_out_channels": [32, 32, 64, 64],
+    }
     config |= {"down_block_types": ("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3), "mid_block_type": None}
-    config |= {"up_block_types": (*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"), "cross_attention_dim": 32, "norm_num_groups": None}
+    config |= {
+        "up_block_types": (*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"),
+        "cross_attention_dim": 32,
+        "norm_num_groups": None,
+    }
     config |= {"attention_head_dim": 8, "conv_in_kernel": 1, "conv_out_kernel": 1, "time_cond_proj_dim": 160}
-    config |= {"resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier", "timestep_post_act": "gelu"}
+    config |= {
+        "resnet_time_scale_shift": "scale_shift",
+        "time_embedding_type": "fourier",
+        "timestep_post_act": "gelu",
+    }
     pipe = make(
         d.StableDiffusionLatentUpscalePipeline,
         unet=tiny(d.UNet2DConditionModel, **config),
@@ -169,7 +201,9 @@ PIPELINES: Builders = {
     "StableDiffusionXLPipeline, IP-Adapter": lambda: ip_adapter(d.StableDiffusionXLPipeline, xl),
     "LDMPipeline": latent_unconditional,
     "DanceDiffusionPipeline": dancing,
-    "PNDMPipeline": lambda: Case(make(d.PNDMPipeline, unet=unet2d(), scheduler=d.PNDMScheduler(skip_prk_steps=True)), {}),
+    "PNDMPipeline": lambda: Case(
+        make(d.PNDMPipeline, unet=unet2d(), scheduler=d.PNDMScheduler(skip_prk_steps=True)), {}
+    ),
     "TextToVideoSDPipeline": lambda: text_to_video(d.TextToVideoSDPipeline, num_frames=2),
     "StableDiffusionSAGPipeline": lambda: sd(d.StableDiffusionSAGPipeline, alone=True),
     "StableDiffusionPanoramaPipeline": lambda: sd(d.StableDiffusionPanoramaPipeline, alone=True, height=16, width=16),

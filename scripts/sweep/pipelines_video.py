@@ -5,8 +5,20 @@ from __future__ import annotations
 import diffusers as d
 import standins
 import transformers as tr
-from pipelines_base import EULER, Builders, Case, make, mask, normal, picture, pictures, prompted, text, tiny, uniform
-from pipelines_base import vae, wan_vae
+from pipelines_base import (
+    EULER,
+    Builders,
+    Case,
+    make,
+    normal,
+    picture,
+    pictures,
+    prompted,
+    text,
+    tiny,
+    uniform,
+    wan_vae,
+)
 
 WAN = {
     "num_attention_heads": 2,
@@ -35,7 +47,18 @@ def shifted(**more: object) -> d.UniPCMultistepScheduler:
     return d.UniPCMultistepScheduler(**flow | more)
 
 
-def wan(kind, more=None, twice=False, parts=None, scheduler=None, network=None, alone=False, size=NINE, conditioning=None, **kwargs) -> Case:
+def wan(
+    kind,
+    more=None,
+    twice=False,
+    parts=None,
+    scheduler=None,
+    network=None,
+    alone=False,
+    size=NINE,
+    conditioning=None,
+    **kwargs,
+) -> Case:
     config = WAN | (more or {})
     network = network or d.WanTransformer3DModel
     pipe = make(
@@ -196,9 +219,7 @@ FRAMES = pictures(16, 9)
 PIPELINES: Builders = {
     "WanPipeline": lambda: wan(d.WanPipeline),
     "WanPipeline, two transformers": lambda: wan(d.WanPipeline, twice=True, scheduler=shifted()),
-    "WanPipeline, a time a token": lambda: wan(
-        d.WanPipeline, parts={"expand_timesteps": True}, scheduler=shifted()
-    ),
+    "WanPipeline, a time a token": lambda: wan(d.WanPipeline, parts={"expand_timesteps": True}, scheduler=shifted()),
     "WanImageToVideoPipeline": lambda: wan(
         d.WanImageToVideoPipeline, CLIP_SEEN | {"in_channels": 36}, parts=clip_seen(), alone=True, image=picture(16)
     ),

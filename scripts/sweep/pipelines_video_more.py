@@ -5,13 +5,24 @@ from __future__ import annotations
 import diffusers as d
 import standins
 import torch
-import transformers as tr
-from pipelines_base import EULER, Builders, Case, make, normal, picture, pictures, prompted, text, tiny, uniform, vae
-from pipelines_base import wan_vae
+from pipelines_base import (
+    EULER,
+    Builders,
+    Case,
+    make,
+    picture,
+    pictures,
+    prompted,
+    text,
+    tiny,
+    uniform,
+    vae,
+    wan_vae,
+)
 from pipelines_image import gemma
-from pipelines_readers import KANDINSKY, kandinsky5_readers, qwen_tokenizer, qwen_vae
+from pipelines_readers import KANDINSKY, kandinsky5_readers, qwen_tokenizer
 from pipelines_stable_diffusion import CONTROL, DDIM, UNET, control_net
-from pipelines_video import CLIP_SEEN, NINE, SIZE, WAN, clip_seen, cogvideox, hunyuan_vae, hunyuan_video, wan
+from pipelines_video import CLIP_SEEN, NINE, SIZE, WAN, clip_seen, wan
 
 WIDE = {"height": 32, "width": 32}
 FEW = WIDE | {"num_frames": 9, "max_sequence_length": 16}
@@ -40,7 +51,11 @@ def animate(kind, conditioning=None, parts=None, alone=False, frames=2, **kwargs
 
 
 def sparse() -> dict:
-    config = {k: v for k, v in MOVING.items() if k in ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim")}
+    config = {
+        k: v
+        for k, v in MOVING.items()
+        if k in ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim")
+    }
     own = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "conditioning_channels": 3}
     own |= {"use_simplified_condition_embedding": False, "num_attention_heads": 2}
     return {"controlnet": tiny(d.SparseControlNetModel, **config | own | CONTROL)}
@@ -101,7 +116,9 @@ def cosmos_vae():
     return tiny(d.AutoencoderKLCosmos, **config)
 
 
-def cosmos(kind, channels, *, first=False, scheduler=None, conditioning=None, alone=False, size=FEW, **kwargs) -> Case:
+def cosmos(
+    kind, channels, *, first=False, scheduler=None, conditioning=None, alone=False, size=FEW, **kwargs
+) -> Case:
     own = {"in_channels": channels, "out_channels": 4} if first else {"in_channels": channels}
     default = d.EDMEulerScheduler(final_sigmas_type="sigma_min", sigma_min=0.002, sigma_max=80, sigma_data=0.5)
     later = EULER(use_karras_sigmas=True)
@@ -147,7 +164,12 @@ def allegro() -> Case:
 def latte() -> Case:
     config = {"sample_size": 8, "num_layers": 1, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 4}
     config |= {"caption_channels": 32, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 32}
-    config |= {"video_length": 2, "attention_bias": True, "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000}
+    config |= {
+        "video_length": 2,
+        "attention_bias": True,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+    }
     config |= {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": 1e-6}
     size = {"height": 16, "width": 16, "video_length": 2}
     return simple(d.LattePipeline, tiny(d.LatteTransformer3DModel, **config), vae(), d.DDIMScheduler(), size)
@@ -157,7 +179,9 @@ def easy_animate(kind, channels=4, conditioning=None, alone=False, **kwargs) -> 
     config = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": channels, "out_channels": 4}
     config |= {"time_embed_dim": 4, "text_embed_dim": 16, "num_layers": 2, "sample_width": 16, "sample_height": 16}
     coder = {"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
-    coder |= {"down_block_types": ["SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 2, "SpatialTemporalDownBlock3D"]}
+    coder |= {
+        "down_block_types": ["SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 2, "SpatialTemporalDownBlock3D"]
+    }
     coder |= {"up_block_types": ["SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3], "spatial_group_norm": False}
     pipe = make(
         kind,
@@ -199,7 +223,9 @@ def sana_video(kind, **kwargs) -> Case:
     config |= {"cross_attention_dim": 24, "caption_channels": 16, "sample_size": 8, "patch_size": (1, 2, 2)}
     transformer = tiny(d.SanaVideoTransformer3DModel, qk_norm="rms_norm_across_heads", rope_max_seq_len=32, **config)
     fixed = WIDE | {"frames": 9, "max_sequence_length": 16, "complex_human_instruction": []}
-    sampler = EULER() if kwargs else d.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    sampler = (
+        EULER() if kwargs else d.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    )
     size = fixed | {"use_resolution_binning": False}
     return simple(kind, transformer, wan_vae(), sampler, size, gemma(), alone=bool(kwargs), **kwargs)
 
@@ -226,8 +252,18 @@ def helios() -> Case:
 
 def motif(kind) -> Case:
     config = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "num_single_layers": 1}
-    config |= {"in_channels": 33, "out_channels": 16, "patch_size": 1, "text_embed_dim": 16, "rope_axes_dim": (4, 4, 4)}
-    reader = {"text_encoder": t5gemma2(), "tokenizer": standins.tokenizer(512), "guider": d.AdaptiveProjectedGuidance()}
+    config |= {
+        "in_channels": 33,
+        "out_channels": 16,
+        "patch_size": 1,
+        "text_embed_dim": 16,
+        "rope_axes_dim": (4, 4, 4),
+    }
+    reader = {
+        "text_encoder": t5gemma2(),
+        "tokenizer": standins.tokenizer(512),
+        "guider": d.AdaptiveProjectedGuidance(),
+    }
     size = {"parts": reader, "size": NINE}
     return simple(kind, tiny(d.MotifVideoTransformer3DModel, **config), wan_vae(), **size)
 
@@ -276,9 +312,7 @@ PIPELINES: Builders = {
     "Cosmos2TextToImagePipeline": lambda: cosmos(
         d.Cosmos2TextToImagePipeline, 16, size=WIDE | {"max_sequence_length": 16}
     ),
-    "Cosmos2VideoToWorldPipeline": lambda: cosmos(
-        d.Cosmos2VideoToWorldPipeline, 17, alone=True, image=picture(32)
-    ),
+    "Cosmos2VideoToWorldPipeline": lambda: cosmos(d.Cosmos2VideoToWorldPipeline, 17, alone=True, image=picture(32)),
     "MochiPipeline": mochi,
     "AllegroPipeline": allegro,
     "LattePipeline": latte,

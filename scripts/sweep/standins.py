@@ -31,7 +31,9 @@ CHAT = (
 )
 
 
-def tokenizer(length: int = 77, ends: bool = True, side: str = "right", bos: bool = False) -> tr.PreTrainedTokenizerFast:
+def tokenizer(
+    length: int = 77, ends: bool = True, side: str = "right", bos: bool = False
+) -> tr.PreTrainedTokenizerFast:
     """Tokenizer of bytes; texts end in EOS where `ends`, begin with BOS where `bos`, and are padded on `side`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
@@ -104,7 +106,13 @@ def clip_pictures(size: int = 32) -> object:
 
 def _t5(config: type, width: int, layers: int) -> object:
     return config(
-        d_model=width, d_kv=8, d_ff=2 * width, num_layers=layers, num_heads=4, feed_forward_proj="gated-gelu", **TOKENS
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        **TOKENS,
     )
 
 
@@ -198,7 +206,9 @@ class PictureReader:
         self.image_token = "<|image_pad|>"
         self.image_token_id = IDS[self.image_token]
 
-    def __call__(self, text: object, images: object = None, videos: object = None, **kwargs: object) -> tr.BatchFeature:
+    def __call__(
+        self, text: object, images: object = None, videos: object = None, **kwargs: object
+    ) -> tr.BatchFeature:
         """Token ids, masks, patches and their grids; `kwargs` are those of the tokenizer."""
         texts, seen = [text] if isinstance(text, str) else list(text), {}
         if images is not None:

@@ -26,9 +26,6 @@ from models import added_unet, plain_unet
 from ptq4dm.calibration.collect import CalibrationConfig, collect, draw_timesteps
 from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.measure import timestep_bins
-from ptq4dm.calibration.calls import calls_of_rows
-from ptq4dm.calibration.clock import Span
-from ptq4dm.calibration.record import predictions
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
 from ptq4dm.methods.rtn import RTNConfig

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ptq4dm.calibration import capture as capturing
-from ptq4dm.calibration.capture import capture
 from ptq4dm.calibration.calls import calls_of_rows
+from ptq4dm.calibration.capture import capture
 from ptq4dm.calibration.trace import block_of, trace
 from ptq4dm.layers.view import find_layers
 

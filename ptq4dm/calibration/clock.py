@@ -69,20 +69,24 @@ class _Reading:
     def __call__(self, time: float) -> float:
         return self.scale * time + self.offset
 
+    def near(self, time: float, there: float, size: float) -> bool:
+        """Whether a model's time is, but for its rounding, a time of the scheduler, whose range has this size."""
+        return abs(self(time) - there) <= NEAR * max(abs(self(time)), abs(there), 1e-3 * size)
 
-def _reading(time: float, grid: Tensor, span: Span, begin: int) -> tuple[_Reading | None, int]:
-    """(how to read a model's times, the entry of the grid that its first call is at); (None, begin) if none fits."""
+
+def _readings(time: float, grid: Tensor, span: Span, begin: int) -> tuple[list[_Reading], int]:
+    """(how a model's times may be read, the entry of the grid that its first call is at); [] if no way fits."""
     size = span.high - span.low
     same, unit = _Reading(1.0, 0.0), _Reading(size, span.low)
     turned, unit_turned = _Reading(-1.0, span.high), _Reading(-size, span.high)
-    candidates = ((same, False), (unit, False), (same, True), (unit, True), (turned, False), (unit_turned, False))
-    for reading, anywhere in candidates:
-        value = reading(time)
-        distance = (grid - value).abs()
-        index = int(distance.argmin()) if anywhere else begin
-        if float(distance[index]) <= NEAR * max(abs(value), abs(float(grid[index])), 1e-3 * size):
-            return reading, index
-    return None, begin
+    ways = [[same, unit], [turned, unit_turned]]
+    for readings, anywhere in ((ways[0], False), (ways[0], True), (ways[1], False)):
+        for reading in readings:
+            index = int((grid - reading(time)).abs().argmin()) if anywhere else begin
+            found = [one for one in readings if one.near(time, float(grid[index]), size)]
+            if found:
+                return found, index
+    return [], begin
 
 
 class Track:
@@ -99,7 +103,7 @@ class Track:
         self.step = 0
         self.stepped = False
         self.last: float | None = None
-        self._read: _Reading | None = None
+        self._readings: list[_Reading] = []  # more than one as long as several fit
 
     @property
     def started(self) -> bool:
@@ -112,14 +116,18 @@ class Track:
             self.span = span_of(self.scheduler, grid)
             begin = getattr(self.scheduler, "begin_index", None) or 0
             begin = min(begin, len(grid) - 1)
-            self._read, first = (None, begin) if time is None else _reading(time, grid, self.span, begin)
+            self._readings, first = ([], begin) if time is None else _readings(time, grid, self.span, begin)
             self.grid = grid[first:]
         elif self.stepped or time != self.last:
             self.step += 1
         self.stepped, self.last = False, time
-        if self._read is not None and time is not None:
-            return float(self.span.share(self._read(time)))
-        return float(self.span.share(float(self.grid[min(self.step, len(self.grid) - 1)])))
+        there = float(self.grid[min(self.step, len(self.grid) - 1)])
+        if not self._readings or time is None:
+            return float(self.span.share(there))
+        if len(self._readings) > 1:
+            size = self.span.high - self.span.low
+            self._readings = [one for one in self._readings if one.near(time, there, size)] or self._readings[:1]
+        return float(self.span.share(self._readings[0](time)))
 
 
 def _grid(scheduler: Any) -> Tensor:

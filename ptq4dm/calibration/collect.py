@@ -237,8 +237,6 @@ def _missing(folder: Path, meta: dict) -> list[str]:
 def _measure(folder: Path, request: Request, config: CalibrationConfig, meta: dict) -> None:
     """Phase 2: make the calls again, bin by bin, and measure what each layer is fed."""
     for name, calls in recorded_calls(folder, meta).items():
-        if not len(calls):
-            raise UserError(f"{type(request.pipe).__name__} never calls '{name}' so; leave it out with component=.")
         batches = list(binned_batches(calls, config.num_bins, config.batch_size))
         layers = list(fingerprints(meta)[name])
         statistics, progress = InputStatistics(len(layers), config.num_bins), 0

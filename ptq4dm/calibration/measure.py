@@ -90,4 +90,4 @@ def binned_batches(calls: Calls, num_bins: int, batch_size: int) -> Iterator[tup
 
 def timestep_bins(time: Tensor, num_bins: int) -> Tensor:
     """[U] bin indices of times [U] in [0, 1]. A time at an edge, but for rounding, is in the bin above."""
-    return (time.double() * num_bins + 1e-9).floor().clamp(0, num_bins - 1).long()
+    return (time.double() * num_bins + 1e-5).floor().clamp(0, num_bins - 1).long()

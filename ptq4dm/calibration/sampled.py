@@ -127,14 +127,16 @@ def look(request: Request, seed: int) -> Sampling:
     """
     one = _first(request, [seed])
     if one.call is None or one.track is None or one.track.grid is None or one.track.span is None:
-        raise UserError(f"{type(request.pipe).__name__} calls none of {', '.join(request.components)}.")
+        raise _never_called(request)
     try:
         two = _first(request, [seed, seed + 1])
     except Exception:  # of whatever the pipeline cannot do with two seeds: it is sampled one by one
         return Sampling(one.track.span, one.track.grid, None)
     rule = None
     if two.call is not None and two.component == one.component:
-        rule = row_rule(request.networks[one.component], one.call, two.call)
+        network = request.networks[one.component]
+        with evaluation_mode(network):
+            rule = row_rule(network, one.call, two.call)
     return Sampling(one.track.span, one.track.grid, rule)
 
 
@@ -267,10 +269,15 @@ def record_components(
             request.run([int(seeds[k]) for k in run])
         recorder.finish()
         if sum(map(len, calls.values())) == before:
-            raise UserError(
-                f"{type(request.pipe).__name__} made no call for seed {seeds[run[0]]}; it cannot be recorded."
-            )
+            raise _never_called(request)
     return calls
+
+
+def _never_called(request: Request) -> UserError:
+    return UserError(
+        f"{type(request.pipe).__name__} never calls {', '.join(request.components)} so; name the networks that it "
+        "does call with component=."
+    )
 
 
 def record_calls(

@@ -15,8 +15,8 @@ from ..files.atomic import output_folder
 from ..options import option
 from ..pipelines.denoiser import denoiser
 from ..pipelines.sampling import sample
-from ..quantization.report import stored_bytes
-from .compare import compare_denoisers
+from ..quantization.components import left_out, quantized_plans
+from .compare import compare_denoisers, denoiser_bytes
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
 from .frechet import write_statistics
 from .inception import MODES
@@ -142,6 +142,7 @@ def write_reference(
 def _measure(pipe, full_precision, config: EvaluateConfig) -> tuple[dict, tuple[list, list[int]] | None]:
     """The report, and pictures to show; see `_Pictures`."""
     report: dict = {"sampler": _sampler(pipe), "num_inference_steps": config.num_inference_steps, "warnings": []}
+    report["networks"] = {"quantized": list(quantized_plans(pipe)), "full_precision": left_out(pipe)}
     pictures = _Pictures(pipe, full_precision, config)
     if config.metric != "none":
         extractor = _extractor(config, denoiser(pipe).device)
@@ -158,7 +159,7 @@ def _measure(pipe, full_precision, config: EvaluateConfig) -> tuple[dict, tuple[
     if full_precision is not None:
         report |= compare_denoisers(pipe, full_precision, config)
     else:
-        report["bytes"] = {"model": stored_bytes(denoiser(pipe))}
+        report["bytes"] = {"model": denoiser_bytes(pipe)}
     return report, pictures.shown
 
 

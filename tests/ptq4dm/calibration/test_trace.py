@@ -168,7 +168,8 @@ def inputs_of(model, layer, batches):
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     with torch.no_grad():
         for batch in batches:
-            model(batch.sample, batch.timestep, batch.conditioning["text"])
+            call = batch.call()
+            model(*call.args, **call.kwargs)
     handle.remove()
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
 
@@ -204,7 +205,7 @@ def test_captured_rows_are_drawn_by_the_seed(model, monkeypatch):
 def test_calls_of_modules_are_kept_whole(model):
     got = capture(model, [], ["blocks.1.cross.1"], [calls(), calls()[:1]], 0)
     (args, kwargs), (second, _) = got.calls["blocks.1.cross.1"]
-    assert not kwargs and args[0].shape == (3, 5, K) and torch.equal(args[1], calls().conditioning["text"])
+    assert not kwargs and args[0].shape == (3, 5, K) and torch.equal(args[1], calls().call().kwargs["text"])
     assert len(second[0]) == 1
 
 

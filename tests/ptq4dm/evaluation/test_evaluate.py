@@ -70,7 +70,8 @@ def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
         "seed": 0,
         "num_inference_steps": 2,
     }
-    assert set(report) == {"frechet", "bytes", "sampler", "num_inference_steps", "warnings"}
+    assert set(report) == {"frechet", "bytes", "networks", "sampler", "num_inference_steps", "warnings"}
+    assert report["networks"] == {"quantized": [], "full_precision": ["unet"]}
     assert "biased upwards" in report["warnings"][0] and "biased upwards" in format_report(report)
     # Against themselves they are at no distance; folder against folder and against the folder's npz agree.
     other = save_pngs(images.flip(2) * 0.5, tmp_path / "other")
@@ -128,7 +129,13 @@ def test_half_as_many_bytes_are_counted():
     half.unet.to(torch.float16).to(torch.bfloat16)
     config = EvaluateConfig(**SMALL | {"num_paired": 0, "num_heldout": 0, "timed_steps": 0}, metric="none")
     report = evaluate(half, pipeline(), config)
-    assert report["bytes"]["ratio"] == 2.0 and set(report) == {"bytes", "sampler", "num_inference_steps", "warnings"}
+    assert report["bytes"]["ratio"] == 2.0 and set(report) == {
+        "bytes",
+        "networks",
+        "sampler",
+        "num_inference_steps",
+        "warnings",
+    }
 
 
 def test_nan_in_samples_is_an_error_that_names_the_seeds():

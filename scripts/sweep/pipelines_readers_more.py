@@ -83,13 +83,13 @@ def ideogram4() -> Case:
 
 def nucleus() -> Case:
     config = BLOCKS | {"num_layers": 2, "patch_size": 2, "in_channels": 16, "out_channels": 4}
-    config |= {"joint_attention_dim": 16, "axes_dims_rope": (8, 4, 4), "mlp_ratio": 2.0}
+    config |= {"joint_attention_dim": 16, "axes_dims_rope": (8, 4, 4)}
     config |= {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "dense_moe_strategy": "leave_first_three_blocks_dense",
     }
-    config |= {"moe_enabled": False, "capacity_factors": [8.0] * 2}
+    config |= {"num_experts": 4, "moe_intermediate_dim": 32, "capacity_factors": [2.0] * 4, "num_layers": 4}
     pipe = make(
         d.NucleusMoEImagePipeline,
         transformer=tiny(d.NucleusMoEImageTransformer2DModel, **config),

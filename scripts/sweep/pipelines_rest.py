@@ -5,7 +5,8 @@ from __future__ import annotations
 import diffusers as d
 import standins
 import transformers as tr
-from pipelines_base import EULER, Builders, Case, make, picture, prompted, tiny, uniform
+from pipelines_base import EULER, Builders, Case, make, mask, normal, picture, prompted, tiny, uniform, vae
+from pipelines_stable_diffusion import UNET, scheduler, sd
 from pipelines_unets import SIMPLE, prior
 from pipelines_video import hunyuan_video
 
@@ -123,7 +124,62 @@ def framepack() -> Case:
     )
 
 
+def alt_diffusion() -> Case:
+    from diffusers.pipelines.deprecated.alt_diffusion import modeling_roberta_series as series
+
+    own = {"hidden_size": 32, "project_dim": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = series.RobertaSeriesConfig(num_hidden_layers=2, max_position_embeddings=128, **own, **standins.TOKENS)
+    reader = standins.random(series.RobertaSeriesModelWithTransformation, config)
+    unet = tiny(d.UNet2DConditionModel, **UNET)
+    parts = {"text_encoder": reader, "tokenizer": standins.tokenizer(), "scheduler": scheduler(), "unet": unet}
+    pipe = make(d.AltDiffusionPipeline, vae=vae(), requires_safety_checker=False, **UNCHECKED, **parts)
+    return Case(pipe)
+
+
+def paint_by_example() -> Case:
+    from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
+
+    own = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 32, "num_hidden_layers": 2}
+    config = tr.CLIPVisionConfig(num_attention_heads=2, image_size=32, patch_size=8, **own)
+    encoder = standins.random(PaintByExampleImageEncoder, config)
+    unet = tiny(d.UNet2DConditionModel, **UNET | {"in_channels": 9})
+    parts = {"image_encoder": encoder, "scheduler": scheduler(), "unet": unet, "safety_checker": None}
+    parts |= {"feature_extractor": standins.clip_pictures()}
+    pipe = make(d.PaintByExamplePipeline, vae=vae(), requires_safety_checker=False, **parts)
+    shown = {"image": uniform(2, 3, 32, 32), "example_image": uniform(2, 3, 32, 32), "mask_image": mask(32)}
+    return Case(pipe, shown)
+
+
+def audioldm() -> Case:
+    from pipelines_audio import clap, vocoder
+
+    own = {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 16}
+    config = UNET | own | {"class_embeddings_concat": True, "cross_attention_dim": (16, 32)}
+    pipe = make(
+        d.AudioLDMPipeline,
+        unet=tiny(d.UNet2DConditionModel, **config),
+        scheduler=scheduler(),
+        vae=vae(in_channels=1, out_channels=1),
+        text_encoder=clap().text_model,
+        tokenizer=standins.tokenizer(77),
+        vocoder=vocoder(),
+    )
+    # Prompts come as embeddings: the pipeline wants an encoder with a projection that transformers has apart.
+    return Case(
+        pipe,
+        {"prompt_embeds": normal(2, 16), "negative_prompt_embeds": normal(2, 16)},
+        {"audio_length_in_s": 0.02},
+    )
+
+
+UNCHECKED = {"safety_checker": None, "feature_extractor": None}
 PIPELINES: Builders = {
+    "AltDiffusionPipeline": alt_diffusion,
+    "PaintByExamplePipeline": paint_by_example,
+    "AudioLDMPipeline": audioldm,
+    "StableDiffusionGLIGENPipeline": lambda: sd(
+        d.StableDiffusionGLIGENPipeline, unet={"attention_type": "gated"}, gligen_phrases=["cube"], gligen_boxes=[[0.1, 0.1, 0.5, 0.5]], alone=True
+    ),
     "ShapEPipeline": lambda: shap_e(d.ShapEPipeline, seen=False),
     "ShapEImg2ImgPipeline": lambda: shap_e(d.ShapEImg2ImgPipeline, seen=True),
     "UnCLIPPipeline": unclip,

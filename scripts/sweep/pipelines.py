@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from pipelines_base import Builders, Case
+from pipelines_base import STEPS, Builders, Case
 
 PIPELINES: Builders = {}
 for _file in sorted(Path(__file__).parent.glob("pipelines_*.py")):
@@ -63,7 +63,7 @@ LEFT_OUT: dict[str, str] = {
 }
 
 
-def run(case: Case, seeds: list[int], steps: int = 2) -> object:
+def run(case: Case, seeds: list[int]) -> object:
     """What the pipeline gives for these seeds, each with a generator of its own."""
     parameters = inspect.signature(case.pipe.__call__).parameters
     rows = [seed % len(next(iter(case.conditioning.values()), [0])) for seed in seeds]
@@ -71,10 +71,13 @@ def run(case: Case, seeds: list[int], steps: int = 2) -> object:
         name: values[rows] if isinstance(values, torch.Tensor) else [values[row] for row in rows]
         for name, values in case.conditioning.items()
     }
-    own = {"num_inference_steps": steps, "output_type": "pt", "batch_size": len(seeds)}
+    own = {"num_inference_steps": STEPS, "output_type": case.output, "batch_size": len(seeds)}
     arguments |= {name: value for name, value in own.items() if name in parameters} | case.pipeline_kwargs
     if "generator" in parameters:
         arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if case.plain:
+        first = [*case.conditioning, "generator"]
+        arguments |= {name: arguments[name][0] for name in first if isinstance(arguments.get(name), list)}
     with torch.no_grad():
         return case.pipe(**arguments)
 

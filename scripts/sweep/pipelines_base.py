@@ -16,6 +16,7 @@ from diffusers.utils import is_ftfy_available
 from torch import nn
 
 PROMPTS = ["a red cube", "two cats on a mat"]
+STEPS = 2  # of every sampler
 EULER = d.FlowMatchEulerDiscreteScheduler
 
 
@@ -26,12 +27,16 @@ class Case:
     conditioning: arguments that differ from image to image, one value an image, as in `ptq4dm.collect`.
     pipeline_kwargs: arguments that are the same for all.
     alone: the pipeline makes one image a call.
+    plain: and takes one prompt and one generator, no lists of one.
+    output: the `output_type` that it knows.
     """
 
     pipe: d.DiffusionPipeline
     conditioning: dict = field(default_factory=lambda: {"prompt": list(PROMPTS)})
     pipeline_kwargs: dict = field(default_factory=dict)
     alone: bool = False
+    plain: bool = False
+    output: str = "pt"
 
 
 Builders = dict[str, Callable[[], Case]]

@@ -117,7 +117,8 @@ def dreamlite(kind, **kwargs) -> Case:
         unet=tiny(d.DreamLiteUNetModel, **config),
         scheduler=EULER(),
     )
-    return Case(pipe, prompted(), {"height": 64, "width": 64, "max_sequence_length": 64} | kwargs)
+    size = {"height": 64, "width": 64, "max_sequence_length": 64}
+    return Case(pipe, prompted(), size | kwargs, alone=True, plain=True)
 
 
 def joy(kind, network, **kwargs) -> Case:

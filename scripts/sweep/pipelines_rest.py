@@ -28,9 +28,7 @@ def shap_e(kind, *, seen: bool) -> Case:
         scheduler=d.HeunDiscreteScheduler(beta_schedule="exp", prediction_type="sample", use_karras_sigmas=True),
         **(viewer if seen else reader),
     )
-    return Case(
-        pipe, {"image": uniform(2, 3, 32, 32)} if seen else prompted(), {"frame_size": 32, "output_type": "latent"}
-    )
+    return Case(pipe, {"image": uniform(2, 3, 32, 32)} if seen else prompted(), {"frame_size": 32}, output="latent")
 
 
 def unclip() -> Case:
@@ -178,7 +176,11 @@ PIPELINES: Builders = {
     "PaintByExamplePipeline": paint_by_example,
     "AudioLDMPipeline": audioldm,
     "StableDiffusionGLIGENPipeline": lambda: sd(
-        d.StableDiffusionGLIGENPipeline, unet={"attention_type": "gated"}, gligen_phrases=["cube"], gligen_boxes=[[0.1, 0.1, 0.5, 0.5]], alone=True
+        d.StableDiffusionGLIGENPipeline,
+        unet={"attention_type": "gated"},
+        gligen_phrases=["cube"],
+        gligen_boxes=[[0.1, 0.1, 0.5, 0.5]],
+        alone=True,
     ),
     "ShapEPipeline": lambda: shap_e(d.ShapEPipeline, seen=False),
     "ShapEImg2ImgPipeline": lambda: shap_e(d.ShapEImg2ImgPipeline, seen=True),

@@ -10,7 +10,6 @@ from pipelines_base import (
     Builders,
     Case,
     make,
-    normal,
     picture,
     pictures,
     prompted,
@@ -71,6 +70,13 @@ def wan(
         **(parts or {}),
     )
     return Case(pipe, conditioning or prompted(), size | kwargs, alone)
+
+
+def plain(*args: object, **kwargs: object) -> Case:
+    """A case of `wan` that takes one prompt and one generator, no lists of one."""
+    case = wan(*args, alone=True, **kwargs)
+    case.plain = True
+    return case
 
 
 def skyreels(kind, more=None, parts=None, size=NINE, **kwargs) -> Case:
@@ -229,14 +235,12 @@ PIPELINES: Builders = {
     "WanVideoToVideoPipeline": lambda: wan(
         d.WanVideoToVideoPipeline, scheduler=shifted(), size=SIZE, video=FRAMES, alone=True, strength=0.8
     ),
-    "WanVACEPipeline": lambda: wan(
+    "WanVACEPipeline": lambda: plain(
         d.WanVACEPipeline,
         {"num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 96},
         network=d.WanVACETransformer3DModel,
-        alone=True,
         video=FRAMES,
         mask=[picture(16, 5, "L")] * 9,
-        conditioning={"prompt_embeds": normal(2, 16, 32), "negative_prompt_embeds": normal(2, 16, 32)},
     ),
     "WanAnimatePipeline": lambda: wan(
         d.WanAnimatePipeline,

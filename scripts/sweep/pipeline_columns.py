@@ -1,4 +1,4 @@
-"""What the sweep asks of each pipeline: is it calibrated, quantized to W8A8, saved, loaded to the bit, and does it run?
+"""Whether each pipeline is calibrated, quantized to W8A8, saved and loaded to the bit, and runs afterwards.
 
 python scripts/sweep/pipeline_columns.py --only "Flux*" WanPipeline
 """

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import standins
 import torch
+import transformers as tr
 from diffusers.utils import is_ftfy_available
 from torch import nn
 
@@ -54,7 +55,7 @@ def tiny(kind: type, **config: object) -> nn.Module:
 
 
 def make(kind: type, **components: object) -> d.DiffusionPipeline:
-    """A pipeline that shows no progress bar. ftfy, which mends texts, is not asked: where it is missing, texts stay."""
+    """A pipeline without a progress bar. Where ftfy, which mends texts, is missing, texts stay as they are."""
     if not is_ftfy_available():
         sys.modules[kind.__module__].ftfy = SimpleNamespace(fix_text=str)
     pipe = kind(**components)
@@ -122,3 +123,9 @@ def wan_vae(**more: object) -> nn.Module:
 def text(**more: object) -> dict:
     """The parts that read prompts in many pipelines: T5 as `text_encoder` and its tokenizer."""
     return {"text_encoder": standins.t5(), "tokenizer": standins.tokenizer(), **more}
+
+
+def gemma(**more: object) -> dict:
+    """Gemma 2 and its tokenizer."""
+    encoder = standins.decoder(tr.Gemma2Model, tr.Gemma2Config)
+    return {"text_encoder": encoder, "tokenizer": standins.tokenizer(512, ends=False, bos=True), **more}

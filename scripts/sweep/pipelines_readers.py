@@ -1,4 +1,4 @@
-"""Painters whose prompts are read by language models: Qwen-Image, Z-Image, HiDream, OmniGen, Kandinsky 5, Krea and others."""
+"""Painters whose prompts are read by language models: Qwen-Image, Z-Image, HiDream, Kandinsky 5 and others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1, 2 and XL: text, pictures, masks, ControlNets, T2I adapters, perturbed attention, Kolors, LCM."""
+"""Stable Diffusion 1, 2 and XL: text, pictures, masks, ControlNets, T2I adapters, perturbed attention, LCM."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""U-Nets and priors around them: Kandinsky, DeepFloyd IF, Stable Cascade, UnCLIP, Marigold, upscalers, unconditional ones."""
+"""U-Nets and priors around them: Kandinsky, UnCLIP, Marigold, unconditional ones."""
 
 from __future__ import annotations
 
 import diffusers as d
 import numpy as np
 import standins
-from pipelines_base import Builders, Case, make, mask, normal, picture, prompted, text, tiny, uniform, vae
+from pipelines_base import Builders, Case, make, normal, picture, prompted, text, tiny, uniform, vae
 from pipelines_stable_diffusion import UNET, scheduler
 
 SIMPLE = {
@@ -20,10 +20,20 @@ SIMPLE = {
     "encoder_hid_dim": 32,
     "resnet_time_scale_shift": "scale_shift",
 }
+
+
 MIXED = {"out_channels": 8, "attention_head_dim": 4}
+
+
 SEEN = MIXED | {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"}
+
+
 READ_AND_SEEN = MIXED | {"encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"}
+
+
 HINTED = SEEN | {"in_channels": 8, "addition_embed_type": "image_hint"}
+
+
 SIZE = {"height": 32, "width": 32}
 
 
@@ -116,43 +126,6 @@ def kandinsky3(kind, *names, **kwargs) -> Case:
     return Case(make(kind, **text(), **parts), conditioning, kwargs)
 
 
-IF = SIMPLE | {
-    "in_channels": 3,
-    "out_channels": 6,
-    "act_fn": "gelu",
-    "encoder_hid_dim_type": "text_proj",
-    "addition_embed_type": "text",
-    "addition_embed_type_num_heads": 2,
-    "cross_attention_norm": "group_norm",
-    "attention_head_dim": 4,
-}
-LEARNED = {"variance_type": "learned_range", "thresholding": True, "dynamic_thresholding_ratio": 0.95}
-
-
-def deep_floyd(kind, *names, second=False, **kwargs) -> Case:
-    own = {"in_channels": 6, "class_embed_type": "timestep"} if second else {}
-    pipe = make(
-        kind,
-        unet=tiny(d.UNet2DConditionModel, **IF | own),
-        scheduler=d.DDPMScheduler(beta_schedule="squaredcos_cap_v2", **LEARNED),
-        safety_checker=None,
-        feature_extractor=None,
-        watermarker=None,
-        requires_safety_checker=False,
-        **text(),
-        **({"image_noising_scheduler": d.DDPMScheduler(beta_schedule="squaredcos_cap_v2")} if second else {}),
-    )
-    large = {"image": 8} if second else {}
-    shown = {
-        name: mask(16) if "mask" in name else 2 * uniform(2, 3, *[large.get(name, 16)] * 2) - 1 for name in names
-    }
-    return Case(
-        pipe,
-        prompted(**shown),
-        kwargs | ({"height": 16, "width": 16} if names in ((), ("image",)) and "strength" not in kwargs else {}),
-    )
-
-
 def marigold(kind, channels, parts, out=4) -> Case:
     pipe = make(
         kind,
@@ -243,16 +216,6 @@ PIPELINES: Builders = {
     ),
     "Kandinsky3Pipeline": lambda: kandinsky3(d.Kandinsky3Pipeline, height=16, width=16),
     "Kandinsky3Img2ImgPipeline": lambda: kandinsky3(d.Kandinsky3Img2ImgPipeline, "image", strength=0.8),
-    "IFPipeline": lambda: deep_floyd(d.IFPipeline),
-    "IFImg2ImgPipeline": lambda: deep_floyd(d.IFImg2ImgPipeline, "image", strength=0.8),
-    "IFInpaintingPipeline": lambda: deep_floyd(d.IFInpaintingPipeline, "image", "mask_image", strength=0.8),
-    "IFSuperResolutionPipeline": lambda: deep_floyd(d.IFSuperResolutionPipeline, "image", second=True),
-    "IFImg2ImgSuperResolutionPipeline": lambda: deep_floyd(
-        d.IFImg2ImgSuperResolutionPipeline, "image", "original_image", second=True, strength=0.8
-    ),
-    "IFInpaintingSuperResolutionPipeline": lambda: deep_floyd(
-        d.IFInpaintingSuperResolutionPipeline, "image", "original_image", "mask_image", second=True, strength=0.8
-    ),
     "MarigoldDepthPipeline": lambda: marigold(
         d.MarigoldDepthPipeline, 8, {"prediction_type": "depth", "scale_invariant": True, "shift_invariant": True}
     ),

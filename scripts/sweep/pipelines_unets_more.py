@@ -1,4 +1,4 @@
-"""U-Nets, second part: Stable Cascade, Wuerstchen, Kolors, latent upscalers, IP-Adapter, and pipelines that diffusers retired."""
+"""U-Nets, second part: Stable Cascade, Wuerstchen, latent upscalers, IP-Adapter, pipelines that diffusers retired."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pipelines_base import Builders, Case, make, normal, prompted, tiny, uniform
 from pipelines_stable_diffusion import UNET, scheduler, sd, xl
 from pipelines_unets import unet2d
 
-# Stable Cascade's own sampler divides by little, and random networks do not keep its samples small; this one clips them.
+# Stable Cascade's own sampler divides by little, and random networks do not keep its samples small.
+# This one clips them.
 CLIPPED = d.DDPMScheduler
 
 

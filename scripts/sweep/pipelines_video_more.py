@@ -1,136 +1,29 @@
-"""Video, second part: AnimateDiff, Stable Video Diffusion, Cosmos, LTX-2, HunyuanVideo 1.5, Mochi, Latte and others."""
+"""Video, second part: HunyuanVideo 1.5, Mochi, Allegro, Latte, EasyAnimate, SANA-Video, Kandinsky 5, Motif."""
 
 from __future__ import annotations
 
 import diffusers as d
 import standins
-import torch
 from pipelines_base import (
     EULER,
     Builders,
     Case,
+    gemma,
     make,
     picture,
-    pictures,
     prompted,
     text,
     tiny,
-    uniform,
     vae,
     wan_vae,
 )
-from pipelines_image import gemma
 from pipelines_readers import KANDINSKY, kandinsky5_readers, qwen_tokenizer
-from pipelines_stable_diffusion import CONTROL, DDIM, UNET, control_net
-from pipelines_video import CLIP_SEEN, NINE, SIZE, WAN, clip_seen, wan
+from pipelines_wan import NINE, SIZE, WAN
 
 WIDE = {"height": 32, "width": 32}
+
+
 FEW = WIDE | {"num_frames": 9, "max_sequence_length": 16}
-# The blocks of AnimateDiff's tests: crossing first, so that every block has a motion module.
-MOVING = UNET | {
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (16, 16),
-}
-
-
-def animate(kind, conditioning=None, parts=None, alone=False, frames=2, **kwargs) -> Case:
-    adapter = {"block_out_channels": (16, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 4}
-    pipe = make(
-        kind,
-        unet=tiny(d.UNet2DConditionModel, **MOVING),
-        vae=vae(),
-        scheduler=d.DDIMScheduler(**DDIM | {"beta_schedule": "linear"}),
-        motion_adapter=tiny(d.MotionAdapter, motion_num_attention_heads=2, **adapter),
-        text_encoder=standins.clip(),
-        tokenizer=standins.clip_tokenizer(),
-        **(parts or {}),
-    )
-    fixed = {"num_frames": frames} if frames else {}
-    return Case(pipe, conditioning or prompted(), fixed | kwargs, alone)
-
-
-def sparse() -> dict:
-    config = {
-        k: v
-        for k, v in MOVING.items()
-        if k in ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim")
-    }
-    own = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "conditioning_channels": 3}
-    own |= {"use_simplified_condition_embedding": False, "num_attention_heads": 2}
-    return {"controlnet": tiny(d.SparseControlNetModel, **config | own | CONTROL)}
-
-
-def stable_video() -> Case:
-    config = {"sample_size": 8, "in_channels": 8, "out_channels": 4, "layers_per_block": 1, "num_frames": 2}
-    config |= {"block_out_channels": (32, 32), "cross_attention_dim": 32, "num_attention_heads": 2}
-    config |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24}
-    config |= {"down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal")}
-    config |= {"up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")}
-    sampler = {"prediction_type": "v_prediction", "use_karras_sigmas": True, "timestep_type": "continuous"}
-    coder = {"block_out_channels": [32, 32], "down_block_types": ["DownEncoderBlock2D"] * 2, "layers_per_block": 1}
-    pipe = make(
-        d.StableVideoDiffusionPipeline,
-        unet=tiny(d.UNetSpatioTemporalConditionModel, **config),
-        vae=tiny(d.AutoencoderKLTemporalDecoder, latent_channels=4, **coder),
-        scheduler=d.EulerDiscreteScheduler(sigma_min=0.002, sigma_max=700.0, **sampler),
-        image_encoder=standins.clip_vision(),
-        feature_extractor=standins.clip_pictures(),
-    )
-    return Case(pipe, {"image": uniform(2, 3, 32, 32)}, WIDE | {"num_frames": 2})
-
-
-COSMOS = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": 2,
-    "mlp_ratio": 2,
-    "text_embed_dim": 32,
-    "adaln_lora_dim": 4,
-    "max_size": (4, 32, 32),
-    "patch_size": (1, 2, 2),
-    "rope_scale": (2.0, 1.0, 1.0),
-    "concat_padding_mask": False,  # to make the mask, diffusers wants torchvision
-    "extra_pos_embed_type": "learnable",
-}
-
-
-class Unchecked(torch.nn.Module):
-    """A safety checker that finds everything safe: the real one is a large model of its own."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def check_text_safety(self, text: str) -> bool:
-        return True
-
-    def check_video_safety(self, video: object) -> object:
-        return video
-
-
-def cosmos_vae():
-    config = {"latent_channels": 4, "encoder_block_out_channels": (8, 8, 8, 8), "attention_resolutions": (8,)}
-    config |= {"decode_block_out_channels": (8, 8, 8, 8), "resolution": 64, "num_layers": 2, "patch_size": 4}
-    config |= {"spatial_compression_ratio": 4, "temporal_compression_ratio": 4, "patch_type": "haar"}
-    return tiny(d.AutoencoderKLCosmos, **config)
-
-
-def cosmos(
-    kind, channels, *, first=False, scheduler=None, conditioning=None, alone=False, size=FEW, **kwargs
-) -> Case:
-    own = {"in_channels": channels, "out_channels": 4} if first else {"in_channels": channels}
-    default = d.EDMEulerScheduler(final_sigmas_type="sigma_min", sigma_min=0.002, sigma_max=80, sigma_data=0.5)
-    later = EULER(use_karras_sigmas=True)
-    pipe = make(
-        kind,
-        transformer=tiny(d.CosmosTransformer3DModel, **COSMOS | own),
-        vae=cosmos_vae() if first else wan_vae(),
-        scheduler=scheduler or (default if first else later),
-        safety_checker=Unchecked(),
-        **text(),
-    )
-    return Case(pipe, conditioning or prompted(), size | kwargs, alone)
 
 
 def simple(kind, transformer, vae_, scheduler=None, size=NINE, parts=None, alone=False, **kwargs) -> Case:
@@ -281,38 +174,6 @@ def t5gemma2():
 
 
 PIPELINES: Builders = {
-    "AnimateDiffPipeline": lambda: animate(d.AnimateDiffPipeline),
-    "AnimateDiffPAGPipeline": lambda: animate(d.AnimateDiffPAGPipeline, pag_scale=3.0),
-    "AnimateDiffControlNetPipeline": lambda: animate(
-        d.AnimateDiffControlNetPipeline, parts=control_net(MOVING), alone=True, conditioning_frames=pictures(16)
-    ),
-    "AnimateDiffSparseControlNetPipeline": lambda: animate(
-        d.AnimateDiffSparseControlNetPipeline,
-        parts=sparse(),
-        alone=True,
-        conditioning_frames=pictures(16),
-        controlnet_frame_indices=[0, 1],
-    ),
-    "AnimateDiffVideoToVideoPipeline": lambda: animate(
-        d.AnimateDiffVideoToVideoPipeline, frames=None, alone=True, video=pictures(16)
-    ),
-    "AnimateDiffVideoToVideoControlNetPipeline": lambda: animate(
-        d.AnimateDiffVideoToVideoControlNetPipeline,
-        parts=control_net(MOVING),
-        frames=None,
-        alone=True,
-        video=pictures(16),
-        conditioning_frames=pictures(16),
-    ),
-    "StableVideoDiffusionPipeline": stable_video,
-    "CosmosTextToWorldPipeline": lambda: cosmos(d.CosmosTextToWorldPipeline, 4, first=True),
-    "CosmosVideoToWorldPipeline": lambda: cosmos(
-        d.CosmosVideoToWorldPipeline, 5, first=True, alone=True, image=picture(32)
-    ),
-    "Cosmos2TextToImagePipeline": lambda: cosmos(
-        d.Cosmos2TextToImagePipeline, 16, size=WIDE | {"max_sequence_length": 16}
-    ),
-    "Cosmos2VideoToWorldPipeline": lambda: cosmos(d.Cosmos2VideoToWorldPipeline, 17, alone=True, image=picture(32)),
     "MochiPipeline": mochi,
     "AllegroPipeline": allegro,
     "LattePipeline": latte,
@@ -321,29 +182,6 @@ PIPELINES: Builders = {
     "SanaVideoPipeline": lambda: sana_video(d.SanaVideoPipeline),
     "SanaImageToVideoPipeline": lambda: sana_video(d.SanaImageToVideoPipeline, image=picture(32)),
     "Kandinsky5T2VPipeline": lambda: kandinsky5(d.Kandinsky5T2VPipeline),
-    "ChronoEditPipeline": lambda: wan(
-        d.ChronoEditPipeline,
-        CLIP_SEEN | {"in_channels": 36},
-        network=d.ChronoEditTransformer3DModel,
-        parts=clip_seen(),
-        alone=True,
-        image=picture(16),
-        size=SIZE | {"num_frames": 5},
-    ),
-    "AnyFlowPipeline": lambda: wan(
-        d.AnyFlowPipeline,
-        network=d.AnyFlowTransformer3DModel,
-        scheduler=d.FlowMapEulerDiscreteScheduler(shift=5.0),
-    ),
-    "AnyFlowFARPipeline": lambda: wan(
-        d.AnyFlowFARPipeline,
-        {"chunk_partition": (1, 1, 1)},
-        network=d.AnyFlowFARTransformer3DModel,
-        scheduler=d.FlowMapEulerDiscreteScheduler(shift=5.0),
-    ),
     "HeliosPipeline": helios,
-    "LucyEditPipeline": lambda: wan(
-        d.LucyEditPipeline, {"in_channels": 32}, alone=True, size=NINE, video=pictures(16, 9)
-    ),
     "MotifVideoPipeline": lambda: motif(d.MotifVideoPipeline),
 }

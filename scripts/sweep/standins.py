@@ -1,4 +1,4 @@
-"""Text encoders with random weights, and tokenizers that cut text into bytes: what a pipeline needs to take a prompt offline.
+"""Text encoders with random weights, and tokenizers that cut text into bytes: prompts are read offline.
 
 Every text becomes the bytes of its UTF-8, so that no text is unknown and long templates stay long. The ids of special
 tokens are given to the encoders' configurations; their embeddings have `VOCABULARY` rows.

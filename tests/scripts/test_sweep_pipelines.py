@@ -1,4 +1,4 @@
-"""The catalogue of tiny pipelines: it covers all of diffusers or says why not, its pipelines run, some pass every column."""
+"""The catalogue of tiny pipelines: all of diffusers or why not; its pipelines run, and pass the columns."""
 
 import importlib
 import re

@@ -13,7 +13,8 @@ IF = SIMPLE | {
     "encoder_hid_dim_type": "text_proj",
     "addition_embed_type": "text",
     "addition_embed_type_num_heads": 2,
-    "cross_attention_norm": "group_norm",
+    "cross_attention_norm": "group_norm",  # of 32 groups
+    "cross_attention_dim": 128,
     "attention_head_dim": 4,
 }
 

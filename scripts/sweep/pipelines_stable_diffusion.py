@@ -219,6 +219,5 @@ PIPELINES: Builders = {
         parts=STAGE | {"watermarker": None, "low_res_scheduler": d.DDPMScheduler()},
         unet={"num_class_embeds": 1000, "attention_head_dim": 8, "use_linear_projection": True},
     ),
-    "LEditsPPPipelineStableDiffusion": lambda: edit(sd, d.LEditsPPPipelineStableDiffusion, STAGE),
     "LEditsPPPipelineStableDiffusionXL": lambda: edit(xl, d.LEditsPPPipelineStableDiffusionXL, {}),
 }

@@ -58,7 +58,7 @@ def sd(kind, *names, channels=4, parts=STAGE, unet=None, conditioning=None, alon
         tokenizer=standins.clip_tokenizer(),
         **{"scheduler": scheduler()} | parts,
     )
-    return Case(pipe, conditioning or given(*names), kwargs, alone)
+    return Case(pipe, given(*names) if conditioning is None else conditioning, kwargs, alone)
 
 
 def xl(kind, *names, channels=4, parts=None, embedded=80, conditioning=None, alone=False, **kwargs) -> Case:
@@ -74,7 +74,7 @@ def xl(kind, *names, channels=4, parts=None, embedded=80, conditioning=None, alo
         tokenizer_2=standins.clip_tokenizer(),
         **{"scheduler": scheduler()} | (parts or {}),
     )
-    return Case(pipe, conditioning or given(*names), kwargs, alone)
+    return Case(pipe, given(*names) if conditioning is None else conditioning, kwargs, alone)
 
 
 def adapter(kind: str, factor: int) -> dict:

@@ -1,7 +1,7 @@
 """Which rows of a denoiser's call belong to which seed: seen from a call for one seed beside a call for two.
 
-The pipeline itself makes a call for one seed alone. So rows that are picked from a call for several seeds are right
-if they are the arguments of that call; no other evidence is needed, and no axis is guessed.
+The pipeline itself makes a call for one seed alone: rows that are picked from a call for two are right if they are
+the arguments of that call. And the network is asked whether it answers some rows as among others. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch.utils import _pytree as pytree
 from .calls import Call
 from .record import call_on, tensors_of, times_of
 
-NEAR = 1e-2  # of the largest value: what an encoder changes with the size of its batch
-SAME = 1e-3  # of the largest output
+NEAR = 1e-2  # of the largest value: what another size of a batch may change
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,9 @@ def row_rule(model: nn.Module, one: Call, two: Call) -> RowRule | None:
             return None
     rule = RowRule(structure, tuple(own), copies)
     single = tuple(i for i in times_of(model, one) if i not in own and torch.as_tensor(ours[i]).numel() == 1)
-    if not single:
-        return rule
     spread = RowRule(structure, tuple(sorted((*own, *single))), copies, single)
-    return spread if _takes_times(model, two, spread.with_times(two, 2)) else rule
+    rules = [spread, rule] if single else [rule]
+    return next((one for one in rules if _rows_are_calls(model, two, one)), None)
 
 
 def _alike(a: object, b: object) -> bool:
@@ -89,15 +87,16 @@ def _alike(a: object, b: object) -> bool:
 
 
 @torch.no_grad()
-def _takes_times(model: nn.Module, call: Call, spread: Call) -> bool:
-    """Whether a model gives the same for one time a row as for one time."""
+def _rows_are_calls(model: nn.Module, two: Call, rule: RowRule) -> bool:
+    """Whether a model gives to all rows but the first what it gives to them among all: then any rows are a call."""
+    size = 2 * rule.copies
+    leaves, structure = rule.with_times(two, 2).flat()
+    some = Call.nested([leaf[1:] if i in rule.own else leaf for i, leaf in enumerate(leaves)], structure)
     try:
-        exact, found = (
-            tensors_of(model(*c.args, **c.kwargs)) for c in (call_on(model, call), call_on(model, spread))
-        )
-    except (RuntimeError, ValueError, TypeError, IndexError):
+        whole, part = (tensors_of(model(*c.args, **c.kwargs)) for c in (call_on(model, two), call_on(model, some)))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
         return False
-    return len(exact) == len(found) and all(
-        a.shape == b.shape and bool(((a - b).abs() <= SAME * a.abs().max()).all())
-        for a, b in zip(exact, found, strict=True)
+    rows = [(a[1:] if a.ndim and len(a) == size else a, b) for a, b in zip(whole, part, strict=False)]
+    return len(whole) == len(part) and all(
+        a.shape == b.shape and bool(((a - b).abs() <= NEAR * a.abs().max()).all()) for a, b in rows
     )

@@ -6,7 +6,7 @@ last wanted call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,11 +34,13 @@ class Sampling:
 
     span: the range of its scheduler's times; grid: [S] float64, the times that it samples at.
     rule: how the rows of its calls belong to its seeds; None where they do not: then each seed is sampled by itself.
+    bare: it takes one seed and no lists.
     """
 
     span: Span
     grid: Tensor
     rule: RowRule | None
+    bare: bool = False
 
 
 @dataclass
@@ -53,8 +55,8 @@ class Request:
     def networks(self) -> dict[str, nn.Module]:
         return {name: getattr(self.pipe, name) for name in self.components}
 
-    def run(self, seeds: Sequence[int]) -> None:
-        call_pipeline(self.pipe, seeds, **self.options)
+    def run(self, seeds: Sequence[int], bare: bool = False) -> None:
+        call_pipeline(self.pipe, seeds, bare=bare, **self.options)
 
     @contextmanager
     def watched(self, tracks: dict[str, Track], watcher: Any) -> Iterator[None]:
@@ -66,11 +68,25 @@ class Request:
         with ExitStack() as stack:
             for network in self.networks.values():  # first: no other thread's calls reach the hooks
                 stack.enter_context(evaluation_mode(network))
+            stack.enter_context(processors_kept(networks_of(self.pipe).values()))
             for name, network in self.networks.items():
                 stack.enter_context(hooked(network, {"": hook(name)}))
             stack.enter_context(counted(tracks, watcher.stepping))
             stack.enter_context(suppress(_Done))
             yield
+
+
+@contextmanager
+def processors_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back attention processors that a pipeline sets for its own sampling (PAG), and would at its end."""
+    modules = [module for network in networks for module in network.modules() if hasattr(module, "set_processor")]
+    before = [module.processor for module in modules]
+    try:
+        yield
+    finally:
+        for module, processor in zip(modules, before, strict=True):
+            if module.processor is not processor:
+                module.set_processor(processor)
 
 
 def request_of(
@@ -125,25 +141,35 @@ def look(request: Request, seed: int) -> Sampling:
 
     Raises UserError where no network of the request is called.
     """
-    one = _first(request, [seed])
+    bare = False
+    try:
+        one = _first(request, [seed])
+    except UserError:
+        raise
+    except Exception as error:  # of whatever it cannot do with a list of one
+        bare = True
+        try:
+            one = _first(request, [seed], bare)
+        except Exception:
+            raise error from None
     if one.call is None or one.track is None or one.track.grid is None or one.track.span is None:
         raise _never_called(request, [seed])
     try:
         two = _first(request, [seed, seed + 1])
     except Exception:  # of whatever the pipeline cannot do with two seeds: it is sampled one by one
-        return Sampling(one.track.span, one.track.grid, None)
+        return Sampling(one.track.span, one.track.grid, None, bare)
     rule = None
     if two.call is not None and two.component == one.component:
         network = request.networks[one.component]
         with evaluation_mode(network):
             rule = row_rule(network, one.call, two.call)
-    return Sampling(one.track.span, one.track.grid, rule)
+    return Sampling(one.track.span, one.track.grid, rule, bare)
 
 
-def _first(request: Request, seeds: list[int]) -> _First:
+def _first(request: Request, seeds: list[int], bare: bool = False) -> _First:
     first = _First(tracks_of(request.pipe))
     with request.watched(first.tracks, first):
-        request.run(seeds)
+        request.run(seeds, bare)
     return first
 
 
@@ -267,7 +293,7 @@ def record_components(
     for run in runs:
         recorder = _Recorder(tracks_of(request.pipe), times[list(run)], sampling, calls)
         with request.watched(recorder.tracks, recorder):
-            request.run([int(seeds[k]) for k in run])
+            request.run([int(seeds[k]) for k in run], sampling.bare)
         recorder.finish()
         if lacking := [int(seeds[k]) for place, k in enumerate(run) if place not in recorder.given]:
             raise _never_called(request, lacking)

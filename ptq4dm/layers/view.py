@@ -96,7 +96,7 @@ def _mark_edges(config: object, views: list[LayerView]) -> None:
 
 
 def _reads(view: LayerView) -> int:
-    return getattr(view.module, "in_features", None) or view.module.in_channels
+    return view.module.in_features if isinstance(view.module, nn.Linear) else view.module.in_channels
 
 
 def _writes(view: LayerView) -> int:

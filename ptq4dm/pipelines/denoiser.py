@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import UserError
 
 MAIN = ("unet", "transformer")
-TIMES = ("timestep", "timesteps", "t", "timestep_ratio")  # what networks of diffusers call their time
+TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "r")  # what networks of diffusers call their time
 
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _turns_guard = threading.Lock()

@@ -29,7 +29,7 @@ def check_steps(pipe, num_inference_steps: int) -> None:
         pipe.scheduler.set_timesteps(num_inference_steps)  # says which it takes
     scheduler = getattr(pipe, "scheduler", None)
     limit = None if scheduler is None else scheduler.config.get("num_train_timesteps")
-    if limit is not None and num_inference_steps > limit:
+    if limit is not None and 1 < limit < num_inference_steps:  # 1: times are shares, not counted
         raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")
 
 
@@ -128,8 +128,12 @@ def call_pipeline(
     conditioning: dict[str, Sequence] | None = None,
     pipeline_kwargs: dict | None = None,
     progress: bool = False,
+    bare: bool = False,
 ) -> Any:
-    """Run the pipeline once, for len(seeds) images, videos or sounds; returns what it returns. See `sample`."""
+    """Run the pipeline once, for len(seeds) images, videos or sounds; returns what it returns. See `sample`.
+
+    bare: one generator and one text instead of lists of one, for pipelines that take no lists.
+    """
     seeds = [int(s) for s in seeds]
     if not seeds:
         raise UserError("sampling needs at least one seed.")
@@ -152,7 +156,10 @@ def call_pipeline(
         arguments["output_type"] = "pt"
     generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
     if "generator" in parameters:
-        arguments["generator"] = generators
+        arguments["generator"] = generators[0] if bare else generators
+    if bare:
+        strings = [key for key in arguments if key in (conditioning or ()) and isinstance(arguments[key][0], str)]
+        arguments |= {key: arguments[key][0] for key in strings}
     with _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
         return pipe(**arguments)
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import ptq4dm
-from ptq4dm.calibration.record import replay
+from ptq4dm.calibration.record import answers
 from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized
 
@@ -41,7 +41,7 @@ class Failure(Exception):
 
 def outputs(model: nn.Module, calls: Any) -> list[torch.Tensor]:
     """All tensors that the model gives for these calls."""
-    return [leaf for leaf in tree_leaves(list(replay(model, calls))) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(list(answers(model, calls))) if isinstance(leaf, torch.Tensor)]
 
 
 def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

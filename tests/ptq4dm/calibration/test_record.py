@@ -144,11 +144,14 @@ def test_guidance_gives_two_rows_a_seed():
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8).double().eval()
     pipe = DiTPipeline(transformer, vae, DDIMScheduler())
-    seen = watched(transformer)
-    calls = record_calls(
-        pipe, [4, 5, 6], [0, 0, 900], num_inference_steps=3, conditioning={"class_labels": [70, 80, 90]},
+    asked = dict(
+        num_inference_steps=3,
+        conditioning={"class_labels": [70, 80, 90]},
         pipeline_kwargs={"guidance_scale": 4.0},
-    )  # fmt: skip
+    )
+    sampling = look(request_of(pipe, **asked), 0)
+    seen = watched(transformer)
+    calls = record_calls(pipe, [4, 5, 6], [0, 0, 900], sampling=sampling, **asked)
     first, last = seen[0], seen[2]
     assert len(calls) == 6 and len(seen) == 3
     # Seed 6 (entry 6 mod 3 = 0) leaves at the first step, the others (entries 1 and 2) at the last one.

@@ -15,7 +15,7 @@ from ..hooks import hooked, input_of
 from ..layers.base import numeric_padding
 from ..pipelines.denoiser import evaluation_mode
 from .calls import Calls
-from .record import replay
+from .record import answers
 
 MAX_ROWS = 8192  # token rows kept per layer
 
@@ -122,6 +122,6 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
         for batch in batches:
             waiting = {*layers, *modules}
             with suppress(_Enough):
-                replay(model, batch)
+                answers(model, batch)
     got.rows = {name: torch.cat(parts) for name, parts in kept.items() if parts}
     return got

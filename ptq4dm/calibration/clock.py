@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..pipelines.denoiser import schedulers_of
 from ..pipelines.sampling import own_step
 
@@ -49,7 +50,7 @@ def span_of(scheduler: Any, grid: Tensor) -> Span:
     try:
         whole = type(scheduler).from_config(scheduler.config).timesteps.double()
         low, high = float(whole.min()), float(whole.max())
-    except (AttributeError, RuntimeError, ValueError, TypeError):  # no times yet
+    except (AttributeError, RuntimeError, ValueError, TypeError, UserError):  # it has no times yet
         low, high = (0.0, float(counted)) if counted else (0.0, 0.0)
     top = float(grid.max())
     if top > 0 and (high <= low or top < 0.01 * high or top > 1.01 * high):  # another scale
@@ -75,7 +76,7 @@ class _Reading:
 
 
 def _readings(time: float, grid: Tensor, span: Span, begin: int) -> tuple[list[_Reading], int]:
-    """(how a model's times may be read, the entry of the grid that its first call is at); ([], begin) if none fits."""
+    """(how a model's times may be read, the entry of the grid that its first call is at); [] if no way fits."""
     size = span.high - span.low
     same, unit = _Reading(1.0, 0.0), _Reading(size, span.low)
     turned, unit_turned = _Reading(-1.0, span.high), _Reading(-size, span.high)

@@ -14,7 +14,7 @@ from ..hooks import hooked, input_of
 from ..layers.view import LayerView
 from ..pipelines.denoiser import evaluation_mode, time_names
 from .calls import Call, Calls
-from .record import named, replay
+from .record import answers, named
 
 LOOKS = 4  # calls that are replayed at most
 
@@ -79,7 +79,7 @@ def _trace(model: nn.Module, views: list[LayerView], calls: Calls) -> dict[str, 
     names = {view.name for view in views}
     before = {name: remember(name) for name, _ in model.named_modules()}
     with evaluation_mode(model), hooked(model, before):  # in this order: no other thread's calls reach the hooks
-        replay(model, calls)
+        answers(model, calls)
     # All inputs are alive here, so one place in memory is one tensor.
     sharing: dict[tuple, list[list[str]]] = {}
     for name, (x, version) in inputs.items():

@@ -28,6 +28,12 @@ class LayerView:
         """W [N, K]: a convolution's rows are its output channels, K = C/groups * kh * kw."""
         return self.module.weight.flatten(1)
 
+    def matches(self, patterns: Sequence[str]) -> bool:
+        """Whether one of the names or shell patterns is of this layer, or of a module that it is in."""
+        parts = self.name.split(".")
+        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes for pattern in patterns)
+
 
 def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
     """The layers that can be quantized, in the model's own order; those of an IP-Adapter are not the model's own.
@@ -40,22 +46,16 @@ def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
         if type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module))
     ]
     _mark_edges(getattr(model, "config", None), views)
-    unmatched = [pattern for pattern in skip if not any(_matches(view.name, [pattern]) for view in views)]
+    unmatched = [pattern for pattern in skip if not any(view.matches([pattern]) for view in views)]
     if unmatched:
         raise UserError(f"'{unmatched[0]}' in modules_to_not_convert names no layer of the model; see `ptq4dm info`.")
-    return [view for view in views if not (_matches(view.name, skip) or in_ip_adapter(view.name))]
+    return [view for view in views if not (view.matches(skip) or in_ip_adapter(view.name))]
 
 
 def in_ip_adapter(name: str) -> bool:
     """Whether a module belongs to an IP-Adapter of diffusers, which comes and goes while the model stays."""
     parts = name.split(".")
     return "image_projection_layers" in parts or ("processor" in parts and bool({"to_k_ip", "to_v_ip"} & {*parts}))
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    parts = name.split(".")
-    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes for pattern in patterns)
 
 
 def _zero_padded(conv: nn.Conv2d) -> bool:

@@ -352,7 +352,7 @@ def test_a_failure_leaves_the_model_as_it_was(store, monkeypatch, unet):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(importlib.import_module("ptq4dm.quantization.quantize"), "replay", fail)
+    monkeypatch.setattr(importlib.import_module("ptq4dm.quantization.quantize"), "answers", fail)
     model = unet().train()
     with pytest.raises(RuntimeError):
         ptq4dm.quantize(model, RTNConfig(), store)

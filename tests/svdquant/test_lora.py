@@ -10,7 +10,7 @@ from torch import nn
 import denoisers
 import ptq4dm
 from ptq4dm import SVDQuantConfig
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.errors import UserError
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.svdquant import fuse_lora, scale_lora, unfuse_lora
@@ -148,7 +148,7 @@ def test_saved_and_loaded(tmp_path):
     """The file has the adapters by name: loaded, they are scaled and taken out as before."""
     model, store, _ = denoisers.quantized("flux")
     model = copy.deepcopy(model)
-    plain = predictions(model, store.calls)
+    plain = replay(model, store.calls)
     model.save_pretrained(tmp_path / "plain")  # the entry of the recipe is written anew when adapters come
     torch.manual_seed(0)
     targets = ["to_q", "to_v", "net.2"]
@@ -156,18 +156,18 @@ def test_saved_and_loaded(tmp_path):
     model.set_adapters("style", 0.5)
     fuse_lora(model)
     assert not hasattr(model, "peft_config") and "+style" in str(model.transformer_blocks[0].attn.to_q.plan)
-    fused = predictions(model, store.calls)
+    fused = replay(model, store.calls)
     assert (fused - plain).norm() > 0.05 * plain.norm()
     model.save_pretrained(tmp_path / "fused")
     again = type(model).from_pretrained(tmp_path / "fused")
-    assert torch.equal(predictions(again, store.calls), fused)
+    assert torch.equal(replay(again, store.calls), fused)
     for one in (model, again):
         scale_lora(one, {"style": 1.0})
-    assert torch.equal(predictions(again, store.calls), predictions(model, store.calls))
+    assert torch.equal(replay(again, store.calls), replay(model, store.calls))
     plan = quantization_config(again).plan
     with pytest.raises(UserError, match="the plan is of a model with adapters in '"):
         ptq4dm.quantize(denoisers.pair("flux")[0], SVDQuantConfig(plan=plan), store)
     unfuse_lora(again)
-    assert torch.equal(predictions(again, store.calls), plain)
+    assert torch.equal(replay(again, store.calls), plain)
     again.save_pretrained(tmp_path / "again")
-    assert torch.equal(predictions(type(model).from_pretrained(tmp_path / "again"), store.calls), plain)
+    assert torch.equal(replay(type(model).from_pretrained(tmp_path / "again"), store.calls), plain)

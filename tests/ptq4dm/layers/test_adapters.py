@@ -1,4 +1,4 @@
-"""LoRA and DoRA beside layers of all formats, by diffusers' own calls: what they do to the model in full precision."""
+"""LoRA and DoRA beside layers of all formats, by diffusers' own calls: as on the model in full precision."""
 
 import copy
 
@@ -11,7 +11,7 @@ import denoisers
 import ptq4dm
 from helpers import distance, normal
 from ptq4dm import RTNConfig
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.layers.base import is_quantized
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -46,7 +46,7 @@ def test_adapters_do_what_they_do_in_full_precision(kind, recipe, dora):
     model, prefix = copy.deepcopy(original), "unet" if kind == "sdxl" else "transformer"
     one, two = (adapter(original, prefix, rank, dora, seed) for rank, seed in ((4, 100), (3, 500)))
     ptq4dm.quantize(model, recipe)
-    exact, before = predictions(original, store.calls), predictions(model, store.calls)
+    exact, before = replay(original, store.calls), replay(model, store.calls)
     bound = 1.3 * distance(before, exact) + 0.01  # without an adapter
     pipes = [PIPELINES[kind](one) for one in (original, model)]
     for pipe in pipes:
@@ -57,17 +57,17 @@ def test_adapters_do_what_they_do_in_full_precision(kind, recipe, dora):
     for names, weights in ((["one"], [1.0]), (["one", "two"], [0.5, 1.0])):
         for pipe in pipes:
             pipe.set_adapters(names, weights)
-        expected = predictions(original, store.calls)
+        expected = replay(original, store.calls)
         assert distance(expected, exact) > 0.05
-        assert distance(predictions(model, store.calls), expected) < bound
+        assert distance(replay(model, store.calls), expected) < bound
     pipes[1].disable_lora()
-    assert torch.equal(predictions(model, store.calls), before)
+    assert torch.equal(replay(model, store.calls), before)
     pipes[1].enable_lora()
     for pipe in pipes:
         pipe.delete_adapters("two")
-    assert distance(predictions(model, store.calls), predictions(original, store.calls)) < bound
+    assert distance(replay(model, store.calls), replay(original, store.calls)) < bound
     pipes[1].unload_lora_weights()
-    assert torch.equal(predictions(model, store.calls), before) and not hasattr(model, "peft_config")
+    assert torch.equal(replay(model, store.calls), before) and not hasattr(model, "peft_config")
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())

@@ -14,7 +14,7 @@ import ptq4dm
 from helpers import distance, normal
 from models import conditional_unet
 from ptq4dm import RTNConfig, UserError
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 
@@ -92,27 +92,27 @@ def test_adapters_that_were_fused_in_full_precision_are_quantized(flux, tmp_path
     model, calls = flux
     adapted(model).fuse_lora()
     model.unload_lora()
-    expected = predictions(model, calls)
+    expected = replay(model, calls)
     ptq4dm.quantize(model, DYNAMIC)
-    answer = predictions(model, calls)
+    answer = replay(model, calls)
     assert distance(answer, expected) < 0.05
     model.save_pretrained(tmp_path)
-    assert torch.equal(predictions(type(model).from_pretrained(tmp_path), calls), answer)
+    assert torch.equal(replay(type(model).from_pretrained(tmp_path), calls), answer)
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_fused_projections_load_again(kind, tmp_path):
     model, store = denoisers.pair(kind)
     model.fuse_qkv_projections()
-    expected = predictions(model, store.calls)
+    expected = replay(model, store.calls)
     ptq4dm.quantize(model, DYNAMIC)
-    answer = predictions(model, store.calls)
+    answer = replay(model, store.calls)
     assert distance(answer, expected) < 0.05 and is_quantized(model.transformer_blocks[0].attn.to_qkv)
     model.save_pretrained(tmp_path / "a")
     again = type(model).from_pretrained(tmp_path / "a")
-    assert torch.equal(predictions(again, store.calls), answer)
+    assert torch.equal(replay(again, store.calls), answer)
     again.save_pretrained(tmp_path / "b")
-    assert torch.equal(predictions(type(model).from_pretrained(tmp_path / "b"), store.calls), answer)
+    assert torch.equal(replay(type(model).from_pretrained(tmp_path / "b"), store.calls), answer)
 
 
 # --- a quantized model --------------------------------------------------------------------------------------
@@ -120,14 +120,14 @@ def test_fused_projections_load_again(kind, tmp_path):
 
 def test_calls_of_diffusers_that_need_float_weights(quantized):
     model, calls = quantized
-    before = predictions(model, calls)
+    before = replay(model, calls)
     adapted(model).set_adapters("default", 0.0)
     for call in (model.fuse_lora, model.unfuse_lora):
         with pytest.raises(UserError, match="float weights.*set_adapters.*svdquant.fuse_lora"):
             call()
     with pytest.raises(UserError, match="float weights.*ptq4dm.fuse"):
         model.fuse_qkv_projections()
-    assert torch.equal(predictions(model, calls), before) and not hasattr(model.transformer_blocks[0].attn, "to_qkv")
+    assert torch.equal(replay(model, calls), before) and not hasattr(model.transformer_blocks[0].attn, "to_qkv")
 
 
 def test_dequantized_models_have_diffusers_own_calls(quantized):
@@ -135,15 +135,15 @@ def test_dequantized_models_have_diffusers_own_calls(quantized):
     model.config.mark = "kept"  # as diffusers sets attributes on a config
     model.dequantize()
     assert model.config.mark == "kept" and quantization_config(model) is None
-    before = predictions(model, calls)
+    before = replay(model, calls)
     model.fuse_qkv_projections()
-    assert torch.allclose(predictions(model, calls), before, atol=1e-4)
+    assert torch.allclose(replay(model, calls), before, atol=1e-4)
     assert model.to(torch.float64).dtype == torch.float64 and not model._state_dict_hooks
 
 
 def test_adapters_are_taken_off_before_saving(quantized, tmp_path):
     model, calls = quantized
-    before = predictions(model, calls)
+    before = replay(model, calls)
     adapted(model)
     with pytest.raises(UserError, match="adapters are on the model.*before you save.*svdquant.fuse_lora"):
         model.save_pretrained(tmp_path / "a")
@@ -151,7 +151,7 @@ def test_adapters_are_taken_off_before_saving(quantized, tmp_path):
     model.save_lora_adapter(tmp_path / "adapter")
     model.delete_adapters("default")  # peft's wrappers stay around the layers, and are not in the file
     model.save_pretrained(tmp_path / "b")
-    assert torch.equal(predictions(type(model).from_pretrained(tmp_path / "b"), calls), before)
+    assert torch.equal(replay(type(model).from_pretrained(tmp_path / "b"), calls), before)
 
 
 def test_what_would_not_load_again_is_not_saved(quantized, tmp_path):

@@ -178,13 +178,13 @@ def test_a_borrowed_projection_is_read_from_disk(tmp_path, one_thread):
     """Offloaded leaf by leaf, what the lender holds in memory is not its tensor."""
     model, store, _ = denoisers.quantized("pixart")
     model = copy.deepcopy(model)
-    right = predictions(model, store.calls)
+    right = replay(model, store.calls)
     place = torch.device("cpu")
     apply_group_offloading(model, place, place, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
     lent = [layer._lender[0] for layer in model.modules() if getattr(layer, "_lender", ())]
     for lender in lent:
         lender.down.data.fill_(7)
-    assert lent and torch.equal(predictions(model, store.calls), right)
+    assert lent and torch.equal(replay(model, store.calls), right)
 
 
 def test_a_shifted_layer_is_dequantized_without_the_bias_that_it_added():

@@ -155,7 +155,7 @@ def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) 
     """(int8 weight [N, K], scales [N]): made for this call on a GPU, once on a CPU (one scale an output)."""
     if qweight.is_cuda:
         return int4_codes(qweight, wscales, wzeros, inputs)
-    return prepared(qweight, inputs, lambda: int4_codes(qweight, wscales, wzeros, inputs)[0]), wscales[:, 0]
+    return prepared(qweight, inputs, lambda: int4_codes(qweight, wscales, wzeros, inputs)[0]), wscales[:, 0].float()
 
 
 def _per_packed(wscales: Tensor, inputs: int) -> Tensor:

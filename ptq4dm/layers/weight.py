@@ -54,8 +54,7 @@ class QuantizedWeight(Tensor):
             return func(*tree_map(_values, args), **tree_map(_values, kwargs))
         if func in LIKE:
             return func(*tree_map(_empty, args), **tree_map(_empty, kwargs))
-        name = getattr(func, "__name__", "")
-        if func in NO_FACTS or (name == "__set__" and args[1] is not False) or name == "set_":
+        if func in NO_FACTS or _sets(func, args):
             refuse(args)
         try:
             with torch._C.DisableTorchFunctionSubclass():
@@ -110,6 +109,12 @@ def _empty(leaf: Any) -> Any:
 def _same_shape(args: tuple) -> bool:
     """Whether a sum is that of a weight and its change: not that of a weight and a number, or of a bias."""
     return len(args) == 2 and all(isinstance(arg, Tensor) for arg in args) and args[0].shape == args[1].shape
+
+
+def _sets(func: Any, args: tuple) -> bool:
+    """Whether an attribute is set: only that the weight takes no gradient is true anyway."""
+    name = getattr(func, "__name__", "")
+    return name in ("__set__", "set_", "requires_grad_") and not (len(args) == 2 and args[1] is False)
 
 
 def _copies(func: Any, args: tuple) -> bool:

@@ -196,13 +196,19 @@ def test_pipelines_load_adapters(kind, pipeline, prefix, targets):
     assert torch.equal(replay(model, store.calls), before)
 
 
-def test_flux_takes_adapters_by_its_transformer(flux):
-    """diffusers' FluxPipeline.load_lora_weights looks for float weights; load_lora_adapter does not."""
+@pytest.mark.parametrize("own", ["pipeline", "transformer"])
+def test_flux_takes_adapters(flux, own):
+    """Its loader reads the shapes of weights off the model's tensors, of a second adapter, too."""
     model, calls, before = flux
     tensors = trained(denoisers.pair("flux")[0], ["to_q", "to_v", "net.2", "proj_mlp"])
     tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
     pipe = flux_pipeline(model)
-    model.load_lora_adapter(tensors, prefix="transformer", adapter_name="style")
+    for name in ("style", "other"):
+        if own == "pipeline":
+            pipe.load_lora_weights(dict(tensors), adapter_name=name)
+        else:
+            model.load_lora_adapter(dict(tensors), prefix="transformer", adapter_name=name)
+    pipe.set_adapters("style")
     assert pipe.get_active_adapters() == ["style"]
     assert (replay(model, calls) - before).norm() > 0.05 * before.norm()
     pipe.set_adapters("style", 0.0)

@@ -1,11 +1,18 @@
 """LoRA adapters as further ranks of the low-rank branch."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+import denoisers
+import ptq4dm
+from ptq4dm import SVDQuantConfig
+from ptq4dm.calibration.record import replay
 from ptq4dm.errors import UserError
+from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.svdquant import fuse_lora, scale_lora, unfuse_lora
 from ptq4dm.svdquant.group import Group, refine, round_rest
 from ptq4dm.svdquant.layers.plan import SVDQPlan
@@ -108,3 +115,59 @@ def test_wrong_input(model):
     with pytest.raises(UserError, match="there is no adapter 'other' to scale; there are one"):
         fuse_lora(model, {"other": 1.0})
     assert hasattr(model[0], "lora_A")  # nothing was changed
+
+
+def test_only_active_adapters_are_fused_with_the_weights_they_were_set_to(model):
+    x = torch.randn(5, 64)
+    adapt(adapt(model, "one", 4), "two", 2)
+    for layer in (model[0], model[1]):
+        layer.set_adapter(["one"])
+        layer.set_scale("one", 0.5)
+    on_top = model(x)
+    assert fuse_lora(model) == {"one": 2}
+    torch.testing.assert_close(model(x), on_top, atol=2e-3, rtol=0)
+    assert model[0].base_layer.plan.adapters == {"one": [4, 0.5]} and set(model[0].lora_A) == {"two"}
+    for layer in (model[0], model[1]):  # the other one waits until it is switched on
+        layer.set_adapter(["two"])
+    both = model(x)
+    assert (both - on_top).abs().max() > 0.01
+    assert fuse_lora(model) == {"two": 2} and isinstance(model[0], SVDQLinear)
+    torch.testing.assert_close(model(x), both, atol=2e-3, rtol=0)
+
+
+def test_adapters_that_are_switched_off_stay_where_they_are(model):
+    x = torch.randn(5, 64)
+    before = model(x)
+    adapt(model, "one", 4)
+    for layer in (model[0], model[1]):
+        layer.enable_adapters(False)
+    assert fuse_lora(model) == {} and torch.equal(model(x), before) and hasattr(model[0], "lora_A")
+
+
+def test_saved_and_loaded(tmp_path):
+    """The file has the adapters by name: loaded, they are scaled and taken out as before."""
+    model, store, _ = denoisers.quantized("flux")
+    model = copy.deepcopy(model)
+    plain = replay(model, store.calls)
+    model.save_pretrained(tmp_path / "plain")  # the entry of the recipe is written anew when adapters come
+    torch.manual_seed(0)
+    targets = ["to_q", "to_v", "net.2"]
+    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), "style")
+    model.set_adapters("style", 0.5)
+    fuse_lora(model)
+    assert not hasattr(model, "peft_config") and "+style" in str(model.transformer_blocks[0].attn.to_q.plan)
+    fused = replay(model, store.calls)
+    assert (fused - plain).norm() > 0.05 * plain.norm()
+    model.save_pretrained(tmp_path / "fused")
+    again = type(model).from_pretrained(tmp_path / "fused")
+    assert torch.equal(replay(again, store.calls), fused)
+    for one in (model, again):
+        scale_lora(one, {"style": 1.0})
+    assert torch.equal(replay(again, store.calls), replay(model, store.calls))
+    plan = quantization_config(again).plan
+    with pytest.raises(UserError, match="the plan is of a model with adapters in '"):
+        ptq4dm.quantize(denoisers.pair("flux")[0], SVDQuantConfig(plan=plan), store)
+    unfuse_lora(again)
+    assert torch.equal(replay(again, store.calls), plain)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(replay(type(model).from_pretrained(tmp_path / "again"), store.calls), plain)

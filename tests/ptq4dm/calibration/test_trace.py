@@ -7,7 +7,7 @@ from torch import nn
 from ptq4dm.calibration import capture as capturing
 from ptq4dm.calibration.calls import calls_of_rows
 from ptq4dm.calibration.capture import capture
-from ptq4dm.calibration.trace import block_of, trace
+from ptq4dm.calibration.trace import block_of, fed_tokens, sample_counts, trace
 from ptq4dm.layers.view import find_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -218,3 +218,67 @@ def test_the_model_runs_no_further_than_it_must(model):
     ran.clear()
     got = capture(model, ["blocks.0.mlp", "blocks.0.unused"], [], [calls()], 0)  # waits for what never comes
     assert ran == ["blocks.0.mlp", "blocks.0.cross.1", "blocks.1.mlp"] and got.rows.keys() == {"blocks.0.mlp"}
+
+
+@pytest.mark.parametrize(
+    "shape, samples, tokens",
+    [
+        ((2, 5, K), {2}, True),
+        ((2, K), {2}, False),  # an embedding a sample
+        ((10, K), {2}, True),  # packed tokens
+        ((10, K), {1, 2}, True),
+        ((10, K), {10}, False),  # a time for each token
+        ((0, K), {2}, False),  # an expert that gets no token tells nothing
+        ((K,), {2}, False),
+        ((2, K, 3, 3), {2}, True),
+    ],
+)
+def test_packed_tokens_are_told_from_embeddings_by_their_number(shape, samples, tokens):
+    assert fed_tokens(torch.randn(shape, generator=torch.Generator().manual_seed(0)), samples) == tokens
+
+
+def test_an_embedding_that_is_repeated_for_each_frame_is_one():
+    x = torch.randn(2, K, generator=torch.Generator().manual_seed(0))
+    assert not fed_tokens(x.repeat_interleave(3, 0), {2}) and not fed_tokens(x.repeat(3, 1), {2})
+    x = torch.cat([x.repeat(3, 1), x.flip(0)])
+    assert fed_tokens(x, {2})
+
+
+def test_samples_of_a_call():
+    many, packed = torch.zeros(3, 5, 2), torch.zeros(15, 2)
+    assert sample_counts({"sample": many, "timestep": torch.tensor(7)}) == {1, 3}
+    assert sample_counts({"sample": packed, "timestep": torch.zeros(3)}) == {3}
+    assert sample_counts({"x": [packed, packed], "t": 0.5}) == {1, 2}
+
+
+class Mixture(nn.Module):
+    """Tokens [B, S, K] go to one of three experts each; an embedding [B, K] to `mod`."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({str(i): nn.Linear(K, K) for i in range(3)})])
+        self.blocks.append(nn.ModuleDict({"mod": nn.Linear(K, K)}))
+
+    def forward(self, sample, timestep, return_dict=False):
+        x = sample.flatten(0, 1)
+        chosen = x[:, 0].gt(0.3).long() + x[:, 0].gt(1.2)
+        y = torch.zeros_like(x)
+        for i in range(3):
+            y[chosen == i] = self.blocks[0][str(i)](x[chosen == i])
+        time = self.blocks[1]["mod"](timestep[:, None].expand(-1, K).float())
+        return (y.view_as(sample) + time[:, None],)
+
+
+def test_experts_of_a_mixture_are_fed_tokens():
+    """Also one that gets none in the first call."""
+    torch.manual_seed(0)
+    sample = torch.randn(4, 6, K)
+    sample[0, :, 0] = torch.tensor([0.0, 0, 0, 0.5, 0.5, 0])  # no token for the last
+    sample[-1, :4, 0] = 2
+    model, recorded = Mixture().eval(), calls_of_rows(sample, timestep=torch.arange(4))
+    traced = trace(model, find_layers(model), recorded)
+    assert {name: seen.tokens for name, seen in traced.items()} == {
+        "blocks.0.0": True, "blocks.0.1": True, "blocks.0.2": True, "blocks.1.mod": False,
+    }  # fmt: skip
+    got = capture(model, ["blocks.0.2"], [], [recorded[i : i + 1] for i in range(4)], 0)
+    assert len(got.rows["blocks.0.2"]) == int((sample[..., 0] > 1.2).sum())

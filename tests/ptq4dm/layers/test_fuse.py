@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
@@ -167,3 +167,38 @@ def test_what_does_not_fit_stays(unet, quantized):
     torch.manual_seed(0)
     block = ResnetBlock2D(in_channels=8, temb_channels=None, groups=4, output_scale_factor=2.0)
     assert ptq4dm.fuse(block) == [] and not any(is_quantized(m) for m in block.modules())
+
+
+# --- what it says -------------------------------------------------------------------------------------------
+
+
+def test_it_says_what_it_fused(quantized):
+    model = quantized()
+    report = ptq4dm.fuse(model)
+    assert isinstance(report, list) and set(report) == NAMES and set(report.kinds) == NAMES
+    text = str(report)
+    assert "fused     8 ResnetBlock2D" in text and "fused     4 Attention" in text
+    assert CUDA or "on this device every module computes as before" in text
+    again = ptq4dm.fuse(model)
+    assert again == [] and "left      8 ResnetBlock2D: it is fused already" in str(again)
+    model.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: None)
+    FUSE.unfuse(model)
+    assert "'mid_block.resnets.0': computes as before while hooks" in str(ptq4dm.fuse(model))
+
+
+def test_it_says_what_it_left_and_why(quantized, unet):
+    left = ptq4dm.fuse(unet()).left
+    assert left["mid_block.resnets.0"] == ("ResnetBlock2D", "none of its layers is quantized")
+    model = quantized(activations="dynamic", modules_to_not_convert=("mid_block.resnets.0.conv2", "up_blocks"))
+    report = ptq4dm.fuse(model)
+    assert report == [] and "'conv1' has dynamic inputs" in report.left["down_blocks.0.resnets.0"][1]
+    assert "it has dynamic inputs" in report.left["conv_norm_out"][1]
+    assert report.left["up_blocks.0.resnets.0"][1] == "none of its layers is quantized"
+    assert "ResnetBlock2D" in str(report) and "('down_blocks.0.resnets.0')" in str(report)
+    model = quantized()
+    model.mid_block.resnets[0].conv2 = nn.Conv2d(*[model.mid_block.resnets[0].conv2.in_channels] * 2, 3, padding=1)
+    model.mid_block.attentions[0].set_processor(AttnProcessor())
+    left = ptq4dm.fuse(model).left
+    assert left["mid_block.resnets.0"][1] == "'conv2' is in full precision"
+    assert left["mid_block.attentions.0"] == ("Attention", "its processor is AttnProcessor")
+    assert "no module is of a kind" in str(ptq4dm.fuse(nn.Sequential(nn.Linear(3, 3))))

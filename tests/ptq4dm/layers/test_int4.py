@@ -241,3 +241,12 @@ def test_kernels_on_a_gpu_give_what_the_reference_gives(kind, choice, static):
     relative = (found.cpu() - expected).norm() / expected.norm()
     assert relative < (0.004 if choice.get("group_size") is None else 0.06 if choice.get("affine") else 0.03)
     assert (on_gpu.kernel_name() == "reference") == (kind == "grouped-conv")
+
+
+@pytest.mark.parametrize("layer", [linear(inputs=64), conv(kernel=1)], ids=["linear", "conv"])
+def test_one_group_that_is_the_whole_row(layer):
+    """Its scales are 16-bit, as those of groups are, and the kernels for one scale an output take float32."""
+    quantized = quantized_copy(layer, Int4Plan(group_size=64), "layer")
+    x = torch.randn(3, 64, *layer.weight.shape[2:], generator=torch.Generator().manual_seed(0))
+    assert quantized.wscales.dtype == torch.float16 and quantized.wscales.shape[1] == 1
+    assert (quantized(x) - layer(x)).norm() < 0.3 * layer(x).norm()

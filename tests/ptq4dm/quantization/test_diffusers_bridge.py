@@ -14,6 +14,7 @@ from diffusers import (
     DDPMPipeline,
     DiffusionPipeline,
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     PipelineQuantizationConfig,
     UNet2DModel,
 )
@@ -203,6 +204,47 @@ def test_layers_without_bias(tmp_path):
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     x = torch.randn(1, 4, 8, 8, dtype=torch.bfloat16)
     assert again(x, torch.tensor([3]), torch.tensor([1])).sample.isfinite().all()
+
+
+def unbiased_flux2():
+    torch.manual_seed(0)
+    return Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=64, timestep_guidance_channels=32, axes_dims_rope=(8, 8, 8, 8),
+    ).to(torch.bfloat16)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "fp8"}, {"weight_bits": 4}], ids=["int8", "fp8", "int4"])
+def test_dtype_of_a_model_without_any_bias(options, tmp_path):
+    model = unbiased_flux2()
+    assert not any(name.endswith("bias") for name, _ in model.named_parameters())
+    ptq4dm.quantize(model, RTNConfig(activations="dynamic", **options))
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = Flux2Transformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert again.dtype == torch.bfloat16 and same(again, model)
+    assert Flux2Transformer2DModel.from_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
+    tensors = load_file(tmp_path / WEIGHTS)
+    older = {name: tensor for name, tensor in tensors.items() if not name.endswith(".like")}
+    assert len(older) < len(tensors)
+    save_file(older, tmp_path / WEIGHTS, {"format": "pt"})  # as the version before wrote it
+    assert same(Flux2Transformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16), model)
+    loaded = Flux2Transformer2DModel.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, device_map={"": "disk"}, offload_folder=tmp_path / "offloaded"
+    )
+    assert loaded.transformer_blocks[0].attn.to_q.like is None
+    again.dequantize()
+    assert {tensor.dtype for tensor in again.parameters()} == {torch.bfloat16} and again.dtype == torch.bfloat16
+
+
+def test_packed_while_loading_without_a_bias(tmp_path):
+    unbiased_flux2().save_pretrained(tmp_path)
+    config = RTNConfig(activations="dynamic")
+    model = Flux2Transformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
+    other = unbiased_flux2()
+    ptq4dm.quantize(other, config)
+    assert same(model, other) and model.dtype == torch.bfloat16
+    assert not any(tensor.is_meta for tensor in model.parameters())
 
 
 # --- quantizing while loading -------------------------------------------------------------------------------

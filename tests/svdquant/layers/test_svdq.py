@@ -8,6 +8,7 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 import denoisers
@@ -15,7 +16,9 @@ from ptq4dm.calibration.record import replay
 from ptq4dm.layers.registry import empty_quantized
 from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.svdquant.group import Group, split_weight
+from ptq4dm.svdquant.layers.nvfp4 import NVFP4Linear, NVFP4Plan
 from ptq4dm.svdquant.layers.plan import SVDQPlan
+from ptq4dm.svdquant.layers.split import SplitLinear, SplitPlan
 from ptq4dm.svdquant.layers.svdq import SVDQConv2d, SVDQLinear
 from ptq4dm.svdquant.packing import build_layer
 
@@ -146,3 +149,47 @@ def test_layers_print_what_they_are(made):
     assert repr(made[0].get_submodule(EMBEDDED)) == "SVDQLinear(64, 384, W4A16 g64)"
     empty = empty_quantized(nn.Conv2d(64, 8, 1), SVDQPlan(rank=0, activation="int8"), "meta")
     assert repr(empty) == "SVDQConv2d(64, 8, 1x1, W4A8 g64)" and empty.weight.shape == (8, 64, 1, 1)
+
+
+@pytest.mark.parametrize("activation", ["int4", "int8", "fp8", "none"])
+def test_a_backward_pass_is_refused(activation):
+    """Its rounding would give no gradient, and the branch one: that of another function."""
+    layer = SVDQLinear(nn.Linear(64, 64), SVDQPlan(activation=activation, rank=4))
+    for tensor in layer.parameters():
+        tensor.data = torch.ones_like(tensor)
+    x = torch.ones(3, 64, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, layer(x.detach()))
+    with pytest.raises(RuntimeError, match="quantized layers have no gradient"):
+        y.sum().backward()
+    assert x.grad is None
+
+
+def test_other_formats_of_checkpoints_have_no_gradient_either():
+    parts = SplitPlan(inputs=[64, 64], parts=[SVDQPlan(rank=4), SVDQPlan(rank=4)])
+    for layer in (SplitLinear(nn.Linear(128, 64), parts), NVFP4Linear(nn.Linear(128, 64), NVFP4Plan(rank=4))):
+        for tensor in layer.parameters():
+            tensor.data = torch.ones_like(tensor)
+        with pytest.raises(RuntimeError, match="quantized layers have no gradient"):
+            layer(torch.ones(3, 128, requires_grad=True)).sum().backward()
+
+
+def test_a_borrowed_projection_is_read_from_disk(tmp_path, one_thread):
+    """Offloaded leaf by leaf, what the lender holds in memory is not its tensor."""
+    model, store, _ = denoisers.quantized("pixart")
+    model = copy.deepcopy(model)
+    right = replay(model, store.calls)
+    place = torch.device("cpu")
+    apply_group_offloading(model, place, place, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    lent = [layer._lender[0] for layer in model.modules() if getattr(layer, "_lender", ())]
+    for lender in lent:
+        lender.down.data.fill_(7)
+    assert lent and torch.equal(replay(model, store.calls), right)
+
+
+def test_a_shifted_layer_is_dequantized_without_the_bias_that_it_added():
+    layer = SVDQLinear(nn.Linear(64, 64, bias=False), SVDQPlan(activation="int4", rank=4, shift=0.171875))
+    assert layer.bias is not None and layer.like is None
+    for tensor in layer.parameters():
+        tensor.data = torch.ones_like(tensor)
+    assert layer.dequantized().bias is None

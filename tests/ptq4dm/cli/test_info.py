@@ -1,0 +1,75 @@
+"""`ptq4dm info`: what is left in full precision and why, adapters, other networks."""
+
+import copy
+import json
+
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
+from peft import LoraConfig
+
+import denoisers
+import ptq4dm
+from models import conditional_unet
+from ptq4dm import RTNConfig
+from ptq4dm.cli import info
+from ptq4dm.cli.main import main
+from ptq4dm.quantization.diffusers_bridge import quantization_config
+from ptq4dm.svdquant import fuse_lora
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+
+def test_what_is_left_and_why(unet, tmp_path, capsys):
+    model = unet()
+    assert info.left_layers(model, None) == []
+    ptq4dm.quantize(model, RTNConfig(activations="dynamic", first_last="keep", modules_to_not_convert=("mid_block",)))
+    why = {row["layer"]: row["why"] for row in info.left_layers(model, quantization_config(model))}
+    assert why["conv_in"] == "the model's first layer" and why["conv_out"] == "the model's last layer"
+    assert why["mid_block.resnets.0.conv1"] == "modules_to_not_convert has 'mid_block'"
+    assert len(why) == 2 + sum(name.startswith("mid_block") for name in why)
+    DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / "out")
+    assert main(["info", "--model", str(tmp_path / "out")]) in (0, None)
+    text = capsys.readouterr().out
+    assert "in full precision, and why" in text and "conv_in: the model's first layer" in text
+    main(["info", "--model", str(tmp_path / "out"), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert {row["layer"] for row in facts["left"]} == set(why) and facts["adapters"] == {} == facts["networks"]
+
+
+def test_kinds_that_are_not_quantized():
+    model, _, _ = denoisers.quantized("dit")
+    why = {row["layer"]: row["why"] for row in info.left_layers(model, quantization_config(model))}
+    table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table"
+    assert why[table] == "Embedding is not of a kind that is quantized"
+    assert why["proj_out_1"].startswith("svdquant chose no format for it")
+
+
+def test_adapters():
+    model = copy.deepcopy(denoisers.quantized("flux")[0])
+    for name in ("one", "two"):
+        model.add_adapter(LoraConfig(r=4, target_modules=["attn.to_q"]), name)
+    model.set_adapters("one")
+    beside = info.adapters_of(model)
+    assert beside == {
+        "one": {"layers": 2, "active": True, "fused": 0}, "two": {"layers": 2, "active": False, "fused": 0},
+    }  # fmt: skip
+    fuse_lora(model)
+    assert info.adapters_of(model)["one"] == {"layers": 0, "active": True, "fused": 2}
+    config = quantization_config(model)
+    assert "part of an adapter" in {row["why"] for row in info.left_layers(model, config)}
+    assert info.adapters_of(conditional_unet()) == {}
+
+
+def test_other_networks():
+    model, _ = denoisers.pair("dit")
+    other, _ = denoisers.pair("dit")
+    ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
+
+    class Two(DDPMPipeline):
+        def __init__(self, transformer, transformer_2, scheduler):
+            super(DDPMPipeline, self).__init__()
+            self.register_modules(transformer=transformer, transformer_2=transformer_2, scheduler=scheduler)
+
+    found = info.other_networks(Two(model, other, DDPMScheduler()))
+    assert found["transformer_2"]["class"] == "DiTTransformer2DModel" and not found["transformer_2"]["quantized"]
+    assert list(found) == ["transformer_2"] and found["transformer_2"]["bytes"] > 0

@@ -21,7 +21,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import UserError
-from .configs import BLIND, CLIPS, TakesConfigs, check_choice, class_of, refusing
+from .configs import TakesConfigs, check_choice, class_of, refusing
+from .kinds import BLIND, CLIPS
 from .maths.grids import GRIDS, make_grid
 from .maths.outputs import without_variance
 from .maths.schedule import DiscreteVP, ends_in_noise

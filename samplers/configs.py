@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 
 import diffusers
+import numpy as np
 
 from ..errors import UserError
 from .kinds import BETAS, FIELDS, KEEP, KINDS, NAMES, REFUSED, SHIFTED, TAKEN
@@ -112,7 +113,9 @@ class TakesConfigs:
             refuse_foreign({**config, **kwargs}, cls.__name__, class_of(config))
             # diffusers drops what was a default of the other class: its betas, say, where ours has others.
             ours = inspect.signature(cls.__init__).parameters
-            stated = {k for k in _FACTS & set(config) if k not in ours or config[k] != ours[k].default}
+            # Betas may be an array, which has no one answer to "!=".
+            defaults = {k: ours[k].default for k in ours}
+            stated = {k for k in _FACTS & set(config) if not np.array_equal(config[k], defaults.get(k, _FACTS))}
             config["_use_default_values"] = [k for k in config.get("_use_default_values", ()) if k not in stated]
             kwargs = cls._translated(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)

@@ -230,7 +230,7 @@ class DEISScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
         """
         check_start(begin_index, self._times, self._evaluations, self.order, self._num_discrete)
         said = beside_strength(begin_index, self._times, self.schedule.first, self._choice.grid)
-        if said:
+        if said and not self._choice.of_diffusers:
             warnings.warn(said, stacklevel=2)
         self._begin_index = begin_index
 

@@ -48,6 +48,7 @@ class Choice:
     order: int | None  # degree of the polynomial; None for "rho_rk"
     grid: str
     cancels: float  # the bound of `steady`
+    of_diffusers: bool  # whether diffusers' samplers have a grid like this by the same config
 
 
 def choose(config) -> Choice:
@@ -83,7 +84,8 @@ def choose(config) -> Choice:
         order = config.solver_order - 1 if config.solver == "log_rho" else best_order
     # ipndm's weights are the same on all grids.
     unasked = config.order is None and config.solver != "ipndm" and grid in EVEN_IN_NOISE and grid != best_grid
-    return Choice(order, grid, CANCELS_UNASKED if unasked else CANCELS)
+    of_diffusers = grid == DIFFUSERS or (bool(asked) and config.timestep_grid is None)
+    return Choice(order, grid, CANCELS_UNASKED if unasked else CANCELS, of_diffusers)
 
 
 def noise_schedule(config) -> tuple[Schedule, np.ndarray]:
@@ -133,7 +135,8 @@ def plan(config, choice: Choice, schedule: Schedule, steps: int) -> tuple[list[f
 def _grid_of_diffusers(config, steps: int) -> tuple[np.ndarray, np.ndarray] | None:
     """(times, rho) [steps + 1] of diffusers' DEIS, which calls the model at whole times beside its sigmas.
 
-    None where it would stand still between two evaluations: asked for as many steps as there are timesteps.
+    None where it would stand still: between two evaluations, asked for as many steps as there are timesteps, or
+    altogether, asked for one step of sigmas that end where they begin.
     """
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
     names += ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -143,4 +146,5 @@ def _grid_of_diffusers(config, steps: int) -> tuple[np.ndarray, np.ndarray] | No
         theirs.set_timesteps(steps)
     times, sigmas = theirs.timesteps.double().numpy(), theirs.sigmas.double().numpy()
     rho = np.append(sigmas[:steps], sigmas[-1])  # by rounding, "trailing" can have one too many
-    return (np.append(times[:steps], 0.0), rho) if (np.diff(rho[:-1]) < 0).all() else None
+    moves = rho[0] > rho[-1] and (np.diff(rho[:-1]) < 0).all()
+    return (np.append(times[:steps], 0.0), rho) if moves else None

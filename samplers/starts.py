@@ -16,16 +16,21 @@ def check_start(index: int, times: list[float], evaluations: list[Evaluation], o
         num_train: timesteps of a discrete schedule, 0 for a continuous one.
     """
     number = len(evaluations)
-    if number and index == number:
-        steps = number // order
-        raise UserError(
-            f"nothing is left to sample: with {steps} steps a strength must be "
-            f"{math.ceil(100 / steps) / 100:g} or more; ask for more of it, or for more steps."
-        )
+    check_left(index, number, number // order)
     if not isinstance(index, int) or not 0 <= index < max(1, number):
         raise UserError(f"begin_index must be from 0 to {number - 1}; got {index!r}.")
     if number and not evaluations[index].starts:
         raise UserError(inside(index, times, evaluations, num_train))
+
+
+def check_left(index: int, number: int, steps: int) -> None:
+    """Raises UserError where evaluation `index` of `number`, in so many steps, is behind the last."""
+    if number and index == number:
+        raise UserError(
+            f"nothing is left to sample: with {steps} steps a strength must be {math.ceil(100 / steps) / 100:g} or "
+            "more, and a denoising_start must leave a timestep behind it; ask for more strength, an earlier start or "
+            "more steps."
+        )
 
 
 def inside(index: int, times: list[float], evaluations: list[Evaluation], num_train: int) -> str:

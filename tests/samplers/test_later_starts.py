@@ -1,5 +1,7 @@
 """Image to image, and a base with a refiner: pipelines that sample a part of the timesteps."""
 
+import warnings
+
 import diffusers
 import pytest
 
@@ -48,6 +50,35 @@ def test_a_strength_too_small_for_one_step():
         with pytest.raises(UserError, match=r"with 6 steps a strength must be 0.17 or more"):
             started(scheduler, 0.05, steps=6)
         assert len(started(scheduler, 0.17, steps=6)) == scheduler.order
+
+
+def test_no_warning_where_diffusers_begins_there_too():
+    for flag in ("use_karras_sigmas", "use_exponential_sigmas"):
+        theirs = diffusers.DPMSolverMultistepScheduler(**SD, **{flag: True})
+        same = diffusers.DEISMultistepScheduler(**SD, **{flag: True})
+        expected = float(started(theirs, 0.5)[0])
+        for ours in (DEISScheduler.from_config(theirs.config), DEISScheduler.from_config(same.config)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                assert abs(float(started(ours, 0.5)[0]) - expected) < 60
+        with pytest.warns(UserWarning, match="take timestep_grid='linear'"):
+            started(DEISScheduler.from_config(theirs.config, timestep_grid="quad"), 0.3)
+
+
+def test_ddim_says_the_same():
+    with pytest.warns(UserWarning, match="grid 'quad'.*strength of 0.3, take timestep_grid='linear'"):
+        started(DDIMScheduler(**SD, timestep_grid="quad"), 0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for options in ({}, {"timestep_grid": "linear"}):
+            assert len(started(DDIMScheduler(**SD, **options), 0.3)) == 6
+    with pytest.raises(UserError, match=r"nothing is left to sample: with 6 steps a strength must be 0.17 or more"):
+        started(DDIMScheduler(**SD), 0.05, steps=6)
+
+
+def test_a_refiner_with_nothing_to_do_says_so():
+    with pytest.raises(UserError, match="nothing is left to sample: .* a denoising_start must leave a timestep"):
+        cut(DEISScheduler(**SD, solver="ipndm"), 0.999)
 
 
 # ---- base and refiner

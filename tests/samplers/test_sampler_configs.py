@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -163,3 +164,13 @@ def test_a_plain_pipeline_call_is_what_ptq4dm_samples(solver, pipe):
     plain = pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
     assert torch.allclose(images, torch.from_numpy(plain).permute(0, 3, 1, 2), atol=1e-6)
     assert images.std() > 0.01
+
+
+@pytest.mark.parametrize("kind", [DEISScheduler, DDIMScheduler])
+@pytest.mark.parametrize("form", [list, np.array], ids=["list", "array"])
+def test_trained_betas_in_any_form(kind, form):
+    betas = np.linspace(0.001, 0.03, 300).tolist()
+    theirs = diffusers.UniPCMultistepScheduler(num_train_timesteps=300, trained_betas=betas)
+    for config in (dict(theirs.config), {**theirs.config, "_class_name": "UniPCMultistepScheduler"}):
+        ours = kind.from_config({**config, "trained_betas": form(betas)})
+        np.testing.assert_allclose(ours.betas, betas, rtol=1e-6)

@@ -45,7 +45,7 @@ CANCELS, CANCELS_UNASKED = 24.0, 3.0
 class Choice:
     """What a config comes to, where it leaves things open."""
 
-    order: int | None  # degree of the polynomial; None for "rho_rk"
+    order: int  # degree of the polynomial; "rho_rk" has its own
     grid: str
     cancels: float  # the bound of `steady`
     of_diffusers: bool  # whether diffusers' samplers have a grid like this by the same config
@@ -81,7 +81,7 @@ def choose(config) -> Choice:
     best_order, best_grid = DEFAULTS[config.solver]
     grid, order = config.timestep_grid or (asked or [best_grid])[0], config.order
     if order is None:
-        order = config.solver_order - 1 if config.solver == "log_rho" else best_order
+        order = config.solver_order - 1 if config.solver == "log_rho" else best_order or 0
     # ipndm's weights are the same on all grids.
     unasked = config.order is None and config.solver != "ipndm" and grid in EVEN_IN_NOISE and grid != best_grid
     of_diffusers = grid == DIFFUSERS or (bool(asked) and config.timestep_grid is None)
@@ -126,7 +126,7 @@ def plan(config, choice: Choice, schedule: Schedule, steps: int) -> tuple[list[f
     if theirs:
         table = log_rho_weights(rho, choice.order)
     else:
-        weights = multistep_weights(config.solver, schedule, grid[:-1], rho[-1], choice.order)
+        weights = multistep_weights(config.solver, schedule, grid[:-1], float(rho[-1]), choice.order)
         table = steady(weights, choice.cancels)
     early = config.solver == "log_rho" and config.lower_order_final and len(grid) <= 15
     return grid[:-1].tolist(), multistep(table, rho, early)
@@ -139,12 +139,12 @@ def _grid_of_diffusers(config, steps: int) -> tuple[np.ndarray, np.ndarray] | No
     altogether, asked for one step of sigmas that end where they begin.
     """
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
-    names += ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-    theirs = DEISMultistepScheduler(**{name: config[name] for name in names})
+    grids = ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    theirs = DEISMultistepScheduler(**{name: config[name] for name in names + grids})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it gives tensors to numpy's functions
         theirs.set_timesteps(steps)
     times, sigmas = theirs.timesteps.double().numpy(), theirs.sigmas.double().numpy()
-    rho = np.append(sigmas[:steps], sigmas[-1])  # by rounding, "trailing" can have one too many
+    rho: np.ndarray = np.append(sigmas[:steps], sigmas[-1])  # by rounding, "trailing" can have one too many
     moves = rho[0] > rho[-1] and (np.diff(rho[:-1]) < 0).all()
     return (np.append(times[:steps], 0.0), rho) if moves else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..errors import UserError
 from .maths.evaluations import Evaluation
 
 
-def check_start(index: int, times: list[float], evaluations: list[Evaluation], order: int, num_train: int) -> None:
+def check_start(index: int, times: Sequence[float], evaluations: list[Evaluation], order: int, num_train: int) -> None:
     """Raises UserError where nothing is left to sample from evaluation `index` on, or a Runge-Kutta step holds it.
 
     Args:
@@ -33,7 +34,7 @@ def check_left(index: int, number: int, steps: int) -> None:
         )
 
 
-def inside(index: int, times: list[float], evaluations: list[Evaluation], num_train: int) -> str:
+def inside(index: int, times: Sequence[float], evaluations: list[Evaluation], num_train: int) -> str:
     """Why nothing can begin at an evaluation in the middle of a Runge-Kutta step, and where it could."""
     places = []
     for i in range(1, len(times) if num_train else 0):
@@ -47,7 +48,7 @@ def inside(index: int, times: list[float], evaluations: list[Evaluation], num_tr
     )
 
 
-def beside_strength(index: int, times: list[float], first: float, grid: str) -> str | None:
+def beside_strength(index: int, times: Sequence[float], first: float, grid: str) -> str | None:
     """What to say where evaluation `index` is not at the time that a `strength` leading there means to diffusers.
 
     Args:

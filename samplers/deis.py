@@ -111,12 +111,12 @@ class DEISScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
         self.betas = torch.from_numpy(betas).float()
         self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()
         self.init_noise_sigma = 1.0
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self._evaluations: list[Evaluation] = []
         self._times: list[float] = []
         self._num_discrete = num_train_timesteps if self.schedule.discrete else 0
-        self._begin_index = None
+        self._begin_index: int | None = None
         self._forget()
 
     @classmethod

@@ -9,7 +9,9 @@ from ..errors import UserError
 from .maths.evaluations import Evaluation
 
 
-def check_start(index: int, times: Sequence[float], evaluations: list[Evaluation], order: int, num_train: int) -> None:
+def check_start(
+    index: int, times: Sequence[float], evaluations: list[Evaluation], order: int, num_train: int
+) -> None:
     """Raises UserError where nothing is left to sample from evaluation `index` on, or a Runge-Kutta step holds it.
 
     Args:

@@ -11,6 +11,7 @@ not the one that the model sees next. Here it is read off the grid. Nothing is r
 from __future__ import annotations
 
 import bisect
+import warnings
 
 import diffusers
 import numpy as np
@@ -21,11 +22,13 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import UserError
-from .configs import BLIND, CLIPS, TakesConfigs, check_choice, class_of, refusing
+from .configs import TakesConfigs, check_choice, class_of, refusing
+from .kinds import BLIND, CLIPS
 from .maths.grids import GRIDS, make_grid
 from .maths.outputs import without_variance
 from .maths.schedule import DiscreteVP, ends_in_noise
 from .maths.timesteps import own_index
+from .starts import beside_strength, check_left
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -75,6 +78,7 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
             check_choice("beta_schedule", beta_schedule, SCHEDULES)
         super().__init__(**options)
         self._alphas = self.alphas_cumprod.double().tolist()
+        self._times: list[int] = []
         self._blind = prediction_type == "epsilon" and ends_in_noise(self.betas.double().numpy())
         # A "leading" grid begins below the last timestep, and clipping bounds what epsilon of a trained model gives.
         if self._blind and not ((clip_sample or thresholding) and "leading" in (timestep_grid or timestep_spacing)):
@@ -91,6 +95,8 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose num_inference_steps timesteps, one evaluation of the model each.
+
+        A warning says so where the only one is near clean data (one step of diffusers' "leading" and "linspace").
 
         Raises:
             UserError: no steps, more than the model was trained with, or an unknown timestep_grid.
@@ -110,8 +116,31 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
         self.timesteps = torch.minimum(self.timesteps[:num_inference_steps], limit)
         if self._blind and self.timesteps[0] == self.config.num_train_timesteps - 1:
             raise UserError(BLIND)
+        first = int(self.timesteps[0])
+        if num_inference_steps == 1 and self._alphas[first] > 0.5:
+            warnings.warn(
+                f"one step of timestep_spacing '{self.config.timestep_spacing}' begins at timestep {first}, where a "
+                "sample is nearly clean, so that noise stays noise; take timestep_spacing='trailing' or "
+                "timestep_grid='linear'.",
+                stacklevel=2,
+            )
         self._times, self._final_alpha = self.timesteps.tolist(), float(self.final_alpha_cumprod)
         self.timesteps = self._own_timesteps = self.timesteps.to(device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Take note of where image to image begins; a timestep tells its own place, so nothing depends on it.
+
+        A warning says so where the timestep there is not the one that `strength` means to diffusers.
+
+        Raises:
+            UserError: nothing is left to sample there.
+        """
+        check_left(begin_index, len(self._times), len(self._times))
+        if self.config.timestep_grid is not None:
+            first = self.config.num_train_timesteps - 1
+            said = beside_strength(begin_index, self._times, first, self.config.timestep_grid)
+            if said:
+                warnings.warn(said, stacklevel=2)
 
     def step(
         self,

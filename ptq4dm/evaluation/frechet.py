@@ -169,7 +169,7 @@ def read_statistics(path: str | os.PathLike) -> Statistics:
     mu, sigma = arrays["mu"], arrays["sigma"]
     if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
         raise UserError(f"{path}: mu and sigma must hold real numbers, not {mu.dtype} and {sigma.dtype}.")
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit each other.")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path} holds NaN or infinity.")

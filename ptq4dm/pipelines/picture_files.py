@@ -79,42 +79,69 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 def load_image(path: str | os.PathLike) -> torch.Tensor:
     """One picture as it is meant to be looked at: RGB, uint8 [3, H, W], turned as its EXIF data says.
 
-    Grey levels of 16 bits and of floats are brought to 8 bits by their range (65535; 1, 255 or 65535); of a picture
-    that moves, the first frame; an alpha channel is left out, as Pillow does.
+    Grey levels of more than 8 bits are brought to 8 by their range, as the file says it; where it does not (floats,
+    32 bits), the values must tell: to 1 (floats only), to 255, or from 4096 to 65535. Of a picture that moves, the
+    first frame; an alpha channel is left out, as Pillow does.
 
     Raises:
         UserError: the file cannot be read, or holds numbers in no such range.
     """
     try:
         with Image.open(path) as opened:
-            mode, kind = opened.mode, opened.format
+            grey = opened.mode == "F" or opened.mode.startswith("I")
+            white, floats = _white(opened), opened.mode == "F"
+            dark_is_high = _tag(opened, _PHOTOMETRIC, 1) == 0
             picture = ImageOps.exif_transpose(opened)
-            grey = mode == "F" or mode.startswith("I")
+            if picture.mode == "P" and "transparency" in picture.info:
+                picture = picture.convert("RGBA")  # else Pillow warns that it leaves the transparency out
             pixels = np.asarray(picture if grey else picture.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, struct.error) as error:
         raise UserError(f"{path} cannot be read as an image: {error}.") from error  # SyntaxError: of a broken PNG
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} is too large to be read as an image: {error}") from error
     if grey:
-        sixteen = mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM"))
-        pixels = _eight_bits(pixels.astype(np.float64), path, 65535.0 if sixteen else None, floats=mode == "F")
-        pixels = np.repeat(pixels[..., None], 3, axis=2)
+        pixels = _eight_bits(pixels.astype(np.float64), path, white, floats)
+        pixels = np.repeat((255 - pixels if dark_is_high else pixels)[..., None], 3, axis=2)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
 
 
+# Numbers of TIFF's tags. Pillow reads them, and leaves grey levels of more than 8 bits as they are.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+
+
+def _white(opened: Image.Image) -> float | None:
+    """The grey level that is white in a picture of more than 8 bits; None where its file does not say it."""
+    bits, sample_format = _tag(opened, _BITS, 16), _tag(opened, _SAMPLE_FORMAT, 1)
+    if opened.mode.startswith("I;16"):
+        return 2.0**bits - 1
+    if opened.mode == "I" and bits == 16 and sample_format == 2:  # signed
+        return 32767.0
+    return 65535.0 if opened.mode == "I" and opened.format in ("PNG", "PPM") else None
+
+
+def _tag(opened: Image.Image, number: int, default: int) -> int:
+    """A tag of a TIFF file, the first where there are several; `default` in other files."""
+    return int(np.ravel(getattr(opened, "tag_v2", {}).get(number, default))[0])
+
+
 def _eight_bits(values: np.ndarray, path, white: float | None, floats: bool) -> np.ndarray:
-    """Grey levels [H, W] as uint8; where the format does not say what white is, the values must tell."""
+    """Grey levels [H, W] as uint8; where the format does not say what white is, the values must tell.
+
+    Floats may be beyond black and white by a thousandth, as rounding and interpolation make them.
+    """
     if not np.isfinite(values).all():
         raise UserError(f"{path} holds NaN or infinity.")
     low, high = values.min(), values.max()
-    if low < 0 or high > 65535:
+    if white is None:
+        for first, last in ((0.0, 1.0), (16.0, 255.0), (4096.0, 65535.0)) if floats else ((0, 255), (4096, 65535)):
+            if first <= high <= last * (1.001 if floats else 1):
+                white = last
+    if white is None or low < (-0.001 * white if floats else 0):
         raise UserError(
             f"{path} holds grey levels from {low:g} to {high:g}: nobody can say which is white; save it with 8 or 16 "
             "bits, or as floats from 0 to 1."
         )
-    if white is None:
-        white = 1.0 if floats and high <= 1 else 255.0 if high <= 255 else 65535.0
-    return (values * (255 / white)).round().astype(np.uint8)
+    return (values * (255 / white)).round().clip(0, 255).astype(np.uint8)
 
 
 def load_images(paths: Sequence[str | os.PathLike]) -> torch.Tensor:

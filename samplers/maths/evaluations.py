@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .coefficients import RUNGE_KUTTA
 from .schedule import Schedule
@@ -29,6 +30,14 @@ class Evaluation:
     starts: bool
     scale: float
     weights: tuple[tuple[float, ...], ...]
+
+    def moved(self, base: torch.Tensor, history: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """x', of the shape of `base`; noise predictions in `history`, the latest first."""
+        weights = self.weights[min(len(history), len(self.weights)) - 1]
+        result = base * self.scale
+        for weight, eps in zip(weights, history, strict=False):
+            result.add_(eps, alpha=weight)
+        return result
 
 
 def multistep(table: list[list[np.ndarray]], rho: np.ndarray, lower_order_final: bool) -> list[Evaluation]:

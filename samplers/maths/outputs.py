@@ -24,3 +24,12 @@ def without_variance(model_output: torch.Tensor, sample: torch.Tensor) -> torch.
         f"the model's output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}; they must "
         "agree, or the output have twice the channels (a learned variance behind the prediction)."
     )
+
+
+def noise_in(output: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float, prediction_type: str) -> torch.Tensor:
+    """epsilon, from what a model predicts of x = alpha x_0 + sigma epsilon; all of one shape."""
+    if prediction_type == "v_prediction":
+        return alpha * output + sigma * x
+    if prediction_type == "sample":
+        return (x - alpha * output) / sigma
+    return output

@@ -81,6 +81,13 @@ def rho_of(schedule: Schedule, t) -> np.ndarray:
     return np.sqrt((1 - a) / a)
 
 
+def alpha_sigma(schedule: Schedule, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sqrt(a), sqrt(1 - a) at timesteps [B], as [B, 1, ...] that broadcast over `like`, in its dtype and place."""
+    a = torch.from_numpy(schedule.alpha_bar(timesteps.double().cpu().numpy())).to(like.device)
+    a = a.reshape(-1, *[1] * (like.ndim - 1))
+    return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
+
+
 def integrate(schedule: Schedule, f: Callable[[np.ndarray], np.ndarray], start: float, end: float) -> float:
     """The integral of f(t(rho)) drho between two values of rho, by Gauss-Legendre on panels where t(rho) is smooth.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .evaluations import Evaluation
+
 
 def own_index(timestep, timesteps: torch.Tensor) -> int | None:
     """The position of `timestep` if it is an entry of `timesteps` itself (a view, as iteration gives), else None.
@@ -16,3 +18,24 @@ def own_index(timestep, timesteps: torch.Tensor) -> int | None:
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
     return timestep.storage_offset() - timesteps.storage_offset()
+
+
+def likely_index(
+    timestep, times: list[float], evaluations: list[Evaluation], expected: int | None, begin: int | None
+) -> int:
+    """The position of a timestep that is a number or a copy; a copy on a device is read only where it must be.
+
+    A time that is not in the grid belongs to the nearest one that is; of two equal ones, a step begins at it.
+
+    Args:
+        expected: the position after the one that the sample came from, if that is known.
+        begin: the position that a pipeline said it begins at, if it did.
+    """
+    if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu" and expected is not None:
+        return expected
+    if expected is None and begin is not None:
+        return begin
+    value = float(timestep)
+    if expected is not None and times[expected] == value:
+        return expected
+    return min(range(len(times)), key=lambda i: (abs(times[i] - value), not evaluations[i].starts))

@@ -1,5 +1,7 @@
 """DDIMScheduler against diffusers' and, where that one mistakes the next timestep, against the formula."""
 
+import warnings
+
 import diffusers
 import pytest
 import torch
@@ -202,3 +204,17 @@ def test_unknown_choices():
         DDIMScheduler(prediction_type="noise")
     with pytest.raises(UserError, match="unknown beta_schedule 'laplace'; choose from linear"):
         DDIMScheduler.from_config(diffusers.DDPMScheduler(beta_schedule="laplace").config)
+
+
+def test_one_step_that_would_leave_noise_says_so():
+    for spacing, first in (("leading", 0), ("linspace", 0)):
+        scheduler = DDIMScheduler(timestep_spacing=spacing)
+        with pytest.warns(UserWarning, match=f"begins at timestep {first}.*take timestep_spacing='trailing'"):
+            scheduler.set_timesteps(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"timestep_spacing": "trailing"}, {"timestep_grid": "linear"}):
+            scheduler = DDIMScheduler(**options)
+            scheduler.set_timesteps(1)
+            assert scheduler.timesteps.tolist() == [999]
+        DDIMScheduler().set_timesteps(2)

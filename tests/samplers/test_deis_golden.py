@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import analytic
-from ptq4dm.samplers import DEISScheduler, deis
+from ptq4dm.samplers import DEISScheduler, plan
 
 GRIDS = {"t1": "linear", "t2": "quad", "t3": "cubic", "log1": "log", "rho7": "edm"}
 STAGES = {"1euler": 1, "2heun": 2, "3kutta": 3, "3heun": 3, "3ral": 3, "4rk": 4}
@@ -89,7 +89,7 @@ def left_sum(solver, schedule, times, rho_end, order):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_rho_ab_with_the_authors_sums(run, grid, order, monkeypatch):
-    monkeypatch.setattr(deis, "multistep_weights", left_sum)
+    monkeypatch.setattr(plan, "multistep_weights", left_sum)
     assert max(run(grid, f"rho_ab{order}", budget).max() for budget in BUDGETS) < 1e-12
 
 
@@ -97,7 +97,7 @@ def test_rho_ab_with_the_authors_sums(run, grid, order, monkeypatch):
 @pytest.mark.parametrize(("grid", "budget"), [("t2", 10), ("t2", 20), ("t3", 5), ("t3", 10)])
 def test_t_ab_with_the_authors_sums(run, grid, budget, order, monkeypatch):
     """In other rows a point of the sum falls on a whole timestep, where the slope jumps, and rounding chooses."""
-    monkeypatch.setattr(deis, "multistep_weights", left_sum)
+    monkeypatch.setattr(plan, "multistep_weights", left_sum)
     assert run(grid, f"t_ab{order}", budget).max() < 1e-12
 
 

@@ -93,3 +93,17 @@ def test_all_timesteps_and_too_many():
         ours.set_timesteps(1001)
     with pytest.raises(UserError, match="'diffusers' goes with solver 'log_rho'"):
         DEISScheduler(solver="t_ab", timestep_grid="diffusers")
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_one_step_reaches_the_data(flag):
+    """diffusers' own gives the noise back: with one step its sigmas end where they begin."""
+    theirs = diffusers.DEISMultistepScheduler(**SD, **({flag: True} if flag else {}))
+    ours = DEISScheduler.from_config(theirs.config)
+    ours.set_timesteps(1)
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (t,) = ours.timesteps
+    a, mean = float(ours.alphas_cumprod[int(t)]), 0.5
+    x0 = mean + a**0.5 * 0.04 * (x - a**0.5 * mean) / (a * 0.04 + 1 - a)
+    x = ours.step((x - a**0.5 * x0) / (1 - a) ** 0.5, t, x).prev_sample
+    assert int(t) == 999 and abs(float(x.mean()) - mean) < 0.05 and float(x.std()) < 0.2

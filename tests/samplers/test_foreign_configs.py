@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from ptq4dm.errors import UserError
 from ptq4dm.samplers import DDIMScheduler, DEISScheduler, OneStepScheduler
 from ptq4dm.samplers.catalog import make_sampler
-from ptq4dm.samplers.configs import REFUSED, SHIFTED, TAKEN
+from ptq4dm.samplers.kinds import REFUSED, SHIFTED, TAKEN
 
 NEEDED = {
     "AmusedScheduler": {"mask_token_id": 9},
@@ -176,54 +176,6 @@ def test_diffusers_own_samplers_keep_the_flow_that_they_understand():
             make_sampler("diffusers/euler", config)
 
 
-# ---- epsilon where only noise is left
-
-ZERO = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
-
-
-def trained_to_zero():
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return schedulers.scheduling_ddim.rescale_zero_terminal_snr(betas).tolist()
-
-
-@pytest.mark.parametrize("betas", [ZERO, {"trained_betas": trained_to_zero()}], ids=["flag", "betas"])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda o: DDIMScheduler(**o, timestep_spacing="trailing", clip_sample=False),
-        lambda o: DDIMScheduler(**o, timestep_spacing="trailing", clip_sample=True),
-        lambda o: DDIMScheduler(**o, clip_sample=False),
-        lambda o: DDIMScheduler(**o, timestep_grid="quad"),
-        lambda o: DEISScheduler(**o),
-        lambda o: DEISScheduler(**o, solver="ipndm"),
-        lambda o: DEISScheduler(**o, use_karras_sigmas=True),
-        lambda o: DEISScheduler.from_config(diffusers.DDIMScheduler(**o).config),
-        lambda o: make_sampler("ddim", diffusers.DPMSolverMultistepScheduler(**o).config),
-    ],
-)
-def test_epsilon_says_nothing_of_an_image_in_pure_noise(make, betas):
-    with pytest.raises(UserError, match="only noise is left, where a prediction of epsilon says nothing"):
-        make(betas)
-    for kind in ("v_prediction", "sample"):
-        sampler = make({**betas, "prediction_type": kind})
-        sampler.set_timesteps(4)
-        assert sampler.step(torch.ones(1, 3), sampler.timesteps[0], torch.ones(1, 3)).prev_sample.isfinite().all()
-
-
-def test_clipped_ddim_below_the_last_timestep_is_left_to_diffusers_ways():
-    sampler = DDIMScheduler(**ZERO)  # "leading", clipped
-    sampler.set_timesteps(50)
-    assert sampler.timesteps[0] < 999
-    with pytest.raises(UserError, match="only noise is left"):
-        sampler.set_timesteps(1000)
-
-
-def test_small_is_not_zero():
-    """The cosine schedule ends at an alpha_bar of 2e-9, and models are trained there."""
-    for kind in (DDIMScheduler, DEISScheduler):
-        assert 0 < float(kind(beta_schedule="squaredcos_cap_v2").alphas_cumprod[-1]) < 1e-8
-
-
 # ---- clipping
 
 
@@ -239,25 +191,3 @@ def test_clipping_can_be_asked_for_and_old_files_mean_their_classs_default():
     assert DDIMScheduler.from_config(diffusers.PNDMScheduler().config, clip_sample=True).config.clip_sample
     assert DDIMScheduler.from_config({"_class_name": "DDPMScheduler", "beta_schedule": "linear"}).config.clip_sample
     assert not DDIMScheduler.from_config({"beta_schedule": "linear"}).config.clip_sample
-
-
-# ---- learned variance
-
-
-@pytest.mark.parametrize("kind", [DEISScheduler, DDIMScheduler, OneStepScheduler])
-@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 1, 4, 4), (1, 4, 2, 4, 4), (3, 5)])
-def test_a_learned_variance_is_left_out(kind, shape):
-    config = diffusers.DDPMScheduler(variance_type="learned_range").config
-    sampler = kind.from_config(config)
-    sampler.set_timesteps(1 if kind is OneStepScheduler else 3)
-    x = y = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    for t in sampler.timesteps:
-        output = torch.cat([torch.sin(x), torch.full_like(x, 7.0)], 1)
-        x = sampler.step(output, t, x).prev_sample
-        output.fill_(float("nan"))  # a static buffer that the next call writes over
-    for t in sampler.timesteps:
-        y = sampler.step(torch.sin(y), t, y).prev_sample
-    assert torch.equal(x, y) and x.isfinite().all()
-    for wrong in ((shape[0], 3 * shape[1], *shape[2:]), (2 * shape[0], *shape[1:]), (1, *shape[1:], 1)):
-        with pytest.raises(UserError, match="they must agree, or the output have twice the channels"):
-            sampler.step(torch.zeros(wrong), sampler.timesteps[0], torch.zeros(shape))

@@ -1,11 +1,13 @@
 """Image to image, and a base with a refiner: pipelines that sample a part of the timesteps."""
 
+import warnings
+
 import diffusers
 import pytest
 
 import analytic
 from ptq4dm.errors import UserError
-from ptq4dm.samplers import DDIMScheduler, DEISScheduler, deis
+from ptq4dm.samplers import DDIMScheduler, DEISScheduler, plan
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 IMG2IMG = diffusers.StableDiffusionXLImg2ImgPipeline
@@ -29,7 +31,7 @@ def test_strength_means_the_time_that_it_means_in_diffusers(strength):
     ours = {
         "ddim": DDIMScheduler(**SD, timestep_spacing="linspace"),
         "ipndm": DEISScheduler(**SD, solver="ipndm"),
-        **{name: DEISScheduler(**SD, solver=name, timestep_grid="linear") for name in deis.DEFAULTS},
+        **{name: DEISScheduler(**SD, solver=name, timestep_grid="linear") for name in plan.DEFAULTS},
         **{grid: DEISScheduler(**SD, timestep_grid=grid) for grid in ("linspace", "leading", "trailing")},
     }
     for name, scheduler in ours.items():
@@ -48,6 +50,35 @@ def test_a_strength_too_small_for_one_step():
         with pytest.raises(UserError, match=r"with 6 steps a strength must be 0.17 or more"):
             started(scheduler, 0.05, steps=6)
         assert len(started(scheduler, 0.17, steps=6)) == scheduler.order
+
+
+def test_no_warning_where_diffusers_begins_there_too():
+    for flag in ("use_karras_sigmas", "use_exponential_sigmas"):
+        theirs = diffusers.DPMSolverMultistepScheduler(**SD, **{flag: True})
+        same = diffusers.DEISMultistepScheduler(**SD, **{flag: True})
+        expected = float(started(theirs, 0.5)[0])
+        for ours in (DEISScheduler.from_config(theirs.config), DEISScheduler.from_config(same.config)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                assert abs(float(started(ours, 0.5)[0]) - expected) < 60
+        with pytest.warns(UserWarning, match="take timestep_grid='linear'"):
+            started(DEISScheduler.from_config(theirs.config, timestep_grid="quad"), 0.3)
+
+
+def test_ddim_says_the_same():
+    with pytest.warns(UserWarning, match="grid 'quad'.*strength of 0.3, take timestep_grid='linear'"):
+        started(DDIMScheduler(**SD, timestep_grid="quad"), 0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for options in ({}, {"timestep_grid": "linear"}):
+            assert len(started(DDIMScheduler(**SD, **options), 0.3)) == 6
+    with pytest.raises(UserError, match=r"nothing is left to sample: with 6 steps a strength must be 0.17 or more"):
+        started(DDIMScheduler(**SD), 0.05, steps=6)
+
+
+def test_a_refiner_with_nothing_to_do_says_so():
+    with pytest.raises(UserError, match="nothing is left to sample: .* a denoising_start must leave a timestep"):
+        cut(DEISScheduler(**SD, solver="ipndm"), 0.999)
 
 
 # ---- base and refiner

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.sampling import sample
-from ptq4dm.samplers import DDIMScheduler, DEISScheduler, deis
+from ptq4dm.samplers import DDIMScheduler, DEISScheduler, plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {
@@ -156,10 +157,20 @@ def test_a_saved_pipeline_loads_by_itself_in_a_fresh_process(pipe, tmp_path):
     assert [float(printed[i]) for i in (3, 7)] == pytest.approx([expected[i] for i in (3, 7)], rel=1e-6)
 
 
-@pytest.mark.parametrize("solver", deis.DEFAULTS)
+@pytest.mark.parametrize("solver", plan.DEFAULTS)
 def test_a_plain_pipeline_call_is_what_ptq4dm_samples(solver, pipe):
     pipe.scheduler = DEISScheduler.from_config(pipe.scheduler.config, solver=solver)
     images = sample(pipe, [3], num_inference_steps=4)
     plain = pipe(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
     assert torch.allclose(images, torch.from_numpy(plain).permute(0, 3, 1, 2), atol=1e-6)
     assert images.std() > 0.01
+
+
+@pytest.mark.parametrize("kind", [DEISScheduler, DDIMScheduler])
+@pytest.mark.parametrize("form", [list, np.array], ids=["list", "array"])
+def test_trained_betas_in_any_form(kind, form):
+    betas = np.linspace(0.001, 0.03, 300).tolist()
+    theirs = diffusers.UniPCMultistepScheduler(num_train_timesteps=300, trained_betas=betas)
+    for config in (dict(theirs.config), {**theirs.config, "_class_name": "UniPCMultistepScheduler"}):
+        ours = kind.from_config({**config, "trained_betas": form(betas)})
+        np.testing.assert_allclose(ours.betas, betas, rtol=1e-6)

@@ -186,6 +186,12 @@ def test_rounding_of_any_dtype_is_allowed(dtype, tmp_path):
     assert read_statistics(tmp_path / "a.npz").sigma.abs().max() == 0
 
 
+def test_statistics_of_no_features_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
+    with pytest.raises(UserError, match=r"mu \[0\] and sigma \[0, 0\] do not fit"):
+        read_statistics(tmp_path / "a.npz")
+
+
 def test_counts_and_names_of_any_shape(tmp_path):
     common = {"mu": np.zeros(3), "sigma": np.eye(3)}
     for n in (8, [8], [[8]], np.float32(8), np.array([8], np.uint8)):

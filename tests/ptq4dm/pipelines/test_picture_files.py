@@ -1,6 +1,8 @@
 """Pictures of others: 8-bit RGB pixels of whatever Pillow opens, and folders as the file system shows them."""
 
 import os
+import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -41,10 +43,59 @@ def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
         assert load_image(tmp_path / name).max() == 1
 
 
-@pytest.mark.parametrize("values", [[[-1.0, 1.0]], [[0.0, 1e6]], [[float("nan"), 1.0]], [[float("inf"), 1.0]]])
+def tiff(path, data, shape, bits, photometric=1, sample_format=1):
+    """A TIFF file of one channel with tags that Pillow does not write."""
+    tags = {256: shape[1], 257: shape[0], 258: bits, 259: 1, 262: photometric, 277: 1, 278: shape[0]}
+    tags |= {339: sample_format, 279: len(data), 273: 8 + 2 + 10 * 12 + 4}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    path.write_bytes(struct.pack("<2sHIH", b"II", 42, 8, 10) + entries + bytes(4) + data)
+
+
+def test_grey_levels_mean_what_the_tags_of_their_file_say(tmp_path):
+    grey = GREY[:, :6]
+    first, second = (grey.astype(int) * 4095 // 255)[:, ::2], (grey.astype(int) * 4095 // 255)[:, 1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8)
+    tiff(tmp_path / "12.tif", packed.tobytes(), grey.shape, 12)
+    tiff(
+        tmp_path / "black-is-high.tif", (65535 - grey.astype("<u2") * 257).astype("<u2").tobytes(), grey.shape, 16, 0
+    )
+    tiff(tmp_path / "signed.tif", np.ceil(grey * (32767 / 255)).astype("<i2").tobytes(), grey.shape, 16, 1, 2)
+    for name in ("12", "black-is-high", "signed"):
+        got = load_image(tmp_path / f"{name}.tif")[0].numpy().astype(int)
+        assert np.abs(got - grey).max() == 0, name
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+@pytest.mark.parametrize("beyond", [-1e-7, 1e-7, -2e-4, 2e-4])
+def test_floats_that_rounding_took_beyond_black_and_white(white, beyond, tmp_path):
+    Image.fromarray((GREY * (white / 255) + beyond * white).astype(np.float32)).save(tmp_path / "a.tif")
+    assert torch.equal(load_image(tmp_path / "a.tif")[0], torch.from_numpy(GREY))
+
+
+def test_transparent_palettes_are_read_without_a_warning(tmp_path):
+    colours = np.random.default_rng(1).integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    Image.fromarray(colours).quantize(16).save(tmp_path / "a.png", transparency=bytes([0, 99, *[255] * 14]))
+    with Image.open(tmp_path / "a.png") as picture, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = np.asarray(picture.convert("RGB"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(load_image(tmp_path / "a.png").permute(1, 2, 0).numpy(), expected)
+
+
+WHITES = [[-1.0, 1.0], [0.0, 1e6], [float("nan"), 1.0], [float("inf"), 1.0], [0.0, 3.0], [0.0, 300.0], [0.0, 1023.0]]
+
+
+@pytest.mark.parametrize("values", [[row] for row in WHITES])
 def test_floats_whose_white_nobody_knows(values, tmp_path):
     Image.fromarray(np.array(values, np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match="grey levels from .* nobody can say which is white|holds NaN or infinity"):
+        load_image(tmp_path / "a.tif")
+
+
+def test_32_bits_that_may_be_10_or_16(tmp_path):
+    Image.fromarray(np.array([[0, 1023]], np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="grey levels from 0 to 1023: nobody can say which is white"):
         load_image(tmp_path / "a.tif")
 
 

@@ -1,0 +1,49 @@
+"""What a multistep sampler remembers between two steps, kept with the tensor that the first of them returned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .maths.evaluations import Evaluation
+
+
+@dataclass(frozen=True)
+class State:
+    """Memory of earlier evaluations that the next one needs, in tensors that no caller can write to."""
+
+    index: int
+    shape: torch.Size
+    base: torch.Tensor | None  # where its step began, if before it
+    history: tuple[torch.Tensor, ...]
+
+
+class States(WeakTensorKeyDictionary):
+    """States by the sample that was returned, as long as it lives; not part of a pickled scheduler."""
+
+    def __reduce__(self):
+        return States, ()
+
+
+def state_for(
+    following: Evaluation,
+    index: int,
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    base: torch.Tensor,
+    history: tuple[torch.Tensor, ...],
+) -> State:
+    """The state that evaluation `index`, `following`, needs of the one before it.
+
+    Args:
+        sample, model_output: what the caller gave; `base` and history[0] may be these tensors themselves.
+        history: noise predictions, the latest first.
+    """
+    past = history[: len(following.weights[-1]) - 1]
+    # The caller may write the next sample and output over these two (static buffers of a CUDA graph).
+    if past and past[0] is model_output:
+        past = (model_output.clone(), *past[1:])
+    kept = None if following.starts else base.clone() if base is sample else base
+    return State(index, sample.shape, kept, past)

@@ -1,0 +1,21 @@
+"""The catalogue: a tiny configuration or more of every denoiser class of diffusers."""
+
+from __future__ import annotations
+
+from .case import Case
+from .controlnets import CONTROL
+from .transformers_image import IMAGES
+from .transformers_other import OTHER
+from .transformers_tokens import TOKENS
+from .transformers_video import VIDEO
+from .transformers_video_more import MORE_VIDEO
+from .unets import UNETS
+
+FAMILIES = {
+    "transformers of images": {**IMAGES, **TOKENS},
+    "transformers of video": {**VIDEO, **MORE_VIDEO},
+    "transformers of sound, embeddings, molecules": OTHER,
+    "UNets": UNETS,
+    "ControlNets": CONTROL,
+}
+CASES: dict[str, Case] = {label: case for family in FAMILIES.values() for label, case in family.items()}

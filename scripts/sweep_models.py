@@ -1,0 +1,138 @@
+"""Does every denoiser class of diffusers, and every pipeline, work when it is quantized? Tables: sweep/README.md.
+
+    python scripts/sweep_models.py                                  # what is not in the output yet: minutes on a core
+    python scripts/sweep_models.py --only "Flux*" "Wan*" --columns W8A8 LoRA
+    python scripts/sweep_models.py --table                          # the tables alone
+
+A row holds one cell: what came of it, the reason, figures, seconds, and what it was made with. A failure never stops
+the rest. Rows made with the same commit, versions, seed and backend are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import importlib.metadata
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "comparisons"), str(HERE / "sweep")]
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+from conditions import commit  # noqa: E402
+from sweep.catalogue import CASES  # noqa: E402
+from sweep.cells import FAILS, cell  # noqa: E402
+from sweep.columns import columns  # noqa: E402
+from sweep.lines import Lines  # noqa: E402
+from sweep.report import write  # noqa: E402
+from sweep.subject import Subject  # noqa: E402
+
+from ptq4dm.errors import UserError, run  # noqa: E402
+
+OUTPUT = HERE / "results" / "sweep.jsonl"
+PAGE = HERE / "sweep" / "README.md"
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the cells that are asked for and write the tables; returns how many fail."""
+    options = parsed(argv)
+    lines = Lines(options.output)
+    if not options.table:
+        quiet()
+        for kind, named in tables(options).items():
+            sweep(kind, *named, options, lines)
+        lines.tidy()
+    rows = [lines.rows[key] for key in sorted(lines.rows)]
+    if options.page:
+        what = {kind: {name: column.what for name, column in of.items()} for kind, (_, of) in tables(options).items()}
+        write(options.page, rows, what)
+    return sum(row["result"] == FAILS for row in rows)
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["*"], help="classes or pipelines, or patterns such as 'Flux*'")
+    parser.add_argument("--columns", nargs="+", help="some columns, by name")
+    parser.add_argument("--kind", nargs="+", choices=["class", "pipeline"], default=["class", "pipeline"])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="rows, as JSON lines")
+    parser.add_argument(
+        "--page", type=Path, help="the page that gets the tables; default: that of the default output"
+    )
+    parser.add_argument("--backend", default="aot_eager", help="of torch.compile; inductor takes an hour")
+    parser.add_argument("--seed", type=int, default=0, help="of inputs")
+    parser.add_argument("--again", action="store_true", help="make rows that are there anew")
+    parser.add_argument("--table", action="store_true", help="only write the tables")
+    options = parser.parse_args(argv)
+    if options.page is None and options.output.resolve() == OUTPUT:
+        options.page = PAGE
+    return options
+
+
+def tables(options: argparse.Namespace) -> dict[str, tuple[dict, dict]]:
+    """kind -> (cases by label, columns by name)."""
+    found = {"class": (CASES, columns(options.backend))}
+    if (HERE / "sweep" / "pipeline_columns.py").is_file():
+        from sweep import pipeline_columns
+
+        found["pipeline"] = (pipeline_columns.CASES, pipeline_columns.columns())
+    return found
+
+
+def sweep(kind: str, cases: dict, all_columns: dict, options: argparse.Namespace, lines: Lines) -> None:
+    """The cells of one table that are asked for and not made yet."""
+    if kind not in options.kind:
+        return
+    if unknown := set(options.columns or ()) - {name for _, of in tables(options).values() for name in of}:
+        raise UserError(f"there is no column '{min(unknown)}'; choose from {', '.join(all_columns)}.")
+    wanted = {name: column for name, column in all_columns.items() if not options.columns or name in options.columns}
+    made_with = {"seed": options.seed, "commit": commit(), "backend": options.backend, "versions": versions()}
+    for label, case in cases.items():
+        if not any(fnmatch.fnmatch(text, pattern) for pattern in options.only for text in (label, case.name)):
+            continue
+        row = {"kind": kind, "class": case.name, "variant": case.variant, **made_with}
+        missing = [name for name in wanted if options.again or not lines.holds({**row, "column": name})]
+        if not missing:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            subject = case.subject(Path(folder), options.seed) if kind == "pipeline" else None
+            subject = subject or Subject(case, Path(folder), options.seed)
+            done = {}
+            for name in missing:
+                torch.manual_seed(options.seed)
+                done[name] = cell(subject, wanted[name])
+                lines.add({**row, "column": name, **done[name]})
+        print(summary(label, done), flush=True)
+        del subject
+        gc.collect()
+
+
+def summary(label: str, done: dict[str, dict[str, Any]]) -> str:
+    """A line for the terminal, and one more for each cell that does not pass."""
+    seconds = sum(one["seconds"] for one in done.values())
+    rest = [f"    {name}: {one['result']}: {one['reason']}" for name, one in done.items() if one["reason"]]
+    return "\n".join([f"{label}: {sum(one['result'] == 'ok' for one in done.values())} ok, {seconds:.1f} s", *rest])
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def quiet() -> None:
+    """Without the warnings of libraries: what goes wrong is in the rows."""
+    warnings.filterwarnings("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    for name in ("torch._dynamo", "torch._inductor", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -44,7 +44,7 @@ def test_the_catalogue_has_every_denoiser_class_of_diffusers(sweep):
     assert all(len(reason) > 20 for reason in excluded.values())
 
 
-# A list of latents, a UNet, text and sound with places, a UNet's ControlNet, a time for each token, no timestep argument.
+# A list of latents, a UNet, video with sound, a UNet's ControlNet, a time for each token, two times.
 DIFFERENT = [
     "ZImageTransformer2DModel",
     "UNet2DModel",
@@ -68,10 +68,10 @@ def test_different_classes_are_recorded_quantized_saved_and_loaded(sweep, tmp_pa
 @pytest.mark.parametrize("label", ["FluxTransformer2DModel", "PixArtTransformer2DModel"])
 def test_svdquant_adapters_and_offloading_pass_for_two_classes(sweep, tmp_path, label):
     subject = sweep("subject").Subject(sweep("catalogue").CASES[label], tmp_path)
-    for name in ("SVDQuant W4A8", "LoRA", "offload"):
+    for name in ("SVDQuant W4A8", "LoRA", "group offload", "offload"):
         done = sweep("cells").cell(subject, sweep("columns").columns()[name])
         assert done["result"] == "ok", (name, done["reason"])
-        assert done["figures"] or name == "offload"
+        assert done["figures"] or "offload" in name
 
 
 def broken(sweep, tmp_path, forward):
@@ -93,8 +93,7 @@ def test_a_cell_that_float_fails_is_not_applicable_with_floats_error(sweep, tmp_
 
     for name, column in sweep("columns").columns().items():
         done = sweep("cells").cell(broken(sweep, tmp_path, forward), column)
-        assert (done["result"], done["reason"]) == ("n/a", done["reason"]), name
-        assert "float:" in done["reason"], name
+        assert done["result"] == "n/a" and "no such kernel" in done["reason"], name
 
 
 def test_outputs_that_are_not_finite_do_not_pass(sweep):

@@ -15,6 +15,7 @@ import fnmatch
 import gc
 import importlib.metadata
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -23,6 +24,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "comparisons"), str(HERE / "sweep")]
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # read as tqdm is imported
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # offloading waits for each tensor to be on disk
 
 import diffusers  # noqa: E402
 import torch  # noqa: E402
@@ -79,7 +83,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 def tables(options: argparse.Namespace) -> dict[str, tuple[dict, dict]]:
     """kind -> (cases by label, columns by name)."""
     found = {"class": (CASES, columns(options.backend))}
-    if (HERE / "sweep" / "pipeline_columns.py").is_file():
+    if (HERE / "sweep" / "pipelines.py").is_file():
         from sweep import pipeline_columns
 
         found["pipeline"] = (pipeline_columns.CASES, pipeline_columns.columns())
@@ -101,7 +105,7 @@ def sweep(kind: str, cases: dict, all_columns: dict, options: argparse.Namespace
         missing = [name for name in wanted if options.again or not lines.holds({**row, "column": name})]
         if not missing:
             continue
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
             subject = case.subject(Path(folder), options.seed) if kind == "pipeline" else None
             subject = subject or Subject(case, Path(folder), options.seed)
             done = {}

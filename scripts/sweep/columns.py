@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ptq4dm.calibration.record import replay
+from ptq4dm.layers.base import is_quantized
 
 from .subject import FLOAT, FORMATS, Subject, Wrong, distance, must_be_within, must_equal, outputs
 
@@ -80,8 +81,14 @@ def load(subject: Subject, kind: str) -> dict[str, float]:
         save(subject, kind)
     model = subject.model(kind)
     loaded = type(model).from_pretrained(folder).eval()
+    if (found := len(quantized_layers(loaded))) != (made := len(quantized_layers(model))):
+        raise Wrong(f"{made} layers are quantized, {found} in the loaded model")
     must_equal(subject.call(loaded), subject.call(model), "the loaded model")
     return {}
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_quantized(module)]
 
 
 def compiled_by(backend: str) -> Callable[[Subject, str], dict[str, float]]:

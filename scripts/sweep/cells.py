@@ -49,4 +49,4 @@ def one_line(error: Exception) -> str:
     """An error's class and the beginning of its message."""
     text = " ".join(str(error).split())
     kind = "" if type(error).__name__ in ("UserError", "Wrong") else f"{type(error).__name__}: "
-    return kind + (text if len(text) <= 200 else text[:197] + "...")
+    return kind + (text if len(text) <= 160 else text[:157] + "...")

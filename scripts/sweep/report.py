@@ -91,7 +91,12 @@ def named(rows: list[dict[str, Any]], columns: Mapping[str, str], result: str) -
         reasons: dict[str, list[str]] = defaultdict(list)
         for row in rows:
             if row["column"] == column and row["result"] == result:
-                reason = row["reason"].replace(f"'{row['class']}'", "the class").replace("|", "\\|")
+                reason = (
+                    row["reason"]
+                    .replace(f"'{row['class']}'", row["class"])
+                    .replace(row["class"], "the class")
+                    .replace("|", "\\|")
+                )
                 reasons[reason].append(row["class"] + f" ({row['variant']})" * bool(row["variant"]))
         lines += [f"- {column}: {reason}: {', '.join(names)}." for reason, names in reasons.items()]
     return lines or ["None."]

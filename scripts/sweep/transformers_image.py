@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .case import Draw, Table
 
 IMAGES = Table()
@@ -94,6 +96,10 @@ def hunyuan_dit(d: Draw) -> dict:
 
 add("HunyuanDiT2DModel", HUNYUAN, hunyuan_dit)
 
+ANGLES = torch.arange(16)[:, None] * torch.logspace(0, -2, 4)[None]  # of 16 rows or columns
+PLACES = torch.polar(
+    torch.ones(16, 16, 8), torch.cat([ANGLES[:, None].expand(16, 16, 4), ANGLES[None].expand(16, 16, 4)], 2)
+)
 LUMINA = {"sample_size": 8, "in_channels": 4, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4}
 add(
     "LuminaNextDiT2DModel",
@@ -103,7 +109,7 @@ add(
         "timestep": d.uniform(),
         "encoder_hidden_states": d.normal(8, 64),
         "encoder_mask": d.ones(8),
-        "image_rotary_emb": d.alone(16, 16, 8),
+        "image_rotary_emb": PLACES,
         "cross_attention_kwargs": {},
     },
 )

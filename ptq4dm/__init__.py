@@ -18,7 +18,7 @@ from .version import __version__  # noqa: E402, F401
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.collect import CalibrationConfig, collect
-    from .calibration.record import record_calls as record
+    from .calibration.record import record
     from .calibration.store import CalibrationStore
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .layers.fuse import fuse, unfuse
@@ -78,7 +78,7 @@ __getattr__, __dir__ = lazy_names(
         "load_reference": "pipelines.load",
         "quantization_config": "quantization.diffusers_bridge",
         "quantize": "quantization.quantize",
-        "record": "calibration.record:record_calls",
+        "record": "calibration.record",
         "sample": "pipelines.sampling",
         "unfuse": "layers.fuse",
     },

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..hooks import hooked, input_of
 from ..layers.base import numeric_padding
 from ..pipelines.denoiser import evaluation_mode
-from .record import Calls, replay
+from .calls import Calls
+from .record import replay
 
 MAX_ROWS = 8192  # token rows kept per layer
 

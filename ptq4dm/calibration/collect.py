@@ -10,41 +10,45 @@ Which timesteps are recorded is the collector's choice:
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..files.atomic import output_folder
 from ..layers.base import is_quantized
 from ..options import option
-from ..pipelines.denoiser import denoiser
+from ..pipelines.denoiser import schedulers_of
+from .call_files import save_calls
+from .calls import parameter_place
+from .clock import Span
 from .input_statistics import InputStatistics
 from .measure import binned_batches, update
-from .record import Calls, record_calls
+from .sampled import Request, look, record_components, request_of
 from .store import (
+    VERSION,
     CalibrationStore,
     batch_path,
     fingerprint,
-    load_calls,
+    fingerprints,
     load_statistics,
     read_meta,
-    save_calls,
+    recorded_calls,
     save_statistics,
+    statistics_path,
     write_meta,
 )
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import DiffusionPipeline
 
 COLLECTORS = ("uniform", "ndtc", "solver")
 SAVE_EVERY = 20  # batches between two saves of the statistics
@@ -85,19 +89,20 @@ class CalibrationConfig:
             raise UserError(f"mu lies in [0, 1] and sigma is not negative; got {self.mu} and {self.sigma}.")
 
 
-def draw_timesteps(config: CalibrationConfig, num_train_timesteps: int, grid: Sequence[float]) -> Tensor:
-    """[num_samples] timesteps in [0, T-1], before they are moved to the nearest time of the sampling grid."""
-    last = num_train_timesteps - 1
+def draw_timesteps(config: CalibrationConfig, span: Span, grid: Sequence[float]) -> Tensor:
+    """[num_samples] times in the scheduler's range, before they move to the nearest time of the sampling grid."""
     generator = torch.Generator("cpu").manual_seed(config.seed)
     if config.collector == "solver":
         times = torch.tensor(list(dict.fromkeys(grid)), dtype=torch.float64)  # some solvers repeat times
         turns = torch.arange(config.num_samples)
         few = config.num_samples < len(times)  # spread them over the whole grid
         return times[turns * len(times) // config.num_samples if few else turns % len(times)]
+    last = span.high - 1 if span.counts else span.high
     if config.collector == "uniform":
-        return torch.rand(config.num_samples, generator=generator, dtype=torch.float64) * last
+        draws = torch.rand(config.num_samples, generator=generator, dtype=torch.float64)
+        return draws * (last - span.low) + span.low
     normal = torch.randn(config.num_samples, generator=generator, dtype=torch.float64)
-    return ((normal * config.sigma + config.mu) * num_train_timesteps).clamp(0, last)
+    return span.time(normal * config.sigma + config.mu).clamp(span.low, last)
 
 
 def collect(
@@ -105,55 +110,73 @@ def collect(
     config: CalibrationConfig | None = None,
     output: str | Path | None = None,
     *,
+    component: str | Sequence[str] | None = None,
     conditioning: dict | None = None,
     pipeline_kwargs: dict | None = None,
 ) -> CalibrationStore:
-    """Calibrate: record tuples from the pipeline's own sampling, then measure every layer's input on them.
+    """Calibrate: record calls from the pipeline's own sampling, then measure every layer's input on them.
 
     Args:
-        pipe: a diffusers pipeline in full precision.
+        pipe: a diffusers pipeline in full precision, of images, videos or sounds.
         output: folder of the store; an unfinished one made with the same arguments is resumed. Without it the
-            store is made in a temporary folder and only returned.
-        conditioning, pipeline_kwargs: as in `sampling.sample`, e.g. {"prompt": [...]}.
+            store is in a temporary folder, for as long as it is used.
+        component: the network to calibrate ("transformer_2", "controlnet", "prior"), or several; all denoisers of the
+            pipeline by default.
+        conditioning, pipeline_kwargs: as in `sampling.sample`, e.g. {"prompt": [...]} or {"prompt_embeds": tensor}.
+
+    Returns:
+        The store of the main denoiser; `store.components` has all of them.
 
     Raises:
-        UserError: the folder holds another store, or a layer sees NaN or infinity.
+        UserError: the folder holds another store, a network is never called, or a layer sees NaN or infinity.
     """
     config = config or CalibrationConfig()
+    names = [component] if isinstance(component, str) else component
+    request = request_of(
+        pipe,
+        names,
+        num_inference_steps=config.num_inference_steps,
+        conditioning=conditioning,
+        pipeline_kwargs=pipeline_kwargs,
+    )
     if output is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return collect(pipe, config, temporary, conditioning=conditioning, pipeline_kwargs=pipeline_kwargs)
-    folder = Path(output)
-    model = denoiser(pipe)
-    with output_folder(folder):
-        meta = _start(folder, model, config, pipe, conditioning, pipeline_kwargs)
-        if not meta["complete"]:
-            _record(folder, pipe, config, meta, conditioning, pipeline_kwargs)
-            write_meta(folder, meta)
-            _measure(folder, model, config, meta)
-            write_meta(folder, {**meta, "complete": True})
-    return CalibrationStore.load(folder)
+        temporary = tempfile.TemporaryDirectory()
+        _collect(request, config, Path(temporary.name))
+        return CalibrationStore.load(temporary.name, owner=temporary)
+    with output_folder(Path(output)):
+        _collect(request, config, Path(output))
+    return CalibrationStore.load(output)
 
 
-def _start(
-    folder: Path,
-    model: nn.Module,
-    config: CalibrationConfig,
-    pipe: DiffusionPipeline,
-    conditioning: dict | None,
-    pipeline_kwargs: dict | None,
-) -> dict:
+def _collect(request: Request, config: CalibrationConfig, folder: Path) -> None:
+    meta = _start(folder, config, request)
+    if meta["complete"]:
+        return
+    _record(folder, request, config, meta)
+    _measure(folder, request, config, meta)
+    write_meta(folder, {**meta, "complete": True})
+
+
+def _start(folder: Path, config: CalibrationConfig, request: Request) -> dict:
     """The store's header: a new one, or that of the interrupted run that these arguments continue."""
+    schedulers = schedulers_of(request.pipe)
+    networks = request.networks
     asked: dict[str, Any] = {
+        "version": VERSION,
         "config": asdict(config),
-        "dtype": str(model.dtype),
-        "scheduler": {"class": type(pipe.scheduler).__name__, **_describe(dict(pipe.scheduler.config))},
-        "conditioning": _describe(conditioning),
-        "pipeline_kwargs": _describe(pipeline_kwargs),
-        "fingerprint": fingerprint(model),
+        "dtype": {name: str(parameter_place(network)[1]) for name, network in networks.items()},
+        "scheduler": {
+            name: {"class": type(one).__name__, **_describe(dict(one.config))} for name, one in schedulers.items()
+        },
+        "conditioning": _describe(request.options["conditioning"]),
+        "pipeline_kwargs": _describe(request.options["pipeline_kwargs"]),
+        "fingerprint": {name: fingerprint(network) for name, network in networks.items()},
     }
-    if not asked["fingerprint"] or any(is_quantized(module) for module in model.modules()):
-        raise UserError("calibration needs a model with Linear or Conv2d layers, all in full precision.")
+    for name, network in networks.items():
+        if not asked["fingerprint"][name] or any(is_quantized(module) for module in network.modules()):
+            raise UserError(
+                f"calibration needs a model with Linear or Conv2d layers, all in full precision; '{name}' is not so."
+            )
     if (folder / "store.json").exists():
         meta = read_meta(folder)
         different = [name for name, value in asked.items() if meta.get(name) != value]
@@ -168,68 +191,66 @@ def _start(
     if any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and is no calibration store; give another folder.")
     # It is written with the first batch: arguments that cannot be sampled with leave no store behind.
+    main = next(iter(schedulers.values()))
     return {
         **asked,
-        "num_train_timesteps": int(pipe.scheduler.config.num_train_timesteps),
+        "num_train_timesteps": int(main.config.get("num_train_timesteps") or 1000),
         "num_batches": -(-config.num_samples // config.batch_size),
-        "shared": {},
         "complete": False,
     }
 
 
-def _record(
-    folder: Path,
-    pipe: DiffusionPipeline,
-    config: CalibrationConfig,
-    meta: dict,
-    conditioning: dict | None,
-    pipeline_kwargs: dict | None,
-) -> None:
-    """Phase 1: one file per batch of trajectories; batches already there are kept. Fills in meta["shared"]."""
-    grid = _sampling_grid(pipe.scheduler, config.num_inference_steps) if config.collector == "solver" else []
-    timesteps = draw_timesteps(config, meta["num_train_timesteps"], grid)
+def _record(folder: Path, request: Request, config: CalibrationConfig, meta: dict) -> None:
+    """Phase 1: one file per batch of trajectories; batches already there are kept."""
+    count = -(-config.num_samples // config.batch_size)
+    if meta["num_batches"] > count:
+        if batch_path(folder, count).exists():
+            return
+    elif all(batch_path(folder, index).exists() for index in range(count)) and not _missing(folder, meta):
+        return
+    sampling = look(request, config.seed)
+    timesteps = draw_timesteps(config, sampling.span, sampling.grid.tolist())
     # From high t to low: trajectories that leave early share a batch, which then stops early.
-    order = timesteps.argsort(descending=True, stable=True)
-    for index, rows in enumerate(tqdm(order.split(config.batch_size), desc="collect", unit="batch")):
-        if batch_path(folder, index).exists():
-            continue
-        calls = record_calls(
-            pipe,
-            [config.seed + int(i) for i in rows],
-            timesteps[rows].tolist(),
-            num_inference_steps=config.num_inference_steps,
-            conditioning=conditioning,
-            pipeline_kwargs=pipeline_kwargs,
-        )
-        meta["shared"] = calls.plain
+    order = timesteps.argsort(descending=True, stable=True).split(config.batch_size)
+
+    def batch(index: int, rows: Tensor, wanted: Request) -> None:
+        if not batch_path(folder, index).exists():
+            seeds = [config.seed + int(i) for i in rows]
+            calls = record_components(wanted, seeds, timesteps[rows].tolist(), sampling)
+            write_meta(folder, meta)
+            save_calls(batch_path(folder, index), calls)
+
+    for index, rows in enumerate(tqdm(order, desc="collect", unit="batch")):
+        batch(index, rows, request)
+    missing = _missing(folder, {**meta, "num_batches": count})
+    if missing:  # the law of the timesteps left a network out: it is called at the nearest times that it has
+        meta["num_batches"] = count + 1
+        batch(count, order[-1], replace(request, components=missing))
         write_meta(folder, meta)
-        save_calls(folder, index, calls)
 
 
-def _sampling_grid(scheduler: SchedulerMixin, num_inference_steps: int) -> list[float]:
-    """The times of the sampler, asked of a copy: the pipeline's own scheduler is not touched."""
-    scheduler = copy.deepcopy(scheduler)
-    try:
-        scheduler.set_timesteps(num_inference_steps)
-    except ValueError as error:  # flow-matching schedulers that shift by the picture's size
-        raise UserError(f"collector 'solver' cannot know the grid of {type(scheduler).__name__} ({error}).") from None
-    return scheduler.timesteps.tolist()
+def _missing(folder: Path, meta: dict) -> list[str]:
+    """The networks without any call."""
+    return [name for name, calls in recorded_calls(folder, meta).items() if not len(calls)]
 
 
-def _measure(folder: Path, model: nn.Module, config: CalibrationConfig, meta: dict) -> None:
-    """Phase 2: replay the tuples bin by bin through the model and measure what each layer is fed."""
-    calls = Calls.concatenate([load_calls(folder, i, meta["shared"]) for i in range(meta["num_batches"])])
-    batches = list(binned_batches(calls, config.num_bins, meta["num_train_timesteps"], config.batch_size))
-    layers = list(meta["fingerprint"])
-    statistics, progress = InputStatistics(len(layers), config.num_bins), 0
-    if (folder / "statistics.safetensors").exists():
-        statistics, progress = load_statistics(folder)
+def _measure(folder: Path, request: Request, config: CalibrationConfig, meta: dict) -> None:
+    """Phase 2: make the calls again, bin by bin, and measure what each layer is fed."""
+    for name, calls in recorded_calls(folder, meta).items():
+        batches = list(binned_batches(calls, config.num_bins, config.batch_size))
+        layers = list(fingerprints(meta)[name])
+        statistics, progress = InputStatistics(len(layers), config.num_bins), 0
+        path = statistics_path(folder, meta, name)
+        if path.exists():
+            statistics, progress = load_statistics(path)
 
-    def keep(done: int) -> None:
-        if done % SAVE_EVERY == 0 or done == len(batches):
-            save_statistics(folder, statistics, done)
+        last = len(batches)
 
-    update(statistics, model, layers, batches, progress, keep)
+        def keep(done: int, path: Path = path, statistics: InputStatistics = statistics, last: int = last) -> None:
+            if done % SAVE_EVERY == 0 or done == last:
+                save_statistics(path, statistics, done)
+
+        update(statistics, request.networks[name], layers, batches, progress, keep)
 
 
 def _describe(value: Any) -> Any:

@@ -13,8 +13,8 @@ from ..errors import UserError
 from ..evidence import LayerEvidence
 from ..layers.base import replace_module
 from ..pipelines.denoiser import evaluation_mode
+from .calls import Calls
 from .capture import Captured, capture
-from .record import Calls
 
 BATCH = 8  # calibration tuples per forward
 
@@ -89,10 +89,10 @@ class Evidence:
 
 
 def calibration_batches(calls: Calls, num_tuples: int) -> list[Calls]:
-    """`num_tuples` of the calls, evenly from all, in batches."""
+    """`num_tuples` of the calls, evenly from all, in batches that are one call each."""
     count = min(num_tuples, len(calls))
-    rows = torch.linspace(0, len(calls) - 1, count).round().long().unique()
-    return [calls[part] for part in rows.split(BATCH)]
+    units = torch.linspace(0, len(calls) - 1, count).round().long().unique()
+    return list(calls[units].batches(BATCH))
 
 
 @contextmanager

@@ -11,18 +11,36 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..hooks import hooked, input_of
 from ..pipelines.denoiser import evaluation_mode
+from .calls import Calls
 from .input_statistics import InputStatistics
-from .record import Calls, replay
-from .store import CalibrationStore
+from .record import replay
+from .store import CalibrationStore, fingerprint
+
+BINS, BATCH = 10, 16  # of calls that somebody recorded
 
 
 def measured(model: nn.Module, store: CalibrationStore) -> InputStatistics:
     """Statistics of a model's layers on the calls of a store, as `collect` measures them."""
     config, layers = store.config, list(store.fingerprint)
-    batches = binned_batches(store.recorded(), config["num_bins"], store.num_train_timesteps, config["batch_size"])
+    batches = binned_batches(store.recorded(), config["num_bins"], config["batch_size"])
     statistics = InputStatistics(len(layers), config["num_bins"])
     update(statistics, model, layers, list(batches))
     return statistics
+
+
+def store_of(model: nn.Module, calls: Calls) -> CalibrationStore:
+    """A store of calls that were recorded with `record`: what the model's layers are fed is measured on them.
+
+    Raises UserError where there are no calls.
+    """
+    if not len(calls):
+        raise UserError("no calls were recorded; call the model within `with ptq4dm.record(model)`.")
+    config = {"num_bins": BINS, "batch_size": BATCH}
+    store = CalibrationStore(
+        config, fingerprint(model), 1000, calls[calls.time.argsort(descending=True, stable=True)]
+    )
+    store.statistics = measured(model, store)
+    return store
 
 
 def update(
@@ -62,20 +80,14 @@ class _Measured:
         return add_input
 
 
-def binned_batches(
-    calls: Calls, num_bins: int, num_train_timesteps: int, batch_size: int
-) -> Iterator[tuple[int, Calls]]:
-    """(bin, Calls) batches in which all rows are of one timestep bin: [b, b+1) T / num_bins."""
-    bins = timestep_bins(calls.timestep, num_bins, num_train_timesteps)
+def binned_batches(calls: Calls, num_bins: int, batch_size: int) -> Iterator[tuple[int, Calls]]:
+    """(bin, one call) in which all units are of one timestep bin: [b, b+1) / num_bins of the scheduler's range."""
+    bins = timestep_bins(calls.time, num_bins)
     for index in range(num_bins):
-        rows = (bins == index).nonzero().flatten()
-        for part in rows.split(batch_size) if len(rows) else ():
-            yield index, calls[part]
+        for batch in calls[(bins == index).nonzero().flatten()].batches(batch_size):
+            yield index, batch
 
 
-def timestep_bins(timestep: Tensor, num_bins: int, num_train_timesteps: int) -> Tensor:
-    """[B] bin indices. Models that are called with t in [0, 1] (flow matching) are scaled up first."""
-    t = timestep.double()
-    if timestep.is_floating_point() and float(t.max()) <= 1.0:
-        t = t * num_train_timesteps
-    return (t * num_bins / num_train_timesteps).floor().clamp(0, num_bins - 1).long()
+def timestep_bins(time: Tensor, num_bins: int) -> Tensor:
+    """[U] bin indices of times [U] in [0, 1]. A time at an edge, but for rounding, is in the bin above."""
+    return (time.double() * num_bins + 1e-5).floor().clamp(0, num_bins - 1).long()

@@ -1,269 +1,158 @@
-"""Record what a denoiser is called with while its own pipeline samples, and call a denoiser with it again.
+"""Record what a module is called with, whole calls as they are made, and make them again.
 
-A calibration tuple is only worth something if it is (x_t, the t the model was called with): so the tuples are
-taken from the arguments of the model's own `forward`, never rebuilt from a step counter.
+A calibration tuple is only worth something if it is (x_t, the t the model was called with): so it is taken from the
+arguments of the model's own `forward`, never rebuilt from a step counter.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import UserError
 from ..hooks import hooked
-from ..pipelines.denoiser import denoiser, evaluation_mode
-from ..pipelines.sampling import own_step, sample
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
-
-TIMESTEPS = ("timestep", "timesteps", "t")  # what diffusers' models call the argument
+from ..pipelines.denoiser import model_of, time_names
+from .calls import Call, Calls, parameter_place, timestep_of, whole_call
 
 
-@dataclass
-class Calls:
-    """B recorded rows of denoiser calls.
+@contextmanager
+def record(target: Any) -> Iterator[Calls]:
+    """Record all calls of a module, or of a pipeline's denoiser, for as long as the `with` block runs.
 
-    sample: [B, ...] noisy input x_t, as the model saw it (scheduler scaling included).
-    timestep: [B] the model's own timestep argument (integers or floats).
-    conditioning: name -> [B, ...] tensors that differ per row ("a/b" is entry b of the dict argument a, and "a/0" the
-        first tensor of the tuple or list a).
-    shared: name -> tensors or plain values that the rows have in common (position ids, None, flags).
+        with ptq4dm.record(model) as calls:
+            my_own_loop(model)
+        ptq4dm.quantize(model, ptq4dm.PTQ4DMConfig(), calls)
+
+    Any module will do: a bare model, a ControlNet, a prior, a second transformer. Each call is a unit; its tensors
+    are kept on the CPU. A call's `time` is its timestep as it is where all lie in [0, 1], else as a share of the next
+    power of ten (1000 for times up to 1000), or between the least and the largest where some are negative.
     """
+    model = model_of(target)
+    parameter = next(model.parameters(), None)
+    calls = Calls(None if parameter is None else parameter_place(model)[1])
 
-    sample: Tensor
-    timestep: Tensor
-    conditioning: dict[str, Tensor] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict)
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call = kept(Call(args, kwargs))
+        calls.add(*whole_call(call, timestep_of(named(module, call)) or 0.0, 0.0))
+        calls.time = _shares(calls.timestep)
 
-    def __len__(self) -> int:
-        return len(self.sample)
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """The shared arguments that are no tensors: what JSON can hold."""
-        return {k: v for k, v in self.shared.items() if not isinstance(v, Tensor)}
-
-    def __getitem__(self, rows: slice | Tensor) -> Calls:
-        """Rows of it, by slice or index tensor."""
-        picked = {k: v[rows] for k, v in self.conditioning.items()}
-        return Calls(self.sample[rows], self.timestep[rows], picked, self.shared)
-
-    @staticmethod
-    def concatenate(parts: Sequence[Calls]) -> Calls:
-        """The rows of several recordings of one model; UserError where they cannot share a batch."""
-        first = parts[0]
-        for part in parts[1:]:
-            if different := _differing(first, part):
-                raise UserError(
-                    f"the model is called with '{min(different)}' of different shapes or values, which cannot be put "
-                    "into one batch; give conditioning of one length."
-                )
-        return Calls(
-            torch.cat([p.sample for p in parts]),
-            torch.cat([p.timestep for p in parts]),
-            {k: torch.cat([p.conditioning[k] for p in parts]) for k in first.conditioning},
-            first.shared,
-        )
-
-
-def _differing(one: Calls, other: Calls) -> set[str]:
-    """The arguments that keep two recordings from being one batch."""
-
-    def shapes(calls: Calls) -> dict:
-        return {k: v.shape[1:] for k, v in {"sample": calls.sample, **calls.conditioning}.items()}
-
-    def same(a: object, b: object) -> bool:
-        return type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
-
-    ours, theirs = shapes(one), shapes(other)
-    common = one.shared.keys() & other.shared.keys()
-    different = {k for k in ours if theirs.get(k) != ours[k]}
-    return different | {k for k in common if not same(one.shared[k], other.shared[k])}
-
-
-class _AllRecorded(Exception):
-    """Raised inside the sampling loop once every row is on record: the remaining steps need not run."""
-
-
-class _Recorder:
-    """The calls of one run of a sampler: for row k of the batch the one at the grid time nearest timesteps[k].
-
-    It is told of each call of the model and of each step of the scheduler, and counts the steps.
-    """
-
-    def __init__(self, model: nn.Module, scheduler: SchedulerMixin, timesteps: Sequence[float]) -> None:
-        self.signature = inspect.signature(model.forward)
-        self.scheduler = scheduler
-        self.timesteps = torch.as_tensor(list(timesteps), dtype=torch.float64)
-        self.index: Tensor | None = None  # [B] the step that each row is recorded at; known with the first call
-        self.step = 0
-        self.parts: list[Calls] = []
-
-    def before_forward(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.index is None:
-            grid = self.scheduler.timesteps.to("cpu", torch.float64)
-            self.index = (self.timesteps[:, None] - grid[None, :]).abs().argmin(dim=1)
-        if self.complete:
-            raise _AllRecorded
-        rows = (self.index == self.step).nonzero().flatten()
-        if len(rows):
-            self.parts.append(_rows(self.signature, args, kwargs, rows, len(self.timesteps)))
-
-    def counted(self, step: Callable) -> Callable:
-        @functools.wraps(step)  # pipelines inspect the signature of step
-        def counted_step(*args: Any, **kwargs: Any) -> Any:
-            self.step += 1
-            return step(*args, **kwargs)
-
-        return counted_step
-
-    @property
-    def complete(self) -> bool:
-        return self.index is not None and self.step > int(self.index.max())
-
-
-def record_calls(
-    pipe: DiffusionPipeline,
-    seeds: Sequence[int],
-    timesteps: Sequence[float],
-    *,
-    num_inference_steps: int,
-    conditioning: dict | None = None,
-    pipeline_kwargs: dict | None = None,
-) -> Calls:
-    """Sample from the pipeline once and record, for seeds[k], the call at the grid time nearest timesteps[k].
-
-    timesteps are in the units of `pipe.scheduler.timesteps` (0..num_train_timesteps-1). A pipeline that runs
-    classifier-free guidance as one call of 2B rows (or as two calls of B) gives every such row a record of its
-    own, so the result holds a multiple of len(seeds) rows. Tensors are returned on the CPU.
-    """
-    model = denoiser(pipe)
-    if len(timesteps) != len(seeds):
-        raise UserError(f"one timestep for each seed is needed; got {len(timesteps)} for {len(seeds)} seeds.")
-    recorder = _Recorder(model, pipe.scheduler, timesteps)
-    # The model first: no other thread's calls reach the hook, and the scheduler's step is its own.
-    with evaluation_mode(model), hooked(model, {"": recorder.before_forward}), suppress(_AllRecorded):  # noqa: SIM117
-        with own_step(pipe.scheduler, recorder.counted(pipe.scheduler.step)):
-            sample(
-                pipe,
-                seeds,
-                num_inference_steps=num_inference_steps,
-                conditioning=conditioning,
-                pipeline_kwargs=pipeline_kwargs,
-            )
-    if not recorder.complete:
-        raise UserError(
-            f"{type(pipe).__name__} took {recorder.step} steps of its scheduler, fewer than its sampling grid has; "
-            "its calls cannot be recorded."
-        )
-    return Calls.concatenate(recorder.parts)
+    with hooked(model, {"": keep}):
+        yield calls
 
 
 @torch.no_grad()
-def replay(model: nn.Module, calls: Calls) -> Tensor:
-    """Call a denoiser with recorded arguments. Returns its noise prediction, shaped like calls.sample.
+def replay(model: nn.Module, calls: Calls) -> list[Any]:
+    """Make recorded calls again: what the model gives, call by call; to the bit what it gave, if it is unchanged.
 
-    Channels past the sample's own (a learned variance) are cut off. Floating arguments are cast to the model's
-    dtype and moved to its device.
+    Rows that were recorded from batches are put into one call for each group. Tensors move to the model's device;
+    those of the dtype that the recorded model had (but for times) are cast to this model's dtype.
     """
-    calls = moved(calls, model)
-    first, timestep = _leading(inspect.signature(model.forward))
-    arguments: dict[str, Any] = {first: calls.sample, timestep: calls.timestep}
-    arguments |= _nested({**calls.shared, **calls.conditioning})
-    arguments.pop("return_dict", None)
-    output = model(**arguments, return_dict=False)[0]
-    return output[:, : calls.sample.shape[1]] if output.ndim == 4 else output
+    return [
+        model(*call.args, **call.kwargs) for call in (ready(part, model) for part in calls.batches(len(calls) or 1))
+    ]
 
 
-def moved(calls: Calls, model: nn.Module) -> Calls:
-    """Calls on a model's device, floating arguments but the timestep in its dtype."""
-    parameter = next(model.parameters())
-    dtype = getattr(model, "dtype", parameter.dtype)
+def predictions(model: nn.Module, calls: Calls) -> Tensor:
+    """[U, ...] float answers of a denoiser to recorded calls, in the order of the units.
 
-    def ready(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(parameter.device, dtype if value.is_floating_point() else None)
-
-    return Calls(
-        ready(calls.sample),
-        calls.timestep.to(parameter.device),
-        {name: ready(value) for name, value in calls.conditioning.items()},
-        {name: ready(value) for name, value in calls.shared.items()},
-    )
-
-
-def _leading(signature: inspect.Signature) -> tuple[str, str]:
-    """The names of a model's sample and timestep arguments."""
-    names = list(signature.parameters)
-    timestep = next((name for name in TIMESTEPS if name in names), None)
-    if timestep is None:
-        raise UserError(f"the model takes no timestep ({', '.join(names)}); its calls cannot be recorded.")
-    return names[0], timestep
-
-
-def _rows(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any], rows: Tensor, batch: int) -> Calls:
-    """The given items of one call (args, kwargs), guidance copies included."""
-    bound = signature.bind(*args, **kwargs).arguments
-    extra = bound.pop("kwargs", {})
-    bound = {**bound, **extra}
-    first, timestep = _leading(signature)
-    x, t = bound.pop(first), torch.as_tensor(bound.pop(timestep))
-    if not isinstance(x, Tensor):
-        raise UserError(f"the model is called with a {type(x).__name__} of samples; only tensors can be recorded.")
-    size = len(x)
-    if size % batch:
-        raise UserError(f"the model is called with {size} rows for {batch} images; such calls cannot be recorded.")
-    every = torch.cat([rows + copy * batch for copy in range(size // batch)]).to(x.device)
-    t = t.flatten().expand(size) if t.numel() == 1 else t
-    conditioning, shared = {}, {}
-    for name, value in _flatten(bound):
-        if isinstance(value, Tensor) and value.ndim and len(value) == size:
-            conditioning[name] = value.detach()[every.to(value.device)].cpu()
-        elif isinstance(value, Tensor):
-            shared[name] = value.detach().cpu()
-        elif _plain(value):
-            shared[name] = value
+    The first tensor of an answer is taken, without channels past those of its input (a learned variance). Where the
+    units' answers have several shapes, or a unit is a call of many tensors, each is one row of the same number of
+    numbers: short ones are filled up with zeros.
+    """
+    found: list[tuple[int, Tensor]] = []
+    order = {tuple(place): i for i, place in enumerate(calls.places.tolist())}
+    for part in calls.batches(max(1, len(calls))):
+        places = [order[tuple(place)] for place in part.places.tolist()]
+        answer = replay(model, part)[0]
+        tensors = tensors_of(answer)
+        if part.groups[int(part.places[0, 0])].joined and len(tensors[0]) == len(part):
+            rows = list(_without_variance(tensors[0], part))
         else:
-            raise UserError(
-                f"the model is called with '{name}' of type {type(value).__name__}, which cannot be recorded; "
-                "tensors, numbers, strings and dicts and tuples of them can."
-            )
-    return Calls(x.detach()[every].cpu(), t[every.to(t.device)].cpu(), conditioning, shared)
+            rows = [torch.cat([leaf.flatten() for leaf in tensors])]
+        found += zip(places, rows, strict=True)
+    rows = [row for _, row in sorted(found, key=lambda pair: pair[0])]
+    if len({row.shape for row in rows}) == 1:
+        return torch.stack(rows)
+    longest = max(row.numel() for row in rows)
+    return torch.stack([torch.nn.functional.pad(row.flatten(), (0, longest - row.numel())) for row in rows])
 
 
-def _plain(value: object) -> bool:
-    """True if JSON can hold a value: numbers, strings and lists of them."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+def ready(calls: Calls, model: nn.Module) -> Call:
+    """The one call of some units, on a model's device and in its dtype."""
+    call = calls.call()
+    if next(model.parameters(), None) is None:
+        return call
+    dtype = parameter_place(model)[1]
+    if calls.dtype in (None, dtype):
+        return call_on(model, call)
+    leaves, structure = call.flat()
+    times = times_of(model, call)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.dtype == calls.dtype and i not in times:
+            leaves[i] = leaf.to(dtype)
+    return call_on(model, Call.nested(leaves, structure))
 
 
-def _flatten(arguments: dict) -> Iterator[tuple[str, Any]]:
-    """(name, value) of all arguments, with the entries of dicts, and of tuples with tensors in them, one by one."""
-    for name, value in arguments.items():
-        if isinstance(value, (list, tuple)) and any(isinstance(entry, (Tensor, tuple)) for entry in value):
-            value = value if _plain(value) else dict(enumerate(value))
-        if isinstance(value, dict):
-            yield from ((f"{name}/{key}", inner) for key, inner in _flatten(value))
-        else:
-            yield name, value
+def call_on(model: nn.Module, call: Call) -> Call:
+    """A call with its tensors on a model's device."""
+    device = parameter_place(model)[0]
+    return call.map(lambda tensor: tensor.to(device))
 
 
-def _nested(flat: dict[str, Any]) -> Any:
-    """The inverse of `_flatten`; sequences become tuples."""
-    entries: dict[str, dict] = {}
-    for name, value in flat.items():
-        outer, _, inner = name.partition("/")
-        entries.setdefault(outer, {})[inner] = value
-    nested = {name: inner[""] if "" in inner else _nested(inner) for name, inner in entries.items()}
-    places = [str(i) for i in range(len(nested))]
-    return tuple(nested[place] for place in places) if nested and nested.keys() == set(places) else nested
+def named(model: nn.Module, call: Call) -> dict[str, Any]:
+    """A call's arguments by their names. Raises UserError where they are not what the model takes."""
+    try:
+        bound = dict(inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments)
+    except TypeError as error:
+        raise UserError(f"{type(model).__name__} cannot be called so: {error}.") from None
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return bound
+
+
+def kept(call: Call) -> Call:
+    """A copy of a call on the CPU, that nothing else changes."""
+    return call.map(lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+def times_of(model: nn.Module, call: Call) -> list[int]:
+    """The leaves of a call that are times: their numbers in `Call.flat`."""
+    names = list(inspect.signature(model.forward).parameters)
+    arguments = [*zip(names, call.args, strict=False), *call.kwargs.items()]
+    owners = [name for name, value in arguments for _ in pytree.tree_leaves(value)]
+    times = time_names(list(dict.fromkeys(owners)))
+    leaves, _ = call.flat()
+    return [i for i, name in enumerate(owners) if name in times and leaves[i] is not None]
+
+
+def tensors_of(answer: Any) -> list[Tensor]:
+    """The tensors in what a model gave, in order."""
+    values = tuple(answer.values()) if isinstance(answer, dict) else answer
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _without_variance(answer: Tensor, part: Calls) -> Tensor:
+    """An answer [n, 2C, h, w] to an input [n, C, h, w] without the second half of its channels."""
+    call = part.call()
+    first = next((leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)), None)
+    if first is not None and answer.ndim == first.ndim == 4 and answer.shape[1] == 2 * first.shape[1]:
+        return answer[:, : first.shape[1]]
+    return answer
+
+
+def _shares(timestep: Tensor) -> Tensor:
+    """Times in [0, 1] from numbers of an unknown range."""
+    low, high = float(timestep.min()), float(timestep.max())
+    if low < 0:
+        return (timestep - low) / max(high - low, 1e-9)
+    top = 1.0
+    while top < high:
+        top *= 10
+    return timestep / top

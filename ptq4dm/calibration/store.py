@@ -1,36 +1,37 @@
-"""The calibration store: recorded tuples and layer statistics in a folder of safetensors and JSON.
+"""The calibration store: recorded calls and layer statistics in a folder of safetensors and JSON.
 
-store.json                 configuration, layer names and fingerprints, number of batches
-batch-00000.safetensors    one recorded batch each: sample, timestep, cond/*, shared/*
-statistics.safetensors     see input_statistics.InputStatistics
+store.json                 configuration, layer names and fingerprints by network, number of batches
+batch-00000.safetensors    one recorded batch each, see call_files.py
+statistics.safetensors     of the first network, see input_statistics.py; statistics-NAME.safetensors of others
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files.atomic import replacing
 from ..layers.view import find_layers
+from .call_files import load_calls, reading, write_tensors
+from .calls import Calls
 from .input_statistics import InputStatistics
-from .record import Calls
+from .old_files import load_rows
 
 
 @dataclass
 class CalibrationStore:
-    """Measurements that `collect` made of one model.
+    """Measurements that `collect` made of one network, and of the others of its pipeline.
 
     fingerprint: layer name -> fingerprint of its weight, in the order of the statistics' first axis.
-    calls: the recorded tuples, sorted by falling timestep.
+    calls: the recorded calls, sorted by falling timestep.
+    component: the network's name in its pipeline; "" of a model by itself. others: stores of further networks.
     """
 
     config: dict
@@ -38,9 +39,16 @@ class CalibrationStore:
     num_train_timesteps: int
     calls: Calls | None = None
     statistics: InputStatistics | None = None
+    component: str = ""
+    others: dict[str, CalibrationStore] = field(default_factory=dict)
+
+    @property
+    def components(self) -> dict[str, CalibrationStore]:
+        """Name -> store of each network that was calibrated."""
+        return {self.component: self, **self.others}
 
     def recorded(self) -> Calls:
-        """The recorded tuples. Raises UserError where the store holds statistics only."""
+        """The recorded calls. Raises UserError where the store holds statistics only."""
         if self.calls is None:
             raise UserError("the calibration store holds no recorded calls, only statistics; collect again.")
         return self.calls
@@ -53,11 +61,25 @@ class CalibrationStore:
             raise UserError("the calibration store holds no statistics, only recorded calls; collect again.")
         return self.statistics.merged(list(self.fingerprint).index(layer), bins)
 
+    def fits(self, model: nn.Module) -> bool:
+        """Whether this store was collected from this model (on meta: from its architecture)."""
+        found = fingerprint(model)
+        return list(found) == list(self.fingerprint) and all(v in ("", self.fingerprint[k]) for k, v in found.items())
+
     def check_model(self, model: nn.Module) -> None:
         """Raises UserError unless this store was collected from this model (on meta: from its architecture)."""
-        found = fingerprint(model)
-        if list(found) != list(self.fingerprint) or any(v not in ("", self.fingerprint[k]) for k, v in found.items()):
+        if not self.fits(model):
             self.raise_foreign()
+
+    def of(self, model: nn.Module, component: str = "") -> CalibrationStore:
+        """The store of one network: of the component of that name, else of the one that was collected from it.
+
+        Raises UserError where it is of none.
+        """
+        if component in self.components and self.components[component].fits(model):
+            return self.components[component]
+        found = next((store for store in self.components.values() if store.fits(model)), None)
+        return found or self.raise_foreign()
 
     def raise_foreign(self) -> NoReturn:
         raise UserError(
@@ -66,7 +88,8 @@ class CalibrationStore:
         )
 
     @classmethod
-    def load(cls, folder: str | Path) -> CalibrationStore:
+    def load(cls, folder: str | Path, owner: object = None) -> CalibrationStore:
+        """Open a store. Calls stay on disk until they are made; owner: what has to live as long."""
         folder = Path(folder)
         meta = read_meta(folder)
         if not meta.get("complete"):
@@ -74,11 +97,15 @@ class CalibrationStore:
                 f"the calibration store {folder} is not finished; run the same `ptq4dm collect` again "
                 "and it goes on where it stopped."
             )
-        store = cls(meta["config"], meta["fingerprint"], meta["num_train_timesteps"])
-        parts = [load_calls(folder, i, meta["shared"]) for i in range(meta["num_batches"])]
-        store.calls = Calls.concatenate(parts)
-        store.statistics, _ = load_statistics(folder)
-        return store
+        recorded = recorded_calls(folder, meta, owner)
+        stores = {}
+        for name, calls in recorded.items():
+            store = cls(meta["config"], fingerprints(meta)[name], meta["num_train_timesteps"], calls, component=name)
+            store.statistics, _ = load_statistics(statistics_path(folder, meta, name))
+            stores[name] = store
+        first, *rest = stores.values()
+        first.others = {store.component: store for store in rest}
+        return first
 
 
 def layer_fingerprint(weight: Tensor) -> str:
@@ -102,7 +129,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-META = {"config", "fingerprint", "num_train_timesteps", "num_batches", "shared", "complete"}
+META = {"config", "fingerprint", "num_train_timesteps", "num_batches", "complete"}
+VERSION = 2  # of the folder; 0.1.0 wrote no number
 
 
 def read_meta(folder: Path) -> dict:
@@ -125,50 +153,45 @@ def write_meta(folder: Path, meta: dict) -> None:
         temporary.write_text(json.dumps(meta, indent=1))
 
 
-def read_tensors(path: Path, needed: set[str]) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; UserError naming the file if it is missing, damaged or lacks `needed` ones."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if lacking := needed - tensors.keys():
-            raise SafetensorError(f"no {min(lacking)} in it")
-        return tensors
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; collect again into an empty folder.") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); collect again into an empty folder.") from None
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+def fingerprints(meta: dict) -> dict[str, dict[str, str]]:
+    """Network -> layer name -> fingerprint."""
+    return meta["fingerprint"] if "version" in meta else {"": meta["fingerprint"]}
 
 
 def batch_path(folder: Path, index: int) -> Path:
     return folder / f"batch-{index:05d}.safetensors"
 
 
-def save_calls(folder: Path, index: int, calls: Calls) -> dict:
-    """Write one batch; returns what of its shared arguments is plain JSON."""
-    shared = {f"shared/{k}": v for k, v in calls.shared.items() if isinstance(v, Tensor)}
-    conditioning = {f"cond/{k}": v for k, v in calls.conditioning.items()}
-    tensors = {"sample": calls.sample, "timestep": calls.timestep, **conditioning, **shared}
-    write_tensors(batch_path(folder, index), tensors)
-    return calls.plain
+def statistics_path(folder: Path, meta: dict, component: str) -> Path:
+    first = next(iter(fingerprints(meta)))
+    return folder / ("statistics.safetensors" if component == first else f"statistics-{component}.safetensors")
 
 
-def load_calls(folder: Path, index: int, plain: dict) -> Calls:
-    tensors = read_tensors(batch_path(folder, index), {"sample", "timestep"})
-    entries = lambda kind: {k[len(kind) :]: v for k, v in tensors.items() if k.startswith(kind)}  # noqa: E731
-    return Calls(tensors["sample"], tensors["timestep"], entries("cond/"), {**plain, **entries("shared/")})
+def recorded_calls(folder: Path, meta: dict, owner: object = None) -> dict[str, Calls]:
+    """Network -> the calls of all batches."""
+    paths = [batch_path(folder, i) for i in range(meta["num_batches"])]
+    if "version" not in meta:
+        return {"": load_rows(paths, meta["shared"], meta["num_train_timesteps"], meta["dtype"])}
+    batches = [load_calls(path, owner) for path in paths]
+    whole = {name: Calls() for name in fingerprints(meta)}
+    for batch in batches:
+        for name, calls in batch.items():
+            whole[name].join(calls)
+    return whole
 
 
-def save_statistics(folder: Path, statistics: InputStatistics, progress: int) -> None:
+def save_statistics(path: Path, statistics: InputStatistics, progress: int) -> None:
     """progress: batches of the measurement that are in it."""
-    write_tensors(folder / "statistics.safetensors", {**statistics.tensors(), "progress": torch.tensor(progress)})
+    write_tensors(path, {**statistics.tensors(), "progress": torch.tensor(progress)})
 
 
-def load_statistics(folder: Path) -> tuple[InputStatistics, int]:
+def load_statistics(path: Path) -> tuple[InputStatistics, int]:
     names = {*InputStatistics(0, 0).tensors(), "progress"}
-    tensors = read_tensors(folder / "statistics.safetensors", names)
+
+    def whole(file: Any) -> dict[str, Tensor]:
+        if lacking := names - set(file.keys()):
+            raise KeyError(f"no {min(lacking)} in it")
+        return {name: file.get_tensor(name) for name in names}
+
+    tensors = reading(path, whole)
     return InputStatistics.from_tensors(tensors), int(tensors["progress"])

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..hooks import hooked, input_of
 from ..layers.view import LayerView
 from ..pipelines.denoiser import evaluation_mode
-from .record import Calls, replay
+from .calls import Calls
+from .record import replay
 
 
 @dataclass

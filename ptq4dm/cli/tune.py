@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..calibration.record import record_calls
+from ..calibration.sampled import record_calls
 from ..errors import UserError
 from ..kernels import dispatch
 from ..kernels.runtime import settings as tuning

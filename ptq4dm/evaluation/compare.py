@@ -11,8 +11,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration.record import Calls, moved, record_calls, replay
-from ..pipelines.denoiser import denoiser
+from ..calibration.calls import Call, Calls
+from ..calibration.record import ready
+from ..calibration.sampled import look, record_calls, request_of
+from ..pipelines.denoiser import denoiser, denoiser_name
 from ..quantization.report import stored_bytes
 from .paired import EpsilonError
 
@@ -22,6 +24,7 @@ def heldout_timesteps(number: int, num_train_timesteps: int) -> list[float]:
     return [(number - k - 0.5) * num_train_timesteps / number for k in range(number)]
 
 
+@torch.no_grad()
 def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup: int = 2, timed: int = 10) -> dict:
     """One denoiser call of each, alternately, `timed` times after `warmup`: medians and their ratio.
 
@@ -31,7 +34,8 @@ def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup
         {"speedup": full-precision time / model time, "batch_size", "timed_steps", "device"}; on CUDA also
         "milliseconds" and "milliseconds_full_precision" (a CPU's own figure says little on another machine).
     """
-    turns: list[tuple[nn.Module, Calls, list[float]]] = [(m, moved(calls, m), []) for m in (model, full_precision)]
+    one = next(calls.batches(len(calls)))
+    turns: list[tuple[nn.Module, Call, list[float]]] = [(m, ready(one, m), []) for m in (model, full_precision)]
     device = next(model.parameters()).device
 
     def synchronize():
@@ -42,12 +46,12 @@ def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup
         for net, inputs, times in turns:
             synchronize()
             start = time.perf_counter()
-            replay(net, inputs)
+            net(*inputs.args, **inputs.kwargs)
             synchronize()
             if step >= warmup:
                 times.append(time.perf_counter() - start)
     ours, theirs = (1000 * stats.median(times) for _, _, times in turns)
-    result = {"speedup": theirs / ours, "batch_size": len(calls), "timed_steps": timed, "device": device.type}
+    result = {"speedup": theirs / ours, "batch_size": len(one), "timed_steps": timed, "device": device.type}
     if device.type == "cuda":
         result |= {
             "device": torch.cuda.get_device_name(device),
@@ -72,15 +76,16 @@ def compare_denoisers(pipe, full_precision, config) -> dict:
     span = int(full_precision.scheduler.config.get("num_train_timesteps", 1000))
     result: dict = {}
 
+    options = {
+        "num_inference_steps": config.num_inference_steps,
+        "conditioning": config.conditioning,
+        "pipeline_kwargs": config.pipeline_kwargs,
+    }
+    request = request_of(full_precision, [denoiser_name(full_precision)], **options)
+    sampling = look(request, config.heldout_seed)
+
     def record(seeds, timesteps):
-        return record_calls(
-            full_precision,
-            seeds,
-            timesteps,
-            num_inference_steps=config.num_inference_steps,
-            conditioning=config.conditioning,
-            pipeline_kwargs=config.pipeline_kwargs,
-        )
+        return record_calls(full_precision, seeds, timesteps, sampling=sampling, **options)
 
     if config.num_heldout:
         error = EpsilonError(config.num_bins, span)

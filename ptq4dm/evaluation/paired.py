@@ -15,8 +15,9 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
+from ..calibration.calls import Calls
 from ..calibration.measure import timestep_bins
-from ..calibration.record import Calls, replay
+from ..calibration.record import predictions
 from ..errors import UserError
 
 MSE_FLOOR = 1e-12  # 120 dB: what identical pictures are given, so that a mean over pictures stays finite
@@ -69,8 +70,7 @@ def paired_psnr(errors: Sequence[float]) -> dict:
 class EpsilonError:
     """sum |e_q - e_fp|^2 / sum |e_fp|^2 of noise predictions, per equal-width bin of timesteps and over all.
 
-    rows: (timestep [B] as the model is called with it, squared difference [B], squared reference [B]) of each update;
-    they are put into bins when all are there, as it takes all to see that a model's time runs in [0, 1].
+    rows: (time [B] in [0, 1], squared difference [B], squared reference [B]) of each update.
     """
 
     def __init__(self, num_bins: int, num_train_timesteps: int) -> None:
@@ -79,12 +79,12 @@ class EpsilonError:
 
     def update(self, model: nn.Module, full_precision: nn.Module, calls: Calls) -> None:
         """Give both denoisers the same recorded inputs and add up the difference of their answers."""
-        self.add(calls.timestep, replay(model, calls), replay(full_precision, calls))
+        self.add(calls.time, predictions(model, calls), predictions(full_precision, calls))
 
-    def add(self, timestep: Tensor, predicted: Tensor, exact: Tensor) -> None:
-        """timestep [B]; two predictions [B, ...] for the same inputs, any floating dtype and device."""
+    def add(self, time: Tensor, predicted: Tensor, exact: Tensor) -> None:
+        """time [B] in [0, 1]; two predictions [B, ...] for the same inputs, any floating dtype and device."""
         wrong, right = (x.detach().cpu().double().flatten(1) for x in (predicted, exact))
-        self.rows.append((timestep.cpu(), (wrong - right).square().sum(1), right.square().sum(1)))
+        self.rows.append((time.cpu(), (wrong - right).square().sum(1), right.square().sum(1)))
 
     @property
     def sums(self) -> Tensor:
@@ -92,8 +92,8 @@ class EpsilonError:
         sums = torch.zeros(self.num_bins, 3, dtype=torch.float64)
         if not self.rows:
             return sums
-        timestep, difference, reference = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
-        bins = timestep_bins(timestep, self.num_bins, self.num_train_timesteps)
+        time, difference, reference = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
+        bins = timestep_bins(time, self.num_bins)
         return sums.index_add_(0, bins, torch.stack([difference, reference, torch.ones_like(reference)], 1))
 
     def result(self) -> dict:

@@ -2,34 +2,85 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from ..errors import UserError
 
+MAIN = ("unet", "transformer")
+TIMES = ("timestep", "timesteps", "t", "timestep_ratio")  # what networks of diffusers call their time
+
 _turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _turns_guard = threading.Lock()
 
 
-def denoiser_name(pipe) -> str:
-    """ "unet" or "transformer": the attribute of the pipeline that holds the network run at every step.
+def components_of(pipe) -> dict[str, Any]:
+    """Name -> part of a pipeline: what it has registered, also where its own class takes other arguments, too."""
+    registered = getattr(pipe, "config", None)
+    if registered is None:
+        registered = getattr(pipe, "__dict__", {})
+    return {name: vars(pipe)[name] for name in registered if not name.startswith("_") and name in vars(pipe)}
+
+
+def denoiser_names(pipe) -> list[str]:
+    """The attributes of a pipeline that hold networks which are run at its steps, the main one first.
+
+    "unet" or "transformer"; then all others that are called with a time (transformer_2, prior, decoder, ...), but for
+    ControlNets, which steer a denoiser.
 
     Raises:
-        UserError: the pipeline has neither.
+        UserError: the pipeline has none.
     """
-    for name in ("unet", "transformer"):
+    networks = networks_of(pipe)
+    main = [name for name in MAIN if name in networks][:1]
+    timed = [name for name, part in networks.items() if name not in main and _is_timed(part)]
+    if not main + timed:
+        raise UserError(f"{type(pipe).__name__} has no network that takes a timestep; ptq4dm needs a denoiser.")
+    return main + timed
+
+
+def denoiser_name(pipe) -> str:
+    """The attribute of a pipeline that holds its main denoiser, see `denoiser_names`."""
+    for name in MAIN:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
-    raise UserError(f"{type(pipe).__name__} has neither a unet nor a transformer; ptq4dm needs one of them.")
+    return denoiser_names(pipe)[0]
 
 
 def denoiser(pipe) -> nn.Module:
-    """The pipeline's denoising network: pipe.unet or pipe.transformer (UserError when it has neither)."""
+    """The pipeline's main denoising network (UserError when it has none)."""
     return getattr(pipe, denoiser_name(pipe))
+
+
+def networks_of(pipe) -> dict[str, nn.Module]:
+    """Name -> network of a pipeline."""
+    return {name: part for name, part in components_of(pipe).items() if isinstance(part, nn.Module)}
+
+
+def schedulers_of(pipe) -> dict[str, Any]:
+    """Component name -> scheduler of a pipeline, the main one first."""
+    found = {name: part for name, part in components_of(pipe).items() if hasattr(part, "set_timesteps")}
+    return dict(sorted(found.items(), key=lambda item: item[0] != "scheduler"))
+
+
+def time_names(names: Sequence[str]) -> list[str]:
+    """Which of a network's arguments are times: what most call it, or what ends or begins as such names do."""
+    exact = [name for name in TIMES if name in names]
+    if exact:
+        return exact[:1]
+    ends = ("timesteps", "timestep", "_time")
+    return [name for name in names if name.endswith(ends) or name.startswith("timestep_")]
+
+
+def _is_timed(network: nn.Module) -> bool:
+    kind = type(getattr(network, "_orig_mod", network))
+    return "ControlNet" not in kind.__name__ and bool(time_names(list(inspect.signature(kind.forward).parameters)))
 
 
 def model_of(target) -> nn.Module:
@@ -39,7 +90,7 @@ def model_of(target) -> nn.Module:
 
 def class_count(pipe) -> int | None:
     """Number of class labels that the denoiser knows; None when it is not class-conditional."""
-    config = denoiser(pipe).config
+    config = getattr(denoiser(pipe), "config", None)
     # DiTTransformer2DModel and UNet2DModel have their own names for it.
     return getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
 

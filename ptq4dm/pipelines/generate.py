@@ -13,13 +13,12 @@ import diffusers
 import torch
 from accelerate import PartialState
 from PIL import Image
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..files.atomic import output_folder
 from ..version import __version__
-from .denoiser import denoiser
+from .denoiser import denoiser, networks_of
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
 from .sampling import check_steps, choose_conditioning, sample
 
@@ -47,9 +46,7 @@ def fingerprint(pipe) -> str:
     every byte; tensors that offloading keeps away (on "meta") count by name and shape alone.
     """
     digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        if not isinstance(module, nn.Module):
-            continue
+    for part, module in sorted(networks_of(pipe).items()):
         for name, tensor in module.state_dict().items():
             name = name.replace("_orig_mod.", "")  # torch.compile's wrapper changes names, not weights
             digest.update(f"{part}.{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -151,7 +148,7 @@ def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning
     versions = {"ptq4dm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
     def expected(seed: int) -> dict:
-        chosen = choose_conditioning(pipe, [seed], conditioning)
+        chosen = choose_conditioning(pipe, [seed], conditioning, pipeline_kwargs or ())
         one = {k: _plain(v[0]) for k, v in chosen.items()}
         return json.loads(json.dumps({**shared, "seed": seed, "conditioning": one, "versions": versions}))
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .denoiser import schedulers_of
+
 _in_float32: ContextVar[bool] = ContextVar("_in_float32", default=False)
 
 
@@ -38,8 +40,9 @@ _guard = threading.Lock()
 
 @contextmanager
 def float32_noise(pipe) -> Iterator[None]:
-    """In this thread the pipeline and its scheduler draw noise in float32, and round it to the dtype they ask for."""
-    names = {c.__module__ for part in (pipe, pipe.scheduler) for c in type(part).__mro__} & sys.modules.keys()
+    """In this thread a pipeline and its schedulers draw noise in float32, and round it to the dtype they ask for."""
+    parts = [pipe, *schedulers_of(pipe).values()]
+    names = {c.__module__ for part in parts for c in type(part).__mro__} & sys.modules.keys()
     modules = [sys.modules[name] for name in names if hasattr(sys.modules[name], "randn_tensor")]
     for module in modules:
         _borrow(module)

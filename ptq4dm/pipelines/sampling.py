@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from ..errors import UserError
-from .denoiser import class_count, denoiser, evaluation_mode
+from .denoiser import class_count, denoiser_names, evaluation_mode
 from .noise import float32_noise
 
 OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "return_dict")
@@ -17,7 +18,7 @@ OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "retur
 
 def default_steps(pipe, otherwise: int) -> int:
     """The steps to take where nobody says how many: 1 for a model that was distilled to one."""
-    return getattr(pipe.scheduler, "fixed_steps", None) or otherwise
+    return getattr(getattr(pipe, "scheduler", None), "fixed_steps", None) or otherwise
 
 
 def check_steps(pipe, num_inference_steps: int) -> None:
@@ -26,19 +27,26 @@ def check_steps(pipe, num_inference_steps: int) -> None:
         raise UserError(f"sampling needs at least one step, not {num_inference_steps}.")
     if default_steps(pipe, num_inference_steps) != num_inference_steps:
         pipe.scheduler.set_timesteps(num_inference_steps)  # says which it takes
-    limit = pipe.scheduler.config.get("num_train_timesteps")
+    scheduler = getattr(pipe, "scheduler", None)
+    limit = None if scheduler is None else scheduler.config.get("num_train_timesteps")
     if limit is not None and num_inference_steps > limit:
         raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")
 
 
-def choose_conditioning(pipe, seeds: Sequence[int], conditioning: dict[str, Sequence] | None) -> dict:
-    """The pipeline arguments that differ between images: {name: one value per seed}; see `sample`."""
+def choose_conditioning(
+    pipe, seeds: Sequence[int], conditioning: dict[str, Sequence] | None, given: Collection[str] = ()
+) -> dict:
+    """The pipeline arguments that differ between images: {name: one value per seed}; see `sample`.
+
+    given: names of the arguments that all images share.
+    """
     parameters = inspect.signature(pipe.__call__).parameters
     conditioning = dict(conditioning or {})
     name = type(pipe).__name__
     if "class_labels" in parameters and "class_labels" not in conditioning:
         conditioning["class_labels"] = range(class_count(pipe) or 1)
-    if "prompt" in parameters and not {"prompt", "prompt_embeds"} & conditioning.keys():
+    embedded = any(key.startswith("prompt_embed") for key in [*conditioning, *given])
+    if "prompt" in parameters and "prompt" not in conditioning and not embedded:
         raise UserError(f"{name} needs a prompt: pass conditioning={{'prompt': [...]}} (--prompt).")
     chosen = {}
     for key, values in conditioning.items():
@@ -77,10 +85,10 @@ def _scheduler_fit(pipe) -> Iterator[None]:
     """
     from diffusers import DDPMPipeline
 
-    scheduler = pipe.scheduler
     if not isinstance(pipe, DDPMPipeline):
         yield
         return
+    scheduler = pipe.scheduler
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise UserError(
             f"{type(pipe).__name__} does not scale its input as {type(scheduler).__name__} needs; "
@@ -97,7 +105,9 @@ def _scheduler_fit(pipe) -> Iterator[None]:
 @contextmanager
 def _quiet(pipe, progress: bool) -> Iterator[None]:
     """Evaluation mode (dropout draws from the global generator), no inner progress bar; restores both."""
-    with evaluation_mode(denoiser(pipe)):
+    with ExitStack() as stack:
+        for name in denoiser_names(pipe):
+            stack.enter_context(evaluation_mode(getattr(pipe, name)))
         had, before = "_progress_bar_config" in vars(pipe), getattr(pipe, "_progress_bar_config", {})
         if not progress:
             pipe._progress_bar_config = {**before, "disable": True}
@@ -108,6 +118,43 @@ def _quiet(pipe, progress: bool) -> Iterator[None]:
                 pipe._progress_bar_config = before
             else:
                 vars(pipe).pop("_progress_bar_config", None)
+
+
+def call_pipeline(
+    pipe,
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int,
+    conditioning: dict[str, Sequence] | None = None,
+    pipeline_kwargs: dict | None = None,
+    progress: bool = False,
+) -> Any:
+    """Run the pipeline once, for len(seeds) images, videos or sounds; returns what it returns. See `sample`."""
+    seeds = [int(s) for s in seeds]
+    if not seeds:
+        raise UserError("sampling needs at least one seed.")
+    check_steps(pipe, num_inference_steps)
+    parameters = inspect.signature(pipe.__call__).parameters
+    arguments = choose_conditioning(pipe, seeds, conditioning, pipeline_kwargs or ())
+    for key, value in (pipeline_kwargs or {}).items():
+        if key in OWNED or key in arguments or key in ("prompt", "class_labels"):
+            raise UserError(f"'{key}' cannot be set through pipeline_kwargs; sample has its own way to set it.")
+        if key not in parameters:
+            raise UserError(f"{type(pipe).__name__} takes no argument '{key}'.")
+        arguments[key] = value
+    if "batch_size" in parameters:
+        arguments["batch_size"] = len(seeds)
+    if "num_inference_steps" in parameters:
+        arguments["num_inference_steps"] = num_inference_steps
+    else:  # pipelines of several stages name each
+        arguments |= {key: num_inference_steps for key in parameters if key.endswith("num_inference_steps")}
+    if "output_type" in parameters:
+        arguments["output_type"] = "pt"
+    generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+    if "generator" in parameters:
+        arguments["generator"] = generators
+    with _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
+        return pipe(**arguments)
 
 
 def sample(
@@ -137,22 +184,14 @@ def sample(
             scheduler the pipeline cannot drive, or NaN or infinity in an image (names the seeds).
     """
     seeds = [int(s) for s in seeds]
-    if not seeds:
-        raise UserError("sampling needs at least one seed.")
-    check_steps(pipe, num_inference_steps)
-    parameters = inspect.signature(pipe.__call__).parameters
-    arguments = choose_conditioning(pipe, seeds, conditioning)
-    for key, value in (pipeline_kwargs or {}).items():
-        if key in OWNED or key in arguments or key in ("prompt", "class_labels"):
-            raise UserError(f"'{key}' cannot be set through pipeline_kwargs; sample has its own way to set it.")
-        if key not in parameters:
-            raise UserError(f"{type(pipe).__name__} takes no argument '{key}'.")
-        arguments[key] = value
-    if "batch_size" in parameters:
-        arguments["batch_size"] = len(seeds)
-    generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-    with _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
-        result = pipe(generator=generators, num_inference_steps=num_inference_steps, output_type="pt", **arguments)
+    result = call_pipeline(
+        pipe,
+        seeds,
+        num_inference_steps=num_inference_steps,
+        conditioning=conditioning,
+        pipeline_kwargs=pipeline_kwargs,
+        progress=progress,
+    )
     images = getattr(result, "images", None)
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) != len(seeds):
         raise UserError(f"{type(pipe).__name__} did not give one picture per seed; ptq4dm cannot sample it.")

@@ -7,6 +7,7 @@ plan.json beside a pipeline is the plan of its denoiser; where more than one net
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,12 +16,38 @@ from torch import nn
 
 from ..errors import UserError
 from ..files.atomic import replacing
+from ..layers.base import is_quantized
 from ..layers.plan import Plan
-from ..pipelines.denoiser import denoiser_name, model_of
+from ..pipelines.denoiser import denoiser_name, denoiser_names, model_of
+from ..pipelines.denoiser import networks_of as networks_in
 from .diffusers_bridge import quantization_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+def networks_of(
+    target: DiffusionPipeline | nn.Module, component: str | None, calibrated: Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """Name -> network to quantize: the component named, else those that were calibrated, else all denoisers.
+
+    A model by itself has the name "". Raises UserError where there is no such network.
+    """
+    if isinstance(target, nn.Module) or component is not None:
+        return {component or "": component_of(target, component)}
+    names = [name for name in calibrated if name] or denoiser_names(target)
+    return {name: component_of(target, name) for name in names}
+
+
+def left_out(target: DiffusionPipeline | nn.Module) -> list[str]:
+    """The networks of a pipeline that have no quantized layer."""
+    if isinstance(target, nn.Module):
+        return []
+    return [
+        name
+        for name, part in networks_in(target).items()
+        if not any(is_quantized(module) for module in part.modules())
+    ]
 
 
 def component_of(target: DiffusionPipeline | nn.Module, component: str | None) -> nn.Module:
@@ -33,7 +60,7 @@ def component_of(target: DiffusionPipeline | nn.Module, component: str | None) -
     if isinstance(target, nn.Module):
         raise UserError(f"a model has no component '{component}'; give the pipeline.")
     found = getattr(target, component, None)
-    networks = [name for name, part in target.components.items() if isinstance(part, nn.Module)]
+    networks = networks_in(target)
     if component not in networks:
         raise UserError(f"{type(target).__name__} has no network '{component}'; it has {', '.join(networks)}.")
     if not isinstance(found, ModelMixin):
@@ -46,8 +73,7 @@ def component_of(target: DiffusionPipeline | nn.Module, component: str | None) -
 
 def quantized_plans(pipe: DiffusionPipeline) -> dict[str, Plan]:
     """Component name -> plan, of every quantized network of a pipeline."""
-    networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    configs = {name: quantization_config(network) for name, network in networks.items()}
+    configs = {name: quantization_config(network) for name, network in networks_in(pipe).items()}
     return {name: cast(Plan, config.plan) for name, config in configs.items() if config is not None}
 
 

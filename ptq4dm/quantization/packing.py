@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence, calibration_batches
-from ..calibration.record import Calls
 from ..calibration.store import CalibrationStore, fingerprint
 from ..calibration.trace import block_of, trace
 from ..errors import UserError

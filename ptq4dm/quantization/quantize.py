@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..calibration.measure import binned_batches
+from ..calibration.calls import Calls
+from ..calibration.measure import store_of
 from ..calibration.record import replay
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..hooks import hooked
 from ..layers.base import is_quantized, replace_module
+from ..layers.plan import Plan
 from ..pipelines.denoiser import evaluation_mode
-from .components import component_of
+from .components import left_out, networks_of
 from .diffusers_bridge import mark_quantized, resolved
 from .packing import link_layers
 from .planning import check_plan, make_plan
@@ -32,67 +35,118 @@ ERROR_SAMPLES, ERROR_BATCH = 32, 16  # tuples on which layer errors are measured
 def quantize(
     target: DiffusionPipeline | nn.Module,
     config: QuantConfig,
-    store: CalibrationStore | None = None,
+    store: CalibrationStore | Calls | None = None,
     *,
     component: str | None = None,
     checkpoint: str | Path | None = None,
 ) -> QuantizationReport:
-    """Quantize a pipeline's denoiser, or a model, in place.
+    """Quantize a pipeline's denoisers, or a model, in place.
 
     Args:
-        target: a diffusers pipeline (its unet or transformer is quantized) or an nn.Module in full precision.
+        target: a diffusers pipeline or an nn.Module in full precision. Of a pipeline all networks are quantized that
+            the store covers; without a store, all its denoisers (unet or transformer, transformer_2, prior, ...).
         config: a recipe (PTQ4DMConfig, RTNConfig, ...). With `config.plan` set, that plan is followed and the
             same plan gives the same codes, bit for bit.
-        store: from `collect`; needed for static activations, for roundings and objectives that look at what layers
-            are fed, and for layer errors measured on outputs.
-        component: the name of another network of the pipeline than its denoiser ("transformer_2", "controlnet").
+        store: from `collect`, or calls from `record`; needed for static activations, for roundings and objectives
+            that look at what layers are fed, and for layer errors measured on outputs.
+        component: the name of the one network of the pipeline to quantize ("transformer_2", "controlnet").
         checkpoint: a folder that keeps each block of the model as it is packed; the same call with it goes on where
             it was interrupted, with the same codes.
 
     Returns:
-        A report: bytes, kernels and the SQNR of each layer's output on calibration tuples (of its weight when
-        there is no store), worst first. `print(report.table())`.
+        A report: bytes, kernels, the SQNR of each layer's output on calibration tuples (of its weight when
+        there is no store), worst first, and the networks left in full precision. `print(report.table())`.
     """
     _check_types(config, store)
-    model = component_of(target, component)
-    if any(is_quantized(module) for module in model.modules()):
-        raise UserError("the model is quantized already; load it in full precision to quantize it again.")
     if store is None and config.calibration is not None:
         store = CalibrationStore.load(config.calibration)
+    networks = networks_of(target, component, store.components if isinstance(store, CalibrationStore) else ())
+    _check_networks(networks, config, store)
+    with ExitStack() as undone:  # where one network fails, all are as they were
+        made = {
+            name: _pack(undone, model, config, _store_for(store, name, model), _folder(checkpoint, name, networks))
+            for name, model in networks.items()
+        }
+    rows, before, after = [], 0, 0
+    for name, model in networks.items():
+        layers, plan, errors, basis = made[name]
+        before += stored_bytes(model)
+        _put(model, layers, plan, config)
+        after += stored_bytes(model)
+        rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
+    rows.sort(key=lambda row: row["sqnr"])
+    return QuantizationReport(config.summary(), before, after, rows, [n for n in networks if n], left_out(target))
+
+
+def _pack(
+    undone: ExitStack, model: nn.Module, config: QuantConfig, store: CalibrationStore | None, checkpoint: Path | None
+) -> tuple[dict[str, nn.Module], Plan, dict[str, Ratio], str]:
+    """(quantized layers, completed plan, errors of the layers, what they were measured on)."""
     kinds, plans = config.transforms, None if config.plan is None else config.plan.transforms
-    with transformed(model, kinds, plans, store) as (transforms, store):
-        plan = config.plan or make_plan(model, config, store)
-        check_plan(model, plan)
-        layers, plan = config.pack(model, plan, store, checkpoint)
-        plan.transforms = transforms
-        errors = _output_errors(model, layers, store) if store is not None else _weight_errors(model, layers)
-    before = stored_bytes(model)
+    transforms, store = undone.enter_context(transformed(model, kinds, plans, store))
+    plan = config.plan or make_plan(model, config, store)
+    check_plan(model, plan)
+    layers, plan = config.pack(model, plan, store, checkpoint)
+    plan.transforms = transforms
+    if store is None:
+        return layers, plan, _weight_errors(model, layers), "weight"
+    return layers, plan, _output_errors(model, layers, store), "output"
+
+
+def _put(model: nn.Module, layers: dict[str, nn.Module], plan: Plan, config: QuantConfig) -> None:
+    """Put quantized layers into a model and tell diffusers."""
     for name, layer in layers.items():
         replace_module(model, name, layer)
     link_layers(model.get_submodule, plan.layers)
     mark_quantized(model, resolved(config, plan))
-    rows = [
+
+
+def _rows(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis: str, prefix: str) -> list[dict]:
+    """The report's rows of one network's layers."""
+    return [
         {
-            "layer": name,
+            "layer": prefix + name,
             "format": str(layer.plan),
             "kernel": layer.kernels_text(),
             "bytes": stored_bytes(layer),
             "sqnr": errors[name].decibel,
-            "basis": "weight" if store is None else "output",
+            "basis": basis,
             **getattr(layer, "stages", {}),
         }
         for name, layer in layers.items()
     ]
-    rows.sort(key=lambda row: row["sqnr"])
-    return QuantizationReport(config.summary(), before, stored_bytes(model), rows)
+
+
+def _check_networks(networks: dict[str, nn.Module], config: QuantConfig, store: object) -> None:
+    for name, model in networks.items():
+        if any(is_quantized(module) for module in model.modules()):
+            which = f"'{name}'" if len(networks) > 1 else "the model"
+            raise UserError(f"{which} is quantized already; load it in full precision to quantize it again.")
+    one = "a plan is" if config.plan is not None else "recorded calls are" if isinstance(store, Calls) else ""
+    if one and len(networks) > 1:
+        raise UserError(f"{one} of one network, and there are {', '.join(networks)}; name it with component=.")
+
+
+def _store_for(store: CalibrationStore | Calls | None, name: str, model: nn.Module) -> CalibrationStore | None:
+    if isinstance(store, Calls):
+        return store_of(model, store)
+    return None if store is None else store.of(model, name)
+
+
+def _folder(checkpoint: str | Path | None, name: str, networks: dict[str, nn.Module]) -> Path | None:
+    """The checkpoint of one network: a folder of its own where there are several."""
+    if checkpoint is None:
+        return None
+    return Path(checkpoint) / name if len(networks) > 1 else Path(checkpoint)
 
 
 def _check_types(config: object, store: object) -> None:
     if not isinstance(config, QuantConfig):
         raise UserError(f"config is a recipe, such as PTQ4DMConfig(); got {type(config).__name__}.")
-    if not (store is None or isinstance(store, CalibrationStore)):
+    if not (store is None or isinstance(store, (CalibrationStore, Calls))):
         raise UserError(
-            f"store is a CalibrationStore, from collect or CalibrationStore.load(folder); got {type(store).__name__}."
+            "store is a CalibrationStore, from collect or CalibrationStore.load(folder), or calls from record; "
+            f"got {type(store).__name__}."
         )
 
 
@@ -104,9 +158,9 @@ def _output_errors(model: nn.Module, layers: dict[str, nn.Module], store: Calibr
         return lambda _, args, kwargs, output: errors[name].update(output, layers[name](*args, **kwargs))
 
     calls = store.recorded()
-    calls = calls[slice(None, None, max(1, len(calls) // ERROR_SAMPLES))]
+    calls = calls[slice(None, None, max(1, len(calls) // ERROR_SAMPLES))]  # of all times
     with evaluation_mode(model), hooked(model, after={name: compare(name) for name in layers}):
-        for _, batch in binned_batches(calls, 1, store.num_train_timesteps, ERROR_BATCH):
+        for batch in calls.batches(ERROR_BATCH):
             replay(model, batch)
     return errors
 

@@ -67,12 +67,17 @@ class Ratio:
 
 @dataclass
 class QuantizationReport:
-    """What `quantize` did. layers: rows of layer, format, kernel, bytes, sqnr (dB) and its basis, worst first."""
+    """What `quantize` did. layers: rows of layer, format, kernel, bytes, sqnr (dB) and its basis, worst first.
+
+    networks: the names of the pipeline's networks that were quantized; left: those that are in full precision.
+    """
 
     method: dict
     bytes_before: int
     bytes_after: int
     layers: list[dict] = field(default_factory=list)
+    networks: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """Plain JSON values; a layer without any error has sqnr null, for JSON has no infinity."""
@@ -101,4 +106,8 @@ class QuantizationReport:
         lines.append(
             f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.3f}x)"
         )
+        if self.networks:
+            lines.append(
+                f"quantized: {', '.join(self.networks)}; in full precision: {', '.join(self.left) or 'none'}"
+            )
         return "\n".join(lines)

@@ -25,7 +25,8 @@ from flux_slice import BLOCKS, build, tuples
 from torch import nn
 
 import ptq4dm
-from ptq4dm.calibration.record import Calls, replay
+from ptq4dm.calibration.calls import Call
+from ptq4dm.calibration.record import ready
 from ptq4dm.errors import run
 from ptq4dm.files.atomic import replacing
 from ptq4dm.kernels.tuning import stopwatch
@@ -89,12 +90,12 @@ def uncompiled(model: nn.Module) -> None:
     torch._dynamo.reset()
 
 
-def seconds(model: nn.Module, calls: Calls, repeats: int) -> float:
+def seconds(model: nn.Module, call: Call, repeats: int) -> float:
     """Median time of a step."""
 
     def once() -> float:
         start = clock()
-        replay(model, calls)
+        model(*call.args, **call.kwargs)
         return clock() - start
 
     for _ in range(3):
@@ -108,22 +109,22 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def measure(model: nn.Module, calls: Calls, args) -> dict:
-    figures = {"bytes": stored_bytes(model), "eager_ms": 1e3 * seconds(model, calls, args.repeats)}
+def measure(model: nn.Module, call: Call, args) -> dict:
+    figures = {"bytes": stored_bytes(model), "eager_ms": 1e3 * seconds(model, call, args.repeats)}
     if not args.no_compile:
         model.compile_repeated_blocks(fullgraph=True)
-        figures["compiled_ms"] = 1e3 * seconds(model, calls, args.repeats)
+        figures["compiled_ms"] = 1e3 * seconds(model, call, args.repeats)
     if torch.cuda.is_available():
-        figures["profile"] = profile(model, calls)
-        graph, _ = stopwatch.graph_of([lambda: replay(model, calls)])
+        figures["profile"] = profile(model, call)
+        graph, _ = stopwatch.graph_of([lambda: model(*call.args, **call.kwargs)])
         figures["graph_ms"] = statistics.median(stopwatch.elapsed(graph.replay) for _ in range(args.repeats)) / 1e3
     return figures
 
 
-def profile(model: nn.Module, calls: Calls, most: int = 16) -> dict[str, float]:
+def profile(model: nn.Module, call: Call, most: int = 16) -> dict[str, float]:
     """Milliseconds by kernel of one step, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        replay(model, calls)
+        model(*call.args, **call.kwargs)
         torch.cuda.synchronize()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
     return {f"{e.count} x {e.key[:80]}": round(e.self_device_time_total / 1e3, 3) for e in events[:most]}
@@ -146,12 +147,6 @@ def table(result: dict) -> str:
     return "\n".join([*rows, f"bytes of the quantized model: {result['bytes_ratio']:.3f} of bf16's"])
 
 
-def on(device: str, calls: Calls) -> Calls:
-    """The recorded call with its tensors there, as a pipeline hands them over."""
-    parts = ({k: v.to(device) for k, v in part.items()} for part in (calls.conditioning, calls.shared))
-    return Calls(calls.sample.to(device), calls.timestep.to(device), *parts)
-
-
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -171,16 +166,16 @@ def main():
     result = {name: getattr(args, name) for name in names}
     result["device"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     model = fused_model(args)
-    calls = on(args.device, tuples(model, args).calls)
-    result["bf16"] = measure(model, calls, args)
+    call = ready(tuples(model, args).recorded(), model)  # on the device, as a pipeline hands it over
+    result["bf16"] = measure(model, call, args)
     del model  # compiled for its layers; and two would take twice the memory
     torch._dynamo.reset()
     model = fused_model(args)
     result["kernels"] = quantize_blocks(model, args.activations, args.rank)
-    result["quantized"] = measure(model, calls, args)
+    result["quantized"] = measure(model, call, args)
     uncompiled(model)
     result["modules_fused"] = len(ptq4dm.fuse(model))
-    result["fused"] = measure(model, calls, args)
+    result["fused"] = measure(model, call, args)
     result["bytes_ratio"] = result["quantized"]["bytes"] / result["bf16"]["bytes"]
     for way in WAYS:
         if f"{way}_ms" in result["bf16"]:

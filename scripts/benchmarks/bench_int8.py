@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import statistics
 import time
@@ -20,27 +21,27 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import ptq4dm
-from ptq4dm.calibration.record import Calls, replay
 from ptq4dm.errors import run
 from ptq4dm.pipelines.denoiser import class_count, denoiser
 from ptq4dm.pipelines.load import load_reference
 from ptq4dm.quantization.report import stored_bytes
 
 
-def timed(model, calls, device) -> float:
+def timed(model, inputs, device) -> float:
     """Milliseconds of one forward."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        replay(model, calls)
+        model(**inputs)
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
     begin = time.perf_counter()
-    replay(model, calls)
+    model(**inputs)
     return (time.perf_counter() - begin) * 1e3
 
 
+@torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="unet-cifar10")
@@ -63,10 +64,12 @@ def main():
     x = torch.randn(args.batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
     labels = {"class_labels": torch.arange(args.batch_size) % class_count(pipe)} if class_count(pipe) else {}
-    calls = Calls(x, torch.full((args.batch_size,), 500), labels)
+    first = next(iter(inspect.signature(int8.forward).parameters))
+    inputs = {first: x, "timestep": torch.full((args.batch_size,), 500, device=device), "return_dict": False}
+    inputs |= {name: value.to(device) for name, value in labels.items()}
     for model in (exact, int8) * 3:
-        timed(model, calls, device)
-    pairs = [(timed(exact, calls, device), timed(int8, calls, device)) for _ in range(args.rounds)]
+        timed(model, inputs, device)
+    pairs = [(timed(exact, inputs, device), timed(int8, inputs, device)) for _ in range(args.rounds)]
     full, quantized = (statistics.median(column) for column in zip(*pairs, strict=True))
     spread = statistics.quantiles([a / b for a, b in pairs], n=4)
 
@@ -87,7 +90,7 @@ def main():
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities) as profiler:
-        replay(int8, calls)
+        int8(**inputs)
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     rows = profiler.key_averages()
     times = {row.key: getattr(row, key.replace("cuda", "device"), 0) for row in rows}

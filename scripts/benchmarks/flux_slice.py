@@ -20,7 +20,8 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import ptq4dm
-from ptq4dm.calibration.record import Calls, replay
+from ptq4dm.calibration.calls import calls_of_rows
+from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.errors import run
 from ptq4dm.files.atomic import replacing
@@ -55,17 +56,16 @@ def tuples(model: nn.Module, args) -> CalibrationStore:
 
     side = int(args.tokens**0.5)
     place = torch.arange(args.tokens)
-    calls = Calls(
+    calls = calls_of_rows(
         noise(args.tokens, 64),
-        torch.linspace(1, 0.02, args.num_tuples),
-        {
-            "encoder_hidden_states": noise(args.text_tokens, 4096),
-            "pooled_projections": noise(768),
-            "guidance": torch.full((args.num_tuples,), 3.5),
-        },
-        {
+        timestep=torch.linspace(1, 0.02, args.num_tuples),
+        encoder_hidden_states=noise(args.text_tokens, 4096),
+        pooled_projections=noise(768),
+        guidance=torch.full((args.num_tuples,), 3.5),
+        shared={
             "img_ids": torch.stack([0 * place, place // side, place % side], 1).float(),
             "txt_ids": torch.zeros(args.text_tokens, 3),
+            "return_dict": False,
         },
     )
     return CalibrationStore({}, fingerprint(model), 1000, calls)

@@ -11,7 +11,9 @@ from functools import cached_property
 
 import torch
 
-from ptq4dm.calibration.record import Calls, record_calls, replay
+from ptq4dm.calibration.calls import Calls
+from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.sampled import record_calls
 from ptq4dm.evaluation.feature_fid import FeatureFID
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr
 from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
@@ -46,7 +48,7 @@ class Paired:
         images = torch.cat(list(self.sample(model, self.seeds, self.steps)))
         pictures = paired_psnr(image_errors(images, self.images))
         error = EpsilonError(NUM_BINS, self.pipe.scheduler.config.num_train_timesteps)
-        error.add(self.calls.timestep, self.predict(model), self.eps)
+        error.add(self.calls.time, self.predict(model), self.eps)
         return {
             "psnr": pictures["psnr_db"],
             "psnr_stderr": pictures["psnr_stderr"],
@@ -59,7 +61,7 @@ class Paired:
     def predict(self, model) -> torch.Tensor:
         model.eval()
         parts = torch.arange(len(self.calls)).split(self.batch_size)
-        return torch.cat([replay(model, self.calls[part]).cpu() for part in parts])
+        return torch.cat([predictions(model, self.calls[part]).cpu() for part in parts])
 
     def sample(self, model, seeds: Sequence[int], steps: int) -> Iterator[torch.Tensor]:
         """Batches of images [B, 3, H, W] in [0, 1] of the pipeline with another model put in."""
@@ -88,4 +90,4 @@ class Paired:
             )
             for part in torch.arange(self.count).split(self.batch_size)
         ]
-        return Calls.concatenate(parts)
+        return Calls.together(parts)

@@ -3,6 +3,8 @@
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
+from ptq4dm.calibration.record import named
+
 
 def normal(*shape, seed=0, scale=1.0, dtype=torch.float32):
     """Standard normal numbers times `scale`: of one seed always the same."""
@@ -18,6 +20,11 @@ def distance(found, expected):
     """|found - expected| / |expected| (2-norm), in float64 on the CPU."""
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     return float((found - expected).norm() / expected.norm())
+
+
+def arguments(model, calls):
+    """The arguments of recorded calls that are one call, by name."""
+    return named(model, calls.call())
 
 
 @torch.no_grad()

@@ -23,10 +23,13 @@ from torch import nn
 
 import ptq4dm
 from models import added_unet, plain_unet
+from ptq4dm.calibration.call_files import load_calls, save_calls
+from ptq4dm.calibration.calls import calls_of_rows
+from ptq4dm.calibration.clock import Span
 from ptq4dm.calibration.collect import CalibrationConfig, collect, draw_timesteps
 from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.measure import timestep_bins
-from ptq4dm.calibration.record import Calls, replay
+from ptq4dm.calibration.record import predictions
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
 from ptq4dm.methods.rtn import RTNConfig
@@ -34,7 +37,7 @@ from ptq4dm.pipelines.sampling import sample
 
 COLLECT = importlib.import_module("ptq4dm.calibration.collect")  # ptq4dm.collect is the function
 MEASURE = importlib.import_module("ptq4dm.calibration.measure")
-STORE = importlib.import_module("ptq4dm.calibration.store")
+FILES = importlib.import_module("ptq4dm.calibration.call_files")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +91,8 @@ def test_statistics_equal_brute_force(dtype, tmp_path):
     for row in range(len(store.calls)):
         current = int(store.calls.timestep[row]) * 4 // 1000
         with torch.no_grad():
-            pipe.unet(store.calls.sample[row : row + 1], store.calls.timestep[row])
+            call = store.calls[row].call()
+            pipe.unet(*call.args, **call.kwargs)
     assert len({len(parts) for parts in caught["conv_in"]}) > 1
     for name, bins in caught.items():
         expected = InputStatistics(1, 4)
@@ -134,7 +138,7 @@ def test_recorded_times_lie_on_the_sampling_grid(collector):
     times = store.calls.timestep.tolist()
     assert len(times) == 9 and set(times) <= set(grid) and len(set(times)) > 1
     assert times == sorted(times, reverse=True)
-    wanted = draw_timesteps(config, 1000, grid).tolist()
+    wanted = draw_timesteps(config, Span(0.0, 1000.0, True), grid).tolist()
     assert times == sorted((min(grid, key=lambda g: abs(g - t)) for t in wanted), reverse=True)
 
 
@@ -142,12 +146,15 @@ def test_batch_size_does_not_change_what_is_recorded():
     pipe = tiny_pipe(dtype=torch.float64)  # so that the order of summation is far below the tolerance
     one, other = (collect(pipe, dataclasses.replace(CONFIG, batch_size=size)).calls for size in (2, 4))
     assert torch.equal(one.timestep, other.timestep)
-    torch.testing.assert_close(one.sample, other.sample, rtol=0, atol=1e-9)
+    torch.testing.assert_close(one.call().args[0], other.call().args[0], rtol=0, atol=1e-9)
 
 
 def test_laws_of_the_timesteps():
     def draw(**options):
-        return draw_timesteps(CalibrationConfig(num_samples=20000, **options), 1000, [900.0, 500.0, 500.0, 100.0])
+        config = CalibrationConfig(num_samples=20000, **options)
+        return draw_timesteps(config, span, [900.0, 500.0, 500.0, 100.0])
+
+    span = Span(0.0, 1000.0, True)
 
     uniform = draw()
     assert uniform.min() >= 0 and uniform.max() <= 999
@@ -162,12 +169,15 @@ def test_laws_of_the_timesteps():
     times, counts = draw(collector="solver").unique(return_counts=True)
     assert times.tolist() == [100, 500, 900] and counts.max() - counts.min() <= 1
     assert torch.equal(draw(), uniform) and not torch.equal(draw(seed=1), uniform)
+    span = Span(-1.5, 1.0)  # the logarithms that EDM's schedulers count
+    assert draw().min() < -1.49 and 0.99 < draw().max() <= 1.0
+    assert abs(draw(collector="ndtc", mu=0.4, sigma=0.05).mean() + 0.5) < 0.01
 
 
 def test_trajectory_i_starts_from_the_noise_of_seed_plus_i():
     calls = collect(tiny_pipe(), dataclasses.replace(CONFIG, collector="ndtc", mu=1.0, sigma=0)).calls
     assert calls.timestep.unique().tolist() == [999]  # the first step
-    for i, x in enumerate(calls.sample):
+    for i, x in enumerate(calls.call().args[0]):
         assert torch.equal(x, torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(3 + i)))
 
 
@@ -188,11 +198,11 @@ def test_solver_with_repeated_times():
 
 
 def test_timestep_bins():
-    times = torch.tensor([0, 249, 250, 999, 1000, 5000])
-    assert timestep_bins(times, 4, 1000).tolist() == [0, 0, 1, 3, 3, 3]
-    assert timestep_bins(times[:4].float(), 4, 1000).tolist() == [0, 0, 1, 3]
-    assert timestep_bins(torch.tensor([0.0, 0.2, 0.25, 1.0]), 4, 1000).tolist() == [0, 0, 1, 3]
-    assert timestep_bins(torch.tensor([0, 1]), 4, 1000).tolist() == [0, 0]  # whole numbers are never scaled
+    assert timestep_bins(torch.tensor([0.0, 0.249, 0.25, 0.999, 1.0]), 4).tolist() == [0, 0, 1, 3, 3]
+    for bins in (3, 7, 10, 100):  # an edge belongs to the bin above, whatever its quotient rounds to
+        edges = torch.arange(bins) * 1000 // bins * bins
+        exact = [int(t) * bins // 1000 for t in range(1000)]
+        assert timestep_bins(torch.arange(1000) / 1000, bins).tolist() == exact and len(edges) == bins
 
 
 class Flow(DiffusionPipeline):
@@ -232,20 +242,18 @@ def test_conditioning_and_float_times_go_through_the_disk(tmp_path):
     options = dict(conditioning={"prompt_embeds": embeds}, pipeline_kwargs={"scale": 3.0})
     store = collect(pipe, config, tmp_path / "store", **options)
     again = CalibrationStore.load(tmp_path / "store")
-    sampled = seen[:3]  # three steps of sampling, then the measurement
+    sampled = seen[2:5]  # after the question whether it takes a time a row; then the measurement
     for calls in (store.calls, again.calls):
-        assert len(calls) == 6 and calls.timestep.dtype == torch.float32 and calls.timestep.max() == 1
-        names = {"encoder_hidden_states", "added_cond_kwargs/text_embeds", "added_cond_kwargs/time_ids"}
-        assert calls.conditioning.keys() == names and calls.shared == {
-            "encoder_attention_mask": None,
-            "return_dict": False,
-        }
-        assert calls.conditioning["added_cond_kwargs/time_ids"].dtype == torch.int64
-        output = replay(pipe.unet, calls)
+        assert len(calls) == 6 and calls.timestep.max() == 1 and torch.equal(calls.time, calls.timestep)
+        (x, t), given = calls.call().args, calls.call().kwargs
+        names = {"encoder_hidden_states", "added_cond_kwargs", "encoder_attention_mask", "return_dict"}
+        assert given.keys() == names and given["encoder_attention_mask"] is None and given["return_dict"] is False
+        assert given["added_cond_kwargs"]["time_ids"].dtype == torch.int64 and t.dtype == torch.float32
+        output = predictions(pipe.unet, calls)
         for seed, (args, kwargs, answer) in enumerate(sampled):  # seed k leaves at step k
             for row, copy in ((2 * seed, seed), (2 * seed + 1, 3 + seed)):
-                assert torch.equal(calls.sample[row], args[0][copy]) and calls.timestep[row] == args[1]
-                text = calls.conditioning["encoder_hidden_states"][row]
+                assert torch.equal(x[row], args[0][copy]) and t[row] == args[1]
+                text = given["encoder_hidden_states"][row]
                 assert torch.equal(text, kwargs["encoder_hidden_states"][copy])
                 torch.testing.assert_close(output[row], answer[0][copy], rtol=0, atol=1e-5)
     filled = (again.statistics.counts.sum(-1) > 0).any(0)
@@ -257,14 +265,29 @@ def test_conditioning_and_float_times_go_through_the_disk(tmp_path):
 
 
 def test_shared_arguments_go_through_the_disk(tmp_path):
-    shared = {"ids": torch.arange(6).reshape(2, 3), "flag": True, "nothing": None, "kwargs/scale": 0.1}
-    calls = Calls(torch.randn(4, 1), torch.arange(4), {"kwargs/text": torch.ones(4, 2).half()}, shared)
-    plain = STORE.save_calls(tmp_path, 7, calls)
-    assert sorted(files(tmp_path)) == ["batch-00007.safetensors"]
-    again = STORE.load_calls(tmp_path, 7, json.loads(json.dumps(plain)))
-    assert torch.equal(again.sample, calls.sample) and torch.equal(again.timestep, calls.timestep)
-    assert again.conditioning["kwargs/text"].dtype == torch.float16 and len(again.conditioning) == 1
-    assert torch.equal(again.shared.pop("ids"), shared.pop("ids")) and again.shared == shared
+    shared = {
+        "ids": torch.arange(6).reshape(2, 3),
+        "flag": True,
+        "nothing": None,
+        "empty": {},
+        "sizes": {0: [[1, 2]], 1: (3.5, "a")},
+        "dtype": torch.bfloat16,
+    }
+    calls = calls_of_rows(torch.randn(4, 1), timestep=torch.arange(4), text=[torch.ones(4, 2).half()], shared=shared)
+    save_calls(tmp_path / "a.safetensors", {"unet": calls})
+    again = load_calls(tmp_path / "a.safetensors")["unet"]
+    assert torch.equal(again.timestep, calls.timestep) and torch.equal(again.time, calls.time)
+    for units in (slice(None), slice(1, 3), torch.tensor([3, 0])):
+        (one,), found = calls[units].call().args, again[units].call()
+        assert torch.equal(found.args[0], one) and torch.equal(found.kwargs["timestep"], calls.timestep[units].long())
+    assert isinstance(found.kwargs["text"], list) and found.kwargs["text"][0].dtype == torch.float16
+    assert torch.equal(found.kwargs.pop("ids"), shared.pop("ids"))
+    assert {name: found.kwargs[name] for name in shared} == shared
+    assert found.kwargs["sizes"][1] == (3.5, "a")
+    with pytest.raises(UserError, match="with a Generator, which cannot be kept in a file"):
+        save_calls(
+            tmp_path / "b.safetensors", {"unet": calls_of_rows(torch.ones(1), shared={"g": torch.Generator()})}
+        )
 
 
 # --- the same bits, whatever happens ------------------------------------------------------------------------
@@ -302,10 +325,10 @@ def interrupt_at(monkeypatch, module, name, count, error=KeyboardInterrupt):
 @pytest.mark.parametrize(
     ("module", "name", "count", "recorded", "measured"),
     [
-        (COLLECT, "record_calls", 1, 5, 5),
-        (COLLECT, "record_calls", 4, 2, 5),
+        (COLLECT, "record_components", 1, 5, 5),
+        (COLLECT, "record_components", 4, 2, 5),
         (COLLECT, "save_calls", 2, 4, 5),
-        (STORE, "save_file", 3, 3, 5),
+        (FILES, "save_file", 3, 3, 5),
         (MEASURE, "replay", 1, 0, 5),
         (MEASURE, "replay", 4, 0, 3),
         (COLLECT, "save_statistics", 2, 0, 3),
@@ -320,11 +343,11 @@ def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, module, 
             collect(pipe, CONFIG, tmp_path / "store")
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".part", ".tmp")]
     assert not any(m._forward_pre_hooks for m in pipe.unet.modules())
-    nothing = (name, count) == ("record_calls", 1)
+    nothing = (name, count) == ("record_components", 1)
     with pytest.raises(UserError, match="no store.json" if nothing else "not finished.*run the same"):
         CalibrationStore.load(tmp_path / "store")
     with monkeypatch.context() as patch:
-        steps = ((COLLECT, "record_calls"), (MEASURE, "replay"))
+        steps = ((COLLECT, "record_components"), (MEASURE, "replay"))
         again = [interrupt_at(patch, module, step, 0) for module, step in steps]
         collect(pipe, CONFIG, tmp_path / "store")
     assert [len(calls) for calls in again] == [recorded, measured]
@@ -340,12 +363,12 @@ def test_shared_arguments_outlive_an_interruption(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             collect(flow_pipe(), config, tmp_path / "store", **options)
     store = collect(flow_pipe(), config, tmp_path / "store", **options)
-    assert store.calls.shared == {"encoder_attention_mask": None, "return_dict": False}
+    assert store.calls.call().kwargs["encoder_attention_mask"] is None
     assert files(tmp_path / "store") == files(tmp_path / "whole")
 
 
 def test_a_finished_store_is_only_loaded(whole, copy, monkeypatch):
-    monkeypatch.setattr(COLLECT, "record_calls", None)
+    monkeypatch.setattr(COLLECT, "record_components", None)
     monkeypatch.setattr(MEASURE, "replay", None)
     store = collect(tiny_pipe(), CONFIG, copy)
     assert len(store.calls) == 9 and files(copy) == whole[1]
@@ -464,7 +487,7 @@ def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="takes no 'prompt'"):
         collect(pipe, CONFIG, tmp_path / "mistake", conditioning={"prompt": ["a"]})
     collect(pipe, CONFIG, tmp_path / "mistake")  # the folder is still free
-    interrupt_at(monkeypatch, STORE, "save_file", 2, OSError(28, "No space left on device"))
+    interrupt_at(monkeypatch, FILES, "save_file", 2, OSError(28, "No space left on device"))
     with pytest.raises(UserError, match="cannot write .*batch-00001.*: No space left on device"):
         collect(tiny_pipe(), CONFIG, tmp_path / "full")
     assert sorted(files(tmp_path / "full")) == ["batch-00000.safetensors", "store.json"]
@@ -533,20 +556,31 @@ def test_quantized_models_are_refused():
         collect(pipe, CONFIG)
 
 
-def test_a_grid_that_depends_on_the_picture():
-    pipe = flow_pipe()
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(UserError, match="'solver' cannot know the grid of FlowMatch"):
-        collect(
-            pipe, dataclasses.replace(CONFIG, collector="solver"), conditioning={"prompt_embeds": torch.ones(1, 5, 8)}
-        )  # fmt: skip
+def test_the_grid_is_the_one_that_the_pipeline_samples():
+    """Also where it depends on the picture's size, which only the pipeline knows."""
+
+    class Shifted(Flow):
+        def __call__(self, prompt_embeds=None, generator=None, num_inference_steps=1):
+            set_timesteps = self.scheduler.set_timesteps
+            self.scheduler.set_timesteps = lambda steps: set_timesteps(steps, mu=0.9)
+            try:
+                return super().__call__(prompt_embeds, generator, num_inference_steps)
+            finally:
+                del self.scheduler.set_timesteps
+
+    pipe = Shifted(added_unet(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    embeds = {"prompt_embeds": torch.randn(1, 5, 8)}
+    config = dataclasses.replace(CONFIG, collector="solver", num_samples=4)
+    calls = collect(pipe, config, conditioning=embeds).calls
+    pipe.scheduler.set_timesteps(4, mu=0.9)
+    assert calls.timestep[::2].tolist() == pytest.approx((pipe.scheduler.timesteps / 1000).tolist())
 
 
 def test_a_store_that_lacks_a_part_says_which():
     statistics = CalibrationStore({}, {"a": "1"}, 1000, statistics=InputStatistics(1, 1))
     with pytest.raises(UserError, match="no recorded calls, only statistics"):
         statistics.recorded()
-    calls = Calls(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+    calls = calls_of_rows(torch.zeros(1, 3, 8, 8), timestep=torch.zeros(1))
     store = CalibrationStore({}, {"a": "1"}, 1000, calls)
     assert store.recorded() is calls
     with pytest.raises(UserError, match="no statistics, only recorded calls"):

@@ -1,5 +1,7 @@
 """What is recorded is what the model was called with: x_t beside its own t, labels and conditioning."""
 
+import contextlib
+import copy
 import functools
 
 import pytest
@@ -10,14 +12,21 @@ from diffusers import (
     DDPMPipeline,
     DiffusionPipeline,
     DiTPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     ImagePipelineOutput,
     PNDMScheduler,
 )
 
+import ptq4dm
 from models import added_unet, pixel_dit, plain_unet
-from ptq4dm.calibration.record import Calls, record_calls, replay
+from ptq4dm.calibration.call_files import load_calls, save_calls
+from ptq4dm.calibration.calls import Calls, calls_of_rows
+from ptq4dm.calibration.record import predictions, replay
+from ptq4dm.calibration.sampled import look, record_calls, request_of
 from ptq4dm.errors import UserError
+from ptq4dm.layers.base import is_quantized
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +84,16 @@ def ddim(model, scheduler, x, steps, **arguments):
     return states, answers
 
 
+def argument(calls, name):
+    """What calls that are one call were given by this name."""
+    return calls.call().kwargs[name]
+
+
+def sample_of(calls):
+    """[U, ...] the first arguments of the calls."""
+    return torch.cat([part.call().args[0] for part in calls.batches(len(calls))])
+
+
 def noise(seeds, *shape):
     return torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).double()
 
@@ -94,12 +113,13 @@ def test_pairs_are_those_of_an_independent_ddim_loop():
     assert grid == [800, 600, 400, 200, 0]
     rows = rows_by_seed(calls, seeds, asked, grid)
     assert sorted(t for _, t in rows.values()) == [0, 400, 600, 800]
-    assert calls.timestep.dtype == torch.int64 and len(calls) == 4
-    output = replay(pipe.unet, calls)
+    assert len(calls) == 4 and torch.equal(calls.time, calls.timestep / 1000)
+    assert calls.call().args[1].dtype == torch.int64
+    output = predictions(pipe.unet, calls)
     for k, seed in enumerate(seeds):
         row, t = rows[seed]
         assert calls.timestep[row] == t
-        torch.testing.assert_close(calls.sample[row], states[t][k], rtol=0, atol=1e-10)
+        torch.testing.assert_close(sample_of(calls)[row], states[t][k], rtol=0, atol=1e-10)
         torch.testing.assert_close(output[row], answers[t][k], rtol=0, atol=1e-10)
     # The trajectories move: a shift of one step would be seen.
     assert (states[400] - states[600]).abs().mean() > 1e-3
@@ -111,11 +131,11 @@ def test_pixel_dit_labels_follow_their_seeds():
     calls = record_calls(pipe, seeds, asked, num_inference_steps=5)
     labels = torch.tensor([3, 2, 5])  # seed mod 10 classes
     states, answers = ddim(tiny_dit(), DDIMScheduler(), noise(seeds, 3, 8, 8), 5, class_labels=labels)
-    output = replay(pipe.transformer, calls)
+    output = predictions(pipe.transformer, calls)
     for k, seed in enumerate(seeds):
         row, t = rows_by_seed(calls, seeds, asked, list(states))[seed]
-        assert (calls.timestep[row], calls.conditioning["class_labels"][row]) == (t, labels[k])
-        torch.testing.assert_close(calls.sample[row], states[t][k], rtol=0, atol=1e-10)
+        assert (calls.timestep[row], argument(calls, "class_labels")[row]) == (t, labels[k])
+        torch.testing.assert_close(sample_of(calls)[row], states[t][k], rtol=0, atol=1e-10)
         torch.testing.assert_close(output[row], answers[t][k], rtol=0, atol=1e-10)
 
 
@@ -133,12 +153,12 @@ def test_guidance_gives_two_rows_a_seed():
     assert len(calls) == 6 and len(seen) == 3
     # Seed 6 (entry 6 mod 3 = 0) leaves at the first step, the others (entries 1 and 2) at the last one.
     assert calls.timestep.tolist() == [666, 666, 0, 0, 0, 0]
-    assert calls.conditioning["class_labels"].tolist() == [70, 1000, 80, 90, 1000, 1000]
-    assert torch.equal(calls.sample, torch.cat([first[0][[2, 5]], last[0][[0, 1, 3, 4]]]))
+    assert argument(calls, "class_labels").tolist() == [70, 1000, 80, 90, 1000, 1000]
+    assert torch.equal(sample_of(calls), torch.cat([first[0][[2, 5]], last[0][[0, 1, 3, 4]]]))
     expected = torch.cat([first[2][[2, 5]], last[2][[0, 1, 3, 4]]])[:, :4]  # without the learned variance
     del transformer.forward  # no longer watched
-    output = replay(transformer, calls)
-    assert output.shape == calls.sample.shape
+    output = predictions(transformer, calls)
+    assert output.shape == sample_of(calls).shape
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
     assert not torch.allclose(output[2:4], output[4:])  # the label matters
 
@@ -146,8 +166,9 @@ def test_guidance_gives_two_rows_a_seed():
 @pytest.mark.parametrize(("asked", "forwards"), [([800, 800], 1), ([800, 410], 3), ([0, 800], 5)])
 def test_sampling_stops_once_all_is_recorded(asked, forwards):
     pipe = unet_pipe()
+    sampling = look(request_of(pipe, num_inference_steps=5), 0)
     seen = watched(pipe.unet)
-    calls = record_calls(pipe, [0, 1], asked, num_inference_steps=5)
+    calls = record_calls(pipe, [0, 1], asked, sampling=sampling, num_inference_steps=5)
     assert len(seen) == forwards and len(calls) == 2
     assert len(seen[0][0]) == 2
 
@@ -175,7 +196,7 @@ def test_a_step_that_the_user_has_wrapped_stays_wrapped():
     step, count = pipe.scheduler.step, []
     pipe.scheduler.step = mine = lambda *args, **kwargs: (count.append(1), step(*args, **kwargs))[1]
     record_calls(pipe, [0], [500], num_inference_steps=4)
-    assert pipe.scheduler.step is mine and len(count) == 2  # at 750 and at 500
+    assert pipe.scheduler.step is mine and len(count) == 1  # at 750; the step at 500 is not needed
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler(), PNDMScheduler(skip_prk_steps=True), HeunDiscreteScheduler()])
@@ -189,13 +210,13 @@ def test_grids_that_repeat_times_record_the_first_call_of_each(scheduler):
     assert len(calls) == 6
     for row, seed in enumerate(seeds):  # asked from high to low: rows in the order of the seeds
         step = times.index(int(calls.timestep[row]))
-        assert torch.equal(calls.sample[row], seen[step][0][seed])
+        assert torch.equal(sample_of(calls)[row], seen[step][0][seed])
 
 
 class Guided(DiffusionPipeline):
     """A stand-in for text-to-image pipelines that guide by two calls a step, with dict arguments."""
 
-    skip = 0  # steps left out at the start, as image-to-image pipelines do
+    skip, stop = 0, None  # steps left out at the start, as image-to-image pipelines do, and at the end
 
     def __init__(self, unet, scheduler):
         super().__init__()
@@ -205,7 +226,7 @@ class Guided(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generator]).to(self.unet.dtype)
         ids = torch.arange(len(x) * 6).reshape(len(x), 6)
-        for t in self.scheduler.timesteps[self.skip :]:
+        for t in self.scheduler.timesteps[self.skip : self.stop]:
             eps = 0
             for scale, embeds in ((2.0, prompt_embeds), (-1.0, prompt_embeds * 0)):
                 more = {"text_embeds": embeds[:, 0], "time_ids": ids}
@@ -227,17 +248,16 @@ def test_guidance_by_two_calls_and_dict_arguments():
         pipe, [0, 1, 2], [0, 500, 500], num_inference_steps=2, conditioning={"prompt_embeds": embeds}
     )  # fmt: skip
     assert calls.timestep.tolist() == [500, 500, 500, 500, 0, 0]
-    names = {"encoder_hidden_states", "added_cond_kwargs/text_embeds", "added_cond_kwargs/time_ids"}
-    assert calls.conditioning.keys() == names
+    assert argument(calls, "return_dict") is False and len(argument(calls, "added_cond_kwargs")) == 2
     expected = torch.cat([embeds[[1, 0]], 0 * embeds, embeds[[0]], 0 * embeds[[0]]])
-    assert torch.equal(calls.conditioning["encoder_hidden_states"], expected)
-    assert calls.conditioning["added_cond_kwargs/time_ids"][:, 0].tolist() == [6, 12, 6, 12, 0, 0]
-    assert torch.equal(calls.sample[:2], calls.sample[2:4])
+    assert torch.equal(argument(calls, "encoder_hidden_states"), expected)
+    assert argument(calls, "added_cond_kwargs")["time_ids"][:, 0].tolist() == [6, 12, 6, 12, 0, 0]
+    assert torch.equal(sample_of(calls)[:2], sample_of(calls)[2:4])
     one = calls[2:3]
     more = {"text_embeds": torch.zeros(1, 8).double(), "time_ids": torch.arange(6, 12)[None]}
     with torch.no_grad():
-        direct = pipe.unet(one.sample, 500, encoder_hidden_states=0 * embeds[:1], added_cond_kwargs=more).sample
-    torch.testing.assert_close(replay(pipe.unet, one), direct, rtol=0, atol=1e-12)
+        direct = pipe.unet(sample_of(one), 500, encoder_hidden_states=0 * embeds[:1], added_cond_kwargs=more).sample
+    torch.testing.assert_close(predictions(pipe.unet, one), direct, rtol=0, atol=1e-12)
 
 
 class WithIds(torch.nn.Module):
@@ -271,12 +291,11 @@ class Positioned(DiffusionPipeline):
 def test_arguments_that_all_rows_share():
     pipe = Positioned(WithIds(), DDIMScheduler())
     calls = record_calls(pipe, [0, 1, 2], [0, 500, 500], num_inference_steps=2)
-    assert torch.equal(calls.shared.pop("ids"), torch.arange(5.0) / 10)
-    assert calls.shared == {"gain": 2.0, "mode": "train"} and not calls.conditioning
-    calls.shared["ids"] = torch.arange(5.0) / 10
-    expected = calls.sample * 2 + calls.timestep[:, None, None, None]
-    torch.testing.assert_close(replay(pipe.transformer, calls), expected)
-    torch.testing.assert_close(replay(pipe.transformer, calls[1:]), expected[1:])
+    x, ids, t = calls.call().args
+    assert torch.equal(ids, torch.arange(5.0) / 10) and calls.call().kwargs == {"gain": 2.0, "mode": "train"}
+    expected = x * 2 + t[:, None, None, None]
+    torch.testing.assert_close(predictions(pipe.transformer, calls), expected)
+    torch.testing.assert_close(predictions(pipe.transformer, calls[1:]), expected[1:])
 
 
 class OneByOne(DDPMPipeline):
@@ -290,36 +309,68 @@ class OneByOne(DDPMPipeline):
 def test_pipelines_that_cannot_be_recorded():
     with pytest.raises(UserError, match="one timestep for each seed"):
         record_calls(unet_pipe(), [0, 1], [5], num_inference_steps=2)
-    with pytest.raises(UserError, match="1 rows for 2 images"):
-        record_calls(OneByOne(tiny_unet(), DDIMScheduler()), [0, 1], [500, 500], num_inference_steps=2)
+    with pytest.raises(UserError, match="has no network 'prior'; it has unet"):
+        record_calls(unet_pipe(), [0], [5], component="prior", num_inference_steps=2)
+
+    class Idle(DDPMPipeline):
+        def __call__(self, batch_size=1, generator=None, num_inference_steps=1, output_type="pt"): ...
+
+    with pytest.raises(UserError, match="Idle never calls unet so"):
+        record_calls(Idle(tiny_unet(), DDIMScheduler()), [0], [5], num_inference_steps=2)
+
+
+def test_calls_that_are_not_rows_of_seeds_are_kept_whole():
+    calls = record_calls(OneByOne(tiny_unet(), DDIMScheduler()), [0, 1], [500, 500], num_inference_steps=2)
+    assert len(calls) == 2 and repr(calls) == "Calls(2 units: 0 rows, 2 whole calls)"
+    assert calls.timestep.tolist() == [500, 500]
+
+
+@pytest.mark.parametrize(("skip", "asked", "found"), [(2, [999, 0], [250, 0]), (0, [999, 0], [750, 0])])
+def test_sampling_that_begins_in_the_middle(skip, asked, found):
+    """Image-to-image leaves steps out: times that it never has are recorded at the nearest that it has."""
     pipe = Guided(tiny_conditional(), DDIMScheduler())
-    pipe.skip = 2
-    with pytest.raises(UserError, match="took 2 steps"):
-        record_calls(
-            pipe, [0], [0], num_inference_steps=4, conditioning={"prompt_embeds": torch.ones(1, 3, 8).double()}
-        )
+    pipe.skip = skip
+    embeds = {"prompt_embeds": torch.ones(1, 3, 8).double()}
+    calls = record_calls(pipe, [0, 1], asked, num_inference_steps=4, conditioning=embeds)
+    assert calls.timestep.tolist() == [found[0]] * 2 + [found[1]] * 2
+
+
+def test_sampling_that_ends_early():
+    """A base model that leaves the last steps to a refiner: its own last step stands for them."""
+    pipe = Guided(tiny_conditional(), DDIMScheduler())
+    pipe.stop = 2
+    embeds = {"prompt_embeds": torch.ones(1, 3, 8).double()}
+    calls = record_calls(pipe, [0, 1], [999, 0], num_inference_steps=4, conditioning=embeds)
+    assert calls.timestep.tolist() == [750, 750, 500, 500]
 
 
 def test_calls_are_put_together_only_where_they_agree():
-    def calls(length=3, scale=1.0, **shared):
-        rows = torch.zeros(2, 1)
-        return Calls(rows, rows[:, 0].long(), {"text": torch.zeros(2, length)}, {"scale": scale, **shared})
+    def calls(length=3, scale=1.0, ids=None):
+        shared = {"scale": scale, "ids": torch.arange(3) if ids is None else ids}
+        return calls_of_rows(torch.zeros(2, 1), timestep=torch.zeros(2), text=torch.zeros(2, length), shared=shared)
 
-    both = Calls.concatenate([calls(ids=torch.arange(3)), calls(ids=torch.arange(3))])
-    assert len(both) == 4 and both.conditioning["text"].shape == (4, 3) and both.shared["scale"] == 1.0
-    for other, name in ((calls(4), "text"), (calls(scale=2.0), "scale"), (calls(ids=torch.ones(3)), "ids")):
-        with pytest.raises(UserError, match=f"'{name}'"):
-            Calls.concatenate([calls(ids=torch.zeros(3)), other])
+    both = Calls.together([calls(), calls()])
+    assert len(both) == 4 and argument(both, "text").shape == (4, 3) and argument(both, "scale") == 1.0
+    for other in (calls(4), calls(scale=2.0), calls(ids=torch.ones(3)), calls(scale=1)):
+        apart = Calls.together([calls(), other, calls()])
+        assert [part.places[:, 0].tolist() for part in apart.batches(9)] == [[0] * 4, [1] * 2]
+        assert [len(part) for part in apart.batches(3)] == [3, 1, 2]
+        with pytest.raises(ValueError, match="6 units in 2 groups"):
+            apart.call()
 
 
 def test_arguments_that_cannot_be_written_down_are_named():
     class Wrong(Guided):
         def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
             self.scheduler.set_timesteps(num_inference_steps)
-            self.unet(torch.zeros(1, 3, 8, 8).double(), 3, class_labels=[object()])
+            with contextlib.suppress(ValueError):  # the model has no classes
+                self.unet(torch.zeros(1, 3, 8, 8).double(), 3, class_labels=[object()])
 
-    with pytest.raises(UserError, match="'class_labels' of type list"):
-        record_calls(Wrong(tiny_unet(), DDIMScheduler()), [0], [0], num_inference_steps=1)
+    pipe = Wrong(tiny_unet(), DDIMScheduler())
+    calls = record_calls(pipe, [0], [0], num_inference_steps=1)  # in memory anything can be kept
+    assert type(argument(calls, "class_labels")[0]) is object
+    with pytest.raises(UserError, match="called with a object, which cannot be kept in a file"):
+        ptq4dm.collect(pipe, ptq4dm.CalibrationConfig(num_samples=1, num_inference_steps=1))
 
 
 # --- arguments of every shape -------------------------------------------------------------------------------
@@ -361,24 +412,32 @@ class OddPipe(DiffusionPipeline):
 def test_tuples_and_lists_of_tensors():
     pipe = OddPipe(Odd(), DDIMScheduler())
     calls = record_calls(pipe, [0, 1, 2], [0, 500, 500], num_inference_steps=2)
-    assert calls.conditioning.keys() == {"extra/text/0"} and calls.conditioning["extra/text/0"].shape == (3, 2)
-    shapes = {name: list(value.shape) for name, value in calls.shared.items() if isinstance(value, torch.Tensor)}
-    assert shapes == {"rotary/0": [7], "rotary/1": [4], "extra/text/1": [1, 4]}
-    assert calls.plain == {"shapes": [(1, 2, 3)], "extra/bias": 3.0}
-    expected = calls.sample * 21 + 6 + calls.conditioning["extra/text/0"].sum(1)[:, None] + 4 + 3
-    expected += calls.timestep[:, None]
-    torch.testing.assert_close(replay(pipe.transformer, calls), expected)
-    torch.testing.assert_close(replay(pipe.transformer, calls[1:]), expected[1:])
+    (x,), given = calls.call().args, calls.call().kwargs
+    pooled, words = given["extra"]["text"]
+    assert isinstance(given["extra"]["text"], list) and isinstance(given["rotary"], tuple)
+    assert given["shapes"] == [(1, 2, 3)] and pooled.shape == (3, 2) and words.shape == (1, 4)
+    expected = x * 21 + 6 + pooled.sum(1)[:, None] + 4 + 3 + given["timesteps"][:, None]
+    torch.testing.assert_close(predictions(pipe.transformer, calls), expected)
+    torch.testing.assert_close(predictions(pipe.transformer, calls[1:]), expected[1:])
 
 
-def test_models_that_cannot_be_recorded():
+def test_lists_of_samples_and_models_without_a_time():
     class Listed(OddPipe):
         def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
             self.scheduler.set_timesteps(num_inference_steps)
-            self.transformer([torch.zeros(5)], torch.zeros(1))
+            for t in self.scheduler.timesteps:
+                self.transformer([torch.randn(3 + k, generator=g) for k, g in enumerate(generator)], t / 1000)
 
-    with pytest.raises(UserError, match="a list of samples"):
-        record_calls(Listed(Odd(), DDIMScheduler()), [0], [0], num_inference_steps=1)
+    class Each(Odd):
+        def forward(self, x, t, return_dict=True):
+            return ([one * self.scale + t for one in x],)
+
+    pipe = Listed(Each(), DDIMScheduler())
+    calls = record_calls(pipe, [0, 1], [999, 0], num_inference_steps=4)
+    assert calls.timestep.tolist() == [0.75, 0.0] and all(
+        isinstance(one.call().args[0], list) for one in calls.batches(9)
+    )
+    assert torch.equal(predictions(pipe.transformer, calls)[0], calls[0].call().args[0][0] + 0.75)
 
     class Timeless(Odd):
         def forward(self, hidden_states, return_dict=True):
@@ -387,7 +446,203 @@ def test_models_that_cannot_be_recorded():
     class Plain(OddPipe):
         def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
             self.scheduler.set_timesteps(num_inference_steps)
-            self.transformer(torch.zeros(1, 5))
+            for t in self.scheduler.timesteps:
+                self.transformer(torch.zeros(len(generator), 5))
+                self.scheduler.step(torch.zeros(1), t, torch.zeros(1))
 
-    with pytest.raises(UserError, match="takes no timestep \\(hidden_states, return_dict\\)"):
-        record_calls(Plain(Timeless(), DDIMScheduler()), [0], [0], num_inference_steps=1)
+    calls = record_calls(Plain(Timeless(), DDIMScheduler()), [0, 1], [999, 0], num_inference_steps=4)
+    assert calls.time.tolist() == [0.75, 0.0]  # the sampler's step says when it was
+
+
+# --- any module ---------------------------------------------------------------------------------------------
+
+
+def test_record_keeps_whole_calls_of_any_module(tmp_path):
+    model, seen = tiny_conditional(), []
+    embeds = torch.randn(2, 3, 8).double()
+    with ptq4dm.record(model) as calls, torch.no_grad():
+        for t in (900, 500):
+            more = {"text_embeds": embeds[:, 0], "time_ids": torch.ones(2, 6)}
+            seen.append(model(torch.randn(2, 4, 8, 8).double(), t, embeds, added_cond_kwargs=more))
+    model(torch.randn(1, 4, 8, 8).double(), 3, embeds[:1], added_cond_kwargs={k: v[:1] for k, v in more.items()})
+    assert len(calls) == 2 and calls.timestep.tolist() == [900, 500] and calls.time.tolist() == [0.9, 0.5]
+    for answer, expected in zip(replay(model, calls), seen, strict=True):
+        assert type(answer) is type(expected) and torch.equal(answer.sample, expected.sample)
+    save_calls(tmp_path / "a.safetensors", {"": calls})
+    again = load_calls(tmp_path / "a.safetensors")[""]
+    assert all(torch.equal(a.sample, b.sample) for a, b in zip(replay(model, again), seen, strict=True))
+    report = ptq4dm.quantize(model.float(), ptq4dm.PTQ4DMConfig(), again)
+    assert {row["basis"] for row in report.layers} == {"output"} and report.layers[0]["sqnr"] > 15
+
+
+def test_times_of_every_kind():
+    """One number of a call: the largest of a time per token; shares, thousandths, logarithms."""
+    model = torch.nn.Module()
+    model.forward = lambda x, timestep=None: x
+    for given, times, shares in (
+        ([torch.tensor([[0.0, 300.0]]), torch.tensor(900)], [300, 900], [0.3, 0.9]),
+        ([0.25, torch.tensor([0.5, 0.5])], [0.25, 0.5], [0.25, 0.5]),
+        ([torch.tensor(-1.5), torch.tensor(0.5), torch.tensor(1.0)], [-1.5, 0.5, 1.0], [0, 0.8, 1]),
+        ([None, None], [0, 0], [0, 0]),
+    ):
+        with ptq4dm.record(model) as calls:
+            for t in given:
+                model(torch.zeros(1), t)
+        assert calls.timestep.tolist() == times and calls.time.tolist() == pytest.approx(shares)
+
+
+def test_recorded_tensors_are_copies():
+    model = torch.nn.Identity()
+    x = torch.zeros(2)
+    with ptq4dm.record(model) as calls:
+        model(x)
+    x += 1
+    (one,) = replay(model, calls)
+    one += 1
+    assert torch.equal(replay(model, calls)[0], torch.zeros(2))
+
+
+def test_quantize_without_any_recorded_call():
+    model = tiny_unet().float()
+    with ptq4dm.record(model) as calls:
+        pass
+    with pytest.raises(UserError, match="no calls were recorded"):
+        ptq4dm.quantize(model, ptq4dm.PTQ4DMConfig(), calls)
+
+
+# --- schedulers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["t", "t / 1000", "1000 - t", "1 - t / 1000"])
+def test_the_time_that_a_model_sees_is_read_back(scale):
+    """Flow models see shares, Mochi counts from the data, Z-Image both: bins are of the scheduler's time."""
+
+    class Scaled(Guided):
+        def __call__(self, prompt_embeds=None, generator=None, num_inference_steps=1, output_type="pt"):
+            self.scheduler.set_timesteps(num_inference_steps)
+            for t in self.scheduler.timesteps:
+                more = {"text_embeds": prompt_embeds[:, 0], "time_ids": torch.ones(len(prompt_embeds), 6)}
+                seen = eval(scale, {"t": t.double()})
+                x = torch.zeros(len(prompt_embeds), 4, 8, 8).double()
+                self.unet(x, seen, encoder_hidden_states=prompt_embeds, added_cond_kwargs=more)
+                self.scheduler.step(x, t, x)
+
+    pipe = Scaled(tiny_conditional(), FlowMatchEulerDiscreteScheduler())
+    embeds = {"prompt_embeds": torch.randn(2, 3, 8).double()}
+    calls = record_calls(pipe, [0, 1, 2], [999, 666, 0], num_inference_steps=3, conditioning=embeds)
+    pipe.scheduler.set_timesteps(3)
+    torch.testing.assert_close(calls.time, pipe.scheduler.timesteps.double() / 1000)
+
+
+def test_logarithms_of_sigma_fill_their_range():
+    pipe = SigmaPipe(tiny_unet(), EDMEulerScheduler())
+    calls = record_calls(pipe, range(8), [1.0955, 0.7, 0.3, 0.0, -0.4, -0.8, -1.2, -1.5537], num_inference_steps=8)
+    pipe.scheduler.set_timesteps(8)
+    grid = pipe.scheduler.timesteps.double()
+    assert calls.time[0] == pytest.approx(1) and calls.time[-1] == pytest.approx(0, abs=1e-4)
+    torch.testing.assert_close(calls.timestep, calls.timestep.sort(descending=True).values)
+    assert set(calls.timestep.tolist()) <= set(grid.tolist()) and len(calls.timestep.unique()) >= 6
+
+
+class SigmaPipe(DiffusionPipeline):
+    """Scales its input, as samplers in sigma want it."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=1, output_type="pt"):
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generator]).double() * 80
+        for t in self.scheduler.timesteps:
+            eps = self.unet(self.scheduler.scale_model_input(x, t), t).sample
+            x = self.scheduler.step(eps, t, x).prev_sample
+
+
+def test_copies_of_a_scheduler_step_by_themselves():
+    """LTX-2 steps its sound with a copy; what is counted must not step the original."""
+
+    class Copying(Guided):
+        def __call__(self, generator=None, num_inference_steps=1, output_type="pt", prompt_embeds=None):
+            self.scheduler.set_timesteps(num_inference_steps)
+            copied = copy.deepcopy(self.scheduler)
+            x = torch.zeros(len(prompt_embeds), 4, 8, 8).double()
+            more = {"text_embeds": prompt_embeds[:, 0], "time_ids": torch.ones(len(prompt_embeds), 6)}
+            for t in copied.timesteps:
+                self.unet(x, t, encoder_hidden_states=prompt_embeds, added_cond_kwargs=more)
+                for one in (self.scheduler, copied):
+                    one.step(x, t, x)
+                self.indices = self.scheduler.step_index, copied.step_index
+
+    pipe = Copying(tiny_conditional(), FlowMatchEulerDiscreteScheduler())
+    embeds = {"prompt_embeds": torch.randn(1, 3, 8).double()}
+    calls = record_calls(pipe, [0, 1], [999, 0], num_inference_steps=4, conditioning=embeds)
+    pipe.scheduler.set_timesteps(4)
+    assert calls.timestep.tolist() == pipe.scheduler.timesteps[[0, -1]].tolist()
+    assert pipe.indices == (3, 3)  # three steps of each before the last call
+
+
+@pytest.mark.parametrize("times", [2, 16])
+def test_as_many_rows_of_something_else_as_seeds(times):
+    """Position ids [tokens, 3] of as many tokens as there are images are not one row an image."""
+
+    class Ids(Positioned):
+        def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.cat([torch.randn(1, 3, 2, 2, generator=g) for g in generator])
+            for t in self.scheduler.timesteps:
+                self.transformer(x, torch.arange(float(times)), t.expand(len(x)), mode="train")
+                x = self.scheduler.step(x, t, x).prev_sample
+
+    asked = [999, 0] * (times // 2)
+    calls = record_calls(Ids(WithIds(), DDIMScheduler()), range(times), asked, num_inference_steps=2)
+    assert len(calls) == times and all(len(part.call().args[1]) == times for part in calls.batches(3))
+
+
+def test_two_denoisers_share_the_steps(tmp_path):
+    """Wan 2.2: one transformer for much noise, one for little; each is calibrated on its own steps."""
+
+    class Two(DiffusionPipeline):
+        def __init__(self, transformer, transformer_2, vae, scheduler):
+            super().__init__()
+            self.register_modules(transformer=transformer, transformer_2=transformer_2, vae=vae, scheduler=scheduler)
+
+        def __call__(self, generator=None, num_inference_steps=1, output_type="pt"):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.stack([torch.randn(3, 8, 8, generator=g) for g in generator])
+            for t in self.scheduler.timesteps:
+                model = self.transformer if t >= 500 else self.transformer_2
+                x = self.scheduler.step(
+                    model(x, t.expand(len(x)), class_labels=torch.zeros(len(x)).long()).sample, t, x
+                ).prev_sample
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    pipe = Two(tiny_dit().float(), tiny_dit().float(), vae, DDIMScheduler(clip_sample=False))
+    config = ptq4dm.CalibrationConfig("solver", num_samples=6, num_inference_steps=4, num_bins=2, batch_size=4)
+    store = ptq4dm.collect(pipe, config, tmp_path / "both")
+    times = {name: one.calls.timestep for name, one in store.components.items()}
+    assert list(times) == ["transformer", "transformer_2"] and sum(map(len, times.values())) == 6
+    assert times["transformer"].unique().tolist() == [500, 750]
+    assert times["transformer_2"].unique().tolist() == [0, 250]
+    early = ptq4dm.CalibrationConfig(**{**vars(config), "collector": "ndtc", "mu": 0.9, "sigma": 0.01})
+    again = ptq4dm.collect(pipe, early, tmp_path / "early")  # which never reaches the second by itself
+    assert set(again.components["transformer_2"].calls.timestep.tolist()) == {250}
+    assert len(ptq4dm.collect(pipe, early, tmp_path / "early").others) == 1  # finished: only loaded
+    report = ptq4dm.quantize(pipe, ptq4dm.PTQ4DMConfig(), store)
+    assert report.networks == ["transformer", "transformer_2"] and report.left == ["vae"]
+    assert "in full precision: vae" in report.table()
+    assert {row["layer"].split(".")[0] for row in report.layers} == {"transformer", "transformer_2"}
+    for name in times:
+        assert any(is_quantized(module) for module in getattr(pipe, name).modules())
+
+
+def test_one_of_two_denoisers_by_name():
+    pipe = Guided(tiny_conditional().float(), DDIMScheduler())
+    pipe.register_modules(prior=tiny_conditional().float())
+    options = dict(conditioning={"prompt_embeds": torch.randn(1, 3, 8)})
+    config = ptq4dm.CalibrationConfig(num_samples=2, num_inference_steps=2, num_bins=1)
+    with pytest.raises(UserError, match="Guided never calls prior so; name the networks"):
+        ptq4dm.collect(pipe, config, **options)
+    store = ptq4dm.collect(pipe, config, component="unet", **options)
+    report = ptq4dm.quantize(pipe, ptq4dm.PTQ4DMConfig(), store)
+    assert report.networks == ["unet"] and report.left == ["prior"]

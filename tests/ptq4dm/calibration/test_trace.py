@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ptq4dm.calibration import capture as capturing
+from ptq4dm.calibration.calls import calls_of_rows
 from ptq4dm.calibration.capture import capture
-from ptq4dm.calibration.record import Calls
 from ptq4dm.calibration.trace import block_of, trace
 from ptq4dm.layers.view import find_layers
 
@@ -67,7 +67,7 @@ class Model(nn.Module):
 def calls(rows=3, tokens=5):
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(rows, 4, K, generator=generator)
-    return Calls(torch.randn(rows, tokens, 2, generator=generator), torch.arange(rows), {"text": text})
+    return calls_of_rows(torch.randn(rows, tokens, 2, generator=generator), timestep=torch.arange(rows), text=text)
 
 
 @pytest.fixture
@@ -168,7 +168,8 @@ def inputs_of(model, layer, batches):
     handle = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     with torch.no_grad():
         for batch in batches:
-            model(batch.sample, batch.timestep, batch.conditioning["text"])
+            call = batch.call()
+            model(*call.args, **call.kwargs)
     handle.remove()
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
 
@@ -204,7 +205,7 @@ def test_captured_rows_are_drawn_by_the_seed(model, monkeypatch):
 def test_calls_of_modules_are_kept_whole(model):
     got = capture(model, [], ["blocks.1.cross.1"], [calls(), calls()[:1]], 0)
     (args, kwargs), (second, _) = got.calls["blocks.1.cross.1"]
-    assert not kwargs and args[0].shape == (3, 5, K) and torch.equal(args[1], calls().conditioning["text"])
+    assert not kwargs and args[0].shape == (3, 5, K) and torch.equal(args[1], calls().call().kwargs["text"])
     assert len(second[0]) == 1
 
 

@@ -17,7 +17,9 @@ from PIL import Image
 import models
 import ptq4dm
 from ptq4dm import UserError
-from ptq4dm.calibration.record import Calls, record_calls, replay
+from ptq4dm.calibration.calls import calls_of_rows
+from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.sampled import record_calls
 from ptq4dm.evaluation.compare import heldout_timesteps
 from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ptq4dm.evaluation.feature_fid import FeatureFID
@@ -92,7 +94,7 @@ def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):
     timesteps = heldout_timesteps(6, 1000)
     assert timesteps == sorted(timesteps, reverse=True) and sum(t < 500 for t in timesteps) == 3
     calls = record_calls(original, range(10**6, 10**6 + 6), timesteps, num_inference_steps=2)
-    e_q, e_fp = (replay(p.unet, calls) for p in (pipe, original))
+    e_q, e_fp = (predictions(p.unet, calls) for p in (pipe, original))
     ratio = float((e_q - e_fp).square().sum() / e_fp.square().sum())
     epsilon = report["epsilon_error"]
     assert epsilon["overall"] == pytest.approx(ratio, rel=1e-4) and 0 < ratio < 2
@@ -202,11 +204,15 @@ def test_errors_by_hand():
             return (torch.ones_like(sample) * self.value * (1 + timestep.reshape(-1, 1, 1, 1)),)
 
     error = EpsilonError(num_bins=2, num_train_timesteps=10)
-    error.update(Constant(3), Constant(2), Calls(torch.zeros(3, 3, 2, 2), torch.tensor([0, 4, 9])))
+    error.update(
+        Constant(3), Constant(2), calls_of_rows(torch.zeros(3, 3, 2, 2), timestep=torch.tensor([0, 0.4, 0.9]))
+    )
     result = error.result()
     assert result["overall"] == pytest.approx(0.25)
     assert [(b["from"], b["to"], b["rows"]) for b in result["bins"]] == [(0, 5, 2), (5, 10, 1)]
-    error.update(Constant(float("inf")), Constant(2), Calls(torch.zeros(1, 3, 2, 2), torch.tensor([1])))
+    error.update(
+        Constant(float("inf")), Constant(2), calls_of_rows(torch.zeros(1, 3, 2, 2), timestep=torch.tensor([0.1]))
+    )
     with pytest.raises(UserError, match="overflowed"):
         error.result()
 
@@ -219,17 +225,6 @@ def test_the_interval_of_a_psnr_is_students():
     assert figures["mse"] == pytest.approx(0.0037) and figures["identical"] == 0
     alone = paired_psnr([0.0])
     assert (alone["psnr_db"], alone["psnr_interval"], alone["identical"]) == (120, None, 1)
-
-
-def test_whether_time_runs_to_one_is_decided_over_all_rows():
-    error = EpsilonError(num_bins=2, num_train_timesteps=10)
-    for t in ([0.5, 1.0], [9.0]):  # the first batch alone looks like a flow model's
-        error.add(torch.tensor(t), torch.full((len(t), 1), 3.0), torch.full((len(t), 1), 2.0))
-    assert [(b["from"], b["rows"]) for b in error.result()["bins"]] == [(0, 2), (5, 1)]
-    flow = EpsilonError(num_bins=2, num_train_timesteps=10)
-    for t in ([0.2], [0.7, 1.0]):
-        flow.add(torch.tensor(t), torch.full((len(t), 1), 3.0), torch.full((len(t), 1), 2.0))
-    assert [(b["from"], b["rows"]) for b in flow.result()["bins"]] == [(0, 1), (5, 2)]
 
 
 LAUNCHED = """

@@ -224,7 +224,7 @@ def test_denoiser():
     pipe = DDPMPipeline(tiny_unet(), DDIMScheduler())
     assert denoiser_name(pipe) == "unet" and denoiser(pipe) is pipe.unet
     assert denoiser_name(tiny_dit()) == "transformer"
-    with pytest.raises(UserError, match="neither a unet nor a transformer"):
+    with pytest.raises(UserError, match="no network that takes a timestep"):
         denoiser(object())
 
 

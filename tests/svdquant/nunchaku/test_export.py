@@ -15,7 +15,7 @@ from torch import nn
 import nunchaku_bytes
 import ptq4dm
 from helpers import distance
-from ptq4dm.calibration.record import Calls
+from ptq4dm.calibration.calls import calls_of_rows
 from ptq4dm.calibration.store import fingerprint
 from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized, replace_module
@@ -34,7 +34,7 @@ def calibration(model, call):
     """A store of one recorded call."""
     x, t = call.pop("hidden_states"), call.pop("timestep")
     shared = {name: call.pop(name) for name in ("img_ids", "txt_ids")}
-    return ptq4dm.CalibrationStore({}, fingerprint(model), 1, Calls(x, t, call, shared))
+    return ptq4dm.CalibrationStore({}, fingerprint(model), 1, calls_of_rows(x, timestep=t, shared=shared, **call))
 
 
 @pytest.fixture(scope="module")

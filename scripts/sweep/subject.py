@@ -20,7 +20,7 @@ FORMATS = {
     "W8A8": lambda: ptq4dm.PTQ4DMConfig(objective="max"),  # what is swept are classes, not ways to find ranges
     "SVDQuant": lambda: ptq4dm.SVDQuantConfig(activations="int8", rank=8, num_tuples=4, refinements=0),
 }
-CALLS, BATCH = 4, 2  # of calibration
+CALLS, BATCH = 8, 2  # of calibration
 TEST = 1000  # the seed of the call that is compared
 
 

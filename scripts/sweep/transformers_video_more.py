@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .case import Draw, Table, grid
-from .transformers_video import ANIMATE, FOUR, HEADS, WAN, clip, frames_first  # noqa: F401
+from .transformers_video import FOUR, HEADS, WAN, clip, steered
 
 MORE_VIDEO = Table()
 add = MORE_VIDEO.add
@@ -217,7 +217,7 @@ add(NAME, WAN, lambda d: clip(d, timestep=d.steps(32)), "a time for each token")
 add(
     NAME,
     WAN | {"in_channels": 8, "image_dim": 64, "added_kv_proj_dim": 64, "pos_embed_seq_len": None},
-    lambda d: clip(d, hidden_states=d.normal(8, 2, 8, 8), encoder_hidden_states_image=d.normal(5, 64)),
+    lambda d: steered(d, hidden_states=d.normal(8, 2, 8, 8)),
     "image",
 )
 add(
@@ -232,10 +232,9 @@ add(
     | {"motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_encoder_size": 16}
     | {"motion_style_dim": 64, "motion_dim": 4, "motion_encoder_dim": 64, "face_encoder_hidden_dim": 64}
     | {"face_encoder_num_heads": 2, "inject_face_latents_blocks": 2},
-    lambda d: clip(
+    lambda d: steered(
         d,
         hidden_states=d.normal(12, 3, 8, 8),
-        encoder_hidden_states_image=d.normal(5, 64),
         pose_hidden_states=d.normal(4, 2, 8, 8),
         face_pixel_values=d.normal(3, 5, 16, 16),
     ),

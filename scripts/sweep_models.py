@@ -11,9 +11,11 @@ the rest. Rows made with the same commit, versions, seed and backend are kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import gc
 import importlib.metadata
+import io
 import logging
 import os
 import sys
@@ -25,7 +27,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "comparisons"), str(HERE / "sweep")]
 
-os.environ.setdefault("TQDM_DISABLE", "1")  # read as tqdm is imported
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # offloading waits for each tensor to be on disk
 
 import diffusers  # noqa: E402
@@ -111,7 +112,8 @@ def sweep(kind: str, cases: dict, all_columns: dict, options: argparse.Namespace
             done = {}
             for name in missing:
                 torch.manual_seed(options.seed)
-                done[name] = cell(subject, wanted[name])
+                with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what takes a second
+                    done[name] = cell(subject, wanted[name])
                 lines.add({**row, "column": name, **done[name]})
         print(summary(label, done), flush=True)
         del subject

@@ -44,12 +44,12 @@ def test_the_catalogue_has_every_denoiser_class_of_diffusers(sweep):
     assert all(len(reason) > 20 for reason in excluded.values())
 
 
-# A list of latents, a UNet, video with sound, a UNet's ControlNet, a time for each token, two times.
+# A list of latents, a UNet, video with sound, a ControlNet, a time for each token, two times.
 DIFFERENT = [
     "ZImageTransformer2DModel",
     "UNet2DModel",
     "LTX2VideoTransformer3DModel",
-    "ControlNetUnionModel",
+    "FluxControlNetModel",
     "WanTransformer3DModel (a time for each token)",
     "RFD4ProteinaTransformer",
 ]
@@ -65,7 +65,7 @@ def test_different_classes_are_recorded_quantized_saved_and_loaded(sweep, tmp_pa
     assert len(layers) > 10 and all(layer.qweight.dtype == torch.int8 for layer in layers)
 
 
-@pytest.mark.parametrize("label", ["FluxTransformer2DModel", "PixArtTransformer2DModel"])
+@pytest.mark.parametrize("label", ["FluxTransformer2DModel", "WanTransformer3DModel"])
 def test_svdquant_adapters_and_offloading_pass_for_two_classes(sweep, tmp_path, label):
     subject = sweep("subject").Subject(sweep("catalogue").CASES[label], tmp_path)
     for name in ("SVDQuant W4A8", "LoRA", "group offload", "offload"):
@@ -93,7 +93,8 @@ def test_a_cell_that_float_fails_is_not_applicable_with_floats_error(sweep, tmp_
 
     for name, column in sweep("columns").columns().items():
         done = sweep("cells").cell(broken(sweep, tmp_path, forward), column)
-        assert done["result"] == "n/a" and "no such kernel" in done["reason"], name
+        assert done["result"] == "n/a" and done["reason"].startswith("float: "), name
+        assert "no such kernel" in done["reason"] or name in ("save", "load", "LoRA", "group offload"), name
 
 
 def test_outputs_that_are_not_finite_do_not_pass(sweep):
@@ -142,9 +143,8 @@ def test_a_run_goes_on_where_it_stopped_and_writes_the_tables(script, sweep, tmp
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[:-1]) + lines[-1][:20])  # stopped in the middle of a row
     ran = []
-    monkeypatch.setattr(
-        script, "cell", lambda subject, column: ran.append(column) or {**made[0], "result": "fails", "reason": "why"}
-    )
+    failing = {"result": "fails", "reason": "why", "figures": {}, "seconds": 1.0}
+    monkeypatch.setattr(script, "cell", lambda subject, column: ran.append(column) or failing)
     assert script.main(arguments) == 1 and len(ran) == 1
     text = page.read_text()
     assert text.startswith("head\n") and text.endswith("tail\n")

@@ -21,6 +21,8 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # offloading waits f
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 from conditions import commit  # noqa: E402
+from sweep.case import Case  # noqa: E402
 from sweep.catalogue import CASES  # noqa: E402
 from sweep.cells import FAILS, cell  # noqa: E402
 from sweep.columns import columns  # noqa: E402
@@ -49,16 +52,22 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 def main(argv: list[str] | None = None) -> int:
     """Run the cells that are asked for and write the tables; returns how many fail."""
     options = parsed(argv)
+    tables = {"class": classes(options)}
+    if (HERE / "sweep" / "pipelines.py").is_file():
+        tables["pipeline"] = pipelines()
+    known = {name for table in tables.values() for name in table.columns}
+    if unknown := set(options.columns or ()) - known:
+        raise UserError(f"there is no column '{min(unknown)}'; choose from {', '.join(sorted(known))}.")
     lines = Lines(options.output)
     if not options.table:
         quiet()
-        for kind, named in tables(options).items():
-            sweep(kind, *named, options, lines)
+        for kind in options.kind:
+            if kind in tables:
+                sweep(kind, tables[kind], options, lines)
         lines.tidy()
     rows = [lines.rows[key] for key in sorted(lines.rows)]
     if options.page:
-        what = {kind: {name: column.what for name, column in of.items()} for kind, (_, of) in tables(options).items()}
-        write(options.page, rows, what)
+        write(options.page, rows, {kind: table.columns for kind, table in tables.items()})
     return sum(row["result"] == FAILS for row in rows)
 
 
@@ -81,42 +90,63 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def tables(options: argparse.Namespace) -> dict[str, tuple[dict, dict]]:
-    """kind -> (cases by label, columns by name)."""
-    found = {"class": (CASES, columns(options.backend))}
-    if (HERE / "sweep" / "pipelines.py").is_file():
-        from sweep import pipeline_columns
+@dataclass
+class Table:
+    """cases: (name, variant) -> a function: names of columns -> (name, cell) one after the other.
+    columns: name -> what a cell needs to pass."""
 
-        found["pipeline"] = (pipeline_columns.CASES, pipeline_columns.columns())
-    return found
+    cases: dict[tuple[str, str], Callable[[list[str]], Iterator[tuple[str, dict[str, Any]]]]]
+    columns: dict[str, str]
 
 
-def sweep(kind: str, cases: dict, all_columns: dict, options: argparse.Namespace, lines: Lines) -> None:
+def classes(options: argparse.Namespace) -> Table:
+    """Of every denoiser class."""
+    known = columns(options.backend)
+
+    def cells(case: Case) -> Callable[[list[str]], Iterator]:
+        def run_them(names: list[str]) -> Iterator:
+            with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+                subject = Subject(case, Path(folder), options.seed)
+                for name in names:
+                    torch.manual_seed(options.seed)
+                    yield name, cell(subject, known[name])
+
+        return run_them
+
+    cases = {(case.name, case.variant): cells(case) for case in CASES.values()}
+    return Table(cases, {name: column.what for name, column in known.items()})
+
+
+def pipelines() -> Table:
+    """Of every pipeline; its columns are run together."""
+    from sweep import pipeline_cells
+
+    def cells(build: Callable[[], Any]) -> Callable[[list[str]], Iterator]:
+        return lambda names: ((name, one) for name, one in pipeline_cells.cells(build).items() if name in names)
+
+    return Table(
+        {(name, ""): cells(build) for name, build in pipeline_cells.PIPELINES.items()}, pipeline_cells.COLUMNS
+    )
+
+
+def sweep(kind: str, table: Table, options: argparse.Namespace, lines: Lines) -> None:
     """The cells of one table that are asked for and not made yet."""
-    if kind not in options.kind:
-        return
-    if unknown := set(options.columns or ()) - {name for _, of in tables(options).values() for name in of}:
-        raise UserError(f"there is no column '{min(unknown)}'; choose from {', '.join(all_columns)}.")
-    wanted = {name: column for name, column in all_columns.items() if not options.columns or name in options.columns}
+    wanted = [name for name in table.columns if not options.columns or name in options.columns]
     made_with = {"seed": options.seed, "commit": commit(), "backend": options.backend, "versions": versions()}
-    for label, case in cases.items():
-        if not any(fnmatch.fnmatch(text, pattern) for pattern in options.only for text in (label, case.name)):
+    for (name, variant), cells in table.cases.items():
+        label = f"{name} ({variant})" if variant else name
+        if not any(fnmatch.fnmatch(text, pattern) for pattern in options.only for text in (label, name)):
             continue
-        row = {"kind": kind, "class": case.name, "variant": case.variant, **made_with}
-        missing = [name for name in wanted if options.again or not lines.holds({**row, "column": name})]
+        row = {"kind": kind, "class": name, "variant": variant, **made_with}
+        missing = [column for column in wanted if options.again or not lines.holds({**row, "column": column})]
         if not missing:
             continue
-        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-            subject = case.subject(Path(folder), options.seed) if kind == "pipeline" else None
-            subject = subject or Subject(case, Path(folder), options.seed)
-            done = {}
-            for name in missing:
-                torch.manual_seed(options.seed)
-                with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what takes a second
-                    done[name] = cell(subject, wanted[name])
-                lines.add({**row, "column": name, **done[name]})
+        done = {}
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what takes a second
+            for column, one in cells(missing):
+                done[column] = one
+                lines.add({**row, "column": column, **one})
         print(summary(label, done), flush=True)
-        del subject
         gc.collect()
 
 

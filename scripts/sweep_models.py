@@ -34,9 +34,9 @@ MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # offloading waits f
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 from conditions import commit  # noqa: E402
-from sweep.case import Case  # noqa: E402
-from sweep.catalogue import CASES  # noqa: E402
 from sweep.cells import FAILS, cell  # noqa: E402
+from sweep.classes.case import Case  # noqa: E402
+from sweep.classes.catalogue import CASES  # noqa: E402
 from sweep.columns import columns  # noqa: E402
 from sweep.lines import Lines  # noqa: E402
 from sweep.report import write  # noqa: E402

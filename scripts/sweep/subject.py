@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import ptq4dm
 
-from .case import Case
+from .classes.case import Case
 
 FLOAT = "float"
 FORMATS = {

@@ -36,8 +36,8 @@ def one_thread_for_tiny_nets():
 
 
 def test_the_catalogue_has_every_denoiser_class_of_diffusers(sweep):
-    found, excluded = set(sweep("discover").denoisers()), sweep("discover").EXCLUDED
-    covered = {case.name for case in sweep("catalogue").CASES.values()}
+    found, excluded = set(sweep("classes.discover").denoisers()), sweep("classes.discover").EXCLUDED
+    covered = {case.name for case in sweep("classes.catalogue").CASES.values()}
     assert len(found) > 90  # those of diffusers 0.41: the search finds something
     assert found - covered - set(excluded) == set(), "write a case, or exclude it with a reason"
     assert set(excluded) <= found and not covered & set(excluded)
@@ -57,7 +57,7 @@ DIFFERENT = [
 
 @pytest.mark.parametrize("label", DIFFERENT)
 def test_different_classes_are_recorded_quantized_saved_and_loaded(sweep, tmp_path, label):
-    subject = sweep("subject").Subject(sweep("catalogue").CASES[label], tmp_path)
+    subject = sweep("subject").Subject(sweep("classes.catalogue").CASES[label], tmp_path)
     for name in ("record", "W8A8", "save", "load"):
         done = sweep("cells").cell(subject, sweep("columns").columns()[name])
         assert done["result"] == "ok", (name, done["reason"])
@@ -67,7 +67,7 @@ def test_different_classes_are_recorded_quantized_saved_and_loaded(sweep, tmp_pa
 
 @pytest.mark.parametrize("label", ["FluxTransformer2DModel", "WanTransformer3DModel"])
 def test_svdquant_adapters_and_offloading_pass_for_two_classes(sweep, tmp_path, label):
-    subject = sweep("subject").Subject(sweep("catalogue").CASES[label], tmp_path)
+    subject = sweep("subject").Subject(sweep("classes.catalogue").CASES[label], tmp_path)
     for name in ("SVDQuant W4A8", "LoRA", "group offload", "offload"):
         done = sweep("cells").cell(subject, sweep("columns").columns()[name])
         assert done["result"] == "ok", (name, done["reason"])
@@ -83,7 +83,7 @@ def broken(sweep, tmp_path, forward):
             self.layer = nn.Linear(64, 64)
 
     Model.forward = forward
-    case = sweep("case").Case("Model", "", Model, lambda batch, seed: ((torch.ones(batch, 64),), {}))
+    case = sweep("classes.case").Case("Model", "", Model, lambda batch, seed: ((torch.ones(batch, 64),), {}))
     return sweep("subject").Subject(case, tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_outputs_that_are_not_finite_do_not_pass(sweep):
 
 
 def test_a_format_whose_error_is_above_the_bound_fails_with_both_numbers(sweep, tmp_path, monkeypatch):
-    subject = sweep("subject").Subject(sweep("catalogue").CASES["PriorTransformer"], tmp_path)
+    subject = sweep("subject").Subject(sweep("classes.catalogue").CASES["PriorTransformer"], tmp_path)
     monkeypatch.setitem(sweep("columns").BOUNDS, "W8A8", 1e-9)
     done = sweep("cells").cell(subject, sweep("columns").columns()["W8A8"])
     assert done["result"] == "fails" and "above 1e-09" in done["reason"]

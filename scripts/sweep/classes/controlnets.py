@@ -8,7 +8,8 @@ from torch import nn
 from .case import Draw, Table
 from .discover import denoisers
 from .transformers_image import HUNYUAN, SANA, SD3, hunyuan_dit, words
-from .transformers_tokens import FLUX, QWEN, WHERE, Z_IMAGE, qwen, tokens
+from .transformers_packed import Z_IMAGE
+from .transformers_tokens import FLUX, QWEN, WHERE, qwen, tokens
 from .transformers_video import COSMOS
 from .unets import CHANNELS, CROSS, MOTION, SIZES, sized, with_text
 

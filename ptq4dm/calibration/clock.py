@@ -75,7 +75,7 @@ class _Reading:
 
 
 def _readings(time: float, grid: Tensor, span: Span, begin: int) -> tuple[list[_Reading], int]:
-    """(how a model's times may be read, the entry of the grid that its first call is at); ([], begin) if none fits."""
+    """(how a model's times may be read, the entry of the grid that its first call is at); [] if no way fits."""
     size = span.high - span.low
     same, unit = _Reading(1.0, 0.0), _Reading(size, span.low)
     turned, unit_turned = _Reading(-1.0, span.high), _Reading(-size, span.high)

@@ -8,9 +8,11 @@ from ..calibration.collect import collect
 from ..errors import UserError
 from ..layers.view import find_layers
 from ..pipelines.denoiser import denoiser
+from ..quantization.components import component_of
 from ..quantization.saving import make_parent
 from .options import (
     add_calibration,
+    add_component,
     add_conditioning,
     add_model,
     add_sampler,
@@ -26,6 +28,7 @@ GOES_ON = "the same command"
 
 def add(parser) -> None:
     add_model(parser)
+    add_component(parser)
     add_calibration(parser)
     add_sampler(parser)
     add_conditioning(parser)
@@ -43,11 +46,14 @@ def run(args) -> None:
     if args.plot:
         make_parent(Path(args.plot))
     pipe = load(args, args.model)
-    if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(denoiser(pipe))}:
+    network = denoiser(pipe) if args.component is None else component_of(pipe, args.component)
+    if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(network)}:
         raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
     config = fitting(config, args, pipe)
-    store = collect(pipe, config, args.output, **conditioning_of(args))
-    print(f"calibration store of {len(store.recorded())} tuples, {len(store.fingerprint)} layers: {args.output}")
+    store = collect(pipe, config, args.output, component=args.component, **conditioning_of(args))
+    for name, one in store.components.items():
+        print(f"{name}: {len(one.recorded())} tuples, {len(one.fingerprint)} layers")
+    print(f"calibration store: {args.output}")
     if args.plot:
         from ..calibration.plot import plot_ranges
 

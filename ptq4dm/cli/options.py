@@ -31,6 +31,11 @@ def add_model(parser, default: str | None = EXAMPLE, note: str = "") -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
 
 
+def add_component(parser) -> None:
+    text = "the one network of the pipeline (transformer_2, controlnet, ...); all denoisers otherwise"
+    parser.add_argument("--component", metavar="NAME", help=text)
+
+
 def add_steps(parser) -> None:
     text = f"{STEPS}, or what the model was distilled to"
     parser.add_argument("--num-inference-steps", "--steps", type=int, help=text)

@@ -7,19 +7,20 @@ from pathlib import Path
 from ..calibration.collect import collect
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
-from ..layers.plan import Plan
-from ..layers.view import find_layers
 from ..pipelines.denoiser import denoiser
 from ..quantization import recipe
 from ..quantization.checkpoint import check_folder
+from ..quantization.components import component_of, load_plans, narrowed, networks_of
 from ..quantization.pictures import PICTURES, picture_of
 from ..quantization.quantize import quantize
 from ..quantization.recipe import QuantConfig
+from ..quantization.report import QuantizationReport
 from ..quantization.saving import RECORD, check_output, make_parent, save_quantized
 from .flags import add_union, flag_of, options_of
 from .options import (
     QUANTIZED,
     add_calibration,
+    add_component,
     add_conditioning,
     add_model,
     add_sampler,
@@ -48,6 +49,7 @@ def add(parser) -> None:
     parser.add_argument(
         "--checkpoint", metavar="DIR", help="keep each block here as it is done: the same command then goes on"
     )
+    add_component(parser)
     parser.add_argument("--output", default=QUANTIZED, help="folder of the quantized pipeline")
     parser.add_argument("--plot", metavar="PNG", help=f"draw of one layer (needs matplotlib): {drawn}")
     parser.add_argument("--plot-layer", metavar="NAME", help="which layer; the worst otherwise")
@@ -57,8 +59,8 @@ def add(parser) -> None:
     add_conditioning(parser)
 
 
-def recipe_of(args) -> QuantConfig:
-    """The recipe that the options make, or the plan.
+def recipes_of(args) -> dict[str, QuantConfig]:
+    """The recipe that the options make, or the plans of a file: network -> recipe, "" of all that there are.
 
     Raises:
         UserError: an option that the method does not have, or any option beside a plan.
@@ -66,17 +68,27 @@ def recipe_of(args) -> QuantConfig:
     names = sorted({name for kind in methods().values() for name in options_of(kind)})
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.plan is None:
-        return QuantConfig.from_dict({"method": args.method, **options})
+        return {args.component or "": QuantConfig.from_dict({"method": args.method, **options})}
     if options:
         raise UserError(
             f"--plan has settled every choice of the method; leave out {', '.join(map(flag_of, options))}."
         )
-    plan = Plan.load(args.plan)
-    return QuantConfig.from_dict({"method": plan.method, "plan": plan})
+    plans = load_plans(args.plan)
+    if args.component is not None:
+        if args.component not in plans and list(plans) != [""]:
+            raise UserError(f"{args.plan} has no plan of '{args.component}'; it has those of {', '.join(plans)}.")
+        plans = {args.component: plans.get(args.component, plans.get(""))}
+    return {name: QuantConfig.from_dict({"method": plan.method, "plan": plan}) for name, plan in plans.items()}
+
+
+def _folder(checkpoint: str | None, name: str, recipes: dict[str, QuantConfig]) -> Path | None:
+    """The checkpoint of one network's plan: a folder of its own where the file has several."""
+    return None if checkpoint is None else Path(checkpoint) / (name if len(recipes) > 1 else "")
 
 
 def run(args) -> None:
-    config, calibration = recipe_of(args), calibration_of(args)
+    recipes, calibration = recipes_of(args), calibration_of(args)
+    config = next(iter(recipes.values()))
     one_process(args)
     output = Path(args.output)
     check_output(output)
@@ -87,14 +99,22 @@ def run(args) -> None:
         make_parent(Path(args.plot))
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = load(args, args.model)
-    model = denoiser(pipe)
-    find_layers(model, config.modules_to_not_convert)  # a pattern that names nothing is told at once
+    model = denoiser(pipe) if args.component is None else component_of(pipe, args.component)
+    narrowed(networks_of(pipe, args.component), config)  # a pattern that names nothing is told at once
     if store is None and config.needs_calibration and config.plan is None:
-        store = collect(pipe, fitting(calibration, args, pipe), **conditioning_of(args))
+        fitted = fitting(calibration, args, pipe)
+        store = collect(pipe, fitted, component=args.component, **conditioning_of(args))
     weights = dict(model.named_parameters()) if picture else {}
-    report = quantize(pipe, config, store, checkpoint=args.checkpoint)
+    report = QuantizationReport.together(
+        [
+            quantize(pipe, one, store, component=name or None, checkpoint=_folder(args.checkpoint, name, recipes))
+            for name, one in recipes.items()
+        ]
+    )
     if picture:
-        picture.draw_one(model, weights, [row["layer"] for row in report.layers], args.plot_layer, args.plot)
+        prefix = f"{report.networks[0]}." if len(report.networks) > 1 else ""
+        drawn = [row["layer"].removeprefix(prefix) for row in report.layers if row["layer"].startswith(prefix)]
+        picture.draw_one(model, weights, drawn, args.plot_layer, args.plot)
     save_quantized(pipe, {"model": args.model, "dtype": str(model.dtype), **report.to_dict()}, output)
     print(report.table())
     print(f"all {len(report.layers)} layers: {output / RECORD}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..calibration.sampled import record_calls
+from ..calibration.sampled import look, record_calls, request_of
 from ..errors import UserError
 from ..kernels import dispatch
 from ..kernels.runtime import settings as tuning
@@ -74,11 +74,15 @@ def cases_of_pipeline(
     if any(is_quantized(module) for module in model.modules()):
         raise UserError("this model is quantized; name its original, whose layers have the same shapes.")
 
+    options = {
+        "num_inference_steps": default_steps(pipe, 2),
+        "conditioning": conditioning,
+        "pipeline_kwargs": pipeline_kwargs,
+    }
+    sampling = look(request_of(pipe, **options), 0)
+
     def first_step():
-        steps = default_steps(pipe, 2)
-        record_calls(
-            pipe, [0], [LATEST], num_inference_steps=steps, conditioning=conditioning, pipeline_kwargs=pipeline_kwargs
-        )
+        record_calls(pipe, [0], [LATEST], sampling=sampling, **options)
 
     cases = cases_of(model, first_step, batch)
     if not cases:

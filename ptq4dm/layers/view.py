@@ -28,6 +28,12 @@ class LayerView:
         """W [N, K]: a convolution's rows are its output channels, K = C/groups * kh * kw."""
         return self.module.weight.flatten(1)
 
+    def matches(self, patterns: Sequence[str]) -> bool:
+        """Whether one of the names or shell patterns is of this layer, or of a module that it is in."""
+        parts = self.name.split(".")
+        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes for pattern in patterns)
+
 
 def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
     """The layers that can be quantized, in the model's own order.
@@ -40,16 +46,10 @@ def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
         if type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module))
     ]
     _mark_edges(getattr(model, "config", None), views)
-    unmatched = [pattern for pattern in skip if not any(_matches(view.name, [pattern]) for view in views)]
+    unmatched = [pattern for pattern in skip if not any(view.matches([pattern]) for view in views)]
     if unmatched:
         raise UserError(f"'{unmatched[0]}' in modules_to_not_convert names no layer of the model; see `ptq4dm info`.")
-    return [view for view in views if not _matches(view.name, skip)]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    parts = name.split(".")
-    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes for pattern in patterns)
+    return [view for view in views if not view.matches(skip)]
 
 
 def _zero_padded(conv: nn.Conv2d) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,9 +19,11 @@ from ..errors import UserError
 from ..files.atomic import replacing
 from ..layers.base import is_quantized
 from ..layers.plan import Plan
+from ..layers.view import find_layers
 from ..pipelines.denoiser import denoiser_name, denoiser_names, model_of
 from ..pipelines.denoiser import networks_of as networks_in
 from .diffusers_bridge import quantization_config
+from .recipe import QuantConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -35,8 +38,25 @@ def networks_of(
     """
     if isinstance(target, nn.Module) or component is not None:
         return {component or "": component_of(target, component)}
-    names = [name for name in calibrated if name] or denoiser_names(target)
+    there = networks_in(target)
+    names = [name for name in calibrated if name in there] or denoiser_names(target)
     return {name: component_of(target, name) for name in names}
+
+
+def narrowed(networks: dict[str, nn.Module], config: QuantConfig) -> dict[str, QuantConfig]:
+    """Network -> the recipe with those of modules_to_not_convert that it has.
+
+    Raises UserError where a name or pattern is of none.
+    """
+    patterns = config.modules_to_not_convert
+    if len(networks) == 1:
+        find_layers(next(iter(networks.values())), patterns)
+        return dict.fromkeys(networks, config)
+    views = {name: find_layers(network) for name, network in networks.items()}
+    chosen = {name: tuple(p for p in patterns if any(one.matches([p]) for one in views[name])) for name in networks}
+    if unknown := [p for p in patterns if not any(p in some for some in chosen.values())]:
+        raise UserError(f"'{unknown[0]}' in modules_to_not_convert names no layer of {', '.join(networks)}.")
+    return {name: replace(config, modules_to_not_convert=some) for name, some in chosen.items()}
 
 
 def left_out(target: DiffusionPipeline | nn.Module) -> list[str]:

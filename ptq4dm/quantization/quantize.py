@@ -18,7 +18,7 @@ from ..hooks import hooked
 from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
 from ..pipelines.denoiser import evaluation_mode
-from .components import left_out, networks_of
+from .components import left_out, narrowed, networks_of
 from .diffusers_bridge import mark_quantized, resolved
 from .packing import link_layers
 from .planning import check_plan, make_plan
@@ -62,16 +62,19 @@ def quantize(
         store = CalibrationStore.load(config.calibration)
     networks = networks_of(target, component, store.components if isinstance(store, CalibrationStore) else ())
     _check_networks(networks, config, store)
+    recipes = narrowed(networks, config)
     with ExitStack() as undone:  # where one network fails, all are as they were
         made = {
-            name: _pack(undone, model, config, _store_for(store, name, model), _folder(checkpoint, name, networks))
+            name: _pack(
+                undone, model, recipes[name], _store_for(store, name, model), _folder(checkpoint, name, networks)
+            )
             for name, model in networks.items()
         }
     rows, before, after = [], 0, 0
     for name, model in networks.items():
         layers, plan, errors, basis = made[name]
         before += stored_bytes(model)
-        _put(model, layers, plan, config)
+        _put(model, layers, plan, recipes[name])
         after += stored_bytes(model)
         rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
     rows.sort(key=lambda row: row["sqnr"])

@@ -79,6 +79,20 @@ class QuantizationReport:
     networks: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
+    @classmethod
+    def together(cls, reports: list[QuantizationReport]) -> QuantizationReport:
+        """One report of several networks of a pipeline, of which the last was quantized last."""
+        if len(reports) == 1:
+            return reports[0]
+        rows = [
+            {**row, "layer": f"{report.networks[0]}.{row['layer']}"} for report in reports for row in report.layers
+        ]
+        rows.sort(key=lambda row: row["sqnr"])
+        before, after = (sum(getattr(one, name) for one in reports) for name in ("bytes_before", "bytes_after"))
+        return cls(
+            reports[0].method, before, after, rows, [n for one in reports for n in one.networks], reports[-1].left
+        )
+
     def to_dict(self) -> dict:
         """Plain JSON values; a layer without any error has sqnr null, for JSON has no infinity."""
         data = asdict(self)

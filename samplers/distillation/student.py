@@ -10,11 +10,10 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline
 from torch import nn
 
-from ...calibration.record import TIMESTEPS
 from ...errors import UserError
 from ...files.atomic import replacing_folder
 from ...layers.base import is_quantized
-from ...pipelines.denoiser import class_count, denoiser, denoiser_name
+from ...pipelines.denoiser import TIMES, class_count, denoiser, denoiser_name
 from ..one_step import OneStepScheduler, nearest_timestep
 
 RECORD = "distillation.json"  # beside model_index.json: teacher and settings
@@ -87,7 +86,7 @@ def check_network(pipe) -> None:
     known = {"class_labels"} if class_count(pipe) is not None else set()
     parameters = list(inspect.signature(net.forward).parameters.values())
     needed = {p.name for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    if foreign := needed - known - set(TIMESTEPS):
+    if foreign := needed - known - set(TIMES):
         raise UserError(
             f"{type(net).__name__} needs {', '.join(sorted(foreign))}; distillation is for unconditional and "
             "class-conditional models."

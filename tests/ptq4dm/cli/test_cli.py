@@ -84,7 +84,7 @@ def contents(folder):
 def test_the_embedded_model_from_collect_to_info(run, here):
     """Bare commands find each other's results under out/."""
     status, out, err = run("collect", *FEW, "--plot", "out/ranges.png")
-    assert (status, err) == (0, []) and "store of 2 tuples, 92 layers: out/calibration" in out
+    assert (status, err) == (0, []) and "unet: 2 tuples, 92 layers\ncalibration store: out/calibration" in out
     with Image.open("out/ranges.png") as picture:
         assert picture.format == "PNG"
     status, out, err = run("quantize", "--calibration", "out/calibration", "--objective", "max")

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file
 
+import ptq4dm
 from ptq4dm.cli.main import build_parser, main
 from ptq4dm.cli.options import STEPS
 from ptq4dm.pipelines.images import load_images, read_metadata
@@ -80,7 +81,8 @@ def test_from_teacher_to_quantized_student(kind, capsys):
 
     few = ["--num-samples", 4, "--batch-size", 2]
     assert run("collect", "--model", "out/s", "--output", "store", *few) == 0
-    assert set(torch.cat([load_file(p)["timestep"] for p in Path("store").glob("batch-*")]).tolist()) == {440}
+    recorded = ptq4dm.CalibrationStore.load("store").recorded()
+    assert set(recorded.timestep.tolist()) == {440}
     assert run("collect", "--model", "out/s", "--output", "grid", "--collector", "solver", *few) == 0
     assert run("quantize", "--model", "out/s", "--output", "q", *few) == 0
     assert run("quantize", "--model", "out/s", "--output", "q2", "--calibration", "store") == 0

@@ -70,10 +70,10 @@ def test_a_new_method_shows_its_options(shifty, capsys):
 
 
 def test_options_reach_the_recipe(shifty):
-    from ptq4dm.cli.quantize import recipe_of
+    from ptq4dm.cli.quantize import recipes_of
 
     def made(*arguments):
-        return recipe_of(build_parser(["quantize"]).parse_args(["quantize", *arguments]))
+        return recipes_of(build_parser(["quantize"]).parse_args(["quantize", *arguments]))[""]
 
     said = ["--method", "shifty", "--far-left", "5", "--really", "--no-gently", "--halved", "3", "--names", "a", "b*"]
     config = made(*said, "--limit", "7", "--symmetric", "seldom", "--modules-to-not-convert", "x", "y")

@@ -80,7 +80,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--page", type=Path, help="the page that gets the tables; default: that of the default output"
     )
-    parser.add_argument("--backend", default="aot_eager", help="of torch.compile; inductor takes an hour")
+    parser.add_argument("--backend", default="aot_eager", help="of torch.compile; inductor takes much longer")
     parser.add_argument("--seed", type=int, default=0, help="of inputs")
     parser.add_argument("--again", action="store_true", help="make rows that are there anew")
     parser.add_argument("--table", action="store_true", help="only write the tables")
@@ -118,15 +118,14 @@ def classes(options: argparse.Namespace) -> Table:
 
 
 def pipelines() -> Table:
-    """Of every pipeline; its columns are run together."""
+    """Of every pipeline ("its name, a variant"); its columns are run together."""
     from sweep import pipeline_cells
 
     def cells(build: Callable[[], Any]) -> Callable[[list[str]], Iterator]:
         return lambda names: ((name, one) for name, one in pipeline_cells.cells(build).items() if name in names)
 
-    return Table(
-        {(name, ""): cells(build) for name, build in pipeline_cells.PIPELINES.items()}, pipeline_cells.COLUMNS
-    )
+    named = {tuple(name.partition(", ")[::2]): build for name, build in pipeline_cells.PIPELINES.items()}
+    return Table({name: cells(build) for name, build in named.items()}, pipeline_cells.COLUMNS)
 
 
 def sweep(kind: str, table: Table, options: argparse.Namespace, lines: Lines) -> None:

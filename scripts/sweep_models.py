@@ -39,7 +39,7 @@ from sweep.classes.case import Case  # noqa: E402
 from sweep.classes.catalogue import CASES  # noqa: E402
 from sweep.columns import columns  # noqa: E402
 from sweep.lines import Lines  # noqa: E402
-from sweep.report import write  # noqa: E402
+from sweep.report import check, write  # noqa: E402
 from sweep.subject import Subject  # noqa: E402
 
 from ptq4dm.errors import UserError, run  # noqa: E402
@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     known = {name for table in tables.values() for name in table.columns}
     if unknown := set(options.columns or ()) - known:
         raise UserError(f"there is no column '{min(unknown)}'; choose from {', '.join(sorted(known))}.")
+    if options.page:
+        check(options.page)
     lines = Lines(options.output)
     if not options.table:
         quiet()

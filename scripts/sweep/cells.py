@@ -50,3 +50,15 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     kind = "" if type(error).__name__ in ("UserError", "Wrong") else f"{type(error).__name__}: "
     return kind + (text if len(text) <= 160 else text[:157] + "...")
+
+
+def answered(answer: str) -> dict[str, Any]:
+    """{"result", "reason", "figures"} of a pipeline's answer: "ok", "ok 0.01" (an error), "ok what", "n/a why",
+    "FAIL why", or "-" where a column before it failed."""
+    word, _, rest = answer.partition(" ")
+    if word == "ok":
+        number = rest.replace(".", "", 1).isdigit()
+        return {"result": OK, "reason": "", "figures": {"error": float(rest)} if number else {}}
+    if word == "-":
+        return {"result": FAILS, "reason": "a column before it failed", "figures": {}}
+    return {"result": NOT_APPLICABLE if word == "n/a" else FAILS, "reason": rest, "figures": {}}

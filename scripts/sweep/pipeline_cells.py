@@ -12,7 +12,7 @@ from typing import Any
 import pipeline_columns
 from pipelines import PIPELINES
 
-from .cells import FAILS, NOT_APPLICABLE, OK, one_line
+from .cells import answered, one_line
 
 # In the order in which they are run, and what a cell needs to pass.
 COLUMNS = {
@@ -33,18 +33,7 @@ def cells(build: Callable[[], Any]) -> dict[str, dict[str, Any]]:
     except Exception as error:
         answers = dict.fromkeys(COLUMNS, f"n/a not built: {one_line(error)}")
     seconds = round((time.perf_counter() - start) / len(answers), 2)
-    return {name: {**cell(answer), "seconds": seconds} for name, answer in answers.items()}
+    return {name: {**answered(answer), "seconds": seconds} for name, answer in answers.items()}
 
 
-def cell(answer: str) -> dict[str, Any]:
-    """{"result", "reason", "figures"} of an answer: "ok 0.01", "n/a why", "FAIL why", or "-" after a failure."""
-    word, _, rest = answer.partition(" ")
-    if word == "ok":
-        number = rest.replace(".", "", 1).isdigit()
-        return {"result": OK, "reason": "", "figures": {"error": float(rest)} if number else {}}
-    if word == "-":
-        return {"result": FAILS, "reason": "a column before it failed", "figures": {}}
-    return {"result": NOT_APPLICABLE if word == "n/a" else FAILS, "reason": rest, "figures": {}}
-
-
-__all__ = ["COLUMNS", "PIPELINES", "cell", "cells"]
+__all__ = ["COLUMNS", "PIPELINES", "cells"]

@@ -18,14 +18,19 @@ NOUNS = {"class": "classes", "pipeline": "pipelines"}
 
 def write(page: Path, rows: Iterable[dict[str, Any]], columns: Mapping[str, Mapping[str, str]]) -> None:
     """Put the tables between the marks of a page. columns: kind -> column -> what it is."""
-    text = page.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{page} must hold one line '{BEGIN.strip()}' and one '{END.strip()}'.")
-    head, rest = text.split(BEGIN)
+    check(page)
+    head, rest = page.read_text().split(BEGIN)
     rows = list(rows)
     parts = [tables(kind, [row for row in rows if row["kind"] == kind], columns[kind]) for kind in columns]
     with replacing(page) as temporary:
         temporary.write_text(head + BEGIN + "\n".join(part for part in parts if part) + END + rest.split(END)[1])
+
+
+def check(page: Path) -> None:
+    """Raises UserError unless the page is there and has the marks."""
+    text = page.read_text() if page.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{page} must be a page with one line '{BEGIN.strip()}' and one '{END.strip()}'.")
 
 
 def tables(kind: str, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> str:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from ptq4dm.errors import UserError
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -154,5 +156,28 @@ def test_a_run_goes_on_where_it_stopped_and_writes_the_tables(script, sweep, tmp
 
 def test_a_file_that_is_no_sweep_is_refused(sweep, tmp_path):
     (tmp_path / "rows.jsonl").write_text("hello\nworld\n")
-    with pytest.raises(ValueError, match="line 1 of .* is no row"):
+    with pytest.raises(UserError, match="line 1 of .* is no row"):
         sweep("lines").Lines(tmp_path / "rows.jsonl")
+
+
+def test_a_page_without_the_marks_and_an_unknown_column_are_refused_before_any_work(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "cell", lambda subject, column: pytest.fail("a cell was run"))
+    page, rows = tmp_path / "page.md", tmp_path / "rows.jsonl"
+    for wrong, message in ((["--page", str(page)], "must be a page"), (["--columns", "WRONG"], "no column 'WRONG'")):
+        with pytest.raises(UserError, match=message):
+            script.main(["--output", str(rows), *wrong])
+    assert not rows.exists()
+
+
+def test_answers_of_pipelines_become_cells(sweep):
+    answered = sweep("cells").answered
+    assert answered("ok") == {"result": "ok", "reason": "", "figures": {}}
+    assert answered("ok 0.013")["figures"] == {"error": 0.013}
+    assert answered("ok unet 4")["figures"] == {}
+    assert answered("FAIL unet is off by 0.300") == {
+        "result": "fails",
+        "reason": "unet is off by 0.300",
+        "figures": {},
+    }
+    assert answered("n/a no such thing")["result"] == "n/a"
+    assert answered("-")["result"] == "fails"

@@ -130,14 +130,14 @@ def lora(subject: Subject, kind: str) -> dict[str, float]:
 
 
 def with_adapter(model: nn.Module) -> None:
-    """Add a LoRA adapter with random weights to a model's attention, or to all its Linear layers where it has none
-    of the usual names."""
+    """Add a LoRA adapter with random weights to a model's attention, or to all its Linear layers where it has none of
+    the usual names. It is weak: static ranges are those of the model without it."""
     from peft import LoraConfig
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     attention = [name for name in linear if name.endswith(ATTENTION)]
     torch.manual_seed(1)
-    model.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=attention or linear))
+    model.add_adapter(LoraConfig(r=4, lora_alpha=1, init_lora_weights=False, target_modules=attention or linear))
 
 
 def in_groups(model: nn.Module, folder: Path) -> None:

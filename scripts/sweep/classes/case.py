@@ -104,18 +104,22 @@ class Table(dict):
         config: dict[str, Any],
         call: Callable[[Draw], dict[str, Any]],
         variant: str = "",
-        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        make: Callable[..., nn.Module] | None = None,
+        adjust: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Add a configuration of the class `name`.
 
         call: from a Draw to the keyword arguments of one call.
-        wrap: makes the model that is swept from the one that the configuration describes.
+        make: from the configuration to the model, where its class alone does not do.
+        adjust: of the random weights, in place, where the class expects others.
         """
 
         def make_model() -> nn.Module:
             torch.manual_seed(0)
-            model = denoisers()[name](**config) if wrap is None else wrap(**config)
-            return randomized(model)
+            model = randomized((make or denoisers()[name])(**config))
+            if adjust is not None:
+                adjust(model)
+            return model
 
         case = Case(name, variant, make_model, lambda batch, seed: ((), call(Draw(batch, seed))))
         if case.label in self:

@@ -138,5 +138,5 @@ add(
         "cap_feats": [d.alone(8, 64) for _ in range(d.batch)],
         "control_context": [d.alone(4, 1, 8, 8) for _ in range(d.batch)],
     },
-    wrap=beside_z_image,
+    make=beside_z_image,
 )

@@ -9,11 +9,13 @@ diffusers/dpm++2m, ...                      diffusers' own; with -karras where t
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import diffusers
 
 from ..errors import UserError
+from .configs import REFUSED, class_of, refuse_foreign
 from .ddim import DDIMScheduler
 from .deis import DEFAULTS, DEISScheduler
 from .maths.coefficients import RUNGE_KUTTA
@@ -39,7 +41,8 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
         order, grid: for the plain names of ours: `DEISScheduler`'s order and timestep_grid; DDIM has a grid only.
 
     Raises:
-        UserError: no such sampler, or an order or a grid where there can be none.
+        UserError: no such sampler, an order or a grid where there can be none, or the config of a model that the
+            sampler cannot sample.
     """
     if "generator_timestep" in config:
         raise UserError(f"the model was distilled to one step and takes no sampler but its own, so not '{name}'.")
@@ -49,6 +52,8 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
     if name == "ddim":
         return DDIMScheduler.from_config(config, **given)
     if name == "deis":
+        if class_of(config) == "DEISMultistepScheduler":  # "deis" is ours; diffusers' is diffusers/deis
+            given["solver"] = "t_ab"
         return DEISScheduler.from_config(config, **given)
     if name in DEFAULTS:
         return DEISScheduler.from_config(config, solver=name, **given)
@@ -75,6 +80,11 @@ def _diffusers(name: str, config):
     if short not in DIFFUSERS or (karras and short == "ddim"):
         raise UserError(f"unknown sampler '{name}'; diffusers/ goes with {', '.join(DIFFUSERS)}.")
     kind, options = DIFFUSERS[short]
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    name = class_of(config)
+    own_flow = config.get("use_flow_sigmas") and "use_flow_sigmas" in parameters and name not in REFUSED
+    if not own_flow:  # else it does as the config says
+        refuse_foreign(config, f"diffusers' {kind}", name)
     if karras:
         options = {**options, "use_karras_sigmas": True}
     return getattr(diffusers, kind).from_config(config, **options)

@@ -21,20 +21,32 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import UserError
-from .maths.grids import make_grid
-from .maths.schedule import DiscreteVP
+from .configs import BLIND, CLIPS, TakesConfigs, check_choice, class_of, refusing
+from .maths.grids import GRIDS, make_grid
+from .maths.outputs import without_variance
+from .maths.schedule import DiscreteVP, ends_in_noise
 from .maths.timesteps import own_index
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
-class DDIMScheduler(diffusers.DDIMScheduler):
+
+class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
     """diffusers' DDIMScheduler with one option more.
 
     Args:
-        timestep_grid: a grid of `DEISScheduler` ("quad", "edm", ...); None: diffusers' timestep_spacing.
+        timestep_grid: a grid of `DEISScheduler` ("quad", "edm", ...); None: diffusers' timestep_spacing. For image to
+            image leave it None or take "linear": on other grids a `strength` of 0.5 is not half of the timesteps.
+        clip_sample: `from_config` switches it on only where the config has it on.
 
     All else as in diffusers: `set_alpha_to_one` ends the last step at clean data.
+
+    Raises:
+        UserError: a choice that does not exist; the config of a model without alpha_bar (flow matching, EDM, ...), or
+            distilled to a few steps; epsilon prediction from a last timestep of pure noise (zero terminal SNR).
     """
 
+    @refusing
     @register_to_config
     def __init__(
         self,
@@ -56,8 +68,26 @@ class DDIMScheduler(diffusers.DDIMScheduler):
         timestep_grid: str | None = None,
     ):
         options = {k: v for k, v in locals().items() if k not in ("self", "__class__", "timestep_grid")}
+        check_choice("prediction_type", prediction_type, PREDICTIONS)
+        if timestep_grid is not None:
+            check_choice("timestep_grid", timestep_grid, GRIDS)
+        if trained_betas is None:
+            check_choice("beta_schedule", beta_schedule, SCHEDULES)
         super().__init__(**options)
         self._alphas = self.alphas_cumprod.double().tolist()
+        self._blind = prediction_type == "epsilon" and ends_in_noise(self.betas.double().numpy())
+        # A "leading" grid begins below the last timestep, and clipping bounds what epsilon of a trained model gives.
+        if self._blind and not ((clip_sample or thresholding) and "leading" in (timestep_grid or timestep_spacing)):
+            raise UserError(BLIND)
+
+    @classmethod
+    def _translated(cls, config: dict, kwargs: dict) -> dict:
+        """Where a config does not speak of clipping, its class decides; only DDIM's and DDPM's clip unasked."""
+        if config.get("clip_sample") is None and class_of(config) not in CLIPS:
+            kwargs = {"clip_sample": False, **kwargs}
+        if config.get("timestep_grid") == "diffusers":  # of our DEIS: timestep_spacing, which stands beside it
+            kwargs = {"timestep_grid": None, **kwargs}
+        return kwargs
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Choose num_inference_steps timesteps, one evaluation of the model each.
@@ -78,6 +108,8 @@ class DDIMScheduler(diffusers.DDIMScheduler):
         # By rounding, diffusers' trailing can have one too many, and its leading with an offset begin at N.
         limit = torch.arange(self.config.num_train_timesteps - 1, -1, -1)[:num_inference_steps]
         self.timesteps = torch.minimum(self.timesteps[:num_inference_steps], limit)
+        if self._blind and self.timesteps[0] == self.config.num_train_timesteps - 1:
+            raise UserError(BLIND)
         self._times, self._final_alpha = self.timesteps.tolist(), float(self.final_alpha_cumprod)
         self.timesteps = self._own_timesteps = self.timesteps.to(device)
 
@@ -94,16 +126,18 @@ class DDIMScheduler(diffusers.DDIMScheduler):
     ) -> DDIMSchedulerOutput | tuple:
         """Move x_t [B, ...] to the next timestep of the grid; arguments and results as in diffusers.
 
-        A timestep that is not in the grid goes to the next lower one that is. Computed in float32 at least,
-        returned in the sample's dtype.
+        A timestep that is not in the grid goes to the next lower one that is. A learned variance behind the
+        prediction (twice the channels) is left out. Computed in float32 at least, returned in the sample's dtype.
 
         Raises:
-            UserError: set_timesteps has not been called, or both generator and variance_noise are given.
+            UserError: set_timesteps has not been called, both generator and variance_noise are given, or the model's
+                output does not fit the sample.
         """
         if self.num_inference_steps is None:
             raise UserError("call set_timesteps(num_inference_steps) before the first step.")
         if variance_noise is not None and generator is not None:
             raise UserError("give either a generator or variance_noise, not both.")
+        model_output = without_variance(model_output, sample)
         a, a_next = self._alpha_pair(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x, output = sample.to(dtype), model_output.to(dtype)
@@ -132,11 +166,7 @@ class DDIMScheduler(diffusers.DDIMScheduler):
             return (x - sigma * output) / alpha, output
         if self.config.prediction_type == "sample":
             return output, (x - alpha * output) / sigma
-        if self.config.prediction_type == "v_prediction":
-            return alpha * x - sigma * output, alpha * output + sigma * x
-        raise UserError(
-            f"unknown prediction_type '{self.config.prediction_type}'; choose epsilon, v_prediction, sample."
-        )
+        return alpha * x - sigma * output, alpha * output + sigma * x
 
     def _alpha_pair(self, timestep: int | torch.Tensor) -> tuple[float, float]:
         """alpha_bar at a timestep and at the next one of the grid."""

@@ -10,20 +10,24 @@ with weights w_j fixed by the grid of timesteps alone: they are worked out once,
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DDIMScheduler, SchedulerMixin
+from diffusers import ConfigMixin, DDIMScheduler, DEISMultistepScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import UserError
-from .maths.coefficients import RUNGE_KUTTA, multistep_weights
+from .configs import BLIND, TakesConfigs, check_choice, class_of, refusing
+from .maths.coefficients import RUNGE_KUTTA, log_rho_weights, multistep_weights, steady
 from .maths.evaluations import Evaluation, multistep, runge_kutta
-from .maths.grids import GRIDS, make_grid
-from .maths.schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of, zero_terminal_snr
+from .maths.grids import EVEN_IN_NOISE, GRIDS, SPACINGS, make_grid
+from .maths.outputs import without_variance
+from .maths.schedule import ContinuousVP, DiscreteVP, discrete_betas, ends_in_noise, rho_of, zero_terminal_snr
 from .maths.timesteps import own_index
 
 # Order and grid of each solver where the user names none: the best of the README's tables.
@@ -35,6 +39,12 @@ DEFAULTS = {
     "rho_rk": (None, "edm"),
 }
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+DIFFUSERS = "diffusers"  # the timestep_grid of diffusers' DEIS, by its own names
+# How many times |sum w| the sum of |w| may be in a step, before its degree is lowered. An order that the user names
+# is kept up to 24: diffusers' DEIS is below, and what is above multiplies errors of epsilon by hundreds. A solver's
+# best order was found on its best grid; on grids that use_karras_sigmas and the like bring in, what is above 3
+# (degree 3, and most of degree 2) wins less than errors of 2 % in epsilon take away.
+CANCELS, CANCELS_UNASKED = 24.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,18 @@ class _States(WeakTensorKeyDictionary):
         return _States, ()
 
 
-class DEISScheduler(SchedulerMixin, ConfigMixin):
+class DEISScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
     """Exponential-integrator solvers for variance-preserving diffusion models.
 
     `DEISScheduler.from_config(pipe.scheduler.config)` fits any diffusers pipeline of an epsilon, v or sample model.
+    From the config of diffusers' DEISMultistepScheduler it makes that sampler again: log_rho with its solver_order
+    and its timesteps (unless `solver` is given). A step whose weights would cancel one another, and so blow up the
+    errors of a model, takes a lower degree.
+
+    Image to image: a pipeline's `strength` picks a place in the list of timesteps; so 0.5 is half of the schedule
+    only where these are even. Take timestep_grid="linear" (the default of "ipndm"), "linspace", "leading" or
+    "trailing". A base and a refiner (denoising_end, denoising_start) may part at any timestep, with "rho_rk" only
+    where one of its steps starts.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, steps_offset,
@@ -72,7 +90,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         timestep_grid: "linear", "quad", "cubic" (even in t^(1/k)), "log" (even in log rho), "edm" (even in
             rho^(1/7)), "beta", "linspace", "leading", "trailing" (diffusers'). None: "edm", "log" or "beta" where
             diffusers' use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas is set, else the solver's best.
-            timestep_spacing of other schedulers' configs is not read.
+            "diffusers", for "log_rho": what diffusers' DEIS makes of timestep_spacing and of these three.
         final_denoise: the last step ends at clean data (rho = 0) instead of the last time of the grid (t = 0, where
             sigma is 0.01 in DDPM's schedule). Either costs the same evaluations. Off, as in the DEIS authors' code
             and diffusers' DEIS: feature-FID is then a little lower in nearly every row of the README's tables.
@@ -81,15 +99,18 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         lower_order_final: "log_rho" only: order 0 in the last step and 1 in the one before, when there are fewer
             than 15, as in diffusers.
         solver_order: diffusers' name for order + 1; read by "log_rho" when `order` is None.
+        timestep_spacing: read by timestep_grid "diffusers" alone.
         algorithm_type, solver_type: have one value each, as in diffusers' DEIS, whose configs carry them.
 
     Raises:
-        UserError: a choice that does not exist.
+        UserError: a choice that does not exist; the config of a model without alpha_bar (flow matching, EDM, ...), or
+            distilled to a few steps; epsilon prediction where the last timestep is pure noise (zero terminal SNR).
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     _threshold_sample = DDIMScheduler._threshold_sample
 
+    @refusing
     @register_to_config
     def __init__(
         self,
@@ -116,24 +137,32 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         use_beta_sigmas: bool = False,
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        timestep_spacing: str = "linspace",
     ):
-        _check("solver", solver, tuple(DEFAULTS))
-        _check("prediction_type", prediction_type, PREDICTIONS)
-        _check("rk_method", rk_method, tuple(RUNGE_KUTTA))
+        check_choice("solver", solver, tuple(DEFAULTS))
+        check_choice("prediction_type", prediction_type, PREDICTIONS)
+        check_choice("rk_method", rk_method, tuple(RUNGE_KUTTA))
         if timestep_grid is not None:
-            _check("timestep_grid", timestep_grid, GRIDS)
+            check_choice("timestep_grid", timestep_grid, (*GRIDS, DIFFUSERS))
         if order is not None:
-            _check("order", order, (0, 1, 2, 3))
+            check_choice("order", order, (0, 1, 2, 3))
+        if timestep_grid == DIFFUSERS:
+            check_choice("timestep_spacing", timestep_spacing, SPACINGS)
+            if solver != "log_rho" or beta_schedule == "continuous":
+                raise UserError("timestep_grid 'diffusers' goes with solver 'log_rho' on discrete timesteps.")
         self.register_to_config(algorithm_type="deis", solver_type="logrho")  # another scheduler's may have come in
         named = {"edm": use_karras_sigmas, "log": use_exponential_sigmas, "beta": use_beta_sigmas}
         asked = [grid for grid, flag in named.items() if flag]
         if solver == "log_rho" and order is None:
-            _check("solver_order", solver_order, (1, 2, 3, 4))
+            check_choice("solver_order", solver_order, (1, 2, 3, 4))
         if len(asked) > 1:
             raise UserError("use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas exclude each other.")
         best_order, best_grid = DEFAULTS[solver]
         self._grid = timestep_grid or (asked or [best_grid])[0]
         self._order = order if order is not None else solver_order - 1 if solver == "log_rho" else best_order
+        # ipndm's weights are the same on all grids.
+        unasked = order is None and solver != "ipndm" and self._grid in EVEN_IN_NOISE and self._grid != best_grid
+        self._cancels = CANCELS_UNASKED if unasked else CANCELS
         if beta_schedule == "continuous":
             self.schedule = ContinuousVP(beta_start, beta_end)
             a = self.schedule.alpha_bar(np.linspace(0, 1, num_train_timesteps + 1))
@@ -141,6 +170,8 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         else:
             betas = discrete_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
             betas = zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
+            if prediction_type == "epsilon" and ends_in_noise(betas):
+                raise UserError(BLIND)
             self.schedule = DiscreteVP(np.cumprod(1 - betas))
         self.betas = torch.from_numpy(betas).float()
         self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()
@@ -150,6 +181,14 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         self._evaluations: list[Evaluation] = []
         self._begin_index = None
         self._forget()
+
+    @classmethod
+    def _translated(cls, config: dict, kwargs: dict) -> dict:
+        """A config of diffusers' DEIS stands for its solver and its timesteps, too."""
+        if class_of(config) != "DEISMultistepScheduler" or "solver" in kwargs:
+            return kwargs
+        order = min(kwargs.get("solver_order", config.get("solver_order", 2)), 3) - 1  # it has no solver above 3
+        return {"solver": "log_rho", "order": order, "timestep_grid": DIFFUSERS, **kwargs}
 
     # ---------------------------------------------------------------------------------------------- grid
 
@@ -164,15 +203,22 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         `timesteps` then has one entry per evaluation: num_inference_steps of them, and for "rho_rk" as many for
         each of its stages (some between whole timesteps, so they are float64).
         """
-        config = self.config
-        grid = make_grid(self.schedule, self._grid, int(num_inference_steps), config.steps_offset)
+        config, steps = self.config, int(num_inference_steps)
+        theirs = self._grid == DIFFUSERS
+        grid = make_grid(self.schedule, config.timestep_spacing if theirs else self._grid, steps, config.steps_offset)
         rho = rho_of(self.schedule, grid)
+        if theirs:
+            grid, rho = self._grid_of_diffusers(steps) or (grid, rho)
         if config.final_denoise:
             rho[-1] = 0.0
         if config.solver == "rho_rk":
             times, self._evaluations = runge_kutta(config.rk_method, self.schedule, grid, rho)
         else:
-            table = multistep_weights(config.solver, self.schedule, grid[:-1], rho[-1], self._order)
+            if theirs:
+                table = log_rho_weights(rho, self._order)
+            else:
+                weights = multistep_weights(config.solver, self.schedule, grid[:-1], rho[-1], self._order)
+                table = steady(weights, self._cancels)
             early = config.solver == "log_rho" and config.lower_order_final and len(grid) <= 15
             times, self._evaluations = grid[:-1], multistep(table, rho, early)
         whole = self.schedule.discrete and config.solver != "rho_rk"
@@ -182,6 +228,21 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = num_inference_steps
         self._begin_index = None
         self._forget()
+
+    def _grid_of_diffusers(self, steps: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(times, rho) [steps + 1] of diffusers' DEIS, which calls the model at whole times beside its sigmas.
+
+        None where it would stand still between two evaluations: asked for as many steps as there are timesteps.
+        """
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
+        names += ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+        theirs = DEISMultistepScheduler(**{name: self.config[name] for name in names})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it gives tensors to numpy's functions
+            theirs.set_timesteps(steps)
+        times, sigmas = theirs.timesteps.double().numpy(), theirs.sigmas.double().numpy()
+        rho = np.append(sigmas[:steps], sigmas[-1])  # by rounding, "trailing" can have one too many
+        return (np.append(times[:steps], 0.0), rho) if (np.diff(rho[:-1]) < 0).all() else None
 
     # ---------------------------------------------------------------------------------------------- step
 
@@ -196,7 +257,8 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         """Move the sample to the next time of the grid.
 
         Args:
-            model_output: the model's prediction at (sample, timestep), shape of `sample`.
+            model_output: the model's prediction at (sample, timestep), shape of `sample`, or with a learned variance
+                behind it (twice the channels), which is left out.
             timestep: an entry of `timesteps`, best as it stands there: it is then recognised without reading it
                 back from the device.
             sample: x_t, any shape; computed in float32 at least, returned in its own dtype.
@@ -206,15 +268,12 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         or interleaved, do not disturb each other; where a pipeline hands back another tensor, the latest are used.
 
         Raises:
-            UserError: set_timesteps has not been called, or a Runge-Kutta step is entered in its middle.
+            UserError: set_timesteps has not been called, a Runge-Kutta step is entered in its middle, or the model's
+                output does not fit the sample.
         """
         if not self._evaluations:
             raise UserError("call set_timesteps(num_inference_steps) before the first step.")
-        if model_output.shape != sample.shape:
-            raise UserError(
-                f"the model's output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}; they "
-                "must agree: split a learned variance off."
-            )
+        model_output = without_variance(model_output, sample)
         index, state = self._state_for(timestep, sample)
         evaluation = self._evaluations[index]
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -225,7 +284,7 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
         elif state is not None and state.base is not None:
             base = state.base
         else:
-            raise UserError(f"timestep {float(timestep):g} is inside a Runge-Kutta step, where none can begin.")
+            raise UserError(self._inside(index))
         result = _advance(evaluation, base, history).to(sample.dtype)
         self._remember(result, index + 1, sample, model_output, base, history)
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
@@ -296,11 +355,49 @@ class DEISScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Where in `timesteps` the first step will be, for pipelines that start in the middle (img2img).
 
-        It counts only where a timestep is not an entry of `timesteps` itself, which tells its own place.
+        It counts only where a timestep is not an entry of `timesteps` itself, which tells its own place. A warning
+        says so where the timestep there is not the one that `strength` means to diffusers.
+
+        Raises:
+            UserError: nothing is left to sample there, or it is inside a Runge-Kutta step.
         """
-        if not isinstance(begin_index, int) or not 0 <= begin_index < max(1, len(self._evaluations)):
-            raise UserError(f"begin_index must be from 0 to {len(self._evaluations) - 1}; got {begin_index!r}.")
+        number = len(self._evaluations)
+        if number and begin_index == number:
+            steps = number // self.order
+            raise UserError(
+                f"nothing is left to sample: with {steps} steps a strength must be "
+                f"{math.ceil(100 / steps) / 100:g} or more; ask for more of it, or for more steps."
+            )
+        if not isinstance(begin_index, int) or not 0 <= begin_index < max(1, number):
+            raise UserError(f"begin_index must be from 0 to {number - 1}; got {begin_index!r}.")
+        if number and not self._evaluations[begin_index].starts:
+            raise UserError(self._inside(begin_index))
+        if begin_index:
+            self._compare_with_strength(begin_index)
         self._begin_index = begin_index
+
+    def _compare_with_strength(self, begin_index: int) -> None:
+        strength, first = 1 - begin_index / len(self._times), self._times[begin_index] / self.schedule.first
+        if abs(first - strength) > 0.05:
+            warnings.warn(
+                f"the timesteps of grid '{self._grid}' from number {begin_index} on begin at {first:.0%} of the "
+                f"schedule; where this is a strength of {strength:.2g}, take timestep_grid='linear' to begin at "
+                f"{strength:.0%} as with diffusers' samplers.",
+                stacklevel=3,
+            )
+
+    def _inside(self, index: int) -> str:
+        """Why nothing can begin at an evaluation in the middle of a Runge-Kutta step, and where it could."""
+        places = []
+        for i in range(1, len(self._times)):
+            cut = math.floor(self._times[i]) + 1  # base: t >= cut; refiner: t < cut
+            if self._evaluations[i].starts and cut <= self._times[i - 1]:
+                places.append((abs(i - index), 1 - cut / self.config.num_train_timesteps))
+        near = f"let base and refiner part at {min(places)[1]:.3g}" if places and self.schedule.discrete else ""
+        return (
+            f"timestep {self._times[index]:g} is inside a Runge-Kutta step, where none can begin: "
+            f"{near}{', or ' if near else ''}take a solver with one evaluation a step, such as 't_ab'."
+        )
 
     def scale_model_input(self, sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The sample itself: variance-preserving models take it unscaled."""
@@ -332,8 +429,3 @@ def _advance(evaluation: Evaluation, base: torch.Tensor, history: tuple[torch.Te
     for weight, eps in zip(weights, history, strict=False):
         result.add_(eps, alpha=weight)
     return result
-
-
-def _check(name: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise UserError(f"unknown {name} '{value}'; choose from {', '.join(map(str, allowed))}.")

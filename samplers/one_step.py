@@ -12,12 +12,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from ..errors import UserError
+from .configs import TakesConfigs, refusing
+from .maths.outputs import without_variance
 from .maths.schedule import discrete_betas, zero_terminal_snr
 
 GENERATOR_SIGMA = 2.5  # sigma / alpha where SiD (arXiv:2404.04057) runs its generator
 
 
-class OneStepScheduler(SchedulerMixin, ConfigMixin):
+class OneStepScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
     """Turns a network's prediction of noise at one fixed timestep into clean data.
 
     It fits every pipeline that starts from unit noise (DDPMPipeline, PixelDiTPipeline). The config also reads as
@@ -33,13 +35,15 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
             does the same.
 
     Raises:
-        UserError: another prediction type, a timestep outside the schedule, or one where nothing but noise is left.
+        UserError: another prediction type, the config of a model without alpha_bar (flow matching, EDM, ...), a
+            timestep outside the schedule, or one where nothing but noise is left.
     """
 
     order = 1
     fixed_steps = 1  # what the command line asks for by default
     init_noise_sigma = 1.0
 
+    @refusing
     @register_to_config
     def __init__(
         self,
@@ -106,9 +110,12 @@ class OneStepScheduler(SchedulerMixin, ConfigMixin):
     ) -> DDIMSchedulerOutput | tuple:
         """Noise [B, ...] and the network's answer to it: clean data, in the noise's dtype (float32 inside).
 
+        A learned variance behind the prediction (twice the channels) is left out.
+
         Args:
             timestep, generator: not used; there is one timestep, and no noise is added.
         """
+        model_output = without_variance(model_output, sample)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x0 = (sample.to(dtype) - self._sigma * model_output.to(dtype)) / self._alpha
         x0 = x0.to(sample.dtype)

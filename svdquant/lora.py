@@ -7,7 +7,11 @@ so adapters cost what their ranks cost, no layer of their own, and the codes sta
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 from ..errors import UserError
 from ..layers.base import replace_module
@@ -16,15 +20,15 @@ from .layers.svdq import _SVDQLayer
 
 
 def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
-    """Move the LoRA adapters that peft has put on SVDQuant layers into their low-rank branches.
+    """Move the active LoRA adapters that peft has put on SVDQuant layers into their low-rank branches.
 
-    For after `pipe.load_lora_weights(...)` or `model.add_adapter(...)`; for FLUX, whose loader in diffusers looks for
-    float weights, `pipe.transformer.load_lora_adapter(...)`. Adapters on other layers (8-bit, kept) stay
-    with peft. May be called again for further adapters.
+    For after `pipe.load_lora_weights(...)` or `model.add_adapter(...)`. Adapters that are switched off
+    (`set_adapters`, `disable_adapters`), and those on other layers (8-bit, kept), stay with peft. Fused adapters are
+    saved with the model and are there again when it is loaded. May be called again for further adapters.
 
     Args:
         target: a pipeline or its quantized model.
-        scales: strength of each adapter, on top of its own alpha / rank; 1 where not named.
+        scales: strength of each adapter, on top of the weight that `set_adapters` gave it; 1 where not named.
 
     Returns:
         adapter name -> number of layers it was fused into.
@@ -39,24 +43,28 @@ def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
         for name, wrapper in model.named_modules()
         if hasattr(wrapper, "lora_A") and isinstance(getattr(wrapper, "base_layer", None), _SVDQLayer)
     ]
+    if not any(len(wrapper.lora_A) for _, wrapper in found):
+        raise UserError("no LoRA adapter is on an SVDQuant layer; load one first, e.g. with load_lora_weights.")
     counts: dict[str, int] = {}
     for name, wrapper in found:
-        for adapter in wrapper.lora_A:
-            if getattr(wrapper, "use_dora", {}).get(adapter) or wrapper.lora_B[adapter].bias is not None:
+        for adapter in _active(wrapper):
+            plain = not getattr(wrapper, "lora_variant", {}).get(adapter) and wrapper.lora_B[adapter].bias is None
+            if not plain or getattr(wrapper, "use_dora", {}).get(adapter):
                 raise UserError(f"adapter '{adapter}' on layer '{name}' is no plain LoRA and cannot be fused.")
             counts[adapter] = counts.get(adapter, 0) + 1
-    if not counts:
-        raise UserError("no LoRA adapter is on an SVDQuant layer; load one first, e.g. with load_lora_weights.")
     if unknown := scales.keys() - counts.keys():
-        raise UserError(f"there is no adapter '{min(unknown)}' to scale; there are {', '.join(sorted(counts))}.")
+        active = ", ".join(sorted(counts)) or "none that is active"
+        raise UserError(f"there is no adapter '{min(unknown)}' to scale; there are {active}.")
     for name, wrapper in found:
-        layer = wrapper.base_layer
-        adapters = dict(getattr(layer, "adapters", {}))
-        for adapter in wrapper.lora_A:
-            trained = wrapper.scaling[adapter] * wrapper.lora_B[adapter].weight
-            adapters[adapter] = (wrapper.lora_A[adapter].weight, trained, scales.get(adapter, 1.0))
-        _stack(layer, adapters)
-        replace_module(model, name, layer)
+        layer, adapters = wrapper.base_layer, _adapters(wrapper.base_layer)
+        for adapter in _active(wrapper):
+            trained = _trained_scale(wrapper, adapter)
+            strength = wrapper.scaling[adapter] / trained * scales.get(adapter, 1.0)
+            up = trained * wrapper.lora_B[adapter].weight
+            adapters[adapter] = (wrapper.lora_A[adapter].weight, up, strength)
+        stack(layer, adapters)
+        _take_off(model, name, wrapper)
+    _forget(model, counts)
     return counts
 
 
@@ -67,7 +75,7 @@ def scale_lora(target, scales: dict[str, float]) -> None:
     """
     layers = _fused(target, set(_named(scales)))
     for layer in layers:
-        _stack(layer, {name: (a, b, scales.get(name, c)) for name, (a, b, c) in layer.adapters.items()})
+        stack(layer, {name: (a, b, scales.get(name, c)) for name, (a, b, c) in _adapters(layer).items()})
 
 
 def unfuse_lora(target, names: list[str] | None = None) -> None:
@@ -76,8 +84,8 @@ def unfuse_lora(target, names: list[str] | None = None) -> None:
     Raises UserError for an adapter that is not fused.
     """
     for layer in _fused(target, None if names is None else set(names)):
-        kept = {} if names is None else {name: one for name, one in layer.adapters.items() if name not in names}
-        _stack(layer, kept)
+        kept = {} if names is None else {name: one for name, one in _adapters(layer).items() if name not in names}
+        stack(layer, kept)
 
 
 def _named(scales: dict[str, float] | None) -> dict[str, float]:
@@ -89,8 +97,8 @@ def _named(scales: dict[str, float] | None) -> dict[str, float]:
 def _fused(target, names: set[str] | None) -> list[_SVDQLayer]:
     """The layers with fused adapters, of which all `names` must be (None: any)."""
     modules = model_of(target).modules()
-    layers = [layer for layer in modules if isinstance(layer, _SVDQLayer) and getattr(layer, "adapters", None)]
-    present = {name for layer in layers for name in layer.adapters}
+    layers = [layer for layer in modules if isinstance(layer, _SVDQLayer) and layer.plan.adapters]
+    present = {name for layer in layers for name in layer.plan.adapters}
     if names is None and not present:
         raise UserError("no adapter is fused; fuse_lora does that.")
     if missing := (names or set()) - present:
@@ -98,13 +106,62 @@ def _fused(target, names: set[str] | None) -> list[_SVDQLayer]:
     return layers
 
 
-@torch.no_grad()
-def _stack(layer: _SVDQLayer, adapters: dict[str, tuple]) -> None:
-    """Put adapters, name -> (A [q, K], B [N, q] times alpha / rank, strength), on a layer in place of its own."""
-    layer.adapters = adapters
-    if not adapters:
-        layer.lora_down = layer.lora_up = None
+def _active(wrapper: nn.Module) -> list[str]:
+    """The adapters that take part in what a layer of peft's gives."""
+    if wrapper.disable_adapters:
+        return []
+    return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+
+
+def _trained_scale(wrapper: nn.Module, adapter: str) -> float:
+    """alpha / rank of an adapter: what `scaling` is before `set_adapters` gives it another weight."""
+    rank = wrapper.r[adapter]
+    if getattr(wrapper, "use_rslora", {}).get(adapter):
+        rank = math.sqrt(rank)
+    return wrapper.lora_alpha[adapter] / rank
+
+
+def _take_off(model: nn.Module, name: str, wrapper: nn.Module) -> None:
+    """Take the active adapters off a layer; one that still has others stays wrapped, with none of them active."""
+    active = _active(wrapper)
+    if len(active) == len(wrapper.lora_A):
+        replace_module(model, name, wrapper.base_layer)
         return
-    place = {"device": layer.wscales.device, "dtype": layer.wscales.dtype}
-    layer.lora_down = torch.cat([a.detach().flatten(1) for a, _, _ in adapters.values()]).to(**place)
-    layer.lora_up = torch.cat([c * b.detach().flatten(1) for _, b, c in adapters.values()], 1).to(**place)
+    wrapper.set_adapter([])  # else peft makes another one active in place of one that is deleted
+    for adapter in active:
+        wrapper.delete_adapter(adapter)
+
+
+def _forget(model: nn.Module, names: Iterable[str]) -> None:
+    """Take adapters that are on no layer any more out of peft's records on the model."""
+    left = {name for module in model.modules() for name in getattr(module, "lora_A", ())}
+    for name in names:
+        if name not in left:
+            getattr(model, "peft_config", {}).pop(name, None)
+    if getattr(model, "peft_config", None) == {}:
+        del model.peft_config
+        if hasattr(model, "_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = False
+
+
+def _adapters(layer: _SVDQLayer) -> dict[str, tuple]:
+    """The fused adapters of a layer: name -> (A [q, K], B [N, q] times alpha / rank, strength)."""
+    found, start = {}, 0
+    for name, (rank, strength) in layer.plan.adapters.items():
+        part = slice(start, start + rank)
+        found[name] = (layer.lora_down[part], layer.lora_up[:, part], strength)
+        start += rank
+    return found
+
+
+@torch.no_grad()
+def stack(layer: _SVDQLayer, adapters: dict[str, tuple]) -> None:
+    """Put adapters, as `_adapters` has them, on a layer in place of its own."""
+    down = up = None
+    if adapters:
+        place = {"device": layer.wscales.device, "dtype": layer.wscales.dtype}
+        down = torch.cat([a.detach().flatten(1).to(**place) for a, _, _ in adapters.values()])
+        up = torch.cat([b.detach().flatten(1).to(**place) for _, b, _ in adapters.values()], 1)
+    for name, value in (("lora_down", down), ("lora_up", up)):
+        setattr(layer, name, None if value is None else nn.Parameter(value, requires_grad=False))
+    layer.plan.adapters = {name: [a.shape[0], c] for name, (a, _, c) in adapters.items()}

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..formats import fp8
 from ..formats.int4 import GROUP, dequantize_groups, quantize_activation_groups, unpack_int4
 from ..formats.int8 import dynamic_scale
+from .gradient import without_gradient
 
 ACTIVATIONS = ("int4", "int8", "fp8", "none")
 NONLINEARITIES = {
@@ -33,6 +34,7 @@ NONLINEARITIES = {
 }
 
 
+@without_gradient
 def svdq_linear(
     x: Tensor,
     qweight: Tensor,
@@ -48,7 +50,8 @@ def svdq_linear(
     """x [..., K] float -> [..., N] in x's dtype.
 
     qweight uint8 [N, K/2] as `int4.pack_int4` has it, wscales [N, K/G], smooth [K], down [r, K], up [N, r], bias [N];
-    any float dtypes. Without a branch down and up are None, without smoothing smooth is.
+    any float dtypes. Without a branch down and up are None, without smoothing smooth is. All by position.
+    RuntimeError in a backward pass.
     """
     exact = x.float()
     inputs = _smoothed(exact, smooth, shift)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _calls(path: Path, file: Any, name: str, described: dict, owner: object) -> 
         for index in one["shared"]:
             leaves[index] = file.get_tensor(f"{name}/{number}/{index}/shared")
         keys = {index: f"{name}/{number}/{index}" for index in one["own"]}
-        part = Part(one["units"], lambda units, keys=keys: _rows(path, keys, units, owner))
+        part = Part(one["units"], partial(_rows, path, keys, owner))
         structure = pytree.treespec_loads(one["structure"])
         group = Group(structure, leaves, tuple(one["own"]), one["joined"], [part])
         group.key = one["key"]
@@ -109,8 +110,8 @@ def _calls(path: Path, file: Any, name: str, described: dict, owner: object) -> 
     return calls[order]
 
 
-def _rows(path: Path, keys: dict[int, str], units: Tensor, owner: object) -> dict[int, Tensor]:
-    """Some units' own tensors, read from the file."""
+def _rows(path: Path, keys: dict[int, str], _: object, units: Tensor) -> dict[int, Tensor]:
+    """Some units' own tensors, read from the file; _: the owner, which lives as long as this can be called."""
 
     def picked(file: Any) -> dict[int, Tensor]:
         found = {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..pipelines.denoiser import schedulers_of
 from ..pipelines.sampling import own_step
 
@@ -49,7 +50,7 @@ def span_of(scheduler: Any, grid: Tensor) -> Span:
     try:
         whole = type(scheduler).from_config(scheduler.config).timesteps.double()
         low, high = float(whole.min()), float(whole.max())
-    except (AttributeError, RuntimeError, ValueError, TypeError):  # no times yet
+    except (AttributeError, RuntimeError, ValueError, TypeError, UserError):  # it has no times yet
         low, high = (0.0, float(counted)) if counted else (0.0, 0.0)
     top = float(grid.max())
     if top > 0 and (high <= low or top < 0.01 * high or top > 1.01 * high):  # another scale

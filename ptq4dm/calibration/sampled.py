@@ -127,7 +127,7 @@ def look(request: Request, seed: int) -> Sampling:
     """
     one = _first(request, [seed])
     if one.call is None or one.track is None or one.track.grid is None or one.track.span is None:
-        raise _never_called(request)
+        raise _never_called(request, [seed])
     try:
         two = _first(request, [seed, seed + 1])
     except Exception:  # of whatever the pipeline cannot do with two seeds: it is sampled one by one
@@ -182,6 +182,7 @@ class _Recorder:
     calls: dict[str, Calls]
     wanted: dict[int, _Wanted] = field(default_factory=dict)
     latest: list[tuple[str, Call, int, float, float]] = field(default_factory=list)
+    given: set[int] = field(default_factory=set)  # places of the seeds that gave calls
 
     def __post_init__(self) -> None:
         for name in self.calls:
@@ -231,6 +232,7 @@ class _Recorder:
 
     def _keep(self, component: str, call: Call, rows: Tensor, number: float, time: float) -> None:
         rule, batch = self.sampling.rule, len(self.times)
+        self.given.update(rows.tolist())
         if rule is not None and rule.fits(call, batch):
             every = rule.rows(rows, batch)
             group, numbers, times = rows_of_call(rule.with_times(call, batch), rule.own, every, number, time)
@@ -264,19 +266,18 @@ def record_components(
     runs = [range(len(seeds))] if sampling.rule is not None else [[k] for k in range(len(seeds))]
     for run in runs:
         recorder = _Recorder(tracks_of(request.pipe), times[list(run)], sampling, calls)
-        before = sum(map(len, calls.values()))
         with request.watched(recorder.tracks, recorder):
             request.run([int(seeds[k]) for k in run])
         recorder.finish()
-        if sum(map(len, calls.values())) == before:
-            raise _never_called(request)
+        if lacking := [int(seeds[k]) for place, k in enumerate(run) if place not in recorder.given]:
+            raise _never_called(request, lacking)
     return calls
 
 
-def _never_called(request: Request) -> UserError:
+def _never_called(request: Request, seeds: list[int]) -> UserError:
     return UserError(
-        f"{type(request.pipe).__name__} never calls {', '.join(request.components)} so; name the networks that it "
-        "does call with component=."
+        f"{type(request.pipe).__name__} never calls {', '.join(request.components)} so (seed {seeds[0]}); name the "
+        "networks that it does call with component=."
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ..evaluation.report import format_report
+from ..pipelines.picture_files import find_images
 from ..quantization.saving import make_parent, original_of
 from .flags import add_flags, given
 from .options import (
@@ -71,6 +72,8 @@ def _run_images(args, config: EvaluateConfig) -> None:
         make_parent(Path(args.write_reference))
         count = write_reference(args.images, args.write_reference, config, device)
         say(f"statistics of {count} images: {args.write_reference}")
+        if passed_over := find_images(args.images).passed_over:
+            say(f"warning: {passed_over}")
     else:
         say(format_report(evaluate_images(args.images, config, device)))
 

@@ -77,7 +77,7 @@ def recipes_of(args) -> dict[str, QuantConfig]:
     if args.component is not None:
         if args.component not in plans and list(plans) != [""]:
             raise UserError(f"{args.plan} has no plan of '{args.component}'; it has those of {', '.join(plans)}.")
-        plans = {args.component: plans.get(args.component, plans.get(""))}
+        plans = {args.component: plans[args.component if args.component in plans else ""]}
     return {name: QuantConfig.from_dict({"method": plan.method, "plan": plan}) for name, plan in plans.items()}
 
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -74,7 +75,7 @@ def cases_of_pipeline(
     if any(is_quantized(module) for module in model.modules()):
         raise UserError("this model is quantized; name its original, whose layers have the same shapes.")
 
-    options = {
+    options: dict[str, Any] = {
         "num_inference_steps": default_steps(pipe, 2),
         "conditioning": conditioning,
         "pipeline_kwargs": pipeline_kwargs,

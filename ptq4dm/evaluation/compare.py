@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ..calibration.calls import Call, Calls
 from ..calibration.record import ready
-from ..calibration.sampled import look, record_calls, request_of
-from ..pipelines.denoiser import denoiser, denoiser_name
+from ..calibration.sampled import look, record_components, request_of
+from ..pipelines.denoiser import denoiser, denoiser_name, denoiser_names
 from ..quantization.report import stored_bytes
 from .paired import EpsilonError
 
@@ -22,6 +22,11 @@ from .paired import EpsilonError
 def heldout_timesteps(number: int, num_train_timesteps: int) -> list[float]:
     """`number` timesteps from high to low, at the middles of equal parts of [0, num_train_timesteps)."""
     return [(number - k - 0.5) * num_train_timesteps / number for k in range(number)]
+
+
+def denoiser_bytes(pipe) -> int:
+    """Bytes of all tensors of a pipeline's denoisers."""
+    return sum(stored_bytes(getattr(pipe, name)) for name in denoiser_names(pipe))
 
 
 @torch.no_grad()
@@ -62,11 +67,11 @@ def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup
 
 
 def compare_denoisers(pipe, full_precision, config) -> dict:
-    """The denoiser's entries of the report: "epsilon_error", "bytes" and "step_time".
+    """The denoisers' entries of the report: "epsilon_error", "bytes" and "step_time" (of the main one).
 
     Inputs are recorded while the full-precision pipeline samples from held-out seeds, at timesteps spread evenly over
-    the schedule; both denoisers then answer the same inputs. In a launch of several processes the seeds are shared
-    out, and the main process alone takes the time.
+    the schedule; the denoisers of both pipelines then answer the same inputs. In a launch of several processes the
+    seeds are shared out, and the main process alone takes the time.
 
     Args:
         config: an `EvaluateConfig`.
@@ -81,11 +86,8 @@ def compare_denoisers(pipe, full_precision, config) -> dict:
         "conditioning": config.conditioning,
         "pipeline_kwargs": config.pipeline_kwargs,
     }
-    request = request_of(full_precision, [denoiser_name(full_precision)], **options)
+    request = request_of(full_precision, **options)
     sampling = look(request, config.heldout_seed)
-
-    def record(seeds, timesteps):
-        return record_calls(full_precision, seeds, timesteps, sampling=sampling, **options)
 
     if config.num_heldout:
         error = EpsilonError(config.num_bins, span)
@@ -96,18 +98,20 @@ def compare_denoisers(pipe, full_precision, config) -> dict:
         starts = range(0, len(seeds), config.batch_size)
         for k in tqdm(starts, desc="noise prediction", unit="batch", disable=not state.is_main_process):
             rows = slice(k, k + config.batch_size)
-            error.update(model, original, record(seeds[rows], timesteps[rows]))
+            for name, calls in record_components(request, seeds[rows], timesteps[rows], sampling).items():
+                if len(calls):
+                    error.update(getattr(pipe, name), getattr(full_precision, name), calls)
         error.rows = gather_object(error.rows)
         result["epsilon_error"] = {"seed": config.heldout_seed, **error.result()}
-    ours, theirs = stored_bytes(model), stored_bytes(original)
+    ours, theirs = (denoiser_bytes(one) for one in (pipe, full_precision))
     result["bytes"] = {"model": ours, "full_precision": theirs, "ratio": theirs / ours}
     if config.timed_steps:
         timing: list = [None]
         if state.is_main_process:
             # The first step of one batch: a real input, at the price of a single call.
-            calls = record(
-                range(config.heldout_seed, config.heldout_seed + config.batch_size), [span] * config.batch_size
-            )
+            seeds = range(config.heldout_seed, config.heldout_seed + config.batch_size)
+            main = request_of(full_precision, [denoiser_name(full_precision)], **options)
+            (calls,) = record_components(main, seeds, [span] * config.batch_size, sampling).values()
             timing = [step_times(model, original, calls, config.warmup_steps, config.timed_steps)]
         result["step_time"] = broadcast_object_list(timing)[0]
     return result

@@ -15,8 +15,8 @@ from ..files.atomic import output_folder
 from ..options import option
 from ..pipelines.denoiser import denoiser
 from ..pipelines.sampling import sample
-from ..quantization.report import stored_bytes
-from .compare import compare_denoisers
+from ..quantization.components import left_out, quantized_plans
+from .compare import compare_denoisers, denoiser_bytes
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
 from .frechet import write_statistics
 from .inception import MODES
@@ -110,13 +110,14 @@ def evaluate_images(folder: str | os.PathLike, config: EvaluateConfig | None = N
     """The Frechet distance of all images in a folder against config.reference (a folder, an npz, or embedded).
 
     Raises:
-        UserError: fewer than 2 images, images of different sizes, or a reference that does not fit.
+        UserError: fewer than 2 images, images of different sizes for feature-FID, or a reference that does not fit.
     """
     config = config or EvaluateConfig()
     extractor = _extractor(config, device)
     reference = load_reference_statistics(extractor, config.reference, config.batch_size)
-    moments = folder_moments(folder, extractor, config.batch_size)
+    moments, passed_over = folder_moments(folder, extractor, config.batch_size)
     result, warnings = frechet_entry(extractor, moments, reference)
+    warnings += [passed_over] if passed_over else []
     return {"frechet": {**result, "images": str(folder)}, "warnings": warnings}
 
 
@@ -126,11 +127,11 @@ def write_reference(
     """Reference statistics (npz) of all images in a folder, for config.metric. Returns the number of images.
 
     Raises:
-        UserError: fewer than 2 images, images of different sizes, or the file cannot be written.
+        UserError: fewer than 2 images, images of different sizes for feature-FID, or the file cannot be written.
     """
     config = config or EvaluateConfig()
     extractor = _extractor(config, device)
-    moments = folder_moments(folder, extractor, config.batch_size)
+    moments, _ = folder_moments(folder, extractor, config.batch_size)
     statistics = moments.statistics(extractor.mode, extractor.feature)
     state = PartialState()
     if state.is_main_process:
@@ -142,6 +143,7 @@ def write_reference(
 def _measure(pipe, full_precision, config: EvaluateConfig) -> tuple[dict, tuple[list, list[int]] | None]:
     """The report, and pictures to show; see `_Pictures`."""
     report: dict = {"sampler": _sampler(pipe), "num_inference_steps": config.num_inference_steps, "warnings": []}
+    report["networks"] = {"quantized": list(quantized_plans(pipe)), "full_precision": left_out(pipe)}
     pictures = _Pictures(pipe, full_precision, config)
     if config.metric != "none":
         extractor = _extractor(config, denoiser(pipe).device)
@@ -158,7 +160,7 @@ def _measure(pipe, full_precision, config: EvaluateConfig) -> tuple[dict, tuple[
     if full_precision is not None:
         report |= compare_denoisers(pipe, full_precision, config)
     else:
-        report["bytes"] = {"model": stored_bytes(denoiser(pipe))}
+        report["bytes"] = {"model": denoiser_bytes(pipe)}
     return report, pictures.shown
 
 

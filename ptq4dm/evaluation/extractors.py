@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..pipelines.embedded import asset_path
-from ..pipelines.images import list_images, load_images, to_uint8
+from ..pipelines.images import to_uint8
+from ..pipelines.picture_files import find_images, load_image, load_images
 from .features import NUM_FEATURES, Features, load_features
 from .frechet import Moments, Statistics, frechet_distance, read_statistics
 
@@ -36,6 +37,7 @@ class Extractor:
     mode: str
     network: Callable[[Tensor], Tensor]
     device: torch.device
+    any_size: bool = False  # it resizes each image by itself
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def load_extractor(
         from .inception import load_inception
 
         net = load_inception(inception_weights, resize, device)
-        return Extractor("FID", net.feature, DIM, net.mode, net, device)
+        return Extractor("FID", net.feature, DIM, net.mode, net, device, any_size=True)
     if metric == "none":
         raise UserError("metric 'none' measures no pictures; choose feature-fid or fid.")
     raise UserError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}.")
@@ -89,13 +91,17 @@ def feature_extractor(net: Features, device: torch.device | str = "cpu") -> Extr
     )
 
 
-def folder_moments(folder: str | os.PathLike, extractor: Extractor, batch_size: int) -> Moments:
-    """Feature moments of all images in a folder; in a launch of several processes each reads its share of the files.
+def folder_moments(folder: str | os.PathLike, extractor: Extractor, batch_size: int) -> tuple[Moments, str]:
+    """Feature moments of all images in a folder, and a clause on the files that were passed over (empty: none).
+
+    In a launch of several processes each reads its share of the files. Images of different sizes are taken where the
+    extractor resizes each by itself.
 
     Raises:
-        UserError: fewer than 2 images, images of different sizes, or a file that cannot be read.
+        UserError: fewer than 2 images, a file that cannot be read, or images of different sizes for a network of one.
     """
-    paths = list_images(folder)
+    found = find_images(folder)
+    paths = found.paths
     if len(paths) < 2:
         raise UserError(f"{folder} holds one image; a Frechet distance needs at least 2.")
     state = PartialState()
@@ -105,19 +111,31 @@ def folder_moments(folder: str | os.PathLike, extractor: Extractor, batch_size: 
         with tqdm(total=len(mine), unit="image", desc=Path(folder).name, disable=not state.is_main_process) as bar:
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
-                # The folder's first image heads every batch, so that a stray size is caught wherever it lies.
-                yield load_images([paths[0], *batch])[1:]
+                if extractor.any_size:
+                    yield from _by_size(load_image(path) for path in batch)
+                else:
+                    # The folder's first image heads every batch, so that a stray size is caught wherever it lies.
+                    yield load_images([paths[0], *batch])[1:]
                 bar.update(len(batch))
 
-    return extractor.moments(batches()).reduced()
+    return extractor.moments(batches()).reduced(), found.passed_over
+
+
+def _by_size(images: Iterable[Tensor]) -> list[Tensor]:
+    """Images [3, H, W] as batches [B, 3, H, W] of one size each."""
+    sizes: dict[torch.Size, list[Tensor]] = {}
+    for image in images:
+        sizes.setdefault(image.shape, []).append(image)
+    return [torch.stack(same) for same in sizes.values()]
 
 
 @dataclass
 class Reference:
-    """The Gaussian a figure is measured against, and what to call it."""
+    """The Gaussian a figure is measured against, what to call it, and what was passed over in its folder."""
 
     statistics: Statistics
     name: str
+    passed_over: str = ""
 
 
 def load_reference_statistics(extractor: Extractor, path: str | os.PathLike | None, batch_size: int) -> Reference:
@@ -127,8 +145,8 @@ def load_reference_statistics(extractor: Extractor, path: str | os.PathLike | No
         UserError: unreadable, made with another network, width or resize mode, or none given for Inception.
     """
     if path is not None and Path(path).is_dir():
-        moments = folder_moments(path, extractor, batch_size)
-        return Reference(moments.statistics(extractor.mode, extractor.feature), str(path))
+        moments, passed_over = folder_moments(path, extractor, batch_size)
+        return Reference(moments.statistics(extractor.mode, extractor.feature), str(path), passed_over)
     if path is None:
         if extractor.label != "feature-FID":
             raise UserError("FID needs a reference: pass a folder of real images, or an npz with mu and sigma.")
@@ -164,6 +182,8 @@ def frechet_entry(extractor: Extractor, moments: Moments, reference: Reference) 
     for count, what in ((n, "images"), (theirs.n, "reference images")):
         if count is not None and count < FEW_IMAGES:
             warnings.append(f"with {count} {what} (fewer than {FEW_IMAGES}) {extractor.label} is biased upwards")
+    if reference.passed_over:
+        warnings.append(reference.passed_over)
     unsaid = [key for key in ("feature", "mode") if getattr(theirs, key) is None]
     if unsaid:
         names = {"feature": "its network", "mode": "its resize mode"}

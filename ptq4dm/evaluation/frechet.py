@@ -145,7 +145,8 @@ def read_statistics(path: str | os.PathLike) -> Statistics:
     images only (`arr_0`) is refused: its pictures must go through the network as a folder.
 
     Raises:
-        UserError: no such file, truncated, not an npz, no mu and sigma, shapes that do not fit, NaN or infinity.
+        UserError: no such file, truncated, not an npz, no mu and sigma, shapes that do not fit, NaN or infinity, a
+            sigma that is no covariance (not symmetric, or negative in some direction), or an n that is no count.
     """
     try:
         loaded = np.load(path, allow_pickle=False)
@@ -174,8 +175,40 @@ def read_statistics(path: str | os.PathLike) -> Statistics:
         raise UserError(f"{path} holds NaN or infinity.")
     return Statistics(
         torch.from_numpy(mu.astype(np.float64)),
-        torch.from_numpy(sigma.astype(np.float64)),
-        int(arrays["n"]) if "n" in arrays else None,
-        str(arrays["mode"]) if "mode" in arrays else None,
-        str(arrays["feature"]) if "feature" in arrays else None,
+        _covariance(sigma, path),
+        _count(arrays["n"], path) if "n" in arrays else None,
+        _text(arrays["mode"]) if "mode" in arrays else None,
+        _text(arrays["feature"]) if "feature" in arrays else None,
     )
+
+
+def _covariance(sigma: np.ndarray, path) -> Tensor:
+    """[d, d] float64, made symmetric to the last digit. What rounding does in sigma's own dtype is allowed."""
+    rounding = float(np.finfo(sigma.dtype).eps) if sigma.dtype.kind == "f" else 0.0
+    s = torch.from_numpy(sigma.astype(np.float64))
+    if (s - s.T).abs().max() > max(1e-5, 4 * rounding) * s.abs().max():
+        raise UserError(f"{path}: sigma is no covariance, for it is not symmetric; write the whole matrix.")
+    s = (s + s.T) / 2
+    values = torch.linalg.eigvalsh(s)
+    if values[0] < -max(1e-4, len(s) ** 0.5 * rounding) * values.abs().max():
+        raise UserError(
+            f"{path}: sigma is no covariance, for it is negative in some direction (its eigenvalues go from "
+            f"{float(values[0]):.3g} to {float(values[-1]):.3g}); make the statistics anew."
+        )
+    return s
+
+
+def _count(n: np.ndarray, path) -> int:
+    """A number of images, whatever the shape of the array that holds it."""
+    if n.size != 1 or n.dtype.kind not in "fiu" or not np.isfinite(n).all():
+        raise UserError(f"{path}: n must be one number, the count of images; it is {n.dtype} {list(n.shape)}.")
+    count = float(n.reshape(-1)[0])
+    if count < 1 or count != int(count):
+        raise UserError(f"{path}: n must be the count of images, 1 or more; it is {count:g}.")
+    return int(count)
+
+
+def _text(array: np.ndarray) -> str:
+    """A name, whatever the shape of the array that holds it."""
+    value = array.reshape(-1)[0] if array.size == 1 else array
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -39,6 +39,9 @@ def format_report(report: dict) -> str:
             lines.append(f"    {b['from']:>5} to {b['to']:<5} {error:>10}   ({b['rows']} calls)")
     if b := report.get("bytes"):
         lines.append(f"{'bytes of the denoiser':<22} {b['model']:,}" + _against(b))
+    if n := report.get("networks"):
+        names = {kind: ", ".join(some) or "none" for kind, some in n.items()}
+        lines.append(f"    quantized: {names['quantized']}; in full precision: {names['full_precision']}")
     if t := report.get("step_time"):
         ms = f": {t['milliseconds']:.3f} ms" if "milliseconds" in t else ""
         lines.append(f"{'speed of one step':<22} {t['speedup']:.2f}x full precision{ms}")

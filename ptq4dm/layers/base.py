@@ -1,8 +1,9 @@
 """Quantized layers: codes, scales and bias, nothing else.
 
 They subclass nn.Linear and nn.Conv2d so that tools that look for those types (LoRA adapters, offloading) find
-them; `weight` answers with the codes, and no float copy of the weight exists. A format is a pair of classes that add
-`_allocate`, `pack`, `forward`, `dequantized_weight` and `kernel_name` to those here, and a line of registry.py.
+them; `weight` tells the facts of the float weight (weight.py), of which no copy exists. A format is a pair of classes
+that add `_allocate`, `pack`, `forward`, `dequantized_weight` and `kernel_name` to those here, and a line of
+registry.py. `forward`'s argument is called `input`, as in nn.Linear: some models call their layers by keyword.
 """
 
 from __future__ import annotations
@@ -13,23 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+from .weight import QuantizedWeight
+
 
 class QuantizedLayer:
     """What all quantized layers share; a format's classes inherit from this first, then from nn.Linear or nn.Conv2d.
 
     They have `qweight`, the codes; `dequantized_weight()`, float32 and made anew in each call; and `kernel_name()`,
     the kernel that serves the layer where its codes are now. All tensors are nn.Parameters without gradient, so that
-    device maps with offloading move them. `bias` is registered first: a model's `dtype` is that of its first floating
-    parameter.
+    device maps with offloading move them. A model's `dtype` is that of its first floating parameter: so `bias` or,
+    where there is none, `like` is registered before scales and codes.
 
     plan: the choices that the layer was made by, of the class that its format registered.
     kept: names of the floating tensors that keep their dtype whatever the model is converted to.
+    like: [1] zero in the model's dtype, in layers without a bias; else None.
     """
 
     plan: Any
     kept: tuple[str, ...] = ()
     qweight: Tensor
     bias: nn.Parameter | None
+    like: nn.Parameter | None
     training: bool
 
     def __new__(cls, layer: Any = None, *sizes: Any, **options: Any) -> Any:
@@ -48,10 +54,53 @@ class QuantizedLayer:
 
         return super()._apply(careful, recurse)  # type: ignore[misc]  # nn.Module's, which comes after this class
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise UserError(
+                "a quantized layer has codes and no weight that could be set; quantize the changed model."
+            )
+        super().__setattr__(name, value)
+
+    def _allocate_bias(self, layer: nn.Module, bias: bool, device: torch.device | str | None) -> None:
+        """Room for a bias in the dtype of the float layer or, without one, `like`."""
+        outputs, dtype = self.weight_shape[0], (layer.weight if layer.bias is None else layer.bias).dtype
+        self.bias = frozen(outputs, dtype=dtype, device=device) if bias else None
+        self.like = None if bias else nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Files of versions before `like` have none: it is zero anyway."""
+        if self.like is not None and f"{prefix}like" not in state_dict:
+            state_dict[f"{prefix}like"] = torch.zeros_like(self.like)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype of the model around the layer: that of the weight before it was quantized."""
+        first = self.like if self.bias is None else self.bias
+        return torch.get_default_dtype() if first is None else first.dtype
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The float weight's shape."""
+        if isinstance(self, nn.Conv2d):
+            return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return (self.out_features, self.in_features)  # type: ignore[attr-defined]  # nn.Linear's
+
     @property
     def weight(self) -> Tensor:
-        """The codes: float weights are not kept."""
+        """Shape, dtype and device of the float weight; whoever wants values is told where they are (weight.py)."""
+        if torch.compiler.is_compiling():  # a plain tensor; where facts alone are read, it falls out of the graph
+            return self.dequantized_weight().to(self.model_dtype)
+        return QuantizedWeight(self)
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The codes by the name that makes peft ask for `dequantize()` where it needs values: for DoRA."""
         return self.qweight
+
+    def dequantize(self) -> Tensor:
+        """The dequantized weight in the model's dtype."""
+        return self.dequantized_weight().to(self.model_dtype)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight that the codes stand for, made anew in each call."""
@@ -74,11 +123,10 @@ class QuantizedLayer:
         """The kernels in a few words, for reports."""
         return ", ".join(name if rows == "all rows" else f"{name} ({rows})" for rows, name in self.kernels().items())
 
-    def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """A float layer with the dequantized weight, in the bias's dtype or, without one, in `dtype`."""
+    def dequantized(self) -> nn.Module:
+        """A float layer with the dequantized weight, in the model's dtype."""
         layer = self._float_layer()
-        dtype = dtype if self.bias is None else self.bias.dtype
-        layer.weight = nn.Parameter(self.dequantized_weight().to(dtype))
+        layer.weight = nn.Parameter(self.dequantize())
         layer.bias = self.bias
         return layer.train(self.training)
 
@@ -95,8 +143,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.plan = plan
-        self.bias = bias_like(linear, self.out_features, device)
-        self._allocate((self.out_features, self.in_features), device)
+        self._allocate_bias(linear, linear.bias is not None, device)
+        self._allocate(self.weight_shape, device)
 
     def _float_layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -114,8 +162,8 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
             setattr(self, name, getattr(conv, name))
         self.padding, self.padding_mode = numeric_padding(conv), "zeros"
         self.plan = plan
-        self.bias = bias_like(conv, self.out_channels, device)
-        self._allocate((self.out_channels, self.in_channels // self.groups, *self.kernel_size), device)
+        self._allocate_bias(conv, conv.bias is not None, device)
+        self._allocate(self.weight_shape, device)
 
     def _float_layer(self) -> nn.Conv2d:
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
@@ -128,11 +176,6 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
 def frozen(*size: int, dtype: torch.dtype, device: torch.device | str | None) -> nn.Parameter:
     """An empty parameter without gradient."""
     return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
-
-
-def bias_like(layer: nn.Module, outputs: int, device: torch.device | str | None) -> nn.Parameter | None:
-    """Room for the bias of a layer, if it has one."""
-    return None if layer.bias is None else frozen(outputs, dtype=layer.bias.dtype, device=device)
 
 
 def is_quantized(module: nn.Module) -> bool:

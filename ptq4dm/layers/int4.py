@@ -36,14 +36,12 @@ class Int4Layer(QuantizedLayer):
 
     plan: Int4Plan
     kept = ("wscales", "input_scale")
-    weight_shape: tuple[int, ...]
     wscales: Tensor
     wzeros: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
     def _allocate(self, shape: tuple[int, ...], device: torch.device | str | None) -> None:
-        self.weight_shape = shape
         outputs, inputs = shape[0], math.prod(shape[1:])
         scales = 1 if self.plan.group_size is None else inputs // self.plan.group_size
         packed = -(-inputs // PACKED) * PACKED
@@ -78,9 +76,8 @@ class Int4Layer(QuantizedLayer):
             grid.scales = _sixteen_bits(grid.scales)
         return grid
 
-    @property
-    def weight(self) -> Tensor:
-        """The codes, int8, unpacked in each call: tools that put adapters on layers read the shape off it."""
+    def codes(self) -> Tensor:
+        """The codes [N, ...], int8, unpacked in each call."""
         return self._shaped(unpack_int4(self.qweight, PACKED)[:, : math.prod(self.weight_shape[1:])])
 
     def dequantized_weight(self) -> Tensor:
@@ -115,16 +112,16 @@ class Int4Layer(QuantizedLayer):
 class Int4Linear(Int4Layer, QuantizedLinear):
     """y = x W^T + b, W of 4 bits and x of 8: x [..., K] float -> [..., N] in x's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return int4_ops.int4_linear(x, *self.operands)
+    def forward(self, input: Tensor) -> Tensor:
+        return int4_ops.int4_linear(input, *self.operands)
 
 
 class Int4Conv2d(Int4Layer, QuantizedConv2d):
     """Zero-padded convolution with weights of 4 bits: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        return int4_ops.int4_conv2d(x, *self.operands, *geometry)
+        return int4_ops.int4_conv2d(input, *self.operands, *geometry)
 
 
 def _pixel_first(weight: Tensor) -> Tensor:

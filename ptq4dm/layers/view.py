@@ -36,7 +36,7 @@ class LayerView:
 
 
 def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
-    """The layers that can be quantized, in the model's own order.
+    """The layers that can be quantized, in the model's own order; those of an IP-Adapter are not the model's own.
 
     skip: names or shell patterns (`*.to_q`) of modules to leave out, with everything below them.
     """
@@ -49,7 +49,13 @@ def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
     unmatched = [pattern for pattern in skip if not any(view.matches([pattern]) for view in views)]
     if unmatched:
         raise UserError(f"'{unmatched[0]}' in modules_to_not_convert names no layer of the model; see `ptq4dm info`.")
-    return [view for view in views if not view.matches(skip)]
+    return [view for view in views if not (view.matches(skip) or in_ip_adapter(view.name))]
+
+
+def in_ip_adapter(name: str) -> bool:
+    """Whether a module belongs to an IP-Adapter of diffusers, which comes and goes while the model stays."""
+    parts = name.split(".")
+    return "image_projection_layers" in parts or ("processor" in parts and bool({"to_k_ip", "to_v_ip"} & {*parts}))
 
 
 def _zero_padded(conv: nn.Conv2d) -> bool:

@@ -91,15 +91,15 @@ def put_input_grid(module: nn.Module, plan: LayerPlan, device: torch.device | st
 class W8A8Linear(W8A8Layer, QuantizedLinear):
     """y = x W^T + b on 8-bit codes: x [..., K] float -> [..., N] in x's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return from_codes.linear(x, *self.operands)
+    def forward(self, input: Tensor) -> Tensor:
+        return from_codes.linear(input, *self.operands)
 
 
 class W8A8Conv2d(W8A8Layer, QuantizedConv2d):
     """Zero-padded convolution on 8-bit codes: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer.w8a8_conv2d(x, *self.operands, self.stride, self.padding, self.dilation, self.groups)
+    def forward(self, input: Tensor) -> Tensor:
+        return layer.w8a8_conv2d(input, *self.operands, self.stride, self.padding, self.dilation, self.groups)
 
 
 class _Fp8(W8A8Layer):

@@ -1,21 +1,29 @@
-"""Pictures in and out: float tensors, uint8 tensors, PNG files that carry their settings, and grids."""
+"""Pictures out: float tensors, uint8 tensors, PNG files that carry their settings, grids. In: picture_files.py."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import UserError
 from ..files.atomic import replacing
+from .picture_files import list_images, load_images
+
+__all__ = [
+    "METADATA_KEY",
+    "image_grid",
+    "list_images",
+    "load_images",
+    "read_metadata",
+    "save_picture",
+    "save_png",
+    "to_uint8",
+]
 
 METADATA_KEY = "ptq4dm"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -40,7 +48,7 @@ def save_picture(picture: Image.Image, path: str | os.PathLike, text: PngImagePl
     Raises:
         UserError: the file cannot be written.
     """
-    with replacing(path) as temporary:  # its suffix keeps it out of list_images
+    with replacing(path) as temporary:  # its name keeps it out of list_images
         picture.save(temporary, format="PNG", pnginfo=text)
 
 
@@ -70,43 +78,6 @@ def read_metadata(path: str | os.PathLike) -> dict:
         raise UserError(f"{path} carries no ptq4dm metadata: it was not made by ptq4dm generate.") from error
     except (OSError, UnidentifiedImageError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
         raise UserError(f"{path} cannot be read as an image: {error}.") from error
-
-
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All png, jpg, jpeg and webp files under `folder`, sub-folders included, sorted by path.
-
-    Raises:
-        UserError: the folder does not exist, is a file, or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder of images.")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise UserError(f"{folder} holds no images (looked for {', '.join(sorted(SUFFIXES))}).")
-    return paths
-
-
-def load_images(paths: Sequence[str | os.PathLike]) -> torch.Tensor:
-    """Read images of one size as RGB: uint8 [N,3,H,W] on the CPU.
-
-    Raises:
-        UserError: no paths, a file that cannot be read, or a size that differs from the first image's.
-    """
-    if not paths:
-        raise UserError("there are no images to load.")
-    images: list[np.ndarray] = []
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise UserError(f"{path} cannot be read as an image: {error}.") from error
-        if images and pixels.shape != images[0].shape:
-            (h, w, _), (h0, w0, _) = pixels.shape, images[0].shape
-            raise UserError(f"{path} is {w}x{h} but {paths[0]} is {w0}x{h0}; images must share one size.")
-        images.append(pixels)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def image_grid(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:

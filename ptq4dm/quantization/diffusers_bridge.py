@@ -6,6 +6,7 @@ diffusers has no entry point for quantizers of other packages; like sdnq, we add
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -19,9 +20,11 @@ from ..errors import UserError
 from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.registry import empty_quantized, needs_of
+from ..layers.weight import answer_for_weights
 from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
+from .refusals import check_saving, fuse_as_in, refuse_fuse_lora, refuse_fuse_projections
 
 
 class PTQ4DMQuantizer(DiffusersQuantizer):
@@ -31,7 +34,6 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     """
 
     use_keep_in_fp32_modules = True
-    is_serializable = True
     is_trainable = False
     is_compileable = True
     quantization_config: QuantConfig
@@ -39,6 +41,16 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.store: CalibrationStore | None = None
+        self.model: ModelRef | None = None
+        self._on_disk = False
+
+    @property
+    def is_serializable(self) -> bool:
+        """True; diffusers asks before it saves, so what would be lost is refused here (UserError)."""
+        model = None if self.model is None else self.model.of()
+        if model is not None:
+            check_saving(model, self._plan.layers)
+        return True
 
     @property
     def supports_parallel_loading(self) -> bool:
@@ -56,6 +68,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             if config.plan is None:
                 raise UserError("config.json names ptq4dm but holds no plan; save the model again.")
+            fuse_as_in(config.plan.layers, model)
             check_plan(model, config.plan)
             for name, choice in config.plan.layers.items():
                 replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
@@ -72,15 +85,31 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             if plan.transforms or any(needs_of(one) for one in plan.layers.values()):
                 raise _not_while_loading(config)
             self.quantization_config = resolved(config, plan)
-        model.register_to_config(quantization_config=self.quantization_config)
+        _set_entry(model, self.quantization_config)
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        self._on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        if missing_keys:
+        lacking = [key for key in missing_keys if not self._is_made_here(model, key)]
+        if lacking:
             raise UserError(
-                f"the checkpoint lacks {len(missing_keys)} tensors of the model (first '{min(missing_keys)}'); "
+                f"the checkpoint lacks {len(lacking)} tensors of the model (first '{min(lacking)}'); "
                 "it is truncated or of another model: save or download it again."
             )
-        return missing_keys
+        return lacking
+
+    def _is_made_here(self, model: nn.Module, key: str) -> bool:
+        """Files of versions before `like` lack it. Where accelerate looks for it on disk, layers do without."""
+        name, _, tensor = key.rpartition(".")
+        layer = model.get_submodule(name)
+        if tensor != "like" or not is_quantized(layer):
+            return False
+        if self._on_disk:
+            layer.like = None
+        else:
+            layer.put(like=torch.zeros(1, dtype=layer.model_dtype))
+        return True
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, new_param: Tensor) -> None:
         if current_param.shape != new_param.shape:
@@ -117,25 +146,52 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             self.store.raise_foreign()
         layer = empty_quantized(module, self._plan.layers[name], "meta")
         layer.pack(param_value.to(target_device), name)
+        if layer.like is not None:
+            layer.put(like=torch.zeros(1, dtype=param_value.dtype, device=target_device))
         layer.bias = module.bias  # loaded already or still to come
         replace_module(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.store = None
         link_layers(model.get_submodule, self._plan.layers)
+        self.adopt(model)
         return model
+
+    def adopt(self, model: nn.Module) -> None:
+        """Know the model for when it is saved, and answer diffusers' own calls that ask for float weights."""
+        self.model = ModelRef(model)
+        for name, call in OWN_CALLS.items():
+            if hasattr(model, name):
+                setattr(model, name, call)
+        if answer_for_weights not in model._state_dict_hooks.values():
+            model._register_state_dict_hook(answer_for_weights)
+        if "to" not in vars(model):  # accelerate's dispatch puts one of its own there
+            model.to = Conversion(model)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         return torch_dtype or torch.float32
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        dtype = model.dtype
         for name, layer in list(model.named_modules()):
             if is_quantized(layer):
-                replace_module(model, name, layer.dequantized(dtype))
-        entries = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        model._internal_dict = type(model.config)(entries)  # diffusers has no call that takes an entry out
+                replace_module(model, name, layer.dequantized())
+        before = model.config
+        model._internal_dict = type(before)({k: v for k, v in before.items() if k != "quantization_config"})
+        for key, value in vars(before).items():  # diffusers has no call that takes an entry out, and sets attributes
+            if key != "quantization_config":
+                setattr(model.config, key, value)
+        self._leave(model)
         return model
+
+    def _leave(self, model: nn.Module) -> None:
+        """Take back what `adopt` did."""
+        for name in [*OWN_CALLS, "to"]:
+            own = vars(model).get(name)
+            if own is not None and (own is OWN_CALLS.get(name) or isinstance(own, Conversion)):
+                delattr(model, name)
+        hooks = model._state_dict_hooks
+        for number in [number for number, hook in hooks.items() if hook is answer_for_weights]:
+            del hooks[number]
 
 
 def _not_while_loading(config: QuantConfig) -> UserError:
@@ -155,9 +211,54 @@ def mark_quantized(model: nn.Module, config: QuantConfig) -> None:
     if not hasattr(model, "register_to_config"):
         return  # a plain nn.Module: nothing saves it by configuration
     model.hf_quantizer = PTQ4DMQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.adopt(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    model.register_to_config(quantization_config=config)
+    _set_entry(model, config)
+
+
+def _set_entry(model: nn.Module, config: QuantConfig) -> None:
+    """Put the recipe into the model's config. `register_to_config` makes a new config, without the attributes that
+    diffusers sets on the old one (of an IP-Adapter, for one)."""
+    model.config["quantization_config"] = config
+    model.config.quantization_config = config
+
+
+class ModelRef:
+    """A model, without keeping it alive; in a copy of the model it is the copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.of = weakref.ref(model)
+
+    def __deepcopy__(self, memo: dict) -> ModelRef:
+        model = self.of()
+        return type(self)(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.of(),)
+
+
+class Conversion(ModelRef):
+    """`model.to` of a quantized model. diffusers' own refuses any dtype, also the one that the model has: so an
+    IP-Adapter that was just loaded could not be given it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = cast(Any, self.of())
+        dtype = kwargs.get("dtype", next((arg for arg in args if isinstance(arg, torch.dtype)), None))
+        if dtype != model.dtype:
+            return type(model).to(model, *args, **kwargs)
+        model.is_quantized = False
+        try:
+            return type(model).to(model, *args, **kwargs)
+        finally:
+            model.is_quantized = True
+
+
+OWN_CALLS = {
+    "fuse_lora": refuse_fuse_lora,
+    "unfuse_lora": refuse_fuse_lora,
+    "fuse_qkv_projections": refuse_fuse_projections,
+}
 
 
 def quantization_config(model: nn.Module) -> QuantConfig | None:

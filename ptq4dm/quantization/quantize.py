@@ -23,6 +23,7 @@ from .diffusers_bridge import mark_quantized, resolved
 from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
+from .refusals import check_model
 from .report import QuantizationReport, Ratio, stored_bytes
 from .transforming import transformed
 
@@ -125,6 +126,7 @@ def _check_networks(networks: dict[str, nn.Module], config: QuantConfig, store: 
         if any(is_quantized(module) for module in model.modules()):
             which = f"'{name}'" if len(networks) > 1 else "the model"
             raise UserError(f"{which} is quantized already; load it in full precision to quantize it again.")
+        check_model(model, config)
     one = "a plan is" if config.plan is not None else "recorded calls are" if isinstance(store, Calls) else ""
     if one and len(networks) > 1:
         raise UserError(f"{one} of one network, and there are {', '.join(networks)}; name it with component=.")

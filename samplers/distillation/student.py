@@ -14,6 +14,7 @@ from ...errors import UserError
 from ...files.atomic import replacing_folder
 from ...layers.base import is_quantized
 from ...pipelines.denoiser import TIMES, class_count, denoiser, denoiser_name
+from ..configs import refuse_foreign
 from ..one_step import OneStepScheduler, nearest_timestep
 
 RECORD = "distillation.json"  # beside model_index.json: teacher and settings
@@ -56,6 +57,7 @@ def one_step_scheduler(pipe, generator_sigma: float) -> OneStepScheduler:
         raise UserError(
             f"distillation needs a teacher that predicts epsilon; {name} says '{config.get('prediction_type')}'."
         )
+    refuse_foreign(config, "OneStepScheduler", name)
     if config.get("beta_schedule") == "continuous" or not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"distillation needs a teacher with discrete DDPM timesteps; {name} has none here.")
     a = scheduler.alphas_cumprod.double().numpy()

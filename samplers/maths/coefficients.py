@@ -47,6 +47,8 @@ def multistep_weights(
         rho_end: the rho that the last step reaches.
     """
     rho = np.append(rho_of(schedule, times), rho_end)
+    if solver == "log_rho":
+        return log_rho_weights(rho, order)
     table = []
     for i in range(len(times)):
         step = (float(rho[i]), float(rho[i + 1]))
@@ -57,12 +59,35 @@ def multistep_weights(
                 weights = ADAMS_BASHFORTH[k] * (step[1] - step[0])
             elif solver == "rho_ab":
                 weights = _rho_weights(rho[past][::-1], step)
-            elif solver == "log_rho":
-                weights = _log_rho_weights(rho[past][::-1], step)
             else:
                 weights = _t_weights(schedule, times[past][::-1], step)
             table[-1].append(weights)
     return table
+
+
+def log_rho_weights(rho: np.ndarray, order: int) -> list[list[np.ndarray]]:
+    """The table of `multistep_weights` for "log_rho", from rho at the evaluations and at the end, float64 [n + 1]."""
+    return [
+        [
+            _log_rho_weights(rho[i - k : i + 1][::-1], (float(rho[i]), float(rho[i + 1])))
+            for k in range(min(i, order) + 1)
+        ]
+        for i in range(len(rho) - 1)
+    ]
+
+
+def steady(table: list[list[np.ndarray]], most: float) -> list[list[np.ndarray]]:
+    """The table without degrees whose weights cancel: sum |w| above `most` times |sum w|, and all degrees above.
+
+    |sum w| is the length of the step in rho, whatever the degree; sum |w| is what becomes of the errors of a model.
+    """
+    kept = []
+    for row in table:
+        degree = 1
+        while degree < len(row) and np.abs(row[degree]).sum() <= most * abs(row[degree].sum()):
+            degree += 1
+        kept.append(row[:degree])
+    return kept
 
 
 def _lagrange(nodes: np.ndarray, j: int, x: np.ndarray) -> np.ndarray:
@@ -87,6 +112,8 @@ def _rho_weights(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
 def _log_rho_weights(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
     """In u = log(rho / start): the integral of u^k drho is rho sum_m (-1)^(k-m) k!/m! u^m, and 0 at rho = 0."""
     start, end = step
+    if len(nodes) == 1:
+        return np.array([end - start])
     u = np.log(nodes / start)
 
     def power(k: int, rho: float) -> float:

@@ -16,7 +16,8 @@ from .schedule import Schedule, rho_of
 POWERS = {"linear": 1, "quad": 2, "cubic": 3}
 EDM_POWER = 7
 SPACINGS = ("linspace", "leading", "trailing")
-GRIDS = (*POWERS, "log", "edm", "beta", *SPACINGS)
+EVEN_IN_NOISE = ("log", "edm", "beta")
+GRIDS = (*POWERS, *EVEN_IN_NOISE, *SPACINGS)
 
 
 def make_grid(schedule: Schedule, grid: str, num_steps: int, steps_offset: int = 0) -> np.ndarray:

@@ -98,6 +98,14 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return rescale_zero_terminal_snr(torch.from_numpy(betas)).numpy()
 
 
+def ends_in_noise(betas: np.ndarray) -> bool:
+    """Whether the last of betas [N] takes all that was left of the image: zero terminal SNR.
+
+    Small is not zero: the cosine schedule's last beta is 0.999, and models are trained there.
+    """
+    return bool(abs(betas[-1] - 1) < 1e-4)
+
+
 def discrete_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas) -> np.ndarray:
     """float64 [N] betas of a DDPM schedule by diffusers' names."""
     if trained_betas is not None:

@@ -56,8 +56,8 @@ class SignLinear(QuantizedLinear):
     def kernel_name(self) -> str:
         return "reference"
 
-    def forward(self, x):
-        return nn.functional.linear(x, self.dequantized_weight().to(x.dtype), self.bias)
+    def forward(self, input):
+        return nn.functional.linear(input, self.dequantized_weight().to(input.dtype), self.bias)
 
 
 register_format("sign", plan=SignPlan, layers={nn.Linear: SignLinear})

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ...errors import UserError
 from ...kernels.formats.int4 import dequantize_e2m1, pack_int4, quantize_e2m1, unpack_int4
+from ...kernels.w4.gradient import without_gradient
 from ...layers.base import QuantizedLayer, frozen
 from ...layers.registry import register_format
 
@@ -59,7 +60,7 @@ class NVFP4Linear(QuantizedLayer, nn.Linear):
         def new(*size: int, dtype: torch.dtype = torch.float16) -> nn.Parameter:
             return frozen(*size, dtype=dtype, device=device)
 
-        self.bias = None if linear.bias is None else new(outputs, dtype=linear.bias.dtype)
+        self._allocate_bias(linear, linear.bias is not None, device)
         self.qweight = new(outputs, inputs // 2, dtype=torch.uint8)
         self.wscales = new(outputs, inputs // GROUP, dtype=torch.float8_e4m3fn)
         self.outer = new(outputs, dtype=torch.float32)
@@ -81,14 +82,8 @@ class NVFP4Linear(QuantizedLayer, nn.Linear):
         weight = self.residual() * self.outer[:, None] / self.smooth.float()
         return weight if self.down is None else weight + self.up.float() @ self.down.float()
 
-    def forward(self, x: Tensor) -> Tensor:
-        exact = x.float()
-        y = F.linear(round_e2m1(exact / self.smooth.float()), self.residual()) * self.outer
-        if self.down is not None:
-            y = y + F.linear(F.linear(exact, self.down.float()), self.up.float())
-        if self.bias is not None:
-            y = y + self.bias.float()
-        return y.to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        return nvfp4_linear(input, self.residual(), self.outer, self.smooth, self.down, self.up, self.bias)
 
     def pack(self, weight: Tensor, name: str, evidence=None) -> None:
         raise UserError(f"layer '{name}' of the plan was read from a checkpoint: its codes cannot be made anew.")
@@ -101,6 +96,22 @@ class NVFP4Linear(QuantizedLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.plan}"
+
+
+@without_gradient
+def nvfp4_linear(
+    x: Tensor, residual: Tensor, outer: Tensor, smooth: Tensor, down: Tensor | None, up: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The formula above: x [..., K] float, residual [N, K] float32 -> [..., N] in x's dtype. RuntimeError in a
+    backward pass."""
+    exact = x.float()
+    y = F.linear(round_e2m1(exact / smooth.float()), residual) * outer
+    if down is not None and up is not None:
+        y = y + F.linear(F.linear(exact, down.float()), up.float())
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
 
 
 def round_e2m1(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -16,6 +16,8 @@ class SVDQPlan:
     shift: constant added to the input before it is rounded as unsigned; 0 for signed, None until calibration tells.
     rounding: a name in rounding.ROUNDERS; seed: of the random projections in large decompositions.
     search: how alpha and beta are found: "finalists" or "exhaustive" (see group.search).
+    adapters: LoRA adapters that the layer has taken in: name -> [rank, strength]. Nothing that is decided before
+        quantizing: a plan with adapters can be loaded, and not followed.
     """
 
     format: str = "svdq"
@@ -30,9 +32,11 @@ class SVDQPlan:
     refinements: int = 10
     seed: int = 0
     search: str = "finalists"
+    adapters: dict[str, list] = field(default_factory=dict)
 
     simulated = False
 
     def __str__(self) -> str:
         bits = {"int4": "A4", "int8": "A8", "fp8": "A8 (fp8)", "none": "A16"}[self.activation]
-        return f"W4{bits} g{self.group_size}" + (f" r{self.rank}" if self.rank else "")
+        rank = f" r{self.rank}" if self.rank else ""
+        return f"W4{bits} g{self.group_size}{rank}" + "".join(f" +{name}" for name in self.adapters)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...kernels.w4.reference import svdq_linear
-from ...layers.base import QuantizedLayer, frozen
+from ...layers.base import QuantizedLayer
 from ...layers.registry import register_format
 from .plan import SVDQPlan
 from .svdq import SVDQLinear
@@ -52,8 +52,8 @@ class SplitLinear(QuantizedLayer, nn.Linear):
     def __init__(self, linear: nn.Linear, plan: SplitPlan, device=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.plan = linear.in_features, linear.out_features, plan
-        dtype = (linear.weight if linear.bias is None else linear.bias).dtype
-        self.bias = frozen(self.out_features, dtype=dtype, device=device)
+        self._allocate_bias(linear, True, device)
+        self._bias_is_added = linear.bias is None
         for i in range(len(plan.parts)):
             self._adopt(i, SVDQLinear(self._float_part(i), plan.parts[i], device))
 
@@ -80,7 +80,7 @@ class SplitLinear(QuantizedLayer, nn.Linear):
         return tuple(name for name in names if getattr(self, name) is not None)
 
     @property
-    def weight(self) -> Tensor:
+    def qweight(self) -> Tensor:  # type: ignore[override]
         """The codes of the first part."""
         return self.qweight_0
 
@@ -92,9 +92,9 @@ class SplitLinear(QuantizedLayer, nn.Linear):
         part.bias = nn.Parameter(torch.zeros_like(self.bias) if i else self.bias, requires_grad=False)
         return part
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         y, bias = 0, self.bias
-        for i, (piece, choice) in enumerate(zip(x.split(self.plan.inputs, -1), self.plan.parts, strict=True)):
+        for i, (piece, choice) in enumerate(zip(input.split(self.plan.inputs, -1), self.plan.parts, strict=True)):
             tensors = (getattr(self, f"{name}_{i}") for name in TENSORS)
             y, bias = y + svdq_linear(piece, *tensors, bias, choice.activation, choice.shift), None
         return y
@@ -103,9 +103,12 @@ class SplitLinear(QuantizedLayer, nn.Linear):
         """The float32 weight [N, K] that the parts stand for, side by side."""
         return torch.cat([self.part(i).dequantized_weight() for i in range(len(self.plan.parts))], 1)
 
-    def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        layer = super().dequantized(dtype)
-        biases = [self.part(i).dequantized(dtype).bias.float() for i in range(len(self.plan.parts))]
+    def dequantized(self) -> nn.Module:
+        layer = super().dequantized()
+        if self._bias_is_added:
+            layer.bias = None
+            return layer
+        biases = [self.part(i).dequantized().bias.float() for i in range(len(self.plan.parts))]
         layer.bias = nn.Parameter(torch.stack(biases).sum(0).to(self.bias.dtype))
         return layer
 

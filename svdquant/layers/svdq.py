@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...errors import UserError
@@ -44,25 +45,30 @@ class _SVDQLayer(QuantizedLayer):
     smooth   [K]        | 16-bit floats, whatever the model is converted to. Weight-only layers have no smooth, layers
     down     [r, K]     | of rank 0 no down and up; of layers that share an input the first has `down` for all.
     up       [N, r]    /
+    lora_down [q, K], lora_up [N, q]: of fused LoRA adapters, as trained, in the order of plan.adapters; or None
     """
 
     plan: SVDQPlan
 
-    def _allocate(self, outputs: int, inputs: int, plan: SVDQPlan, bias_dtype, device):
+    def _allocate(self, layer: nn.Module, plan: SVDQPlan, device):
         self.plan = plan
+        outputs, inputs = self.weight_shape[:2]
+        # A layer whose inputs are shifted has a bias even where the original has none: it takes the shift back.
+        self._allocate_bias(layer, layer.bias is not None or bool(plan.shift), device)
+        self._bias_is_added = layer.bias is None
 
         def new(*size: int, dtype: torch.dtype = torch.float16) -> nn.Parameter:
             return frozen(*size, dtype=dtype, device=device)
 
-        self.bias = None if bias_dtype is None else new(outputs, dtype=bias_dtype)
         self.qweight = new(outputs, inputs // 2, dtype=torch.uint8)
         self.wscales = new(outputs, inputs // plan.group_size)
         self.smooth = None if plan.activation == "none" else new(inputs)
         self.down = new(plan.rank, inputs) if plan.rank and not plan.lender else None
         self.up = new(outputs, plan.rank) if plan.rank else None
         self._lender = ()
-        self.register_buffer("lora_down", None, persistent=False)
-        self.register_buffer("lora_up", None, persistent=False)
+        fused = sum(rank for rank, _ in plan.adapters.values())
+        self.lora_down = new(fused, inputs) if fused else None
+        self.lora_up = new(outputs, fused) if fused else None
 
     def borrow_from(self, lender: nn.Module) -> None:
         """Use another layer's down projection (in a tuple, so that it does not become a child of this one)."""
@@ -73,11 +79,6 @@ class _SVDQLayer(QuantizedLayer):
             f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
             "precision, then call ptq4dm.quantize with SVDQuantConfig."
         )
-
-    @property
-    def weight(self) -> Tensor:
-        """The codes, int8, unpacked in each call: tools that put adapters on layers read the shape off it."""
-        return self._shaped(unpack_int4(self.qweight, self.plan.group_size))
 
     @property
     def branch(self) -> tuple[Tensor | None, Tensor | None]:
@@ -91,9 +92,12 @@ class _SVDQLayer(QuantizedLayer):
         return self.lora_down if down is None else torch.cat([down, self.lora_down])
 
     def _branch_up(self) -> Tensor | None:
-        if self.lora_down is None:
+        if self.lora_up is None:
             return self.up
-        return self.lora_up if self.up is None else torch.cat([self.up, self.lora_up], 1)
+        parts = self.lora_up.split([rank for rank, _ in self.plan.adapters.values()], 1)
+        strengths = [strength for _, strength in self.plan.adapters.values()]
+        scaled = [part if c == 1 else c * part for part, c in zip(parts, strengths, strict=True)]
+        return torch.cat(scaled if self.up is None else [self.up, *scaled], 1)
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -110,9 +114,11 @@ class _SVDQLayer(QuantizedLayer):
             weight = weight + up.float() @ down.float()
         return self._shaped(weight)
 
-    def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        layer = super().dequantized(dtype)
-        if self.plan.shift:  # the bias makes up for the shift of the inputs, which a float layer does not have
+    def dequantized(self) -> nn.Module:
+        layer = super().dequantized()
+        if self._bias_is_added:
+            layer.bias = None
+        elif self.plan.shift:  # the bias makes up for the shift of the inputs, which a float layer does not have
             weight = dequantize_groups(unpack_int4(self.qweight, self.plan.group_size), self.wscales)
             lifted = self.plan.shift * (weight / self.smooth.float()).sum(1)
             layer.bias = nn.Parameter((self.bias.float() + lifted).to(self.bias.dtype))
@@ -167,11 +173,10 @@ class SVDQLinear(_SVDQLayer, nn.Linear):
     def __init__(self, linear: nn.Linear, plan: SVDQPlan, device=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        bias = _bias_dtype(linear, plan)
-        self._allocate(self.out_features, self.in_features, plan, bias, device)
+        self._allocate(linear, plan, device)
 
-    def forward(self, x: Tensor | Codes) -> Tensor:
-        return self.multiply(x)
+    def forward(self, input: Tensor | Codes) -> Tensor:
+        return self.multiply(input)
 
     def _shaped(self, weight: Tensor) -> Tensor:
         return weight
@@ -191,10 +196,10 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
             setattr(self, name, getattr(conv, name))
         self.padding_mode = "zeros"
-        self._allocate(self.out_channels, self.in_channels, plan, _bias_dtype(conv, plan), device)
+        self._allocate(conv, plan, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.multiply(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _shaped(self, weight: Tensor) -> Tensor:
         return weight[:, :, None, None]
@@ -209,17 +214,17 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
 def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:
     """Another layer's down projection, back from where offloading layer by layer has put it away in the meantime."""
     down = lender.down
-    if down is None or down.device == device:
+    if down is None:
+        return None
+    if "_diffusers_hook" in vars(lender):
+        hook = lender._diffusers_hook.get_hook("group_offloading")
+        if hook is not None and getattr(hook.group, "_is_offloaded_to_disk", False):  # what is in memory is noise
+            with safe_open(hook.group.safetensors_file_path, "pt", device=str(device)) as file:
+                return file.get_tensor(hook.group.tensor_to_key[down])
+    if down.device == device:
         return down
     if down.is_meta:  # accelerate's; the values are in its hook
         hook = lender._hf_hook
         hooks = getattr(hook, "hooks", [hook])
         down = next(one.weights_map["down"] for one in hooks if getattr(one, "weights_map", None) is not None)
     return down.to(device)
-
-
-def _bias_dtype(layer: nn.Module, plan: SVDQPlan) -> torch.dtype | None:
-    """A layer whose inputs are shifted has a bias even where the original has none: it takes the shift back."""
-    if layer.bias is not None:
-        return layer.bias.dtype
-    return layer.weight.dtype if plan.shift else None

@@ -125,7 +125,9 @@ def nvfp4_layer(linear: nn.Linear, plain: Plain) -> NVFP4Linear:
 def _fill(layer: nn.Module, linear: nn.Linear, plain: Plain, **values: Tensor) -> nn.Module:
     device = "cpu" if linear.weight.is_meta else linear.weight.device
     values |= {"wscales": plain.scales, "smooth": plain.smooth, "down": plain.down, "up": plain.up}
-    if layer.bias is not None:
+    if layer.bias is None:
+        values["like"] = torch.zeros(1, dtype=layer.model_dtype)
+    else:
         values["bias"] = plain.bias.to(layer.bias.dtype)
     for name, value in values.items():
         if getattr(layer, name) is not None:

@@ -197,8 +197,8 @@ def test_impossible_numbers_of_steps(steps):
 
 def test_unknown_choices():
     with pytest.raises(UserError, match="unknown timestep_grid 'square'"):
-        DDIMScheduler(timestep_grid="square").set_timesteps(5)
-    scheduler = DDIMScheduler(prediction_type="noise")
-    scheduler.set_timesteps(5)
-    with pytest.raises(UserError, match="unknown prediction_type 'noise'; choose epsilon"):
-        scheduler.step(noise(1, 3), 800, noise(1, 3))
+        DDIMScheduler(timestep_grid="square")
+    with pytest.raises(UserError, match="unknown prediction_type 'noise'; choose from epsilon"):
+        DDIMScheduler(prediction_type="noise")
+    with pytest.raises(UserError, match="unknown beta_schedule 'laplace'; choose from linear"):
+        DDIMScheduler.from_config(diffusers.DDPMScheduler(beta_schedule="laplace").config)

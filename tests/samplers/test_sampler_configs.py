@@ -104,7 +104,7 @@ def test_solver_order_counts_from_one_and_is_read_by_log_rho():
         ({"solver": "log_rho", "solver_order": 0}, "unknown solver_order '0'; choose from 1, 2, 3, 4"),
         ({"solver": "log_rho", "solver_order": 5}, "unknown solver_order '5'"),
         ({"solver": "rho_rk", "rk_method": "5rk"}, "unknown rk_method '5rk'; choose from 1euler, 2heun"),
-        ({"prediction_type": "flow_prediction"}, "unknown prediction_type 'flow_prediction'; choose from epsilon"),
+        ({"prediction_type": "noise"}, "unknown prediction_type 'noise'; choose from epsilon"),
         ({"beta_schedule": "sigmoid"}, "unknown beta_schedule 'sigmoid'; choose linear"),
     ],
 )

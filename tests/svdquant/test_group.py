@@ -50,7 +50,7 @@ def test_the_bias_takes_the_shift_back(bias):
     assert lifted.bias is not None and (lifted.bias - (linear.bias if bias else 0)).abs().max() > 0.01
     exact.plan, lifted.plan = (replace(layer.plan, activation="none") for layer in (exact, lifted))
     assert torch.allclose(lifted(rows), exact(rows), atol=1e-4)
-    float_layer = lifted.dequantized(torch.float32)  # which has neither rounding nor shift
+    float_layer = lifted.dequantized().float()  # which has neither rounding nor shift
     assert torch.allclose(float_layer(rows), exact(rows), atol=1e-4)
     assert torch.allclose(
         output(shifted, split, rows), lifted_int4(lifted, rows) - (linear.bias if bias else 0), atol=1e-4

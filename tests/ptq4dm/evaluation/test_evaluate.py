@@ -70,7 +70,8 @@ def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
         "seed": 0,
         "num_inference_steps": 2,
     }
-    assert set(report) == {"frechet", "bytes", "sampler", "num_inference_steps", "warnings"}
+    assert set(report) == {"frechet", "bytes", "networks", "sampler", "num_inference_steps", "warnings"}
+    assert report["networks"] == {"quantized": [], "full_precision": ["unet"]}
     assert "biased upwards" in report["warnings"][0] and "biased upwards" in format_report(report)
     # Against themselves they are at no distance; folder against folder and against the folder's npz agree.
     other = save_pngs(images.flip(2) * 0.5, tmp_path / "other")
@@ -80,6 +81,10 @@ def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
     by_file = evaluate_images(folder, EvaluateConfig(reference=tmp_path / "other.npz"))["frechet"]
     assert by_file["value"] == pytest.approx(by_folder["value"]) and by_file["value"] > 0.1
     assert read_statistics(tmp_path / "other.npz").n == by_file["reference_images"] == 6
+    (folder / "notes.txt").write_text("x")
+    (other / ".hidden.png").write_text("x")
+    text = format_report(evaluate_images(folder, EvaluateConfig(reference=other)))
+    assert f"{folder}: 1 not pictures by their suffix, passed over" in text and f"{other}: 1 hidden" in text
 
 
 def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):
@@ -128,7 +133,13 @@ def test_half_as_many_bytes_are_counted():
     half.unet.to(torch.float16).to(torch.bfloat16)
     config = EvaluateConfig(**SMALL | {"num_paired": 0, "num_heldout": 0, "timed_steps": 0}, metric="none")
     report = evaluate(half, pipeline(), config)
-    assert report["bytes"]["ratio"] == 2.0 and set(report) == {"bytes", "sampler", "num_inference_steps", "warnings"}
+    assert report["bytes"]["ratio"] == 2.0 and set(report) == {
+        "bytes",
+        "networks",
+        "sampler",
+        "num_inference_steps",
+        "warnings",
+    }
 
 
 def test_nan_in_samples_is_an_error_that_names_the_seeds():

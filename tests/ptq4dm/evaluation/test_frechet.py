@@ -11,7 +11,13 @@ import torch
 from PIL import Image
 
 from ptq4dm import UserError
-from ptq4dm.evaluation.extractors import load_extractor, load_reference_statistics
+from ptq4dm.evaluation.extractors import (
+    Extractor,
+    folder_moments,
+    frechet_entry,
+    load_extractor,
+    load_reference_statistics,
+)
 from ptq4dm.evaluation.frechet import Moments, Statistics, frechet_distance, read_statistics, write_statistics
 from ptq4dm.evaluation.inception import InceptionFeatures, load_inception
 
@@ -153,6 +159,45 @@ def test_unreadable_statistics_files_are_user_errors(tmp_path):
         write_statistics(tmp_path / "no" / "a.npz", Statistics(torch.zeros(1), torch.ones(1, 1)))
 
 
+def test_statistics_that_are_no_covariance_are_refused(tmp_path):
+    mu, sigma = np.zeros(6), np.cov(features(1, d=6).numpy(), rowvar=False)
+    for wrong, message in (
+        (-np.eye(6), "negative in some direction"),
+        (np.diag([1.0, 1, 1, 1, 1, -0.01]), "negative in some direction"),
+        (np.triu(sigma), "not symmetric; write the whole matrix"),
+        (np.arange(36.0).reshape(6, 6), "not symmetric"),
+    ):
+        np.savez(tmp_path / "a.npz", mu=mu, sigma=wrong)
+        with pytest.raises(UserError, match=f"a.npz: sigma is no covariance, for it is {message}"):
+            read_statistics(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", ">f8", "longdouble", "int64"])
+def test_rounding_of_any_dtype_is_allowed(dtype, tmp_path):
+    """Of a singular covariance, too: fewer images than features."""
+    for n in (400, 10):
+        sigma = np.cov(features(1, n=n).numpy(), rowvar=False)
+        sigma = (np.diag([4, 0, 9]) if dtype == "int64" else sigma).astype(dtype)
+        np.savez(tmp_path / "a.npz", mu=np.zeros(len(sigma), dtype), sigma=sigma)
+        back = read_statistics(tmp_path / "a.npz").sigma
+        assert back.dtype == torch.float64 and torch.equal(back, back.T)
+        np.testing.assert_allclose(back, sigma.astype(np.float64), atol=1e-3 * float(abs(sigma).max()))
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))  # one picture many times
+    assert read_statistics(tmp_path / "a.npz").sigma.abs().max() == 0
+
+
+def test_counts_and_names_of_any_shape(tmp_path):
+    common = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    for n in (8, [8], [[8]], np.float32(8), np.array([8], np.uint8)):
+        np.savez(tmp_path / "a.npz", **common, n=n, mode=["clean"], feature=np.array(b"net"))
+        back = read_statistics(tmp_path / "a.npz")
+        assert (back.n, back.mode, back.feature) == (8, "clean", "net") and isinstance(back.n, int)
+    for n in ([8, 9], [], "8", 8.5, 0, -1, float("nan")):
+        np.savez(tmp_path / "a.npz", **common, n=n)
+        with pytest.raises(UserError, match="n must be one number|n must be the count of images"):
+            read_statistics(tmp_path / "a.npz")
+
+
 def test_a_reference_made_another_way_is_refused(tmp_path):
     extractor = load_extractor("feature-fid")
     embedded = load_reference_statistics(extractor, None, 1)
@@ -164,6 +209,30 @@ def test_a_reference_made_another_way_is_refused(tmp_path):
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UserError, match="2048 features"):
         load_reference_statistics(extractor, tmp_path / "inception.npz", 1)
+
+
+def test_a_network_that_resizes_takes_folders_of_mixed_sizes(tmp_path):
+    """Each image by itself, in any batch; what is no picture is counted."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (h, w, 3)).astype(np.uint8) for h, w in [(8, 8), (8, 6), (5, 9), (8, 8), (6, 8)]]
+    for k, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    (tmp_path / "notes.txt").write_text("x")
+
+    def means(images):
+        return images.double().mean((2, 3))
+
+    extractor = Extractor("FID", "means", 3, "each by itself", means, torch.device("cpu"), any_size=True)
+    expected = np.stack([pixels.reshape(-1, 3).mean(0) for pixels in pictures])
+    for batch_size in (1, 3, 5):
+        moments, passed_over = folder_moments(tmp_path, extractor, batch_size)
+        np.testing.assert_allclose(moments.mu, expected.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(moments.sigma, np.cov(expected, rowvar=False), rtol=1e-8)
+        assert moments.count == 5 and passed_over.endswith("1 not pictures by their suffix, passed over")
+    _, warnings = frechet_entry(extractor, moments, load_reference_statistics(extractor, tmp_path, 2))
+    assert any("passed over" in line for line in warnings)
+    with pytest.raises(UserError, match="images must share one size"):
+        folder_moments(tmp_path, load_extractor("feature-fid"), 2)
 
 
 class FlatNetwork(torch.nn.Module):

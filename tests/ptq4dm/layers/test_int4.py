@@ -77,13 +77,15 @@ def test_groups_of_a_convolution_hold_channels_of_one_pixel(choice):
 
 
 def test_four_bits_are_four_bits():
-    """Codes take half a byte, in memory and on disk; scales are all that is beside them."""
+    """Codes take half a byte, in memory and on disk; scales are all that is beside them, and one number
+    that tells the model's dtype where no bias does."""
+    like = 4
     layer = quantized_copy(linear(bias=False), Int4Plan(group_size=64), "layer")
     assert layer.qweight.dtype == torch.uint8 and layer.qweight.shape == (24, 128)
-    assert stored_bytes(layer) == 24 * 128 + 24 * 4 * 2
-    assert stored_bytes(quantized_copy(linear(bias=False), Int4Plan(), "layer")) == 24 * 128 + 24 * 4
+    assert stored_bytes(layer) == 24 * 128 + 24 * 4 * 2 + like
+    assert stored_bytes(quantized_copy(linear(bias=False), Int4Plan(), "layer")) == 24 * 128 + 24 * 4 + like
     odd = quantized_copy(nn.Linear(37, 5, bias=False), Int4Plan(), "layer")  # filled up to 64
-    assert stored_bytes(odd) == 5 * 32 + 5 * 4
+    assert stored_bytes(odd) == 5 * 32 + 5 * 4 + like
 
 
 def test_the_codes_of_rows_are_those_of_eight_bit_containers():
@@ -91,7 +93,7 @@ def test_the_codes_of_rows_are_those_of_eight_bit_containers():
     for layer in (linear(), conv(kernel=1), conv(groups=4), conv(channels=20, stride=2)):
         simulated = quantized_copy(layer, LayerPlan(weight_bits=4), "layer")
         stored = quantized_copy(layer, Int4Plan(), "layer")
-        assert torch.equal(stored.weight, simulated.qweight)
+        assert torch.equal(stored.codes(), simulated.qweight)
         assert torch.equal(stored.wscales[:, 0], simulated.weight_scale)
 
 

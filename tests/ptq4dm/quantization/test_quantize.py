@@ -273,7 +273,7 @@ def test_first_and_last(first_last, bits, options):
             assert name not in plan.layers and type(layer) is nn.Conv2d and layer.weight.is_floating_point()
         else:
             assert plan.layers[name].weight_bits == bits
-            assert layer.weight.abs().max() == 2 ** (bits - 1) - 1
+            assert layer.qweight.abs().max() == 2 ** (bits - 1) - 1
 
 
 def test_modules_to_not_convert(options):

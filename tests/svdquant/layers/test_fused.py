@@ -18,6 +18,7 @@ from ptq4dm.kernels.w4 import layer as svdq_linear
 from ptq4dm.svdquant.layers import fused_blocks as FUSE
 from ptq4dm.svdquant.layers import fused_parts as PARTS
 from ptq4dm.svdquant.layers.svdq import Codes, SVDQLinear
+from ptq4dm.svdquant.lora import stack
 
 CUDA = torch.cuda.is_available()
 QUICK = {"rank": 8, "num_tuples": 2, "smoothing": 0.5, "rounding": "nearest", "refinements": 0}
@@ -186,19 +187,18 @@ def test_fused_lora_adapters(quantized, monkeypatch):
     torch.manual_seed(0)
     for name in ("attn.to_v", "proj_out"):
         layer = model.get_submodule(f"{SINGLE}.{name}")
-        layer.lora_down = torch.randn(4, layer.in_features).half() / layer.in_features**0.5
-        layer.lora_up = torch.randn(layer.out_features, 4).half()
+        down = torch.randn(4, layer.in_features) / layer.in_features**0.5
+        stack(layer, {"style": (down, torch.randn(layer.out_features, 4), 1.0)})
     before = predictions(model, calls)
     assert (before - plain).norm() > 0.1 * plain.norm()
     with fused_here(monkeypatch) as seen:
         answer = predictions(model, calls)
     assert seen.count("svdq_codes") == 4  # those of the double block
     assert (answer - before).norm() < 1e-3 * before.norm()
-    model.get_submodule(f"{SINGLE}.attn.to_v").lora_down = None
+    stack(model.get_submodule(f"{SINGLE}.attn.to_v"), {})
     with fused_here(monkeypatch) as seen:
         answer = predictions(model, calls)
     assert seen.count("svdq_codes") == 6
-    model.get_submodule(f"{SINGLE}.attn.to_v").lora_up = None
     assert (answer - predictions(model, calls)).norm() < 1e-3 * before.norm()
 
 

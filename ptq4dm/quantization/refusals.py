@@ -1,0 +1,126 @@
+"""What cannot be quantized or saved so that it loads again: one sentence each, before any work.
+
+A model that diffusers or a tool changed after it was built (adapters, fused projections) has tensors that a new model
+of its config has not; saved, it could not be loaded again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..errors import UserError
+from ..layers.base import is_quantized
+from ..layers.view import in_ip_adapter
+
+FUSED = re.compile(r"\.(to_qkv|to_kv|to_added_qkv)(?=\.|$)")  # what diffusers' fuse_qkv_projections makes
+
+
+def check_model(model: nn.Module, config: Any = None) -> None:
+    """Raises UserError where a model, or the plan of a recipe, cannot be quantized, saved and loaded again.
+
+    A model with an IP-Adapter can be quantized: the adapter keeps its precision. It cannot be saved (`check_saving`).
+    """
+    kind = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise UserError("the model is compiled; quantize it first and compile it then.")
+    if any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
+        raise UserError(
+            f"{kind} is a model of transformers, which could not load it again as it would be saved; quantize "
+            "networks of diffusers."
+        )
+    _check_adapters(model, "quantize", "load them again afterwards")
+    for module in model.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if any("offload" in hook or "casting" in hook for hook in hooks):
+            raise UserError("the model is offloaded or cast layer by layer; quantize it first and do that then.")
+    if offloaded := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UserError(f"'{offloaded[0]}' is not in memory (offloaded); load the model without offloading.")
+    if foreign := _foreign(model):
+        raise UserError(
+            f"'{foreign}' is not as in a new {kind} of the model's config: saved, it could not be loaded again; "
+            "quantize the model as it was built."
+        )
+    layers = getattr(getattr(config, "plan", None), "layers", {})
+    if fused := next((name for name, one in layers.items() if getattr(one, "adapters", None)), None):
+        raise UserError(
+            f"the plan is of a model with adapters in '{fused}'; take it from one without (unfuse_lora), and fuse "
+            "them when the new model is quantized."
+        )
+
+
+def check_saving(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises UserError where a quantized model would lose something when it is saved. names: its quantized layers."""
+    _check_adapters(
+        model, "save", "load them again afterwards; an SVDQuant model can take them in with ptq4dm.svdquant.fuse_lora"
+    )
+    if any(in_ip_adapter(name) for name, _ in model.named_modules()):
+        raise UserError(
+            "the model holds an IP-Adapter, which diffusers does not load from a model's file; call "
+            "pipe.unload_ip_adapter() before you save, and load_ip_adapter again afterwards."
+        )
+    modules = dict(model.named_modules())
+    if lost := [name for name in names if name not in modules or not is_quantized(modules[name])]:
+        raise UserError(
+            f"layer '{lost[0]}' was quantized and is not any more, so the model could not be loaded again; call "
+            "model.dequantize() and save it in full precision."
+        )
+
+
+def fuse_as_in(names: Iterable[str], fresh: nn.Module) -> None:
+    """Fuse the projections of a new model where the tensors or layers of another one show that its are fused."""
+    known = {name for name, _ in fresh.named_modules()}
+    found = {name[: match.end()] for name in names if (match := FUSED.search(name))}
+    if found - known and hasattr(fresh, "fuse_qkv_projections"):
+        fresh.fuse_qkv_projections()
+
+
+def refuse_fuse_lora(*_: Any, **__: Any) -> NoReturn:
+    """Takes the place of a quantized model's `fuse_lora` and `unfuse_lora`."""
+    raise UserError(
+        "diffusers' fuse_lora adds adapters to float weights, which a quantized model does not have; leave them "
+        "beside the layers (set_adapters weights them), or call ptq4dm.svdquant.fuse_lora on an SVDQuant model."
+    )
+
+
+def refuse_fuse_projections(*_: Any, **__: Any) -> NoReturn:
+    """Takes the place of a quantized model's `fuse_qkv_projections`."""
+    raise UserError(
+        "diffusers' fuse_qkv_projections joins float weights, which a quantized model does not have; ptq4dm.fuse "
+        "makes query, key and value share what they read."
+    )
+
+
+def _check_adapters(model: nn.Module, verb: str, then: str) -> None:
+    wrapped = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if wrapped is not None:
+        raise UserError(
+            f"adapters are on the model (on '{wrapped}', for one); take them off before you {verb} it "
+            f"(pipe.unload_lora_weights(), or model.unload_lora()), and {then}."
+        )
+    if getattr(model, "peft_config", None):
+        raise UserError(f"adapters are on the model; take them off before you {verb} it, and {then}.")
+
+
+def _foreign(model: nn.Module) -> str | None:
+    """The first tensor that is not as in a new model of the same config; None, too, where none can be made."""
+    if not hasattr(model, "register_to_config") or any(in_ip_adapter(name) for name, _ in model.named_modules()):
+        return None  # a plain module, which nothing loads; or an IP-Adapter, which is not saved
+    from accelerate import init_empty_weights
+
+    config = {key: value for key, value in model.config.items() if key != "_use_default_values"}
+    try:
+        with init_empty_weights(include_buffers=False):
+            fresh = type(model).from_config(config)
+            fuse_as_in(model.state_dict(), fresh)
+    except Exception:  # whatever a model's constructor raises: it cannot be loaded in full precision either
+        return None
+    have, expected = model.state_dict(), fresh.state_dict()
+    for name in itertools.chain(have, expected):
+        if name not in have or name not in expected or have[name].shape != expected[name].shape:
+            return name
+    return None

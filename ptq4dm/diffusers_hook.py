@@ -4,6 +4,9 @@ diffusers has no entry points for other libraries. It finds quantizers in two ta
 own names, and the class of a saved scheduler only in a module that has been imported already. So we wait for two of
 its modules: when the one with the tables has run, we put our quantizer into them; when the one that loads pipelines
 has run, we import our pipelines and schedulers.
+
+peft asks a layer under an adapter for `qweight` where it means its weight: codes, for models that cast their inputs
+to `layer.weight.dtype`. When it has run, it asks our layers for `weight`.
 """
 
 from __future__ import annotations
@@ -79,7 +82,19 @@ def _import_saved_classes() -> None:
         import_module(f"{PACKAGE}.{name}")
 
 
+def _ask_for_weight() -> None:
+    adapted = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+    theirs = adapted.weight
+
+    def weight(self):
+        layer = self.get_base_layer()
+        return layer.weight if hasattr(layer, "dequantized_weight") else theirs.__get__(self)
+
+    adapted.weight = property(weight)
+
+
 def install() -> None:
-    """Register with diffusers: now, or when diffusers is imported."""
+    """Register with diffusers and peft: now, or when they are imported."""
     when_imported("diffusers.quantizers.auto", _fill_tables)
     when_imported("diffusers.pipelines.pipeline_utils", _import_saved_classes)
+    when_imported("peft.tuners.tuners_utils", _ask_for_weight)

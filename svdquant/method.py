@@ -92,7 +92,7 @@ class SVDQuantConfig(QuantConfig):
 
     def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, object]:
         """Roles from how the layers are called, and a plan for each: SVDQPlan, or LayerPlan in 8 bits."""
-        roles = BlockRoles(trace(model, views, store.calls[:1]), self.group_size, self.roles)
+        roles = BlockRoles(trace(model, views, store.calls), self.group_size, self.roles)
         roles.check(views)
         four: dict[str, SVDQPlan] = {}
 

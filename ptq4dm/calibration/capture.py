@@ -15,7 +15,7 @@ from ..hooks import hooked, input_of
 from ..layers.base import numeric_padding
 from ..pipelines.denoiser import evaluation_mode
 from .calls import Calls
-from .record import replay
+from .record import answers
 
 MAX_ROWS = 8192  # token rows kept per layer
 
@@ -90,6 +90,8 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
     def of_layer(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = input_of(args, kwargs)
+            if not x.numel():  # an expert that gets no token
+                return
             peak, count = input_peaks(module, x).float(), row_count(module, x)
             got.peaks[name] = torch.maximum(got.peaks[name], peak) if name in got.peaks else peak
             got.lows[name] = min(got.lows.get(name, float("inf")), float(x.min()))
@@ -120,6 +122,6 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
         for batch in batches:
             waiting = {*layers, *modules}
             with suppress(_Enough):
-                replay(model, batch)
+                answers(model, batch)
     got.rows = {name: torch.cat(parts) for name, parts in kept.items() if parts}
     return got

@@ -33,6 +33,8 @@ class InputStatistics:
 
     def update(self, layer: int, bin_index: int, values: Tensor) -> None:
         """Add a tensor of values, of any shape. Raises UserError if one is NaN or infinite."""
+        if not values.numel():  # an expert that gets no token
+            return
         if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
             values = values.permute(0, 2, 3, 1)  # the same values in memory order: no copy
         values = values.detach().reshape(-1).float()

@@ -13,7 +13,7 @@ from ..hooks import hooked, input_of
 from ..pipelines.denoiser import evaluation_mode
 from .calls import Calls
 from .input_statistics import InputStatistics
-from .record import replay
+from .record import answers
 from .store import CalibrationStore, fingerprint
 
 BINS, BATCH = 10, 16  # of calls that somebody recorded
@@ -59,7 +59,7 @@ def update(
             if done < progress:
                 continue
             watch.bin_index = bin_index
-            replay(model, batch)
+            answers(model, batch)
             after(done + 1)
 
 

@@ -47,7 +47,7 @@ def record(target: Any) -> Iterator[Calls]:
 
 
 @torch.no_grad()
-def replay(model: nn.Module, calls: Calls) -> list[Any]:
+def answers(model: nn.Module, calls: Calls) -> list[Any]:
     """Make recorded calls again: what the model gives, call by call; to the bit what it gave, if it is unchanged.
 
     Rows that were recorded from batches are put into one call for each group. Tensors move to the model's device;
@@ -58,7 +58,7 @@ def replay(model: nn.Module, calls: Calls) -> list[Any]:
     ]
 
 
-def predictions(model: nn.Module, calls: Calls) -> Tensor:
+def replay(model: nn.Module, calls: Calls) -> Tensor:
     """[U, ...] float answers of a denoiser to recorded calls, in the order of the units.
 
     The first tensor of an answer is taken, without channels past those of its input (a learned variance). Where the
@@ -69,7 +69,7 @@ def predictions(model: nn.Module, calls: Calls) -> Tensor:
     order = {tuple(place): i for i, place in enumerate(calls.places.tolist())}
     for part in calls.batches(max(1, len(calls))):
         places = [order[tuple(place)] for place in part.places.tolist()]
-        answer = replay(model, part)[0]
+        answer = answers(model, part)[0]
         tensors = tensors_of(answer)
         if part.groups[int(part.places[0, 0])].joined and len(tensors[0]) == len(part):
             rows = list(_without_variance(tensors[0], part))

@@ -1,11 +1,18 @@
-"""`ptq4dm info`: what a model is."""
+"""`ptq4dm info`: what a pipeline is: its layers and their kernels, what is left in full precision and why."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
+from typing import Any
 
-from ..pipelines.denoiser import denoiser
+from torch import nn
+
+from ..layers.base import is_quantized
+from ..layers.view import find_layers, in_ip_adapter
+from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
 from ..quantization.diffusers_bridge import quantization_config
+from ..quantization.recipe import QuantConfig
 from ..quantization.report import kernel_report, stored_bytes
 from .options import QUANTIZED_FIRST, add_model, default_model, load
 
@@ -19,27 +26,110 @@ def run(args) -> None:
     model = default_model(args)
     pipe = load(args, model)
     network = denoiser(pipe)
-    rows = kernel_report(network)
     config = quantization_config(network)
-    chosen = None if config is None else config.summary()
     facts = {
         "model": str(model),
         "pipeline": type(pipe).__name__,
         "denoiser": type(network).__name__,
         "scheduler": type(pipe.scheduler).__name__,
-        "quantization": chosen,
+        "quantization": None if config is None else config.summary(),
         "bytes": stored_bytes(network),
-        "layers": rows,
+        "layers": kernel_report(network),
+        "left": left_layers(network, config),
+        "adapters": adapters_of(network),
+        "networks": other_networks(pipe),
     }
-    if args.json:
-        print(json.dumps(facts, indent=1))
-        return
-    for name in ("model", "pipeline", "denoiser", "scheduler"):
-        print(f"{name:<13} {facts[name]}")
-    options = ", ".join(f"{name} {value}" for name, value in (chosen or {}).items()) or "none"
-    print(f"{'quantization':<13} {options}")
-    print(f"{'bytes':<13} {facts['bytes']:,} in all tensors of the denoiser")
-    print(f"\n{'bytes':>12}  {'format':<24} {'kernel':<13} {'shape':<20} layer")
-    for row in rows:
+    print(json.dumps(facts, indent=1) if args.json else _text(facts))
+
+
+def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:
+    """A row for each module with a weight of two axes or more that is in full precision: layer, kind, bytes, why."""
+    if config is None:
+        return []
+    views = {view.name: view for view in find_layers(network)}
+    rows = []
+    for name, module in network.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim < 2 or is_quantized(module):
+            continue
+        kind = type(module).__name__
+        role = views[name].role if name in views else ""
+        if _is_adapter(name):
+            why = "part of an adapter"
+        elif in_ip_adapter(name):
+            why = "part of an IP-Adapter"
+        elif name not in views:
+            padded = "with this padding " if type(module) is nn.Conv2d else ""
+            why = f"{kind} {padded}is not of a kind that is quantized"
+        elif pattern := _pattern(name, config.modules_to_not_convert):
+            why = f"modules_to_not_convert has '{pattern}'"
+        elif role != "inner":
+            why = f"the model's {role} layer"
+        else:
+            why = f"{config.method} chose no format for it (by its role or shape, or calibration never called it)"
+        rows.append({"layer": name, "kind": kind, "bytes": stored_bytes(module), "why": why})
+    return rows
+
+
+def adapters_of(network: nn.Module) -> dict[str, dict]:
+    """Adapter name -> on how many layers it is, whether it is active there, and in how many it is fused."""
+    found: dict[str, dict] = {}
+    for module in network.modules():
+        beside = list(getattr(module, "lora_A", ())) if hasattr(module, "base_layer") else []
+        fused = list(getattr(getattr(module, "plan", None), "adapters", ()))
+        for adapter in [*beside, *fused]:
+            entry = found.setdefault(adapter, {"layers": 0, "active": False, "fused": 0})
+            entry["fused" if adapter in fused else "layers"] += 1
+            off = adapter in beside and (module.disable_adapters or adapter not in module.active_adapters)
+            entry["active"] |= not off
+    ip = {name.rpartition(".processor")[0] for name, _ in network.named_modules() if in_ip_adapter(name)} - {""}
+    if ip:
+        found["IP-Adapter"] = {"layers": len(ip), "active": True, "fused": 0}
+    return found
+
+
+def other_networks(pipe: Any) -> dict[str, dict]:
+    """Name -> class, bytes and whether it is quantized, of the networks beside the main denoiser."""
+    return {
+        name: {
+            "class": type(network).__name__,
+            "bytes": stored_bytes(network),
+            "quantized": any(is_quantized(module) for module in network.modules()),
+        }
+        for name, network in networks_of(pipe).items()
+        if name != denoiser_name(pipe)
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    lines = [f"{name:<13} {facts[name]}" for name in ("model", "pipeline", "denoiser", "scheduler")]
+    options = ", ".join(f"{name} {value}" for name, value in (facts["quantization"] or {}).items()) or "none"
+    lines.append(f"{'quantization':<13} {options}")
+    lines.append(f"{'bytes':<13} {facts['bytes']:,} in all tensors of the denoiser")
+    for name, one in facts["networks"].items():
+        precision = "quantized" if one["quantized"] else "in full precision"
+        lines.append(f"{name:<13} {one['class']}, {precision}, {one['bytes']:,} bytes")
+    for name, one in facts["adapters"].items():
+        state = "active" if one["active"] else "switched off"
+        where = [f"beside {one['layers']} layers"] if one["layers"] else []
+        where += [f"fused into {one['fused']}"] if one["fused"] else []
+        lines.append(f"{'adapter':<13} {name}, {state}, {' and '.join(where)}")
+    lines.append(f"\n{'bytes':>12}  {'format':<24} {'kernel':<13} {'shape':<20} layer")
+    for row in facts["layers"]:
         shape = "x".join(map(str, row["shape"]))
-        print(f"{row['bytes']:>12,}  {row['format']:<24} {row['kernel']:<13} {shape:<20} {row['layer']}")
+        lines.append(f"{row['bytes']:>12,}  {row['format']:<24} {row['kernel']:<13} {shape:<20} {row['layer']}")
+    if facts["left"]:
+        lines.append(f"\n{'bytes':>12}  in full precision, and why")
+    lines += [f"{row['bytes']:>12,}  {row['layer']}: {row['why']}" for row in facts["left"]]
+    return "\n".join(lines)
+
+
+def _pattern(name: str, patterns: tuple[str, ...]) -> str | None:
+    """The pattern that leaves a layer out: it may name a module around it."""
+    parts = name.split(".")
+    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next((one for one in patterns if any(fnmatch.fnmatch(prefix, one) for prefix in around)), None)
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..calibration.calls import Calls
 from ..calibration.measure import timestep_bins
-from ..calibration.record import predictions
+from ..calibration.record import replay
 from ..errors import UserError
 
 MSE_FLOOR = 1e-12  # 120 dB: what identical pictures are given, so that a mean over pictures stays finite
@@ -79,7 +79,7 @@ class EpsilonError:
 
     def update(self, model: nn.Module, full_precision: nn.Module, calls: Calls) -> None:
         """Give both denoisers the same recorded inputs and add up the difference of their answers."""
-        self.add(calls.time, predictions(model, calls), predictions(full_precision, calls))
+        self.add(calls.time, replay(model, calls), replay(full_precision, calls))
 
     def add(self, time: Tensor, predicted: Tensor, exact: Tensor) -> None:
         """time [B] in [0, 1]; two predictions [B, ...] for the same inputs, any floating dtype and device."""

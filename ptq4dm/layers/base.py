@@ -110,6 +110,10 @@ class QuantizedLayer:
         """The kernel that serves this layer where its codes are now."""
         raise NotImplementedError
 
+    def why_not_fused(self) -> str:
+        """Why fused forward passes (fuse.py) cannot have the layer, as the end of a sentence; "" where they can."""
+        return f"is {self.plan}, for which there are no fused kernels"
+
     def _float_layer(self) -> nn.Module:
         """A float layer of the same shape, without tensors."""
         raise NotImplementedError

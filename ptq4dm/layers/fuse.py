@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
-from ..pipelines.denoiser import model_of
+from ..pipelines.denoiser import denoiser_names
+from .fuse_report import FuseReport, why_left
 from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 
 if TYPE_CHECKING:
@@ -35,28 +36,62 @@ if TYPE_CHECKING:
 LAYERS = (Int8Conv2d, Int8Linear, Fp8Conv2d, Fp8Linear)
 
 
-def fuse(target: DiffusionPipeline | nn.Module) -> list[str]:
-    """Fuse what can be fused in a pipeline's denoiser, or a model, in place. Returns the names of the modules."""
-    fused = []
-    for name, module in model_of(target).named_modules():
-        for plain, kind in FUSED.items():
-            if type(module) is plain and kind.fits(module):
-                module.__class__ = kind
-                fused.append(name)
-        if isinstance(module, Attention) and FusedAttnProcessor.fits(module):
+def fuse(target: DiffusionPipeline | nn.Module) -> FuseReport:
+    """Fuse what can be fused in a pipeline's denoisers, or a model, in place.
+
+    Returns the names of the modules, as a list that also says what was left and why: `print(ptq4dm.fuse(pipe))`.
+    """
+    report = FuseReport()
+    for prefix, model in _models(target).items():
+        fused = len(report)
+        for name, module in model.named_modules():
+            _fuse(module, f"{prefix}{name}", report)
+        if names := report[fused:]:
+            parts = {name: model.get_submodule(name.removeprefix(prefix)).modules() for name in names}
+            first = next(model.parameters(), None)
+            on_kernels = first is not None and _on_kernels(first)
+            report.note(model, [name for name, part in parts.items() if not unhooked(*part)], on_kernels)
+    return report
+
+
+def _models(target: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
+    """What goes before the names of modules -> model: nothing, but where a pipeline has several denoisers."""
+    if isinstance(target, nn.Module):
+        return {"": target}
+    names = denoiser_names(target)
+    return {f"{name}." if len(names) > 1 else "": getattr(target, name) for name in names}
+
+
+def _fuse(module: nn.Module, name: str, report: FuseReport) -> None:
+    plain = type(module)
+    if plain in FUSED:
+        if FUSED[plain].fits(module):
+            module.__class__ = FUSED[plain]
+            report.add(name, plain.__name__)
+        else:
+            report.leave(name, plain.__name__, why_left(module, FUSED[plain].serves))
+    elif plain in FUSED.values():
+        report.leave(name, plain.__mro__[1].__name__, "it is fused already")
+    elif isinstance(module, Attention) and module.group_norm is not None and module.residual_connection:
+        if FusedAttnProcessor.fits(module):
             module.set_processor(FusedAttnProcessor())
-            fused.append(name)
-        if _has_output(module):
+            report.add(name, "Attention")
+        else:
+            report.leave(name, "Attention", _why_attention(module))
+    if _norm_before_output(module):
+        norm, kind = f"{name}.conv_norm_out".lstrip("."), "GroupNorm and SiLU before the output"
+        if _static(module.conv_out):
             module.conv_norm_out.__class__ = GroupNormSiLU
             module.conv_act = nn.Identity()
-            fused.append(f"{name}.conv_norm_out".lstrip("."))
-    return fused
+            report.add(norm, kind)
+        else:
+            report.leave(norm, kind, why_left(module.conv_out, LAYERS))
 
 
 def unfuse(target: DiffusionPipeline | nn.Module) -> None:
     """Take back what `fuse` did."""
     back = {kind: plain for plain, kind in FUSED.items()}
-    for module in model_of(target).modules():
+    for module in (module for model in _models(target).values() for module in model.modules()):
         if type(module) in back:
             module.__class__ = back[type(module)]
         if isinstance(module, Attention) and isinstance(module.processor, FusedAttnProcessor):
@@ -66,6 +101,8 @@ def unfuse(target: DiffusionPipeline | nn.Module) -> None:
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
+    serves = LAYERS
+
     @staticmethod
     def fits(block: ResnetBlock2D) -> bool:
         plain = block.upsample is None and block.downsample is None and block.output_scale_factor == 1.0
@@ -85,6 +122,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
 
 class FusedUpsample2D(Upsample2D):
+    serves = LAYERS
+
     @staticmethod
     def fits(module: Upsample2D) -> bool:
         plain = module.norm is None and not module.use_conv_transpose and module.interpolate
@@ -153,13 +192,22 @@ class FusedAttnProcessor(AttnProcessor2_0):
         return y.view(batch, h, w, channels).permute(0, 3, 1, 2)
 
 
-# plain class -> its fused one, with `fits(module)`: whether what the module is made of allows it
+# plain class -> its fused one, with `fits(module)`: whether what the module is made of allows it, and `serves`: the
+# classes of layers that it is fused around
 FUSED: dict[type, Any] = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D}
 
 
-def _has_output(module: nn.Module) -> bool:
+def _norm_before_output(module: nn.Module) -> bool:
     parts = [type(getattr(module, name, None)) for name in ("conv_norm_out", "conv_act")]
-    return parts == [nn.GroupNorm, nn.SiLU] and _static(getattr(module, "conv_out", None))
+    return parts == [nn.GroupNorm, nn.SiLU] and isinstance(getattr(module, "conv_out", None), nn.Module)
+
+
+def _why_attention(attn: Attention) -> str:
+    if isinstance(attn.processor, FusedAttnProcessor):
+        return "it is fused already"
+    if type(attn.processor) is not AttnProcessor2_0:
+        return f"its processor is {type(attn.processor).__name__}"
+    return why_left(attn, LAYERS)
 
 
 def _static(layer: Any) -> bool:

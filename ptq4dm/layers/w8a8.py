@@ -65,6 +65,11 @@ class W8A8Layer(QuantizedLayer):
         groups = getattr(self, "groups", 1)
         return layer.kernel_name(self.qweight.device, self.plan.activation_bits, groups, self.code)
 
+    def why_not_fused(self) -> str:
+        if not self.plan.static:
+            return "has dynamic inputs: fused kernels take static ones, from a calibration store"
+        return "is a grouped convolution" if getattr(self, "groups", 1) != 1 else ""
+
     @property
     def operands(self) -> tuple:
         """The arguments of the W8A8 ops after x: weight, its scales, bias, the input's grid and its bits."""

@@ -6,7 +6,6 @@ diffusers has no entry point for quantizers of other packages; like sdnq, we add
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -20,11 +19,11 @@ from ..errors import UserError
 from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.registry import empty_quantized, needs_of
-from ..layers.weight import answer_for_weights
+from .own_calls import ModelRef, adopt, release
 from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
-from .refusals import check_saving, fuse_as_in, refuse_fuse_lora, refuse_fuse_projections
+from .refusals import bare, check_saving, fuse_as_in
 
 
 class PTQ4DMQuantizer(DiffusersQuantizer):
@@ -42,7 +41,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.store: CalibrationStore | None = None
         self.model: ModelRef | None = None
-        self._on_disk = False
+        self._on_disk: tuple[str, ...] = ()  # names of modules
 
     @property
     def is_serializable(self) -> bool:
@@ -88,7 +87,8 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         _set_entry(model, self.quantization_config)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        self._on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        places = device_map.items() if isinstance(device_map, dict) else ()
+        self._on_disk = tuple(name for name, device in places if device == "disk")
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         lacking = [key for key in missing_keys if not self._is_made_here(model, key)]
@@ -105,7 +105,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         layer = model.get_submodule(name)
         if tensor != "like" or not is_quantized(layer):
             return False
-        if self._on_disk:
+        if any(f"{key}.".startswith(f"{place}." if place else "") for place in self._on_disk):
             layer.like = None
         else:
             layer.put(like=torch.zeros(1, dtype=layer.model_dtype))
@@ -154,19 +154,12 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.store = None
         link_layers(model.get_submodule, self._plan.layers)
-        self.adopt(model)
+        self.model = ModelRef(model)
+        adopt(model)
         return model
 
-    def adopt(self, model: nn.Module) -> None:
-        """Know the model for when it is saved, and answer diffusers' own calls that ask for float weights."""
-        self.model = ModelRef(model)
-        for name, call in OWN_CALLS.items():
-            if hasattr(model, name):
-                setattr(model, name, call)
-        if answer_for_weights not in model._state_dict_hooks.values():
-            model._register_state_dict_hook(answer_for_weights)
-        if "to" not in vars(model):  # accelerate's dispatch puts one of its own there
-            model.to = Conversion(model)
+    def get_state_dict_and_metadata(self, state_dict: dict, safe_serialization: bool = False) -> tuple[dict, dict]:
+        return {bare(name): tensor for name, tensor in state_dict.items()}, {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         return torch_dtype or torch.float32
@@ -180,18 +173,8 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         for key, value in vars(before).items():  # diffusers has no call that takes an entry out, and sets attributes
             if key != "quantization_config":
                 setattr(model.config, key, value)
-        self._leave(model)
+        release(model)
         return model
-
-    def _leave(self, model: nn.Module) -> None:
-        """Take back what `adopt` did."""
-        for name in [*OWN_CALLS, "to"]:
-            own = vars(model).get(name)
-            if own is not None and (own is OWN_CALLS.get(name) or isinstance(own, Conversion)):
-                delattr(model, name)
-        hooks = model._state_dict_hooks
-        for number in [number for number, hook in hooks.items() if hook is answer_for_weights]:
-            del hooks[number]
 
 
 def _not_while_loading(config: QuantConfig) -> UserError:
@@ -211,7 +194,8 @@ def mark_quantized(model: nn.Module, config: QuantConfig) -> None:
     if not hasattr(model, "register_to_config"):
         return  # a plain nn.Module: nothing saves it by configuration
     model.hf_quantizer = PTQ4DMQuantizer(config, pre_quantized=True)
-    model.hf_quantizer.adopt(model)
+    model.hf_quantizer.model = ModelRef(model)
+    adopt(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     _set_entry(model, config)
@@ -222,43 +206,6 @@ def _set_entry(model: nn.Module, config: QuantConfig) -> None:
     diffusers sets on the old one (of an IP-Adapter, for one)."""
     model.config["quantization_config"] = config
     model.config.quantization_config = config
-
-
-class ModelRef:
-    """A model, without keeping it alive; in a copy of the model it is the copy."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.of = weakref.ref(model)
-
-    def __deepcopy__(self, memo: dict) -> ModelRef:
-        model = self.of()
-        return type(self)(memo.get(id(model), model))
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.of(),)
-
-
-class Conversion(ModelRef):
-    """`model.to` of a quantized model. diffusers' own refuses any dtype, also the one that the model has: so an
-    IP-Adapter that was just loaded could not be given it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = cast(Any, self.of())
-        dtype = kwargs.get("dtype", next((arg for arg in args if isinstance(arg, torch.dtype)), None))
-        if dtype != model.dtype:
-            return type(model).to(model, *args, **kwargs)
-        model.is_quantized = False
-        try:
-            return type(model).to(model, *args, **kwargs)
-        finally:
-            model.is_quantized = True
-
-
-OWN_CALLS = {
-    "fuse_lora": refuse_fuse_lora,
-    "unfuse_lora": refuse_fuse_lora,
-    "fuse_qkv_projections": refuse_fuse_projections,
-}
 
 
 def quantization_config(model: nn.Module) -> QuantConfig | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..calibration.calls import Calls
 from ..calibration.measure import store_of
-from ..calibration.record import replay
+from ..calibration.record import answers
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..hooks import hooked
@@ -166,7 +166,7 @@ def _output_errors(model: nn.Module, layers: dict[str, nn.Module], store: Calibr
     calls = calls[slice(None, None, max(1, len(calls) // ERROR_SAMPLES))]  # of all times
     with evaluation_mode(model), hooked(model, after={name: compare(name) for name in layers}):
         for batch in calls.batches(ERROR_BATCH):
-            replay(model, batch)
+            answers(model, batch)
     return errors
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Container, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -40,11 +40,6 @@ def check_model(model: nn.Module, config: Any = None) -> None:
             raise UserError("the model is offloaded or cast layer by layer; quantize it first and do that then.")
     if offloaded := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise UserError(f"'{offloaded[0]}' is not in memory (offloaded); load the model without offloading.")
-    if foreign := _foreign(model):
-        raise UserError(
-            f"'{foreign}' is not as in a new {kind} of the model's config: saved, it could not be loaded again; "
-            "quantize the model as it was built."
-        )
     layers = getattr(getattr(config, "plan", None), "layers", {})
     if fused := next((name for name, one in layers.items() if getattr(one, "adapters", None)), None):
         raise UserError(
@@ -56,18 +51,26 @@ def check_model(model: nn.Module, config: Any = None) -> None:
 def check_saving(model: nn.Module, names: Iterable[str]) -> None:
     """Raises UserError where a quantized model would lose something when it is saved. names: its quantized layers."""
     _check_adapters(
-        model, "save", "load them again afterwards; an SVDQuant model can take them in with ptq4dm.svdquant.fuse_lora"
+        model,
+        "save",
+        "load them again afterwards; an SVDQuant model can take them in with ptq4dm.svdquant.fuse_lora",
+        allow_empty=True,
     )
     if any(in_ip_adapter(name) for name, _ in model.named_modules()):
         raise UserError(
             "the model holds an IP-Adapter, which diffusers does not load from a model's file; call "
             "pipe.unload_ip_adapter() before you save, and load_ip_adapter again afterwards."
         )
-    modules = dict(model.named_modules())
-    if lost := [name for name in names if name not in modules or not is_quantized(modules[name])]:
+    quantized = {bare(name) for name, module in model.named_modules() if is_quantized(module)}
+    if lost := [name for name in names if name not in quantized]:
         raise UserError(
             f"layer '{lost[0]}' was quantized and is not any more, so the model could not be loaded again; call "
             "model.dequantize() and save it in full precision."
+        )
+    if foreign := _foreign(model):
+        raise UserError(
+            f"'{foreign}' is not as in a new {type(model).__name__} of the model's config, so the model could not be "
+            "loaded again; quantize the model as it was built."
         )
 
 
@@ -79,48 +82,55 @@ def fuse_as_in(names: Iterable[str], fresh: nn.Module) -> None:
         fresh.fuse_qkv_projections()
 
 
-def refuse_fuse_lora(*_: Any, **__: Any) -> NoReturn:
-    """Takes the place of a quantized model's `fuse_lora` and `unfuse_lora`."""
-    raise UserError(
-        "diffusers' fuse_lora adds adapters to float weights, which a quantized model does not have; leave them "
-        "beside the layers (set_adapters weights them), or call ptq4dm.svdquant.fuse_lora on an SVDQuant model."
-    )
-
-
-def refuse_fuse_projections(*_: Any, **__: Any) -> NoReturn:
-    """Takes the place of a quantized model's `fuse_qkv_projections`."""
-    raise UserError(
-        "diffusers' fuse_qkv_projections joins float weights, which a quantized model does not have; ptq4dm.fuse "
-        "makes query, key and value share what they read."
-    )
-
-
-def _check_adapters(model: nn.Module, verb: str, then: str) -> None:
-    wrapped = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
-    if wrapped is not None:
-        raise UserError(
-            f"adapters are on the model (on '{wrapped}', for one); take them off before you {verb} it "
-            f"(pipe.unload_lora_weights(), or model.unload_lora()), and {then}."
-        )
+def _check_adapters(model: nn.Module, verb: str, then: str, allow_empty: bool = False) -> None:
+    """allow_empty: whether layers may still be wrapped after their last adapter was deleted."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and not (allow_empty and not _adapters_of(module)):
+            raise UserError(
+                f"adapters are on the model (on '{name}', for one); take them off before you {verb} it "
+                f"(pipe.unload_lora_weights(), or model.unload_lora()), and {then}."
+            )
     if getattr(model, "peft_config", None):
         raise UserError(f"adapters are on the model; take them off before you {verb} it, and {then}.")
 
 
+def _adapters_of(wrapper: nn.Module) -> set[str]:
+    """The adapters in a wrapper of peft's around a layer."""
+    names = getattr(wrapper, "adapter_layer_names", ())
+    return {adapter for name in names for adapter in getattr(wrapper, name, ())}
+
+
+def bare(name: str) -> str:
+    """The name of a module or a tensor without the wrappers that peft leaves around layers."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
 def _foreign(model: nn.Module) -> str | None:
     """The first tensor that is not as in a new model of the same config; None, too, where none can be made."""
-    if not hasattr(model, "register_to_config") or any(in_ip_adapter(name) for name, _ in model.named_modules()):
-        return None  # a plain module, which nothing loads; or an IP-Adapter, which is not saved
+    if not hasattr(model, "register_to_config"):
+        return None  # a plain module, which nothing loads
     from accelerate import init_empty_weights
 
     config = {key: value for key, value in model.config.items() if key != "_use_default_values"}
     try:
         with init_empty_weights(include_buffers=False):
             fresh = type(model).from_config(config)
-            fuse_as_in(model.state_dict(), fresh)
+            fuse_as_in(map(bare, model.state_dict()), fresh)
     except Exception:  # whatever a model's constructor raises: it cannot be loaded in full precision either
         return None
-    have, expected = model.state_dict(), fresh.state_dict()
+    quantized = {bare(name): module for name, module in model.named_modules() if is_quantized(module)}
+    have, expected = (_shapes(one, quantized) for one in (model, fresh))
+    have |= {f"{name}.weight": tuple(layer.weight_shape) for name, layer in quantized.items()}
     for name in itertools.chain(have, expected):
-        if name not in have or name not in expected or have[name].shape != expected[name].shape:
+        if have.get(name) != expected.get(name):
             return name
     return None
+
+
+def _shapes(model: nn.Module, quantized: Container[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's tensors by name, of the layers that are quantized those of the weights."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in ((bare(name), tensor) for name, tensor in model.state_dict().items())
+        if name.rpartition(".")[0] not in quantized or name.endswith(".weight")
+    }

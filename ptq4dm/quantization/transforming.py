@@ -15,7 +15,7 @@ from torch import nn
 
 from ..calibration.evidence import calibration_batches
 from ..calibration.measure import measured
-from ..calibration.record import replay
+from ..calibration.record import answers
 from ..calibration.store import CalibrationStore, fingerprint
 from ..errors import UserError
 from ..pipelines.denoiser import evaluation_mode
@@ -76,5 +76,5 @@ def _found(model: nn.Module, kind: str, store: CalibrationStore | None) -> list[
         raise UserError(f"the transform '{kind}' looks at what layers are fed; give a calibration store.")
     with watch_peaks(model) as peaks, evaluation_mode(model):
         for batch in calibration_batches(store.recorded(), TUPLES):
-            replay(model, batch)
+            answers(model, batch)
     return transform.find(model, peaks)

@@ -21,7 +21,7 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm.calibration.calls import calls_of_rows
-from ptq4dm.calibration.record import replay
+from ptq4dm.calibration.record import answers
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.errors import run
 from ptq4dm.files.atomic import replacing
@@ -76,10 +76,10 @@ def measure(blocks: tuple[int, int], args) -> dict:
     store = tuples(model, args)
     rows = torch.arange(args.num_tuples).split(8)
     config = ptq4dm.SVDQuantConfig(num_tuples=args.num_tuples)
-    replay(model, store.calls[rows[0]])
+    answers(model, store.calls[rows[0]])
     start = clock(args)
     for part in rows:
-        replay(model, store.calls[part])
+        answers(model, store.calls[part])
     forward = clock(args) - start
     before = stored_bytes(model)
     if args.device.startswith("cuda"):

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from ptq4dm.calibration.calls import Calls
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.sampled import record_calls
 from ptq4dm.evaluation.feature_fid import FeatureFID
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr
@@ -61,7 +61,7 @@ class Paired:
     def predict(self, model) -> torch.Tensor:
         model.eval()
         parts = torch.arange(len(self.calls)).split(self.batch_size)
-        return torch.cat([predictions(model, self.calls[part]).cpu() for part in parts])
+        return torch.cat([replay(model, self.calls[part]).cpu() for part in parts])
 
     def sample(self, model, seeds: Sequence[int], steps: int) -> Iterator[torch.Tensor]:
         """Batches of images [B, 3, H, W] in [0, 1] of the pipeline with another model put in."""

@@ -164,5 +164,6 @@ KINDS = {
     BasicTransformerBlock: FusedBasicTransformerBlock,
 }
 for plain, kind in KINDS.items():
+    kind.serves = (SVDQLinear,)
     kind.__name__ = plain.__name__  # by which diffusers finds blocks to compile and not to split among devices
 FUSED |= KINDS

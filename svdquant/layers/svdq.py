@@ -124,6 +124,11 @@ class _SVDQLayer(QuantizedLayer):
             layer.bias = nn.Parameter((self.bias.float() + lifted).to(self.bias.dtype))
         return layer
 
+    def why_not_fused(self) -> str:
+        if self.plan.activation == "none":
+            return "quantizes its weight alone"
+        return "" if self.plan.group_size == 64 else f"has groups of {self.plan.group_size}: fused kernels take 64"
+
     def kernel_name(self) -> str:
         return self._kernel_name(self.qweight.device)
 

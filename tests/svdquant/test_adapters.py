@@ -16,7 +16,7 @@ import denoisers
 import ptq4dm
 from helpers import arguments
 from ptq4dm import SVDQuantConfig
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.errors import UserError
 from ptq4dm.layers.w8a8 import Int8Conv2d
 from ptq4dm.svdquant.layers.svdq import SVDQConv2d, SVDQLinear
@@ -40,48 +40,48 @@ def adapters(rank, targets):
 def flux():
     """(a quantized model to put adapters on, its calls, its answer to them)"""
     model, store, _ = denoisers.quantized("flux")
-    return copy.deepcopy(model), store.calls, predictions(model, store.calls)
+    return copy.deepcopy(model), store.calls, replay(model, store.calls)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_an_adapter_on_top_and_off_again(kind):
     quantized, store, _ = denoisers.quantized(kind)
-    model, before = copy.deepcopy(quantized), predictions(quantized, store.calls)
+    model, before = copy.deepcopy(quantized), replay(quantized, store.calls)
     torch.manual_seed(0)
     model.add_adapter(adapters(4, TARGETS[kind]))
     wrapped = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     assert len(wrapped) > 3 and all(isinstance(w.base_layer, (SVDQLinear, SVDQConv2d)) for w in wrapped)
-    assert (predictions(model, store.calls) - before).norm() > 0.05 * before.norm()
+    assert (replay(model, store.calls) - before).norm() > 0.05 * before.norm()
     model.disable_adapters()
-    assert torch.equal(predictions(model, store.calls), before)
+    assert torch.equal(replay(model, store.calls), before)
     model.enable_adapters()
-    assert not torch.equal(predictions(model, store.calls), before)
+    assert not torch.equal(replay(model, store.calls), before)
     model.delete_adapters("default")
-    assert torch.equal(predictions(model, store.calls), before)
+    assert torch.equal(replay(model, store.calls), before)
     model.unload_lora()
     assert not any(isinstance(module, peft.tuners.lora.LoraLayer) for module in model.modules())
-    assert torch.equal(predictions(model, store.calls), before)
+    assert torch.equal(replay(model, store.calls), before)
 
 
 def test_models_for_which_diffusers_has_no_adapters():
     """DiT and PixArt: peft itself puts them in."""
     quantized, store, _ = denoisers.quantized("dit")
-    model, before = copy.deepcopy(quantized), predictions(quantized, store.calls)
+    model, before = copy.deepcopy(quantized), replay(quantized, store.calls)
     assert not hasattr(model, "add_adapter")
     torch.manual_seed(0)
     peft.inject_adapter_in_model(adapters(4, ["to_q", "to_v", "net.2"]), model)
     wrapped = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    assert len(wrapped) == 6 and (predictions(model, store.calls) - before).norm() > 0.05 * before.norm()
+    assert len(wrapped) == 6 and (replay(model, store.calls) - before).norm() > 0.05 * before.norm()
     for undo in (lambda w: w.set_scale("default", 0), lambda w: w.enable_adapters(False)):
         for layer in wrapped:
             undo(layer)
-        assert torch.equal(predictions(model, store.calls), before)
+        assert torch.equal(replay(model, store.calls), before)
         for layer in wrapped:
             layer.set_scale("default", 1)
             layer.enable_adapters(True)
     for layer in wrapped:
         layer.delete_adapter("default")
-    assert torch.equal(predictions(model, store.calls), before)
+    assert torch.equal(replay(model, store.calls), before)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -100,11 +100,11 @@ def test_two_adapters_and_their_strengths(flux):
         model.set_adapters(["one", "two"], [one, two])
         expected = layer.base_layer(x) + one * delta("one") + two * delta("two")
         assert torch.allclose(layer(x), expected, atol=1e-4)
-    assert torch.equal(predictions(model, calls), before)  # of strength 0
+    assert torch.equal(replay(model, calls), before)  # of strength 0
     model.set_adapters("two", 1.0)
     assert torch.allclose(layer(x), layer.base_layer(x) + delta("two"), atol=1e-4)
     model.delete_adapters(["one", "two"])
-    assert torch.equal(predictions(model, calls), before)
+    assert torch.equal(replay(model, calls), before)
 
 
 def test_a_lender_with_an_adapter_still_lends(flux):
@@ -123,13 +123,13 @@ def test_adapters_take_part_in_a_16_bit_model(flux, tmp_path):
     model, calls, _ = flux
     model.save_pretrained(tmp_path)
     model = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
-    before = predictions(model, calls)
+    before = replay(model, calls)
     torch.manual_seed(0)
     model.add_adapter(adapters(4, ["to_q", "to_v"]))
-    after = predictions(model, calls)
+    after = replay(model, calls)
     assert after.dtype == torch.bfloat16 and (after - before).norm() > 0.05 * before.norm()
     model.disable_adapters()
-    assert torch.equal(predictions(model, calls), before)
+    assert torch.equal(replay(model, calls), before)
 
 
 # --- adapters trained on the original, loaded through its pipeline -------------------------------------------
@@ -174,26 +174,26 @@ def test_pipelines_load_adapters(kind, pipeline, prefix, targets):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ptq4dm.ranges.clipping.ACTIVATION_STEPS", 6)
         ptq4dm.quantize(model, SVDQuantConfig(**quick), store)
-    exact, before = predictions(original, store.calls), predictions(model, store.calls)
+    exact, before = replay(original, store.calls), replay(model, store.calls)
     tensors = trained(original, targets)
-    moved = predictions(original, store.calls) - exact
+    moved = replay(original, store.calls) - exact
     pipe = pipeline(model)
     pipe.load_lora_weights({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, adapter_name="style")
     assert pipe.get_active_adapters() == ["style"]
-    on_top = predictions(model, store.calls) - before
+    on_top = replay(model, store.calls) - before
     assert (on_top - moved).norm() < 0.75 * moved.norm()  # it does to this model what it does to the original
     if kind == "sdxl":
         kinds = {type(m.base_layer) for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
         assert {SVDQConv2d, Int8Conv2d} < kinds
     pipe.set_adapters("style", 0.0)
-    assert torch.equal(predictions(model, store.calls), before)
+    assert torch.equal(replay(model, store.calls), before)
     pipe.set_adapters("style", 1.0)
     pipe.disable_lora()
-    assert torch.equal(predictions(model, store.calls), before)
+    assert torch.equal(replay(model, store.calls), before)
     with pytest.raises(UserError, match="ptq4dm.svdquant.fuse_lora"):  # codes cannot take it in
         pipe.fuse_lora()
     pipe.unload_lora_weights()
-    assert torch.equal(predictions(model, store.calls), before)
+    assert torch.equal(replay(model, store.calls), before)
 
 
 def test_flux_takes_adapters_by_its_transformer(flux):
@@ -204,8 +204,8 @@ def test_flux_takes_adapters_by_its_transformer(flux):
     pipe = flux_pipeline(model)
     model.load_lora_adapter(tensors, prefix="transformer", adapter_name="style")
     assert pipe.get_active_adapters() == ["style"]
-    assert (predictions(model, calls) - before).norm() > 0.05 * before.norm()
+    assert (replay(model, calls) - before).norm() > 0.05 * before.norm()
     pipe.set_adapters("style", 0.0)
-    assert torch.equal(predictions(model, calls), before)
+    assert torch.equal(replay(model, calls), before)
     pipe.unload_lora_weights()
-    assert torch.equal(predictions(model, calls), before)
+    assert torch.equal(replay(model, calls), before)

@@ -6,7 +6,7 @@ import torch
 import denoisers
 import ptq4dm
 from helpers import distance
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.svdquant.layers.svdq import SVDQLinear
 
 pytestmark = [
@@ -43,7 +43,7 @@ def test_layers_agree_with_the_cpu(activations):
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SVDQLinear)}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, args, y, name=name: seen.update({name: (args[0].cpu(), y.cpu())}))
-    predictions(model, store.calls)
+    replay(model, store.calls)
     model.cpu()
     assert len(seen) == len(layers) > 8
     limits = {
@@ -64,10 +64,10 @@ def test_models_agree_with_the_cpu(activations):
     such a step: that alone makes 0.028 here (int8: 0.003, fp8: 0.008), of 0.045 that quantizing costs.
     """
     model, store = quantized("dit", activations=activations)
-    there = predictions(model, store.calls).cpu()
-    here = predictions(model.cpu(), store.calls)
+    there = replay(model, store.calls).cpu()
+    here = replay(model.cpu(), store.calls)
     for layer in model.modules():
         if isinstance(layer, SVDQLinear):
             layer.register_forward_pre_hook(lambda _, args: (halved(args[0]),))
-    rounded = distance(predictions(model, store.calls), here)
+    rounded = distance(replay(model, store.calls), here)
     assert distance(there, here) < max(0.02, 1.5 * rounded)

@@ -13,7 +13,7 @@ import ptq4dm
 from helpers import same
 from ptq4dm import Plan, RTNConfig, SVDQuantConfig, UserError
 from ptq4dm.calibration.evidence import Evidence, calibration_batches
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import fingerprint
 from ptq4dm.layers.registry import Problem
 from ptq4dm.layers.view import find_layers
@@ -217,13 +217,13 @@ def test_smoothing_by_hand(flux, recipe):
 
 
 def test_wider_activations_are_better(flux):
-    exact, errors = predictions(*(flux[0], flux[1].calls)), {}
+    exact, errors = replay(*(flux[0], flux[1].calls)), {}
     for activations in ("int4", "fp8", "int8"):
         model = copy.deepcopy(flux[0])
         ptq4dm.quantize(model, replace(QUICK, activations=activations, rank=16), flux[1])
         choice = plan_of(model).layers[SHIFTED]
         assert choice.activation == activations and choice.shift == 0
-        errors[activations] = (predictions(model, flux[1].calls) - exact).norm() / exact.norm()
+        errors[activations] = (replay(model, flux[1].calls) - exact).norm() / exact.norm()
     assert 0.1 < errors["int8"] < errors["fp8"] < 0.95 * errors["int4"] < 0.25
 
 
@@ -245,7 +245,7 @@ def test_roles_by_hand(flux, monkeypatch):
     assert str(plan.layers[EMBEDDED]) == "W8A8 dynamic" and str(plan.layers[SHIFTED]) == "W8A8 static"
     assert isinstance(model.get_submodule(EMBEDDED), Int8Linear)
     assert "x_embedder" not in plan.layers
-    assert predictions(model, store.calls).isfinite().all()
+    assert replay(model, store.calls).isfinite().all()
 
 
 def test_the_first_pattern_that_fits_counts(flux):
@@ -264,14 +264,14 @@ def test_layers_with_one_input_but_in_another_order_of_calls(flux):
 
 def test_more_ranks_than_a_layer_has(tmp_path):
     model, store = denoisers.pair("dit")
-    exact = predictions(model, store.calls)
+    exact = replay(model, store.calls)
     ptq4dm.quantize(model, replace(QUICK, rank=100, roles={"*norm1*": "keep"}), store)
     assert {c.rank for c in plan_of(model).layers.values() if getattr(c, "activation", "") == "int4"} == {64}
-    error = (predictions(model, store.calls) - exact).norm() / exact.norm()
+    error = (replay(model, store.calls) - exact).norm() / exact.norm()
     assert error < 2e-3  # the branch is the weight
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
-    assert torch.equal(predictions(again, store.calls), predictions(model, store.calls))
+    assert torch.equal(replay(again, store.calls), replay(model, store.calls))
 
 
 # --- what it refuses ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import denoisers
 import ptq4dm
 from helpers import arguments
 from ptq4dm import SVDQuantConfig
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import fingerprint
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.view import find_layers
@@ -69,7 +69,7 @@ class Case:
         self.exact, self.output = self.run(self.original), self.run(self.model)
 
     def run(self, model):
-        return predictions(model, self.store.calls)
+        return replay(model, self.store.calls)
 
     def error(self, output):
         return float((output - self.exact).norm() / self.exact.norm())
@@ -138,7 +138,7 @@ def test_bytes_are_counted(case):
         layer, plan = case.model.get_submodule(name), case.plan.layers[name]
         if isinstance(layer, SVDQLinear) and plan.activation == "int4":
             n, k = layer.out_features, layer.in_features
-            bias = 0 if layer.bias is None else 4 * n
+            bias = 4 if layer.bias is None else 4 * n  # one number tells the model's dtype where no bias does
             down = 0 if plan.lender else 2 * 8 * k
             assert size == n * k // 2 + 2 * n * k // 64 + 2 * k + down + 2 * 8 * n + bias
     assert sum(rows.values()) == sum(stored_bytes(m) for m in case.model.modules() if is_quantized(m))
@@ -166,7 +166,7 @@ def test_sharded(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     again = type(model).from_pretrained(tmp_path)
-    assert torch.equal(predictions(again, store.calls), predictions(model, store.calls))
+    assert torch.equal(replay(again, store.calls), replay(model, store.calls))
     attn = again.single_transformer_blocks[0].attn  # its lender may be in another file
     assert attn.to_v.branch[0] is again.single_transformer_blocks[0].proj_mlp.down is not None
 
@@ -180,7 +180,7 @@ def test_mixed_formats(tmp_path):
         "time_embedding.linear_1": "int8",
         "add_embedding.linear_1": "int8",
     }
-    exact = predictions(model, store.calls)
+    exact = replay(model, store.calls)
     report = ptq4dm.quantize(model, SVDQuantConfig(**QUICK, roles={**roles, "*": "w4"}), store)
     plan = quantization_config(model).plan
     assert len(report.layers) == len(plan.layers) == len(find_layers(denoisers.pair("sdxl")[0])) > 50
@@ -190,33 +190,33 @@ def test_mixed_formats(tmp_path):
         assert isinstance(layer, (Int8Conv2d, Int8Linear) if eight else SVDQLinear), name
         assert plan.layers[name].format == ("int8" if eight else "svdq")
     assert sum(plan.layers[name].format == "int8" for name in plan.layers) > 10
-    output = predictions(model, store.calls)
+    output = replay(model, store.calls)
     assert (output - exact).norm() < 0.5 * exact.norm()
     model.save_pretrained(tmp_path)
-    assert torch.equal(predictions(type(model).from_pretrained(tmp_path), store.calls), output)
+    assert torch.equal(replay(type(model).from_pretrained(tmp_path), store.calls), output)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_models(tmp_path, dtype):
     model, store = denoisers.pair("sd3")
-    wide, exact = denoisers.pair("sd3")[0], predictions(model, store.calls)
+    wide, exact = denoisers.pair("sd3")[0], replay(model, store.calls)
     ptq4dm.quantize(wide, SVDQuantConfig(**QUICK), store)
-    error = (predictions(wide, store.calls) - exact).norm()
+    error = (replay(wide, store.calls) - exact).norm()
     model.to(dtype)
     store = replace(store, fingerprint=fingerprint(model))  # its weights are rounded
     report = ptq4dm.quantize(model, SVDQuantConfig(**QUICK), store)
     layer = model.transformer_blocks[0].attn.to_q
     assert {t.dtype for t in (layer.bias, layer.wscales, layer.smooth, layer.down, layer.up)} == {dtype}
-    output = predictions(model, store.calls)
+    output = replay(model, store.calls)
     assert output.dtype == dtype and (output - exact).norm() < 1.2 * error < 0.25 * exact.norm()
     assert all(row["sqnr"] > 8 for row in report.layers)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=dtype)
-    assert again.dtype == dtype and torch.equal(predictions(again, store.calls), output)
+    assert again.dtype == dtype and torch.equal(replay(again, store.calls), output)
     other = type(model).from_pretrained(tmp_path, dtype=torch.float32)  # codes, scales and branch stay as stored
     layer = other.transformer_blocks[0].attn.to_q
     assert layer.bias.dtype == torch.float32 and layer.wscales.dtype == layer.down.dtype == dtype
-    assert (predictions(other, store.calls) - output).norm() < 0.1 * output.norm()
+    assert (replay(other, store.calls) - output).norm() < 0.1 * output.norm()
 
 
 def test_positions_that_come_as_a_tuple_are_recorded():

@@ -29,7 +29,7 @@ from ptq4dm.calibration.clock import Span
 from ptq4dm.calibration.collect import CalibrationConfig, collect, draw_timesteps
 from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.measure import timestep_bins
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
 from ptq4dm.methods.rtn import RTNConfig
@@ -249,7 +249,7 @@ def test_conditioning_and_float_times_go_through_the_disk(tmp_path):
         names = {"encoder_hidden_states", "added_cond_kwargs", "encoder_attention_mask", "return_dict"}
         assert given.keys() == names and given["encoder_attention_mask"] is None and given["return_dict"] is False
         assert given["added_cond_kwargs"]["time_ids"].dtype == torch.int64 and t.dtype == torch.float32
-        output = predictions(pipe.unet, calls)
+        output = replay(pipe.unet, calls)
         for seed, (args, kwargs, answer) in enumerate(sampled):  # seed k leaves at step k
             for row, copy in ((2 * seed, seed), (2 * seed + 1, 3 + seed)):
                 assert torch.equal(x[row], args[0][copy]) and t[row] == args[1]
@@ -329,8 +329,8 @@ def interrupt_at(monkeypatch, module, name, count, error=KeyboardInterrupt):
         (COLLECT, "record_components", 4, 2, 5),
         (COLLECT, "save_calls", 2, 4, 5),
         (FILES, "save_file", 3, 3, 5),
-        (MEASURE, "replay", 1, 0, 5),
-        (MEASURE, "replay", 4, 0, 3),
+        (MEASURE, "answers", 1, 0, 5),
+        (MEASURE, "answers", 4, 0, 3),
         (COLLECT, "save_statistics", 2, 0, 3),
     ],
 )
@@ -347,7 +347,7 @@ def test_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, module, 
     with pytest.raises(UserError, match="no store.json" if nothing else "not finished.*run the same"):
         CalibrationStore.load(tmp_path / "store")
     with monkeypatch.context() as patch:
-        steps = ((COLLECT, "record_components"), (MEASURE, "replay"))
+        steps = ((COLLECT, "record_components"), (MEASURE, "answers"))
         again = [interrupt_at(patch, module, step, 0) for module, step in steps]
         collect(pipe, CONFIG, tmp_path / "store")
     assert [len(calls) for calls in again] == [recorded, measured]
@@ -359,7 +359,7 @@ def test_shared_arguments_outlive_an_interruption(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, num_samples=3)
     collect(flow_pipe(), config, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, MEASURE, "replay", 1)
+        interrupt_at(patch, MEASURE, "answers", 1)
         with pytest.raises(KeyboardInterrupt):
             collect(flow_pipe(), config, tmp_path / "store", **options)
     store = collect(flow_pipe(), config, tmp_path / "store", **options)
@@ -369,7 +369,7 @@ def test_shared_arguments_outlive_an_interruption(tmp_path, monkeypatch):
 
 def test_a_finished_store_is_only_loaded(whole, copy, monkeypatch):
     monkeypatch.setattr(COLLECT, "record_components", None)
-    monkeypatch.setattr(MEASURE, "replay", None)
+    monkeypatch.setattr(MEASURE, "answers", None)
     store = collect(tiny_pipe(), CONFIG, copy)
     assert len(store.calls) == 9 and files(copy) == whole[1]
 

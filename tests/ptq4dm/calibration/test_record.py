@@ -23,7 +23,7 @@ import ptq4dm
 from models import added_unet, pixel_dit, plain_unet
 from ptq4dm.calibration.call_files import load_calls, save_calls
 from ptq4dm.calibration.calls import Calls, calls_of_rows
-from ptq4dm.calibration.record import predictions, replay
+from ptq4dm.calibration.record import answers, replay
 from ptq4dm.calibration.sampled import look, record_calls, request_of
 from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized
@@ -115,7 +115,7 @@ def test_pairs_are_those_of_an_independent_ddim_loop():
     assert sorted(t for _, t in rows.values()) == [0, 400, 600, 800]
     assert len(calls) == 4 and torch.equal(calls.time, calls.timestep / 1000)
     assert calls.call().args[1].dtype == torch.int64
-    output = predictions(pipe.unet, calls)
+    output = replay(pipe.unet, calls)
     for k, seed in enumerate(seeds):
         row, t = rows[seed]
         assert calls.timestep[row] == t
@@ -131,7 +131,7 @@ def test_pixel_dit_labels_follow_their_seeds():
     calls = record_calls(pipe, seeds, asked, num_inference_steps=5)
     labels = torch.tensor([3, 2, 5])  # seed mod 10 classes
     states, answers = ddim(tiny_dit(), DDIMScheduler(), noise(seeds, 3, 8, 8), 5, class_labels=labels)
-    output = predictions(pipe.transformer, calls)
+    output = replay(pipe.transformer, calls)
     for k, seed in enumerate(seeds):
         row, t = rows_by_seed(calls, seeds, asked, list(states))[seed]
         assert (calls.timestep[row], argument(calls, "class_labels")[row]) == (t, labels[k])
@@ -157,7 +157,7 @@ def test_guidance_gives_two_rows_a_seed():
     assert torch.equal(sample_of(calls), torch.cat([first[0][[2, 5]], last[0][[0, 1, 3, 4]]]))
     expected = torch.cat([first[2][[2, 5]], last[2][[0, 1, 3, 4]]])[:, :4]  # without the learned variance
     del transformer.forward  # no longer watched
-    output = predictions(transformer, calls)
+    output = replay(transformer, calls)
     assert output.shape == sample_of(calls).shape
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
     assert not torch.allclose(output[2:4], output[4:])  # the label matters
@@ -257,7 +257,7 @@ def test_guidance_by_two_calls_and_dict_arguments():
     more = {"text_embeds": torch.zeros(1, 8).double(), "time_ids": torch.arange(6, 12)[None]}
     with torch.no_grad():
         direct = pipe.unet(sample_of(one), 500, encoder_hidden_states=0 * embeds[:1], added_cond_kwargs=more).sample
-    torch.testing.assert_close(predictions(pipe.unet, one), direct, rtol=0, atol=1e-12)
+    torch.testing.assert_close(replay(pipe.unet, one), direct, rtol=0, atol=1e-12)
 
 
 class WithIds(torch.nn.Module):
@@ -294,8 +294,8 @@ def test_arguments_that_all_rows_share():
     x, ids, t = calls.call().args
     assert torch.equal(ids, torch.arange(5.0) / 10) and calls.call().kwargs == {"gain": 2.0, "mode": "train"}
     expected = x * 2 + t[:, None, None, None]
-    torch.testing.assert_close(predictions(pipe.transformer, calls), expected)
-    torch.testing.assert_close(predictions(pipe.transformer, calls[1:]), expected[1:])
+    torch.testing.assert_close(replay(pipe.transformer, calls), expected)
+    torch.testing.assert_close(replay(pipe.transformer, calls[1:]), expected[1:])
 
 
 class OneByOne(DDPMPipeline):
@@ -417,8 +417,8 @@ def test_tuples_and_lists_of_tensors():
     assert isinstance(given["extra"]["text"], list) and isinstance(given["rotary"], tuple)
     assert given["shapes"] == [(1, 2, 3)] and pooled.shape == (3, 2) and words.shape == (1, 4)
     expected = x * 21 + 6 + pooled.sum(1)[:, None] + 4 + 3 + given["timesteps"][:, None]
-    torch.testing.assert_close(predictions(pipe.transformer, calls), expected)
-    torch.testing.assert_close(predictions(pipe.transformer, calls[1:]), expected[1:])
+    torch.testing.assert_close(replay(pipe.transformer, calls), expected)
+    torch.testing.assert_close(replay(pipe.transformer, calls[1:]), expected[1:])
 
 
 def test_lists_of_samples_and_models_without_a_time():
@@ -437,7 +437,7 @@ def test_lists_of_samples_and_models_without_a_time():
     assert calls.timestep.tolist() == [0.75, 0.0] and all(
         isinstance(one.call().args[0], list) for one in calls.batches(9)
     )
-    assert torch.equal(predictions(pipe.transformer, calls)[0], calls[0].call().args[0][0] + 0.75)
+    assert torch.equal(replay(pipe.transformer, calls)[0], calls[0].call().args[0][0] + 0.75)
 
     class Timeless(Odd):
         def forward(self, hidden_states, return_dict=True):
@@ -466,11 +466,11 @@ def test_record_keeps_whole_calls_of_any_module(tmp_path):
             seen.append(model(torch.randn(2, 4, 8, 8).double(), t, embeds, added_cond_kwargs=more))
     model(torch.randn(1, 4, 8, 8).double(), 3, embeds[:1], added_cond_kwargs={k: v[:1] for k, v in more.items()})
     assert len(calls) == 2 and calls.timestep.tolist() == [900, 500] and calls.time.tolist() == [0.9, 0.5]
-    for answer, expected in zip(replay(model, calls), seen, strict=True):
+    for answer, expected in zip(answers(model, calls), seen, strict=True):
         assert type(answer) is type(expected) and torch.equal(answer.sample, expected.sample)
     save_calls(tmp_path / "a.safetensors", {"": calls})
     again = load_calls(tmp_path / "a.safetensors")[""]
-    assert all(torch.equal(a.sample, b.sample) for a, b in zip(replay(model, again), seen, strict=True))
+    assert all(torch.equal(a.sample, b.sample) for a, b in zip(answers(model, again), seen, strict=True))
     report = ptq4dm.quantize(model.float(), ptq4dm.PTQ4DMConfig(), again)
     assert {row["basis"] for row in report.layers} == {"output"} and report.layers[0]["sqnr"] > 15
 
@@ -497,9 +497,9 @@ def test_recorded_tensors_are_copies():
     with ptq4dm.record(model) as calls:
         model(x)
     x += 1
-    (one,) = replay(model, calls)
+    (one,) = answers(model, calls)
     one += 1
-    assert torch.equal(replay(model, calls)[0], torch.zeros(2))
+    assert torch.equal(answers(model, calls)[0], torch.zeros(2))
 
 
 def test_quantize_without_any_recorded_call():

@@ -18,7 +18,7 @@ import models
 import ptq4dm
 from ptq4dm import UserError
 from ptq4dm.calibration.calls import calls_of_rows
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.sampled import record_calls
 from ptq4dm.evaluation.compare import heldout_timesteps
 from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
@@ -99,7 +99,7 @@ def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):
     timesteps = heldout_timesteps(6, 1000)
     assert timesteps == sorted(timesteps, reverse=True) and sum(t < 500 for t in timesteps) == 3
     calls = record_calls(original, range(10**6, 10**6 + 6), timesteps, num_inference_steps=2)
-    e_q, e_fp = (predictions(p.unet, calls) for p in (pipe, original))
+    e_q, e_fp = (replay(p.unet, calls) for p in (pipe, original))
     ratio = float((e_q - e_fp).square().sum() / e_fp.square().sum())
     epsilon = report["epsilon_error"]
     assert epsilon["overall"] == pytest.approx(ratio, rel=1e-4) and 0 < ratio < 2

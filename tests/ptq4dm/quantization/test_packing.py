@@ -12,7 +12,7 @@ import denoisers
 import ptq4dm
 from ptq4dm import Plan, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.calibration.evidence import Evidence, calibration_batches
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.quantization import packing
 from ptq4dm.quantization.components import component_of, load_plans, quantized_plans
@@ -164,7 +164,7 @@ def test_an_interrupted_quantization_goes_on_from_its_checkpoint(dit, config, tm
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
     assert ptq4dm.quantization_config(model).plan == ptq4dm.quantization_config(whole).plan
     x = store.calls[:1]
-    assert torch.equal(predictions(model, x), predictions(whole, x))  # lent branches are tied again
+    assert torch.equal(replay(model, x), replay(whole, x))  # lent branches are tied again
 
 
 def test_a_checkpoint_of_another_quantization_is_refused(dit, tmp_path):

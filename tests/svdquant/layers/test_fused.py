@@ -11,7 +11,7 @@ from torch import nn
 import denoisers
 import ptq4dm
 from ptq4dm import SVDQuantConfig
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.kernels.w4 import from_codes as svdq_codes
 from ptq4dm.kernels.w4 import layer as svdq_linear
@@ -84,15 +84,15 @@ CASES = [("flux", "fp8", False), ("flux", "int8", True), ("flux", "int4", False)
 def test_fused_answers_are_the_unfused_ones(kind, form, qkv, quantized, monkeypatch):
     model, calls = quantized(kind, qkv, activations=form)
     exact, before, keys = (
-        predictions(denoisers.pair(kind)[0], calls),
-        predictions(model, calls),
+        replay(denoisers.pair(kind)[0], calls),
+        replay(model, calls),
         list(model.state_dict()),
     )
     assert set(ptq4dm.fuse(model)) == NAMES[kind] and ptq4dm.fuse(model) == []
     assert list(model.state_dict()) == keys
-    assert torch.equal(predictions(model, calls), before)  # on a CPU nothing changes
+    assert torch.equal(replay(model, calls), before)  # on a CPU nothing changes
     with fused_here(monkeypatch) as seen:
-        answer = predictions(model, calls)
+        answer = replay(model, calls)
     layers = 1 if qkv else 3
     codes, products = {"flux": (4 + 2, 2 * layers + 2 + layers + 2), "dit": (2 * 2, 2 * (3 + 1))}[kind]
     assert (seen.count("svdq_codes"), seen.count("svdq_product")) == (codes, products)
@@ -100,7 +100,7 @@ def test_fused_answers_are_the_unfused_ones(kind, form, qkv, quantized, monkeypa
     assert cost(answer, before, exact) < (0.05 if form == "int4" else 0.01)
     ptq4dm.unfuse(model)
     with fused_here(monkeypatch) as seen:
-        assert torch.equal(predictions(model, calls), before) and not seen
+        assert torch.equal(replay(model, calls), before) and not seen
     assert not any(type(module) in FUSE.KINDS.values() for module in model.modules())
 
 
@@ -112,10 +112,10 @@ def test_layers_of_their_own_smoothing_get_their_own_codes(quantized, monkeypatc
     query.down, query._lender = mlp.down, ()
     for layer in (block.attn.to_k, block.attn.to_v):
         layer._lender = (query,)
-    before = predictions(model, calls)
+    before = replay(model, calls)
     ptq4dm.fuse(model)
     with fused_here(monkeypatch) as seen:
-        answer = predictions(model, calls)
+        answer = replay(model, calls)
     assert seen.count("svdq_codes") == 4 + 3
     assert (answer - before).norm() < 1e-3 * before.norm()
     block.attn.to_k._lender = (mlp,)  # no two of these share
@@ -136,10 +136,10 @@ def test_a_fused_model_compiles_whole(kind, form, quantized, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(PARTS, "_on_kernels", lambda _: True)
-        eager = predictions(model, calls)
+        eager = replay(model, calls)
         # of FLUX block by block, which diffusers finds by the names of their classes
         (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True, backend=backend)
-        assert torch.equal(predictions(model, calls), eager)
+        assert torch.equal(replay(model, calls), eager)
     assert any("svdq_codes" in name for name in seen) and any("svdq_product" in name for name in seen)
     torch._dynamo.reset()
 
@@ -157,7 +157,7 @@ def test_modules_with_hooks_are_called(where, quantized, monkeypatch):
 
     block.get_submodule(where).register_forward_hook(hook, with_kwargs=True)
     with fused_here(monkeypatch) as ops:
-        predictions(model, calls)
+        replay(model, calls)
     assert seen and all(seen)
     assert ops.count("svdq_codes") == 2  # the single block is fused
 
@@ -173,33 +173,33 @@ def test_adapters_on_a_fused_model_are_called(quantized, monkeypatch):
     block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
     block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
     with fused_here(monkeypatch) as seen:
-        answer = predictions(model, calls)
+        answer = replay(model, calls)
     assert seen.count("svdq_codes") == 2  # the other block's
     ptq4dm.unfuse(model)
-    assert (answer - predictions(model, calls)).norm() < 1e-3 * answer.norm()
+    assert (answer - replay(model, calls)).norm() < 1e-3 * answer.norm()
 
 
 def test_fused_lora_adapters(quantized, monkeypatch):
     """They are ranks of their own layer's branch: it shares no codes then."""
     model, calls = quantized("flux", activations="int8")
     ptq4dm.fuse(model)
-    plain = predictions(model, calls)
+    plain = replay(model, calls)
     torch.manual_seed(0)
     for name in ("attn.to_v", "proj_out"):
         layer = model.get_submodule(f"{SINGLE}.{name}")
         down = torch.randn(4, layer.in_features) / layer.in_features**0.5
         stack(layer, {"style": (down, torch.randn(layer.out_features, 4), 1.0)})
-    before = predictions(model, calls)
+    before = replay(model, calls)
     assert (before - plain).norm() > 0.1 * plain.norm()
     with fused_here(monkeypatch) as seen:
-        answer = predictions(model, calls)
+        answer = replay(model, calls)
     assert seen.count("svdq_codes") == 4  # those of the double block
     assert (answer - before).norm() < 1e-3 * before.norm()
     stack(model.get_submodule(f"{SINGLE}.attn.to_v"), {})
     with fused_here(monkeypatch) as seen:
-        answer = predictions(model, calls)
+        answer = replay(model, calls)
     assert seen.count("svdq_codes") == 6
-    assert (answer - predictions(model, calls)).norm() < 1e-3 * before.norm()
+    assert (answer - replay(model, calls)).norm() < 1e-3 * before.norm()
 
 
 def test_training_is_unfused(quantized, monkeypatch):
@@ -209,7 +209,7 @@ def test_training_is_unfused(quantized, monkeypatch):
         if type(module) in FUSE.KINDS.values():
             module.training = True
     with fused_here(monkeypatch) as seen:
-        predictions(model, calls)
+        replay(model, calls)
     assert seen == []
 
 
@@ -233,10 +233,10 @@ def test_fused_kernels_of_a_whole_model(kind, quantized, monkeypatch):
     ptq4dm.fuse(model)
     with monkeypatch.context() as patch:
         patch.setattr(PARTS, "_on_kernels", lambda _: True)
-        reference = predictions(model, calls).float()
+        reference = replay(model, calls).float()
         for module in (svdq_codes, svdq_linear):
             patch.setattr(module, "known_name", lambda device, activation, _: BY_ACTIVATION[activation])
-        answer = predictions(model, calls).float()
+        answer = replay(model, calls).float()
     assert not torch.equal(answer, reference) and (answer - reference).norm() < 0.01 * reference.norm()
 
 
@@ -246,16 +246,14 @@ def test_fused_kernels_of_a_whole_model(kind, quantized, monkeypatch):
 def test_fused_models_on_the_gpu(kind, form, qkv, quantized):
     """Against the unfused one; the same bits every time; compiled whole."""
     model, calls = quantized(kind, qkv, activations=form)
-    exact = (
-        predictions(denoisers.pair(kind)[0].cuda().bfloat16(), calls).float().cpu()
-    )  # times are rounded there, too
+    exact = replay(denoisers.pair(kind)[0].cuda().bfloat16(), calls).float().cpu()  # times are rounded there, too
     nn.Module.bfloat16(model.cuda())
-    before = predictions(model, calls).float().cpu()
+    before = replay(model, calls).float().cpu()
     ptq4dm.fuse(model)
-    answer = predictions(model, calls)
-    assert torch.equal(predictions(model, calls), answer)
+    answer = replay(model, calls)
+    assert torch.equal(replay(model, calls), answer)
     assert (
         cost(answer.float().cpu(), before, exact) < 0.5
     )  # rounded to bf16 after the norm, or not: 0.05 (int8) to 0.3 (int4)
     (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True)
-    assert cost(predictions(model, calls).float().cpu(), answer.float().cpu(), exact) < 0.5
+    assert cost(replay(model, calls).float().cpu(), answer.float().cpu(), exact) < 0.5

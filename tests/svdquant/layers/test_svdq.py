@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import denoisers
-from ptq4dm.calibration.record import predictions
+from ptq4dm.calibration.record import replay
 from ptq4dm.layers.registry import empty_quantized
 from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.svdquant.group import Group, split_weight
@@ -38,13 +38,13 @@ def test_dequantized_is_the_quantized_model_with_exact_inputs(made):
     for module in model.modules():
         if isinstance(module, SVDQLinear):
             module.plan = replace(module.plan, activation="none")
-    expected = predictions(model, store.calls)
+    expected = replay(model, store.calls)
     model = copy.deepcopy(made[0])
     model.dequantize()
     assert not any(isinstance(module, SVDQLinear) for module in model.modules())
-    answer = predictions(model, store.calls)
+    answer = replay(model, store.calls)
     assert (answer - expected).norm() < 1e-4 * expected.norm()
-    assert (answer - predictions(made[0], store.calls)).norm() > 1e-2 * expected.norm()  # which rounds its inputs
+    assert (answer - replay(made[0], store.calls)).norm() > 1e-2 * expected.norm()  # which rounds its inputs
     layer = model.get_submodule(QKV[1])
     assert type(layer) is nn.Linear and layer.weight.shape == (64, 64)
 
@@ -54,10 +54,10 @@ def test_copies_have_their_own_shared_branch(made):
     first, *others = (model.get_submodule(name) for name in QKV)
     assert all(layer.branch[0] is first.down for layer in others)
     assert first.down is not made[0].get_submodule(QKV[0]).down
-    answer = predictions(model, made[1].calls)
-    assert torch.equal(answer, predictions(made[0], made[1].calls))
+    answer = replay(model, made[1].calls)
+    assert torch.equal(answer, replay(made[0], made[1].calls))
     first.down.data.zero_()
-    assert not torch.equal(predictions(model, made[1].calls), answer)
+    assert not torch.equal(replay(model, made[1].calls), answer)
     alone = copy.deepcopy(made[0].get_submodule(QKV[1]))  # takes its lender along
     x = torch.randn(3, 64)
     assert torch.equal(alone(x), made[0].get_submodule(QKV[1])(x))
@@ -96,7 +96,7 @@ def test_casts_leave_codes_scales_and_branch(made, dtype):
 
 def test_layer_by_layer_offloading_finds_the_shared_branch(made):
     model = copy.deepcopy(made[0])
-    expected = predictions(model, made[1].calls)
+    expected = replay(model, made[1].calls)
     call = made[1].calls.call()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with torch.no_grad():

@@ -24,6 +24,7 @@ from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.svdquant import export_nunchaku_lite, load_nunchaku_lite
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.layers.svdq import SVDQConv2d, SVDQLinear
+from ptq4dm.svdquant.lora import stack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -208,7 +209,7 @@ def test_another_dtype_and_fused_adapters(tmp_path):
     torch.manual_seed(0)
     model = Toy()
     layer = put(model, "two", rank=16)
-    layer.lora_down, layer.lora_up = torch.randn(4, 128).half(), torch.randn(128, 4).half()
+    stack(layer, {"style": (torch.randn(4, 128), torch.randn(128, 4), 1.0)})
     put(model, "one", rank=0, activation="none")
     export_nunchaku_lite(model, tmp_path, torch.bfloat16)
     tensors = load_file(tmp_path / WEIGHTS)

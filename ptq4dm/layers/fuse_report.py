@@ -1,0 +1,76 @@
+"""What `fuse` changed and what it left, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from .base import QuantizedLayer
+
+FORM = "it is built otherwise than those that are fused"
+
+
+class FuseReport(list):
+    """The names of the modules that were fused, as a list; printed, a short table.
+
+    kinds: name -> the class of each fused module; left: name of a module of a kind that can be fused -> (its class,
+    why it was left); notes: sentences on when fused modules compute as before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: dict[str, str] = {}
+        self.left: dict[str, tuple[str, str]] = {}
+        self.notes: list[str] = []
+
+    def add(self, name: str, kind: str) -> None:
+        """Note a module that was fused."""
+        self.append(name)
+        self.kinds[name] = kind
+
+    def leave(self, name: str, kind: str, why: str) -> None:
+        """Note a module that was left, but for parts of one that is fused as a whole."""
+        if not any(name.startswith(f"{fused}.") for fused in self):
+            self.left[name] = (kind, why)
+
+    def note(self, model: nn.Module, hooked: list[str], on_kernels: bool) -> None:
+        """Say when the fused modules of a model compute as before. hooked: those that have hooks."""
+        if not on_kernels:
+            self.notes.append("on this device every module computes as before: fused kernels are for NVIDIA GPUs")
+        if model.training:
+            self.notes.append("in training modules compute as before; call eval()")
+        if hooked:
+            more = f" and {len(hooked) - 1} more" if len(hooked) > 1 else ""
+            self.notes.append(
+                f"'{hooked[0]}'{more}: computes as before while hooks (offloading, recorders) are on its parts"
+            )
+        self.notes = list(dict.fromkeys(self.notes))
+
+    def __str__(self) -> str:
+        lines = [f"{'fused':<6} {count:>4} {kind}" for kind, count in Counter(self.kinds.values()).items()]
+        for (kind, why), count in Counter(self.left.values()).items():
+            first = next(name for name, seen in self.left.items() if seen == (kind, why))
+            lines.append(f"{'left':<6} {count:>4} {kind}: {why} ('{first}')")
+        return "\n".join([*(lines or ["no module is of a kind that can be fused"]), *self.notes])
+
+
+def why_left(module: nn.Module, serves: tuple[type, ...]) -> str:
+    """Why a module of a kind that can be fused is not, by what its layers are. serves: the classes of layers that its
+    kind is fused around."""
+    plain = []
+    quantized = [layer for layer in module.modules() if isinstance(layer, QuantizedLayer)]
+    if not quantized:
+        return "none of its layers is quantized"
+    for name, layer in module.named_modules():
+        which = f"'{name}'" if name else "it"
+        if hasattr(layer, "base_layer"):
+            return f"{which} has an adapter"
+        if isinstance(layer, QuantizedLayer):
+            if not isinstance(layer, serves):
+                return f"{which} is {layer.plan}, which has no fused kernels here"
+            if why := layer.why_not_fused():
+                return f"{which} {why}"
+        elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+            plain.append(which)
+    return f"{plain[0]} is in full precision" if plain else FORM

@@ -1,0 +1,88 @@
+"""diffusers' own calls on a quantized model: those that would change float weights are refused in one sentence,
+before anything is changed, and those that ask only for what is there are answered."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..layers.weight import answer_for_weights
+
+
+def adopt(model: nn.Module) -> None:
+    """Put our calls in the place of diffusers' on a quantized model."""
+    for name, call in OWN_CALLS.items():
+        if hasattr(model, name):
+            setattr(model, name, call)
+    if answer_for_weights not in model._state_dict_hooks.values():
+        model._register_state_dict_hook(answer_for_weights)
+    if "to" not in vars(model):  # accelerate's dispatch puts one of its own there
+        model.to = Conversion(model)
+
+
+def release(model: nn.Module) -> None:
+    """Take back what `adopt` did."""
+    for name in [*OWN_CALLS, "to"]:
+        own = vars(model).get(name)
+        if own is not None and (own is OWN_CALLS.get(name) or isinstance(own, Conversion)):
+            delattr(model, name)
+    hooks = model._state_dict_hooks
+    for number in [number for number, hook in hooks.items() if hook is answer_for_weights]:
+        del hooks[number]
+
+
+def refuse_fuse_lora(*_: Any, **__: Any) -> NoReturn:
+    """Takes the place of a quantized model's `fuse_lora` and `unfuse_lora`."""
+    raise UserError(
+        "diffusers' fuse_lora adds adapters to float weights, which a quantized model does not have; leave them "
+        "beside the layers (set_adapters weights them), or call ptq4dm.svdquant.fuse_lora on an SVDQuant model."
+    )
+
+
+def refuse_fuse_projections(*_: Any, **__: Any) -> NoReturn:
+    """Takes the place of a quantized model's `fuse_qkv_projections`."""
+    raise UserError(
+        "diffusers' fuse_qkv_projections joins float weights, which a quantized model does not have; ptq4dm.fuse "
+        "makes query, key and value share what they read."
+    )
+
+
+class ModelRef:
+    """A model, without keeping it alive; in a copy of the model it is the copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.of = weakref.ref(model)
+
+    def __deepcopy__(self, memo: dict) -> ModelRef:
+        model = self.of()
+        return type(self)(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.of(),)
+
+
+class Conversion(ModelRef):
+    """`model.to` of a quantized model. diffusers' own refuses any dtype, also the one that the model has: so an
+    IP-Adapter that was just loaded could not be given it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = cast(Any, self.of())
+        dtype = kwargs.get("dtype", next((arg for arg in args if isinstance(arg, torch.dtype)), None))
+        if dtype not in (None, model.dtype):
+            return type(model).to(model, *args, **kwargs)
+        model.is_quantized = False
+        try:
+            return type(model).to(model, *args, **kwargs)
+        finally:
+            model.is_quantized = True
+
+
+OWN_CALLS = {
+    "fuse_lora": refuse_fuse_lora,
+    "unfuse_lora": refuse_fuse_lora,
+    "fuse_qkv_projections": refuse_fuse_projections,
+}

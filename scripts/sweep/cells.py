@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .columns import Column
+from .columns import Column, called
 from .subject import FLOAT, Subject
 
 OK, FAILS, NOT_APPLICABLE = "ok", "fails", "n/a"
@@ -31,8 +31,10 @@ def cell(subject: Subject, column: Column) -> dict[str, Any]:
         except Exception as error:
             result, reason = FAILS, f"{kind}: {one_line(error)}" if len(column.kinds) > 1 else one_line(error)
             break
-    if result == FAILS and (in_float := failure(column.control or column.run, subject, FLOAT)):
-        result, reason = NOT_APPLICABLE, f"float: {in_float}"
+    if result == FAILS:
+        in_float = failure(called, subject, FLOAT) or (not column.quantizes and failure(column.run, subject, FLOAT))
+        if in_float:
+            result, reason = NOT_APPLICABLE, f"float: {in_float}"
     return {"result": result, "reason": reason, "figures": figures, "seconds": round(time.perf_counter() - start, 2)}
 
 

@@ -17,7 +17,7 @@ import accelerate
 import torch
 from torch import nn
 
-from ptq4dm.calibration.record import replay
+from ptq4dm.calibration.record import answers
 from ptq4dm.layers.base import is_quantized
 
 from .subject import FLOAT, FORMATS, Subject, Wrong, distance, must_be_within, must_equal, outputs
@@ -34,20 +34,19 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv", "qkv", "q_proj", "k_p
 class Column:
     """what: in the table's words. run(subject, kind): figures. kinds: the formats that it is done with.
 
-    quantizes: the column is about quantizing itself, not about what is done with a quantized model.
-    control: what float must be able to do, else the cell is not applicable.
+    quantizes: the column is about quantizing itself: float must only be able to be called, else the cell is not
+        applicable. Otherwise it is about what is done with a quantized model, and float must be able to do it, too.
     """
 
     what: str
     run: Callable[[Subject, str], dict[str, float]]
     kinds: tuple[str, ...] = tuple(FORMATS)
     quantizes: bool = False
-    control: Callable[[Subject, str], dict[str, float]] | None = None
 
 
 def record(subject: Subject, kind: str) -> dict[str, float]:
     calls, given = subject.recorded()
-    again = replay(subject.model(FLOAT), calls)
+    again = answers(subject.model(FLOAT), calls)
     if len(again) != len(given):
         raise Wrong(f"{len(given)} calls were made, {len(again)} replayed")
     for number, (one, other) in enumerate(zip(again, given, strict=True)):
@@ -171,11 +170,9 @@ def columns(backend: str = "aot_eager") -> dict[str, Column]:
     """Name -> column, in the order in which they are run."""
     both, within = "in both formats", "relative error against float at most {:g}"
     return {
-        "record": Column(
-            "calls are recorded, and replayed with the same outputs to the bit", record, (FLOAT,), True, called
-        ),
-        "W8A8": Column(within.format(BOUNDS["W8A8"]), accuracy, ("W8A8",), True, called),
-        "SVDQuant W4A8": Column(within.format(BOUNDS["SVDQuant"]), accuracy, ("SVDQuant",), True, called),
+        "record": Column("calls are recorded, and replayed with the same outputs to the bit", record, (FLOAT,), True),
+        "W8A8": Column(within.format(BOUNDS["W8A8"]), accuracy, ("W8A8",), True),
+        "SVDQuant W4A8": Column(within.format(BOUNDS["SVDQuant"]), accuracy, ("SVDQuant",), True),
         "save": Column(f"`save_pretrained`, {both}", save),
         "load": Column(f"`from_pretrained` gives the same outputs to the bit, {both}", load),
         "compile": Column(f"W8A8 compiled ({backend}) within {COMPILED:g} of eager", compiled_by(backend), ("W8A8",)),

@@ -38,6 +38,8 @@ class InputStatistics:
         if values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last):
             values = values.permute(0, 2, 3, 1)  # the same values in memory order: no copy
         values = values.detach().reshape(-1).float()
+        if not values.numel():  # no token of a kind, no reference frame: nothing to measure
+            return
         low, high = (float(v) for v in torch.aminmax(values))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise UserError("its input holds NaN or infinity; calibrate a model that gives finite numbers.")

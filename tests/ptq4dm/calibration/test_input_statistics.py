@@ -91,6 +91,12 @@ def test_extreme_magnitudes(bound):
     assert int(histogram.sum()) == 5 and int(histogram.argmax()) in range(HISTOGRAM_BINS // 2 - 1, HISTOGRAM_BINS)
 
 
+def test_an_empty_tensor_adds_nothing():
+    """Such as the tokens of an expert that no token went to, or of reference frames that there are none of."""
+    one, other = filled(torch.ones(3)), filled(torch.empty(2, 0, 4), torch.ones(3), torch.empty(0))
+    assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
+
+
 def test_low_precision_inputs_are_counted_as_they_are():
     values = tricky()[3].bfloat16()
     assert same(filled(values), filled(values.float()))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import weakref
 from typing import Any, NoReturn, cast
 
-import torch
 from torch import nn
 
 from ..errors import UserError
@@ -20,15 +19,16 @@ def adopt(model: nn.Module) -> None:
             setattr(model, name, call)
     if answer_for_weights not in model._state_dict_hooks.values():
         model._register_state_dict_hook(answer_for_weights)
-    if "to" not in vars(model):  # accelerate's dispatch puts one of its own there
-        model.to = Conversion(model)
+    for name in CONVERTING:
+        if hasattr(model, name):
+            setattr(model, name, Converting(model, name))
 
 
 def release(model: nn.Module) -> None:
     """Take back what `adopt` did."""
-    for name in [*OWN_CALLS, "to"]:
+    for name in [*OWN_CALLS, *CONVERTING]:
         own = vars(model).get(name)
-        if own is not None and (own is OWN_CALLS.get(name) or isinstance(own, Conversion)):
+        if own is not None and (own is OWN_CALLS.get(name) or isinstance(own, Converting)):
             delattr(model, name)
     hooks = model._state_dict_hooks
     for number in [number for number, hook in hooks.items() if hook is answer_for_weights]:
@@ -52,35 +52,36 @@ def refuse_fuse_projections(*_: Any, **__: Any) -> NoReturn:
 
 
 class ModelRef:
-    """A model, without keeping it alive; in a copy of the model it is the copy."""
+    """A model, without keeping it alive; in a copy of the model it is the copy.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.of = weakref.ref(model)
+    Only for calls that somebody makes who holds the model: `quantized().call()` would let go of it before the call.
+    """
+
+    def __init__(self, model: nn.Module, *rest: Any) -> None:
+        self.of, self.rest = weakref.ref(model), rest
 
     def __deepcopy__(self, memo: dict) -> ModelRef:
         model = self.of()
-        return type(self)(memo.get(id(model), model))
+        return type(self)(memo.get(id(model), model), *self.rest)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.of(),)
+        return type(self), (self.of(), *self.rest)
 
 
-class Conversion(ModelRef):
-    """`model.to` of a quantized model. diffusers' own refuses any dtype, also the one that the model has: so an
-    IP-Adapter that was just loaded could not be given it."""
+class Converting(ModelRef):
+    """One of CONVERTING of a quantized model: there diffusers calls `model.to` with the dtype that the model has, or
+    none, and a quantized model would refuse both."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = cast(Any, self.of())
-        dtype = kwargs.get("dtype", next((arg for arg in args if isinstance(arg, torch.dtype)), None))
-        if dtype not in (None, model.dtype):
-            return type(model).to(model, *args, **kwargs)
         model.is_quantized = False
         try:
-            return type(model).to(model, *args, **kwargs)
+            return getattr(type(model), self.rest[0])(model, *args, **kwargs)
         finally:
             model.is_quantized = True
 
 
+CONVERTING = ("_load_ip_adapter_weights", "load_attn_procs", "save_lora_adapter")
 OWN_CALLS = {
     "fuse_lora": refuse_fuse_lora,
     "unfuse_lora": refuse_fuse_lora,

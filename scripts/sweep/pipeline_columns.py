@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from families.base import STEPS, Case
 from pipelines import PIPELINES, chosen, finite, float_column, run
-from pipelines_base import STEPS, Case
 from torch import nn
 from torch.utils._pytree import tree_leaves
 

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from pipelines_base import STEPS, Builders, Case
+from families.base import STEPS, Builders, Case
 
 PIPELINES: Builders = {}
-for _file in sorted(Path(__file__).parent.glob("pipelines_*.py")):
-    PIPELINES |= getattr(importlib.import_module(_file.stem), "PIPELINES", {})
+for _file in sorted((Path(__file__).parent / "families").glob("*.py")):
+    PIPELINES |= getattr(importlib.import_module(f"families.{_file.stem}"), "PIPELINES", {})
 
 OWN_MODELS = "its encoders are of its own making, and nobody has written tiny ones here"
 RETIRED = "retired by diffusers, and a variant of Stable Diffusion, which has cases"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
 import transformers as tr
-from pipelines_base import EULER, Builders, Case, make, mask, normal, picture, prompted, tiny, uniform, vae
-from pipelines_stable_diffusion import UNET, scheduler, sd
-from pipelines_unets import SIMPLE, prior
-from pipelines_video import hunyuan_video
+from families import standins
+from families.base import EULER, Builders, Case, make, mask, normal, picture, prompted, tiny, uniform, vae
+from families.stable_diffusion import UNET, scheduler, sd
+from families.unets import SIMPLE, prior
+from families.video import hunyuan_video
 
 
 def shap_e(kind, *, seen: bool) -> Case:
@@ -149,7 +149,7 @@ def paint_by_example() -> Case:
 
 
 def audioldm() -> Case:
-    from pipelines_audio import clap, vocoder
+    from families.audio import clap, vocoder
 
     own = {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 16}
     config = UNET | own | {"class_embeddings_concat": True, "cross_attention_dim": (16, 32)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
-from pipelines_base import (
+from families import standins
+from families.base import (
     EULER,
     Builders,
     Case,

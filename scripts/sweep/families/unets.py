@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import diffusers as d
 import numpy as np
-import standins
-from pipelines_base import Builders, Case, make, normal, picture, prompted, text, tiny, uniform, vae
-from pipelines_stable_diffusion import UNET, scheduler
+from families import standins
+from families.base import Builders, Case, make, normal, picture, prompted, text, tiny, uniform, vae
+from families.stable_diffusion import UNET, scheduler
 
 SIMPLE = {
     "sample_size": 8,

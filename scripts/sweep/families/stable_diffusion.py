@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import diffusers as d
-import standins
 import torch
-from pipelines_base import Builders, Case, make, mask, picture, prompted, tiny, uniform, vae
+from families import standins
+from families.base import Builders, Case, make, mask, picture, prompted, tiny, uniform, vae
 
 UNET = {
     "sample_size": 8,

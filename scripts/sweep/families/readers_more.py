@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
 import transformers as tr
-from pipelines_base import EULER, Builders, Case, make, picture, pictures, prompted, tiny, uniform, wan_vae
-from pipelines_flux import flux2_vae
-from pipelines_readers import BLOCKS, SHORT, SIZE, ZIMAGE, qwen_tokenizer, qwen_vae, z_image
+from families import standins
+from families.base import EULER, Builders, Case, make, picture, pictures, prompted, tiny, uniform, wan_vae
+from families.flux import flux2_vae
+from families.readers import BLOCKS, SHORT, SIZE, ZIMAGE, qwen_tokenizer, qwen_vae, z_image
 
 
 def hunyuan_image() -> Case:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import diffusers as d
-from pipelines_base import Builders, Case, make, mask, prompted, text, tiny, uniform
-from pipelines_unets import SIMPLE
+from families.base import Builders, Case, make, mask, prompted, text, tiny, uniform
+from families.unets import SIMPLE
 
 IF = SIMPLE | {
     "in_channels": 3,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
 import transformers as tr
-from pipelines_base import (
+from families import standins
+from families.base import (
     EULER,
     Builders,
     Case,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
-from pipelines_base import (
+from families import standins
+from families.base import (
     EULER,
     Builders,
     Case,
@@ -13,7 +13,7 @@ from pipelines_base import (
     tiny,
     vae,
 )
-from pipelines_image import SIZE, given
+from families.image import SIZE, given
 
 SANA = {
     "patch_size": 1,

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
 import torch
-from pipelines_base import Builders, Case, make, normal, prompted, tiny, uniform, vae
-from pipelines_stable_diffusion import UNET, scheduler, sd, xl
-from pipelines_unets import unet2d
-
-# Stable Cascade's own sampler divides by little, and random networks do not keep its samples small.
-# This one clips them.
-CLIPPED = d.DDPMScheduler
+from families import standins
+from families.base import Builders, Case, make, normal, prompted, tiny, uniform, vae
+from families.stable_diffusion import UNET, scheduler, sd, xl
+from families.unets import unet2d
 
 
 def words(prefix: str = "") -> dict:
@@ -40,8 +36,8 @@ def paella():
     return tiny(PaellaVQModel, bottleneck_blocks=1, num_vq_embeddings=2, levels=2, embed_dim=16)
 
 
-def stable_cascade(which: str) -> Case:
-    steps = CLIPPED
+def stable_cascade(which: str, steps=d.DDPMWuerstchenScheduler) -> Case:
+    """With its own sampler a random network's samples grow without end; one that clips them shows trained ones."""
     first = {"prior": cascade_prior(), "scheduler": steps(), **words()}
     second = {"decoder": cascade_decoder(), "scheduler": steps(), "vqgan": paella(), **words()}
     if which == "prior":
@@ -195,6 +191,9 @@ PIPELINES: Builders = {
     "StableCascadePriorPipeline": lambda: stable_cascade("prior"),
     "StableCascadeDecoderPipeline": lambda: stable_cascade("decoder"),
     "StableCascadeCombinedPipeline": lambda: stable_cascade("combined"),
+    "StableCascadePriorPipeline, clipped": lambda: stable_cascade("prior", d.DDPMScheduler),
+    "StableCascadeDecoderPipeline, clipped": lambda: stable_cascade("decoder", d.DDPMScheduler),
+    "StableCascadeCombinedPipeline, clipped": lambda: stable_cascade("combined", d.DDPMScheduler),
     "WuerstchenPriorPipeline": lambda: wuerstchen("prior"),
     "WuerstchenDecoderPipeline": lambda: wuerstchen("decoder"),
     "StableDiffusionImageVariationPipeline": image_variation,

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import diffusers as d
 import numpy as np
 import PIL.Image
-import standins
 import torch
 import transformers as tr
 from diffusers.utils import is_ftfy_available
+from families import standins
 from torch import nn
 
 PROMPTS = ["a red cube", "two cats on a mat"]

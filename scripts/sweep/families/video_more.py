@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
-from pipelines_base import (
+from families import standins
+from families.base import (
     EULER,
     Builders,
     Case,
@@ -17,8 +17,8 @@ from pipelines_base import (
     vae,
     wan_vae,
 )
-from pipelines_readers import KANDINSKY, kandinsky5_readers, qwen_tokenizer
-from pipelines_wan import NINE, SIZE, WAN
+from families.readers import KANDINSKY, kandinsky5_readers, qwen_tokenizer
+from families.wan import NINE, SIZE, WAN
 
 WIDE = {"height": 32, "width": 32}
 

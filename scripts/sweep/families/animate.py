@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
-from pipelines_base import (
+from families import standins
+from families.base import (
     Builders,
     Case,
     make,
@@ -14,7 +14,7 @@ from pipelines_base import (
     uniform,
     vae,
 )
-from pipelines_stable_diffusion import CONTROL, DDIM, UNET, control_net
+from families.stable_diffusion import CONTROL, DDIM, UNET, control_net
 
 # The blocks of AnimateDiff's tests: crossing first, so that every block has a motion module.
 MOVING = UNET | {

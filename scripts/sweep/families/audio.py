@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
 import transformers as tr
-from pipelines_base import EULER, PROMPTS, Builders, Case, make, normal, prompted, tiny, vae
-from pipelines_stable_diffusion import UNET, scheduler
+from families import standins
+from families.base import EULER, PROMPTS, Builders, Case, make, normal, prompted, tiny, vae
+from families.stable_diffusion import UNET, scheduler
 
 HIFI = {
     "sampling_rate": 16000,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import diffusers as d
 import torch
-from pipelines_base import (
+from families.base import (
     EULER,
     Builders,
     Case,
@@ -15,7 +15,7 @@ from pipelines_base import (
     tiny,
     wan_vae,
 )
-from pipelines_video_more import FEW, WIDE
+from families.video_more import FEW, WIDE
 
 COSMOS = {
     "in_channels": 16,

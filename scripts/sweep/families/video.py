@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import diffusers as d
-import standins
 import transformers as tr
-from pipelines_base import (
+from families import standins
+from families.base import (
     EULER,
     Builders,
     Case,
@@ -17,7 +17,7 @@ from pipelines_base import (
     tiny,
     uniform,
 )
-from pipelines_wan import NINE, SIZE
+from families.wan import NINE, SIZE
 
 COG = {
     "num_attention_heads": 2,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import diffusers as d
-import standins
 import transformers as tr
-from pipelines_base import (
+from families import standins
+from families.base import (
     EULER,
     Builders,
     Case,

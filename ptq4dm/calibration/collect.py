@@ -31,8 +31,10 @@ from .call_files import save_calls
 from .calls import parameter_place
 from .clock import Span
 from .input_statistics import InputStatistics
+from .look import look
 from .measure import binned_batches, update
-from .sampled import Request, look, record_components, request_of
+from .request import Request, request_of
+from .sampled import record_components
 from .store import (
     VERSION,
     CalibrationStore,

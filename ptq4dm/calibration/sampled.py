@@ -6,8 +6,7 @@ last wanted call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,165 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..hooks import hooked
-from ..pipelines.denoiser import denoiser_name, denoiser_names, evaluation_mode, networks_of, schedulers_of
-from ..pipelines.sampling import call_pipeline
+from ..pipelines.denoiser import denoiser_name
 from .calls import Call, Calls, Part, parameter_place, rows_of_call, timestep_of, whole_call
-from .clock import Span, Track, counted, track_for, tracks_of
-from .record import kept, named
-from .rows import RowRule, row_rule
-
-
-class _Done(Exception):
-    """Raised inside the sampling loop once every call is on record: the remaining steps need not run."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a pipeline samples, as its first call shows.
-
-    span: the range of its scheduler's times; grid: [S] float64, the times that it samples at.
-    rule: how the rows of its calls belong to its seeds; None where they do not: then each seed is sampled by itself.
-    bare: it takes one seed and no lists.
-    """
-
-    span: Span
-    grid: Tensor
-    rule: RowRule | None
-    bare: bool = False
-
-
-@dataclass
-class Request:
-    """What to record of a pipeline, and how to run it."""
-
-    pipe: Any
-    components: list[str]
-    options: dict[str, Any]
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        return {name: getattr(self.pipe, name) for name in self.components}
-
-    def run(self, seeds: Sequence[int], bare: bool = False) -> None:
-        call_pipeline(self.pipe, seeds, bare=bare, **self.options)
-
-    @contextmanager
-    def watched(self, tracks: dict[str, Track], watcher: Any) -> Iterator[None]:
-        """watcher.called(component, module, call) before each call, watcher.stepping(track) before each step."""
-
-        def hook(component: str) -> Any:
-            return lambda module, args, kwargs: watcher.called(component, module, Call(args, kwargs))
-
-        with ExitStack() as stack:
-            for network in self.networks.values():  # first: no other thread's calls reach the hooks
-                stack.enter_context(evaluation_mode(network))
-            stack.enter_context(processors_kept(networks_of(self.pipe).values()))
-            for name, network in self.networks.items():
-                stack.enter_context(hooked(network, {"": hook(name)}))
-            stack.enter_context(counted(tracks, watcher.stepping))
-            stack.enter_context(suppress(_Done))
-            yield
-
-
-@contextmanager
-def processors_kept(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back attention processors that a pipeline sets for its own sampling (PAG), and would at its end."""
-    modules = [module for network in networks for module in network.modules() if hasattr(module, "set_processor")]
-    before = [module.processor for module in modules]
-    try:
-        yield
-    finally:
-        for module, processor in zip(modules, before, strict=True):
-            if module.processor is not processor:
-                module.set_processor(processor)
-
-
-def request_of(
-    pipe: Any,
-    components: Sequence[str] | None = None,
-    *,
-    num_inference_steps: int,
-    conditioning: dict | None = None,
-    pipeline_kwargs: dict | None = None,
-) -> Request:
-    """A request for the calls of some networks of a pipeline, of all its denoisers by default.
-
-    Raises UserError where the pipeline has no such network, or no scheduler.
-    """
-    networks = networks_of(pipe)
-    for name in components or ():
-        if name not in networks:
-            raise UserError(f"{type(pipe).__name__} has no network '{name}'; it has {', '.join(networks)}.")
-    if not schedulers_of(pipe):
-        raise UserError(f"{type(pipe).__name__} has no scheduler; record its calls with ptq4dm.record(model).")
-    options = {
-        "num_inference_steps": num_inference_steps,
-        "conditioning": conditioning,
-        "pipeline_kwargs": pipeline_kwargs,
-    }
-    return Request(pipe, list(components or denoiser_names(pipe)), options)
-
-
-# --- how it samples -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _First:
-    """The first call of a run, and the time it was made at."""
-
-    tracks: dict[str, Track]
-    component: str = ""
-    call: Call | None = None
-    track: Track | None = None
-
-    def called(self, component: str, module: nn.Module, call: Call) -> None:
-        self.component, self.call = component, kept(call)
-        self.track = track_for(component, self.tracks)
-        self.track.called(timestep_of(named(module, call)))
-        raise _Done
-
-    def stepping(self, track: Track) -> None: ...
-
-
-def look(request: Request, seed: int) -> Sampling:
-    """How a pipeline samples: its first call with one seed beside its first call with two.
-
-    Raises UserError where no network of the request is called.
-    """
-    bare = False
-    try:
-        one = _first(request, [seed])
-    except UserError:
-        raise
-    except Exception as error:  # of whatever it cannot do with a list of one
-        bare = True
-        try:
-            one = _first(request, [seed], bare)
-        except Exception:
-            raise error from None
-    if one.call is None or one.track is None or one.track.grid is None or one.track.span is None:
-        raise _never_called(request, [seed])
-    try:
-        two = _first(request, [seed, seed + 1])
-    except Exception:  # of whatever the pipeline cannot do with two seeds: it is sampled one by one
-        return Sampling(one.track.span, one.track.grid, None, bare)
-    rule = None
-    if two.call is not None and two.component == one.component:
-        network = request.networks[one.component]
-        with evaluation_mode(network):
-            rule = row_rule(network, one.call, two.call)
-    return Sampling(one.track.span, one.track.grid, rule, bare)
-
-
-def _first(request: Request, seeds: list[int], bare: bool = False) -> _First:
-    first = _First(tracks_of(request.pipe))
-    with request.watched(first.tracks, first):
-        request.run(seeds, bare)
-    return first
-
-
-# --- recording ------------------------------------------------------------------------------------------------
+from .clock import Span, Track, track_for, tracks_of
+from .look import Sampling, look
+from .record import named
+from .request import Done, Request, never_called, request_of
 
 
 @dataclass
@@ -223,7 +69,7 @@ class _Recorder:
         if wanted.index is None:
             wanted.choose(self.times, self.sampling.span)
         if self._complete():
-            raise _Done
+            raise Done
         assert wanted.index is not None
         rows = (wanted.index == track.step).nonzero().flatten()
         number = time if timestep is None else timestep
@@ -238,7 +84,7 @@ class _Recorder:
     def stepping(self, track: Track) -> None:
         """A step ends here, and with the last wanted one the recording."""
         if self._complete(after=track):
-            raise _Done
+            raise Done
 
     def _complete(self, after: Track | None = None) -> bool:
         """Whether all wanted steps are over; the step that `after` is in counts as over."""
@@ -296,15 +142,8 @@ def record_components(
             request.run([int(seeds[k]) for k in run], sampling.bare)
         recorder.finish()
         if lacking := [int(seeds[k]) for place, k in enumerate(run) if place not in recorder.given]:
-            raise _never_called(request, lacking)
+            raise never_called(request, lacking)
     return calls
-
-
-def _never_called(request: Request, seeds: list[int]) -> UserError:
-    return UserError(
-        f"{type(request.pipe).__name__} never calls {', '.join(request.components)} so (seed {seeds[0]}); name the "
-        "networks that it does call with component=."
-    )
 
 
 def record_calls(

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..calibration.sampled import look, record_calls, request_of
+from ..calibration.look import look
+from ..calibration.request import request_of
+from ..calibration.sampled import record_calls
 from ..errors import UserError
 from ..kernels import dispatch
 from ..kernels.runtime import settings as tuning

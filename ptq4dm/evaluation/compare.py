@@ -12,8 +12,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ..calibration.calls import Call, Calls
+from ..calibration.look import look
 from ..calibration.record import ready
-from ..calibration.sampled import look, record_components, request_of
+from ..calibration.request import request_of
+from ..calibration.sampled import record_components
 from ..pipelines.denoiser import denoiser, denoiser_name, denoiser_names
 from ..quantization.report import stored_bytes
 from .paired import EpsilonError

@@ -100,6 +100,7 @@ def named(rows: list[dict[str, Any]], columns: Mapping[str, str], result: str) -
                     row["reason"]
                     .replace(f"'{row['class']}'", row["class"])
                     .replace(row["class"], "the class")
+                    .replace("a new the class", "a new model")
                     .replace("|", "\\|")
                 )
                 reasons[reason].append(row["class"] + f" ({row['variant']})" * bool(row["variant"]))

@@ -23,8 +23,10 @@ import ptq4dm
 from models import added_unet, pixel_dit, plain_unet
 from ptq4dm.calibration.call_files import load_calls, save_calls
 from ptq4dm.calibration.calls import Calls, calls_of_rows
+from ptq4dm.calibration.look import look
 from ptq4dm.calibration.record import answers, replay
-from ptq4dm.calibration.sampled import look, record_calls, request_of
+from ptq4dm.calibration.request import request_of
+from ptq4dm.calibration.sampled import record_calls
 from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline

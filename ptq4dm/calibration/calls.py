@@ -172,6 +172,11 @@ class Calls:
         picked.places, picked.timestep, picked.time = self.places[units], self.timestep[units], self.time[units]
         return picked
 
+    @property
+    def joined(self) -> bool:
+        """Whether all units are rows."""
+        return all(self.groups[group].joined for group in self.places[:, 0].unique().tolist())
+
     def batches(self, size: int) -> Iterator[Calls]:
         """The same units as calls to be made: group by group, of rows at most `size` at a time."""
         for group in dict.fromkeys(self.places[:, 0].tolist()):

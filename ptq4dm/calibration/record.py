@@ -59,28 +59,33 @@ def answers(model: nn.Module, calls: Calls) -> list[Any]:
 
 
 def replay(model: nn.Module, calls: Calls) -> Tensor:
-    """[U, ...] float answers of a denoiser to recorded calls, in the order of the units.
+    """What a denoiser gives on recorded calls: its samples [B, ...], those of all calls along the first axis, in the
+    order of the units.
 
-    The first tensor of an answer is taken, without channels past those of its input (a learned variance). Where the
-    units' answers have several shapes, or a unit is a call of many tensors, each is one row of the same number of
-    numbers: short ones are filled up with zeros.
+    The first thing in an answer counts, a list of samples is stacked, and channels past those of the input (a learned
+    variance) are cut off. `answers` gives everything, also of calls whose samples have several shapes.
     """
-    found: list[tuple[int, Tensor]] = []
     order = {tuple(place): i for i, place in enumerate(calls.places.tolist())}
+    found: dict[int, Tensor] = {}
     for part in calls.batches(max(1, len(calls))):
         places = [order[tuple(place)] for place in part.places.tolist()]
-        answer = answers(model, part)[0]
-        tensors = tensors_of(answer)
-        if part.groups[int(part.places[0, 0])].joined and len(tensors[0]) == len(part):
-            rows = list(_without_variance(tensors[0], part))
-        else:
-            rows = [torch.cat([leaf.flatten() for leaf in tensors])]
-        found += zip(places, rows, strict=True)
-    rows = [row for _, row in sorted(found, key=lambda pair: pair[0])]
-    if len({row.shape for row in rows}) == 1:
-        return torch.stack(rows)
-    longest = max(row.numel() for row in rows)
-    return torch.stack([torch.nn.functional.pad(row.flatten(), (0, longest - row.numel())) for row in rows])
+        samples = samples_of(answers(model, part)[0], part)
+        found |= dict(zip(places, samples.split(1) if len(places) > 1 else [samples], strict=True))
+    return torch.cat([found[place] for place in sorted(found)])
+
+
+def samples_of(answer: Any, call: Calls) -> Tensor:
+    """The samples [B, ...] in what a denoiser answered to one call; see `replay`."""
+    first = answer
+    while not isinstance(first, Tensor):
+        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+        if isinstance(first, list):
+            first = (
+                torch.stack(first)
+                if len({one.shape for one in first}) == 1
+                else torch.cat([one.flatten() for one in first])[None]
+            )
+    return _without_variance(first, call)
 
 
 def ready(calls: Calls, model: nn.Module) -> Call:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..calibration.calls import Calls
 from ..calibration.measure import timestep_bins
-from ..calibration.record import replay
+from ..calibration.record import answers, samples_of, tensors_of
 from ..errors import UserError
 
 MSE_FLOOR = 1e-12  # 120 dB: what identical pictures are given, so that a mean over pictures stays finite
@@ -78,8 +78,17 @@ class EpsilonError:
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def update(self, model: nn.Module, full_precision: nn.Module, calls: Calls) -> None:
-        """Give both denoisers the same recorded inputs and add up the difference of their answers."""
-        self.add(calls.time, replay(model, calls), replay(full_precision, calls))
+        """Give both denoisers the same recorded calls and add up the difference of their answers.
+
+        Of a row that is what stands for it in the first tensor of an answer, of a whole call it is all tensors.
+        """
+        for part in calls.batches(max(1, len(calls))):
+            given, exact = (answers(net, part)[0] for net in (model, full_precision))
+            if part.joined:
+                self.add(part.time, samples_of(given, part), samples_of(exact, part))
+            else:
+                flat = (torch.cat([leaf.flatten() for leaf in tensors_of(one)])[None] for one in (given, exact))
+                self.add(part.time, *flat)
 
     def add(self, time: Tensor, predicted: Tensor, exact: Tensor) -> None:
         """time [B] in [0, 1]; two predictions [B, ...] for the same inputs, any floating dtype and device."""

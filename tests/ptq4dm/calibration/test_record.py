@@ -473,6 +473,7 @@ def test_record_keeps_whole_calls_of_any_module(tmp_path):
     assert len(calls) == 2 and calls.timestep.tolist() == [900, 500] and calls.time.tolist() == [0.9, 0.5]
     for answer, expected in zip(answers(model, calls), seen, strict=True):
         assert type(answer) is type(expected) and torch.equal(answer.sample, expected.sample)
+    assert torch.equal(replay(model, calls), torch.cat([one.sample for one in seen]))
     save_calls(tmp_path / "a.safetensors", {"": calls})
     again = load_calls(tmp_path / "a.safetensors")[""]
     assert all(torch.equal(a.sample, b.sample) for a, b in zip(answers(model, again), seen, strict=True))

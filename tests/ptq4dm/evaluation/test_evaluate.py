@@ -238,6 +238,27 @@ def test_the_interval_of_a_psnr_is_students():
     assert (alone["psnr_db"], alone["psnr_interval"], alone["identical"]) == (120, None, 1)
 
 
+def test_errors_of_whole_calls_count_all_that_was_answered():
+    """Models that take lists of samples, of several sizes."""
+
+    class Lists(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.tensor(float(value)))
+
+        def forward(self, x, t):
+            return ([one * self.value for one in x],)
+
+    exact, error = Lists(2), EpsilonError(num_bins=2, num_train_timesteps=10)
+    with ptq4dm.record(exact) as calls:
+        for t in (0.9, 0.2):
+            exact([torch.ones(2), torch.ones(1, 3)], t)
+    error.update(Lists(3), exact, calls)
+    result = error.result()
+    assert result["overall"] == pytest.approx(0.25) and result["rows"] == 2
+    assert [(b["from"], b["rows"]) for b in result["bins"]] == [(0, 1), (5, 1)]
+
+
 LAUNCHED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])

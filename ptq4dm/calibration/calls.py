@@ -115,16 +115,16 @@ class Calls:
 
     timestep: [U] float64, one number for each unit of what its model was called with (the largest of a tensor).
     time: [U] float64 in [0, 1], where that lies in the range of the scheduler; 1 is pure noise.
-    dtype: of the model that was recorded.
+    dtype: of the model that was recorded; source: a digest of its layers, "" where nobody knows.
 
     `calls[k]`, `calls[2:5]` and `calls[index tensor]` pick units; `calls.call()` is the arguments of one call.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dtype: torch.dtype | None = None, source: str = "") -> None:
         self.groups: list[Group] = []
         self.places = torch.zeros(0, 2, dtype=torch.int64)  # group and number in it, of each unit
         self.timestep = self.time = torch.zeros(0, dtype=torch.float64)
-        self.dtype = dtype
+        self.dtype, self.source = dtype, source
 
     def __len__(self) -> int:
         return len(self.places)
@@ -141,7 +141,7 @@ class Calls:
 
     def join(self, other: Calls) -> None:
         """Add all units of other calls after these, wherever they lie: nothing is read."""
-        self.dtype = self.dtype or other.dtype
+        self.dtype, self.source = self.dtype or other.dtype, self.source or other.source
         places = other.places.clone()
         for number, group in enumerate(other.groups):
             known = next((i for i, one in enumerate(self.groups) if one.key == group.key), len(self.groups))
@@ -167,7 +167,7 @@ class Calls:
     def __getitem__(self, units: int | slice | Tensor | Sequence[int]) -> Calls:
         if isinstance(units, int):
             units = slice(units, None if units == -1 else units + 1)
-        picked = Calls(self.dtype)
+        picked = Calls(self.dtype, self.source)
         picked.groups = self.groups
         picked.places, picked.timestep, picked.time = self.places[units], self.timestep[units], self.time[units]
         return picked

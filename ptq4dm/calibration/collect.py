@@ -175,10 +175,10 @@ def _start(folder: Path, config: CalibrationConfig, request: Request) -> dict:
         "fingerprint": {name: fingerprint(network) for name, network in networks.items()},
     }
     for name, network in networks.items():
-        if not asked["fingerprint"][name] or any(is_quantized(module) for module in network.modules()):
-            raise UserError(
-                f"calibration needs a model with Linear or Conv2d layers, all in full precision; '{name}' is not so."
-            )
+        if any(is_quantized(module) for module in network.modules()):
+            raise UserError(f"'{name}' is quantized already; calibrate it in full precision.")
+        if not asked["fingerprint"][name]:
+            raise UserError(f"'{name}' has no Linear or Conv2d layers to calibrate.")
     if (folder / "store.json").exists():
         meta = read_meta(folder)
         different = [name for name, value in asked.items() if meta.get(name) != value]

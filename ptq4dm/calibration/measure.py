@@ -14,7 +14,7 @@ from ..pipelines.denoiser import evaluation_mode
 from .calls import Calls
 from .input_statistics import InputStatistics
 from .record import answers
-from .store import CalibrationStore, fingerprint
+from .store import CalibrationStore, fingerprint, source_of
 
 BINS, BATCH = 10, 16  # of calls that somebody recorded
 
@@ -35,6 +35,8 @@ def store_of(model: nn.Module, calls: Calls) -> CalibrationStore:
     """
     if not len(calls):
         raise UserError("no calls were recorded; call the model within `with ptq4dm.record(model)`.")
+    if calls.source and calls.source != source_of(model):
+        raise UserError("the calls were recorded from another model (or other weights); record those of this one.")
     config = {"num_bins": BINS, "batch_size": BATCH}
     store = CalibrationStore(
         config, fingerprint(model), 1000, calls[calls.time.argsort(descending=True, stable=True)]

@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UserError
 from ..hooks import hooked
-from ..pipelines.denoiser import model_of, time_names
+from ..pipelines.denoiser import denoiser_names, model_of, time_names
 from .calls import Call, Calls, parameter_place, timestep_of, whole_call
+from .store import source_of
 
 
 @contextmanager
@@ -34,8 +35,10 @@ def record(target: Any) -> Iterator[Calls]:
     power of ten (1000 for times up to 1000), or between the least and the largest where some are negative.
     """
     model = model_of(target)
+    if model is not target and len(several := denoiser_names(target)) > 1:
+        raise UserError(f"{type(target).__name__} has several denoisers, {', '.join(several)}; record one of them.")
     parameter = next(model.parameters(), None)
-    calls = Calls(None if parameter is None else parameter_place(model)[1])
+    calls = Calls(None if parameter is None else parameter_place(model)[1], source_of(model))
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = kept(Call(args, kwargs))

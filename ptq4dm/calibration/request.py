@@ -95,6 +95,6 @@ def request_of(
 
 def never_called(request: Request, seeds: list[int]) -> UserError:
     return UserError(
-        f"{type(request.pipe).__name__} never calls {', '.join(request.components)} so (seed {seeds[0]}); name the "
-        "networks that it does call with component=."
+        f"{type(request.pipe).__name__}, called like this, calls {', '.join(request.components)} at none of its "
+        f"steps (seed {seeds[0]}); name the networks that it does call with component=."
     )

@@ -25,7 +25,7 @@ from .input_statistics import InputStatistics
 from .old_files import load_rows
 
 
-@dataclass
+@dataclass(repr=False)
 class CalibrationStore:
     """Measurements that `collect` made of one network, and of the others of its pipeline.
 
@@ -41,6 +41,11 @@ class CalibrationStore:
     statistics: InputStatistics | None = None
     component: str = ""
     others: dict[str, CalibrationStore] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        tuples = "no" if self.calls is None else len(self.calls)
+        parts = [f"{self.component or 'model'}: {tuples} tuples, {len(self.fingerprint)} layers"]
+        return f"CalibrationStore({'; '.join([*parts, *(repr(one)[17:-1] for one in self.others.values())])})"
 
     @property
     def components(self) -> dict[str, CalibrationStore]:
@@ -83,8 +88,8 @@ class CalibrationStore:
 
     def raise_foreign(self) -> NoReturn:
         raise UserError(
-            "the calibration store was collected from another model (or other weights); "
-            "collect one from this model with `ptq4dm collect`."
+            "the calibration store was collected from another model (or other weights); collect one from this model, "
+            "with ptq4dm.collect or `ptq4dm collect`."
         )
 
     @classmethod
@@ -118,6 +123,12 @@ def layer_fingerprint(weight: Tensor) -> str:
     picked = flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.float32).to(torch.bfloat16)
     data = f"{tuple(weight.shape)}".encode() + picked.view(torch.int16).numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def source_of(model: nn.Module) -> str:
+    """A digest of a model's class and of the fingerprints of its layers."""
+    text = json.dumps([type(model).__name__, fingerprint(model)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,9 @@ def _is_timed(network: nn.Module) -> bool:
 
 
 def model_of(target) -> nn.Module:
-    """A model as it is, or the denoiser of a pipeline."""
+    """A model as it is, or the denoiser of a pipeline. Raises UserError for what is neither."""
+    if isinstance(target, (str, os.PathLike)):
+        raise UserError(f"'{target}' is a name; give the pipeline or model itself, e.g. from ptq4dm.load_pipeline.")
     return target if isinstance(target, nn.Module) else denoiser(target)
 
 

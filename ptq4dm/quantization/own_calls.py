@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers.weight import answer_for_weights
+from .refusals import check_parting
 
 
 def adopt(model: nn.Module) -> None:
@@ -19,16 +20,17 @@ def adopt(model: nn.Module) -> None:
             setattr(model, name, call)
     if answer_for_weights not in model._state_dict_hooks.values():
         model._register_state_dict_hook(answer_for_weights)
-    for name in CONVERTING:
-        if hasattr(model, name):
-            setattr(model, name, Converting(model, name))
+    for names, kind in STANDINS.items():
+        for name in names:
+            if hasattr(model, name):
+                setattr(model, name, kind(model, name))
 
 
 def release(model: nn.Module) -> None:
     """Take back what `adopt` did."""
-    for name in [*OWN_CALLS, *CONVERTING]:
+    for name in [*OWN_CALLS, *(name for names in STANDINS for name in names)]:
         own = vars(model).get(name)
-        if own is not None and (own is OWN_CALLS.get(name) or isinstance(own, Converting)):
+        if own is not None and (own is OWN_CALLS.get(name) or isinstance(own, ModelRef)):
             delattr(model, name)
     hooks = model._state_dict_hooks
     for number in [number for number, hook in hooks.items() if hook is answer_for_weights]:
@@ -68,8 +70,17 @@ class ModelRef:
         return type(self), (self.of(), *self.rest)
 
 
+class Parting(ModelRef):
+    """A call that takes adapters off a quantized model: refused where a part of one is fused and would stay."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = cast(Any, self.of())
+        check_parting(model, "take it off")
+        return getattr(type(model), self.rest[0])(model, *args, **kwargs)
+
+
 class Converting(ModelRef):
-    """One of CONVERTING of a quantized model: there diffusers calls `model.to` with the dtype that the model has, or
+    """A call of a quantized model in which diffusers calls `model.to` with the dtype that the model has, or
     none, and a quantized model would refuse both."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +92,10 @@ class Converting(ModelRef):
             model.is_quantized = True
 
 
-CONVERTING = ("_load_ip_adapter_weights", "load_attn_procs", "save_lora_adapter")
+STANDINS: dict[tuple[str, ...], type[ModelRef]] = {
+    ("_load_ip_adapter_weights", "load_attn_procs", "save_lora_adapter"): Converting,
+    ("unload_lora", "delete_adapters"): Parting,
+}
 OWN_CALLS = {
     "fuse_lora": refuse_fuse_lora,
     "unfuse_lora": refuse_fuse_lora,

@@ -50,6 +50,7 @@ def check_model(model: nn.Module, config: Any = None) -> None:
 
 def check_saving(model: nn.Module, names: Iterable[str]) -> None:
     """Raises UserError where a quantized model would lose something when it is saved. names: its quantized layers."""
+    check_parting(model, "save the model")
     _check_adapters(
         model,
         "save",
@@ -92,6 +93,17 @@ def _check_adapters(model: nn.Module, verb: str, then: str, allow_empty: bool = 
             )
     if getattr(model, "peft_config", None):
         raise UserError(f"adapters are on the model; take them off before you {verb} it, and {then}.")
+
+
+def check_parting(model: nn.Module, verb: str) -> None:
+    """Raises UserError where an adapter is fused into some layers and beside others: a part of it would be left."""
+    fused = {name for module in model.modules() for name in getattr(getattr(module, "plan", None), "adapters", ())}
+    for where, module in model.named_modules():
+        if hasattr(module, "base_layer") and (both := sorted(fused & _adapters_of(module))):
+            raise UserError(
+                f"adapter '{both[0]}' is fused into some layers and beside others ('{where}', for one); call "
+                f"ptq4dm.svdquant.unfuse_lora before you {verb}, and load the adapter again afterwards."
+            )
 
 
 def _adapters_of(wrapper: nn.Module) -> set[str]:

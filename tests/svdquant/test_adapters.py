@@ -19,6 +19,7 @@ from ptq4dm import SVDQuantConfig
 from ptq4dm.calibration.record import replay
 from ptq4dm.errors import UserError
 from ptq4dm.layers.w8a8 import Int8Conv2d
+from ptq4dm.svdquant import fuse_lora, unfuse_lora
 from ptq4dm.svdquant.layers.svdq import SVDQConv2d, SVDQLinear
 
 peft = pytest.importorskip("peft")
@@ -215,3 +216,25 @@ def test_flux_takes_adapters(flux, own):
     assert torch.equal(replay(model, calls), before)
     pipe.unload_lora_weights()
     assert torch.equal(replay(model, calls), before)
+
+
+def test_a_partly_fused_adapter_is_taken_off_whole_or_not_at_all(flux, tmp_path):
+    """Fused into the layers with a branch, beside a layer without one: no call may leave one half of it."""
+    model, calls, before = flux
+    torch.manual_seed(0)
+    model.add_adapter(adapters(4, ["attn.to_q", "x_embedder"]), "style")
+    beside = replay(model, calls)
+    elsewhere = [name for name, one in model.named_modules() if hasattr(one, "base_layer")]
+    counts = fuse_lora(model)
+    assert 0 < counts["style"] < len(elsewhere)
+    assert (replay(model, calls) - beside).norm() < 0.2 * (beside - before).norm()
+    message = "adapter 'style' is fused into some layers and beside others .*unfuse_lora before you "
+    for call in (model.unload_lora, lambda: model.delete_adapters("style")):
+        with pytest.raises(UserError, match=message + "take it off"):
+            call()
+    with pytest.raises(UserError, match=message + "save the model"):
+        model.save_pretrained(tmp_path / "a")
+    unfuse_lora(model)
+    model.unload_lora()
+    assert torch.equal(replay(model, calls), before)
+    model.save_pretrained(tmp_path / "b")

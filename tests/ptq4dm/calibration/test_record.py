@@ -320,7 +320,7 @@ def test_pipelines_that_cannot_be_recorded():
     class Idle(DDPMPipeline):
         def __call__(self, batch_size=1, generator=None, num_inference_steps=1, output_type="pt"): ...
 
-    with pytest.raises(UserError, match="Idle never calls unet so"):
+    with pytest.raises(UserError, match="Idle, called like this, calls unet at none"):
         record_calls(Idle(tiny_unet(), DDIMScheduler()), [0], [5], num_inference_steps=2)
 
 
@@ -508,6 +508,28 @@ def test_recorded_tensors_are_copies():
     assert torch.equal(answers(model, calls)[0], torch.zeros(2))
 
 
+def test_calls_of_another_network_are_refused():
+    one, other = tiny_unet().float(), tiny_conditional().float()
+    with ptq4dm.record(one) as calls, torch.no_grad():
+        one(torch.randn(1, 3, 8, 8), 5)
+    with torch.no_grad():
+        changed = copy.deepcopy(one)
+        changed.conv_out.weight[0, 0, 0, 0] += 1
+    for model in (other, changed):
+        with pytest.raises(UserError, match="recorded from another model"):
+            ptq4dm.quantize(model, ptq4dm.PTQ4DMConfig(), calls)
+    ptq4dm.quantize(one, ptq4dm.PTQ4DMConfig(), calls[0:1])
+
+
+def test_a_pipeline_with_several_denoisers_is_asked_for_one():
+    pipe = Guided(tiny_conditional(), DDIMScheduler())
+    pipe.register_modules(prior=tiny_conditional())
+    with pytest.raises(UserError, match="several denoisers, unet, prior; record one"), ptq4dm.record(pipe):
+        pass
+    with pytest.raises(UserError, match="'unet' is a name; give the pipeline or model itself"), ptq4dm.record("unet"):
+        pass
+
+
 def test_quantize_without_any_recorded_call():
     model = tiny_unet().float()
     with ptq4dm.record(model) as calls:
@@ -647,7 +669,7 @@ def test_one_of_two_denoisers_by_name():
     pipe.register_modules(prior=tiny_conditional().float())
     options = dict(conditioning={"prompt_embeds": torch.randn(1, 3, 8)})
     config = ptq4dm.CalibrationConfig(num_samples=2, num_inference_steps=2, num_bins=1)
-    with pytest.raises(UserError, match="Guided never calls prior so \\(seed 0\\); name the networks"):
+    with pytest.raises(UserError, match="Guided, called like this, calls prior at none of its steps .seed 0.; name"):
         ptq4dm.collect(pipe, config, **options)
     store = ptq4dm.collect(pipe, config, component="unet", **options)
     report = ptq4dm.quantize(pipe, ptq4dm.PTQ4DMConfig(), store)

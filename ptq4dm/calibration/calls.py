@@ -173,6 +173,19 @@ class Calls:
         return picked
 
     @property
+    def shared(self) -> dict[str, Any]:
+        """What the units of the first group have in common, by the places of arguments ("img_ids", "0", "a/b")."""
+        if not len(self):
+            return {}
+        group = self.groups[int(self.places[0, 0])]
+        numbered = pytree.tree_unflatten(list(range(len(group.leaves))), group.structure)
+        paths, _ = pytree.tree_flatten_with_path(numbered)
+        names = {
+            i: "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:]) for path, i in paths
+        }
+        return {name: group.leaves[i] for i, name in names.items() if i not in group.own}
+
+    @property
     def joined(self) -> bool:
         """Whether all units are rows."""
         return all(self.groups[group].joined for group in self.places[:, 0].unique().tolist())

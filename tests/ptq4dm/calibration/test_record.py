@@ -625,6 +625,7 @@ def test_as_many_rows_of_something_else_as_seeds(times):
     asked = [999, 0] * (times // 2)
     calls = record_calls(Ids(WithIds(), DDIMScheduler()), range(times), asked, num_inference_steps=2)
     assert len(calls) == times and all(len(part.call().args[1]) == times for part in calls.batches(3))
+    assert calls.shared.keys() == {"1", "mode"} and torch.equal(calls.shared["1"], torch.arange(float(times)))
 
 
 def test_two_denoisers_share_the_steps(tmp_path):

@@ -74,6 +74,14 @@ class Group:
     joined: bool
     parts: list[Part] = field(default_factory=list)
 
+    @staticmethod
+    def of(
+        leaves: Sequence, structure: pytree.TreeSpec, own: dict[int, Tensor], *, joined: bool, count: int
+    ) -> Group:
+        """A group of `count` units in memory: leaves of a call, and leaf index -> [count, ...] tensor of its own."""
+        shared = [None if i in own else leaf for i, leaf in enumerate(leaves)]
+        return Group(structure, shared, tuple(own), joined, [Part.of(own, count)])
+
     @cached_property
     def key(self) -> str:
         """A digest of the signature, shapes of own tensors included: groups of one key are one group."""
@@ -214,9 +222,8 @@ def whole_call(call: Call, timestep: float, time: float) -> tuple[Group, Tensor,
     leaves, structure = call.flat()
     own = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     tensors = {i: leaves[i][None] for i in own}
-    rest = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
     number = torch.tensor([timestep], dtype=torch.float64)
-    group = Group(structure, rest, own, False, [Part.of(tensors, 1)])
+    group = Group.of(leaves, structure, tensors, joined=False, count=1)
     return group, number, torch.tensor([time], dtype=torch.float64)
 
 
@@ -242,11 +249,11 @@ def calls_of_rows(*args: Any, timestep: Tensor | None = None, shared: dict | Non
     own = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     leaves, structure = Call(args, {**kwargs, **(shared or {})}).flat()
     tensors = {i: leaf for i, leaf in enumerate(leaves) if any(leaf is one for one in own)}
-    rest = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
     number = torch.zeros(len(own[0])) if timestep is None else timestep.double().cpu()
     scale = 1000.0 if float(number.max()) > 1 else 1.0
     calls = Calls(own[0].dtype if own[0].is_floating_point() else None)
-    calls.add(Group(structure, rest, tuple(tensors), True, [Part.of(tensors, len(own[0]))]), number, number / scale)
+    group = Group.of(leaves, structure, tensors, joined=True, count=len(own[0]))
+    calls.add(group, number, number / scale)
     return calls
 
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..files.atomic import output_folder
-from ..layers.base import is_quantized
+from ..layers.base import holds_quantized
 from ..options import option
 from ..pipelines.denoiser import schedulers_of
 from .call_files import save_calls
@@ -175,7 +175,7 @@ def _start(folder: Path, config: CalibrationConfig, request: Request) -> dict:
         "fingerprint": {name: fingerprint(network) for name, network in networks.items()},
     }
     for name, network in networks.items():
-        if any(is_quantized(module) for module in network.modules()):
+        if holds_quantized(network):
             raise UserError(f"'{name}' is quantized already; calibrate it in full precision.")
         if not asked["fingerprint"][name]:
             raise UserError(f"'{name}' has no Linear or Conv2d layers to calibrate.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .call_files import reading
-from .calls import Call, Calls, Group, Part
+from .calls import Call, Calls, Group
 
 
 def load_rows(paths: list[Path], plain: dict, num_train_timesteps: int, dtype: str) -> Calls:
@@ -38,8 +38,7 @@ def load_rows(paths: list[Path], plain: dict, num_train_timesteps: int, dtype: s
         leaves, structure = Call((sample,), kwargs).flat()
         own = {id(tensor) for tensor in (sample, timestep, *rows.values())}
         tensors = {i: leaf for i, leaf in enumerate(leaves) if id(leaf) in own}
-        rest = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
-        group = Group(structure, rest, tuple(tensors), True, [Part.of(tensors, len(sample))])
+        group = Group.of(leaves, structure, tensors, joined=True, count=len(sample))
         calls.add(group, timestep.double(), timestep.double() / (1 if unit else num_train_timesteps))
     return calls
 

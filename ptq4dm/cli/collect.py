@@ -7,7 +7,6 @@ from pathlib import Path
 from ..calibration.collect import collect
 from ..errors import UserError
 from ..layers.view import find_layers
-from ..pipelines.denoiser import denoiser
 from ..quantization.components import component_of
 from ..quantization.saving import make_parent
 from .options import (
@@ -46,7 +45,7 @@ def run(args) -> None:
     if args.plot:
         make_parent(Path(args.plot))
     pipe = load(args, args.model)
-    network = denoiser(pipe) if args.component is None else component_of(pipe, args.component)
+    network = component_of(pipe, args.component)
     if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(network)}:
         raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
     config = fitting(config, args, pipe)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from typing import Any
 
 from torch import nn
 
-from ..layers.base import is_quantized
+from ..layers.base import holds_quantized, is_quantized
 from ..layers.view import find_layers, in_ip_adapter
 from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
 from ..quantization.diffusers_bridge import quantization_config
@@ -61,7 +60,7 @@ def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:
         elif name not in views:
             padded = "with this padding " if type(module) is nn.Conv2d else ""
             why = f"{kind} {padded}is not of a kind that is quantized"
-        elif pattern := _pattern(name, config.modules_to_not_convert):
+        elif pattern := views[name].pattern(config.modules_to_not_convert):
             why = f"modules_to_not_convert has '{pattern}'"
         elif role != "inner":
             why = f"the model's {role} layer"
@@ -94,7 +93,7 @@ def other_networks(pipe: Any) -> dict[str, dict]:
         name: {
             "class": type(network).__name__,
             "bytes": stored_bytes(network),
-            "quantized": any(is_quantized(module) for module in network.modules()),
+            "quantized": holds_quantized(network),
         }
         for name, network in networks_of(pipe).items()
         if name != denoiser_name(pipe)
@@ -122,13 +121,6 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"\n{'bytes':>12}  in full precision, and why")
     lines += [f"{row['bytes']:>12,}  {row['layer']}: {row['why']}" for row in facts["left"]]
     return "\n".join(lines)
-
-
-def _pattern(name: str, patterns: tuple[str, ...]) -> str | None:
-    """The pattern that leaves a layer out: it may name a module around it."""
-    parts = name.split(".")
-    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return next((one for one in patterns if any(fnmatch.fnmatch(prefix, one) for prefix in around)), None)
 
 
 def _is_adapter(name: str) -> bool:

@@ -7,10 +7,9 @@ from pathlib import Path
 from ..calibration.collect import collect
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
-from ..pipelines.denoiser import denoiser
 from ..quantization import recipe
-from ..quantization.checkpoint import check_folder
-from ..quantization.components import component_of, load_plans, narrowed, networks_of
+from ..quantization.checkpoint import check_folder, folder_of
+from ..quantization.components import component_of, load_plans, narrowed, networks_to_quantize
 from ..quantization.pictures import PICTURES, picture_of
 from ..quantization.quantize import quantize
 from ..quantization.recipe import QuantConfig
@@ -81,11 +80,6 @@ def recipes_of(args) -> dict[str, QuantConfig]:
     return {name: QuantConfig.from_dict({"method": plan.method, "plan": plan}) for name, plan in plans.items()}
 
 
-def _folder(checkpoint: str | None, name: str, recipes: dict[str, QuantConfig]) -> Path | None:
-    """The checkpoint of one network's plan: a folder of its own where the file has several."""
-    return None if checkpoint is None else Path(checkpoint) / (name if len(recipes) > 1 else "")
-
-
 def run(args) -> None:
     recipes, calibration = recipes_of(args), calibration_of(args)
     config = next(iter(recipes.values()))
@@ -99,15 +93,15 @@ def run(args) -> None:
         make_parent(Path(args.plot))
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = load(args, args.model)
-    model = denoiser(pipe) if args.component is None else component_of(pipe, args.component)
-    narrowed(networks_of(pipe, args.component), config)  # a pattern that names nothing is told at once
+    model = component_of(pipe, args.component)
+    narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
     if store is None and config.needs_calibration and config.plan is None:
         fitted = fitting(calibration, args, pipe)
         store = collect(pipe, fitted, component=args.component, **conditioning_of(args))
     weights = dict(model.named_parameters()) if picture else {}
     report = QuantizationReport.together(
         [
-            quantize(pipe, one, store, component=name or None, checkpoint=_folder(args.checkpoint, name, recipes))
+            quantize(pipe, one, store, component=name or None, checkpoint=folder_of(args.checkpoint, name, recipes))
             for name, one in recipes.items()
         ]
     )

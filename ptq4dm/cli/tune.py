@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..kernels import dispatch
 from ..kernels.runtime import settings as tuning
 from ..kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
-from ..layers.base import is_quantized
+from ..layers.base import holds_quantized
 from ..pipelines.denoiser import denoiser
 from ..pipelines.sampling import default_steps
 from ..quantization.saving import make_parent
@@ -74,7 +74,7 @@ def cases_of_pipeline(
     from ..kernels.tuning.cases import cases_of
 
     model = denoiser(pipe)
-    if any(is_quantized(module) for module in model.modules()):
+    if holds_quantized(model):
         raise UserError("this model is quantized; name its original, whose layers have the same shapes.")
 
     options: dict[str, Any] = {

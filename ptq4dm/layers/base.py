@@ -187,6 +187,11 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLayer)
 
 
+def holds_quantized(network: nn.Module) -> bool:
+    """Whether a network has a quantized layer."""
+    return any(is_quantized(module) for module in network.modules())
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in the place that the dotted name says."""
     parent, _, child = name.rpartition(".")

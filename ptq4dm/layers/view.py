@@ -30,9 +30,13 @@ class LayerView:
 
     def matches(self, patterns: Sequence[str]) -> bool:
         """Whether one of the names or shell patterns is of this layer, or of a module that it is in."""
+        return self.pattern(patterns) is not None
+
+    def pattern(self, patterns: Sequence[str]) -> str | None:
+        """The first of the names or shell patterns that is of this layer, or of a module that it is in."""
         parts = self.name.split(".")
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes for pattern in patterns)
+        return next((p for p in patterns if any(fnmatch.fnmatch(prefix, p) for prefix in prefixes)), None)
 
 
 def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,15 +23,29 @@ from ..layers.registry import FORMATS, empty_quantized
 HEADER = "checkpoint.json"
 
 
+def folder_of(checkpoint: str | Path | None, name: str, networks: Collection[str]) -> Path | None:
+    """The folder that keeps one network's blocks: of several networks each has one of its own, by its name."""
+    if checkpoint is None:
+        return None
+    return Path(checkpoint) / name if len(networks) > 1 else Path(checkpoint)
+
+
 def check_folder(folder: Path) -> None:
-    """Before the long work: raises UserError where a folder cannot hold a checkpoint. Nothing is made."""
-    if folder.is_dir() and not (folder / HEADER).exists() and any(folder.iterdir()):
+    """Before the long work: raises UserError where a folder cannot hold a checkpoint, or those of several networks.
+
+    Nothing is made.
+    """
+    if folder.is_dir() and not _holds_blocks(folder) and not all(map(_holds_blocks, folder.iterdir())):
         raise UserError(f"{folder} holds other files; give a folder of its own to a checkpoint.")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"cannot make the folder {folder}: {there} is a file.")
     if not os.access(there, os.W_OK):
         raise UserError(f"cannot write into {folder}; give another folder.")
+
+
+def _holds_blocks(path: Path) -> bool:
+    return (path / HEADER).exists()
 
 
 class BlockCheckpoint:

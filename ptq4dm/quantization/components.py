@@ -17,11 +17,10 @@ from torch import nn
 
 from ..errors import UserError
 from ..files.atomic import replacing
-from ..layers.base import is_quantized
+from ..layers.base import holds_quantized
 from ..layers.plan import Plan
 from ..layers.view import find_layers
-from ..pipelines.denoiser import denoiser_name, denoiser_names, model_of
-from ..pipelines.denoiser import networks_of as networks_in
+from ..pipelines.denoiser import denoiser_name, denoiser_names, model_of, networks_of
 from .diffusers_bridge import quantization_config
 from .recipe import QuantConfig
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def networks_of(
+def networks_to_quantize(
     target: DiffusionPipeline | nn.Module, component: str | None, calibrated: Iterable[str] = ()
 ) -> dict[str, nn.Module]:
     """Name -> network to quantize: the component named, else those that were calibrated, else all denoisers.
@@ -38,7 +37,7 @@ def networks_of(
     """
     if isinstance(target, nn.Module) or component is not None:
         return {component or "": component_of(target, component)}
-    there = networks_in(target)
+    there = networks_of(target)
     names = [name for name in calibrated if name in there] or denoiser_names(target)
     return {name: component_of(target, name) for name in names}
 
@@ -63,11 +62,7 @@ def left_out(target: DiffusionPipeline | nn.Module) -> list[str]:
     """The networks of a pipeline that have no quantized layer."""
     if isinstance(target, nn.Module):
         return []
-    return [
-        name
-        for name, part in networks_in(target).items()
-        if not any(is_quantized(module) for module in part.modules())
-    ]
+    return [name for name, part in networks_of(target).items() if not holds_quantized(part)]
 
 
 def component_of(target: DiffusionPipeline | nn.Module, component: str | None) -> nn.Module:
@@ -80,7 +75,7 @@ def component_of(target: DiffusionPipeline | nn.Module, component: str | None) -
     if isinstance(target, nn.Module):
         raise UserError(f"a model has no component '{component}'; give the pipeline.")
     found = getattr(target, component, None)
-    networks = networks_in(target)
+    networks = networks_of(target)
     if component not in networks:
         raise UserError(f"{type(target).__name__} has no network '{component}'; it has {', '.join(networks)}.")
     if not isinstance(found, ModelMixin):
@@ -93,7 +88,7 @@ def component_of(target: DiffusionPipeline | nn.Module, component: str | None) -
 
 def quantized_plans(pipe: DiffusionPipeline) -> dict[str, Plan]:
     """Component name -> plan, of every quantized network of a pipeline."""
-    configs = {name: quantization_config(network) for name, network in networks_in(pipe).items()}
+    configs = {name: quantization_config(network) for name, network in networks_of(pipe).items()}
     return {name: cast(Plan, config.plan) for name, config in configs.items() if config is not None}
 
 

@@ -15,10 +15,11 @@ from ..calibration.record import answers
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..hooks import hooked
-from ..layers.base import is_quantized, replace_module
+from ..layers.base import holds_quantized, replace_module
 from ..layers.plan import Plan
 from ..pipelines.denoiser import evaluation_mode
-from .components import left_out, narrowed, networks_of
+from .checkpoint import folder_of
+from .components import left_out, narrowed, networks_to_quantize
 from .diffusers_bridge import mark_quantized, resolved
 from .packing import link_layers
 from .planning import check_plan, make_plan
@@ -61,13 +62,15 @@ def quantize(
     _check_types(config, store)
     if store is None and config.calibration is not None:
         store = CalibrationStore.load(config.calibration)
-    networks = networks_of(target, component, store.components if isinstance(store, CalibrationStore) else ())
+    networks = networks_to_quantize(
+        target, component, store.components if isinstance(store, CalibrationStore) else ()
+    )
     _check_networks(networks, config, store)
     recipes = narrowed(networks, config)
     with ExitStack() as undone:  # where one network fails, all are as they were
         made = {
             name: _pack(
-                undone, model, recipes[name], _store_for(store, name, model), _folder(checkpoint, name, networks)
+                undone, model, recipes[name], _store_for(store, name, model), folder_of(checkpoint, name, networks)
             )
             for name, model in networks.items()
         }
@@ -123,7 +126,7 @@ def _rows(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis: str, pr
 
 def _check_networks(networks: dict[str, nn.Module], config: QuantConfig, store: object) -> None:
     for name, model in networks.items():
-        if any(is_quantized(module) for module in model.modules()):
+        if holds_quantized(model):
             which = f"'{name}'" if len(networks) > 1 else "the model"
             raise UserError(f"{which} is quantized already; load it in full precision to quantize it again.")
         check_model(model, config)
@@ -136,13 +139,6 @@ def _store_for(store: CalibrationStore | Calls | None, name: str, model: nn.Modu
     if isinstance(store, Calls):
         return store_of(model, store)
     return None if store is None else store.of(model, name)
-
-
-def _folder(checkpoint: str | Path | None, name: str, networks: dict[str, nn.Module]) -> Path | None:
-    """The checkpoint of one network: a folder of its own where there are several."""
-    if checkpoint is None:
-        return None
-    return Path(checkpoint) / name if len(networks) > 1 else Path(checkpoint)
 
 
 def _check_types(config: object, store: object) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import UserError
 from ...files.atomic import replacing_folder
-from ...layers.base import is_quantized
+from ...layers.base import holds_quantized
 from ...pipelines.denoiser import TIMES, class_count, denoiser, denoiser_name
 from ..configs import refuse_foreign
 from ..one_step import OneStepScheduler, nearest_timestep
@@ -81,7 +81,7 @@ def check_network(pipe) -> None:
     net, name = denoiser(pipe), type(pipe).__name__
     if getattr(pipe, "vae", None) is not None:
         raise UserError(f"{name} works on latents; distillation here is for pixel models such as unet-cifar10.")
-    if any(is_quantized(module) for module in net.modules()):
+    if holds_quantized(net):
         raise UserError("the teacher is quantized; distil the model in full precision, then quantize the student.")
     if net.dtype != torch.float32:
         raise UserError(f"the teacher is loaded in {net.dtype}; load it in float32, and choose precision 'bf16'.")

@@ -15,6 +15,7 @@ from ptq4dm.calibration.evidence import Evidence, calibration_batches
 from ptq4dm.calibration.record import replay
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.quantization import packing
+from ptq4dm.quantization.checkpoint import BlockCheckpoint, check_folder, folder_of
 from ptq4dm.quantization.components import component_of, load_plans, quantized_plans
 from ptq4dm.quantization.packing import PackingOptions, blocks_of, pack_plan
 from ptq4dm.quantization.planning import make_plan
@@ -294,3 +295,16 @@ def test_a_recipe_that_reads_weights_cannot_pack_while_a_model_loads(dit, tmp_pa
 def test_wrong_kinds_of_arguments(dit, call, word):
     with pytest.raises(UserError, match=word):
         call(dit[0])
+
+
+def test_a_checkpoint_of_several_networks_has_a_folder_for_each(tmp_path):
+    names = ("transformer", "transformer_2")
+    folders = [folder_of(tmp_path / "a", name, names) for name in names]
+    assert folders == [tmp_path / "a" / name for name in names] and folder_of(None, "unet", names) is None
+    assert folder_of(tmp_path / "a", "unet", ["unet"]) == tmp_path / "a"
+    for folder in folders:
+        BlockCheckpoint(folder, {"plan": 1})
+        check_folder(tmp_path / "a")  # the same command goes on
+    (tmp_path / "a" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        check_folder(tmp_path / "a")

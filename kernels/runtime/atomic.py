@@ -1,30 +1,128 @@
-"""Files that are whole at any time: written beside, then renamed."""
+"""Files and folders that are whole at any time: made in a hidden folder beside, then renamed.
+
+A process that is killed leaves its hidden folder, `.NAME.xxxxxxxx.ptq4dm`; it holds a lock on it for as long as it
+lives, so `sweep` knows those of the dead and takes them away.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
+SUFFIX, LOCK, OLD = ".ptq4dm", "lock", "old"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write to, renamed to `path` at the end and removed where anything fails.
 
-    Its name is hidden, ends in .tmp and is this process's own: two processes may write into one folder. Its mode is
-    that of any new file, whoever writes it.
+    Two processes may write into one folder. A link is followed: what it leads to is replaced. The file's mode is that
+    of any new file, whoever writes it.
 
-    Raises OSError where the file cannot be written.
+    Raises OSError where the file cannot be written, or is no plain file (a device, a pipe, a folder).
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no plain file")
+    with hidden_folder(path) as beside:
+        temporary = beside / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # a library may have put a file of its own there, that nobody else may read
         os.replace(temporary, path)
+
+
+@contextmanager
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, for as long as the block runs; nobody sweeps it while this process lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=SUFFIX, dir=path.parent))
+        with suppress(FileNotFoundError):  # somebody swept it before it was locked
+            lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            if _lock(lock) is not False and (folder / LOCK).exists():
+                break
+            os.close(lock)
+    try:
+        yield folder
     finally:
-        if temporary.is_file():  # below a regular file even unlink(missing_ok=True) raises
-            temporary.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def exchange(new: Path, place: Path, beside: Path) -> Path | None:
+    """Put the folder `new` in the place of another, or of none; returns where the other one is now.
+
+    There is no moment without a folder at `place` where the file system can exchange two names. Elsewhere a process
+    killed at that moment leaves the old one as `old` in the hidden folder `beside`; `sweep` brings it back.
+    """
+    if not place.exists():
+        os.rename(new, place)
+        return None
+    if _exchanged(new, place):
+        return new
+    (beside / "place").write_bytes(os.fsencode(place.name))
+    old = beside / OLD
+    os.rename(place, old)
+    try:
+        os.rename(new, place)
+    except BaseException:
+        os.rename(old, place)
+        raise
+    return old
+
+
+def sweep(folder: Path) -> None:
+    """Take away hidden folders that dead processes left in a folder; what is missing from its place comes back."""
+    if fcntl is None:
+        return
+    for left in Path(folder).glob(f".*{SUFFIX}"):
+        with suppress(OSError):
+            lock = os.open(left / LOCK, os.O_RDWR)
+            try:
+                if _lock(lock) is True:
+                    _restore(left)
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _restore(left: Path) -> None:
+    with suppress(FileNotFoundError):
+        place = left.parent / os.fsdecode((left / "place").read_bytes())
+        if (left / OLD).is_dir() and not place.exists():
+            os.rename(left / OLD, place)
+
+
+def _lock(file: int) -> bool | None:
+    """Whether we hold the lock now, and nobody else; it is let go when the file is closed, by whatever death.
+
+    None where there are no locks: on Windows, and on some network file systems.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where that cannot be done here (Linux's renameat2)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    return rename is not None and not rename(
+        AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE
+    )

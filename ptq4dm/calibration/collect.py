@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..files.atomic import output_folder
+from ..files.places import output_folder
 from ..layers.base import holds_quantized
 from ..options import option
 from ..pipelines.denoiser import schedulers_of

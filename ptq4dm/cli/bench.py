@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..files.places import make_parent
 from ..kernels.runtime.settings import tuned_file
 from ..pipelines.denoiser import denoiser
 from ..pipelines.load import EMBEDDED
-from ..quantization.saving import make_parent
 from ..samplers.comparison.compare import SamplerBench, bench_samplers
 from ..samplers.comparison.table import plot_rows, table
 from . import tune

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..calibration.collect import collect
 from ..errors import UserError
+from ..files.places import make_parent
 from ..layers.view import find_layers
 from ..quantization.components import component_of
-from ..quantization.saving import make_parent
 from .options import (
     add_calibration,
     add_component,

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..files.result_folder import check_replaceable
 from ..pipelines.load import load_pipeline
-from ..quantization.saving import check_output
 from ..samplers.distillation import disback
 from ..samplers.distillation.config import DisBackConfig
 from ..samplers.distillation.log import read_log
@@ -33,7 +33,7 @@ def run(args) -> None:
     precision = {"float32": "no", "bfloat16": "bf16"}.get(dtype, dtype)
     config = DisBackConfig(**given(args, DisBackConfig), precision=precision)
     output = Path(args.output)
-    check_output(output, RECORD, "distill")
+    check_replaceable(output, RECORD, "distill")
     pipe = load_pipeline(args.model, torch.float32, device_of(args))
     folder = output.with_name(f"{output.name}.run")
     student = disback.distill(pipe, config, folder, args.resume)

@@ -7,8 +7,9 @@ from pathlib import Path
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ..evaluation.report import format_report
+from ..files.places import make_parent
 from ..pipelines.picture_files import find_images
-from ..quantization.saving import make_parent, original_of
+from ..quantization.saving import original_of
 from .flags import add_flags, given
 from .options import (
     BATCH_SIZE,

@@ -8,8 +8,8 @@ from accelerate import PartialState
 from PIL import Image
 
 from ..errors import UserError
+from ..files.places import make_parent
 from ..pipelines.generate import generate, save_grid
-from ..quantization.saving import make_parent
 from .options import (
     BATCH_SIZE,
     QUANTIZED_FIRST,

@@ -7,6 +7,8 @@ from pathlib import Path
 from ..calibration.collect import collect
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
+from ..files.places import make_parent
+from ..files.result_folder import check_replaceable
 from ..quantization import recipe
 from ..quantization.checkpoint import check_folder, folder_of
 from ..quantization.components import component_of, load_plans, narrowed, networks_to_quantize
@@ -14,7 +16,7 @@ from ..quantization.pictures import PICTURES, picture_of
 from ..quantization.quantize import quantize
 from ..quantization.recipe import QuantConfig
 from ..quantization.report import QuantizationReport
-from ..quantization.saving import RECORD, check_output, make_parent, save_quantized
+from ..quantization.saving import RECORD, save_quantized
 from .flags import add_union, flag_of, options_of
 from .options import (
     QUANTIZED,
@@ -85,7 +87,7 @@ def run(args) -> None:
     config = next(iter(recipes.values()))
     one_process(args)
     output = Path(args.output)
-    check_output(output)
+    check_replaceable(output, RECORD, "quantize")
     if args.checkpoint:
         check_folder(Path(args.checkpoint))
     picture = picture_of(config) if args.plot else None

@@ -16,13 +16,13 @@ from ..calibration.look import look
 from ..calibration.request import request_of
 from ..calibration.sampled import record_calls
 from ..errors import UserError
+from ..files.places import make_parent
 from ..kernels import dispatch
 from ..kernels.runtime import settings as tuning
 from ..kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
 from ..layers.base import holds_quantized
 from ..pipelines.denoiser import denoiser
 from ..pipelines.sampling import default_steps
-from ..quantization.saving import make_parent
 
 W8A8 = "w8a8"
 KERNELS = dispatch.tunable()

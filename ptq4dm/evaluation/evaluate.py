@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files.atomic import output_folder
+from ..files.places import output_folder
 from ..options import option
 from ..pipelines.denoiser import denoiser
 from ..pipelines.sampling import sample

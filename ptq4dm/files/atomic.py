@@ -1,11 +1,10 @@
-"""Files and folders of results: a file is always whole, and a failure leaves no empty folder."""
+"""Files and folders of results: whole at any time, the old one or the new one, whatever kills the process."""
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,56 +20,41 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        with atomic.replacing(path) as temporary:  # safetensors puts a file of its own there
-            yield temporary
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
+    with _told(path), atomic.replacing(path) as temporary:  # safetensors puts a file of its own there
+        yield temporary
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, foreign: Callable[[Path], list[str]] = lambda _: []) -> Iterator[Path]:
     """A new folder beside, to write into; at the end it takes the place of `folder`: always whole, old or new.
+
+    A link is followed. foreign: what in the old folder is not ours: where it names anything, which must have come
+    during the work, the old folder stays beside as NAME.before.
 
     Raises:
         UserError: it cannot be written.
     """
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            new, old = Path(beside) / "new", Path(beside) / "old"
-            new.mkdir()
-            yield new
-            for path in new.rglob("*.safetensors"):  # which safetensors writes for their owner alone
-                path.chmod(0o666 & new.stat().st_mode)
-            try:
-                if folder.exists():
-                    folder.rename(old)
-                new.rename(folder)
-            except BaseException:  # an interrupt, too: the old one comes back
-                if old.exists() and not folder.exists():
-                    old.rename(folder)
-                raise
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}.") from error
+    named, folder = folder, Path(os.path.realpath(folder))
+    with _told(named), atomic.hidden_folder(folder) as beside:
+        new = beside / "new"
+        new.mkdir()
+        yield new
+        for path in new.rglob("*.safetensors"):  # which safetensors writes for their owner alone
+            path.chmod(0o666 & new.stat().st_mode)
+        old = atomic.exchange(new, folder, beside)
+        if old is not None and foreign(old):
+            os.rename(old, free_name(folder))
+
+
+def free_name(folder: Path) -> Path:
+    """NAME.before, or NAME.before-2 and so on where that is taken."""
+    names = (f"{folder.name}.before" + (f"-{k}" if k > 1 else "") for k in range(1, 1000))
+    return next(place for name in names if not os.path.lexists(place := folder.with_name(name)))
 
 
 @contextmanager
-def output_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Make the folder for results before the long work starts; where that fails, take it away again.
-
-    Raises:
-        UserError: it is a file, or cannot be made.
-    """
-    path = Path(path)
+def _told(path: str | os.PathLike) -> Iterator[None]:
     try:
-        made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror or error}.") from error
-    try:
-        yield path
-    except BaseException:
-        with suppress(OSError):  # rmdir refuses a folder in which something is by now
-            for folder in made:
-                folder.rmdir()
-        raise
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error

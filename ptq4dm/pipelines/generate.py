@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..files.atomic import output_folder
+from ..files.places import output_folder
 from ..version import __version__
 from .denoiser import denoiser, networks_of
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
@@ -136,8 +136,6 @@ def generate(
         raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
     check_steps(pipe, num_inference_steps)
     with output_folder(output):
-        if not os.access(output, os.W_OK):
-            raise UserError(f"cannot write into {output}; choose another --output.")
         _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, metadata)
     return [output / f"{s:06d}.png" for s in seeds]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from torch import nn
 
 from ...errors import UserError
-from ...files.atomic import replacing_folder
+from ...files.result_folder import result_folder
 from ...layers.base import holds_quantized
 from ...pipelines.denoiser import TIMES, class_count, denoiser, denoiser_name
 from ..configs import refuse_foreign
@@ -115,7 +114,6 @@ def student_pipeline(pipe, net: nn.Module, scheduler: OneStepScheduler):
 
 def save_student(pipe, record: dict, folder: Path) -> None:
     """Save a student's pipeline with what made it (`record`, with the teacher's name as "model") and a card."""
-    with replacing_folder(folder) as new:
+    with result_folder(folder, RECORD, record) as new:
         pipe.save_pretrained(new)
-        (new / "README.md").write_text(CARD.format(**record))
-        (new / RECORD).write_text(json.dumps(record, indent=1))
+        (new / "README.md").write_text(CARD.format(**record), encoding="utf-8")

@@ -13,6 +13,7 @@ from PIL import Image
 from ptq4dm.cli import collect as collect_verb
 from ptq4dm.cli import quantize as quantize_verb
 from ptq4dm.cli.main import main
+from ptq4dm.kernels.runtime import atomic
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.quantization.checkpoint import BlockCheckpoint
 
@@ -193,14 +194,36 @@ def test_a_folder_that_cannot_be_a_checkpoint_is_told_before_calibration(run, mo
     assert tree(".") == ["foreign", "foreign/thesis.txt", "out"]
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", ".git/HEAD", "samples/000000.png", "README.md"])
+def test_a_folder_with_the_users_files_is_refused(run, models, name):
+    shutil.copytree(models / "dynamic", "q")
+    Path("q", name).parent.mkdir(exist_ok=True)
+    Path("q", name).write_text("mine")
+    before = contents("q")
+    status, _, err = run("quantize", "--model", models / "unet", "--output", "q")
+    assert status == 2 and len(err) == 1 and name in err[0]
+    assert contents("q") == before
+
+
+def test_a_link_as_output_is_followed(run, models):
+    Path("disk").mkdir()
+    Path("q").symlink_to("disk/model")
+    for _ in range(2):
+        assert (
+            run("quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q")[0]
+            == 0
+        )
+    assert Path("q").is_symlink() and Path("disk/model/model_index.json").is_file()
+    assert sorted(p.name for p in Path().iterdir()) == ["disk", "q"] and tree("disk")[0] == "model"
+
+
 def test_quantizing_again_replaces_the_folder(run, models):
     shutil.copytree(models / "dynamic", "q")
-    Path("q/stale").touch()
     Path("q.old").mkdir()  # somebody's own backup
     before = contents("q")
     assert run("quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q")[0] == 0
     after = contents("q")
-    assert after.keys() == before.keys() - {"stale"} and after["plan.json"] != before["plan.json"]
+    assert after.keys() == before.keys() and after["plan.json"] != before["plan.json"]
     assert sorted(p.name for p in Path().iterdir()) == ["q", "q.old"]
     Path("empty").mkdir()
     assert run("quantize", "--model", models / "unet", "--plan", "q/plan.json", "--output", "empty")[0] == 0
@@ -220,14 +243,11 @@ def test_a_failing_save_leaves_the_old_folder_whole(run, models, monkeypatch, br
 
         monkeypatch.setattr(UNet2DModel, "save_pretrained", half)
     else:
-        rename = Path.rename
 
-        def refuse(self, target):
-            if self.name == "new":
-                raise full if broken == "rename" else KeyboardInterrupt
-            return rename(self, target)
+        def refuse(new, place, beside):
+            raise full if broken == "rename" else KeyboardInterrupt
 
-        monkeypatch.setattr(Path, "rename", refuse)
+        monkeypatch.setattr(atomic, "exchange", refuse)
     status, _, err = run(
         "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"
     )  # fmt: skip
@@ -359,7 +379,7 @@ WRONG = [
     ([*QUANTIZE, "--plan", "static/plan.json", "--symmetric", "--weight-bits", "4"],
      "leave out --symmetric, --weight-bits"),
     ([*QUANTIZE, "--output", "foreign"], "foreign exists and was not written by ptq4dm quantize"),
-    ([*QUANTIZE, "--output", "file"], "file exists and was not written by ptq4dm quantize"),
+    ([*QUANTIZE, "--output", "file"], "file is a file, and the result is a folder"),
     ([*QUANTIZE, "--output", "file/q"], "cannot write file/q: "),
     ([*QUANTIZE, "--checkpoint", "foreign"], "foreign holds other files; give a folder of its own to a checkpoint."),
     ([*QUANTIZE, "--checkpoint", "file"], "cannot make the folder file: file is a file."),

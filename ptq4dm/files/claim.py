@@ -1,0 +1,120 @@
+"""Two runs at once: a run claims the folder that it writes into, for as long as it lives.
+
+    with claimed(folder, settings): ...                  of the same settings, one after another
+    with claimed(folder, settings, share=True): ...      of the same settings, side by side
+
+A second run with other settings is refused before it works. The claim is a lock on a hidden file, so it ends with the
+process, whatever ends that. Where a file system has no locks, and on Windows, nobody is kept away.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+CLAIM = ".ptq4dm-run"
+
+
+@contextmanager
+def claimed(folder: str | os.PathLike, settings: Any, *, share: bool = False) -> Iterator[None]:
+    """Keep runs with other settings out of a folder (it exists) while the block runs.
+
+    settings: all that decides what is written, as JSON holds it. share: runs of the same settings may write at the
+    same time; otherwise the second waits, and says so.
+
+    Raises UserError where a run with other settings writes there now.
+    """
+    if fcntl is None:
+        yield
+        return
+    with _held(Path(folder), digest(settings), share):
+        yield
+
+
+def digest(settings: Any) -> str:
+    """16 hex digits of SHA-256 over settings, as JSON writes them."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _held(folder: Path, mine: str, share: bool) -> Iterator[None]:
+    path, waited = folder / CLAIM, False
+    while True:
+        file = _open(path)
+        with _alone(folder):  # one at a time looks and takes
+            first = _lock(file, fcntl.LOCK_EX)
+            if first is None:  # no locks here
+                break
+            if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
+                os.close(file)  # the last holder took it away meanwhile
+                continue
+            if first:
+                os.truncate(file, 0)
+                os.pwrite(file, f"{mine} {os.getpid()}".encode(), 0)
+                if share:
+                    _lock(file, fcntl.LOCK_SH)
+                break
+            theirs, _, process = os.pread(file, 200, 0).decode(errors="replace").partition(" ")
+            if theirs != mine:
+                os.close(file)
+                raise UserError(
+                    f"another run with other settings is writing into {folder} (process {process}); "
+                    "give another folder, or wait for its end."
+                )
+            if share and _lock(file, fcntl.LOCK_SH):
+                break
+        if not waited:
+            print(f"waiting for another run with the same settings in {folder} (process {process})", file=sys.stderr)
+        waited = True
+        fcntl.flock(file, fcntl.LOCK_SH)  # until the other lets go; then from the start
+        os.close(file)
+    try:
+        yield
+    finally:
+        with _alone(folder):
+            if _lock(file, fcntl.LOCK_EX) is True:  # the last one takes it away
+                with suppress(OSError):
+                    path.unlink()
+            os.close(file)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write into {path.parent}: {error.strerror}; give another folder.") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, for a moment: a lock on the folder itself."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # network file systems lock no folders
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _lock(file: int, kind: int) -> bool | None:
+    """Whether we hold the lock; None where this file system has none."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True

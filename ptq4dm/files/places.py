@@ -1,0 +1,75 @@
+"""Places for results, looked at before the long work: can they be written, and is there room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import UserError
+from ..kernels.runtime.atomic import sweep
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Make the folder for results before the long work starts; where that fails, take it away again.
+
+    What dead processes left in it half-written is taken away.
+
+    Raises:
+        UserError: it is a file, cannot be made, or cannot be written into.
+    """
+    path = Path(path)
+    try:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}.") from error
+    try:
+        check_writable(path)
+        yield path
+    except BaseException:
+        with suppress(OSError):  # rmdir refuses a folder in which something is by now
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def make_parent(path: str | os.PathLike) -> None:
+    """Make the folder that a result goes into, before the long work.
+
+    Raises UserError where it cannot be made or written into, or a device or a pipe is in the result's place.
+    """
+    real = Path(os.path.realpath(path))
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise UserError(f"cannot write {path}: it is no plain file; give another name.")
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+    check_writable(real.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Write something small into a folder and take it away. Raises UserError where that fails."""
+    sweep(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror or error}; give another place.") from None
+
+
+def check_room(folder: str | os.PathLike, need: int, what: str) -> None:
+    """Raises UserError where a disk has less room than `need` bytes, for `what`."""
+    place = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise UserError(
+            f"{what} takes at least {need / 1e6:.0f} MB and the disk of {place} has {free / 1e6:.0f} MB left; "
+            "make room, or give another place."
+        )

@@ -1,0 +1,61 @@
+"""Two runs at once in one folder: other settings are refused, the same ones share or wait."""
+
+import os
+import threading
+
+import pytest
+
+from ptq4dm.errors import UserError
+from ptq4dm.files.claim import CLAIM, claimed
+
+
+def test_other_settings_are_refused_and_nothing_is_left(tmp_path):
+    for share in (False, True):
+        with claimed(tmp_path, {"seed": 0}, share=share):
+            refused = pytest.raises(UserError, match=f"another run with other settings .*process {os.getpid()}")
+            with refused, claimed(tmp_path, {"seed": 1}, share=share):
+                pytest.fail("two runs at once")
+            assert os.listdir(tmp_path) == [CLAIM]
+        assert not os.listdir(tmp_path)
+    with claimed(tmp_path, {"seed": 1}):
+        pass
+
+
+def test_the_same_settings_share(tmp_path):
+    with claimed(tmp_path, {"seed": 0}, share=True):
+        with claimed(tmp_path, {"seed": 0}, share=True), pytest.raises(UserError), claimed(tmp_path, 1, share=True):
+            pass
+        with pytest.raises(UserError), claimed(tmp_path, 1, share=True):
+            pass
+    assert not os.listdir(tmp_path)
+
+
+def test_the_same_settings_wait(tmp_path, capfd):
+    order, inside = [], threading.Event()
+
+    def second():
+        inside.wait()
+        with claimed(tmp_path, {"seed": 0}):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with claimed(tmp_path, {"seed": 0}):
+        inside.set()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"] and not os.listdir(tmp_path)
+    assert "waiting for another run" in capfd.readouterr().err
+
+
+def test_the_claim_of_a_dead_run_does_not_count(tmp_path):
+    child = os.fork()
+    if not child:
+        with claimed(tmp_path, {"seed": 0}):
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.listdir(tmp_path) == [CLAIM]
+    with claimed(tmp_path, {"seed": 1}):
+        pass
+    assert not os.listdir(tmp_path)

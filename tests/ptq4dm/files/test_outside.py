@@ -1,0 +1,82 @@
+"""Data from outside: whatever is wrong with a file is one sentence that names it."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ptq4dm.errors import DamagedFile, UserError
+from ptq4dm.files.outside import finite, outside, read_json, read_object, read_tensors
+
+BAD_TEXTS = {
+    "nothing": b"",
+    "cut short": b'{"a": [1, 2',
+    "nested without end": b"[" * 100_000,
+    "a number of many digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "no UTF-8": b'{"a": "\xff"}',
+    "a name twice": b'{"a": 1, "a": 2}',
+    "zeros": bytes(1000),
+}
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS.values(), ids=BAD_TEXTS.keys())
+def test_bad_json_is_one_sentence(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    with pytest.raises(DamagedFile, match=r"x\.json cannot be read \(.+\); do this\.$") as caught:
+        read_json(path, "do this")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_missing_files_folders_and_sizes(tmp_path, monkeypatch):
+    with pytest.raises(DamagedFile, match="is missing"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(DamagedFile, match="cannot be read"):
+        read_json(tmp_path)
+    with open(tmp_path / "huge.json", "wb") as file:
+        file.truncate(1 << 40)  # a file of holes
+    with pytest.raises(DamagedFile, match="more than any text"):
+        read_json(tmp_path / "huge.json")
+
+
+@pytest.mark.parametrize("value", [None, 7, [], {}, {"a": True}, {"a": "1"}, {"a": None}])
+def test_objects_have_the_keys_and_types_asked_for(tmp_path, value):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(DamagedFile, match="x.json"):
+        read_object(path, {"a": int})
+    path.write_text('{"a": 3, "more": 1}')
+    assert read_object(path, {"a": int})["a"] == 3
+
+
+def test_tensor_files(tmp_path):
+    path = tmp_path / "x.safetensors"
+    values = torch.arange(12.0).reshape(4, 3)
+    save_file({"a": values}, path, {"about": '{"n": 1}'})
+    assert read_tensors(path, lambda file: file.json("about")) == {"n": 1}
+    assert torch.equal(read_tensors(path, lambda file: file.rows("a", torch.tensor([2, 0]))), values[[2, 0]])
+    for use in (lambda f: f.tensor("b"), lambda f: f.json("b"), lambda f: f.rows("a", torch.tensor([9]))):
+        with pytest.raises(DamagedFile, match="x.safetensors"):
+            read_tensors(path, use)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:7], whole[:-1], whole + b"\0", os.urandom(100), b"\xff" * 8 + whole[8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFile, match="x.safetensors"):
+            read_tensors(path, lambda file: file.tensors())
+
+
+def test_user_errors_go_through_and_interrupts_too():
+    for error in (UserError("mine"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, outside("x"):
+            raise error
+        assert caught.value is error
+
+
+def test_finite():
+    finite(torch.ones(2), "a")
+    finite(torch.ones(2, dtype=torch.int8), "a")
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="'a' holds NaN or infinity"):
+            finite(torch.tensor([1, bad], dtype=torch.bfloat16), "a")

@@ -1,0 +1,83 @@
+"""Places for results are looked at before the work."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ptq4dm.errors import UserError
+from ptq4dm.files import places
+from ptq4dm.files.places import check_room, make_parent, output_folder
+from ptq4dm.files.result_folder import check_replaceable, foreign_files, result_folder
+
+
+def test_output_folders_come_and_go(tmp_path):
+    with pytest.raises(ZeroDivisionError), output_folder(tmp_path / "a/b"):
+        raise ZeroDivisionError
+    assert not os.listdir(tmp_path)
+    with output_folder(tmp_path / "a/b") as folder:
+        (folder / "x").touch()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/a"):
+        with pytest.raises(UserError, match="cannot make the folder"), output_folder(path):
+            pass
+
+
+def test_a_read_only_place_is_told_before_the_work(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(places.tempfile, "TemporaryFile", refuse)
+    for look in (lambda p: make_parent(p / "x"), lambda p: output_folder(p).__enter__()):
+        with pytest.raises(UserError, match="Read-only file system; give another place"):
+            look(tmp_path)
+
+
+def test_a_device_is_no_place_for_a_file():
+    with pytest.raises(UserError, match="no plain file"):
+        make_parent("/dev/null")
+
+
+def test_room(tmp_path):
+    check_room(tmp_path / "not/yet", 1, "this")
+    with pytest.raises(UserError, match=r"this takes at least \d+ MB and the disk of .* has \d+ MB left"):
+        check_room(tmp_path / "not/yet", 1 << 60, "this")
+
+
+def write(folder, **files):
+    with result_folder(folder, "record.json", {"model": "x"}) as new:
+        for name, text in files.items():
+            (new / name).write_text(text)
+
+
+def test_what_the_earlier_run_did_not_write_is_refused(tmp_path):
+    folder = tmp_path / "q"
+    check_replaceable(folder, "record.json", "quantize")
+    folder.mkdir()
+    check_replaceable(folder, "record.json", "quantize")
+    write(folder, a="1", b="2")
+    check_replaceable(folder, "record.json", "quantize")
+    assert foreign_files(folder, "record.json") == []
+    (folder / "sub").mkdir()
+    assert foreign_files(folder, "record.json") == ["sub"]
+    (folder / "a").write_text("3")
+    (folder / "link").symlink_to("a")
+    assert foreign_files(folder, "record.json") == ["a", "link", "sub"]
+    with pytest.raises(UserError, match=r"\(a, link, sub\); choose another"):
+        check_replaceable(folder, "record.json", "quantize")
+
+
+def test_what_comes_during_the_work_is_kept(tmp_path):
+    folder = tmp_path / "q"
+    write(folder, a="1")
+    with result_folder(folder, "record.json", {}) as new:
+        (new / "a").write_text("2")
+        (folder / "mine").write_text("mine")
+    assert (folder / "a").read_text() == "2" and (tmp_path / "q.before/mine").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["q", "q.before"]
+
+
+def test_mount_points_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(UserError, match="mount point"):
+        check_replaceable(tmp_path, "record.json", "quantize")

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..evidence import LayerEvidence
 from .inputs import InputValues
 from .registry import positive, register_objective
-from .search import least_of, ranges_of
+from .search import TIE, least_of, ranges_of
 from .weights import WeightRows
 
 ACTIVATION_STEPS = 48  # grid points of the search for each end of the range
@@ -51,7 +51,7 @@ class Percentile:
     def weight(rows: WeightRows, parameter: float, evidence: LayerEvidence | None) -> Tensor:
         magnitudes = rows.rows.abs()
         parts = magnitudes.split(max(1, QUANTILE_SIZE // magnitudes.shape[1]))
-        reach = torch.cat([part.quantile(parameter / 100, dim=1) for part in parts])
+        reach = torch.cat([part.double().quantile(parameter / 100, dim=1) for part in parts]).float()
         best = rows.full * (reach / magnitudes.amax(1)).nan_to_num_(1.0) if rows.affine else reach / rows.limit
         return torch.where(best > 0, best, rows.full)  # a row of little but zeros keeps what it has
 
@@ -75,7 +75,7 @@ class Lp:
     @staticmethod
     def weight(rows: WeightRows, parameter: float, evidence: LayerEvidence | None) -> Tensor:
         def error(scale: Tensor) -> Tensor:
-            return rows.errors(scale).abs_().pow_(parameter).sum(1) * scale.pow(parameter)
+            return rows.errors(scale).double().abs_().pow_(parameter).sum(1) * scale.double().pow(parameter)
 
         return least_of(rows, error)
 
@@ -91,7 +91,8 @@ class Lp:
         for s, z in zip(scale.split(256), zero.split(256), strict=True):
             codes = ((centres / s).round_() + z).clamp_(-limit, limit - 1) - z
             errors.append((centres - codes * s).abs_().pow_(parameter) @ shares)
-        return grids[int(torch.cat(errors).argmin())]
+        found = torch.cat(errors)
+        return grids[int((found <= found.min() * TIE).nonzero()[0])]
 
 
 @register_objective("mse", parameter=2.0)

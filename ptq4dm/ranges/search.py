@@ -11,15 +11,19 @@ from .inputs import InputValues
 from .weights import WeightRows
 
 WEIGHT_STEPS = 50  # from half the range to the whole
+TIE = 1 + 1e-12  # float64 sums differ by less between devices and numbers of threads: no choice may hang on it
 
 
 def least_of(rows: WeightRows, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """Scales [R], from half the full range to the whole, each of the least error(scales [R]) -> [R]."""
-    best, least = rows.full.clone(), torch.full_like(rows.full, float("inf"))
+    """Scales [R], from half the full range to the whole, each of the least error(scales [R]) -> [R] float64.
+
+    The widest of those that are as good as each other, so that the same weight gets the same scales everywhere.
+    """
+    best, least = rows.full.clone(), torch.full_like(rows.full, float("inf"), dtype=torch.float64)
     for step in range(WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1):
         scale = rows.full * (step / (2 * WEIGHT_STEPS))
         found = error(scale)
-        better = found <= least
+        better = found <= least * TIE
         best, least = torch.where(better, scale, best), torch.where(better, found, least)
     return best
 

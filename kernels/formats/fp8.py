@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .exact import over
 from .int8 import inverse
 
 DTYPE = torch.float8_e4m3fn
@@ -24,5 +25,5 @@ def quantize(x: Tensor, scale: Tensor) -> Tensor:
 
 def scale_of(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """max|x| / 448 over `dims` (kept as size 1), float32; an all-zero slice gets 1."""
-    scale = x.abs().amax(dim=dims, keepdim=True).float() / LIMIT
+    scale = over(x.abs().amax(dim=dims, keepdim=True).float(), LIMIT)
     return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)

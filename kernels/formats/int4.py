@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .exact import over
+
 GROUP = 64
 """Inputs of a group that the 4-bit kernels take; packed runs have as many, whatever size groups of scales have."""
 
@@ -34,7 +36,7 @@ def quantize_groups(
     Raises ValueError where K is no multiple of group_size.
     """
     peaks = _groups(weight.float(), group_size).abs().amax(-1)
-    scales = _never_zero((peaks / 7).to(dtype))
+    scales = _never_zero(over(peaks, 7).to(dtype))
     return quantize_codes(weight, scales), scales
 
 

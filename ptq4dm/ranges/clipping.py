@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
+from ..kernels.formats.exact import over
 from .inputs import InputValues
 from .registry import positive, register_objective
 from .search import TIE, least_of, ranges_of
@@ -52,7 +53,7 @@ class Percentile:
         magnitudes = rows.rows.abs()
         parts = magnitudes.split(max(1, QUANTILE_SIZE // magnitudes.shape[1]))
         reach = torch.cat([part.double().quantile(parameter / 100, dim=1) for part in parts]).float()
-        best = rows.full * (reach / magnitudes.amax(1)).nan_to_num_(1.0) if rows.affine else reach / rows.limit
+        best = rows.full * (reach / magnitudes.amax(1)).nan_to_num_(1.0) if rows.affine else over(reach, rows.limit)
         return torch.where(best > 0, best, rows.full)  # a row of little but zeros keeps what it has
 
     @staticmethod

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
+from ..kernels.formats.exact import over
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int8 import weight_limit
 from .registry import OBJECTIVES, objective_parameter
@@ -37,9 +38,9 @@ class WeightRows:
     def __post_init__(self) -> None:
         if self.affine:
             self.low, high = self.rows.amin(1).clamp(max=0), self.rows.amax(1).clamp(min=0)
-            self.full = (high - self.low) / (2**self.bits - 1)
+            self.full = over(high - self.low, 2**self.bits - 1)
         else:
-            self.full = self.rows.abs().amax(1) / self.limit
+            self.full = over(self.rows.abs().amax(1), self.limit)
 
     @property
     def limit(self) -> int:

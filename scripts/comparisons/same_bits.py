@@ -111,7 +111,9 @@ def compare_stores(pipe, one, other) -> dict:
 
 def samples_of(store) -> torch.Tensor:
     """All recorded samples, in order."""
-    leaves = [leaf for part in store.recorded().batches(64) for leaf in tensors_of((part.call().args, part.call().kwargs))]
+    leaves = [
+        leaf for part in store.recorded().batches(64) for leaf in tensors_of((part.call().args, part.call().kwargs))
+    ]
     return torch.cat([leaf.flatten() for leaf in leaves if leaf.is_floating_point()])
 
 
@@ -194,7 +196,9 @@ def main() -> None:
             denoiser(exact).to("cpu")
         rows.add({"what": what, "condition": str(where), **figures})
     for row in rows:
-        print(row["what"], "|", row["condition"], "|", {k: v for k, v in row.items() if k not in ("what", "condition")})
+        print(
+            row["what"], "|", row["condition"], "|", {k: v for k, v in row.items() if k not in ("what", "condition")}
+        )
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def epsilon_error(pipe, exact, calls) -> float:
 
 
 def conditions(args) -> list[Condition]:
-    """The conditions that are compared with the reference; the reference again first."""
+    """What is compared with the reference; first the reference again."""
     more = [Condition(threads=count) for count in args.threads if count > 1]
     return [REFERENCE, *more, *([Condition(args.device)] if args.device != "cpu" else [])]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch import nn
@@ -14,11 +13,11 @@ from ..quantization.diffusers_bridge import quantization_config
 from ..quantization.recipe import QuantConfig
 from ..quantization.report import kernel_report, stored_bytes
 from .options import QUANTIZED_FIRST, add_model, default_model, load
+from .output import result, say
 
 
 def add(parser) -> None:
     add_model(parser, None, QUANTIZED_FIRST)
-    parser.add_argument("--json", action="store_true", help="everything, as JSON")
 
 
 def run(args) -> None:
@@ -38,7 +37,8 @@ def run(args) -> None:
         "adapters": adapters_of(network),
         "networks": other_networks(pipe),
     }
-    print(json.dumps(facts, indent=1) if args.json else _text(facts))
+    say(_text(facts))
+    result(**facts)
 
 
 def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:

@@ -1,16 +1,25 @@
 """The command line's entry: which verbs there are, their help, and the exit status.
 
+    0      done
+    1      the machine could not: no memory, no room, a package that is missing; or a bug, with its traceback
+    2      wrong input, told on one line
+    130    interrupted: Ctrl-C, SIGTERM, SIGHUP
+    141    done, but nobody read what was printed (a closed pipe)
+
 A verb's file is imported, and with it PyTorch, when that verb is called for.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib import import_module
 
-from ..errors import UserError
+from ..interrupts import terminated_as_interrupted
 from ..version import __version__
+from . import process
+from .failures import complain, told
+from .output import add_output, printing
+from .parser import Parser, add_command
 
 VERBS = {
     "collect": "Record what a model sees while it samples, and measure its layers' inputs.",
@@ -20,32 +29,17 @@ VERBS = {
     "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",
     "bench": "Compare samplers; find the fastest settings of the kernels on a GPU.",
     "info": "What a model is: layers, formats, kernels, bytes.",
+    "completion": "Print a script that completes commands in a shell: bash, zsh or fish.",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """One plain line and exit status 2 for wrong input."""
-
-    def error(self, message):
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, where there are any."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def add_command(commands, name: str, text: str) -> Parser:
-    return commands.add_parser(name, help=text, description=text, formatter_class=Help)
+STATUSES = "Exit status: 0 done, 1 out of memory or room, 2 wrong input, 130 interrupted, 141 nobody read the output."
 
 
 def build_parser(verbs=tuple(VERBS)) -> Parser:
     """Return the parser, with the options of `verbs`; the other verbs are there by name only."""
-    parser = Parser(prog="ptq4dm", description="Quantize, sample and measure diffusion models.")
+    text = "Quantize, sample and measure diffusion models."
+    parser = Parser(prog="ptq4dm", description=text, epilog=STATUSES)
     parser.add_argument("--version", action="version", version=f"ptq4dm {__version__}")
+    add_output(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
     for name, text in VERBS.items():
         command = add_command(commands, name, text)
@@ -60,20 +54,34 @@ def verb_module(name: str):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 130 (interrupted) or 2 (wrong input)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    verb = next((text for text in arguments if not text.startswith("-")), None)
-    args = build_parser([verb]).parse_args(arguments)
-    module = verb_module(args.command)
+    """Run a command; returns the exit status. Without arguments it is that of this process, which it then owns.
+
+    Raises SystemExit where the parser ends the command: --help, --version, or wrong input (2).
+    """
+    if arguments is None:
+        return process.owned(lambda: _main(sys.argv[1:]))
+    return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
+    verb, going_on = next((text for text in arguments if not text.startswith("-")), None), ""
     try:
-        module.run(args)
-    except UserError as error:
-        print(f"ptq4dm {args.command}: {error}", file=sys.stderr)
-        return 2
+        args = build_parser([verb]).parse_args(arguments)
+        module = verb_module(args.command)
+        if hasattr(module, "GOES_ON"):
+            going_on = f"; {module.GOES_ON} goes on where it stopped"
+        with process.working(), terminated_as_interrupted(), printing(args):
+            module.run(args)
     except KeyboardInterrupt:
-        advice = f"; {module.GOES_ON} goes on where it stopped" if hasattr(module, "GOES_ON") else ""
-        print("interrupted" + advice, file=sys.stderr)
-        return 130
+        complain(f"interrupted{going_on}")
+        return process.INTERRUPTED
+    except Exception as error:
+        failure = told(error)
+        if failure is None:
+            raise
+        status, sentence = failure
+        complain(f"ptq4dm {verb}: {sentence}")
+        return status
     finally:
         leave_process_group()
     return 0
@@ -81,10 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def leave_process_group() -> None:
     """Processes that end without this may die at exit after all their work is done."""
-    from accelerate import PartialState
-
-    if PartialState._shared_state:
-        PartialState().destroy_process_group()
+    states = getattr(sys.modules.get("accelerate"), "PartialState", None)
+    if states is not None and states._shared_state:
+        states().destroy_process_group()
 
 
 if __name__ == "__main__":

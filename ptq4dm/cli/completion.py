@@ -169,6 +169,6 @@ def _fish_condition(path: str, words: dict) -> str:
 
 
 if __name__ == "__main__":
-    from .main import build_parser
+    from .verbs import build_parser
 
     WORDS.write_text(json.dumps(words_of(build_parser()), indent=1) + "\n")

@@ -17,6 +17,9 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but for how it tells what is wrong."""
 
     def error(self, message: str) -> NoReturn:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and message.endswith(f"required: {action.metavar}"):
+                message += f" (choose from {', '.join(action.choices)})"
         complain(f"{self.prog}: {message}")
         raise SystemExit(WRONG_INPUT)
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..interrupts import SIGNALS
+from ..starting import INTERRUPTED, end
 from .failures import FAILED, complain
 
-INTERRUPTED = 130  # as shells say it: 128 + SIGINT
 PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
@@ -76,14 +76,13 @@ class Interrupts:
             return
         self.came += 1
         if not self.working or self.came > 2:
-            self.end()
+            self._end(number, frame)
         if self.came == 1:
             raise KeyboardInterrupt
 
-    def end(self) -> None:
+    def _end(self, number: int, frame: Any) -> None:
         if self.status == INTERRUPTED:
-            with suppress(OSError):
-                os.write(2, b"interrupted\n")
+            end(number, frame)
         os._exit(self.status)
 
     def install(self) -> None:

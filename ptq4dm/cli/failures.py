@@ -1,7 +1,7 @@
 """Errors as the command line tells them: one line each. What nobody expects stays a traceback, so that bugs are seen.
 
-2    wrong input: what was typed, or a file that was named (UserError)
-1    the machine could not: no memory, no room on the disk, a device or a package that is missing
+2    wrong input: what was typed (UserError), or a file that was named and is not there or not ours to write
+1    the machine could not: no memory, no room on the disk, a package that is missing
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ NO_MEMORY = (  # what torch and C++ say, each in its own words
     "std::bad_alloc",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+OF_NAMES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.ENOTEMPTY)
 FEWER = "give a smaller --batch-size, or free memory"
 
 
@@ -37,7 +39,10 @@ def told(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno is not None:
         where = [str(name) for name in (error.filename, error.filename2) if name is not None]
         hint = "; make room there, or write elsewhere" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return FAILED, f"{error.strerror or type(error).__name__}{': ' if where else ''}{' -> '.join(where)}{hint}."
+        status = WRONG_INPUT if isinstance(error, OF_NAMES) or error.errno in WRONG_NAMES else FAILED
+        return status, f"{error.strerror or type(error).__name__}{': ' if where else ''}{' -> '.join(where)}{hint}."
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return WRONG_INPUT, "a name has a zero byte in it, which no file can have."
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(__package__.split(".")[0]):
         return FAILED, f"the package '{error.name}' is not installed here."
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -11,6 +12,7 @@ from .failures import WRONG_INPUT, complain
 from .output import add_output
 
 LONGEST = 200  # characters of a wrong value that are repeated
+LONG_WORD = re.compile(rf"\S{{{LONGEST + 1},}}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction) and message.endswith(f"required: {action.metavar}"):
                 message += f" (choose from {', '.join(action.choices)})"
-        complain(f"{self.prog}: {message}")
+        complain(f"{self.prog}: {LONG_WORD.sub(lambda word: shortened(word[0]), message)}")
         raise SystemExit(WRONG_INPUT)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -38,14 +40,6 @@ class Parser(argparse.ArgumentParser):
             near = meant(str(value), known)
             text = f"invalid choice: {shortened(repr(value))} (choose from {', '.join(known)}){near}"
             raise argparse.ArgumentError(action, text)
-
-    def _get_value(self, action: argparse.Action, text: str) -> Any:
-        try:
-            return super()._get_value(action, text)
-        except argparse.ArgumentError:
-            if len(text) <= LONGEST:
-                raise
-            raise argparse.ArgumentError(action, f"invalid value: {shortened(repr(text))}") from None
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -17,6 +17,7 @@ NO_MEMORY = (  # what torch and C++ say, each in its own words
     "not enough memory: you tried to allocate",
     "out of memory",
     "std::bad_alloc",
+    "Storage size calculation overflowed",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 OF_NAMES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)

@@ -3,7 +3,7 @@
     say("...")                   a line of text for a reader
     result(layers=92, ...)       the same facts for a program: gathered, and printed as one object at the verb's end
 
-Both flags are added here, for every verb, and nothing else decides what goes to stdout.
+Both flags are added to every verb by parser.py. Nothing but this decides what goes to stdout.
 """
 
 from __future__ import annotations
@@ -31,15 +31,6 @@ class _Printing:
 
 
 _now = _Printing()
-
-
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add --quiet and --json. Neither has a default, so that they may stand before a verb's name as well as after."""
-    group = parser.add_argument_group("printing")
-    text = "no progress bars, no notes, no results: errors only"
-    group.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=text)
-    text = "print one JSON object on stdout: all that would be printed, and no text"
-    group.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def say(text: str) -> None:

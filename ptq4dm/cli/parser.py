@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from .failures import WRONG_INPUT, complain
-from .output import add_output
 
 LONGEST = 200  # characters of a wrong value that are repeated
 LONG_WORD = re.compile(rf"\S{{{LONGEST + 1},}}")
@@ -54,6 +53,15 @@ def add_command(commands: Any, name: str, text: str) -> Parser:
     parser = commands.add_parser(name, help=text, description=text, formatter_class=Help)
     add_output(parser)
     return parser
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet and --json. Neither has a default, so that they may stand before a verb's name as well as after."""
+    group = parser.add_argument_group("printing")
+    text = "no progress bars, no notes, no results: errors only"
+    group.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=text)
+    text = "print one JSON object on stdout: all that would be printed, and no text"
+    group.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def meant(text: str, known: Iterable[str]) -> str:

@@ -5,15 +5,15 @@ A verb's file is imported, and with it PyTorch, when that verb is called for.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from importlib import import_module
+from typing import Any
 
-from ..interrupts import terminated_as_interrupted
+from ..starting import INTERRUPTED
 from ..version import __version__
-from . import process
 from .failures import complain, told
-from .output import add_output, printing
-from .parser import Parser, add_command
+from .parser import Parser, add_command, add_output
 
 VERBS = {
     "collect": "Record what a model sees while it samples, and measure its layers' inputs.",
@@ -55,11 +55,10 @@ def run(arguments: list[str]) -> int:
         module = verb_module(args.command)
         if hasattr(module, "GOES_ON"):
             going_on = f"; {module.GOES_ON} goes on where it stopped"
-        with process.working(), terminated_as_interrupted(), printing(args):
-            module.run(args)
+        _work(module, args)
     except KeyboardInterrupt:
         complain(f"interrupted{going_on}")
-        return process.INTERRUPTED
+        return INTERRUPTED
     except Exception as error:
         failure = told(error)
         if failure is None:
@@ -70,6 +69,15 @@ def run(arguments: list[str]) -> int:
     finally:
         leave_process_group()
     return 0
+
+
+def _work(module: Any, args: argparse.Namespace) -> None:
+    from ..interrupts import terminated_as_interrupted
+    from .output import printing
+    from .process import working
+
+    with working(), terminated_as_interrupted(), printing(args):
+        module.run(args)
 
 
 def leave_process_group() -> None:

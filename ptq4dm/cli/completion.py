@@ -16,11 +16,10 @@ import json
 from pathlib import Path
 
 from .output import result, say
+from .parser import names_file
 
 SHELLS = ("bash", "zsh", "fish")
 WORDS = Path(__file__).with_name("words.json")
-PATHS = ("MODEL", "DIR", "PNG", "JSON", "NPZ", "FILE")  # what stands for a file or a folder in the help
-PATH_FLAGS = ("model", "output", "reference")  # which say what they are by their names
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +62,7 @@ def _value(action: argparse.Action) -> dict | None:
     known = action.choices or getattr(action, "known", None) or ()
     return {
         "choices": [str(choice) for choice in known],
-        "files": action.metavar in PATHS or action.dest in PATH_FLAGS,
+        "files": names_file(action),
         "many": action.nargs in ("+", "*"),
     }
 

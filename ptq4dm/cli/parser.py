@@ -12,6 +12,13 @@ from .failures import WRONG_INPUT, complain
 
 LONGEST = 200  # characters of a wrong value that are repeated
 LONG_WORD = re.compile(rf"\S{{{LONGEST + 1},}}")
+PATHS = ("MODEL", "DIR", "PNG", "JSON", "NPZ", "FILE")  # what stands for a file or a folder in the help
+PATH_FLAGS = ("model", "output", "reference")  # which say by their names what they are
+
+
+def names_file(action: argparse.Action) -> bool:
+    """Whether a flag's value is the name of a file, a folder or a model."""
+    return action.metavar in PATHS or action.dest in PATH_FLAGS
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +46,12 @@ class Parser(argparse.ArgumentParser):
             near = meant(str(value), known)
             text = f"invalid choice: {shortened(repr(value))} (choose from {', '.join(known)}){near}"
             raise argparse.ArgumentError(action, text)
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """An empty name, as of a shell's variable that is not set, would be the folder we are in."""
+        if not text and names_file(action):
+            raise argparse.ArgumentError(action, "expected a name; got ''")
+        return super()._get_value(action, text)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

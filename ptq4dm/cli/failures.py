@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 
 from ..errors import UserError
@@ -22,6 +23,8 @@ NO_MEMORY = (  # what torch and C++ say, each in its own words
 )
 OF_NAMES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.ENOTEMPTY)
+LONGEST = 300  # characters of one word; no name of a file has more
+LONG_WORD = re.compile(rf"[^\s/]{{{LONGEST + 1},}}")
 FEWER = "give a smaller --batch-size, or free memory"
 
 
@@ -50,8 +53,8 @@ def told(error: BaseException) -> tuple[int, str] | None:
 
 
 def complain(text: str) -> None:
-    """Print one line on stderr, whatever characters are in the text: a name may hold line ends and escapes."""
-    print(one_line(text), file=sys.stderr)
+    """Print one line on stderr, whatever is in the text: a name may hold line ends and escapes, and be very long."""
+    print(one_line(LONG_WORD.sub(lambda word: f"{word[0][:LONGEST]} ...", text)), file=sys.stderr)
 
 
 def one_line(text: str) -> str:

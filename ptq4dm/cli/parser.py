@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -11,7 +10,6 @@ from typing import Any, NoReturn
 from .failures import WRONG_INPUT, complain
 
 LONGEST = 200  # characters of a wrong value that are repeated
-LONG_WORD = re.compile(rf"\S{{{LONGEST + 1},}}")
 PATHS = ("MODEL", "DIR", "PNG", "JSON", "NPZ", "FILE")  # what stands for a file or a folder in the help
 PATH_FLAGS = ("model", "output", "reference")  # which say by their names what they are
 
@@ -28,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction) and message.endswith(f"required: {action.metavar}"):
                 message += f" (choose from {', '.join(action.choices)})"
-        complain(f"{self.prog}: {LONG_WORD.sub(lambda word: shortened(word[0]), message)}")
+        complain(f"{self.prog}: {message}")
         raise SystemExit(WRONG_INPUT)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -46,6 +44,12 @@ class Parser(argparse.ArgumentParser):
             near = meant(str(value), known)
             text = f"invalid choice: {shortened(repr(value))} (choose from {', '.join(known)}){near}"
             raise argparse.ArgumentError(action, text)
+
+    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
+        """argparse drops "--", of `--seed=--` too, and would go on with an empty list."""
+        if words == ["--"] and action.option_strings and action.nargs in (None, "+"):
+            raise argparse.ArgumentError(action, "expected an argument; got '--'")
+        return super()._get_values(action, words)
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         """An empty name, as of a shell's variable that is not set, would be the folder we are in."""

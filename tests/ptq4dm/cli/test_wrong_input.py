@@ -79,13 +79,9 @@ def test_no_verb_or_a_wrong_one(tried, answer, capsys):
 
 
 def test_a_very_long_value_is_told_in_short(capsys):
-    for words in (
-        ["info", "--quiet=" + "9" * 5000],
-        ["info", "--dtype", "9" * 5000],
-        ["info", "9" * 5000],
-        ["info", "--device=" + "9" * 5000],
-    ):
+    long = "9" * 5000
+    for word in (f"--quiet={long}", f"--dtype={long}", f"--device={long}", long):
         with suppress(SystemExit):
-            main(words)
+            main(["info", word])
         err = capsys.readouterr().err
         assert len(err) < 600 and "9" * 190 in err

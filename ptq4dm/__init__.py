@@ -4,6 +4,7 @@ Importing it is cheap: PyTorch, diffusers and the rest come with the first name 
 knows our saved models, too, whichever of the two is imported first.
 """
 
+from . import starting as _starting  # noqa: F401  # isort: skip  # first: it is about what follows
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 

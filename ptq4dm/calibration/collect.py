@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..files.places import output_folder
 from ..layers.base import holds_quantized
 from ..options import option
 from ..pipelines.denoiser import schedulers_of
+from ..progress import progress_bar
 from .call_files import save_calls
 from .calls import parameter_place
 from .clock import Span
@@ -222,7 +222,7 @@ def _record(folder: Path, request: Request, config: CalibrationConfig, meta: dic
             write_meta(folder, meta)
             save_calls(batch_path(folder, index), calls)
 
-    for index, rows in enumerate(tqdm(order, desc="collect", unit="batch")):
+    for index, rows in enumerate(progress_bar(order, desc="collect", unit="batch")):
         batch(index, rows, request)
     missing = _missing(folder, {**meta, "num_batches": count})
     if missing:  # the law of the timesteps left a network out: it is called at the nearest times that it has

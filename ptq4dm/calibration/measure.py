@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..hooks import hooked, input_of
 from ..pipelines.denoiser import evaluation_mode
+from ..progress import progress_bar
 from .calls import Calls
 from .input_statistics import InputStatistics
 from .record import answers
@@ -57,7 +57,7 @@ def update(
     watch = _Measured(statistics)
     before = {name: watch.hook(index, name) for index, name in enumerate(layers)}
     with evaluation_mode(model), hooked(model, before):  # in this order: no other thread's calls reach the hooks
-        for done, (bin_index, batch) in enumerate(tqdm(batches, desc="measure", unit="batch")):
+        for done, (bin_index, batch) in enumerate(progress_bar(batches, desc="measure", unit="batch")):
             if done < progress:
                 continue
             watch.bin_index = bin_index

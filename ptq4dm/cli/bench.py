@@ -14,8 +14,9 @@ from ..pipelines.load import EMBEDDED
 from ..samplers.comparison.compare import SamplerBench, bench_samplers
 from ..samplers.comparison.table import plot_rows, table
 from . import tune
-from .main import Parser, add_command
 from .options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
+from .output import result, say
+from .parser import Parser, add_command
 
 
 def add(parser) -> None:
@@ -51,11 +52,13 @@ def _run_samplers(args) -> None:
     pipe = load(args, args.model)
     settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
     rows = bench_samplers(pipe, config, output, settings)
-    print(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
-    print(table(rows))
-    print(f"figures: {output}")
+    say(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
+    say(table(rows))
+    say(f"figures: {output}")
+    result(**settings, num_images=args.num_images, rows=rows, figures=output)
     if plot_rows(str(args.model), rows, output.with_suffix(".png")):
-        print(f"picture: {output.with_suffix('.png')}")
+        say(f"picture: {output.with_suffix('.png')}")
+        result(picture=output.with_suffix(".png"))
 
 
 def _add_tune(parser) -> None:
@@ -97,7 +100,7 @@ def _run_tune(args) -> None:
     output = Path(args.output) if args.output else None
     tune.tune(tune.plan(args.kernels, shapes, cases), output, args.minutes and 60 * args.minutes)
     if output is not None:
-        print(f"the kernels do not look there; to use it, copy it to {tuned_file()}")
+        say(f"the kernels do not look there; to use it, copy it to {tuned_file()}")
 
 
 def _work(args, shapes: list) -> tuple[list, list]:

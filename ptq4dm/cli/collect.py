@@ -21,6 +21,7 @@ from .options import (
     load,
     one_process,
 )
+from .output import result, say
 
 GOES_ON = "the same command"
 
@@ -50,11 +51,19 @@ def run(args) -> None:
         raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
     config = fitting(config, args, pipe)
     store = collect(pipe, config, args.output, component=args.component, **conditioning_of(args))
-    for name, one in store.components.items():
-        print(f"{name}: {len(one.recorded())} tuples, {len(one.fingerprint)} layers")
-    print(f"calibration store: {args.output}")
+    sizes = {name: (len(one.recorded()), len(one.fingerprint)) for name, one in store.components.items()}
+    for name, (tuples, layers) in sizes.items():
+        say(f"{name}: {tuples} tuples, {layers} layers")
+    say(f"calibration store: {args.output}")
+    result(
+        model=args.model,
+        store=args.output,
+        networks={name: {"tuples": tuples, "layers": layers} for name, (tuples, layers) in sizes.items()},
+        config=store.config,
+    )
     if args.plot:
         from ..calibration.plot import plot_ranges
 
         plot_ranges(store, args.plot_layer or next(iter(store.fingerprint)), args.plot)
-        print(f"picture: {args.plot}")
+        say(f"picture: {args.plot}")
+        result(picture=args.plot)

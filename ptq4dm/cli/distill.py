@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from ..files.result_folder import check_replaceable
 from ..pipelines.load import load_pipeline
@@ -15,6 +14,7 @@ from ..samplers.distillation.log import read_log
 from ..samplers.distillation.student import RECORD, save_student
 from .flags import add_flags, given, options_of
 from .options import add_model, device_of, dtype_of
+from .output import main_process, result, say
 
 GOES_ON = "the same command with --resume"
 BUDGET = ("images", "minutes")
@@ -37,10 +37,11 @@ def run(args) -> None:
     pipe = load_pipeline(args.model, torch.float32, device_of(args))
     folder = output.with_name(f"{output.name}.run")
     student = disback.distill(pipe, config, folder, args.resume)
-    if PartialState().is_main_process:
+    if main_process():
         save_student(student, {"model": str(args.model), **config.identity()}, output)
-        evaluations = (line for line in read_log(folder / "log.jsonl") if line["stage"] == "evaluation")
-        learnt = max((line["images"] for line in evaluations), default=0)
+        lines = [line for line in read_log(folder / "log.jsonl") if line["stage"] == "evaluation"]
+        learnt = max((line["images"] for line in lines), default=0)
         more = "" if learnt >= config.images else " (--resume goes on)"
-        print(f"one-step student after {learnt} of {config.images} images{more}: {output}")
-        print(f"log, sample grids, checkpoint: {folder}")
+        say(f"one-step student after {learnt} of {config.images} images{more}: {output}")
+        say(f"log, sample grids, checkpoint: {folder}")
+        result(model=args.model, output=output, images=learnt, of=config.images, run=folder, log=lines)

@@ -22,9 +22,9 @@ from .options import (
     default_model,
     device_of,
     load,
-    say,
     steps_of,
 )
+from .output import result, say
 
 
 def add(parser) -> None:
@@ -62,9 +62,12 @@ def run(args) -> None:
     sampler = f"{type(pipe.scheduler).__name__}" + (f" ({args.sampler})" if args.sampler else "")
     say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
     say(format_report(report))
-    say(f"report:  {Path(args.output) / 'report.json'}")
-    if (Path(args.output) / "samples.png").is_file():
-        say(f"picture: {Path(args.output) / 'samples.png'}")
+    path, picture = Path(args.output) / "report.json", Path(args.output) / "samples.png"
+    say(f"report:  {path}")
+    if picture.is_file():
+        say(f"picture: {picture}")
+    facts = {"model": model, "full_precision": original, "scheduler": type(pipe.scheduler).__name__}
+    result(**report, **facts, report=path, picture=picture if picture.is_file() else None)
 
 
 def _run_images(args, config: EvaluateConfig) -> None:
@@ -73,10 +76,14 @@ def _run_images(args, config: EvaluateConfig) -> None:
         make_parent(Path(args.write_reference))
         count = write_reference(args.images, args.write_reference, config, device)
         say(f"statistics of {count} images: {args.write_reference}")
-        if passed_over := find_images(args.images).passed_over:
-            say(f"warning: {passed_over}")
+        warnings = [passed_over] if (passed_over := find_images(args.images).passed_over) else []
+        for warning in warnings:
+            say(f"warning: {warning}")
+        result(images=args.images, num_images=count, reference=args.write_reference, warnings=warnings)
     else:
-        say(format_report(evaluate_images(args.images, config, device)))
+        report = evaluate_images(args.images, config, device)
+        say(format_report(report))
+        result(images=args.images, **report)
 
 
 def _original(args, model):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate import PartialState
 from PIL import Image
 
 from ..errors import UserError
@@ -22,6 +21,7 @@ from .options import (
     load,
     steps_of,
 )
+from .output import main_process, result, say
 
 GOES_ON = "the same command"
 
@@ -55,9 +55,10 @@ def run(args) -> None:
         metadata={"model": str(model)},
         **conditioning_of(args),
     )
-    if PartialState().is_main_process:
+    if main_process():
         with Image.open(paths[0]) as image:
             scale = max(1, 128 // image.width)
         save_grid(paths, picture, columns=min(8, len(paths)), scale=scale)
-        print(f"{len(paths)} images of {model}: {args.output}")
-        print(f"picture: {picture}")
+        say(f"{len(paths)} images of {model}: {args.output}")
+        say(f"picture: {picture}")
+        result(model=model, output=args.output, images=paths, picture=picture)

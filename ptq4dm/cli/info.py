@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from ..quantization.recipe import QuantConfig
 from ..quantization.report import kernel_report, stored_bytes
 from ..quantization.verifying import verify
 from .options import QUANTIZED_FIRST, add_model, default_model, load
+from .output import result, say
 
 
 def add(parser) -> None:
     add_model(parser, None, QUANTIZED_FIRST)
-    parser.add_argument("--json", action="store_true", help="everything, as JSON")
     parser.add_argument("--verify", action="store_true", help="read all tensors and compare their checksums")
 
 
@@ -48,7 +47,8 @@ def run(args) -> None:
     }
     if verified is not None:
         facts["verified"] = verified
-    print(json.dumps(facts, indent=1) if args.json else _text(facts))
+    say(_text(facts))
+    result(**facts)
 
 
 def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:

@@ -26,7 +26,8 @@ BATCH_SIZE = 16
 
 def add_model(parser, default: str | None = EXAMPLE, note: str = "") -> None:
     text = f"hub id, diffusers folder, or embedded name ({', '.join(EMBEDDED)})"
-    parser.add_argument("--model", default=default, help=f"{text}; {note}" if note else text)
+    text = f"{text}; {note}" if note else text
+    parser.add_argument("--model", default=default, help=text).known = EMBEDDED  # for completion
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
 
@@ -66,12 +67,6 @@ def add_conditioning(parser) -> None:
     group.add_argument("--prompt", nargs="+", metavar="TEXT", help="image k gets prompt k mod their number")
     group.add_argument("--class-labels", nargs="+", type=int, metavar="N", help="likewise; all classes otherwise")
     group.add_argument("--guidance-scale", type=float, help="for pipelines that take one")
-
-
-def say(text: str) -> None:
-    """Print, once however many processes there are."""
-    if PartialState().is_main_process:
-        print(text)
 
 
 def device_of(args) -> torch.device:

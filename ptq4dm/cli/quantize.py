@@ -31,6 +31,7 @@ from .options import (
     load,
     one_process,
 )
+from .output import result, say
 
 METHOD = __name__.partition(".")[0]  # where none is named, the one that gave the package its name
 
@@ -44,7 +45,7 @@ def add(parser) -> None:
     known = methods()
     drawn = "; ".join(f"{picture.shows} ({name})" for name, picture in PICTURES.items())
     add_model(parser)
-    parser.add_argument("--method", default=METHOD, help=", ".join(known))
+    parser.add_argument("--method", default=METHOD, help=", ".join(known)).known = tuple(known)  # for completion
     parser.add_argument("--calibration", metavar="DIR", help="store from `collect`; made on the fly otherwise")
     parser.add_argument("--plan", metavar="JSON", help="follow a saved plan instead of a method's options")
     parser.add_argument(
@@ -111,9 +112,10 @@ def run(args) -> None:
         prefix = f"{report.networks[0]}." if len(report.networks) > 1 else ""
         drawn = [row["layer"].removeprefix(prefix) for row in report.layers if row["layer"].startswith(prefix)]
         picture.draw_one(model, weights, drawn, args.plot_layer, args.plot)
+    result(model=args.model, **report.to_dict(), output=output, picture=args.plot)
     save_quantized(pipe, {"model": args.model, "dtype": str(model.dtype), **report.to_dict()}, output)
-    print(report.table())
-    print(f"all {len(report.layers)} layers: {output / RECORD}")
-    print(f"quantized pipeline: {output}")
+    say(report.table())
+    say(f"all {len(report.layers)} layers: {output / RECORD}")
+    say(f"quantized pipeline: {output}")
     if picture:
-        print(f"picture: {args.plot}")
+        say(f"picture: {args.plot}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..calibration.look import look
 from ..calibration.request import request_of
@@ -23,6 +22,8 @@ from ..kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
 from ..layers.base import holds_quantized
 from ..pipelines.denoiser import denoiser
 from ..pipelines.sampling import default_steps
+from ..progress import progress_bar
+from .output import result, say
 
 W8A8 = "w8a8"
 KERNELS = dispatch.tunable()
@@ -161,25 +162,25 @@ def tune(launches: list, path: Path | None = None, seconds: float | None = None)
         raise UserError(str(error)) from None
     workers, began = search.default_workers(), time.monotonic()
     total = sum(len(search.candidates(launch)) for launch in launches)
-    print(
-        f"{torch.cuda.get_device_name()}: {len(launches)} launches, {total} settings, {workers} processes", flush=True
-    )
-    print(f"settings go to {path}", flush=True)
+    say(f"{torch.cuda.get_device_name()}: {len(launches)} launches, {total} settings, {workers} processes")
+    say(f"settings go to {path}")
     done = []
     try:
-        with tqdm(total=total, desc="tune", unit="setting") as bar:
+        with progress_bar(total=total, desc="tune", unit="setting") as bar:
             for found in search.search(launches, path, workers, seconds, bar.update):
                 done.append(found)
-                bar.write(line(found))
+                say(line(found))
+                result(gpu=torch.cuda.get_device_name(), settings=path, tuned=[facts(one) for one in done])
     except OSError as error:
         raise UserError(f"the search stopped: {error.strerror or error} ({error.filename or path}).") from error
     finally:  # of an interrupted search, too
         for text in left_out(done):
-            print(text)
+            say(text)
         kept = sum(bool(found.times) for found in done)
-        print(f"{kept} of {len(launches)} launches tuned in {time.monotonic() - began:.0f} s: {path}", flush=True)
+        say(f"{kept} of {len(launches)} launches tuned in {time.monotonic() - began:.0f} s: {path}")
+        result(launches=len(launches))
     if len(done) < len(launches):
-        print("out of time; the rest keeps what it had")
+        say("out of time; the rest keeps what it had")
     if done and not kept:
         raise UserError(f"no setting of any kernel ran on this GPU; the first: {done[0].left_out[0][0]}")
     return done
@@ -192,6 +193,12 @@ def line(found) -> str:
     spent, setting = found.times[0]
     before = "" if found.before is None else f" (until now {found.before:.1f})"
     return f"{found.name}: {spent:.1f} us{before}  {json.dumps(setting)}"
+
+
+def facts(found) -> dict:
+    """The same for a program; times in microseconds, the fastest setting first."""
+    times = [{"microseconds": spent, "setting": setting} for spent, setting in found.times]
+    return {"launch": found.name, "before": found.before, "times": times, "left_out": len(found.left_out)}
 
 
 def left_out(done: list, most: int = 10) -> list[str]:

@@ -9,7 +9,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from tqdm import tqdm
 
 from ..calibration.calls import Call, Calls
 from ..calibration.look import look
@@ -17,6 +16,7 @@ from ..calibration.record import ready
 from ..calibration.request import request_of
 from ..calibration.sampled import record_components
 from ..pipelines.denoiser import denoiser, denoiser_name, denoiser_names
+from ..progress import progress_bar
 from ..quantization.report import stored_bytes
 from .paired import EpsilonError
 
@@ -49,7 +49,7 @@ def step_times(model: nn.Module, full_precision: nn.Module, calls: Calls, warmup
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    for step in tqdm(range(warmup + timed), desc="timing", unit="step"):
+    for step in progress_bar(range(warmup + timed), desc="timing", unit="step"):
         for net, inputs, times in turns:
             synchronize()
             start = time.perf_counter()
@@ -98,7 +98,7 @@ def compare_denoisers(pipe, full_precision, config) -> dict:
         mine = slice(state.process_index, None, state.num_processes)
         seeds, timesteps = seeds[mine], timesteps[mine]
         starts = range(0, len(seeds), config.batch_size)
-        for k in tqdm(starts, desc="noise prediction", unit="batch", disable=not state.is_main_process):
+        for k in progress_bar(starts, desc="noise prediction", unit="batch", hidden=not state.is_main_process):
             rows = slice(k, k + config.batch_size)
             for name, calls in record_components(request, seeds[rows], timesteps[rows], sampling).items():
                 if len(calls):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..files.places import output_folder
 from ..options import option
 from ..pipelines.denoiser import denoiser
 from ..pipelines.sampling import sample
+from ..progress import progress_bar
 from ..quantization.components import left_out, quantized_plans
 from .compare import compare_denoisers, denoiser_bytes
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
@@ -199,7 +199,7 @@ class _Pictures:
         batches = [list(p[i : i + config.batch_size]) for p in parts for i in range(0, len(p), config.batch_size)]
         alone = state.is_main_process and len(batches) == 1  # then the pipeline's own bar says more
         hidden = alone or not state.is_main_process
-        with tqdm(total=sum(map(len, parts)), unit="image", desc="sampling", disable=hidden) as bar:
+        with progress_bar(total=sum(map(len, parts)), unit="image", desc="sampling", hidden=hidden) as bar:
             for batch in batches:
                 images = self._draw(self.pipe, batch, alone)
                 rows = [("quantized" if self.full_precision is not None else "samples", images)]

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..pipelines.embedded import asset_path
 from ..pipelines.images import to_uint8
 from ..pipelines.picture_files import find_images, load_image, load_images
+from ..progress import progress_bar
 from .features import NUM_FEATURES, Features, load_features
 from .frechet import Moments, Statistics, frechet_distance, read_statistics
 
@@ -108,7 +108,8 @@ def folder_moments(folder: str | os.PathLike, extractor: Extractor, batch_size: 
     mine = paths[state.process_index :: state.num_processes]
 
     def batches():
-        with tqdm(total=len(mine), unit="image", desc=Path(folder).name, disable=not state.is_main_process) as bar:
+        hidden = not state.is_main_process
+        with progress_bar(total=len(mine), unit="image", desc=Path(folder).name, hidden=hidden) as bar:
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
                 if extractor.any_size:

@@ -13,13 +13,13 @@ import errno
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..progress import note
 
 try:
     import fcntl
@@ -78,7 +78,7 @@ def _held(folder: Path, mine: str, share: bool) -> Iterator[None]:
             if share and _lock(file, fcntl.LOCK_SH):
                 break
         if not waited:
-            print(f"waiting for another run with the same settings in {folder} (process {process})", file=sys.stderr)
+            note(f"waiting for another run with the same settings in {folder} (process {process})")
         waited = True
         fcntl.flock(file, fcntl.LOCK_SH)  # until the other lets go; then from the start
         os.close(file)

@@ -13,10 +13,10 @@ import diffusers
 import torch
 from accelerate import PartialState
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..files.places import output_folder
+from ..progress import progress_bar
 from ..version import __version__
 from .denoiser import denoiser, networks_of
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
@@ -159,7 +159,7 @@ def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning
         batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
         alone = len(batches) == 1 and state.is_main_process
         hidden = alone or not state.is_main_process or not batches
-        for batch in tqdm(batches, desc="generate", unit="batch", disable=hidden):
+        for batch in progress_bar(batches, desc="generate", unit="batch", hidden=hidden):
             images = sample(
                 pipe,
                 batch,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..progress import shown
 from .denoiser import class_count, denoiser_names, evaluation_mode
 from .noise import float32_noise
 
@@ -109,7 +110,7 @@ def _quiet(pipe, progress: bool) -> Iterator[None]:
         for name in denoiser_names(pipe):
             stack.enter_context(evaluation_mode(getattr(pipe, name)))
         had, before = "_progress_bar_config" in vars(pipe), getattr(pipe, "_progress_bar_config", {})
-        if not progress:
+        if not (progress and shown()):
             pipe._progress_bar_config = {**before, "disable": True}
         try:
             yield

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence, calibration_batches
@@ -24,6 +23,7 @@ from ..errors import UserError
 from ..layers.plan import Plan
 from ..layers.registry import FORMATS, Problem, finite, needs_of
 from ..layers.view import LayerView
+from ..progress import progress_bar
 from .checkpoint import BlockCheckpoint
 
 PREFIXES = ("exact", "quantized")
@@ -88,7 +88,7 @@ def pack_plan(
     enclosing = _enclosing(model, blocks, needs, batches)
     kept = _checkpoint(checkpoint, model, plan, store, options)
     packed: dict[str, nn.Module] = {}
-    for block in tqdm(blocks, desc=plan.method, unit="block", disable=not batches):
+    for block in progress_bar(blocks, desc=plan.method, unit="block", hidden=not batches):
         done = kept.load(block.name, model) if kept else None
         if done is None:
             leaders = [leader for leader, names in block.problems.items() if any(needs[name] for name in names)]

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from ...errors import UserError
 from ...evaluation.feature_fid import FeatureFID
 from ...files.rows import Rows
 from ...pipelines.denoiser import class_count, denoiser, evaluation_mode
+from ...progress import progress_bar
 from ..catalog import make_sampler
 
 SAMPLERS = (
@@ -113,7 +113,7 @@ def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: Rows
             yield (solve(run, scheduler, noise[part].to(device), given) / 2 + 0.5).clamp(0, 1)
 
     tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32)
-    with evaluation_mode(model), tuned, tqdm(todo, desc="samplers", unit="row") as bar:
+    with evaluation_mode(model), tuned, progress_bar(todo, desc="samplers", unit="row") as bar:
         for name, budget in bar:
             bar.set_postfix_str(f"{name} {budget}")
             scheduler, start = make_sampler(name, pipe.scheduler.config), time.time()

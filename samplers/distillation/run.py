@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...errors import UserError
 from ...files.checkpoint import load_checkpoint, save_checkpoint
 from ...pipelines.denoiser import class_count, denoiser
 from ...pipelines.generate import fingerprint
+from ...progress import progress_bar
 from ..one_step import nearest_timestep
 from .config import DisBackConfig
 from .log import Exhibition, Log
@@ -110,12 +110,12 @@ class Run:
     def iterations(self, stage: int, total: int) -> Iterator[Iterator[int]]:
         """The iterations of a stage that are left, until its end or that of the time; then a checkpoint."""
         first = self.step(stage)
-        with tqdm(
+        with progress_bar(
             initial=first,
             total=total,
             desc=STAGES[stage],
             unit="step",
-            disable=not self.accelerator.is_local_main_process,
+            hidden=not self.accelerator.is_local_main_process,
         ) as self.bar:
             yield takewhile(lambda _: not self.out_of_time, range(first, total))
             if self.saved != self.progress:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from paired import Paired
-from tqdm.auto import tqdm
 
 import ptq4dm
 from ptq4dm.calibration.collect import draw_timesteps
@@ -26,6 +25,7 @@ from ptq4dm.errors import run
 from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.load import load_reference
+from ptq4dm.progress import progress_bar
 from ptq4dm.quantization.report import stored_bytes
 
 SETTINGS = ("model", "steps", "num_fid", "num_paired", "calibration_samples")
@@ -136,7 +136,7 @@ def main():
     done = {identity(row) for row in results}
     todo = [row for row in rows()[index::count] if identity(row) not in done][: args.limit]
     bench = Bench(args) if todo else None
-    for row in tqdm(todo, desc=args.model, unit="row"):
+    for row in progress_bar(todo, desc=args.model, unit="row"):
         results.add(bench.measure(row))
     order = [identity(row) for row in rows()]
     print(markdown(sorted(results, key=lambda row: order.index(identity(row)))))

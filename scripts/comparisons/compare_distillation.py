@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 import ptq4dm
 from ptq4dm.calibration.plot import pyplot, save_figure
@@ -28,6 +27,7 @@ from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate
 from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
 from ptq4dm.pipelines.load import load_pipeline
+from ptq4dm.progress import progress_bar
 from ptq4dm.samplers.catalog import make_sampler
 from ptq4dm.samplers.distillation.log import read_log
 
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     def found(row: dict) -> dict | None:
         return next((r for r in results if row.items() <= r.items()), None)
 
-    for row in tqdm([row for row in wanted if found(row) is None], desc="rows", unit="row"):
+    for row in progress_bar([row for row in wanted if found(row) is None], desc="rows", unit="row"):
         results.add(measure(row, args))
     results = [found(row) for row in wanted]
     print(markdown(results))

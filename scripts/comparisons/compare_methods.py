@@ -30,13 +30,13 @@ from conditions import bytes_of_float16, commit, device_name, in_dtype, tensor_f
 from method_rows import KINDS, Row, all_rows
 from methods_report import draw, markdown
 from paired import Paired
-from tqdm.auto import tqdm
 
 import ptq4dm
 from ptq4dm.errors import UserError, run
 from ptq4dm.evaluation.compare import step_times
 from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.denoiser import denoiser
+from ptq4dm.progress import progress_bar
 from ptq4dm.quantization.planning import make_plan
 
 SETTINGS = ("steps", "num_paired", "num_fid", "calibration_samples", "seed")
@@ -191,7 +191,7 @@ def fill(results: Rows, rows: list[Row], args, make_bench=Bench) -> tuple[int, d
     done = {(row["model"], row["row"]) for row in results}
     todo = [(model, row) for model, row in everything if (model, row.name) not in done]
     deadline, bench, failed = Deadline(args.minutes), None, {}
-    with tqdm(todo, unit="row") as bar:
+    with progress_bar(todo, unit="row") as bar:
         for number, (model, row) in enumerate(bar):
             bar.set_postfix_str(f"{model}: {row.name}")
             if deadline.passed():

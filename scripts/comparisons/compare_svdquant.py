@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from conditions import bytes_of_float16, tensor_float32
 from paired import Paired
-from tqdm.auto import tqdm
 
 import ptq4dm
 from ptq4dm.calibration.plot import pyplot, save_figure
 from ptq4dm.errors import run
 from ptq4dm.files.rows import Rows
+from ptq4dm.progress import progress_bar
 
 SETTINGS = ("model", "whole", "steps", "num_paired", "num_fid", "fid_steps", "calibration_samples")
 ELSEWHERE = {"*norm*": "keep"}  # adaLN and its embeddings
@@ -161,7 +161,7 @@ def main():
     done = [(row["method"], row["options"]) for row in results]
     todo = [row for row in asked if row not in done]
     bench = Bench(args) if todo else None
-    for name, options in tqdm(todo, desc=args.model, unit="row"):
+    for name, options in progress_bar(todo, desc=args.model, unit="row"):
         results.add(bench.measure(name, options))
     rows = [row for row in results if (row["method"], row["options"]) in asked]
     print(markdown(rows))

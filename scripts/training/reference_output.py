@@ -15,7 +15,6 @@ from reference_recipes import build_scheduler
 from reference_statistics import feature_statistics
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
 from ptq4dm.evaluation.features import Features, load_features
 from ptq4dm.evaluation.frechet import frechet_distance, write_statistics
@@ -24,6 +23,7 @@ from ptq4dm.pipelines.images import image_grid, to_uint8
 from ptq4dm.pipelines.load import load_pipeline
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.pipelines.sampling import sample
+from ptq4dm.progress import progress_bar
 
 EVALUATED_STEPS = (50, 10)
 SAMPLING_BATCH = 2500
@@ -68,7 +68,7 @@ def evaluate_pipeline(
     distances = {}
     for steps in EVALUATED_STEPS:
         batches = []
-        for start in tqdm(range(0, number, SAMPLING_BATCH), desc=f"sampling, {steps} steps"):
+        for start in progress_bar(range(0, number, SAMPLING_BATCH), desc=f"sampling, {steps} steps"):
             with autocast(torch.device(device)):
                 seeds = range(start, min(start + SAMPLING_BATCH, number))
                 batches.append(to_uint8(sample(pipe, seeds, num_inference_steps=steps)))

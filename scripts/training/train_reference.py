@@ -33,10 +33,10 @@ from reference_recipes import (
 )
 from reference_statistics import accuracy
 from torch import nn
-from tqdm import tqdm
 
 from ptq4dm.errors import UserError, run
 from ptq4dm.pipelines.images import save_picture
+from ptq4dm.progress import progress_bar
 
 UNCOUNTED_STEPS = 20  # the first steps compile; the time budget starts after them
 SECONDS_BETWEEN_CHECKPOINTS = 120
@@ -71,7 +71,7 @@ def train(options: argparse.Namespace, data: Split, checkpoint: Path) -> tuple[n
 
     first, clock = progress.step, time.monotonic()
     written = clock
-    with tqdm(initial=progress.step, total=total_steps, desc=kind, mininterval=2) as bar:
+    with progress_bar(initial=progress.step, total=total_steps, desc=kind, mininterval=2) as bar:
         while done() < 1 and (options.max_steps is None or progress.step < options.max_steps):
             set_schedule(kind, optimizer, progress.step, done())
             rows = torch.randint(0, len(images), (options.batch_size,), device=device)

@@ -10,6 +10,7 @@ These need damaged models or long work, and are in the tests of their rooms:
     a distillation that comes to NaN           ... the checkpoint of iteration 12 is kept: resume it with lower ...
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ TRIED = [
     ("generate --model unet-cifar10-onestep --steps 2", "this model was distilled to one step;"),
     ("collect --output FILE/x", "cannot make the folder FILE/x: Not a directory."),
     pytest.param("bench tune", "kernels are tuned on the GPU they run on; PyTorch finds none here.", marks=no_gpu),
+    ("evaluate --images=", "argument --images: expected a name; got ''"),
+    ("generate --output=", "argument --output: expected a name; got ''"),
+    ("info --model= --json", "argument --model: expected a name; got ''"),
+    ("info --modle x --wings", "unrecognized arguments: --modle x --wings; did you mean '--model'?"),
+    ("evaluate --num-heldout=--", "argument --num-heldout: expected an argument; got '--'"),
+    ("collect --num-samples", "argument --num-samples: expected one argument"),
+    ("generate --seed 1.5 --quiet", "argument --seed: invalid int value: '1.5'"),
     ("bench tune --shapes 16,64,96", "'16,64,96': the kernels take inputs in groups of 64, and K = 96"),
 ]
 
@@ -45,3 +53,35 @@ def test_the_answer_is_one_line(tried, answer, tmp_path, monkeypatch, capsys):
     assert status == 2
     assert len(lines) == 1 and lines[0].startswith(f"ptq4dm {verb}: {answer}")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "FILE"]
+
+
+@pytest.mark.parametrize(
+    "tried, answer",
+    [
+        ("", "ptq4dm: the following arguments are required: command (choose from collect, quantize,"),
+        ("quantise", "ptq4dm: argument command: invalid choice: 'quantise' (choose from"),
+        ("--jsn info", "ptq4dm: unrecognized arguments: --jsn; did you mean '--json'?"),
+        ("bench", "ptq4dm bench: the following arguments are required: subject (choose from samplers, tune)"),
+        (
+            "bench tunes",
+            "ptq4dm bench: argument subject: invalid choice: 'tunes' (choose from samplers, tune); did you",
+        ),
+        ("completion csh", "ptq4dm completion: argument shell: invalid choice: 'csh' (choose from bash, zsh, fish)"),
+    ],
+)
+def test_no_verb_or_a_wrong_one(tried, answer, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(tried.split())
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2 and out == "" and err.startswith(answer) and err.count("\n") == 1
+    near = {"quantise": "'quantize'?", "bench tunes": "'tune'?"}.get(tried, "")
+    assert err.rstrip("\n").endswith(near)
+
+
+def test_a_very_long_value_is_told_in_short(capsys):
+    long = "9" * 5000
+    for word in (f"--quiet={long}", f"--dtype={long}", f"--device={long}", long):
+        with suppress(SystemExit):
+            main(["info", word])
+        err = capsys.readouterr().err
+        assert len(err) < 600 and "9" * 190 in err

@@ -1,0 +1,63 @@
+"""Errors as the command line tells them: one line each. What nobody expects stays a traceback, so that bugs are seen.
+
+2    wrong input: what was typed (UserError), or a file that was named and is not there or not ours to write
+1    the machine could not: no memory, no room on the disk, a package that is missing
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+
+from ..errors import UserError
+
+WRONG_INPUT, FAILED = 2, 1
+NO_MEMORY = (  # what torch and C++ say, each in its own words
+    "can't allocate memory",
+    "not enough memory: you tried to allocate",
+    "out of memory",
+    "std::bad_alloc",
+    "Storage size calculation overflowed",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+OF_NAMES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.ENOTEMPTY)
+LONGEST = 300  # characters of one word; no name of a file has more
+LONG_WORD = re.compile(rf"[^\s/]{{{LONGEST + 1},}}")
+FEWER = "give a smaller --batch-size, or free memory"
+
+
+def told(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit status and the sentence for an error that a user can cause; None for any other."""
+    if isinstance(error, UserError):
+        return WRONG_INPUT, str(error)
+    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return FAILED, f"not enough memory; {FEWER}."
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY):
+        device = "GPU memory" if type(error).__name__ == "OutOfMemoryError" or "CUDA" in str(error) else "memory"
+        return FAILED, f"not enough {device}; {FEWER}."
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        name = error.object.encode("utf-8", "surrogateescape")
+        return WRONG_INPUT, f"the name {name!r} is not UTF-8, and files that are written would hold it; rename it."
+    if isinstance(error, OSError) and error.errno is not None:
+        where = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        hint = "; make room there, or write elsewhere" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        status = WRONG_INPUT if isinstance(error, OF_NAMES) or error.errno in WRONG_NAMES else FAILED
+        return status, f"{error.strerror or type(error).__name__}{': ' if where else ''}{' -> '.join(where)}{hint}."
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return WRONG_INPUT, "a name has a zero byte in it, which no file can have."
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(__package__.split(".")[0]):
+        return FAILED, f"the package '{error.name}' is not installed here."
+    return None
+
+
+def complain(text: str) -> None:
+    """Print one line on stderr, whatever is in the text: a name may hold line ends and escapes, and be very long."""
+    print(one_line(LONG_WORD.sub(lambda word: f"{word[0][:LONGEST]} ...", text)), file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """Return the text with line ends as spaces, and other characters that cannot be printed as escapes."""
+    joined = " ".join(text.splitlines()) if "\n" in text else text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)

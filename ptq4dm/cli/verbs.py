@@ -1,0 +1,87 @@
+"""The verbs: which there are, their help, and how one runs.
+
+A verb's file is imported, and with it PyTorch, when that verb is called for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from typing import Any
+
+from ..starting import INTERRUPTED
+from ..version import __version__
+from .failures import complain, told
+from .parser import Parser, add_command, add_output
+
+VERBS = {
+    "collect": "Record what a model sees while it samples, and measure its layers' inputs.",
+    "quantize": "Quantize a model and save it as a diffusers pipeline.",
+    "generate": "Make images: one PNG per seed.",
+    "evaluate": "Measure a model: Frechet distance, errors against full precision, speed, bytes.",
+    "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",
+    "bench": "Compare samplers; find the fastest settings of the kernels on a GPU.",
+    "info": "What a model is: layers, formats, kernels, bytes.",
+    "completion": "Print a script that completes commands in a shell: bash, zsh or fish.",
+}
+STATUSES = "Exit status: 0 done, 1 out of memory or room, 2 wrong input, 130 interrupted, 141 nobody read the output."
+
+
+def build_parser(verbs=tuple(VERBS)) -> Parser:
+    """Return the parser, with the options of `verbs`; the other verbs are there by name only."""
+    text = "Quantize, sample and measure diffusion models."
+    parser = Parser(prog="ptq4dm", description=text, epilog=STATUSES)
+    parser.add_argument("--version", action="version", version=f"ptq4dm {__version__}")
+    add_output(parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
+    for name, text in VERBS.items():
+        command = add_command(commands, name, text)
+        if name in verbs:
+            verb_module(name).add(command)
+    return parser
+
+
+def verb_module(name: str):
+    """The module of a verb: `add(parser)`, `run(args)`, and, if it can go on, `GOES_ON`, by which command."""
+    return import_module(f".{name}", __package__)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; returns the exit status. Raises SystemExit where the parser ends it."""
+    verb, going_on = next((text for text in arguments if not text.startswith("-")), None), ""
+    try:
+        args = build_parser([verb]).parse_args(arguments)
+        module = verb_module(args.command)
+        if hasattr(module, "GOES_ON"):
+            going_on = f"; {module.GOES_ON} goes on where it stopped"
+        _work(module, args)
+    except KeyboardInterrupt:
+        complain(f"interrupted{going_on}")
+        return INTERRUPTED
+    except Exception as error:
+        failure = told(error)
+        if failure is None:
+            raise
+        status, sentence = failure
+        complain(f"ptq4dm {verb}: {sentence}")
+        return status
+    finally:
+        leave_process_group()
+    return 0
+
+
+def _work(module: Any, args: argparse.Namespace) -> None:
+    from ..interrupts import terminated_as_interrupted
+    from .output import printing
+    from .process import working
+
+    with working(), terminated_as_interrupted(), printing(args):
+        module.run(args)
+
+
+def leave_process_group() -> None:
+    """Processes that end without this may die at exit after all their work is done."""
+    states = getattr(sys.modules.get("accelerate"), "PartialState", None)
+    if states is not None and states._shared_state:
+        states().destroy_process_group()

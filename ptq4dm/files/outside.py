@@ -6,6 +6,7 @@ numbers of a million digits, pictures that unpack to gigabytes. Nothing that is 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import textwrap
@@ -31,6 +32,8 @@ def outside(path: str | os.PathLike, advice: str = "") -> Iterator[None]:
     """
     end = f"; {advice}." if advice else "."
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError(errno.EINVAL, "it is no plain file")  # a pipe would keep us waiting, a device has no end
         yield
     except UserError:
         raise

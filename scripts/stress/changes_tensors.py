@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from stress.change import Case, Change
 from stress.changes_json import split_safetensors
-from safetensors.torch import load, save
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

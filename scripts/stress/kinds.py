@@ -1,4 +1,4 @@
-"""The kinds of files that are read, each with its loader, by name. A new one registers itself in a file of kinds_*.py."""
+"""The kinds of files that are read, each with its loader, by name. Files named kinds_*.py register theirs."""
 
 from __future__ import annotations
 

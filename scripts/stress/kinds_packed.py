@@ -17,6 +17,7 @@ from ptq4dm.layers.base import is_quantized
 from ptq4dm.quantization.saving import original_of, save_quantized
 
 RTN, SVDQ = ptq4dm.RTNConfig, ptq4dm.SVDQuantConfig
+NOT_COMPARED = ("quantization_config", "_name_or_path")  # the plan is, by itself; the other is the folder
 DYNAMIC = {"activations": "dynamic"}
 FORMATS: dict[str, tuple[Callable, Any]] = {
     "int8 static": (tiny_unet, ptq4dm.PTQ4DMConfig(objective="max")),
@@ -52,7 +53,7 @@ def load_folder(folder: Path, _: Any) -> dict:
         "packed": {name: t for name, t in tensors.items() if name.rpartition(".")[0] in layers},
         "plain": {name: t for name, t in tensors.items() if name.rpartition(".")[0] not in layers},
         "plan": None if recipe is None else recipe.plan.to_dict(),
-        "config": {k: v for k, v in dict(network.config).items() if k not in ("quantization_config", "_name_or_path")},
+        "config": {k: v for k, v in dict(network.config).items() if k not in NOT_COMPARED},
         "scheduler": dict(pipe.scheduler.config),
         "kinds": [type(pipe).__name__, type(network).__name__, type(pipe.scheduler).__name__],
         "original": original_of(str(folder)),
@@ -72,9 +73,9 @@ def wrong_packed(found: Leaves, right: Leaves) -> str:
     if {name for name in found if name.startswith("/packed/")} != {n for n in right if n.startswith("/packed/")}:
         return "other tensors in its layers"
     for name, value in found.items():
-        if name.endswith(("weight_scale", "input_scale", "wscales")) and isinstance(value, torch.Tensor):
-            if not bool((value.float() > 0).all()):
-                return f"{name} is not above zero"
+        scale = name.endswith(("weight_scale", "input_scale", "wscales")) and isinstance(value, torch.Tensor)
+        if scale and not bool((value.float() > 0).all()):
+            return f"{name} is not above zero"
         before = right.get(name)
         if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor) and value.shape != before.shape:
             return f"{name} has another shape"

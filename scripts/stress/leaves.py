@@ -49,7 +49,7 @@ def differences(found: Leaves, right: Leaves) -> list[str]:
 
 
 def strange(found: Leaves, right: Leaves) -> str:
-    """A few words on leaves that no right file gives: other types, NaN or infinity, other shapes; "" where none is."""
+    """A few words on leaves that no right file gives: another type, NaN, infinity; "" where there is none."""
     for name, one in found.items():
         if isinstance(one, float) and not math.isfinite(one):
             return f"{name} is {one}"

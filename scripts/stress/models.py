@@ -24,8 +24,8 @@ def tiny_dit(width: int = 64) -> ptq4dm.PixelDiTPipeline:
     """A class-conditional one of one block, in multiples of 64 as 4-bit formats take it."""
     torch.manual_seed(0)
     dit = DiTTransformer2DModel(
-        num_attention_heads=width // 64, attention_head_dim=64, in_channels=3, out_channels=3, num_layers=1, sample_size=4,
-        patch_size=2, num_embeds_ada_norm=4,
+        num_attention_heads=width // 64, attention_head_dim=64, in_channels=3, out_channels=3, num_layers=1,
+        sample_size=4, patch_size=2, num_embeds_ada_norm=4,
     )  # fmt: skip
     with torch.no_grad():
         for parameter in dit.parameters():

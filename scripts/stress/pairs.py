@@ -46,8 +46,8 @@ class PairTrial:
         detail = f"{'the same' if same else 'other'} settings, {wait:.2f} s apart, status {statuses}"
         if None in statuses:
             return _found("hung", [], detail)
-        bad = [end for end in ends if end.status not in (0, REFUSED)]
-        if bad or 0 not in statuses or (same and statuses != [0, 0]):
+        bad = [end for end in ends if end.status not in ((0,) if same else (0, REFUSED))]
+        if bad or 0 not in statuses:
             return _found("refused", [], detail, (bad or ends)[0])
         now = contents(self.folder)
         whole = [self.alone[which] for which, status in zip((0, second), statuses, strict=True) if status == 0]

@@ -14,6 +14,7 @@ from typing import Any
 from ptq4dm.cli.main import main
 
 LONGEST = 120.0  # seconds; a command that takes longer hangs
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "ctypes.dlsym"}
 
 
@@ -43,9 +44,11 @@ class Process:
     def __init__(self, words: list[str], folder: Path, kill: Kill | None = None, report: Path | None = None) -> None:
         self.kill, self.began = kill, time.monotonic()
         self.report = report or folder.with_name(f"{folder.name}.said")
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # so that none comes before the child is ready for it
         self.child = os.fork()
         if not self.child:
             _run(words, folder, kill, self.report)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def end(self) -> End:
         status, killed = None, self.kill is None or self.kill.after is None
@@ -70,13 +73,16 @@ def _run(words: list[str], folder: Path, kill: Kill | None, report: Path) -> Non
     """The process: never returns."""
     status = 70
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         folder.mkdir(exist_ok=True)
         os.chdir(folder)
         out = os.open(report, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(out, stream)
         calls = _count(str(folder), kill)
+        for number in SIGNALS:  # ended by it without a word until the command has begun
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python has it when it starts
         try:
             status = main(words)
         except SystemExit as stop:

@@ -89,7 +89,8 @@ class Trial:
         return Kill(number, call=dice.randint(1, max(1, self.whole.calls)))
 
     def _words(self, turn: int) -> list[str]:
-        return self.verb.words(self.inputs, self.verb.again if turn else "")
+        goes_on = turn and (self.folder / self.verb.begun).exists()
+        return self.verb.words(self.inputs, self.verb.again if goes_on else "")
 
     def _fresh(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

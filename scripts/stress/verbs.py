@@ -22,13 +22,14 @@ from ptq4dm.quantization.saving import save_quantized
 class Verb:
     """A command that runs in a folder of its own.
 
-    command: its words; INPUT stands for the folder of models. again: words that make it go on. old: a command that
-    makes an earlier result. results: folders that must be whole at any moment, as they were or as they are to be.
-    other: words that give other settings, for two runs at once.
+    command: its words; INPUT stands for the folder of models. again: words that make it go on, where there is `begun`
+    by then. old: a command that makes an earlier result. results: folders that must be whole at any moment, as they
+    were or as they are to be. other: words that give other settings, for two runs at once.
     """
 
     command: str
     again: str = ""
+    begun: str = ""
     old: str = ""
     other: str = "--seed 99"
     results: tuple[str, ...] = field(default=())
@@ -58,7 +59,7 @@ VERBS = {
     "distill": Verb(
         f"distill --model INPUT/m {STUDENT} --output student",
         again="--resume",
-        old="",
+        begun="student.run",
         results=("student",),
     ),
     "bench samplers": Verb(

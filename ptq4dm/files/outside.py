@@ -124,6 +124,12 @@ class TensorFile:
         self._has(name)
         return tuple(self._file.get_slice(name).get_shape())
 
+    def like(self, name: str) -> Tensor:
+        """A tensor on the meta device with the shape and dtype of one in the file: no value is read."""
+        shape = self.shape(name)
+        dtype = self._file.get_slice(name)[0:0].dtype if shape else self._file.get_tensor(name).dtype
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor, by number."""
         self._has(name)

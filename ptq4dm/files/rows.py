@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UserError
 from .atomic import replacing
 from .outside import checked_object, outside, read_object
+from .places import make_parent
 
 Kind = type | tuple[type, ...]
 NONE: dict[str, Kind] = {}
@@ -44,9 +45,14 @@ class Rows(list):
 
     def add(self, row: dict) -> None:
         self.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps({"settings": self.settings, "rows": list(self), **self.also}, indent=1))
+        text = json.dumps({"settings": self.settings, "rows": list(self), **self.also}, indent=1)
+        try:
+            make_parent(self.path)
+            with replacing(self.path) as temporary:
+                temporary.write_text(text)
+        except UserError:
+            print(json.dumps(row), flush=True)  # measured is measured, whatever the disk says
+            raise
 
 
 def _check(row: Any, kinds: Mapping[str, Kind]) -> None:

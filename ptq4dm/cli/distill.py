@@ -12,6 +12,7 @@ from ..pipelines.load import load_pipeline
 from ..samplers.distillation import disback
 from ..samplers.distillation.config import DisBackConfig
 from ..samplers.distillation.log import read_log
+from ..samplers.distillation.run import alone_in, check_teacher
 from ..samplers.distillation.student import RECORD, save_student
 from .flags import add_flags, given, options_of
 from .options import add_model, device_of, dtype_of
@@ -36,11 +37,14 @@ def run(args) -> None:
     check_replaceable(output, RECORD, "distill")
     pipe = load_pipeline(args.model, torch.float32, device_of(args))
     folder = output.with_name(f"{output.name}.run")
-    student = disback.distill(pipe, config, folder, args.resume)
-    if PartialState().is_main_process:
-        save_student(student, {"model": str(args.model), **config.identity()}, output)
-        evaluations = (line for line in read_log(folder / "log.jsonl") if line["stage"] == "evaluation")
-        learnt = max((line["images"] for line in evaluations), default=0)
-        more = "" if learnt >= config.images else " (--resume goes on)"
-        print(f"one-step student after {learnt} of {config.images} images{more}: {output}")
-        print(f"log, sample grids, checkpoint: {folder}")
+    check_teacher(pipe, config)
+    with alone_in(folder, pipe, config):  # until the student is saved: it is of this run
+        student = disback.distill(pipe, config, folder, args.resume)
+        if PartialState().is_main_process:
+            evaluations = (line for line in read_log(folder / "log.jsonl") if line["stage"] == "evaluation")
+            learnt = max((line["images"] for line in evaluations), default=0)
+            more = "" if learnt >= config.images else " (--resume goes on)"
+            print(f"{learnt} of {config.images} images learnt from{more}")
+            print(f"log, sample grids, checkpoint: {folder}", flush=True)
+            save_student(student, {"model": str(args.model), **config.identity()}, output)
+            print(f"one-step student after {learnt} of {config.images} images{more}: {output}")

@@ -58,10 +58,13 @@ def run(args) -> None:
     original, full_precision = _original(args, model)
     if full_precision is not None:  # the models are compared, not two samplers
         full_precision.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    report = evaluate(pipe, full_precision, config, args.output)
     sampler = f"{type(pipe.scheduler).__name__}" + (f" ({args.sampler})" if args.sampler else "")
-    say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
-    say(format_report(report))
+
+    def show(report: dict) -> None:
+        say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
+        say(format_report(report))
+
+    evaluate(pipe, full_precision, config, args.output, show)
     say(f"report:  {Path(args.output) / 'report.json'}")
     if (Path(args.output) / "samples.png").is_file():
         say(f"picture: {Path(args.output) / 'samples.png'}")

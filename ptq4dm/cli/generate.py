@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from accelerate import PartialState
-from PIL import Image
 
 from ..errors import UserError
+from ..files.pictures import opened_picture
 from ..files.places import make_parent
 from ..pipelines.generate import generate, save_grid
 from .options import (
@@ -43,8 +43,7 @@ def run(args) -> None:
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
     picture = Path(args.picture or f"{args.output}.png")
-    if args.picture:
-        make_parent(picture)
+    make_parent(picture)
     pipe = load(args, model)
     paths = generate(
         pipe,
@@ -56,7 +55,7 @@ def run(args) -> None:
         **conditioning_of(args),
     )
     if PartialState().is_main_process:
-        with Image.open(paths[0]) as image:
+        with opened_picture(paths[0]) as image:
             scale = max(1, 128 // image.width)
         save_grid(paths, picture, columns=min(8, len(paths)), scale=scale)
         print(f"{len(paths)} images of {model}: {args.output}")

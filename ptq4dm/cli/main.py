@@ -70,6 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"ptq4dm {args.command}: {error}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        if not isinstance(error, _kernel_settings()):
+            raise
+        print(f"ptq4dm {args.command}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         advice = f"; {module.GOES_ON} goes on where it stopped" if hasattr(module, "GOES_ON") else ""
         print("interrupted" + advice, file=sys.stderr)
@@ -77,6 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         leave_process_group()
     return 0
+
+
+def _kernel_settings() -> type[ValueError]:
+    """The error of a damaged file of kernels' settings: kernels do not know of UserError."""
+    return import_module("..kernels.runtime.settings", __package__).DamagedSettings
 
 
 def leave_process_group() -> None:

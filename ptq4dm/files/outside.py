@@ -7,6 +7,7 @@ numbers of a million digits, pictures that unpack to gigabytes. Nothing that is 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import textwrap
@@ -127,6 +128,12 @@ class TensorFile:
         self._has(name)
         return tuple(self._file.get_slice(name).get_shape())
 
+    def like(self, name: str) -> Tensor:
+        """A tensor on the meta device with the shape and dtype of one in the file: no value is read."""
+        shape = self.shape(name)
+        dtype = self._file.get_slice(name)[0:0].dtype if shape else self._file.get_tensor(name).dtype
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor, by number."""
         self._has(name)
@@ -150,6 +157,11 @@ def read_tensors(path: str | os.PathLike, use: Callable[[TensorFile], Any], advi
     """use(the open safetensors file). Raises DamagedFile, naming the file, where it or `use` fails."""
     with outside(path, advice), safe_open(path, "pt") as file:
         return use(TensorFile(file))
+
+
+def unpickled_tensors(data: bytes) -> Any:
+    """What a file of torch.save holds, if it is tensors and plain containers: no other class is ever built."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:

@@ -26,7 +26,8 @@ from ..errors import UserError
 from ..files.places import output_folder
 from ..layers.base import holds_quantized
 from ..options import option
-from ..pipelines.denoiser import schedulers_of
+from ..pipelines.denoiser import pipelines_in, schedulers_of, turn_at
+from ..undo import whole_or_not
 from .call_files import save_calls
 from .calls import parameter_place
 from .clock import Span
@@ -143,11 +144,19 @@ def collect(
     )
     if output is None:
         temporary = tempfile.TemporaryDirectory()
-        _collect(request, config, Path(temporary.name))
+        _collect_whole(request, config, Path(temporary.name))
         return CalibrationStore.load(temporary.name, owner=temporary)
     with output_folder(Path(output)):
-        _collect(request, config, Path(output))
+        _collect_whole(request, config, Path(output))
     return CalibrationStore.load(output)
+
+
+def _collect_whole(request: Request, config: CalibrationConfig, folder: Path) -> None:
+    """No other thread's sampling or quantizing comes between its batches; interrupted, the pipeline is as it was."""
+    pipe = request.pipe
+    with turn_at(pipe):
+        parts = [part for one in pipelines_in(pipe) for part in (one, *schedulers_of(one).values())]
+        whole_or_not([*parts, *request.networks.values()], lambda gate: _collect(request, config, folder))
 
 
 def _collect(request: Request, config: CalibrationConfig, folder: Path) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..files.places import output_folder
 from ..options import option
-from ..pipelines.denoiser import denoiser
+from ..pipelines.denoiser import denoiser, turn_at
 from ..pipelines.sampling import sample
 from ..quantization.components import left_out, quantized_plans
 from .compare import compare_denoisers, denoiser_bytes
@@ -96,7 +96,7 @@ def evaluate(
         raise UserError("metric 'none' without a full-precision model leaves nothing to measure.")
     state = PartialState()
     writer = output_folder(output) if output is not None and state.is_main_process else nullcontext()
-    with writer as folder:
+    with writer as folder, turn_at(pipe, *([] if full_precision is None else [full_precision])):
         report, shown = _measure(pipe, full_precision, config)
         if folder is not None:
             write_report(report, folder)

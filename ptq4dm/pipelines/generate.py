@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..files.places import output_folder
 from ..version import __version__
-from .denoiser import denoiser, networks_of
+from .denoiser import denoiser, networks_of, turn_at
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
 from .sampling import check_steps, choose_conditioning, sample
 
@@ -135,7 +135,7 @@ def generate(
     if not seeds or min(seeds) < 0 or batch_size < 1:
         raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
     check_steps(pipe, num_inference_steps)
-    with output_folder(output):
+    with output_folder(output), turn_at(pipe):
         _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, metadata)
     return [output / f"{s:06d}.png" for s in seeds]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..interrupts import uninterrupted
+from ..interrupts import one_interrupt, uninterrupted
 from .denoiser import class_count, denoiser_names, evaluation_mode, turn_at
 from .noise import float32_noise
 
@@ -121,6 +121,12 @@ def _quiet(pipe, progress: bool) -> Iterator[None]:
                     pipe._progress_bar_config = before
 
 
+@contextmanager
+def _ready(pipe, progress: bool) -> Iterator[None]:
+    with _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
+        yield
+
+
 def call_pipeline(
     pipe,
     seeds: Sequence[int],
@@ -161,8 +167,12 @@ def call_pipeline(
     if bare:
         strings = [key for key in arguments if key in (conditioning or ()) and isinstance(arguments[key][0], str)]
         arguments |= {key: arguments[key][0] for key in strings}
-    with turn_at(pipe), _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
-        return pipe(**arguments)
+    with turn_at(pipe), one_interrupt(opened=False) as gate, _ready(pipe, progress):
+        try:
+            gate.open = True  # while the pipeline is made ready, and put back, an interrupt waits
+            return pipe(**arguments)
+        finally:
+            gate.open = False
 
 
 def sample(

@@ -1,9 +1,9 @@
 """A subclass in whose functions one global name means something else: for one object, while the class stays as it is.
 
 Functions find globals in the dictionary of their module. To let one object's functions see another value there, they
-are copied with a dictionary of their own, into a subclass that the object can be of for a while. With them are copied:
-functions around them (decorators) and helper functions of their module that use the name; and all that call `super()`,
-for what they reach by it must be the copy, too.
+are copied with a dictionary of their own, into a subclass that the object can be of for a while. With them are
+copied: functions around them (decorators), helper functions of their module that use the name, and all that call
+`super()`, for what they reach by it must be the copy, too.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Copier:
         if not self.is_copied(value):
             return value
         if isinstance(value, property):
-            return property(*(f and self.copy(f) for f in (value.fget, value.fset, value.fdel)), value.__doc__)
+            return property(self.copy(value.fget), self.copy(value.fset), self.copy(value.fdel), value.__doc__)
         if isinstance(value, (staticmethod, classmethod)):
             return type(value)(self.copy(value.__func__))
         return self.copy(value)

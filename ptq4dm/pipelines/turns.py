@@ -1,7 +1,7 @@
 """Turns: one thread at a time uses a network, a scheduler or a pipeline; others wait.
 
-A pipeline keeps what it is doing in itself, its schedulers (which step) and its networks (hooks, the mode they are in),
-so two threads in one of these would change each other's pictures. Threads that share none do not wait.
+A pipeline keeps what it is doing in itself, its schedulers (which step) and its networks (hooks, the mode they are
+in), so two threads in one of these would change each other's pictures. Threads that share none do not wait.
 """
 
 from __future__ import annotations

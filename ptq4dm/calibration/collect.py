@@ -26,7 +26,8 @@ from ..files.claim import claimed, digest
 from ..files.places import check_room, lying_in, output_folder
 from ..layers.base import holds_quantized
 from ..options import option
-from ..pipelines.denoiser import schedulers_of
+from ..pipelines.denoiser import pipelines_in, schedulers_of, turn_at
+from ..undo import whole_or_not
 from .call_files import save_calls
 from .calls import parameter_place
 from .clock import Span
@@ -145,14 +146,23 @@ def collect(
     )
     if output is None:
         temporary = tempfile.TemporaryDirectory()
-        _collect(request, config, Path(temporary.name), _asked(request, config))
+        _collect_whole(request, config, Path(temporary.name), _asked(request, config))
         return CalibrationStore.load(temporary.name, owner=temporary)
     folder, asked = Path(output), _asked(request, config)
     found = _found(folder, asked)
     if found is None or not found["complete"]:
         with output_folder(folder), claimed(folder, asked):
-            _collect(request, config, folder, asked)
+            _collect_whole(request, config, folder, asked)
     return CalibrationStore.load(output)
+
+
+def _collect_whole(request: Request, config: CalibrationConfig, folder: Path, asked: dict) -> None:
+    """No other thread's sampling or quantizing comes between its batches; interrupted, the pipeline is as it was."""
+    pipe = request.pipe
+    with turn_at(pipe):
+        parts = [part for one in pipelines_in(pipe) for part in (one, *schedulers_of(one).values())]
+        networks = request.networks.values()
+        whole_or_not([*parts, *networks], lambda gate: _collect(request, config, folder, asked))
 
 
 def _collect(request: Request, config: CalibrationConfig, folder: Path, asked: dict) -> None:

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files.claim import claimed
 from ..files.places import output_folder
 from ..options import option
-from ..pipelines.denoiser import denoiser
+from ..pipelines.denoiser import denoiser, turn_at
 from ..pipelines.generate import fingerprint, settings
 from ..pipelines.sampling import sample
 from ..quantization.components import left_out, quantized_plans
@@ -111,6 +111,7 @@ def evaluate(
         if output is not None and state.is_main_process:
             folder = stack.enter_context(output_folder(output))
             stack.enter_context(claimed(folder, _identity(pipe, full_precision, config)))
+        stack.enter_context(turn_at(pipe, *([] if full_precision is None else [full_precision])))
         report, shown = _measure(pipe, full_precision, config)
         if show is not None and state.is_main_process:
             show(report)

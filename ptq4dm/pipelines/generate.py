@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files.claim import claimed
 from ..files.places import output_folder
 from ..version import __version__
-from .denoiser import denoiser, networks_of
+from .denoiser import denoiser, networks_of, turn_at
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
 from .sampling import check_steps, choose_conditioning, sample
 
@@ -140,7 +140,7 @@ def generate(
         raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
     check_steps(pipe, num_inference_steps)
     shared = settings(pipe, num_inference_steps, pipeline_kwargs, metadata)
-    with output_folder(output), claimed(output, [shared, _plain(conditioning)], share=True):
+    with output_folder(output), claimed(output, [shared, _plain(conditioning)], share=True), turn_at(pipe):
         _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, shared)
     return [output / f"{s:06d}.png" for s in seeds]
 

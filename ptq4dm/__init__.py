@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .quantization.diffusers_bridge import quantization_config
     from .quantization.quantize import quantize
     from .quantization.recipe import QuantConfig
+    from .quantization.verifying import verify
     from .svdquant import SVDQuantConfig
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "record",
     "sample",
     "unfuse",
+    "verify",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -81,6 +83,7 @@ __getattr__, __dir__ = lazy_names(
         "record": "calibration.record",
         "sample": "pipelines.sampling",
         "unfuse": "layers.fuse",
+        "verify": "quantization.verifying",
     },
     rooms=(
         "calibration",

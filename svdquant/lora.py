@@ -58,6 +58,9 @@ def _fuse(model: nn.Module, scales: dict[str, float]) -> dict[str, int]:
             plain = not getattr(wrapper, "lora_variant", {}).get(adapter) and wrapper.lora_B[adapter].bias is None
             if not plain or getattr(wrapper, "use_dora", {}).get(adapter):
                 raise UserError(f"adapter '{adapter}' on layer '{name}' is no plain LoRA and cannot be fused.")
+            for part in (wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight):
+                if not part.isfinite().all():
+                    raise UserError(f"adapter '{adapter}' on layer '{name}' holds NaN or infinity.")
             counts[adapter] = counts.get(adapter, 0) + 1
     if unknown := scales.keys() - counts.keys():
         active = ", ".join(sorted(counts)) or "none that is active"

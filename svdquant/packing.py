@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import DamagedFile
 from ..kernels.formats.int4 import pack_int4
 from ..layers.registry import Problem, empty_quantized, register_format
 from ..quantization.report import Ratio
@@ -128,7 +129,11 @@ def _shift(low: float, high: float) -> float:
 def _link(find: Callable[[str], nn.Module], name: str, plan: SVDQPlan) -> None:
     """Let a layer that borrows its down projection find the layer that its plan names."""
     if plan.lender:
-        find(name).borrow_from(find(plan.lender))
+        layer, lender = find(name), find(plan.lender)
+        lent, taken = (0 if one is None else one.shape[axis] for axis, one in ((0, lender.down), (1, layer.up)))
+        if lent != taken or layer.weight_shape[1] != lender.weight_shape[1]:
+            raise DamagedFile(f"layer '{name}' of the plan borrows from '{plan.lender}', which has another branch.")
+        layer.borrow_from(lender)
 
 
 def _needs(plan: SVDQPlan) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,21 +11,28 @@ from torch import nn
 from ..layers.base import holds_quantized, is_quantized
 from ..layers.view import find_layers, in_ip_adapter
 from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
+from ..pipelines.load import folder_of
 from ..quantization.diffusers_bridge import quantization_config
 from ..quantization.recipe import QuantConfig
 from ..quantization.report import kernel_report, stored_bytes
+from ..quantization.verifying import verify
 from .options import QUANTIZED_FIRST, add_model, default_model, load
 
 
 def add(parser) -> None:
     add_model(parser, None, QUANTIZED_FIRST)
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument("--verify", action="store_true", help="read all tensors and compare their checksums")
 
 
 def run(args) -> None:
     model = default_model(args)
+    local = folder_of(model).is_dir()
+    verified = verify(folder_of(model)) if args.verify and local else None  # loading stops at the first fault
     pipe = load(args, model)
     network = denoiser(pipe)
+    if args.verify and not local:
+        verified = verify(Path(network.config["_name_or_path"]).parent)
     config = quantization_config(network)
     facts = {
         "model": str(model),
@@ -38,6 +46,8 @@ def run(args) -> None:
         "adapters": adapters_of(network),
         "networks": other_networks(pipe),
     }
+    if verified is not None:
+        facts["verified"] = verified
     print(json.dumps(facts, indent=1) if args.json else _text(facts))
 
 
@@ -105,6 +115,8 @@ def _text(facts: dict[str, Any]) -> str:
     options = ", ".join(f"{name} {value}" for name, value in (facts["quantization"] or {}).items()) or "none"
     lines.append(f"{'quantization':<13} {options}")
     lines.append(f"{'bytes':<13} {facts['bytes']:,} in all tensors of the denoiser")
+    for name, layers in facts.get("verified", {}).items():
+        lines.append(f"{'verified':<13} {name or 'the model'}: {layers} layers and all else are as they were saved")
     for name, one in facts["networks"].items():
         precision = "quantized" if one["quantized"] else "in full precision"
         lines.append(f"{name:<13} {one['class']}, {precision}, {one['bytes']:,} bytes")

@@ -44,6 +44,15 @@ def outside(path: str | os.PathLike, advice: str = "") -> Iterator[None]:
         raise DamagedFile(f"{path} cannot be read ({reason(error)}){end}") from error
 
 
+@contextmanager
+def naming(what: str | os.PathLike) -> Iterator[None]:
+    """Say of which file, or part of one, what a UserError of this block says; it becomes a DamagedFile."""
+    try:
+        yield
+    except UserError as error:
+        raise DamagedFile(f"{what}: {error}") from None
+
+
 def reason(error: BaseException) -> str:
     """An error's first line, short, without its full stop; its kind where it says nothing."""
     text = getattr(error, "strerror", None) or str(error)

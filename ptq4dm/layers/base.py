@@ -8,7 +8,7 @@ registry.py. `forward`'s argument is called `input`, as in nn.Linear: some model
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,11 +28,13 @@ class QuantizedLayer:
 
     plan: the choices that the layer was made by, of the class that its format registered.
     kept: names of the floating tensors that keep their dtype whatever the model is converted to.
+    scales: names of the tensors that are finite and above zero in every file (stored.py checks it).
     like: [1] zero in the model's dtype, in layers without a bias; else None.
     """
 
     plan: Any
     kept: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
     qweight: Tensor
     bias: nn.Parameter | None
     like: nn.Parameter | None
@@ -72,6 +74,17 @@ class QuantizedLayer:
         if self.like is not None and f"{prefix}like" not in state_dict:
             state_dict[f"{prefix}like"] = torch.zeros_like(self.like)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        """The dtypes that a file may have for a tensor of the layer: the one that it is allocated with."""
+        return (getattr(self, name).dtype,)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where a file's tensors disagree with the plan. For formats that have more to say than
+        `scales`; called on an empty layer, with tensors of the right names, dtypes and shapes."""
+
+    def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where a file's codes are not on the grid; for formats with codes to spare."""
 
     @property
     def model_dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from .int4_ops import PACKED
 from .plan import Int4Plan
 from .registry import finite, register_format
 from .rounded import rounded
-from .w8a8 import allocate_input_grid, put_input_grid
+from .stored import check_integers
+from .w8a8 import allocate_input_grid, check_input_grid, put_input_grid
 
 HALF = torch.finfo(torch.float16)
 
@@ -36,6 +38,7 @@ class Int4Layer(QuantizedLayer):
 
     plan: Int4Plan
     kept = ("wscales", "input_scale")
+    scales = ("wscales", "input_scale")
     wscales: Tensor
     wzeros: Tensor | None
     input_scale: Tensor | None
@@ -75,6 +78,15 @@ class Int4Layer(QuantizedLayer):
         if plan.group_size is not None:
             grid.scales = _sixteen_bits(grid.scales)
         return grid
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        grouped = name == "wscales" and self.plan.group_size is not None
+        return (torch.float16, torch.bfloat16) if grouped else super().stored_dtypes(name)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        check_input_grid(self.plan, tensors)
+        if self.plan.affine:
+            check_integers(tensors["wzeros"], "wzeros", -8, 7)
 
     def codes(self) -> Tensor:
         """The codes [N, ...], int8, unpacked in each call."""

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import nn
 
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
+from ..files.outside import TensorFile, checked_object, described, naming, outside, read_json, read_tensors
+from ..ranges.registry import objective_parameter
+from ..rounding.registry import ROUNDERS
 from ..transforms.base import TransformPlan
+from .choices import check_choices, check_groups, choices_of
 from .registry import FORMATS
+
+BITS = range(2, 9)
+GROUP_SIZES = (None, 32, 64, 128)
 
 
 @dataclass
@@ -38,6 +45,30 @@ class LayerPlan:
     input_scale: float | None = None
     input_zero_point: int | None = None
     rounding: str = "nearest"
+
+    def check(self) -> None:
+        """Raises ValueError where a choice is out of its range, or does not go with another."""
+        if self.weight_bits not in BITS or self.activation_bits not in BITS:
+            raise ValueError(f"widths are from 2 to 8 bits, not {self.weight_bits} and {self.activation_bits}")
+        e4m3 = FORMATS.find(self.format).grid == "e4m3"
+        if e4m3 and (self.weight_bits, self.activation_bits) != (8, 8):
+            raise ValueError(f"{self.format} has 8 bits, not {self.weight_bits} and {self.activation_bits}")
+        objective_parameter(self.objective, self.objective_parameter)
+        ROUNDERS.find(self.rounding)
+        self._check_input_grid(affine=not e4m3)
+
+    def _check_input_grid(self, affine: bool) -> None:
+        scale, zero = self.input_scale, self.input_zero_point
+        if scale is not None and not 0 < torch.tensor(scale, dtype=torch.float32).item() < float("inf"):
+            raise ValueError(f"input_scale is {scale} and should be above zero, as a float32")
+        if (zero is not None) != (affine and scale is not None):
+            raise ValueError("input_scale and input_zero_point go together, but in fp8, which has no zero point")
+        half = 2 ** (self.activation_bits - 1)
+        if zero is not None and not -half <= zero < half:
+            raise ValueError(f"input_zero_point is {zero} and lies in [{-half}, {half - 1}] in these bits")
+
+    def check_layer(self, layer: nn.Module) -> None:
+        """Raises ValueError where the choices do not fit a float layer."""
 
     @property
     def static(self) -> bool:
@@ -72,6 +103,16 @@ class Int4Plan(LayerPlan):
     weight_bits: int = 4
     group_size: int | None = None
     affine: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.weight_bits != 4:
+            raise ValueError(f"int4 has weights of 4 bits, not {self.weight_bits}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size is none, 32, 64 or 128, not {self.group_size}")
+
+    def check_layer(self, layer: nn.Module) -> None:
+        check_groups(layer, self.group_size or 1)
 
     @property
     def simulated(self) -> bool:
@@ -120,12 +161,17 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict, tensors: dict[str, torch.Tensor] | None = None) -> Plan:
-        """The plan of a dict. Raises UserError where it is none, or names a format that nobody knows.
+        """The plan of a dict. Raises DamagedFile where it is none, names a format that nobody knows, or holds a value
+        that is not of its type or out of its range.
 
         tensors: those of its transforms; without them (None) a packed model can be loaded, but the plan not followed.
         """
-        try:
-            layers = {name: _layer_plan(layer) for name, layer in data["layers"].items()}
+        with outside("a plan written by ptq4dm", "save it again"):
+            checked_object(data, {"method": str, "layers": dict})
+            layers = {name: choices_of(name, layer) for name, layer in data["layers"].items()}
+            found = data.get("transforms", [])
+            if not isinstance(found, list):
+                raise ValueError(f"its 'transforms' is {described(found)}")
             transforms = [
                 TransformPlan.from_dict(
                     transform,
@@ -135,11 +181,21 @@ class Plan:
                         if name.partition("/")[0] == str(number)
                     },
                 )
-                for number, transform in enumerate(data.get("transforms", ()))
+                for number, transform in enumerate(found)
             ]  # fmt: skip
-            return cls(data["method"], layers, transforms)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"this is not a plan written by ptq4dm ({error}).") from None
+            plan = cls(data["method"], layers, transforms)
+            plan.check()
+            return plan
+
+    def check(self) -> None:
+        """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds."""
+        for name, choices in self.layers.items():
+            check_choices(name, choices)
+        for name, choices in self.layers.items():
+            leader = FORMATS.find(choices.format).leader(name, choices)
+            lends = self.layers.get(leader)
+            if type(lends) is not type(choices) or FORMATS.find(lends.format).leader(leader, lends) != leader:
+                raise DamagedFile(f"layer '{name}' of the plan borrows from '{leader}', which has nothing to lend.")
 
     def save(self, path: str | Path) -> None:
         """Write the plan into a JSON file, and tensors of transforms, if any, beside it, as .safetensors.
@@ -158,17 +214,12 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read what `save` wrote. Raises UserError where it cannot be read."""
+        """Read what `save` wrote. Raises DamagedFile where it cannot be read."""
         path = Path(path)
-        try:
-            data = json.loads(path.read_text())
-            beside = path.with_suffix(".safetensors")
-            if isinstance(data, dict) and "components" in data:
-                raise UserError(f"{path} holds the plans of several networks ({', '.join(data['components'])}).")
-            return cls.from_dict(data, load_file(beside) if beside.is_file() else {})
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-            raise UserError(f"cannot read a plan from {path}: {error}.") from None
-
-
-def _layer_plan(choices: dict) -> Any:
-    return FORMATS.find(choices["format"]).plan(**choices)
+        data = read_json(path, "give a plan that ptq4dm has saved")
+        if isinstance(data, dict) and isinstance(data.get("components"), dict):
+            raise UserError(f"{path} holds the plans of several networks ({', '.join(data['components'])}).")
+        beside = path.with_suffix(".safetensors")
+        tensors = read_tensors(beside, TensorFile.tensors) if beside.is_file() else {}
+        with naming(path):
+            return cls.from_dict(data, tensors)

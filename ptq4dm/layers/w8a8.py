@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
 from ..kernels.formats import fp8
 from ..kernels.formats.grid import Fp8Grid, Grid
-from ..kernels.formats.int8 import dequantize_weight
+from ..kernels.formats.int8 import dequantize_weight, weight_limit
 from ..kernels.w8a8 import from_codes, layer
 from ..ranges.weights import weight_grid
 from .base import QuantizedConv2d, QuantizedLayer, QuantizedLinear, frozen
 from .plan import LayerPlan
 from .registry import finite, register_format
 from .rounded import rounded
+from .stored import check_integers, check_numbers
 
 
 class W8A8Layer(QuantizedLayer):
@@ -29,6 +32,7 @@ class W8A8Layer(QuantizedLayer):
 
     plan: LayerPlan
     kept: tuple[str, ...] = ("weight_scale", "input_scale")
+    scales = ("weight_scale", "input_scale")
     code: torch.dtype = torch.int8
     weight_scale: Tensor
     input_scale: Tensor | None
@@ -55,6 +59,13 @@ class W8A8Layer(QuantizedLayer):
         """The grid of a float32 weight [N, K], by the plan."""
         plan = self.plan
         return weight_grid(matrix, plan.weight_bits, plan.objective, plan.objective_parameter, evidence=evidence)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        check_input_grid(self.plan, tensors)
+
+    def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
+        limit = weight_limit(self.plan.weight_bits)
+        check_integers(tensors["qweight"], "qweight", -limit, limit)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
@@ -93,6 +104,15 @@ def put_input_grid(module: nn.Module, plan: LayerPlan, device: torch.device | st
         module.put(input_zero_point=torch.tensor(plan.input_zero_point, dtype=torch.int32, device=device))
 
 
+def check_input_grid(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a file has another static grid than the plan."""
+    for name, tensor in tensors.items():
+        if name in ("input_scale", "input_zero_point"):
+            planned = torch.tensor(getattr(plan, name), dtype=tensor.dtype)
+            if not torch.equal(tensor, planned):
+                raise ValueError(f"'{name}' is {tensor.item():g} and in the plan {planned.item():g}")
+
+
 class W8A8Linear(W8A8Layer, QuantizedLinear):
     """y = x W^T + b on 8-bit codes: x [..., K] float -> [..., N] in x's dtype."""
 
@@ -112,6 +132,9 @@ class _Fp8(W8A8Layer):
 
     kept = ("qweight", "weight_scale", "input_scale")
     code = fp8.DTYPE
+
+    def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
+        check_numbers(tensors["qweight"], "qweight")
 
     def _grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Fp8Grid:
         return Fp8Grid(fp8.scale_of(matrix, (1,)))

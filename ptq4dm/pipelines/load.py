@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import textwrap
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
+from ..files.outside import reason
 from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to DiffusionPipeline.from_pretrained)
 from .embedded import asset_path
+from .folder import check_folder
 
 EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep")
 
@@ -29,21 +29,6 @@ def check_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device '{device}' cannot be used here; try --device cpu.") from error
     return device
-
-
-def _check_weights(folder: Path) -> None:
-    """Open the header of every safetensors file, so that a truncated one or an LFS pointer is named."""
-    for path in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a whole safetensors file; copy or download it again.") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0].rstrip("."), 200, placeholder=" ...")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -63,6 +48,11 @@ def _open(source: str | Path, dtype: torch.dtype, **kw) -> DiffusionPipeline:
             handler.removeFilter(_is_news)
 
 
+def folder_of(model: str | Path) -> Path:
+    """The local folder that a name or a path stands for, whether it exists or not."""
+    return asset_path(str(model)) if str(model) in EMBEDDED else Path(model).expanduser()
+
+
 def load_pipeline(
     model: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **kw
 ) -> DiffusionPipeline:
@@ -78,11 +68,11 @@ def load_pipeline(
         UserError: no such model, no pipeline in the folder, a broken weight file, or no such device.
     """
     device, name = check_device(device), str(model)
-    folder = asset_path(name) if name in EMBEDDED else Path(model).expanduser()
+    folder = folder_of(model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{folder} holds no model_index.json, so it is not a diffusers pipeline.")
-        _check_weights(folder)
+        check_folder(folder, kw)
         source: str | Path = folder
     elif isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
@@ -95,13 +85,13 @@ def load_pipeline(
         pipe = _open(source, dtype, **kw)
     except UserError:
         raise
-    except (OSError, ValueError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever diffusers and transformers fail with on files that are not theirs
         if source is name:
             raise UserError(
                 f"there is no folder '{name}' here, and neither the hub nor its cache gave such a pipeline: "
-                f"{_first_line(error)}."
+                f"{reason(error)}."
             ) from error
-        raise UserError(f"{folder} cannot be loaded: {_first_line(error)}.") from error
+        raise DamagedFile(f"{folder} cannot be loaded: {reason(error)}.") from error
     if hasattr(pipe, "unet"):  # convolutions run several times faster with channels innermost, on CPU and GPU
         pipe.unet.to(memory_format=torch.channels_last)
     return pipe.to(device)

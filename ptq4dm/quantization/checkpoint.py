@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
-from ..layers.registry import FORMATS, empty_quantized
+from ..files.outside import TensorFile, checked_object, read_json, read_tensors, reason
+from ..layers.choices import check_choices, check_fit, choices_of
+from ..layers.registry import empty_quantized
+from ..layers.stored import check_stored
+from .checksums import checksum
 
 HEADER = "checkpoint.json"
 
@@ -62,11 +66,7 @@ class BlockCheckpoint:
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror or error}.") from None
         if header.exists():
-            try:
-                same = json.loads(header.read_text()) == identity
-            except (OSError, ValueError):
-                same = False
-            if not same:
+            if read_json(header, "delete the folder, or give another") != identity:
                 raise UserError(
                     f"{folder} holds the blocks of another quantization (plan, options, model or calibration "
                     "differ); give another folder or delete it."
@@ -88,31 +88,49 @@ class BlockCheckpoint:
         about = {
             name: {"plan": asdict(one.plan), "stages": getattr(one, "stages", {})} for name, one in layers.items()
         }
+        header = {"layers": json.dumps(about), "checksum": str(checksum(tensors, tensors))}
         with replacing(self._path(block)) as temporary:
-            save_file(tensors, temporary, {"layers": json.dumps(about)})
+            save_file(tensors, temporary, header)
 
     def load(self, block: str, model: nn.Module) -> dict[str, nn.Module] | None:
-        """The layers of a block by name; None if it is not there yet. Raises UserError for a damaged file."""
+        """The layers of a block by name; None if it is not there yet. Raises DamagedFile for a damaged file."""
         path = self._path(block)
         if not path.exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["layers"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+        def layers(file: TensorFile) -> dict[str, nn.Module]:
+            about, tensors = checked_object(file.json("layers"), {}), file.tensors()
+            if file.header.get("checksum", "none") not in ("none", str(checksum(tensors, tensors))):
+                raise ValueError("it is not as it was saved: its checksum differs")
+            if strange := sorted(key for key in tensors if key.partition("|")[0] not in about):
+                raise ValueError(f"no layer has '{strange[0]}'")
             return {name: _layer(model.get_submodule(name), name, one, tensors) for name, one in about.items()}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, and its block is packed again.") from None
+
+        advice = "delete it, and its block is packed again"
+        with _telling(path, advice):
+            return read_tensors(path, layers, advice)
+
+
+@contextmanager
+def _telling(path: Path, advice: str) -> Iterator[None]:
+    """Say the file and the way out in UserErrors of what is in it, too."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise DamagedFile(text if str(path) in text else f"{path} is damaged ({reason(error)}); {advice}.") from None
 
 
 def _layer(module: nn.Module, name: str, about: dict, tensors: dict) -> nn.Module:
-    plan = FORMATS.find(about["plan"]["format"]).plan(**about["plan"])
+    checked_object(about, {"plan": dict, "stages": dict})
+    plan = choices_of(name, about["plan"])
+    check_choices(name, plan)
+    check_fit(name, plan, module)
     layer = empty_quantized(module, plan, module.weight.device)
     own = {key.partition("|")[2]: value for key, value in tensors.items() if key.partition("|")[0] == name}
+    check_stored(layer, own, prefix=f"{name}.")
     for key, value in own.items():
         setattr(layer, key, nn.Parameter(value.to(module.weight.device), requires_grad=False))
-    if set(own) != set(layer.state_dict()):
-        raise KeyError(f"tensors of '{name}'")
     if about["stages"]:
         layer.stages = about["stages"]
     return layer.train(module.training)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..files.atomic import replacing
+from ..files.outside import naming, read_json
 from ..layers.base import holds_quantized
 from ..layers.plan import Plan
 from ..layers.view import find_layers
@@ -106,12 +107,10 @@ def save_plans(pipe: DiffusionPipeline, path: Path) -> None:
 def load_plans(path: str | Path) -> dict[str, Plan]:
     """Component name -> plan, as `save_plans` wrote them; "" is the name of the denoiser where it is the only one.
 
-    Raises UserError where the file cannot be read.
+    Raises DamagedFile where the file cannot be read.
     """
-    try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read a plan from {path}: {error}.") from None
+    data = read_json(path, "give a plan that ptq4dm has saved")
     if not (isinstance(data, dict) and isinstance(data.get("components"), dict)):
         return {"": Plan.load(path)}
-    return {name: Plan.from_dict(plan) for name, plan in data["components"].items()}
+    with naming(path):
+        return {name: Plan.from_dict(plan) for name, plan in data["components"].items()}

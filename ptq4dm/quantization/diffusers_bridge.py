@@ -21,6 +21,8 @@ from ..layers.plan import Plan
 from ..layers.registry import empty_quantized, needs_of
 from ..pipelines.denoiser import turn_at
 from ..undo import whole_or_not
+from .checksums import checksums_of
+from .opening import check_keys, check_layers, lacking, read_files
 from .own_calls import ModelRef, adopt, release
 from .packing import link_layers
 from .planning import check_plan, make_plan
@@ -44,13 +46,19 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         self.store: CalibrationStore | None = None
         self.model: ModelRef | None = None
         self._on_disk: tuple[str, ...] = ()  # names of modules
+        self._files: list[Any] = []
+        self._keys: list[str] = []  # of the checkpoint, as diffusers calls them
+        self._unread: nn.Module | None = None  # until its tensors come
 
     @property
     def is_serializable(self) -> bool:
-        """True; diffusers asks before it saves, so what would be lost is refused here (UserError)."""
+        """True; diffusers asks before it saves, so what would be lost is refused here (UserError), and the checksums
+        of what will be saved go into the config that it writes next."""
         model = None if self.model is None else self.model.of()
         if model is not None:
             check_saving(model, self._plan.layers)
+            self.quantization_config.checksums = checksums_of(model, self._plan)
+            _set_entry(model, self.quantization_config)
         return True
 
     @property
@@ -73,6 +81,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             check_plan(model, config.plan)
             for name, choice in config.plan.layers.items():
                 replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
+            self._check_checkpoint(model)
         elif not config.packs_while_loading or config.transforms:
             raise _not_while_loading(config)
         else:
@@ -88,18 +97,35 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             self.quantization_config = resolved(config, plan)
         _set_entry(model, self.quantization_config)
 
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
+        self._keys, self._files = loaded_keys, list(checkpoint_files)
+        return loaded_keys
+
+    def _check_checkpoint(self, model: nn.Module) -> None:
+        """Compare the files with the empty model; one file, or files not of safetensors, when they are read."""
+        check_keys(model, self._keys)
+        if len(self._files) > 1 and all(str(path).endswith(".safetensors") for path in self._files):
+            tensors = read_files(self._files, self._keys)
+            check_layers(model, self._plan, tensors, self.quantization_config.checksums, str(self._files[0]))
+        else:
+            self._unread = model
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if self._unread is not None:
+            whole = len(self._files) == 1
+            sums = self.quantization_config.checksums if whole else None
+            check_layers(self._unread, self._plan, state_dict, sums, str(self._files[0]), whole)
+        return state_dict
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         places = device_map.items() if isinstance(device_map, dict) else ()
         self._on_disk = tuple(name for name, device in places if device == "disk")
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        lacking = [key for key in missing_keys if not self._is_made_here(model, key)]
-        if lacking:
-            raise UserError(
-                f"the checkpoint lacks {len(lacking)} tensors of the model (first '{min(lacking)}'); "
-                "it is truncated or of another model: save or download it again."
-            )
-        return lacking
+        missing = [key for key in missing_keys if not self._is_made_here(model, key)]
+        if missing:
+            raise lacking(missing)
+        return missing
 
     def _is_made_here(self, model: nn.Module, key: str) -> bool:
         """Files of versions before `like` lack it. Where accelerate looks for it on disk, layers do without."""
@@ -154,7 +180,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         replace_module(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        self.store = None
+        self.store, self._unread, self._files, self._keys = None, None, [], []
         link_layers(model.get_submodule, self._plan.layers)
         self.model = ModelRef(model)
         adopt(model)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
+from ..layers.choices import check_fit
 from ..layers.plan import Plan
 from ..layers.registry import FORMATS
 from ..layers.view import find_layers
@@ -45,14 +46,17 @@ def _otherwise(config: QuantConfig) -> str:
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raises UserError where a plan names layers that the model does not have, or a format that nobody knows."""
+    """Raises UserError where a plan names layers that the model does not have, or its choices are not of their type,
+    out of range, or not for the layer that they name."""
     known = {view.name for view in find_layers(model)}
     missing = [name for name in plan.layers if name not in known]
     if missing:
         raise UserError(
             f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
         )
+    plan.check()
     for name, layer in plan.layers.items():
+        check_fit(name, layer, model.get_submodule(name))
         grid, rounding = FORMATS.find(layer.format).grid, getattr(layer, "rounding", "nearest")
         if grid not in ROUNDERS.find(rounding).grids:
             raise UserError(f"layer '{name}': rounding '{rounding}' does not serve format '{layer.format}'.")

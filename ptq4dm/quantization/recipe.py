@@ -19,11 +19,14 @@ from torch import nn
 
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
+from ..files.outside import checked_object, outside
+from ..files.typed import check_types
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
 from ..options import option
 from ..registry import Registry
 from ..transforms.base import TRANSFORMS
+from .checksums import checked_sums
 from .packing import PackingOptions, pack_plan
 
 _Config = TypeVar("_Config", bound="QuantConfig")
@@ -72,6 +75,7 @@ class QuantConfig(QuantizationConfigMixin):
     )
 
     def __post_init__(self) -> None:
+        self.checksums: dict | None = None  # of a saved model's tensors (checksums.py); no choice, so no field
         if not hasattr(type(self), "method"):
             raise UserError(
                 "QuantConfig is what all recipes share; take one of them, also for a plan: RTNConfig, ..."
@@ -117,6 +121,8 @@ class QuantConfig(QuantizationConfigMixin):
         for item in fields(self):
             value = getattr(self, item.name)
             data[item.name] = value.to_dict() if isinstance(value, Plan) else value
+        if self.checksums is not None:
+            data["checksums"] = self.checksums
         return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
 
     to_diff_dict = to_dict
@@ -126,8 +132,15 @@ class QuantConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Any method's config from its dict, by the `method` entry."""
+        """Any method's config from its dict, by the `method` entry.
+
+        Raises UserError where the dict is none, names a method or an option that nobody knows, or holds a value that
+        is not of its type.
+        """
+        with outside("a quantization_config of ptq4dm", "save the model again"):
+            checked_object(config_dict, {})
         data = {k: v for k, v in {**config_dict, **kwargs}.items() if k != "quant_method"}
+        sums = data.pop("checksums", None)
         name = data.pop("method", getattr(cls, "method", None))
         target = METHODS.find(name)
         known = {item.name for item in fields(target)}
@@ -136,7 +149,10 @@ class QuantConfig(QuantizationConfigMixin):
             raise UserError(
                 f"{target.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
-        config = target(**data)
+        with outside(f"the options of {target.__name__}", "save the model again"):
+            config = target(**data)
+            check_types(config)
+            config.checksums = None if sums is None else checked_sums(sums)
         return (config, {}) if return_unused_kwargs else config
 
     def summary(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files.outside import checked_object, finite, outside
+from ..files.typed import LARGEST, fits
 from ..registry import Registry
 
 TRANSFORMS: Registry = Registry("transform")
@@ -45,11 +48,15 @@ class TransformPlan:
         Raises:
             UserError: the dict is not a plan, its kind is unknown, or a tensor is missing or of another shape.
         """
-        try:
-            kind, modules, options = data["kind"], [str(name) for name in data["modules"]], dict(data["options"])
+        with outside("a transform's plan written by ptq4dm", "save the plan again"):
+            checked_object(data, {"kind": str, "modules": list, "options": dict, "tensors": dict})
+            kind, modules, options = data["kind"], list(data["modules"]), dict(data["options"])
             shapes = {name: list(shape) for name, shape in data["tensors"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"this is not a transform's plan written by ptq4dm ({error!r}).") from None
+            if not (modules and fits(modules, list[str]) and fits(options, dict[str, bool | float | str | None])):
+                raise ValueError("its modules are names, its options numbers and texts")
+            for name, shape in shapes.items():
+                if not fits(shape, list[int]) or any(size < 0 for size in shape) or math.prod(shape) > LARGEST:
+                    raise ValueError(f"no tensor '{name}' has its shape")
         transform_named(kind)
         if tensors is None:
             return cls(
@@ -63,7 +70,8 @@ class TransformPlan:
                     f"the tensor '{name}' of the plan of '{kind}' for {modules} has shape "
                     f"{list(tensors[name].shape)} and not {shape}: it is of another plan."
                 )
-        return cls(kind, modules, options, {name: tensors[name] for name in shapes})
+        with outside(f"the plan of '{kind}' for {modules}", "save the plan again"):
+            return cls(kind, modules, options, {name: finite(tensors[name], name) for name in shapes})
 
     def __eq__(self, other: object) -> bool:
         return (

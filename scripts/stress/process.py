@@ -84,7 +84,8 @@ def _run(words: list[str], folder: Path, kill: Kill | None, report: Path) -> Non
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python has it when it starts
         try:
-            status = main(words)
+            sys.argv = ["ptq4dm", *words]
+            status = main()
         except SystemExit as stop:
             status = int(stop.code or 0)
         except BaseException:

@@ -11,6 +11,7 @@ it was meant; here they are multiplied in float32. s, D, U and b are as in kerne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,9 @@ from ...errors import UserError
 from ...kernels.formats.int4 import dequantize_e2m1, pack_int4, quantize_e2m1, unpack_int4
 from ...kernels.w4.gradient import without_gradient
 from ...layers.base import QuantizedLayer, frozen
+from ...layers.choices import check_groups
 from ...layers.registry import register_format
+from .svdq import HALVES, check_divisors
 
 GROUP = 16
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
@@ -35,6 +38,15 @@ class NVFP4Plan:
     rank: int = 32
 
     simulated = False
+
+    def check(self) -> None:
+        """Raises ValueError where the rank is out of range."""
+        if self.rank < 0:
+            raise ValueError(f"rank is 0 or more, not {self.rank}")
+
+    def check_layer(self, layer: nn.Module) -> None:
+        """Raises ValueError where a layer's inputs do not divide into groups."""
+        check_groups(layer, GROUP)
 
     def __str__(self) -> str:
         return "W4A4 nvfp4" + (f" r{self.rank}" if self.rank else "")
@@ -51,6 +63,16 @@ class NVFP4Linear(QuantizedLayer, nn.Linear):
     """
 
     plan: NVFP4Plan
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        return HALVES if name in ("smooth", "down", "up") else super().stored_dtypes(name)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Groups of zeros may have a scale of zero; none is below."""
+        check_divisors(tensors, "smooth")
+        for name in ("wscales", "outer"):
+            if bool((tensors[name].float() < 0).any()):
+                raise ValueError(f"'{name}' holds a scale below zero")
 
     def __init__(self, linear: nn.Linear, plan: NVFP4Plan, device=None):
         nn.Module.__init__(self)

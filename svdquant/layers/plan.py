@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
+from ...files.typed import fits
+from ...kernels.w4.reference import ACTIVATIONS
+from ...layers.choices import check_groups
+from ...rounding.registry import ROUNDERS
+
+SEARCHES = ("finalists", "exhaustive")
+
 
 @dataclass
 class SVDQPlan:
@@ -35,6 +44,31 @@ class SVDQPlan:
     adapters: dict[str, list] = field(default_factory=dict)
 
     simulated = False
+
+    def check(self) -> None:
+        """Raises ValueError where a choice is out of its range."""
+        if self.rank < 0 or self.refinements < 0:
+            raise ValueError(f"rank and refinements are 0 or more, not {self.rank} and {self.refinements}")
+        if self.group_size < 2 or self.group_size % 2:
+            raise ValueError(f"group_size is even, not {self.group_size}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, not '{self.activation}'")
+        if self.search not in SEARCHES:
+            raise ValueError(f"search is one of {', '.join(SEARCHES)}, not '{self.search}'")
+        if self.shift is not None and self.shift < 0:
+            raise ValueError(f"shift is 0 or more, not {self.shift}")
+        for name, adapter in self.adapters.items():
+            if not fits(adapter, tuple[int, float]) or adapter[0] < 1:
+                raise ValueError(f"adapter '{name}' is no rank with a strength")
+        ROUNDERS.find(self.rounding)
+
+    def check_layer(self, layer: nn.Module) -> None:
+        """Raises ValueError where a float layer is no matrix product over tokens, or has other groups."""
+        check_groups(layer, self.group_size)
+        if isinstance(layer, nn.Conv2d):
+            plain = (layer.kernel_size, layer.stride, layer.groups) == ((1, 1), (1, 1), 1)
+            if not plain or layer.padding not in ((0, 0), "valid", "same"):
+                raise ValueError("of convolutions, only those of 1x1 pixels and stride 1 can be of this format")
 
     def __str__(self) -> str:
         bits = {"int4": "A4", "int8": "A8", "fp8": "A8 (fp8)", "none": "A16"}[self.activation]

@@ -8,17 +8,19 @@ signed and the latter as unsigned, each with smoothing and a low-rank branch of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...files.typed import check_types
 from ...kernels.w4.reference import svdq_linear
 from ...layers.base import QuantizedLayer
 from ...layers.registry import register_format
 from .plan import SVDQPlan
-from .svdq import SVDQLinear
+from .svdq import HALVES, SVDQLinear, check_divisors
 
 TENSORS = ("qweight", "wscales", "smooth", "down", "up")
 
@@ -35,6 +37,24 @@ class SplitPlan:
 
     def __post_init__(self):
         self.parts = [SVDQPlan(**part) if isinstance(part, dict) else part for part in self.parts]
+
+    def check(self) -> None:
+        """Raises ValueError where the parts are not those of the ranges, or one of them is out of range."""
+        if not self.parts or len(self.inputs) != len(self.parts) or min(self.inputs) < 1:
+            raise ValueError(f"{len(self.inputs)} ranges of inputs do not go with {len(self.parts)} parts")
+        for part in self.parts:
+            check_types(part)
+            part.check()
+            if part.format != "svdq" or part.lender or part.adapters:
+                raise ValueError("a part has neither a lender nor adapters")
+
+    def check_layer(self, layer: nn.Module) -> None:
+        """Raises ValueError where the ranges are not those of a float layer's inputs, or have other groups."""
+        if sum(self.inputs) != layer.weight.shape[1]:
+            raise ValueError(f"its ranges have {sum(self.inputs)} inputs and the layer {layer.weight.shape[1]}")
+        for part, inputs in zip(self.parts, self.inputs, strict=True):
+            if inputs % part.group_size:
+                raise ValueError(f"{inputs} inputs do not divide into groups of {part.group_size}")
 
     def __str__(self) -> str:
         return " | ".join(str(part) for part in self.parts)
@@ -83,6 +103,17 @@ class SplitLinear(QuantizedLayer, nn.Linear):
     def qweight(self) -> Tensor:  # type: ignore[override]
         """The codes of the first part."""
         return self.qweight_0
+
+    @property
+    def scales(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"wscales_{i}" for i in range(len(self.plan.parts)))
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        return HALVES if name in self.kept else super().stored_dtypes(name)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        for i in range(len(self.plan.parts)):
+            check_divisors(tensors, f"smooth_{i}")
 
     def part(self, i: int) -> SVDQLinear:
         """Part i as a layer of its own, on the same tensors; the first has the bias, the others zeros."""

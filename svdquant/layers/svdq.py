@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from ...kernels.w4 import layer as svdq_linear
 from ...kernels.w4 import reference as svdq
 from ...layers.base import QuantizedLayer, frozen
 from .plan import SVDQPlan
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -49,6 +52,13 @@ class _SVDQLayer(QuantizedLayer):
     """
 
     plan: SVDQPlan
+    scales = ("wscales",)
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        return HALVES if name in self.kept else super().stored_dtypes(name)
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        check_divisors(tensors, "smooth")
 
     def _allocate(self, layer: nn.Module, plan: SVDQPlan, device):
         self.plan = plan
@@ -214,6 +224,12 @@ class SVDQConv2d(_SVDQLayer, nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, 1x1, {self.plan}"
+
+
+def check_divisors(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises ValueError where a file's smoothing divisors, if there are any, hold a zero."""
+    if name in tensors and not bool((tensors[name] != 0).all()):
+        raise ValueError(f"'{name}' holds 0, and inputs are divided by it")
 
 
 def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ...errors import UserError
+from ...pipelines.folder import is_file_name
 from .model import FLOAT16S, Checkpoint, empty_model, install, linear_of, read_files, read_json
 from .tensors import nvfp4_layer, svdq_layer, take_awq, take_svdq
 
@@ -92,7 +93,8 @@ def _section(quantization: dict, name: str, *more: str) -> Section | None:
         return None
     kinds = {"precision": str, "group_size": int, "targets": list} | dict.fromkeys(more, int)
     for key, kind in kinds.items():
-        if not isinstance(data, dict) or not isinstance(data.get(key), kind):
+        value = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"'{name}' in config.json needs '{key}', of type {kind.__name__}.")
     section = Section(**{key: data[key] for key in kinds})
     precisions = ("int4", "nvfp4") if name == "svdq_w4a4" else ("int4",)
@@ -118,7 +120,9 @@ def _files(source: Path) -> list[Path]:
         names = read_json(indices[0], str(indices[0])).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise UserError(f"{indices[0]} has no weight_map.")
-        return [source / Path(name).name for name in sorted(set(names.values()))]
+        if outside := [name for name in names.values() if not is_file_name(name)]:
+            raise UserError(f"{indices[0]} leads out of its folder, with '{outside[0]}'.")
+        return [source / name for name in sorted(set(names.values()))]
     files = sorted(source.glob("*.safetensors"))
     if (source / WEIGHTS) in files:
         return [source / WEIGHTS]

@@ -6,19 +6,20 @@ other tensors. Only then is the model touched.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...errors import DamagedFile, UserError
+from ...files import outside
+from ...files.outside import read_tensors
 from ...layers.base import replace_module
 from ...layers.plan import Plan
+from ...layers.stored import check_numbers
 from ...quantization.diffusers_bridge import mark_quantized
 from ...quantization.packing import link_layers
 from ...quantization.recipe import QuantConfig, register
@@ -56,6 +57,11 @@ class Checkpoint:
         if tensor.dtype not in dtypes:
             wanted = " or ".join(_short(dtype) for dtype in dtypes)
             raise UserError(f"'{key}' of {self.where} has dtype {_short(tensor.dtype)}; it should be {wanted}.")
+        if tensor.is_floating_point():
+            with outside.outside(self.where):
+                check_numbers(tensor, key, above_zero=key.endswith(".wscales") and tensor.dtype in FLOAT16S)
+                if key.endswith(".smooth_factor") and not bool((tensor != 0).all()):
+                    raise ValueError(f"'{key}' holds 0, and inputs are divided by it")
         return self.tensors.pop(key)
 
 
@@ -64,23 +70,21 @@ def read_files(where: Path, files: list[Path]) -> Checkpoint:
     checkpoint = Checkpoint(str(where), {})
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
-                checkpoint.tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                checkpoint.metadata = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a whole safetensors file; copy or download it again.") from error
+            found, header = read_tensors(path, lambda file: (file.tensors(), file.header))
+        except DamagedFile as error:
+            raise DamagedFile(f"{path} is not a whole safetensors file; copy or download it again.") from error
+        if twice := sorted(found.keys() & checkpoint.tensors.keys()):
+            raise DamagedFile(f"two files of {where} hold '{twice[0]}'; copy or download them again.")
+        checkpoint.tensors |= found
+        checkpoint.metadata = header
     return checkpoint
 
 
 def read_json(text: str | Path, what: str) -> dict:
     """A JSON object from its text or its file. Raises UserError, calling it `what`."""
-    try:
-        data = json.loads(text.read_text() if isinstance(text, Path) else text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} cannot be read: {error}.") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{what} holds no JSON object.")
-    return data
+    data = outside.read_json(text) if isinstance(text, Path) else None
+    with outside.outside(what):
+        return outside.checked_object(outside.parse_json(text) if isinstance(text, str) else data, {})
 
 
 def empty_model(kind: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:
@@ -91,8 +95,8 @@ def empty_model(kind: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.M
     try:
         with init_empty_weights(include_buffers=False):
             model = kind.from_config(config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"no {kind.__name__} can be made of this config: {error}.") from error
+    except Exception as error:  # a model's constructor fails in every way on a config that is not its own
+        raise DamagedFile(f"no {kind.__name__} can be made of this config: {outside.reason(error)}.") from error
     finally:
         torch.set_default_dtype(before)
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())

@@ -422,7 +422,7 @@ def test_plans_lack_nothing():
     with pytest.raises(UserError, match="transform 'smoothe' is unknown; choose from .*smooth"):
         TransformPlan.from_dict({**data, "kind": "smoothe"}, plan.tensors)
     for broken in ({}, [], {**data, "options": 3}, {**data, "tensors": ["divisors"]}):
-        with pytest.raises(UserError, match="not a transform's plan"):
+        with pytest.raises(UserError, match="a transform's plan"):
             TransformPlan.from_dict(broken, plan.tensors)
 
 

@@ -46,10 +46,15 @@ def outside(path: str | os.PathLike, advice: str = "") -> Iterator[None]:
 
 @contextmanager
 def naming(what: str | os.PathLike) -> Iterator[None]:
-    """Say of which file, or part of one, what a UserError of this block says; it becomes a DamagedFile."""
+    """Say of which file, or part of one, a UserError of this block tells; then it is a DamagedFile.
+
+    One that names it already goes through as it is.
+    """
     try:
         yield
     except UserError as error:
+        if str(what) in str(error):
+            raise
         raise DamagedFile(f"{what}: {error}") from None
 
 

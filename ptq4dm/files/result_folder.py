@@ -50,9 +50,10 @@ def check_replaceable(folder: Path, record: str, verb: str) -> None:
     if not (folder / record).is_file():
         raise UserError(f"{folder} exists and was not written by ptq4dm {verb}; choose another --output.")
     if others := foreign_files(folder, record):
+        some = ", ".join(name if name.isprintable() else ascii(name) for name in others[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
-            f"{folder} holds what ptq4dm {verb} did not write, or was changed since ({', '.join(others[:3])}{more}); "
+            f"{folder} holds what ptq4dm {verb} did not write, or was changed since ({some}{more}); "
             "choose another --output, or move the folder away."
         )
 

@@ -61,7 +61,7 @@ def find_images(folder: str | os.PathLike) -> PictureFiles:
                 continue  # of a run that writes here now, or was killed
             if path.name.startswith("."):
                 hidden.append(path)
-            elif path.is_dir():
+            elif os.path.isdir(path):  # of a link into what nobody may read, is_dir raises an error
                 if os.path.realpath(path) not in above:  # a link may lead back to a folder that it lies in
                     walk(path, above)
             elif path.suffix.lower() in SUFFIXES and path.is_file():

@@ -18,7 +18,7 @@ ADVICE = "copy or download it again"
 
 
 def verify(folder: str | Path) -> dict[str, int]:
-    """Component -> how many quantized layers it has, all of them as they were saved, and the rest of its tensors, too.
+    """Component -> how many quantized layers it has; they and the rest of its tensors are all as they were saved.
 
     folder: of a pipeline, or of one model, whose name is then "". Networks that are not quantized have no checksums
     and are not looked at. Everything is read: a second for a gigabyte, and what the disk takes.

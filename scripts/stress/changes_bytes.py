@@ -113,7 +113,7 @@ def pipe(case: Case) -> Change | None:
 @_place
 def link(case: Case) -> Change | None:
     name = case.path.rpartition("/")[2]
-    to = case.dice.choice(("/nothing/here", name, "/dev/null", "/dev/zero", "/proc/self/mem", ".", "/"))
+    to = case.dice.choice(("/nothing/here", name, "/dev/null", "/dev/zero", "/proc/self/mem", "."))
     return Change(f"place link {to if to[0] in './' else 'to itself'}", {case.path: Link(to)})
 
 

@@ -121,7 +121,7 @@ def load_several(folder: Path, _: Any) -> dict:
     return {name: plan.to_dict() for name, plan in load_plans(folder / "plan.json").items()}
 
 
-@kind("plan, followed", _plan(STATIC), wrong=wrong_plan, weight=1)
+@kind("plan, followed", _plan(STATIC), wrong=wrong_plan, weight=1, named=False)
 def follow(folder: Path, _: Any) -> dict:
     """A plan is followed and the model called."""
     pipe = tiny_unet()

@@ -11,7 +11,8 @@ from stress.kinds_packed import wrong_packed
 from stress.models import CALIBRATION, tiny_dit
 
 import ptq4dm
-from ptq4dm.kernels.runtime.settings import formatted, settings_in
+from ptq4dm.errors import UserError
+from ptq4dm.kernels.runtime.settings import DamagedSettings, formatted, settings_in
 from ptq4dm.svdquant import export_nunchaku_lite, load_nunchaku_lite
 
 
@@ -46,4 +47,7 @@ def _tuned(folder: Path) -> None:
 
 @kind("kernel settings", _tuned, weight=4)
 def load_tuned(folder: Path, _: Any) -> dict:
-    return settings_in(folder / "nvidia-h100.json")
+    try:
+        return settings_in(folder / "nvidia-h100.json")
+    except DamagedSettings as error:  # kernels do not know of users; the command line tells both alike
+        raise UserError(str(error)) from error

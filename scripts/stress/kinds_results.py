@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm.evaluation.frechet import Statistics, frechet_distance, read_statistics, write_statistics
-from ptq4dm.files.checkpoint import load_checkpoint, save_checkpoint
+from ptq4dm.files.checkpoint import load_checkpoint, progress_as, save_checkpoint
 from ptq4dm.files.result_folder import check_replaceable, result_folder
 from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.images import read_metadata
 from ptq4dm.pipelines.picture_files import find_images, load_images
 from ptq4dm.quantization.checkpoint import BlockCheckpoint
+from ptq4dm.samplers.comparison.compare import ROW as MEASURED
 from ptq4dm.samplers.comparison.table import table
 from ptq4dm.samplers.distillation.log import read_log
 from ptq4dm.samplers.distillation.run import Progress
@@ -46,10 +48,11 @@ def _training(folder: Path) -> None:
 @kind("training state", _training, weight=12)
 def load_training(folder: Path, _: Any) -> dict:
     nets, optimizers = _nets()
-    progress, tensors = load_checkpoint(folder / "checkpoint.safetensors", nets, optimizers, RECIPE)
+    path = folder / "checkpoint.safetensors"
+    progress, _ = load_checkpoint(path, nets, optimizers, RECIPE)
     states = {name: one.state_dict()["state"] for name, one in optimizers.items()}
     return {
-        "progress": vars(Progress(**progress)),
+        "progress": vars(progress_as(Progress, progress, path)),
         "nets": {name: net.state_dict() for name, net in nets.items()},
         "states": states,
     }
@@ -63,11 +66,14 @@ IDENTITY = {"plan": {"layers": ["a"]}, "store": None}
 def _blocks(folder: Path) -> nn.Module:
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(32, 8), "b": nn.Linear(32, 8)})
-    packed = nn.ModuleDict({name: nn.Linear(32, 8) for name in model})
-    packed.load_state_dict(model.state_dict())
-    ptq4dm.quantize(packed, ptq4dm.RTNConfig(activations="dynamic"))
-    BlockCheckpoint(folder, IDENTITY).save("block", dict(packed))
+    BlockCheckpoint(folder, IDENTITY).save("block", _packed(model))
     return model
+
+
+def _packed(model: nn.Module) -> dict[str, nn.Module]:
+    packed = copy.deepcopy(model)
+    ptq4dm.quantize(packed, ptq4dm.RTNConfig(activations="dynamic"))
+    return dict(packed)
 
 
 def _guarded_block(path: str) -> bool:
@@ -77,8 +83,7 @@ def _guarded_block(path: str) -> bool:
 @kind("packed blocks", _blocks, weight=8, guarded=_guarded_block)
 def load_blocks(folder: Path, model: nn.Module) -> dict:
     layers = BlockCheckpoint(folder, IDENTITY).load("block", model)
-    if layers is None:
-        return {"tensors": None}  # the block is packed again
+    layers = _packed(model) if layers is None else layers  # a block that is not there is packed again
     return {
         "tensors": {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.state_dict().items()},
         "plans": {name: vars(layer.plan) for name, layer in layers.items()},
@@ -98,7 +103,7 @@ def _rows(folder: Path) -> None:
 
 @kind("rows", _rows, weight=8)
 def load_rows(folder: Path, _: Any) -> dict:
-    rows = Rows(folder / "samplers.json", SETTINGS)
+    rows = Rows(folder / "samplers.json", SETTINGS, kinds=MEASURED)
     return {"rows": list(rows), "table": table(list(rows)) if rows else ""}
 
 

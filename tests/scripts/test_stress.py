@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from random import Random
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,8 +27,11 @@ pytestmark = [
 def stress():
     """A function: name of a file in scripts/stress -> the module."""
     before, surroundings = list(sys.path), dict(os.environ)
+    loud = diffusers.utils.logging.get_verbosity()
     sys.path.insert(0, str(SCRIPTS))
     yield lambda name: importlib.import_module(f"stress.{name}")
+    diffusers.utils.logging.set_verbosity(loud)
+    diffusers.utils.logging.enable_progress_bar()
     sys.path[:] = before
     os.environ.clear()
     os.environ.update(surroundings)
@@ -35,16 +39,16 @@ def stress():
 
 def test_damaged_files_are_refused_or_the_same(stress, tmp_path, capsys):
     output = tmp_path / "fuzz.jsonl"
-    bad = stress("fuzz").main(["--inputs", "400", "--seed", "7", "--output", str(output)])
+    bad = stress("fuzz").main(["--inputs", "300", "--seed", "7", "--output", str(output)])
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert bad == 0, "\n".join(str(one) for line in lines for one in line["bad"])
     counts = stress("fuzz").summed([line["counts"] for line in lines])
-    assert sum(sum(row.values()) for row in counts.values()) == 400
+    assert sum(sum(row.values()) for row in counts.values()) == 300
     assert len(counts) > 15 and sum(row.get("refused", 0) for row in counts.values()) > 100
-    assert "| together | 400 |" in capsys.readouterr().out
-    assert stress("fuzz").main(["--inputs", "400", "--seed", "7", "--output", str(output)]) == 0  # all there already
+    assert "| together | 300 |" in capsys.readouterr().out
+    assert stress("fuzz").main(["--inputs", "300", "--seed", "7", "--output", str(output)]) == 0  # all there already
     with pytest.raises(UserError, match="was made with another seed"):
-        stress("fuzz").main(["--inputs", "400", "--seed", "8", "--output", str(output)])
+        stress("fuzz").main(["--inputs", "300", "--seed", "8", "--output", str(output)])
 
 
 @pytest.fixture
@@ -136,7 +140,13 @@ def test_the_same_seed_and_number_give_the_same_input(stress, tmp_path):
 def trials(stress, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill")
     stress("verbs").make_inputs(folder / "inputs")
-    return lambda name: stress("trial").Trial(name, stress("verbs").VERBS[name], folder, folder / "inputs")
+
+    def of(name):
+        return stress("trial").Trial(
+            name, stress("verbs").VERBS[name], tmp_path_factory.mktemp(name), folder / "inputs"
+        )
+
+    return of
 
 
 @pytest.mark.parametrize("name", ["collect", "quantize", "generate"])

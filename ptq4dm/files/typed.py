@@ -37,6 +37,8 @@ def _annotations(cls: type) -> dict[str, Any]:
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a type as annotations write it; True for types that are not known here."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in parts)
     if origin is typing.Literal:

@@ -161,9 +161,9 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict, tensors: dict[str, torch.Tensor] | None = None) -> Plan:
-        """The plan of a dict. Raises DamagedFile where it is none, names a format that nobody knows, or holds a value
-        that is not of its type or out of its range.
+        """The plan of a dict. Raises DamagedFile where it is none, or names a format or a choice that nobody knows.
 
+        The values of choices are looked at by `check`, which whoever loads or follows a plan calls.
         tensors: those of its transforms; without them (None) a packed model can be loaded, but the plan not followed.
         """
         with outside("a plan written by ptq4dm", "save it again"):
@@ -183,9 +183,7 @@ class Plan:
                 )
                 for number, transform in enumerate(found)
             ]  # fmt: skip
-            plan = cls(data["method"], layers, transforms)
-            plan.check()
-            return plan
+            return cls(data["method"], layers, transforms)
 
     def check(self) -> None:
         """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds."""
@@ -222,4 +220,6 @@ class Plan:
         beside = path.with_suffix(".safetensors")
         tensors = read_tensors(beside, TensorFile.tensors) if beside.is_file() else {}
         with naming(path):
-            return cls.from_dict(data, tensors)
+            plan = cls.from_dict(data, tensors)
+            plan.check()
+            return plan

@@ -46,9 +46,19 @@ def check_folder(folder: Path, call: Mapping[str, Any]) -> None:
         _check_index(path, call.get("variant"))
     for path in sorted(folder.rglob("*.safetensors")):
         try:
-            read_tensors(path, lambda file: None)
+            names = read_tensors(path, lambda file: file.names)
         except DamagedFile as error:
             raise DamagedFile(f"{path} is not a whole safetensors file; {ADVICE}.") from error
+        if any(name.endswith(".qweight") for name in names):
+            _check_says_quantized(path)
+
+
+def _check_says_quantized(path: Path) -> None:
+    """Raises DamagedFile where codes lie beside a configuration that does not say what they are: diffusers would
+    leave the layers as a new model has them."""
+    config = path.parent / "config.json"
+    if config.is_file() and not read_object(config, {}, ADVICE).get("quantization_config"):
+        raise DamagedFile(f"{path} holds codes of quantized layers, and {config} no quantization_config; {ADVICE}.")
 
 
 def _is_component(name: str, value: Any) -> bool:

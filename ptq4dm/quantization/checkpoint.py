@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
 from ..files.outside import TensorFile, checked_object, read_json, read_tensors, reason
+from ..kernels.runtime.atomic import sweep
 from ..layers.choices import check_choices, check_fit, choices_of
 from ..layers.registry import empty_quantized
 from ..layers.stored import check_stored
@@ -65,6 +66,7 @@ class BlockCheckpoint:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror or error}.") from None
+        sweep(folder)
         if header.exists():
             if read_json(header, "delete the folder, or give another") != identity:
                 raise UserError(

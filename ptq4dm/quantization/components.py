@@ -113,4 +113,7 @@ def load_plans(path: str | Path) -> dict[str, Plan]:
     if not (isinstance(data, dict) and isinstance(data.get("components"), dict)):
         return {"": Plan.load(path)}
     with naming(path):
-        return {name: Plan.from_dict(plan) for name, plan in data["components"].items()}
+        plans = {name: Plan.from_dict(plan) for name, plan in data["components"].items()}
+        for plan in plans.values():
+            plan.check()
+        return plans

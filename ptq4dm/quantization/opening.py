@@ -19,9 +19,9 @@ from ..layers.plan import Plan
 from ..layers.stored import check_stored
 from .checksums import REST, changed, told
 
-# Bytes for each quantized layer. diffusers takes most of a millisecond for one, and CRC-32 a twentieth of that for
-# these: from 3 to 4 GB/s, of a file that is mapped and not read yet.
-READ_AT_LOAD = 128 << 10
+# Bytes for each tensor of a file, and bytes of a file in any case. diffusers takes about 0.2 ms for a tensor, and
+# CRC-32 a twentieth of that for these: from 3 to 4 GB/s, of a file that is mapped and not read yet.
+READ_AT_LOAD = (32 << 10, 1 << 20)
 
 
 def read_files(paths: Sequence[Any], keys: Sequence[str]) -> dict[str, Tensor]:
@@ -86,7 +86,8 @@ def check_layers(
     model: with empty quantized layers. sums: checksums, or None. whole: whether all tensors are there; if not, layers
     that are not complete are passed over.
     """
-    everything = sum(tensor.nbytes for tensor in tensors.values()) <= READ_AT_LOAD * len(plan.layers)
+    each, least = READ_AT_LOAD
+    everything = sum(tensor.nbytes for tensor in tensors.values()) <= max(least, each * len(tensors))
     own: dict[str, dict[str, Tensor]] = {name: {} for name in plan.layers}
     for key, tensor in tensors.items():
         name, _, short = key.rpartition(".")

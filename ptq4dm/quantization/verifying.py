@@ -18,7 +18,11 @@ ADVICE = "copy or download it again"
 
 
 def verify(folder: str | Path) -> dict[str, int]:
+<<<<<<< HEAD
     """Component -> how many quantized layers it has; they and the rest of its tensors are all as they were saved.
+=======
+    """Component -> how many quantized layers it has; they, and all its other tensors, are as they were saved.
+>>>>>>> packed
 
     folder: of a pipeline, or of one model, whose name is then "". Networks that are not quantized have no checksums
     and are not looked at. Everything is read: a second for a gigabyte, and what the disk takes.
@@ -34,9 +38,8 @@ def verify(folder: str | Path) -> dict[str, int]:
         raise UserError(f"{folder} holds no network that ptq4dm has quantized, so there is nothing to verify.")
     for name, config in configs.items():
         if config.plan is None or config.checksums is None:
-            raise UserError(
-                f"{found[name]} was saved without checksums, by an earlier version; save the model again."
-            )
+            raise UserError(f"{found[name]} was saved without checksums, by an earlier version; save it again.")
+        config.plan.check()
     wrong = []
     for name, config in configs.items():
         tensors = _tensors(found[name])

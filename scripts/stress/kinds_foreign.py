@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from stress.kinds import kind
 from stress.kinds_packed import wrong_packed
+from stress.leaves import Leaves
 from stress.models import CALIBRATION, tiny_dit
 
 import ptq4dm
@@ -45,7 +46,14 @@ def _tuned(folder: Path) -> None:
     (folder / "nvidia-h100.json").write_text(formatted(table))
 
 
-@kind("kernel settings", _tuned, weight=4)
+def _wrong_settings(found: Leaves, right: Leaves) -> str:
+    """Which values a kernel takes is for its launch to say: a size may not be below zero or a fraction."""
+    values = {name: value for name, value in found.items() if not name.endswith("#")}
+    bad = [name for name, value in values.items() if isinstance(value, float) or (type(value) is int and value < 0)]
+    return f"{bad[0]} is {values[bad[0]]}" if bad else ""
+
+
+@kind("kernel settings", _tuned, wrong=_wrong_settings, weight=4)
 def load_tuned(folder: Path, _: Any) -> dict:
     try:
         return settings_in(folder / "nvidia-h100.json")

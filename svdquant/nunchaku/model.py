@@ -82,9 +82,11 @@ def read_files(where: Path, files: list[Path]) -> Checkpoint:
 
 def read_json(text: str | Path, what: str) -> dict:
     """A JSON object from its text or its file. Raises UserError, calling it `what`."""
-    data = outside.read_json(text) if isinstance(text, Path) else None
     with outside.outside(what):
-        return outside.checked_object(outside.parse_json(text) if isinstance(text, str) else data, {})
+        if isinstance(text, Path) and not text.is_file():
+            raise ValueError("there is no such file")
+        data = outside.read_json(text) if isinstance(text, Path) else outside.parse_json(text)
+        return outside.checked_object(data, {})
 
 
 def empty_model(kind: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:

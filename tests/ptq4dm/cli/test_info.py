@@ -6,6 +6,7 @@ import json
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 import denoisers
 import ptq4dm
@@ -73,3 +74,25 @@ def test_other_networks():
     found = info.other_networks(Two(model, other, DDPMScheduler()))
     assert found["transformer_2"]["class"] == "DiTTransformer2DModel" and not found["transformer_2"]["quantized"]
     assert list(found) == ["transformer_2"] and found["transformer_2"]["bytes"] > 0
+
+
+def test_verify(unet, tmp_path, capsys):
+    model = unet()
+    ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
+    folder = tmp_path / "out"
+    DDPMPipeline(model, DDPMScheduler()).save_pretrained(folder)
+    assert main(["info", "--model", str(folder), "--verify"]) in (0, None)
+    assert "verified      unet: " in capsys.readouterr().out
+    main(["info", "--model", str(folder), "--verify", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["verified"] == {"unet": len(facts["layers"])}
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    for name in ("conv_in", "conv_out"):
+        tensors[f"{name}.qweight"].view(-1)[:1].neg_().sub_(1)
+    save_file(tensors, path, {"format": "pt"})
+    assert main(["info", "--model", str(folder), "--verify"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told and "changed: unet: 'conv_in', 'conv_out'" in told
+    assert main(["info", "--model", "unet-cifar10", "--verify"]) == 2
+    assert "nothing to verify" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""Folders that are damaged, lead out of themselves or would run code: one sentence, and nothing of them runs."""
+
+import json
+import pickle
+import shutil
+import sys
+import types
+
+import pytest
+from diffusers import DDIMScheduler, DDPMPipeline
+from safetensors.torch import load_file, save_file
+
+import ptq4dm
+from models import plain_unet
+from ptq4dm import RTNConfig
+from ptq4dm.errors import DamagedFile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+INDEX = "model_index.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MAP = f"unet/{WEIGHTS}.index.json"
+TEXTS = ("", "null", "[]", "[" * 100000, '{"a":' * 50000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}", '{"a": 1, "a": 2}')
+
+
+def pipeline(model):
+    return DDPMPipeline(model, DDIMScheduler())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "pipe"
+    model = plain_unet()
+    ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
+    pipeline(model).save_pretrained(folder, max_shard_size="10KB")
+    assert (folder / MAP).is_file()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def change(path, **entries):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """The text of a module that leaves a trace where it runs, and whether it has run."""
+    trace = tmp_path / "trace"
+    yield f"open({str(trace)!r}, 'w').close()\nclass Evil: pass\n"
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", [INDEX, "unet/config.json", "scheduler/scheduler_config.json", MAP])
+def test_damaged_json(name, text, folder):
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DamagedFile, match=name) as caught:
+        ptq4dm.load_pipeline(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"unet": ["evil_module", "Evil"]},
+        {"unet": ["os", "system"]},
+        {"unet": ["subprocess", "Popen"]},
+        {"unet": ["antigravity", "Evil"]},
+        {"unet": ["diffusers", "NoSuchModel"]},
+        {"unet": ["diffusers", "__builtins__"]},
+        {"unet": [3, 4]},
+        {"unet": "x"},
+        {"../outside": ["diffusers", "UNet2DModel"]},
+        {"/outside": ["diffusers", "UNet2DModel"]},
+        {"_class_name": ["pipeline", "Evil"]},
+        {"_class_name": "os"},
+        {"_class_name": 5},
+        {"number": 2**70},
+    ],
+)
+def test_entries_of_model_index(entries, folder):
+    change(folder / INDEX, **entries)
+    with pytest.raises(DamagedFile):
+        ptq4dm.load_pipeline(folder)
+
+
+def test_code_in_a_folder_never_runs(folder, trap, monkeypatch):
+    """Of a component's module, of the pipeline's, of auto_map, and of a module that the path would find."""
+    for place in (folder / "unet" / "evil.py", folder / "evil.py", folder / "pipeline.py"):
+        place.write_text(trap)
+    monkeypatch.syspath_prepend(folder)
+    original = (folder / INDEX).read_text()
+    for entries in ({"unet": ["evil", "Evil"]}, {"_class_name": ["pipeline", "Evil"]}):
+        change(folder / INDEX, **entries)
+        with pytest.raises(DamagedFile):
+            ptq4dm.load_pipeline(folder)
+        (folder / INDEX).write_text(original)
+    change(folder / "unet" / "config.json", auto_map={"AutoModel": "evil.Evil"})
+    with pytest.raises(DamagedFile, match="auto_map"):
+        ptq4dm.load_pipeline(folder)
+    assert "evil" not in sys.modules
+
+
+def test_pickles_are_never_opened(folder, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "trace"), "w")
+
+    for path in (folder / "unet").glob("*.safetensors*"):
+        path.unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DamagedFile, match="pickled"):
+        ptq4dm.load_pipeline(folder)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    "file, words",
+    [
+        ("../outside.safetensors", "leads out"),
+        ("/etc/passwd", "leads out"),
+        ("..", "leads out"),
+        ("a\\b.safetensors", "leads out"),
+        (5, "leads out"),
+        (None, "leads out"),
+        ("missing.safetensors", "not beside it"),
+        ("config.json", "no safetensors"),
+        ("diffusion_pytorch_model-00002-of", "no safetensors"),
+    ],
+)
+def test_an_index_that_leads_astray(file, words, folder):
+    names = json.loads((folder / MAP).read_text())["weight_map"]
+    change(folder / MAP, weight_map={**names, "conv_in.qweight": file})
+    with pytest.raises(DamagedFile, match=words):
+        ptq4dm.load_pipeline(folder)
+
+
+def test_an_index_that_its_files_contradict(folder):
+    names = json.loads((folder / MAP).read_text())["weight_map"]
+    other = next(file for file in names.values() if file != names["conv_in.qweight"])
+    change(folder / MAP, weight_map={**names, "conv_in.qweight": other})
+    with pytest.raises(DamagedFile, match="lacks 'conv_in.qweight'"):
+        ptq4dm.load_pipeline(folder)
+    names.pop("conv_in.qweight")
+    change(folder / MAP, weight_map=names)
+    with pytest.raises(DamagedFile, match="conv_in.qweight"):
+        ptq4dm.load_pipeline(folder)
+
+
+def test_an_index_of_a_variant_that_was_not_downloaded_is_no_matter(folder):
+    names = json.loads((folder / MAP).read_text())["weight_map"]
+    other = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.fp16-00001-of-00001.safetensors")}
+    (folder / "unet" / f"{WEIGHTS}.index.fp16.json").write_text(json.dumps(other))
+    ptq4dm.load_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"in_channels": "x"},
+        {"block_out_channels": None},
+        {"block_out_channels": [2**62, 2**62]},
+        {"down_block_types": ["Evil"]},
+        {"_class_name": 5},
+        {"quantization_config": None},  # its codes would be passed over
+        {"quantization_config": {"quant_method": "evil"}},
+        {"quantization_config": 5},
+    ],
+)
+def test_a_damaged_configuration(entries, folder):
+    change(folder / "unet" / "config.json", **entries)
+    with pytest.raises(DamagedFile) as caught:
+        ptq4dm.load_pipeline(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_honest_folders_hold(folder, tmp_path, monkeypatch):
+    """Links, as a hub's cache has them; python files that nothing names; a scheduler of the caller's own module."""
+    (folder / "unet" / "example.py").write_text("raise SystemExit")
+    (folder / "unet" / "notes.json").write_text("no JSON")
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted((folder / "unet").glob("*.safetensors"))):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    (folder / "unet").rename(tmp_path / "unet")
+    (folder / "unet").symlink_to(tmp_path / "unet")
+    module = types.ModuleType("my_schedulers")
+    module.MyScheduler = type("MyScheduler", (DDIMScheduler,), {"__module__": "my_schedulers"})
+    module.SchedulerMixin = DDIMScheduler.__mro__[1]
+    change(folder / INDEX, scheduler=["my_schedulers", "MyScheduler"])
+    with pytest.raises(DamagedFile, match="my_schedulers"):
+        ptq4dm.load_pipeline(folder)
+    monkeypatch.setitem(sys.modules, "my_schedulers", module)
+    assert type(ptq4dm.load_pipeline(folder).scheduler) is module.MyScheduler
+
+
+def test_a_component_that_the_caller_gives_is_not_looked_at(folder):
+    model = ptq4dm.load_pipeline(folder).unet
+    for path in (folder / "unet").glob("*.safetensors*"):
+        path.unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    assert ptq4dm.load_pipeline(folder, unet=model).unet is model
+
+
+def test_headers_of_overlapping_tensors(folder):
+    path = next((folder / "unet").glob("*.safetensors"))
+    name = next(iter(load_file(path)))
+    save_file(load_file(path), path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header[name]["data_offsets"] = [0, 2**60]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(DamagedFile, match=path.name):
+        ptq4dm.load_pipeline(folder)

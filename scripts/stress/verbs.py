@@ -59,7 +59,7 @@ VERBS = {
     "distill": Verb(
         f"distill --model INPUT/m {STUDENT} --output student",
         again="--resume",
-        begun="student.run",
+        begun="student.run/log.jsonl",
         results=("student",),
     ),
     "bench samplers": Verb(

@@ -193,7 +193,9 @@ class Plan:
             leader = FORMATS.find(choices.format).leader(name, choices)
             lends = self.layers.get(leader)
             if type(lends) is not type(choices) or FORMATS.find(lends.format).leader(leader, lends) != leader:
-                raise DamagedFile(f"layer '{name}' of the plan borrows from '{leader}', which has nothing to lend.")
+                raise DamagedFile(
+                    f"the plan is damaged: layer '{name}' borrows from '{leader}', which has nothing to lend."
+                )
 
     def save(self, path: str | Path) -> None:
         """Write the plan into a JSON file, and tensors of transforms, if any, beside it, as .safetensors.

@@ -20,8 +20,8 @@ from ..layers.stored import check_stored
 from .checksums import REST, changed, told
 
 # Bytes for each tensor of a file, and bytes of a file in any case. diffusers takes about 0.2 ms for a tensor, and
-# CRC-32 a twentieth of that for these: from 3 to 4 GB/s, of a file that is mapped and not read yet.
-READ_AT_LOAD = (32 << 10, 1 << 20)
+# CRC-32, with its look at all the rest, less than a twentieth of that for these: 3 GB/s of a mapped file.
+READ_AT_LOAD = (16 << 10, 1 << 20)
 
 
 def read_files(paths: Sequence[Any], keys: Sequence[str]) -> dict[str, Tensor]:

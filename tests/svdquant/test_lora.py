@@ -119,6 +119,15 @@ def test_wrong_input(model):
     assert hasattr(model[0], "lora_A")  # nothing was changed
 
 
+def test_adapters_that_are_not_finite_are_refused(model):
+    adapt(model, "one", 4)
+    with torch.no_grad():
+        model[1].lora_B["one"].weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match="adapter 'one' on layer '1' holds NaN or infinity"):
+        fuse_lora(model)
+    assert not model[0].base_layer.plan.adapters
+
+
 def test_only_active_adapters_are_fused_with_the_weights_they_were_set_to(model):
     x = torch.randn(5, 64)
     adapt(adapt(model, "one", 4), "two", 2)

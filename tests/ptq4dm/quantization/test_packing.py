@@ -179,6 +179,10 @@ def test_a_checkpoint_of_another_quantization_is_refused(dit, tmp_path):
     with pytest.raises(UserError, match="holds the blocks of another quantization"):
         ptq4dm.quantize(copy.deepcopy(model), replace(plain, transforms=("rotate",)), checkpoint=tmp_path / "plain")
     damaged = next(folder.glob("*.safetensors"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="not as it was saved.*delete it"):
+        ptq4dm.quantize(copy.deepcopy(model), GPTQ, store, checkpoint=folder)
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read.*delete it"):
         ptq4dm.quantize(copy.deepcopy(model), GPTQ, store, checkpoint=folder)

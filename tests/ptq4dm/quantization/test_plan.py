@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from ptq4dm import Plan, PTQ4DMConfig, QuantConfig, RTNConfig, UserError
+from ptq4dm.errors import DamagedFile
 from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.quantization.components import load_plans
 
 
 def some_plan():
@@ -139,3 +141,89 @@ def test_wrong_options(options, word):
 
 def test_equal_configs_are_equal():
     assert PTQ4DMConfig() == PTQ4DMConfig() != replace(PTQ4DMConfig(), weight_bits=4)
+
+
+# --- values from outside ------------------------------------------------------------------------------------
+
+SVDQ = {"format": "svdq", "alpha": 0.5, "beta": 0.5}
+SPLIT = {"format": "svdq-split", "inputs": [64, 64], "parts": [SVDQ, SVDQ]}
+
+
+@pytest.mark.parametrize(
+    "choices, words",
+    [
+        ({"format": "int8", "weight_bits": "8"}, "weight_bits is '8' and should be a whole number"),
+        ({"format": "int8", "weight_bits": True}, "weight_bits is True"),
+        ({"format": "int8", "activation_bits": 1}, "2 to 8 bits"),
+        ({"format": "int8", "input_scale": 1e-60, "input_zero_point": 0}, "above zero, as a float32"),
+        ({"format": "int8", "input_scale": 0.1}, "go together"),
+        ({"format": "int8", "input_scale": 0.1, "input_zero_point": 8, "activation_bits": 4}, r"lies in \[-8, 7\]"),
+        ({"format": "int8", "objective": "lp", "objective_parameter": -1}, "lp"),
+        ({"format": "fp8", "input_zero_point": 0, "input_scale": 1}, "go together"),
+        ({"format": "int4", "group_size": 31}, "group_size"),
+        ({"format": "int4", "affine": 1}, "affine is 1 and should be true or false"),
+        ({**SVDQ, "rank": -1}, "rank"),
+        ({**SVDQ, "rank": 2**70}, "rank"),
+        ({**SVDQ, "group_size": 0}, "group_size is even"),
+        ({**SVDQ, "alpha": "x"}, "alpha is 'x'"),
+        ({**SVDQ, "search": "magic"}, "search is one of"),
+        ({**SVDQ, "adapters": {"style": [4]}}, "adapter 'style'"),
+        ({**SVDQ, "adapters": {"style": [4, float("inf")]}}, "adapter 'style'"),
+        ({**SVDQ, "lender": "nowhere"}, "nothing to lend"),
+        ({**SVDQ, "rounding": "magic"}, "rounding 'magic' is unknown"),
+        ({**SPLIT, "inputs": [128]}, "ranges of inputs"),
+        ({**SPLIT, "inputs": [64, -64]}, "ranges of inputs"),
+        ({**SPLIT, "inputs": [64, 64.0]}, "inputs is list"),
+        ({**SPLIT, "parts": [SVDQ, {**SVDQ, "rank": -1}]}, "rank"),
+        ({**SPLIT, "parts": [SVDQ, {**SVDQ, "lender": "x"}]}, "neither a lender"),
+        ({**SPLIT, "parts": 5}, "cannot be read"),
+        ({"format": "nvfp4", "rank": -1}, "rank"),
+        ({"format": ["int8"]}, "format"),
+        ({}, "format"),
+        (None, "no object"),
+    ],
+)
+def test_choices_out_of_their_type_or_range(choices, words, tmp_path):
+    """In a plan by itself, and in one of several."""
+    (tmp_path / "plan.json").write_text(json.dumps({"method": "rtn", "layers": {"to_q": choices}}))
+    with pytest.raises(DamagedFile, match=words):
+        Plan.load(tmp_path / "plan.json")
+    (tmp_path / "several.json").write_text(
+        json.dumps({"components": {"unet": {"method": "rtn", "layers": {"to_q": choices}}}})
+    )
+    with pytest.raises(DamagedFile, match=words):
+        load_plans(tmp_path / "several.json")
+
+
+def test_choices_of_all_formats_that_are_in_order(tmp_path):
+    layers = {
+        "a": {
+            "format": "int8",
+            "objective": "lp",
+            "objective_parameter": 2.4,
+            "input_scale": 1,
+            "input_zero_point": 0,
+        },
+        "b": {"format": "fp8", "input_scale": 0.5},
+        "c": {"format": "int4", "group_size": 128, "affine": True},
+        "d": SVDQ,
+        "e": {**SVDQ, "lender": "d", "shift": None, "adapters": {"style": [4, 1]}},
+        "f": SPLIT,
+        "g": {"format": "nvfp4", "rank": 0},
+    }
+    (tmp_path / "plan.json").write_text(json.dumps({"method": "rtn", "layers": layers}))
+    plan = Plan.load(tmp_path / "plan.json")
+    assert [one.format for one in plan.layers.values()] == [one["format"] for one in layers.values()]
+
+
+def test_choices_of_another_class():
+    with pytest.raises(UserError, match="format 'int4' takes a Int4Plan, not a LayerPlan"):
+        Plan("rtn", {"x": LayerPlan("int4")}).check()
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}", '{"a": 1, "a": 2}', "5"])
+def test_texts_that_are_no_plans(text, tmp_path):
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8")
+    for load in (Plan.load, load_plans):
+        with pytest.raises(DamagedFile, match="plan.json"):
+            load(tmp_path / "plan.json")

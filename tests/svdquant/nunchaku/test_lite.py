@@ -234,6 +234,11 @@ def fifteen(codes):
 
 MISTAKES = {
     "missing": (change(f"{Q}.proj_up", lambda t: None), f"lacks '{Q}.proj_up'"),
+    "NaN": (change(f"{Q}.proj_down", lambda t: t / 0), f"'{Q}.proj_down' holds NaN or infinity"),
+    "NaN elsewhere": (change("proj_out.weight", lambda t: t / 0), "'proj_out.weight' holds NaN or infinity"),
+    "scales below zero": (change(f"{Q}.wscales", torch.Tensor.neg), f"'{Q}.wscales' holds .* above zero"),
+    "divisors of zero": (change(f"{Q}.smooth_factor", torch.zeros_like), f"'{Q}.smooth_factor' holds 0"),
+    "rank that is none": (configure("svdq_w4a4", rank=True), "needs 'rank', of type int"),
     "missing elsewhere": (change("x_embedder.weight", lambda t: None), "lacks 'x_embedder.weight'"),
     "too many": (lambda t, c: t.update({"more": torch.ones(1)}), "1 tensors that the model has not .*'more'"),
     "both codes and weight": (
@@ -295,9 +300,15 @@ def test_files_that_are_none(made, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "FluxPipeline"}))
     with pytest.raises(UserError, match="'FluxPipeline', which is no model"):
         load_nunchaku_lite(tmp_path)
-    (tmp_path / "config.json").write_text("{}[")
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    for text in ("{}[", "[" * 100000, "\ufeff{}", '{"a": ' + "9" * 5000 + "}"):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="config.json cannot be read"):
+            load_nunchaku_lite(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": f"../{WEIGHTS}"}}))
+    with pytest.raises(UserError, match="leads out of its folder"):
         load_nunchaku_lite(tmp_path)
+    (tmp_path / f"{WEIGHTS}.index.json").unlink()
     config["quantization_config"]["compute_dtype"] = "int8"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="compute_dtype 'int8'"):

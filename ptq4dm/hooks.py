@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from .interrupts import uninterrupted
 
 Hooks = Mapping[str, Callable]
 
@@ -15,21 +18,34 @@ Hooks = Mapping[str, Callable]
 def hooked(model: nn.Module, before: Hooks | None = None, after: Hooks | None = None) -> Iterator[None]:
     """Call hooks around the calls of modules, by name ("" is the model itself); at the end all are taken off.
 
+    Calls that other threads make meanwhile are none of the hooks' business.
+
     before: name -> hook(module, args, kwargs). after: name -> hook(module, args, kwargs, output).
     """
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-        for name, hook in (before or {}).items()
-    ]
-    handles += [
-        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-        for name, hook in (after or {}).items()
-    ]
+    handles: list[Any] = []
     try:
+        with uninterrupted():
+            for name, hook in (before or {}).items():
+                module, own = model.get_submodule(name), of_this_thread(hook)
+                handles.append(module.register_forward_pre_hook(own, with_kwargs=True))
+            for name, hook in (after or {}).items():
+                module, own = model.get_submodule(name), of_this_thread(hook)
+                handles.append(module.register_forward_hook(own, with_kwargs=True))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        with uninterrupted():
+            for handle in handles:
+                handle.remove()
+
+
+def of_this_thread(call: Callable, otherwise: Callable = lambda *_, **__: None) -> Callable:
+    """A function that is `call` in the thread that made it, and `otherwise` in all others."""
+    owner = threading.get_ident()
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return (call if threading.get_ident() == owner else otherwise)(*args, **kwargs)
+
+    return called
 
 
 def input_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -50,3 +50,44 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
         for number, frame in came[:1]:
             before[number](number, frame)
+
+
+class Gate:
+    """open: whether an interrupt may come through; set it, without a call, around what cannot be cut in two."""
+
+    def __init__(self, opened: bool) -> None:
+        self.open = opened
+
+
+@contextmanager
+def one_interrupt(opened: bool = True) -> Iterator[Gate]:
+    """The first interrupt that finds the gate open is raised there and shuts it; others wait for the block's end.
+
+    So what puts things back where an interrupt came is not interrupted itself.
+    """
+    gate = Gate(False)
+    if not _in_main_thread():
+        yield gate
+        return
+    waiting: list[tuple[int, Any]] = []
+    before = {number: handler for number in SIGNALS if callable(handler := signal.getsignal(number))}
+
+    def interrupt(number: int, frame: Any) -> None:
+        if not gate.open:
+            waiting.append((number, frame))
+            return
+        gate.open = False
+        before[number](number, frame)
+        gate.open = True  # it did not raise
+
+    try:
+        for number in before:
+            signal.signal(number, interrupt)
+        gate.open = opened
+        yield gate
+    finally:
+        gate.open = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number, frame in waiting[:1]:
+            before[number](number, frame)

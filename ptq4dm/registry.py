@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from .errors import UserError
@@ -65,12 +66,10 @@ for _name in ("__contains__", "__getitem__", "__iter__", "__len__", "get", "item
 def load_late() -> None:
     """Import the modules in LATE, each once."""
     while LATE:
-        module = LATE.pop(0)
-        try:
-            importlib.import_module(module)
-        except BaseException:
-            LATE.insert(0, module)  # the next look fails with the same error
-            raise
+        module = LATE[0]
+        importlib.import_module(module)  # where it fails, the next look does; another thread waits until it is whole
+        with suppress(ValueError):  # that thread took it off
+            LATE.remove(module)
 
 
 def load_members(package: str, path: Iterable[str]) -> None:

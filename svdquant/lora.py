@@ -8,15 +8,19 @@ so adapters cost what their ranks cost, no layer of their own, and the codes sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import UserError
 from ..layers.base import replace_module
-from ..pipelines.denoiser import model_of
+from ..pipelines.denoiser import model_of, turn_at
+from ..undo import whole_or_not
 from .layers.svdq import _SVDQLayer
+
+Result = TypeVar("Result")
 
 
 def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
@@ -37,7 +41,10 @@ def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
         UserError: no adapter is on any SVDQuant layer, `scales` names one that is not there, or an adapter is no
             plain LoRA (DoRA, biases); nothing is changed then.
     """
-    model, scales = model_of(target), _named(scales)
+    return _whole(target, lambda: _fuse(model_of(target), _named(scales)))
+
+
+def _fuse(model: nn.Module, scales: dict[str, float]) -> dict[str, int]:
     found = [
         (name, wrapper)
         for name, wrapper in model.named_modules()
@@ -71,14 +78,23 @@ def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
     return counts
 
 
+def _whole(target, change: Callable[[], Result]) -> Result:
+    """What is done to the layers of a model: to all or, where something is raised, to none."""
+    with turn_at(target):
+        return whole_or_not([model_of(target)], lambda gate: change())
+
+
 def scale_lora(target, scales: dict[str, float]) -> None:
     """Change the strength of fused adapters, {"style": 0.5}; 1 is what they were trained with, as in `fuse_lora`.
 
     Raises UserError for an adapter that is not fused.
     """
-    layers = _fused(target, set(_named(scales)))
-    for layer in layers:
-        stack(layer, {name: (a, b, scales.get(name, c)) for name, (a, b, c) in _adapters(layer).items()})
+
+    def change() -> None:
+        for layer in _fused(target, set(_named(scales))):
+            stack(layer, {name: (a, b, scales.get(name, c)) for name, (a, b, c) in _adapters(layer).items()})
+
+    _whole(target, change)
 
 
 def unfuse_lora(target, names: list[str] | None = None) -> None:
@@ -86,9 +102,13 @@ def unfuse_lora(target, names: list[str] | None = None) -> None:
 
     Raises UserError for an adapter that is not fused.
     """
-    for layer in _fused(target, None if names is None else set(names)):
-        kept = {} if names is None else {name: one for name, one in _adapters(layer).items() if name not in names}
-        stack(layer, kept)
+
+    def change() -> None:
+        for layer in _fused(target, None if names is None else set(names)):
+            kept = {} if names is None else {name: one for name, one in _adapters(layer).items() if name not in names}
+            stack(layer, kept)
+
+    _whole(target, change)
 
 
 def _named(scales: dict[str, float] | None) -> dict[str, float]:

@@ -23,7 +23,8 @@ kernels/w8a8  kernels/w4
 kernels/tuning
 kernels
 ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
-ptq4dm/registry  ptq4dm/evidence  ptq4dm/options  ptq4dm/hooks  ptq4dm/interrupts  ptq4dm/progress
+ptq4dm/interrupts
+ptq4dm/registry  ptq4dm/evidence  ptq4dm/options  ptq4dm/checks  ptq4dm/hooks  ptq4dm/undo  ptq4dm/progress
 ptq4dm/files
 ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
@@ -150,6 +151,30 @@ def texts_of(tree: ast.AST):
 
 def stated(node) -> bool:
     return bool(node.body) and isinstance(node.body[0], ast.Expr) and ast.get_docstring(node, clean=False) is not None
+
+
+READERS = {"json.load", "json.loads", "np.load", "torch.load", "Image.open", "safe_open", "load_file"}
+# Who else reads, and why.
+MAY_READ = {
+    "ptq4dm.files.outside",
+    "ptq4dm.files.pictures",
+    "ptq4dm.kernels.runtime.settings",  # says it in a sentence of its own
+    "ptq4dm.pipelines.load",  # asks each file of weights for its header, before diffusers reads it
+    "ptq4dm.pipelines.generate",  # a round trip through JSON, of our own values
+}
+
+
+@pytest.mark.parametrize("room", ["calibration", "files", "evaluation", "pipelines", "samplers", "kernels", "cli"])
+def test_data_from_outside_is_read_in_one_place(room):
+    """Its errors are sentences, and its size is looked at first: so no file decodes data by itself."""
+    wrong = []
+    for name, path in FILES.items():
+        if name in MAY_READ or f"ptq4dm.{room}." not in f"{name}.":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in READERS:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {ast.unparse(node.func)}")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture(scope="module")

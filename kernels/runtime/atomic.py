@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ except ImportError:  # not on Windows: there nothing is swept
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX, LOCK, OLD = ".ptq4dm", "lock", "old"
+MADE = re.compile(r"\..+\.[a-z0-9_]{8}\.ptq4dm", re.DOTALL)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
@@ -58,7 +60,7 @@ def hidden_folder(path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _take_away(folder)
         os.close(lock)
 
 
@@ -90,13 +92,30 @@ def sweep(folder: Path) -> None:
         return
     for left in Path(folder).glob(f".*{SUFFIX}"):
         with suppress(OSError):
-            lock = os.open(left / LOCK, os.O_RDWR)
+            try:
+                lock = os.open(left / LOCK, os.O_RDWR)
+            except FileNotFoundError:  # killed before it had its lock, or after; who lives makes another folder
+                if MADE.fullmatch(left.name):
+                    left.rmdir()
+                continue
             try:
                 if _lock(lock) is True:
                     _restore(left)
-                    shutil.rmtree(left, ignore_errors=True)
+                    _take_away(left)
             finally:
                 os.close(lock)
+
+
+def _take_away(folder: Path) -> None:
+    """Remove a hidden folder, its lock last: killed in between, it is still known for one of the dead."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink()
+        (folder / LOCK).unlink()
+        folder.rmdir()
 
 
 def _restore(left: Path) -> None:

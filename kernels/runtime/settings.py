@@ -148,17 +148,49 @@ def _read(name: str) -> dict:
     return settings_in(FOLDER / f"{name}.json")
 
 
+class DamagedSettings(ValueError):
+    """A file of settings that cannot be taken as it is; the message is a sentence for the user."""
+
+
 def settings_in(path: Path) -> dict:
-    """A file's settings; {} where there is none. Raises ValueError for a file that is no settings."""
+    """A file's settings; {} where there is none. Raises DamagedSettings for a file that is no settings."""
     if not path.is_file():
         return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no file of settings ({error}); delete it and measure anew.") from None
-    if not isinstance(table, dict) or "device" not in table:
-        raise ValueError(f"{path} is no file of settings; delete it and measure anew.")
+        right = isinstance(table, dict) and isinstance(table.get("device"), str)
+        wrong = (
+            [name for name, entries in table.items() if name != "device" and not _is_kernel(entries)] if right else []
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DamagedSettings(f"{path} is no file of settings ({said}); delete it and measure anew.") from None
+    if not right:
+        raise DamagedSettings(f"{path} is no file of settings; delete it and measure anew.")
+    if wrong:
+        raise DamagedSettings(f"{path} holds no settings for '{wrong[0][:60]}'; delete it and measure anew.")
     return table
+
+
+def _is_kernel(entries: object) -> bool:
+    """Whether these are the entries of a kernel: [[M, N, K, settings], ...] or {shape class: settings}."""
+    if isinstance(entries, dict):
+        return all(map(_is_settings, entries.values()))
+    return isinstance(entries, list) and all(
+        isinstance(one, list)
+        and len(one) == 4
+        and all(type(size) is int and 0 < size < 2**40 for size in one[:3])
+        and _is_settings(one[3])
+        for one in entries
+    )
+
+
+def _is_settings(found: object) -> bool:
+    """Names with switches, names or sizes; no tile, count or number of bytes of a kernel is beyond 2^24."""
+    return isinstance(found, dict) and all(
+        value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and 0 <= value <= 2**24)
+        for value in found.values()
+    )
 
 
 def user_folder() -> Path:

@@ -4,26 +4,30 @@
     NAME/G/I                   [n, ...] leaf I of the calls of group G: own tensors of its n units, in order
     NAME/G/I/shared            a leaf that the units of a group share
 
-Files are read when calls are made, the rows that they need: a store of any size takes no memory.
+Files are read when calls are made, the rows that they need: a store of any size takes no memory. The header also has
+checksums, of own tensors one for each unit, and names the run (`run`), so that no file of another run is taken.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ..errors import UserError
 from ..files.atomic import replacing
-from .calls import Calls, Group, Part
+from ..files.checks import checksum, checksums
+from ..files.outside import TensorFile, checked_object, read_tensors
+from .calls import Calls, Group, Part, signature
+from .structures import dtype_named, read_leaf, read_structure, write_leaf, write_structure
+
+AGAIN = "collect again into an empty folder"
+MOST = 1010.0  # the largest timestep of a model, unless its scheduler counts further
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
@@ -32,19 +36,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
 
 
-def reading(path: Path, use: Callable[[Any], Any]) -> Any:
-    """use(open safetensors file). Raises UserError, naming the file, if it is missing or damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return use(file)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; collect again into an empty folder.") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({error}); collect again into an empty folder.") from None
-
-
-def save_calls(path: Path, recorded: dict[str, Calls]) -> None:
-    """Write the calls of some networks, by name.
+def save_calls(path: Path, recorded: dict[str, Calls], run: str = "") -> None:
+    """Write the calls of some networks, by name; run: a digest of the settings that they were made with.
 
     Raises UserError where an argument is no tensor and nothing that JSON can hold.
     """
@@ -53,18 +46,23 @@ def save_calls(path: Path, recorded: dict[str, Calls]) -> None:
     for name, calls in recorded.items():
         groups = calls.places[:, 0].unique().tolist()
         numbers = torch.tensor([groups.index(group) for group in calls.places[:, 0].tolist()], dtype=torch.int64)
-        tensors |= {f"{name}/timestep": calls.timestep, f"{name}/time": calls.time, f"{name}/groups": numbers}
+        clock = {f"{name}/timestep": calls.timestep, f"{name}/time": calls.time, f"{name}/groups": numbers}
+        tensors |= clock
+        checks: dict[str, Any] = {key: checksum(tensor) for key, tensor in clock.items()}
         described = []
         for number, place in enumerate(groups):
             group, units = calls.groups[place], calls.places[calls.places[:, 0] == place, 1].tolist()
-            own = group.read(units)
-            tensors |= {f"{name}/{number}/{index}": tensor for index, tensor in own.items()}
+            own = {f"{name}/{number}/{index}": tensor for index, tensor in group.read(units).items()}
+            tensors |= own
+            checks |= {key: checksums(tensor) for key, tensor in own.items()}
             shared = {i: leaf for i, leaf in enumerate(group.leaves) if isinstance(leaf, Tensor)}
-            tensors |= {f"{name}/{number}/{i}/shared": leaf for i, leaf in shared.items()}
+            common = {f"{name}/{number}/{i}/shared": leaf for i, leaf in shared.items()}
+            tensors |= common
+            checks |= {key: checksum(tensor) for key, tensor in common.items()}
             described.append(
                 {
-                    "structure": _structure(group.structure),
-                    "leaves": [None if i in shared else _written(leaf) for i, leaf in enumerate(group.leaves)],
+                    "structure": write_structure(group.structure),
+                    "leaves": [None if i in shared else write_leaf(leaf) for i, leaf in enumerate(group.leaves)],
                     "shared": sorted(shared),
                     "own": list(group.own),
                     "joined": group.joined,
@@ -73,80 +71,146 @@ def save_calls(path: Path, recorded: dict[str, Calls]) -> None:
                 }
             )
         dtype = None if calls.dtype is None else str(calls.dtype).removeprefix("torch.")
-        header[name] = {"dtype": dtype, "groups": described}
+        header[name] = {"dtype": dtype, "groups": described, "checks": checks, "run": run}
+    # One text: safetensors writes several in any order, and the same calls are to give the same bytes.
     write_tensors(path, tensors, {"calls": json.dumps(header)})
 
 
-def load_calls(path: Path, owner: object = None) -> dict[str, Calls]:
+def load_calls(
+    path: Path,
+    owner: object = None,
+    run: str | None = None,
+    networks: Iterable[str] | None = None,
+    most: float = MOST,
+) -> dict[str, Calls]:
     """Network -> calls of a file, which is read again when they are made.
 
-    owner: what has to live as long as the calls do (a temporary folder). Raises UserError for a damaged file.
+    owner: what has to live as long as the calls do (a temporary folder). run: the digest that the file must have;
+    None takes any. networks: the names that there may be; None takes any. most: the largest timestep.
+
+    Raises DamagedFile.
     """
 
-    def whole(file: Any) -> dict[str, Calls]:
-        described = json.loads(file.metadata()["calls"])
-        return {name: _calls(path, file, name, one, owner) for name, one in described.items()}
+    def whole(file: TensorFile) -> dict[str, Calls]:
+        described = checked_object(file.json("calls"), {})
+        if strange := set(described) - set(described if networks is None else networks):
+            raise ValueError(f"it holds calls of '{min(strange)}', which the store does not know")
+        expected: set[str] = set()
+        found = {}
+        for name, one in described.items():
+            check_run(checked_object(one, {}), run)
+            found[name] = _calls(path, file, name, one, expected, owner)
+            check_times(found[name].timestep, found[name].time, name, most)
+        if expected != set(file.names):
+            raise ValueError(f"'{min(expected ^ set(file.names))}' is not told of in its header")
+        return found
 
-    return reading(path, whole)
+    return read_tensors(path, whole, AGAIN)
 
 
-def _calls(path: Path, file: Any, name: str, described: dict, owner: object) -> Calls:
+def check_run(described: dict, run: str | None) -> None:
+    """Raises ValueError where a file is of another run than the store; files of old stores do not say."""
+    if run is not None and described.get("run") != run:
+        raise ValueError("it was made by a run with other settings than the store's")
+
+
+def checked(tensor: Tensor, name: str, check: Any) -> Tensor:
+    """The tensor, if it is as its checksum says (None: nothing is known) and free of NaN and infinity.
+
+    A mask that is added to scores may hold -inf, beside zeros and negative numbers. Raises ValueError.
+    """
+    if check is not None and checksum(tensor) != check:
+        raise ValueError(f"the values of '{name}' are not those that were written")
+    if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()) and not bool((tensor <= 0).all()):
+        raise ValueError(f"'{name}' holds NaN or infinity")
+    return tensor
+
+
+GROUP = {"structure": str, "leaves": list, "shared": list, "own": list, "joined": bool, "units": int}
+
+
+def _calls(path: Path, file: TensorFile, name: str, described: Any, expected: set[str], owner: object) -> Calls:
+    """The calls of one network; the names of its tensors go into `expected`."""
+    described = checked_object(described, {"dtype": (str, type(None)), "groups": list})
+    checks = checked_object(described["checks"], {}) if "checks" in described else None
     dtype = described["dtype"]
-    calls = Calls(None if dtype is None else getattr(torch, dtype))
-    timestep, time, groups = (file.get_tensor(f"{name}/{what}") for what in ("timestep", "time", "groups"))
+    calls = Calls(None if dtype is None else dtype_named(dtype))
+
+    def tensor(key: str) -> Tensor:
+        expected.add(key)
+        return checked(file.tensor(key), key, None if checks is None else checks[key])
+
+    timestep, time, groups = _clock(tensor, name, len(described["groups"]))
     order = torch.arange(len(groups))
     for number, one in enumerate(described["groups"]):
-        leaves = [_read(leaf) for leaf in one["leaves"]]
-        for index in one["shared"]:
-            leaves[index] = file.get_tensor(f"{name}/{number}/{index}/shared")
-        keys = {index: f"{name}/{number}/{index}" for index in one["own"]}
-        part = Part(one["units"], partial(_rows, path, keys, owner))
-        structure = pytree.treespec_loads(one["structure"])
-        group = Group(structure, leaves, tuple(one["own"]), one["joined"], [part])
-        group.key = one["key"]
+        one = checked_object(one, GROUP)
         mine = groups == number
+        own, shared, count = one["own"], one["shared"], len(one["leaves"])
+        places = [*own, *shared]
+        if not all(type(i) is int and 0 <= i < count for i in places) or len(set(places)) != len(places):
+            raise ValueError(f"group {number} of '{name}' tells of values that it does not have")
+        if one["units"] != int(mine.sum()) or one["units"] < 1:
+            raise ValueError(f"group {number} of '{name}' has {int(mine.sum())} units, not {one['units']}")
+        leaves = [read_leaf(leaf) for leaf in one["leaves"]]
+        for index in shared:
+            leaves[index] = tensor(f"{name}/{number}/{index}/shared")
+        keys = {index: f"{name}/{number}/{index}" for index in own}
+        expected |= set(keys.values())
+        rows = {index: file.like(key) for index, key in keys.items()}
+        for index, like in rows.items():
+            if like.ndim < 1 or len(like) != one["units"]:
+                raise ValueError(f"'{keys[index]}' is {list(like.shape)}, and {one['units']} units are recorded")
+        sums = {index: None if checks is None else _sums(checks[key], one["units"]) for index, key in keys.items()}
+        part = Part(one["units"], partial(_rows, path, keys, sums, owner))
+        structure = read_structure(one["structure"], count)
+        group = Group(structure, leaves, tuple(own), one["joined"], [part])
+        # Not the key in the file: groups of one key are one group, so it has to be true.
+        group.key = signature(structure, group.own, group.joined, [rows[i] for i in own], leaves)
         order[mine] = torch.arange(len(calls), len(calls) + int(mine.sum()))
         calls.add(group, timestep[mine], time[mine])
     return calls[order]
 
 
-def _rows(path: Path, keys: dict[int, str], _: object, units: Tensor) -> dict[int, Tensor]:
+def _clock(tensor: Any, name: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(timestep, time, groups), each [U]; ValueError where they do not fit each other."""
+    timestep, time, groups = (tensor(f"{name}/{what}") for what in ("timestep", "time", "groups"))
+    shapes = [list(one.shape) for one in (timestep, time, groups)]
+    if groups.ndim != 1 or shapes != [[len(groups)]] * 3:
+        raise ValueError(f"timestep, time and groups of '{name}' are of {shapes}, not of one length")
+    if not (timestep.is_floating_point() and time.is_floating_point() and groups.dtype == torch.int64):
+        raise ValueError(f"timestep, time or groups of '{name}' are of another dtype")
+    if bool(((groups < 0) | (groups >= count)).any()):
+        raise ValueError(f"the groups of '{name}' go beyond the {count} that are there")
+    return timestep, time, groups
+
+
+def check_times(timestep: Tensor, time: Tensor, name: str, most: float = MOST) -> None:
+    """Raises ValueError unless timesteps lie between -most and most, and times in [0, 1]."""
+    if not bool((timestep.abs() <= most).all()):
+        raise ValueError(f"a timestep of '{name}' is NaN or beyond {most:g}, the range of its scheduler")
+    if not bool(((time >= 0) & (time <= 1)).all()):
+        raise ValueError(f"a time of '{name}' is not in [0, 1]")
+
+
+def _sums(found: Any, units: int) -> list[int]:
+    if not isinstance(found, list) or len(found) != units:
+        raise ValueError("its checksums are not those of its units")
+    return found
+
+
+def _rows(
+    path: Path, keys: dict[int, str], sums: dict[int, list[int] | None], _: object, units: Tensor
+) -> dict[int, Tensor]:
     """Some units' own tensors, read from the file; _: the owner, which lives as long as this can be called."""
 
-    def picked(file: Any) -> dict[int, Tensor]:
+    def picked(file: TensorFile) -> dict[int, Tensor]:
         found = {}
         for index, key in keys.items():
-            slices = file.get_slice(key)
-            found[index] = torch.cat([slices[unit : unit + 1] for unit in units.tolist()])
+            found[index] = file.rows(key, units)
+            known = sums[index]
+            if known is not None and checksums(found[index]) != [known[unit] for unit in units.tolist()]:
+                raise ValueError(f"the values of '{key}' are not those that were written")
+            checked(found[index], key, None)
         return found
 
-    return reading(path, picked)
-
-
-def _structure(structure: pytree.TreeSpec) -> str:
-    try:
-        return pytree.treespec_dumps(structure)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise UserError(f"the model is called with containers that cannot be kept in a file ({error}).") from None
-
-
-def _written(leaf: Any) -> Any:
-    """JSON of a value that is no tensor."""
-    if isinstance(leaf, torch.Size):
-        return {"size": list(leaf)}
-    for kind in (torch.dtype, torch.device):
-        if isinstance(leaf, kind):
-            return {kind.__name__: str(leaf).removeprefix("torch.")}
-    if isinstance(leaf, (bool, int, float, str)) or leaf is None:
-        return leaf
-    raise UserError(
-        f"the model is called with a {type(leaf).__name__}, which cannot be kept in a file; tensors, numbers, "
-        "strings and tuples, lists and dicts of them can."
-    )
-
-
-def _read(leaf: Any) -> Any:
-    if not isinstance(leaf, dict):
-        return leaf
-    kind, value = next(iter(leaf.items()))
-    return {"size": torch.Size, "device": torch.device, "dtype": lambda name: getattr(torch, name)}[kind](value)
+    return read_tensors(path, picked, AGAIN)

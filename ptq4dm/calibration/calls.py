@@ -85,12 +85,8 @@ class Group:
     @cached_property
     def key(self) -> str:
         """A digest of the signature, shapes of own tensors included: groups of one key are one group."""
-        digest = hashlib.sha256(repr((self.structure, self.own, self.joined)).encode())
         first = self.parts[0].load(torch.zeros(1, dtype=torch.int64))
-        digest.update(repr([(tuple(first[i].shape[1:]), first[i].dtype) for i in self.own]).encode())
-        for leaf in self.leaves:
-            digest.update(_bytes(leaf))
-        return digest.hexdigest()
+        return signature(self.structure, self.own, self.joined, [first[i] for i in self.own], self.leaves)
 
     def read(self, units: Sequence[int]) -> dict[int, Tensor]:
         """leaf index -> own tensors [len(units), ...] of some units, by number; each part is opened once."""
@@ -116,6 +112,17 @@ class Group:
         for index, tensor in own.items():
             leaves[index] = tensor if self.joined else tensor[0]
         return Call.nested([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], self.structure)
+
+
+def signature(
+    structure: pytree.TreeSpec, own: Sequence[int], joined: bool, tensors: Sequence[Tensor], leaves: Sequence
+) -> str:
+    """A digest of all that the calls of a group have in common; tensors: [n, ...] of each leaf of `own`, any n."""
+    digest = hashlib.sha256(repr((structure, tuple(own), joined)).encode())
+    digest.update(repr([(tuple(one.shape[1:]), one.dtype) for one in tensors]).encode())
+    for leaf in leaves:
+        digest.update(_bytes(leaf))
+    return digest.hexdigest()
 
 
 class Calls:

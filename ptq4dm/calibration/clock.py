@@ -7,6 +7,7 @@ Z-Image); schedulers count thousandths, shares, or logarithms of sigma (EDM). Wh
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -138,22 +139,31 @@ def _grid(scheduler: Any) -> Tensor:
 
 
 class _Counted:
-    """A scheduler's `step` that tells a track of each call; a copy of the scheduler gets one of its own."""
+    """A scheduler's `step` that tells a track of each call; a copy of the scheduler gets one of its own.
+
+    Calls of other threads are not told. A method of the scheduler's class is looked up at each call: while a pipeline
+    samples, its schedulers are of a class that draws other noise.
+    """
 
     def __init__(self, scheduler: Any, step: Callable, before: Callable[[], None]) -> None:
         self.scheduler, self.step, self.before = scheduler, step, before
+        self.owner = threading.get_ident()
         self.__signature__ = inspect.signature(step)  # pipelines look at it
+        name, bound = getattr(step, "__name__", ""), getattr(step, "__self__", None) is scheduler
+        own = bound and getattr(type(scheduler), name, None) is getattr(step, "__func__", step)
+        self.method = name if own else ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.before()
-        return self.step(*args, **kwargs)
+        if threading.get_ident() == self.owner:
+            self.before()
+        step = getattr(type(self.scheduler), self.method).__get__(self.scheduler) if self.method else self.step
+        return step(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self.scheduler))
-        bound = getattr(self.step, "__self__", None) is self.scheduler
-        if copied is None or not bound:
+        if copied is None or not self.method:
             return self
-        return _Counted(copied, getattr(type(copied), self.step.__name__).__get__(copied), self.before)
+        return _Counted(copied, getattr(type(copied), self.method).__get__(copied), self.before)
 
 
 def tracks_of(pipe: Any) -> dict[str, Track]:

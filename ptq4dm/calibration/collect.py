@@ -11,7 +11,6 @@ Which timesteps are recorded is the collector's choice:
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,24 +21,25 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files.places import output_folder
+from ..files.claim import claimed, digest
+from ..files.places import check_room, lying_in, output_folder
 from ..layers.base import holds_quantized
 from ..options import option
-from ..pipelines.denoiser import schedulers_of
+from ..pipelines.denoiser import pipelines_in, schedulers_of, turn_at
 from ..progress import progress_bar
+from ..undo import whole_or_not
 from .call_files import save_calls
 from .calls import parameter_place
 from .clock import Span
-from .input_statistics import InputStatistics
+from .input_statistics import HISTOGRAM_BINS, InputStatistics
 from .look import look
 from .measure import binned_batches, update
 from .request import Request, request_of
 from .sampled import record_components
-from .store import (
+from .store import CalibrationStore, fingerprint
+from .store_files import (
     VERSION,
-    CalibrationStore,
     batch_path,
-    fingerprint,
     fingerprints,
     load_statistics,
     read_meta,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 COLLECTORS = ("uniform", "ndtc", "solver")
 SAVE_EVERY = 20  # batches between two saves of the statistics
+SURE = 0.9  # of the bytes that the batches to come are thought to take
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def collect(
     Args:
         pipe: a diffusers pipeline in full precision, of images, videos or sounds.
         output: folder of the store; an unfinished one made with the same arguments is resumed. Without it the
-            store is in a temporary folder, for as long as it is used.
+            store is in a temporary folder, for as long as it is used. A second run into the folder waits where it
+            has the same arguments, and then finds the store done; with others it is refused.
         component: the network to calibrate ("transformer_2", "controlnet", "prior"), or several; all denoisers of the
             pipeline by default.
         conditioning, pipeline_kwargs: as in `sampling.sample`, e.g. {"prompt": [...]} or {"prompt_embeds": tensor}.
@@ -130,7 +132,8 @@ def collect(
         The store of the main denoiser; `store.components` has all of them.
 
     Raises:
-        UserError: the folder holds another store, a network is never called, or a layer sees NaN or infinity.
+        UserError: the folder holds another store, or is just being filled with one, the disk is full, a network is
+            never called, or a layer sees NaN or infinity.
     """
     config = config or CalibrationConfig()
     names = [component] if isinstance(component, str) else component
@@ -143,32 +146,47 @@ def collect(
     )
     if output is None:
         temporary = tempfile.TemporaryDirectory()
-        _collect(request, config, Path(temporary.name))
+        _collect_whole(request, config, Path(temporary.name), _asked(request, config))
         return CalibrationStore.load(temporary.name, owner=temporary)
-    with output_folder(Path(output)):
-        _collect(request, config, Path(output))
+    folder, asked = Path(output), _asked(request, config)
+    found = _found(folder, asked)
+    if found is None or not found["complete"]:
+        with output_folder(folder), claimed(folder, asked):
+            _collect_whole(request, config, folder, asked)
     return CalibrationStore.load(output)
 
 
-def _collect(request: Request, config: CalibrationConfig, folder: Path) -> None:
-    meta = _start(folder, config, request)
+def _collect_whole(request: Request, config: CalibrationConfig, folder: Path, asked: dict) -> None:
+    """No other thread's sampling or quantizing comes between its batches; interrupted, the pipeline is as it was."""
+    pipe = request.pipe
+    with turn_at(pipe):
+        parts = [part for one in pipelines_in(pipe) for part in (one, *schedulers_of(one).values())]
+        networks = request.networks.values()
+        whole_or_not([*parts, *networks], lambda gate: _collect(request, config, folder, asked))
+
+
+def _collect(request: Request, config: CalibrationConfig, folder: Path, asked: dict) -> None:
+    meta = _found(folder, asked) or _new(folder, config, request, asked)
     if meta["complete"]:
         return
-    _record(folder, request, config, meta)
+    counts = [len(layers) * config.num_bins * HISTOGRAM_BINS * 8 for layers in fingerprints(meta).values()]
+    statistics = sum(counts) if not statistics_path(folder, meta, next(iter(fingerprints(meta)))).exists() else 0
+    check_room(folder, statistics, "the statistics of a calibration store")
+    _record(folder, request, config, meta, statistics)
     _measure(folder, request, config, meta)
     write_meta(folder, {**meta, "complete": True})
 
 
-def _start(folder: Path, config: CalibrationConfig, request: Request) -> dict:
-    """The store's header: a new one, or that of the interrupted run that these arguments continue."""
-    schedulers = schedulers_of(request.pipe)
+def _asked(request: Request, config: CalibrationConfig) -> dict[str, Any]:
+    """All that decides what is in a store, as store.json holds it."""
     networks = request.networks
     asked: dict[str, Any] = {
         "version": VERSION,
         "config": asdict(config),
         "dtype": {name: str(parameter_place(network)[1]) for name, network in networks.items()},
         "scheduler": {
-            name: {"class": type(one).__name__, **_describe(dict(one.config))} for name, one in schedulers.items()
+            name: {"class": type(one).__name__, **_describe(dict(one.config))}
+            for name, one in schedulers_of(request.pipe).items()
         },
         "conditioning": _describe(request.options["conditioning"]),
         "pipeline_kwargs": _describe(request.options["pipeline_kwargs"]),
@@ -179,31 +197,46 @@ def _start(folder: Path, config: CalibrationConfig, request: Request) -> dict:
             raise UserError(f"'{name}' is quantized already; calibrate it in full precision.")
         if not asked["fingerprint"][name]:
             raise UserError(f"'{name}' has no Linear or Conv2d layers to calibrate.")
-    if (folder / "store.json").exists():
-        meta = read_meta(folder)
-        different = [name for name, value in asked.items() if meta.get(name) != value]
-        if different:
-            raise UserError(
-                f"{folder} already holds a calibration store that differs in {', '.join(different)}; "
-                "give another folder or delete it."
-            )
-        return meta
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write into {folder}; give another folder.")
-    if any(folder.iterdir()):
+    return asked
+
+
+def _found(folder: Path, asked: dict) -> dict | None:
+    """The header of the store that is in a folder, finished or not; None where there is none.
+
+    Raises UserError where it is of other arguments.
+    """
+    if not (folder / "store.json").exists():
+        return None
+    meta = read_meta(folder)
+    different = [name for name, value in asked.items() if meta.get(name) != value]
+    if different:
+        raise UserError(
+            f"{folder} already holds a calibration store that differs in {', '.join(different)}; "
+            "give another folder or delete it."
+        )
+    return meta
+
+
+def _new(folder: Path, config: CalibrationConfig, request: Request, asked: dict) -> dict:
+    """The header of a new store."""
+    if lying_in(folder):
         raise UserError(f"{folder} is not empty and is no calibration store; give another folder.")
     # It is written with the first batch: arguments that cannot be sampled with leave no store behind.
-    main = next(iter(schedulers.values()))
+    main = next(iter(schedulers_of(request.pipe).values()))
     return {
         **asked,
+        "run": digest(asked),
         "num_train_timesteps": int(main.config.get("num_train_timesteps") or 1000),
         "num_batches": -(-config.num_samples // config.batch_size),
         "complete": False,
     }
 
 
-def _record(folder: Path, request: Request, config: CalibrationConfig, meta: dict) -> None:
-    """Phase 1: one file per batch of trajectories; batches already there are kept."""
+def _record(folder: Path, request: Request, config: CalibrationConfig, meta: dict, statistics: int) -> None:
+    """Phase 1: one file per batch of trajectories; batches already there are kept.
+
+    statistics: bytes that the disk has to hold besides.
+    """
     count = -(-config.num_samples // config.batch_size)
     if meta["num_batches"] > count:
         if batch_path(folder, count).exists():
@@ -220,10 +253,17 @@ def _record(folder: Path, request: Request, config: CalibrationConfig, meta: dic
             seeds = [config.seed + int(i) for i in rows]
             calls = record_components(wanted, seeds, timesteps[rows].tolist(), sampling)
             write_meta(folder, meta)
-            save_calls(batch_path(folder, index), calls)
+            save_calls(batch_path(folder, index), calls, meta.get("run", ""))
 
+    checked = False
     for index, rows in enumerate(progress_bar(order, desc="collect", unit="batch")):
+        new = not batch_path(folder, index).exists()
         batch(index, rows, request)
+        if new and not checked:  # batches of one size take about the same bytes
+            left = sum(len(one) for i, one in enumerate(order) if not batch_path(folder, i).exists())
+            need = SURE * batch_path(folder, index).stat().st_size * left / len(rows) + statistics
+            check_room(folder, int(need), "the rest of a calibration store")
+            checked = True
     missing = _missing(folder, {**meta, "num_batches": count})
     if missing:  # the law of the timesteps left a network out: it is called at the nearest times that it has
         meta["num_batches"] = count + 1
@@ -244,13 +284,13 @@ def _measure(folder: Path, request: Request, config: CalibrationConfig, meta: di
         statistics, progress = InputStatistics(len(layers), config.num_bins), 0
         path = statistics_path(folder, meta, name)
         if path.exists():
-            statistics, progress = load_statistics(path)
+            statistics, progress = load_statistics(path, (len(layers), config.num_bins), meta.get("run"))
 
         last = len(batches)
 
         def keep(done: int, path: Path = path, statistics: InputStatistics = statistics, last: int = last) -> None:
             if done % SAVE_EVERY == 0 or done == last:
-                save_statistics(path, statistics, done)
+                save_statistics(path, statistics, done, meta.get("run", ""))
 
         update(statistics, request.networks[name], layers, batches, progress, keep)
 

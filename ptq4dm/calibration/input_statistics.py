@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 
 HISTOGRAM_BINS = 4096
+MOST_VALUES = 2**56  # of a bin: no measurement comes so far
 LEAST_EXPONENT = -100  # so that the factor to bin numbers is a float32
 
 
@@ -69,6 +70,8 @@ class InputStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> InputStatistics:
+        """Statistics from what `tensors` gave. Raises ValueError where they cannot be of any measurement."""
+        _check(**{name: tensors[name] for name in ("low", "high", "exponent", "counts")})
         statistics = cls(0, 0)
         for name in ("low", "high", "exponent", "counts"):
             setattr(statistics, name, tensors[name].clone())
@@ -79,6 +82,36 @@ class InputStatistics:
         if shift > 0:
             self.counts[layer, bin_index] = _coarser(self.counts[layer, bin_index], shift)
             self.exponent[layer, bin_index] = exponent
+
+
+def _check(low: Tensor, high: Tensor, exponent: Tensor, counts: Tensor) -> None:
+    """Raises ValueError unless ranges and histograms are of one another."""
+    if (
+        low.ndim != 2
+        or not (low.shape == high.shape == exponent.shape)
+        or counts.shape != (*low.shape, HISTOGRAM_BINS)
+    ):
+        raise ValueError(f"ranges {list(low.shape)} and histograms {list(counts.shape)} do not fit each other")
+    if (low.dtype, high.dtype, exponent.dtype, counts.dtype) != (*[torch.float64] * 2, torch.int32, torch.int64):
+        raise ValueError("ranges or histograms are of another dtype")
+    if counts.numel() and not 0 <= int(counts.min()) <= int(counts.max()) < MOST_VALUES:
+        raise ValueError("a histogram has negative counts, or more than any measurement")
+    seen = counts.sum(-1) > 0
+    if not bool(torch.where(seen, low <= high, (low == math.inf) & (high == -math.inf)).all()):
+        raise ValueError("a range is empty where values were counted, or not empty where none were")
+    low, high, exponent, counts = low[seen], high[seen], exponent[seen], counts[seen]
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise ValueError("a range holds infinity")
+    if not bool(((exponent >= LEAST_EXPONENT) & (exponent <= 128)).all()):
+        raise ValueError("a histogram's exponent is out of range")
+    limit = torch.ldexp(torch.ones_like(low), exponent)
+    if not bool((torch.maximum(-low, high) < limit).all()):
+        raise ValueError("a range goes beyond its histogram")
+    for ends in (low, high):  # each lies in a bin where something was counted, or beside one: a GPU drops denormals
+        middle = (ends * (HISTOGRAM_BINS / 2) / limit).floor().long() + HISTOGRAM_BINS // 2
+        near = torch.stack([middle - 1, middle, middle + 1], -1).clamp(0, HISTOGRAM_BINS - 1)
+        if not bool(counts.gather(-1, near).any(-1).all()):
+            raise ValueError("a range and its histogram are not of the same values")
 
 
 def _exponent(bound: float) -> int:

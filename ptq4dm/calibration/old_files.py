@@ -11,23 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call_files import reading
+from ..files.outside import TensorFile, read_tensors
+from .call_files import AGAIN, MOST, check_times, checked
 from .calls import Call, Calls, Group
+from .structures import dtype_named
 
 
 def load_rows(paths: list[Path], plain: dict, num_train_timesteps: int, dtype: str) -> Calls:
-    """The calls of all batches. plain: the shared arguments that are no tensors."""
+    """The calls of all batches. plain: the shared arguments that are no tensors. Raises DamagedFile."""
 
-    def whole(file: Any) -> dict[str, Tensor]:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    def whole(file: TensorFile) -> dict[str, Tensor]:
+        tensors = {name: checked(tensor, name, None) for name, tensor in file.tensors().items()}
         if lacking := {"sample", "timestep"} - tensors.keys():
-            raise KeyError(f"no {min(lacking)} in it")
+            raise ValueError(f"no {min(lacking)} in it")
+        rows = {name: t for name, t in tensors.items() if not name.startswith("shared/")}
+        if strange := next((n for n in rows if n not in ("sample", "timestep") and not n.startswith("cond/")), None):
+            raise ValueError(f"'{strange}' does not belong in it")
+        if (
+            len({len(tensor) if tensor.ndim else -1 for tensor in rows.values()}) != 1
+            or tensors["timestep"].ndim != 1
+        ):
+            raise ValueError("its tensors are not of one length")
+        timestep = tensors["timestep"].double()
+        check_times(timestep, torch.zeros_like(timestep), "the model", max(MOST, 1.01 * num_train_timesteps))
         return tensors
 
-    batches = [reading(path, whole) for path in paths]
+    batches = [read_tensors(path, whole, AGAIN) for path in paths]
     times = torch.cat([batch["timestep"] for batch in batches])
     unit = times.is_floating_point() and float(times.max()) <= 1.0
-    calls = Calls(getattr(torch, dtype.removeprefix("torch.")))
+    calls = Calls(dtype_named(dtype.removeprefix("torch.")))
     for batch in batches:
         sample, timestep = batch["sample"], batch["timestep"]
         rows = {name[5:]: tensor for name, tensor in batch.items() if name.startswith("cond/")}

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..hooks import hooked
-from ..pipelines.denoiser import denoiser_names, evaluation_mode, networks_of, schedulers_of
+from ..pipelines.denoiser import denoiser_names, evaluation_mode, networks_of, schedulers_of, turn_at
 from ..pipelines.sampling import call_pipeline
 from .calls import Call
 from .clock import Track, counted
@@ -44,7 +44,8 @@ class Request:
             return lambda module, args, kwargs: watcher.called(component, module, Call(args, kwargs))
 
         with ExitStack() as stack:
-            for network in self.networks.values():  # first: no other thread's calls reach the hooks
+            stack.enter_context(turn_at(self.pipe))  # first: no other thread's calls reach the hooks
+            for network in self.networks.values():
                 stack.enter_context(evaluation_mode(network))
             stack.enter_context(processors_kept(networks_of(self.pipe).values()))
             for name, network in self.networks.items():

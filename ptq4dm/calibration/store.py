@@ -1,6 +1,6 @@
 """The calibration store: recorded calls and layer statistics in a folder of safetensors and JSON.
 
-store.json                 configuration, layer names and fingerprints by network, number of batches
+store.json                 configuration, layer names and fingerprints by network, number of batches, the run's digest
 batch-00000.safetensors    one recorded batch each, see call_files.py
 statistics.safetensors     of the first network, see input_statistics.py; statistics-NAME.safetensors of others
 """
@@ -11,18 +11,16 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files.atomic import replacing
 from ..layers.view import find_layers
-from .call_files import load_calls, reading, write_tensors
 from .calls import Calls
 from .input_statistics import InputStatistics
-from .old_files import load_rows
+from .store_files import fingerprints, load_statistics, read_meta, recorded_calls, statistics_path
 
 
 @dataclass(repr=False)
@@ -94,7 +92,10 @@ class CalibrationStore:
 
     @classmethod
     def load(cls, folder: str | Path, owner: object = None) -> CalibrationStore:
-        """Open a store. Calls stay on disk until they are made; owner: what has to live as long."""
+        """Open a store. Calls stay on disk until they are made; owner: what has to live as long.
+
+        Raises UserError where there is no finished store, DamagedFile where its files are not what was written.
+        """
         folder = Path(folder)
         meta = read_meta(folder)
         if not meta.get("complete"):
@@ -106,7 +107,8 @@ class CalibrationStore:
         stores = {}
         for name, calls in recorded.items():
             store = cls(meta["config"], fingerprints(meta)[name], meta["num_train_timesteps"], calls, component=name)
-            store.statistics, _ = load_statistics(statistics_path(folder, meta, name))
+            shape = len(store.fingerprint), meta["config"]["num_bins"]
+            store.statistics, _ = load_statistics(statistics_path(folder, meta, name), shape, meta.get("run"))
             stores[name] = store
         first, *rest = stores.values()
         first.others = {store.component: store for store in rest}
@@ -135,74 +137,3 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     """layer name -> fingerprint of its weight; empty strings while a model is on the meta device."""
     weights = {view.name: cast(Tensor, view.module.weight) for view in find_layers(model)}
     return {name: "" if weight.is_meta else layer_fingerprint(weight) for name, weight in weights.items()}
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-
-META = {"config", "fingerprint", "num_train_timesteps", "num_batches", "complete"}
-VERSION = 2  # of the folder; 0.1.0 wrote no number
-
-
-def read_meta(folder: Path) -> dict:
-    """store.json; UserError if it is missing, damaged or not ours."""
-    try:
-        meta = json.loads((Path(folder) / "store.json").read_text())
-        if not (isinstance(meta, dict) and meta.keys() >= META):
-            raise ValueError("it was not written by ptq4dm collect")
-        return meta
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is not a calibration store (no store.json); make one with `ptq4dm collect`."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder}/store.json ({error}); collect again into an empty folder.") from None
-
-
-def write_meta(folder: Path, meta: dict) -> None:
-    with replacing(folder / "store.json") as temporary:
-        temporary.write_text(json.dumps(meta, indent=1))
-
-
-def fingerprints(meta: dict) -> dict[str, dict[str, str]]:
-    """Network -> layer name -> fingerprint."""
-    return meta["fingerprint"] if "version" in meta else {"": meta["fingerprint"]}
-
-
-def batch_path(folder: Path, index: int) -> Path:
-    return folder / f"batch-{index:05d}.safetensors"
-
-
-def statistics_path(folder: Path, meta: dict, component: str) -> Path:
-    first = next(iter(fingerprints(meta)))
-    return folder / ("statistics.safetensors" if component == first else f"statistics-{component}.safetensors")
-
-
-def recorded_calls(folder: Path, meta: dict, owner: object = None) -> dict[str, Calls]:
-    """Network -> the calls of all batches."""
-    paths = [batch_path(folder, i) for i in range(meta["num_batches"])]
-    if "version" not in meta:
-        return {"": load_rows(paths, meta["shared"], meta["num_train_timesteps"], meta["dtype"])}
-    batches = [load_calls(path, owner) for path in paths]
-    whole = {name: Calls() for name in fingerprints(meta)}
-    for batch in batches:
-        for name, calls in batch.items():
-            whole[name].join(calls)
-    return whole
-
-
-def save_statistics(path: Path, statistics: InputStatistics, progress: int) -> None:
-    """progress: batches of the measurement that are in it."""
-    write_tensors(path, {**statistics.tensors(), "progress": torch.tensor(progress)})
-
-
-def load_statistics(path: Path) -> tuple[InputStatistics, int]:
-    names = {*InputStatistics(0, 0).tensors(), "progress"}
-
-    def whole(file: Any) -> dict[str, Tensor]:
-        if lacking := names - set(file.keys()):
-            raise KeyError(f"no {min(lacking)} in it")
-        return {name: file.get_tensor(name) for name in names}
-
-    tensors = reading(path, whole)
-    return InputStatistics.from_tensors(tensors), int(tensors["progress"])

@@ -11,6 +11,7 @@ from ..pipelines.load import load_pipeline
 from ..samplers.distillation import disback
 from ..samplers.distillation.config import DisBackConfig
 from ..samplers.distillation.log import read_log
+from ..samplers.distillation.run import alone_in, check_teacher
 from ..samplers.distillation.student import RECORD, save_student
 from .flags import add_flags, given, options_of
 from .options import add_model, device_of, dtype_of
@@ -36,12 +37,16 @@ def run(args) -> None:
     check_replaceable(output, RECORD, "distill")
     pipe = load_pipeline(args.model, torch.float32, device_of(args))
     folder = output.with_name(f"{output.name}.run")
-    student = disback.distill(pipe, config, folder, args.resume)
-    if main_process():
-        save_student(student, {"model": str(args.model), **config.identity()}, output)
-        lines = [line for line in read_log(folder / "log.jsonl") if line["stage"] == "evaluation"]
-        learnt = max((line["images"] for line in lines), default=0)
-        more = "" if learnt >= config.images else " (--resume goes on)"
-        say(f"one-step student after {learnt} of {config.images} images{more}: {output}")
-        say(f"log, sample grids, checkpoint: {folder}")
-        result(model=args.model, output=output, images=learnt, of=config.images, run=folder, log=lines)
+    check_teacher(pipe, config)
+    with alone_in(folder, pipe, config):  # until the student is saved: it is of this run
+        student = disback.distill(pipe, config, folder, args.resume)
+        if main_process():
+            lines = [line for line in read_log(folder / "log.jsonl") if line["stage"] == "evaluation"]
+            learnt = max((line["images"] for line in lines), default=0)
+            more = "" if learnt >= config.images else " (--resume goes on)"
+            say(f"{learnt} of {config.images} images learnt from{more}")
+            say(f"log, sample grids, checkpoint: {folder}")
+            result(model=args.model, images=learnt, of=config.images, run=folder, log=lines)
+            save_student(student, {"model": str(args.model), **config.identity()}, output)
+            say(f"one-step student after {learnt} of {config.images} images{more}: {output}")
+            result(output=output)

@@ -58,16 +58,20 @@ def run(args) -> None:
     original, full_precision = _original(args, model)
     if full_precision is not None:  # the models are compared, not two samplers
         full_precision.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    report = evaluate(pipe, full_precision, config, args.output)
     sampler = f"{type(pipe.scheduler).__name__}" + (f" ({args.sampler})" if args.sampler else "")
-    say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
-    say(format_report(report))
+    facts = {"model": model, "full_precision": original, "scheduler": type(pipe.scheduler).__name__}
+
+    def show(report: dict) -> None:
+        say(f"{model}" + (f" against {original}" if original else "") + f", {sampler}")
+        say(format_report(report))
+        result(**report, **facts)
+
+    evaluate(pipe, full_precision, config, args.output, show)
     path, picture = Path(args.output) / "report.json", Path(args.output) / "samples.png"
     say(f"report:  {path}")
     if picture.is_file():
         say(f"picture: {picture}")
-    facts = {"model": model, "full_precision": original, "scheduler": type(pipe.scheduler).__name__}
-    result(**report, **facts, report=path, picture=picture if picture.is_file() else None)
+    result(report=path, picture=picture if picture.is_file() else None)
 
 
 def _run_images(args, config: EvaluateConfig) -> None:

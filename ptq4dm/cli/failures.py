@@ -30,7 +30,8 @@ FEWER = "give a smaller --batch-size, or free memory"
 
 def told(error: BaseException) -> tuple[int, str] | None:
     """Return the exit status and the sentence for an error that a user can cause; None for any other."""
-    if isinstance(error, UserError):
+    settings = sys.modules.get(f"{__package__.split('.')[0]}.kernels.runtime.settings")  # they know of no UserError
+    if isinstance(error, (UserError, getattr(settings, "DamagedSettings", UserError))):
         return WRONG_INPUT, str(error)
     if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return FAILED, f"not enough memory; {FEWER}."

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
-
 from ..errors import UserError
+from ..files.pictures import opened_picture
 from ..files.places import make_parent
 from ..pipelines.generate import generate, save_grid
 from .options import (
@@ -43,8 +42,7 @@ def run(args) -> None:
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
     picture = Path(args.picture or f"{args.output}.png")
-    if args.picture:
-        make_parent(picture)
+    make_parent(picture)
     pipe = load(args, model)
     paths = generate(
         pipe,
@@ -56,7 +54,7 @@ def run(args) -> None:
         **conditioning_of(args),
     )
     if main_process():
-        with Image.open(paths[0]) as image:
+        with opened_picture(paths[0]) as image:
             scale = max(1, 128 // image.width)
         save_grid(paths, picture, columns=min(8, len(paths)), scale=scale)
         say(f"{len(paths)} images of {model}: {args.output}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..calibration.collect import collect
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
-from ..files.places import make_parent
+from ..files.places import check_room, make_parent
 from ..files.result_folder import check_replaceable
 from ..quantization import recipe
 from ..quantization.checkpoint import check_folder, folder_of
@@ -16,7 +17,7 @@ from ..quantization.pictures import PICTURES, picture_of
 from ..quantization.quantize import quantize
 from ..quantization.recipe import QuantConfig
 from ..quantization.report import QuantizationReport
-from ..quantization.saving import RECORD, save_quantized
+from ..quantization.saving import RECORD, bytes_at_least, save_quantized
 from .flags import add_union, flag_of, options_of
 from .options import (
     QUANTIZED,
@@ -101,6 +102,7 @@ def run(args) -> None:
     if store is None and config.needs_calibration and config.plan is None:
         fitted = fitting(calibration, args, pipe)
         store = collect(pipe, fitted, component=args.component, **conditioning_of(args))
+    check_room(os.path.dirname(os.path.realpath(output)), bytes_at_least(pipe, recipes), "the quantized pipeline")
     weights = dict(model.named_parameters()) if picture else {}
     report = QuantizationReport.together(
         [
@@ -108,13 +110,13 @@ def run(args) -> None:
             for name, one in recipes.items()
         ]
     )
+    say(report.table())  # before anything is written: no full disk loses it
     if picture:
         prefix = f"{report.networks[0]}." if len(report.networks) > 1 else ""
         drawn = [row["layer"].removeprefix(prefix) for row in report.layers if row["layer"].startswith(prefix)]
         picture.draw_one(model, weights, drawn, args.plot_layer, args.plot)
     result(model=args.model, **report.to_dict(), output=output, picture=args.plot)
     save_quantized(pipe, {"model": args.model, "dtype": str(model.dtype), **report.to_dict()}, output)
-    say(report.table())
     say(f"all {len(report.layers)} layers: {output / RECORD}")
     say(f"quantized pipeline: {output}")
     if picture:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..errors import UserError
+from ..files.claim import claimed
 from ..files.places import output_folder
 from ..options import option
-from ..pipelines.denoiser import denoiser
+from ..pipelines.denoiser import denoiser, turn_at
+from ..pipelines.generate import fingerprint, settings
 from ..pipelines.sampling import sample
 from ..progress import progress_bar
 from ..quantization.components import left_out, quantized_plans
@@ -21,7 +25,7 @@ from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_
 from .frechet import write_statistics
 from .inception import MODES
 from .paired import image_errors, paired_psnr
-from .report import write_report, write_samples
+from .report import format_report, write_report, write_samples
 
 
 @dataclass
@@ -71,7 +75,11 @@ class EvaluateConfig:
 
 
 def evaluate(
-    pipe, full_precision=None, config: EvaluateConfig | None = None, output: str | os.PathLike | None = None
+    pipe,
+    full_precision=None,
+    config: EvaluateConfig | None = None,
+    output: str | os.PathLike | None = None,
+    show: Callable[[dict], None] | None = None,
 ) -> dict:
     """Measure a pipeline, and compare it with its full-precision original where that is given.
 
@@ -81,7 +89,10 @@ def evaluate(
     Args:
         pipe: the pipeline to measure, on its device.
         full_precision: a pipeline of the same layout with the original denoiser.
-        output: folder for report.json and samples.png.
+        output: folder for report.json and samples.png. Another call that writes there at the same time is waited for
+            where it has the same settings, and refused where it has others.
+        show: called with the report before it is written, by the main process. Without it a report that cannot be
+            written is printed.
 
     Returns:
         {"frechet", "paired", "epsilon_error", "bytes", "step_time", "warnings"}, without what was left out;
@@ -95,15 +106,37 @@ def evaluate(
     if config.metric == "none" and full_precision is None:
         raise UserError("metric 'none' without a full-precision model leaves nothing to measure.")
     state = PartialState()
-    writer = output_folder(output) if output is not None and state.is_main_process else nullcontext()
-    with writer as folder:
+    with ExitStack() as stack:
+        folder = None
+        if output is not None and state.is_main_process:
+            folder = stack.enter_context(output_folder(output))
+            stack.enter_context(claimed(folder, _identity(pipe, full_precision, config)))
+        stack.enter_context(turn_at(pipe, *([] if full_precision is None else [full_precision])))
         report, shown = _measure(pipe, full_precision, config)
+        if show is not None and state.is_main_process:
+            show(report)
         if folder is not None:
-            write_report(report, folder)
-            if shown:
-                write_samples(*shown, folder)
+            _write(report, shown, folder, told=show is not None)
     state.wait_for_everyone()
     return report
+
+
+def _identity(pipe, full_precision, config: EvaluateConfig) -> dict:
+    """All that decides a report."""
+    options = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in vars(config).items()}
+    original = None if full_precision is None else fingerprint(full_precision)
+    return settings(pipe, config.num_inference_steps, config.pipeline_kwargs, {**options, "original": original})
+
+
+def _write(report: dict, shown: tuple[list, list[int]] | None, folder: Path, told: bool) -> None:
+    try:
+        write_report(report, folder)
+        if shown:
+            write_samples(*shown, folder)
+    except UserError:
+        if not told:  # hours of measuring are not lost because a disk is full
+            print(format_report(report), flush=True)
+        raise
 
 
 def evaluate_images(folder: str | os.PathLike, config: EvaluateConfig | None = None, device="cpu") -> dict:

@@ -7,11 +7,11 @@ numbers cannot be compared.
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+from ..files.outside import read_tensors
 from ..pipelines.embedded import asset_path
 
 IMAGE_SIZE = 32
@@ -86,5 +86,6 @@ def load_features(device: torch.device | str = "cpu") -> Features:
         UserError: the embedded weights are missing from the installation.
     """
     net = Features()
-    net.load_state_dict(load_file(asset_path("features-cifar10/model.safetensors")))  # fp16 on disk
+    path = asset_path("features-cifar10/model.safetensors")
+    read_tensors(path, lambda file: net.load_state_dict(file.tensors()), "install ptq4dm again")  # fp16 on disk
     return net.to(device).eval().requires_grad_(False)

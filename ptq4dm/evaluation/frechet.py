@@ -10,7 +10,7 @@ singular (fewer images than features).
 from __future__ import annotations
 
 import os
-import zipfile
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files.arrays import ArrayFile, read_arrays
 from ..files.atomic import replacing
 
 
@@ -148,29 +149,25 @@ def read_statistics(path: str | os.PathLike) -> Statistics:
         UserError: no such file, truncated, not an npz, no mu and sigma, shapes that do not fit, NaN or infinity, a
             sigma that is no covariance (not symmetric, or negative in some direction), or an n that is no count.
     """
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise UserError(f"{path} is a single array, not an npz with mu and sigma.")
-        with loaded as file:
-            if not {"mu", "sigma"} <= set(file.files):
-                if "arr_0" in file.files:
-                    raise UserError(
-                        f"{path} holds images (arr_0), not statistics; save them as PNG files and pass the folder."
-                    )
-                raise UserError(f"{path} holds no mu and sigma: {', '.join(file.files) or 'it is empty'}.")
-            arrays = {k: file[k] for k in ("mu", "sigma", "n", "mode", "feature") if k in file.files}
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"there are no reference statistics at {path}.") from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable npz file (cut short, or another format).") from error
+    if not os.path.exists(path):
+        raise UserError(f"there are no reference statistics at {path}.")
+
+    def wanted(file: ArrayFile) -> dict[str, np.ndarray]:
+        if not {"mu", "sigma"} <= set(file.names):
+            if "arr_0" in file.names:
+                raise UserError(
+                    f"{path} holds images (arr_0), not statistics; save them as PNG files and pass the folder."
+                )
+            raise UserError(f"{path} holds no mu and sigma: {', '.join(file.names[:9]) or 'it is empty'}.")
+        mu, sigma = file.shape("mu"), file.shape("sigma")
+        if len(mu) != 1 or not mu[0] or sigma != (mu[0], mu[0]):
+            raise UserError(f"{path}: mu {list(mu)} and sigma {list(sigma)} do not fit each other.")
+        return {k: file.array(k) for k in ("mu", "sigma", "n", "mode", "feature") if k in file.names}
+
+    arrays = read_arrays(path, wanted, "give an npz with mu and sigma, or a folder of pictures")
     mu, sigma = arrays["mu"], arrays["sigma"]
     if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
         raise UserError(f"{path}: mu and sigma must hold real numbers, not {mu.dtype} and {sigma.dtype}.")
-    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
-        raise UserError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit each other.")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path} holds NaN or infinity.")
     return Statistics(
@@ -203,7 +200,7 @@ def _count(n: np.ndarray, path) -> int:
     if n.size != 1 or n.dtype.kind not in "fiu" or not np.isfinite(n).all():
         raise UserError(f"{path}: n must be one number, the count of images; it is {n.dtype} {list(n.shape)}.")
     count = float(n.reshape(-1)[0])
-    if count < 1 or count != int(count):
+    if not 1 <= count <= 2**53 or count != int(count):
         raise UserError(f"{path}: n must be the count of images, 1 or more; it is {count:g}.")
     return int(count)
 
@@ -211,4 +208,5 @@ def _count(n: np.ndarray, path) -> int:
 def _text(array: np.ndarray) -> str:
     """A name, whatever the shape of the array that holds it."""
     value = array.reshape(-1)[0] if array.size == 1 else array
-    return value.decode() if isinstance(value, bytes) else str(value)
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return textwrap.shorten(text, 200, placeholder=" ...")

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 from pathlib import Path
 
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import DamagedFile, UserError
+from ..files.outside import finite, outside, unpickled_tensors
 
 NUM_FEATURES = 2048
 MODES = {"torch-fidelity": "torch-fidelity (TF1 bilinear)", "clean": "clean (bicubic, antialias)"}
@@ -81,8 +82,8 @@ def load_inception(
     try:
         # antialias=False is torch-fidelity's own resize; torchmetrics' default (True) is another one.
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], buffer, antialias=False)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception network.") from error
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedFile(f"{path} does not hold the weights of torch-fidelity's Inception network.") from error
     feature = "inception-2015-12-05" if digest.startswith(OFFICIAL) else f"inception-v3 ({digest[:8]})"
     return InceptionFeatures(network, resize, feature).to(device).eval()
 
@@ -102,24 +103,10 @@ def _download(url: str) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file, and its SHA-256."""
-    try:
+    """The tensors of a file, and its SHA-256. Raises DamagedFile."""
+    with outside(path, "give a file of tensors, .pth or .safetensors"):
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the Inception weights {path}: {error.strerror or error}.") from error
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load
-
-            state = load(data)
-        else:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a file of tensors (cut short, or another format).") from error
-    except Exception as error:  # safetensors raises its own SafetensorError, a plain Exception
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{path} is not a safetensors file (cut short, or another format).") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} does not hold a state dict (a flat map of names to tensors).")
-    return state, hashlib.sha256(data).hexdigest()
+        state = load(data) if path.suffix == ".safetensors" else unpickled_tensors(data)
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise UserError(f"{path} does not hold a state dict (a flat map of names to tensors).")
+        return {name: finite(tensor, str(name)) for name, tensor in state.items()}, hashlib.sha256(data).hexdigest()

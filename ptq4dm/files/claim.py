@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CLAIM = ".ptq4dm-run"
+_MINE: ContextVar[frozenset[tuple[str, str]]] = ContextVar("claimed", default=frozenset())  # by this thread
 
 
 @contextmanager
@@ -38,11 +40,16 @@ def claimed(folder: str | os.PathLike, settings: Any, *, share: bool = False) ->
 
     Raises UserError where a run with other settings writes there now.
     """
-    if fcntl is None:
+    mine = (os.path.realpath(folder), digest(settings))
+    if fcntl is None or mine in _MINE.get():  # a caller of ours has claimed it already
         yield
         return
-    with _held(Path(folder), digest(settings), share):
-        yield
+    with _held(Path(folder), mine[1], share):
+        outer = _MINE.set(_MINE.get() | {mine})
+        try:
+            yield
+        finally:
+            _MINE.reset(outer)
 
 
 def digest(settings: Any) -> str:

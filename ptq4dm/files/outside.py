@@ -6,6 +6,8 @@ numbers of a million digits, pictures that unpack to gigabytes. Nothing that is 
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import textwrap
@@ -31,6 +33,8 @@ def outside(path: str | os.PathLike, advice: str = "") -> Iterator[None]:
     """
     end = f"; {advice}." if advice else "."
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError(errno.EINVAL, "it is no plain file")  # a pipe would keep us waiting, a device has no end
         yield
     except UserError:
         raise
@@ -42,10 +46,15 @@ def outside(path: str | os.PathLike, advice: str = "") -> Iterator[None]:
 
 @contextmanager
 def naming(what: str | os.PathLike) -> Iterator[None]:
-    """Say of which file, or part of one, what a UserError of this block says; it becomes a DamagedFile."""
+    """Say of which file, or part of one, a UserError of this block tells; then it is a DamagedFile.
+
+    One that names it already goes through as it is.
+    """
     try:
         yield
     except UserError as error:
+        if str(what) in str(error):
+            raise
         raise DamagedFile(f"{what}: {error}") from None
 
 
@@ -133,6 +142,12 @@ class TensorFile:
         self._has(name)
         return tuple(self._file.get_slice(name).get_shape())
 
+    def like(self, name: str) -> Tensor:
+        """A tensor on the meta device with the shape and dtype of one in the file: no value is read."""
+        shape = self.shape(name)
+        dtype = self._file.get_slice(name)[0:0].dtype if shape else self._file.get_tensor(name).dtype
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of a tensor, by number."""
         self._has(name)
@@ -156,6 +171,11 @@ def read_tensors(path: str | os.PathLike, use: Callable[[TensorFile], Any], advi
     """use(the open safetensors file). Raises DamagedFile, naming the file, where it or `use` fails."""
     with outside(path, advice), safe_open(path, "pt") as file:
         return use(TensorFile(file))
+
+
+def unpickled_tensors(data: bytes) -> Any:
+    """What a file of torch.save holds, if it is tensors and plain containers: no other class is ever built."""
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:

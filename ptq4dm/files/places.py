@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
-from ..kernels.runtime.atomic import sweep
+from ..kernels.runtime.atomic import SUFFIX, sweep
+from .claim import CLAIM
 
 
 @contextmanager
@@ -51,6 +52,11 @@ def make_parent(path: str | os.PathLike) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
     check_writable(real.parent)
+
+
+def lying_in(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, besides the lock of a run and what a run has half-written."""
+    return sorted(path for path in folder.iterdir() if path.name != CLAIM and not path.name.endswith(SUFFIX))
 
 
 def check_writable(folder: Path) -> None:

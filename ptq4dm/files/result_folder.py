@@ -16,8 +16,9 @@ from pathlib import Path
 from ..errors import UserError
 from ..kernels.runtime.atomic import SUFFIX
 from .atomic import replacing_folder
+from .claim import CLAIM
 from .outside import read_json
-from .places import check_writable, make_parent
+from .places import check_writable, lying_in, make_parent
 
 WRITTEN = "files"  # the record's key of `written`
 SMALL = 1 << 20  # bytes up to which a file is known by its contents, not by its size alone
@@ -43,15 +44,16 @@ def check_replaceable(folder: Path, record: str, verb: str) -> None:
     make_parent(folder)
     if os.path.ismount(os.path.realpath(folder)):
         raise UserError(f"{folder} is a mount point, which nothing can replace; choose a folder in it.")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not lying_in(folder):
         return
     check_writable(folder)
     if not (folder / record).is_file():
         raise UserError(f"{folder} exists and was not written by ptq4dm {verb}; choose another --output.")
     if others := foreign_files(folder, record):
+        some = ", ".join(name if name.isprintable() else ascii(name) for name in others[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
-            f"{folder} holds what ptq4dm {verb} did not write, or was changed since ({', '.join(others[:3])}{more}); "
+            f"{folder} holds what ptq4dm {verb} did not write, or was changed since ({some}{more}); "
             "choose another --output, or move the folder away."
         )
 
@@ -70,12 +72,16 @@ def foreign_files(folder: Path, record: str) -> list[str]:
 
 
 def _names(folder: Path) -> list[str]:
-    """The relative paths of all files and links under a folder, and of empty folders; not of half-written ones."""
+    """The relative paths of all files and links under a folder, and of empty folders.
+
+    Not of what belongs to runs that write there now: hidden folders of files to come, and locks.
+    """
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.endswith(SUFFIX)]
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         empty = [""] if not folders and not files and Path(place) != folder else []
+        files = [name for name in files if name != CLAIM]
         found += [os.path.relpath(os.path.join(place, name), folder) for name in (*files, *links, *empty)]
     return sorted(Path(name).as_posix() for name in found)
 

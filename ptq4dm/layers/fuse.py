@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
-from ..pipelines.denoiser import denoiser_names
+from ..pipelines.denoiser import denoiser_names, turn_at
+from ..undo import whole_or_not
 from .fuse_report import FuseReport, why_left
 from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 
@@ -41,8 +42,14 @@ def fuse(target: DiffusionPipeline | nn.Module) -> FuseReport:
 
     Returns the names of the modules, as a list that also says what was left and why: `print(ptq4dm.fuse(pipe))`.
     """
+    models = _models(target)
+    with turn_at(target):
+        return whole_or_not(models.values(), lambda gate: _fuse_all(models))
+
+
+def _fuse_all(models: dict[str, nn.Module]) -> FuseReport:
     report = FuseReport()
-    for prefix, model in _models(target).items():
+    for prefix, model in models.items():
         fused = len(report)
         for name, module in model.named_modules():
             _fuse(module, f"{prefix}{name}", report)
@@ -90,8 +97,14 @@ def _fuse(module: nn.Module, name: str, report: FuseReport) -> None:
 
 def unfuse(target: DiffusionPipeline | nn.Module) -> None:
     """Take back what `fuse` did."""
+    models = _models(target)
+    with turn_at(target):
+        whole_or_not(models.values(), lambda gate: _unfuse_all(models))
+
+
+def _unfuse_all(models: dict[str, nn.Module]) -> None:
     back = {kind: plain for plain, kind in FUSED.items()}
-    for module in (module for model in _models(target).values() for module in model.modules()):
+    for module in (module for model in models.values() for module in model.modules()):
         if type(module) in back:
             module.__class__ = back[type(module)]
         if isinstance(module, Attention) and isinstance(module.processor, FusedAttnProcessor):

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..errors import UserError
+from ..interrupts import uninterrupted
+from .turns import turns
 
 MAIN = ("unet", "transformer")
 TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "r")  # what networks of diffusers call their time
-
-_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_turns_guard = threading.Lock()
 
 
 def components_of(pipe) -> dict[str, Any]:
@@ -70,6 +68,30 @@ def schedulers_of(pipe) -> dict[str, Any]:
     return dict(sorted(found.items(), key=lambda item: item[0] != "scheduler"))
 
 
+def pipelines_in(pipe) -> list[Any]:
+    """A pipeline and those that it is made of: a combined one has one for each stage."""
+    found = [pipe]
+    for one in found:
+        parts = [part for part in getattr(one, "__dict__", {}).values() if isinstance(part, DiffusionPipeline)]
+        found += [part for part in parts if not any(part is other for other in found)]
+    return found
+
+
+def turn_at(*targets: Any) -> AbstractContextManager[None]:
+    """The turn of this thread at pipelines (with all their networks and schedulers) or models; others wait.
+
+    Who takes several turns takes them in one call: then no two threads wait for each other.
+    """
+    parts = [part for target in targets for one in pipelines_in(target) for part in (one, *_stateful(one))]
+    return turns(parts)
+
+
+def _stateful(pipe: Any) -> list[Any]:
+    if isinstance(pipe, nn.Module):
+        return []
+    return [*networks_of(pipe).values(), *schedulers_of(pipe).values()]
+
+
 def time_names(names: Sequence[str]) -> list[str]:
     """Which of a network's arguments are times: what most call it, or what ends or begins as such names do."""
     exact = [name for name in TIMES if name in names]
@@ -104,17 +126,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     One thread at a time has a model in it, others wait: hooks on the model's layers then see one thread's calls.
     """
-    with _turn(model):
+    with turn_at(model):
         training = [module for module in model.modules() if module.training]
-        model.eval()
         try:
+            model.eval()
             yield
         finally:
-            for module in training:
-                module.training = True
-
-
-def _turn(model: nn.Module) -> threading.RLock:
-    """The lock of a model, and of its compiled copy; a thread that holds it may take it again."""
-    with _turns_guard:
-        return _turns.setdefault(getattr(model, "_orig_mod", model), threading.RLock())
+            with uninterrupted():
+                for module in training:
+                    module.training = True

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from ..errors import UserError
+from ..files.claim import claimed
 from ..files.places import output_folder
 from ..progress import progress_bar
 from ..version import __version__
-from .denoiser import denoiser, networks_of
+from .denoiser import denoiser, networks_of, turn_at
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
 from .sampling import check_steps, choose_conditioning, sample
 
@@ -91,9 +93,10 @@ def _missing(output: Path, seeds: Sequence[int], expected) -> list[int]:
         seed, wanted = int(path.stem), expected(int(path.stem))
         other = [k for k in {**found, **wanted} if k != "versions" and found.get(k) != wanted.get(k)]
         if other:
+            names = textwrap.shorten(", ".join(sorted(other)), 200, placeholder=" ...")
             raise UserError(
-                f"{output} holds images made with other settings ({path.name} differs in "
-                f"{', '.join(sorted(other))}); choose another --output."
+                f"{output} holds images made with other settings ({path.name} differs in {names}); "
+                "choose another --output."
             )
         there.add(seed)
     return [s for s in seeds if s not in there]
@@ -113,7 +116,8 @@ def generate(
     """Write one PNG per seed, `000123.png`, into the folder `output`; returns the paths in the seeds' order.
 
     Only what is missing is made, so an interrupted run resumes; pictures made with other settings in the same
-    folder are refused (versions of libraries may differ, and are recorded). Under `accelerate launch` or
+    folder are refused, and so is a second call that writes there with other settings at the same time; with the same
+    ones both may work (versions of libraries may differ, and are recorded). Under `accelerate launch` or
     `torch.distributed.run` the missing seeds are shared out; every process puts `pipe` on its own device and
     calls this alike, and destroys the process group itself at its end.
 
@@ -135,14 +139,14 @@ def generate(
     if not seeds or min(seeds) < 0 or batch_size < 1:
         raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
     check_steps(pipe, num_inference_steps)
-    with output_folder(output):
-        _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, metadata)
+    shared = settings(pipe, num_inference_steps, pipeline_kwargs, metadata)
+    with output_folder(output), claimed(output, [shared, _plain(conditioning)], share=True), turn_at(pipe):
+        _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, shared)
     return [output / f"{s:06d}.png" for s in seeds]
 
 
-def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, metadata) -> None:
+def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, shared) -> None:
     """Make this process's share of the missing pictures."""
-    shared = settings(pipe, num_inference_steps, pipeline_kwargs, metadata)
     versions = {"ptq4dm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
     def expected(seed: int) -> dict:

@@ -6,10 +6,12 @@ import json
 import os
 
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from ..errors import UserError
 from ..files.atomic import replacing
+from ..files.outside import checked_object, parse_json
+from ..files.pictures import check_picture, opened_picture
 from .picture_files import list_images, load_images
 
 __all__ = [
@@ -69,15 +71,15 @@ def read_metadata(path: str | os.PathLike) -> dict:
     """The metadata that `save_png` put into a PNG.
 
     Raises:
-        UserError: the file cannot be read as an image, or holds no `ptq4dm` text chunk.
+        DamagedFile: the file cannot be read as an image, is cut short, or its checksums do not fit.
+        UserError: it holds no `ptq4dm` text chunk, or something else than `save_png` writes.
     """
-    try:
-        with Image.open(path) as picture:
-            return json.loads(picture.info[METADATA_KEY])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} carries no ptq4dm metadata: it was not made by ptq4dm generate.") from error
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:  # Pillow: SyntaxError for a broken PNG
-        raise UserError(f"{path} cannot be read as an image: {error}.") from error
+    check_picture(path)
+    with opened_picture(path) as picture:
+        text = picture.info.get(METADATA_KEY)
+        if not isinstance(text, str):
+            raise UserError(f"{path} carries no ptq4dm metadata: it was not made by ptq4dm generate.")
+        return checked_object(parse_json(text), {})
 
 
 def image_grid(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..errors import DamagedFile, UserError
-from ..files.outside import reason
+from ..files.outside import naming, reason
 from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to DiffusionPipeline.from_pretrained)
 from .embedded import asset_path
 from .folder import check_folder
@@ -82,7 +82,8 @@ def load_pipeline(
     else:
         source = name
     try:
-        pipe = _open(source, dtype, **kw)
+        with naming(source):
+            pipe = _open(source, dtype, **kw)
     except UserError:
         raise
     except Exception as error:  # whatever diffusers and transformers fail with on files that are not theirs

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ..errors import UserError
+from ..files.claim import CLAIM
+from ..files.pictures import opened_picture
+from ..kernels.runtime.atomic import SUFFIX
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SUFFIXES |= {".pbm", ".pgm", ".ppm", ".pnm", ".avif"}
@@ -55,9 +57,11 @@ def find_images(folder: str | os.PathLike) -> PictureFiles:
         except OSError as error:
             raise UserError(f"the folder {place} cannot be read: {error.strerror}.") from error
         for path in inside:
+            if path.name == CLAIM or path.name.endswith(SUFFIX):
+                continue  # of a run that writes here now, or was killed
             if path.name.startswith("."):
                 hidden.append(path)
-            elif path.is_dir():
+            elif os.path.isdir(path):  # of a link into what nobody may read, is_dir raises an error
                 if os.path.realpath(path) not in above:  # a link may lead back to a folder that it lies in
                     walk(path, above)
             elif path.suffix.lower() in SUFFIXES and path.is_file():
@@ -84,21 +88,17 @@ def load_image(path: str | os.PathLike) -> torch.Tensor:
     first frame; an alpha channel is left out, as Pillow does.
 
     Raises:
-        UserError: the file cannot be read, or holds numbers in no such range.
+        DamagedFile: the file cannot be read, or is too large.
+        UserError: it holds numbers in no such range.
     """
-    try:
-        with Image.open(path) as opened:
-            grey = opened.mode == "F" or opened.mode.startswith("I")
-            white, floats = _white(opened), opened.mode == "F"
-            dark_is_high = _tag(opened, _PHOTOMETRIC, 1) == 0
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode == "P" and "transparency" in picture.info:
-                picture = picture.convert("RGBA")  # else Pillow warns that it leaves the transparency out
-            pixels = np.asarray(picture if grey else picture.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, struct.error) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}.") from error  # SyntaxError: of a broken PNG
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large to be read as an image: {error}") from error
+    with opened_picture(path) as opened:
+        grey = opened.mode == "F" or opened.mode.startswith("I")
+        white, floats = _white(opened), opened.mode == "F"
+        dark_is_high = _tag(opened, _PHOTOMETRIC, 1) == 0
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode == "P" and "transparency" in picture.info:
+            picture = picture.convert("RGBA")  # else Pillow leaves the transparency out
+        pixels = np.asarray(picture if grey else picture.convert("RGB"))
     if grey:
         pixels = _eight_bits(pixels.astype(np.float64), path, white, floats)
         pixels = np.repeat((255 - pixels if dark_is_high else pixels)[..., None], 3, axis=2)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown
-from .denoiser import class_count, denoiser_names, evaluation_mode
+from .denoiser import class_count, denoiser_names, evaluation_mode, turn_at
 from .noise import float32_noise
 
 OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "return_dict")
@@ -66,14 +67,14 @@ def choose_conditioning(
 def own_step(scheduler, step: Callable) -> Iterator[None]:
     """Let `scheduler.step` be another function, of this one scheduler; afterwards it is what it was."""
     before = vars(scheduler).get("step")
-    scheduler.step = step
     try:
+        scheduler.step = step
         yield
     finally:
-        if before is None:
-            del scheduler.step
-        else:
-            scheduler.step = before
+        with uninterrupted():
+            vars(scheduler).pop("step", None)
+            if before is not None:
+                scheduler.step = before
 
 
 @contextmanager
@@ -110,15 +111,21 @@ def _quiet(pipe, progress: bool) -> Iterator[None]:
         for name in denoiser_names(pipe):
             stack.enter_context(evaluation_mode(getattr(pipe, name)))
         had, before = "_progress_bar_config" in vars(pipe), getattr(pipe, "_progress_bar_config", {})
-        if not (progress and shown()):
-            pipe._progress_bar_config = {**before, "disable": True}
         try:
+            if not (progress and shown()):
+                pipe._progress_bar_config = {**before, "disable": True}
             yield
         finally:
-            if had:
-                pipe._progress_bar_config = before
-            else:
+            with uninterrupted():
                 vars(pipe).pop("_progress_bar_config", None)
+                if had:
+                    pipe._progress_bar_config = before
+
+
+@contextmanager
+def _ready(pipe, progress: bool) -> Iterator[None]:
+    with _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
+        yield
 
 
 def call_pipeline(
@@ -161,8 +168,12 @@ def call_pipeline(
     if bare:
         strings = [key for key in arguments if key in (conditioning or ()) and isinstance(arguments[key][0], str)]
         arguments |= {key: arguments[key][0] for key in strings}
-    with _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
-        return pipe(**arguments)
+    with turn_at(pipe), one_interrupt(opened=False) as gate, _ready(pipe, progress):
+        try:
+            gate.open = True  # while the pipeline is made ready, and put back, an interrupt waits
+            return pipe(**arguments)
+        finally:
+            gate.open = False
 
 
 def sample(
@@ -178,7 +189,7 @@ def sample(
 
     Every seed has its own CPU generator, handed to the pipeline as a list, and noise is drawn in float32: the
     noise of image k depends on seeds[k] only, not on the batch, its order, the process, device or dtype. Threads may
-    sample at the same time; those that share a denoiser wait for each other.
+    sample at the same time; those that share a network, a scheduler or the pipeline wait for each other.
 
     Args:
         conditioning: for seed s, values[s % len(values)] of every entry, e.g. {"prompt": [...]} or

@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
 from ..files.outside import TensorFile, checked_object, read_json, read_tensors, reason
+from ..kernels.runtime.atomic import SUFFIX, sweep
 from ..layers.choices import check_choices, check_fit, choices_of
 from ..layers.registry import empty_quantized
 from ..layers.stored import check_stored
@@ -39,7 +40,7 @@ def check_folder(folder: Path) -> None:
 
     Nothing is made.
     """
-    if folder.is_dir() and not _holds_blocks(folder) and not all(map(_holds_blocks, folder.iterdir())):
+    if folder.is_dir() and not _holds_blocks(folder) and not all(map(_only_blocks, folder.iterdir())):
         raise UserError(f"{folder} holds other files; give a folder of its own to a checkpoint.")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -50,6 +51,12 @@ def check_folder(folder: Path) -> None:
 
 def _holds_blocks(path: Path) -> bool:
     return (path / HEADER).exists()
+
+
+def _only_blocks(path: Path) -> bool:
+    """Whether this is of a checkpoint: the blocks of a network, or what was killed before it had its header."""
+    left = path.name.startswith(f".{HEADER}.") and path.name.endswith(SUFFIX)
+    return left or _holds_blocks(path) or (path.is_dir() and all(map(_only_blocks, path.iterdir())))
 
 
 class BlockCheckpoint:
@@ -65,6 +72,7 @@ class BlockCheckpoint:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {folder}: {error.strerror or error}.") from None
+        sweep(folder)
         if header.exists():
             if read_json(header, "delete the folder, or give another") != identity:
                 raise UserError(

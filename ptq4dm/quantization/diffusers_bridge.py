@@ -19,6 +19,8 @@ from ..errors import UserError
 from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.registry import empty_quantized, needs_of
+from ..pipelines.denoiser import turn_at
+from ..undo import whole_or_not
 from .checksums import checksums_of
 from .opening import check_keys, check_layers, lacking, read_files
 from .own_calls import ModelRef, adopt, release
@@ -189,6 +191,10 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         return torch_dtype or torch.float32
+
+    def dequantize(self, model: nn.Module) -> nn.Module:
+        with turn_at(model):
+            return whole_or_not([model], lambda gate: super(PTQ4DMQuantizer, self).dequantize(model))
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for name, layer in list(model.named_modules()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,11 @@ from ..calibration.record import answers
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..hooks import hooked
+from ..interrupts import Gate
 from ..layers.base import holds_quantized, replace_module
 from ..layers.plan import Plan
-from ..pipelines.denoiser import evaluation_mode
+from ..pipelines.denoiser import evaluation_mode, turn_at
+from ..undo import whole_or_not
 from .checkpoint import folder_of
 from .components import left_out, narrowed, networks_to_quantize
 from .diffusers_bridge import mark_quantized, resolved
@@ -44,6 +45,8 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize a pipeline's denoisers, or a model, in place.
 
+    Where it fails or is interrupted, all networks are as they were. Other threads wait at them.
+
     Args:
         target: a diffusers pipeline or an nn.Module in full precision. Of a pipeline all networks are quantized that
             the store covers; without a store, all its denoisers (unet or transformer, transformer_2, prior, ...).
@@ -65,32 +68,36 @@ def quantize(
     networks = networks_to_quantize(
         target, component, store.components if isinstance(store, CalibrationStore) else ()
     )
-    _check_networks(networks, config, store)
-    recipes = narrowed(networks, config)
-    with ExitStack() as undone:  # where one network fails, all are as they were
+    changed = bool(config.transforms or (config.plan is not None and config.plan.transforms))  # weights, in place
+
+    def work(gate: Gate) -> QuantizationReport:
+        _check_networks(networks, config, store)
+        recipes = narrowed(networks, config)
         made = {
-            name: _pack(
-                undone, model, recipes[name], _store_for(store, name, model), folder_of(checkpoint, name, networks)
-            )
+            name: _pack(model, recipes[name], _store_for(store, name, model), folder_of(checkpoint, name, networks))
             for name, model in networks.items()
         }
-    rows, before, after = [], 0, 0
-    for name, model in networks.items():
-        layers, plan, errors, basis = made[name]
-        before += stored_bytes(model)
-        _put(model, layers, plan, recipes[name])
-        after += stored_bytes(model)
-        rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
-    rows.sort(key=lambda row: row["sqnr"])
-    return QuantizationReport(config.summary(), before, after, rows, [n for n in networks if n], left_out(target))
+        gate.open = False  # from here on it is a matter of moments
+        rows, before, after = [], 0, 0
+        for name, model in networks.items():
+            layers, plan, errors, basis = made[name]
+            before += stored_bytes(model)
+            _put(model, layers, plan, recipes[name])
+            after += stored_bytes(model)
+            rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
+        rows.sort(key=lambda row: row["sqnr"])
+        return QuantizationReport(config.summary(), before, after, rows, [n for n in networks if n], left_out(target))
+
+    with turn_at(target, *networks.values()):
+        return whole_or_not(networks.values(), work, values=changed)
 
 
 def _pack(
-    undone: ExitStack, model: nn.Module, config: QuantConfig, store: CalibrationStore | None, checkpoint: Path | None
+    model: nn.Module, config: QuantConfig, store: CalibrationStore | None, checkpoint: Path | None
 ) -> tuple[dict[str, nn.Module], Plan, dict[str, Ratio], str]:
     """(quantized layers, completed plan, errors of the layers, what they were measured on)."""
     kinds, plans = config.transforms, None if config.plan is None else config.plan.transforms
-    transforms, store = undone.enter_context(transformed(model, kinds, plans, store))
+    transforms, store = transformed(model, kinds, plans, store)
     plan = config.plan or make_plan(model, config, store)
     check_plan(model, plan)
     layers, plan = config.pack(model, plan, store, checkpoint)

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING
 
 from ..files.outside import read_object
 from ..files.result_folder import result_folder
-from .components import save_plans
+from ..layers.view import find_layers
+from ..pipelines.denoiser import networks_of
+from .components import networks_to_quantize, save_plans
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from .recipe import QuantConfig
 
 RECORD = "quantization.json"  # beside model_index.json: the report, with the original's name
 
@@ -23,6 +27,8 @@ base_model: {model}
     import ptq4dm  # makes diffusers know the format
     from diffusers import DiffusionPipeline
 
+    from .recipe import QuantConfig
+
     pipe = DiffusionPipeline.from_pretrained("this folder, or its name on the hub")
 """
 
@@ -33,6 +39,23 @@ def original_of(model: str) -> str | None:
     if not record.is_file():
         return None
     return read_object(record, {"model": str}, "name the original model with --full-precision")["model"]
+
+
+def bytes_at_least(pipe: DiffusionPipeline, recipes: dict[str, QuantConfig]) -> int:
+    """Bytes that a pipeline certainly takes on the disk when it is quantized by these recipes: network -> recipe.
+
+    What is not quantized is saved as it is. Of a network that is, only what is no weight of a layer counts: how many
+    bits the layers get, their plan will say.
+    """
+    quantized = {name for one in recipes for name in networks_to_quantize(pipe, one or None)}
+    total = 0
+    for name, module in networks_of(pipe).items():
+        layers = {f"{view.name}.weight" for view in find_layers(module)} if name in quantized else set()
+        found = {key if one.is_meta else one.data_ptr(): (key, one) for key, one in module.state_dict().items()}
+        state = dict(found.values())  # what two modules share is saved once
+        total += sum(one.numel() * one.element_size() for key, one in state.items() if key not in layers)
+        total += sum(state[key].numel() for key in layers if key in state) // 8  # a bit for each weight
+    return total
 
 
 def save_quantized(pipe: DiffusionPipeline, record: dict, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Transforms on their way through `quantize`: found on calibration calls, made on the float model, undone on failure.
+"""Transforms on their way through `quantize`: found on calibration calls, made on the float model.
 
 What a transform changes is what layers are fed, so a store is measured anew: its calls stay true, for the model's
 function does.
@@ -6,11 +6,9 @@ function does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from ..calibration.evidence import calibration_batches
@@ -25,41 +23,31 @@ from ..transforms.peaks import watch_peaks
 TUPLES = 32  # calibration tuples that transforms look at
 
 
-@contextmanager
 def transformed(
     model: nn.Module,
     kinds: Sequence[str],
     plans: Sequence[TransformPlan] | None,
     store: CalibrationStore | None,
-) -> Iterator[tuple[list[TransformPlan], CalibrationStore | None]]:
+) -> tuple[list[TransformPlan], CalibrationStore | None]:
     """Transform a model in place, by plans or, where there are none, by the kinds named. Gives (plans, store).
 
-    The store given back is of the transformed model. Where the block fails, the model gets its weights back.
+    The store given back is of the transformed model. The caller undoes it where something fails (`whole_or_not`).
 
     Raises UserError for an unknown kind, one that needs a store where there is none, or plans of another model.
     """
     if not kinds and not plans:
-        yield [], store
-        return
-    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    try:
-        if plans is None:
-            plans = []
-            for kind in kinds:
-                found = _found(model, kind, store)
-                apply_all(model, found)
-                plans += found
-        else:
-            if any(tensor.is_meta for plan in plans for tensor in plan.tensors.values()):
-                raise UserError("the plan's transforms came without their tensors; load it with Plan.load.")
-            apply_all(model, plans)
-        yield list(plans), None if store is None else remeasured(model, store)
-    except BaseException:
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                if name in before:  # layers that were replaced already are whole
-                    value.copy_(before[name])
-        raise
+        return [], store
+    if plans is None:
+        plans = []
+        for kind in kinds:
+            found = _found(model, kind, store)
+            apply_all(model, found)
+            plans += found
+    else:
+        if any(tensor.is_meta for plan in plans for tensor in plan.tensors.values()):
+            raise UserError("the plan's transforms came without their tensors; load it with Plan.load.")
+        apply_all(model, plans)
+    return list(plans), None if store is None else remeasured(model, store)
 
 
 def remeasured(model: nn.Module, store: CalibrationStore) -> CalibrationStore:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DamagedFile, UserError
-from ..files.outside import TensorFile, outside, read_object, read_tensors
+from ..files.outside import TensorFile, naming, outside, read_object, read_tensors
 from ..pipelines.folder import is_file_name
 from .checksums import changed, told
 from .recipe import QuantConfig
@@ -58,7 +58,8 @@ def _config(place: Path) -> Any:
     entry = read_object(place / "config.json", {}, ADVICE).get("quantization_config")
     if not isinstance(entry, dict) or entry.get("quant_method") != "ptq4dm":
         return None
-    return QuantConfig.from_dict(entry)
+    with naming(place / "config.json"):
+        return QuantConfig.from_dict(entry)
 
 
 def _tensors(place: Path) -> dict[str, Tensor]:

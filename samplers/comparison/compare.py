@@ -33,6 +33,16 @@ SAMPLERS = (
 )
 
 
+ROW: dict[str, type | tuple[type, ...]] = {
+    "sampler": str,
+    "budget": int,
+    "evaluations": int,
+    "feature_fid": (int, float),
+    "seconds": (int, float),
+    "device": str,
+}
+
+
 @dataclass
 class SamplerBench:
     """Settings of a comparison: samplers, budgets of evaluations, images of each feature-FID (seeds from seed)."""
@@ -86,7 +96,7 @@ def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> 
     """
     config.check(pipe)
     settings = {**settings, "num_images": config.num_images, "seed": config.seed, "metric": "feature-fid"}
-    rows = Rows(output, settings)
+    rows = Rows(output, settings, ROW)
     done = {(row["sampler"], row["budget"]) for row in rows}
     todo = [(s, b) for s in config.samplers for b in config.evaluations if (s, b) not in done]
     if todo:

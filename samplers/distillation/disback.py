@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from .config import DisBackConfig
-from .run import Run
+from .run import Run, alone_in, check_teacher
 
 
 def distill(pipe, config: DisBackConfig | None = None, folder: str | Path = "out/distillation", resume: bool = False):
@@ -41,8 +41,11 @@ def distill(pipe, config: DisBackConfig | None = None, folder: str | Path = "out
         UserError: a teacher that cannot be distilled, a folder in use, nothing to resume, a checkpoint of another
             config or teacher, or a training that came to NaN or infinity (the last good checkpoint is kept).
     """
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-        run = Run(pipe, config or DisBackConfig(), folder, resume)
+    config = config or DisBackConfig()
+    check_teacher(pipe, config)
+    tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
+    with alone_in(folder, pipe, config), tuned:
+        run = Run(pipe, config, folder, resume)
         if run.config.backtracking:
             record_degradation(run)
         if not run.out_of_time:

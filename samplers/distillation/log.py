@@ -8,15 +8,18 @@ from pathlib import Path
 
 import torch
 
-from ...errors import UserError
+from ...errors import DamagedFile, UserError
 from ...evaluation.feature_fid import FeatureFID
 from ...evaluation.features import IMAGE_SIZE
 from ...files.atomic import replacing
+from ...files.outside import checked_object, described, outside, parse_json
 from ...pipelines.images import image_grid, save_picture, to_uint8
 
 GRID = 64  # pictures on a grid
 EVALUATION_BATCH = 500
 NUM_FID = 5000
+LINE = {"stage": str}  # what every line has
+ADVICE = "bring back the log of the run, or start a new run in another folder"
 
 
 class Log:
@@ -26,7 +29,11 @@ class Log:
         """keep: lines of an earlier run that the checkpoint knows of; later ones will come again."""
         self.path, self.writes, self.lines = path, writes, keep
         if writes:
-            old = path.read_text().splitlines(keepends=True)[:keep] if keep else []
+            old = [json.dumps(line) + "\n" for line in read_log(path)[:keep]] if keep else []
+            if len(old) < keep:
+                raise DamagedFile(
+                    f"{path} has only {len(old)} of the {keep} lines that the checkpoint knows; {ADVICE}."
+                )
             with replacing(path) as temporary:
                 temporary.write_text("".join(old))
 
@@ -38,11 +45,17 @@ class Log:
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The lines of a log.jsonl. Raises UserError if it cannot be read."""
-    try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not the log of a distillation run: {error}.") from error
+    """The lines of a log.jsonl; half a line at its end, of a run that was killed, does not count.
+
+    Raises DamagedFile.
+    """
+    with outside(path, ADVICE):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        found = [checked_object(parse_json(line), LINE) for line in lines[:-1]]
+        for line in found:
+            if line["stage"] == "evaluation" and not (type(line.get("images")) is int and line["images"] >= 0):
+                raise ValueError(f"a line tells of {described(line.get('images'))} images")
+        return found
 
 
 class Exhibition:

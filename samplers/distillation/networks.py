@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ...files.atomic import replacing
+from ...files.checks import checksum
+from ...files.outside import TensorFile, finite, read_tensors
 from .config import DisBackConfig
 
 TRAINED = ("student", "fake")
@@ -99,17 +102,35 @@ class Networks:
             path = self._point(index)
             path.parent.mkdir(exist_ok=True)
             with replacing(path) as temporary:
-                save_file({k: v.cpu().contiguous() for k, v in self.nets["fake"].state_dict().items()}, temporary)
+                weights = {k: v.cpu().contiguous() for k, v in self.nets["fake"].state_dict().items()}
+                checks = {name: checksum(tensor) for name, tensor in weights.items()}
+                save_file(weights, temporary, {"checks": json.dumps(checks)})
 
     def aim(self, index: int) -> None:
         """Make a point of the path the target."""
         if index == self.target_index:
             return
-        if index and not self._point(index).is_file():
-            raise UserError(f"{self._point(index)}, a point of the way back to the teacher, is missing; start anew.")
-        weights = load_file(self._point(index)) if index else self.teacher.state_dict()
-        self.nets["target"].load_state_dict(weights)
+        self.nets["target"].load_state_dict(self._point_weights(index) if index else self.teacher.state_dict())
         self.target_index = index
+
+    def _point_weights(self, index: int) -> dict[str, Tensor]:
+        """The weights of a point of the path. Raises UserError where it is missing, DamagedFile if it is broken."""
+        path, known = self._point(index), self.teacher.state_dict()
+        if not path.is_file():
+            raise UserError(f"{path}, a point of the way back to the teacher, is missing; start anew.")
+
+        def whole(file: TensorFile) -> dict[str, Tensor]:
+            weights = {name: finite(tensor, name) for name, tensor in file.tensors().items()}
+            if strange := weights.keys() ^ known.keys():
+                raise ValueError(f"'{min(strange)}' is missing in it, or does not belong there")
+            for name, tensor in weights.items():
+                if tensor.shape != known[name].shape or tensor.dtype != known[name].dtype:
+                    raise ValueError(f"'{name}' is {list(tensor.shape)} {tensor.dtype}")
+                if "checks" in file.header and file.json("checks").get(name) != checksum(tensor):
+                    raise ValueError(f"'{name}' is not what was written")
+            return weights
+
+        return read_tensors(path, whole, "start anew")
 
     def finite(self) -> bool:
         """True if all weights are free of NaN and infinity; waits for the device."""

@@ -8,6 +8,7 @@ log.jsonl, samples/      losses, feature-FID, sample grids
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +17,22 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import Tensor
 
 from ...errors import UserError
-from ...files.checkpoint import load_checkpoint, save_checkpoint
+from ...files.checkpoint import load_checkpoint, progress_as, save_checkpoint
+from ...files.claim import claimed
+from ...files.places import check_room, lying_in, output_folder
+from ...kernels.runtime.atomic import sweep
 from ...pipelines.denoiser import class_count, denoiser
 from ...pipelines.generate import fingerprint
 from ...progress import progress_bar
 from ..one_step import nearest_timestep
 from .config import DisBackConfig
-from .log import Exhibition, Log
-from .networks import Networks, make_accelerator
+from .log import Exhibition, Log, read_log
+from .networks import KEPT, TRAINED, Networks, make_accelerator
 from .scores import Batch, Chance, Diffusion
 from .student import check_network, image_shape, one_step_scheduler, student_pipeline
 
@@ -42,6 +47,65 @@ class Progress:
     degraded: int = 0
     step: int = 0
     lines: int = 0
+
+
+def identity_of(pipe, config: DisBackConfig) -> dict:
+    """All that has to be the same for a run to go on, and for two calls to be one run, as plain JSON values."""
+    return {**config.identity(), "teacher": fingerprint(pipe)}
+
+
+def check_teacher(pipe, config: DisBackConfig) -> None:
+    """Raises UserError where a pipeline cannot be distilled, before anything is made."""
+    check_network(pipe)
+    one_step_scheduler(pipe, config.generator_sigma)
+
+
+@contextmanager
+def alone_in(folder: str | Path, pipe, config: DisBackConfig) -> Iterator[None]:
+    """Make a run's folder and keep other runs out of it, as long as the block lasts (main process).
+
+    A second call with the same settings waits for the end of the first.
+
+    Raises UserError where it cannot be written, the disk has no room for a run, or a run with other settings writes.
+    """
+    if not PartialState(cpu=denoiser(pipe).device.type == "cpu").is_main_process:
+        yield
+        return
+    with output_folder(folder) as place, claimed(place, identity_of(pipe, config)):
+        for inside in ("path", "samples"):
+            sweep(place / inside)
+        check_room(place, _bytes_needed(place, pipe, config), "a distillation run")
+        yield
+
+
+def _bytes_needed(folder: Path, pipe, config: DisBackConfig) -> int:
+    """What the disk has to hold beside what is there: a checkpoint in the making, and the rest of the path."""
+    net = sum(one.numel() * one.element_size() for one in denoiser(pipe).state_dict().values())
+    trained = sum(one.numel() * one.element_size() for one in denoiser(pipe).parameters())
+    points = config.path_points if config.backtracking else 0
+    there = len(list((folder / "path").glob("*.safetensors")))
+    optimizers = 1 if config.backtracking and config.minutes is not None else len(TRAINED)  # it may stop in stage 1
+    points = 0 if config.minutes is not None else max(0, points - there)
+    return len(KEPT) * net + 2 * optimizers * trained + points * net  # AdamW keeps two moments
+
+
+def strangers(folder: Path) -> list[str]:
+    """What lies in a folder besides the leavings of a run that was stopped before its first checkpoint.
+
+    Such a run starts over. Until then it may have left its log, the first point of the path, which a checkpoint
+    follows at once, and two grids of samples.
+    """
+    if not folder.is_dir():
+        return []
+    found = [path.relative_to(folder).as_posix() for path in lying_in(folder) if path.is_file() or path.is_symlink()]
+    for place in (path for path in lying_in(folder) if path.is_dir() and not path.is_symlink()):
+        inside = [path.relative_to(folder).as_posix() for path in lying_in(place)]
+        found += inside or ([] if place.name in ("path", "samples") else [place.name])
+    samples = [name for name in found if re.fullmatch(r"samples/\d{9}\.png", name)][:2]
+    other = [name for name in found if name not in (LOG, "path/00001.safetensors", *samples)]
+    if LOG in found and not other:
+        read_log(folder / LOG)  # a file of that name may be somebody's own
+    return other if LOG in found else found
 
 
 class Run:
@@ -62,7 +126,7 @@ class Run:
         self.chance = Chance(config.seed, shape, classes, (first, last + 1), device)
         self.exhibition = Exhibition(self.diffusion, shape, classes, config, device)
         self.networks = Networks(denoiser(pipe), config, self.accelerator, self.folder)
-        self.recipe = {**config.identity(), "teacher": fingerprint(pipe)}
+        self.recipe = identity_of(pipe, config)
         self.progress = self._start(resume)
         self.saved = copy.copy(self.progress) if resume else None
         self.log = Log(self.folder / LOG, self.progress.lines, self.accelerator.is_main_process)
@@ -72,27 +136,21 @@ class Run:
 
     def _start(self, resume: bool) -> Progress:
         """Where the run begins, and its folder."""
-        if resume and not self._begun():
+        if resume and (self.folder / LOG).is_file() and not strangers(self.folder):
             resume = False  # stopped before its first checkpoint: there is nothing to go on from
         if resume:
             path, networks = self.folder / CHECKPOINT, self.networks
-            progress, _ = load_checkpoint(path, networks.kept, networks.optimizers, self.recipe)
-            return Progress(**progress)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            there = any(path.name != LOG for path in self.folder.iterdir())
-        except OSError as error:
-            raise UserError(f"cannot make the folder {self.folder}: {error.strerror or error}.") from error
+            values, _ = load_checkpoint(path, networks.kept, networks.optimizers, self.recipe)
+            progress = progress_as(Progress, values, path)
+            self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
+            return progress
+        there = strangers(self.folder)
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if there:
             raise UserError(
                 f"{self.folder} is not empty; go on with the run in it (--resume) or choose another place."
             )
         return Progress()
-
-    def _begun(self) -> bool:
-        """Whether there is more in the folder than the log of a run that was stopped before its first checkpoint."""
-        return not (self.folder / LOG).is_file() or any(path.name != LOG for path in self.folder.iterdir())
 
     # --------------------------------------------------------------------------------------- iterations
 

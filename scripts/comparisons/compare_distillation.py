@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import ptq4dm
 from ptq4dm.calibration.plot import pyplot, save_figure
 from ptq4dm.errors import run
 from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate
+from ptq4dm.files.outside import read_object
 from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
 from ptq4dm.pipelines.load import load_pipeline
@@ -88,7 +88,7 @@ def curves(students: list[str], output: Path) -> dict[str, list[dict]]:
     """The feature-FIDs in the output that there is, and those in each student's log instead where there is one:
     images the student learnt from, images of stage 1, feature_fid.
     """
-    found = json.loads(output.read_text())["curves"] if output.exists() else {}
+    found = read_object(output, {"curves": dict}, "give another --output")["curves"] if output.exists() else {}
     for student in students:
         path = Path(student).with_name(f"{Path(student).name}.run") / "log.jsonl"
         if path.is_file():

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ptq4dm.errors import UserError
+from ptq4dm.errors import DamagedFile
 from ptq4dm.files.atomic import replacing
+from ptq4dm.files.outside import checked_object, outside, parse_json
 
 KEY = ("kind", "class", "variant", "column")
 CONDITIONS = ("commit", "versions", "seed", "backend")
@@ -20,17 +21,17 @@ class Lines:
         self.path = path
         self.rows: dict[tuple, dict[str, Any]] = {}
         self.torn = False  # the last line is half a line, of a run that was stopped
-        lines = path.read_text().splitlines() if path.exists() else []
+        advice = "give another --output"
+        with outside(path, advice):
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = checked_object(parse_json(line), dict.fromkeys(KEY, str))
                 self.rows[tuple(row[name] for name in KEY)] = row
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, RecursionError):
                 self.torn = number == len(lines)
                 if not self.torn:
-                    raise UserError(
-                        f"line {number} of {path} is no row of the sweep; give another --output."
-                    ) from None
+                    raise DamagedFile(f"line {number} of {path} is no row of the sweep; {advice}.") from None
 
     def holds(self, row: dict[str, Any]) -> bool:
         """Whether there is a row of this key that was made under the same conditions."""

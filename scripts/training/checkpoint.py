@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from ptq4dm.files import checkpoint
+from ptq4dm.files.outside import outside
+
+RANDOM = ("random.cpu", "random.cuda")
 
 
 @dataclass
@@ -46,8 +49,10 @@ def load_checkpoint(
     Raises:
         UserError: no checkpoint at path, a broken file, or one of a run with another recipe.
     """
-    progress, tensors = checkpoint.load_checkpoint(path, nets, {"optimizer": optimizer}, recipe)
-    torch.set_rng_state(tensors["random.cpu"])
-    if device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
-    return Progress(**progress)
+    values, tensors = checkpoint.load_checkpoint(path, nets, {"optimizer": optimizer}, recipe, RANDOM)
+    progress = checkpoint.progress_as(Progress, values, path)
+    with outside(path, checkpoint.ANEW):
+        torch.set_rng_state(tensors["random.cpu"])
+        if device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    return progress

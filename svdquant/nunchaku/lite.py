@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ...errors import UserError
+from ...files.outside import naming
 from ...pipelines.folder import is_file_name
 from .model import FLOAT16S, Checkpoint, empty_model, install, linear_of, read_files, read_json
 from .tensors import nvfp4_layer, svdq_layer, take_awq, take_svdq
@@ -63,9 +64,10 @@ def load_nunchaku_lite(source: str | Path, model: nn.Module | None = None, dtype
     if svdq is None and awq is None:
         raise UserError(f"{folder / 'config.json'} names no 4-bit layers: it has neither svdq_w4a4 nor awq_w4a16.")
     checkpoint = read_files(source, _files(source))
-    if model is None:
-        model = empty_model(_model_class(config), config, dtype or _compute_dtype(quantization))
-    install(model, _layers(model, checkpoint, svdq, awq), checkpoint)
+    with naming(folder):
+        if model is None:
+            model = empty_model(_model_class(config), config, dtype or _compute_dtype(quantization))
+        install(model, _layers(model, checkpoint, svdq, awq), checkpoint)
     return model
 
 

@@ -385,6 +385,6 @@ def test_folders_and_checkpoints_that_do_not_fit(untrained, tmp_path):
         distill(untrained, config, folder, resume=True)
     path = folder / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match="checkpoint.safetensors cannot be read"):
         distill(untrained, config, folder, resume=True)
     assert (folder / "log.jsonl").read_bytes() == before

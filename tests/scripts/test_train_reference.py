@@ -142,7 +142,7 @@ def test_resume_needs_the_same_run(scripts, data, tmp_path):
         run(scripts, data, tmp_path, "dit", 2, "--num-fid", "0", "--resume", "--seed", "1")
     checkpoint = tmp_path / "dit-cifar10.checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match="checkpoint.safetensors cannot be read"):
         run(scripts, data, tmp_path, "dit", 2, "--num-fid", "0", "--resume")
 
 

@@ -18,6 +18,8 @@ from ptq4dm.svdquant.group import Group, refine, round_rest
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.layers.svdq import SVDQLinear
 from ptq4dm.svdquant.packing import build_layer
+from ptq4dm.undo import whole_or_not
+from states import interrupted_at, state_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,3 +182,24 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(replay(again, store.calls), plain)
     again.save_pretrained(tmp_path / "again")
     assert torch.equal(replay(type(model).from_pretrained(tmp_path / "again"), store.calls), plain)
+
+
+def test_interrupted_adapters_are_as_they_were(model):
+    """Ctrl-C in the middle of fusing, scaling and taking out: on all layers or on none."""
+    adapt(model, "one", 4)
+
+    def undone(work):
+        def change(gate):
+            work(model)
+            raise KeyboardInterrupt
+
+        whole_or_not([model], change)
+
+    for work in (fuse_lora, lambda model: scale_lora(model, {"one": 0.5}), unfuse_lora):
+        before, lines = state_of(model), 0
+        with pytest.raises(KeyboardInterrupt):
+            undone(work)
+        assert state_of(model) == before
+        while interrupted_at(lines := lines + 23, lambda work=work: work(model)):
+            assert state_of(model) == before
+        assert lines > 100 and state_of(model) != before

@@ -108,6 +108,26 @@ def test_sweep_takes_what_the_dead_left_and_not_what_lives(tmp_path):
     assert names(tmp_path) == [foreign.name]
 
 
+@pytest.mark.parametrize("moment", ["before it has its lock", "after"])
+def test_the_dead_without_a_lock_are_swept_too(tmp_path, moment):
+    """Killed right after it made its folder, and while it took it away."""
+    program = f"""
+import sys
+def stop(event, args):
+    early = event == "open" and str(args[0]).endswith("/lock")
+    late = event == "os.rmdir" and ".a." in str(args[0])
+    if early if {moment.startswith("before")} else late:
+        print("ready", flush=True); time.sleep(60)
+sys.addaudithook(stop)
+with replacing(here / "a") as temporary:
+    (temporary.parent / "more").mkdir()
+"""
+    killed(program, tmp_path)
+    assert any(name.endswith(".ptq4dm") for name in names(tmp_path))
+    atomic.sweep(tmp_path)
+    assert not any(name.endswith(".ptq4dm") for name in names(tmp_path))
+
+
 def test_killed_between_two_renames_the_old_one_comes_back(tmp_path):
     """Where two names cannot be exchanged in one step."""
     (tmp_path / "model").mkdir()

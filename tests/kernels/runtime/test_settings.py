@@ -62,3 +62,29 @@ def test_files_keep_one_entry_to_a_line():
     table = {"device": "x", "a": [[1, 2, 3, {"BM": 1}]], "b": {"z": {"bm": 1}, "y": {"bm": 2}}}
     text = tuning.formatted(table)
     assert json.loads(text) == table and len(text.splitlines()) == 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{", "3", '{"k": []}', '{"device": 3}', "[" * 100_000, '{"device": "x", "k": 3}', "\udcff",
+        '{"device": "x", "k": [3]}', '{"device": "x", "k": [[1, 2, 3]]}',
+        '{"device": "x", "k": [[0, 2, 3, {}]]}',
+        '{"device": "x", "k": [[1, 2, 3, {"BM": 1e9}]]}', '{"device": "x", "k": [[1, 2, 3, {"BM": 99999999}]]}',
+        '{"device": "x", "k": [[1, 2, 3, {"BM": -1}]]}', '{"device": "x", "w8a8": {"a": 3}}',
+        '{"device": ' + "9" * 5000,
+    ],
+)  # fmt: skip
+def test_files_that_hold_no_settings(tmp_path, text):
+    path = tmp_path / "gpu.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(
+        tuning.DamagedSettings, match="gpu.json (is|holds) no .*; delete it and measure anew."
+    ) as caught:
+        tuning.settings_in(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_the_files_of_the_package_are_settings():
+    paths = sorted(tuning.FOLDER.glob("*.json"))
+    assert len(paths) > 4 and all(tuning.settings_in(path) for path in paths)

@@ -520,7 +520,7 @@ def test_files_of_another_kind(copy, whole):
     for name in ("statistics.safetensors", "batch-00001.safetensors"):
         other = "batch-00000.safetensors" if name.startswith("stat") else "statistics.safetensors"
         (copy / name).write_bytes(whole[1][other])
-        with pytest.raises(UserError, match=f"{name} is damaged"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
             CalibrationStore.load(copy)
         (copy / name).write_bytes(whole[1][name])
     CalibrationStore.load(copy)
@@ -531,7 +531,7 @@ def test_a_damaged_unfinished_store_is_named_too(copy):
     (copy / "store.json").write_text(json.dumps({**meta, "complete": False}))
     for name in ("statistics.safetensors", "batch-00000.safetensors"):
         damage(copy / name, "truncated")
-        with pytest.raises(UserError, match=f"{name} is damaged"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
             collect(tiny_pipe(), CONFIG, copy)
 
 

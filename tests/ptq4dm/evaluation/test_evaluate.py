@@ -311,3 +311,33 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     assert first["paired"]["mse"] == pytest.approx(one["paired"]["mse"], rel=1e-4)
     assert first["epsilon_error"]["overall"] == pytest.approx(one["epsilon_error"]["overall"], rel=1e-4)
     assert first["epsilon_error"]["rows"] == 6
+
+
+def test_figures_are_told_before_they_are_written(tmp_path, monkeypatch, capsys):
+    """So a disk that is full by then loses none."""
+
+    def full(*_):
+        raise UserError("cannot write report.json: No space left on device.")
+
+    monkeypatch.setattr("ptq4dm.evaluation.evaluate.write_report", full)
+    shown = []
+    with pytest.raises(UserError, match="No space left"):
+        evaluate(pipeline(), config=EvaluateConfig(**SMALL), output=tmp_path / "a", show=shown.append)
+    assert shown[0]["frechet"]["num_images"] == 6 and not capsys.readouterr().out
+    with pytest.raises(UserError, match="No space left"):
+        evaluate(pipeline(), config=EvaluateConfig(**SMALL), output=tmp_path / "a")
+    assert "feature-FID" in capsys.readouterr().out
+
+
+def test_two_evaluations_at_once(tmp_path):
+    pipe, seen = pipeline(), []
+
+    def during(*_):
+        if not seen:
+            seen.append(True)
+            with pytest.raises(UserError, match="another run with other settings is writing into"):
+                evaluate(pipeline(), config=EvaluateConfig(**{**SMALL, "seed": 5}), output=tmp_path)
+
+    pipe.unet.register_forward_pre_hook(during)
+    evaluate(pipe, config=EvaluateConfig(**SMALL), output=tmp_path)
+    assert seen and sorted(os.listdir(tmp_path)) == ["report.json", "samples.png"]

@@ -80,3 +80,12 @@ def test_finite():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="'a' holds NaN or infinity"):
             finite(torch.tensor([1, bad], dtype=torch.bfloat16), "a")
+
+
+def test_a_pipe_or_a_device_in_a_files_place_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        for read in (read_json, lambda path: read_tensors(path, lambda file: file.names)):
+            with pytest.raises(DamagedFile, match=f"{name} cannot be read .it is no plain file"):
+                read(tmp_path / name)

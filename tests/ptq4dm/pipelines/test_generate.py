@@ -12,8 +12,10 @@ from diffusers import DDIMScheduler, DDPMPipeline, DEISMultistepScheduler
 import ptq4dm
 from models import unet
 from ptq4dm.errors import UserError
+from ptq4dm.files.claim import CLAIM
 from ptq4dm.pipelines.generate import fingerprint, generate, save_grid
 from ptq4dm.pipelines.images import load_images, read_metadata
+from ptq4dm.pipelines.picture_files import find_images
 
 SEEDS = [7, 0, 123, 3, 4]
 
@@ -162,3 +164,33 @@ def test_a_failure_leaves_no_empty_folder_behind(tmp_path):
     with pytest.raises(UserError, match="at least one step"):
         generate(tiny(), [0], tmp_path / "a" / "b", num_inference_steps=0)
     assert not (tmp_path / "a").exists()
+
+
+def test_two_calls_at_once(tmp_path):
+    """Other settings are refused before they work; the same ones, with other seeds, share the folder."""
+    pipe, seen = tiny(), []
+
+    def during(*_):
+        if not seen:
+            seen.append(True)
+            with pytest.raises(UserError, match="another run with other settings is writing into"):
+                generate(tiny(), [1], tmp_path, num_inference_steps=3)
+            generate(tiny(), [9], tmp_path, num_inference_steps=2)
+
+    pipe.unet.register_forward_pre_hook(during)
+    generate(pipe, [1, 2], tmp_path, num_inference_steps=2)
+    assert seen and sorted(os.listdir(tmp_path)) == ["000001.png", "000002.png", "000009.png"]
+
+
+def test_the_lock_of_a_killed_run_is_no_picture_and_no_file_of_somebody(tmp_path, whole):
+    (tmp_path / "whole" / CLAIM).write_text("of a dead process")
+    assert not find_images(tmp_path / "whole").passed_over
+    generate(tiny(), SEEDS, tmp_path / "whole", num_inference_steps=2, batch_size=3)
+    assert files(tmp_path / "whole") == whole
+
+
+def test_a_picture_that_is_cut_short_is_not_taken_for_done(tmp_path, whole):
+    path = tmp_path / "whole" / "000007.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match="000007.png cannot be read .*Choose another --output"):
+        generate(tiny(), SEEDS, tmp_path / "whole", num_inference_steps=2)

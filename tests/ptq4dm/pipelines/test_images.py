@@ -4,10 +4,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from ptq4dm.errors import UserError
-from ptq4dm.pipelines.images import image_grid, list_images, load_images, read_metadata, save_png, to_uint8
+from ptq4dm.errors import DamagedFile, UserError
+from ptq4dm.pipelines.images import (
+    METADATA_KEY,
+    image_grid,
+    list_images,
+    load_images,
+    read_metadata,
+    save_png,
+    to_uint8,
+)
+from ptq4dm.pipelines.picture_files import load_image
 
 
 def pictures(number, size=8, seed=0):
@@ -105,3 +114,52 @@ def test_grid_places_every_image_and_fills_with_white():
     assert (grid[16:, 32:] == 255).all()
     with pytest.raises(UserError, match="columns"):
         image_grid(images, columns=0)
+
+
+def picture_with(path, text, compressed=False):
+    info = PngImagePlugin.PngInfo()
+    info.add_text(METADATA_KEY, text, zip=compressed)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+
+OTHERS = ["5", "null", "[]", '"a"', "{", "", "[" * 100_000, '{"a": ' + "9" * 5000 + "}", '{"a": 1, "a": 2}']
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_metadata_of_another_kind(tmp_path, text):
+    picture_with(tmp_path / "a.png", text)
+    with pytest.raises(DamagedFile, match="a.png cannot be read") as caught:
+        read_metadata(tmp_path / "a.png")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_texts_and_pictures_that_would_fill_the_memory(tmp_path, monkeypatch):
+    picture_with(tmp_path / "text.png", '{"a": "' + "b" * (3 << 20) + '"}', compressed=True)
+    with pytest.raises(UserError, match="text.png"):
+        read_metadata(tmp_path / "text.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for read in (read_metadata, load_image):
+        with pytest.raises(DamagedFile, match="large.png cannot be read .*64 pixels"):
+            read(tmp_path / "large.png")
+
+
+def test_any_damage_is_one_sentence(tmp_path):
+    """Every byte of small pictures, one at a time."""
+    save_png(torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "good.png", {"seed": 1})
+    good = (tmp_path / "good.png").read_bytes()
+    path, told = tmp_path / "bad.png", 0
+    for place in range(len(good)):
+        for data in (good[:place], good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :]):
+            path.write_bytes(data)
+            for read in (read_metadata, load_image):
+                try:
+                    read(path)
+                except UserError as error:
+                    told += 1
+                    assert "bad.png" in str(error) and "\n" not in str(error)
+    assert told > len(good)
+    for place in range(0, len(good) - 12):  # the last chunk is empty: whatever is missing before, is found
+        path.write_bytes(good[:place])
+        with pytest.raises(UserError):
+            read_metadata(path)

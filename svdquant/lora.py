@@ -8,17 +8,19 @@ so adapters cost what their ranks cost, no layer of their own, and the codes sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
 
+from ..checks import checked
 from ..errors import UserError
 from ..layers.base import replace_module
 from ..pipelines.denoiser import model_of
 from .layers.svdq import _SVDQLayer
 
 
+@checked
 def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
     """Move the active LoRA adapters that peft has put on SVDQuant layers into their low-rank branches.
 
@@ -68,6 +70,7 @@ def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
     return counts
 
 
+@checked
 def scale_lora(target, scales: dict[str, float]) -> None:
     """Change the strength of fused adapters, {"style": 0.5}; 1 is what they were trained with, as in `fuse_lora`.
 
@@ -78,7 +81,8 @@ def scale_lora(target, scales: dict[str, float]) -> None:
         stack(layer, {name: (a, b, scales.get(name, c)) for name, (a, b, c) in _adapters(layer).items()})
 
 
-def unfuse_lora(target, names: list[str] | None = None) -> None:
+@checked
+def unfuse_lora(target, names: Collection[str] | None = None) -> None:
     """Take fused adapters out again (all, or those named): what the layers compute is then, to the bit, as before.
 
     Raises UserError for an adapter that is not fused.

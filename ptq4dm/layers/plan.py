@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..checks import check, check_fields, checked
 from ..errors import UserError
 from ..files.atomic import replacing
 from ..transforms.base import TransformPlan
@@ -96,6 +98,9 @@ class Plan:
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     transforms: list[TransformPlan] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check_fields(self, "Plan")
+
     def to_dict(self) -> dict:
         """The plan as JSON holds it; tensors of transforms are not in it."""
         data: dict[str, Any] = {
@@ -124,6 +129,7 @@ class Plan:
 
         tensors: those of its transforms; without them (None) a packed model can be loaded, but the plan not followed.
         """
+        check(data, dict[str, Any], "a plan")
         try:
             layers = {name: _layer_plan(layer) for name, layer in data["layers"].items()}
             transforms = [
@@ -141,7 +147,8 @@ class Plan:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"this is not a plan written by ptq4dm ({error}).") from None
 
-    def save(self, path: str | Path) -> None:
+    @checked
+    def save(self, path: str | os.PathLike) -> None:
         """Write the plan into a JSON file, and tensors of transforms, if any, beside it, as .safetensors.
 
         Raises UserError where they cannot be written.
@@ -157,7 +164,8 @@ class Plan:
             temporary.write_text(json.dumps(self.to_dict(), indent=1))
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
+    @checked
+    def load(cls, path: str | os.PathLike) -> Plan:
         """Read what `save` wrote. Raises UserError where it cannot be read."""
         path = Path(path)
         try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ..checks import shown
 from ..errors import UserError
 
 MAIN = ("unet", "transformer")
@@ -23,10 +24,23 @@ _turns_guard = threading.Lock()
 
 def components_of(pipe) -> dict[str, Any]:
     """Name -> part of a pipeline: what it has registered, also where its own class takes other arguments, too."""
-    registered = getattr(pipe, "config", None)
-    if registered is None:
-        registered = getattr(pipe, "__dict__", {})
-    return {name: vars(pipe)[name] for name in registered if not name.startswith("_") and name in vars(pipe)}
+    parts = {} if isinstance(pipe, type) else getattr(pipe, "__dict__", {})
+    registered = getattr(pipe, "config", None) if parts else {}
+    if not isinstance(registered, Mapping):
+        registered = parts
+    return {name: parts[name] for name in registered if str(name)[:1] != "_" and name in parts}
+
+
+def check_pipeline(pipe: Any, what: str = "pipe") -> None:
+    """Raises UserError unless this is a pipeline with networks: no name of one, no class and no model by itself."""
+    if isinstance(pipe, (str, os.PathLike)):
+        raise UserError(f"{str(pipe)!r} is a name; give the pipeline itself, e.g. from ptq4dm.load_pipeline.")
+    if isinstance(pipe, nn.Module):
+        raise UserError(f"{what} must be a pipeline, and {type(pipe).__name__} is a model by itself.")
+    if not networks_of(pipe):
+        raise UserError(
+            f"{what} must be a diffusers pipeline, such as ptq4dm.load_pipeline gives; got {shown(pipe)}."
+        )
 
 
 def denoiser_names(pipe) -> list[str]:
@@ -88,7 +102,10 @@ def model_of(target) -> nn.Module:
     """A model as it is, or the denoiser of a pipeline. Raises UserError for what is neither."""
     if isinstance(target, (str, os.PathLike)):
         raise UserError(f"'{target}' is a name; give the pipeline or model itself, e.g. from ptq4dm.load_pipeline.")
-    return target if isinstance(target, nn.Module) else denoiser(target)
+    if isinstance(target, nn.Module):
+        return target
+    check_pipeline(target, "what is given here")
+    return denoiser(target)
 
 
 def class_count(pipe) -> int | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections.abc as abc
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import os
@@ -30,6 +31,7 @@ _Function = TypeVar("_Function", bound=Callable)
 LIST_KINDS = (list, tuple, set, frozenset, abc.Sequence, abc.Collection, abc.Iterable)
 PLURALS = {int: "whole numbers", float: "numbers", str: "texts", bool: "True or False"}
 MOST = 2**63 - 1  # what a number of 64 bits holds
+MOST_SEEDS = 10_000_000  # in one call
 
 
 # ------------------------------------------------------------------------------------------- fields and arguments
@@ -116,7 +118,14 @@ def seeds_of(seeds: Any) -> list[int]:
         seeds = seeds.tolist()
     if empty or isinstance(seeds, (str, bytes, Mapping)) or not isinstance(seeds, Iterable) or _scalar(seeds):
         raise UserError(f"seeds must be a list of whole numbers; got {shown(seeds)}.")
-    found = [whole(seed, "a seed") for seed in seeds]
+    try:
+        many = len(seeds) > MOST_SEEDS  # type: ignore[arg-type]  # a generator has no length: it is counted below
+    except (TypeError, OverflowError) as error:
+        many = isinstance(error, OverflowError)
+    first = () if many else itertools.islice(seeds, MOST_SEEDS + 1)
+    found = [whole(seed, "a seed") for seed in first]
+    if many or len(found) > MOST_SEEDS:
+        raise UserError(f"more than {MOST_SEEDS} seeds at once are too many; take them in several calls.")
     if not found:
         raise UserError("at least one seed is needed, and there is none.")
     return found

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..files.places import output_folder
 from ..layers.base import holds_quantized
 from ..options import option
-from ..pipelines.denoiser import check_pipeline, schedulers_of
+from ..pipelines.denoiser import check_sampled, schedulers_of
 from ..pipelines.sampling import MOST_STEPS, check_arguments, refusals
 from .call_files import save_calls
 from .calls import parameter_place
@@ -129,7 +129,7 @@ def collect(
     Raises:
         UserError: the folder holds another store, a network is never called, or a layer sees NaN or infinity.
     """
-    check_pipeline(pipe)
+    check_sampled(pipe)
     check_arguments(conditioning, pipeline_kwargs)
     config = config or CalibrationConfig()
     names = [component] if isinstance(component, str) else component

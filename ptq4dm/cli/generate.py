@@ -7,9 +7,11 @@ from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
 
+from ..checks import seeds_of, whole
 from ..errors import UserError
 from ..files.places import make_parent
 from ..pipelines.generate import generate, save_grid
+from ..pipelines.sampling import MOST_BATCH
 from .options import (
     BATCH_SIZE,
     QUANTIZED_FIRST,
@@ -42,13 +44,15 @@ def run(args) -> None:
     model = default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
+    seeds = seeds_of(range(args.seed, args.seed + args.num_images))
+    whole(args.batch_size, "--batch-size", 1, MOST_BATCH)
     picture = Path(args.picture or f"{args.output}.png")
     if args.picture:
         make_parent(picture)
     pipe = load(args, model)
     paths = generate(
         pipe,
-        range(args.seed, args.seed + args.num_images),
+        seeds,
         args.output,
         num_inference_steps=steps_of(args, pipe),
         batch_size=args.batch_size,

@@ -15,7 +15,7 @@ from ..checks import check_fields, check_seeds, checked
 from ..errors import UserError
 from ..files.places import output_folder
 from ..options import option
-from ..pipelines.denoiser import check_pipeline, denoiser
+from ..pipelines.denoiser import check_sampled, denoiser
 from ..pipelines.devices import check_device
 from ..pipelines.sampling import MOST_BATCH, MOST_STEPS, check_arguments, refusals, sample
 from ..quantization.components import left_out, quantized_plans
@@ -96,9 +96,9 @@ def evaluate(
     Raises:
         UserError: settings that measure nothing, samples with NaN or infinity, or a reference that does not fit.
     """
-    check_pipeline(pipe)
+    check_sampled(pipe)
     if full_precision is not None:
-        check_pipeline(full_precision, "full_precision")
+        check_sampled(full_precision, "full_precision")
     config = config or EvaluateConfig()
     config.check()
     check_arguments(config.conditioning, config.pipeline_kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..checks import check, check_fields, checked
+from ..checks import check, checked, shown
 from ..errors import UserError
 from ..files.atomic import replacing
 from ..transforms.base import TransformPlan
@@ -99,7 +99,11 @@ class Plan:
     transforms: list[TransformPlan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_fields(self, "Plan")
+        check(self.method, str, "Plan: method")
+        check(self.transforms, list[TransformPlan], "Plan: transforms")
+        for name, layer in check(self.layers, dict[str, Any], "Plan: layers").items():
+            if isinstance(layer, type) or not is_dataclass(layer):  # each format has a class of plans of its own
+                raise UserError(f"Plan: layers must be plans of layers by name; '{name}' is {shown(layer)}.")
 
     def to_dict(self) -> dict:
         """The plan as JSON holds it; tensors of transforms are not in it."""

@@ -43,6 +43,13 @@ def check_pipeline(pipe: Any, what: str = "pipe") -> None:
         )
 
 
+def check_sampled(pipe: Any, what: str = "pipe") -> None:
+    """Raises UserError unless this is a pipeline that can be sampled: its networks hold values, or are offloaded."""
+    check_pipeline(pipe, what)
+    if str(getattr(pipe, "_execution_device", "")) == "meta":
+        raise UserError(f"{what} is on device 'meta', which holds shapes and no values; load it with its weights.")
+
+
 def denoiser_names(pipe) -> list[str]:
     """The attributes of a pipeline that hold networks which are run at its steps, the main one first.
 

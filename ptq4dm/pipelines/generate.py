@@ -20,7 +20,7 @@ from ..checks import checked, seeds_of, whole
 from ..errors import UserError
 from ..files.places import output_folder
 from ..version import __version__
-from .denoiser import check_pipeline, denoiser, networks_of
+from .denoiser import check_sampled, denoiser, networks_of
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
 from .sampling import MOST_BATCH, check_arguments, check_steps, choose_conditioning, sample
 
@@ -134,7 +134,7 @@ def generate(
         UserError: no seeds or a negative one, a batch size below 1, an `output` that cannot be written or
             that holds images made with other settings, or any error of `sample`.
     """
-    check_pipeline(pipe)
+    check_sampled(pipe)
     seeds, output = seeds_of(seeds), Path(output)
     batch_size = whole(batch_size, "batch_size", 1, MOST_BATCH)
     check_arguments(conditioning, pipeline_kwargs)

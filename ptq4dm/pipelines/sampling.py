@@ -12,7 +12,7 @@ import torch
 from ..checks import check, checked, seeds_of, shown, whole
 from ..errors import UserError
 from ..files.outside import reason
-from .denoiser import check_pipeline, class_count, denoiser_names, evaluation_mode
+from .denoiser import check_sampled, class_count, denoiser_names, evaluation_mode
 from .noise import float32_noise
 
 MOST_STEPS, MOST_BATCH = 100_000, 1_000_000  # beyond which nobody means what they say
@@ -171,7 +171,7 @@ def call_pipeline(
 
     bare: one generator and one text instead of lists of one, for pipelines that take no lists.
     """
-    check_pipeline(pipe)
+    check_sampled(pipe)
     seeds = seeds_of(seeds)
     check_arguments(conditioning, pipeline_kwargs)
     num_inference_steps = check_steps(pipe, num_inference_steps)

@@ -1,5 +1,6 @@
 """Values looked at by their annotations."""
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -101,11 +102,15 @@ def test_arguments_are_looked_at_and_what_is_missing_is_pythons_own_error():
         add(1, three=3)
 
 
-def test_seeds():
+def test_seeds(monkeypatch):
+    monkeypatch.setattr("ptq4dm.checks.MOST_SEEDS", 100)
     assert seeds_of(s for s in (0, np.int64(7), torch.tensor(8), MOST)) == [0, 7, 8, MOST]
     for wrong in ([-1], [MOST + 1], [1.0], [True], ["1"], [math.nan], "12", 3, None, [], torch.tensor([1.5])):
         with pytest.raises(UserError):
             seeds_of(wrong)
+    for endless in (range(10**30), range(10**8), itertools.count()):
+        with pytest.raises(UserError, match="more than 100 seeds"):
+            seeds_of(endless)
     check_seeds(MOST - 3, 4)
     with pytest.raises(UserError, match="leaves no room for 5 seeds"):
         check_seeds(MOST - 3, 5)

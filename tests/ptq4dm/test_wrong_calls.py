@@ -175,3 +175,19 @@ def test_conditioning_that_does_not_fit_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="eta must be .*not NaN or infinity"):
         ptq4dm.generate(pipe, [0], tmp_path / "out", pipeline_kwargs={"eta": math.nan})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_without_values_is_refused_before_anything_is_written(tmp_path):
+    pipe = pipeline()
+    pipe.unet.to("meta")
+    few = ptq4dm.CalibrationConfig(num_samples=1, num_inference_steps=1)
+    for call in (
+        lambda: ptq4dm.sample(pipe, [0], num_inference_steps=1),
+        lambda: ptq4dm.generate(pipe, [0], tmp_path / "out", num_inference_steps=1),
+        lambda: ptq4dm.collect(pipe, few, tmp_path / "out"),
+        lambda: ptq4dm.evaluate(pipe, pipeline(), output=tmp_path / "out"),
+        lambda: ptq4dm.evaluate(pipeline(), pipe, output=tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match="is on device 'meta'"):
+            call()
+    assert not (tmp_path / "out").exists()

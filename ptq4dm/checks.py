@@ -52,7 +52,7 @@ def wrong_fields(instance: Any) -> list[str]:
     for item in fields(instance):
         value = getattr(instance, item.name)
         if says := _complaint(value, kinds[item.name], item.metadata):
-            found.append(f"{item.name} must be {says}; got {shown(value)}")
+            found.append(f"{item.name} {says}; got {shown(value)}")
     return found
 
 
@@ -96,7 +96,7 @@ def checked(function: _Function) -> _Function:
 def check(value: Any, kind: Any, what: str, low: float | None = None, high: float | None = None) -> Any:
     """The value. Raises UserError "{what} must be ...; got ..." where it is not of this kind, or out of bounds."""
     if says := _complaint(value, kind, limits(low, high)):
-        raise UserError(f"{what} must be {says}; got {shown(value)}.")
+        raise UserError(f"{what} {says}; got {shown(value)}.")
     return value
 
 
@@ -108,7 +108,7 @@ def whole(value: Any, what: str, low: int = 0, high: int = MOST) -> int:
     return int(plain_number(check(value, int, what, low, high)))
 
 
-def seeds_of(seeds: Any) -> list[int]:
+def seeds_of(seeds: Any, low: int = 0) -> list[int]:
     """Seeds as a list of ints from 0 to 2^63 - 1, from any iterable of whole numbers, a tensor [N] or an array.
 
     Raises UserError where one is none, or there are none at all.
@@ -123,7 +123,7 @@ def seeds_of(seeds: Any) -> list[int]:
     except (TypeError, OverflowError) as error:
         many = isinstance(error, OverflowError)
     first = () if many else itertools.islice(seeds, MOST_SEEDS + 1)
-    found = [whole(seed, "a seed") for seed in first]
+    found = [whole(seed, "a seed", low) for seed in first]
     if many or len(found) > MOST_SEEDS:
         raise UserError(f"more than {MOST_SEEDS} seeds at once are too many; take them in several calls.")
     if not found:
@@ -153,21 +153,23 @@ def plain_number(value: Any) -> Any:
 
 
 def _complaint(value: Any, kind: Any, limited: Mapping[str, Any]) -> str | None:
-    """What a value must be, where it is not; None where all is well."""
+    """What a value must be ("must be a number"), where it is not; None where all is well."""
     low, high = limited.get("low"), limited.get("high")
     if not _is(value, kind):
-        return _described(kind) + _bounds(low, high)
+        return "must be " + _described(kind) + _bounds(low, high)
     if isinstance(value, (str, os.PathLike)) and os.PathLike in get_args(kind) and not _can_be_a_path(value):
-        return "a path that a file system can have"
+        return "must be a path that a file system can have"
     finite = limited.get("finite", True)
     for number in _numbers(value) if _speaks_of_numbers(kind) else ():
         if isinstance(number, int):
             if abs(number) > MOST and high is None and not isinstance(value, (list, tuple)):
-                return _described(kind) + _bounds(-MOST if low is None else low, MOST)
+                return "must be " + _described(kind) + _bounds(-MOST if low is None else low, MOST)
         elif finite and not math.isfinite(number):
-            return f"{_described(kind)}{_bounds(low, high)}, not NaN or infinity"
+            return f"must be {_described(kind)}{_bounds(low, high)}, not NaN or infinity"
+        if low is not None and not number >= low and (high is None or high >= 10_000) and number is value:
+            return f"must be at least {low:g}" if low else "must not be negative"
         if (low is not None and not number >= low) or (high is not None and not number <= high):
-            return _described(kind) + _bounds(low, high)
+            return "must be " + _described(kind) + _bounds(low, high)
     return None
 
 

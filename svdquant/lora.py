@@ -13,14 +13,13 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
-from ..checks import checked
+from ..checks import check, checked, shown
 from ..errors import UserError
 from ..layers.base import replace_module
 from ..pipelines.denoiser import model_of
 from .layers.svdq import _SVDQLayer
 
 
-@checked
 def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
     """Move the active LoRA adapters that peft has put on SVDQuant layers into their low-rank branches.
 
@@ -70,7 +69,6 @@ def fuse_lora(target, scales: dict[str, float] | None = None) -> dict[str, int]:
     return counts
 
 
-@checked
 def scale_lora(target, scales: dict[str, float]) -> None:
     """Change the strength of fused adapters, {"style": 0.5}; 1 is what they were trained with, as in `fuse_lora`.
 
@@ -93,9 +91,11 @@ def unfuse_lora(target, names: Collection[str] | None = None) -> None:
 
 
 def _named(scales: dict[str, float] | None) -> dict[str, float]:
-    if not isinstance(scales or {}, dict):
-        raise UserError(f"scales are strengths by the names of adapters, such as {{'style': 0.5}}, not {scales!r}.")
-    return scales or {}
+    scales = {} if scales is None else scales
+    if not isinstance(scales, dict):
+        what = "scales are strengths by the names of adapters, such as {'style': 0.5}"
+        raise UserError(f"{what}, not {shown(scales)}.")
+    return check(scales, dict[str, float], "scales")
 
 
 def _fused(target, names: set[str] | None) -> list[_SVDQLayer]:

@@ -10,6 +10,7 @@ Which timesteps are recorded is the collector's choice:
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -74,8 +75,8 @@ class CalibrationConfig:
     collector: str = option("uniform", "law of the timesteps: uniform, ndtc or solver")
     num_samples: int = option(128, "sampling trajectories", low=1, high=10_000_000)
     num_inference_steps: int = option(20, low=1, high=MOST_STEPS)
-    mu: float = option(0.4, "ndtc: mean, as a fraction of the timesteps", low=0, high=1)
-    sigma: float = option(0.4, "ndtc: deviation; 0 is a single timestep", low=0)
+    mu: float = option(0.4, "ndtc: mean, as a fraction of the timesteps", finite=False)
+    sigma: float = option(0.4, "ndtc: deviation; 0 is a single timestep", finite=False)
     num_bins: int = option(10, "timestep bins of the statistics", low=1, high=10_000)
     batch_size: int = option(16, "trajectories at a time", low=1, high=1_000_000)
     seed: int = option(0, "seed of the first trajectory", low=0)
@@ -84,6 +85,8 @@ class CalibrationConfig:
         check_fields(self, "CalibrationConfig")
         if self.collector not in COLLECTORS:
             raise UserError(f"collector '{self.collector}' is unknown; choose from {', '.join(COLLECTORS)}.")
+        if not (0 <= self.mu <= 1 and 0 <= self.sigma < math.inf):
+            raise UserError(f"mu lies in [0, 1] and sigma is not negative; got {self.mu} and {self.sigma}.")
         check_seeds(self.seed, self.num_samples + 1)  # one more: `look` compares the first with the second
 
 

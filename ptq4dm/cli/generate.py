@@ -7,11 +7,10 @@ from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
 
-from ..checks import seeds_of, whole
+from ..checks import MOST, seeds_of
 from ..errors import UserError
 from ..files.places import make_parent
 from ..pipelines.generate import generate, save_grid
-from ..pipelines.sampling import MOST_BATCH
 from .options import (
     BATCH_SIZE,
     QUANTIZED_FIRST,
@@ -44,8 +43,7 @@ def run(args) -> None:
     model = default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
-    seeds = seeds_of(range(args.seed, args.seed + args.num_images))
-    whole(args.batch_size, "--batch-size", 1, MOST_BATCH)
+    seeds = seeds_of(range(args.seed, args.seed + args.num_images), low=-MOST)
     picture = Path(args.picture or f"{args.output}.png")
     if args.picture:
         make_parent(picture)

@@ -46,8 +46,16 @@ def check_pipeline(pipe: Any, what: str = "pipe") -> None:
 def check_sampled(pipe: Any, what: str = "pipe") -> None:
     """Raises UserError unless this is a pipeline that can be sampled: its networks hold values, or are offloaded."""
     check_pipeline(pipe, what)
-    if str(getattr(pipe, "_execution_device", "")) == "meta":
+    if any(_is_empty(getattr(pipe, name)) for name in denoiser_names(pipe)):
         raise UserError(f"{what} is on device 'meta', which holds shapes and no values; load it with its weights.")
+
+
+def _is_empty(network: nn.Module) -> bool:
+    """Whether a network has shapes and no values, and no hook of accelerate or diffusers that brings them."""
+    first = next(network.parameters(), None)
+    if first is None or not first.is_meta:
+        return False
+    return not any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in network.modules())
 
 
 def denoiser_names(pipe) -> list[str]:

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..checks import checked, seeds_of, whole
+from ..checks import MOST, checked, seeds_of, whole
 from ..errors import UserError
 from ..files.places import output_folder
 from ..version import __version__
@@ -135,8 +135,10 @@ def generate(
             that holds images made with other settings, or any error of `sample`.
     """
     check_sampled(pipe)
-    seeds, output = seeds_of(seeds), Path(output)
-    batch_size = whole(batch_size, "batch_size", 1, MOST_BATCH)
+    seeds, output = seeds_of(seeds, low=-MOST), Path(output)
+    batch_size = whole(batch_size, "batch_size", -MOST, MOST_BATCH)
+    if min(seeds) < 0 or batch_size < 1:
+        raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
     check_arguments(conditioning, pipeline_kwargs)
     num_inference_steps = check_steps(pipe, num_inference_steps)
     with output_folder(output):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections.abc as abc
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import os
@@ -30,6 +31,7 @@ _Function = TypeVar("_Function", bound=Callable)
 LIST_KINDS = (list, tuple, set, frozenset, abc.Sequence, abc.Collection, abc.Iterable)
 PLURALS = {int: "whole numbers", float: "numbers", str: "texts", bool: "True or False"}
 MOST = 2**63 - 1  # what a number of 64 bits holds
+MOST_SEEDS = 10_000_000  # in one call
 
 
 # ------------------------------------------------------------------------------------------- fields and arguments
@@ -45,12 +47,12 @@ def limits(low: float | None = None, high: float | None = None, finite: bool = T
 
 def wrong_fields(instance: Any) -> list[str]:
     """What is wrong with the fields of a dataclass, by annotations and `limits`: "rank must be ...; got ..."."""
-    kinds = _annotations(type(instance))
+    kinds = annotations_of(type(instance))
     found = []
     for item in fields(instance):
         value = getattr(instance, item.name)
         if says := _complaint(value, kinds[item.name], item.metadata):
-            found.append(f"{item.name} must be {says}; got {shown(value)}")
+            found.append(f"{item.name} {says}; got {shown(value)}")
     return found
 
 
@@ -59,7 +61,7 @@ def check_fields(instance: Any, what: str) -> None:
 
     Numbers of NumPy and tensors of one number become Python's, so that the fields are plain JSON values.
     """
-    for name, kind in _annotations(type(instance)).items():
+    for name, kind in annotations_of(type(instance)).items():
         value = getattr(instance, name)
         if (number := plain_number(value)) is not value and _complaint(number, kind, {}) is None:
             object.__setattr__(instance, name, number)
@@ -75,7 +77,7 @@ def checked(function: _Function) -> _Function:
     signature = inspect.signature(function)
     walked = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [name for name, parameter in signature.parameters.items() if parameter.kind not in walked]
-    kinds = functools.cache(lambda: _annotations(function))  # late: names may be defined below the function
+    kinds = functools.cache(lambda: annotations_of(function))  # late: names may be defined below the function
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -94,7 +96,7 @@ def checked(function: _Function) -> _Function:
 def check(value: Any, kind: Any, what: str, low: float | None = None, high: float | None = None) -> Any:
     """The value. Raises UserError "{what} must be ...; got ..." where it is not of this kind, or out of bounds."""
     if says := _complaint(value, kind, limits(low, high)):
-        raise UserError(f"{what} must be {says}; got {shown(value)}.")
+        raise UserError(f"{what} {says}; got {shown(value)}.")
     return value
 
 
@@ -106,18 +108,26 @@ def whole(value: Any, what: str, low: int = 0, high: int = MOST) -> int:
     return int(plain_number(check(value, int, what, low, high)))
 
 
-def seeds_of(seeds: Any, least: int = 1) -> list[int]:
+def seeds_of(seeds: Any, low: int = 0) -> list[int]:
     """Seeds as a list of ints from 0 to 2^63 - 1, from any iterable of whole numbers, a tensor [N] or an array.
 
-    Raises UserError where one is none, or there are fewer than `least`.
+    Raises UserError where one is none, or there are none at all.
     """
-    if hasattr(seeds, "tolist") and getattr(seeds, "ndim", 0) == 1:
+    empty = getattr(seeds, "is_meta", False)  # a tensor without values
+    if hasattr(seeds, "tolist") and getattr(seeds, "ndim", 0) == 1 and not empty:
         seeds = seeds.tolist()
-    if isinstance(seeds, (str, bytes, Mapping)) or not isinstance(seeds, Iterable) or _scalar(seeds):
+    if empty or isinstance(seeds, (str, bytes, Mapping)) or not isinstance(seeds, Iterable) or _scalar(seeds):
         raise UserError(f"seeds must be a list of whole numbers; got {shown(seeds)}.")
-    found = [whole(seed, "a seed") for seed in seeds]
-    if len(found) < least:
-        raise UserError(f"at least {least} seed{'s are' if least > 1 else ' is'} needed; got {len(found)}.")
+    try:
+        many = len(seeds) > MOST_SEEDS  # type: ignore[arg-type]  # a generator has no length: it is counted below
+    except (TypeError, OverflowError) as error:
+        many = isinstance(error, OverflowError)
+    first = () if many else itertools.islice(seeds, MOST_SEEDS + 1)
+    found = [whole(seed, "a seed", low) for seed in first]
+    if many or len(found) > MOST_SEEDS:
+        raise UserError(f"more than {MOST_SEEDS} seeds at once are too many; take them in several calls.")
+    if not found:
+        raise UserError("at least one seed is needed, and there is none.")
     return found
 
 
@@ -143,20 +153,36 @@ def plain_number(value: Any) -> Any:
 
 
 def _complaint(value: Any, kind: Any, limited: Mapping[str, Any]) -> str | None:
-    """What a value must be, where it is not; None where all is well."""
+    """What a value must be ("must be a number"), where it is not; None where all is well."""
     low, high = limited.get("low"), limited.get("high")
     if not _is(value, kind):
-        return _described(kind) + _bounds(low, high)
+        return "must be " + _described(kind) + _bounds(low, high)
+    if isinstance(value, (str, os.PathLike)) and os.PathLike in get_args(kind) and not _can_be_a_path(value):
+        return "must be a path that a file system can have"
     finite = limited.get("finite", True)
-    for number in _numbers(value):
+    for number in _numbers(value) if _speaks_of_numbers(kind) else ():
         if isinstance(number, int):
-            if abs(number) > MOST and high is None:
-                return "a number of at most 64 bits"
+            if abs(number) > MOST and high is None and not isinstance(value, (list, tuple)):
+                return "must be " + _described(kind) + _bounds(-MOST if low is None else low, MOST)
         elif finite and not math.isfinite(number):
-            return f"{_described(kind)}{_bounds(low, high)}, not NaN or infinity"
+            return f"must be {_described(kind)}{_bounds(low, high)}, not NaN or infinity"
+        if low is not None and not number >= low and (high is None or high >= 10_000) and number is value:
+            return f"must be at least {low:g}" if low else "must not be negative"
         if (low is not None and not number >= low) or (high is not None and not number <= high):
-            return _described(kind) + _bounds(low, high)
+            return "must be " + _described(kind) + _bounds(low, high)
     return None
+
+
+def _speaks_of_numbers(kind: Any) -> bool:
+    return kind in (int, float) or any(map(_speaks_of_numbers, get_args(kind)))
+
+
+def _can_be_a_path(value: str | os.PathLike) -> bool:
+    try:
+        text = os.fsencode(value)
+    except (UnicodeError, TypeError):
+        return False
+    return b"\0" not in text and max(map(len, text.split(b"/"))) <= 255 and len(text) < 4096
 
 
 def _numbers(value: Any) -> list[int | float]:
@@ -205,17 +231,17 @@ def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, int if kind is int else (int, float))
 
 
-def _is_list(value: Any, kind: type, inner: tuple) -> bool:
+def _is_list(value: Any, kind: Any, inner: tuple) -> bool:
     if isinstance(value, (str, bytes, Mapping)) or _scalar(value):
         return False
     if kind in (list, tuple):  # a list in place of a tuple is what JSON makes of it
-        kind = (list, tuple)  # type: ignore[assignment]
+        kind = (list, tuple)
     if not isinstance(value, kind):  # arrays and tensors are iterable, and nothing more
         return False
     if kind in (abc.Iterable,) or not inner:
         return True
     if get_origin(inner) is None and len(inner) > 1 and inner[-1] is not Ellipsis:
-        return len(value) == len(inner) and all(map(_is, value, inner))
+        return len(value) == len(inner) and all(_is(one, its) for one, its in zip(value, inner, strict=True))
     return all(_is(one, inner[0]) for one in value)
 
 
@@ -276,7 +302,7 @@ def shown(value: Any) -> str:
     return f"the class {kind.__name__}" if kind is value else f"a {kind.__name__}"
 
 
-def _annotations(owner: Any) -> dict[str, Any]:
+def annotations_of(owner: Any) -> dict[str, Any]:
     """Name -> annotation of a dataclass's fields, or of a function's arguments; Any where it has no value here."""
     if not isinstance(owner, type):
         return _resolved(owner.__annotations__, sys.modules[owner.__module__])

@@ -11,24 +11,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
 
+from .checks import limits
+
 
 def option(
     default: Any,
-    help: str,
+    help: str = "",
     *,
     choices: Sequence[Any] = (),
     parse: Callable[[str], Any] | None = None,
     flag: bool = True,
+    low: float | None = None,
+    high: float | None = None,
+    finite: bool = True,
 ) -> Any:
     """Return a dataclass field whose metadata makes it an option of `ptq4dm quantize`.
 
     default: the value where the user says nothing. A list, a dict or a set is copied for each recipe.
-    help: what the option does, in a few words.
+    help: what the option does, in a few words; without it the field is no flag.
     choices: all values that are allowed; () where they cannot be listed.
     parse: a function from the text of the command line to a value. Without it the type of the default decides.
     flag: False for an option that has no place on a command line (a dict of roles, a plan).
+    low, high, finite: the least and the largest number, and whether infinity is refused: see `checks.check_fields`.
     """
-    metadata = {"help": help, "choices": tuple(choices), "parse": parse, "flag": flag}
+    metadata = {"help": help, "choices": tuple(choices), "parse": parse, "flag": flag, **limits(low, high, finite)}
     if isinstance(default, (list, dict, set)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

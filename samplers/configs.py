@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping
 import diffusers
 import numpy as np
 
+from ..checks import annotations_of, check, plain_number, shown
 from ..errors import UserError
+from ..files.outside import reason
 from .kinds import BETAS, FIELDS, KEEP, KINDS, NAMES, REFUSED, SHIFTED, TAKEN
 
 
@@ -36,7 +38,7 @@ def class_of(config: Mapping) -> str | None:
         return name
     if config.get("algorithm_type") == "deis" and "solver" not in config:
         return "DEISMultistepScheduler"
-    return _parameters_of_refused().get(frozenset(key for key in config if not key.startswith("_")))
+    return _parameters_of_refused().get(frozenset(key for key in config if not str(key).startswith("_")))
 
 
 @functools.cache
@@ -75,12 +77,52 @@ def refuse_foreign(config: Mapping, ours: str, name: str | None = None) -> None:
         raise UserError(f"{ours} cannot sample this model: {cause} is for {what}; {instead}.")
 
 
+LEAST_AND_MOST = {
+    "num_train_timesteps": (1, 1_000_000),
+    "beta_start": (0, 1e6),
+    "beta_end": (0, 1e6),
+    "dynamic_thresholding_ratio": (0, 1),
+}
+
+
+def check_values(init: Callable, given: Mapping, ours: str) -> None:
+    """Raises UserError for an argument of a sampler that is not as its annotation says; None stands for nothing said.
+
+    Betas of a user's own are numbers from 0 to 1, one a timestep.
+    """
+    kinds = annotations_of(init)
+    for name, value in given.items():
+        if name == "trained_betas" and value is not None:
+            check_betas(value, ours)
+        elif name in kinds and (value is not None or name in LEAST_AND_MOST):
+            check(value, kinds[name], f"{ours}: {name}", *LEAST_AND_MOST.get(name, (None, None)))
+    if given.get("beta_schedule") != "continuous" and given.get("trained_betas") is None:
+        for name in ("beta_start", "beta_end"):
+            check(given.get(name, 0.0), float | None, f"{ours}: {name}", 0, 1)
+
+
+def check_betas(betas, ours: str) -> None:
+    """Raises UserError unless betas are finite numbers [N] from 0 to 1."""
+    try:
+        values = np.asarray(betas, np.float64)
+        if values.ndim == 1 and len(values) and np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1:
+            return
+    except (ArithmeticError, TypeError, ValueError, RuntimeError):
+        pass
+    raise UserError(f"{ours}: trained_betas must be a list of numbers from 0 to 1, one a timestep.")
+
+
 def refusing(init: Callable) -> Callable:
     """Decorates `__init__` of a sampler: a config spread into its arguments is looked at, too."""
 
+    names = list(inspect.signature(init).parameters)[1:]
+
     @functools.wraps(init)
     def checked(self, *args, **kwargs):
-        refuse_foreign(kwargs, type(self).__name__, kwargs.get("_class_name"))
+        args, kwargs = tuple(map(plain_number, args)), {name: plain_number(one) for name, one in kwargs.items()}
+        ours = type(self).__name__
+        refuse_foreign(kwargs, ours, kwargs.get("_class_name"))
+        check_values(init, {**dict(zip(names, args, strict=False)), **kwargs}, ours)
         init(self, *args, **kwargs)
 
     return checked
@@ -107,17 +149,23 @@ class TakesConfigs:
             UserError: the config is that of a model that this sampler cannot sample.
         """
         if isinstance(config, str | os.PathLike):
-            config = cls.load_config(config)
-        if isinstance(config, Mapping):
-            config = dict(config)
-            refuse_foreign({**config, **kwargs}, cls.__name__, class_of(config))
-            # diffusers drops what was a default of the other class: its betas, say, where ours has others.
-            ours = inspect.signature(cls.__init__).parameters
-            # Betas may be an array, which has no one answer to "!=".
-            defaults = {k: ours[k].default for k in ours}
-            stated = {k for k in _FACTS & set(config) if not np.array_equal(config[k], defaults.get(k, _FACTS))}
-            config["_use_default_values"] = [k for k in config.get("_use_default_values", ()) if k not in stated]
-            kwargs = cls._translated(config, kwargs)
+            try:
+                config = cls.load_config(config)
+            except (OSError, ValueError) as error:
+                raise UserError(f"no sampler's config can be read from '{config}': {reason(error)}.") from error
+        if not isinstance(config, Mapping):
+            raise UserError(
+                f"{cls.__name__}: config must be that of a scheduler, or its folder; got {shown(config)}."
+            )
+        config = {str(name): value for name, value in config.items()}
+        refuse_foreign({**config, **kwargs}, cls.__name__, class_of(config))
+        # diffusers drops what was a default of the other class: its betas, say, where ours has others.
+        ours = inspect.signature(cls.__init__).parameters
+        # Betas may be an array, which has no one answer to "!=".
+        defaults = {k: ours[k].default for k in ours}
+        stated = {k for k in _FACTS & set(config) if not np.array_equal(config[k], defaults.get(k, _FACTS))}
+        config["_use_default_values"] = [k for k in config.get("_use_default_values", ()) if k not in stated]
+        kwargs = cls._translated(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod

@@ -21,6 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..checks import MOST, whole
 from ..errors import UserError
 from .configs import TakesConfigs, check_choice, class_of, refusing
 from .kinds import BLIND, CLIPS
@@ -101,6 +102,7 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
         Raises:
             UserError: no steps, more than the model was trained with, or an unknown timestep_grid.
         """
+        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST)
         if not 1 <= num_inference_steps <= self.config.num_train_timesteps:
             raise UserError(
                 f"num_inference_steps must be from 1 to the {self.config.num_train_timesteps} timesteps of the "

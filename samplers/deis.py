@@ -18,6 +18,7 @@ from diffusers import ConfigMixin, DDIMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 
+from ..checks import MOST, whole
 from ..errors import UserError
 from .configs import TakesConfigs, class_of, refusing
 from .maths.coefficients import RUNGE_KUTTA
@@ -124,7 +125,8 @@ class DEISScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
         """A config of diffusers' DEIS stands for its solver and its timesteps, too."""
         if class_of(config) != "DEISMultistepScheduler" or "solver" in kwargs:
             return kwargs
-        order = min(kwargs.get("solver_order", config.get("solver_order", 2)), 3) - 1  # it has no solver above 3
+        order = kwargs.get("solver_order", config.get("solver_order", 2))
+        order = min(whole(order, "solver_order"), 3) - 1  # it has no solver above 3
         return {"solver": "log_rho", "order": order, "timestep_grid": DIFFUSERS, **kwargs}
 
     @property
@@ -138,9 +140,10 @@ class DEISScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
         `timesteps` then has one entry per evaluation: num_inference_steps of them, and for "rho_rk" as many for
         each of its stages (some between whole timesteps, so they are float64).
         """
-        times, self._evaluations = plan(self.config, self._choice, self.schedule, int(num_inference_steps))
-        whole = self.schedule.discrete and self.config.solver != "rho_rk"
-        self.timesteps = torch.tensor(times, dtype=torch.int64 if whole else torch.float64).to(device)
+        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST, 1_000_000)
+        times, self._evaluations = plan(self.config, self._choice, self.schedule, num_inference_steps)
+        counted = self.schedule.discrete and self.config.solver != "rho_rk"
+        self.timesteps = torch.tensor(times, dtype=torch.int64 if counted else torch.float64).to(device)
         self._own_timesteps = self.timesteps  # a caller may put a slice in its place
         self._times = times
         self.num_inference_steps = num_inference_steps

@@ -108,7 +108,7 @@ BETAS = ("beta_schedule", "beta_start", "trained_betas")
 
 
 def _is(*values) -> Callable:
-    return lambda value, config: value in values
+    return lambda value, config: isinstance(value, str) and value in values
 
 
 def _given(value, config) -> bool:

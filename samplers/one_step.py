@@ -11,6 +11,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
+from ..checks import MOST, whole
 from ..errors import UserError
 from .configs import TakesConfigs, refusing
 from .maths.outputs import without_variance
@@ -88,6 +89,7 @@ class OneStepScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """`timesteps` becomes the one timestep, on the device. Raises UserError unless one step is asked for."""
+        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST)
         if num_inference_steps != 1:
             raise UserError(
                 f"this model was distilled to one step; ask for num_inference_steps=1 (--steps 1), not "

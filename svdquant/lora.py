@@ -8,12 +8,13 @@ so adapters cost what their ranks cost, no layer of their own, and the codes sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from ..checks import check, checked, shown
 from ..errors import UserError
 from ..layers.base import replace_module
 from ..pipelines.denoiser import model_of, turn_at
@@ -97,7 +98,8 @@ def scale_lora(target, scales: dict[str, float]) -> None:
     _whole(target, change)
 
 
-def unfuse_lora(target, names: list[str] | None = None) -> None:
+@checked
+def unfuse_lora(target, names: Collection[str] | None = None) -> None:
     """Take fused adapters out again (all, or those named): what the layers compute is then, to the bit, as before.
 
     Raises UserError for an adapter that is not fused.
@@ -112,9 +114,11 @@ def unfuse_lora(target, names: list[str] | None = None) -> None:
 
 
 def _named(scales: dict[str, float] | None) -> dict[str, float]:
-    if not isinstance(scales or {}, dict):
-        raise UserError(f"scales are strengths by the names of adapters, such as {{'style': 0.5}}, not {scales!r}.")
-    return scales or {}
+    scales = {} if scales is None else scales
+    if not isinstance(scales, dict):
+        what = "scales are strengths by the names of adapters, such as {'style': 0.5}"
+        raise UserError(f"{what}, not {shown(scales)}.")
+    return check(scales, dict[str, float], "scales")
 
 
 def _fused(target, names: set[str] | None) -> list[_SVDQLayer]:

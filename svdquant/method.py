@@ -54,21 +54,19 @@ class SVDQuantConfig(QuantConfig):
         and all larger convolutions "int8"; the rest "keep".
     """
 
-    rank: int = option(32, "of the low-rank branch")
+    rank: int = option(32, "of the low-rank branch", low=0, high=1024)
     group_size: int = option(64, "inputs per scale", choices=GROUP_SIZES)
     activations: str = option("int4", "format of inputs", choices=ACTIVATIONS[:3])
     smoothing: str | float = option("search", "search, exhaustive, none, or alpha", parse=number_or_word)
     rounding: str = option("gptq", "how weights are rounded")
-    refinements: int = option(10, "most turns of branch and rounding")
-    num_tuples: int = option(32, "calibration tuples used")
+    refinements: int = option(10, "most turns of branch and rounding", low=0, high=100_000)
+    num_tuples: int = option(32, "calibration tuples used", low=1)
     unsigned: bool = option(False, "lift the outputs of GELU and SiLU above zero (int4)")
     roles: dict[str, str] = option({}, "layer pattern -> role", flag=False)
-    seed: int = option(0, "of the rows that are kept", flag=False)
+    seed: int = option(0, "of the rows that are kept", flag=False, low=0)
 
     def __post_init__(self):
         super().__post_init__()
-        if not (isinstance(self.rank, int) and 0 <= self.rank <= 1024):
-            raise UserError(f"rank must be a whole number from 0 to 1024; got {self.rank!r}.")
         if self.group_size not in GROUP_SIZES:
             raise UserError(f"group_size must be 16, 32, 64 or 128; got {self.group_size!r}.")
         if self.activations not in ACTIVATIONS[:3]:
@@ -79,8 +77,6 @@ class SVDQuantConfig(QuantConfig):
             raise UserError(
                 f"smoothing must be search, exhaustive, none or a number in [0, 1]; got {self.smoothing!r}."
             )
-        if self.refinements < 0 or self.num_tuples < 1:
-            raise UserError("refinements must be 0 or more, and num_tuples 1 or more.")
         if wrong := set(self.roles.values()) - set(ROLES):
             raise UserError(f"unknown role '{min(wrong)}'; choose from {', '.join(ROLES)}.")
 

@@ -11,6 +11,7 @@ Which timesteps are recorded is the collector's choice:
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,18 +21,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_fields, check_seeds, checked
 from ..errors import UserError
 from ..files.claim import claimed, digest
 from ..files.places import check_room, lying_in, output_folder
 from ..layers.base import holds_quantized
 from ..options import option
-from ..pipelines.denoiser import pipelines_in, schedulers_of, turn_at
+from ..pipelines.denoiser import check_sampled, pipelines_in, schedulers_of, turn_at
+from ..pipelines.sampling import MOST_STEPS, check_arguments, refusals
 from ..progress import progress_bar
 from ..undo import whole_or_not
 from .call_files import save_calls
 from .calls import parameter_place
 from .clock import Span
-from .input_statistics import HISTOGRAM_BINS, InputStatistics
+from .input_statistics import HISTOGRAM_BINS, InputStatistics, check_size
 from .look import look
 from .measure import binned_batches, update
 from .request import Request, request_of
@@ -72,24 +75,21 @@ class CalibrationConfig:
     """
 
     collector: str = option("uniform", "law of the timesteps: uniform, ndtc or solver")
-    num_samples: int = option(128, "sampling trajectories")
-    num_inference_steps: int = 20
-    mu: float = option(0.4, "ndtc: mean, as a fraction of the timesteps")
-    sigma: float = option(0.4, "ndtc: deviation; 0 is a single timestep")
-    num_bins: int = option(10, "timestep bins of the statistics")
-    batch_size: int = option(16, "trajectories at a time")
-    seed: int = option(0, "seed of the first trajectory")
+    num_samples: int = option(128, "sampling trajectories", low=1, high=10_000_000)
+    num_inference_steps: int = option(20, low=1, high=MOST_STEPS)
+    mu: float = option(0.4, "ndtc: mean, as a fraction of the timesteps", finite=False)
+    sigma: float = option(0.4, "ndtc: deviation; 0 is a single timestep", finite=False)
+    num_bins: int = option(10, "timestep bins of the statistics", low=1, high=10_000)
+    batch_size: int = option(16, "trajectories at a time", low=1, high=1_000_000)
+    seed: int = option(0, "seed of the first trajectory", low=0)
 
     def __post_init__(self) -> None:
+        check_fields(self, "CalibrationConfig")
         if self.collector not in COLLECTORS:
             raise UserError(f"collector '{self.collector}' is unknown; choose from {', '.join(COLLECTORS)}.")
-        for name in ("num_samples", "num_inference_steps", "num_bins", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative; got {self.seed}.")
         if not (0 <= self.mu <= 1 and 0 <= self.sigma < math.inf):
             raise UserError(f"mu lies in [0, 1] and sigma is not negative; got {self.mu} and {self.sigma}.")
+        check_seeds(self.seed, self.num_samples + 1)  # one more: `look` compares the first with the second
 
 
 def draw_timesteps(config: CalibrationConfig, span: Span, grid: Sequence[float]) -> Tensor:
@@ -108,14 +108,15 @@ def draw_timesteps(config: CalibrationConfig, span: Span, grid: Sequence[float])
     return span.time(normal * config.sigma + config.mu).clamp(span.low, last)
 
 
+@checked
 def collect(
     pipe: DiffusionPipeline,
     config: CalibrationConfig | None = None,
-    output: str | Path | None = None,
+    output: str | os.PathLike | None = None,
     *,
     component: str | Sequence[str] | None = None,
-    conditioning: dict | None = None,
-    pipeline_kwargs: dict | None = None,
+    conditioning: dict[str, Any] | None = None,
+    pipeline_kwargs: dict[str, Any] | None = None,
 ) -> CalibrationStore:
     """Calibrate: record calls from the pipeline's own sampling, then measure every layer's input on them.
 
@@ -135,6 +136,8 @@ def collect(
         UserError: the folder holds another store, or is just being filled with one, the disk is full, a network is
             never called, or a layer sees NaN or infinity.
     """
+    check_sampled(pipe)
+    check_arguments(conditioning, pipeline_kwargs)
     config = config or CalibrationConfig()
     names = [component] if isinstance(component, str) else component
     request = request_of(
@@ -146,12 +149,13 @@ def collect(
     )
     if output is None:
         temporary = tempfile.TemporaryDirectory()
-        _collect_whole(request, config, Path(temporary.name), _asked(request, config))
+        with refusals(pipe, conditioning, pipeline_kwargs):
+            _collect_whole(request, config, Path(temporary.name), _asked(request, config))
         return CalibrationStore.load(temporary.name, owner=temporary)
     folder, asked = Path(output), _asked(request, config)
     found = _found(folder, asked)
     if found is None or not found["complete"]:
-        with output_folder(folder), claimed(folder, asked):
+        with output_folder(folder), claimed(folder, asked), refusals(pipe, conditioning, pipeline_kwargs):
             _collect_whole(request, config, folder, asked)
     return CalibrationStore.load(output)
 
@@ -197,6 +201,7 @@ def _asked(request: Request, config: CalibrationConfig) -> dict[str, Any]:
             raise UserError(f"'{name}' is quantized already; calibrate it in full precision.")
         if not asked["fingerprint"][name]:
             raise UserError(f"'{name}' has no Linear or Conv2d layers to calibrate.")
+        check_size(len(asked["fingerprint"][name]), config.num_bins)
     return asked
 
 

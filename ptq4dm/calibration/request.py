@@ -11,7 +11,14 @@ from torch import nn
 
 from ..errors import UserError
 from ..hooks import hooked
-from ..pipelines.denoiser import denoiser_names, evaluation_mode, networks_of, schedulers_of, turn_at
+from ..pipelines.denoiser import (
+    check_pipeline,
+    denoiser_names,
+    evaluation_mode,
+    networks_of,
+    schedulers_of,
+    turn_at,
+)
 from ..pipelines.sampling import call_pipeline
 from .calls import Call
 from .clock import Track, counted
@@ -80,6 +87,7 @@ def request_of(
 
     Raises UserError where the pipeline has no such network, or no scheduler.
     """
+    check_pipeline(pipe)
     networks = networks_of(pipe)
     for name in components or ():
         if name not in networks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, cast
@@ -16,6 +17,7 @@ from typing import NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_fields, checked
 from ..errors import UserError
 from ..layers.view import find_layers
 from .calls import Calls
@@ -39,6 +41,9 @@ class CalibrationStore:
     statistics: InputStatistics | None = None
     component: str = ""
     others: dict[str, CalibrationStore] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "CalibrationStore")
 
     def __repr__(self) -> str:
         tuples = "no" if self.calls is None else len(self.calls)
@@ -91,7 +96,8 @@ class CalibrationStore:
         )
 
     @classmethod
-    def load(cls, folder: str | Path, owner: object = None) -> CalibrationStore:
+    @checked
+    def load(cls, folder: str | os.PathLike, owner: object = None) -> CalibrationStore:
         """Open a store. Calls stay on disk until they are made; owner: what has to live as long.
 
         Raises UserError where there is no finished store, DamagedFile where its files are not what was written.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checks import MOST, seeds_of
 from ..errors import UserError
 from ..files.pictures import opened_picture
 from ..files.places import make_parent
@@ -41,12 +42,13 @@ def run(args) -> None:
     model = default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
+    seeds = seeds_of(range(args.seed, args.seed + args.num_images), low=-MOST)
     picture = Path(args.picture or f"{args.output}.png")
     make_parent(picture)
     pipe = load(args, model)
     paths = generate(
         pipe,
-        range(args.seed, args.seed + args.num_images),
+        seeds,
         args.output,
         num_inference_steps=steps_of(args, pipe),
         batch_size=args.batch_size,

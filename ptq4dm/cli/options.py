@@ -11,12 +11,12 @@ from accelerate import PartialState
 from ..calibration.collect import CalibrationConfig
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig
-from ..pipelines.load import EMBEDDED, check_device, load_pipeline
+from ..pipelines.devices import DTYPES, check_device
+from ..pipelines.load import EMBEDDED, load_pipeline
 from ..pipelines.sampling import default_steps
 from ..quantization.saving import RECORD
 from .flags import add_flags, given
 
-DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLE = EMBEDDED[0]  # the model where none is named
 QUANTIZED = "out/quantized"  # where `quantize` writes and the others look first
 QUANTIZED_FIRST = f"{QUANTIZED} if `quantize` made it, else {EXAMPLE}"
@@ -29,7 +29,12 @@ def add_model(parser, default: str | None = EXAMPLE, note: str = "") -> None:
     text = f"{text}; {note}" if note else text
     parser.add_argument("--model", default=default, help=text).known = EMBEDDED  # for completion
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
+
+
+def dtype_name(text: str) -> str:
+    """ "torch.float16", as diffusers writes it, is "float16"."""
+    return text.removeprefix("torch.")
 
 
 def add_component(parser) -> None:
@@ -92,7 +97,7 @@ def dtype_of(args) -> str:
 
 def load(args, model):
     """The pipeline of `model`, with the sampler that the arguments name."""
-    pipe = load_pipeline(model, getattr(torch, dtype_of(args)), device_of(args))
+    pipe = load_pipeline(model, dtype_of(args), device_of(args))
     name, order, grid = (getattr(args, key, None) for key in ("sampler", "order", "grid"))
     if name is not None:
         from ..samplers.catalog import make_sampler

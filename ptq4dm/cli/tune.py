@@ -57,8 +57,8 @@ def parse_shape(text: str) -> Shape:
         raise UserError(
             f"'{text}' is no shape; write M,N,K (rows, outputs, inputs), such as 4608,3072,3072."
         ) from None
-    if min(m, n, k) < 1:
-        raise UserError(f"'{text}' is no shape: each of M,N,K must be at least 1.")
+    if min(m, n, k) < 1 or max(m, n, k) >= 1 << 31:
+        raise UserError(f"'{text}' is no shape: each of M,N,K must be at least 1 and less than 2^31.")
     if k % 64:
         raise UserError(f"'{text}': the kernels take inputs in groups of 64, and K = {k} is no multiple of 64.")
     return m, n, k

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from ..checks import check_fields, check_seeds, checked
 from ..errors import UserError
 from ..files.claim import claimed
 from ..files.places import output_folder
 from ..options import option
-from ..pipelines.denoiser import denoiser, turn_at
+from ..pipelines.denoiser import check_sampled, denoiser, turn_at
+from ..pipelines.devices import check_device
 from ..pipelines.generate import fingerprint, settings
-from ..pipelines.sampling import sample
+from ..pipelines.sampling import MOST_BATCH, MOST_STEPS, check_arguments, refusals, sample
 from ..progress import progress_bar
 from ..quantization.components import left_out, quantized_plans
 from .compare import compare_denoisers, denoiser_bytes
@@ -26,6 +29,8 @@ from .frechet import write_statistics
 from .inception import MODES
 from .paired import image_errors, paired_psnr
 from .report import format_report, write_report, write_samples
+
+MOST_IMAGES = 10_000_000
 
 
 @dataclass
@@ -42,38 +47,39 @@ class EvaluateConfig:
     conditioning, pipeline_kwargs: see `sample`.
     """
 
-    num_images: int = option(1000, "samples for the Frechet distance")
-    num_paired: int = option(64, "same-seed pairs")
-    num_heldout: int = option(64, "recorded calls for the epsilon error")
-    num_inference_steps: int = 50
-    batch_size: int = 64
-    seed: int = option(0, "seed of the first image")
-    heldout_seed: int = 1_000_000
-    num_bins: int = 10
+    num_images: int = option(1000, "samples for the Frechet distance", low=0, high=MOST_IMAGES)
+    num_paired: int = option(64, "same-seed pairs", low=0, high=MOST_IMAGES)
+    num_heldout: int = option(64, "recorded calls for the epsilon error", low=0, high=MOST_IMAGES)
+    num_inference_steps: int = option(50, low=1, high=MOST_STEPS)
+    batch_size: int = option(64, low=1, high=MOST_BATCH)
+    seed: int = option(0, "seed of the first image", low=0)
+    heldout_seed: int = option(1_000_000, low=0)
+    num_bins: int = option(10, low=1, high=10_000)
     metric: str = option("feature-fid", "Frechet distance of the samples", choices=METRICS)
     reference: str | os.PathLike | None = option(None, "folder of real images, or npz of their mu and sigma")
     inception_weights: str | os.PathLike | None = option(None, "file, for --metric fid; downloaded otherwise")
     resize: str = option("torch-fidelity", "how --metric fid resizes images", choices=tuple(MODES))
-    warmup_steps: int = 2
-    timed_steps: int = 10
-    conditioning: dict | None = None
-    pipeline_kwargs: dict | None = None
+    warmup_steps: int = option(2, low=0, high=1_000_000)
+    timed_steps: int = option(10, low=0, high=1_000_000)
+    conditioning: dict[str, Any] | None = None
+    pipeline_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "EvaluateConfig")
+        check_seeds(self.seed, max(self.num_images, self.num_paired, 1))
+        check_seeds(self.heldout_seed, max(self.num_heldout, self.batch_size, 2), "heldout_seed")
 
     def check(self) -> None:
-        """Raises UserError for figures that measure nothing."""
+        """Raises UserError for figures that measure nothing, and fields that were set to what they cannot be."""
+        self.__post_init__()
         if self.metric not in METRICS:
             raise UserError(f"unknown metric '{self.metric}'; choose from {', '.join(METRICS)}.")
         if self.metric != "none" and self.num_images < 2:
             number = "zero images" if self.num_images == 0 else f"{self.num_images} image(s)"
             raise UserError(f"{number} cannot give a Frechet distance; ask for 2 or more, or metric 'none'.")
-        for name in ("num_inference_steps", "batch_size", "num_bins"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be 1 or more, not {getattr(self, name)}.")
-        for name in ("num_paired", "num_heldout", "warmup_steps", "timed_steps", "seed", "heldout_seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
 
 
+@checked
 def evaluate(
     pipe,
     full_precision=None,
@@ -101,8 +107,12 @@ def evaluate(
     Raises:
         UserError: settings that measure nothing, samples with NaN or infinity, or a reference that does not fit.
     """
+    check_sampled(pipe)
+    if full_precision is not None:
+        check_sampled(full_precision, "full_precision")
     config = config or EvaluateConfig()
     config.check()
+    check_arguments(config.conditioning, config.pipeline_kwargs)
     if config.metric == "none" and full_precision is None:
         raise UserError("metric 'none' without a full-precision model leaves nothing to measure.")
     state = PartialState()
@@ -112,6 +122,7 @@ def evaluate(
             folder = stack.enter_context(output_folder(output))
             stack.enter_context(claimed(folder, _identity(pipe, full_precision, config)))
         stack.enter_context(turn_at(pipe, *([] if full_precision is None else [full_precision])))
+        stack.enter_context(refusals(pipe, config.conditioning, config.pipeline_kwargs))
         report, shown = _measure(pipe, full_precision, config)
         if show is not None and state.is_main_process:
             show(report)
@@ -139,6 +150,7 @@ def _write(report: dict, shown: tuple[list, list[int]] | None, folder: Path, tol
         raise
 
 
+@checked
 def evaluate_images(folder: str | os.PathLike, config: EvaluateConfig | None = None, device="cpu") -> dict:
     """The Frechet distance of all images in a folder against config.reference (a folder, an npz, or embedded).
 
@@ -154,6 +166,7 @@ def evaluate_images(folder: str | os.PathLike, config: EvaluateConfig | None = N
     return {"frechet": {**result, "images": str(folder)}, "warnings": warnings}
 
 
+@checked
 def write_reference(
     folder: str | os.PathLike, destination: str | os.PathLike, config: EvaluateConfig | None = None, device="cpu"
 ) -> int:
@@ -204,7 +217,7 @@ def _sampler(pipe) -> dict:
 
 
 def _extractor(config: EvaluateConfig, device) -> Extractor:
-    return load_extractor(config.metric, device, config.inception_weights, config.resize)
+    return load_extractor(config.metric, check_device(device), config.inception_weights, config.resize)
 
 
 class _Pictures:

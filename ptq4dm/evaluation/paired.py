@@ -50,7 +50,12 @@ def paired_psnr(errors: Sequence[float]) -> dict:
         {"psnr_db", "psnr_stderr", "psnr_interval", "mse", "identical"}: the standard error over the images; the two
         ends of the 95 % interval, by Student's law for so many images; and how many images have no error at all.
         One image alone has neither standard error nor interval: they are None.
+
+    Raises:
+        UserError: NaN or infinity among the errors.
     """
+    if not all(math.isfinite(error) for error in errors):
+        raise UserError("an image's error is NaN or infinite: one of the two models overflowed.")
     values, count = [psnr(error) for error in errors], len(errors)
     mean = sum(values) / count
     stderr = interval = None

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..errors import UserError
 from ..files.atomic import replacing
 from ..pipelines.images import image_grid, save_picture, to_uint8
 
@@ -58,10 +59,19 @@ def write_report(report: dict, folder: Path) -> None:
     """report.json in `folder`: plain JSON, no NaN; written under a temporary name, then renamed.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or a figure is NaN or infinite.
     """
     with replacing(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(_json(report) + "\n")
+
+
+def _json(report: dict) -> str:
+    for name, part in report.items():
+        try:
+            json.dumps(part, allow_nan=False)
+        except ValueError:
+            raise UserError(f"the figures of '{name}' hold NaN or infinity; one of the models overflowed.") from None
+    return json.dumps(report, indent=2, allow_nan=False)
 
 
 def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], folder: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
-from ..pipelines.denoiser import denoiser_names, turn_at
+from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
 from .fuse_report import FuseReport, why_left
 from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
@@ -65,6 +65,7 @@ def _models(target: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
     """What goes before the names of modules -> model: nothing, but where a pipeline has several denoisers."""
     if isinstance(target, nn.Module):
         return {"": target}
+    check_pipeline(target, "what is fused")
     names = denoiser_names(target)
     return {f"{name}." if len(names) > 1 else "": getattr(target, name) for name in names}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..checks import check, checked, shown
 from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
 from ..files.outside import TensorFile, checked_object, described, naming, outside, read_json, read_tensors
@@ -137,6 +139,13 @@ class Plan:
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     transforms: list[TransformPlan] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check(self.method, str, "Plan: method")
+        check(self.transforms, list[TransformPlan], "Plan: transforms")
+        for name, layer in check(self.layers, dict[str, Any], "Plan: layers").items():
+            if isinstance(layer, type) or not is_dataclass(layer):  # each format has a class of plans of its own
+                raise UserError(f"Plan: layers must be plans of layers by name; '{name}' is {shown(layer)}.")
+
     def to_dict(self) -> dict:
         """The plan as JSON holds it; tensors of transforms are not in it."""
         data: dict[str, Any] = {
@@ -166,6 +175,7 @@ class Plan:
         The values of choices are looked at by `check`, which whoever loads or follows a plan calls.
         tensors: those of its transforms; without them (None) a packed model can be loaded, but the plan not followed.
         """
+        check(data, dict[str, Any], "a plan")
         with outside("a plan written by ptq4dm", "save it again"):
             checked_object(data, {"method": str, "layers": dict})
             layers = {name: choices_of(name, layer) for name, layer in data["layers"].items()}
@@ -197,7 +207,8 @@ class Plan:
                     f"the plan is damaged: layer '{name}' borrows from '{leader}', which has nothing to lend."
                 )
 
-    def save(self, path: str | Path) -> None:
+    @checked
+    def save(self, path: str | os.PathLike) -> None:
         """Write the plan into a JSON file, and tensors of transforms, if any, beside it, as .safetensors.
 
         Raises UserError where they cannot be written.
@@ -213,7 +224,8 @@ class Plan:
             temporary.write_text(json.dumps(self.to_dict(), indent=1))
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
+    @checked
+    def load(cls, path: str | os.PathLike) -> Plan:
         """Read what `save` wrote. Raises DamagedFile where it cannot be read."""
         path = Path(path)
         data = read_json(path, "give a plan that ptq4dm has saved")

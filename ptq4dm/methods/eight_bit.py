@@ -54,23 +54,22 @@ class IntegerConfig(QuantConfig):
     """
 
     format: str = option("int8", "number format of weights and inputs", choices=NUMBER_FORMATS)
-    weight_bits: int = option(8, "8, or 4 stored as such; other widths are simulated in int8 containers")
-    activation_bits: int = option(8, "8; narrower grids are simulated")
+    weight_bits: int = option(
+        8, "8, or 4 stored as such; other widths are simulated in int8 containers", low=2, high=8
+    )
+    activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
     group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
     affine: bool = option(False, "4-bit weights with zero points")
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")
     first_last: str = option("int8", "the layers at the model's ends", choices=FIRST_LAST)
     rounding: str = option("nearest", "how weights are rounded: nearest, or gptq by calibration inputs")
-    num_tuples: int = option(32, "calibration tuples that roundings and objectives look at")
-    seed: int = option(0, "of the input rows that are kept", flag=False)
+    num_tuples: int = option(32, "calibration tuples that roundings and objectives look at", low=1)
+    seed: int = option(0, "of the input rows that are kept", flag=False, low=0)
     prefix: str = option("exact", "what roundings see: inputs of the exact model or, quantized, of what is packed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("weight_bits", "activation_bits"):
-            if not (isinstance(getattr(self, name), int) and 2 <= getattr(self, name) <= 8):
-                raise UserError(f"{name} must be a whole number from 2 to 8; got {getattr(self, name)!r}.")
         if self.format not in NUMBER_FORMATS:
             raise UserError(f"format must be 'int8' or 'fp8'; got '{self.format}'.")
         if self.format == "fp8" and (self.weight_bits, self.activation_bits) != (8, 8):

@@ -30,7 +30,9 @@ class PTQ4DMConfig(IntegerConfig):
     """
 
     objective: str = option("lp", "range objective: max, percentile, mse, lp or output")
-    objective_parameter: float | None = option(None, "percent of percentile, exponent of lp", parse=float)
+    objective_parameter: float | None = option(
+        None, "percent of percentile, exponent of lp", parse=float, finite=False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..checks import shown
 from ..errors import UserError
 from ..interrupts import uninterrupted
 from .turns import turns
@@ -21,10 +22,38 @@ TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "r")  # what networks o
 
 def components_of(pipe) -> dict[str, Any]:
     """Name -> part of a pipeline: what it has registered, also where its own class takes other arguments, too."""
-    registered = getattr(pipe, "config", None)
-    if registered is None:
-        registered = getattr(pipe, "__dict__", {})
-    return {name: vars(pipe)[name] for name in registered if not name.startswith("_") and name in vars(pipe)}
+    parts = {} if isinstance(pipe, type) else getattr(pipe, "__dict__", {})
+    registered = getattr(pipe, "config", None) if parts else {}
+    if not isinstance(registered, Mapping):
+        registered = parts
+    return {name: parts[name] for name in registered if str(name)[:1] != "_" and name in parts}
+
+
+def check_pipeline(pipe: Any, what: str = "pipe") -> None:
+    """Raises UserError unless this is a pipeline with networks: no name of one, no class and no model by itself."""
+    if isinstance(pipe, (str, os.PathLike)):
+        raise UserError(f"{str(pipe)!r} is a name; give the pipeline itself, e.g. from ptq4dm.load_pipeline.")
+    if isinstance(pipe, nn.Module):
+        raise UserError(f"{what} must be a pipeline, and {type(pipe).__name__} is a model by itself.")
+    if not networks_of(pipe):
+        raise UserError(
+            f"{what} must be a diffusers pipeline, such as ptq4dm.load_pipeline gives; got {shown(pipe)}."
+        )
+
+
+def check_sampled(pipe: Any, what: str = "pipe") -> None:
+    """Raises UserError unless this is a pipeline that can be sampled: its networks hold values, or are offloaded."""
+    check_pipeline(pipe, what)
+    if any(_is_empty(getattr(pipe, name)) for name in denoiser_names(pipe)):
+        raise UserError(f"{what} is on device 'meta', which holds shapes and no values; load it with its weights.")
+
+
+def _is_empty(network: nn.Module) -> bool:
+    """Whether a network has shapes and no values, and no hook of accelerate or diffusers that brings them."""
+    first = next(network.parameters(), None)
+    if first is None or not first.is_meta:
+        return False
+    return not any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in network.modules())
 
 
 def denoiser_names(pipe) -> list[str]:
@@ -110,7 +139,10 @@ def model_of(target) -> nn.Module:
     """A model as it is, or the denoiser of a pipeline. Raises UserError for what is neither."""
     if isinstance(target, (str, os.PathLike)):
         raise UserError(f"'{target}' is a name; give the pipeline or model itself, e.g. from ptq4dm.load_pipeline.")
-    return target if isinstance(target, nn.Module) else denoiser(target)
+    if isinstance(target, nn.Module):
+        return target
+    check_pipeline(target, "what is given here")
+    return denoiser(target)
 
 
 def class_count(pipe) -> int | None:

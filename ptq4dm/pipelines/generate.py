@@ -7,22 +7,24 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from accelerate import PartialState
 from PIL import Image
 
+from ..checks import MOST, checked, seeds_of, whole
 from ..errors import UserError
 from ..files.claim import claimed
 from ..files.places import output_folder
 from ..progress import progress_bar
 from ..version import __version__
-from .denoiser import denoiser, networks_of, turn_at
+from .denoiser import check_sampled, denoiser, networks_of, turn_at
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
-from .sampling import check_steps, choose_conditioning, sample
+from .sampling import MOST_BATCH, check_arguments, check_steps, choose_conditioning, sample
 
 SEED_NAMED = re.compile(r"\d{6,}\.png")
 
@@ -102,16 +104,17 @@ def _missing(output: Path, seeds: Sequence[int], expected) -> list[int]:
     return [s for s in seeds if s not in there]
 
 
+@checked
 def generate(
     pipe,
-    seeds: Sequence[int],
+    seeds: Iterable[int],
     output: str | os.PathLike,
     *,
     num_inference_steps: int = 50,
     batch_size: int = 16,
-    conditioning: dict[str, Sequence] | None = None,
-    pipeline_kwargs: dict | None = None,
-    metadata: dict | None = None,
+    conditioning: dict[str, Any] | None = None,
+    pipeline_kwargs: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> list[Path]:
     """Write one PNG per seed, `000123.png`, into the folder `output`; returns the paths in the seeds' order.
 
@@ -135,10 +138,13 @@ def generate(
         UserError: no seeds or a negative one, a batch size below 1, an `output` that cannot be written or
             that holds images made with other settings, or any error of `sample`.
     """
-    seeds, output = [int(s) for s in seeds], Path(output)
-    if not seeds or min(seeds) < 0 or batch_size < 1:
+    check_sampled(pipe)
+    seeds, output = seeds_of(seeds, low=-MOST), Path(output)
+    batch_size = whole(batch_size, "batch_size", -MOST, MOST_BATCH)
+    if min(seeds) < 0 or batch_size < 1:
         raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
-    check_steps(pipe, num_inference_steps)
+    check_arguments(conditioning, pipeline_kwargs)
+    num_inference_steps = check_steps(pipe, num_inference_steps)
     shared = settings(pipe, num_inference_steps, pipeline_kwargs, metadata)
     with output_folder(output), claimed(output, [shared, _plain(conditioning)], share=True), turn_at(pipe):
         _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, shared)
@@ -177,6 +183,7 @@ def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning
     state.wait_for_everyone()
 
 
+@checked
 def save_grid(
     images: torch.Tensor | Sequence[str | os.PathLike],
     destination: str | os.PathLike,

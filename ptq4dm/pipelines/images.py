@@ -8,6 +8,7 @@ import os
 import torch
 from PIL import Image, PngImagePlugin
 
+from ..checks import whole
 from ..errors import UserError
 from ..files.atomic import replacing
 from ..files.outside import checked_object, parse_json
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 METADATA_KEY = "ptq4dm"
+MOST_PIXELS = 1 << 31  # of a grid, of 3 bytes each
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -90,11 +92,14 @@ def image_grid(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Imag
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
         raise UserError(f"image_grid takes uint8 [N,3,H,W], N > 0, not {images.dtype} {list(images.shape)}.")
-    if columns < 1 or scale < 1:
-        raise UserError(f"a grid needs columns >= 1 and scale >= 1, not {columns} and {scale}.")
+    columns, scale = whole(columns, "a grid's columns", 1), whole(scale, "a grid's scale", 1, 1_000_000)
     number, _, height, width = images.shape
     columns = min(columns, number)
     rows = -(-number // columns)
+    if (pixels := rows * columns * height * width * scale**2) > MOST_PIXELS:
+        raise UserError(
+            f"a grid of {pixels:.3g} pixels does not fit a picture; take fewer images or a smaller scale."
+        )
     cells = images.new_full((rows * columns, 3, height, width), 255)
     cells[:number] = images
     grid = cells.reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)

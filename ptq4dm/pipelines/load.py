@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
+from ..checks import checked
 from ..errors import DamagedFile, UserError
 from ..files.outside import naming, reason
 from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to DiffusionPipeline.from_pretrained)
+from .devices import check_device, dtype_of
 from .embedded import asset_path
 from .folder import check_folder
 
 EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep")
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """The device, if this machine has it.
-
-    Raises:
-        UserError: the name is no device, or PyTorch sees no such device here.
-    """
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device '{device}' cannot be used here; try --device cpu.") from error
-    return device
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -48,33 +37,40 @@ def _open(source: str | Path, dtype: torch.dtype, **kw) -> DiffusionPipeline:
             handler.removeFilter(_is_news)
 
 
-def folder_of(model: str | Path) -> Path:
+def folder_of(model: str | os.PathLike) -> Path:
     """The local folder that a name or a path stands for, whether it exists or not."""
-    return asset_path(str(model)) if str(model) in EMBEDDED else Path(model).expanduser()
+    return asset_path(os.fspath(model)) if os.fspath(model) in EMBEDDED else Path(model).expanduser()
 
 
+@checked
 def load_pipeline(
-    model: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **kw
+    model: str | os.PathLike,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device | int = "cpu",
+    **kw,
 ) -> DiffusionPipeline:
     """Load a diffusers pipeline, quantized by ptq4dm or not, onto a device.
 
     Args:
         model: an embedded name (one of EMBEDDED), a local diffusers folder (with its model_index.json), or a hub
             id `owner/name`. A local folder of an embedded name goes by `./name`.
-        dtype: what the floating-point weights are converted to, whatever they are stored in.
+        dtype: float32, bfloat16 or float16, also by name: what the floating-point weights are converted to,
+            whatever they are stored in.
+        device: "cpu", "cuda:1", a torch.device, or the number of a GPU.
         kw: passed on to DiffusionPipeline.from_pretrained (revision, variant, ...).
 
     Raises:
         UserError: no such model, no pipeline in the folder, a broken weight file, or no such device.
     """
-    device, name = check_device(device), str(model)
+    device, name = check_device(device), os.fspath(model)
+    dtype = dtype_of(kw.pop("torch_dtype", dtype))  # diffusers' older name for it
     folder = folder_of(model)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{folder} holds no model_index.json, so it is not a diffusers pipeline.")
         check_folder(folder, kw)
         source: str | Path = folder
-    elif isinstance(model, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif not isinstance(model, str) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"'{name}' is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, "
             "nor a hub id (owner/name)."
@@ -98,8 +94,11 @@ def load_pipeline(
     return pipe.to(device)
 
 
+@checked
 def load_reference(
-    name: str = "unet-cifar10", dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    name: str = "unet-cifar10",
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device | int = "cpu",
 ) -> DiffusionPipeline:
     """An embedded model of 32x32 CIFAR-10 images, stored in float16 and loaded as `dtype`.
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..checks import shown
 from ..errors import UserError
 
 
@@ -30,6 +31,10 @@ class PixelDiTPipeline(DiffusionPipeline):
 
     def __init__(self, transformer: DiTTransformer2DModel, scheduler: SchedulerMixin):
         super().__init__()
+        if not (transformer is None or isinstance(transformer, torch.nn.Module)):
+            raise UserError(f"transformer must be a network; got {shown(transformer)}.")
+        if not (scheduler is None or hasattr(scheduler, "set_timesteps")) or isinstance(scheduler, type):
+            raise UserError(f"scheduler must be a diffusers scheduler; got {shown(scheduler)}.")
         self.register_modules(transformer=transformer, scheduler=scheduler)
 
     @property
@@ -39,7 +44,10 @@ class PixelDiTPipeline(DiffusionPipeline):
 
     def check_labels(self, class_labels: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """int64 [B], on the device; UserError unless all are whole numbers in [0, num_classes)."""
-        labels = torch.as_tensor(class_labels)
+        try:
+            labels = torch.as_tensor(class_labels)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise UserError("class_labels must be a list of whole numbers, one per image.") from None
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim != 1 or not len(labels):
             raise UserError("class_labels must be a list of whole numbers, one per image.")
         wrong = labels[(labels < 0) | (labels >= self.num_classes)]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+from ..checks import check, checked, seeds_of, shown, whole
 from ..errors import UserError
+from ..files.outside import reason
 from ..interrupts import one_interrupt, uninterrupted
-from ..progress import shown
-from .denoiser import class_count, denoiser_names, evaluation_mode, turn_at
+from ..progress import shown as bars_shown
+from .denoiser import check_sampled, class_count, denoiser_names, evaluation_mode, turn_at
 from .noise import float32_noise
 
+MOST_STEPS, MOST_BATCH = 100_000, 1_000_000  # beyond which nobody means what they say
 OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "return_dict")
 
 
@@ -23,8 +26,9 @@ def default_steps(pipe, otherwise: int) -> int:
     return getattr(getattr(pipe, "scheduler", None), "fixed_steps", None) or otherwise
 
 
-def check_steps(pipe, num_inference_steps: int) -> None:
-    """Raises UserError for no steps, for more than the model was trained with, or other than its one."""
+def check_steps(pipe, num_inference_steps: int) -> int:
+    """The steps. Raises UserError for none, for more than the model was trained with, or other than its one."""
+    num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST_STEPS, MOST_STEPS)
     if num_inference_steps < 1:
         raise UserError(f"sampling needs at least one step, not {num_inference_steps}.")
     if default_steps(pipe, num_inference_steps) != num_inference_steps:
@@ -33,6 +37,33 @@ def check_steps(pipe, num_inference_steps: int) -> None:
     limit = None if scheduler is None else scheduler.config.get("num_train_timesteps")
     if limit is not None and 1 < limit < num_inference_steps:  # 1: times are shares, not counted
         raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")
+    return num_inference_steps
+
+
+def check_arguments(conditioning: Any, pipeline_kwargs: Any) -> None:
+    """Raises UserError unless both are dicts by the names of arguments, and a pipeline's numbers are finite."""
+    check(conditioning, dict[str, Any] | None, "conditioning")
+    check(pipeline_kwargs, dict[str, Any] | None, "pipeline_kwargs")
+    for name, value in (pipeline_kwargs or {}).items():
+        if isinstance(value, (int, float)):
+            check(value, bool | int | float, name)
+
+
+@contextmanager
+def refusals(pipe, conditioning: dict | None, pipeline_kwargs: dict | None) -> Iterator[None]:
+    """What a pipeline raises in this block when it is called with arguments of the user's becomes a UserError.
+
+    Whether an argument has the right type and shape the pipeline alone knows, and some notice deep in a network.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        if not (conditioning or pipeline_kwargs):
+            raise
+        names = ", ".join([*(conditioning or ()), *(pipeline_kwargs or ())])
+        raise UserError(f"{type(pipe).__name__} cannot be called with this {names}: {reason(e)}.") from e
 
 
 def choose_conditioning(
@@ -55,12 +86,18 @@ def choose_conditioning(
         if key not in parameters:
             raise UserError(f"{name} takes no '{key}'; leave it out of the conditioning.")
         values = [values] if isinstance(values, str) else values
+        if not hasattr(values, "__getitem__") or isinstance(values, (bytes, Mapping)) or _dimensionless(values):
+            raise UserError(f"the conditioning '{key}' must be a list, or a tensor of rows; got {shown(values)}.")
         if len(values) == 0:
             raise UserError(f"the conditioning '{key}' is empty; give at least one value.")
         rows = [s % len(values) for s in seeds]
         # Embeddings come as one tensor [K, ...]; prompts and labels as sequences.
         chosen[key] = values[rows] if isinstance(values, torch.Tensor) else [values[r] for r in rows]
     return chosen
+
+
+def _dimensionless(values: Any) -> bool:
+    return not hasattr(values, "__len__") or getattr(values, "shape", None) == ()
 
 
 @contextmanager
@@ -112,7 +149,7 @@ def _quiet(pipe, progress: bool) -> Iterator[None]:
             stack.enter_context(evaluation_mode(getattr(pipe, name)))
         had, before = "_progress_bar_config" in vars(pipe), getattr(pipe, "_progress_bar_config", {})
         try:
-            if not (progress and shown()):
+            if not (progress and bars_shown()):
                 pipe._progress_bar_config = {**before, "disable": True}
             yield
         finally:
@@ -142,10 +179,10 @@ def call_pipeline(
 
     bare: one generator and one text instead of lists of one, for pipelines that take no lists.
     """
-    seeds = [int(s) for s in seeds]
-    if not seeds:
-        raise UserError("sampling needs at least one seed.")
-    check_steps(pipe, num_inference_steps)
+    check_sampled(pipe)
+    seeds = seeds_of(seeds)
+    check_arguments(conditioning, pipeline_kwargs)
+    num_inference_steps = check_steps(pipe, num_inference_steps)
     parameters = inspect.signature(pipe.__call__).parameters
     arguments = choose_conditioning(pipe, seeds, conditioning, pipeline_kwargs or ())
     for key, value in (pipeline_kwargs or {}).items():
@@ -176,13 +213,14 @@ def call_pipeline(
             gate.open = False
 
 
+@checked
 def sample(
     pipe,
-    seeds: Sequence[int],
+    seeds: Iterable[int],
     *,
     num_inference_steps: int,
-    conditioning: dict[str, Sequence] | None = None,
-    pipeline_kwargs: dict | None = None,
+    conditioning: dict[str, Any] | None = None,
+    pipeline_kwargs: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """Run the pipeline once, for len(seeds) images: float32 [B,3,H,W] in [0,1], on the CPU.
@@ -202,15 +240,16 @@ def sample(
         UserError: no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a
             scheduler the pipeline cannot drive, or NaN or infinity in an image (names the seeds).
     """
-    seeds = [int(s) for s in seeds]
-    result = call_pipeline(
-        pipe,
-        seeds,
-        num_inference_steps=num_inference_steps,
-        conditioning=conditioning,
-        pipeline_kwargs=pipeline_kwargs,
-        progress=progress,
-    )
+    seeds = seeds_of(seeds)
+    with refusals(pipe, conditioning, pipeline_kwargs):
+        result = call_pipeline(
+            pipe,
+            seeds,
+            num_inference_steps=num_inference_steps,
+            conditioning=conditioning,
+            pipeline_kwargs=pipeline_kwargs,
+            progress=progress,
+        )
     images = getattr(result, "images", None)
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) != len(seeds):
         raise UserError(f"{type(pipe).__name__} did not give one picture per seed; ptq4dm cannot sample it.")

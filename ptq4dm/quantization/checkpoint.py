@@ -28,7 +28,7 @@ from .checksums import checksum
 HEADER = "checkpoint.json"
 
 
-def folder_of(checkpoint: str | Path | None, name: str, networks: Collection[str]) -> Path | None:
+def folder_of(checkpoint: str | os.PathLike | None, name: str, networks: Collection[str]) -> Path | None:
     """The folder that keeps one network's blocks: of several networks each has one of its own, by its name."""
     if checkpoint is None:
         return None

@@ -21,7 +21,7 @@ from ..files.outside import naming, read_json
 from ..layers.base import holds_quantized
 from ..layers.plan import Plan
 from ..layers.view import find_layers
-from ..pipelines.denoiser import denoiser_name, denoiser_names, model_of, networks_of
+from ..pipelines.denoiser import check_pipeline, denoiser_name, denoiser_names, model_of, networks_of
 from .diffusers_bridge import quantization_config
 from .recipe import QuantConfig
 
@@ -38,6 +38,7 @@ def networks_to_quantize(
     """
     if isinstance(target, nn.Module) or component is not None:
         return {component or "": component_of(target, component)}
+    check_pipeline(target, "what is quantized")
     there = networks_of(target)
     names = [name for name in calibrated if name in there] or denoiser_names(target)
     return {name: component_of(target, name) for name in names}
@@ -75,6 +76,7 @@ def component_of(target: DiffusionPipeline | nn.Module, component: str | None) -
         return model_of(target)
     if isinstance(target, nn.Module):
         raise UserError(f"a model has no component '{component}'; give the pipeline.")
+    check_pipeline(target, "what is quantized")
     found = getattr(target, component, None)
     networks = networks_of(target)
     if component not in networks:

@@ -15,6 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from ..calibration.store import CalibrationStore, layer_fingerprint
+from ..checks import shown
 from ..errors import UserError
 from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
@@ -241,7 +242,9 @@ def _set_entry(model: nn.Module, config: QuantConfig) -> None:
 
 
 def quantization_config(model: nn.Module) -> QuantConfig | None:
-    """The recipe and plan a model was quantized with, or None."""
+    """The recipe and plan a model was quantized with, or None. Raises UserError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a network, such as pipe.unet; got {shown(model)}.")
     config = getattr(model, "config", None)
     found = config.get("quantization_config") if config is not None else None
     if isinstance(found, dict):  # diffusers leaves one when it saves; the loader has the recipe with all its tensors

@@ -19,10 +19,12 @@ from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence, calibration_batches
 from ..calibration.store import CalibrationStore, fingerprint
 from ..calibration.trace import block_of, trace
+from ..checks import check_fields
 from ..errors import UserError
 from ..layers.plan import Plan
 from ..layers.registry import FORMATS, Problem, finite, needs_of
 from ..layers.view import LayerView
+from ..options import option
 from ..progress import progress_bar
 from .checkpoint import BlockCheckpoint
 
@@ -37,15 +39,14 @@ class PackingOptions:
     prefix: "exact" or "quantized": what a block is fed while it is packed.
     """
 
-    num_tuples: int = 32
-    seed: int = 0
+    num_tuples: int = option(32, low=1)
+    seed: int = option(0, low=0)
     prefix: str = "exact"
 
     def __post_init__(self) -> None:
+        check_fields(self, "PackingOptions")
         if self.prefix not in PREFIXES:
             raise UserError(f"prefix must be one of {', '.join(PREFIXES)}; got '{self.prefix}'.")
-        if self.num_tuples < 1:
-            raise UserError(f"num_tuples must be 1 or more; got {self.num_tuples}.")
 
 
 @dataclass

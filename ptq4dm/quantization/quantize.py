@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from ..calibration.calls import Calls
 from ..calibration.measure import store_of
 from ..calibration.record import answers
 from ..calibration.store import CalibrationStore
+from ..checks import checked
 from ..errors import UserError
 from ..hooks import hooked
 from ..interrupts import Gate
@@ -26,7 +29,7 @@ from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 from .refusals import check_model
-from .report import QuantizationReport, Ratio, stored_bytes
+from .report import QuantizationReport, Ratio, badness, stored_bytes
 from .transforming import transformed
 
 if TYPE_CHECKING:
@@ -35,13 +38,14 @@ if TYPE_CHECKING:
 ERROR_SAMPLES, ERROR_BATCH = 32, 16  # tuples on which layer errors are measured, so many at a time
 
 
+@checked
 def quantize(
     target: DiffusionPipeline | nn.Module,
     config: QuantConfig,
     store: CalibrationStore | Calls | None = None,
     *,
     component: str | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | os.PathLike | None = None,
 ) -> QuantizationReport:
     """Quantize a pipeline's denoisers, or a model, in place.
 
@@ -85,7 +89,7 @@ def quantize(
             _put(model, layers, plan, recipes[name])
             after += stored_bytes(model)
             rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
-        rows.sort(key=lambda row: row["sqnr"])
+        rows.sort(key=badness)
         return QuantizationReport(config.summary(), before, after, rows, [n for n in networks if n], left_out(target))
 
     with turn_at(target, *networks.values()):
@@ -170,6 +174,12 @@ def _output_errors(model: nn.Module, layers: dict[str, nn.Module], store: Calibr
     with evaluation_mode(model), hooked(model, after={name: compare(name) for name in layers}):
         for batch in calls.batches(ERROR_BATCH):
             answers(model, batch)
+    for name, error in errors.items():
+        if not math.isfinite(error.signal):
+            raise UserError(
+                f"layer '{name}' gives NaN or infinity in full precision on the calibration data, so nothing can be "
+                "said of its error; collect again, from a model that gives finite numbers."
+            )
     return errors
 
 

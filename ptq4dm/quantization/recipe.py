@@ -8,6 +8,7 @@ config.json of a quantized model together with its plan.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -18,6 +19,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ..calibration.store import CalibrationStore
+from ..checks import check, check_fields
 from ..errors import UserError
 from ..files.outside import checked_object, outside
 from ..files.typed import check_types
@@ -82,14 +84,19 @@ class QuantConfig(QuantizationConfigMixin):
             )
         if isinstance(self.transforms, str) or isinstance(self.modules_to_not_convert, str):
             raise UserError("transforms and modules_to_not_convert are tuples of names, also where there is one.")
-        self.modules_to_not_convert = tuple(self.modules_to_not_convert or ())
-        self.transforms = tuple(self.transforms or ())
-        for kind in self.transforms:
-            TRANSFORMS.find(kind)
+        for name in ("modules_to_not_convert", "transforms"):
+            if getattr(self, name) is None:
+                setattr(self, name, ())
+        if isinstance(self.calibration, os.PathLike):
+            self.calibration = os.fspath(self.calibration)
         if isinstance(self.plan, dict):
             self.plan = Plan.from_dict(self.plan)
         if not (self.plan is None or isinstance(self.plan, Plan)):
             raise UserError(f"plan is a Plan, from Plan.load(path); got {type(self.plan).__name__}.")
+        check_fields(self, type(self).__name__)
+        self.modules_to_not_convert, self.transforms = tuple(self.modules_to_not_convert), tuple(self.transforms)
+        for kind in self.transforms:
+            TRANSFORMS.find(kind)
 
     @property
     def needs_calibration(self) -> bool:
@@ -137,6 +144,7 @@ class QuantConfig(QuantizationConfigMixin):
         Raises UserError where the dict is none, names a method or an option that nobody knows, or holds a value that
         is not of its type.
         """
+        check(config_dict, dict[str, Any], "a recipe's config")
         with outside("a quantization_config of ptq4dm", "save the model again"):
             checked_object(config_dict, {})
         data = {k: v for k, v in {**config_dict, **kwargs}.items() if k != "quant_method"}

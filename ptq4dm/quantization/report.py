@@ -60,9 +60,17 @@ class Ratio:
 
     @property
     def decibel(self) -> float:
+        """10 log10(signal / noise); infinity where there is no noise; NaN where either is no finite number."""
+        if not (math.isfinite(self.signal) and math.isfinite(self.noise)):
+            return math.nan
         if not self.noise:
             return math.inf
-        return 10 * math.log10(max(self.signal, 1e-300) / self.noise)
+        return 10 * (math.log10(max(self.signal, 1e-300)) - math.log10(self.noise))
+
+
+def badness(row: dict) -> float:
+    """The key that sorts rows of layers worst first: a layer that gives NaN or infinity is the worst of all."""
+    return -math.inf if math.isnan(row["sqnr"]) else row["sqnr"]
 
 
 @dataclass
@@ -87,22 +95,22 @@ class QuantizationReport:
         rows = [
             {**row, "layer": f"{report.networks[0]}.{row['layer']}"} for report in reports for row in report.layers
         ]
-        rows.sort(key=lambda row: row["sqnr"])
+        rows.sort(key=badness)
         before, after = (sum(getattr(one, name) for one in reports) for name in ("bytes_before", "bytes_after"))
         return cls(
             reports[0].method, before, after, rows, [n for one in reports for n in one.networks], reports[-1].left
         )
 
     def to_dict(self) -> dict:
-        """Plain JSON values; a layer without any error has sqnr null, for JSON has no infinity."""
+        """Plain JSON values, which know no infinity and no NaN: the sqnr of a layer without any error is null, and
+        that of a layer that gives NaN or infinity is the text "nan"."""
         data = asdict(self)
-        for row in data["layers"]:
-            row["sqnr"] = row["sqnr"] if math.isfinite(row["sqnr"]) else None
+        data["layers"] = [{name: _plain(value) for name, value in row.items()} for row in data["layers"]]
         return data
 
     def save(self, path: str | Path) -> None:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1))
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False))
 
     def table(self, worst: int = 10) -> str:
         """The worst layers, then totals."""
@@ -111,6 +119,8 @@ class QuantizationReport:
         lines = [f"{'SQNR':>8}  {'format':<22} {'kernel':<14} layer   ({what}, dB, worst {worst} first)"]
         for row in self.layers[:worst]:
             lines.append(f"{row['sqnr']:8.2f}  {row['format']:<22} {row['kernel']:<14} {row['layer']}")
+        if broken := [row["layer"] for row in self.layers if math.isnan(row["sqnr"])]:
+            lines.append(f"{len(broken)} of {len(self.layers)} layers give NaN or infinity, the first {broken[0]}")
         kernels: dict[str, int] = {}
         for row in self.layers:
             kernels[row["kernel"]] = kernels.get(row["kernel"], 0) + 1
@@ -125,3 +135,10 @@ class QuantizationReport:
                 f"quantized: {', '.join(self.networks)}; in full precision: {', '.join(self.left) or 'none'}"
             )
         return "\n".join(lines)
+
+
+def _plain(value: object) -> object:
+    """A figure as JSON holds it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else None
+    return value

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import torch
 
+from ...checks import check_fields, check_seeds
 from ...errors import UserError
 from ...evaluation.feature_fid import FeatureFID
 from ...files.rows import Rows
+from ...options import option
 from ...pipelines.denoiser import class_count, denoiser, evaluation_mode
+from ...pipelines.sampling import MOST_BATCH, MOST_STEPS
 from ...progress import progress_bar
 from ..catalog import make_sampler
 
@@ -48,10 +51,14 @@ class SamplerBench:
     """Settings of a comparison: samplers, budgets of evaluations, images of each feature-FID (seeds from seed)."""
 
     samplers: Sequence[str] = SAMPLERS
-    evaluations: Sequence[int] = (5, 6, 8, 10, 15, 20, 50)
-    num_images: int = 1000
-    batch_size: int = 100
-    seed: int = 0
+    evaluations: Sequence[int] = option((5, 6, 8, 10, 15, 20, 50), high=MOST_STEPS)
+    num_images: int = option(1000, low=0, high=10_000_000)
+    batch_size: int = option(100, low=0, high=MOST_BATCH)
+    seed: int = option(0, low=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "SamplerBench")
+        check_seeds(self.seed, max(self.num_images, 1))
 
     def check(self, pipe) -> None:
         """Raises UserError for a name that is no sampler, figures that measure nothing, and latent or text models."""

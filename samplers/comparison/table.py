@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from ...calibration.plot import pyplot, save_figure
@@ -16,7 +17,8 @@ def table(rows: list[dict]) -> str:
     budgets = sorted({row["budget"] for row in rows})
     names = list(dict.fromkeys(row["sampler"] for row in rows))
     found = {(row["sampler"], row["budget"]): row for row in rows}
-    lowest = {b: min(row["feature_fid"] for row in rows if row["budget"] == b) for b in budgets}
+    figures = {b: [row["feature_fid"] for row in rows if row["budget"] == b] for b in budgets}
+    lowest = {b: min(filter(math.isfinite, some), default=None) for b, some in figures.items()}  # NaN is never best
 
     def cell(name: str, budget: int) -> str:
         row = found.get((name, budget))
@@ -40,7 +42,7 @@ def plot_rows(title: str, rows: list[dict], path: Path) -> bool:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(9, 4.5))
-    figures = [row["feature_fid"] for row in rows]
+    figures = [row["feature_fid"] for row in rows if math.isfinite(row["feature_fid"])] or [1.0]
     for name in dict.fromkeys(row["sampler"] for row in rows):
         own = sorted((r["evaluations"], r["feature_fid"]) for r in rows if r["sampler"] == name)
         theirs = name.startswith("diffusers/")

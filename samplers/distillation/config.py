@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
+
+from ...checks import check_fields
 from ...errors import UserError
 from ...options import option
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "student_lr", "fake_lr")
+PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # what the two are called where a dtype is taken
+MOST = 10**12  # images or iterations
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class DisBackConfig:
     student_lr, fake_lr, betas, warmup_steps, gradient_clip: AdamW without decay of weights, constant after a warm-up.
         Three times these rates leave feature-FID swinging on the embedded UNet: see the README.
     ema_decay: moving average of the student's weights; reached slowly, (1 + step) / (10 + step) at first.
-    precision: "bf16" (autocast; weights and optimizers stay float32) or "no".
+    precision: "bf16" (autocast; weights and optimizers stay float32) or "no"; torch.bfloat16, torch.float32 and
+        their names mean the same.
     compile: torch.compile the networks; they then take minutes to start and less time for each iteration.
     log_every: iterations between two lines of the log, at which the losses are looked at.
     evaluate_every: images between two checkpoints, sample grids and measurements.
@@ -39,36 +45,36 @@ class DisBackConfig:
     """
 
     backtracking: bool = option(True, "DisBack; without: plain score distillation, towards the teacher at once")
-    images: int = option(500_000, "that the student learns from, in all")
-    minutes: float | None = option(None, "stop this call after so many; resume it with --resume")
-    batch_size: int = option(256, "over all processes and accumulation steps")
-    gradient_accumulation_steps: int = option(1, "parts of a batch")
-    generator_sigma: float = option(2.5, "noise level of the generator's input")
-    sigma_range: tuple[float, float] = (0.1, 10.0)
-    degradation_steps: int = option(100, "iterations of stage 1")
-    path_points: int = option(5, "targets on the way back to the teacher")
-    switch_every: int = option(25, "iterations from one to the next")
-    fake_steps: int = option(1, "updates of the fake score for each of the student")
-    student_lr: float = option(3e-5, "its learning rate")
-    fake_lr: float = option(1e-4, "of the fake score")
-    betas: tuple[float, float] = (0.0, 0.99)
-    warmup_steps: int = 100
-    gradient_clip: float = 1.0
+    images: int = option(500_000, "that the student learns from, in all", low=1, high=MOST)
+    minutes: float | None = option(None, "stop this call after so many; resume it with --resume", finite=False)
+    batch_size: int = option(256, "over all processes and accumulation steps", low=1, high=MOST)
+    gradient_accumulation_steps: int = option(1, "parts of a batch", low=1, high=MOST)
+    generator_sigma: float = option(2.5, "noise level of the generator's input", finite=False)
+    sigma_range: tuple[float, float] = option((0.1, 10.0), finite=False)
+    degradation_steps: int = option(100, "iterations of stage 1", low=1, high=MOST)
+    path_points: int = option(5, "targets on the way back to the teacher", low=1, high=MOST)
+    switch_every: int = option(25, "iterations from one to the next", low=1, high=MOST)
+    fake_steps: int = option(1, "updates of the fake score for each of the student", low=1, high=MOST)
+    student_lr: float = option(3e-5, "its learning rate", finite=False)
+    fake_lr: float = option(1e-4, "of the fake score", finite=False)
+    betas: tuple[float, float] = option((0.0, 0.99), low=0)
+    warmup_steps: int = option(100, low=1, high=MOST)
+    gradient_clip: float = option(1.0, finite=False)
     ema_decay: float = option(0.999, "moving average of the student")
     precision: str = "no"
     compile: bool = option(False, "torch.compile: pays in runs of many minutes")
-    log_every: int = 50
-    evaluate_every: int = option(50_000, "images between checkpoints and grids")
-    num_fid: int | None = option(None, "images of a feature-FID; 0: none (5000 at 32x32)")
-    seed: int = option(0, "of all noise")
+    log_every: int = option(50, low=1, high=MOST)
+    evaluate_every: int = option(50_000, "images between checkpoints and grids", low=1, high=MOST)
+    num_fid: int | None = option(None, "images of a feature-FID; 0: none (5000 at 32x32)", low=0, high=MOST)
+    seed: int = option(0, "of all noise", low=0)
 
     def __post_init__(self):
+        if isinstance(self.precision, (str, torch.dtype)):
+            name = str(self.precision).removeprefix("torch.")
+            object.__setattr__(self, "precision", PRECISIONS.get(name, name))
+        check_fields(self, "DisBackConfig")
         if self.precision not in ("no", "bf16"):
             raise UserError(f"precision must be 'no' or 'bf16', not '{self.precision}': fp16 overflows.")
-        positive = ("images", "batch_size", "gradient_accumulation_steps", "degradation_steps", "path_points")
-        for name in (*positive, "switch_every", "fake_steps", "warmup_steps", "log_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}.")
         for name in ("generator_sigma", "student_lr", "fake_lr", "gradient_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
@@ -83,10 +89,10 @@ class DisBackConfig:
             raise UserError(
                 f"{self.degradation_steps} degradation_steps cannot leave {self.path_points} path_points."
             )
-        if self.num_fid is not None and (self.num_fid == 1 or self.num_fid < 0):
+        if self.num_fid == 1:
             raise UserError(f"num_fid must be 0, or at least 2 for a covariance; got {self.num_fid}.")
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative; got {self.seed}.")
+        if max(self.betas) >= 1:
+            raise UserError(f"betas lie in [0, 1); got {self.betas[0]:g} and {self.betas[1]:g}.")
 
     def identity(self) -> dict:
         """Settings that have to be the same for a run to go on, as plain JSON values."""

@@ -15,16 +15,22 @@ Without stage 1 the target is the teacher from the start: Diff-Instruct (arXiv:2
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from ...checks import checked
+from ...pipelines.denoiser import check_pipeline
 from .config import DisBackConfig
 from .run import Run, alone_in, check_teacher
 
 
-def distill(pipe, config: DisBackConfig | None = None, folder: str | Path = "out/distillation", resume: bool = False):
+@checked
+def distill(
+    pipe, config: DisBackConfig | None = None, folder: str | os.PathLike = "out/distillation", resume: bool = False
+):
     """Distil a pipeline's denoiser; returns a pipeline that samples with num_inference_steps=1.
 
     Nothing but the teacher is needed, no images. Under `accelerate launch` every process calls this alike, with the
@@ -41,7 +47,8 @@ def distill(pipe, config: DisBackConfig | None = None, folder: str | Path = "out
         UserError: a teacher that cannot be distilled, a folder in use, nothing to resume, a checkpoint of another
             config or teacher, or a training that came to NaN or infinity (the last good checkpoint is kept).
     """
-    config = config or DisBackConfig()
+    check_pipeline(pipe)
+    config, folder = config or DisBackConfig(), Path(folder)
     check_teacher(pipe, config)
     tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
     with alone_in(folder, pipe, config), tuned:

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import ptq4dm
 from ptq4dm.errors import run
 from ptq4dm.pipelines.denoiser import class_count, denoiser
+from ptq4dm.pipelines.devices import check_device
 from ptq4dm.pipelines.load import load_reference
 from ptq4dm.quantization.report import stored_bytes
 
@@ -51,7 +52,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = check_device(args.device)
     torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 

@@ -18,6 +18,7 @@ import torch
 
 from ptq4dm.errors import run
 from ptq4dm.pipelines.denoiser import denoiser
+from ptq4dm.pipelines.devices import check_device
 from ptq4dm.pipelines.load import load_reference
 from ptq4dm.samplers.catalog import make_sampler
 
@@ -64,7 +65,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = check_device(args.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pipe = load_reference("unet-cifar10", dtype=dtype, device=device)
     model = denoiser(pipe).eval()

@@ -35,6 +35,7 @@ from reference_statistics import accuracy
 from torch import nn
 
 from ptq4dm.errors import UserError, run
+from ptq4dm.pipelines.devices import check_device
 from ptq4dm.pipelines.images import save_picture
 from ptq4dm.progress import progress_bar
 
@@ -46,7 +47,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 120
 
 def train(options: argparse.Namespace, data: Split, checkpoint: Path) -> tuple[nn.Module, Progress]:
     """Train one network; returns it (of the diffusion models, the moving average) and how far it came."""
-    kind, device = options.kind, torch.device(options.device)
+    kind, device = options.kind, check_device(options.device)
     torch.manual_seed(options.seed)
     net = build_network(kind, options.tiny).to(device)
     if kind != "dit":
@@ -125,7 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--minutes must be positive, not {options.minutes:g}.")
     if options.num_fid < 0 or options.num_fid == 1:
         raise UserError("--num-fid must be 0, or at least 2 for a covariance.")
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here; pass --device cpu.")
     return options
 

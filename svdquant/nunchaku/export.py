@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...checks import checked
 from ...errors import UserError
 from ...files.atomic import replacing
 from ...kernels.formats.int4 import unpack_int4
 from ...layers.base import is_quantized
+from ...pipelines.devices import dtype_of
 from ..layers.svdq import SVDQLinear
 from . import layout
 from .lite import WEIGHTS
@@ -29,8 +32,9 @@ GROUP = 64
 RANKS = 16  # ranks come in multiples of it; a model without branches gets this many zeros
 
 
+@checked
 @torch.no_grad()
-def export_nunchaku_lite(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def export_nunchaku_lite(model: nn.Module, folder: str | os.PathLike, dtype: torch.dtype | str | None = None) -> None:
     """Write a model quantized by SVDQuantConfig for diffusers' own Nunchaku kernels.
 
     Args:
@@ -50,7 +54,7 @@ def export_nunchaku_lite(model: nn.Module, folder: str | Path, dtype: torch.dtyp
         raise UserError("only a quantized diffusers model can be written for nunchaku_lite.")
     for name, layer in layers.items():
         _check(name, layer)
-    dtype = dtype or next(iter(layers.values())).wscales.dtype
+    dtype = next(iter(layers.values())).wscales.dtype if dtype is None else dtype_of(dtype)
     if dtype not in FLOAT16S:
         raise UserError(f"nunchaku_lite computes in bfloat16 or float16; got {str(dtype).removeprefix('torch.')}.")
     svdq = {name: layer for name, layer in layers.items() if layer.plan.activation == "int4"}

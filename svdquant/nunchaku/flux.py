@@ -12,6 +12,7 @@ weights and is left out.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from ...checks import checked
 from ...errors import UserError
+from ...pipelines.devices import dtype_of
 from ..layers.split import SplitLinear
 from . import layout
 from .model import Checkpoint, empty_model, install, linear_of, read_files, read_json
@@ -49,8 +52,9 @@ TENSORS = {
 }
 
 
+@checked
 def load_nunchaku_flux(
-    file: str | Path, model: FluxTransformer2DModel | None = None, dtype: torch.dtype = torch.bfloat16
+    file: str | os.PathLike, model: nn.Module | None = None, dtype: torch.dtype | str = torch.bfloat16
 ) -> FluxTransformer2DModel:
     """Load `svdq-int4_r32-flux.1-dev.safetensors` and its like.
 
@@ -66,7 +70,7 @@ def load_nunchaku_flux(
         UserError: no INT4 checkpoint of FLUX, or a tensor, by name, that is missing, left over or does not fit; a
             model that was given is then as it was.
     """
-    file = Path(file).expanduser()
+    file, dtype = Path(file).expanduser(), dtype_of(dtype)
     checkpoint = read_files(file, [file])
     _check_kind(checkpoint)
     checkpoint.tensors = _rename(checkpoint)

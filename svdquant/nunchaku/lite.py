@@ -9,6 +9,7 @@ The layers become ours, which run on any device, and save and load as ours do.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import diffusers
 import torch
 from torch import nn
 
+from ...checks import checked
 from ...errors import UserError
 from ...files.outside import naming
+from ...pipelines.devices import dtype_of
 from ...pipelines.folder import is_file_name
-from .model import FLOAT16S, Checkpoint, empty_model, install, linear_of, read_files, read_json
+from .model import Checkpoint, empty_model, install, linear_of, read_files, read_json
 from .tensors import nvfp4_layer, svdq_layer, take_awq, take_svdq
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -36,7 +39,10 @@ class Section:
     rank: int = 0
 
 
-def load_nunchaku_lite(source: str | Path, model: nn.Module | None = None, dtype: torch.dtype | None = None):
+@checked
+def load_nunchaku_lite(
+    source: str | os.PathLike, model: nn.Module | None = None, dtype: torch.dtype | str | None = None
+):
     """Load a checkpoint of 4-bit layers.
 
     Args:
@@ -53,7 +59,7 @@ def load_nunchaku_lite(source: str | Path, model: nn.Module | None = None, dtype
         UserError: what is missing, left over, of another shape or not representable, by name; a model that was given
             is then as it was.
     """
-    source = Path(source).expanduser()
+    source, dtype = Path(source).expanduser(), None if dtype is None else dtype_of(dtype)
     folder = source if source.is_dir() else source.parent
     config = read_json(folder / "config.json", str(folder / "config.json"))
     quantization = config.get("quantization_config")
@@ -142,8 +148,4 @@ def _model_class(config: dict) -> type[nn.Module]:
 
 
 def _compute_dtype(quantization: dict) -> torch.dtype:
-    name = quantization.get("compute_dtype", "bfloat16")
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if dtype not in (*FLOAT16S, torch.float32):
-        raise UserError(f"config.json has compute_dtype {name!r}; known are bfloat16, float16 and float32.")
-    return dtype
+    return dtype_of(quantization.get("compute_dtype", "bfloat16"), "compute_dtype in config.json")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ptq4dm.calibration.input_statistics import HISTOGRAM_BINS, InputStatistics
+from ptq4dm.calibration.input_statistics import HISTOGRAM_BINS, MOST_BYTES, InputStatistics, check_size
 from ptq4dm.errors import UserError
 
 
@@ -125,3 +125,11 @@ def test_round_trip():
     assert same(one, other)
     other.update(0, 1, torch.ones(1))  # a copy, not a view
     assert not same(one, other)
+
+
+def test_the_memory_of_statistics_is_bounded():
+    """Before anything is allocated."""
+    most = MOST_BYTES // (30 * HISTOGRAM_BINS * 8)
+    check_size(30, most)
+    with pytest.raises(UserError, match=rf"30 layers in {most + 1} timestep bins take 4.3 GB .* up to {most} "):
+        InputStatistics(30, most + 1)

@@ -43,7 +43,8 @@ def run(args) -> None:
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
     picture = Path(args.picture or f"{args.output}.png")
-    make_parent(picture)
+    if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
+        make_parent(picture)
     pipe = load(args, model)
     paths = generate(
         pipe,

@@ -174,8 +174,10 @@ def _collect(request: Request, config: CalibrationConfig, folder: Path, asked: d
     if meta["complete"]:
         return
     counts = [len(layers) * config.num_bins * HISTOGRAM_BINS * 8 for layers in fingerprints(meta).values()]
-    statistics = sum(counts) if not statistics_path(folder, meta, next(iter(fingerprints(meta)))).exists() else 0
-    check_room(folder, statistics, "the statistics of a calibration store")
+    begun = statistics_path(folder, meta, next(iter(fingerprints(meta)))).exists()
+    again = max(counts) if config.num_samples > SAVE_EVERY * config.batch_size else 0  # the new beside the old
+    statistics = 0 if begun else sum(counts) + again
+    check_room(folder, statistics, "a calibration store")
     _record(folder, request, config, meta, statistics)
     _measure(folder, request, config, meta)
     write_meta(folder, {**meta, "complete": True})

@@ -44,7 +44,8 @@ def run(args) -> None:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
     seeds = seeds_of(range(args.seed, args.seed + args.num_images), low=-MOST)
     picture = Path(args.picture or f"{args.output}.png")
-    make_parent(picture)
+    if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
+        make_parent(picture)
     pipe = load(args, model)
     paths = generate(
         pipe,

@@ -91,8 +91,8 @@ def load_inception(
 def _download(url: str) -> Path:
     target = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(target), hash_prefix=OFFICIAL)
         except (OSError, RuntimeError) as error:
             raise UserError(

@@ -20,7 +20,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         UserError: the file cannot be written.
     """
-    with _told(path), atomic.replacing(path) as temporary:  # safetensors puts a file of its own there
+    with told(path), atomic.replacing(path) as temporary:  # safetensors puts a file of its own there
         yield temporary
 
 
@@ -35,7 +35,7 @@ def replacing_folder(folder: Path, foreign: Callable[[Path], list[str]] = lambda
         UserError: it cannot be written.
     """
     named, folder = folder, Path(os.path.realpath(folder))
-    with _told(named), atomic.hidden_folder(folder) as beside:
+    with told(named), atomic.hidden_folder(folder) as beside:
         new = beside / "new"
         new.mkdir()
         yield new
@@ -53,7 +53,8 @@ def free_name(folder: Path) -> Path:
 
 
 @contextmanager
-def _told(path: str | os.PathLike) -> Iterator[None]:
+def told(path: str | os.PathLike) -> Iterator[None]:
+    """A failure to write in this block is a UserError that names the file."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -70,8 +70,7 @@ def _held(folder: Path, mine: str, share: bool) -> Iterator[None]:
                 os.close(file)  # the last holder took it away meanwhile
                 continue
             if first:
-                os.truncate(file, 0)
-                os.pwrite(file, f"{mine} {os.getpid()}".encode(), 0)
+                _sign(file, folder, mine)
                 if share:
                     _lock(file, fcntl.LOCK_SH)
                 break
@@ -97,6 +96,15 @@ def _held(folder: Path, mine: str, share: bool) -> Iterator[None]:
                 with suppress(OSError):
                     path.unlink()
             os.close(file)
+
+
+def _sign(file: int, folder: Path, mine: str) -> None:
+    try:
+        os.truncate(file, 0)
+        os.pwrite(file, f"{mine} {os.getpid()}".encode(), 0)
+    except OSError as error:
+        os.close(file)
+        raise UserError(f"cannot write into {folder}: {error.strerror}; make room, or give another folder.") from None
 
 
 def _open(path: Path) -> int:

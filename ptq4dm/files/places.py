@@ -76,6 +76,10 @@ def check_room(folder: str | os.PathLike, need: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < need:
         raise UserError(
-            f"{what} takes at least {need / 1e6:.0f} MB and the disk of {place} has {free / 1e6:.0f} MB left; "
+            f"{what} takes at least {_megabytes(need)} MB and the disk of {place} has {_megabytes(free)} MB left; "
             "make room, or give another place."
         )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.0f}" if count > 1e8 else f"{count / 1e6:.3g}"

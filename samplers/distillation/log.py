@@ -11,8 +11,9 @@ import torch
 from ...errors import DamagedFile, UserError
 from ...evaluation.feature_fid import FeatureFID
 from ...evaluation.features import IMAGE_SIZE
-from ...files.atomic import replacing
+from ...files.atomic import replacing, told
 from ...files.outside import checked_object, described, outside, parse_json
+from ...files.places import make_parent
 from ...pipelines.images import image_grid, save_picture, to_uint8
 
 GRID = 64  # pictures on a grid
@@ -40,7 +41,7 @@ class Log:
     def write(self, **entry) -> None:
         self.lines += 1
         if self.writes:
-            with open(self.path, "a") as file:
+            with told(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
@@ -87,7 +88,7 @@ class Exhibition:
         first = next(batches)
         figure = self.measure(chain([first], batches)) if self.num_fid else None
         grid = first[:GRID].expand(-1, 3, -1, -1).cpu()
-        picture.parent.mkdir(exist_ok=True)
+        make_parent(picture)
         save_picture(image_grid(grid, 8, max(1, 64 // grid.shape[-1])), picture)
         return figure
 

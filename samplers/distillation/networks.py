@@ -17,6 +17,7 @@ from ...errors import UserError
 from ...files.atomic import replacing
 from ...files.checks import checksum
 from ...files.outside import TensorFile, finite, read_tensors
+from ...files.places import make_parent
 from .config import DisBackConfig
 
 TRAINED = ("student", "fake")
@@ -100,7 +101,7 @@ class Networks:
         """Write the fake score of this moment as a point of the path."""
         if self.accelerator.is_main_process:
             path = self._point(index)
-            path.parent.mkdir(exist_ok=True)
+            make_parent(path)
             with replacing(path) as temporary:
                 weights = {k: v.cpu().contiguous() for k, v in self.nets["fake"].state_dict().items()}
                 checks = {name: checksum(tensor) for name, tensor in weights.items()}

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ptq4dm.errors import DamagedFile
-from ptq4dm.files.atomic import replacing
+from ptq4dm.files.atomic import replacing, told
 from ptq4dm.files.outside import checked_object, outside, parse_json
+from ptq4dm.files.places import make_parent
 
 KEY = ("kind", "class", "variant", "column")
 CONDITIONS = ("commit", "versions", "seed", "backend")
@@ -40,10 +41,10 @@ class Lines:
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows[tuple(row[name] for name in KEY)] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(self.path)
         if self.torn:
             self.tidy()
-        with self.path.open("a") as file:
+        with told(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def tidy(self) -> None:

@@ -372,7 +372,7 @@ WRONG = [
     ([*QUANTIZE, "--num-samples", "0"], "num_samples must be at least 1"),
     ([*QUANTIZE, "--calibration", "nowhere"], "nowhere is not a calibration store"),
     (["quantize", "--model", "dit", "--calibration", "store"], "collected from another model"),
-    ([*QUANTIZE, "--calibration", "torn"], "statistics.safetensors is damaged"),
+    ([*QUANTIZE, "--calibration", "torn"], "statistics.safetensors cannot be read"),
     ([*QUANTIZE, "--plan", "nowhere.json"], "nowhere.json is missing"),
     ([*QUANTIZE, "--plan", "store/store.json"], "a plan written by ptq4dm cannot be read"),
     (["quantize", "--model", "dit", "--plan", "static/plan.json"], "plan is of another model"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
+import threading
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UserError
 from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to DiffusionPipeline.from_pretrained)
 from .embedded import asset_path
+from .loading import loading
 
 EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep")
 
@@ -52,15 +54,20 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _open(source: str | Path, dtype: torch.dtype, **kw) -> DiffusionPipeline:
     # diffusers logs a failure and then raises it too; the caller's one sentence is enough.
-    handlers = logging.getLogger("diffusers").handlers[:]
-    for handler in handlers:
-        handler.addFilter(_is_news)
+    handlers, here = logging.getLogger("diffusers").handlers[:], threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != here or _is_news(record)
+
     try:
+        for handler in handlers:
+            handler.addFilter(passes)
         # Weights come from safetensors only: unpickling a downloaded file would run its code.
-        return DiffusionPipeline.from_pretrained(source, **{"dtype": dtype, "use_safetensors": True, **kw})
+        with loading():
+            return DiffusionPipeline.from_pretrained(source, **{"dtype": dtype, "use_safetensors": True, **kw})
     finally:
         for handler in handlers:
-            handler.removeFilter(_is_news)
+            handler.removeFilter(passes)
 
 
 def load_pipeline(

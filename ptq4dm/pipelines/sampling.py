@@ -12,6 +12,7 @@ import torch
 from ..errors import UserError
 from ..interrupts import one_interrupt, uninterrupted
 from .denoiser import class_count, denoiser_names, evaluation_mode, turn_at
+from .loading import not_while_loading
 from .noise import float32_noise
 
 OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "return_dict")
@@ -167,7 +168,7 @@ def call_pipeline(
     if bare:
         strings = [key for key in arguments if key in (conditioning or ()) and isinstance(arguments[key][0], str)]
         arguments |= {key: arguments[key][0] for key in strings}
-    with turn_at(pipe), one_interrupt(opened=False) as gate, _ready(pipe, progress):
+    with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress):
         try:
             gate.open = True  # while the pipeline is made ready, and put back, an interrupt waits
             return pipe(**arguments)

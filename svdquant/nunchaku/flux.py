@@ -20,6 +20,8 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from ...errors import UserError
+from ...pipelines.loading import loading
+from ...undo import whole_or_not
 from ..layers.split import SplitLinear
 from . import layout
 from .model import Checkpoint, empty_model, install, linear_of, read_files, read_json
@@ -49,6 +51,7 @@ TENSORS = {
 }
 
 
+@loading()
 def load_nunchaku_flux(
     file: str | Path, model: FluxTransformer2DModel | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> FluxTransformer2DModel:
@@ -82,7 +85,7 @@ def load_nunchaku_flux(
         layers |= _double_block(model, checkpoint, f"transformer_blocks.{i}")
     for i in range(len(model.single_transformer_blocks)):
         layers |= _single_block(model, checkpoint, f"single_transformer_blocks.{i}")
-    install(model, layers, checkpoint)
+    whole_or_not([model], lambda gate: install(model, layers, checkpoint))
     return model
 
 

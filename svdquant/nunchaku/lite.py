@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from ...errors import UserError
+from ...pipelines.loading import loading
+from ...undo import whole_or_not
 from .model import FLOAT16S, Checkpoint, empty_model, install, linear_of, read_files, read_json
 from .tensors import nvfp4_layer, svdq_layer, take_awq, take_svdq
 
@@ -34,6 +36,7 @@ class Section:
     rank: int = 0
 
 
+@loading()
 def load_nunchaku_lite(source: str | Path, model: nn.Module | None = None, dtype: torch.dtype | None = None):
     """Load a checkpoint of 4-bit layers.
 
@@ -64,7 +67,7 @@ def load_nunchaku_lite(source: str | Path, model: nn.Module | None = None, dtype
     checkpoint = read_files(source, _files(source))
     if model is None:
         model = empty_model(_model_class(config), config, dtype or _compute_dtype(quantization))
-    install(model, _layers(model, checkpoint, svdq, awq), checkpoint)
+    whole_or_not([model], lambda gate: install(model, _layers(model, checkpoint, svdq, awq), checkpoint))
     return model
 
 

@@ -7,62 +7,59 @@ of all new modules lie on "meta". So one thread loads at a time, and none makes 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-
-class _Doors(threading.local):
-    """How often this thread is inside."""
-
-    loading = 0
-    working = 0
+LOOK = 0.05  # seconds between two looks at whether others are done
 
 
-_inside = _Doors()
+class _Entry:
+    """Somebody inside, for as long as the entry lives: also one who was interrupted on the way out leaves."""
+
+    def __init__(self, load: bool) -> None:
+        self.load, self.thread = load, threading.get_ident()
+
+
+_entries: weakref.WeakSet[_Entry] = weakref.WeakSet()
 _changed = threading.Condition()
-_loader: int | None = None  # the thread that loads
-_workers = 0
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Alone in the process; waits for others' work. A thread that is at work itself does not wait, for it would for
-    ever."""
-    global _loader
-    here = threading.get_ident()
-    if _inside.loading:
-        yield
-        return
-    with _changed:
-        while _loader is not None or (_workers and not _inside.working):
-            _changed.wait()
-        _loader = here
-    _inside.loading += 1
+    """Alone in the process; waits for others' work. A thread that is at work itself does not wait for the work of
+    others: they may wait for it."""
+    entry = _Entry(load=True)
+    _enter(entry, lambda own, others: any(one.load for one in others) or bool(others and not own))
     try:
         yield
     finally:
-        _inside.loading -= 1
-        with _changed:
-            _loader = None
-            _changed.notify_all()
+        _leave(entry)
 
 
 @contextmanager
 def not_while_loading() -> Iterator[None]:
     """Beside others' work, but not while another thread loads a model."""
-    global _workers
-    if _inside.loading or _inside.working:
-        yield
-        return
-    with _changed:
-        while _loader is not None:
-            _changed.wait()
-        _workers += 1
-    _inside.working += 1
+    entry = _Entry(load=False)
+    _enter(entry, lambda own, others: any(one.load for one in others) and not own)
     try:
         yield
     finally:
-        _inside.working -= 1
-        with _changed:
-            _workers -= 1
-            _changed.notify_all()
+        _leave(entry)
+
+
+def _enter(entry: _Entry, must_wait: Callable[[list[_Entry], list[_Entry]], bool]) -> None:
+    def waits() -> bool:
+        own = [one for one in _entries if one.thread == entry.thread]
+        return must_wait(own, [one for one in _entries if one.thread != entry.thread])
+
+    with _changed:
+        while waits():
+            _changed.wait(LOOK)
+        _entries.add(entry)
+
+
+def _leave(entry: _Entry) -> None:
+    with _changed:
+        _entries.discard(entry)
+        _changed.notify_all()

@@ -18,6 +18,7 @@ from ..checks import check, checked, shown
 from ..errors import UserError
 from ..layers.base import replace_module
 from ..pipelines.denoiser import model_of, turn_at
+from ..pipelines.loading import not_while_loading
 from ..undo import whole_or_not
 from .layers.svdq import _SVDQLayer
 
@@ -81,7 +82,7 @@ def _fuse(model: nn.Module, scales: dict[str, float]) -> dict[str, int]:
 
 def _whole(target, change: Callable[[], Result]) -> Result:
     """What is done to the layers of a model: to all or, where something is raised, to none."""
-    with turn_at(target):
+    with turn_at(target), not_while_loading():
         return whole_or_not([model_of(target)], lambda gate: change())
 
 

@@ -9,12 +9,15 @@ bits, the bytes are those of 8; the library calls such a layer `simulated`.
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
 
 import torch
 from torch import Tensor
 
 HAS_QUANTIZE_PER_TENSOR = hasattr(torch, "quantize_per_tensor")
+_guard = threading.Lock()
 
 
 def weight_limit(bits: int) -> int:
@@ -76,12 +79,20 @@ def quantize_activation_uint8(x: Tensor, scale: float, zero_point: int) -> Tenso
     if not HAS_QUANTIZE_PER_TENSOR:
         codes = torch.round(x * (1.0 / torch.tensor(scale))).add_(zero_point + 128)
         return codes.clamp_(0, 255).to(torch.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # 2.13 announces the end of quint8 tensors
-        quantized = torch.quantize_per_tensor(x, scale, zero_point + 128, torch.quint8)
+    _hear_out()
+    quantized = torch.quantize_per_tensor(x, scale, zero_point + 128, torch.quint8)
     # int_repr() would copy at a seventh of the speed: look at the same bytes as uint8 instead
     view = torch.empty(0, dtype=torch.uint8)
     return view.set_(quantized.untyped_storage(), 0, quantized.size(), quantized.stride())
+
+
+@functools.cache
+def _hear_out() -> None:
+    """Let torch say, once in a process, that quint8 tensors come to an end (2.13). Filters of warnings are the whole
+    process's: they are changed here, and not at each call, where threads would put back each other's."""
+    with _guard, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
 
 
 def dynamic_scale(x: Tensor, dims: tuple[int, ...], bits: int = 8) -> Tensor:

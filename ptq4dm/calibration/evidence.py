@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..evidence import LayerEvidence
 from ..layers.base import replace_module
 from ..pipelines.denoiser import evaluation_mode
+from ..pipelines.loading import not_while_loading
 from .calls import Calls
 from .capture import Captured, capture
 
@@ -84,7 +85,7 @@ class Evidence:
     @torch.no_grad()
     def _run(self, name: str) -> list[list[Tensor]]:
         module = self.model.get_submodule(name)
-        with evaluation_mode(module):
+        with evaluation_mode(module), not_while_loading():
             return [_tensors(module(*args, **kwargs)) for args, kwargs in self.calls(name)]
 
 

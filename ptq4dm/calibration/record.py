@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import UserError
 from ..hooks import hooked
 from ..pipelines.denoiser import denoiser_names, model_of, time_names
+from ..pipelines.loading import not_while_loading
 from .calls import Call, Calls, parameter_place, timestep_of, whole_call
 from .store import source_of
 
@@ -31,8 +32,9 @@ def record(target: Any) -> Iterator[Calls]:
         ptq4dm.quantize(model, ptq4dm.PTQ4DMConfig(), calls)
 
     Any module will do: a bare model, a ControlNet, a prior, a second transformer. Each call is a unit; its tensors
-    are kept on the CPU. A call's `time` is its timestep as it is where all lie in [0, 1], else as a share of the next
-    power of ten (1000 for times up to 1000), or between the least and the largest where some are negative.
+    are kept on the CPU. Calls that other threads make are not recorded. A call's `time` is its timestep as it is
+    where all lie in [0, 1], else as a share of the next power of ten (1000 for times up to 1000), or between the
+    least and the largest where some are negative.
     """
     model = model_of(target)
     if model is not target and len(several := denoiser_names(target)) > 1:
@@ -56,9 +58,9 @@ def answers(model: nn.Module, calls: Calls) -> list[Any]:
     Rows that were recorded from batches are put into one call for each group. Tensors move to the model's device;
     those of the dtype that the recorded model had (but for times) are cast to this model's dtype.
     """
-    return [
-        model(*call.args, **call.kwargs) for call in (ready(part, model) for part in calls.batches(len(calls) or 1))
-    ]
+    with not_while_loading():
+        calls_made = (ready(part, model) for part in calls.batches(len(calls) or 1))
+        return [model(*call.args, **call.kwargs) for call in calls_made]
 
 
 def replay(model: nn.Module, calls: Calls) -> Tensor:

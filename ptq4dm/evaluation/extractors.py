@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..pipelines.embedded import asset_path
 from ..pipelines.images import to_uint8
+from ..pipelines.loading import not_while_loading
 from ..pipelines.picture_files import find_images, load_image, load_images
 from ..progress import progress_bar
 from .features import NUM_FEATURES, Features, load_features
@@ -66,12 +67,14 @@ def load_extractor(
     """
     device = torch.device(device)
     if metric == "feature-fid":
-        return feature_extractor(load_features(device), device)
+        with not_while_loading():
+            return feature_extractor(load_features(device), device)
     if metric == "fid":
         from .inception import NUM_FEATURES as DIM
         from .inception import load_inception
 
-        net = load_inception(inception_weights, resize, device)
+        with not_while_loading():
+            net = load_inception(inception_weights, resize, device)
         return Extractor("FID", net.feature, DIM, net.mode, net, device, any_size=True)
     if metric == "none":
         raise UserError("metric 'none' measures no pictures; choose feature-fid or fid.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to Diffusio
 from .devices import check_device, dtype_of
 from .embedded import asset_path
 from .folder import check_folder
+from .loading import loading
 
 EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep")
 
@@ -26,15 +28,20 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _open(source: str | Path, dtype: torch.dtype, **kw) -> DiffusionPipeline:
     # diffusers logs a failure and then raises it too; the caller's one sentence is enough.
-    handlers = logging.getLogger("diffusers").handlers[:]
-    for handler in handlers:
-        handler.addFilter(_is_news)
+    handlers, here = logging.getLogger("diffusers").handlers[:], threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != here or _is_news(record)
+
     try:
+        for handler in handlers:
+            handler.addFilter(passes)
         # Weights come from safetensors only: unpickling a downloaded file would run its code.
-        return DiffusionPipeline.from_pretrained(source, **{"dtype": dtype, "use_safetensors": True, **kw})
+        with loading():
+            return DiffusionPipeline.from_pretrained(source, **{"dtype": dtype, "use_safetensors": True, **kw})
     finally:
         for handler in handlers:
-            handler.removeFilter(_is_news)
+            handler.removeFilter(passes)
 
 
 def folder_of(model: str | os.PathLike) -> Path:

@@ -15,6 +15,7 @@ from ..files.outside import reason
 from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown as bars_shown
 from .denoiser import check_sampled, class_count, denoiser_names, evaluation_mode, turn_at
+from .loading import not_while_loading
 from .noise import float32_noise
 
 MOST_STEPS, MOST_BATCH = 100_000, 1_000_000  # beyond which nobody means what they say
@@ -205,7 +206,7 @@ def call_pipeline(
     if bare:
         strings = [key for key in arguments if key in (conditioning or ()) and isinstance(arguments[key][0], str)]
         arguments |= {key: arguments[key][0] for key in strings}
-    with turn_at(pipe), one_interrupt(opened=False) as gate, _ready(pipe, progress):
+    with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress):
         try:
             gate.open = True  # while the pipeline is made ready, and put back, an interrupt waits
             return pipe(**arguments)

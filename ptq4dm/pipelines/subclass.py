@@ -16,8 +16,8 @@ from typing import Any
 def subclass_where(kind: type, name: str, changed: Callable[[Any], Any]) -> type:
     """A subclass of a class, of the same name, in whose functions the global `name` is changed(what it was).
 
-    The class itself, where none of its functions uses the name. The subclass adds no attributes of objects, so that
-    an object may be made one of it by `__class__`, and made one of the class again.
+    The class itself, where none of its functions uses the name. The subclass is equal (==) to the class, and adds no
+    attributes of objects, so that an object may be made one of it by `__class__`, and made one of the class again.
     """
     return _Copier(name, changed).subclass(kind)
 
@@ -38,11 +38,11 @@ class _Copier:
             return kind
         self.cells = {one: CellType() for one in order}
         names = {name for one in order for name, value in vars(one).items() if self.is_copied(value)}
-        new = kind
+        new, equal = kind, _equal_to(kind)
         for one in reversed(order):  # one below the other, in the order in which Python looks through the classes
             body = {name: self.remade(value) for name, value in vars(one).items() if name in names}
             named = {key: getattr(one, key) for key in ("__module__", "__qualname__", "__doc__")}
-            new = type(kind)(one.__name__, (new,), {**body, **named, "__slots__": ()})
+            new = equal(one.__name__, (new,), {**body, **named, "__slots__": ()})
             self.cells[one].cell_contents = new
         return new
 
@@ -100,6 +100,15 @@ class _Copier:
             mine = self.globals[id(home)] = {**home, self.name: self.changed(home[self.name])}
             mine |= {key: self.copy(one) for key, one in home.items() if _is_of(one, home) and self.uses(one)}
         return self.globals[id(home)]
+
+
+def _equal_to(kind: type) -> type:
+    """The kind of classes that are equal to this one: pipelines compare `type(scheduler)` with classes."""
+
+    def equal(cls: type, other: object) -> bool:
+        return cls is other or other is kind
+
+    return type(type(kind).__name__, (type(kind),), {"__eq__": equal, "__hash__": lambda cls: hash(kind)})
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:

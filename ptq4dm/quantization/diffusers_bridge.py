@@ -21,6 +21,7 @@ from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.registry import empty_quantized, needs_of
 from ..pipelines.denoiser import turn_at
+from ..pipelines.loading import not_while_loading
 from ..undo import whole_or_not
 from .checksums import checksums_of
 from .opening import check_keys, check_layers, lacking, read_files
@@ -194,7 +195,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         return torch_dtype or torch.float32
 
     def dequantize(self, model: nn.Module) -> nn.Module:
-        with turn_at(model):
+        with turn_at(model), not_while_loading():
             return whole_or_not([model], lambda gate: super(PTQ4DMQuantizer, self).dequantize(model))
 
     def _dequantize(self, model: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from ..layers.plan import Plan
 from ..layers.registry import FORMATS, Problem, finite, needs_of
 from ..layers.view import LayerView
 from ..options import option
+from ..pipelines.loading import not_while_loading
 from ..progress import progress_bar
 from .checkpoint import BlockCheckpoint
 
@@ -90,7 +91,8 @@ def pack_plan(
     kept = _checkpoint(checkpoint, model, plan, store, options)
     packed: dict[str, nn.Module] = {}
     for block in progress_bar(blocks, desc=plan.method, unit="block", hidden=not batches):
-        done = kept.load(block.name, model) if kept else None
+        with not_while_loading():
+            done = kept.load(block.name, model) if kept else None
         if done is None:
             leaders = [leader for leader, names in block.problems.items() if any(needs[name] for name in names)]
             around = sorted({enclosing[leader] for leader in leaders if leader in enclosing})
@@ -100,7 +102,8 @@ def pack_plan(
             for leader, names in block.problems.items():
                 layers = {name: model.get_submodule(name) for name in names}
                 problem = Problem(layers, {n: plan.layers[n] for n in names}, evidence, enclosing.get(leader))
-                done |= FORMATS.find(plan.layers[leader].format).build(problem)
+                with not_while_loading():
+                    done |= FORMATS.find(plan.layers[leader].format).build(problem)
             if kept:
                 kept.save(block.name, done)
         packed |= done

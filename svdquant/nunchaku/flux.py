@@ -23,6 +23,8 @@ from torch import nn
 from ...checks import checked
 from ...errors import UserError
 from ...pipelines.devices import dtype_of
+from ...pipelines.loading import loading
+from ...undo import whole_or_not
 from ..layers.split import SplitLinear
 from . import layout
 from .model import Checkpoint, empty_model, install, linear_of, read_files, read_json
@@ -53,6 +55,7 @@ TENSORS = {
 
 
 @checked
+@loading()
 def load_nunchaku_flux(
     file: str | os.PathLike, model: nn.Module | None = None, dtype: torch.dtype | str = torch.bfloat16
 ) -> FluxTransformer2DModel:
@@ -86,7 +89,7 @@ def load_nunchaku_flux(
         layers |= _double_block(model, checkpoint, f"transformer_blocks.{i}")
     for i in range(len(model.single_transformer_blocks)):
         layers |= _single_block(model, checkpoint, f"single_transformer_blocks.{i}")
-    install(model, layers, checkpoint)
+    whole_or_not([model], lambda gate: install(model, layers, checkpoint))
     return model
 
 

@@ -22,6 +22,8 @@ from ...errors import UserError
 from ...files.outside import naming
 from ...pipelines.devices import dtype_of
 from ...pipelines.folder import is_file_name
+from ...pipelines.loading import loading
+from ...undo import whole_or_not
 from .model import Checkpoint, empty_model, install, linear_of, read_files, read_json
 from .tensors import nvfp4_layer, svdq_layer, take_awq, take_svdq
 
@@ -40,6 +42,7 @@ class Section:
 
 
 @checked
+@loading()
 def load_nunchaku_lite(
     source: str | os.PathLike, model: nn.Module | None = None, dtype: torch.dtype | str | None = None
 ):
@@ -73,7 +76,7 @@ def load_nunchaku_lite(
     with naming(folder):
         if model is None:
             model = empty_model(_model_class(config), config, dtype or _compute_dtype(quantization))
-        install(model, _layers(model, checkpoint, svdq, awq), checkpoint)
+        whole_or_not([model], lambda gate: install(model, _layers(model, checkpoint, svdq, awq), checkpoint))
     return model
 
 

@@ -90,7 +90,10 @@ def read_json(text: str | Path, what: str) -> dict:
 
 
 def empty_model(kind: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:
-    """A diffusers model of a config, its parameters on meta in `dtype`, for `install` to fill; in evaluation mode."""
+    """A diffusers model of a config, its parameters on meta in `dtype`, for `install` to fill; in evaluation mode.
+
+    For who is `loading`: the default dtype is the process's.
+    """
     config = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -122,6 +122,8 @@ def test_closures_are_shared_with_the_class(one):
 
 
 def test_the_class_and_its_module_stay_as_they_are(one):
+    assert type(one) in (Kind,) and {Kind: 1}[type(one)] == 1  # equal
+    assert type(one) not in (Base, Mixin) and type(one) is not Kind
     assert isinstance(one, Kind) and type(one).__name__ == "Kind" and type(one).__module__ == Kind.__module__
     assert Kind()() == ("own", 1, (), 2, {}) and Kind().greeting() == "kind base own, mixin own"
     assert word() == said() == "own"

@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..files.typed import fits
 from ..layers.plan import Plan
 from .refusals import bare
 
+OF_NUMPY = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32}
 REST = ""  # stands for the tensors that belong to no quantized layer
 
 
@@ -34,8 +36,14 @@ def checksum(tensors: Mapping[str, Tensor], names: Iterable[str], choices: Any =
         tensor = tensors[name].detach()
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
         if tensor.numel():
-            crc = zlib.crc32(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+            crc = zlib.crc32(_bytes(tensor), crc)
     return crc
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A tensor's values as a buffer, by the shortest way: a model has hundreds of them."""
+    tensor = tensor.cpu().contiguous()
+    return tensor.numpy() if tensor.dtype in OF_NUMPY else tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def is_code(name: str) -> bool:
@@ -92,11 +100,14 @@ def changed(
 
 def _text(choices: Any) -> str:
     """What a layer's choices are beside the defaults: a later version may have more of them."""
-    chosen = {item.name: getattr(choices, item.name) for item in fields(choices)}
-    plain = {item.name: item.default for item in fields(choices)}
-    return json.dumps(
-        {name: value for name, value in chosen.items() if value != plain[name]}, sort_keys=True, default=asdict
-    )
+    plain = _defaults(type(choices))  # type: ignore[arg-type]  # mypy takes no class for hashable
+    chosen = {name: value for name in plain if (value := getattr(choices, name)) != plain[name]}
+    return json.dumps(chosen, sort_keys=True, default=asdict)
+
+
+@cache
+def _defaults(kind: type) -> dict[str, Any]:
+    return {item.name: item.default for item in fields(kind)}
 
 
 def checked_sums(sums: Any) -> dict:

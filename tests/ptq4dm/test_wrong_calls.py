@@ -128,7 +128,7 @@ def test_nor_is_any_given_to_what_loads(call, tmp_path, monkeypatch):
     ("call", "message"),
     [
         (lambda pipe: ptq4dm.quantize(5, ptq4dm.RTNConfig()), "must be a diffusers pipeline.*got 5"),
-        (lambda pipe: ptq4dm.quantize(pipe, "svdquant"), "config must be a QuantConfig; got 'svdquant'"),
+        (lambda pipe: ptq4dm.quantize(pipe, "svdquant"), "config is a recipe, such as PTQ4DMConfig"),
         (lambda pipe: ptq4dm.collect("pipe"), "'pipe' is a name; give the pipeline itself"),
         (lambda pipe: ptq4dm.collect(pipe, {}), "config must be a CalibrationConfig or None; got a dict"),
         (lambda pipe: ptq4dm.collect(pipe.unet), "UNet2DModel is a model by itself"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptq4dm import starting
 from ptq4dm.cli.main import main
 
 LONGEST = 120.0  # seconds; a command that takes longer hangs
@@ -82,7 +83,7 @@ def _run(words: list[str], folder: Path, kill: Kill | None, report: Path) -> Non
         for number in SIGNALS:  # ended by it without a word until the command has begun
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python has it when it starts
+        signal.signal(signal.SIGINT, starting.end)  # as it is in a process that was started for the command
         try:
             sys.argv = ["ptq4dm", *words]
             status = main()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..kernels.runtime.atomic import SUFFIX, sweep
-from .claim import CLAIM
+from .claim import is_claim
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def make_parent(path: str | os.PathLike) -> None:
 
 def lying_in(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, besides the lock of a run and what a run has half-written."""
-    return sorted(path for path in folder.iterdir() if path.name != CLAIM and not path.name.endswith(SUFFIX))
+    return sorted(path for path in folder.iterdir() if not is_claim(path.name) and not path.name.endswith(SUFFIX))
 
 
 def check_writable(folder: Path) -> None:

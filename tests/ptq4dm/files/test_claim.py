@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from ptq4dm.errors import UserError
-from ptq4dm.files.claim import CLAIM, claimed
+from ptq4dm.files.claim import CLAIM, claimed, claimed_whole
+from ptq4dm.files.places import lying_in
 
 
 def test_other_settings_are_refused_and_nothing_is_left(tmp_path):
@@ -59,3 +60,20 @@ def test_the_claim_of_a_dead_run_does_not_count(tmp_path):
     with claimed(tmp_path, {"seed": 1}):
         pass
     assert not os.listdir(tmp_path)
+
+
+def test_a_file_or_a_folder_that_is_replaced_is_claimed_from_beside(tmp_path):
+    place, link = tmp_path / "q", tmp_path / "link"
+    link.symlink_to(place)
+    with claimed_whole(place, {"seed": 0}):
+        place.mkdir()  # another folder in its place changes nothing
+        with claimed_whole(link, {"seed": 0}):  # this thread has it already
+            pass
+        assert sorted(os.listdir(tmp_path)) == [f".q{CLAIM}", "link", "q"]
+        assert lying_in(tmp_path) == [link, place]
+        for path in (place, link):
+            with pytest.raises(UserError, match=f"is writing into {path} "), claimed_whole(path, {"seed": 1}):
+                pytest.fail("two runs at once")
+        with claimed_whole(tmp_path / "other", {"seed": 1}):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["link", "q"]

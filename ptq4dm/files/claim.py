@@ -61,6 +61,21 @@ def is_claim(name: str) -> bool:
     return name.endswith(CLAIM)
 
 
+def sweep_claims(folder: str | os.PathLike) -> None:
+    """Take away the locks in a folder of runs that are dead, where that can be done."""
+    if fcntl is None:
+        return
+    for path in Path(folder).glob(f"*{CLAIM}"):
+        with suppress(OSError):
+            file = os.open(path, os.O_RDWR)
+            try:
+                with _alone(path.parent):
+                    if _lock(file, fcntl.LOCK_EX) is True and os.path.samestat(os.fstat(file), path.stat()):
+                        path.unlink()
+            finally:
+                os.close(file)
+
+
 @contextmanager
 def _claimed(what: Path, lock: Path, settings: str, share: bool) -> Iterator[None]:
     mine = (os.path.realpath(lock), settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..kernels.runtime.atomic import SUFFIX, sweep
-from .claim import is_claim
+from .claim import is_claim, sweep_claims
 
 
 @contextmanager
@@ -59,9 +59,18 @@ def lying_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not is_claim(path.name) and not path.name.endswith(SUFFIX))
 
 
-def check_writable(folder: Path) -> None:
-    """Write something small into a folder and take it away. Raises UserError where that fails."""
+def take_away_leavings(folder: Path) -> None:
+    """Take away what dead runs left in a folder: files half-written, and locks."""
     sweep(folder)
+    sweep_claims(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Write something small into a folder and take it away. Raises UserError where that fails.
+
+    What dead runs left in it is taken away.
+    """
+    take_away_leavings(folder)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from ptq4dm.errors import UserError
-from ptq4dm.files.claim import CLAIM, claimed, claimed_whole
+from ptq4dm.files.claim import CLAIM, claimed, claimed_whole, sweep_claims
 from ptq4dm.files.places import lying_in
 
 
@@ -77,3 +77,13 @@ def test_a_file_or_a_folder_that_is_replaced_is_claimed_from_beside(tmp_path):
         with claimed_whole(tmp_path / "other", {"seed": 1}):
             pass
     assert sorted(os.listdir(tmp_path)) == ["link", "q"]
+
+
+def test_locks_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
+    dead = [tmp_path / CLAIM, tmp_path / f".q{CLAIM}"]
+    for path in dead:
+        path.write_text("0123456789abcdef 1")
+    with claimed_whole(tmp_path / "file", 1), claimed(tmp_path, 2):
+        sweep_claims(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == [f".file{CLAIM}", CLAIM]
+    assert not os.listdir(tmp_path)

@@ -50,7 +50,7 @@ def make_parent(path: str | os.PathLike) -> None:
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give another place.") from None
     check_writable(real.parent)
 
 

@@ -70,7 +70,8 @@ def alone_in(folder: str | Path, pipe, config: DisBackConfig, resume: bool = Fal
     with other settings writes.
     """
     if resume and not Path(folder).exists():  # a name that was mistyped
-        raise UserError(f"there is no checkpoint at {folder} to resume; leave --resume out to start a new run.")
+        path = Path(folder) / CHECKPOINT
+        raise UserError(f"there is no checkpoint at {path} to resume; leave --resume out to start a new run.")
     if not PartialState(cpu=denoiser(pipe).device.type == "cpu").is_main_process:
         yield
         return

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..checks import check_fields, check_seeds, checked
 from ..errors import UserError
 from ..files.claim import claimed, digest
-from ..files.places import check_room, lying_in, output_folder
+from ..files.places import check_room, lying_in, output_folder, take_away_leavings
 from ..layers.base import holds_quantized
 from ..options import option
 from ..pipelines.denoiser import check_sampled, pipelines_in, schedulers_of, turn_at
@@ -157,6 +157,8 @@ def collect(
     if found is None or not found["complete"]:
         with output_folder(folder), claimed(folder, asked), refusals(pipe, conditioning, pipeline_kwargs):
             _collect_whole(request, config, folder, asked)
+    else:  # killed right after it was done, the run before may have left something
+        take_away_leavings(folder)
     return CalibrationStore.load(output)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from ..files.claim import claimed_whole
+from ..files.places import make_parent
 from ..files.result_folder import check_replaceable
 from ..pipelines.load import load_pipeline
 from ..samplers.distillation import disback
@@ -14,7 +17,7 @@ from ..samplers.distillation.log import read_log
 from ..samplers.distillation.run import alone_in, check_teacher
 from ..samplers.distillation.student import RECORD, save_student
 from .flags import add_flags, given, options_of
-from .options import add_model, device_of, dtype_of
+from .options import add_model, device_of, dtype_of, settings_of
 from .output import main_process, result, say
 
 GOES_ON = "the same command with --resume"
@@ -34,11 +37,17 @@ def run(args) -> None:
     precision = {"float32": "no", "bfloat16": "bf16"}.get(dtype, dtype)
     config = DisBackConfig(**given(args, DisBackConfig), precision=precision)
     output = Path(args.output)
-    check_replaceable(output, RECORD, "distill")
+    make_parent(output)
+    with claimed_whole(output, settings_of(args, "resume")) if main_process() else nullcontext():
+        check_replaceable(output, RECORD, "distill")
+        _distill(args, config, output)
+
+
+def _distill(args, config: DisBackConfig, output: Path) -> None:
     pipe = load_pipeline(args.model, torch.float32, device_of(args))
     folder = output.with_name(f"{output.name}.run")
     check_teacher(pipe, config)
-    with alone_in(folder, pipe, config):  # until the student is saved: it is of this run
+    with alone_in(folder, pipe, config, args.resume):  # until the student is saved: it is of this run
         student = disback.distill(pipe, config, folder, args.resume)
         if main_process():
             lines = [line for line in read_log(folder / "log.jsonl") if line["stage"] == "evaluation"]

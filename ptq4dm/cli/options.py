@@ -37,6 +37,12 @@ def dtype_name(text: str) -> str:
     return text.removeprefix("torch.")
 
 
+def settings_of(args, *besides: str) -> dict[str, str]:
+    """All that a command was told, as text, but how it prints and what is named in `besides`: two runs at once with
+    the same are one job."""
+    return {name: str(value) for name, value in vars(args).items() if name not in ("quiet", "json", *besides)}
+
+
 def add_component(parser) -> None:
     text = "the one network of the pipeline (transformer_2, controlnet, ...); all denoisers otherwise"
     parser.add_argument("--component", metavar="NAME", help=text)

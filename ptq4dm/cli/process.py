@@ -123,6 +123,11 @@ def working() -> Iterator[None]:
         _interrupts.working = False
 
 
+def interrupted() -> bool:
+    """Whether an interrupt came in the work: then an error may be what some library made of it."""
+    return _interrupts is not None and _interrupts.came > 0
+
+
 def owned(run: Callable[[], int]) -> int:
     """Run the command that this process is for; returns its exit status, that of closed pipes and full disks too."""
     global _interrupts

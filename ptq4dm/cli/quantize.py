@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..calibration.collect import collect
+from ..calibration.collect import CalibrationConfig, collect
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
+from ..files.claim import claimed_whole
 from ..files.places import check_room, make_parent
 from ..files.result_folder import check_replaceable
 from ..quantization import recipe
@@ -31,6 +32,7 @@ from .options import (
     fitting,
     load,
     one_process,
+    settings_of,
 )
 from .output import result, say
 
@@ -86,10 +88,16 @@ def recipes_of(args) -> dict[str, QuantConfig]:
 
 def run(args) -> None:
     recipes, calibration = recipes_of(args), calibration_of(args)
-    config = next(iter(recipes.values()))
     one_process(args)
     output = Path(args.output)
-    check_replaceable(output, RECORD, "quantize")
+    make_parent(output)
+    with claimed_whole(output, settings_of(args)):  # a second run of the same command waits, then finds all as it was
+        check_replaceable(output, RECORD, "quantize")
+        _quantize(args, recipes, calibration, output)
+
+
+def _quantize(args, recipes: dict[str, QuantConfig], calibration: CalibrationConfig, output: Path) -> None:
+    config = next(iter(recipes.values()))
     if args.checkpoint:
         check_folder(Path(args.checkpoint))
     picture = picture_of(config) if args.plot else None

@@ -14,6 +14,7 @@ from ..starting import INTERRUPTED
 from ..version import __version__
 from .failures import complain, told
 from .parser import Parser, add_command, add_output
+from .process import interrupted
 
 VERBS = {
     "collect": "Record what a model sees while it samples, and measure its layers' inputs.",
@@ -60,6 +61,9 @@ def run(arguments: list[str]) -> int:
         complain(f"interrupted{going_on}")
         return INTERRUPTED
     except Exception as error:
+        if interrupted():  # a library made an error of its own of it
+            complain(f"interrupted{going_on}")
+            return INTERRUPTED
         failure = told(error)
         if failure is None:
             raise

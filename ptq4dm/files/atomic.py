@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from safetensors import SafetensorError
 
 from ..errors import UserError
 from ..kernels.runtime import atomic
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -58,4 +61,6 @@ def told(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
+        full = getattr(error, "errno", None) in FULL or "No space left" in str(error)  # as safetensors says it
+        way = "make room, or give another place" if full else "give another place"
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}; {way}.") from error

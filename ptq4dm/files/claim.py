@@ -1,7 +1,8 @@
-"""Two runs at once: a run claims the folder that it writes into, for as long as it lives.
+"""Two runs at once: a run claims the folder or file that it writes, for as long as it lives.
 
     with claimed(folder, settings): ...                  of the same settings, one after another
     with claimed(folder, settings, share=True): ...      of the same settings, side by side
+    with claimed_whole(path, settings): ...              a file, or a folder that is replaced: the lock lies beside it
 
 A second run with other settings is refused before it works. The claim is a lock on a hidden file, so it ends with the
 process, whatever ends that. Where a file system has no locks, and on Windows, nobody is kept away.
@@ -27,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-CLAIM = ".ptq4dm-run"
+CLAIM = ".ptq4dm-run"  # in a folder; .NAME.ptq4dm-run beside a file
 _MINE: ContextVar[frozenset[tuple[str, str]]] = ContextVar("claimed", default=frozenset())  # by this thread
 
 
@@ -40,11 +41,48 @@ def claimed(folder: str | os.PathLike, settings: Any, *, share: bool = False) ->
 
     Raises UserError where a run with other settings writes there now.
     """
-    mine = (os.path.realpath(folder), digest(settings))
+    with _claimed(Path(folder), Path(folder) / CLAIM, digest(settings), share):
+        yield
+
+
+@contextmanager
+def claimed_whole(path: str | os.PathLike, settings: Any) -> Iterator[None]:
+    """Keep other runs from a file, or from a folder that is replaced whole, while the block runs; its parent exists.
+
+    A second run of the same settings waits, and says so. Raises UserError where one with other settings writes it.
+    """
+    real = Path(os.path.realpath(path))
+    with _claimed(Path(path), real.with_name(f".{real.name[:100]}{CLAIM}"), digest(settings), share=False):
+        yield
+
+
+def is_claim(name: str) -> bool:
+    """Whether a file of this name is the lock of a run."""
+    return name.endswith(CLAIM)
+
+
+def sweep_claims(folder: str | os.PathLike) -> None:
+    """Take away the locks in a folder of runs that are dead, where that can be done."""
+    if fcntl is None:
+        return
+    for path in Path(folder).glob(f"*{CLAIM}"):
+        with suppress(OSError):
+            file = os.open(path, os.O_RDWR)
+            try:
+                with _alone(path.parent):
+                    if _lock(file, fcntl.LOCK_EX) is True and os.path.samestat(os.fstat(file), path.stat()):
+                        path.unlink()
+            finally:
+                os.close(file)
+
+
+@contextmanager
+def _claimed(what: Path, lock: Path, settings: str, share: bool) -> Iterator[None]:
+    mine = (os.path.realpath(lock), settings)
     if fcntl is None or mine in _MINE.get():  # a caller of ours has claimed it already
         yield
         return
-    with _held(Path(folder), mine[1], share):
+    with _held(what, lock, settings, share):
         outer = _MINE.set(_MINE.get() | {mine})
         try:
             yield
@@ -58,8 +96,8 @@ def digest(settings: Any) -> str:
 
 
 @contextmanager
-def _held(folder: Path, mine: str, share: bool) -> Iterator[None]:
-    path, waited = folder / CLAIM, False
+def _held(what: Path, path: Path, mine: str, share: bool) -> Iterator[None]:
+    folder, waited = path.parent, False
     while True:
         file = _open(path)
         with _alone(folder):  # one at a time looks and takes
@@ -78,13 +116,13 @@ def _held(folder: Path, mine: str, share: bool) -> Iterator[None]:
             if theirs != mine:
                 os.close(file)
                 raise UserError(
-                    f"another run with other settings is writing into {folder} (process {process}); "
+                    f"another run with other settings is writing into {what} (process {process}); "
                     "give another folder, or wait for its end."
                 )
             if share and _lock(file, fcntl.LOCK_SH):
                 break
         if not waited:
-            note(f"waiting for another run with the same settings in {folder} (process {process})")
+            note(f"waiting for another run with the same settings in {what} (process {process})")
         waited = True
         fcntl.flock(file, fcntl.LOCK_SH)  # until the other lets go; then from the start
         os.close(file)

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import DamagedFile, UserError
+from ..interrupts import unswallowed
 
 TEXT_LIMIT = 256 << 20  # bytes of a JSON file; the plans of the largest models take a few megabytes
 
@@ -35,7 +36,8 @@ def outside(path: str | os.PathLike, advice: str = "") -> Iterator[None]:
     try:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise OSError(errno.EINVAL, "it is no plain file")  # a pipe would keep us waiting, a device has no end
-        yield
+        with unswallowed():
+            yield
     except UserError:
         raise
     except FileNotFoundError:

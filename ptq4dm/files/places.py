@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..kernels.runtime.atomic import SUFFIX, sweep
-from .claim import CLAIM
+from .claim import is_claim, sweep_claims
 
 
 @contextmanager
@@ -50,18 +50,27 @@ def make_parent(path: str | os.PathLike) -> None:
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give another place.") from None
     check_writable(real.parent)
 
 
 def lying_in(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, besides the lock of a run and what a run has half-written."""
-    return sorted(path for path in folder.iterdir() if path.name != CLAIM and not path.name.endswith(SUFFIX))
+    return sorted(path for path in folder.iterdir() if not is_claim(path.name) and not path.name.endswith(SUFFIX))
+
+
+def take_away_leavings(folder: Path) -> None:
+    """Take away what dead runs left in a folder: files half-written, and locks."""
+    sweep(folder)
+    sweep_claims(folder)
 
 
 def check_writable(folder: Path) -> None:
-    """Write something small into a folder and take it away. Raises UserError where that fails."""
-    sweep(folder)
+    """Write something small into a folder and take it away. Raises UserError where that fails.
+
+    What dead runs left in it is taken away.
+    """
+    take_away_leavings(folder)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..kernels.runtime.atomic import SUFFIX
 from .atomic import replacing_folder
-from .claim import CLAIM
+from .claim import is_claim
 from .outside import read_json
 from .places import check_writable, lying_in, make_parent
 
@@ -81,7 +81,7 @@ def _names(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if not name.endswith(SUFFIX)]
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         empty = [""] if not folders and not files and Path(place) != folder else []
-        files = [name for name in files if name != CLAIM]
+        files = [name for name in files if not is_claim(name)]
         found += [os.path.relpath(os.path.join(place, name), folder) for name in (*files, *links, *empty)]
     return sorted(Path(name).as_posix() for name in found)
 

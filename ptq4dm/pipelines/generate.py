@@ -7,7 +7,8 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from ..checks import checked, seeds_of, whole
 from ..errors import UserError
 from ..files.claim import claimed
-from ..files.places import output_folder
+from ..files.places import check_writable, output_folder
 from ..progress import progress_bar
 from ..version import __version__
 from .denoiser import check_sampled, denoiser, networks_of, turn_at
@@ -144,9 +145,25 @@ def generate(
     check_arguments(conditioning, pipeline_kwargs)
     num_inference_steps = check_steps(pipe, num_inference_steps)
     shared = settings(pipe, num_inference_steps, pipeline_kwargs, metadata)
-    with output_folder(output), claimed(output, [shared, _plain(conditioning)], share=True), turn_at(pipe):
+    with _place(output, [shared, _plain(conditioning)]), turn_at(pipe):
         _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, shared)
     return [output / f"{s:06d}.png" for s in seeds]
+
+
+@contextmanager
+def _place(output: Path, identity: list) -> Iterator[None]:
+    """The folder, claimed; one into which nothing can be written is looked at: all pictures may be there."""
+    fixed = False
+    if output.is_dir():
+        try:
+            check_writable(output)
+        except UserError:
+            fixed = True
+    if fixed:
+        yield
+        return
+    with output_folder(output), claimed(output, identity, share=True):
+        yield
 
 
 def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning, pipeline_kwargs, shared) -> None:
@@ -162,6 +179,8 @@ def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning
     state = PartialState(cpu=pipe._execution_device.type == "cpu")
     state.wait_for_everyone()
     todo = _missing(output, sorted(set(seeds)), expected)
+    if todo:
+        check_writable(output)
     state.wait_for_everyone()  # nobody writes before everybody has listed: all share out the same list
     with state.split_between_processes(todo) as mine:
         batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from ..checks import checked
 from ..errors import DamagedFile, UserError
 from ..files.outside import naming, reason
+from ..interrupts import unswallowed
 from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to DiffusionPipeline.from_pretrained)
 from .devices import check_device, dtype_of
 from .embedded import asset_path
@@ -37,7 +38,7 @@ def _open(source: str | Path, dtype: torch.dtype, **kw) -> DiffusionPipeline:
         for handler in handlers:
             handler.addFilter(passes)
         # Weights come from safetensors only: unpickling a downloaded file would run its code.
-        with loading():
+        with loading(), unswallowed():
             return DiffusionPipeline.from_pretrained(source, **{"dtype": dtype, "use_safetensors": True, **kw})
     finally:
         for handler in handlers:

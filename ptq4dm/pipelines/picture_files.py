@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..errors import UserError
-from ..files.claim import CLAIM
+from ..files.claim import is_claim
 from ..files.pictures import opened_picture
 from ..kernels.runtime.atomic import SUFFIX
 
@@ -57,7 +57,7 @@ def find_images(folder: str | os.PathLike) -> PictureFiles:
         except OSError as error:
             raise UserError(f"the folder {place} cannot be read: {error.strerror}.") from error
         for path in inside:
-            if path.name == CLAIM or path.name.endswith(SUFFIX):
+            if is_claim(path.name) or path.name.endswith(SUFFIX):
                 continue  # of a run that writes here now, or was killed
             if path.name.startswith("."):
                 hidden.append(path)

@@ -40,7 +40,12 @@ def check_folder(folder: Path) -> None:
 
     Nothing is made.
     """
-    if folder.is_dir() and not _holds_blocks(folder) and not all(map(_only_blocks, folder.iterdir())):
+    if (
+        folder.is_dir()
+        and not _holds_blocks(folder)
+        and not all(map(_only_blocks, folder.iterdir()))
+        and not _holds_blocks(folder)  # another run may have made it meanwhile
+    ):
         raise UserError(f"{folder} holds other files; give a folder of its own to a checkpoint.")
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():

@@ -16,6 +16,8 @@ import torch
 from ...checks import check_fields, check_seeds
 from ...errors import UserError
 from ...evaluation.feature_fid import FeatureFID
+from ...files.claim import claimed_whole
+from ...files.places import make_parent
 from ...files.rows import Rows
 from ...options import option
 from ...pipelines.denoiser import class_count, denoiser, evaluation_mode
@@ -98,16 +100,27 @@ def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> 
     Args:
         settings: what else decides a figure (model, dtype); a file made with other settings is refused.
 
+    A second call with the same settings waits for the end of the first.
+
     Raises:
-        UserError: other settings in the file, an unknown sampler, or figures that measure nothing.
+        UserError: other settings in the file, or of a run that writes it now; an unknown sampler, or figures that
+            measure nothing.
     """
     config.check(pipe)
     settings = {**settings, "num_images": config.num_images, "seed": config.seed, "metric": "feature-fid"}
-    rows = Rows(output, settings, ROW)
-    done = {(row["sampler"], row["budget"]) for row in rows}
-    todo = [(s, b) for s in config.samplers for b in config.evaluations if (s, b) not in done]
+
+    def looked() -> tuple[Rows, list[tuple[str, int]]]:
+        rows = Rows(output, settings, ROW)
+        done = {(row["sampler"], row["budget"]) for row in rows}
+        return rows, [(s, b) for s in config.samplers for b in config.evaluations if (s, b) not in done]
+
+    rows, todo = looked()
     if todo:
-        _measure(pipe, config, todo, rows)
+        make_parent(output)
+        with claimed_whole(output, settings):
+            rows, todo = looked()  # another run may have added some
+            if todo:
+                _measure(pipe, config, todo, rows)
     found = {(row["sampler"], row["budget"]): row for row in rows}
     return [found[s, b] for s in config.samplers for b in config.evaluations]
 

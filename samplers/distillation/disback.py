@@ -51,7 +51,7 @@ def distill(
     config, folder = config or DisBackConfig(), Path(folder)
     check_teacher(pipe, config)
     tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
-    with alone_in(folder, pipe, config), tuned:
+    with alone_in(folder, pipe, config, resume), tuned:
         run = Run(pipe, config, folder, resume)
         if run.config.backtracking:
             record_degradation(run)

@@ -61,13 +61,17 @@ def check_teacher(pipe, config: DisBackConfig) -> None:
 
 
 @contextmanager
-def alone_in(folder: str | Path, pipe, config: DisBackConfig) -> Iterator[None]:
+def alone_in(folder: str | Path, pipe, config: DisBackConfig, resume: bool = False) -> Iterator[None]:
     """Make a run's folder and keep other runs out of it, as long as the block lasts (main process).
 
     A second call with the same settings waits for the end of the first.
 
-    Raises UserError where it cannot be written, the disk has no room for a run, or a run with other settings writes.
+    Raises UserError where there is none to resume, it cannot be written, the disk has no room for a run, or a run
+    with other settings writes.
     """
+    if resume and not Path(folder).exists():  # a name that was mistyped
+        path = Path(folder) / CHECKPOINT
+        raise UserError(f"there is no checkpoint at {path} to resume; leave --resume out to start a new run.")
     if not PartialState(cpu=denoiser(pipe).device.type == "cpu").is_main_process:
         yield
         return
@@ -92,8 +96,8 @@ def _bytes_needed(folder: Path, pipe, config: DisBackConfig) -> int:
 def strangers(folder: Path) -> list[str]:
     """What lies in a folder besides the leavings of a run that was stopped before its first checkpoint.
 
-    Such a run starts over. Until then it may have left its log, the first point of the path, which a checkpoint
-    follows at once, and two grids of samples.
+    Such a run starts over. Until then it may have left its log, or not even that; the first point of the path, which
+    a checkpoint follows at once; and two grids of samples.
     """
     if not folder.is_dir():
         return []
@@ -136,7 +140,7 @@ class Run:
 
     def _start(self, resume: bool) -> Progress:
         """Where the run begins, and its folder."""
-        if resume and (self.folder / LOG).is_file() and not strangers(self.folder):
+        if resume and not strangers(self.folder):
             resume = False  # stopped before its first checkpoint: there is nothing to go on from
         if resume:
             path, networks = self.folder / CHECKPOINT, self.networks

@@ -64,7 +64,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--verbs", nargs="+", help="some verbs, by name")
     parser.add_argument("--signal", choices=SIGNALS, default="KILL")
     parser.add_argument("--only", type=int, metavar="K", help="one trial again; its folder is shown and kept")
-    parser.add_argument("--output", type=Path, help="results/kill.jsonl, results/pairs.jsonl")
+    parser.add_argument(
+        "--output", type=Path, help="results/kill.jsonl, kill-term.jsonl, kill-int.jsonl, pairs.jsonl"
+    )
     return parser.parse_args(argv)
 
 
@@ -80,7 +82,8 @@ def sweep(options: argparse.Namespace, folder: Path, inputs: Path) -> int:
         dice = Random(f"{options.seed}/{options.only}")
         print(trials[name].run(dice, SIGNALS[options.signal], keep=Path(tempfile.mkdtemp(prefix="trial-"))))
         return 0
-    output = options.output or RESULTS / ("pairs.jsonl" if pairs else "kill.jsonl")
+    more = "" if options.signal == "KILL" else f"-{options.signal.lower()}"
+    output = options.output or RESULTS / ("pairs.jsonl" if pairs else f"kill{more}.jsonl")
     lines = Lines(output, settings)
     done = {line["number"] for line in lines}
     for number in range(options.pairs if pairs else options.kills):

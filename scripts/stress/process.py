@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from ptq4dm import starting
 from ptq4dm.cli.main import main
 
 LONGEST = 120.0  # seconds; a command that takes longer hangs
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# tqdm's own lock is shared by all that are forked: one that is killed while it has it keeps it for ever.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "ctypes.dlsym"}
 
 
@@ -62,6 +70,8 @@ class Process:
             else:
                 time.sleep(0.001)
         if status is None:
+            os.kill(self.child, signal.SIGUSR1)  # where it hangs
+            time.sleep(0.5)
             os.kill(self.child, signal.SIGKILL)
             os.waitpid(self.child, 0)
         said = self.report.read_text(errors="replace")
@@ -78,11 +88,13 @@ def _run(words: list[str], folder: Path, kill: Kill | None, report: Path) -> Non
         out = os.open(report, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(out, stream)
+        tqdm.set_lock(threading.RLock())
+        faulthandler.register(signal.SIGUSR1, out, all_threads=True)
         calls = _count(str(folder), kill)
         for number in SIGNALS:  # ended by it without a word until the command has begun
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python has it when it starts
+        signal.signal(signal.SIGINT, starting.end)  # as it is in a process that was started for the command
         try:
             sys.argv = ["ptq4dm", *words]
             status = main()

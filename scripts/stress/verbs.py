@@ -51,7 +51,9 @@ VERBS = {
         other="--objective mse",
         results=("q",),
     ),
-    "generate": Verb(f"generate --model INPUT/m --num-images 6 {SAMPLING} --output images"),
+    "generate": Verb(
+        f"generate --model INPUT/m --num-images 6 {SAMPLING} --output images", other="--num-inference-steps 3"
+    ),
     "evaluate": Verb(
         f"evaluate --model INPUT/q --full-precision INPUT/m --metric none --num-paired 4 --num-heldout 4 {SAMPLING} "
         "--output evaluation"
@@ -59,7 +61,7 @@ VERBS = {
     "distill": Verb(
         f"distill --model INPUT/m {STUDENT} --output student",
         again="--resume",
-        begun="student.run/log.jsonl",
+        begun="student.run",
         results=("student",),
     ),
     "bench samplers": Verb(

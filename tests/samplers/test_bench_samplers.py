@@ -1,6 +1,8 @@
 """`bench samplers` and the choice of a sampler on the command line, on a tiny 32x32 model."""
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ptq4dm.errors import UserError
 from ptq4dm.samplers import DDIMScheduler as OurDDIM
 from ptq4dm.samplers import DEISScheduler
 from ptq4dm.samplers.catalog import make_sampler
+from ptq4dm.samplers.comparison import compare
 from ptq4dm.samplers.comparison.compare import SamplerBench, set_budget
 from ptq4dm.samplers.comparison.table import table
 
@@ -24,6 +27,9 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     DDPMPipeline(unet, DDIMScheduler(timestep_spacing="trailing")).save_pretrained(path)
     return str(path)
+
+
+FIGURES = {"evaluations": 2, "feature_fid": 1.0, "seconds": 1.0, "device": "cpu"}
 
 
 def bench(folder, output, *arguments):
@@ -50,6 +56,30 @@ def test_bench_measures_resumes_and_refuses_other_settings(folder, tmp_path, cap
 
     assert bench(folder, tmp_path, *names, "--seed", "5") == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_two_at_once_lose_no_rows(tmp_path, monkeypatch):
+    def measure(pipe, config, todo, rows):
+        time.sleep(0.2)  # while the other would begin with the same rows
+        for sampler, budget in todo:
+            rows.add({"sampler": sampler, "budget": budget, **FIGURES})
+
+    monkeypatch.setattr(compare, "_measure", measure)
+    pipe, output = DDPMPipeline(plain_unet(sample_size=32), DDIMScheduler()), tmp_path / "new" / "rows.json"
+    found = {}
+
+    def run(name):
+        config = SamplerBench(samplers=[name], evaluations=[2], num_images=4, batch_size=4)
+        found[name] = compare.bench_samplers(pipe, config, output, {"model": "x"})
+
+    threads = [threading.Thread(target=run, args=[name]) for name in ("ddim", "deis")]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert [row["sampler"] for name in ("ddim", "deis") for row in found[name]] == ["ddim", "deis"]
+    assert sorted(row["sampler"] for row in json.loads(output.read_text())["rows"]) == ["ddim", "deis"]
+    assert [path.name for path in output.parent.iterdir()] == ["rows.json"]
 
 
 def test_bench_draws_the_images_that_generate_makes(folder, tmp_path):

@@ -67,6 +67,21 @@ def test_stopped_before_its_first_checkpoint_it_starts_over(teacher, tmp_path, m
     assert sorted(tree(tmp_path / "run")) == sorted(tree(tmp_path / "straight"))
 
 
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    "left", [[], [CLAIM], [".log.jsonl.abcd1234.ptq4dm/lock", "samples/.a.png.abcd1234.ptq4dm/"]]
+)
+def test_stopped_before_it_wrote_anything_it_starts_over(teacher, tmp_path, left, resume):
+    tmp_path.joinpath("run").mkdir()
+    for name in left:
+        path = tmp_path / "run" / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.touch()
+    distill(teacher, CONFIG, tmp_path / "run", resume=resume)
+    assert (tmp_path / "run" / "checkpoint.safetensors").is_file() and not list(tmp_path.rglob(".*"))
+
+
 def test_samples_without_a_checkpoint_are_made_again(teacher, tmp_path, monkeypatch):
     config = DisBackConfig(**{**vars(CONFIG), "backtracking": False})
     stopped(teacher, tmp_path, monkeypatch, "save", 1, config)

@@ -32,6 +32,7 @@ from ptq4dm.calibration.measure import timestep_bins
 from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.errors import UserError
+from ptq4dm.files.claim import CLAIM
 from ptq4dm.methods.rtn import RTNConfig
 from ptq4dm.pipelines.sampling import sample
 
@@ -370,6 +371,8 @@ def test_shared_arguments_outlive_an_interruption(tmp_path, monkeypatch):
 def test_a_finished_store_is_only_loaded(whole, copy, monkeypatch):
     monkeypatch.setattr(COLLECT, "record_components", None)
     monkeypatch.setattr(MEASURE, "answers", None)
+    (copy / CLAIM).touch()  # what is left of a run that was killed as it was done
+    (copy / ".store.json.abcd1234.ptq4dm").mkdir()
     store = collect(tiny_pipe(), CONFIG, copy)
     assert len(store.calls) == 9 and files(copy) == whole[1]
 

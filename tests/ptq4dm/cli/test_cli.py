@@ -251,7 +251,7 @@ def test_a_failing_save_leaves_the_old_folder_whole(run, models, monkeypatch, br
     status, _, err = run(
         "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"
     )  # fmt: skip
-    message = "ptq4dm quantize: cannot write q: No space left on device."
+    message = "ptq4dm quantize: cannot write q: No space left on device; make room, or give another place."
     assert (status, err) == ((130, ["interrupted"]) if broken == "interrupt" else (2, [message]))
     assert contents("q") == before and [p.name for p in Path().iterdir()] == ["q"]
 

@@ -171,6 +171,7 @@ def test_bfloat16_and_options_reach_the_run(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ptq4dm.samplers.distillation.disback.distill", record)
+    Path("s.run").mkdir()
     options = ["--dtype", "bfloat16", "--minutes", 2, "--fake-lr", 0.5, "--compile", "--seed", 3, "--no-backtracking"]
     assert run("distill", "--model", "./teacher", "--output", "s", "--resume", *options) == 130
     expected = DisBackConfig(precision="bf16", minutes=2.0, fake_lr=0.5, compile=True, seed=3, backtracking=False)

@@ -188,6 +188,19 @@ def test_an_interrupt_that_python_drops_comes_again(start, tmp_path):
     assert ended(process) == (130, b"", b"interrupted\n")
 
 
+@pytest.mark.parametrize("error", ["ValueError('a storage has no shape')", "UserError('x is damaged.')"])
+def test_an_interrupt_that_a_library_made_an_error_of(start, tmp_path, error):
+    work = f"""from ptq4dm.errors import UserError
+    try:
+        {STARTED}
+    except KeyboardInterrupt:
+        raise {error}"""
+    process = start(*verb(work))
+    wait_for(tmp_path / "started", process)
+    process.send_signal(signal.SIGINT)
+    assert ended(process) == (130, b"", b"interrupted\n")
+
+
 def test_nohup(start, tmp_path):
     """A signal that whoever started us had ignored stays ignored."""
     process = start(

@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from ptq4dm.errors import UserError
-from ptq4dm.files.claim import CLAIM, claimed
+from ptq4dm.files.claim import CLAIM, claimed, claimed_whole, sweep_claims
+from ptq4dm.files.places import lying_in
 
 
 def test_other_settings_are_refused_and_nothing_is_left(tmp_path):
@@ -58,4 +59,31 @@ def test_the_claim_of_a_dead_run_does_not_count(tmp_path):
     assert os.listdir(tmp_path) == [CLAIM]
     with claimed(tmp_path, {"seed": 1}):
         pass
+    assert not os.listdir(tmp_path)
+
+
+def test_a_file_or_a_folder_that_is_replaced_is_claimed_from_beside(tmp_path):
+    place, link = tmp_path / "q", tmp_path / "link"
+    link.symlink_to(place)
+    with claimed_whole(place, {"seed": 0}):
+        place.mkdir()  # another folder in its place changes nothing
+        with claimed_whole(link, {"seed": 0}):  # this thread has it already
+            pass
+        assert sorted(os.listdir(tmp_path)) == [f".q{CLAIM}", "link", "q"]
+        assert lying_in(tmp_path) == [link, place]
+        for path in (place, link):
+            with pytest.raises(UserError, match=f"is writing into {path} "), claimed_whole(path, {"seed": 1}):
+                pytest.fail("two runs at once")
+        with claimed_whole(tmp_path / "other", {"seed": 1}):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["link", "q"]
+
+
+def test_locks_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
+    dead = [tmp_path / CLAIM, tmp_path / f".q{CLAIM}"]
+    for path in dead:
+        path.write_text("0123456789abcdef 1")
+    with claimed_whole(tmp_path / "file", 1), claimed(tmp_path, 2):
+        sweep_claims(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == [f".file{CLAIM}", CLAIM]
     assert not os.listdir(tmp_path)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +75,39 @@ def test_user_errors_go_through_and_interrupts_too():
         with pytest.raises(type(error)) as caught, outside("x"):
             raise error
         assert caught.value is error
+
+
+def test_no_interrupt_is_taken_for_damage(tmp_path):
+    """At any line of PyTorch's Python, which Rust and C++ call."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+
+    def interrupted_at(number):
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if event == "line":
+                lines += 1
+                if lines == number:
+                    signal.raise_signal(signal.SIGINT)
+            return trace if "torch" in Path(frame.f_code.co_filename).parts else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            read_tensors(path, lambda file: file.tensors())
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        assert lines < number  # it was raised, or the end came before it
+        return False
+
+    number = 1
+    while interrupted_at(number):
+        number += 1
+    assert number > 5  # at two of which PyTorch says that a storage has no shape
 
 
 def test_finite():

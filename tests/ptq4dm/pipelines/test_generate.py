@@ -195,3 +195,15 @@ def test_a_picture_that_is_cut_short_is_not_taken_for_done(tmp_path, whole):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match="000007.png cannot be read .*Choose another --output"):
         generate(tiny(), SEEDS, tmp_path / "whole", num_inference_steps=2)
+
+
+def test_finished_pictures_in_a_read_only_folder_are_found(tmp_path, whole, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("ptq4dm.files.places.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("ptq4dm.files.claim.os.open", refuse)
+    assert len(generate(tiny(), SEEDS, tmp_path / "whole", num_inference_steps=2)) == 5
+    with pytest.raises(UserError, match="cannot write into .*Read-only file system"):
+        generate(tiny(), [*SEEDS, 99], tmp_path / "whole", num_inference_steps=2)
+    assert files(tmp_path / "whole") == whole

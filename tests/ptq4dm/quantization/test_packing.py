@@ -14,7 +14,7 @@ from ptq4dm import Plan, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.calibration.evidence import Evidence, calibration_batches
 from ptq4dm.calibration.record import replay
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
-from ptq4dm.quantization import packing
+from ptq4dm.quantization import checkpoint, packing
 from ptq4dm.quantization.checkpoint import BlockCheckpoint, check_folder, folder_of
 from ptq4dm.quantization.components import component_of, load_plans, quantized_plans
 from ptq4dm.quantization.packing import PackingOptions, blocks_of, pack_plan
@@ -312,3 +312,16 @@ def test_a_checkpoint_of_several_networks_has_a_folder_for_each(tmp_path):
     (tmp_path / "a" / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds other files"):
         check_folder(tmp_path / "a")
+
+
+def test_a_header_that_another_run_writes_meanwhile_is_no_other_file(tmp_path, monkeypatch):
+    BlockCheckpoint(tmp_path / "a", {"plan": 1})
+    look, seen = checkpoint._holds_blocks, []
+
+    def too_early(path):
+        seen.append(path)
+        return len(seen) > 2 and look(path)  # the header comes after the first look at the folder
+
+    monkeypatch.setattr(checkpoint, "_holds_blocks", too_early)
+    check_folder(tmp_path / "a")
+    assert len(seen) == 3

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files.atomic import replacing
-from ..files.checks import checksum, checksums
+from ..files.crc import checksum, checksums
 from ..files.outside import TensorFile, checked_object, read_tensors
 from .calls import Calls, Group, Part, signature
 from .structures import dtype_named, read_leaf, read_structure, write_leaf, write_structure

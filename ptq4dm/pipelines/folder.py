@@ -14,9 +14,9 @@ from typing import Any
 
 from diffusers import pipelines
 
+from ..annotations import MOST
 from ..errors import DamagedFile
 from ..files.outside import described, outside, read_object, read_tensors
-from ..files.typed import LARGEST
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers", __name__.partition(".")[0])
@@ -134,5 +134,5 @@ def _check_numbers(value: Any) -> None:
     if isinstance(value, list):
         for one in value:
             _check_numbers(one)
-    elif isinstance(value, int) and abs(value) > LARGEST:
+    elif isinstance(value, int) and abs(value) > MOST:
         raise ValueError(f"a number in it is too large: {described(value)}")

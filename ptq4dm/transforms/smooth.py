@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import value_streams
-from .base import Evidence, TransformPlan, register_transform
+from .base import Evidence, TransformPlan, check_holds, register_transform
 from .feedforward import gated_streams
 from .streams import Stream, change, input_peaks, streams_of, weight_peaks
 
@@ -45,7 +45,7 @@ def check_divisors(plans: Sequence[TransformPlan]) -> None:
     """Raises UserError unless the plans' divisors, where there are any, are positive and finite."""
     for plan in plans:
         s = plan.tensors.get("divisors")
-        if s is not None and not (s.isfinite() & (s > 0)).all():
+        if s is not None and not s.is_meta and not (s.isfinite() & (s > 0)).all():
             raise UserError(f"the divisors of '{plan.kind}' for {plan.modules} must be positive and finite.")
 
 
@@ -75,8 +75,14 @@ class Smooth:
         plans = []
         for stream, peak in input_peaks(self.name, self._streams(model), evidence):
             s = divisors(peak, weight_peaks(model, stream).to(peak.device), alpha, 1 - alpha)
-            plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s}))
+            plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s.float()}))
         return plans
+
+    def check_plan(self, plan: TransformPlan) -> None:
+        """Raises UserError where a plan can be of no model."""
+        check_holds(plan, {"alpha": float}, {"divisors": torch.float32})
+        check_alpha(plan.kind, plan.options.get("alpha", 0))
+        check_divisors([plan])
 
     def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
         """The streams that the plans are for; UserError where one does not fit the model."""

@@ -110,7 +110,7 @@ def whole(value: Any, what: str, low: int = 0, high: int = MOST) -> int:
     return int(plain_number(check(value, int, what, low, high)))
 
 
-def seeds_of(seeds: Any, low: int = 0) -> list[int]:
+def seeds_of(seeds: Any) -> list[int]:
     """Seeds as a list of ints from 0 to 2^63 - 1, from any iterable of whole numbers, a tensor [N] or an array.
 
     Raises UserError where one is none, or there are none at all.
@@ -125,7 +125,7 @@ def seeds_of(seeds: Any, low: int = 0) -> list[int]:
     except (TypeError, OverflowError) as error:
         many = isinstance(error, OverflowError)
     first = () if many else itertools.islice(seeds, MOST_SEEDS + 1)
-    found = [whole(seed, "a seed", low) for seed in first]
+    found = [whole(seed, "a seed") for seed in first]
     if many or len(found) > MOST_SEEDS:
         raise UserError(f"more than {MOST_SEEDS} seeds at once are too many; take them in several calls.")
     if not found:

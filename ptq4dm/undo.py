@@ -25,13 +25,14 @@ def whole_or_not(objects: Iterable[Any], change: Callable[[Gate], Result], *, va
     values: keep copies of weights and buffers as well, for a change that writes into them.
     """
     with one_interrupt() as gate:
-        before = [_State(one, values) for one in objects]
+        before, gradients = [_State(one, values) for one in objects], torch.is_grad_enabled()
         try:
             result = change(gate)
             gate.open = False
             return result
         except BaseException:
             gate.open = False
+            torch.set_grad_enabled(gradients)  # torch.no_grad's own end can be cut in two
             for state in before:
                 state.restore()
             raise

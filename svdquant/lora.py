@@ -82,8 +82,9 @@ def _fuse(model: nn.Module, scales: dict[str, float]) -> dict[str, int]:
 
 def _whole(target, change: Callable[[], Result]) -> Result:
     """What is done to the layers of a model: to all or, where something is raised, to none."""
+    model = model_of(target)
     with turn_at(target), not_while_loading():
-        return whole_or_not([model_of(target)], lambda gate: change())
+        return whole_or_not([model], lambda gate: change())
 
 
 def scale_lora(target, scales: dict[str, float]) -> None:

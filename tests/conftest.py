@@ -33,6 +33,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def torch_stays_as_it_was():
+    """No test may leave the process with other settings: the next would fail far from the cause."""
+    before = torch.is_grad_enabled(), torch.get_default_dtype()
+    yield
+    after = torch.is_grad_enabled(), torch.get_default_dtype()
+    torch.set_grad_enabled(before[0])
+    torch.set_default_dtype(before[1])
+    assert after == before
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernels_stay_in_their_tensors():
     """In Triton's interpreter every address is checked; see memory.py."""

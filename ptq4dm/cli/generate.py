@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checks import MOST, seeds_of
+from ..checks import seeds_of
 from ..errors import UserError
 from ..files.pictures import opened_picture
 from ..files.places import make_parent
@@ -42,7 +42,7 @@ def run(args) -> None:
     model = default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
-    seeds = seeds_of(range(args.seed, args.seed + args.num_images), low=-MOST)
+    seeds = seeds_of(range(args.seed, args.seed + args.num_images))
     picture = Path(args.picture or f"{args.output}.png")
     if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
         make_parent(picture)

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from ..checks import MOST, checked, seeds_of, whole
+from ..checks import checked, seeds_of, whole
 from ..errors import UserError
 from ..files.claim import claimed
 from ..files.places import output_folder
@@ -139,10 +139,8 @@ def generate(
             that holds images made with other settings, or any error of `sample`.
     """
     check_sampled(pipe)
-    seeds, output = seeds_of(seeds, low=-MOST), Path(output)
-    batch_size = whole(batch_size, "batch_size", -MOST, MOST_BATCH)
-    if min(seeds) < 0 or batch_size < 1:
-        raise UserError("generating needs at least one seed, no seed below 0, and a batch size of at least 1.")
+    seeds, output = seeds_of(seeds), Path(output)
+    batch_size = whole(batch_size, "batch_size", 1, MOST_BATCH)
     check_arguments(conditioning, pipeline_kwargs)
     num_inference_steps = check_steps(pipe, num_inference_steps)
     shared = settings(pipe, num_inference_steps, pipeline_kwargs, metadata)

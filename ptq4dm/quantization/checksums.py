@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,11 +91,14 @@ def changed(
 
 def _text(choices: Any) -> str:
     """What a layer's choices are beside the defaults: a later version may have more of them."""
-    chosen = {item.name: getattr(choices, item.name) for item in fields(choices)}
-    plain = {item.name: item.default for item in fields(choices)}
-    return json.dumps(
-        {name: value for name, value in chosen.items() if value != plain[name]}, sort_keys=True, default=asdict
-    )
+    plain = _defaults(type(choices))  # type: ignore[arg-type]  # mypy takes no class for hashable
+    chosen = {name: value for name in plain if (value := getattr(choices, name)) != plain[name]}
+    return json.dumps(chosen, sort_keys=True, default=asdict)
+
+
+@cache
+def _defaults(kind: type) -> dict[str, Any]:
+    return {item.name: item.default for item in fields(kind)}
 
 
 def checked_sums(sums: Any) -> dict:

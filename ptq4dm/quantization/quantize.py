@@ -14,7 +14,7 @@ from ..calibration.calls import Calls
 from ..calibration.measure import store_of
 from ..calibration.record import answers
 from ..calibration.store import CalibrationStore
-from ..checks import checked
+from ..checks import check
 from ..errors import UserError
 from ..hooks import hooked
 from ..interrupts import Gate
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 ERROR_SAMPLES, ERROR_BATCH = 32, 16  # tuples on which layer errors are measured, so many at a time
 
 
-@checked
 def quantize(
     target: DiffusionPipeline | nn.Module,
     config: QuantConfig,
@@ -66,7 +65,7 @@ def quantize(
         A report: bytes, kernels, the SQNR of each layer's output on calibration tuples (of its weight when
         there is no store), worst first, and the networks left in full precision. `print(report.table())`.
     """
-    _check_types(config, store)
+    _check_types(config, store, component, checkpoint)
     if store is None and config.calibration is not None:
         store = CalibrationStore.load(config.calibration)
     networks = networks_to_quantize(
@@ -152,7 +151,7 @@ def _store_for(store: CalibrationStore | Calls | None, name: str, model: nn.Modu
     return None if store is None else store.of(model, name)
 
 
-def _check_types(config: object, store: object) -> None:
+def _check_types(config: object, store: object, component: object, checkpoint: object) -> None:
     if not isinstance(config, QuantConfig):
         raise UserError(f"config is a recipe, such as PTQ4DMConfig(); got {type(config).__name__}.")
     if not (store is None or isinstance(store, (CalibrationStore, Calls))):
@@ -160,6 +159,8 @@ def _check_types(config: object, store: object) -> None:
             "store is a CalibrationStore, from collect or CalibrationStore.load(folder), or calls from record; "
             f"got {type(store).__name__}."
         )
+    check(component, str | None, "quantize: component")
+    check(checkpoint, str | os.PathLike | None, "quantize: checkpoint")
 
 
 def _output_errors(model: nn.Module, layers: dict[str, nn.Module], store: CalibrationStore) -> dict[str, Ratio]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..checks import checked
 from ..errors import DamagedFile, UserError
 from ..files.outside import TensorFile, naming, outside, read_object, read_tensors
 from ..pipelines.folder import is_file_name
@@ -17,7 +19,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 ADVICE = "copy or download it again"
 
 
-def verify(folder: str | Path) -> dict[str, int]:
+@checked
+def verify(folder: str | os.PathLike) -> dict[str, int]:
     """Component -> how many quantized layers it has; they, and all its other tensors, are as they were saved.
 
     folder: of a pipeline, or of one model, whose name is then "". Networks that are not quantized have no checksums

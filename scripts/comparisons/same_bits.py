@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from conditions import commit, device_name
-from tqdm.auto import tqdm
 
 import ptq4dm
 from ptq4dm.calibration.record import tensors_of
@@ -32,6 +31,7 @@ from ptq4dm.evaluation.paired import EpsilonError
 from ptq4dm.files.rows import Rows
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.pipelines.denoiser import denoiser
+from ptq4dm.progress import progress_bar
 
 HELD_OUT = 1_000_000  # first seed that calibration never uses
 NUM_HELD_OUT = 64
@@ -177,7 +177,7 @@ def main() -> None:
     todo = [("store", where) for where in (*others, *batches)] + [(n, w) for n in args.recipes for w in others]
     todo = [(what, where) for what, where in todo if (what, str(where)) not in done]
     made: dict[str, tuple] = {}
-    for what, where in tqdm(todo, desc="same bits", unit="row"):
+    for what, where in progress_bar(todo, desc="same bits", unit="row"):
         if what == "store":
             figures = compare_stores(exact, store, collected(args.model, where, args))
         else:

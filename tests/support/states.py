@@ -54,9 +54,11 @@ def lines_of(work: Callable[[], Any]) -> int:
 
 def interrupted_at(number: int, work: Callable[[], Any]) -> bool:
     """Run work(), with Ctrl-C at the library's line of this number (from 1). Whether KeyboardInterrupt came out."""
+    gradients = torch.is_grad_enabled()
     try:
         _traced(work, number)
     except KeyboardInterrupt:
+        assert torch.is_grad_enabled() == gradients, f"after line {number} gradients are on or off for good"
         return True
     return False
 

@@ -288,8 +288,8 @@ def test_more_ranks_than_a_layer_has(tmp_path):
         ({"rounding": "up"}, "rounding 'up' is unknown"),
         ({"smoothing": "some"}, "smoothing must be search, exhaustive, none or a number in \\[0, 1\\]; got 'some'."),
         ({"smoothing": 1.5}, "smoothing must be"),
-        ({"refinements": -1}, "refinements must be 0 or more"),
-        ({"num_tuples": 0}, "num_tuples 1 or more"),
+        ({"refinements": -1}, "refinements must not be negative"),
+        ({"num_tuples": 0}, "num_tuples must be at least 1"),
         ({"roles": {"*": "w3"}}, "unknown role 'w3'; choose from w4, weight-only, int8, keep."),
     ],
 )

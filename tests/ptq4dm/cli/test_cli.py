@@ -389,7 +389,7 @@ WRONG = [
     ([*GENERATE, "--num-images", "0"], "0 images asked for; --num-images must be at least 1"),
     ([*GENERATE, "--num-images", "-3"], "-3 images asked for"),
     ([*GENERATE, "--num-inference-steps", "0"], "at least one step"),
-    ([*GENERATE, "--seed", "-1"], "no seed below 0"),
+    ([*GENERATE, "--seed", "-1"], "a seed must not be negative"),
     ([*GENERATE, "--batch-size", "0"], "batch size of at least 1"),
     ([*GENERATE, "--output", "file/images"], "cannot make the folder file/images: Not a directory"),
     ([*GENERATE, "--picture", "file/grid.png"], "cannot write file/grid.png: "),

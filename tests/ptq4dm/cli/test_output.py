@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
@@ -106,6 +107,8 @@ def test_distill(monkeypatch, tmp_path, capsys):
     lines = [{"stage": "start"}, {"stage": "evaluation", "images": 64, "feature_fid": float("nan")}]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distill, "load_pipeline", lambda *a: None)
+    monkeypatch.setattr(distill, "check_teacher", lambda *a: None)
+    monkeypatch.setattr(distill, "alone_in", lambda *a: nullcontext())
     monkeypatch.setattr(distill.disback, "distill", lambda *a: None)
     monkeypatch.setattr(distill, "save_student", lambda *a: None)
     monkeypatch.setattr(distill, "read_log", lambda path: lines)

@@ -412,7 +412,7 @@ def test_the_stopwatch_takes_the_median_of_one_call(monkeypatch):
     [
         ([], "kernels are tuned on the GPU they run on; PyTorch finds none here."),
         (["--shapes", "16,64"], "'16,64' is no shape; write M,N,K (rows, outputs, inputs), such as 4608,3072,3072."),
-        (["--shapes", "0,64,64"], "'0,64,64' is no shape: each of M,N,K must be at least 1."),
+        (["--shapes", "0,64,64"], "'0,64,64' is no shape: each of M,N,K must be at least 1 and less than 2^31."),
         (["--shapes", "16,64,96"], "'16,64,96': the kernels take inputs in groups of 64, and K = 96 is no multiple"),
         (["--shapes", "16,64,64", "--model", "unet-cifar10"], "give one of --shapes and --model."),
         (["--minutes", "0"], "--minutes must be above 0; got 0.0."),

@@ -140,8 +140,9 @@ def test_foreign_pictures_are_refused_but_other_names_ignored(tmp_path):
 
 
 def test_wrong_input(tmp_path):
-    for seeds, size in (([], 1), ([-1], 1), ([0], 0)):
-        with pytest.raises(UserError, match="at least one seed"):
+    wrong = (([], 1, "at least one seed"), ([-1], 1, "must not be negative"), ([0], 0, "must be at least 1"))
+    for seeds, size, words in wrong:
+        with pytest.raises(UserError, match=words):
             generate(tiny(), seeds, tmp_path / "out", batch_size=size)
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")

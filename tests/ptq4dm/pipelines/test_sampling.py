@@ -22,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from models import dit, unet
 from ptq4dm.errors import UserError
+from ptq4dm.pipelines import sampling
 from ptq4dm.pipelines.denoiser import denoiser, denoiser_name
 from ptq4dm.pipelines.images import to_uint8
 from ptq4dm.pipelines.sampling import sample
@@ -141,7 +142,8 @@ def test_leaves_the_pipeline_as_it_was():
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_inner_progress_bar_only_on_request(capsys):
+def test_inner_progress_bar_only_on_request(capsys, monkeypatch):
+    monkeypatch.setattr(sampling, "bars_shown", lambda: True)  # as in a terminal
     pipe = DDPMPipeline(tiny_unet(), DDIMScheduler())
     sample(pipe, [0], num_inference_steps=2)
     assert "2/2" not in capsys.readouterr().err

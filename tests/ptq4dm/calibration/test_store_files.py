@@ -180,6 +180,7 @@ def test_statistics(store, checks, change, message):
         (dict(num_batches=1), "1 batches cannot be all of 4 samples"),
         (dict(num_batches=10**30), "its 'num_batches' is 1000"),
         (dict(num_train_timesteps=0), "its 'num_train_timesteps' is 0"),
+        (dict(num_train_timesteps=999), "'num_train_timesteps' is that of none of its schedulers"),
         (dict(complete="yes"), "its 'complete' is 'yes'"),
         (dict(config=[]), "its 'config' is list"),
         (dict(config={"num_bins": 2}), "no 'collector' in it"),

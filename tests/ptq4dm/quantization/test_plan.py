@@ -195,6 +195,32 @@ def test_choices_out_of_their_type_or_range(choices, words, tmp_path):
         load_plans(tmp_path / "several.json")
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"a": {**SVDQ, "shift": float("nan")}},
+        {"a": {**SVDQ, "seed": -float("inf")}},
+        {"a": {**SVDQ, "rounding": 3}},
+        {"a": {**SVDQ, "activation": True}},
+        {"a": {"format": "int4", "weight_bits": 10**30}},
+        {"a": {"format": "int4", "activation_bits": 9}},
+        {"a": {"format": "int8", "input_scale": -0.0, "input_zero_point": 0}},
+        {"a": {**SVDQ, "lender": "nowhere"}},
+        {"a": {"format": "nvfp4", "rank": -1}},
+        {"a": {**SPLIT, "inputs": [128]}},
+    ],
+)
+@pytest.mark.parametrize("method", ["svdquant", "rtn"])
+def test_the_plan_inside_a_recipe_is_checked_with_it(layers, method):
+    """In a config.json it lies there. A plan that is only made from a dict is checked by who follows or loads it."""
+    plan = {"method": method, "layers": layers}
+    with pytest.raises(DamagedFile, match="of the plan|the plan is damaged"):
+        QuantConfig.from_dict({"method": method, "plan": plan})
+    made = Plan.from_dict(plan)
+    with pytest.raises(DamagedFile, match="of the plan|the plan is damaged"):
+        made.check()
+
+
 def test_choices_of_all_formats_that_are_in_order(tmp_path):
     layers = {
         "a": {
@@ -213,6 +239,7 @@ def test_choices_of_all_formats_that_are_in_order(tmp_path):
     }
     (tmp_path / "plan.json").write_text(json.dumps({"method": "rtn", "layers": layers}))
     plan = Plan.load(tmp_path / "plan.json")
+    assert QuantConfig.from_dict({"method": "rtn", "plan": plan.to_dict()}).plan == plan
     assert [one.format for one in plan.layers.values()] == [one["format"] for one in layers.values()]
 
 

@@ -21,6 +21,8 @@ from .base import Evidence, TransformPlan, check_holds, register_transform
 from .feedforward import gated_streams
 from .streams import Stream, change, input_peaks, streams_of, weight_peaks
 
+SMALLEST, LARGEST = 2.0**-24, 65504.0  # what float16 holds
+
 
 def divisors(input_peak: Tensor, weight_peak: Tensor, alpha: float, beta: float) -> Tensor:
     """s [K] float32 from the largest magnitudes [K]; 1 for channels that are never fed or have no weight."""
@@ -42,11 +44,13 @@ def check_alpha(kind: str, alpha: float) -> None:
 
 
 def check_divisors(plans: Sequence[TransformPlan]) -> None:
-    """Raises UserError unless the plans' divisors, where there are any, are positive and finite."""
+    """Raises UserError unless the plans' divisors, where there are any, are above zero and what float16 holds."""
     for plan in plans:
         s = plan.tensors.get("divisors")
-        if s is not None and not s.is_meta and not (s.isfinite() & (s > 0)).all():
-            raise UserError(f"the divisors of '{plan.kind}' for {plan.modules} must be positive and finite.")
+        if s is not None and not s.is_meta and not ((s >= SMALLEST) & (s <= LARGEST)).all():
+            raise UserError(
+                f"the divisors of '{plan.kind}' for {plan.modules} must be positive and finite, in float16 too."
+            )
 
 
 def divide(model: nn.Module, plans: Sequence[TransformPlan], streams: list[Stream]) -> None:

@@ -434,7 +434,7 @@ WHOLE = {  # kind -> options, tensors of a plan
 }
 DIVISORS = [
     *({"divisors": WHOLE["smooth"][1]["divisors"].to(t)} for t in (torch.float16, torch.float64, torch.int32)),
-    {"divisors": torch.tensor([1.0, 0.0])}, {"divisors": torch.tensor([1.0, -1.0])}, {},
+    *({"divisors": torch.tensor([1.0, wrong])} for wrong in (0.0, -1.0, 1e-38, 1e30)), {},
     {**WHOLE["smooth"][1], "more": torch.ones(1)},
 ]  # fmt: skip
 BROKEN = [

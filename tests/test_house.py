@@ -23,6 +23,7 @@ kernels/w8a8  kernels/w4
 kernels/tuning
 kernels
 ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
+ptq4dm/annotations
 ptq4dm/checks  ptq4dm/interrupts
 ptq4dm/registry  ptq4dm/evidence  ptq4dm/options  ptq4dm/hooks  ptq4dm/undo  ptq4dm/progress
 ptq4dm/files

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files.atomic import replacing
-from ..files.checks import checksum, checksums
+from ..files.crc import checksum, checksums
 from ..files.outside import TensorFile, checked_object, read_tensors
 from .calls import Calls, Group, Part, signature
 from .structures import dtype_named, read_leaf, read_structure, write_leaf, write_structure
@@ -71,7 +71,10 @@ def save_calls(path: Path, recorded: dict[str, Calls], run: str = "") -> None:
                 }
             )
         dtype = None if calls.dtype is None else str(calls.dtype).removeprefix("torch.")
-        header[name] = {"dtype": dtype, "groups": described, "checks": checks, "run": run}
+        kinds = {key: _kind(tensors[key]) for key in checks}  # a checksum is of bytes, of whatever shape
+        header[name] = {
+            "dtype": dtype, "groups": described, "checks": checks, "kinds": kinds, "run": run, "file": path.name,
+        }  # fmt: skip
     # One text: safetensors writes several in any order, and the same calls are to give the same bytes.
     write_tensors(path, tensors, {"calls": json.dumps(header)})
 
@@ -168,7 +171,17 @@ def _calls(path: Path, file: TensorFile, name: str, described: Any, expected: se
         group.key = signature(structure, group.own, group.joined, [rows[i] for i in own], leaves)
         order[mine] = torch.arange(len(calls), len(calls) + int(mine.sum()))
         calls.add(group, timestep[mine], time[mine])
+    for key, kind in checked_object(described.get("kinds", {}), {}).items():  # files of before do not tell
+        if key not in file.names or _kind(file.like(key)) != kind:
+            raise ValueError(f"'{key}' is of another shape or dtype than was written")
+    if described.get("file", path.name) != path.name:
+        raise ValueError("it is another of the store's files, in this one's place")
     return calls[order]
+
+
+def _kind(tensor: Tensor) -> list:
+    """[dtype, *shape] of a tensor, as JSON holds them."""
+    return [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
 
 
 def _clock(tensor: Any, name: str, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,7 @@ from .request import Request, request_of
 from .sampled import record_components
 from .store import CalibrationStore, fingerprint
 from .store_files import (
+    TRAINED,
     VERSION,
     batch_path,
     fingerprints,
@@ -235,7 +236,7 @@ def _new(folder: Path, config: CalibrationConfig, request: Request, asked: dict)
     return {
         **asked,
         "run": digest(asked),
-        "num_train_timesteps": int(main.config.get("num_train_timesteps") or 1000),
+        "num_train_timesteps": int(main.config.get("num_train_timesteps") or TRAINED),
         "num_batches": -(-config.num_samples // config.batch_size),
         "complete": False,
     }

@@ -11,8 +11,8 @@ import torch
 
 from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
-from ..files.checks import checksum
 from ..files.claim import digest
+from ..files.crc import checksum
 from ..files.outside import TensorFile, checked_object, described, outside, read_json, read_tensors
 from .call_files import AGAIN, MOST, check_run, load_calls, write_tensors
 from .calls import Calls
@@ -38,6 +38,7 @@ CONFIG: dict[str, type | tuple[type, ...]] = {
     "seed": int,
 }
 ASKED = ("version", "config", "dtype", "scheduler", "conditioning", "pipeline_kwargs", "fingerprint")  # digested
+TRAINED = 1000  # steps that a scheduler counts which does not say how many
 MOST_COUNT = 10**7  # steps, bins, batches: no store has more
 VERSION = 2  # of the folder; 0.1.0 wrote no number
 
@@ -64,6 +65,8 @@ def _checked(meta: Any) -> dict:
     for name, count in counts.items():
         if not 1 <= count <= MOST_COUNT:
             raise ValueError(f"its '{name}' is {described(count)}")
+    if "version" in meta and (trained := _trained(meta)) and meta["num_train_timesteps"] not in trained:
+        raise ValueError("its 'num_train_timesteps' is that of none of its schedulers")
     if not all(math.isfinite(config[name]) for name in ("mu", "sigma")):
         raise ValueError("its law of the timesteps holds NaN or infinity")
     if "version" not in meta:  # of 0.1.0
@@ -125,12 +128,15 @@ def recorded_calls(folder: Path, meta: dict, owner: object = None) -> dict[str, 
 
 def _last(meta: dict) -> float:
     """The largest timestep that a model of this store may have been called with."""
+    return max(MOST, *(1.01 * n for n in [meta["num_train_timesteps"], *_trained(meta)] if n <= MOST_COUNT))
+
+
+def _trained(meta: dict) -> list[int]:
+    """How far each of a store's schedulers counts; none where the store does not tell."""
     schedulers = meta.get("scheduler")
     configs = schedulers.values() if isinstance(schedulers, dict) else ()
-    counts = [one.get("num_train_timesteps") for one in configs if isinstance(one, dict)]
-    return max(
-        MOST, *(1.01 * n for n in [meta["num_train_timesteps"], *counts] if type(n) is int and n <= MOST_COUNT)
-    )
+    counts = [one.get("num_train_timesteps") or TRAINED for one in configs if isinstance(one, dict)]
+    return [int(n) for n in counts if type(n) in (int, float) and math.isfinite(n)]
 
 
 def save_statistics(path: Path, statistics: InputStatistics, progress: int, run: str = "") -> None:

@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import errno
-import re
 import sys
 
-from ..errors import UserError
+from ..errors import UserError, printable
 
 WRONG_INPUT, FAILED = 2, 1
 NO_MEMORY = (  # what torch and C++ say, each in its own words
@@ -23,8 +22,6 @@ NO_MEMORY = (  # what torch and C++ say, each in its own words
 )
 OF_NAMES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.ENOTEMPTY)
-LONGEST = 300  # characters of one word; no name of a file has more
-LONG_WORD = re.compile(rf"[^\s/]{{{LONGEST + 1},}}")
 FEWER = "give a smaller --batch-size, or free memory"
 
 
@@ -55,10 +52,4 @@ def told(error: BaseException) -> tuple[int, str] | None:
 
 def complain(text: str) -> None:
     """Print one line on stderr, whatever is in the text: a name may hold line ends and escapes, and be very long."""
-    print(one_line(LONG_WORD.sub(lambda word: f"{word[0][:LONGEST]} ...", text)), file=sys.stderr)
-
-
-def one_line(text: str) -> str:
-    """Return the text with line ends as spaces, and other characters that cannot be printed as escapes."""
-    joined = " ".join(text.splitlines()) if "\n" in text else text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
+    print(printable(text), file=sys.stderr)

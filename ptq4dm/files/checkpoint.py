@@ -14,10 +14,11 @@ from torch import nn
 
 from ..errors import UserError
 from .atomic import replacing
-from .checks import checksum
+from .crc import checksum
 from .outside import TensorFile, checked_object, described, finite, outside, read_tensors
 
 ANEW = "bring back the file that was written, or start a new run in another folder"
+COUNTED = (torch.float32, torch.float64)  # an optimizer's steps
 FAR = 2**53  # iterations or seconds that no run comes to
 Kind = TypeVar("Kind")
 
@@ -138,8 +139,11 @@ def _check(
             index, _, kind = name.partition(".")
             if not index.isdecimal() or int(index) >= len(parameters):
                 raise ValueError(f"'{role}' has no parameter '{index}'")
-            if (shape := tensors[f"{role}.{name}"].shape) and shape != parameters[int(index)].shape:
-                raise ValueError(f"'{role}.{name}' is {list(shape)}, which is not its parameter's shape")
+            found, parameter = tensors[f"{role}.{name}"], parameters[int(index)]
+            if found.shape and found.shape != parameter.shape:
+                raise ValueError(f"'{role}.{name}' is {list(found.shape)}, which is not its parameter's shape")
+            if found.dtype not in ((parameter.dtype,) if found.shape else COUNTED):
+                raise ValueError(f"'{role}.{name}' is {found.dtype}, which no optimizer keeps for {parameter.dtype}")
             kinds.setdefault(index, set()).add(kind)
             left.discard(f"{role}.{name}")
         if len({frozenset(one) for one in kinds.values()}) > 1:

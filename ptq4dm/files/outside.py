@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import DamagedFile, UserError
+from ..errors import DamagedFile, UserError, printable
 from ..interrupts import unswallowed
 
 TEXT_LIMIT = 256 << 20  # bytes of a JSON file; the plans of the largest models take a few megabytes
@@ -55,7 +55,7 @@ def naming(what: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if str(what) in str(error):
+        if printable(str(what)) in str(error):
             raise
         raise DamagedFile(f"{what}: {error}") from None
 

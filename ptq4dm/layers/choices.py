@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import check_types
 from ..errors import DamagedFile, UserError
 from ..files.outside import checked_object, reason
-from ..files.typed import check_types
 from .registry import FORMATS
 
 

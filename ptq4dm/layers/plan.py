@@ -196,7 +196,12 @@ class Plan:
             return cls(data["method"], layers, transforms)
 
     def check(self) -> None:
-        """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds."""
+        """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds.
+
+        Of transforms, options and tensors are what their kind says; `apply_all` compares them with the model.
+        """
+        for transform in self.transforms:
+            transform.check()
         for name, choices in self.layers.items():
             check_choices(name, choices)
         for name, choices in self.layers.items():

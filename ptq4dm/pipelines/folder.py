@@ -7,16 +7,20 @@ that classes are of libraries that pipelines use or modules that the caller impo
 
 from __future__ import annotations
 
+import inspect
+import math
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
+import diffusers
 from diffusers import pipelines
 
+from ..annotations import MOST, annotations_of
 from ..errors import DamagedFile
 from ..files.outside import described, outside, read_object, read_tensors
-from ..files.typed import LARGEST
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers", __name__.partition(".")[0])
@@ -85,6 +89,8 @@ def _check_files(place: Path, call: Mapping[str, Any]) -> None:
         config = read_object(place / name, {}, ADVICE)
         with outside(place / name, ADVICE):
             _check_numbers(config)
+            if name == "scheduler_config.json":
+                _check_scheduler(config)
             if config.get("auto_map") and not call.get("trust_remote_code") and any(f.endswith(".py") for f in files):
                 raise ValueError("its 'auto_map' names code beside it, which is not run from a folder")
     pickled = [name for name in files if name.endswith(PICKLED) and "model" in name]
@@ -94,6 +100,31 @@ def _check_files(place: Path, call: Mapping[str, Any]) -> None:
             f"{place} holds its weights pickled ({pickled[0]}), which can run code and is never loaded; get the "
             "model as safetensors."
         )
+
+
+def _check_scheduler(config: dict) -> None:
+    """Raises ValueError where one of diffusers' schedulers is given a text for a number, or anything for a text.
+
+    It would take the value, and count otherwise or fail as it samples. Numbers and truth stand for each other there.
+    """
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        return
+    for name, annotation in annotations_of(inspect.unwrap(vars(kind)["__init__"])).items():
+        value, texts = config.get(name), _texts(annotation)
+        if value is not None and texts != {True, False} and texts != {isinstance(value, str)}:
+            raise ValueError(f"its '{name}' is {described(value)}")
+
+
+def _texts(annotation: Any) -> set[bool]:
+    """Whether what an annotation allows beside None are texts: True, False, or both."""
+    if annotation is Any:
+        return {True, False}
+    if parts := get_args(annotation):
+        if not isinstance(annotation, types.UnionType) and get_origin(annotation) is not Union:
+            return {isinstance(part, str) for part in parts} if get_origin(annotation) is Literal else {False}
+        return {one for part in parts if part is not type(None) for one in _texts(part)}
+    return {annotation is str}
 
 
 def _is_known(library: str) -> bool:
@@ -128,11 +159,14 @@ def _check_index(path: Path, variant: str | None) -> None:
 
 
 def _check_numbers(value: Any) -> None:
-    """Raises ValueError for whole numbers that no 64 bits hold, in which tables fail in ways of their own."""
+    """Raises ValueError for NaN, which no configuration has (infinity some do), and for whole numbers that no 64 bits
+    hold, in which tables fail in ways of their own."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for one in value:
             _check_numbers(one)
-    elif isinstance(value, int) and abs(value) > LARGEST:
+    elif isinstance(value, float) and math.isnan(value):
+        raise ValueError("NaN stands in it")
+    elif isinstance(value, int) and abs(value) > MOST:
         raise ValueError(f"a number in it is too large: {described(value)}")

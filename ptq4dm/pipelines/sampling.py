@@ -67,6 +67,28 @@ def refusals(pipe, conditioning: dict | None, pipeline_kwargs: dict | None) -> I
         raise UserError(f"{type(pipe).__name__} cannot be called with this {names}: {reason(e)}.") from e
 
 
+@contextmanager
+def scheduler_refusals(alone: bool) -> Iterator[None]:
+    """What one of diffusers' schedulers fails with in this block becomes a UserError that names its file.
+
+    diffusers takes any value in a scheduler's configuration, and notices when it counts. alone: False where the user
+    gave arguments, of which `refusals` tells.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        frame = error.__traceback__
+        while frame is not None and not frame.tb_frame.f_globals["__name__"].startswith("diffusers.schedulers."):
+            frame = frame.tb_next
+        if frame is None or not alone:
+            raise
+        raise UserError(
+            f"the scheduler cannot sample as it is configured (scheduler_config.json): {reason(error)}."
+        ) from error
+
+
 def choose_conditioning(
     pipe, seeds: Sequence[int], conditioning: dict[str, Sequence] | None, given: Collection[str] = ()
 ) -> dict:
@@ -209,7 +231,8 @@ def call_pipeline(
     with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress):
         try:
             gate.open = True  # while the pipeline is made ready, and put back, an interrupt waits
-            return pipe(**arguments)
+            with scheduler_refusals(not pipeline_kwargs):
+                return pipe(**arguments)
         finally:
             gate.open = False
 

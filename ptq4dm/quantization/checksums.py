@@ -17,15 +17,14 @@ from dataclasses import asdict, fields
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..annotations import fits
+from ..files.crc import checksum as crc_of
 from ..files.outside import checked_object
-from ..files.typed import fits
 from ..layers.plan import Plan
 from .refusals import bare
 
-OF_NUMPY = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32}
 REST = ""  # stands for the tensors that belong to no quantized layer
 
 
@@ -33,17 +32,9 @@ def checksum(tensors: Mapping[str, Tensor], names: Iterable[str], choices: Any =
     """CRC-32 of some tensors: of their names, dtypes, shapes and bytes; and of a layer's choices."""
     crc = 0 if choices is None else zlib.crc32(_text(choices).encode())
     for name in sorted(names):
-        tensor = tensors[name].detach()
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        if tensor.numel():
-            crc = zlib.crc32(_bytes(tensor), crc)
+        tensor = tensors[name]
+        crc = crc_of(tensor, zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc))
     return crc
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """A tensor's values as a buffer, by the shortest way: a model has hundreds of them."""
-    tensor = tensor.cpu().contiguous()
-    return tensor.numpy() if tensor.dtype in OF_NUMPY else tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def is_code(name: str) -> bool:

@@ -19,10 +19,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ..calibration.store import CalibrationStore
-from ..checks import check, check_fields
+from ..checks import check, check_fields, check_types
 from ..errors import UserError
 from ..files.outside import checked_object, outside
-from ..files.typed import check_types
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
 from ..options import option
@@ -142,7 +141,7 @@ class QuantConfig(QuantizationConfigMixin):
         """Any method's config from its dict, by the `method` entry.
 
         Raises UserError where the dict is none, names a method or an option that nobody knows, or holds a value that
-        is not of its type.
+        is not of its type; of its plan, also a value that is out of range.
         """
         check(config_dict, dict[str, Any], "a recipe's config")
         with outside("a quantization_config of ptq4dm", "save the model again"):
@@ -160,6 +159,8 @@ class QuantConfig(QuantizationConfigMixin):
         with outside(f"the options of {target.__name__}", "save the model again"):
             config = target(**data)
             check_types(config)
+            if config.plan is not None:
+                config.plan.check()
             config.checksums = None if sums is None else checked_sums(sums)
         return (config, {}) if return_unused_kwargs else config
 

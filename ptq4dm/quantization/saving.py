@@ -27,8 +27,6 @@ base_model: {model}
     import ptq4dm  # makes diffusers know the format
     from diffusers import DiffusionPipeline
 
-    from .recipe import QuantConfig
-
     pipe = DiffusionPipeline.from_pretrained("this folder, or its name on the hub")
 """
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..annotations import MOST, complaint, fits
 from ..errors import UserError
-from ..files.outside import checked_object, finite, outside
-from ..files.typed import LARGEST, fits
+from ..files.outside import checked_object, described, finite, outside
 from ..registry import Registry
 
 TRANSFORMS: Registry = Registry("transform")
@@ -55,7 +55,7 @@ class TransformPlan:
             if not (modules and fits(modules, list[str]) and fits(options, dict[str, bool | float | str | None])):
                 raise ValueError("its modules are names, its options numbers and texts")
             for name, shape in shapes.items():
-                if not fits(shape, list[int]) or any(size < 0 for size in shape) or math.prod(shape) > LARGEST:
+                if not fits(shape, list[int]) or any(size < 0 for size in shape) or math.prod(shape) > MOST:
                     raise ValueError(f"no tensor '{name}' has its shape")
         transform_named(kind)
         if tensors is None:
@@ -72,6 +72,10 @@ class TransformPlan:
                 )
         with outside(f"the plan of '{kind}' for {modules}", "save the plan again"):
             return cls(kind, modules, options, {name: finite(tensors[name], name) for name in shapes})
+
+    def check(self) -> None:
+        """Raises UserError where the kind knows that the plan can be of no model (`Transform.check_plan`)."""
+        getattr(transform_named(self.kind), "check_plan", lambda plan: None)(self)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -92,7 +96,11 @@ class Evidence(Protocol):
 
 
 class Transform(Protocol):
-    """A kind of change. `needs` names the evidence that `find` reads: "peaks", "output_peaks"; empty for none."""
+    """A kind of change. `needs` names the evidence that `find` reads: "peaks", "output_peaks"; empty for none.
+
+    It may have `check_plan(plan)`, which raises UserError where a plan can be of no model; whoever loads or follows
+    one calls it. Tensors may be on the meta device.
+    """
 
     name: str
     needs: frozenset[str]
@@ -105,6 +113,24 @@ class Transform(Protocol):
 
     def apply(self, model: nn.Module, *plans: TransformPlan) -> None:
         """Change the float weights in place. Raises UserError as `check` does, before anything changes."""
+
+
+def check_holds(plan: TransformPlan, options: Mapping[str, Any], tensors: Mapping[str, torch.dtype]) -> None:
+    """Raises UserError unless a plan has just these tensors, and of these options any, each of its type."""
+    try:
+        for name, value in plan.options.items():
+            if name not in options:
+                raise ValueError(f"it has no option '{name}'")
+            if says := complaint(value, options[name], plain=True):
+                raise ValueError(f"{name} {says}; got {described(value)}")
+        if plan.tensors.keys() != tensors.keys():
+            had, due = (", ".join(names) or "none" for names in (plan.tensors, tensors))
+            raise ValueError(f"its tensors are {had} and should be {due}")
+        for name, tensor in plan.tensors.items():
+            if not tensor.is_meta and tensor.dtype != tensors[name]:
+                raise ValueError(f"its tensor '{name}' is {tensor.dtype} and should be {tensors[name]}")
+    except ValueError as error:
+        raise UserError(f"the plan of '{plan.kind}' for {plan.modules}: {error}.") from None
 
 
 def register_transform(name: str) -> Callable:

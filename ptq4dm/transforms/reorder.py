@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import value_streams
-from .base import Evidence, TransformPlan, register_transform
+from .base import Evidence, TransformPlan, check_holds, register_transform
 from .feedforward import hidden_streams
 from .streams import Stream, change, input_peaks, streams_of
 
@@ -50,6 +50,13 @@ class Reorder:
             if not torch.equal(order, torch.arange(stream.size, device=order.device)):
                 plans.append(TransformPlan(self.name, stream.modules, {}, {"order": order}))
         return plans
+
+    def check_plan(self, plan: TransformPlan) -> None:
+        """Raises UserError where a plan can be of no model."""
+        check_holds(plan, {}, {"order": torch.int64})
+        order = plan.tensors["order"]
+        if not order.is_meta and not torch.equal(order.flatten().sort().values.cpu(), torch.arange(order.numel())):
+            raise UserError(f"the order of '{plan.kind}' for {plan.modules} is no permutation.")
 
     def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
         """The streams that the plans are for; UserError where one does not fit the model."""

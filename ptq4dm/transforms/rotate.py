@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import value_streams
-from .base import Evidence, TransformPlan, register_transform
+from .base import Evidence, TransformPlan, check_holds, register_transform
 from .streams import Stream, change, streams_of
 
 
@@ -46,6 +46,13 @@ class Rotate:
         """Plans with the option `block`, the size of H; heads of an odd width are left alone."""
         streams = [stream for stream in value_streams(model) if block_of(stream) > 1]
         return [TransformPlan(self.name, stream.modules, {"block": block_of(stream)}) for stream in streams]
+
+    def check_plan(self, plan: TransformPlan) -> None:
+        """Raises UserError where a plan can be of no model."""
+        check_holds(plan, {"block": int}, {})
+        block = plan.options.get("block", 0)
+        if block < 2 or block & (block - 1):
+            raise UserError(f"the block of '{plan.kind}' for {plan.modules} is a power of two, not {block}.")
 
     def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
         """The streams that the plans are for; UserError where one does not fit the model."""

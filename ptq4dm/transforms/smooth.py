@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import value_streams
-from .base import Evidence, TransformPlan, register_transform
+from .base import Evidence, TransformPlan, check_holds, register_transform
 from .feedforward import gated_streams
 from .streams import Stream, change, input_peaks, streams_of, weight_peaks
+
+SMALLEST, LARGEST = 2.0**-24, 65504.0  # what float16 holds
 
 
 def divisors(input_peak: Tensor, weight_peak: Tensor, alpha: float, beta: float) -> Tensor:
@@ -42,11 +44,13 @@ def check_alpha(kind: str, alpha: float) -> None:
 
 
 def check_divisors(plans: Sequence[TransformPlan]) -> None:
-    """Raises UserError unless the plans' divisors, where there are any, are positive and finite."""
+    """Raises UserError unless the plans' divisors, where there are any, are above zero and what float16 holds."""
     for plan in plans:
         s = plan.tensors.get("divisors")
-        if s is not None and not (s.isfinite() & (s > 0)).all():
-            raise UserError(f"the divisors of '{plan.kind}' for {plan.modules} must be positive and finite.")
+        if s is not None and not s.is_meta and not ((s >= SMALLEST) & (s <= LARGEST)).all():
+            raise UserError(
+                f"the divisors of '{plan.kind}' for {plan.modules} must be positive and finite, in float16 too."
+            )
 
 
 def divide(model: nn.Module, plans: Sequence[TransformPlan], streams: list[Stream]) -> None:
@@ -75,8 +79,14 @@ class Smooth:
         plans = []
         for stream, peak in input_peaks(self.name, self._streams(model), evidence):
             s = divisors(peak, weight_peaks(model, stream).to(peak.device), alpha, 1 - alpha)
-            plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s}))
+            plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s.float()}))
         return plans
+
+    def check_plan(self, plan: TransformPlan) -> None:
+        """Raises UserError where a plan can be of no model."""
+        check_holds(plan, {"alpha": float}, {"divisors": torch.float32})
+        check_alpha(plan.kind, plan.options.get("alpha", 0))
+        check_divisors([plan])
 
     def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
         """The streams that the plans are for; UserError where one does not fit the model."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import query_key_streams
-from .base import Evidence, TransformPlan, register_transform
+from .base import Evidence, TransformPlan, check_holds, register_transform
 from .smooth import check_alpha, check_divisors, divide, divisors
 from .streams import Stream, output_peaks, streams_of
 
@@ -44,8 +44,14 @@ class SmoothAttention:
         for stream, peak in output_peaks(self.name, list(turning), evidence):
             peak = shared(peak, turning[stream].to(peak.device))
             s = divisors(peak, torch.ones_like(peak), alpha, 0)
-            plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s}))
+            plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s.float()}))
         return plans
+
+    def check_plan(self, plan: TransformPlan) -> None:
+        """Raises UserError where a plan can be of no model."""
+        check_holds(plan, {"alpha": float}, {"divisors": torch.float32})
+        check_alpha(plan.kind, plan.options.get("alpha", 0))
+        check_divisors([plan])
 
     def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
         """The streams that the plans are for; UserError where one does not fit the model."""

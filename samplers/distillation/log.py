@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...annotations import fits
 from ...errors import DamagedFile, UserError
 from ...evaluation.feature_fid import FeatureFID
 from ...evaluation.features import IMAGE_SIZE
@@ -20,6 +21,7 @@ GRID = 64  # pictures on a grid
 EVALUATION_BATCH = 500
 NUM_FID = 5000
 LINE = {"stage": str}  # what every line has
+COUNTS = ("step", "images", "degraded_images", "num_images", "target")
 ADVICE = "bring back the log of the run, or start a new run in another folder"
 
 
@@ -54,9 +56,25 @@ def read_log(path: str | Path) -> list[dict]:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         found = [checked_object(parse_json(line), LINE) for line in lines[:-1]]
         for line in found:
-            if line["stage"] == "evaluation" and not (type(line.get("images")) is int and line["images"] >= 0):
-                raise ValueError(f"a line tells of {described(line.get('images'))} images")
+            _check_numbers(line)
         return found
+
+
+def _check_numbers(line: dict) -> None:
+    """Raises ValueError where a line's counts are no whole numbers from 0, or its figures are not finite.
+
+    A run with other losses gave up, so none is in a log.
+    """
+    needed = ("images",) if line["stage"] == "evaluation" else ()
+    for name, value in line.items():
+        if name in COUNTS and not (fits(value, int) and value >= 0):
+            raise ValueError(f"a line tells of {described(value)} as its '{name}'")
+        if name == "feature_fid" and not fits(value, float):
+            raise ValueError(f"a line's '{name}' is {described(value)}")
+        if isinstance(value, (int, float)) and not fits(value, bool | float):
+            raise ValueError(f"a line's '{name}' is {described(value)}")
+    if missing := [name for name in needed if name not in line]:
+        raise ValueError(f"a line of an evaluation has no '{missing[0]}'")
 
 
 class Exhibition:

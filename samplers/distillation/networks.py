@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...files.atomic import replacing
-from ...files.checks import checksum
+from ...files.crc import checksum
 from ...files.outside import TensorFile, finite, read_tensors
 from ...files.places import make_parent
 from .config import DisBackConfig

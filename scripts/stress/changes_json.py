@@ -133,7 +133,7 @@ def inner(case: Case) -> Change | None:
     texts = head.get("__metadata__") or {}
     if not texts:
         return None
-    name = case.dice.choice(list(texts))
+    name = case.dice.choice(sorted(texts))  # safetensors writes them in any order
     found = changed_json(case, texts[name], [])
     if found is None:
         return None

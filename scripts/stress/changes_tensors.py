@@ -49,6 +49,8 @@ def _huge(tensor: Tensor, case: Case) -> Tensor:
 
 
 def _negative(tensor: Tensor, case: Case) -> Tensor | None:
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():  # torch negates no float8
+        return (tensor.view(torch.uint8) ^ 128).view(tensor.dtype)
     return None if tensor.dtype in (torch.bool, torch.uint8) else -tensor
 
 
@@ -93,7 +95,7 @@ def changed_tensors(case: Case, tensors: dict[str, Tensor]) -> tuple[str, dict[s
     """(what was done, the new tensors)."""
     if not tensors:
         return None
-    names, dice = list(tensors), case.dice
+    names, dice = sorted(tensors), case.dice  # safetensors gives them in any order
     name, other, what = dice.choice(names), dice.choice(names), dice.choice((*ONE, *ONE, *WHICH))
     new = dict(tensors)
     if what in ONE:

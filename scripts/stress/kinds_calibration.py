@@ -150,7 +150,16 @@ def _recipes(folder: Path) -> None:
         (folder / f"{recipe.method}.json").write_text(recipe.to_json_string())
 
 
-@kind("recipe", _recipes, wrong=wrong_plan, weight=8, named=False)
+def _wrong_recipe(found: Leaves, right: Leaves) -> str:
+    """Smoothing is a word or alpha, and both are right; of all else the type is known."""
+    found = dict(found)
+    smoothing = found.pop("/svdquant.json/smoothing", "search")
+    if type(smoothing) in (int, float) and not 0 <= smoothing <= 1:
+        return f"smoothing is {smoothing!r}"
+    return wrong_plan(found, right)
+
+
+@kind("recipe", _recipes, wrong=_wrong_recipe, weight=8, named=False)
 def load_recipes(folder: Path, _: Any) -> dict:
     """The recipe of a model's config.json; from_dict knows of no file, so its message need not name it."""
     found = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ...files.typed import fits
+from ...annotations import fits
 from ...kernels.w4.reference import ACTIVATIONS
 from ...layers.choices import check_groups
 from ...rounding.registry import ROUNDERS

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...checks import check_types
 from ...errors import UserError
-from ...files.typed import check_types
 from ...kernels.w4.reference import svdq_linear
 from ...layers.base import QuantizedLayer
 from ...layers.registry import register_format

@@ -46,6 +46,7 @@ class Checkpoint:
     where: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    halves: dict[str, torch.dtype] = field(default_factory=dict)  # layer -> the dtype of its numbers of 16 bits
 
     def take(self, key: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
         """Remove a tensor. Raises UserError, naming the key, where it is missing or has another shape or dtype."""
@@ -57,6 +58,8 @@ class Checkpoint:
         if tensor.dtype not in dtypes:
             wanted = " or ".join(_short(dtype) for dtype in dtypes)
             raise UserError(f"'{key}' of {self.where} has dtype {_short(tensor.dtype)}; it should be {wanted}.")
+        if tensor.dtype in FLOAT16S and tensor.dtype != self.halves.setdefault(key.rpartition(".")[0], tensor.dtype):
+            raise UserError(f"'{key}' of {self.where} is {_short(tensor.dtype)}, and others of its layer are not.")
         if tensor.is_floating_point():
             with outside.outside(self.where):
                 check_numbers(tensor, key, above_zero=key.endswith(".wscales") and tensor.dtype in FLOAT16S)

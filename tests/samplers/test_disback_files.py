@@ -1,6 +1,7 @@
 """The folder of a distillation: killed at any moment it goes on, nothing of somebody else's is lost or believed."""
 
 import json
+import math
 import os
 
 import pytest
@@ -176,10 +177,30 @@ def test_damaged_logs(teacher, half, text):
 def test_half_a_line_at_the_end_does_not_count(tmp_path):
     (tmp_path / "log").write_text('{"stage": "degradation"}\n{"sta')
     assert read_log(tmp_path / "log") == [{"stage": "degradation"}]
-    for images in (None, -1, 1.5, True):
-        (tmp_path / "log").write_text(json.dumps({"stage": "evaluation", "images": images}) + "\n")
-        with pytest.raises(DamagedFile, match="a line tells of"):
-            read_log(tmp_path / "log")
+    (tmp_path / "log").write_text('{"stage": "evaluation", "step": 3}\n')
+    with pytest.raises(DamagedFile, match="no 'images'"):
+        read_log(tmp_path / "log")
+
+
+NO_COUNTS = (None, -1, 1.5, True, "3", math.nan, math.inf, 10**30)
+NO_FIGURES = (True, "3", math.nan, -math.inf, 10**30, [3.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("step", "images", "num_images", "target") for value in NO_COUNTS),
+        *(("feature_fid", value) for value in (*NO_FIGURES, None)),
+        *((name, value) for name in ("student_loss", "seconds") for value in (math.nan, math.inf, -math.inf)),
+    ],
+)
+def test_lines_whose_numbers_nobody_measured(name, value, tmp_path):
+    whole = {"stage": "evaluation", "step": 2, "images": 64, "feature_fid": 3.5, "num_images": 10}
+    (tmp_path / "log").write_text(json.dumps(whole) + "\n")
+    assert read_log(tmp_path / "log") == [whole]
+    (tmp_path / "log").write_text(json.dumps({**whole, name: value}) + "\n")
+    with pytest.raises(DamagedFile, match=f"log cannot be read .*'{name}'.* bring back the log"):
+        read_log(tmp_path / "log")
 
 
 def test_a_second_run_with_other_settings_is_refused_before_it_works(teacher, tmp_path, monkeypatch):

@@ -72,10 +72,19 @@ def value(folder):
     return float((folder / "a.txt").read_text())
 
 
-def refusing(message):
+class AsItIs(UserError):
+    """A message that is not made printable."""
+
+    def __str__(self):
+        return self.message
+
+
+def refusing(message, kind=UserError):
     def load(folder, _):
         if value(folder) == 3:
-            raise UserError(message)
+            error = kind(message)
+            error.message = message
+            raise error
         return 2
 
     return load
@@ -87,8 +96,10 @@ def test_every_outcome_is_seen(outcome, monkeypatch, stress, tmp_path):
 
     assert outcome(refusing("a.txt is damaged.")) == "refused"
     assert outcome(refusing("something is damaged.")) == "unclear"
-    assert outcome(refusing("a.txt\nis damaged.")) == "unclear"
-    assert outcome(refusing("a.txt is \ud800.")) == "unclear"
+    assert outcome(refusing(f"a.txt {'is damaged ' * 60}.")) == "unclear"
+    assert outcome(refusing("a.txt\nis damaged.", AsItIs)) == "unclear"
+    assert outcome(refusing("a.txt is \ud800.", AsItIs)) == "unclear"
+    assert outcome(refusing("a.txt\nis \ud800.")) == "refused"  # every UserError can be printed
     assert outcome(lambda folder, _: 2) == "same"
     assert outcome(lambda folder, _: value(folder)) == "unseen"
     assert outcome(lambda folder, _: value(folder), guarded=lambda path: True) == "silent"

@@ -135,6 +135,27 @@ def test_calls(store, checks, change, message):
     refused(store, BATCH, message)
 
 
+@pytest.mark.parametrize("change", [lambda t: t[..., None], lambda t: t.flatten(1), lambda t: t.view(torch.int32)])
+def test_the_same_bytes_of_another_shape_or_dtype(store, change):
+    """Their checksums are the same, and the model would be called with them."""
+    rewrite(store / BATCH, put("unet/0/0", change))
+    refused(store, BATCH, "'unet/0/0' is of another shape or dtype than was written")
+
+
+def test_a_batch_in_the_place_of_another(store):
+    (store / BATCH).write_bytes((store / "batch-00000.safetensors").read_bytes())
+    refused(store, BATCH, "another of the store's files, in this one's place")
+
+
+def test_batches_that_do_not_tell_their_shapes_and_names(store):
+    """Those of earlier versions are taken."""
+    before = CalibrationStore.load(store).recorded()
+    for name in (BATCH, "batch-00000.safetensors"):
+        rewrite(store / name, lambda _, described: [described.pop(key) for key in ("kinds", "file")])
+    after = CalibrationStore.load(store).recorded()
+    assert torch.equal(before.call().args[0], after.call().args[0])
+
+
 def test_checksums_find_what_looks_right(store):
     for name in ("unet/timestep", "unet/time", "unet/0/0"):
         rewrite(store / BATCH, put(name, lambda t: t * 0.5))
@@ -180,6 +201,7 @@ def test_statistics(store, checks, change, message):
         (dict(num_batches=1), "1 batches cannot be all of 4 samples"),
         (dict(num_batches=10**30), "its 'num_batches' is 1000"),
         (dict(num_train_timesteps=0), "its 'num_train_timesteps' is 0"),
+        (dict(num_train_timesteps=999), "'num_train_timesteps' is that of none of its schedulers"),
         (dict(complete="yes"), "its 'complete' is 'yes'"),
         (dict(config=[]), "its 'config' is list"),
         (dict(config={"num_bins": 2}), "no 'collector' in it"),

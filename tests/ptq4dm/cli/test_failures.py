@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ptq4dm.cli import info
-from ptq4dm.cli.failures import one_line, told
+from ptq4dm.cli.failures import told
 from ptq4dm.cli.main import main
-from ptq4dm.errors import UserError
+from ptq4dm.errors import UserError, printable
 
 
 def caught(action):
@@ -84,5 +84,5 @@ def test_the_line_and_the_status(monkeypatch, capsys):
     "text, line",
     [("plain é", "plain é"), ("a\nb", "a b"), ("\x1b[31mred", r"\x1b[31mred"), ("caf\udce9", r"caf\udce9"), ("", "")],
 )
-def test_one_line(text, line):
-    assert one_line(text) == line
+def test_printable(text, line):
+    assert printable(text) == line

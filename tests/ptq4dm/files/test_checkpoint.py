@@ -73,6 +73,9 @@ def test_what_was_written_comes_back(saved, checks):
         lambda t: t["optimizer.0.exp_avg"].fill_(math.inf),
         lambda t: t.pop("optimizer.0.exp_avg"),
         lambda t: t.update({"optimizer.0.exp_avg": torch.zeros(4)}),
+        lambda t: t.update({"optimizer.0.exp_avg": t["optimizer.0.exp_avg"].half()}),
+        lambda t: t.update({"optimizer.0.exp_avg": t["optimizer.0.exp_avg"].view(torch.int32)}),  # the same bytes
+        lambda t: t.update({"optimizer.0.step": t["optimizer.0.step"].view(torch.int32)}),
         lambda t: t.update({"optimizer.9.exp_avg": torch.zeros(2, 3)}),
         lambda t: t.update({"optimizer.x": torch.zeros(1)}),
         lambda t: t.update({"net.more": torch.zeros(1)}),

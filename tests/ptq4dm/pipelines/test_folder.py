@@ -1,11 +1,13 @@
 """Folders that are damaged, lead out of themselves or would run code: one sentence, and nothing of them runs."""
 
 import json
+import math
 import pickle
 import shutil
 import sys
 import types
 
+import diffusers
 import pytest
 from diffusers import DDIMScheduler, DDPMPipeline
 from safetensors.torch import load_file, save_file
@@ -14,6 +16,7 @@ import ptq4dm
 from models import plain_unet
 from ptq4dm import RTNConfig
 from ptq4dm.errors import DamagedFile
+from ptq4dm.pipelines.folder import check_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -220,3 +223,35 @@ def test_headers_of_overlapping_tensors(folder):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
     with pytest.raises(DamagedFile, match=path.name):
         ptq4dm.load_pipeline(folder)
+
+
+WRONG = [
+    {"timestep_spacing": -7.25}, {"set_alpha_to_one": "yes"}, {"steps_offset": "1"}, {"prediction_type": True},
+    {"beta_start": [0.1, "x"], "beta_schedule": ["linear"]}, {"trained_betas": math.nan}, {"beta_end": math.nan},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entries", WRONG)
+def test_a_scheduler_that_would_count_otherwise(entries, folder):
+    change(folder / "scheduler" / "scheduler_config.json", **entries)
+    with pytest.raises(DamagedFile, match="scheduler_config.json cannot be read .*(its '|NaN)"):
+        ptq4dm.load_pipeline(folder)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in dir(diffusers) if name.endswith("Scheduler")))
+def test_schedulers_of_diffusers_are_taken_as_they_are_saved(name, folder):
+    kind = getattr(diffusers, name)
+    try:
+        scheduler = kind()
+    except (TypeError, ImportError):
+        pytest.skip("it has no defaults, or needs a package that is not here")
+    scheduler.save_pretrained(folder / "scheduler")
+    check_folder(folder, {})
+
+
+def test_numbers_that_stand_for_each_other_are_taken(folder):
+    change(
+        folder / "scheduler" / "scheduler_config.json",
+        clip_sample=1, num_train_timesteps=1000.0, steps_offset=None, sample_max_value=math.inf, further="entry",
+    )  # fmt: skip
+    check_folder(folder, {})

@@ -234,3 +234,24 @@ def test_more_steps_than_the_model_was_trained_with():
     pipe = DDPMPipeline(tiny_unet(), DDIMScheduler(num_train_timesteps=10))
     with pytest.raises(UserError, match="11 steps are more than the 10"):
         sample(pipe, [0], num_inference_steps=11)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"prediction_type": float("nan")}, {"prediction_type": "noise"}, {"timestep_spacing": "leadin"},
+        {"timestep_spacing": 1000}, {"steps_offset": 0.5}, {"steps_offset": "1"},
+    ],
+)  # fmt: skip
+def test_a_scheduler_that_cannot_count_is_told_with_its_file(config):
+    """diffusers takes any value in its configuration, and fails when it samples."""
+    pipe = DDPMPipeline(tiny_unet(), DDIMScheduler(**config))
+    with pytest.raises(UserError, match=r"cannot sample as it is configured \(scheduler_config.json\)"):
+        sample(pipe, [0], num_inference_steps=2)
+
+
+def test_what_fails_elsewhere_while_sampling_is_no_fault_of_the_scheduler(monkeypatch):
+    pipe = DDPMPipeline(tiny_unet(), DDIMScheduler())
+    monkeypatch.setattr(pipe.unet, "forward", lambda *args, **kwargs: {}["x"])
+    with pytest.raises(KeyError):
+        sample(pipe, [0], num_inference_steps=2)

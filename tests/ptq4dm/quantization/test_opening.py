@@ -1,6 +1,7 @@
 """Packed checkpoints that were changed: what their plan, their tensors and their checksums give away at load."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -102,7 +103,7 @@ PLANS = {
     "another grid": (lambda p: p[FP8].update(input_scale=5.0), "input_scale.* in the plan 5"),
     "activation bits": (lambda p: p[ROWS].update(activation_bits=16), "2 to 8 bits"),
     "activation bits that no tensor shows": (lambda p: p[ROWS].update(activation_bits=6), "checksums of 'conv_out'"),
-    "weight bits": (lambda p: p[STATIC].update(weight_bits="6"), "weight_bits is '6'"),
+    "weight bits": (lambda p: p[STATIC].update(weight_bits="6"), "weight_bits must be a whole number; got '6'"),
     "bits of fp8": (lambda p: p[FP8].update(weight_bits=4), "fp8 has 8 bits"),
     "bits of int4": (lambda p: p[GROUPS].update(weight_bits=8), "4 bits, not 8"),
     "zero point": (lambda p: p[STATIC].update(input_zero_point=1000), "lies in"),
@@ -111,7 +112,7 @@ PLANS = {
     "not affine": (lambda p: p[GROUPS].update(affine=False), "does not name"),
     "affine": (lambda p: p[ROWS].update(affine=True), "lacks 1 tensor"),
     "objective": (lambda p: p[STATIC].update(objective="magic"), "objective 'magic' is unknown"),
-    "rounding": (lambda p: p[STATIC].update(rounding=["gptq"]), "rounding is list"),
+    "rounding": (lambda p: p[STATIC].update(rounding=["gptq"]), "rounding must be a text"),
     "a layer dropped": (lambda p: p.pop(STATIC), "lacks 1 tensor.*weight"),
     "a layer of another format": (lambda p: p[STATIC].update(format="fp8"), "8 bits"),
     "no choices": (lambda p: p.update({STATIC: 5}), "no object but 5"),
@@ -172,6 +173,15 @@ def test_one_flipped_bit_is_found(name, copied):
     with pytest.raises(DamagedFile, match=words):
         UNet2DModel.from_pretrained(copied)
     with pytest.raises(DamagedFile, match=f"changed: .*{words}"):
+        ptq4dm.verify(copied)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rounding": math.nan}, {"objective": "maxx"}, {"input_zero_point": 0.5}, {"weight_bits": 9}]
+)
+def test_what_verify_says_of_a_plan_names_its_file(change, copied):
+    changed_file(copied, config=lambda q: q["plan"]["layers"][STATIC].update(change))
+    with pytest.raises(DamagedFile, match=f"{copied / 'config.json'}: layer '{STATIC}' of the plan"):
         ptq4dm.verify(copied)
 
 

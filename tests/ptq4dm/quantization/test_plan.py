@@ -152,8 +152,8 @@ SPLIT = {"format": "svdq-split", "inputs": [64, 64], "parts": [SVDQ, SVDQ]}
 @pytest.mark.parametrize(
     "choices, words",
     [
-        ({"format": "int8", "weight_bits": "8"}, "weight_bits is '8' and should be a whole number"),
-        ({"format": "int8", "weight_bits": True}, "weight_bits is True"),
+        ({"format": "int8", "weight_bits": "8"}, "weight_bits must be a whole number; got '8'"),
+        ({"format": "int8", "weight_bits": True}, "whole number; got True"),
         ({"format": "int8", "activation_bits": 1}, "2 to 8 bits"),
         ({"format": "int8", "input_scale": 1e-60, "input_zero_point": 0}, "above zero, as a float32"),
         ({"format": "int8", "input_scale": 0.1}, "go together"),
@@ -161,11 +161,11 @@ SPLIT = {"format": "svdq-split", "inputs": [64, 64], "parts": [SVDQ, SVDQ]}
         ({"format": "int8", "objective": "lp", "objective_parameter": -1}, "lp"),
         ({"format": "fp8", "input_zero_point": 0, "input_scale": 1}, "go together"),
         ({"format": "int4", "group_size": 31}, "group_size"),
-        ({"format": "int4", "affine": 1}, "affine is 1 and should be true or false"),
+        ({"format": "int4", "affine": 1}, "affine must be True or False; got 1"),
         ({**SVDQ, "rank": -1}, "rank"),
         ({**SVDQ, "rank": 2**70}, "rank"),
         ({**SVDQ, "group_size": 0}, "group_size is even"),
-        ({**SVDQ, "alpha": "x"}, "alpha is 'x'"),
+        ({**SVDQ, "alpha": "x"}, "alpha must be a number or None; got 'x'"),
         ({**SVDQ, "search": "magic"}, "search is one of"),
         ({**SVDQ, "adapters": {"style": [4]}}, "adapter 'style'"),
         ({**SVDQ, "adapters": {"style": [4, float("inf")]}}, "adapter 'style'"),
@@ -173,7 +173,7 @@ SPLIT = {"format": "svdq-split", "inputs": [64, 64], "parts": [SVDQ, SVDQ]}
         ({**SVDQ, "rounding": "magic"}, "rounding 'magic' is unknown"),
         ({**SPLIT, "inputs": [128]}, "ranges of inputs"),
         ({**SPLIT, "inputs": [64, -64]}, "ranges of inputs"),
-        ({**SPLIT, "inputs": [64, 64.0]}, "inputs is list"),
+        ({**SPLIT, "inputs": [64, 64.0]}, "inputs must be a list of whole numbers"),
         ({**SPLIT, "parts": [SVDQ, {**SVDQ, "rank": -1}]}, "rank"),
         ({**SPLIT, "parts": [SVDQ, {**SVDQ, "lender": "x"}]}, "neither a lender"),
         ({**SPLIT, "parts": 5}, "cannot be read"),
@@ -195,6 +195,32 @@ def test_choices_out_of_their_type_or_range(choices, words, tmp_path):
         load_plans(tmp_path / "several.json")
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"a": {**SVDQ, "shift": float("nan")}},
+        {"a": {**SVDQ, "seed": -float("inf")}},
+        {"a": {**SVDQ, "rounding": 3}},
+        {"a": {**SVDQ, "activation": True}},
+        {"a": {"format": "int4", "weight_bits": 10**30}},
+        {"a": {"format": "int4", "activation_bits": 9}},
+        {"a": {"format": "int8", "input_scale": -0.0, "input_zero_point": 0}},
+        {"a": {**SVDQ, "lender": "nowhere"}},
+        {"a": {"format": "nvfp4", "rank": -1}},
+        {"a": {**SPLIT, "inputs": [128]}},
+    ],
+)
+@pytest.mark.parametrize("method", ["svdquant", "rtn"])
+def test_the_plan_inside_a_recipe_is_checked_with_it(layers, method):
+    """In a config.json it lies there. A plan that is only made from a dict is checked by who follows or loads it."""
+    plan = {"method": method, "layers": layers}
+    with pytest.raises(DamagedFile, match="of the plan|the plan is damaged"):
+        QuantConfig.from_dict({"method": method, "plan": plan})
+    made = Plan.from_dict(plan)
+    with pytest.raises(DamagedFile, match="of the plan|the plan is damaged"):
+        made.check()
+
+
 def test_choices_of_all_formats_that_are_in_order(tmp_path):
     layers = {
         "a": {
@@ -213,6 +239,7 @@ def test_choices_of_all_formats_that_are_in_order(tmp_path):
     }
     (tmp_path / "plan.json").write_text(json.dumps({"method": "rtn", "layers": layers}))
     plan = Plan.load(tmp_path / "plan.json")
+    assert QuantConfig.from_dict({"method": "rtn", "plan": plan.to_dict()}).plan == plan
     assert [one.format for one in plan.layers.values()] == [one["format"] for one in layers.values()]
 
 

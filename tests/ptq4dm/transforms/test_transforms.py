@@ -426,6 +426,48 @@ def test_plans_lack_nothing():
             TransformPlan.from_dict(broken, plan.tensors)
 
 
+WHOLE = {  # kind -> options, tensors of a plan
+    "smooth": ({"alpha": 0.5}, {"divisors": torch.tensor([0.5, 1, 2, 4])}),
+    "smooth-attention": ({"alpha": 0.5}, {"divisors": torch.tensor([0.5, 1, 2, 4])}),
+    "reorder": ({}, {"order": torch.tensor([1, 0, 3, 2])}),
+    "rotate": ({"block": 4}, {}),
+}
+DIVISORS = [
+    *({"divisors": WHOLE["smooth"][1]["divisors"].to(t)} for t in (torch.float16, torch.float64, torch.int32)),
+    *({"divisors": torch.tensor([1.0, wrong])} for wrong in (0.0, -1.0, 1e-38, 1e30)), {},
+    {**WHOLE["smooth"][1], "more": torch.ones(1)},
+]  # fmt: skip
+BROKEN = [
+    *((kind, {"alpha": alpha}, {}) for kind in ("smooth", "smooth-attention") for alpha in ("x", True, None, 1.5)),
+    *((kind, {"beta": 0.5}, {}) for kind in WHOLE),
+    *((kind, {}, tensors) for kind in ("smooth", "smooth-attention") for tensors in DIVISORS),
+    *(("reorder", {}, {"order": torch.tensor(order)}) for order in ([0, 0], [1, 2], [-1, 0], [1.0, 0.0])),
+    *(("rotate", {"block": block}, {}) for block in (0, 1, 3, -4, 4.0, "4", True)),
+    ("rotate", {}, {"order": torch.arange(4)}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "tensors"), BROKEN)
+def test_plans_that_can_be_of_no_model_are_not_loaded(kind, options, tensors, tmp_path):
+    sound, parts = WHOLE[kind]
+    plan = ptq4dm.Plan("rtn", {}, [TransformPlan(kind, ["a", "b"], {**sound, **options}, tensors or parts)])
+    if not (tensors or options):  # nothing is there that should be
+        plan = ptq4dm.Plan("rtn", {}, [TransformPlan(kind, ["a", "b"], sound, {})])
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(UserError, match=f"plan.json: .*'{kind}'"):
+        ptq4dm.Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("kind", sorted(TRANSFORMS))
+def test_plans_that_can_be_of_a_model_are_loaded(kind, tmp_path):
+    options, tensors = WHOLE[kind]
+    for known in (options, {}) if kind != "rotate" else (options,):
+        plan = ptq4dm.Plan("rtn", {}, [TransformPlan(kind, ["a", "b"], known, tensors)])
+        plan.save(tmp_path / "plan.json")
+        assert ptq4dm.Plan.load(tmp_path / "plan.json") == plan
+        ptq4dm.Plan.from_dict(plan.to_dict()).check()  # as a packed model has it, without tensors
+
+
 @pytest.mark.parametrize("name", sorted(name for name, one in TRANSFORMS.items() if one.needs))
 def test_evidence_must_be_of_the_model(zoo, name):
     model, _, peaks = zoo("pixart")

@@ -234,6 +234,10 @@ def fifteen(codes):
 
 MISTAKES = {
     "missing": (change(f"{Q}.proj_up", lambda t: None), f"lacks '{Q}.proj_up'"),
+    "halves of two dtypes": (
+        change(f"{Q}.proj_up", lambda t: t.to(torch.float16 if t.dtype == torch.bfloat16 else torch.bfloat16)),
+        "float16, and others of its layer are not",
+    ),
     "NaN": (change(f"{Q}.proj_down", lambda t: t / 0), f"'{Q}.proj_down' holds NaN or infinity"),
     "NaN elsewhere": (change("proj_out.weight", lambda t: t / 0), "'proj_out.weight' holds NaN or infinity"),
     "scales below zero": (change(f"{Q}.wscales", torch.Tensor.neg), f"'{Q}.wscales' holds .* above zero"),

@@ -113,7 +113,7 @@ def load_calls(
 
 def check_run(described: dict, run: str | None) -> None:
     """Raises ValueError where a file is of another run than the store; files of old stores do not say."""
-    if run is not None and described.get("run") != run:
+    if (run or "") != (described.get("run") or ""):
         raise ValueError("it was made by a run with other settings than the store's")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..files.places import make_parent
+from ..files.places import file_place
 from ..kernels.runtime.settings import tuned_file
 from ..pipelines.denoiser import denoiser
 from ..pipelines.load import EMBEDDED
@@ -48,7 +48,7 @@ def _run_samplers(args) -> None:
     given = {name: getattr(args, name) for name in ("samplers", "evaluations") if getattr(args, name)}
     config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **given)
     output = Path(args.output) / "samplers.json"
-    make_parent(output)
+    file_place(output)
     pipe = load(args, args.model)
     settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
     rows = bench_samplers(pipe, config, output, settings)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..calibration.collect import collect
 from ..errors import UserError
-from ..files.places import make_parent
+from ..files.places import picture_place
 from ..layers.view import find_layers
 from ..quantization.components import component_of
 from .options import (
@@ -44,7 +42,7 @@ def run(args) -> None:
     if args.plot_layer and not args.plot:
         raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
     if args.plot:
-        make_parent(Path(args.plot))
+        picture_place(args.plot)
     pipe = load(args, args.model)
     network = component_of(pipe, args.component)
     if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(network)}:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ..evaluation.report import format_report
-from ..files.places import make_parent
+from ..files.places import file_place
 from ..pipelines.picture_files import find_images
 from ..quantization.saving import original_of
 from .flags import add_flags, given
@@ -77,7 +77,7 @@ def run(args) -> None:
 def _run_images(args, config: EvaluateConfig) -> None:
     device = device_of(args)
     if args.write_reference:
-        make_parent(Path(args.write_reference))
+        file_place(args.write_reference)
         count = write_reference(args.images, args.write_reference, config, device)
         say(f"statistics of {count} images: {args.write_reference}")
         warnings = [passed_over] if (passed_over := find_images(args.images).passed_over) else []

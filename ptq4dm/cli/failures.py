@@ -1,7 +1,7 @@
 """Errors as the command line tells them: one line each. What nobody expects stays a traceback, so that bugs are seen.
 
-2    wrong input: what was typed (UserError), or a file that was named and is not there or not ours to write
-1    the machine could not: no memory, no room on the disk, a package that is missing
+2    wrong input: what was typed, or a place that cannot be written (UserError), or a file that is not there
+1    the machine could not: no memory, a stdout without room, a package that is missing
 """
 
 from __future__ import annotations

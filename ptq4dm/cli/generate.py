@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..checks import seeds_of
 from ..errors import UserError
 from ..files.pictures import opened_picture
-from ..files.places import make_parent
+from ..files.places import picture_place
 from ..pipelines.generate import generate, save_grid
 from .options import (
     BATCH_SIZE,
@@ -45,7 +46,9 @@ def run(args) -> None:
     seeds = seeds_of(range(args.seed, args.seed + args.num_images))
     picture = Path(args.picture or f"{args.output}.png")
     if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
-        make_parent(picture)
+        picture_place(picture)
+    if os.path.realpath(picture.parent) == os.path.realpath(args.output):
+        raise UserError(f"{picture} would lie among the images, and count as one; give --picture another folder.")
     pipe = load(args, model)
     paths = generate(
         pipe,

@@ -1,8 +1,8 @@
 """The command line's entry, and the exit status:
 
     0      done
-    1      the machine could not: no memory, no room, a package that is missing; or a bug, with its traceback
-    2      wrong input, told on one line
+    1      the machine could not: no memory, a package that is missing; or a bug, with its traceback
+    2      wrong input, or a place that cannot be written (a full disk, say), told on one line
     130    interrupted: Ctrl-C, SIGTERM, SIGHUP
     141    done, but nobody read what was printed (a closed pipe)
 

@@ -9,7 +9,7 @@ from ..calibration.collect import CalibrationConfig, collect
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..files.claim import claimed_whole
-from ..files.places import check_room, make_parent
+from ..files.places import check_room, make_parent, picture_place
 from ..files.result_folder import check_replaceable
 from ..quantization import recipe
 from ..quantization.checkpoint import check_folder, folder_of
@@ -102,7 +102,7 @@ def _quantize(args, recipes: dict[str, QuantConfig], calibration: CalibrationCon
         check_folder(Path(args.checkpoint))
     picture = picture_of(config) if args.plot else None
     if args.plot:
-        make_parent(Path(args.plot))
+        picture_place(args.plot)
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = load(args, args.model)
     model = component_of(pipe, args.component)

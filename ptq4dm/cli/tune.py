@@ -15,7 +15,7 @@ from ..calibration.look import look
 from ..calibration.request import request_of
 from ..calibration.sampled import record_calls
 from ..errors import UserError
-from ..files.places import make_parent
+from ..files.places import file_place
 from ..kernels import dispatch
 from ..kernels.runtime import settings as tuning
 from ..kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
@@ -155,7 +155,7 @@ def tune(launches: list, path: Path | None = None, seconds: float | None = None)
     from ..kernels.tuning import search
 
     path = tuning.tuned_file() if path is None else path
-    make_parent(path)
+    file_place(path)
     try:
         tuning.settings_in(path)
     except ValueError as error:

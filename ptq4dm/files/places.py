@@ -13,6 +13,8 @@ from ..errors import UserError
 from ..kernels.runtime.atomic import SUFFIX, sweep
 from .claim import is_claim, sweep_claims
 
+PNG = b"\x89PNG\r\n\x1a\n"
+
 
 @contextmanager
 def output_folder(path: str | os.PathLike) -> Iterator[Path]:
@@ -24,9 +26,11 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
         UserError: it is a file, cannot be made, or cannot be written into.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"cannot make the folder {path}: it is a file; give another name.")
     try:
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)  # a link may lead to a folder that is new
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror or error}.") from error
     try:
@@ -52,6 +56,30 @@ def make_parent(path: str | os.PathLike) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; give another place.") from None
     check_writable(real.parent)
+
+
+def file_place(path: str | os.PathLike, begins: bytes = b"") -> None:
+    """`make_parent` for a single file, which a new one may replace.
+
+    begins: the first bytes of a file of this kind. Raises UserError where a folder, or a file that begins otherwise,
+    is in its place.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"cannot write {path}: it is a folder, and the result is a file; give another name.")
+    if begins and os.path.isfile(path):
+        try:
+            with open(path, "rb") as file:
+                first = file.read(len(begins))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; give another name.") from None
+        if first not in (begins, b""):
+            raise UserError(f"{path} is there and is another kind of file; give another name, or move it away.")
+    make_parent(path)
+
+
+def picture_place(path: str | os.PathLike) -> None:
+    """`file_place` of a PNG file."""
+    file_place(path, PNG)
 
 
 def lying_in(folder: Path) -> list[Path]:

@@ -48,6 +48,8 @@ def _otherwise(config: QuantConfig) -> str:
 def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises UserError where a plan names layers that the model does not have, or its choices are not of their type,
     out of range, or not for the layer that they name."""
+    if not plan.layers:
+        raise UserError("the plan names no layer, so there is nothing to quantize.")
     known = {view.name for view in find_layers(model)}
     missing = [name for name in plan.layers if name not in known]
     if missing:

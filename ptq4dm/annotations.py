@@ -57,6 +57,8 @@ def complaint(value: Any, kind: Any, limited: Mapping[str, Any] = NO_LIMITS, pla
 
 @functools.cache
 def _speaks_of_numbers(kind: Any) -> bool:
+    if get_origin(kind) is abc.Callable:
+        return False
     return kind in (int, float) or any(map(_speaks_of_numbers, get_args(kind)))
 
 

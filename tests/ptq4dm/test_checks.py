@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -124,3 +124,15 @@ def test_what_is_shown_is_short_and_never_fails():
     assert shown(Loud()) == "a Loud" and shown(Loud) == "the class Loud"
     assert len(shown("word " * 1000)) <= 64 and len(shown("x" * 1000)) <= 64
     assert shown([Loud(), 1]) == "[a Loud, 1]"
+
+
+def test_functions_among_the_arguments():
+    """The arguments that an annotation says of a function stand in a list, which is no key of a dictionary."""
+
+    @checked
+    def call(show: Callable[[dict], None] | None = None) -> bool:
+        return show is None
+
+    assert call() and not call(print)
+    with pytest.raises(UserError, match="show must be"):
+        call(5)

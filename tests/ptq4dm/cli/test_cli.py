@@ -390,7 +390,7 @@ WRONG = [
     ([*GENERATE, "--num-images", "-3"], "-3 images asked for"),
     ([*GENERATE, "--num-inference-steps", "0"], "at least one step"),
     ([*GENERATE, "--seed", "-1"], "a seed must not be negative"),
-    ([*GENERATE, "--batch-size", "0"], "batch size of at least 1"),
+    ([*GENERATE, "--batch-size", "0"], "batch_size must be at least 1"),
     ([*GENERATE, "--output", "file/images"], "cannot make the folder file/images: Not a directory"),
     ([*GENERATE, "--picture", "file/grid.png"], "cannot write file/grid.png: "),
     ([*COLLECT, "--plot", "file/plot.png"], "cannot write file/plot.png: "),

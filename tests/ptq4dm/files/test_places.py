@@ -81,3 +81,22 @@ def test_mount_points_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
     with pytest.raises(UserError, match="mount point"):
         check_replaceable(tmp_path, "record.json", "quantize")
+
+
+def test_a_picture_replaces_pictures_only(tmp_path):
+    thesis, folder, old = tmp_path / "thesis.txt", tmp_path / "folder", tmp_path / "old.png"
+    thesis.write_text("mine")
+    folder.mkdir()
+    old.write_bytes(places.PNG + b"...")
+    for path, words in ((thesis, "another kind of file"), (folder, "it is a folder")):
+        with pytest.raises(UserError, match=words):
+            places.picture_place(path)
+    for path in (old, tmp_path / "new.png"):
+        places.picture_place(path)
+
+
+def test_an_output_folder_may_be_a_link_to_a_new_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk/folder")
+    with output_folder(tmp_path / "link") as folder:
+        (folder / "x").touch()
+    assert (tmp_path / "disk/folder/x").is_file() and (tmp_path / "link").is_symlink()

@@ -85,6 +85,15 @@ def settings(pipe, num_inference_steps: int, pipeline_kwargs: dict | None, metad
     }
 
 
+def _same(one, other) -> bool:
+    """Whether two JSON values are the same; 1 is 1.0, but True is no number."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
 def _missing(output: Path, seeds: Sequence[int], expected) -> list[int]:
     """The seeds without a picture; all seed-named pictures in the folder must be as `expected(seed)` says."""
     there = set()
@@ -94,7 +103,7 @@ def _missing(output: Path, seeds: Sequence[int], expected) -> list[int]:
         except UserError as error:
             raise UserError(f"{error} Choose another --output.") from error
         seed, wanted = int(path.stem), expected(int(path.stem))
-        other = [k for k in {**found, **wanted} if k != "versions" and found.get(k) != wanted.get(k)]
+        other = [k for k in {**found, **wanted} if k != "versions" and not _same(found.get(k), wanted.get(k))]
         if other:
             names = textwrap.shorten(", ".join(sorted(other)), 200, placeholder=" ...")
             raise UserError(

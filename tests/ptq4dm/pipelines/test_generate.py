@@ -139,6 +139,14 @@ def test_foreign_pictures_are_refused_but_other_names_ignored(tmp_path):
         generate(tiny(), [1], tmp_path, num_inference_steps=2)
 
 
+def test_a_truth_value_in_a_number_s_place_is_another_setting(tmp_path):
+    generate(tiny(), [1], tmp_path, num_inference_steps=2, metadata={"a": 1, "b": [0.0, {"c": False}]})
+    generate(tiny(), [1], tmp_path, num_inference_steps=2, metadata={"a": 1.0, "b": [0, {"c": False}]})
+    for metadata in ({"a": True, "b": [0, {"c": False}]}, {"a": 1, "b": [0, {"c": 0}]}):
+        with pytest.raises(UserError, match="differs in [ab]"):
+            generate(tiny(), [1], tmp_path, num_inference_steps=2, metadata=metadata)
+
+
 def test_wrong_input(tmp_path):
     wrong = (([], 1, "at least one seed"), ([-1], 1, "must not be negative"), ([0], 0, "must be at least 1"))
     for seeds, size, words in wrong:

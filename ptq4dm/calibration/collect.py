@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,30 +23,25 @@ from torch import Tensor
 
 from ..checks import check_fields, check_seeds, checked
 from ..errors import UserError
-from ..files.claim import claimed, digest
-from ..files.places import check_room, lying_in, output_folder, take_away_leavings
-from ..layers.base import holds_quantized
+from ..files.claim import claimed
+from ..files.places import check_room, output_folder, take_away_leavings
 from ..options import option
 from ..pipelines.denoiser import check_sampled, pipelines_in, schedulers_of, turn_at
 from ..pipelines.sampling import MOST_STEPS, check_arguments, refusals
 from ..progress import progress_bar
 from ..undo import whole_or_not
 from .call_files import save_calls
-from .calls import parameter_place
 from .clock import Span
-from .input_statistics import HISTOGRAM_BINS, InputStatistics, check_size
+from .input_statistics import HISTOGRAM_BINS, InputStatistics
 from .look import look
 from .measure import binned_batches, update
-from .request import Request, request_of
+from .request import Request, asked_of, found_in, new_header, request_of
 from .sampled import record_components
-from .store import CalibrationStore, fingerprint
+from .store import CalibrationStore
 from .store_files import (
-    TRAINED,
-    VERSION,
     batch_path,
     fingerprints,
     load_statistics,
-    read_meta,
     recorded_calls,
     save_statistics,
     statistics_path,
@@ -151,10 +146,10 @@ def collect(
     if output is None:
         temporary = tempfile.TemporaryDirectory()
         with refusals(pipe, conditioning, pipeline_kwargs):
-            _collect_whole(request, config, Path(temporary.name), _asked(request, config))
+            _collect_whole(request, config, Path(temporary.name), asked_of(request, config))
         return CalibrationStore.load(temporary.name, owner=temporary)
-    folder, asked = Path(output), _asked(request, config)
-    found = _found(folder, asked)
+    folder, asked = Path(output), asked_of(request, config)
+    found = found_in(folder, asked)
     if found is None or not found["complete"]:
         with output_folder(folder), claimed(folder, asked), refusals(pipe, conditioning, pipeline_kwargs):
             _collect_whole(request, config, folder, asked)
@@ -173,7 +168,7 @@ def _collect_whole(request: Request, config: CalibrationConfig, folder: Path, as
 
 
 def _collect(request: Request, config: CalibrationConfig, folder: Path, asked: dict) -> None:
-    meta = _found(folder, asked) or _new(folder, config, request, asked)
+    meta = found_in(folder, asked) or new_header(folder, config, request, asked)
     if meta["complete"]:
         return
     counts = [len(layers) * config.num_bins * HISTOGRAM_BINS * 8 for layers in fingerprints(meta).values()]
@@ -184,62 +179,6 @@ def _collect(request: Request, config: CalibrationConfig, folder: Path, asked: d
     _record(folder, request, config, meta, statistics)
     _measure(folder, request, config, meta)
     write_meta(folder, {**meta, "complete": True})
-
-
-def _asked(request: Request, config: CalibrationConfig) -> dict[str, Any]:
-    """All that decides what is in a store, as store.json holds it."""
-    networks = request.networks
-    asked: dict[str, Any] = {
-        "version": VERSION,
-        "config": asdict(config),
-        "dtype": {name: str(parameter_place(network)[1]) for name, network in networks.items()},
-        "scheduler": {
-            name: {"class": type(one).__name__, **_describe(dict(one.config))}
-            for name, one in schedulers_of(request.pipe).items()
-        },
-        "conditioning": _describe(request.options["conditioning"]),
-        "pipeline_kwargs": _describe(request.options["pipeline_kwargs"]),
-        "fingerprint": {name: fingerprint(network) for name, network in networks.items()},
-    }
-    for name, network in networks.items():
-        if holds_quantized(network):
-            raise UserError(f"'{name}' is quantized already; calibrate it in full precision.")
-        if not asked["fingerprint"][name]:
-            raise UserError(f"'{name}' has no Linear or Conv2d layers to calibrate.")
-        check_size(len(asked["fingerprint"][name]), config.num_bins)
-    return asked
-
-
-def _found(folder: Path, asked: dict) -> dict | None:
-    """The header of the store that is in a folder, finished or not; None where there is none.
-
-    Raises UserError where it is of other arguments.
-    """
-    if not (folder / "store.json").exists():
-        return None
-    meta = read_meta(folder)
-    different = [name for name, value in asked.items() if meta.get(name) != value]
-    if different:
-        raise UserError(
-            f"{folder} already holds a calibration store that differs in {', '.join(different)}; "
-            "give another folder or delete it."
-        )
-    return meta
-
-
-def _new(folder: Path, config: CalibrationConfig, request: Request, asked: dict) -> dict:
-    """The header of a new store."""
-    if lying_in(folder):
-        raise UserError(f"{folder} is not empty and is no calibration store; give another folder.")
-    # It is written with the first batch: arguments that cannot be sampled with leave no store behind.
-    main = next(iter(schedulers_of(request.pipe).values()))
-    return {
-        **asked,
-        "run": digest(asked),
-        "num_train_timesteps": int(main.config.get("num_train_timesteps") or TRAINED),
-        "num_batches": -(-config.num_samples // config.batch_size),
-        "complete": False,
-    }
 
 
 def _record(folder: Path, request: Request, config: CalibrationConfig, meta: dict, statistics: int) -> None:
@@ -303,14 +242,3 @@ def _measure(folder: Path, request: Request, config: CalibrationConfig, meta: di
                 save_statistics(path, statistics, done, meta.get("run", ""))
 
         update(statistics, request.networks[name], layers, batches, progress, keep)
-
-
-def _describe(value: Any) -> Any:
-    """A JSON form of settings for comparing stores: tensors by shape and sum, other objects by their class."""
-    if isinstance(value, dict):
-        return {str(k): _describe(v) for k, v in value.items() if not str(k).startswith("_")}
-    if isinstance(value, Tensor):
-        return ["tensor", list(value.shape), float(value.double().sum())]
-    if isinstance(value, (list, tuple, range)):
-        return [_describe(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__

@@ -26,7 +26,10 @@ VERBS = {
     "info": "What a model is: layers, formats, kernels, bytes.",
     "completion": "Print a script that completes commands in a shell: bash, zsh or fish.",
 }
-STATUSES = "Exit status: 0 done, 1 out of memory, 2 wrong input or a place that cannot be written, 130 interrupted, 141 nobody read the output."
+STATUSES = (
+    "Exit status: 0 done, 1 out of memory, 2 wrong input or a place that cannot be written, 130 interrupted, "
+    "141 nobody read the output."
+)
 
 
 def build_parser(verbs=tuple(VERBS)) -> Parser:

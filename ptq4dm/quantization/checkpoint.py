@@ -18,8 +18,10 @@ from torch import nn
 
 from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
+from ..files.claim import claimed, is_claim
 from ..files.outside import TensorFile, checked_object, read_json, read_tensors, reason
-from ..kernels.runtime.atomic import SUFFIX, sweep
+from ..files.places import output_folder
+from ..kernels.runtime.atomic import SUFFIX
 from ..layers.choices import check_choices, check_fit, choices_of
 from ..layers.registry import empty_quantized
 from ..layers.stored import check_stored
@@ -61,23 +63,34 @@ def _holds_blocks(path: Path) -> bool:
 def _only_blocks(path: Path) -> bool:
     """Whether this is of a checkpoint: the blocks of a network, or what was killed before it had its header."""
     left = path.name.startswith(f".{HEADER}.") and path.name.endswith(SUFFIX)
-    return left or _holds_blocks(path) or (path.is_dir() and all(map(_only_blocks, path.iterdir())))
+    return (
+        left
+        or is_claim(path.name)
+        or _holds_blocks(path)
+        or (path.is_dir() and all(map(_only_blocks, path.iterdir())))
+    )
+
+
+@contextmanager
+def block_checkpoint(folder: Path, identity: dict) -> Iterator[BlockCheckpoint]:
+    """A folder of packed blocks, while one run works with it: a second one of the same quantization waits.
+
+    Raises UserError where the folder cannot be made, or is of another quantization.
+    """
+    check_folder(folder)
+    with output_folder(folder), claimed(folder, identity):
+        yield BlockCheckpoint(folder, identity)
 
 
 class BlockCheckpoint:
     """A folder of packed blocks.
 
-    Raises UserError where the folder cannot be made, or holds the blocks of another quantization.
+    Raises UserError where it holds the blocks of another quantization.
     """
 
     def __init__(self, folder: Path, identity: dict):
-        check_folder(folder)
         self.folder, header = folder, folder / HEADER
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder}: {error.strerror or error}.") from None
-        sweep(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         if header.exists():
             if read_json(header, "delete the folder, or give another") != identity:
                 raise UserError(

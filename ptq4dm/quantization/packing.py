@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ..layers.view import LayerView
 from ..options import option
 from ..pipelines.loading import not_while_loading
 from ..progress import progress_bar
-from .checkpoint import BlockCheckpoint
+from .checkpoint import BlockCheckpoint, block_checkpoint
 
 PREFIXES = ("exact", "quantized")
 
@@ -88,26 +89,26 @@ def pack_plan(
         finite(model.get_submodule(name).weight, name)
     blocks = blocks_of(model, plan)
     enclosing = _enclosing(model, blocks, needs, batches)
-    kept = _checkpoint(checkpoint, model, plan, store, options)
     packed: dict[str, nn.Module] = {}
-    for block in progress_bar(blocks, desc=plan.method, unit="block", hidden=not batches):
-        with not_while_loading():
-            done = kept.load(block.name, model) if kept else None
-        if done is None:
-            leaders = [leader for leader, names in block.problems.items() if any(needs[name] for name in names)]
-            around = sorted({enclosing[leader] for leader in leaders if leader in enclosing})
-            before = packed if options.prefix == "quantized" else {}
-            evidence = Evidence(model, leaders, around, batches, options.seed, before) if leaders else None
-            done = {}
-            for leader, names in block.problems.items():
-                layers = {name: model.get_submodule(name) for name in names}
-                problem = Problem(layers, {n: plan.layers[n] for n in names}, evidence, enclosing.get(leader))
-                with not_while_loading():
-                    done |= FORMATS.find(plan.layers[leader].format).build(problem)
-            if kept:
-                kept.save(block.name, done)
-        packed |= done
-        link_layers(packed.__getitem__, {name: layer.plan for name, layer in done.items()})
+    with _checkpoint(checkpoint, model, plan, store, options) as kept:
+        for block in progress_bar(blocks, desc=plan.method, unit="block", hidden=not batches):
+            with not_while_loading():
+                done = kept.load(block.name, model) if kept else None
+            if done is None:
+                leaders = [leader for leader, names in block.problems.items() if any(needs[name] for name in names)]
+                around = sorted({enclosing[leader] for leader in leaders if leader in enclosing})
+                before = packed if options.prefix == "quantized" else {}
+                evidence = Evidence(model, leaders, around, batches, options.seed, before) if leaders else None
+                done = {}
+                for leader, names in block.problems.items():
+                    layers = {name: model.get_submodule(name) for name in names}
+                    problem = Problem(layers, {n: plan.layers[n] for n in names}, evidence, enclosing.get(leader))
+                    with not_while_loading():
+                        done |= FORMATS.find(plan.layers[leader].format).build(problem)
+                if kept:
+                    kept.save(block.name, done)
+            packed |= done
+            link_layers(packed.__getitem__, {name: layer.plan for name, layer in done.items()})
     packed = {name: packed[name] for name in plan.layers}
     plan.layers = {name: layer.plan for name, layer in packed.items()}
     return packed, plan
@@ -157,13 +158,13 @@ def _enclosing(
 
 def _checkpoint(
     folder: str | Path | None, model: nn.Module, plan: Plan, store: CalibrationStore | None, options: PackingOptions
-) -> BlockCheckpoint | None:
+) -> AbstractContextManager[BlockCheckpoint | None]:
     if folder is None:
-        return None
+        return nullcontext()
     identity = {
         "plan": plan.to_dict(),
         "options": asdict(options),
         "model": fingerprint(model),
         "store": None if store is None else [store.config, store.fingerprint],
     }
-    return BlockCheckpoint(Path(folder), json.loads(json.dumps(identity)))
+    return block_checkpoint(Path(folder), json.loads(json.dumps(identity)))

@@ -325,3 +325,19 @@ def test_a_header_that_another_run_writes_meanwhile_is_no_other_file(tmp_path, m
     monkeypatch.setattr(checkpoint, "_holds_blocks", too_early)
     check_folder(tmp_path / "a")
     assert len(seen) == 3
+
+
+def test_one_checkpoint_is_of_one_run_at_a_time(tmp_path):
+    with checkpoint.block_checkpoint(tmp_path / "a", {"plan": 1}) as kept:
+        assert kept.load("block", torch.nn.Linear(1, 1)) is None
+        check_folder(tmp_path / "a")  # the lock in it is nobody's file
+        with (
+            pytest.raises(UserError, match="another run with other settings"),
+            checkpoint.block_checkpoint(tmp_path / "a", {"plan": 2}),
+        ):
+            pytest.fail("two runs at once")
+    with (
+        pytest.raises(UserError, match="another quantization"),
+        checkpoint.block_checkpoint(tmp_path / "a", {"plan": 2}),
+    ):
+        pytest.fail("another quantization's blocks")

@@ -45,10 +45,10 @@ def run(args) -> None:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
     seeds = seeds_of(range(args.seed, args.seed + args.num_images))
     picture = Path(args.picture or f"{args.output}.png")
-    if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
-        picture_place(picture)
     if os.path.realpath(picture.parent) == os.path.realpath(args.output):
         raise UserError(f"{picture} would lie among the images, and count as one; give --picture another folder.")
+    if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
+        picture_place(picture)
     pipe = load(args, model)
     paths = generate(
         pipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..calibration.collect import CalibrationConfig, collect
 from ..calibration.store import CalibrationStore
@@ -90,17 +91,19 @@ def run(args) -> None:
     recipes, calibration = recipes_of(args), calibration_of(args)
     one_process(args)
     output = Path(args.output)
+    picture = picture_of(next(iter(recipes.values()))) if args.plot else None
     make_parent(output)
     with claimed_whole(output, settings_of(args)):  # a second run of the same command waits, then finds all as it was
         check_replaceable(output, RECORD, "quantize")
-        _quantize(args, recipes, calibration, output)
+        _quantize(args, recipes, calibration, output, picture)
 
 
-def _quantize(args, recipes: dict[str, QuantConfig], calibration: CalibrationConfig, output: Path) -> None:
+def _quantize(
+    args, recipes: dict[str, QuantConfig], calibration: CalibrationConfig, output: Path, picture: Any
+) -> None:
     config = next(iter(recipes.values()))
     if args.checkpoint:
         check_folder(Path(args.checkpoint))
-    picture = picture_of(config) if args.plot else None
     if args.plot:
         picture_place(args.plot)
     store = CalibrationStore.load(args.calibration) if args.calibration else None

@@ -42,7 +42,7 @@ CHEAP = {
 def test_little_is_imported_before_a_name_is_used(code):
     modules = fresh(code + "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
     assert not HEAVY & {name.partition(".")[0] for name in modules}
-    assert len([name for name in modules if name.startswith("ptq4dm")]) <= 12 and len(modules) < 250
+    assert len([name for name in modules if name.startswith("ptq4dm")]) <= 14 and len(modules) < 250
 
 
 def told_to_editors(package):

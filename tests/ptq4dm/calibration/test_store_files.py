@@ -44,21 +44,32 @@ def store(whole, tmp_path):
     return tmp_path
 
 
-def rewrite(path, change, checks=True):
-    """Change tensors and what the header says; without `checks` as a store of before, that had no checksums."""
+def opened(path):
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = {name: json.loads(text) for name, text in file.metadata().items()}
-    calls = header.get("calls")
-    change(tensors, calls["unet"] if calls else header["about"])
+        return tensors, {name: json.loads(text) for name, text in file.metadata().items()}
+
+
+def write(path, tensors, header):
+    save_file(tensors, path, {name: json.dumps(value) for name, value in header.items()})
+
+
+def rewrite(path, change, checks=True):
+    """Change tensors and what the header says; without `checks` as a store of before, that had no checksums."""
+    tensors, header = opened(path)
+    change(tensors, header["calls"]["unet"] if "calls" in header else header["about"])
+    write(path, tensors, header)
     if not checks:
-        for one in calls.values() if calls else ():
-            one.pop("checks")
-        header.pop("about", None)
+        for file in path.parent.glob("*.safetensors"):
+            tensors, header = opened(file)
+            for one in header.get("calls", {}).values():
+                for name in ("checks", "kinds", "run", "file"):
+                    one.pop(name, None)
+            header.pop("about", None)
+            write(file, tensors, header)
         meta = json.loads((path.parent / "store.json").read_text())
         meta.pop("run", None)
         (path.parent / "store.json").write_text(json.dumps(meta))
-    save_file(tensors, path, {name: json.dumps(value) for name, value in header.items()})
 
 
 def refused(store, name, message):

@@ -44,7 +44,8 @@ def start(tmp_path):
 
     def call(*arguments, **more):
         env = os.environ | {"PYTHONPATH": os.pathsep.join([more.pop("first", ROOT), ROOT])} | more.pop("env", {})
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # tests may run under nohup
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **heard, **more}
         begun.append(subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, env=env, **options))
         return begun[-1]
 

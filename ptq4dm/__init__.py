@@ -13,7 +13,7 @@ if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))  # a source checkout: ptq4dm.kernels lives in ./kernels
 
 from . import diffusers_hook, registry  # noqa: E402
-from .errors import UserError  # noqa: E402
+from .errors import DamagedFile, UserError  # noqa: E402
 from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
 __all__ = [
     "CalibrationConfig",
     "CalibrationStore",
+    "DamagedFile",
     "EvaluateConfig",
     "PTQ4DMConfig",
     "PixelDiTPipeline",

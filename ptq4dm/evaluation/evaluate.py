@@ -28,7 +28,7 @@ from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_
 from .frechet import write_statistics
 from .inception import MODES
 from .paired import image_errors, paired_psnr
-from .report import format_report, write_report, write_samples
+from .report import check_places, format_report, write_report, write_samples
 
 MOST_IMAGES = 10_000_000
 
@@ -120,6 +120,7 @@ def evaluate(
         folder = None
         if output is not None and state.is_main_process:
             folder = stack.enter_context(output_folder(output))
+            check_places(folder)
             stack.enter_context(claimed(folder, _identity(pipe, full_precision, config)))
         stack.enter_context(turn_at(pipe, *([] if full_precision is None else [full_precision])))
         stack.enter_context(refusals(pipe, config.conditioning, config.pipeline_kwargs))

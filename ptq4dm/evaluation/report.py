@@ -11,10 +11,23 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files.atomic import replacing
+from ..files.outside import read_json
+from ..files.places import file_place, picture_place
 from ..pipelines.images import image_grid, save_picture, to_uint8
 
+REPORT, PICTURE = "report.json", "samples.png"
 CELL = 96  # pixels a side, about, of one picture in samples.png
 MAX_COLUMNS = 8
+
+
+def check_places(folder: Path) -> None:
+    """Raises UserError where files of somebody else have the names of the report and its picture."""
+    picture_place(folder / PICTURE)
+    file_place(folder / REPORT)
+    if (folder / REPORT).is_file():
+        found = read_json(folder / REPORT, "it is no report, and would be replaced: choose another --output")
+        if not isinstance(found, dict) or not found.keys() & {"frechet", "paired", "epsilon_error", "bytes"}:
+            raise UserError(f"{folder / REPORT} is no report of evaluate; choose another folder.")
 
 
 def format_report(report: dict) -> str:
@@ -61,7 +74,7 @@ def write_report(report: dict, folder: Path) -> None:
     Raises:
         UserError: the file cannot be written, or a figure is NaN or infinite.
     """
-    with replacing(folder / "report.json") as temporary:
+    with replacing(folder / REPORT) as temporary:
         temporary.write_text(_json(report) + "\n")
 
 
@@ -96,4 +109,4 @@ def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], folder: Path
         draw.text((6, top + (k + 0.5) * grid.height / len(rows)), label, "black", anchor="lm")
     for k, seed in enumerate(seeds[:columns]):
         draw.text((left + (k + 0.5) * grid.width / columns, top / 2), f"seed {seed}", "black", anchor="mm")
-    save_picture(canvas, folder / "samples.png")
+    save_picture(canvas, folder / PICTURE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
         UserError: it is a file, cannot be made, or cannot be written into.
     """
     path = Path(path)
+    check_link(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot make the folder {path}: it is a file; give another name.")
     try:
@@ -48,6 +50,7 @@ def make_parent(path: str | os.PathLike) -> None:
 
     Raises UserError where it cannot be made or written into, or a device or a pipe is in the result's place.
     """
+    check_link(path)
     real = Path(os.path.realpath(path))
     if real.exists() and not (real.is_file() or real.is_dir()):
         raise UserError(f"cannot write {path}: it is no plain file; give another name.")
@@ -56,6 +59,15 @@ def make_parent(path: str | os.PathLike) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; give another place.") from None
     check_writable(real.parent)
+
+
+def check_link(path: str | os.PathLike) -> None:
+    """Raises UserError for a link that leads in a circle; one that leads to nothing yet is fine."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"cannot write {path}: it is a link that leads back to itself.") from None
 
 
 def file_place(path: str | os.PathLike, begins: bytes = b"") -> None:

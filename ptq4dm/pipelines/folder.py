@@ -89,8 +89,9 @@ def _check_files(place: Path, call: Mapping[str, Any]) -> None:
         config = read_object(place / name, {}, ADVICE)
         with outside(place / name, ADVICE):
             _check_numbers(config)
+            _check_texts(config)
             if name == "scheduler_config.json":
-                _check_scheduler(config)
+                _check_betas(config)
             if config.get("auto_map") and not call.get("trust_remote_code") and any(f.endswith(".py") for f in files):
                 raise ValueError("its 'auto_map' names code beside it, which is not run from a folder")
     pickled = [name for name in files if name.endswith(PICKLED) and "model" in name]
@@ -102,13 +103,21 @@ def _check_files(place: Path, call: Mapping[str, Any]) -> None:
         )
 
 
-def _check_scheduler(config: dict) -> None:
-    """Raises ValueError where one of diffusers' schedulers is given a text for a number, or anything for a text.
+def _check_betas(config: dict) -> None:
+    """Raises ValueError where noise is added in shares that are none: every sample would be NaN."""
+    if config.get("beta_schedule") in ("linear", "scaled_linear") and config.get("trained_betas") is None:
+        for name in ("beta_start", "beta_end"):
+            if name in config and not (isinstance(config[name], (int, float)) and 0 < config[name] < 1):
+                raise ValueError(f"its '{name}' is {described(config[name])}, and lies between 0 and 1")
+
+
+def _check_texts(config: dict) -> None:
+    """Raises ValueError where a network or a scheduler of diffusers' is given a text for a number, or the reverse.
 
     It would take the value, and count otherwise or fail as it samples. Numbers and truth stand for each other there.
     """
     kind = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    if not (isinstance(kind, type) and issubclass(kind, (diffusers.SchedulerMixin, diffusers.ModelMixin))):
         return
     for name, annotation in annotations_of(inspect.unwrap(vars(kind)["__init__"])).items():
         value, texts = config.get(name), _texts(annotation)

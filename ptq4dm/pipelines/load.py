@@ -15,6 +15,7 @@ from ..errors import DamagedFile, UserError
 from ..files.outside import naming, reason
 from ..interrupts import unswallowed
 from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to DiffusionPipeline.from_pretrained)
+from .denoiser import networks_of
 from .devices import check_device, dtype_of
 from .embedded import asset_path
 from .folder import check_folder
@@ -48,6 +49,17 @@ def _open(source: str | Path, dtype: torch.dtype, **kw) -> DiffusionPipeline:
 def folder_of(model: str | os.PathLike) -> Path:
     """The local folder that a name or a path stands for, whether it exists or not."""
     return asset_path(os.fspath(model)) if os.fspath(model) in EMBEDDED else Path(model).expanduser()
+
+
+def _check_whole(pipe: DiffusionPipeline, source: str | Path) -> None:
+    """Raises DamagedFile where a network got no values for some of its weights."""
+    for name, network in networks_of(pipe).items():
+        lacking = [key for key, tensor in network.state_dict().items() if tensor.is_meta]
+        if lacking and not hasattr(network, "_hf_hook"):
+            raise DamagedFile(
+                f"{source}: '{name}' lacks {len(lacking)} of its tensors (first '{lacking[0]}'); its config.json and "
+                "its weights are not of one model: copy or download it again."
+            )
 
 
 @checked
@@ -97,6 +109,8 @@ def load_pipeline(
                 f"{reason(error)}."
             ) from error
         raise DamagedFile(f"{folder} cannot be loaded: {reason(error)}.") from error
+    if not {"device_map", "quantization_config"} & kw.keys():
+        _check_whole(pipe, folder if source is folder else name)
     if hasattr(pipe, "unet"):  # convolutions run several times faster with channels innermost, on CPU and GPU
         pipe.unet.to(memory_format=torch.channels_last)
     return pipe.to(device)

@@ -25,7 +25,7 @@ from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images
 from ptq4dm.evaluation.feature_fid import FeatureFID
 from ptq4dm.evaluation.frechet import read_statistics
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr, psnr
-from ptq4dm.evaluation.report import format_report
+from ptq4dm.evaluation.report import check_places, format_report
 from ptq4dm.pipelines.images import save_png, to_uint8
 from ptq4dm.pipelines.sampling import sample
 from ptq4dm.quantization.report import stored_bytes
@@ -341,3 +341,17 @@ def test_two_evaluations_at_once(tmp_path):
     pipe.unet.register_forward_pre_hook(during)
     evaluate(pipe, config=EvaluateConfig(**SMALL), output=tmp_path)
     assert seen and sorted(os.listdir(tmp_path)) == ["report.json", "samples.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [("samples.png", "mine", "another kind of file"), ("report.json", "mine", "is no report"),
+     ("report.json", '{"my": 1}', "is no report")],
+)  # fmt: skip
+def test_files_of_somebody_else_are_not_replaced(name, text, words, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        check_places(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / "report.json").write_text('{"bytes": {}}')
+    check_places(tmp_path)

@@ -100,3 +100,10 @@ def test_an_output_folder_may_be_a_link_to_a_new_one(tmp_path):
     with output_folder(tmp_path / "link") as folder:
         (folder / "x").touch()
     assert (tmp_path / "disk/folder/x").is_file() and (tmp_path / "link").is_symlink()
+
+
+def test_a_link_in_a_circle_is_told_before_the_work(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for look in (make_parent, lambda path: output_folder(path).__enter__()):
+        with pytest.raises(UserError, match="leads back to itself"):
+            look(tmp_path / "loop")

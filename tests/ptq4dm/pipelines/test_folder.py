@@ -1,5 +1,6 @@
 """Folders that are damaged, lead out of themselves or would run code: one sentence, and nothing of them runs."""
 
+import inspect
 import json
 import math
 import pickle
@@ -16,6 +17,7 @@ import ptq4dm
 from models import plain_unet
 from ptq4dm import RTNConfig
 from ptq4dm.errors import DamagedFile
+from ptq4dm.pipelines import folder as folder_checks
 from ptq4dm.pipelines.folder import check_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -255,3 +257,38 @@ def test_numbers_that_stand_for_each_other_are_taken(folder):
         clip_sample=1, num_train_timesteps=1000.0, steps_offset=None, sample_max_value=math.inf, further="entry",
     )  # fmt: skip
     check_folder(folder, {})
+
+
+@pytest.mark.parametrize(
+    ("place", "entries", "words"),
+    [
+        ("unet/config.json", {"norm_eps": "7"}, "its 'norm_eps' is '7'"),
+        ("unet/config.json", {"sample_size": "7"}, "its 'sample_size' is '7'"),
+        ("scheduler/scheduler_config.json", {"beta_start": -1}, "its 'beta_start' is -1, and lies between 0 and 1"),
+        ("scheduler/scheduler_config.json", {"beta_end": float("inf")}, "its 'beta_end' is inf"),
+        ("scheduler/scheduler_config.json", {"beta_start": True}, None),
+    ],
+)
+def test_configurations_that_would_fail_as_they_sample(place, entries, words, folder):
+    change(folder / place, **entries)
+    with pytest.raises(DamagedFile, match=words or "beta_start"):
+        ptq4dm.load_pipeline(folder)
+
+
+def test_networks_of_diffusers_are_taken_as_they_are_saved():
+    """No default of any network is a text where its annotation wants a number, or the reverse."""
+    kinds = [kind for name in dir(diffusers) if isinstance(kind := getattr(diffusers, name, None), type)]
+    networks = [kind for kind in kinds if issubclass(kind, diffusers.ModelMixin) and "__init__" in vars(kind)]
+    assert len(networks) > 50
+    for kind in networks:
+        known = inspect.signature(inspect.unwrap(vars(kind)["__init__"])).parameters.values()
+        plain = {one.name: one.default for one in known if one.default is not one.empty}
+        folder_checks._check_texts(json.loads(json.dumps({"_class_name": kind.__name__, **plain}, default=str)))
+
+
+def test_weights_that_a_network_lacks(tmp_path):
+    pipeline(plain_unet()).save_pretrained(tmp_path / "pipe")
+    config = json.loads((tmp_path / "pipe/unet/config.json").read_text())
+    change(tmp_path / "pipe/unet/config.json", layers_per_block=config["layers_per_block"] + 1)
+    with pytest.raises(DamagedFile, match="'unet' lacks [0-9]+ of its tensors"):
+        ptq4dm.load_pipeline(tmp_path / "pipe")

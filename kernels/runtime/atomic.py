@@ -54,7 +54,7 @@ def hidden_folder(path: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=SUFFIX, dir=path.parent))
         with suppress(FileNotFoundError):  # somebody swept it before it was locked
             lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-            if _lock(lock) is not False and (folder / LOCK).exists():
+            if locked(lock) is not False and (folder / LOCK).exists():
                 break
             os.close(lock)
     try:
@@ -99,7 +99,7 @@ def sweep(folder: Path) -> None:
                     left.rmdir()
                 continue
             try:
-                if _lock(lock) is True:
+                if locked(lock) is True:
                     _restore(left)
                     _take_away(left)
             finally:
@@ -125,15 +125,16 @@ def _restore(left: Path) -> None:
             os.rename(left / OLD, place)
 
 
-def _lock(file: int) -> bool | None:
-    """Whether we hold the lock now, and nobody else; it is let go when the file is closed, by whatever death.
+def locked(file: int, shared: bool = False) -> bool | None:
+    """Whether we hold the lock on an open file now; other holders only where it is shared.
 
-    None where there are no locks: on Windows, and on some network file systems.
+    It is let go when the file is closed, by whatever death. None where there are no locks: on Windows, and on some
+    network file systems.
     """
     if fcntl is None:
         return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
     return True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
-from ..evaluation.report import format_report
+from ..evaluation.report import PICTURE, REPORT, format_report
 from ..files.places import file_place
 from ..pipelines.picture_files import find_images
 from ..quantization.saving import original_of
@@ -36,7 +36,7 @@ def add(parser) -> None:
     add_flags(parser, EvaluateConfig)
     add_steps(parser)
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
-    parser.add_argument("--output", default="out/evaluation", help="folder of report.json and samples.png")
+    parser.add_argument("--output", default="out/evaluation", help=f"folder of {REPORT} and {PICTURE}")
     add_sampler(parser)
     add_conditioning(parser)
 
@@ -67,7 +67,7 @@ def run(args) -> None:
         result(**report, **facts)
 
     evaluate(pipe, full_precision, config, args.output, show)
-    path, picture = Path(args.output) / "report.json", Path(args.output) / "samples.png"
+    path, picture = Path(args.output) / REPORT, Path(args.output) / PICTURE
     say(f"report:  {path}")
     if picture.is_file():
         say(f"picture: {picture}")

@@ -10,7 +10,6 @@ process, whatever ends that. Where a file system has no locks, and on Windows, n
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,12 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..kernels.runtime.atomic import fcntl, locked
 from ..progress import note
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 CLAIM = ".ptq4dm-run"  # in a folder; .NAME.ptq4dm-run beside a file
 _MINE: ContextVar[frozenset[tuple[str, str]]] = ContextVar("claimed", default=frozenset())  # by this thread
@@ -70,7 +65,7 @@ def sweep_claims(folder: str | os.PathLike) -> None:
             file = os.open(path, os.O_RDWR)
             try:
                 with _alone(path.parent):
-                    if _lock(file, fcntl.LOCK_EX) is True and os.path.samestat(os.fstat(file), path.stat()):
+                    if locked(file) is True and os.path.samestat(os.fstat(file), path.stat()):
                         path.unlink()
             finally:
                 os.close(file)
@@ -101,7 +96,7 @@ def _held(what: Path, path: Path, mine: str, share: bool) -> Iterator[None]:
     while True:
         file = _open(path)
         with _alone(folder):  # one at a time looks and takes
-            first = _lock(file, fcntl.LOCK_EX)
+            first = locked(file)
             if first is None:  # no locks here
                 break
             if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
@@ -110,7 +105,7 @@ def _held(what: Path, path: Path, mine: str, share: bool) -> Iterator[None]:
             if first:
                 _sign(file, folder, mine)
                 if share:
-                    _lock(file, fcntl.LOCK_SH)
+                    locked(file, shared=True)
                 break
             theirs, _, process = os.pread(file, 200, 0).decode(errors="replace").partition(" ")
             if theirs != mine:
@@ -119,7 +114,7 @@ def _held(what: Path, path: Path, mine: str, share: bool) -> Iterator[None]:
                     f"another run with other settings is writing into {what} (process {process}); "
                     "give another folder, or wait for its end."
                 )
-            if share and _lock(file, fcntl.LOCK_SH):
+            if share and locked(file, shared=True):
                 break
         if not waited:
             note(f"waiting for another run with the same settings in {what} (process {process})")
@@ -130,7 +125,7 @@ def _held(what: Path, path: Path, mine: str, share: bool) -> Iterator[None]:
         yield
     finally:
         with _alone(folder):
-            if _lock(file, fcntl.LOCK_EX) is True:  # the last one takes it away
+            if locked(file) is True:  # the last one takes it away
                 with suppress(OSError):
                     path.unlink()
             os.close(file)
@@ -162,12 +157,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(place)
-
-
-def _lock(file: int, kind: int) -> bool | None:
-    """Whether we hold the lock; None where this file system has none."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
-    return True

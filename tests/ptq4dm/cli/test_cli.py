@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 
+from models import plain_unet
 from ptq4dm.cli import collect as collect_verb
 from ptq4dm.cli import quantize as quantize_verb
 from ptq4dm.cli.main import main
@@ -36,12 +37,7 @@ def here(tmp_path, monkeypatch):
 def models(tmp_path_factory):
     """Folders of tiny 32x32 pipelines: unet, dit; and what the command line made of unet: store, static, dynamic."""
     root = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
-    )  # fmt: skip
-    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(root / "unet")
+    DDPMPipeline(plain_unet(sample_size=32), DDIMScheduler()).save_pretrained(root / "unet")
     dit = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=1, sample_size=32,
         patch_size=8, num_embeds_ada_norm=10,

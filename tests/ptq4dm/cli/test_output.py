@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline
 from diffusers.utils import logging as diffusers_logging
 
+from models import plain_unet
 from ptq4dm import progress
 from ptq4dm.cli import distill, evaluate, info, output, tune
 from ptq4dm.cli.main import main
@@ -50,12 +51,7 @@ TYPED = {
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     root = tmp_path_factory.mktemp("desk")
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
-    )  # fmt: skip
-    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(root / "unet")
+    DDPMPipeline(plain_unet(sample_size=32), DDIMScheduler()).save_pretrained(root / "unet")
     return root
 
 

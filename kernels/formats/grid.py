@@ -4,12 +4,13 @@
     e4m3       w ~ s q,         q one of the floats of 8 bits
 
 `codes` rounds to nearest, halves to even; `values` is its inverse; `columns` picks inputs, so that a rounder can go
-through them in its own order; `nearest` rounds one of them.
+through them in its own order; `nearest` rounds one of them. What trains codes takes `steps`, where a weight lies
+between them, and `ends`, how far they reach.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -40,6 +41,23 @@ class Grid:
     def steps(self, weight: Tensor) -> Tensor:
         """weight [N, K] in units of its scales, float32: what a rounder rounds up or down, before zero points."""
         return weight.float() / self._wide(self.scales.float(), weight.shape[1])
+
+    def ends(self, columns: int) -> tuple[Tensor, Tensor]:
+        """The first and the last code of each weight less its zero point, float32 [N, 1]; [N, K] with zero points."""
+        zeros = self.scales.new_zeros(len(self.scales), 1, dtype=torch.float32)
+        if self.zeros is not None:
+            zeros = self._wide(self.zeros, columns).float()
+        return self.low - zeros, self.high - zeros
+
+    def with_scales(self, scales: Tensor) -> Grid:
+        """The same grid under other scales [N, G]."""
+        return replace(self, scales=scales)
+
+    @classmethod
+    def stacked(cls, grids: list[Grid]) -> Grid:
+        """One grid of the outputs of several."""
+        zeros = None if grids[0].zeros is None else torch.cat([one.zeros for one in grids])
+        return replace(grids[0], scales=torch.cat([one.scales for one in grids]), zeros=zeros)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [N, K] stand for, float32 [N, K]."""
@@ -94,6 +112,11 @@ class Fp8Grid:
     def nearest(self, weight: Tensor, column: int) -> Tensor:
         """The value of the grid nearest to weight [N], float32."""
         return self.values(self.codes(weight[:, None]))[:, 0]
+
+    @classmethod
+    def stacked(cls, grids: list[Fp8Grid]) -> Fp8Grid:
+        """One grid of the outputs of several."""
+        return cls(torch.cat([one.scales for one in grids]))
 
     def rows(self, chosen: slice) -> Fp8Grid:
         """The grid of some outputs."""

@@ -1,4 +1,4 @@
-"""Layers with 4-bit weights, stored in 4 bits, and 8-bit activations: format "int4"."""
+"""Layers with weights stored in 4 bits, and 8-bit activations: format "int4"."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import pack_int4, unpack_int4
 from ..ranges.weights import weight_grid
 from . import int4_ops
-from .base import QuantizedConv2d, QuantizedLayer, QuantizedLinear, frozen
+from .base import QuantizedConv2d, QuantizedLinear, frozen
 from .int4_ops import PACKED
 from .plan import Int4Plan
-from .registry import finite, register_format
-from .rounded import rounded
+from .registry import register_format
+from .rounded import RoundedLayer
 from .stored import check_integers
 from .w8a8 import allocate_input_grid, check_input_grid, put_input_grid
 
 HALF = torch.finfo(torch.float16)
 
 
-class Int4Layer(QuantizedLayer):
+class Int4Layer(RoundedLayer):
     """What Linear and Conv2d with 4-bit weights share; N outputs of K inputs, in G groups (G = 1: one scale a row).
 
     bias              [N] in the model's dtype, or None
@@ -54,30 +54,31 @@ class Int4Layer(QuantizedLayer):
         self.wzeros = frozen(outputs, scales, dtype=torch.int8, device=device) if self.plan.affine else None
         allocate_input_grid(self, self.plan, True, device)
 
-    @torch.no_grad()
-    def pack(self, weight: Tensor, name: str, evidence: LayerEvidence | None = None) -> None:
-        """Fill codes and scales from a float weight [N, ...], and the input grid from the plan.
-
-        Raises UserError, naming the layer, if the weight holds NaN or infinity.
-        """
-        plan, groups = self.plan, getattr(self, "groups", 1)
-        matrix = _pixel_first(finite(weight, name))
-        fed = None if evidence is None else evidence.columns(_pixel_first_order(weight, groups))
-        codes, scales, zeros = rounded(matrix, self._grid, plan.rounding, fed, groups)
-        self.put(qweight=pack_int4(F.pad(codes, (0, -codes.shape[1] % PACKED)), PACKED), wscales=scales)
-        if zeros is not None:
-            self.put(wzeros=zeros.to(torch.int8))
-        put_input_grid(self, plan, weight.device)
-
-    def _grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Grid:
+    def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Grid:
         """The grid of a float32 weight [N, K], by the plan, with scales as they are stored."""
         plan = self.plan
         grid = weight_grid(
-            matrix, 4, plan.objective, plan.objective_parameter, plan.group_size, plan.affine, evidence
+            matrix, plan.weight_bits, plan.objective, plan.objective_parameter, plan.group_size, plan.affine, evidence
         )
-        if plan.group_size is not None:
-            grid.scales = _sixteen_bits(grid.scales)
-        return grid
+        return grid.with_scales(self.stored_scales(grid.scales))
+
+    def stored_scales(self, scales: Tensor) -> Tensor:
+        return scales if self.plan.group_size is None else _sixteen_bits(scales)
+
+    def fill(self, codes: Tensor, grid: Grid) -> None:
+        self.put(qweight=pack_int4(F.pad(codes, (0, -codes.shape[1] % PACKED)), PACKED), wscales=grid.scales)
+        if grid.zeros is not None:
+            self.put(wzeros=grid.zeros.to(torch.int8))
+        put_input_grid(self, self.plan, codes.device)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return _pixel_first(weight)
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        if len(self.weight_shape) == 2:
+            return matrix
+        outputs, channels, *kernel = self.weight_shape
+        return matrix.view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
     def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
         grouped = name == "wscales" and self.plan.group_size is not None
@@ -88,21 +89,20 @@ class Int4Layer(QuantizedLayer):
         if self.plan.affine:
             check_integers(tensors["wzeros"], "wzeros", -8, 7)
 
+    def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.plan.weight_bits < 4:
+            half = 2 ** (self.plan.weight_bits - 1)
+            codes = unpack_int4(tensors["qweight"], PACKED)
+            check_integers(codes, "qweight", -half if self.plan.affine else 1 - half, half - 1)
+
     def codes(self) -> Tensor:
         """The codes [N, ...], int8, unpacked in each call."""
-        return self._shaped(unpack_int4(self.qweight, PACKED)[:, : math.prod(self.weight_shape[1:])])
+        return self.shaped(unpack_int4(self.qweight, PACKED)[:, : math.prod(self.weight_shape[1:])])
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
         inputs = math.prod(self.weight_shape[1:])
-        return self._shaped(int4_ops.weight_of(self.qweight, self.wscales, self.wzeros, inputs))
-
-    def _shaped(self, matrix: Tensor) -> Tensor:
-        """[N, K] -> the layer's own [N, K] or [N, C, kh, kw]."""
-        if len(self.weight_shape) == 2:
-            return matrix
-        outputs, channels, *kernel = self.weight_shape
-        return matrix.view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+        return self.shaped(int4_ops.weight_of(self.qweight, self.wscales, self.wzeros, inputs))
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
@@ -139,13 +139,6 @@ class Int4Conv2d(Int4Layer, QuantizedConv2d):
 def _pixel_first(weight: Tensor) -> Tensor:
     """[N, K] or [N, C, kh, kw] -> [N, K] with K in the order (kh, kw, C)."""
     return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
-
-
-def _pixel_first_order(weight: Tensor, groups: int) -> Tensor:
-    """[groups K]: where each column of `_pixel_first` stands in the flattened weight, for each group of outputs."""
-    columns = torch.arange(weight[0].numel(), device=weight.device)
-    order = _pixel_first(columns.view(1, *weight.shape[1:]))[0]
-    return torch.cat([order + group * len(order) for group in range(groups)])
 
 
 def _sixteen_bits(scales: Tensor) -> Tensor:

@@ -94,8 +94,9 @@ class LayerPlan:
 
 @dataclass
 class Int4Plan(LayerPlan):
-    """How one layer gets weights of 4 bits, stored as such, under inputs of 8.
+    """How one layer gets weights stored in 4 bits, under inputs of 8.
 
+    weight_bits: 4, or 2 and 3: a narrower grid of the same codes, with the bytes and the kernels of 4 bits.
     group_size: inputs per weight scale, 32, 64 or 128; None gives each output one. The inputs of a convolution are
         taken pixel by pixel of its window, so that a group holds channels of one pixel.
     affine: scales with zero points.
@@ -108,8 +109,8 @@ class Int4Plan(LayerPlan):
 
     def check(self) -> None:
         super().check()
-        if self.weight_bits != 4:
-            raise ValueError(f"int4 has weights of 4 bits, not {self.weight_bits}")
+        if self.weight_bits > 4:
+            raise ValueError(f"int4 has weights of 4 bits and less, not {self.weight_bits}")
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size is none, 32, 64 or 128, not {self.group_size}")
 
@@ -122,7 +123,9 @@ class Int4Plan(LayerPlan):
 
     @property
     def groups_text(self) -> str:
-        return ("" if self.group_size is None else f" g{self.group_size}") + (" affine" if self.affine else "")
+        stored = "" if self.weight_bits == 4 else " in 4 bits"
+        groups = "" if self.group_size is None else f" g{self.group_size}"
+        return stored + groups + (" affine" if self.affine else "")
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""From a float weight to codes and the grid that they are on: what the layers of all uniform formats share."""
+"""Layers whose codes are their weight, rounded on a grid: from a float weight to what is stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,30 +10,62 @@ from torch import Tensor
 
 from ..evidence import LayerEvidence
 from ..rounding.registry import ROUNDERS
+from .base import QuantizedLayer
+from .registry import finite
 
 
-def rounded(
-    weight: Tensor,
-    grid_of: Callable[[Tensor, LayerEvidence | None], Any],
-    rounding: str,
-    evidence: LayerEvidence | None,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(codes [N, K], scales [N, G], zeros [N, G] or None) of a weight [N, K] float32.
+class RoundedLayer(QuantizedLayer):
+    """What such layers share. A format says which grid a weight gets (`grid`) and how codes are stored (`fill`)."""
 
-    grid_of: (weight, evidence) -> its grid. rounding: the rounder's name. groups: of a grouped convolution, each
-    of which has N / groups outputs and inputs of its own: evidence is of all groups' inputs, one after the other.
-    """
-    rounder = ROUNDERS.find(rounding)
-    parts = 1 if evidence is None else groups
-    count, width = len(weight) // parts, weight.shape[1]
-    found = []
-    for i in range(parts):
-        rows = weight[i * count : (i + 1) * count]
-        fed = evidence
-        if evidence is not None and parts > 1:
-            fed = evidence.columns(slice(i * width, (i + 1) * width))
-        grid = grid_of(rows, fed)
-        found.append((rounder(rows, grid, fed), grid.scales, getattr(grid, "zeros", None)))
-    codes, scales, zeros = zip(*found, strict=True)
-    return torch.cat(codes), torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)
+    def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Any:
+        """The grid of a weight [N, K] float32, by the plan, with scales as they are stored."""
+        raise NotImplementedError
+
+    def fill(self, codes: Tensor, grid: Any) -> None:
+        """Set the layer's tensors from codes [N, K] on a grid, and the input grid from the plan."""
+        raise NotImplementedError
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight [N, ...] as the matrix [N, K] that is rounded."""
+        return weight.flatten(1)
+
+    def shaped(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        return matrix.view(self.weight_shape)
+
+    def stored_scales(self, scales: Tensor) -> Tensor:
+        """Scales [N, G] in the dtype in which they are stored."""
+        return scales
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor, name: str, evidence: LayerEvidence | None = None) -> None:
+        """Fill codes and scales from a float weight [N, ...], and the input grid from the plan.
+
+        Raises UserError, naming the layer, if the weight holds NaN or infinity.
+        """
+        rounder = ROUNDERS.find(self.plan.rounding)
+        parts = list(self.parts(finite(weight, name), evidence))
+        codes = torch.cat([rounder(rows, grid, fed) for rows, grid, fed in parts])
+        self.fill(codes, _stacked([grid for _, grid, _ in parts]))
+
+    def whole_grid(self, weight: Tensor, evidence: LayerEvidence | None = None) -> Any:
+        """The grid of all outputs of a weight [N, ...] float32."""
+        return _stacked([grid for _, grid, _ in self.parts(weight, evidence)])
+
+    def parts(self, weight: Tensor, evidence: LayerEvidence | None) -> Iterator[tuple[Tensor, Any, Any]]:
+        """(rows [n, K] of a weight [N, ...], their grid, what feeds them), for each group of a convolution.
+
+        evidence: of all groups' inputs, one after the other, in the order of the flattened weight.
+        """
+        matrix = self.matrix(weight)
+        groups = 1 if evidence is None else getattr(self, "groups", 1)
+        count, width = len(matrix) // groups, matrix.shape[1]
+        columns = self.matrix(torch.arange(width, device=weight.device).view(1, *weight.shape[1:]))[0]
+        for i in range(groups):
+            rows = matrix[i * count : (i + 1) * count]
+            fed = None if evidence is None else evidence.columns(columns + i * width)
+            yield rows, self.grid(rows, fed), fed
+
+
+def _stacked(grids: list[Any]) -> Any:
+    return grids[0] if len(grids) == 1 else type(grids[0]).stacked(grids)

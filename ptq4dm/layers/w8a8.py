@@ -13,14 +13,14 @@ from ..kernels.formats.grid import Fp8Grid, Grid
 from ..kernels.formats.int8 import dequantize_weight, weight_limit
 from ..kernels.w8a8 import from_codes, layer
 from ..ranges.weights import weight_grid
-from .base import QuantizedConv2d, QuantizedLayer, QuantizedLinear, frozen
+from .base import QuantizedConv2d, QuantizedLinear, frozen
 from .plan import LayerPlan
-from .registry import finite, register_format
-from .rounded import rounded
+from .registry import register_format
+from .rounded import RoundedLayer
 from .stored import check_integers, check_numbers
 
 
-class W8A8Layer(QuantizedLayer):
+class W8A8Layer(RoundedLayer):
     """What layers with 8-bit weights and activations share; N outputs.
 
     bias              [N] in the model's dtype, or None
@@ -43,22 +43,13 @@ class W8A8Layer(QuantizedLayer):
         self.weight_scale = frozen(shape[0], dtype=torch.float32, device=device)
         allocate_input_grid(self, self.plan, self.code == torch.int8, device)
 
-    @torch.no_grad()
-    def pack(self, weight: Tensor, name: str, evidence: LayerEvidence | None = None) -> None:
-        """Fill codes and scales from a float weight [N, ...], and the input grid from the plan.
-
-        Raises UserError, naming the layer, if the weight holds NaN or infinity.
-        """
-        weight = finite(weight, name)
-        groups = getattr(self, "groups", 1)
-        codes, scales, _ = rounded(weight.flatten(1), self._grid, self.plan.rounding, evidence, groups)
-        self.put(qweight=codes.view(weight.shape), weight_scale=scales[:, 0].contiguous())
-        put_input_grid(self, self.plan, weight.device)
-
-    def _grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Grid | Fp8Grid:
-        """The grid of a float32 weight [N, K], by the plan."""
+    def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Grid | Fp8Grid:
         plan = self.plan
         return weight_grid(matrix, plan.weight_bits, plan.objective, plan.objective_parameter, evidence=evidence)
+
+    def fill(self, codes: Tensor, grid: Grid | Fp8Grid) -> None:
+        self.put(qweight=codes.view(self.weight_shape), weight_scale=grid.scales[:, 0].contiguous())
+        put_input_grid(self, self.plan, codes.device)
 
     def check_values(self, tensors: Mapping[str, Tensor]) -> None:
         check_input_grid(self.plan, tensors)
@@ -136,7 +127,7 @@ class _Fp8(W8A8Layer):
     def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
         check_numbers(tensors["qweight"], "qweight")
 
-    def _grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Fp8Grid:
+    def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Fp8Grid:
         return Fp8Grid(fp8.scale_of(matrix, (1,)))
 
 

@@ -36,11 +36,12 @@ class IntegerConfig(QuantConfig):
 
     format: "int8", or "fp8": e4m3 floats, 8 and 8 bits, symmetric, with ranges that reach to the largest value
         whatever the objective (their steps grow with the value, so there is little to gain by clipping).
-    weight_bits: 8; or 4, stored in 4 bits; 2, 3, 5, 6 and 7 are `simulated` in int8 containers.
+    weight_bits: 8; or 4, stored in 4 bits; 2 and 3 are narrower grids in 4 bits; 5, 6 and 7 are `simulated` in int8
+        containers.
     activation_bits: 8; narrower grids are `simulated`.
-    group_size: of 4-bit weights: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs do
-        not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
-    affine: 4-bit weights with zero points.
+    group_size: of weights in 4 bits: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs
+        do not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
+    affine: weights in 4 bits with zero points.
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
         calibration never reached is "dynamic" in either case.
@@ -55,7 +56,7 @@ class IntegerConfig(QuantConfig):
 
     format: str = option("int8", "number format of weights and inputs", choices=NUMBER_FORMATS)
     weight_bits: int = option(
-        8, "8, or 4 stored as such; other widths are simulated in int8 containers", low=2, high=8
+        8, "8, or 4 stored as such; 2 and 3 in 4 bits, 5 to 7 simulated in int8 containers", low=2, high=8
     )
     activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
     group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
@@ -76,8 +77,10 @@ class IntegerConfig(QuantConfig):
             raise UserError("format='fp8' has 8 bits; leave weight_bits and activation_bits at 8, or take 'int8'.")
         if self.group_size not in GROUP_SIZES:
             raise UserError(f"group_size must be None, 32, 64 or 128; got {self.group_size!r}.")
-        if self.weight_bits != 4 and (self.group_size is not None or self.affine):
-            raise UserError("group_size and affine are choices of 4-bit weights; give weight_bits=4 with them.")
+        if self.weight_bits > 4 and (self.group_size is not None or self.affine):
+            raise UserError(
+                "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
+            )
         if self.activations not in ACTIVATIONS:
             raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
         if self.first_last not in FIRST_LAST:
@@ -151,10 +154,11 @@ class IntegerConfig(QuantConfig):
             scale, zero = int8_grid(
                 view, cast(CalibrationStore, store), activation_bits, objective, parameter, self.symmetric, fed
             )
-        if weight_bits == 4:
+        if weight_bits <= 4:
             plan: LayerPlan = Int4Plan(
-                activation_bits=activation_bits, group_size=self._groups(view), affine=self.affine
-            )
+                weight_bits=weight_bits, activation_bits=activation_bits, group_size=self._groups(view),
+                affine=self.affine,
+            )  # fmt: skip
         else:
             plan = LayerPlan("int8", weight_bits, activation_bits)
         plan.objective, plan.objective_parameter, plan.rounding = objective, parameter, self.rounding

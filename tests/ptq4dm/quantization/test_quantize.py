@@ -289,7 +289,7 @@ def test_modules_to_not_convert(options):
     assert stored_bytes(model) == report.bytes_after < report.bytes_before
 
 
-@pytest.mark.parametrize("weight_bits, activation_bits", [(5, 8), (8, 6), (6, 6), (2, 2)])
+@pytest.mark.parametrize("weight_bits, activation_bits", [(5, 8), (8, 6), (6, 6), (5, 2)])
 def test_narrow_grids_are_labelled(weight_bits, activation_bits, store, options):
     config = RTNConfig(weight_bits=weight_bits, activation_bits=activation_bits)
     model, plan, report = options(config, store)
@@ -302,6 +302,16 @@ def test_narrow_grids_are_labelled(weight_bits, activation_bits, store, options)
     layer = model.get_submodule(inner)
     assert layer.qweight.dtype == torch.int8 and layer.qweight.abs().max() == 2 ** (weight_bits - 1) - 1
     assert report.bytes_after == options(RTNConfig(), store)[2].bytes_after
+
+
+@pytest.mark.parametrize("bits, affine, ends", [(3, False, (-3, 3)), (3, True, (-4, 3)), (2, False, (-1, 1))])
+def test_narrow_weights_are_stored_in_four_bits(bits, affine, ends, store, options):
+    model, plan, report = options(RTNConfig(weight_bits=bits, affine=affine), store)
+    inner = "mid_block.resnets.0.conv1"
+    assert str(plan.layers[inner]) == f"W{bits}A8 in 4 bits{' affine' if affine else ''} static"
+    layer = model.get_submodule(inner)
+    assert layer.qweight.dtype == torch.uint8 and (layer.codes().min(), layer.codes().max()) == ends
+    assert report.bytes_after == options(RTNConfig(weight_bits=4, affine=affine), store)[2].bytes_after
 
 
 def test_four_bits_are_stored_as_such(store, options):

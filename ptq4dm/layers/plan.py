@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
 from ..files.outside import TensorFile, checked_object, described, naming, outside, read_json, read_tensors
 from ..ranges.registry import objective_parameter
+from ..rounding.learned import Learning, learning_from
 from ..rounding.registry import ROUNDERS
 from ..transforms.base import TransformPlan
 from .choices import check_choices, check_groups, choices_of
@@ -136,15 +137,20 @@ class Plan:
     layers: module name -> its choices, of the class that its `format` registered. Layers not named keep their
         precision.
     transforms: changes of the model that keep its function, made in this order before anything is quantized.
+    learning: how blocks of layers whose rounding is "learned" are trained; None where each layer is by itself.
+    starts: of these layers, the static input grids [scale, zero point] that training began with; filled by packing.
     """
 
     method: str
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     transforms: list[TransformPlan] = field(default_factory=list)
+    learning: Learning | None = None
+    starts: dict[str, list] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.method, str, "Plan: method")
         check(self.transforms, list[TransformPlan], "Plan: transforms")
+        check(self.learning, Learning | None, "Plan: learning")
         for name, layer in check(self.layers, dict[str, Any], "Plan: layers").items():
             if isinstance(layer, type) or not is_dataclass(layer):  # each format has a class of plans of its own
                 raise UserError(f"Plan: layers must be plans of layers by name; '{name}' is {shown(layer)}.")
@@ -157,6 +163,8 @@ class Plan:
         }
         if self.transforms:
             data["transforms"] = [transform.to_dict() for transform in self.transforms]
+        if self.learning is not None:
+            data["learning"], data["starts"] = asdict(self.learning), self.starts
         return data
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -196,7 +204,9 @@ class Plan:
                 )
                 for number, transform in enumerate(found)
             ]  # fmt: skip
-            return cls(data["method"], layers, transforms)
+            learning = None if data.get("learning") is None else learning_from(data["learning"])
+            starts = checked_object(data.get("starts", {}), {})
+            return cls(data["method"], layers, transforms, learning, starts)
 
     def check(self) -> None:
         """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds.
@@ -207,6 +217,10 @@ class Plan:
             transform.check()
         for name, choices in self.layers.items():
             check_choices(name, choices)
+        if self.learning is not None:
+            self.learning.check()
+        for name, start in self.starts.items():
+            self._check_start(name, start)
         for name, choices in self.layers.items():
             leader = FORMATS.find(choices.format).leader(name, choices)
             lends = self.layers.get(leader)
@@ -214,6 +228,19 @@ class Plan:
                 raise DamagedFile(
                     f"the plan is damaged: layer '{name}' borrows from '{leader}', which has nothing to lend."
                 )
+
+    def _check_start(self, name: str, start: Any) -> None:
+        """Raises UserError where a start is not one of a layer of the plan."""
+        choices = self.layers.get(name)
+        if choices is None or not isinstance(start, list) or len(start) != 2:
+            raise DamagedFile(f"the plan is damaged: its start of '{name}' is no input grid of a layer.")
+        try:
+            begun = replace(choices, input_scale=start[0], input_zero_point=start[1])
+        except TypeError:
+            raise DamagedFile(f"the plan is damaged: layer '{name}' has no input grid to start from.") from None
+        if begun.static != choices.static:
+            raise DamagedFile(f"the plan is damaged: its start of '{name}' is none of the layer's.")
+        check_choices(name, begun)
 
     @checked
     def save(self, path: str | os.PathLike) -> None:

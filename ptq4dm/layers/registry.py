@@ -100,8 +100,12 @@ def register_format(
 def choices_need(plan: Any) -> frozenset[str]:
     """The evidence that a plan's rounder and range objective look at."""
     rounder = ROUNDERS.find(getattr(plan, "rounding", "nearest"))
-    objective = OBJECTIVES.find(getattr(plan, "objective", "max"))
-    return rounder.needs | objective.needs
+    return rounder.needs | objective_needs(plan)
+
+
+def objective_needs(plan: Any) -> frozenset[str]:
+    """The evidence that a plan's range objective looks at."""
+    return OBJECTIVES.find(getattr(plan, "objective", "max")).needs
 
 
 def needs_of(plan: Any) -> frozenset[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ from torch import nn
 from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence, calibration_batches
 from ..calibration.store import CalibrationStore, fingerprint
-from ..calibration.trace import block_of, trace
+from ..calibration.trace import trace
 from ..checks import check_fields
 from ..errors import UserError
 from ..layers.plan import Plan
-from ..layers.registry import FORMATS, Problem, finite, needs_of
+from ..layers.registry import FORMATS, Problem, finite, needs_of, objective_needs
 from ..layers.view import LayerView
 from ..options import option
 from ..pipelines.loading import not_while_loading
 from ..progress import progress_bar
+from .blocks import Block, blocks_of
 from .checkpoint import BlockCheckpoint, block_checkpoint
+from .training import Training, learned_layers
 
 PREFIXES = ("exact", "quantized")
 
@@ -51,14 +53,6 @@ class PackingOptions:
             raise UserError(f"prefix must be one of {', '.join(PREFIXES)}; got '{self.prefix}'.")
 
 
-@dataclass
-class _Block:
-    """The problems of one block: leader -> names of the layers, itself first."""
-
-    name: str
-    problems: dict[str, list[str]] = field(default_factory=dict)
-
-
 def pack_plan(
     model: nn.Module,
     plan: Plan,
@@ -75,9 +69,13 @@ def pack_plan(
             another model.
     """
     options, plan = options or PackingOptions(), plan.copy()
-    needs = {name: needs_of(choice) for name, choice in plan.layers.items()}
+    learned = learned_layers(plan)
+    needs = {
+        name: objective_needs(choice) if name in learned else needs_of(choice) for name, choice in plan.layers.items()
+    }
     batches: list[Calls] = []
-    if any(needs.values()):
+    calls = None
+    if any(needs.values()) or learned:
         if store is None:
             raise UserError(
                 f"{plan.method} needs a calibration store here, also to follow a plan: its formats, roundings or "
@@ -85,13 +83,18 @@ def pack_plan(
             )
         store.check_model(model)
         batches = calibration_batches(store.recorded(), options.num_tuples)
+        calls = store.recorded() if learned or options.prefix == "quantized" else None
     for name in plan.layers:
         finite(model.get_submodule(name).weight, name)
-    blocks = blocks_of(model, plan)
+    blocks = blocks_of(model, plan, calls)
     enclosing = _enclosing(model, blocks, needs, batches)
+    training = None
+    if learned and store is not None:
+        training = Training(model, plan, learned, store.recorded(), options.num_tuples, options.seed)
     packed: dict[str, nn.Module] = {}
     with _checkpoint(checkpoint, model, plan, store, options) as kept:
-        for block in progress_bar(blocks, desc=plan.method, unit="block", hidden=not batches):
+        bar = progress_bar(blocks, desc=plan.method, unit="block", hidden=not batches)
+        for block in bar:
             with not_while_loading():
                 done = kept.load(block.name, model) if kept else None
             if done is None:
@@ -101,17 +104,32 @@ def pack_plan(
                 evidence = Evidence(model, leaders, around, batches, options.seed, before) if leaders else None
                 done = {}
                 for leader, names in block.problems.items():
+                    if leader in learned:
+                        continue
                     layers = {name: model.get_submodule(name) for name in names}
                     problem = Problem(layers, {n: plan.layers[n] for n in names}, evidence, enclosing.get(leader))
                     with not_while_loading():
                         done |= FORMATS.find(plan.layers[leader].format).build(problem)
+                if training is not None:
+                    done |= training.block(block, done, before, evidence)
                 if kept:
                     kept.save(block.name, done)
+            bar.set_postfix_str(_figures(block.name, done))
             packed |= done
             link_layers(packed.__getitem__, {name: layer.plan for name, layer in done.items()})
     packed = {name: packed[name] for name in plan.layers}
     plan.layers = {name: layer.plan for name, layer in packed.items()}
     return packed, plan
+
+
+def _figures(block: str, layers: Mapping[str, nn.Module]) -> str:
+    """A block's name, and its error where it was trained."""
+    stages: dict = next(
+        (layer.stages for layer in layers.values() if "block_error" in getattr(layer, "stages", {})), {}
+    )
+    if not stages:
+        return block
+    return f"{block}: error {stages['block_error']:.2e} (nearest {stages['block_error_nearest']:.2e})"
 
 
 def link_layers(find: Callable[[str], nn.Module], plans: Mapping[str, Any]) -> None:
@@ -120,26 +138,8 @@ def link_layers(find: Callable[[str], nn.Module], plans: Mapping[str, Any]) -> N
         FORMATS.find(choice.format).link(find, name, choice)
 
 
-def blocks_of(model: nn.Module, plan: Plan) -> list[_Block]:
-    """The problems of a plan, in the order of the model (files sort plans by name), block by block.
-
-    Raises UserError where a layer follows one that has another format or is not in the plan.
-    """
-    problems: dict[str, list[str]] = {}
-    for name, _ in model.named_modules():
-        if (choice := plan.layers.get(name)) is not None:
-            problems.setdefault(FORMATS.find(choice.format).leader(name, choice), []).append(name)
-    blocks: dict[str, _Block] = {}
-    for leader, names in problems.items():
-        if names[0] != leader or len({plan.layers[name].format for name in names}) > 1:
-            raise UserError(f"the plan is damaged: '{names[0]}' borrows from '{leader}', which has nothing to lend.")
-        block = block_of(leader)
-        blocks.setdefault(block, _Block(block)).problems[leader] = names
-    return list(blocks.values())
-
-
 def _enclosing(
-    model: nn.Module, blocks: list[_Block], needs: dict[str, frozenset[str]], batches: list[Calls]
+    model: nn.Module, blocks: list[Block], needs: dict[str, frozenset[str]], batches: list[Calls]
 ) -> dict[str, str]:
     """leader -> the module around its problem, where a format wants to judge by that and there are several layers."""
     asked = [

@@ -30,7 +30,7 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
     if store is not None:
         store.check_model(model)
     views = find_layers(model, config.modules_to_not_convert)
-    plan = Plan(config.method, config.resolve(model, views, store))
+    plan = Plan(config.method, config.resolve(model, views, store), learning=config.learning())
     if not plan.layers:
         raise UserError("no layer of the model is left to quantize; check modules_to_not_convert.")
     return plan

@@ -26,6 +26,7 @@ from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
 from ..options import option
 from ..registry import Registry
+from ..rounding.learned import Learning
 from ..transforms.base import TRANSFORMS
 from .checksums import checked_sums
 from .packing import PackingOptions, pack_plan
@@ -107,6 +108,10 @@ class QuantConfig(QuantizationConfigMixin):
     ) -> dict[str, LayerPlan]:
         """The method itself: layer name -> choices. `store` is a CalibrationStore or None."""
         raise NotImplementedError
+
+    def learning(self) -> Learning | None:
+        """How blocks are trained whose layers have "learned" rounding; None rounds each layer by itself."""
+        return None
 
     def pack(
         self, model: nn.Module, plan: Plan, store: CalibrationStore | None, checkpoint: str | Path | None = None

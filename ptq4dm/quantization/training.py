@@ -1,0 +1,75 @@
+"""The blocks of a plan that are trained: layers whose rounding is "learned", in a plan with `learning`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..calibration.calls import Calls
+from ..calibration.evidence import Evidence
+from ..layers.plan import Plan
+from ..layers.registry import objective_needs
+from ..reconstruction.block import BlockTraining
+from .blocks import Block
+
+
+def learned_layers(plan: Plan) -> set[str]:
+    """The layers of a plan that are trained with their block."""
+    if plan.learning is None:
+        return set()
+    return {name for name, choice in plan.layers.items() if getattr(choice, "rounding", "") == "learned"}
+
+
+class Training:
+    """What all blocks of one plan share: calibration calls in batches, drawn and mixed by the seed."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, learned: set[str], calls: Calls, num_tuples: int, seed: int
+    ) -> None:
+        assert plan.learning is not None
+        self.model, self.plan, self.learned, self.learning = model, plan, learned, plan.learning
+        self.seed = seed
+        units = torch.linspace(0, len(calls) - 1, min(num_tuples, len(calls))).round().long().unique()
+        order = torch.randperm(len(units), generator=torch.Generator("cpu").manual_seed(seed))
+        self.batches = list(calls[units[order]].batches(self.learning.batch_size))
+
+    def block(
+        self, block: Block, fixed: Mapping[str, nn.Module], before: Mapping[str, nn.Module], evidence: Evidence | None
+    ) -> dict[str, nn.Module]:
+        """The trained layers of a block, with `stages` for the report: flips, block_error, block_error_nearest."""
+        names = [name for name in block.layers if name in self.learned]
+        if not names:
+            return {}
+        plan = self.plan
+        for name in names:  # a plan that is followed begins where it was begun
+            choice = plan.layers[name]
+            start = plan.starts.setdefault(name, [choice.input_scale, choice.input_zero_point])
+            choice.input_scale, choice.input_zero_point = start
+        fed = {name: evidence.of(name) for name in names if objective_needs(plan.layers[name]) and evidence}
+        training = BlockTraining(
+            self.model,
+            block.name,
+            {name: plan.layers[name] for name in names},
+            self.learning,
+            self.batches,
+            fixed=fixed,
+            before=before,
+            evidence=fed,
+            seed=_seed(self.seed, block.name),
+        )
+        layers, figures = training.run()
+        for name, layer in layers.items():
+            layer.stages = {
+                "flips": figures.flips[name],
+                "block_error": figures.error,
+                "block_error_nearest": figures.nearest,
+            }
+        return layers
+
+
+def _seed(seed: int, block: str) -> int:
+    """A seed for each block, so that one that is trained alone comes to the same codes."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {block}".encode()).digest()[:7], "big")

@@ -1,0 +1,136 @@
+"""Learned rounding: codes trained by gradients to give what the weight gives.
+
+As a rounder it looks at one layer: the least of  tr((W - Q) X^T X (W - Q)^T)  for the rows X that the layer is fed,
+over codes that go up or down ("Up or Down? Adaptive Rounding", Nagel et al., arXiv:2004.10568). Recipes that train
+whole blocks (ptq4dm/reconstruction) do so by `Learning`, which is a part of their plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_fields, check_types
+from ..errors import UserError
+from ..evidence import LayerEvidence
+from ..kernels.formats.grid import Grid
+from ..options import option
+from .optimizers import OPTIMIZERS, falling, move
+from .registry import register_rounder
+from .variables import VARIABLES
+
+LOSSES = ("mse", "fisher", "cosine", "relative")
+TRAINED = ("rounding", "scales", "biases", "ranges")
+AUGMENTATIONS = ("qdrop", "noise", "none")
+MOVES = ("up-down", "wide")
+UNITS = ("block", "layer")
+
+STEPS = 300  # of the rounder of one layer
+
+
+@dataclass
+class Learning:
+    """How the blocks of a model are trained to give, on calibration tuples, what they gave in full precision.
+
+    steps: for each block. batch_size: calibration tuples of one step.
+    loss: squared error of the block's outputs ("mse"); weighted by the squared gradient of the model's answer in each
+        of them ("fisher", BRECQ, arXiv:2102.05426); one minus the cosine ("cosine"); squared error over the energy of
+        the tuple's outputs ("relative").
+    time_weights: weights of equal parts of the time range, from the image to noise; () weights all times the same.
+    train: what is trained: "rounding" of weights, their "scales", "biases", "ranges" of static inputs.
+    variable: what rounding is trained by; moves: "up-down" to the two codes beside a weight, or "wide", two further.
+    optimizer: of the rounding; learning_rate: None takes the optimizer's own. All rates fall to zero by a cosine.
+    augmentation: "qdrop": each input of the block, and each rounding of an input in it, is in full precision with
+        probability 1/2 (QDrop, arXiv:2203.05740); "noise": Gaussian noise as large as the inputs' errors instead of
+        them; "none".
+    unit: "block", or "layer": each layer by itself.
+    prediction: weight of the error that the block makes in the model's answer, beside that of its outputs; 0 leaves
+        it out (PD-Quant, arXiv:2212.07048).
+    correction: give the exact inputs of blocks the means and deviations of all calibration tuples, by channel and
+        timestep bin (PD-Quant's distribution correction).
+    """
+
+    steps: int = option(500, "training steps of each block", low=1)
+    batch_size: int = option(8, "calibration tuples of a step", low=1)
+    loss: str = option("mse", "of a block's outputs", choices=LOSSES)
+    time_weights: tuple[float, ...] = option((), "weights of equal parts of the time range, image to noise", low=0.0)
+    train: tuple[str, ...] = option(("rounding", "ranges"), "what is trained: rounding, scales, biases, ranges")
+    variable: str = option("straight-through", "what rounding is trained by: sigmoid, straight-through, division")
+    moves: str = option("up-down", "how far codes may move", choices=MOVES)
+    optimizer: str = option("adam", "of the rounding: adam, adamw, adamax, signsgd, sgd")
+    learning_rate: float | None = option(None, "of the rounding; the optimizer's own where left out", parse=float)
+    augmentation: str = option("qdrop", "of what blocks are fed", choices=AUGMENTATIONS)
+    unit: str = option("block", "what is trained together", choices=UNITS)
+    prediction: float = option(0.0, "weight of the error in the model's answer", low=0.0)
+    correction: bool = option(False, "correct the distribution of the blocks' inputs")
+
+    def check(self) -> None:
+        """Raises UserError where an option is none of its choices."""
+        check_fields(self, type(self).__name__)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices)}; got '{getattr(self, name)}'.")
+        VARIABLES.find(self.variable)
+        OPTIMIZERS.find(self.optimizer)
+        if not self.train or set(self.train) - set(TRAINED):
+            raise UserError(f"train is some of {', '.join(TRAINED)}; got {', '.join(self.train) or 'nothing'}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"learning_rate must be above zero; got {self.learning_rate}.")
+        if self.time_weights and not sum(self.time_weights) > 0:
+            raise UserError("one of time_weights must be above zero.")
+
+    @classmethod
+    def of(cls, options: Any) -> Learning:
+        """The options of a recipe that has them all."""
+        return cls(**{item.name: getattr(options, item.name) for item in fields(cls)})
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the rounding."""
+        return OPTIMIZERS.find(self.optimizer).learning_rate if self.learning_rate is None else self.learning_rate
+
+
+def learning_from(data: Any) -> Learning:
+    """The options of a dict. Raises ValueError where it has one that nobody knows, or a value of another type."""
+    if not isinstance(data, dict) or set(data) - {item.name for item in fields(Learning)}:
+        raise ValueError("its 'learning' is no options of block training")
+    options: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in data.items()}
+    found = Learning(**options)
+    check_types(found)
+    return found
+
+
+CHOICES: dict[str, Sequence[str]] = {
+    "loss": LOSSES,
+    "moves": MOVES,
+    "augmentation": AUGMENTATIONS,
+    "unit": UNITS,
+}
+
+
+@register_rounder("learned", needs=frozenset({"rows"}), grids=("uniform", "power"))
+def learned(weight: Tensor, grid: Grid, evidence: LayerEvidence) -> Tensor:
+    """Codes [N, K] of weight [N, K] float32 on the grid, trained on the rows of the evidence."""
+    hessian = evidence.hessian.to(weight.device, torch.float32)
+    hessian = hessian / hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    low, high = grid.ends(weight.shape[1])
+    codes = VARIABLES["straight-through"](grid.steps(weight), low, high)
+    zeros = grid.low - low
+    choice = OPTIMIZERS["adam"]
+    optimizer = choice.make([codes.value], choice.learning_rate)
+    with torch.enable_grad():
+        for step in range(STEPS):
+            wrong = weight - grid.values(codes.soft() + zeros)
+            loss = ((wrong @ hessian) * wrong).sum()
+            move(
+                optimizer,
+                [codes.value],
+                torch.autograd.grad(loss, [codes.value]),
+                choice.learning_rate * falling(step, STEPS),
+            )
+            codes.project()
+    return (codes.hard() + zeros).to(torch.int8)

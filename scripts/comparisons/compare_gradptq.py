@@ -18,7 +18,6 @@ A seed fixes calibration and training. Rows in the output are not made again.
 from __future__ import annotations
 
 import argparse
-import gc
 from pathlib import Path
 
 import torch
@@ -77,9 +76,6 @@ def fill(results: Rows, rated: list[dict], trials: list[Trial], args, make_bench
                 continue
             if work:
                 deadline.took(results[-1]["seconds"], work)
-            gc.collect()
-            if args.device.startswith("cuda"):
-                torch.cuda.empty_cache()
     return left, failed
 
 

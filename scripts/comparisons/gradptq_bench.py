@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from typing import Any
 
@@ -37,6 +38,9 @@ class Bench:
 
     def measure(self, trial: Trial, bits: str, seed: int, rate: float | None = None) -> dict:
         """The row with its figures and their conditions, as JSON holds them."""
+        gc.collect()  # what the last row left
+        if torch.device(self.args.device).type == "cuda":
+            torch.cuda.empty_cache()
         args, start, exact = self.args, time.perf_counter(), self.truth.exact
         config = recipe(trial, bits, args.options, seed, rate)
         store = self.store(trial.law or args.law, seed)

@@ -90,7 +90,7 @@ def int4_linear(
     name = kernel_name(x.device, True, inputs, scales, wzeros is not None, static, activation_bits, 1)
     grid = (input_scale, input_zero_point, activation_bits)
     if name == w8a8.REFERENCE or not x.numel():
-        rows = _rounded(x.reshape(-1, inputs), *grid, (1,))
+        rows = rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(rows, weight_of(qweight, wscales, wzeros, inputs), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
     if name == w4.INT8:
@@ -136,7 +136,7 @@ def int4_conv2d(
     shape = (len(qweight), *kernel, channels)
     if name == w8a8.REFERENCE or not x.numel():
         weight = weight_of(qweight, wscales, wzeros, inputs).view(shape).permute(0, 3, 1, 2)
-        pixels = _rounded(x, *grid, (1, 2, 3))
+        pixels = rounded(x, *grid, (1, 2, 3))
         y = F.conv2d(pixels, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
     codes, scale = _int8(qweight, wscales, wzeros, inputs)
@@ -163,7 +163,7 @@ def _per_packed(wscales: Tensor, inputs: int) -> Tensor:
     return wscales.repeat_interleave(inputs // PACKED // wscales.shape[1], 1).contiguous()
 
 
-def _rounded(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int, dims: tuple) -> Tensor:
+def rounded(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int, dims: tuple) -> Tensor:
     """What the 8-bit codes of x stand for, float32."""
     codes, scale = reference.centred_codes(x.float(), torch.int8, scale, zero_point, bits, dims)
     return codes * scale

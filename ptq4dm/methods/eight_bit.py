@@ -15,6 +15,7 @@ from ..calibration.trace import block_of
 from ..errors import UserError
 from ..evidence import LayerEvidence
 from ..layers.plan import Int4Plan, LayerPlan
+from ..layers.power import PowerPlan
 from ..layers.registry import needs_of
 from ..layers.view import LayerView
 from ..options import option
@@ -28,6 +29,7 @@ NUMBER_FORMATS = ("int8", "fp8")
 FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
+GRIDS = ("uniform", "power")
 
 
 @dataclass(repr=False)
@@ -42,6 +44,8 @@ class IntegerConfig(QuantConfig):
     group_size: of weights in 4 bits: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs
         do not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
     affine: weights in 4 bits with zero points.
+    grid: of weights: "uniform"; or "power", whose steps grow with the weight (layers/power.py): `simulated`, for it
+        is computed through a codebook. Layers that `first_last` gives 8 bits stay uniform.
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
         calibration never reached is "dynamic" in either case.
@@ -61,6 +65,7 @@ class IntegerConfig(QuantConfig):
     activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
     group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
     affine: bool = option(False, "4-bit weights with zero points")
+    grid: str = option("uniform", choices=GRIDS)  # no flag: --grid is the sampler's, of timesteps
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")
     first_last: str = option("int8", "the layers at the model's ends", choices=FIRST_LAST)
@@ -81,12 +86,27 @@ class IntegerConfig(QuantConfig):
             raise UserError(
                 "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
             )
+        self._check_grid()
         if self.activations not in ACTIVATIONS:
             raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
         if self.first_last not in FIRST_LAST:
             raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
         ROUNDERS.find(self.rounding)
         PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
+
+    def _check_grid(self) -> None:
+        if self.grid not in GRIDS:
+            raise UserError(f"grid must be 'uniform' or 'power'; got '{self.grid}'.")
+        if self.grid == "uniform":
+            return
+        if self.format != "int8" or self.group_size is not None or self.affine:
+            raise UserError("grid='power' goes with format='int8', without group_size and affine.")
+        objective = self.ranges()[0]
+        if OBJECTIVES.find(objective).needs:
+            raise UserError(
+                f"grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
+                "nothing; choose another objective."
+            )
 
     @property
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide
@@ -154,8 +174,10 @@ class IntegerConfig(QuantConfig):
             scale, zero = int8_grid(
                 view, cast(CalibrationStore, store), activation_bits, objective, parameter, self.symmetric, fed
             )
-        if weight_bits <= 4:
-            plan: LayerPlan = Int4Plan(
+        if self.grid == "power" and not (edge and self.first_last == "int8"):
+            plan: LayerPlan = PowerPlan(weight_bits=weight_bits, activation_bits=activation_bits)
+        elif weight_bits <= 4:
+            plan = Int4Plan(
                 weight_bits=weight_bits, activation_bits=activation_bits, group_size=self._groups(view),
                 affine=self.affine,
             )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Fp8Grid, Grid
+from ..kernels.formats.power import PowerGrid
 from .registry import register_rounder
 
 BLOCK = 128
@@ -20,7 +21,7 @@ MOST_DAMPING = 1e9
 
 
 @register_rounder("gptq", needs=frozenset({"rows"}))
-def gptq(weight: Tensor, grid: Grid | Fp8Grid, evidence: LayerEvidence) -> Tensor:
+def gptq(weight: Tensor, grid: Grid | Fp8Grid | PowerGrid, evidence: LayerEvidence) -> Tensor:
     """Codes [N, K] of weight [N, K] float32 on the grid, least in ||X (W - Q)^T|| for the rows X of the evidence.
 
     Raises UserError where the rows hold NaN or infinity.

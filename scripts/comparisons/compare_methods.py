@@ -26,10 +26,11 @@ import time
 from pathlib import Path
 
 import torch
-from conditions import bytes_of_float16, commit, device_name, in_dtype, tensor_float32, watched
+from conditions import bytes_of_float16, in_dtype, made_on, tensor_float32, watched
+from long_runs import Deadline, shard_of
 from method_rows import KINDS, Row, all_rows
 from methods_report import draw, markdown
-from paired import Paired
+from paired import held_out
 
 import ptq4dm
 from ptq4dm.errors import UserError, run
@@ -57,10 +58,7 @@ class Bench:
             "solver", args.calibration_samples, args.steps, batch_size=args.batch_size, seed=args.seed
         )
         self.store = ptq4dm.collect(self.pipe, config)
-        self.pipe.scheduler.set_timesteps(args.steps)
-        grid = self.pipe.scheduler.timesteps.tolist()
-        times = [grid[i * len(grid) // args.num_paired % len(grid)] for i in range(args.num_paired)]
-        self.truth = Paired(self.pipe, args.num_paired, times, args.steps, args.batch_size)
+        self.truth = held_out(self.pipe, args.num_paired, args.steps, args.batch_size)
 
     def measure(self, row: Row) -> dict:
         """The row with its figures and their conditions, as JSON holds them."""
@@ -76,8 +74,7 @@ class Bench:
         if args.num_fid:
             with tensor_float32(self.cuda):
                 figures["feature_fid"] = self.truth.feature_fid(model, args.num_fid, args.steps)
-        conditions = {"device": device_name(args.device), "commit": commit(), "version": ptq4dm.__version__}
-        return figures | conditions | {"seed": args.seed, "seconds": round(time.perf_counter() - start, 1)}
+        return figures | made_on(args.device) | {"seed": args.seed, "seconds": round(time.perf_counter() - start, 1)}
 
     def _quantized(self, row: Row) -> tuple[torch.nn.Module, dict]:
         model, config = copy.deepcopy(self.truth.exact), row.recipe()
@@ -149,14 +146,6 @@ def chosen(rows: list[Row], patterns: list[str], kinds: list[str]) -> list[Row]:
     return [row for row in rows if row.kind in kinds and any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
 
 
-def shard_of(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n", 0 <= i < n."""
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"--shard is i/n with i from 0 to n - 1, such as 0/4; got '{text}'.")
-    return int(index), int(count)
-
-
 def check(args) -> None:
     """Raises UserError, before any work, for figures that measure nothing and for files that are not there."""
     for name in ("steps", "num_paired", "calibration_samples", "batch_size", "timed_batch", "timed_steps"):
@@ -168,20 +157,6 @@ def check(args) -> None:
     for path in args.join:
         if not path.is_file():
             raise UserError(f"there is no {path} to join.")
-
-
-class Deadline:
-    """Whether there is time for one more row, judged by the longest so far."""
-
-    def __init__(self, minutes: float | None):
-        self.end = None if minutes is None else time.perf_counter() + 60 * minutes
-        self.longest = 0.0
-
-    def passed(self) -> bool:
-        return self.end is not None and time.perf_counter() + self.longest > self.end
-
-    def took(self, seconds: float) -> None:
-        self.longest = max(self.longest, seconds)
 
 
 def fill(results: Rows, rows: list[Row], args, make_bench=Bench) -> tuple[int, dict[str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ptq4dm import __version__
 from ptq4dm.quantization.report import stored_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -88,3 +89,8 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def made_on(device: str) -> dict:
+    """The card, the commit and the version that figures were made with."""
+    return {"device": device_name(device), "commit": commit(), "version": __version__}

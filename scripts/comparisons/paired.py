@@ -40,28 +40,46 @@ class Paired:
         self.calls = self._held_out()
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the truth is float32; elsewhere TF32 is on
             self.eps = self.predict(self.exact)
-            self.images = torch.cat(list(self.sample(self.exact, self.seeds, self.steps)))
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """The images of full precision, made when they are first asked for."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return torch.cat(list(self.sample(self.exact, self.seeds, self.steps)))
 
     def compare(self, model) -> dict:
         """psnr (dB), psnr_stderr, psnr_interval, mse of the images; eps_error of the predictions, and
         eps_error_bins by NUM_BINS parts of the timesteps (None where no tuple lies)."""
         images = torch.cat(list(self.sample(model, self.seeds, self.steps)))
         pictures = paired_psnr(image_errors(images, self.images))
-        error = EpsilonError(NUM_BINS, self.pipe.scheduler.config.num_train_timesteps)
-        error.add(self.calls.time, self.predict(model), self.eps)
         return {
             "psnr": pictures["psnr_db"],
             "psnr_stderr": pictures["psnr_stderr"],
             "psnr_interval": pictures["psnr_interval"],
             "mse": pictures["mse"],
+            **self.predicted(model),
+        }
+
+    def predicted(self, model) -> dict:
+        """eps_error and eps_error_bins, as `compare` has them, without any image."""
+        error = self.error(model, self.calls, self.eps)
+        return {
             "eps_error": error.result()["overall"],
             "eps_error_bins": [float(noise / signal) if signal else None for noise, signal, _ in error.sums],
         }
 
-    def predict(self, model) -> torch.Tensor:
+    def error(self, model, calls: Calls, exact: torch.Tensor) -> EpsilonError:
+        """The error of a model's predictions on calls for which full precision has `exact`."""
+        error = EpsilonError(NUM_BINS, self.pipe.scheduler.config.num_train_timesteps)
+        error.add(calls.time, self.predict(model, calls), exact)
+        return error
+
+    def predict(self, model, calls: Calls | None = None) -> torch.Tensor:
+        """The model's predictions on calls, by default the held-out ones, on the CPU."""
         model.eval()
-        parts = torch.arange(len(self.calls)).split(self.batch_size)
-        return torch.cat([replay(model, self.calls[part]).cpu() for part in parts])
+        calls = self.calls if calls is None else calls
+        parts = torch.arange(len(calls)).split(self.batch_size)
+        return torch.cat([replay(model, calls[part]).cpu() for part in parts])
 
     def sample(self, model, seeds: Sequence[int], steps: int) -> Iterator[torch.Tensor]:
         """Batches of images [B, 3, H, W] in [0, 1] of the pipeline with another model put in."""
@@ -91,3 +109,10 @@ class Paired:
             for part in torch.arange(self.count).split(self.batch_size)
         ]
         return Calls.together(parts)
+
+
+def held_out(pipe, count: int, steps: int, batch_size: int) -> Paired:
+    """The truth of a pipeline on `count` held-out seeds, whose tuples are spread evenly over the sampling grid."""
+    pipe.scheduler.set_timesteps(steps)
+    grid = pipe.scheduler.timesteps.tolist()
+    return Paired(pipe, count, [grid[i * len(grid) // count % len(grid)] for i in range(count)], steps, batch_size)

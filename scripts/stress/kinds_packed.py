@@ -26,6 +26,7 @@ FORMATS: dict[str, tuple[Callable, Any]] = {
     "fp8": (tiny_dit, RTN(format="fp8")),
     "int4 in groups": (tiny_dit, RTN(weight_bits=4, group_size=32, **DYNAMIC)),
     "int4 affine": (tiny_dit, RTN(weight_bits=4, affine=True, **DYNAMIC)),
+    "power": (tiny_dit, RTN(weight_bits=4, grid="power", **DYNAMIC)),
     "svdquant": (tiny_dit, SVDQ(rank=4, num_tuples=2, smoothing=0.5, rounding="nearest", refinements=1)),
 }
 
@@ -74,7 +75,9 @@ def wrong_packed(found: Leaves, right: Leaves) -> str:
     if {name for name in found if name.startswith("/packed/")} != {n for n in right if n.startswith("/packed/")}:
         return "other tensors in its layers"
     for name, value in found.items():
-        scale = name.endswith(("weight_scale", "input_scale", "wscales")) and isinstance(value, torch.Tensor)
+        scale = name.endswith(("weight_scale", "input_scale", "wscales", "exponent")) and isinstance(
+            value, torch.Tensor
+        )
         if scale and not bool((value.float() > 0).all()):
             return f"{name} is not above zero"
         before = right.get(name)

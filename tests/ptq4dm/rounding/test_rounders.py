@@ -7,6 +7,7 @@ from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
 from ptq4dm.kernels.formats.fp8 import scale_of
 from ptq4dm.kernels.formats.grid import Fp8Grid, Grid
+from ptq4dm.kernels.formats.power import PowerGrid, raised
 from ptq4dm.ranges.weights import weight_grid
 from ptq4dm.rounding import ROUNDERS
 
@@ -26,6 +27,7 @@ def grids(weight):
         "int4-row": weight_grid(weight, 4),
         "int4-groups": weight_grid(weight, 4, group_size=32),
         "int4-affine": weight_grid(weight, 4, group_size=32, affine=True),
+        "power": PowerGrid.over(weight_grid(raised(weight, 0.7), 4), 0.7),
         "fp8": Fp8Grid(scale_of(weight, (1,))),
     }
 
@@ -44,7 +46,7 @@ def test_codes_are_on_the_grid_and_keep_their_values(rounding, name):
     values = grid.values(codes)
     assert codes.shape == weight.shape and values.isfinite().all()
     assert torch.equal(grid.codes(values), codes)
-    if isinstance(grid, Grid):
+    if isinstance(grid, (Grid, PowerGrid)):
         assert codes.dtype == torch.int8 and grid.low <= codes.min() and codes.max() <= grid.high
 
 

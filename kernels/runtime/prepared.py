@@ -18,5 +18,8 @@ def prepared(qweight: Tensor, key, build) -> Tensor:
         # `drop` is held here, for weights that outlive the names of this module when Python ends.
         entry = CACHE[name] = (weakref.ref(qweight, lambda _, drop=CACHE.pop: drop(name, None)), state), {}
     if key not in entry[1]:
-        entry[1][key] = build()
+        made = build()
+        if made is qweight or made._base is qweight:
+            return made  # the weight is in that form already: kept here, it would live for ever
+        entry[1][key] = made
     return entry[1][key]

@@ -86,7 +86,9 @@ def test_the_model_stays_as_it_is(importance, unet):
 
 
 def test_scores_of_sixteen_bits_are_those_of_float32():
-    exact, half = (IMPORTANCE["integrated"](linear_task(dtype=dtype)[0])["0"] for dtype in (torch.float32, torch.half))
+    exact, half = (
+        IMPORTANCE["integrated"](linear_task(dtype=dtype)[0])["0"] for dtype in (torch.float32, torch.half)
+    )
     assert distance(half, exact) < 0.05
 
 

@@ -1,4 +1,4 @@
-"""Allocation by importance: the rows of weights that matter most get 8 bits, at a fixed average width.
+"""The importance of rows of weights: scores that say which should get 8 bits at a fixed average width.
 
 "Gradient-Based Post-Training Quantization: Challenging the Status Quo", Yvinec et al., arXiv:2308.07662, has such an
 allocation; its rule is not public where we could read it. What follows is our assumption. For row n of a weight W,
@@ -6,10 +6,11 @@ with Q(W) its nearest codes at the narrow width, d_n = Q(W)_n - W_n, and a sum o
 
     gradient     sum |<g_n, w_n>|,   g = dL/dW,  L = <r, eps(x)>,  r Gaussian, drawn anew for each tuple
     integrated   sum |<g_n, d_n>|,   g = mean_t dL/dW at W + t d,  t = 1/8 .. 1,  L = |eps_t - eps|^2 / |eps|^2
+    endpoint     the same with t = 1 alone, in an eighth of the time
     magnitude    |d_n|^2
     random       a draw
 
-Rows are taken by score over their number of weights, the largest first: a row of K weights costs (8 - narrow) K bits.
+mixed_rows.py takes rows by score over their number of weights.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from ..ranges.registry import OBJECTIVES
 from ..ranges.weights import weight_grid
 from ..registry import Registry
 
-WIDE = 8
 PARTS = 8  # of the way from W to Q(W)
 
 IMPORTANCE: Registry = Registry("importance")
@@ -116,40 +116,6 @@ class RowTask:
         }  # None: a layer that this call does not reach
 
 
-def important_rows(
-    task: RowTask, importance: str, average_bits: float, weights: int | None = None
-) -> dict[str, list[int]]:
-    """Layer -> numbers of its rows that get 8 bits, rising; of every layer of the task.
-
-    average_bits: the mean width of the weights is at most this, and a row less than it at least.
-    weights: over how many the mean is taken, those of the task and others of its narrow width; the task's if None.
-
-    Raises UserError where a score is NaN or infinite.
-    """
-    scores = IMPORTANCE.find(importance)(task)
-    if not all(score.isfinite().all() for score in scores.values()):
-        raise UserError(
-            "the importance of rows is NaN or infinite: the model gives no finite numbers on calibration."
-        )
-    return chosen_rows(
-        scores, {view.name: view.weight.shape[1] for view in task.views}, task.bits, average_bits, weights
-    )
-
-
-def chosen_rows(
-    scores: dict[str, Tensor], inputs: dict[str, int], bits: int, average_bits: float, weights: int | None = None
-) -> dict[str, list[int]]:
-    """The same from scores [N] of rows of so many inputs each. Rows of one score are taken in the layers' order."""
-    costs = torch.cat([torch.full((len(score),), inputs[name]) for name, score in scores.items()])
-    values = torch.cat([score.double().cpu() / inputs[name] for name, score in scores.items()])
-    room = (average_bits - bits) / (WIDE - bits) * (int(costs.sum()) if weights is None else weights)
-    order = values.argsort(descending=True, stable=True)
-    taken = torch.zeros(len(values), dtype=torch.bool)
-    taken[order[costs[order].cumsum(0) <= room]] = True
-    parts = taken.split([len(score) for score in scores.values()])
-    return {name: part.nonzero()[:, 0].tolist() for name, part in zip(scores, parts, strict=True)}
-
-
 @register_importance("gradient", needs=frozenset({"calls"}))
 def gradient(task: RowTask) -> dict[str, Tensor]:
     """Sum over tuples of |<g_n, w_n>|, g the gradient of the model's output in a random direction."""
@@ -167,7 +133,21 @@ def gradient(task: RowTask) -> dict[str, Tensor]:
 
 @register_importance("integrated", needs=frozenset({"calls"}))
 def integrated(task: RowTask) -> dict[str, Tensor]:
-    """Sum over tuples of what each row's rounding adds to the error, along the way from W to Q(W)."""
+    """Sum over tuples of what each row's rounding adds to the error, along the way from W to Q(W).
+
+    Absolute values are taken tuple by tuple: rows whose effects on several tuples are of two signs matter, too.
+    """
+    return _attributed(task, [step / PARTS for step in range(1, PARTS + 1)])
+
+
+@register_importance("endpoint", needs=frozenset({"calls"}))
+def endpoint(task: RowTask) -> dict[str, Tensor]:
+    """The same by the gradient at Q(W) alone."""
+    return _attributed(task, [1.0])
+
+
+def _attributed(task: RowTask, parts: list[float]) -> dict[str, Tensor]:
+    """Layer -> sum over tuples of |mean over t of <g_n(W + t d), d_n>| for these t."""
     total: dict[str, Tensor] = {}
     for part, call in task.tuples():
         with torch.no_grad():
@@ -177,10 +157,10 @@ def integrated(task: RowTask) -> dict[str, Tensor]:
             return (samples - exact).square().sum() / exact.square().mean()  # a mean would vanish in 16 bits
 
         added: dict[str, Tensor] = {}
-        for step in range(1, PARTS + 1):
-            moved = {name: torch.add(w, task.errors[name], alpha=step / PARTS) for name, w in task.weights.items()}
+        for share in parts:
+            moved = {name: torch.add(w, task.errors[name], alpha=share) for name, w in task.weights.items()}
             found = task.slopes(part, call, moved, error, task.errors)
-            added = {name: added.get(name, 0) + slope / PARTS for name, slope in found.items()}
+            added = {name: added.get(name, 0) + slope / len(parts) for name, slope in found.items()}
         total = {name: total.get(name, 0) + one.abs() for name, one in added.items()}
     return total
 

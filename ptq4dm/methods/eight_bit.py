@@ -46,8 +46,8 @@ class IntegerConfig(QuantConfig):
     affine: weights in 4 bits with zero points.
     average_bits: rows of weights get 8 bits, the most important first, until the mean width of all weights that
         would have weight_bits is this; the layers at the model's ends, where they have 8 bits, are not counted.
-    importance: how rows are ranked for it: "integrated" or "gradient", on `num_tuples` calibration tuples,
-        "magnitude", or "random" by `seed` (allocation/importance.py).
+    importance: how rows are ranked for it: "integrated", "endpoint" or "gradient", on `num_tuples` calibration
+        tuples, "magnitude", or "random" by `seed` (allocation/importance.py).
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
         calibration never reached is "dynamic" in either case.
@@ -73,7 +73,7 @@ class IntegerConfig(QuantConfig):
         parse=float,
     )
     importance: str = option(
-        "integrated", "how rows are ranked for average_bits: integrated, gradient, magnitude or random"
+        "integrated", "how rows are ranked for average_bits: integrated, endpoint, gradient, magnitude or random"
     )
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")

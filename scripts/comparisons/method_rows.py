@@ -121,7 +121,7 @@ def important_rows() -> list[Row]:
             Row(name, "method", recipe),
             *(
                 Row(f"{name}, by {score}", "ablation", partial(recipe, importance=score), name)
-                for score in ("gradient", "magnitude", "random")
+                for score in ("endpoint", "gradient", "magnitude", "random")
             ),
             Row(f"{name}, shuffled in each layer", "shuffled", recipe, name, plan=controls.shuffle_rows),
         ]

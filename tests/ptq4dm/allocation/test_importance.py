@@ -7,7 +7,8 @@ from torch import nn
 import ptq4dm
 from helpers import distance, normal, same
 from ptq4dm import PTQ4DMConfig, RTNConfig, UserError
-from ptq4dm.allocation.importance import IMPORTANCE, RowTask, chosen_rows, important_rows
+from ptq4dm.allocation.importance import IMPORTANCE, RowTask
+from ptq4dm.allocation.mixed_rows import chosen_rows, important_rows
 from ptq4dm.calibration.record import replay
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.layers.row_mix import RowMixPlan
@@ -43,13 +44,14 @@ def calls_of(model, count=4):
     return recorded
 
 
-def test_the_integrated_score_of_a_linear_model():
+@pytest.mark.parametrize("importance, mean", [("integrated", 9 / 16), ("endpoint", 1.0)])
+def test_the_attribution_of_a_linear_model(importance, mean):
     """L at W + t d is t^2 |x d|^2 over the mean square of the output, so row n has 2 mean(t) |x d_n|^2 of it."""
     task, inputs = linear_task()
-    (found,) = IMPORTANCE["integrated"](task).values()
+    (found,) = IMPORTANCE[importance](task).values()
     layer, error = task.model[0], task.errors["0"].double()
     expected = sum(
-        2 * (9 / 16) * (x.double() @ error.T).square().sum(0) / layer(x).double().square().mean() for x in inputs
+        2 * mean * (x.double() @ error.T).square().sum(0) / layer(x).double().square().mean() for x in inputs
     )
     assert distance(found, expected) < 1e-5
 
@@ -169,7 +171,7 @@ def test_more_average_bits_are_less_error():
         ({"weight_bits": 4, "affine": True, "average_bits": 5.0}, "neither group_size nor affine"),
         ({"weight_bits": 4, "average_bits": 4.0}, r"between weight_bits \(4\) and 8; got 4"),
         ({"weight_bits": 3, "average_bits": 8.0}, r"between weight_bits \(3\) and 8; got 8"),
-        ({"weight_bits": 4, "importance": "size"}, "importance 'size' is unknown; choose from gradient, integrated"),
+        ({"weight_bits": 4, "importance": "size"}, "importance 'size' is unknown; choose from endpoint, gradient"),
     ],
 )
 def test_wrong_options(options, words):

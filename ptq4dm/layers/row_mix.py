@@ -1,8 +1,7 @@
 """Layers whose outputs have weights of two widths, stored in 4 and in 8 bits: format "row-mix".
 
-    y[:, narrow] = x W4^T,   y[:, wide] = x W8^T      both on the same 8-bit codes of x
-
-Each product is that of the format of its width ("int4" with one scale an output, "int8"), on its own kernel.
+Narrow rows are those of "int4" with one scale an output, wide ones those of "int8": the same codes and scales, under
+the same codes of the input, so that each output is to the bit what a layer of its width gives.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import pack_int4, unpack_int4
 from ..kernels.formats.int8 import weight_limit
-from ..kernels.w8a8 import layer as w8a8
 from ..ranges.weights import weight_grid
-from . import int4_ops
+from . import int4_ops, row_mix_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
 from .int4 import channel_first, pixel_first
 from .int4_ops import PACKED
@@ -155,53 +153,34 @@ class RowMixLayer(RoundedLayer):
         inputs = math.prod(self.weight_shape[1:])
         narrow = int4_ops.weight_of(self.qweight, self.wscales, None, inputs)
         wide = pixel_first(self.qweight8).float() * self.weight_scale[:, None]
-        return self.shaped(self._placed(torch.cat([narrow, wide]), 0))
+        stored = torch.cat([narrow, wide])
+        return self.shaped(torch.empty_like(stored).index_copy_(0, self.places.long(), stored))
 
     def kernel_name(self) -> str:
-        """The kernels that serve this layer where its codes are now: of narrow and of wide rows."""
-        plan, shape = self.plan, self.weight_shape
-        device, inputs = self.qweight.device, math.prod(shape[1:])
-        narrow = int4_ops.kernel_name(device, len(shape) == 2, inputs, 1, False, plan.static, plan.activation_bits, 1)
-        wide = w8a8.kernel_name(device, plan.activation_bits)
-        return narrow if narrow == wide else f"{narrow} + {wide}"
+        """The kernel that serves this layer where its codes are now."""
+        return row_mix_ops.kernel_name(self.qweight.device, self.plan.activation_bits)
 
-    def _operands(self) -> tuple[tuple, tuple]:
-        """The arguments of the int4 and of the W8A8 ops after x."""
-        grid = (self.input_scale, self.input_zero_point, self.plan.activation_bits)
-        four = four_bias = eight_bias = None
-        if self.bias is not None:
-            stored, four = self.bias.index_select(0, self.places), len(self.qweight)
-            four_bias, eight_bias = stored[:four], stored[four:]
+    @property
+    def operands(self) -> tuple:
+        """The arguments of the ops after x: rows of both widths, their scales and places, bias, the input's grid."""
         return (
-            (self.qweight, self.wscales, None, four_bias, *grid),
-            (self.qweight8, self.weight_scale, eight_bias, *grid),
-        )
-
-    def _placed(self, stored: Tensor, dim: int) -> Tensor:
-        """Rows as they are stored, along `dim`, in the order of the layer's outputs."""
-        return torch.empty_like(stored).index_copy_(dim, self.places.long(), stored)
+            self.qweight, self.qweight8, self.wscales, self.weight_scale, self.places, self.bias,
+            self.input_scale, self.input_zero_point, self.plan.activation_bits,
+        )  # fmt: skip
 
 
 class RowMixLinear(RowMixLayer, QuantizedLinear):
     """y = x W^T + b, W of 4 and of 8 bits and x of 8: x [..., K] float -> [..., N] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        four, eight = self._operands()
-        parts = [int4_ops.int4_linear(input, *four), w8a8.w8a8_linear(input, *eight)]
-        return self._placed(torch.cat(parts, -1), -1)
+        return row_mix_ops.row_mix_linear(input, *self.operands)
 
 
 class RowMixConv2d(RowMixLayer, QuantizedConv2d):
     """Zero-padded convolution, weights of 4 and of 8 bits: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        four, eight = self._operands()
-        geometry = (self.stride, self.padding, self.dilation, 1)
-        parts = [
-            int4_ops.int4_conv2d(input, *four, self.kernel_size, *geometry),
-            w8a8.w8a8_conv2d(input, *eight, *geometry),
-        ]
-        return self._placed(torch.cat(parts, 1), 1)
+        return row_mix_ops.row_mix_conv2d(input, *self.operands, self.stride, self.padding, self.dilation)
 
 
 register_format("row-mix", plan=RowMixPlan, layers={nn.Linear: RowMixLinear, nn.Conv2d: RowMixConv2d})

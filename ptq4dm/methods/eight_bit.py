@@ -126,7 +126,8 @@ class IntegerConfig(QuantConfig):
     @property
     def _looks(self) -> frozenset[str]:
         """The evidence that rounding, range objective and importance look at."""
-        ranking = frozenset() if self.average_bits is None else IMPORTANCE.find(self.importance).needs
+        chosen = self.average_bits is None or self.plan is not None
+        ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
         return ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs | ranking
 
     def ranges(self) -> tuple[str, float | None]:

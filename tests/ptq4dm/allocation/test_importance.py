@@ -200,3 +200,16 @@ def test_models_without_gradients_and_without_numbers_are_refused():
         task.model[0].bias.fill_(float("nan"))
     with pytest.raises(UserError, match="NaN or infinite"):
         important_rows(task, "integrated", 5.0)
+
+
+def test_rows_are_not_chosen_while_weights_arrive(unet, tmp_path):
+    """A ranking looks at all layers at once; a plan that has one already can be followed."""
+    model = unet()
+    model.save_pretrained(tmp_path)
+    recipe = RTNConfig(average_bits=5.0, importance="magnitude", **FOUR)
+    with pytest.raises(UserError, match="quantize"):
+        type(model).from_pretrained(tmp_path, quantization_config=recipe)
+    ptq4dm.quantize(model, recipe)
+    followed = RTNConfig(average_bits=5.0, plan=ptq4dm.quantization_config(model).plan, **FOUR)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=followed)
+    assert same(loaded, model)

@@ -88,11 +88,21 @@ def test_bytes_are_those_of_each_row(wide):
     assert found == len(wide) * 130 + (11 - len(wide)) * 192 // 2 + 11 * (scale + place) + like
 
 
-def test_both_kernels_are_named():
+def test_the_kernel_is_that_of_int4_rows():
     layer, _ = layer_and_input("linear")
-    mixed = quantized_copy(layer, RowMixPlan(wide=[3]), "layer").kernel_name()
-    four, eight = (quantized_copy(layer, plan, "layer").kernel_name() for plan in (Int4Plan(), LayerPlan()))
-    assert mixed == (f"{four} + {eight}" if four != eight else four)
+    mixed, four = (quantized_copy(layer, plan, "layer") for plan in (RowMixPlan(wide=[3]), Int4Plan()))
+    assert mixed.kernel_name() == four.kernel_name()
+    assert mixed.kernel_name() in ("onednn-int8 on an int8 copy", "reference")
+
+
+@pytest.mark.parametrize("name", ["qweight", "qweight8", "wscales", "weight_scale"])
+def test_the_copy_follows_what_is_stored(name):
+    layer, x = layer_and_input("linear")
+    mixed = quantized_copy(layer, RowMixPlan(wide=WIDE["some"]), "layer")
+    before = mixed(x)
+    getattr(mixed, name).add_(1)
+    assert not torch.equal(mixed(x), before)
+    assert torch.equal(mixed(x), copy.deepcopy(mixed)(x))
 
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
@@ -167,6 +177,17 @@ def test_compiled_layers_give_what_they_give_eagerly(name):
     mixed = quantized_copy(layer, RowMixPlan(wide=WIDE["some"]), "layer")
     with torch.no_grad():
         assert torch.equal(torch.compile(mixed, backend="aot_eager", fullgraph=True)(x), mixed(x))
+
+
+def test_the_ops_are_whole():
+    """Schema and fake kernels fit the real ones."""
+    fully, x = layer_and_input("linear")
+    fully = quantized_copy(fully, RowMixPlan(wide=WIDE["some"]), "layer")
+    torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (x, *fully.operands))
+    window, x = layer_and_input("strided conv")
+    window = quantized_copy(window, RowMixPlan(wide=WIDE["some"]), "layer")
+    geometry = (list(window.stride), list(window.padding), list(window.dilation))
+    torch.library.opcheck(torch.ops.ptq4dm.row_mix_conv2d.default, (x, *window.operands, *geometry))
 
 
 def test_empty_inputs_and_models_of_16_bits():

@@ -50,8 +50,8 @@ def row_mix_linear(
 ) -> Tensor:
     """x [..., K] float -> [..., N] in x's dtype.
 
-    qweight uint8 [n, K'/2], qweight8 int8 [w, K], wscales [n, 1] and weight_scale [w] float32, places int32 [N], as in
-    `RowMixLayer`; bias [N]; the input's grid as in `w8a8_linear`.
+    qweight uint8 [n, K'/2], qweight8 int8 [w, K], wscales [n, 1] and weight_scale [w] float32, places int32 [N],
+    as in `RowMixLayer`; bias [N]; the input's grid as in `w8a8_linear`.
     """
     codes = _codes(qweight, qweight8, wscales, places, x.shape[-1])
     scales = _placed(torch.cat([wscales[:, 0], weight_scale]), places)

@@ -119,6 +119,25 @@ def test_hessian_rounding_gains_on_both_widths(name):
         assert errors["gptq"][chosen].sum() < 0.7 * errors["nearest"][chosen].sum()
 
 
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_codes_can_come_from_elsewhere(name):
+    """Training rounds steps up or down between ends; a gradient goes through the values; `fill` takes the codes."""
+    layer, _ = layer_and_input(name)
+    mixed = quantized_copy(layer, RowMixPlan(weight_bits=3, wide=WIDE["some"]), "layer")
+    matrix = mixed.matrix(layer.weight.detach())
+    grid = mixed.whole_grid(layer.weight.detach())
+    low, high = grid.ends(matrix.shape[1])
+    assert low[:, 0].tolist() == [-127 if row in WIDE["some"] else -3 for row in range(11)] and torch.equal(
+        high, -low
+    )
+    codes = grid.steps(matrix).floor().clamp(low, high).requires_grad_()
+    values = grid.values(codes)
+    values.sum().backward()
+    assert torch.equal(codes.grad, grid.scales.expand_as(codes))
+    mixed.fill(codes.detach().to(torch.int8), grid)
+    assert torch.equal(mixed.dequantized_weight(), mixed.shaped(values.detach()))
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..calibration.calls import Call, Calls
-from ..calibration.record import ready, samples_of
+from ..calibration.record import ready, replay, samples_of
 from ..errors import UserError
 from ..layers.view import LayerView
 from ..pipelines.denoiser import evaluation_mode
@@ -89,21 +89,20 @@ class RowTask:
         """(a calibration tuple, its one call), on the model's device."""
         if self.calls is None:
             raise UserError("this importance looks at calibration calls: pass a store from ptq4dm.collect(pipe).")
-        with evaluation_mode(self.model), not_while_loading():
-            for part in progress_bar(list(self.calls.batches(1)), desc="importance", unit="tuple"):
-                yield part, ready(part, self.model)
+        for part in progress_bar(list(self.calls.batches(1)), desc="importance", unit="tuple"):
+            yield part, ready(part, self.model)
 
     def slopes(
         self, part: Calls, call: Call, weights: dict[str, Tensor], loss: Callable, by: dict[str, Tensor]
     ) -> Any:
         """Layer -> <dL/dW_n, by_n> [N] float64, at these weights, for L = loss(samples float32).
 
-        The model stays as it is. Gradients take the memory of the weights once, and are gone afterwards.
+        Tensors of the model stay as they are. Gradients take the memory of the weights once, and are gone afterwards.
 
         Raises UserError where the model gives no gradients.
         """
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluation_mode(self.model), not_while_loading():
             named = {f"{name}.weight": leaf for name, leaf in leaves.items()}
             answer = functional_call(self.model, named, call.args, call.kwargs)
             value = loss(samples_of(answer, part).float())
@@ -150,8 +149,8 @@ def _attributed(task: RowTask, parts: list[float]) -> dict[str, Tensor]:
     """Layer -> sum over tuples of |mean over t of <g_n(W + t d), d_n>| for these t."""
     total: dict[str, Tensor] = {}
     for part, call in task.tuples():
-        with torch.no_grad():
-            exact = samples_of(task.model(*call.args, **call.kwargs), part).float()
+        with evaluation_mode(task.model):
+            exact = replay(task.model, part).float()
 
         def error(samples: Tensor, exact: Tensor = exact) -> Tensor:
             return (samples - exact).square().sum() / exact.square().mean()  # a mean would vanish in 16 bits

@@ -194,7 +194,8 @@ def test_models_without_gradients_and_without_numbers_are_refused():
     with ptq4dm.record(model) as calls:
         model(normal(2, 8))
     with pytest.raises(UserError, match="Frozen gives no gradients; choose another importance"):
-        IMPORTANCE["integrated"](RowTask(model, find_layers(model), 4, calls=calls))
+        IMPORTANCE["integrated"](RowTask(model.train(), find_layers(model), 4, calls=calls))
+    assert model.training
     task, _ = linear_task()
     with torch.no_grad():
         task.model[0].bias.fill_(float("nan"))

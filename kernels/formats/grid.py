@@ -22,20 +22,24 @@ from .int4 import dequantize_groups, quantize_codes
 
 @dataclass
 class Grid:
-    """scales: [N, G] float; zeros: [N, G] integers, or None; low, high: the first and the last code."""
+    """scales: [N, G] float; zeros: [N, G] integers, or None.
+
+    low, high: the first and the last code; integers, or tensors of integers [N, 1] where each output has its own.
+    """
 
     scales: Tensor
     zeros: Tensor | None
-    low: int
-    high: int
+    low: int | Tensor
+    high: int | Tensor
     kind: ClassVar[str] = "uniform"
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes int8 [N, K] of weight [N, K] float."""
-        if self.zeros is None:
+        if self.zeros is None and isinstance(self.low, int) and isinstance(self.high, int):
             return quantize_codes(weight, self.scales, self.low, self.high)
-        zeros = self._wide(self.zeros, weight.shape[1])
-        steps = self.steps(weight).round_() + zeros
+        steps = self.steps(weight).round_()
+        if self.zeros is not None:
+            steps += self._wide(self.zeros, weight.shape[1])
         return steps.clamp_(self.low, self.high).nan_to_num_(0.0).to(torch.int8)
 
     def steps(self, weight: Tensor) -> Tensor:
@@ -57,7 +61,8 @@ class Grid:
     def stacked(cls, grids: list[Grid]) -> Grid:
         """One grid of the outputs of several."""
         zeros = None if grids[0].zeros is None else torch.cat([one.zeros for one in grids])
-        return replace(grids[0], scales=torch.cat([one.scales for one in grids]), zeros=zeros)
+        low, high = _joined([one.low for one in grids]), _joined([one.high for one in grids])
+        return replace(grids[0], scales=torch.cat([one.scales for one in grids]), zeros=zeros, low=low, high=high)
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes [N, K] stand for, float32 [N, K]."""
@@ -76,18 +81,25 @@ class Grid:
     def nearest(self, weight: Tensor, column: int) -> Tensor:
         """The value of the grid nearest to weight [N], float32, for one input of a grid with G = K."""
         scale = self.scales[:, column]
+        low, high = (end if isinstance(end, int) else end[:, 0] for end in (self.low, self.high))
         if self.zeros is None:
-            return (weight / scale).round().clamp(self.low, self.high) * scale
+            return (weight / scale).round().clamp(low, high) * scale
         zero = self.zeros[:, column]
-        return ((weight / scale).round().add_(zero).clamp_(self.low, self.high) - zero) * scale
+        return ((weight / scale).round().add_(zero).clamp_(low, high) - zero) * scale
 
     def rows(self, chosen: slice) -> Grid:
         """The grid of some outputs."""
-        return Grid(self.scales[chosen], None if self.zeros is None else self.zeros[chosen], self.low, self.high)
+        low, high = (end if isinstance(end, int) else end[chosen] for end in (self.low, self.high))
+        return Grid(self.scales[chosen], None if self.zeros is None else self.zeros[chosen], low, high)
 
     def _wide(self, values: Tensor, columns: int) -> Tensor:
         """[N, G] -> [N, K]."""
         return values.repeat_interleave(columns // values.shape[1], dim=1)
+
+
+def _joined(ends: list[int | Tensor]) -> int | Tensor:
+    """The first or last codes of the outputs of several grids."""
+    return torch.cat(ends) if isinstance(ends[0], Tensor) else ends[0]  # type: ignore[arg-type]  # all are of a kind
 
 
 @dataclass

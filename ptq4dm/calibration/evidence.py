@@ -91,9 +91,13 @@ class Evidence:
 
 def calibration_batches(calls: Calls, num_tuples: int) -> list[Calls]:
     """`num_tuples` of the calls, evenly from all, in batches that are one call each."""
+    return list(chosen_calls(calls, num_tuples).batches(BATCH))
+
+
+def chosen_calls(calls: Calls, num_tuples: int) -> Calls:
+    """`num_tuples` of the calls, evenly from all."""
     count = min(num_tuples, len(calls))
-    units = torch.linspace(0, len(calls) - 1, count).round().long().unique()
-    return list(calls[units].batches(BATCH))
+    return calls[torch.linspace(0, len(calls) - 1, count).round().long().unique()]
 
 
 @contextmanager

@@ -72,13 +72,10 @@ class Int4Layer(RoundedLayer):
         put_input_grid(self, self.plan, codes.device)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        return _pixel_first(weight)
+        return pixel_first(weight)
 
     def shaped(self, matrix: Tensor) -> Tensor:
-        if len(self.weight_shape) == 2:
-            return matrix
-        outputs, channels, *kernel = self.weight_shape
-        return matrix.view(outputs, *kernel, channels).permute(0, 3, 1, 2).contiguous()
+        return channel_first(matrix, self.weight_shape)
 
     def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
         grouped = name == "wscales" and self.plan.group_size is not None
@@ -136,9 +133,17 @@ class Int4Conv2d(Int4Layer, QuantizedConv2d):
         return int4_ops.int4_conv2d(input, *self.operands, *geometry)
 
 
-def _pixel_first(weight: Tensor) -> Tensor:
+def pixel_first(weight: Tensor) -> Tensor:
     """[N, K] or [N, C, kh, kw] -> [N, K] with K in the order (kh, kw, C)."""
     return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def channel_first(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `pixel_first`, for rows [n, K] of a weight of this shape."""
+    if len(shape) == 2:
+        return matrix
+    _, channels, *kernel = shape
+    return matrix.view(len(matrix), *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def _sixteen_bits(scales: Tensor) -> Tensor:

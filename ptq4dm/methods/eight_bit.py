@@ -8,8 +8,10 @@ from typing import cast
 
 from torch import nn
 
+from ..allocation.importance import IMPORTANCE, RowTask
+from ..allocation.mixed_rows import with_wide_rows
 from ..allocation.roles import allocate, edge_role
-from ..calibration.evidence import Evidence, calibration_batches
+from ..calibration.evidence import Evidence, calibration_batches, chosen_calls
 from ..calibration.store import CalibrationStore
 from ..calibration.trace import block_of
 from ..errors import UserError
@@ -44,8 +46,12 @@ class IntegerConfig(QuantConfig):
     group_size: of weights in 4 bits: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs
         do not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
     affine: weights in 4 bits with zero points.
-    grid: of weights: "uniform"; or "power", whose steps grow with the weight (layers/power.py): `simulated`, for it
+    weight_grid: "uniform"; or "power", whose steps grow with the weight (layers/power.py): `simulated`, for it
         is computed through a codebook. Layers that `first_last` gives 8 bits stay uniform.
+    average_bits: rows of weights get 8 bits, the most important first, until the mean width of all weights that
+        would have weight_bits is this; the layers at the model's ends, where they have 8 bits, are not counted.
+    importance: how rows are ranked for it: "integrated", "endpoint" or "gradient", on `num_tuples` calibration
+        tuples, "magnitude", or "random" by `seed` (allocation/importance.py).
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
         calibration never reached is "dynamic" in either case.
@@ -65,7 +71,15 @@ class IntegerConfig(QuantConfig):
     activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
     group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
     affine: bool = option(False, "4-bit weights with zero points")
-    grid: str = option("uniform", choices=GRIDS)  # no flag: --grid is the sampler's, of timesteps
+    weight_grid: str = option("uniform", "of weights: uniform, or power, which is simulated", choices=GRIDS)
+    average_bits: float | None = option(
+        None,
+        "rows of weights get 8 bits, the most important first, until the weights' average width is this",
+        parse=float,
+    )
+    importance: str = option(
+        "integrated", "how rows are ranked for average_bits: integrated, endpoint, gradient, magnitude or random"
+    )
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")
     first_last: str = option("int8", "the layers at the model's ends", choices=FIRST_LAST)
@@ -87,6 +101,7 @@ class IntegerConfig(QuantConfig):
                 "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
             )
         self._check_grid()
+        self._check_average_bits()
         if self.activations not in ACTIVATIONS:
             raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
         if self.first_last not in FIRST_LAST:
@@ -95,28 +110,45 @@ class IntegerConfig(QuantConfig):
         PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
 
     def _check_grid(self) -> None:
-        if self.grid not in GRIDS:
-            raise UserError(f"grid must be 'uniform' or 'power'; got '{self.grid}'.")
-        if self.grid == "uniform":
+        if self.weight_grid not in GRIDS:
+            raise UserError(f"weight_grid must be 'uniform' or 'power'; got '{self.weight_grid}'.")
+        if self.weight_grid == "uniform":
             return
         if self.format != "int8" or self.group_size is not None or self.affine:
-            raise UserError("grid='power' goes with format='int8', without group_size and affine.")
+            raise UserError("weight_grid='power' goes with format='int8', without group_size and affine.")
         objective = self.ranges()[0]
         if OBJECTIVES.find(objective).needs:
             raise UserError(
-                f"grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
+                f"weight_grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
                 "nothing; choose another objective."
+            )
+
+    def _check_average_bits(self) -> None:
+        IMPORTANCE.find(self.importance)
+        if self.average_bits is None:
+            return
+        if self.weight_bits > 4 or self.group_size is not None or self.affine or self.weight_grid != "uniform":
+            raise UserError(
+                "average_bits is a choice of weights in 4 bits with one scale an output; give weight_bits=4 (2, 3), "
+                "and no group_size, affine or other grid, with it."
+            )
+        if not self.weight_bits < self.average_bits < 8:
+            raise UserError(
+                f"average_bits lies between weight_bits ({self.weight_bits}) and 8; got {self.average_bits:g}."
             )
 
     @property
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide
-        """Whether each layer can be packed as its weight arrives: nothing looks at what layers are fed."""
-        return not self._looks
+        """Whether each layer can be packed as its weight arrives: nothing looks at what layers are fed, or at several
+        layers at once."""
+        return not self._looks and (self.average_bits is None or self.plan is not None)
 
     @property
     def _looks(self) -> frozenset[str]:
-        """The evidence that rounding and range objective look at."""
-        return ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs
+        """The evidence that rounding, range objective and importance look at."""
+        chosen = self.average_bits is None or self.plan is not None
+        ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
+        return ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs | ranking
 
     def ranges(self) -> tuple[str, float | None]:
         """The range objective of this method, and its parameter."""
@@ -133,7 +165,12 @@ class IntegerConfig(QuantConfig):
         fed = self._inputs(model, views, store)
         edge = None if self.first_last == "keep" else lambda view: self._plan(view, store, fed(view), True)
         inner = lambda view: self._plan(view, store, fed(view), False)  # noqa: E731
-        return allocate(views, {"edge": edge, "inner": inner}, edge_role)
+        plans = allocate(views, {"edge": edge, "inner": inner}, edge_role)
+        if self.average_bits is None:
+            return plans
+        calls = None if store is None else chosen_calls(store.recorded(), self.num_tuples)
+        task = RowTask(model, views, self.weight_bits, *self.ranges(), calls, self.seed)
+        return with_wide_rows(plans, task, self.importance, self.average_bits)
 
     def _inputs(
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
@@ -174,7 +211,7 @@ class IntegerConfig(QuantConfig):
             scale, zero = int8_grid(
                 view, cast(CalibrationStore, store), activation_bits, objective, parameter, self.symmetric, fed
             )
-        if self.grid == "power" and not (edge and self.first_last == "int8"):
+        if self.weight_grid == "power" and not (edge and self.first_last == "int8"):
             plan: LayerPlan = PowerPlan(weight_bits=weight_bits, activation_bits=activation_bits)
         elif weight_bits <= 4:
             plan = Int4Plan(

@@ -34,7 +34,7 @@ class Training:
         self.seed = seed
         units = torch.linspace(0, len(calls) - 1, min(num_tuples, len(calls))).round().long().unique()
         order = torch.randperm(len(units), generator=torch.Generator("cpu").manual_seed(seed))
-        self.batches = list(calls[units[order]].batches(self.learning.batch_size))
+        self.batches = list(calls[units[order]].batches(self.learning.step_tuples))
 
     def block(
         self, block: Block, fixed: Mapping[str, nn.Module], before: Mapping[str, nn.Module], evidence: Evidence | None

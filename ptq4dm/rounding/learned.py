@@ -36,7 +36,7 @@ STEPS = 300  # of the rounder of one layer
 class Learning:
     """How the blocks of a model are trained to give, on calibration tuples, what they gave in full precision.
 
-    steps: for each block. batch_size: calibration tuples of one step.
+    steps: for each block. step_tuples: calibration tuples of one step.
     loss: squared error of the block's outputs ("mse"); weighted by the squared gradient of the model's answer in each
         of them ("fisher", BRECQ, arXiv:2102.05426); one minus the cosine ("cosine"); squared error over the energy of
         the tuple's outputs ("relative").
@@ -55,7 +55,7 @@ class Learning:
     """
 
     steps: int = option(500, "training steps of each block", low=1)
-    batch_size: int = option(8, "calibration tuples of a step", low=1)
+    step_tuples: int = option(8, "calibration tuples of a step", low=1)
     loss: str = option("mse", "of a block's outputs", choices=LOSSES)
     time_weights: tuple[float, ...] = option((), "weights of equal parts of the time range, image to noise", low=0.0)
     train: tuple[str, ...] = option(("rounding", "ranges"), "what is trained: rounding, scales, biases, ranges")

@@ -42,7 +42,7 @@ def input_ratios(plan: Plan, store) -> dict[str, tuple[float, float]]:
     """layer -> (low, high): where its static int8 grid ends, over where its inputs end; 1 for an end at zero."""
     ratios = {}
     for name, choice in plan.layers.items():
-        if choice.format in ("int8", "int4") and choice.static:
+        if choice.format in ("int8", "int4", "row-mix") and choice.static:
             low, high = _extremes(store, name)
             limit, zero = 2 ** (choice.activation_bits - 1), choice.input_zero_point
             ends = (-limit - zero) * choice.input_scale, (limit - 1 - zero) * choice.input_scale
@@ -72,6 +72,21 @@ def shuffle_weight_ranges(model: nn.Module, exact: nn.Module, store, seed: int) 
         scale = full * (layer.weight_scale / full)[order]
         layer.weight_scale.copy_(scale)
         layer.qweight.copy_(quantize_weight(weight, scale, layer.plan.weight_bits))
+
+
+# ------------------------------------------------------------------------------------------------ wide rows
+
+
+def shuffle_rows(model: nn.Module, plan: Plan, store, seed: int) -> Plan:
+    """As many rows of each layer have 8 bits, but others."""
+    plan = copy.deepcopy(plan)
+    mixed = [(name, layer) for name, layer in plan.layers.items() if layer.format == "row-mix"]
+    if not mixed:
+        raise UserError("no layer of the plan has rows of two widths: there are no rows to shuffle.")
+    for place, (name, layer) in enumerate(mixed):
+        outputs = len(model.get_submodule(name).weight)
+        layer.wide = sorted(torch.randperm(outputs, generator=generator(seed, place))[: len(layer.wide)].tolist())
+    return plan
 
 
 # ------------------------------------------------------------------------------------------------ SVDQuant

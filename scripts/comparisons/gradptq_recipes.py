@@ -24,7 +24,9 @@ def recipe(trial: Trial, bits: str, base: dict, seed: int, rate: float | None) -
     weight_bits, activation_bits = widths(bits)
     shared = {"weight_bits": weight_bits, "activation_bits": activation_bits, "activations": "dynamic", "seed": seed}
     if trial.rounding:
-        kept = {name: base[name] for name in ("first_last", "num_tuples", "grid", "activations") if name in base}
+        kept = {
+            name: base[name] for name in ("first_last", "num_tuples", "weight_grid", "activations") if name in base
+        }
         options = shared | kept | trial.options
         return ptq4dm.PTQ4DMConfig(objective=OBJECTIVE, rounding=trial.rounding, **options)
     learning = {"learning_rate": rate} if trial.optimizer else {}  # the base's is none of another optimizer

@@ -76,7 +76,7 @@ def _generalizes(row: dict) -> float | None:
 
 
 def _grid(row: dict) -> str:
-    return "grid power" if row["options"].get("grid") == "power" else ""
+    return "weight_grid power" if row["options"].get("weight_grid") == "power" else ""
 
 
 def _inputs(row: dict) -> str:

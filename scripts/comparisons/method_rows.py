@@ -106,6 +106,28 @@ def four_bits() -> list[Row]:
     ]  # fmt: skip
 
 
+def important_rows() -> list[Row]:
+    """Rows of 8 bits among those of 4, by importance, at 4.5 bits a weight: by each score, and by a draw.
+
+    Scores that are dealt out anew over all rows are a draw ("by random"); the shuffled control keeps layers' shares.
+    """
+    rows = []
+    for rounding in ("gptq", "nearest"):
+        four = {"weight_bits": 4, "activations": "dynamic", "objective": "mse", "rounding": rounding}
+        recipe = partial(PTQ4DMConfig, average_bits=4.5, **four)
+        name = f"PTQ4DM W4.5A8 rows, {rounding}"
+        rows += [
+            Row(f"PTQ4DM W4A8 per row, mse, dynamic, {rounding}", "baseline", partial(PTQ4DMConfig, **four), name),
+            Row(name, "method", recipe),
+            *(
+                Row(f"{name}, by {score}", "ablation", partial(recipe, importance=score), name)
+                for score in ("endpoint", "gradient", "magnitude", "random")
+            ),
+            Row(f"{name}, shuffled in each layer", "shuffled", recipe, name, plan=controls.shuffle_rows),
+        ]
+    return rows
+
+
 def _shuffled_rounding(name: str, recipe: Callable[[], QuantConfig]) -> list[Row]:
     return [
         Row(f"{name}, flips at random", "shuffled", recipe, name, plan=controls.shuffle_rounding),
@@ -140,4 +162,4 @@ def low_rank() -> list[Row]:
 
 def all_rows() -> list[Row]:
     """In the order in which they are printed."""
-    return [*eight_bits(), *hessian_rounding(), *four_bits(), *low_rank()]
+    return [*eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *low_rank()]

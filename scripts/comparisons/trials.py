@@ -35,7 +35,7 @@ FACTORS: dict[str, tuple] = {
     ),
     "augmentation": ("qdrop", "noise", "none"),
     "unit": ("block", "layer"),
-    "grid": ("uniform", "power"),
+    "weight_grid": ("uniform", "power"),
 }  # fmt: skip
 STATIC = {"activations": "static"}
 COMBINED: tuple[dict, ...] = (
@@ -100,7 +100,7 @@ def factors(base: dict[str, Any]) -> list[Trial]:
         Trial("factors", called(options), options, optimizer=options.get("optimizer", ""))
         for options in (*single, *COMBINED)
     ]
-    for options in ({"grid": "power"}, STATIC):
+    for options in ({"weight_grid": "power"}, STATIC):
         rows += [
             Trial("factors", f"{rounding}, {called(options)}", options, rounding=rounding)
             for rounding in ("nearest", "gptq")

@@ -267,7 +267,7 @@ def test_flipped_codes_are_as_many_in_other_places(script, unet, one_thread, gri
     pipe = tiny(unet)
     exact, store = pipe.unet, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 4, 3, batch_size=4))
     model, nearest = copy.deepcopy(exact), copy.deepcopy(exact)
-    options = {"weight_bits": 4, "activations": "dynamic", "grid": grid}
+    options = {"weight_bits": 4, "activations": "dynamic", "weight_grid": grid}
     ptq4dm.quantize(model, Trained(**options), store)
     ptq4dm.quantize(nearest, Trained(**options, rounding="nearest"))
     flipped = copy.deepcopy(model)

@@ -322,3 +322,19 @@ def test_rounding_at_the_bytes_of_a_method(script, one_thread):
     model = quantized(exact, rtn, store)
     assert sizes == {name: stored_bytes(model.get_submodule(name)) for name in plan.layers}
     assert {"int8", "svdq"} == {choice.format for choice in plan.layers.values()}
+
+
+def test_as_many_rows_of_each_layer_are_wide_but_others(script, calibrated):
+    exact, store = calibrated
+    controls = script("controls")
+    config = ptq4dm.RTNConfig(activations="dynamic", weight_bits=4, average_bits=5.0, importance="magnitude")
+    plan = make_plan(exact, config, store)
+    found = [controls.shuffle_rows(exact, plan, store, seed) for seed in (0, 1, 0)]
+    assert found[0] == found[2] and len({str(one.layers) for one in (plan, *found)}) == 3
+    for name, layer in plan.layers.items():
+        rows = getattr(found[0].layers[name], "wide", [])
+        assert len(rows) == len(getattr(layer, "wide", [])) == len(set(rows)) and rows == sorted(rows)
+    models = [quantized(exact, dataclasses.replace(config, plan=one), store) for one in (plan, found[0])]
+    assert stored_bytes(models[0]) == stored_bytes(models[1])
+    with pytest.raises(UserError, match="no rows to shuffle"):
+        controls.shuffle_rows(exact, make_plan(exact, ptq4dm.RTNConfig(), store), store, 0)

@@ -17,11 +17,13 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_does_not_keep_its_weight_alive(form):
-    weight = torch.arange(8, dtype=torch.int8).view(2, 4).clone()
-    made = prepared(weight, "form", lambda: FORMS[form](weight))
-    assert torch.equal(made, prepared(weight, "form", lambda: FORMS[form](weight)))
-    name, alive = id(weight), weakref.ref(weight)
-    del weight, made
+    def use():
+        weight = torch.arange(8, dtype=torch.int8).view(2, 4).clone()
+        made = prepared(weight, "form", lambda: FORMS[form](weight))
+        assert torch.equal(made, prepared(weight, "form", lambda: FORMS[form](weight)))
+        return id(weight), weakref.ref(weight)
+
+    name, alive = use()
     gc.collect()
     assert alive() is None and name not in CACHE
 

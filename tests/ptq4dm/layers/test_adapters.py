@@ -19,6 +19,7 @@ RECIPES = {
     "int8": RTNConfig(activations="dynamic"),
     "fp8": RTNConfig(activations="dynamic", format="fp8"),
     "int4": RTNConfig(activations="dynamic", weight_bits=4, group_size=64),
+    "row-mix": RTNConfig(activations="dynamic", weight_bits=4, average_bits=5.0, importance="magnitude"),
 }
 PARTS = dict(vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None)
 PIPELINES = {

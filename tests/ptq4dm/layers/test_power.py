@@ -160,7 +160,7 @@ def test_the_completed_plan_gives_the_same_codes():
 @pytest.mark.parametrize("weight_bits", [3, 8])
 def test_a_saved_model_comes_back_to_the_bit(tmp_path, unet, weight_bits):
     model = unet()
-    config = RTNConfig(weight_bits=weight_bits, grid="power", first_last="same", activations="dynamic")
+    config = RTNConfig(weight_bits=weight_bits, weight_grid="power", first_last="same", activations="dynamic")
     ptq4dm.quantize(model, config)
     assert {str(m.plan).split()[-2] for m in model.modules() if hasattr(m, "plan")} == {"dynamic"}
     model.save_pretrained(tmp_path)
@@ -223,19 +223,19 @@ def test_plans_out_of_range_are_refused(choice, words):
     "choice", [{"format": "fp8"}, {"weight_bits": 4, "group_size": 64}, {"weight_bits": 4, "affine": True}], ids=str
 )
 def test_a_recipe_that_no_power_grid_serves_is_refused(choice):
-    with pytest.raises(UserError, match="grid='power' goes with format='int8'"):
-        RTNConfig(grid="power", **choice)
+    with pytest.raises(UserError, match="weight_grid='power' goes with format='int8'"):
+        RTNConfig(weight_grid="power", **choice)
 
 
 def test_other_refusals_of_recipes():
-    with pytest.raises(UserError, match="grid must be 'uniform' or 'power'"):
-        RTNConfig(grid="log")
+    with pytest.raises(UserError, match="weight_grid must be 'uniform' or 'power'"):
+        RTNConfig(weight_grid="log")
     with pytest.raises(UserError, match="objective 'output' knows nothing"):
-        PTQ4DMConfig(grid="power", objective="output")
+        PTQ4DMConfig(weight_grid="power", objective="output")
 
 
 def test_layers_at_the_ends_stay_uniform(unet):
     model = unet()
-    ptq4dm.quantize(model, RTNConfig(weight_bits=4, grid="power", activations="dynamic"))
+    ptq4dm.quantize(model, RTNConfig(weight_bits=4, weight_grid="power", activations="dynamic"))
     assert model.conv_in.plan.format == model.conv_out.plan.format == "int8"
     assert model.time_embedding.linear_1.plan.format == "power"

@@ -12,13 +12,21 @@ from ptq4dm.errors import UserError
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.layers.power import PowerPlan
 from ptq4dm.layers.registry import FORMATS, quantized_copy
+from ptq4dm.layers.row_mix import RowMixPlan
 from ptq4dm.svdquant.layers.nvfp4 import NVFP4Linear, NVFP4Plan
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.layers.split import SplitLinear, SplitPlan
 from ptq4dm.svdquant.layers.svdq import SVDQConv2d, SVDQLinear
 
-PLANS = {"int8": LayerPlan(), "fp8": LayerPlan("fp8"), "int4": Int4Plan(), "groups": Int4Plan(group_size=64)}
-PLANS |= {"power": PowerPlan(weight_bits=4), "power8": PowerPlan()}
+PLANS = {
+    "int8": LayerPlan(),
+    "fp8": LayerPlan("fp8"),
+    "int4": Int4Plan(),
+    "groups": Int4Plan(group_size=64),
+    "row-mix": RowMixPlan(wide=[2, 5, 31]),
+    "power": PowerPlan(weight_bits=4),
+    "power8": PowerPlan(),
+}
 
 
 def float_layer(conv=False, bias=True, dtype=torch.float32):
@@ -64,7 +72,7 @@ def test_facts_of_the_float_weight(bias, dtype):
         assert torch.zeros(2, dtype=torch.float64).to(weight).dtype == dtype
         assert torch.zeros_like(weight).shape == weight.shape and weight.new_ones(3).dtype == dtype
         assert copy.deepcopy(layer).to("meta").weight.is_meta
-    assert seen >= {"int8", "fp8", "int4", "power", "svdq", "svdq-split", "nvfp4"} and seen <= set(FORMATS)
+    assert seen >= {"int8", "fp8", "int4", "row-mix", "power", "svdq", "svdq-split", "nvfp4"} and seen <= set(FORMATS)
 
 
 REFUSED = {

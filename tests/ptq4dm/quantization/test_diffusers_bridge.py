@@ -214,7 +214,12 @@ def unbiased_flux2():
     ).to(torch.bfloat16)  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, {"format": "fp8"}, {"weight_bits": 4}], ids=["int8", "fp8", "int4"])
+ROW_MIX = {"weight_bits": 4, "average_bits": 5.0, "importance": "magnitude"}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"format": "fp8"}, {"weight_bits": 4}, ROW_MIX], ids=["int8", "fp8", "int4", "row-mix"]
+)
 def test_dtype_of_a_model_without_any_bias(options, tmp_path):
     model = unbiased_flux2()
     assert not any(name.endswith("bias") for name, _ in model.named_parameters())

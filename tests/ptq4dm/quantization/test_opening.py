@@ -16,13 +16,14 @@ from models import plain_unet
 from ptq4dm import RTNConfig, UserError
 from ptq4dm.errors import DamagedFile
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
+from ptq4dm.layers.row_mix import RowMixPlan
 from ptq4dm.quantization import opening
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATIC, GROUPS = "down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv1"
-FP8, ROWS = "mid_block.resnets.0.conv2", "conv_out"
+FP8, ROWS, MIX = "mid_block.resnets.0.conv2", "conv_out", "down_blocks.0.resnets.0.conv2"
 
 
 def changed_file(folder, tensors=None, plan=None, config=None):
@@ -50,6 +51,7 @@ def saved(tmp_path_factory):
             GROUPS: Int4Plan(group_size=32, affine=True, input_scale=0.2, input_zero_point=-4),
             FP8: LayerPlan("fp8", input_scale=0.3),
             ROWS: Int4Plan(),
+            MIX: RowMixPlan(weight_bits=3, wide=[1, 4], input_scale=0.1, input_zero_point=2),
         },
     )
     ptq4dm.quantize(model, RTNConfig(plan=plan))
@@ -85,6 +87,10 @@ TENSORS = {
     ),
     "zero points beyond 4 bits": (entry(f"{GROUPS}.wzeros", lambda t: t * 0 + 9), r"wzeros.*9, out of \[-8, 7\]"),
     "codes beyond 6 bits": (entry(f"{STATIC}.qweight", lambda t: t * 0 + 32), r"32, out of \[-31, 31\]"),
+    "narrow codes beyond 3 bits": (entry(f"{MIX}.qweight", lambda t: t * 0 + 0x44), r"-4, out of \[-3, 3\]"),
+    "wide codes beyond the grid": (entry(f"{MIX}.qweight8", lambda t: t * 0 - 128), r"-128, out of \[-127, 127\]"),
+    "wide scale 0": (entry(f"{MIX}.weight_scale", lambda t: t * 0), "weight_scale.*above zero"),
+    "other places": (entry(f"{MIX}.places", lambda t: t.flip(0)), "places.*other outputs than the plan"),
     "codes NaN": (
         entry(f"{FP8}.qweight", lambda t: (t.view(torch.uint8) | 0x7F).view(torch.float8_e4m3fn)),
         "qweight.*NaN",
@@ -106,6 +112,9 @@ PLANS = {
     "weight bits": (lambda p: p[STATIC].update(weight_bits="6"), "weight_bits must be a whole number; got '6'"),
     "bits of fp8": (lambda p: p[FP8].update(weight_bits=4), "fp8 has 8 bits"),
     "bits of int4": (lambda p: p[GROUPS].update(weight_bits=8), "4 bits and less, not 8"),
+    "other rows": (lambda p: p[MIX].update(wide=[1, 5]), "places.*other outputs than the plan"),
+    "more rows": (lambda p: p[MIX].update(wide=[1, 4, 5]), r"has shape \[2\] and should have \[3\]"),
+    "rows that are not there": (lambda p: p[MIX].update(wide=[1, 99]), "names output 99"),
     "zero point": (lambda p: p[STATIC].update(input_zero_point=1000), "lies in"),
     "group size": (lambda p: p[GROUPS].update(group_size=48), "group_size is none"),
     "no groups": (lambda p: p[GROUPS].update(group_size=None), "wscales.*float16 and should be float32"),
@@ -203,13 +212,13 @@ def test_every_way_to_save_leaves_checksums_that_hold(saved, tmp_path):
     pipe = DDPMPipeline(model, DDIMScheduler())
     pipe.save_pretrained(tmp_path / "pipe", max_shard_size="10KB")
     assert len(list((tmp_path / "pipe" / "unet").glob("*.safetensors"))) > 2
-    assert ptq4dm.verify(tmp_path / "pipe") == {"unet": 4}
+    assert ptq4dm.verify(tmp_path / "pipe") == {"unet": 5}
     again = ptq4dm.load_pipeline(tmp_path / "pipe", torch.bfloat16)  # in channels_last
     again.save_pretrained(tmp_path / "half")
-    assert ptq4dm.verify(tmp_path / "half") == {"unet": 4}
+    assert ptq4dm.verify(tmp_path / "half") == {"unet": 5}
     assert same(ptq4dm.load_pipeline(tmp_path / "half", torch.bfloat16).unet, again.unet)
     model.save_pretrained(tmp_path / "variant", variant="ours")
-    assert ptq4dm.verify(tmp_path / "variant") == {"": 4}
+    assert ptq4dm.verify(tmp_path / "variant") == {"": 5}
 
 
 def test_files_without_checksums_load_and_cannot_be_verified(copied):
@@ -218,7 +227,7 @@ def test_files_without_checksums_load_and_cannot_be_verified(copied):
     with pytest.raises(UserError, match="without checksums.*save it again"):
         ptq4dm.verify(copied)
     before.save_pretrained(copied)
-    assert ptq4dm.verify(copied) == {"": 4}
+    assert ptq4dm.verify(copied) == {"": 5}
     plain_unet().save_pretrained(copied.parent / "plain")
     with pytest.raises(UserError, match="nothing to verify"):
         ptq4dm.verify(copied.parent / "plain")

@@ -21,6 +21,15 @@ def problem(outputs=12, inputs=96):
     return weight, LayerEvidence(torch.randn(600, inputs, generator=generator) @ mixing)
 
 
+def rows_mixed(weight, affine=False):
+    """Rows of 8 bits among those of 4."""
+    half, whole = weight_grid(weight, 4, affine=affine), weight_grid(weight, 8, affine=affine)
+    wide = (torch.arange(len(weight)) % 3 == 1)[:, None]
+    picked = lambda a, b: torch.where(wide, torch.as_tensor(b), torch.as_tensor(a))  # noqa: E731
+    zeros = picked(half.zeros, whole.zeros) if affine else None
+    return Grid(picked(half.scales, whole.scales), zeros, picked(half.low, whole.low), picked(half.high, whole.high))
+
+
 def grids(weight):
     return {
         "int8": weight_grid(weight, 8),
@@ -28,6 +37,8 @@ def grids(weight):
         "int4-groups": weight_grid(weight, 4, group_size=32),
         "int4-affine": weight_grid(weight, 4, group_size=32, affine=True),
         "power": PowerGrid.over(weight_grid(raised(weight, 0.7), 4), 0.7),
+        "rows-mixed": rows_mixed(weight),
+        "rows-mixed-affine": rows_mixed(weight, affine=True),
         "fp8": Fp8Grid(scale_of(weight, (1,))),
     }
 
@@ -47,7 +58,7 @@ def test_codes_are_on_the_grid_and_keep_their_values(rounding, name):
     assert codes.shape == weight.shape and values.isfinite().all()
     assert torch.equal(grid.codes(values), codes)
     if isinstance(grid, (Grid, PowerGrid)):
-        assert codes.dtype == torch.int8 and grid.low <= codes.min() and codes.max() <= grid.high
+        assert codes.dtype == torch.int8 and (grid.low <= codes).all() and (codes <= grid.high).all()
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -69,6 +80,18 @@ def test_a_grid_picks_columns():
         whole = grid.values(grid.codes(weight))[:, order]
         found = torch.stack([picked.nearest(weight[:, order][:, j], j) for j in range(96)], 1)
         assert torch.equal(found, whole), name
+
+
+def test_grids_of_outputs_are_parts_of_the_whole():
+    """Picked and put together again, also where each output has ends of its own."""
+    weight, _ = problem()
+    for name, grid in grids(weight).items():
+        whole = type(grid).stacked([grid.rows(slice(0, 5)), grid.rows(slice(5, 12))])
+        assert torch.equal(whole.codes(weight), grid.codes(weight)), name
+        if isinstance(grid, Grid):
+            low, high = grid.ends(96)
+            steps = grid.steps(weight).round()
+            assert torch.equal(grid.values(grid.codes(weight)), steps.clamp(low, high) * grid._wide(grid.scales, 96))
 
 
 def test_an_unknown_rounder_is_named():

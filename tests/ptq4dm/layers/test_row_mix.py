@@ -1,0 +1,233 @@
+"""Layers whose rows have two widths: against the formula, against layers of each width, their bytes, and the plan."""
+
+import copy
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+import ptq4dm
+from helpers import correlated, distance, normal, same
+from ptq4dm import RTNConfig, UserError
+from ptq4dm.evidence import LayerEvidence
+from ptq4dm.layers.plan import Int4Plan, LayerPlan, Plan
+from ptq4dm.layers.registry import quantized_copy
+from ptq4dm.layers.row_mix import RowMixPlan
+from ptq4dm.quantization.report import stored_bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDE = {"one": [3], "some": [0, 1, 6, 10], "all but one": [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]}
+LAYERS = {
+    "linear": (lambda: nn.Linear(37, 11), (3, 5, 37)),
+    "linear without bias": (lambda: nn.Linear(128, 11, bias=False), (4, 128)),
+    "conv": (lambda: nn.Conv2d(5, 11, 3, padding=1), (2, 5, 6, 7)),
+    "strided conv": (lambda: nn.Conv2d(64, 11, (3, 1), stride=2, dilation=(1, 2), bias=False), (2, 64, 7, 6)),
+    "conv of one pixel": (lambda: nn.Conv2d(66, 11, 1), (2, 66, 3, 3)),
+}
+
+
+def layer_and_input(name):
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    return make(), normal(*shape)
+
+
+def others(rows):
+    return [row for row in range(11) if row not in rows]
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("wide", WIDE.values(), ids=WIDE)
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_are_what_the_formula_says(name, wide, static, bits):
+    """In float64: weights on a grid of their row's width, inputs on one of 8 bits, the same for all rows."""
+    layer, x = layer_and_input(name)
+    grid = {"input_scale": 0.03, "input_zero_point": 5} if static else {}
+    found = quantized_copy(layer, RowMixPlan(weight_bits=bits, wide=wide, **grid), "layer")(x)
+    exact = copy.deepcopy(layer).double()
+    rows = layer.weight.detach().double().flatten(1)
+    limit = torch.tensor([127 if row in wide else 2 ** (bits - 1) - 1 for row in range(11)]).double()[:, None]
+    scale = (rows.abs().amax(1, keepdim=True) / limit).float().double()
+    exact.weight.data = ((rows / scale).round() * scale).view(exact.weight.shape)
+    if static:
+        rounded = ((x / 0.03).round().add(5).clamp(-128, 127) - 5) * 0.03
+    else:
+        step = x.abs().amax((-1,) if layer.weight.ndim == 2 else (1, 2, 3), keepdim=True) / 127
+        rounded = (x / step).round() * step
+    expected = exact(rounded.double())
+    assert found.dtype == x.dtype and found.shape == expected.shape
+    assert distance(found, expected) < 1e-3  # a code that lies between two of float32 may go to either
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_are_those_of_layers_of_one_width(name, static):
+    """To the bit: what is stored, what it stands for, and what comes out."""
+    layer, x = layer_and_input(name)
+    grid = {"input_scale": 0.03, "input_zero_point": 5} if static else {}
+    wide = WIDE["some"]
+    narrow, axis = others(wide), -1 if layer.weight.ndim == 2 else 1
+    mixed = quantized_copy(layer, RowMixPlan(wide=wide, objective="mse", **grid), "layer")
+    four = quantized_copy(layer, Int4Plan(objective="mse", **grid), "layer")
+    eight = quantized_copy(layer, LayerPlan(objective="mse", **grid), "layer")
+    assert torch.equal(mixed.qweight, four.qweight[narrow]) and torch.equal(mixed.qweight8, eight.qweight[wide])
+    for rows, one in ((narrow, four), (wide, eight)):
+        assert torch.equal(mixed.dequantized_weight()[rows], one.dequantized_weight()[rows])
+        index = torch.tensor(rows)
+        assert torch.equal(mixed(x).index_select(axis, index), one(x).index_select(axis, index))
+
+
+@pytest.mark.parametrize("wide", WIDE.values(), ids=WIDE)
+def test_bytes_are_those_of_each_row(wide):
+    layer = nn.Linear(130, 11, bias=False)
+    found = stored_bytes(quantized_copy(layer, RowMixPlan(wide=wide), "layer"))
+    like, scale, place = 4, 4, 4
+    assert found == len(wide) * 130 + (11 - len(wide)) * 192 // 2 + 11 * (scale + place) + like
+
+
+def test_the_kernel_is_that_of_int4_rows():
+    layer, _ = layer_and_input("linear")
+    mixed, four = (quantized_copy(layer, plan, "layer") for plan in (RowMixPlan(wide=[3]), Int4Plan()))
+    assert mixed.kernel_name() == four.kernel_name()
+    assert mixed.kernel_name() in ("onednn-int8 on an int8 copy", "reference")
+
+
+@pytest.mark.parametrize("name", ["qweight", "qweight8", "wscales", "weight_scale"])
+def test_the_copy_follows_what_is_stored(name):
+    layer, x = layer_and_input("linear")
+    mixed = quantized_copy(layer, RowMixPlan(wide=WIDE["some"]), "layer")
+    before = mixed(x)
+    getattr(mixed, name).add_(1)
+    assert not torch.equal(mixed(x), before)
+    assert torch.equal(mixed(x), copy.deepcopy(mixed)(x))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_hessian_rounding_gains_on_both_widths(name):
+    layer, _ = layer_and_input(name)
+    weight = layer.weight.detach().flatten(1)
+    rows = correlated(2048, weight.shape[1])
+    errors = {}
+    for rounding in ("nearest", "gptq"):
+        plan = RowMixPlan(wide=WIDE["some"], rounding=rounding)
+        wrong = quantized_copy(layer, plan, "layer", LayerEvidence(rows)).dequantized_weight().flatten(1) - weight
+        errors[rounding] = (rows @ wrong.T).square().sum(0)
+    for chosen in (WIDE["some"], others(WIDE["some"])):
+        assert errors["gptq"][chosen].sum() < 0.7 * errors["nearest"][chosen].sum()
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_codes_can_come_from_elsewhere(name):
+    """Training rounds steps up or down between ends; a gradient goes through the values; `fill` takes the codes."""
+    layer, _ = layer_and_input(name)
+    mixed = quantized_copy(layer, RowMixPlan(weight_bits=3, wide=WIDE["some"]), "layer")
+    matrix = mixed.matrix(layer.weight.detach())
+    grid = mixed.whole_grid(layer.weight.detach())
+    low, high = grid.ends(matrix.shape[1])
+    assert low[:, 0].tolist() == [-127 if row in WIDE["some"] else -3 for row in range(11)] and torch.equal(
+        high, -low
+    )
+    codes = grid.steps(matrix).floor().clamp(low, high).requires_grad_()
+    values = grid.values(codes)
+    values.sum().backward()
+    assert torch.equal(codes.grad, grid.scales.expand_as(codes))
+    mixed.fill(codes.detach().to(torch.int8), grid)
+    assert torch.equal(mixed.dequantized_weight(), mixed.shaped(values.detach()))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"wide": []}, "wide names none"),
+        ({"wide": [2, 2]}, "rising"),
+        ({"wide": [3, 1]}, "rising"),
+        ({"wide": [-1, 1]}, "from 0 on"),
+        ({"wide": ["1"]}, "wide must be"),
+        ({"wide": [1, 6]}, "names output 6, and there are 6"),
+        ({"wide": [0, 1, 2, 3, 4, 5]}, "names all outputs"),
+        ({"weight_bits": 5, "wide": [1]}, "4 bits and less, not 5"),
+    ],
+)
+def test_plans_that_are_wrong(change, words):
+    model = nn.Sequential(nn.Linear(4, 6))
+    plan = Plan.from_dict({"method": "rtn", "layers": {"0": {"format": "row-mix", **change}}})
+    with pytest.raises(UserError, match=f"layer '0' of the plan: .*{words}"):
+        ptq4dm.quantize(model, RTNConfig(plan=plan))
+
+
+def test_grouped_convolutions_are_refused():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    with pytest.raises(UserError, match="grouped convolutions have outputs of one width"):
+        ptq4dm.quantize(model, RTNConfig(plan=Plan("rtn", {"0": RowMixPlan(wide=[1])})))
+
+
+def test_a_plan_is_json_and_back():
+    plan = Plan("rtn", {"0": RowMixPlan(weight_bits=3, wide=[1, 4])})
+    again = Plan.from_dict(plan.to_dict())
+    assert again == plan and asdict(again.layers["0"])["wide"] == [1, 4]
+    assert str(again.layers["0"]) == "W3A8 in 4 bits + 2 rows W8 dynamic" and not again.layers["0"].simulated
+
+
+def test_a_model_saves_and_loads_to_the_bit(unet, tmp_path):
+    from diffusers import UNet2DModel
+
+    model = unet()
+    recipe = RTNConfig(weight_bits=3, average_bits=4.5, importance="magnitude", activations="dynamic")
+    report = ptq4dm.quantize(model, recipe)
+    assert any("rows W8" in row["format"] for row in report.layers)
+    model.save_pretrained(tmp_path)
+    again = UNet2DModel.from_pretrained(tmp_path)
+    assert same(model, again)
+    x = normal(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(model(x, 10).sample, again(x, 10).sample)
+    half = UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    kept = [module for module in half.modules() if hasattr(module, "places")]
+    assert kept and all(module.wscales.dtype == module.weight_scale.dtype == torch.float32 for module in kept)
+    assert distance(half(x.bfloat16(), 10).sample.float(), model(x, 10).sample) < 0.1
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_compiled_layers_give_what_they_give_eagerly(name):
+    layer, x = layer_and_input(name)
+    mixed = quantized_copy(layer, RowMixPlan(wide=WIDE["some"]), "layer")
+    with torch.no_grad():
+        assert torch.equal(torch.compile(mixed, backend="aot_eager", fullgraph=True)(x), mixed(x))
+
+
+def test_the_ops_are_whole():
+    """Schema and fake kernels fit the real ones."""
+    fully, x = layer_and_input("linear")
+    fully = quantized_copy(fully, RowMixPlan(wide=WIDE["some"]), "layer")
+    torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (x, *fully.operands))
+    window, x = layer_and_input("strided conv")
+    window = quantized_copy(window, RowMixPlan(wide=WIDE["some"]), "layer")
+    geometry = (list(window.stride), list(window.padding), list(window.dilation))
+    torch.library.opcheck(torch.ops.ptq4dm.row_mix_conv2d.default, (x, *window.operands, *geometry))
+
+
+def test_empty_inputs_and_models_of_16_bits():
+    """No row of an input, and models of 16 bits."""
+    layer, _ = layer_and_input("linear")
+    mixed = quantized_copy(layer, RowMixPlan(wide=[3]), "layer")
+    assert mixed(torch.zeros(0, 37)).shape == (0, 11)
+    half = copy.deepcopy(mixed).half()
+    assert half.wscales.dtype == torch.float32 and half.bias.dtype == torch.float16
+    x = normal(4, 37)
+    assert half(x.half()).dtype == torch.float16 and distance(half(x.half()), mixed(x)) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_kernels_on_a_gpu_give_what_the_reference_gives(name, static):
+    layer, x = layer_and_input(name)
+    grid = {"input_scale": 0.03, "input_zero_point": 5} if static else {}
+    mixed = quantized_copy(layer, RowMixPlan(wide=WIDE["some"], **grid), "layer")
+    with torch.no_grad():
+        found = copy.deepcopy(mixed).cuda()(x.cuda())
+        assert distance(found, mixed(x)) < 0.004

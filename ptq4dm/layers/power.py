@@ -105,7 +105,7 @@ class PowerLayer(RoundedLayer):
     def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> PowerGrid:
         """The grid of some outputs of a float32 weight [N, K], by the plan, which has its exponent already."""
         if self.plan.exponent is None:
-            raise ValueError("a power plan has its exponent before its grids: take `parts` or `whole_grid`.")
+            raise ValueError("a power plan has its exponent before its grids: take `parts` or `rounded`.")
         return self._grid(matrix, self.plan.exponent)
 
     def _grid(self, matrix: Tensor, exponent: float) -> PowerGrid:

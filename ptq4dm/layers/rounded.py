@@ -43,14 +43,14 @@ class RoundedLayer(QuantizedLayer):
 
         Raises UserError, naming the layer, if the weight holds NaN or infinity.
         """
-        rounder = ROUNDERS.find(self.plan.rounding)
-        parts = list(self.parts(finite(weight, name), evidence))
-        codes = torch.cat([rounder(rows, grid, fed) for rows, grid, fed in parts])
-        self.fill(codes, _stacked([grid for _, grid, _ in parts]))
+        self.fill(*self.rounded(finite(weight, name), self.plan.rounding, evidence))
 
-    def whole_grid(self, weight: Tensor, evidence: LayerEvidence | None = None) -> Any:
-        """The grid of all outputs of a weight [N, ...] float32."""
-        return _stacked([grid for _, grid, _ in self.parts(weight, evidence)])
+    def rounded(self, weight: Tensor, rounding: str, evidence: LayerEvidence | None = None) -> tuple[Tensor, Any]:
+        """(codes [N, K], the grid of all outputs) of a weight [N, ...] float32."""
+        rounder = ROUNDERS.find(rounding)
+        parts = list(self.parts(weight, evidence))
+        codes = torch.cat([rounder(rows, grid, fed) for rows, grid, fed in parts])
+        return codes, _stacked([grid for _, grid, _ in parts])
 
     def parts(self, weight: Tensor, evidence: LayerEvidence | None) -> Iterator[tuple[Tensor, Any, Any]]:
         """(rows [n, K] of a weight [N, ...], their grid, what feeds them), for each group of a convolution.

@@ -23,14 +23,14 @@ from ..calibration.trace import trace
 from ..checks import check_fields
 from ..errors import UserError
 from ..layers.plan import Plan
-from ..layers.registry import FORMATS, Problem, finite, needs_of, objective_needs
+from ..layers.registry import FORMATS, Problem, finite, needs_of
 from ..layers.view import LayerView
 from ..options import option
 from ..pipelines.loading import not_while_loading
 from ..progress import progress_bar
 from .blocks import Block, blocks_of
 from .checkpoint import BlockCheckpoint, block_checkpoint
-from .training import Training, learned_layers
+from .training import Training, learned_layers, training_needs
 
 PREFIXES = ("exact", "quantized")
 
@@ -71,7 +71,8 @@ def pack_plan(
     options, plan = options or PackingOptions(), plan.copy()
     learned = learned_layers(plan)
     needs = {
-        name: objective_needs(choice) if name in learned else needs_of(choice) for name, choice in plan.layers.items()
+        name: training_needs(plan, name) if name in learned else needs_of(choice)
+        for name, choice in plan.layers.items()
     }
     batches: list[Calls] = []
     calls = None

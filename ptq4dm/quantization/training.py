@@ -12,7 +12,8 @@ from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence
 from ..layers.plan import Plan
 from ..layers.registry import objective_needs
-from ..reconstruction.block import BlockTraining
+from ..reconstruction import block as reconstruction
+from ..rounding.registry import ROUNDERS
 from .blocks import Block
 
 
@@ -21,6 +22,12 @@ def learned_layers(plan: Plan) -> set[str]:
     if plan.learning is None:
         return set()
     return {name for name, choice in plan.layers.items() if getattr(choice, "rounding", "") == "learned"}
+
+
+def training_needs(plan: Plan, name: str) -> frozenset[str]:
+    """The evidence that the training of a layer begins with."""
+    start = ROUNDERS.find(plan.learning.start).needs if plan.learning else frozenset()
+    return start | objective_needs(plan.layers[name])
 
 
 class Training:
@@ -35,6 +42,7 @@ class Training:
         units = torch.linspace(0, len(calls) - 1, min(num_tuples, len(calls))).round().long().unique()
         order = torch.randperm(len(units), generator=torch.Generator("cpu").manual_seed(seed))
         self.batches = list(calls[units[order]].batches(self.learning.step_tuples))
+        self.reference = list(calls.batches(self.learning.step_tuples)) if self.learning.correction else None
 
     def block(
         self, block: Block, fixed: Mapping[str, nn.Module], before: Mapping[str, nn.Module], evidence: Evidence | None
@@ -48,17 +56,10 @@ class Training:
             choice = plan.layers[name]
             start = plan.starts.setdefault(name, [choice.input_scale, choice.input_zero_point])
             choice.input_scale, choice.input_zero_point = start
-        fed = {name: evidence.of(name) for name in names if objective_needs(plan.layers[name]) and evidence}
-        training = BlockTraining(
-            self.model,
-            block.name,
-            {name: plan.layers[name] for name in names},
-            self.learning,
-            self.batches,
-            fixed=fixed,
-            before=before,
-            evidence=fed,
-            seed=_seed(self.seed, block.name),
+        fed = {name: evidence.of(name) for name in names if evidence and training_needs(plan, name)}
+        trained = reconstruction.Block(block.name, {name: plan.layers[name] for name in names}, fixed, before, fed)
+        training = reconstruction.BlockTraining(
+            self.model, trained, self.learning, self.batches, self.reference, _seed(self.seed, block.name)
         )
         layers, figures = training.run()
         for name, layer in layers.items():

@@ -22,6 +22,8 @@ from ..layers.rounded import RoundedLayer
 from ..rounding.learned import Learning
 from ..rounding.variables import VARIABLES, Variable, straight_through
 
+NEAR = 0.49  # how far from its code a weight begins at most, in codes
+
 
 class SoftInput:
     """The input grid of a layer, with a gradient; `ends`: its trained ends, none where it stays what it is."""
@@ -77,14 +79,16 @@ class SoftLayer:
         self.module, self.layer = module, layer
         weight = finite(module.weight, name)
         self.matrix = layer.matrix(weight)
-        self.start = layer.whole_grid(weight, evidence)
+        begin, self.start = layer.rounded(weight, learning.start, evidence)
         low, high = self.start.ends(self.matrix.shape[1])
         self.zeros = self.start.low - low
         train = learning.train
         self.codes: Variable | None = None
         if "rounding" in train:
             kind = VARIABLES.find(learning.variable)
-            self.codes = kind(self.start.steps(self.matrix), low, high, learning.moves == "wide")
+            first = begin.float() - self.zeros
+            steps = first + (self.start.steps(self.matrix) - first).clamp(-NEAR, NEAR)  # which round to `begin`
+            self.codes = kind(steps, low, high, learning.moves == "wide")
         self.nearest = self.start.codes(self.matrix)
         zeros = torch.zeros_like(self.start.scales, dtype=torch.float32)
         self.factors = zeros.requires_grad_() if "scales" in train else None

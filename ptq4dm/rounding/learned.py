@@ -28,6 +28,7 @@ TRAINED = ("rounding", "scales", "biases", "ranges")
 AUGMENTATIONS = ("qdrop", "noise", "none")
 MOVES = ("up-down", "wide")
 UNITS = ("block", "layer")
+STARTS = ("nearest", "gptq")
 
 STEPS = 300  # of the rounder of one layer
 
@@ -44,6 +45,7 @@ class Learning:
     train: what is trained: "rounding" of weights, their "scales", "biases", "ranges" of static inputs.
     variable: what rounding is trained by; moves: "up-down" to the two codes beside a weight, or "wide", two further.
     optimizer: of the rounding; learning_rate: None takes the optimizer's own. All rates fall to zero by a cosine.
+    start: the rounding that training begins at: "gptq" (its Hessian of the layers' inputs), or "nearest".
     augmentation: "qdrop": each input of the block, and each rounding of an input in it, is in full precision with
         probability 1/2 (QDrop, arXiv:2203.05740); "noise": Gaussian noise as large as the inputs' errors instead of
         them; "none".
@@ -63,6 +65,7 @@ class Learning:
     moves: str = option("up-down", "how far codes may move", choices=MOVES)
     optimizer: str = option("adam", "of the rounding: adam, adamw, adamax, signsgd, sgd")
     learning_rate: float | None = option(None, "of the rounding; the optimizer's own where left out", parse=float)
+    start: str = option("gptq", "the rounding that training begins at", choices=STARTS)
     augmentation: str = option("qdrop", "of what blocks are fed", choices=AUGMENTATIONS)
     unit: str = option("block", "what is trained together", choices=UNITS)
     prediction: float = option(0.0, "weight of the error in the model's answer", low=0.0)
@@ -109,6 +112,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "moves": MOVES,
     "augmentation": AUGMENTATIONS,
     "unit": UNITS,
+    "start": STARTS,
 }
 
 

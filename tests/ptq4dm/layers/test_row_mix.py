@@ -125,7 +125,7 @@ def test_codes_can_come_from_elsewhere(name):
     layer, _ = layer_and_input(name)
     mixed = quantized_copy(layer, RowMixPlan(weight_bits=3, wide=WIDE["some"]), "layer")
     matrix = mixed.matrix(layer.weight.detach())
-    grid = mixed.whole_grid(layer.weight.detach())
+    grid = mixed.rounded(layer.weight.detach(), "nearest")[1]
     low, high = grid.ends(matrix.shape[1])
     assert low[:, 0].tolist() == [-127 if row in WIDE["some"] else -3 for row in range(11)] and torch.equal(
         high, -low

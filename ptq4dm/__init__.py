@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
+    from .methods.pdquant import PDQuantConfig
     from .methods.ptq4dm import PTQ4DMConfig
     from .methods.rtn import RTNConfig
     from .pipelines.generate import generate
@@ -41,6 +42,7 @@ __all__ = [
     "CalibrationStore",
     "DamagedFile",
     "EvaluateConfig",
+    "PDQuantConfig",
     "PTQ4DMConfig",
     "PixelDiTPipeline",
     "Plan",
@@ -68,6 +70,7 @@ __getattr__, __dir__ = lazy_names(
         "CalibrationConfig": "calibration.collect",
         "CalibrationStore": "calibration.store",
         "EvaluateConfig": "evaluation.evaluate",
+        "PDQuantConfig": "methods.pdquant",
         "PTQ4DMConfig": "methods.ptq4dm",
         "PixelDiTPipeline": "pipelines.pixel_dit",
         "Plan": "layers.plan",
@@ -95,6 +98,7 @@ __getattr__, __dir__ = lazy_names(
         "methods",
         "pipelines",
         "quantization",
+        "reconstruction",
         "samplers",
         "svdquant",
     ),

@@ -163,19 +163,32 @@ def test_what_is_over_is_not_run_again_and_changes_nothing(build, monkeypatch):
     torch.manual_seed(0)
     model = build()
     model, store = recorded(model) if isinstance(model, InPlace) else collected(model)
-    plans, runs = [], []
+    plans = []
     for kept in (prediction.KEPT_BYTES, 0):
         monkeypatch.setattr(prediction, "KEPT_BYTES", kept)
-        ran = []
-        layers = [view.module for view in find_layers(model)]
-        handles = [layer.register_forward_pre_hook(lambda *_: ran.append(1)) for layer in layers]  # noqa: B023
         plans.append(make_plan(model, PDQuantConfig(weight_bits=4, **NARROW), store))
-        runs.append(len(ran))
-        for handle in handles:
-            handle.remove()
-    assert runs[0] < 0.8 * runs[1]
     assert plans[0] == plans[1] and all(layer.static for layer in plans[0].layers.values())
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+
+
+def test_looks_at_the_last_layer_run_hardly_any_other(monkeypatch):
+    model, store = collected(plain_unet())
+    batches, ran = batches_across(store.recorded(), 4), []
+    forward = nn.Conv2d.forward
+
+    def counted(self, x):
+        ran.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", counted)
+    looks = []
+    for kept in (prediction.KEPT_BYTES, 0):
+        monkeypatch.setattr(prediction, "KEPT_BYTES", kept)
+        evidence = PredictionDifference(model, batches).of("conv_out", LayerPlan())
+        ran.clear()
+        looks.append((evidence.prediction(0.05, 0), len(ran)))
+    (error, few), (same_error, many) = looks
+    assert error == same_error > 0 and few == 0 and many > 10
 
 
 def test_whole_blocks_are_kept_and_others_part_by_part():

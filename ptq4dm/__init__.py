@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
+    from .methods.pdquant import PDQuantConfig
     from .methods.ptq4dm import PTQ4DMConfig
     from .methods.rtn import RTNConfig
     from .pipelines.generate import generate
@@ -43,6 +44,7 @@ __all__ = [
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
+    "PDQuantConfig",
     "PTQ4DMConfig",
     "PixelDiTPipeline",
     "Plan",
@@ -71,6 +73,7 @@ __getattr__, __dir__ = lazy_names(
         "CalibrationStore": "calibration.store",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
+        "PDQuantConfig": "methods.pdquant",
         "PTQ4DMConfig": "methods.ptq4dm",
         "PixelDiTPipeline": "pipelines.pixel_dit",
         "Plan": "layers.plan",
@@ -98,6 +101,7 @@ __getattr__, __dir__ = lazy_names(
         "methods",
         "pipelines",
         "quantization",
+        "reconstruction",
         "samplers",
         "svdquant",
     ),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
-from ..ranges.registry import OBJECTIVES
+from ..ranges.registry import weights_need
 from ..registry import Registry
 from ..rounding.registry import ROUNDERS
 
@@ -98,14 +98,14 @@ def register_format(
 
 
 def choices_need(plan: Any) -> frozenset[str]:
-    """The evidence that a plan's rounder and range objective look at."""
+    """The evidence that a plan's rounder and range objective look at: that of inputs has chosen already."""
     rounder = ROUNDERS.find(getattr(plan, "rounding", "nearest"))
     return rounder.needs | objective_needs(plan)
 
 
 def objective_needs(plan: Any) -> frozenset[str]:
-    """The evidence that a plan's range objective looks at."""
-    return OBJECTIVES.find(getattr(plan, "objective", "max")).needs
+    """The evidence that a plan's range objective looks at for weights."""
+    return weights_need(getattr(plan, "objective", "max"))
 
 
 def needs_of(plan: Any) -> frozenset[str]:

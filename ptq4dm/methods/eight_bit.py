@@ -21,10 +21,12 @@ from ..layers.power import PowerPlan
 from ..layers.registry import needs_of
 from ..layers.view import LayerView
 from ..options import option
+from ..progress import progress_bar
 from ..quantization.input_grids import fp8_scale, int8_grid
 from ..quantization.packing import PackingOptions
 from ..quantization.recipe import QuantConfig
-from ..ranges.registry import OBJECTIVES, objective_parameter
+from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
+from ..reconstruction.prediction import PredictionDifference, batches_across
 from ..rounding.registry import ROUNDERS
 
 NUMBER_FORMATS = ("int8", "fp8")
@@ -32,6 +34,7 @@ FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
 GRIDS = ("uniform", "power")
+Fed = Callable[[LayerView, LayerPlan], LayerEvidence | None]  # (view, plan without an input grid) -> evidence
 
 
 @dataclass(repr=False)
@@ -148,7 +151,15 @@ class IntegerConfig(QuantConfig):
         """The evidence that rounding, range objective and importance look at."""
         chosen = self.average_bits is None or self.plan is not None
         ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
-        return ROUNDERS.find(self.rounding).needs | OBJECTIVES.find(self.ranges()[0]).needs | ranking
+        objective = OBJECTIVES.find(self.ranges()[0])
+        ranges = objective.needs if self._asks_model else weights_need(self.ranges()[0])
+        return ROUNDERS.find(self.rounding).needs | ranges | ranking
+
+    @property
+    def _asks_model(self) -> bool:
+        """Whether the model is run for the choice of ranges: of static int8 grids that no plan names yet."""
+        chooses = self.activations == "static" and self.format == "int8" and self.plan is None
+        return chooses and "model" in OBJECTIVES.find(self.ranges()[0]).needs
 
     def ranges(self) -> tuple[str, float | None]:
         """The range objective of this method, and its parameter."""
@@ -162,27 +173,50 @@ class IntegerConfig(QuantConfig):
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
     ) -> dict[str, LayerPlan]:
         """A plan for each layer; those at the model's ends as `first_last` says."""
-        fed = self._inputs(model, views, store)
-        edge = None if self.first_last == "keep" else lambda view: self._plan(view, store, fed(view), True)
-        inner = lambda view: self._plan(view, store, fed(view), False)  # noqa: E731
-        plans = allocate(views, {"edge": edge, "inner": inner}, edge_role)
+        if self._asks_model:
+            plans = self._by_prediction(model, views, cast(CalibrationStore, store))
+        else:
+            plans = self._allocated(views, store, self._inputs(model, views, store))
         if self.average_bits is None:
             return plans
         calls = None if store is None else chosen_calls(store.recorded(), self.num_tuples)
         task = RowTask(model, views, self.weight_bits, *self.ranges(), calls, self.seed)
         return with_wide_rows(plans, task, self.importance, self.average_bits)
 
-    def _inputs(
-        self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
-    ) -> Callable[[LayerView], LayerEvidence | None]:
-        """A function: view -> LayerEvidence, captured block by block, or None where the objective needs none."""
+    def _allocated(self, views: list[LayerView], store: CalibrationStore | None, fed: Fed) -> dict[str, LayerPlan]:
+        edge = None if self.first_last == "keep" else lambda view: self._plan(view, store, fed, True)
+        inner = lambda view: self._plan(view, store, fed, False)  # noqa: E731
+        return allocate(views, {"edge": edge, "inner": inner}, edge_role)
+
+    def _by_prediction(
+        self, model: nn.Module, views: list[LayerView], store: CalibrationStore
+    ) -> dict[str, LayerPlan]:
+        """Plans made in the order of the layers' calls: each sees what was chosen for those before it."""
+        targets = getattr(OBJECTIVES.find(self.ranges()[0]), "targets", None)
+        batches = batches_across(store.recorded(), self.num_tuples)
+        difference = PredictionDifference(model, batches, targets)
+
+        def fed(view: LayerView, plan: LayerPlan) -> LayerEvidence | None:
+            return None if _unseen(view, store) else difference.of(view.name, plan)
+
+        plans: dict[str, LayerPlan] = {}
+        bar = progress_bar(difference.in_call_order(views), desc=self.method, unit="layer")
+        for view in bar:
+            for name, plan in self._allocated([view], store, fed).items():
+                plans[name] = plan
+                if (error := difference.settle(name, plan)) is not None:
+                    bar.set_postfix(error=f"{error:.2e}")
+        return {view.name: plans[view.name] for view in views if view.name in plans}
+
+    def _inputs(self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None) -> Fed:
+        """What captures LayerEvidence block by block, or gives None where the objective needs none."""
         if self.activations == "dynamic" or self.format == "fp8" or not OBJECTIVES.find(self.ranges()[0]).needs:
-            return lambda view: None
+            return lambda view, plan: None
         store = cast(CalibrationStore, store)  # make_plan has asked for one
         batches = calibration_batches(store.recorded(), self.num_tuples)
         blocks: dict[str, Evidence] = {}  # of one block at a time
 
-        def fed(view: LayerView) -> LayerEvidence | None:
+        def fed(view: LayerView, plan: LayerPlan) -> LayerEvidence | None:
             if _unseen(view, store):
                 return None
             block = block_of(view.name)
@@ -194,9 +228,7 @@ class IntegerConfig(QuantConfig):
 
         return fed
 
-    def _plan(
-        self, view: LayerView, store: CalibrationStore | None, fed: LayerEvidence | None, edge: bool
-    ) -> LayerPlan:
+    def _plan(self, view: LayerView, store: CalibrationStore | None, fed: Fed, edge: bool) -> LayerPlan:
         """One layer's plan; at an edge the weight has 8 bits where `first_last` says so."""
         if self.format == "fp8":
             scale = fp8_scale(view, cast(CalibrationStore, store)) if self.activations == "static" else None
@@ -204,13 +236,6 @@ class IntegerConfig(QuantConfig):
         weight_bits, activation_bits = self.weight_bits, self.activation_bits
         if edge and self.first_last == "int8":
             weight_bits = activation_bits = 8
-        objective, parameter = self.ranges()
-        parameter = objective_parameter(objective, parameter)
-        scale = zero = None
-        if self.activations == "static":
-            scale, zero = int8_grid(
-                view, cast(CalibrationStore, store), activation_bits, objective, parameter, self.symmetric, fed
-            )
         if self.weight_grid == "power" and not (edge and self.first_last == "int8"):
             plan: LayerPlan = PowerPlan(weight_bits=weight_bits, activation_bits=activation_bits)
         elif weight_bits <= 4:
@@ -220,8 +245,14 @@ class IntegerConfig(QuantConfig):
             )  # fmt: skip
         else:
             plan = LayerPlan("int8", weight_bits, activation_bits)
+        objective, parameter = self.ranges()
+        parameter = objective_parameter(objective, parameter)
         plan.objective, plan.objective_parameter, plan.rounding = objective, parameter, self.rounding
-        plan.input_scale, plan.input_zero_point = scale, zero
+        if self.activations == "static":
+            plan.input_scale, plan.input_zero_point = int8_grid(
+                view, cast(CalibrationStore, store), activation_bits, objective, parameter, self.symmetric,
+                fed(view, plan),
+            )  # fmt: skip
         if store is not None and needs_of(plan) and _unseen(view, store):
             plan.rounding, plan.objective, plan.objective_parameter = "nearest", "max", None
         return plan

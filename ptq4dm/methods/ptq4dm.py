@@ -24,12 +24,12 @@ from .eight_bit import IntegerConfig
 class PTQ4DMConfig(IntegerConfig):
     """PTQ4DM. Options of IntegerConfig, and:
 
-    objective: "max", "percentile", "mse", "lp" or "output" (the error of the layer's output on calibration
-        inputs), for inputs and weights.
+    objective: "max", "percentile", "mse", "lp", "output" (the error of the layer's output on calibration inputs), for
+        inputs and weights; or "prediction" (the error of the model's prediction), for inputs, with "mse" for weights.
     objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4).
     """
 
-    objective: str = option("lp", "range objective: max, percentile, mse, lp or output")
+    objective: str = option("lp", "range objective: max, percentile, mse, lp, output or prediction")
     objective_parameter: float | None = option(
         None, "percent of percentile, exponent of lp", parse=float, finite=False
     )

@@ -42,7 +42,8 @@ class OutputError:
 
     @staticmethod
     def input(inputs: InputValues, parameter: None, evidence: LayerEvidence) -> tuple[float, int]:
-        x = evidence.rows[:: max(1, len(evidence.rows) // ROWS)]
+        rows = cast(Tensor, evidence.rows)  # there are some: `needs` says so
+        x = rows[:: max(1, len(rows) // ROWS)]
         weight = cast(Tensor, inputs.weight).to(x)  # there is one where there is evidence
 
         def error(ends: tuple[float, float]) -> float:

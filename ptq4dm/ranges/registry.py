@@ -5,8 +5,9 @@ An objective is a class of functions without state:
     check(value) -> value                           its parameter, checked; left out where there is none
     weight(rows, parameter, evidence) -> [R]        scales for a WeightRows (weights.py), one for each of its rows
     input(inputs, parameter, evidence) -> grid      (scale, zero point) for an InputValues (inputs.py)
+    targets(predictions) -> predictions             what predictions are compared with; left out: the exact ones
 
-`evidence` is a LayerEvidence, or None for objectives without `needs`.
+`evidence` is a LayerEvidence, or None for objectives without `needs`; of those that need the model, weights get none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def register_objective(name: str, parameter: float | None = None, needs: frozens
     """Return a class decorator that makes an objective known under a name.
 
     parameter: the default of its parameter; None for an objective without one.
-    needs: "rows", if it looks at what the layer is fed.
+    needs: "rows", if it looks at what the layer is fed; "model", if grids of inputs are judged by the prediction of
+        the whole model.
     """
 
     def add(objective: Any) -> Any:
@@ -32,6 +34,11 @@ def register_objective(name: str, parameter: float | None = None, needs: frozens
         return OBJECTIVES.add(name, objective)
 
     return add
+
+
+def weights_need(objective: str) -> frozenset[str]:
+    """The evidence that an objective looks at for scales of weights: the model is asked for inputs alone."""
+    return OBJECTIVES.find(objective).needs - {"model"}
 
 
 def objective_parameter(objective: str, value: float | None = None) -> float | None:

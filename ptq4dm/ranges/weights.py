@@ -19,7 +19,7 @@ from ..evidence import LayerEvidence
 from ..kernels.formats.exact import over
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int8 import weight_limit
-from .registry import OBJECTIVES, objective_parameter
+from .registry import OBJECTIVES, objective_parameter, weights_need
 
 
 @dataclass
@@ -85,7 +85,7 @@ def weight_grid(
     groups = 1 if group_size is None else weight.shape[1] // group_size
     rows = WeightRows(weight.reshape(count * groups, -1), bits, affine, groups)
     chosen = OBJECTIVES.find(objective)
-    if evidence is None and chosen.needs:
+    if evidence is None and weights_need(objective):
         raise UserError(f"the objective '{objective}' looks at what layers are fed; give a calibration store.")
     scale = chosen.weight(rows, objective_parameter(objective, parameter), evidence)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)

@@ -1,1 +1,1 @@
-"""Block reconstruction: what quantization changes in a block, judged by what the block and the model give."""
+"""Choices judged by what a block, or the whole model, makes of them: training of blocks, ranges by prediction."""

@@ -10,7 +10,7 @@ exact, store, seed), the quantized model and its original, and changes the forme
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,16 @@ from ptq4dm.kernels.formats.grid import Grid
 from ptq4dm.kernels.formats.int4 import pack_int4, quantize_groups
 from ptq4dm.kernels.formats.int8 import affine_parameters, quantize_weight
 from ptq4dm.layers.plan import Plan
+from ptq4dm.quantization.planning import make_plan
+from ptq4dm.quantization.recipe import QuantConfig
+from ptq4dm.ranges import register_objective
+from ptq4dm.ranges.prediction import Prediction
 from ptq4dm.ranges.weights import weight_scale
 from ptq4dm.rounding import register_rounder
 from ptq4dm.rounding.gptq import gptq
 from ptq4dm.svdquant.lowrank import top_factors
+
+DRAWS = {"seed": 0}  # of objectives and rounders here, which get no seed
 
 
 def generator(seed: int, place: int = 0) -> torch.Generator:
@@ -62,6 +68,34 @@ def shuffle_input_ranges(model: nn.Module, plan: Plan, store, seed: int) -> Plan
             choice = plan.layers[name]
             choice.input_scale, choice.input_zero_point = affine_parameters(low * a, high * b, bits)
     return plan
+
+
+def input_ranges_of(recipe: Callable[[], QuantConfig]):
+    """A change of a plan: static grids of inputs are those of another recipe's plan; weights keep their codes."""
+
+    def change(model: nn.Module, plan: Plan, store, seed: int) -> Plan:
+        plan, DRAWS["seed"] = copy.deepcopy(plan), seed
+        other = make_plan(model, recipe(), store)
+        for name, choice in plan.layers.items():
+            lends = other.layers[name]
+            choice.input_scale, choice.input_zero_point = lends.input_scale, lends.input_zero_point
+        return plan
+
+    return change
+
+
+@register_objective("prediction, of other tuples", needs=frozenset({"model"}))
+class OfOtherTuples(Prediction):
+    """Input ranges by the error of the model's prediction, but from what it predicts on other tuples."""
+
+    @staticmethod
+    def targets(predictions: list[Tensor]) -> list[Tensor]:
+        """The predictions of all tuples, moved on by a drawn number of tuples: none is at its own place."""
+        sizes, together = [len(one) for one in predictions], torch.cat(predictions)
+        if len(together) < 2:
+            raise UserError("one tuple's prediction cannot change places; give more tuples.")
+        steps = int(torch.randint(1, len(together), (), generator=generator(DRAWS["seed"])))
+        return list(together.roll(steps, 0).split(sizes))
 
 
 def shuffle_weight_ranges(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
@@ -186,9 +220,6 @@ def hessian_shuffled(weight: Tensor, grid: Grid, evidence) -> Tensor:
     """Hessian rounding, the Hessian's columns permuted: errors are made up for in the wrong places."""
     order = torch.randperm(weight.shape[1], generator=generator(DRAWS["seed"], weight.numel()))
     return gptq(weight, grid, evidence.columns(order.to(weight.device)))
-
-
-DRAWS = {"seed": 0}  # of the two rounders above, which get no seed
 
 
 def rounded_by(name: str):

@@ -17,7 +17,7 @@ from functools import partial
 import controls
 from budgets import at_bytes_of
 
-from ptq4dm import PTQ4DMConfig, RTNConfig, SVDQuantConfig
+from ptq4dm import PDQuantConfig, PTQ4DMConfig, RTNConfig, SVDQuantConfig
 from ptq4dm.quantization.recipe import QuantConfig
 
 KINDS = ("method", "baseline", "ablation", "shuffled")
@@ -160,6 +160,26 @@ def low_rank() -> list[Row]:
     return rows
 
 
+def prediction_difference() -> list[Row]:
+    """PD-Quant's choice of input ranges. Rows of one width share their weight codes; scales of inputs differ."""
+    rows = []
+    for weight_bits, activation_bits in ((4, 4), (8, 4), (8, 8)):
+        of = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+        name, mse = f"PD-Quant W{weight_bits}A{activation_bits}", partial(PTQ4DMConfig, objective="mse", **of)
+        rows += [
+            Row(name, "method", partial(PDQuantConfig, **of)),
+            Row(f"{name}, mse ranges", "ablation", mse, name),
+        ]
+        others = {f"{objective} ranges": objective for objective in ("lp", "max", "output")}
+        for label, objective in {**others, "of other tuples": "prediction, of other tuples"}.items():
+            ranges = controls.input_ranges_of(partial(PTQ4DMConfig, objective=objective, **of))
+            kind = "ablation" if label in others else "shuffled"
+            rows.append(Row(f"{name}, {label}", kind, mse, name, plan=ranges))
+    return rows
+
+
 def all_rows() -> list[Row]:
     """In the order in which they are printed."""
-    return [*eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *low_rank()]
+    return [
+        *eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *low_rank(), *prediction_difference(),
+    ]  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import ptq4dm
+from ptq4dm.calibration.record import replay
 from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.grid import Grid
 from ptq4dm.kernels.formats.int8 import quantize_weight
@@ -217,6 +218,42 @@ def test_shuffled_weight_ranges_are_a_permutation_of_each_layers(script, calibra
         assert torch.equal(layer.qweight, quantize_weight(weight, layer.weight_scale, layer.plan.weight_bits))
         moved += not torch.equal(layer.weight_scale, old.weight_scale)
     assert moved > 10
+
+
+def test_predictions_of_other_tuples_take_the_gain_away(script, one_thread):
+    """Ranges by the prediction difference lower the prediction's error; with those of other tuples they do not."""
+    from models import plain_unet
+
+    controls, pipe = script("controls"), tiny_unet(plain_unet)
+    exact, store = pipe.unet, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 4, 3, batch_size=4))
+    recipe = partial(ptq4dm.PTQ4DMConfig, activation_bits=3, num_tuples=4, first_last="same")
+    mse, plans = make_plan(exact, recipe(objective="mse"), store), {}
+    for objective in ("prediction", "prediction, of other tuples"):
+        change = controls.input_ranges_of(partial(recipe, objective=objective))
+        plans[objective] = change(exact, mse, store, 1)
+        assert {layer.objective for layer in plans[objective].layers.values()} == {"mse"}
+    assert make_plan(exact, recipe(objective="mse"), store) == mse  # the caller's plan stays
+    calls = store.recorded()
+    truth = replay(exact, calls)
+    error = {
+        name: float((replay(quantized(exact, recipe(plan=plan), store), calls) - truth).square().sum())
+        for name, plan in {"mse": mse, **plans}.items()
+    }
+    assert error["prediction"] < 0.8 * error["mse"] < error["prediction, of other tuples"], error
+
+
+def test_other_tuples_are_others(script):
+    controls, parts = script("controls"), [torch.arange(3.0)[:, None], torch.arange(3.0, 5.0)[:, None]]
+    seen = set()
+    for controls.DRAWS["seed"] in range(8):
+        moved = controls.OfOtherTuples.targets(parts)
+        assert [len(one) for one in moved] == [3, 2]
+        order = torch.cat(moved).flatten().tolist()
+        assert sorted(order) == [0, 1, 2, 3, 4] and not any(place == i for i, place in enumerate(order))
+        seen.add(tuple(order))
+    assert len(seen) > 1
+    with pytest.raises(UserError, match="cannot change places"):
+        controls.OfOtherTuples.targets([torch.zeros(1, 3)])
 
 
 def test_flips_are_as_many_and_to_the_other_neighbour(script):

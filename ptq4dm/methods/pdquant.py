@@ -1,25 +1,54 @@
 """PD-Quant: "Post-Training Quantization based on Prediction Difference Metric", Liu et al., CVPR 2023.
 
-arXiv 2212.07048, the mode that chooses scales and trains nothing.
+arXiv 2212.07048. The prediction of a diffusion model is what it gives: noise, velocity or image.
 
-1. Layers are quantized in the order of their calls; what comes later is in full precision.
-2. For each layer, take the input scale under which the model's prediction is off the least: `ranges/prediction.py`.
-3. Round weights to nearest.
+1. Layers are quantized in the order of their calls; what comes later is in full precision. For each layer, take the
+   input scale under which the model's prediction is off the least, through all that runs after it:
+   `ranges/prediction.py`.
+2. rounding="nearest" stops here. rounding="learned" then trains block by block: the error of the block's outputs,
+   and `prediction` times the error that it makes in the model's prediction.
+3. `correction`: the calibration inputs of blocks are given the distribution of all recorded ones first.
+
+The paper's classifiers compare predictions by KL divergence of softmax; for a Gaussian step of a sampler that
+divergence is the squared error, which stands here. Their released code trains scales and chooses none; step 1 is the
+paper's text. Both errors are measured in those of nearest rounding, so that `prediction` means the same everywhere.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import UserError
+from ..options import option
 from ..quantization.recipe import register
+from ..rounding.learned import Learning
 from .eight_bit import IntegerConfig
+
+ROUNDINGS = ("nearest", "learned")
 
 
 @register("pdquant")
 @dataclass(repr=False)
-class PDQuantConfig(IntegerConfig):
-    """PD-Quant, scale mode. Options: IntegerConfig; num_tuples are those on which predictions are compared."""
+class PDQuantConfig(IntegerConfig, Learning):
+    """PD-Quant. Options: IntegerConfig and, with rounding="learned", Learning.
+
+    num_tuples: on which predictions are compared, and blocks trained. activations="dynamic" leaves nothing to choose
+    in step 1; weights get grids of least squared error in any case.
+    """
+
+    rounding: str = option("nearest", "nearest chooses scales only; learned trains blocks", choices=ROUNDINGS)
+    prefix: str = option("quantized", "what blocks are fed: by quantized blocks before them, or exact")
+    prediction: float = option(1.0, "weight of the error in the model's prediction", low=0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounding not in ROUNDINGS:
+            raise UserError(f"PD-Quant rounds to nearest, or learns; rounding='{self.rounding}' is neither.")
+        Learning.check(self)
 
     def ranges(self) -> tuple[str, float | None]:
         """The prediction difference, which has no parameter."""
         return "prediction", None
+
+    def learning(self) -> Learning | None:
+        return Learning.of(self) if self.rounding == "learned" else None

@@ -56,7 +56,7 @@ class Learning:
         timestep bin (PD-Quant's distribution correction).
     """
 
-    steps: int = option(500, "training steps of each block", low=1)
+    steps: int = option(300, "training steps of each block", low=1)
     step_tuples: int = option(8, "calibration tuples of a step", low=1)
     loss: str = option("mse", "of a block's outputs", choices=LOSSES)
     time_weights: tuple[float, ...] = option((), "weights of equal parts of the time range, image to noise", low=0.0)

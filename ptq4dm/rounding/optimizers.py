@@ -41,7 +41,7 @@ class SignSGD(torch.optim.Optimizer):
                     x.add_(x.grad.sign(), alpha=-group["lr"])
 
 
-OPTIMIZERS["adam"] = Choice(torch.optim.Adam, 1e-2)
+OPTIMIZERS["adam"] = Choice(torch.optim.Adam, 1e-3)
 OPTIMIZERS["adamw"] = Choice(torch.optim.AdamW, 1e-2)
 OPTIMIZERS["adamax"] = Choice(torch.optim.Adamax, 1e-2)
 OPTIMIZERS["signsgd"] = Choice(SignSGD, 5e-3)

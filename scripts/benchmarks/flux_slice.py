@@ -1,6 +1,7 @@
-"""How long SVDQuant takes on a FLUX-sized transformer (12 B parameters), and how many bytes it leaves.
+"""How long a method takes on a FLUX-sized transformer (12 B parameters), and how many bytes it leaves.
 
     python scripts/benchmarks/flux_slice.py --output out/flux-slice.json  # one GPU
+    python scripts/benchmarks/flux_slice.py --method gradptq --num-tuples 8 --steps 100
 
 Slices of the model with random weights, of (1, 1), (2, 1) and (1, 2) double and single blocks, are quantized
 with default settings on random tuples of 4096 image and 512 text tokens. Their differences are a block's time;
@@ -75,7 +76,7 @@ def measure(blocks: tuple[int, int], args) -> dict:
     model = build(blocks, args)
     store = tuples(model, args)
     rows = torch.arange(args.num_tuples).split(8)
-    config = ptq4dm.SVDQuantConfig(num_tuples=args.num_tuples)
+    config = recipe(args)
     answers(model, store.calls[rows[0]])
     start = clock(args)
     for part in rows:
@@ -85,7 +86,7 @@ def measure(blocks: tuple[int, int], args) -> dict:
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     start = clock(args)
-    ptq4dm.quantize(model, config, store)
+    ptq4dm.quantize(model, config, store if args.method == "svdquant" else store.calls)  # calls are measured first
     peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None
     return {
         "blocks": blocks,
@@ -95,6 +96,13 @@ def measure(blocks: tuple[int, int], args) -> dict:
         "bytes": stored_bytes(model),
         "peak_bytes": peak,
     }
+
+
+def recipe(args) -> ptq4dm.QuantConfig:
+    if args.method == "svdquant":
+        return ptq4dm.SVDQuantConfig(num_tuples=args.num_tuples)
+    training = {"steps": args.steps, "step_tuples": 1}
+    return ptq4dm.GradPTQConfig(activations="dynamic", num_tuples=args.num_tuples, **training)
 
 
 def clock(args) -> float:
@@ -131,6 +139,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=4096, help="of the image, a square number")
     parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--num-tuples", type=int, default=32)
+    parser.add_argument("--method", default="svdquant", choices=("svdquant", "gradptq"))
+    parser.add_argument("--steps", type=int, default=300, help="training steps of a block (gradptq)")
     parser.add_argument("--output", type=Path, default=Path("out/flux-slice.json"))
     args = parser.parse_args()
     slices = []
@@ -138,7 +148,7 @@ def main():
         slices.append(measure(blocks, args))
         print(slices[-1], flush=True)
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-    settings = {name: getattr(args, name) for name in ("heads", "tokens", "text_tokens", "num_tuples")}
+    settings = {name: getattr(args, name) for name in ("method", "heads", "tokens", "text_tokens", "num_tuples")}
     result = {"settings": settings, "device": device, "slices": slices, "whole": extrapolate(slices)}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(args.output) as temporary:

@@ -41,5 +41,5 @@ class GradPTQConfig(IntegerConfig, Learning):
         """The range objective and its parameter."""
         return "mse", None
 
-    def learning(self) -> Learning:
-        return Learning.of(self)
+    def learning(self) -> Learning | None:
+        return Learning.of(self) if self.rounding == "learned" else None

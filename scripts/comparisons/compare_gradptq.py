@@ -3,7 +3,8 @@
     python scripts/comparisons/compare_gradptq.py --stage lr --bits W4A8 --output out/gradptq.json
     python scripts/comparisons/compare_gradptq.py --stage factors calibration steps --seeds 0 1 2 --minutes 50
         --device cuda --num-paired 256 --workers 24 --output out/gradptq.json
-    python scripts/comparisons/compare_gradptq.py --stage factors --only base nearest gptq "loss *" --seeds 1 2
+    python scripts/comparisons/compare_gradptq.py --stage factors --near 0.1 --seeds 1 2 --output out/gradptq.json
+    python scripts/comparisons/compare_gradptq.py --stage factors --only base nearest gptq "loss *"
     python scripts/comparisons/compare_gradptq.py --stage pdquant --bits W2A4 --base steps=1500 train=rounding+scales
 
 Rows change one choice of a base at a time (trials.py); the base is GradPTQConfig's defaults and --base. Beside them
@@ -20,6 +21,7 @@ rows (workers.py), on all GPUs; their seconds are those of a busy machine.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from gradptq_bench import Bench
 from gradptq_recipes import APART, base_of, best_rates, defaults, tuned, untuned, widths
 from gradptq_report import LONGEST, Table
 from long_runs import add_options, named, shard_of
-from trials import STAGES, Trial, all_trials
+from trials import STAGES, Trial, all_trials, beside_all
 from workers import Task, check_workers, join_shards, measure_rows
 
 from ptq4dm.errors import UserError, run
@@ -38,21 +40,44 @@ SETTINGS = ("sampling_steps", "num_paired", "calibration_samples", "eval", "base
 
 
 def tasks(results: list[dict], trials: list[Trial], args) -> list[Task]:
-    """What is to do, in order: the longest rows, the others as the table has them, those that wait for stage lr."""
+    """What is to do, in order: what takes long, then stage by stage, at last what takes its rate from stage lr.
+
+    results: all rows that are there, those of other shards, too.
+    """
     index, count = shard_of(args.shard)
     places = [(model, bits, seed) for model in args.model for bits in args.bits for seed in args.seeds]
     done = {(row["model"], row["bits"], row["seed"], row["row"]) for row in results}
     everything = [(*place, trial) for place in places for trial in trials][index::count]
     todo = [item for item in everything if (*item[:3], item[3].name) not in done]
+    if args.near is not None:
+        near = {place: table_of(results, *place).near(args.near) for place in {item[:2] for item in todo}}
+        beside = {trial.name for trial in beside_all()}
+        todo = [item for item in todo if item[3].name in near[item[:2]] | beside]
 
     def order(item) -> tuple:
         model, _, _, trial = item
-        return args.model.index(model), trial.name != LONGEST, trial.tuned and "lr" in args.stage
+        waits = trial.tuned and "lr" in args.stage
+        slow = trial.name == LONGEST, kind(trial, args) not in ("rounding", "training")
+        return args.model.index(model), [not one for one in slow], waits, ["", *args.stage].index(trial.stage)
 
     return [
-        Task(model, f"{bits}, {trial.name}, seed {seed}", (trial, bits, seed), work(trial, args))
+        Task(model, f"{bits}, {trial.name}, seed {seed}", (trial, bits, seed), kind(trial, args), work(trial, args))
         for model, bits, seed, trial in sorted(todo, key=order)
     ]
+
+
+def table_of(rows: Iterable[dict], model: str, bits: str) -> Table:
+    return Table(row for row in rows if (row["model"], row["bits"]) == (model, bits))
+
+
+def kind(trial: Trial, args) -> str:
+    """Rows of one kind take about as long: "rounding", "training", and what is slower for the same steps."""
+    options = args.whole | trial.options
+    if trial.rounding:
+        return "rounding"
+    if options["prediction"] or options["unit"] == "layer":
+        return "prediction" if options["prediction"] else "layers"
+    return "training"
 
 
 def work(trial: Trial, args) -> float:
@@ -72,8 +97,14 @@ def measure(bench, key: tuple[Trial, str, int], known) -> dict:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", nargs="+", default=["factors"], choices=STAGES)
+    parser.add_argument("--stage", nargs="+", default=["factors"], choices=STAGES, help="in their order")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="names or patterns of rows")
+    parser.add_argument(
+        "--near",
+        type=float,
+        metavar="SHARE",
+        help="rows with an error so far of at most 1 + SHARE times the base's",
+    )
     parser.add_argument("--model", nargs="+", default=["dit-cifar10"], help="embedded models")
     parser.add_argument("--bits", nargs="+", default=["W4A8"], help="widths, such as W4A8 W3A8 W2A4")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of calibration and training")
@@ -104,6 +135,8 @@ def check(args) -> None:
         raise UserError(
             f"--seeds are from 0 to 8, and --calibration-samples at most {APART}: others meet held-out seeds."
         )
+    if args.near is not None and args.near < 0:
+        raise UserError(f"--near is a share such as 0.1, not {args.near}.")
     for bits in args.bits:
         widths(bits)
     shard_of(args.shard)
@@ -126,10 +159,10 @@ def main(words: list[str] | None = None, make_bench=Bench) -> None:
     joined = [row for path in args.join for row in Rows(path, settings)]
     outside = [row for path in args.rates for row in read_object(path, {"rows": list}, "give another")["rows"]]
     args.rated = [row for row in [*joined, *outside] if row["stage"] == "lr"]
-    left, failed = measure_rows(tasks(results, trials, args), results, measure, args, make_bench)
+    left, failed = measure_rows(tasks([*results, *joined], trials, args), results, measure, args, make_bench)
     found = [*results, *joined]
     for model, bits in dict.fromkeys((row["model"], row["bits"]) for row in found):
-        own = Table(row for row in found if (row["model"], row["bits"]) == (model, bits))
+        own = table_of(found, model, bits)
         for stage in STAGES:
             names = [trial.name for trial in table if trial.stage in ("", stage)]
             if any(row["stage"] == stage for row in found):

@@ -30,12 +30,14 @@ from ptq4dm.files.rows import Rows
 class Task:
     """A row to measure. name: what messages call it. key: what `measure` knows it by; other processes get it, too.
 
-    work: how long it takes beside other rows, as `Deadline` has it.
+    kind, work: how long it takes is judged by rows of its kind (by all, while there are none) in proportion to their
+        work, as `Deadline` does.
     """
 
     model: str
     name: str
     key: Any
+    kind: str = ""
     work: float = 1.0
 
 
@@ -64,17 +66,17 @@ def measure_rows(
         args.workers above 1 both are functions of a file, which other processes import.
     args: has device, minutes and workers, too.
     """
-    turns, deadline = Turns(tasks), Deadline(args.minutes)
+    turns, deadlines = Turns(tasks), {task.kind: Deadline(args.minutes) for task in tasks}
     failed: dict[str, str] = {}
     if args.workers == 1 or len(tasks) < 2:
-        left = _measure(turns, deadline, results, results, measure, args, make_bench, failed.__setitem__)
+        left = _measure(turns, deadlines, results, results, measure, args, make_bench, failed.__setitem__)
         return left, failed
     spawn, running = multiprocessing.get_context("spawn"), []
     count = min(args.workers, len(tasks))
     for place in range(count):
         path = shard_path(results.path, place)
         receive, send = spawn.Pipe(duplex=False)
-        work = turns, deadline, path, results, measure, args, make_bench
+        work = turns, deadlines, path, results, measure, args, make_bench
         process = spawn.Process(target=_worker, args=(send, *work))
         with _environment(place, count, args.device):
             process.start()
@@ -144,23 +146,24 @@ def gpus() -> list[str]:
     return seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _worker(send, turns, deadline, path: Path, results: Rows, measure, args, make_bench) -> None:
+def _worker(send, turns, deadlines, path: Path, results: Rows, measure, args, make_bench) -> None:
     own = Rows(path, results.settings)
-    _measure(turns, deadline, own, results, measure, args, make_bench, lambda *words: send.send(words))
+    _measure(turns, deadlines, own, results, measure, args, make_bench, lambda *words: send.send(words))
 
 
 def _measure(
-    turns: Turns, deadline: Deadline, own: Rows, results: Rows, measure, args, make_bench, tell: Callable
+    turns: Turns, deadlines: dict, own: Rows, results: Rows, measure, args, make_bench, tell: Callable
 ) -> int:
     """Measure what is this process's turn into `own`, and say so: how many tasks there was no time for.
 
-    results: of the whole table. tell: told of each task that fails, (its name, why).
+    deadlines: by kind. results: of the whole table. tell: told of each task that fails, (its name, why).
     """
     bench, left, parent = None, 0, multiprocessing.parent_process()
     for task in turns:
         if parent is not None and not parent.is_alive():
             break  # killed; who takes its place goes on with what is written
-        if deadline.passed(task.work):
+        own_kind, longest = deadlines[task.kind], max(deadlines.values(), key=lambda one: one.longest.value)
+        if (own_kind if own_kind.longest.value else longest).passed(task.work):
             left += 1
             continue  # a shorter one may fit
         label = f"{task.model}: {task.name}"
@@ -177,8 +180,8 @@ def _measure(
             tell(label, why)
             print(f"failed: {label}: {why}", flush=True)
             continue
-        own.add(row)
-        deadline.took(row["seconds"], task.work)
+        own.add(row | ({"workers": args.workers} if args.workers > 1 else {}))  # whose times are of a busy machine
+        deadlines[task.kind].took(row["seconds"], task.work)
         error = f"error {row['eps_error']:.3e}, " if row.get("eps_error") else ""
         print(f"{label}: {error}{row['seconds']:.0f} s", flush=True)
     return left

@@ -192,6 +192,24 @@ def test_patterns_choose_rows(script, capsys):
         compare.main([*SMALL, "--only", "lass *"], lambda *_: pytest.fail("no work before"))
 
 
+def test_more_seeds_are_for_rows_near_the_base(script):
+    """Errors are 2 of the base, 8 and 4 of nearest and Hessian rounding, 3 of others, 1 of the longest."""
+    compare = script("compare_gradptq")
+    words = [*SMALL, "--stage", "pdquant", "steps"]
+    compare.main(words, FakeBench)
+    made = [row for row, _, _ in FakeBench.made]
+    assert made.index("prediction 0.3") < made.index("50 steps")  # stages in the order that was given
+    FakeBench.made.clear()
+    compare.main([*words, "--near", "0.1", "--seeds", "1"], FakeBench)
+    assert [row for row, _, _ in FakeBench.made] == [
+        "20000 steps", "base", "nearest", "gptq", "gptq, after quantized blocks",
+    ]  # fmt: skip
+    FakeBench.made.clear()
+    compare.main([*words, "--near", "0.5", "--seeds", "1", "2", "--only", "prediction*", "50 steps"], FakeBench)
+    assert {row for row, _, seed in FakeBench.made} == {name for name in made if name.startswith("prediction")}
+    assert {seed for _, _, seed in FakeBench.made} == {1, 2}
+
+
 def test_a_row_that_fails_is_told_and_others_go_on(script, capsys):
     compare = script("compare_gradptq")
     Path("fail").write_text("gptq")
@@ -239,6 +257,7 @@ def test_workers_share_rows_and_one_may_die(script, capfd, monkeypatch):
     assert len(rows) == len(rows_of()) == 8 and {"nearest", "1500 steps"}.isdisjoint(rows)
     assert "pid" not in rows["gptq"]  # a killed command left it
     pids = {row["pid"] for row in rows.values() if "pid" in row}
+    assert {row["workers"] for row in rows.values() if "pid" in row} == {2}
     assert len(pids) == 2 and os.getpid() not in pids and not list(Path().glob("g.worker-*"))
     assert {row["threads"] for row in rows.values() if "pid" in row} == {str(max(1, torch.get_num_threads() // 2))}
     assert "OMP_NUM_THREADS" not in os.environ
@@ -316,6 +335,42 @@ def test_rows_that_would_end_too_late_are_left(script, monkeypatch, capsys):
     assert rows_of()[-1]["row"] == "500 steps" and "1 rows are still to do" in capsys.readouterr().out
 
 
+def test_slow_rows_begin_first_and_hold_no_others_up(script, monkeypatch, capsys):
+    compare = script("compare_gradptq")
+    now = [0.0]
+    monkeypatch.setattr(script("long_runs").time, "time", lambda: now[0])
+    measure = FakeBench.measure
+
+    def timed(self, trial, *rest):
+        row = measure(self, trial, *rest)
+        slow = trial.options.get("prediction") or trial.options.get("unit") == "layer"
+        row["seconds"] = 100.0 if slow else 1.0
+        now[0] += row["seconds"]
+        return row
+
+    monkeypatch.setattr(FakeBench, "measure", timed)
+    words = [*SMALL, "--stage", "pdquant", "factors", "--only", "base", "loss *", "unit *", "prediction*"]
+    compare.main([*words, "--minutes", "5"], FakeBench)
+    # At 200 s a third of 100 s may begin, and then nothing, of a kind that nobody has seen either.
+    assert [row for row, _, _ in FakeBench.made] == ["prediction 0.3", "prediction 1.0", "prediction 3.0"]
+    now[0] = 0.0
+    FakeBench.made.clear()
+    compare.main([*words, "--minutes", "3.99"], FakeBench)
+    # At 200 s no third one of them, nor any of the layers', but rows of one second, once the first of them is known:
+    # that one is judged by the longest, and there is no time for it.
+    assert [row for row, _, _ in FakeBench.made] == ["prediction 1.0, correction True", "prediction alone"]
+    now[0] = 0.0
+    FakeBench.made.clear()
+    compare.main([*words, "--minutes", "3.9", "--only", "base", "loss *", "unit *"], FakeBench)
+    assert [row for row, _, _ in FakeBench.made] == [
+        "unit layer",
+        "base",
+        "loss fisher",
+        "loss cosine",
+        "loss relative",
+    ]
+
+
 def test_shards_are_all_rows_and_join(script, capsys):
     compare = script("compare_gradptq")
     words = [*SMALL[:-1], "a.json", "--stage", "pdquant", "--bits", "W4A8", "W2A4"]
@@ -343,6 +398,7 @@ def test_shards_are_all_rows_and_join(script, capsys):
         (["--num-paired", "0"], "--num-paired must be 1 or more"),
         (["--rates", "none.json"], "there is no none.json"),
         (["--shard", "2/2"], "--shard is i/n"),
+        (["--near", "-1"], "--near is a share"),
         (["--workers", "0"], "--workers must be 1 or more"),
         (["--workers", "2", "--device", "cuda:1"], "give --device cuda"),
     ],

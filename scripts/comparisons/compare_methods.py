@@ -56,7 +56,7 @@ class Bench:
         config = ptq4dm.CalibrationConfig(
             "solver", args.calibration_samples, args.steps, batch_size=args.batch_size, seed=args.seed
         )
-        self.store = ptq4dm.collect(self.pipe, config, calibration_folder(args.output, model, "solver", config))
+        self.store = ptq4dm.collect(self.pipe, config, calibration_folder(args, model, "solver", config))
         self.truth = held_out(self.pipe, args.num_paired, args.steps, args.batch_size)
 
     def measure(self, row: Row) -> dict:

@@ -99,10 +99,11 @@ def commit() -> str | None:
         return None
 
 
-def calibration_folder(output: Path, model: str, law: str, config) -> Path:
-    """Where the calibration of a model is kept beside the output of a table, for all processes and later commands."""
+def calibration_folder(args, model: str, law: str, config) -> Path:
+    """Where a calibration is kept for all processes and later commands: args.stores, or beside args.output."""
     name = f"{model}-{law}-{config.num_samples}-of-{config.num_inference_steps}-steps-seed-{config.seed}"
-    return output.with_name(f"{output.stem}-calibration") / name.replace("/", "-").replace(" ", "-")
+    stores = args.stores or args.output.with_name(f"{args.output.stem}-calibration")
+    return stores / name.replace("/", "-").replace(" ", "-")
 
 
 def made_on(device: str) -> dict:

@@ -33,7 +33,7 @@ class Bench:
         if self.calibrated[0] != (law, seed):
             self.calibrated = (None, None)  # its memory first
             config = calibration(law, seed, self.args)
-            folder = calibration_folder(self.args.output, self.model, law, config)
+            folder = calibration_folder(self.args, self.model, law, config)
             self.calibrated = (law, seed), ptq4dm.collect(self.pipe, config, folder)  # one process makes it
         return self.calibrated[1]
 

@@ -6,6 +6,7 @@ import fnmatch
 import multiprocessing
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ptq4dm.errors import UserError
@@ -28,12 +29,13 @@ def named(rows: Sequence[Any], patterns: Sequence[str]) -> list[Any]:
 
 
 def add_options(parser) -> None:
-    """The options of a table that takes long: --minutes, --workers, --shard."""
+    """The options of a table that takes long: --minutes, --workers, --shard, --stores."""
     parser.add_argument("--minutes", type=float, help="begin no row that would end after so many")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the rows, on GPUs in turn")
     parser.add_argument(
         "--shard", default="0/1", help="i/n: every n-th row from the i-th, with an --output of its own"
     )
+    parser.add_argument("--stores", type=Path, help="folder of calibration stores; left out, one beside the output")
 
 
 class Deadline:

@@ -279,6 +279,16 @@ def trial_of(script, name):
     return next(trial for trial in trials if trial.name == name)
 
 
+def test_workers_of_a_killed_command_end(script, monkeypatch):
+    workers, rows = script("workers"), script("ptq4dm.files.rows").Rows
+    gone = type("Gone", (), {"is_alive": staticmethod(lambda: False)})
+    monkeypatch.setattr(workers.multiprocessing, "parent_process", lambda: gone)
+    args = args_of(script("compare_gradptq"), SMALL)
+    task = workers.Task("tiny", "base", None)
+    never = lambda *_: pytest.fail("a row")  # noqa: E731
+    assert workers.measure_rows([task], rows(Path("g.json"), {}), never, args, never) == (0, {})
+
+
 def test_workers_take_gpus_in_turn(script, monkeypatch):
     workers = script("workers")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
@@ -448,8 +458,9 @@ def test_a_model_is_measured(script, unet, one_thread):
 def test_no_image_is_made_for_eps_alone(script, unet, one_thread, monkeypatch):
     compare, paired = script("compare_gradptq"), script("paired")
     monkeypatch.setattr(paired, "sample", lambda *_, **__: pytest.fail("an image"))
-    words = [*SMALL, "--stage", "steps", "--only", "nearest"]
+    words = [*SMALL, "--stage", "steps", "--only", "nearest", "--stores", "kept"]
     compare.main(words, lambda model, args: script("gradptq_bench").Bench(model, args, tiny(unet)))
+    assert [path.name for path in Path("kept").iterdir()] == ["tiny-solver-4-of-3-steps-seed-0"]
     assert rows_of()[0]["eps_error"] > 0 and "psnr" not in rows_of()[0]
 
 

@@ -3,6 +3,7 @@
     python scripts/comparisons/compare_methods.py --model dit-cifar10 --output out/methods.json
     python scripts/comparisons/compare_methods.py --device cuda --num-paired 256 --steps 50 --num-fid 10000
         --model unet-cifar10 dit-cifar10 --minutes 50 --output out/methods.json
+    python scripts/comparisons/compare_methods.py --device cuda --workers 8 --output out/methods.json
     python scripts/comparisons/compare_methods.py --rows "SVDQuant*" "full precision" --kinds method baseline
 
 The rows are those of method_rows.py: methods; baselines (full precision, round to nearest at the same bits and at the
@@ -13,31 +14,29 @@ Columns: PSNR of same-seed images with its 95 % interval, and noise prediction e
 seeds that calibration never saw; feature-FID (--num-fid); bytes of all tensors in float16 and their share of the
 unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and, on a
 GPU with --compiled, compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not
-made again.
+made again. Times of rows that several processes share (--workers) are those of a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
-import gc
 import time
 from pathlib import Path
 
 import torch
-from conditions import bytes_of_float16, in_dtype, made_on, tensor_float32, watched
-from long_runs import Deadline, shard_of
+from conditions import bytes_of_float16, calibration_folder, free_memory, in_dtype, made_on, tensor_float32, watched
+from long_runs import add_options, named, shard_of
 from method_rows import KINDS, Row, all_rows
 from methods_report import draw, markdown
 from paired import held_out
+from workers import Task, check_workers, join_shards, measure_rows
 
 import ptq4dm
 from ptq4dm.errors import UserError, run
 from ptq4dm.evaluation.compare import step_times
 from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.denoiser import denoiser
-from ptq4dm.progress import progress_bar
 from ptq4dm.quantization.planning import make_plan
 
 SETTINGS = ("steps", "num_paired", "num_fid", "calibration_samples", "seed")
@@ -57,11 +56,12 @@ class Bench:
         config = ptq4dm.CalibrationConfig(
             "solver", args.calibration_samples, args.steps, batch_size=args.batch_size, seed=args.seed
         )
-        self.store = ptq4dm.collect(self.pipe, config)
+        self.store = ptq4dm.collect(self.pipe, config, calibration_folder(args, model, "solver", config))
         self.truth = held_out(self.pipe, args.num_paired, args.steps, args.batch_size)
 
     def measure(self, row: Row) -> dict:
         """The row with its figures and their conditions, as JSON holds them."""
+        free_memory(self.args.device)
         args, exact, start = self.args, self.truth.exact, time.perf_counter()
         figures: dict = {"model": self.model, "row": row.name, "kind": row.kind, "of": row.of}
         model = exact
@@ -138,14 +138,6 @@ def available(rows: list[Row]) -> tuple[list[Row], dict[str, str]]:
     return ready, left_out
 
 
-def chosen(rows: list[Row], patterns: list[str], kinds: list[str]) -> list[Row]:
-    """The rows whose names fit one of the patterns, of one of the kinds; UserError for a pattern that fits none."""
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
-            raise UserError(f"no row is called '{pattern}'; there are: {'; '.join(row.name for row in rows)}.")
-    return [row for row in rows if row.kind in kinds and any(fnmatch.fnmatchcase(row.name, p) for p in patterns)]
-
-
 def check(args) -> None:
     """Raises UserError, before any work, for figures that measure nothing and for files that are not there."""
     for name in ("steps", "num_paired", "calibration_samples", "batch_size", "timed_batch", "timed_steps"):
@@ -154,36 +146,23 @@ def check(args) -> None:
     if args.num_fid == 1 or args.num_fid < 0:
         raise UserError("--num-fid is 0, which leaves feature-FID out, or 2 or more.")
     shard_of(args.shard)
+    check_workers(args)
     for path in args.join:
         if not path.is_file():
             raise UserError(f"there is no {path} to join.")
 
 
-def fill(results: Rows, rows: list[Row], args, make_bench=Bench) -> tuple[int, dict[str, str]]:
-    """Measure what is missing in `results`: (rows not begun for want of time, why rows could not be measured)."""
+def tasks(results: list[dict], rows: list[Row], args) -> list[Task]:
+    """What is to do, in the table's order, known by the rows' names."""
     index, count = shard_of(args.shard)
     everything = [(model, row) for model in args.model for row in rows][index::count]
     done = {(row["model"], row["row"]) for row in results}
-    todo = [(model, row) for model, row in everything if (model, row.name) not in done]
-    deadline, bench, failed = Deadline(args.minutes), None, {}
-    with progress_bar(todo, unit="row") as bar:
-        for number, (model, row) in enumerate(bar):
-            bar.set_postfix_str(f"{model}: {row.name}")
-            if deadline.passed():
-                return len(todo) - number, failed
-            if bench is None or bench.model != model:
-                bench = None  # its memory first
-                bench = make_bench(model, args)
-            try:
-                results.add(bench.measure(row))
-            except UserError as error:
-                failed[f"{model}: {row.name}"] = str(error)
-                continue
-            deadline.took(results[-1]["seconds"])
-            gc.collect()
-            if args.device.startswith("cuda"):
-                torch.cuda.empty_cache()
-    return 0, failed
+    return [Task(model, row.name, row.name) for model, row in everything if (model, row.name) not in done]
+
+
+def measure(bench, name: str, known) -> dict:
+    """The row of a task; known: all rows that are there."""
+    return bench.measure(next(row for row in all_rows() if row.name == name))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -201,10 +180,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--timed-steps", type=int, default=10, help="timed steps of each model")
     parser.add_argument("--compiled", action="store_true", help="on a GPU, time compiled bf16, too: a minute a row")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration and of what is shuffled")
-    parser.add_argument("--minutes", type=float, help="begin no row that would end after so many")
-    parser.add_argument(
-        "--shard", default="0/1", help="i/n: every n-th row from the i-th, with an --output of its own"
-    )
+    add_options(parser)
     parser.add_argument(
         "--join", nargs="+", type=Path, default=[], help="outputs of other shards, for table, pictures"
     )
@@ -216,10 +192,11 @@ def main(words: list[str] | None = None, make_bench=Bench) -> None:
     args = arguments().parse_args(words)
     check(args)
     table = all_rows()
-    rows, left_out = available(chosen(table, args.rows, args.kinds))
+    rows, left_out = available([row for row in named(table, args.rows) if row.kind in args.kinds])
     settings = {name: getattr(args, name) for name in SETTINGS}
     results = Rows(args.output, settings)
-    remaining, failed = fill(results, rows, args, make_bench)
+    join_shards(results)
+    remaining, failed = measure_rows(tasks(results, rows, args), results, measure, args, make_bench)
     found = [*results, *(row for path in args.join for row in Rows(path, settings))]
     order = {row.name: place for place, row in enumerate(table)}
     for model in dict.fromkeys(row["model"] for row in found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import time
 from contextlib import contextmanager
@@ -71,6 +72,13 @@ def _resident(reset: bool = False) -> int | None:
         return None
 
 
+def free_memory(device: str) -> None:
+    """Give back what the last row left behind."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def device_name(device: str) -> str:
     """The GPU's name; of a CPU what it can compute, and with how many threads."""
     if torch.device(device).type == "cuda":
@@ -89,6 +97,13 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def calibration_folder(args, model: str, law: str, config) -> Path:
+    """Where a calibration is kept for all processes and later commands: args.stores, or beside args.output."""
+    name = f"{model}-{law}-{config.num_samples}-of-{config.num_inference_steps}-steps-seed-{config.seed}"
+    stores = args.stores or args.output.with_name(f"{args.output.stem}-calibration")
+    return stores / name.replace("/", "-").replace(" ", "-")
 
 
 def made_on(device: str) -> dict:

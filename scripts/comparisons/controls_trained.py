@@ -18,14 +18,14 @@ def flip_trained(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
     flips = 0
     for place, (name, layer) in enumerate(_rounded(model)):
         weight = exact.get_submodule(name).weight.detach().float()
-        grid, matrix = layer.whole_grid(weight), layer.matrix(weight)
-        stored = layer.matrix(layer.dequantized_weight())
+        matrix, stored = layer.matrix(weight), layer.matrix(layer.dequantized_weight())
+        nearest, grid = layer.rounded(weight, "nearest")
         codes = grid.codes(stored)
         if not grid.values(codes).allclose(stored, rtol=1e-4, atol=1e-8):
             raise UserError(
                 f"layer '{name}' has other scales than its plan's grid: flips of its codes are no control."
             )
-        flips += int((codes != grid.codes(matrix)).sum())
+        flips += int((codes != nearest).sum())
         layer.fill(random_flips(matrix, codes, grid, generator(seed, place)), grid)
     if not flips:
         raise UserError("no code of the model is off the nearest: there are no flips to put in other places.")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import gc
 import time
 from typing import Any
 
 import torch
-from conditions import made_on, watched
+from conditions import calibration_folder, free_memory, made_on, watched
 from gradptq_recipes import calibration, recipe
 from paired import held_out
 from trials import Trial
@@ -33,17 +32,18 @@ class Bench:
     def store(self, law: str, seed: int):
         if self.calibrated[0] != (law, seed):
             self.calibrated = (None, None)  # its memory first
-            self.calibrated = (law, seed), ptq4dm.collect(self.pipe, calibration(law, seed, self.args))
+            config = calibration(law, seed, self.args)
+            folder = calibration_folder(self.args, self.model, law, config)
+            self.calibrated = (law, seed), ptq4dm.collect(self.pipe, config, folder)  # one process makes it
         return self.calibrated[1]
 
     def measure(self, trial: Trial, bits: str, seed: int, rate: float | None = None) -> dict:
         """The row with its figures and their conditions, as JSON holds them."""
-        gc.collect()  # what the last row left
-        if torch.device(self.args.device).type == "cuda":
-            torch.cuda.empty_cache()
-        args, start, exact = self.args, time.perf_counter(), self.truth.exact
+        free_memory(self.args.device)
+        args, exact = self.args, self.truth.exact
         config = recipe(trial, bits, args.options, seed, rate)
         store = self.store(trial.law or args.law, seed)
+        start = time.perf_counter()  # stores are waited for, and shared
         model = copy.deepcopy(exact)
         with watched(args.device) as cost:
             report = ptq4dm.quantize(model, config, store)
@@ -52,7 +52,7 @@ class Bench:
         figures = self.truth.compare(model) if args.eval == "all" else self.truth.predicted(model)
         return {
             "model": self.model, "bits": bits, "stage": trial.stage, "row": trial.name, "seed": seed,
-            "options": trial.options, "learning_rate": getattr(config, "learning_rate", None),
+            "options": trial.options, "learning_rate": getattr(config, "rate", None),
             "recipe": config.summary(), **figures, "calibration_error": self._seen(model, store),
             "flips": flips(report.layers, exact), "seconds_to_quantize": cost["seconds"],
             "memory_to_quantize": cost["peak_memory"], **made_on(args.device),
@@ -62,7 +62,7 @@ class Bench:
     def _seen(self, model, store) -> float:
         """The error on the calibration tuples that training looked at."""
         noise = signal = 0.0
-        for calls in calibration_batches(store.recorded(), self.args.num_tuples):
+        for calls in calibration_batches(store.recorded(), self.args.whole["num_tuples"]):
             error = self.truth.error(model, calls, self.truth.predict(self.truth.exact, calls))
             noise += float(sum(one for one, _, _ in error.sums))
             signal += float(sum(one for _, one, _ in error.sums))

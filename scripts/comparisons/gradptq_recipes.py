@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -14,26 +15,56 @@ from ptq4dm.errors import UserError
 
 APART = 100_000  # trajectories between the calibrations of two seeds; held-out seeds are from a million
 OBJECTIVE = "mse"
+SHARED = ("weight_bits", "activation_bits", "activations", "first_last", "num_tuples", "weight_grid", "seed")
+TUNED = ("optimizer", "variable", "start")
 
 
-def recipe(trial: Trial, bits: str, base: dict, seed: int, rate: float | None) -> ptq4dm.QuantConfig:
+def recipe(trial: Trial, bits: str, base: dict, seed: int, rate: float | None = None) -> ptq4dm.QuantConfig:
     """The recipe of a row. Raises UserError where its weights would be on another grid than those beside it.
 
-    rate: the learning rate of a row with an optimizer of its own; None is that optimizer's default.
+    rate: the learning rate of a row whose optimizer, variable or start has one of its own; None where none is known:
+        an optimizer then has its default, and the others the base's.
     """
     weight_bits, activation_bits = widths(bits)
-    shared = {"weight_bits": weight_bits, "activation_bits": activation_bits, "activations": "dynamic", "seed": seed}
+    whole = defaults() | base | {"weight_bits": weight_bits, "activation_bits": activation_bits, "seed": seed}
     if trial.rounding:
-        kept = {
-            name: base[name] for name in ("first_last", "num_tuples", "weight_grid", "activations") if name in base
-        }
-        options = shared | kept | trial.options
+        options = {name: whole[name] for name in SHARED} | trial.options
         return ptq4dm.PTQ4DMConfig(objective=OBJECTIVE, rounding=trial.rounding, **options)
-    learning = {"learning_rate": rate} if trial.optimizer else {}  # the base's is none of another optimizer
-    config = ptq4dm.GradPTQConfig(**(shared | base | learning | trial.options))
+    learning = {} if rate is None else {"learning_rate": rate}
+    if rate is None and "optimizer" in trial.options:
+        learning = {"learning_rate": None}
+    config = ptq4dm.GradPTQConfig(**(whole | learning | trial.options))
     if config.ranges()[0] != OBJECTIVE:
         raise UserError(f"the ranges of GradPTQConfig are those of '{config.ranges()[0]}', not of '{OBJECTIVE}'.")
     return config
+
+
+def tuned(options: dict) -> tuple:
+    """What has a learning rate of its own: the optimizer, the variable and the start of whole options."""
+    return tuple(options[name] for name in TUNED)
+
+
+def best_rates(rows: Iterable[dict], model: str, bits: str) -> dict[tuple, float]:
+    """`tuned` -> the learning rate of least mean error over the seeds of stage lr, of one model and width."""
+    errors: dict[tuple, dict[float, list[float]]] = {}
+    for row in rows:
+        if (row["stage"], row["model"], row["bits"]) == ("lr", model, bits):
+            own = errors.setdefault(tuned(row["options"]), {})
+            own.setdefault(row["options"]["learning_rate"], []).append(row["eps_error"])
+    return {key: min(own, key=lambda rate: sum(own[rate]) / len(own[rate])) for key, own in errors.items()}
+
+
+def untuned(rows: list[dict], rated: list[dict], base: dict, trials: list[Trial]) -> list[str]:
+    """A line for each row that has not the learning rate which stage lr finds best for what it trains with."""
+    lines = []
+    looked_at = {trial.name: base | trial.options for trial in trials if trial.tuned or trial.name == "base"}
+    for row in rows:
+        if row["row"] in looked_at:
+            best = best_rates([*rows, *rated], row["model"], row["bits"]).get(tuned(looked_at[row["row"]]))
+            if best is not None and row["learning_rate"] != best:
+                what = f"{row['model']} {row['bits']}: {row['row']}, seed {row['seed']}"
+                lines.append(f"{what}, has the rate {row['learning_rate']:g}; stage lr is best at {best:g}")
+    return lines
 
 
 def widths(bits: str) -> tuple[int, int]:
@@ -62,9 +93,10 @@ def base_of(words: list[str]) -> dict[str, Any]:
 
 
 def defaults() -> dict[str, Any]:
-    """The options of GradPTQConfig where nothing is said."""
+    """The options of GradPTQConfig where nothing is said, but for inputs, which are dynamic here."""
     config = ptq4dm.GradPTQConfig()
-    return {item.name: getattr(config, item.name) for item in fields(config)}
+    options = {item.name: getattr(config, item.name) for item in fields(config) if item.init}
+    return options | {"activations": "dynamic"}
 
 
 def calibration(law: str, seed: int, args) -> ptq4dm.CalibrationConfig:

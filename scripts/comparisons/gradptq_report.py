@@ -54,10 +54,19 @@ class Table:
 
     def ratio(self, name: str, other: str) -> str:
         """The ratio of errors with, of several seeds, its least and largest value."""
-        own, beside = self.rows[name], self.rows.get(other, {})
-        ratios = [row["eps_error"] / beside[seed]["eps_error"] for seed, row in own.items() if seed in beside]
+        ratios = self.ratios(name, other)
         reach = f" ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ""
         return _mean(ratios, ".3f") + reach
+
+    def ratios(self, name: str, other: str) -> list[float]:
+        """A row's error over another's, for each seed that both have."""
+        own, beside = self.rows[name], self.rows.get(other, {})
+        return [row["eps_error"] / beside[seed]["eps_error"] for seed, row in own.items() if seed in beside]
+
+    def near(self, share: float) -> set[str]:
+        """The rows whose error is at most 1 + share times the base's, in the mean over the seeds that are there."""
+        found = {name: self.ratios(name, "base") for name in self.rows}
+        return {name for name, ratios in found.items() if ratios and sum(ratios) <= (1 + share) * len(ratios)}
 
     def gain(self, name: str, nearest: str) -> str:
         """The part of the longest run's gain over nearest that a row has, where there is such a run."""

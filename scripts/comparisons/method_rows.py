@@ -16,8 +16,9 @@ from functools import partial
 
 import controls
 from budgets import at_bytes_of
+from controls_trained import flip_trained
 
-from ptq4dm import PDQuantConfig, PTQ4DMConfig, RTNConfig, SVDQuantConfig
+from ptq4dm import GradPTQConfig, PDQuantConfig, PTQ4DMConfig, RTNConfig, SVDQuantConfig
 from ptq4dm.quantization.recipe import QuantConfig
 
 KINDS = ("method", "baseline", "ablation", "shuffled")
@@ -178,8 +179,58 @@ def prediction_difference() -> list[Row]:
     return rows
 
 
+def trained_blocks() -> list[Row]:
+    """GradPTQ on uniform grids of least squared error, beside nearest and Hessian rounding on the same grids."""
+    widths = {
+        "W4A8 per row, dynamic": {"activations": "dynamic"},
+        "W3A8 per row, dynamic": {"activations": "dynamic", "weight_bits": 3},
+        "W4A8 g64, dynamic": {"activations": "dynamic", "group_size": 64},
+        "W8A8, dynamic": {"activations": "dynamic", "weight_bits": 8},
+        "W4A8 per row": {"activations": "static"},
+    }
+    rows = [row for label, options in widths.items() for row in _trained(f"GradPTQ {label}", options)]
+    static, mixed = "GradPTQ W4A8 per row", "GradPTQ W4.5A8 rows, dynamic"
+    recipe = partial(GradPTQConfig, activations="dynamic", average_bits=4.5)
+    return [
+        *rows,
+        Row(f"{static}, rounding alone", "ablation", partial(GradPTQConfig, train=("rounding",)), static),
+        Row(f"{static}, ranges alone", "ablation", partial(GradPTQConfig, train=("ranges",)), static),
+        *_trained(mixed, {"activations": "dynamic", "average_bits": 4.5}),
+        Row(f"{mixed}, by random", "ablation", partial(recipe, importance="random"), mixed),
+        Row(f"{mixed}, shuffled in each layer", "shuffled", recipe, mixed, plan=controls.shuffle_rows),
+    ]
+
+
+def _trained(name: str, options: dict) -> list[Row]:
+    """A method that trains blocks, what it trains taken apart, and as many flips elsewhere."""
+    recipe = partial(GradPTQConfig, **options)
+    shared = {"weight_bits": 4, "num_tuples": 256, "objective": "mse"} | options
+    return [
+        *(
+            Row(f"{rounding} as {name}", "baseline", partial(PTQ4DMConfig, rounding=rounding, **shared), name)
+            for rounding in ("nearest", "gptq")
+        ),
+        Row(name, "method", recipe),
+        Row(f"{name}, each layer by itself", "ablation", partial(recipe, unit="layer"), name),
+        Row(f"{name}, begun at nearest", "ablation", partial(recipe, start="nearest", learning_rate=1e-2), name),
+        Row(f"{name}, flips at random", "shuffled", recipe, name, packed=flip_trained),
+    ]
+
+
+def trained_prediction() -> list[Row]:
+    """PD-Quant's training of blocks, with and without the error in the model's prediction."""
+    name = "PD-Quant W4A4, trained"
+    recipe = partial(PDQuantConfig, weight_bits=4, activation_bits=4, rounding="learned")
+    return [
+        Row(name, "method", recipe),
+        Row(f"{name}, without prediction", "ablation", partial(recipe, prediction=0.0), name),
+        Row(f"{name}, flips at random", "shuffled", recipe, name, packed=flip_trained),
+    ]
+
+
 def all_rows() -> list[Row]:
     """In the order in which they are printed."""
     return [
         *eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *low_rank(), *prediction_difference(),
+        *trained_blocks(), *trained_prediction(),
     ]  # fmt: skip

@@ -44,6 +44,7 @@ RECIPES = {
     "PTQ4DM, lp 2.4": ptq4dm.PTQ4DMConfig(objective="lp"),
     "PTQ4DM, 4-bit weights, g32": ptq4dm.PTQ4DMConfig(weight_bits=4, group_size=32),
     "PTQ4DM, 4-bit weights, g32, Hessian": ptq4dm.PTQ4DMConfig(weight_bits=4, group_size=32, rounding="gptq"),
+    "GradPTQ, 4-bit weights, 5 steps": ptq4dm.GradPTQConfig(activations="dynamic", steps=5, num_tuples=32),
     "SVDQuant": ptq4dm.SVDQuantConfig(),
 }
 

@@ -15,20 +15,23 @@ from typing import Any
 from controls_trained import flip_trained
 
 STAGES = ("lr", "factors", "calibration", "steps", "pdquant")
-OPTIMIZERS = {
-    "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "adamax": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "signsgd": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    "sgd": (1e-2, 1e-1, 1.0, 1e1, 1e2),
+RATES = {
+    "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "adamax": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "signsgd": (1e-4, 3e-4, 1e-3, 3e-3),
+    "sgd": (1e-2, 1e-1, 3e-1, 1.0, 3.0, 1e1, 1e2),
 }
-"""The rates that are tried of each. They are ours; where the best is the first or the last, --learning-rates adds."""
+VARIABLE_RATES = {"sigmoid": (1e-2, 3e-2, 1e-1), "division": (3e-4, 1e-3, 3e-3)}
+"""The rates that are tried of each optimizer, and of each variable with Adam. They are ours; where the best is the
+first or the last, --learning-rates adds."""
 
 FACTORS: dict[str, tuple] = {
     "loss": ("mse", "fisher", "cosine", "relative"),
     "moves": ("up-down", "wide"),
     "variable": ("sigmoid", "straight-through", "division"),
-    "optimizer": tuple(OPTIMIZERS),
+    "optimizer": tuple(RATES),
+    "start": ("gptq", "nearest"),
     "train": (
         ("rounding",), ("scales",), ("biases",), ("rounding", "scales"), ("rounding", "biases"),
         ("rounding", "scales", "biases"),
@@ -39,15 +42,17 @@ FACTORS: dict[str, tuple] = {
 }  # fmt: skip
 STATIC = {"activations": "static"}
 COMBINED: tuple[dict, ...] = (
-    {"moves": "wide", "variable": "straight-through"},
+    {"moves": "wide", "variable": "sigmoid"},
     {"moves": "wide", "variable": "division"},
+    {"start": "nearest", "variable": "sigmoid"},
+    {"start": "nearest", "learning_rate": 1e-2},  # from nearest codes have farther to go
     {**STATIC, "train": ("rounding",)},
     {**STATIC, "train": ("ranges",)},
     {**STATIC, "train": ("rounding", "ranges")},
 )
 LAWS = ("uniform", "ndtc", "solver", "one timestep")
 STEPS = (50, 100, 200, 500, 1500, 20000)
-PREDICTION = (0.1, 1.0, 10.0)
+PREDICTION = (0.0, 0.3, 1.0, 3.0)
 ALONE = 1e4  # a weight of the prediction term beside which the block's own loss is nothing
 
 
@@ -57,8 +62,9 @@ class Trial:
 
     stage: one of STAGES, or "" for what all stages are compared with. name: unique. options: of the recipe.
     rounding: "" for block training; "nearest" or "gptq" for those, on the same grid of weights.
-    law: the calibration's timesteps, one of LAWS; "" for the base's. optimizer: whose best learning rate is taken
-        from the rows of stage lr. control: changes the quantized model, (model, exact, store, seed).
+    law: the calibration's timesteps, one of LAWS; "" for the base's. tuned: whether the row takes the learning rate
+        that is best in stage lr for its optimizer, variable and start. control: changes the quantized model,
+        (model, exact, store, seed).
     """
 
     stage: str
@@ -66,47 +72,80 @@ class Trial:
     options: dict[str, Any] = field(default_factory=dict)
     rounding: str = ""
     law: str = ""
-    optimizer: str = ""
+    tuned: bool = False
     control: Callable | None = None
 
 
 def all_trials(base: dict[str, Any], law: str = "solver", rates: tuple[float, ...] = ()) -> list[Trial]:
     """The rows of all stages in the order in which they are printed, for a base with these options.
 
-    law: the base's calibration. rates: learning rates of every optimizer beside OPTIMIZERS.
+    base: whole options (gradptq_recipes.defaults). law: its calibration. rates: learning rates of every optimizer
+        beside RATES.
     """
-    return [*beside_all(), *learning_rates(rates), *factors(base), *laws(law), *steps(base), *prediction()]
+    return [*beside_all(), *learning_rates(base, rates), *factors(base), *laws(law), *steps(base), *prediction(base)]
 
 
 def beside_all() -> list[Trial]:
-    """The base, and nearest and Hessian rounding on its grid."""
-    return [Trial("", "base"), Trial("", "nearest", rounding="nearest"), Trial("", "gptq", rounding="gptq")]
-
-
-def learning_rates(more: tuple[float, ...]) -> list[Trial]:
+    """The base, and nearest and Hessian rounding on its grid, also behind quantized blocks, as training is."""
     return [
-        Trial("lr", f"{optimizer}, rate {rate:g}", {"optimizer": optimizer, "learning_rate": rate})
-        for optimizer, rates in OPTIMIZERS.items()
+        Trial("", "base"),
+        Trial("", "nearest", rounding="nearest"),
+        Trial("", "gptq", rounding="gptq"),
+        Trial("", "gptq, after quantized blocks", {"prefix": "quantized"}, rounding="gptq"),
+    ]
+
+
+def learning_rates(base: dict[str, Any], more: tuple[float, ...] = ()) -> list[Trial]:
+    """Optimizers of the base's variable, and Adam of the other variables, from the base's start."""
+    own = {name: base[name] for name in ("variable", "start")}
+    rows = [
+        Trial("lr", f"{optimizer}, rate {rate:g}", own | {"optimizer": optimizer, "learning_rate": rate})
+        for optimizer, rates in RATES.items()
         for rate in sorted({*rates, *more})
     ]
+    return rows + [
+        Trial("lr", f"{variable}, adam, rate {rate:g}",
+              own | {"variable": variable, "optimizer": "adam", "learning_rate": rate})
+        for variable, rates in VARIABLE_RATES.items()
+        if variable != base["variable"]
+        for rate in sorted({*rates, *more})
+    ]  # fmt: skip
 
 
 def factors(base: dict[str, Any]) -> list[Trial]:
-    """Every value of every factor that is not the base's."""
-    single = [
-        {name: value} for name, values in FACTORS.items() for value in values if value != base.get(name)
-    ]  # fmt: skip
-    rows = [
-        Trial("factors", called(options), options, optimizer=options.get("optimizer", ""))
-        for options in (*single, *COMBINED)
-    ]
+    """Every value of every factor that is not the base's, and COMBINED where at least two of its options are not."""
+    changes = [{name: value} for name, values in FACTORS.items() for value in values]
+    found = [options for options in changes if changed(options, base)]
+    found += [left for left in (changed(options, base) for options in COMBINED) if len(left) > 1]
+    rows = [Trial("factors", called(options), options, tuned=is_tuned(options)) for options in found]
     for options in ({"weight_grid": "power"}, STATIC):
-        rows += [
-            Trial("factors", f"{rounding}, {called(options)}", options, rounding=rounding)
-            for rounding in ("nearest", "gptq")
-        ]
+        if changed(options, base):
+            rows += [
+                Trial("factors", f"{rounding}, {called(options)}", options, rounding=rounding)
+                for rounding in ("nearest", "gptq")
+            ]
     alone = {"train": ("rounding",)}
     return [*rows, Trial("factors", f"{called(alone)}, flips at random", alone, control=flip_trained)]
+
+
+def changed(options: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not the base's. Of `train`, ranges count where inputs are static alone."""
+    static = "static" in (options.get("activations"), base["activations"])
+
+    def same(name: str, value: Any) -> bool:
+        if name == "train" and not static:
+            return {*value} - {"ranges"} == {*base[name]} - {"ranges"}
+        return {*value} == {*base[name]} if name == "train" else value == base[name]
+
+    left = {name: value for name, value in options.items() if not same(name, value)}
+    if "activations" in left and "train" in options:  # said in the row's name: what static inputs are there for
+        left["train"] = options["train"]
+    return left
+
+
+def is_tuned(options: dict[str, Any]) -> bool:
+    """Whether a row takes its learning rate from stage lr."""
+    return "learning_rate" not in options and bool({"optimizer", "variable", "start"} & {*options})
 
 
 def called(options: dict[str, Any]) -> str:
@@ -128,8 +167,9 @@ def steps(base: dict[str, Any]) -> list[Trial]:
     return [Trial("steps", f"{count} steps", {"steps": count}) for count in STEPS if count != base.get("steps")]
 
 
-def prediction() -> list[Trial]:
-    weights = [{"prediction": weight} for weight in PREDICTION]
-    rows = [{"correction": True}, *weights, {"prediction": PREDICTION[1], "correction": True}]
+def prediction(base: dict[str, Any]) -> list[Trial]:
+    """Weights of the prediction term that are not the base's, the term alone, and corrected inputs."""
+    weights = [{"prediction": weight} for weight in PREDICTION if weight != base["prediction"]]
+    rows = [*weights, {"correction": True}, {"prediction": 1.0, "correction": True}]
     alone = Trial("pdquant", "prediction alone", {"prediction": ALONE})
     return [*(Trial("pdquant", called(options), options) for options in rows), alone]

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -170,6 +171,76 @@ def test_every_method_stands_beside_its_baselines_and_controls(script):
     broken = script("method_rows").Row("broken", "method", lambda: ptq4dm.RTNConfig(no_such_option=1))
     with pytest.raises(TypeError):
         script("compare_methods").available([broken])
+
+
+def test_rows_beside_trained_blocks_have_their_grid(script):
+    rows = {row.name: row for row in script("method_rows").trained_blocks()}
+    shared = (
+        "weight_bits",
+        "activation_bits",
+        "activations",
+        "group_size",
+        "average_bits",
+        "num_tuples",
+        "first_last",
+    )
+    beside = 0
+    for name, row in rows.items():
+        if row.kind == "method":
+            for rounding in ("nearest", "gptq"):
+                own, other = row.recipe(), rows[f"{rounding} as {name}"].recipe()
+                assert [getattr(own, key) for key in shared] == [getattr(other, key) for key in shared]
+                assert own.ranges()[0] == other.ranges()[0] == "mse" and other.rounding == rounding
+                beside += 1
+    assert beside == 12 and {rows[f"GradPTQ W{bits}A8 per row, dynamic"].recipe().weight_bits for bits in (3, 4)} == {
+        3,
+        4,
+    }
+    pd = {row.name: row.recipe() for row in script("method_rows").trained_prediction()}
+    assert pd["PD-Quant W4A4, trained"].prediction == 1.0 and pd["PD-Quant W4A4, trained"].rounding == "learned"
+    assert pd["PD-Quant W4A4, trained, without prediction"].prediction == 0.0
+
+
+@pytest.mark.parametrize(
+    "name", ["GradPTQ W4A8 g64, dynamic", "GradPTQ W4A8 per row", "GradPTQ W4.5A8 rows, dynamic"]
+)
+def test_flips_of_trained_rows_are_as_many(script, one_thread, name):
+    exact, store = split_model()
+    rows = {row.name: row for row in script("method_rows").trained_blocks()}
+    row = rows[f"{name}, flips at random"]
+    trained, nearest = row.recipe(), rows[f"nearest as {name}"].recipe()
+    trained.steps = 2
+    model, beside = quantized(exact, trained, store), quantized(exact, nearest, store)
+    flipped = copy.deepcopy(model)
+    row.packed(flipped, exact, store, 0)
+
+    def off(one, layer):
+        codes = [each.get_submodule(layer).dequantized_weight() for each in (one, beside)]
+        return int((codes[0] - codes[1]).abs().gt(1e-6).sum())
+
+    layers = [layer for layer, module in model.named_modules() if hasattr(module, "dequantized_weight")]
+    counts = [off(model, layer) for layer in layers]
+    assert counts == [off(flipped, layer) for layer in layers] and sum(counts) > 100
+    assert any(
+        not torch.equal(*(one.get_submodule(n).dequantized_weight() for one in (model, flipped))) for n in layers
+    )
+
+
+def test_tasks_reach_other_processes(script, tmp_path):
+    """Recipes and controls stay at home: a task knows its row by the name."""
+    compare = script("compare_methods")
+    args = compare.arguments().parse_args([*SMALL, "--workers", "3", "--shard", "1/2"])
+    rows = script("method_rows").all_rows()
+    tasks = compare.tasks([{"model": "tiny", "row": rows[1].name}], rows, args)
+    assert [task.key for task in pickle.loads(pickle.dumps(tasks))] == [row.name for row in rows[3::2]]
+
+    class Bench:
+        measure = staticmethod(lambda row: row)
+
+    assert compare.measure(Bench, "PD-Quant W4A4, trained", []).name == "PD-Quant W4A4, trained"
+    assert pickle.loads(pickle.dumps(compare.measure)) is compare.measure
+    with pytest.raises(UserError, match="--workers must be"):
+        compare.main([*SMALL, "--workers", "0"], lambda *_: pytest.fail("no work before"))
 
 
 def test_the_front_is_what_nothing_beats(script):

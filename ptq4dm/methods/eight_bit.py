@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..evidence import LayerEvidence
 from ..layers.plan import Int4Plan, LayerPlan
 from ..layers.power import PowerPlan
-from ..layers.registry import needs_of
+from ..layers.registry import FORMATS, needs_of
 from ..layers.view import LayerView
 from ..options import option
 from ..progress import progress_bar
@@ -109,7 +109,8 @@ class IntegerConfig(QuantConfig):
             raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
         if self.first_last not in FIRST_LAST:
             raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
-        ROUNDERS.find(self.rounding)
+        if FORMATS.find(self.format).grid not in ROUNDERS.find(self.rounding).grids:
+            raise UserError(f"rounding '{self.rounding}' does not serve format '{self.format}'.")
         PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
 
     def _check_grid(self) -> None:

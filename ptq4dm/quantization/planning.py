@@ -14,6 +14,7 @@ from ..layers.registry import FORMATS
 from ..layers.view import find_layers
 from ..rounding.registry import ROUNDERS
 from .recipe import QuantConfig
+from .training import check_trained
 
 
 def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | None = None) -> Plan:
@@ -57,6 +58,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
         )
     plan.check()
+    check_trained(plan)
     for name, layer in plan.layers.items():
         check_fit(name, layer, model.get_submodule(name))
         grid, rounding = FORMATS.find(layer.format).grid, getattr(layer, "rounding", "nearest")

@@ -130,11 +130,25 @@ class QuantizationReport:
         lines.append(
             f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.3f}x)"
         )
+        if trained := self._trained():
+            lines.append(trained)
         if self.networks:
             lines.append(
                 f"quantized: {', '.join(self.networks)}; in full precision: {', '.join(self.left) or 'none'}"
             )
         return "\n".join(lines)
+
+    def _trained(self) -> str:
+        """What training of blocks did, where there was any: a mean over layers, and one of ratios over blocks."""
+        flips = [row["flips"] for row in self.layers if "flips" in row]
+        if not flips:
+            return ""
+        text = f"trained: {sum(flips) / len(flips):.1%} of a layer's codes are not the nearest"
+        blocks = {(row["block_error"], row["block_error_nearest"]) for row in self.layers if "flips" in row}
+        logs = [math.log(error / nearest) for error, nearest in blocks if error > 0 and nearest > 0]
+        if not logs:
+            return text
+        return f"{text}; a block's error is {math.exp(sum(logs) / len(logs)):.3f}x that of nearest (geometric mean)"
 
 
 def _plain(value: object) -> object:

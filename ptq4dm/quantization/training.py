@@ -10,9 +10,11 @@ from torch import nn
 
 from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence
+from ..errors import UserError
 from ..layers.plan import Plan
 from ..layers.registry import objective_needs
 from ..reconstruction import block as reconstruction
+from ..reconstruction.soft import is_trainable
 from ..rounding.registry import ROUNDERS
 from .blocks import Block
 
@@ -26,8 +28,18 @@ def learned_layers(plan: Plan) -> set[str]:
 
 def training_needs(plan: Plan, name: str) -> frozenset[str]:
     """The evidence that the training of a layer begins with."""
-    start = ROUNDERS.find(plan.learning.start).needs if plan.learning else frozenset()
+    start = ROUNDERS.find(plan.learning.begin).needs if plan.learning else frozenset()
     return start | objective_needs(plan.layers[name])
+
+
+def check_trained(plan: Plan) -> None:
+    """Raises UserError where blocks of the plan are trained, and no gradient passes one of its layers."""
+    for name, choice in plan.layers.items() if learned_layers(plan) else ():
+        if not is_trainable(choice.format):
+            raise UserError(
+                f"layer '{name}' has format '{choice.format}', which no gradient passes, so that no block of its "
+                "plan can be trained."
+            )
 
 
 class Training:
@@ -39,6 +51,10 @@ class Training:
         assert plan.learning is not None
         self.model, self.plan, self.learned, self.learning = model, plan, learned, plan.learning
         self.seed = seed
+        for name in learned:  # a plan that is followed begins where it was begun
+            choice = plan.layers[name]
+            start = plan.starts.setdefault(name, [choice.input_scale, choice.input_zero_point])
+            choice.input_scale, choice.input_zero_point = start
         units = torch.linspace(0, len(calls) - 1, min(num_tuples, len(calls))).round().long().unique()
         order = torch.randperm(len(units), generator=torch.Generator("cpu").manual_seed(seed))
         self.batches = list(calls[units[order]].batches(self.learning.step_tuples))
@@ -52,10 +68,6 @@ class Training:
         if not names:
             return {}
         plan = self.plan
-        for name in names:  # a plan that is followed begins where it was begun
-            choice = plan.layers[name]
-            start = plan.starts.setdefault(name, [choice.input_scale, choice.input_zero_point])
-            choice.input_scale, choice.input_zero_point = start
         fed = {name: evidence.of(name) for name in names if evidence and training_needs(plan, name)}
         trained = reconstruction.Block(block.name, {name: plan.layers[name] for name in names}, fixed, before, fed)
         training = reconstruction.BlockTraining(

@@ -11,6 +11,7 @@ AdaRound, BRECQ (arXiv:2102.05426), QDrop (arXiv:2203.05740) and PD-Quant (arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,7 +45,8 @@ class Block:
     """A block to train, and what is known when it is its turn.
 
     name: of its module in the model, or of one layer. plans: layer -> its plan, of the layers that are trained;
-    fixed: packed layers of the block that are not. before: quantized layers of the blocks before it.
+    fixed: packed layers of the block that are not. before: quantized layers of the blocks before it; some of them
+    may lie in the module, or be called after it.
     evidence: layer -> what it is fed, for roundings and objectives that look at it.
     """
 
@@ -104,18 +106,27 @@ class BlockTraining:
         Raises UserError where a layer's format cannot be trained, or calibration never calls the block.
         """
         block = self.block
-        with evaluation_mode(self.model):
+        # No mode of the caller's may keep tensors from having gradients.
+        with torch.inference_mode(False), torch.no_grad(), evaluation_mode(self.model):
             soft = {name: self._soft(name, plan) for name, plan in block.plans.items()}
-            fixed = {n: FixedLayer(self.model.get_submodule(n), layer, n) for n, layer in block.fixed.items()}
+            packed = {**block.before, **block.fixed}
+            fixed = {name: FixedLayer(self.model.get_submodule(name), layer, name) for name, layer in packed.items()}
             items = items_of(
                 self.model, block.name, self.batches, block.before, self.learning, self.draw, self.reference
             )
             nearest = self._measured(items, self._nearest())
+            if not math.isfinite(nearest.loss + nearest.prediction):
+                raise UserError(
+                    f"'{block.name}' gives NaN or infinity on the calibration data, so it cannot be trained; collect "
+                    "again, from a model that gives finite numbers."
+                )
             with torch.enable_grad(), self._computing({**soft, **fixed}), _repeatable(self.device):
                 self._train(list(soft.values()), items, nearest)
             done = {name: one.packed() for name, one in soft.items()}
             layers: dict[str, nn.Module] = {name: layer for name, (layer, _) in done.items()}
             error = self._measured(items, layers)
+        for name, layer in layers.items():
+            layer.train(self.model.get_submodule(name).training)
         flips = {name: share for name, (_, share) in done.items()}
         return layers, BlockFigures(flips, error.relative, nearest.relative)
 
@@ -138,6 +149,7 @@ class BlockTraining:
     def _computing(self, layers: Mapping[str, SoftLayer | FixedLayer]) -> Iterator[None]:
         """The block's layers compute as these do."""
         modules = {name: self.model.get_submodule(name) for name in layers}
+        own = {name: vars(module).get("forward") for name, module in modules.items()}  # hooks of accelerate set one
 
         def forward(layer: SoftLayer | FixedLayer) -> Any:
             return lambda input: layer.forward(input, self.drop if self.drops_inputs else None)
@@ -147,14 +159,16 @@ class BlockTraining:
                 module.forward = forward(layers[name])
             yield
         finally:
-            for module in modules.values():
+            for name, module in modules.items():
                 vars(module).pop("forward", None)
+                if own[name] is not None:
+                    module.forward = own[name]
 
     @torch.no_grad()
     def _measured(self, items: list[Item], layers: dict[str, nn.Module]) -> _Measured:
         """How wrong the block is behind the quantized part, as these layers compute."""
         wrong = energy = loss = prediction = 0.0
-        with substituted(self.model, {**self.block.fixed, **layers}):
+        with substituted(self.model, {**self.block.before, **self.block.fixed, **layers}):
             module = self.model.get_submodule(self.block.name)
             for item in items:
                 outputs = outputs_of(module, item.noisy, item)
@@ -186,6 +200,8 @@ class BlockTraining:
             if codes and done >= WARM_UP:
                 sharpness = SHARPNESS[1] + (SHARPNESS[0] - SHARPNESS[1]) * (1 - (done - WARM_UP) / (1 - WARM_UP))
                 loss = loss + PENALTY * torch.stack([one.penalty(sharpness) for one in codes]).mean()
+            if not loss.requires_grad:  # none of the trained layers is called in these tuples
+                continue
             gradients = iter(torch.autograd.grad(loss, tensors, allow_unused=True))  # an expert may not be called
             for group, optimizer, rate in groups:
                 own = tuple(_or_zero(next(gradients), tensor) for tensor in group)
@@ -211,9 +227,8 @@ class BlockTraining:
 
     def _prediction(self, item: Item) -> Tensor:
         """The squared error of the model's answer, behind the quantized part and before an exact rest."""
-        with substituted(self.model, dict(self.block.before)):
-            call = ready(item.batch, self.model)
-            found = samples_of(self.model(*call.args, **call.kwargs), item.batch)
+        call = ready(item.batch, self.model)
+        found = samples_of(self.model(*call.args, **call.kwargs), item.batch)
         return block_loss("mse", [found], item.answer, item.weights)
 
 

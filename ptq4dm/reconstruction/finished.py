@@ -44,14 +44,14 @@ def finished_before(model: nn.Module, name: str, batch: Calls) -> Finished:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
             if module == name:
                 raise _Reached
-            opened.append((len(done), _versions((args, kwargs))))
+            opened.append((len(done), versions((args, kwargs))))
 
         return hook
 
     def leave(module: str) -> Callable:
         def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             start, before = opened.pop()
-            if before == _versions((args, kwargs)) and _is_kept(output):
+            if before == versions((args, kwargs)) and _is_kept(output):
                 done[start:] = [(module, copied(output))]
 
         return hook
@@ -110,7 +110,7 @@ def _is_kept(output: Any) -> bool:
     return all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in pytree.tree_leaves(output))
 
 
-def _versions(arguments: Any) -> list[int]:
+def versions(arguments: Any) -> list[int]:
     """How often each tensor was changed in place; tensors of inference mode do not count that."""
     leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     return [0 if leaf.is_inference() else leaf._version for leaf in leaves]

@@ -66,7 +66,9 @@ def items_of(
         noisy = exact
         if before:
             behind = Evidence(model, [], [name], [batch], before=dict(before)).calls(name)
-            noisy = pytree.tree_flatten(behind[0])[0] if behind else exact
+            seen = pytree.tree_flatten(behind[0])[0] if behind else exact
+            # An expert may be sent other tokens behind the quantized part, which have no targets.
+            noisy = seen if _shapes(seen) == _shapes(exact) else exact
         weights = row_weights(batch, learning.time_weights, device)
         found.append(Item(batch, exact, noisy, structure, [], weights))
         if learning.loss == "fisher":
@@ -105,6 +107,10 @@ def fed(item: Item, augmentation: str, draw: torch.Generator) -> list:
     ]
 
 
+def _shapes(leaves: list) -> list:
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
 def _dropped(exact: Tensor, noisy: Tensor, draw: torch.Generator) -> Tensor:
     return torch.where(torch.rand(exact.shape, generator=draw, device=exact.device) < 0.5, exact, noisy)
 
@@ -139,8 +145,8 @@ def _fisher(model: nn.Module, module: nn.Module, batch: Calls, draw: torch.Gener
         answer = samples_of(model(*call.args, **call.kwargs), batch)
     finally:
         handle.remove()
-    direction = torch.randn(answer.shape, generator=draw).to(answer)
-    gradients = torch.autograd.grad((answer * direction).sum(), kept, allow_unused=True)
+    direction = torch.randn(answer.shape, generator=draw).to(answer.device)
+    gradients = torch.autograd.grad((answer.float() * direction).sum(), kept, allow_unused=True)
     return [
         torch.zeros_like(one) if gradient is None else gradient.float().square()
         for one, gradient in zip(kept, gradients, strict=True)

@@ -17,12 +17,20 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..kernels.formats.int8 import affine_parameters, dynamic_scale, quantize_activation
-from ..layers.registry import finite
+from ..layers.registry import FORMATS, finite
 from ..layers.rounded import RoundedLayer
 from ..rounding.learned import Learning
+from ..rounding.registry import ROUNDERS
 from ..rounding.variables import VARIABLES, Variable, straight_through
 
 NEAR = 0.49  # how far from its code a weight begins at most, in codes
+
+
+def is_trainable(format: str) -> bool:
+    """Whether layers of a number format can be trained, and gradients pass them: their codes are the weight's own."""
+    found = FORMATS.find(format)
+    rounded = all(issubclass(kind, RoundedLayer) for kind in found.layers.values())
+    return rounded and found.grid in ROUNDERS.find("learned").grids
 
 
 class SoftInput:
@@ -79,7 +87,7 @@ class SoftLayer:
         self.module, self.layer = module, layer
         weight = finite(module.weight, name)
         self.matrix = layer.matrix(weight)
-        begin, self.start = layer.rounded(weight, learning.start, evidence)
+        begin, self.start = layer.rounded(weight, learning.begin, evidence)
         low, high = self.start.ends(self.matrix.shape[1])
         self.zeros = self.start.low - low
         train = learning.train
@@ -147,16 +155,18 @@ class SoftLayer:
 
 
 class FixedLayer:
-    """A layer of the block that is packed already, computing what it computes, with a gradient for its input."""
+    """A layer that is packed already: what it computes, with a gradient for its input where that has one."""
 
     def __init__(self, module: nn.Module, layer: nn.Module, name: str) -> None:
-        if not isinstance(layer, RoundedLayer):
+        if not (isinstance(layer, RoundedLayer) and is_trainable(layer.plan.format)):
             raise UserError(f"layer '{name}' is {layer.plan}: no gradient passes it, so its block cannot be trained.")
         self.module, self.layer = module, layer
         self.input = SoftInput(layer.plan, module, trained=False)
 
     def forward(self, x: Tensor, drop: torch.Generator | None = None) -> Tensor:
         """y of x, in x's dtype."""
+        if not x.requires_grad:
+            return self.layer(x)
         bias = None if self.module.bias is None else self.module.bias.detach()
         return _product(self.module, self.input(x), self.layer.dequantized_weight(), bias)
 

@@ -92,6 +92,11 @@ class Learning:
         return cls(**{item.name: getattr(options, item.name) for item in fields(cls)})
 
     @property
+    def begin(self) -> str:
+        """The rounding that training begins at: that to nearest, where rounding is not trained."""
+        return self.start if "rounding" in self.train else "nearest"
+
+    @property
     def rate(self) -> float:
         """The learning rate of the rounding."""
         return OPTIMIZERS.find(self.optimizer).learning_rate if self.learning_rate is None else self.learning_rate
@@ -118,8 +123,13 @@ CHOICES: dict[str, Sequence[str]] = {
 
 @register_rounder("learned", needs=frozenset({"rows"}), grids=("uniform", "power"))
 def learned(weight: Tensor, grid: Grid, evidence: LayerEvidence) -> Tensor:
-    """Codes [N, K] of weight [N, K] float32 on the grid, trained on the rows of the evidence."""
+    """Codes [N, K] of weight [N, K] float32 on the grid, trained on the rows of the evidence.
+
+    Raises UserError where the rows hold NaN or infinity.
+    """
     hessian = evidence.hessian.to(weight.device, torch.float32)
+    if not hessian.isfinite().all():
+        raise UserError("a layer's inputs hold NaN or infinity: no rounding fits them; calibrate anew.")
     hessian = hessian / hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     low, high = grid.ends(weight.shape[1])
     codes = VARIABLES["straight-through"](grid.steps(weight), low, high)

@@ -115,11 +115,8 @@ class StraightThrough(Variable):
 class Division(Variable):
     """A divisor for each weight, which is rounded after it."""
 
-    def __init__(self, steps: Tensor, low: Tensor, high: Tensor, wide: bool = False) -> None:
-        self.steps = steps
-        super().__init__(steps, low, high, wide)
-
     def start(self, steps: Tensor) -> Tensor:
+        self.steps = steps  # within the grid's ends: beyond them no gradient would reach the divisor
         return torch.zeros_like(steps)
 
     def soft(self) -> Tensor:

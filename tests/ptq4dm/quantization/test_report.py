@@ -100,3 +100,19 @@ def test_calibration_data_that_holds_nan_is_a_sentence_and_the_model_stays():
             ptq4dm.quantize(model, config, calls)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert type(model.first) is nn.Linear
+
+
+def test_the_table_says_what_training_did():
+    def trained(flips, error, nearest):
+        return {"flips": flips, "block_error": error, "block_error_nearest": nearest}
+
+    found = rows(a=20.0, b=21.0, c=22.0, d=23.0)
+    assert "trained" not in QuantizationReport({}, 100, 50, found).table()
+    for row, figures in zip(found[:3], [(0.1, 1.0, 2.0), (0.3, 1.0, 2.0), (0.2, 1.0, 8.0)], strict=True):
+        row |= trained(*figures)  # two layers of one block, and another block: 1/2 and 1/8
+    last = "trained: 20.0% of a layer's codes are not the nearest; a block's error is 0.250x that of nearest"
+    assert last in QuantizationReport({}, 100, 50, found).table(worst=1)
+    found[0] |= trained(0.5, 0.0, 0.0)
+    assert "0.250x" in QuantizationReport({}, 100, 50, found).table()  # a block without any error has no ratio
+    table = QuantizationReport({}, 100, 50, found[:1]).table()
+    assert "trained: 50.0% of a layer's codes are not the nearest" in table and "block's error" not in table

@@ -72,6 +72,23 @@ def test_hessian_rounding_gains_on_every_grid(name):
     assert errors["gptq"] < 0.7 * errors["nearest"]
 
 
+@pytest.mark.parametrize("name", [name for name in GRIDS if name != "fp8"])
+def test_learned_rounding_gains_and_repeats_itself(name):
+    weight, evidence = problem()
+    grid = grids(weight)[name]
+    codes = ROUNDERS["learned"](weight, grid, evidence)
+
+    def error(found):
+        return float((evidence.rows @ (weight - grid.values(found)).T).norm())
+
+    nearest = ROUNDERS["nearest"](weight, grid)
+    assert error(codes) < 0.75 * error(nearest)
+    torch.rand(5)  # whoever draws from the global generator is found out
+    assert torch.equal(codes, ROUNDERS["learned"](weight, grid, evidence))
+    moved = (codes.float() - nearest.float()).abs()
+    assert 0 < (moved > 0).float().mean() < 0.6 and moved.max() == 1  # up or down
+
+
 def test_a_grid_picks_columns():
     weight, _ = problem()
     for name, grid in grids(weight).items():

@@ -60,7 +60,7 @@ class Learning:
     step_tuples: int = option(8, "calibration tuples of a step", low=1)
     loss: str = option("mse", "of a block's outputs", choices=LOSSES)
     time_weights: tuple[float, ...] = option((), "weights of equal parts of the time range, image to noise", low=0.0)
-    train: tuple[str, ...] = option(("rounding", "scales", "ranges"), "what is trained: rounding, scales, biases, ranges")
+    train: tuple[str, ...] = option(("rounding", "scales", "ranges"), "rounding, scales, biases, ranges")
     variable: str = option("division", "what rounding is trained by: sigmoid, straight-through, division")
     moves: str = option("up-down", "how far codes may move", choices=MOVES)
     optimizer: str = option("adam", "of the rounding: adam, adamw, adamax, signsgd, sgd")

@@ -5,7 +5,8 @@ Which timesteps are recorded is the collector's choice:
     uniform   t ~ U[0, T-1]
     ndtc      t ~ N(mu T, (sigma T)^2), clamped to [0, T-1]: Normally Distributed Time-step Calibration of
               PTQ4DM (Shang et al., CVPR 2023, section 3.3); sigma = 0 calibrates at one timestep
-    solver    the sampling grid itself, each of its times equally often
+    solver    the sampling grid itself, each of its times equally often, dealt to the seeds at random: conditions
+              that follow from seeds (class labels) meet all times
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def draw_timesteps(config: CalibrationConfig, span: Span, grid: Sequence[float])
     generator = torch.Generator("cpu").manual_seed(config.seed)
     if config.collector == "solver":
         times = torch.tensor(list(dict.fromkeys(grid)), dtype=torch.float64)  # some solvers repeat times
-        turns = torch.arange(config.num_samples)
+        turns = torch.randperm(config.num_samples, generator=generator)
         few = config.num_samples < len(times)  # spread them over the whole grid
         return times[turns * len(times) // config.num_samples if few else turns % len(times)]
     last = span.high - 1 if span.counts else span.high

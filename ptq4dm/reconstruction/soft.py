@@ -84,7 +84,7 @@ class SoftLayer:
     """
 
     def __init__(self, module: nn.Module, layer: RoundedLayer, name: str, learning: Learning, evidence: Any) -> None:
-        self.module, self.layer = module, layer
+        self.module, self.layer, self.name = module, layer, name
         weight = finite(module.weight, name)
         self.matrix = layer.matrix(weight)
         begin, self.start = layer.rounded(weight, learning.begin, evidence)
@@ -143,6 +143,10 @@ class SoftLayer:
             scale, zero = self.input.found()
             layer.plan = replace(plan, input_scale=scale, input_zero_point=zero)
         codes = self.nearest if self.codes is None else self.codes.hard() + self.zeros
+        if not codes.isfinite().all():
+            raise UserError(
+                f"the training of layer '{self.name}' came to NaN or infinity; a smaller learning_rate is needed."
+            )
         whole = codes.to(torch.int8)
         low, high = self.start.low, self.start.high
         if not (torch.equal(whole.float(), codes.float()) and bool(((whole >= low) & (whole <= high)).all())):

@@ -28,7 +28,8 @@ TRAINED = ("rounding", "scales", "biases", "ranges")
 AUGMENTATIONS = ("qdrop", "noise", "none")
 MOVES = ("up-down", "wide")
 UNITS = ("block", "layer")
-STARTS = ("nearest", "gptq")
+PACES = {"gptq": 1.0, "nearest": 10.0}  # starts, and how much faster codes have to move from there
+STARTS = tuple(PACES)
 
 STEPS = 300  # of the rounder of one layer
 
@@ -60,8 +61,8 @@ class Learning:
     step_tuples: int = option(8, "calibration tuples of a step", low=1)
     loss: str = option("mse", "of a block's outputs", choices=LOSSES)
     time_weights: tuple[float, ...] = option((), "weights of equal parts of the time range, image to noise", low=0.0)
-    train: tuple[str, ...] = option(("rounding", "scales", "ranges"), "rounding, scales, biases, ranges")
-    variable: str = option("division", "what rounding is trained by: sigmoid, straight-through, division")
+    train: tuple[str, ...] = option(("rounding", "ranges"), "rounding, scales, biases, ranges")
+    variable: str = option("straight-through", "what rounding is trained by: sigmoid, straight-through, division")
     moves: str = option("up-down", "how far codes may move", choices=MOVES)
     optimizer: str = option("adam", "of the rounding: adam, adamw, adamax, signsgd, sgd")
     learning_rate: float | None = option(None, "of the rounding; the optimizer's own where left out", parse=float)
@@ -98,8 +99,11 @@ class Learning:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the rounding."""
-        return OPTIMIZERS.find(self.optimizer).learning_rate if self.learning_rate is None else self.learning_rate
+        """The learning rate of the rounding: the optimizer's own is one of straight-through codes that start at gptq."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        paces = VARIABLES.find(self.variable).pace, PACES[self.start]
+        return OPTIMIZERS.find(self.optimizer).learning_rate * paces[0] * paces[1]
 
 
 def learning_from(data: Any) -> Learning:

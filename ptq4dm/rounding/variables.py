@@ -42,6 +42,8 @@ class Variable:
     steps: p [N, K] float32. low, high: the ends of the grid, broadcastable to it. wide: moves by more than one code.
     """
 
+    pace = 1.0  # learning rates of this variable, in those of straight-through codes
+
     def __init__(self, steps: Tensor, low: Tensor, high: Tensor, wide: bool = False) -> None:
         self.reach = WIDE if wide else 0
         steps = steps.maximum(low).minimum(high)
@@ -71,6 +73,8 @@ class Variable:
 @register_variable("sigmoid")
 class Sigmoid(Variable):
     """AdaRound's rectified sigmoid."""
+
+    pace = 100.0
 
     @property
     def span(self) -> float:

@@ -169,6 +169,9 @@ def test_laws_of_the_timesteps():
     assert draw(collector="ndtc", mu=0.3, sigma=0).unique().tolist() == [300]
     times, counts = draw(collector="solver").unique(return_counts=True)
     assert times.tolist() == [100, 500, 900] and counts.max() - counts.min() <= 1
+    for parts in (2, 3, 10):  # conditions that are dealt to seeds in turn meet each time about as often
+        shares = [(draw(collector="solver")[i::parts] == 500).double().mean() for i in range(parts)]
+        assert max(abs(share - 1 / 3) for share in shares) < 0.05
     assert torch.equal(draw(), uniform) and not torch.equal(draw(seed=1), uniform)
     span = Span(-1.5, 1.0)  # the logarithms that EDM's schedulers count
     assert draw().min() < -1.49 and 0.99 < draw().max() <= 1.0

@@ -99,7 +99,7 @@ class Learning:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the rounding: the optimizer's own is one of straight-through codes that start at gptq."""
+        """The learning rate of the rounding: the optimizer's own is of straight-through codes that start at gptq."""
         if self.learning_rate is not None:
             return self.learning_rate
         paces = VARIABLES.find(self.variable).pace, PACES[self.start]

@@ -72,8 +72,9 @@ class Learning:
     correction: bool = option(False, "correct the distribution of the blocks' inputs")
 
     def check(self) -> None:
-        """Raises UserError where an option is none of its choices."""
+        """Raises UserError where an option is none of its choices. Lists, as JSON has them, become tuples."""
         check_fields(self, type(self).__name__)
+        self.train, self.time_weights = tuple(self.train), tuple(self.time_weights)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} must be one of {', '.join(choices)}; got '{getattr(self, name)}'.")

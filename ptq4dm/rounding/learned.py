@@ -59,7 +59,9 @@ class Learning:
     steps: int = option(300, "training steps of each block", low=1)
     step_tuples: int = option(8, "calibration tuples of a step", low=1)
     loss: str = option("mse", "of a block's outputs", choices=LOSSES)
-    time_weights: tuple[float, ...] = option((), "weights of equal parts of the time range, image to noise", low=0.0)
+    time_weights: tuple[float, ...] = option(
+        (), "weights of equal parts of the time range, image to noise", low=0.0, parse=float
+    )
     train: tuple[str, ...] = option(("rounding", "ranges"), "what is trained: rounding, scales, biases, ranges")
     variable: str = option("straight-through", "what rounding is trained by: sigmoid, straight-through, division")
     moves: str = option("up-down", "how far codes may move", choices=MOVES)

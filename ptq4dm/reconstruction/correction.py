@@ -47,7 +47,7 @@ def corrected(items: list[tuple[Calls, list]], reference: Moments) -> list[list]
             if not _has_features(leaf, len(bins)):
                 continue
             new = _channels_last(leaf).double()
-            for row, place in enumerate(bins.tolist()):
+            for row, place in enumerate(_by_row(bins, leaf)):
                 if (i, place) not in reference:
                     continue
                 (mean, deviation), (m, s) = own[i, place], reference[i, place]
@@ -70,7 +70,7 @@ class _Sums:
             if not _has_features(leaf, len(bins)):
                 continue
             rows = _channels_last(leaf).double()
-            for row, place in enumerate(bins.tolist()):
+            for row, place in enumerate(_by_row(bins, leaf)):
                 values = rows[row].reshape(-1, rows.shape[-1])
                 part = self.parts.setdefault((i, place), [0, 0.0, 0.0])
                 part[0] += len(values)
@@ -88,9 +88,15 @@ def _bins(batch: Calls) -> Tensor:
     return (batch.time * BINS).long().clamp(0, BINS - 1)
 
 
-def _has_features(leaf: Any, rows: int) -> bool:
-    """Whether a leaf holds pixels [R, C, H, W] or tokens [R, S, K] of each row."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim in (3, 4) and len(leaf) == rows
+def _has_features(leaf: Any, units: int) -> bool:
+    """Whether a leaf holds pixels [R, C, H, W] or tokens [R, S, K] of each unit, one row or several in turn."""
+    shaped = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim in (3, 4)
+    return shaped and len(leaf) > 0 and len(leaf) % units == 0
+
+
+def _by_row(bins: Tensor, leaf: Tensor) -> list[int]:
+    """The bin of each row of a leaf."""
+    return bins.repeat_interleave(len(leaf) // len(bins)).tolist()
 
 
 def _channels_last(leaf: Tensor) -> Tensor:

@@ -164,7 +164,8 @@ class FixedLayer:
     def __init__(self, module: nn.Module, layer: nn.Module, name: str) -> None:
         if not (isinstance(layer, RoundedLayer) and is_trainable(layer.plan.format)):
             raise UserError(f"layer '{name}' is {layer.plan}: no gradient passes it, so its block cannot be trained.")
-        self.module, self.layer = module, layer
+        self.module = module
+        self.layer: Any = layer
         self.input = SoftInput(layer.plan, module, trained=False)
 
     def forward(self, x: Tensor, drop: torch.Generator | None = None) -> Tensor:

@@ -60,8 +60,10 @@ class Learning:
     steps: int = option(300, "training steps of each block", low=1)
     step_tuples: int = option(8, "calibration tuples of a step", low=1)
     loss: str = option("mse", "of a block's outputs", choices=LOSSES)
-    time_weights: tuple[float, ...] = option((), "weights of equal parts of the time range, image to noise", low=0.0)
-    train: tuple[str, ...] = option(("rounding", "ranges"), "rounding, scales, biases, ranges")
+    time_weights: tuple[float, ...] = option(
+        (), "weights of equal parts of the time range, image to noise", low=0.0, parse=float
+    )
+    train: tuple[str, ...] = option(("rounding", "ranges"), "what is trained: rounding, scales, biases, ranges")
     variable: str = option("straight-through", "what rounding is trained by: sigmoid, straight-through, division")
     moves: str = option("up-down", "how far codes may move", choices=MOVES)
     optimizer: str = option("adam", "of the rounding: adam, adamw, adamax, signsgd, sgd")
@@ -73,8 +75,9 @@ class Learning:
     correction: bool = option(False, "correct the distribution of the blocks' inputs")
 
     def check(self) -> None:
-        """Raises UserError where an option is none of its choices."""
+        """Raises UserError where an option is none of its choices. Lists, as JSON has them, become tuples."""
         check_fields(self, type(self).__name__)
+        self.train, self.time_weights = tuple(self.train), tuple(self.time_weights)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} must be one of {', '.join(choices)}; got '{getattr(self, name)}'.")

@@ -72,9 +72,7 @@ def test_a_unet_goes_down_through_its_middle_and_up():
     assert [view.name.split(".")[0] for view in find_layers(model)].index("up_blocks") < [
         view.name.split(".")[0] for view in find_layers(model)
     ].index("mid_block")  # the model holds them in another order
-    assert call_order(model, names, calls) == [
-        name for name in trained_together(model, names, "layer", calls)
-    ]
+    assert call_order(model, names, calls) == [name for name in trained_together(model, names, "layer", calls)]
 
 
 def test_the_innermost_block_has_a_layer():

@@ -66,12 +66,23 @@ def test_each_timestep_bin_has_statistics_of_its_own():
     assert torch.equal(found[1], x[1])  # nothing is known of its bin
     own = moments(x[:1])
     half = moments(found[:1])
-    assert torch.allclose(half[0], (own[0] + 5) / 2, atol=1e-5) and torch.allclose(half[1], (own[1] + 1) / 2, atol=1e-5)
+    assert torch.allclose(half[0], (own[0] + 5) / 2, atol=1e-5) and torch.allclose(
+        half[1], (own[1] + 1) / 2, atol=1e-5
+    )
+
+
+def test_a_unit_may_have_several_rows():
+    """A call that was recorded whole, of a batch: its rows lie in one bin."""
+    x = normal(4, 5, 3)
+    reference = {(0, place): (torch.full((3,), 5.0 * place).double(), torch.ones(3).double()) for place in (0, 9)}
+    found = corrected([(batch(0.0, 0.95), [x])], reference)[0][0]
+    parts = [corrected([(batch(t), [x[rows]])], reference)[0][0] for t, rows in ((0.0, [0, 1]), (0.95, [2, 3]))]
+    assert torch.equal(found, torch.cat(parts)) and (found[2:].mean() - x[2:].mean()) > 10
 
 
 def test_a_constant_channel_and_what_is_no_feature_stay_finite():
     x = torch.full((1, 4, 2), 0.3)
-    leaves = [x, torch.tensor([5]), "text", None, normal(1, 8), normal(3, 4, 5)]  # one row: [1, 8] is an embedding
+    leaves = [x, torch.tensor([5]), "text", None, normal(1, 8)]  # the last is an embedding
     found = corrected([(batch(0.2), leaves)], {(0, 2): (torch.ones(2).double(), torch.ones(2).double())})[0]
     assert torch.allclose(found[0], torch.full_like(x, 0.65), atol=1e-2)
     assert all(new is old for new, old in zip(found[1:], leaves[1:], strict=True))

@@ -99,7 +99,9 @@ def test_a_soft_layer_computes_what_the_packed_one_does(kind, name, inputs):
 @pytest.mark.parametrize("name", ["w8", "int4, groups, affine", "power"])
 def test_hard_codes_alone_are_computed_to_float_tolerance(name, variable):
     layer, x = made("linear")
-    soft = stirred(soft_of(layer, planned(name, "static"), Learning(variable=variable, train=("rounding",), start="nearest")))
+    soft = stirred(
+        soft_of(layer, planned(name, "static"), Learning(variable=variable, train=("rounding",), start="nearest"))
+    )
     packed, _ = soft.packed()
     with torch.no_grad():
         if variable == "sigmoid":  # soft until it is packed
@@ -133,7 +135,9 @@ def test_what_is_not_trained_stays():
     soft = soft_of(layer, planned("int4", "static"), Learning(train=("ranges",)))
     packed, flips = soft.packed()
     nearest = quantized_copy(layer, planned("int4", "static"), "a.layer")
-    assert flips == 0 and torch.equal(packed.qweight, nearest.qweight) and torch.equal(packed.wscales, nearest.wscales)
+    assert (
+        flips == 0 and torch.equal(packed.qweight, nearest.qweight) and torch.equal(packed.wscales, nearest.wscales)
+    )
     assert torch.equal(packed.bias, layer.bias) and soft.others() == [] and soft.codes is None
 
 

@@ -66,3 +66,9 @@ def test_options_are_read_from_json():
 def test_a_rate_left_out_is_the_optimizers_own():
     rates = {name: Learning(optimizer=name).rate for name in ("adam", "sgd")}
     assert rates["adam"] != rates["sgd"] and Learning(learning_rate=0.5).rate == 0.5
+
+
+def test_lists_become_tuples():
+    one = Learning(train=["ranges"], time_weights=[1, 2.0])
+    one.check()
+    assert one == Learning(train=("ranges",), time_weights=(1, 2.0))

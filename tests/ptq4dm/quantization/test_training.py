@@ -1,0 +1,167 @@
+"""Training of blocks, from a recipe to codes: on UNets and transformers, the same for the same seed."""
+
+import copy
+
+import pytest
+import torch
+
+import denoisers
+import ptq4dm
+import trained
+from helpers import same
+from ptq4dm.layers.base import is_quantized
+from ptq4dm.rounding.variables import VARIABLES
+from trained import blocks, calls_of, codes, gain, model_of, plan_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def dit():
+    """(model, its calls)."""
+    model = model_of("small")
+    return model, calls_of(model)
+
+
+def made(dit, **options):
+    """(report, codes, model) of a fresh copy."""
+    model = copy.deepcopy(dit[0])
+    return *trained.trained(model, dit[1], **options), model
+
+
+@pytest.mark.parametrize("kind", ["unet", "sd"])
+def test_the_error_of_a_unets_blocks_falls(kind):
+    model = model_of(kind)
+    report, _ = trained.trained(model, calls_of(model, 3))
+    assert gain(report) < 0.9 and len(blocks(report)) >= 9
+    assert all(is_quantized(model.get_submodule(row["layer"])) and row["flips"] < 0.5 for row in report.layers)
+    assert sum(row["flips"] for row in report.layers) > 0.05 * len(report.layers)
+    assert "a block's error is 0." in report.table()
+
+
+@pytest.mark.parametrize("kind", ["dit", "sd3", "flux"])
+def test_the_error_of_a_transformers_blocks_falls(kind):
+    """SD3's and FLUX's blocks give two tensors."""
+    model, store = denoisers.pair(kind)
+    config = ptq4dm.GradPTQConfig(num_tuples=8, steps=8, step_tuples=4, start="nearest", learning_rate=0.02)
+    report = ptq4dm.quantize(model, config, store)
+    assert gain(report) < 0.85
+
+
+def test_a_seed_gives_its_codes_and_another_others(dit):
+    one, again, other = (made(dit, seed=seed)[1] for seed in (0, 0, 1))
+    assert same(one, again)
+    differ = [name for name in one if name.endswith("qweight") and not torch.equal(one[name], other[name])]
+    assert len(differ) > 5
+
+
+def test_the_global_generator_has_no_say_and_is_left_alone(dit):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    one = made(dit, augmentation="noise", loss="fisher", steps=3)[1]
+    assert torch.equal(torch.rand(3), expected)
+    assert same(one, made(dit, augmentation="noise", loss="fisher", steps=3)[1])
+
+
+def test_ranges_alone_leave_codes_nearest_and_move_grids(dit):
+    report, found, model = made(dit, train=("ranges",))
+    nearest = copy.deepcopy(dit[0])
+    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.FEW, rounding="nearest"), dit[1])
+    expected = codes(nearest)
+    assert found.keys() == expected.keys()
+    moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
+    assert "input_scale" in moved and moved <= {"input_scale", "input_zero_point"}
+    assert all(row["flips"] == 0 for row in report.layers)
+
+
+def test_rounding_alone_leaves_scales(dit):
+    report, found, _ = made(dit, train=("rounding",))
+    nearest = copy.deepcopy(dit[0])
+    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.FEW, rounding="nearest"), dit[1])
+    expected = codes(nearest)
+    moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
+    assert moved == {"qweight"} and gain(report) < 0.95
+
+
+def test_scales_and_biases_move_where_they_are_trained(dit):
+    _, found, _ = made(dit, train=("scales", "biases"))
+    _, expected, _ = made(dit, train=("ranges",), rounding="nearest")
+    moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
+    assert moved == {"wscales", "bias"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_bits": 3},
+        {"weight_bits": 8},
+        {"weight_bits": 2, "affine": True},
+        {"weight_grid": "power"},
+        {"average_bits": 5.0, "importance": "magnitude"},
+        {"activations": "dynamic"},
+        {"symmetric": True},
+        {"activation_bits": 4, "train": ("ranges",), "steps": 60},
+        {"prefix": "exact"},
+        {"loss": "fisher"},
+        {"loss": "cosine"},
+        {"loss": "relative"},
+        {"time_weights": (1.0, 3.0)},
+        {"augmentation": "noise"},
+        {"augmentation": "none", "moves": "wide"},
+        {"unit": "layer"},
+        {"start": "gptq", "learning_rate": 0.001},
+        {"prediction": 1.0},
+        {"correction": True},
+        {"optimizer": "adamax"},
+        {"optimizer": "signsgd"},
+        {"optimizer": "sgd", "learning_rate": 1.0},
+        *({"variable": kind} for kind in VARIABLES),
+    ],
+    ids=str,
+)
+def test_every_option_trains(dit, options):
+    """Blocks come closer to full precision than rounded to nearest, and the model computes."""
+    report, found, model = made(dit, **options)
+    assert gain(report) < 1 and all(torch.isfinite(value.float()).all() for value in found.values())
+    answers = trained.run(model), trained.run(dit[0])
+    assert trained.distance(*answers) < (0.9 if options.get("weight_bits") == 2 else 0.5)
+
+
+def test_skips_and_nested_blocks_let_the_prediction_term_through():
+    """In SD's attention a layer after the transformer block is packed before it."""
+    model = model_of("sd")
+    report, _ = trained.trained(model, calls_of(model, 2), prediction=1.0, steps=2, num_tuples=2, start="nearest")
+    assert gain(report) < 1.05 and len(report.layers) == 69
+
+
+def test_groups_of_inputs_are_trained():
+    model, store = denoisers.pair("dit")
+    config = ptq4dm.GradPTQConfig(group_size=32, affine=True, num_tuples=4, steps=4, step_tuples=4)
+    report = ptq4dm.quantize(model, config, store)
+    assert gain(report) < 0.95 and plan_of(model).layers["transformer_blocks.0.attn1.to_q"].group_size == 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_models_of_16_bits(kind, dtype):
+    model = model_of(kind, dtype)
+    report, found = trained.trained(model, calls_of(model), loss="fisher", prediction=0.5)
+    assert gain(report) < 0.95 and model.dtype == dtype
+    assert all(one.dtype == dtype for name, one in found.items() if name.endswith("bias"))
+    assert trained.run(model).isfinite().all()
+
+
+def test_pdquant_chooses_ranges_and_trains(dit):
+    found = {}
+    for rounding, correction in (("nearest", False), ("learned", False), ("learned", True)):
+        model = copy.deepcopy(dit[0])
+        config = ptq4dm.PDQuantConfig(
+            weight_bits=4, rounding=rounding, correction=correction, **trained.FEW | {"num_tuples": 3, "steps": 6}
+        )
+        report = ptq4dm.quantize(model, config, dit[1])
+        assert ("flips" in report.layers[0]) == (rounding == "learned")
+        found[rounding, correction] = codes(model)
+        if rounding == "learned":
+            assert plan_of(model).learning.prediction == 1.0 and len(blocks(report)) > 2
+    assert not same(found["learned", False], found["learned", True])

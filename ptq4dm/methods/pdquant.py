@@ -18,13 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UserError
 from ..options import option
 from ..quantization.recipe import register
 from ..rounding.learned import Learning
 from .eight_bit import IntegerConfig
-
-ROUNDINGS = ("nearest", "learned")
 
 
 @register("pdquant")
@@ -36,14 +33,12 @@ class PDQuantConfig(IntegerConfig, Learning):
     in step 1; weights get grids of least squared error in any case.
     """
 
-    rounding: str = option("nearest", "nearest chooses scales only; learned trains blocks", choices=ROUNDINGS)
+    rounding: str = option("nearest", "nearest, or gptq, chooses scales only; learned trains blocks")
     prefix: str = option("quantized", "what blocks are fed: by quantized blocks before them, or exact")
     prediction: float = option(1.0, "weight of the error in the model's prediction", low=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounding not in ROUNDINGS:
-            raise UserError(f"PD-Quant rounds to nearest, or learns; rounding='{self.rounding}' is neither.")
         Learning.check(self)
 
     def ranges(self) -> tuple[str, float | None]:

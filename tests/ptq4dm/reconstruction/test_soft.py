@@ -171,11 +171,16 @@ def test_training_begins_at_its_start(kind, start):
 
 def test_codes_that_are_not_whole_are_not_packed():
     layer, _ = made("linear")
-    for wrong in (lambda hard: hard + 0.25, lambda hard: hard * 0 + 8, lambda hard: hard * float("nan")):
+    whole = (AssertionError, "no whole number of its grid")
+    for wrong, (error, words) in {
+        lambda hard: hard + 0.25: whole,
+        lambda hard: hard * 0 + 8: whole,
+        lambda hard: hard * float("nan"): (UserError, "'a.layer' came to NaN.*a smaller learning_rate"),
+    }.items():
         soft = soft_of(layer, planned("int4"))
         hard = soft.codes.hard()
         soft.codes.hard = lambda wrong=wrong, hard=hard: wrong(hard)
-        with pytest.raises(AssertionError, match="no whole number of its grid"):
+        with pytest.raises(error, match=words):
             soft.packed()
 
 

@@ -33,7 +33,7 @@ def test_inputs_of_zeros_leave_codes_nearest():
         ({"moves": "far"}, "moves must be one of up-down, wide"),
         ({"augmentation": "flip"}, "augmentation must be one of qdrop, noise, none"),
         ({"unit": "model"}, "unit must be one of block, layer"),
-        ({"start": "best"}, "start must be one of nearest, gptq"),
+        ({"start": "best"}, "start must be one of gptq, nearest"),
         ({"variable": "spline"}, "variable 'spline' is unknown"),
         ({"optimizer": "lion"}, "optimizer 'lion' is unknown"),
         ({"learning_rate": -1.0}, "learning_rate must be above zero; got -1"),

@@ -56,7 +56,7 @@ def _add(group, name: str, found: list[Field], text: str, **more) -> None:
         parsers = [_parser(field) for field, switch in zip(found, switches, strict=True) if not switch]
         more["type"] = _first_that_takes(sorted(set(parsers), key=_strictness))
         if any(isinstance(default, (tuple, list)) for default in defaults):
-            more |= {"nargs": "+", "metavar": "NAME"}
+            more |= {"nargs": "+", "metavar": "NAME" if more["type"] is str else "N"}
         elif any(switches):  # of one method a switch, of another a value
             more |= {"nargs": "?", "const": True}
     group.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **more)

@@ -12,7 +12,7 @@ from ptq4dm.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FEW = ["--num-tuples", "4", "--steps", "3", "--step-tuples", "4"]
+FEW = ["--num-tuples", "2", "--steps", "3", "--step-tuples", "2"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -21,7 +21,7 @@ def models(tmp_path_factory):
     """A folder with a tiny pipeline, "unet", and a calibration store of it, "store"."""
     root = tmp_path_factory.mktemp("models")
     DDPMPipeline(plain_unet(), DDIMScheduler()).save_pretrained(root / "unet")
-    few = ["--num-samples", "4", "--calibration-steps", "2", "--seed", "1"]
+    few = ["--num-samples", "2", "--calibration-steps", "2", "--seed", "1"]
     assert main(["collect", "--model", f"{root}/unet", "--output", f"{root}/store", *few]) == 0
     return root
 
@@ -59,7 +59,7 @@ def test_a_method_trains_and_says_what_it_did(run, method, monkeypatch):
 
 
 def test_scales_alone_train_nothing(run):
-    status, out, _ = run("--method", "pdquant", "--num-tuples", 4)
+    status, out, _ = run("--method", "pdquant", "--num-tuples", 1)
     assert status == 0 and "trained:" not in out
     assert "learning" not in json.loads(Path("q/plan.json").read_text())
 
@@ -74,7 +74,7 @@ def test_all_options_reach_the_plan(run):
     for name, value in given.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         options += [f"--{name.replace('_', '-')}", *values]
-    status, _, err = run("--method", "gradptq", "--num-tuples", 4, *options)
+    status, _, err = run("--method", "gradptq", "--num-tuples", 2, *options)
     assert status == 0, err
     assert json.loads(Path("q/plan.json").read_text())["learning"] == given
 

@@ -268,8 +268,11 @@ def test_networks_beside_the_denoiser(tmp_path):
 def test_a_rounder_that_does_not_serve_a_grid_is_refused_before_any_work(dit, monkeypatch):
     model, _ = dit
     monkeypatch.setattr(ROUNDERS["nearest"], "grids", ("uniform",))
+    with pytest.raises(UserError, match="^rounding 'nearest' does not serve format 'fp8'"):
+        RTNConfig(format="fp8", activations="dynamic")
+    plan = Plan("rtn", {"transformer_blocks.0.attn1.to_q": LayerPlan("fp8")})
     with pytest.raises(UserError, match="layer '.*': rounding 'nearest' does not serve format 'fp8'"):
-        ptq4dm.quantize(model, RTNConfig(format="fp8", activations="dynamic"))
+        ptq4dm.quantize(model, RTNConfig(plan=plan))
     with pytest.raises(UserError, match="QuantConfig is what all recipes share"):
         ptq4dm.QuantConfig()
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def dit():
     """(model, its calls)."""
     model = model_of("small")
-    return model, calls_of(model)
+    return model, calls_of(model, 4)
 
 
 def made(dit, **options):
@@ -32,10 +32,10 @@ def made(dit, **options):
 @pytest.mark.parametrize("kind", ["unet", "sd"])
 def test_the_error_of_a_unets_blocks_falls(kind):
     model = model_of(kind)
-    report, _ = trained.trained(model, calls_of(model, 3))
-    assert gain(report) < 0.9 and len(blocks(report)) >= 9
+    report, _ = trained.trained(model, calls_of(model, 2), step_tuples=1)
+    assert gain(report) < 0.97 and len(blocks(report)) >= 9
     assert all(is_quantized(model.get_submodule(row["layer"])) and row["flips"] < 0.5 for row in report.layers)
-    assert sum(row["flips"] for row in report.layers) > 0.05 * len(report.layers)
+    assert sum(row["flips"] for row in report.layers) > 0.02 * len(report.layers)
     assert "a block's error is 0." in report.table()
 
 
@@ -101,7 +101,6 @@ def test_scales_and_biases_move_where_they_are_trained(dit):
         {"average_bits": 5.0, "importance": "magnitude"},
         {"activations": "dynamic"},
         {"symmetric": True},
-        {"activation_bits": 4, "train": ("ranges",), "steps": 60},
         {"prefix": "exact"},
         {"loss": "fisher"},
         {"loss": "cosine"},
@@ -131,7 +130,7 @@ def test_every_option_trains(dit, options):
 def test_skips_and_nested_blocks_let_the_prediction_term_through():
     """In SD's attention a layer after the transformer block is packed before it."""
     model = model_of("sd")
-    report, _ = trained.trained(model, calls_of(model, 2), prediction=1.0, steps=2, num_tuples=2, start="nearest")
+    report, _ = trained.trained(model, calls_of(model, 1), prediction=1.0, steps=2, num_tuples=1)
     assert gain(report) < 1.05 and len(report.layers) == 69
 
 
@@ -146,7 +145,7 @@ def test_groups_of_inputs_are_trained():
 @pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_models_of_16_bits(kind, dtype):
     model = model_of(kind, dtype)
-    report, found = trained.trained(model, calls_of(model), loss="fisher", prediction=0.5)
+    report, found = trained.trained(model, calls_of(model, 3), loss="fisher", prediction=0.5)
     assert gain(report) < 0.95 and model.dtype == dtype
     assert all(one.dtype == dtype for name, one in found.items() if name.endswith("bias"))
     assert trained.run(model).isfinite().all()
@@ -157,7 +156,7 @@ def test_pdquant_chooses_ranges_and_trains(dit):
     for rounding, correction in (("nearest", False), ("learned", False), ("learned", True)):
         model = copy.deepcopy(dit[0])
         config = ptq4dm.PDQuantConfig(
-            weight_bits=4, rounding=rounding, correction=correction, **trained.FEW | {"num_tuples": 3, "steps": 6}
+            weight_bits=4, rounding=rounding, correction=correction, **trained.FEW | {"num_tuples": 2, "steps": 6}
         )
         report = ptq4dm.quantize(model, config, dit[1])
         assert ("flips" in report.layers[0]) == (rounding == "learned")

@@ -25,7 +25,7 @@ CONFIG = ptq4dm.GradPTQConfig(**FEW)
 def dit():
     """(float model, its calls, the model quantized with CONFIG)."""
     model = model_of("small")
-    calls, whole = calls_of(model), copy.deepcopy(model)
+    calls, whole = calls_of(model, 3), copy.deepcopy(model)
     ptq4dm.quantize(whole, CONFIG, calls)
     return model, calls, whole
 

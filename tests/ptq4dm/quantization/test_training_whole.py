@@ -179,27 +179,35 @@ def test_experts_that_few_or_no_calls_reach(reached):
 
 
 class Broken(nn.Module):
-    """The second layer's input overflows."""
+    """A block whose layers are fed finite numbers, and whose output overflows."""
 
     config = {}
 
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.down(self.up(x)) * 1e38 * 1e10
+
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([self.Block()])
 
     def forward(self, x, timestep=None):
-        return self.third(self.second(self.first(x)) * 1e38 * 1e10)
+        return self.blocks[0](x)
 
 
 @pytest.mark.parametrize("start", ["nearest", "gptq"])
-def test_calibration_that_holds_infinity_is_a_sentence(start):
+def test_a_block_that_overflows_is_a_sentence(start):
     torch.manual_seed(0)
     model = Broken().eval()
     with ptq4dm.record(model) as calls, torch.no_grad():
         model(normal(16, 8), timestep=torch.tensor(1))
     before = state_of(model)
-    with pytest.raises(UserError, match="NaN or infinity") as error:
-        trained.trained(model, calls, activations="dynamic", start=start)
+    with pytest.raises(UserError, match="'blocks.0' gives NaN or infinity on the calibration data") as error:
+        trained.trained(model, calls, start=start)
     assert "\n" not in str(error.value) and state_of(model) == before
 
 

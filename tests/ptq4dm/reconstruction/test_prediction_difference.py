@@ -260,7 +260,7 @@ def test_weights_are_rounded_as_by_mse_and_the_plan_is_followed_without_a_store(
     assert same(again, found["pd"]) and follows.packs_while_loading
 
 
-@pytest.mark.parametrize("config", [{}, {"symmetric": True}, {"first_last": "keep"}, {"rounding": "gptq"}])
+@pytest.mark.parametrize("config", [{}, {"symmetric": True}, {"first_last": "keep"}, {"rounding": "learned"}])
 def test_options_go_together_with_it(config):
     model, store = collected(busy(pixel_dit()))
     plan = make_plan(model, PDQuantConfig(weight_bits=4, **NARROW, **config), store)

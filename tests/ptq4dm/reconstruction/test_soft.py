@@ -157,6 +157,24 @@ def test_scales_and_biases_are_trained():
     assert (packed.wscales / nearest.wscales).mean() > 1.05
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("width", [0.3, 4.0])
+def test_a_range_too_narrow_or_too_wide_comes_to_where_it_should(width, symmetric):
+    layer, x = made("linear")
+    whole = float(x.abs().max()) / 7 * width
+    plan = LayerPlan(activation_bits=4, input_scale=whole, input_zero_point=0 if symmetric else -1)
+    soft = soft_of(layer, plan, Learning(train=("ranges",)))
+    optimizer, goal = torch.optim.Adam(soft.input.ends, 0.03), layer(x).detach()
+    before = distance(soft.forward(x), goal)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (soft.forward(x) - goal).square().mean().backward()
+        optimizer.step()
+    packed, _ = soft.packed()
+    assert distance(packed(x).detach(), goal) < 0.6 * before
+    assert (packed.plan.input_zero_point == 0) or not symmetric
+
+
 @pytest.mark.parametrize("start", ["nearest", "gptq"])
 @pytest.mark.parametrize("kind", ["linear", "groups"])
 def test_training_begins_at_its_start(kind, start):

@@ -139,6 +139,8 @@ class Plan:
     transforms: changes of the model that keep its function, made in this order before anything is quantized.
     learning: how blocks of layers whose rounding is "learned" are trained; None where each layer is by itself.
     starts: of these layers, the static input grids [scale, zero point] that training began with; filled by packing.
+    packing: what codes depend on beside the calibration store (quantization.packing.PackingOptions), for plans whose
+        formats, roundings or objectives look at it.
     """
 
     method: str
@@ -146,6 +148,7 @@ class Plan:
     transforms: list[TransformPlan] = field(default_factory=list)
     learning: Learning | None = None
     starts: dict[str, list] = field(default_factory=dict)
+    packing: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.method, str, "Plan: method")
@@ -165,6 +168,8 @@ class Plan:
             data["transforms"] = [transform.to_dict() for transform in self.transforms]
         if self.learning is not None:
             data["learning"], data["starts"] = asdict(self.learning), self.starts
+        if self.packing:
+            data["packing"] = self.packing
         return data
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -205,8 +210,8 @@ class Plan:
                 for number, transform in enumerate(found)
             ]  # fmt: skip
             learning = None if data.get("learning") is None else learning_from(data["learning"])
-            starts = checked_object(data.get("starts", {}), {})
-            return cls(data["method"], layers, transforms, learning, starts)
+            starts, packing = (checked_object(data.get(name, {}), {}) for name in ("starts", "packing"))
+            return cls(data["method"], layers, transforms, learning, starts, packing)
 
     def check(self) -> None:
         """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds.

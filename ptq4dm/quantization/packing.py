@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ class PackingOptions:
         check_fields(self, "PackingOptions")
         if self.prefix not in PREFIXES:
             raise UserError(f"prefix must be one of {', '.join(PREFIXES)}; got '{self.prefix}'.")
+
+
+def packing_of(options: dict) -> PackingOptions:
+    """The options of a recipe or a plan. Raises UserError for one that nobody knows, or a wrong value."""
+    if unknown := sorted(set(options) - {item.name for item in fields(PackingOptions)}):
+        raise UserError(f"the plan is damaged: packing has no option '{unknown[0]}'.")
+    return PackingOptions(**options)
 
 
 def pack_plan(

@@ -10,9 +10,10 @@ from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..layers.choices import check_fit
 from ..layers.plan import Plan
-from ..layers.registry import FORMATS
+from ..layers.registry import FORMATS, needs_of
 from ..layers.view import find_layers
 from ..rounding.registry import ROUNDERS
+from .packing import packing_of
 from .recipe import QuantConfig
 from .training import check_trained
 
@@ -32,6 +33,8 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
         store.check_model(model)
     views = find_layers(model, config.modules_to_not_convert)
     plan = Plan(config.method, config.resolve(model, views, store), learning=config.learning())
+    if any(needs_of(choice) for choice in plan.layers.values()):
+        plan.packing = config.packing_options()
     if not plan.layers:
         raise UserError("no layer of the model is left to quantize; check modules_to_not_convert.")
     return plan
@@ -58,6 +61,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
         )
     plan.check()
+    packing_of(plan.packing)
     check_trained(plan)
     for name, layer in plan.layers.items():
         check_fit(name, layer, model.get_submodule(name))

@@ -29,7 +29,7 @@ from ..registry import Registry
 from ..rounding.learned import Learning
 from ..transforms.base import TRANSFORMS
 from .checksums import checked_sums
-from .packing import PackingOptions, pack_plan
+from .packing import PackingOptions, pack_plan, packing_of
 
 _Config = TypeVar("_Config", bound="QuantConfig")
 
@@ -122,8 +122,11 @@ class QuantConfig(QuantizationConfigMixin):
             raise UserError(
                 f"the plan is of '{plan.method}', of layers read from a checkpoint: their codes cannot be made anew."
             )
-        chosen = {item.name: getattr(self, item.name) for item in fields(PackingOptions) if hasattr(self, item.name)}
-        return pack_plan(model, plan, store, PackingOptions(**chosen), checkpoint)
+        return pack_plan(model, plan, store, packing_of(plan.packing or self.packing_options()), checkpoint)
+
+    def packing_options(self) -> dict[str, Any]:
+        """The PackingOptions that the recipe says something of, by name."""
+        return {item.name: getattr(self, item.name) for item in fields(PackingOptions) if hasattr(self, item.name)}
 
     # --- diffusers' side ------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,22 +10,18 @@ from torch import nn
 from ..allocation.importance import IMPORTANCE, RowTask
 from ..allocation.mixed_rows import with_wide_rows
 from ..allocation.roles import allocate, edge_role
-from ..calibration.evidence import Evidence, calibration_batches, chosen_calls
+from ..calibration.evidence import chosen_calls
 from ..calibration.store import CalibrationStore
-from ..calibration.trace import block_of
 from ..errors import UserError
-from ..evidence import LayerEvidence
 from ..layers.plan import Int4Plan, LayerPlan
 from ..layers.power import PowerPlan
 from ..layers.registry import FORMATS, needs_of
 from ..layers.view import LayerView
 from ..options import option
-from ..progress import progress_bar
-from ..quantization.input_grids import fp8_scale, int8_grid
+from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_scale, int8_grid, unseen
 from ..quantization.packing import PackingOptions
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
-from ..reconstruction.prediction import PredictionDifference, batches_across
 from ..rounding.registry import ROUNDERS
 
 NUMBER_FORMATS = ("int8", "fp8")
@@ -34,7 +29,6 @@ FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
 GRIDS = ("uniform", "power")
-Fed = Callable[[LayerView, LayerPlan], LayerEvidence | None]  # (view, plan without an input grid) -> evidence
 
 
 @dataclass(repr=False)
@@ -175,7 +169,9 @@ class IntegerConfig(QuantConfig):
     ) -> dict[str, LayerPlan]:
         """A plan for each layer; those at the model's ends as `first_last` says."""
         if self._asks_model:
-            plans = self._by_prediction(model, views, cast(CalibrationStore, store))
+            store = cast(CalibrationStore, store)  # make_plan has asked for one
+            made = lambda one, fed: self._allocated([one], store, fed)  # noqa: E731
+            plans = by_prediction(model, views, store, self.num_tuples, self.ranges()[0], made, self.method)
         else:
             plans = self._allocated(views, store, self._inputs(model, views, store))
         if self.average_bits is None:
@@ -189,45 +185,12 @@ class IntegerConfig(QuantConfig):
         inner = lambda view: self._plan(view, store, fed, False)  # noqa: E731
         return allocate(views, {"edge": edge, "inner": inner}, edge_role)
 
-    def _by_prediction(
-        self, model: nn.Module, views: list[LayerView], store: CalibrationStore
-    ) -> dict[str, LayerPlan]:
-        """Plans made in the order of the layers' calls: each sees what was chosen for those before it."""
-        targets = getattr(OBJECTIVES.find(self.ranges()[0]), "targets", None)
-        batches = batches_across(store.recorded(), self.num_tuples)
-        difference = PredictionDifference(model, batches, targets)
-
-        def fed(view: LayerView, plan: LayerPlan) -> LayerEvidence | None:
-            return None if _unseen(view, store) else difference.of(view.name, plan)
-
-        plans: dict[str, LayerPlan] = {}
-        bar = progress_bar(difference.in_call_order(views), desc=self.method, unit="layer")
-        for view in bar:
-            for name, plan in self._allocated([view], store, fed).items():
-                plans[name] = plan
-                if (error := difference.settle(name, plan)) is not None:
-                    bar.set_postfix(error=f"{error:.2e}")
-        return {view.name: plans[view.name] for view in views if view.name in plans}
-
     def _inputs(self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None) -> Fed:
         """What captures LayerEvidence block by block, or gives None where the objective needs none."""
         if self.activations == "dynamic" or self.format == "fp8" or not OBJECTIVES.find(self.ranges()[0]).needs:
             return lambda view, plan: None
         store = cast(CalibrationStore, store)  # make_plan has asked for one
-        batches = calibration_batches(store.recorded(), self.num_tuples)
-        blocks: dict[str, Evidence] = {}  # of one block at a time
-
-        def fed(view: LayerView, plan: LayerPlan) -> LayerEvidence | None:
-            if _unseen(view, store):
-                return None
-            block = block_of(view.name)
-            if block not in blocks:
-                blocks.clear()
-                names = [v.name for v in views if block_of(v.name) == block]
-                blocks[block] = Evidence(model, names, [], batches, self.seed)
-            return blocks[block].of(view.name)
-
-        return fed
+        return captured_inputs(model, views, store, self.num_tuples, self.seed)
 
     def _plan(self, view: LayerView, store: CalibrationStore | None, fed: Fed, edge: bool) -> LayerPlan:
         """One layer's plan; at an edge the weight has 8 bits where `first_last` says so."""
@@ -254,7 +217,7 @@ class IntegerConfig(QuantConfig):
                 view, cast(CalibrationStore, store), activation_bits, objective, parameter, self.symmetric,
                 fed(view, plan),
             )  # fmt: skip
-        if store is not None and needs_of(plan) and _unseen(view, store):
+        if store is not None and needs_of(plan) and unseen(view, store):
             plan.rounding, plan.objective, plan.objective_parameter = "nearest", "max", None
         return plan
 
@@ -264,9 +227,3 @@ class IntegerConfig(QuantConfig):
         if isinstance(view.module, nn.Conv2d):
             channels = view.module.in_channels // view.module.groups
         return self.group_size if self.group_size and channels % self.group_size == 0 else None
-
-
-def _unseen(view: LayerView, store: CalibrationStore) -> bool:
-    """Whether calibration never reached a layer: nothing is known of its input."""
-    _, _, low, high = store.input_of(view.name)
-    return low > high

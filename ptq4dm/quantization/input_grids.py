@@ -1,14 +1,29 @@
-"""Static grids of layers' inputs from a calibration store: the part of a plan that calibration decides."""
+"""Static grids of layers' inputs from a calibration store: the part of a plan that calibration decides.
+
+What objectives look at beside the store's statistics is given by a function Fed: (view, its plan without an input
+grid) -> LayerEvidence, or None.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import torch
+from torch import nn
+
+from ..calibration.evidence import Evidence, calibration_batches
 from ..calibration.store import CalibrationStore
+from ..calibration.trace import block_of
 from ..evidence import LayerEvidence
 from ..kernels.formats import fp8
+from ..layers.plan import LayerPlan
 from ..layers.view import LayerView
+from ..progress import progress_bar
 from ..ranges.inputs import activation_grid
+from ..ranges.registry import OBJECTIVES
+from ..reconstruction.prediction import PredictionDifference, batches_across
+
+Fed = Callable[[LayerView, LayerPlan], LayerEvidence | None]
 
 
 def int8_grid(
@@ -37,3 +52,58 @@ def fp8_scale(view: LayerView, store: CalibrationStore) -> float | None:
         return None
     scale = max(-low, high) / fp8.LIMIT
     return scale if scale >= torch.finfo(torch.float32).tiny else 1.0
+
+
+def unseen(view: LayerView, store: CalibrationStore) -> bool:
+    """Whether calibration never reached a layer: nothing is known of its input."""
+    _, _, low, high = store.input_of(view.name)
+    return low > high
+
+
+def captured_inputs(
+    model: nn.Module, views: list[LayerView], store: CalibrationStore, num_tuples: int, seed: int
+) -> Fed:
+    """What layers are fed on `num_tuples` calibration tuples, captured once for each block; None of unseen layers."""
+    batches = calibration_batches(store.recorded(), num_tuples)
+    blocks: dict[str, Evidence] = {}  # of one block at a time
+
+    def fed(view: LayerView, plan: LayerPlan) -> LayerEvidence | None:
+        if unseen(view, store):
+            return None
+        block = block_of(view.name)
+        if block not in blocks:
+            blocks.clear()
+            names = [v.name for v in views if block_of(v.name) == block]
+            blocks[block] = Evidence(model, names, [], batches, seed)
+        return blocks[block].of(view.name)
+
+    return fed
+
+
+def by_prediction(
+    model: nn.Module,
+    views: list[LayerView],
+    store: CalibrationStore,
+    num_tuples: int,
+    objective: str,
+    made: Callable[[LayerView, Fed], dict[str, LayerPlan]],
+    title: str,
+) -> dict[str, LayerPlan]:
+    """Layer name -> plan, made in the order of the layers' calls: each sees what was chosen for those before it.
+
+    made: (view, Fed) -> the layer's plan by its name, or {}. title: of the progress bar.
+    """
+    targets = getattr(OBJECTIVES.find(objective), "targets", None)
+    difference = PredictionDifference(model, batches_across(store.recorded(), num_tuples), targets)
+
+    def fed(view: LayerView, plan: LayerPlan) -> LayerEvidence | None:
+        return None if unseen(view, store) else difference.of(view.name, plan)
+
+    plans: dict[str, LayerPlan] = {}
+    bar = progress_bar(difference.in_call_order(views), desc=title, unit="layer")
+    for view in bar:
+        for name, plan in made(view, fed).items():
+            plans[name] = plan
+            if (error := difference.settle(name, plan)) is not None:
+                bar.set_postfix(error=f"{error:.2e}")
+    return {view.name: plans[view.name] for view in views if view.name in plans}

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..files.claim import claimed_whole
 from ..files.places import check_room, make_parent, picture_place
 from ..files.result_folder import check_replaceable
+from ..layers.registry import needs_of
 from ..quantization import recipe
 from ..quantization.checkpoint import check_folder, folder_of
 from ..quantization.components import component_of, load_plans, narrowed, networks_to_quantize
@@ -98,6 +99,13 @@ def run(args) -> None:
         _quantize(args, recipes, calibration, output, picture)
 
 
+def _wants_store(config: QuantConfig) -> bool:
+    """Whether a recipe has to see calibration; one that follows a plan, for the codes alone."""
+    if config.plan is None:
+        return config.needs_calibration
+    return any(needs_of(choice) for choice in config.plan.layers.values())
+
+
 def _quantize(
     args, recipes: dict[str, QuantConfig], calibration: CalibrationConfig, output: Path, picture: Any
 ) -> None:
@@ -110,7 +118,7 @@ def _quantize(
     pipe = load(args, args.model)
     model = component_of(pipe, args.component)
     narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
-    if store is None and config.needs_calibration and config.plan is None:
+    if store is None and any(map(_wants_store, recipes.values())):
         fitted = fitting(calibration, args, pipe)
         store = collect(pipe, fitted, component=args.component, **conditioning_of(args))
     check_room(os.path.dirname(os.path.realpath(output)), bytes_at_least(pipe, recipes), "the quantized pipeline")

@@ -154,6 +154,8 @@ class Plan:
         check(self.method, str, "Plan: method")
         check(self.transforms, list[TransformPlan], "Plan: transforms")
         check(self.learning, Learning | None, "Plan: learning")
+        check(self.starts, dict[str, Any], "Plan: starts")
+        check(self.packing, dict[str, Any], "Plan: packing")
         for name, layer in check(self.layers, dict[str, Any], "Plan: layers").items():
             if isinstance(layer, type) or not is_dataclass(layer):  # each format has a class of plans of its own
                 raise UserError(f"Plan: layers must be plans of layers by name; '{name}' is {shown(layer)}.")

@@ -144,11 +144,16 @@ class QuantizationReport:
         if not flips:
             return ""
         text = f"trained: {sum(flips) / len(flips):.1%} of a layer's codes are not the nearest"
-        blocks = {(row["block_error"], row["block_error_nearest"]) for row in self.layers if "flips" in row}
-        logs = [math.log(error / nearest) for error, nearest in blocks if error > 0 and nearest > 0]
-        if not logs:
+        names = ("block_error", "block_error_nearest", "block_error_start")
+        blocks = {tuple(row.get(name, 0.0) for name in names) for row in self.layers if "flips" in row}
+        whole = [block for block in blocks if min(block) > 0]
+        if not whole:
             return text
-        return f"{text}; a block's error is {math.exp(sum(logs) / len(logs)):.3f}x that of nearest (geometric mean)"
+        of = [math.exp(sum(math.log(block[0] / block[i]) for block in whole) / len(whole)) for i in (1, 2)]
+        return (
+            f"{text}; a block's error is {of[0]:.3f}x that of nearest, {of[1]:.3f}x that of where training began "
+            "(geometric means)"
+        )
 
 
 def _plain(value: object) -> object:

@@ -51,7 +51,9 @@ class Training:
         assert plan.learning is not None
         self.model, self.plan, self.learned, self.learning = model, plan, learned, plan.learning
         self.seed = seed
-        for name in learned:  # a plan that is followed begins where it was begun
+        for name in (
+            one for one in plan.layers if one in learned
+        ):  # a plan that is followed begins where it was begun
             choice = plan.layers[name]
             start = plan.starts.setdefault(name, [choice.input_scale, choice.input_zero_point])
             choice.input_scale, choice.input_zero_point = start
@@ -63,7 +65,8 @@ class Training:
     def block(
         self, block: Block, fixed: Mapping[str, nn.Module], before: Mapping[str, nn.Module], evidence: Evidence | None
     ) -> dict[str, nn.Module]:
-        """The trained layers of a block, with `stages` for the report: flips, block_error, block_error_nearest."""
+        """The trained layers of a block, with `stages` for the report: flips, block_error, block_error_nearest,
+        block_error_start."""
         names = [name for name in block.layers if name in self.learned]
         if not names:
             return {}
@@ -79,6 +82,7 @@ class Training:
                 "flips": figures.flips[name],
                 "block_error": figures.error,
                 "block_error_nearest": figures.nearest,
+                "block_error_start": figures.start,
             }
         return layers
 

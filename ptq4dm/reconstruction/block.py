@@ -59,12 +59,14 @@ class Block:
 
 @dataclass
 class BlockFigures:
-    """What training did. flips: share of codes that are not the nearest, by layer; error, nearest: the block's
-    squared error over the energy of its outputs, trained and with weights rounded to nearest."""
+    """What training did. flips: share of codes that are not the nearest, by layer; error, nearest, start: the block's
+    squared error over the energy of its outputs, trained, with weights rounded to nearest, and where training began.
+    A block that training made worse is left as it began."""
 
     flips: dict[str, float]
     error: float
     nearest: float
+    start: float
 
 
 @dataclass
@@ -122,13 +124,17 @@ class BlockTraining:
                 )
             with torch.enable_grad(), self._computing({**soft, **fixed}), _repeatable(self.device):
                 self._train(list(soft.values()), items, nearest)
+            start = {name: one.at_start() for name, one in soft.items()}
+            began = self._measured(items, {name: layer for name, (layer, _) in start.items()})
             done = {name: one.packed() for name, one in soft.items()}
+            error = self._measured(items, {name: layer for name, (layer, _) in done.items()})
+            if not error.relative <= began.relative:  # training made it worse, so it is left out
+                done, error = start, began
             layers: dict[str, nn.Module] = {name: layer for name, (layer, _) in done.items()}
-            error = self._measured(items, layers)
         for name, layer in layers.items():
             layer.train(self.model.get_submodule(name).training)
         flips = {name: share for name, (_, share) in done.items()}
-        return layers, BlockFigures(flips, error.relative, nearest.relative)
+        return layers, BlockFigures(flips, error.relative, nearest.relative, began.relative)
 
     def _soft(self, name: str, plan: Any) -> SoftLayer:
         module = self.model.get_submodule(name)

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..kernels.formats.int8 import affine_parameters, dynamic_scale, quantize_activation
-from ..layers.registry import FORMATS, finite
+from ..layers.registry import FORMATS, empty_quantized, finite
 from ..layers.rounded import RoundedLayer
-from ..rounding.learned import Learning
+from ..rounding.learned import Learning, near
 from ..rounding.registry import ROUNDERS
 from ..rounding.variables import VARIABLES, Variable, straight_through
-
-NEAR = 0.49  # how far from its code a weight begins at most, in codes
 
 
 def is_trainable(format: str) -> bool:
@@ -84,18 +82,17 @@ class SoftLayer:
     """
 
     def __init__(self, module: nn.Module, layer: RoundedLayer, name: str, learning: Learning, evidence: Any) -> None:
-        self.module, self.layer, self.name = module, layer, name
+        self.module, self.layer, self.name, self.plan = module, layer, name, layer.plan
         weight = finite(module.weight, name)
         self.matrix = layer.matrix(weight)
-        begin, self.start = layer.rounded(weight, learning.begin, evidence)
+        self.begin, self.start = layer.rounded(weight, learning.begin, evidence)
         low, high = self.start.ends(self.matrix.shape[1])
         self.zeros = self.start.low - low
         train = learning.train
         self.codes: Variable | None = None
         if "rounding" in train:
             kind = VARIABLES.find(learning.variable)
-            first = begin.float() - self.zeros
-            steps = first + (self.start.steps(self.matrix) - first).clamp(-NEAR, NEAR)  # which round to `begin`
+            steps = near(self.start.steps(self.matrix), self.begin.float() - self.zeros)
             self.codes = kind(steps, low, high, learning.moves == "wide")
         self.nearest = self.start.codes(self.matrix)
         zeros = torch.zeros_like(self.start.scales, dtype=torch.float32)
@@ -134,6 +131,17 @@ class SoftLayer:
             exact = torch.rand(x.shape, generator=drop, device=x.device) < 0.5
             rounded = torch.where(exact, x, rounded)
         return _product(self.module, rounded, self.weight(), self.bias())
+
+    @torch.no_grad()
+    def at_start(self) -> tuple[RoundedLayer, float]:
+        """As `packed`, of where training began."""
+        layer: Any = empty_quantized(self.module, self.plan, self.matrix.device)
+        grid = {"input_scale": self.plan.input_scale, "input_zero_point": self.plan.input_zero_point}
+        layer.plan = replace(self.layer.plan, **grid)
+        layer.fill(self.begin, self.start)
+        if self.module.bias is not None:
+            layer.bias.copy_(self.module.bias)
+        return layer, float((self.begin != self.nearest).float().mean())
 
     @torch.no_grad()
     def packed(self) -> tuple[RoundedLayer, float]:

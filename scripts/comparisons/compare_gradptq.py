@@ -165,7 +165,7 @@ def main(words: list[str] | None = None, make_bench=Bench) -> None:
         own = table_of(found, model, bits)
         for stage in STAGES:
             names = [trial.name for trial in table if trial.stage in ("", stage)]
-            if any(row["stage"] == stage for row in found):
+            if any(row["stage"] == stage for row in found) or not any(row["stage"] for row in found):
                 print(
                     f"\n{model} {bits}, stage {stage}, {args.num_paired} held-out tuples\n\n{own.markdown(names)}\n"
                 )

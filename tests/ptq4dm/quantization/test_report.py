@@ -104,13 +104,15 @@ def test_calibration_data_that_holds_nan_is_a_sentence_and_the_model_stays():
 
 def test_the_table_says_what_training_did():
     def trained(flips, error, nearest):
-        return {"flips": flips, "block_error": error, "block_error_nearest": nearest}
+        start = {"block_error_start": 2 * error}
+        return {"flips": flips, "block_error": error, "block_error_nearest": nearest, **start}
 
     found = rows(a=20.0, b=21.0, c=22.0, d=23.0)
     assert "trained" not in QuantizationReport({}, 100, 50, found).table()
     for row, figures in zip(found[:3], [(0.1, 1.0, 2.0), (0.3, 1.0, 2.0), (0.2, 1.0, 8.0)], strict=True):
         row |= trained(*figures)  # two layers of one block, and another block: 1/2 and 1/8
     last = "trained: 20.0% of a layer's codes are not the nearest; a block's error is 0.250x that of nearest"
+    last += ", 0.500x that of where training began"
     assert last in QuantizationReport({}, 100, 50, found).table(worst=1)
     found[0] |= trained(0.5, 0.0, 0.0)
     assert "0.250x" in QuantizationReport({}, 100, 50, found).table()  # a block without any error has no ratio

@@ -65,14 +65,22 @@ def test_the_global_generator_has_no_say_and_is_left_alone(dit):
 
 
 def test_ranges_alone_leave_codes_nearest_and_move_grids(dit):
-    report, found, model = made(dit, train=("ranges",))
+    few = trained.FEW | {"activation_bits": 4, "steps": 20}  # where ranges matter
+    report, found, model = made(dit, train=("ranges",), activation_bits=4, steps=20)
     nearest = copy.deepcopy(dit[0])
-    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.FEW, rounding="nearest"), dit[1])
+    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**few, rounding="nearest"), dit[1])
     expected = codes(nearest)
     assert found.keys() == expected.keys()
     moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
     assert "input_scale" in moved and moved <= {"input_scale", "input_zero_point"}
     assert all(row["flips"] == 0 for row in report.layers)
+
+
+def test_training_that_makes_a_block_worse_is_left_out(dit):
+    report, found, _ = made(dit, train=("rounding",), learning_rate=100.0)
+    rows = [row for row in report.layers if "block_error" in row]
+    assert rows and all(row["block_error"] <= row["block_error_start"] for row in rows)
+    assert any(row["block_error"] == row["block_error_start"] for row in rows)
 
 
 def test_rounding_alone_leaves_scales(dit):

@@ -83,10 +83,11 @@ def test_learned_rounding_gains_and_repeats_itself(name):
 
     nearest = ROUNDERS["nearest"](weight, grid)
     assert error(codes) < 0.75 * error(nearest)
+    assert error(codes) <= error(ROUNDERS["gptq"](weight, grid, evidence)) * (1 + 1e-6)
     torch.rand(5)  # whoever draws from the global generator is found out
     assert torch.equal(codes, ROUNDERS["learned"](weight, grid, evidence))
     moved = (codes.float() - nearest.float()).abs()
-    assert 0 < (moved > 0).float().mean() < 0.6 and moved.max() == 1  # up or down
+    assert 0 < (moved > 0).float().mean() < 0.6
 
 
 def test_a_grid_picks_columns():

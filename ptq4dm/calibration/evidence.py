@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
+from ..hooks import computing
 from ..layers.base import replace_module
 from ..pipelines.denoiser import evaluation_mode
 from ..pipelines.loading import not_while_loading
@@ -71,14 +72,8 @@ class Evidence:
     def module_error(self, module: str, forwards: dict[str, Callable[[Tensor], Tensor]]) -> float:
         """Squared error of a module's outputs with the forward passes of some of its layers replaced, by name."""
         exact = self.outputs(module)
-        layers = {name: self.model.get_submodule(name) for name in forwards}
-        try:
-            for name, layer in layers.items():
-                layer.forward = forwards[name]
+        with computing(self.model, forwards):
             results = self._run(module)
-        finally:
-            for layer in layers.values():
-                vars(layer).pop("forward", None)
         pairs = [pair for two in zip(exact, results, strict=True) for pair in zip(*two, strict=True)]
         return sum(squared_error(a, b) for a, b in pairs)
 

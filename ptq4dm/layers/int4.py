@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Grid
-from ..kernels.formats.int4 import pack_int4, unpack_int4
+from ..kernels.formats.int4 import unpack_int4
 from ..ranges.weights import weight_grid
 from . import int4_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
@@ -66,7 +65,7 @@ class Int4Layer(RoundedLayer):
         return scales if self.plan.group_size is None else _sixteen_bits(scales)
 
     def fill(self, codes: Tensor, grid: Grid) -> None:
-        self.put(qweight=pack_int4(F.pad(codes, (0, -codes.shape[1] % PACKED)), PACKED), wscales=grid.scales)
+        self.put(qweight=int4_ops.packed_rows(codes), wscales=grid.scales)
         if grid.zeros is not None:
             self.put(wzeros=grid.zeros.to(torch.int8))
         put_input_grid(self, self.plan, codes.device)
@@ -94,7 +93,7 @@ class Int4Layer(RoundedLayer):
 
     def codes(self) -> Tensor:
         """The codes [N, ...], int8, unpacked in each call."""
-        return self.shaped(unpack_int4(self.qweight, PACKED)[:, : math.prod(self.weight_shape[1:])])
+        return self.shaped(int4_ops.unpacked_rows(self.qweight, math.prod(self.weight_shape[1:])))
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.formats.grid import Grid
-from ..kernels.formats.int4 import GROUP, unpack_int4
+from ..kernels.formats.int4 import GROUP, pack_int4, unpack_int4
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.runtime.settings import remembered
@@ -63,10 +63,19 @@ def kernel_name(
     return dispatch.find(query).name
 
 
+def packed_rows(codes: Tensor) -> Tensor:
+    """codes int8 [n, K] in 4 bits -> uint8 [n, K'/2], K' = K up to a multiple of PACKED."""
+    return pack_int4(F.pad(codes, (0, -codes.shape[1] % PACKED)), PACKED)
+
+
+def unpacked_rows(packed: Tensor, inputs: int) -> Tensor:
+    """The inverse of `packed_rows`: int8 [n, inputs]."""
+    return unpack_int4(packed, PACKED)[:, :inputs]
+
+
 def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> Tensor:
     """The float32 weight [N, K] that the codes stand for."""
-    codes = unpack_int4(qweight, PACKED)[:, :inputs]
-    return Grid(wscales, wzeros, -8, 7).values(codes)
+    return Grid(wscales, wzeros, -8, 7).values(unpacked_rows(qweight, inputs))
 
 
 @op

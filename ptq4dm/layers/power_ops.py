@@ -16,21 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.formats.int4 import pack_int4, unpack_int4
 from ..kernels.formats.power import grid_of
 from ..kernels.runtime.ops import op
 from ..kernels.w8a8.window import Window
-from .int4_ops import PACKED, rounded
+from .int4_ops import packed_rows, rounded, unpacked_rows
 
 
 def stored_codes(codes: Tensor, bits: int) -> Tensor:
     """codes int8 [N, K] as they are stored: uint8 [N, K'/2] in 4 bits and less, K' = K up to a multiple of 64."""
-    return pack_int4(F.pad(codes, (0, -codes.shape[1] % PACKED)), PACKED) if bits <= 4 else codes
+    return packed_rows(codes) if bits <= 4 else codes
 
 
 def codes_of(qweight: Tensor, bits: int, inputs: int) -> Tensor:
     """The inverse of `stored_codes`, int8 [N, inputs]."""
-    return unpack_int4(qweight, PACKED)[:, :inputs] if bits <= 4 else qweight
+    return unpacked_rows(qweight, inputs) if bits <= 4 else qweight
 
 
 def weight_of(qweight: Tensor, wscales: Tensor, exponent: float, bits: int, inputs: int) -> Tensor:

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Grid
-from ..kernels.formats.int4 import pack_int4, unpack_int4
+from ..kernels.formats.int4 import unpack_int4
 from ..kernels.formats.int8 import weight_limit
 from ..ranges.weights import weight_grid
 from . import int4_ops, row_mix_ops
@@ -123,7 +122,7 @@ class RowMixLayer(RoundedLayer):
     def fill(self, codes: Tensor, grid: Grid) -> None:
         narrow, wide = (rows.to(codes.device) for rows in self.rows())
         self.put(
-            qweight=pack_int4(F.pad(codes[narrow], (0, -codes.shape[1] % PACKED)), PACKED),
+            qweight=int4_ops.packed_rows(codes[narrow]),
             qweight8=channel_first(codes[wide], self.weight_shape),
             wscales=grid.scales[narrow],
             weight_scale=grid.scales[wide, 0],
@@ -153,8 +152,7 @@ class RowMixLayer(RoundedLayer):
         inputs = math.prod(self.weight_shape[1:])
         narrow = int4_ops.weight_of(self.qweight, self.wscales, None, inputs)
         wide = pixel_first(self.qweight8).float() * self.weight_scale[:, None]
-        stored = torch.cat([narrow, wide])
-        return self.shaped(torch.empty_like(stored).index_copy_(0, self.places.long(), stored))
+        return self.shaped(row_mix_ops.placed(torch.cat([narrow, wide]), self.places))
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""

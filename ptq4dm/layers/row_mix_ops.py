@@ -54,7 +54,7 @@ def row_mix_linear(
     as in `RowMixLayer`; bias [N]; the input's grid as in `w8a8_linear`.
     """
     codes = _codes(qweight, qweight8, wscales, places, x.shape[-1])
-    scales = _placed(torch.cat([wscales[:, 0], weight_scale]), places)
+    scales = placed(torch.cat([wscales[:, 0], weight_scale]), places)
     return w8a8.w8a8_linear(x, codes, scales, bias, input_scale, input_zero_point, activation_bits)
 
 
@@ -86,7 +86,7 @@ def row_mix_conv2d(
     channels, *kernel = qweight8.shape[1:]
     codes = _codes(qweight, qweight8, wscales, places, channels * kernel[0] * kernel[1])
     weight = codes.view(len(codes), *kernel, channels).permute(0, 3, 1, 2)
-    scales = _placed(torch.cat([wscales[:, 0], weight_scale]), places)
+    scales = placed(torch.cat([wscales[:, 0], weight_scale]), places)
     grid = (input_scale, input_zero_point, activation_bits)
     return w8a8.w8a8_conv2d(x, weight, scales, bias, *grid, list(stride), list(padding), list(dilation), 1)
 
@@ -105,7 +105,7 @@ def _codes(qweight: Tensor, qweight8: Tensor, wscales: Tensor, places: Tensor, i
 
     def build() -> Tensor:
         narrow, _ = int4_codes(qweight, wscales, None, inputs)
-        return _placed(torch.cat([narrow, pixel_first(qweight8)]), places)
+        return placed(torch.cat([narrow, pixel_first(qweight8)]), places)
 
     if qweight.is_cuda:
         return build()
@@ -113,6 +113,6 @@ def _codes(qweight: Tensor, qweight8: Tensor, wscales: Tensor, places: Tensor, i
     return prepared(qweight, ("rows", inputs, state), build)
 
 
-def _placed(stored: Tensor, places: Tensor) -> Tensor:
+def placed(stored: Tensor, places: Tensor) -> Tensor:
     """Rows as they are stored, in the order of the layer's outputs."""
     return torch.empty_like(stored).index_copy_(0, places.long(), stored)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..calibration.calls import Calls
-from ..calibration.evidence import Evidence
+from ..calibration.evidence import Evidence, chosen_calls
 from ..errors import UserError
 from ..layers.plan import Plan
 from ..layers.registry import objective_needs
@@ -57,9 +57,9 @@ class Training:
             choice = plan.layers[name]
             start = plan.starts.setdefault(name, [choice.input_scale, choice.input_zero_point])
             choice.input_scale, choice.input_zero_point = start
-        units = torch.linspace(0, len(calls) - 1, min(num_tuples, len(calls))).round().long().unique()
-        order = torch.randperm(len(units), generator=torch.Generator("cpu").manual_seed(seed))
-        self.batches = list(calls[units[order]].batches(self.learning.step_tuples))
+        chosen = chosen_calls(calls, num_tuples)
+        order = torch.randperm(len(chosen), generator=torch.Generator("cpu").manual_seed(seed))
+        self.batches = list(chosen[order].batches(self.learning.step_tuples))
         self.reference = list(calls.batches(self.learning.step_tuples)) if self.learning.correction else None
 
     def block(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from ..calibration.calls import Calls
 from ..calibration.evidence import substituted
 from ..calibration.record import ready, samples_of
 from ..errors import UserError
-from ..layers.registry import empty_quantized, quantized_copy
+from ..hooks import computing
+from ..layers.registry import empty_quantized
 from ..layers.rounded import RoundedLayer
 from ..pipelines.denoiser import evaluation_mode
 from ..rounding.learned import Learning
@@ -116,7 +117,7 @@ class BlockTraining:
             items = items_of(
                 self.model, block.name, self.batches, block.before, self.learning, self.draw, self.reference
             )
-            nearest = self._measured(items, self._nearest())
+            nearest = self._measured(items, {name: one.untrained(one.nearest) for name, one in soft.items()})
             if not math.isfinite(nearest.loss + nearest.prediction):
                 raise UserError(
                     f"'{block.name}' gives NaN or infinity on the calibration data, so it cannot be trained; collect "
@@ -124,7 +125,7 @@ class BlockTraining:
                 )
             with torch.enable_grad(), self._computing({**soft, **fixed}), _repeatable(self.device):
                 self._train(list(soft.values()), items, nearest)
-            start = {name: one.at_start() for name, one in soft.items()}
+            start = {name: (one.untrained(one.begin), one.moved(one.begin)) for name, one in soft.items()}
             began = self._measured(items, {name: layer for name, (layer, _) in start.items()})
             done = {name: one.packed() for name, one in soft.items()}
             error = self._measured(items, {name: layer for name, (layer, _) in done.items()})
@@ -143,32 +144,15 @@ class BlockTraining:
             raise UserError(f"layer '{name}': rounding 'learned' does not serve format '{plan.format}'.")
         return SoftLayer(module, layer, name, self.learning, self.block.evidence.get(name))
 
-    def _nearest(self) -> dict[str, nn.Module]:
-        """The layers with their weights rounded to nearest, under the same grids."""
-        found = {}
-        for name, plan in self.block.plans.items():
-            module, seen = self.model.get_submodule(name), self.block.evidence.get(name)
-            found[name] = quantized_copy(module, replace(plan, rounding="nearest"), name, seen)
-        return found
-
     @contextmanager
     def _computing(self, layers: Mapping[str, SoftLayer | FixedLayer]) -> Iterator[None]:
         """The block's layers compute as these do."""
-        modules = {name: self.model.get_submodule(name) for name in layers}
-        own = {name: vars(module).get("forward") for name, module in modules.items()}  # hooks of accelerate set one
 
         def forward(layer: SoftLayer | FixedLayer) -> Any:
             return lambda input: layer.forward(input, self.drop if self.drops_inputs else None)
 
-        try:
-            for name, module in modules.items():
-                module.forward = forward(layers[name])
+        with computing(self.model, {name: forward(layer) for name, layer in layers.items()}):
             yield
-        finally:
-            for name, module in modules.items():
-                vars(module).pop("forward", None)
-                if own[name] is not None:
-                    module.forward = own[name]
 
     @torch.no_grad()
     def _measured(self, items: list[Item], layers: dict[str, nn.Module]) -> _Measured:

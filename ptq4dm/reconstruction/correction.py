@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence
+from ..calibration.measure import timestep_bins
 
 BINS = 10
 STRENGTH = 1.0
@@ -42,7 +43,7 @@ def corrected(items: list[tuple[Calls, list]], reference: Moments) -> list[list]
         sums.add(batch, leaves)
     own, share, moved = sums.moments(), STRENGTH / (1 + STRENGTH), []
     for batch, leaves in items:
-        bins, changed = _bins(batch), list(leaves)
+        bins, changed = timestep_bins(batch.time, BINS), list(leaves)
         for i, leaf in enumerate(leaves):
             if not _has_features(leaf, len(bins)):
                 continue
@@ -65,7 +66,7 @@ class _Sums:
         self.parts: dict[tuple[int, int], list[Any]] = {}
 
     def add(self, batch: Calls, leaves: list) -> None:
-        bins = _bins(batch)
+        bins = timestep_bins(batch.time, BINS)
         for i, leaf in enumerate(leaves):
             if not _has_features(leaf, len(bins)):
                 continue
@@ -82,10 +83,6 @@ class _Sums:
             place: (total / count, (squares / count - (total / count).square()).clamp(min=0).sqrt())
             for place, (count, total, squares) in self.parts.items()
         }
-
-
-def _bins(batch: Calls) -> Tensor:
-    return (batch.time * BINS).long().clamp(0, BINS - 1)
 
 
 def _has_features(leaf: Any, units: int) -> bool:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..calibration.calls import Calls
 from ..calibration.record import answers
-from ..hooks import hooked
+from ..hooks import computing, hooked
 
 Finished = list[tuple[str, Any]]
 """(module, its output) of calls, in their order; none of them is inside another."""
@@ -69,17 +69,9 @@ def skipping(model: nn.Module, done: Finished) -> Iterator[None]:
     queues: dict[str, deque] = {}
     for name, output in done:
         queues.setdefault(name, deque()).append(output)
-    modules = {name: model.get_submodule(name) for name in queues}
-    own = {name: vars(module).get("forward") for name, module in modules.items()}  # hooks of accelerate set one
-    try:
-        for name, module in modules.items():
-            module.forward = _kept_first(queues[name], module.forward)
+    kept = {name: _kept_first(queue, model.get_submodule(name).forward) for name, queue in queues.items()}
+    with computing(model, kept):
         yield
-    finally:
-        for name, module in modules.items():
-            vars(module).pop("forward", None)
-            if own[name] is not None:
-                module.forward = own[name]
 
 
 def size_of(done: Finished) -> int:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..calibration.calls import Calls
+from ..calibration.measure import timestep_bins
 
 
 def row_weights(calls: Calls, weights: tuple[float, ...], device: torch.device) -> Tensor:
     """[R] float32: each unit's weight by its time. weights: of equal parts of the range; their mean becomes 1."""
     if not weights:
         return torch.ones(len(calls), device=device)
-    parts = (calls.time * len(weights)).long().clamp_(0, len(weights) - 1)
+    parts = timestep_bins(calls.time, len(weights))
     chosen = torch.tensor(weights, dtype=torch.float32)
     return (chosen[parts] / chosen.mean()).to(device)
 

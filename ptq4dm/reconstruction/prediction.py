@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.calls import Calls
-from ..calibration.evidence import BATCH, squared_error, substituted
+from ..calibration.evidence import BATCH, chosen_calls, squared_error, substituted
 from ..calibration.record import answers, samples_of
 from ..evidence import LayerEvidence
 from ..hooks import hooked
@@ -37,9 +37,9 @@ def batches_across(calls: Calls, num_tuples: int) -> list[Calls]:
 
     So the first of them say what all will: stores are sorted by time.
     """
-    units = torch.linspace(0, len(calls) - 1, min(num_tuples, len(calls))).round().long().unique()
-    count = -(-len(units) // BATCH)
-    return [batch for first in range(count) for batch in calls[units[first::count]].batches(BATCH)]
+    chosen = chosen_calls(calls, num_tuples)
+    count = -(-len(chosen) // BATCH)
+    return [batch for first in range(count) for batch in chosen[first::count].batches(BATCH)]
 
 
 class PredictionDifference:

@@ -132,16 +132,20 @@ class SoftLayer:
             rounded = torch.where(exact, x, rounded)
         return _product(self.module, rounded, self.weight(), self.bias())
 
+    def moved(self, codes: Tensor) -> float:
+        """The share of codes that are not the nearest."""
+        return float((codes != self.nearest).float().mean())
+
     @torch.no_grad()
-    def at_start(self) -> tuple[RoundedLayer, float]:
-        """As `packed`, of where training began."""
+    def untrained(self, codes: Tensor) -> RoundedLayer:
+        """The quantized layer with these codes, under the grids that training begins with."""
         layer: Any = empty_quantized(self.module, self.plan, self.matrix.device)
         grid = {"input_scale": self.plan.input_scale, "input_zero_point": self.plan.input_zero_point}
         layer.plan = replace(self.layer.plan, **grid)
-        layer.fill(self.begin, self.start)
+        layer.fill(codes, self.start)
         if self.module.bias is not None:
             layer.bias.copy_(self.module.bias)
-        return layer, float((self.begin != self.nearest).float().mean())
+        return layer
 
     @torch.no_grad()
     def packed(self) -> tuple[RoundedLayer, float]:
@@ -163,7 +167,7 @@ class SoftLayer:
         layer.fill(whole, grid.with_scales(layer.stored_scales(grid.scales)))
         if (bias := self.bias()) is not None and layer.bias is not None:
             layer.bias.copy_(bias)
-        return layer, float((whole != self.nearest).float().mean())
+        return layer, self.moved(whole)
 
 
 class FixedLayer:

@@ -69,7 +69,7 @@ def split_model():
             module.weight.data += 0.2 * torch.randn(outputs, 2) @ torch.randn(2, inputs)
     pipe = ptq4dm.PixelDiTPipeline(transformer=model.eval(), scheduler=DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
-    return model, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 4, 2, batch_size=4))
+    return model, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 8, 2, batch_size=4))
 
 
 def quantized(exact, config, store):
@@ -296,7 +296,7 @@ def test_predictions_of_other_tuples_take_the_gain_away(script, one_thread):
     from models import plain_unet
 
     controls, pipe = script("controls"), tiny_unet(plain_unet)
-    exact, store = pipe.unet, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 4, 3, batch_size=4))
+    exact, store = pipe.unet, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 8, 3, batch_size=4))
     recipe = partial(ptq4dm.PTQ4DMConfig, activation_bits=3, num_tuples=4, first_last="same")
     mse, plans = make_plan(exact, recipe(objective="mse"), store), {}
     for objective in ("prediction", "prediction, of other tuples"):
@@ -310,7 +310,7 @@ def test_predictions_of_other_tuples_take_the_gain_away(script, one_thread):
         name: float((replay(quantized(exact, recipe(plan=plan), store), calls) - truth).square().sum())
         for name, plan in {"mse": mse, **plans}.items()
     }
-    assert error["prediction"] < 0.9 * error["mse"] < error["prediction, of other tuples"], error
+    assert error["prediction"] < 0.8 * error["mse"] < error["prediction, of other tuples"], error
 
 
 def test_other_tuples_are_others(script):
@@ -407,7 +407,7 @@ def test_svdquant_is_split_anew_to_the_bit_and_shuffled_otherwise(script, one_th
     best, anyhow = quantized(exact, config, store), quantized(exact, config, store)
     controls.random_branch(anyhow, exact, store, 0)
     none = quantized(exact, ptq4dm.SVDQuantConfig(**{**plain(config), "rank": 0}), store)
-    assert error(best) < 0.5 * error(anyhow) and 0.7 < error(anyhow) / error(none) < 2
+    assert error(best) < 0.5 * error(anyhow) and 0.7 < error(anyhow) / error(none) < 1.1
     gptq = quantized(exact, ptq4dm.SVDQuantConfig(rank=8, smoothing=0.5), store)
     with pytest.raises(UserError, match="rounding='nearest'"):
         controls.shuffle_smoothing(gptq, exact, store, 0)

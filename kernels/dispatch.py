@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .cpu import w4a8 as cpu
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
 from .tuning import latency
@@ -117,6 +118,8 @@ def time(query: Query, n: int, k: int) -> float:
         make = latency.svdq_linear
     elif name == w4.INT8:
         make, arguments = latency.svdq_linear, (query.activation, GROUP, 0, True)
+    elif name == cpu.NAME:
+        make, arguments = latency.compiled_linear, (query.group_size, query.zeros, query.static)
     elif query.weight == "int4":
         make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)
         if name == w8a8.REFERENCE:
@@ -171,6 +174,13 @@ def _direct(query: Query) -> bool:
     return _plain(query) and fits and whole and w4.kernel_name(query.device, "int8", GROUP) == w4.INT8
 
 
+def _compiled(query: Query) -> bool:
+    """Whether the kernel that is compiled on this machine serves it: no convolution, whose dynamic scales are by
+    sample and not by row."""
+    fits = query.linear and query.groups == 1 and (query.inputs or 0) <= cpu.MOST
+    return _plain(query) and fits and cpu.serves(query.device)
+
+
 def _either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:
     return lambda query: any(one(query) for one in serve)
 
@@ -194,6 +204,7 @@ KERNELS: list[Kernel] = [
     Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", _w8a8(w8a8.TRITON_FP8), "w8a8"),
     Kernel(w8a8.ONEDNN, "int8 weights and activations, x86 CPU with VNNI", _w8a8(w8a8.ONEDNN)),
     Kernel(UNPACK, "plain 4-bit weights unpacked to int8 in every call", _unpacked(w8a8.TRITON)),
+    Kernel(cpu.NAME, "plain 4-bit weights, unpacked part by part in the product; Linear, x86 CPU", _compiled),
     Kernel(COPY, "plain 4-bit weights, one scale a row; the copy is kept in memory", _unpacked(w8a8.ONEDNN)),
     Kernel(w8a8.REFERENCE, "the formula in torch, everywhere", lambda query: True),
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cpu.w4a8 import cpu_w4a8_linear
 from ..formats import fp8, int4, int8
 from ..w4 import layer as w4
 from ..w4 import reference as w4_reference
@@ -68,6 +69,15 @@ def int4_linear(
     if device.type == "cuda":
         return call
     return functools.partial(w8a8.w8a8_linear, x, *int4_codes(qweight, wscales, wzeros, k), bias, *grid, 8)
+
+
+def compiled_linear(
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, static: bool, seed: int
+) -> Call:
+    """A plain 4-bit weight in the kernel that is compiled for this CPU."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    grid = _grid(x, "int8") if static else (None, None)
+    return functools.partial(cpu_w4a8_linear, x, *_packed(weight, group_size, zeros), None, bias, *grid, 8)
 
 
 def int4_reference(

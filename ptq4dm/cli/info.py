@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..kernels.cpu import library
 from ..layers.base import holds_quantized, is_quantized
 from ..layers.view import find_layers, in_ip_adapter
 from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
@@ -44,6 +45,7 @@ def run(args) -> None:
         "left": left_layers(network, config),
         "adapters": adapters_of(network),
         "networks": other_networks(pipe),
+        "compiled": library.status(),  # after the layers were asked for their kernels
     }
     if verified is not None:
         facts["verified"] = verified
@@ -125,6 +127,8 @@ def _text(facts: dict[str, Any]) -> str:
         where = [f"beside {one['layers']} layers"] if one["layers"] else []
         where += [f"fused into {one['fused']}"] if one["fused"] else []
         lines.append(f"{'adapter':<13} {name}, {state}, {' and '.join(where)}")
+    if facts["compiled"]:
+        lines.append(f"{'CPU kernels':<13} {facts['compiled']}")
     lines.append(f"\n{'bytes':>12}  {'format':<24} {'kernel':<13} {'shape':<20} layer")
     for row in facts["layers"]:
         shape = "x".join(map(str, row["shape"]))

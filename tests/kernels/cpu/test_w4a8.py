@@ -16,6 +16,15 @@ SHAPES = [(1, 5, 27), (3, 33, 64), (17, 70, 192), (7, 130, 256), (13, 64, 4224),
 GROUPS = [None, 32, 64, 128]
 
 
+@pytest.fixture(params=list(library.FLAGS))
+def instructions(request, monkeypatch):
+    """Kernels for these instructions, which this CPU has."""
+    narrower = request.param == "avx2" and torch.cpu._is_avx2_supported()
+    if request.param != library.capability() and not narrower:
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setattr(library, "_found", library.Found(library.load(library.build(request.param)), ""))
+
+
 def weight(n, k, group, zeros, progressive=False, dtype=torch.float32, extreme=False):
     """(operand w [N, K] in float64, qweight, wscales, wzeros, wsteps)."""
     generator = torch.Generator().manual_seed(n + k)
@@ -71,7 +80,7 @@ def test_outputs_are_those_of_the_formula(scale, zero, zeros, progressive):
 @compiled
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
 @pytest.mark.parametrize("progressive", [False, True], ids=["scales", "steps"])
-def test_sums_are_whole_numbers_to_the_last_bit(zeros, progressive):
+def test_sums_are_whole_numbers_to_the_last_bit(zeros, progressive, instructions):
     """Inputs whose scale is 1 and weights whose scales are 1: every output is a whole number below 2^24."""
     for m, n, k, group in [(3, 70, 640, 128), (17, 40, 192, 32), (2, 64, 4160, 64), (5, 9, 100, None)]:
         operand, qweight, wscales, wzeros, wsteps = weight(n, k, group, zeros, progressive)
@@ -86,7 +95,7 @@ def test_sums_are_whole_numbers_to_the_last_bit(zeros, progressive):
 @compiled
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("code, zero", [(-8, 7), (7, -8), (-8, None), (7, None), (0, None)])
-def test_the_largest_and_smallest_codes(code, zero, sign):
+def test_the_largest_and_smallest_codes(code, zero, sign, instructions):
     """Nothing saturates: not in pairs of products, not in 16 bits, not in a group of a whole row."""
     n, m = 20, 4
     for k, group in [(128, 128), (256, 64), (256, 32), (12288, None)]:
@@ -96,9 +105,7 @@ def test_the_largest_and_smallest_codes(code, zero, sign):
         step = code - (zero or 0)
         x = torch.full((m, k), 127.0 * sign)
         assert (run(x, (qweight, torch.ones(n, groups), wzeros, None)) == 127 * sign * k * step).all()
-        x = torch.full(
-            (m, k), 200.0 * sign
-        )  # beyond the grid: codes -128 or 127, and the zero point at the other end
+        x = torch.full((m, k), 200.0 * sign)  # beyond the grid, whose zero point is at its other end
         level = 127 - -128 if sign > 0 else -128 - 127
         found = run(x, (qweight, torch.ones(n, groups), wzeros, None), None, 0.5, -128 if sign > 0 else 127)
         assert (found.double() == torch.tensor(0.5 * level * k * step, dtype=torch.float64)).all()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.workspace import Piece
+from ...runtime.workspace import Piece
 from .nonlinearity import nonlinear
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..formats.int4 import GROUP, unpack_int4
 from ..runtime.ops import op
-from . import int4_codes
+from . import int4_codes, integer
 from .tokens import integer_product, token_codes
 
 
@@ -36,7 +36,9 @@ def grouped_linear(
     """
     int4_codes.check(qweight.shape, wscales.shape, None if wzeros is None else wzeros.shape, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
-    return reference(rows, qweight, wscales, wzeros, bias).to(x.dtype).view(*x.shape[:-1], len(qweight))
+    kernel = integer.grouped_through if integer.serves(x.device) and rows.numel() and len(qweight) else reference
+    y = kernel(rows, qweight, wscales, wzeros, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
 
 
 @grouped_linear.register_fake

@@ -14,14 +14,21 @@ Lin et al., "QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..formats.int4 import GROUP, unpack_int4
+from ..runtime.late import late
 from ..runtime.ops import op
-from . import int4_codes
+from . import int4_codes, integer
 from .tokens import integer_product, token_codes
+
+if TYPE_CHECKING:
+    from . import progressive_triton
+else:
+    late(globals(), "progressive_triton")
 
 
 @op
@@ -35,6 +42,10 @@ def progressive_codes(qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, in
     Raises ValueError for sizes that do not belong together, and for steps that are not int8.
     """
     check(qweight.shape, wsteps.shape, wsteps.dtype, None if wzeros is None else wzeros.shape, inputs)
+    if qweight.is_cuda and qweight.shape[0]:
+        codes = qweight.new_empty(len(qweight), inputs, dtype=torch.int8)
+        progressive_triton.codes(qweight, wsteps, wzeros, inputs, codes)
+        return codes
     return reference_codes(qweight, wsteps, wzeros, inputs)
 
 
@@ -55,7 +66,9 @@ def progressive_linear(
     if wscales.shape != qweight.shape[:1]:
         raise ValueError(f"scales of the rows are [N] with N = {len(qweight)}; got {list(wscales.shape)}.")
     rows = x.reshape(-1, x.shape[-1])
-    return reference(rows, qweight, wsteps, wzeros, wscales, bias).to(x.dtype).view(*x.shape[:-1], len(qweight))
+    kernel = integer.progressive_through if integer.serves(x.device) and rows.numel() and len(qweight) else reference
+    y = kernel(rows, qweight, wsteps, wzeros, wscales, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
 
 
 @progressive_linear.register_fake

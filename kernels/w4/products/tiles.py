@@ -41,6 +41,20 @@ def finish(
     tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
+@triton.jit
+def stored(y, top, left, bias_ptr, y_desc, y_ptr, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Store y [BM, BN] + bias: by TMA where there is a descriptor, else by pointers."""
+    rows = top + tl.arange(0, BM)
+    columns = left + tl.arange(0, BN)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if y_desc is not None:
+        y_desc.store([top, left], y.to(y_ptr.dtype.element_ty))
+    else:
+        where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
 def aligned(rows: Tensor | Piece | None) -> Tensor | Piece | None:
     """A matrix whose rows begin at multiples of 16 bytes, where TMA can begin to load."""
     if rows is None or (rows.stride(0) * rows.dtype.itemsize % 16 == 0 and rows.data_ptr() % 16 == 0):

@@ -36,7 +36,9 @@ def grouped_linear(
     """
     int4_codes.check(qweight.shape, wscales.shape, None if wzeros is None else wzeros.shape, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
-    kernel = integer.grouped_through if integer.serves(x.device) and rows.numel() and len(qweight) else reference
+    kernel = (
+        integer.grouped_through if integer.known_to_serve(x.device) and rows.numel() and len(qweight) else reference
+    )
     y = kernel(rows, qweight, wscales, wzeros, bias)
     return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
 

@@ -1,12 +1,14 @@
-"""W4A8 layers in integers on a GPU: which launches serve progressive and grouped weights, and running them.
+"""W4A8 layers in integers on a GPU: which launches serve them, and running them.
 
-    triton-w4a8-progressive     prepare (tokens_triton.py), then the product that widens weights in its main loop; or,
-                                where that was measured faster, int8 weights in memory and an 8-bit product of them
-    triton-w4a8-grouped         prepare, then the product that scales the sums of groups
+    triton-w4a8-progressive     progressive weights: prepare (tokens_triton.py), then the product that widens weights
+                                in its main loop; or, where that was measured faster, int8 weights in memory and an
+                                8-bit product of them
+    triton-w4a8-channel         one scale an output: the same
+    triton-w4a8-grouped         scales of groups: prepare, then the product that scales the sums of groups
     reference                   without a GPU: the formulas of progressive.py and grouped.py; the truth
 
-Sums of codes are exact and the same in all of them. Settings in tuned/: "progressive.product",
-"grouped.product", and "channel.product" for one scale an output.
+Sums of codes are exact, and the same in all of them. Settings in tuned/: "progressive.product", for one scale an
+output too, and "grouped.product".
 """
 
 from __future__ import annotations
@@ -30,16 +32,18 @@ else:
         product_progressive="products.product_progressive", product_w4a8="products.product_w4a8",
     )  # fmt: skip
 
-REFERENCE, PROGRESSIVE, GROUPED = "reference", "triton-w4a8-progressive", "triton-w4a8-grouped"
+REFERENCE, PROGRESSIVE, CHANNEL, GROUPED = (
+    "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped",
+)  # fmt: skip
 INT32, FLOAT = torch.int32, torch.float32
 
 
-def kernel_name(device: torch.device, name: str) -> str:
-    """`name`, PROGRESSIVE or GROUPED, where that kernel runs; else REFERENCE."""
-    return name if device.type == "cuda" and capability(device) >= (8, 0) else REFERENCE
+def serves(device: torch.device) -> bool:
+    """Whether these kernels run there."""
+    return device.type == "cuda" and capability(device) >= (8, 0)
 
 
-serves = remembered(lambda device: kernel_name(device, PROGRESSIVE) == PROGRESSIVE)
+known_to_serve = remembered(serves)  # not where torch.compile traces: it warns of what is cached
 
 
 @remembered
@@ -56,22 +60,7 @@ def progressive_through(
     config: dict | None = None,
 ) -> Tensor:  # fmt: skip
     """`progressive.progressive_linear` of x [M, K], M and N above 0; config: not the usual one."""
-    x = _rows(x)
-    (m, k), (n, groups) = x.shape, wsteps.shape
-    config = config or best_config("progressive.product", x.device, m, n, k)
-    unpacks = config.get("UNPACK", False)
-    codes, scale, _, factors, _, w8 = _room(m, n, k, groups, False, not unpacks, False, unpacks).take(x)
-    wsteps, wzeros, qweight, wscales = (_contiguous(one) for one in (wsteps, wzeros, qweight, wscales))
-    out = x.new_empty(m, n)
-    if unpacks:
-        tokens_triton.prepare(x, (codes, scale, None), None, None, None, (None, None), (n, 0))
-        progressive_triton.codes(qweight, wsteps, wzeros, k, w8)
-        product_w4a8.product((codes, scale, out[:, :0]), (w8, wscales), None, bias, out, config)
-        return out
-    tokens_triton.prepare(x, (codes, scale, None), wsteps, wzeros, None, (factors, None), (n, groups))
-    size = k // groups if groups > 1 else 0
-    product_progressive.product((codes, scale, None), qweight, factors, wscales, bias, out, "steps", size, config)
-    return out
+    return _exact_sums(x, qweight, wsteps, wzeros, wscales, bias, "steps", wsteps.shape[1], config)
 
 
 def grouped_through(
@@ -79,21 +68,40 @@ def grouped_through(
     config: dict | None = None,
 ) -> Tensor:  # fmt: skip
     """`grouped.grouped_linear` of x [M, K], M and N above 0; config: not the usual one."""
+    n, groups = wscales.shape
+    if groups == 1:
+        return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, "rows", 1, config)
     x = _rows(x)
-    (m, k), (n, groups) = x.shape, wscales.shape
-    row = groups == 1  # one scale an output
-    config = config or best_config("channel.product" if row else "grouped.product", x.device, m, n, k)
-    offsets = row or wzeros is not None
-    codes, scale, sums, factors, scales, _ = _room(m, n, k, groups, row, offsets, not row, False).take(x)
-    wscales, wzeros, qweight = (_contiguous(one) for one in (wscales, wzeros, qweight))
-    tables = (factors if offsets else None), (None if row else scales)
+    m, k = x.shape
+    config = config or best_config("grouped.product", x.device, m, n, k)
+    codes, scale, _, factors, scales, _ = _room(m, n, k, groups, False, wzeros is not None, True, False).take(x)
+    qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
+    tables = (None if wzeros is None else factors), scales
     out = x.new_empty(m, n)
-    tokens = codes, scale, (sums if row else None)
-    tokens_triton.prepare(x, tokens, None, wzeros, None if row else wscales, tables, (n, groups))
-    if row:
-        product_progressive.product(tokens, qweight, factors, wscales.view(n), bias, out, "rows", 0, config)
-    else:
-        product_grouped.product(tokens[:2], qweight, tables, bias, out, k // groups, config)
+    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (n, groups))
+    product_grouped.product((codes, scale), qweight, tables, bias, out, k // groups, config)
+    return out
+
+
+def _exact_sums(x, qweight, wsteps, wzeros, wscales, bias, kind: str, groups: int, config: dict | None) -> Tensor:
+    """The products whose sums over all of K are whole numbers; kind: as in product_progressive.py."""
+    x = _rows(x)
+    (m, k), n = x.shape, len(qweight)
+    config = config or best_config("progressive.product", x.device, m, n, k)
+    unpacks, summed = config.get("UNPACK", False), kind == "rows"
+    pieces = _room(m, n, k, groups, summed and not unpacks, not unpacks, False, unpacks).take(x)
+    codes, scale, sums, factors, _, w8 = pieces
+    qweight, wsteps, wzeros, wscales = (_contiguous(one) for one in (qweight, wsteps, wzeros, wscales))
+    out = x.new_empty(m, n)
+    if unpacks:
+        tokens_triton.prepare(x, (codes, scale, None), None, None, None, (None, None), (n, 0))
+        progressive_triton.codes(qweight, wsteps, wzeros, groups, k, w8)
+        product_w4a8.product((codes, scale, out[:, :0]), (w8, wscales), None, bias, out, config)
+        return out
+    tokens = codes, scale, (sums if summed else None)
+    tokens_triton.prepare(x, tokens, wsteps, wzeros, None, (factors, None), (n, groups))
+    size = k // groups if groups > 1 else 0
+    product_progressive.product(tokens, qweight, factors, wscales, bias, out, kind, size, config)
     return out
 
 

@@ -44,7 +44,7 @@ def progressive_codes(qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, in
     check(qweight.shape, wsteps.shape, wsteps.dtype, None if wzeros is None else wzeros.shape, inputs)
     if qweight.is_cuda and qweight.shape[0]:
         codes = qweight.new_empty(len(qweight), inputs, dtype=torch.int8)
-        progressive_triton.codes(qweight, wsteps, wzeros, inputs, codes)
+        progressive_triton.codes(qweight, wsteps, wzeros, wsteps.shape[1], inputs, codes)
         return codes
     return reference_codes(qweight, wsteps, wzeros, inputs)
 
@@ -66,7 +66,11 @@ def progressive_linear(
     if wscales.shape != qweight.shape[:1]:
         raise ValueError(f"scales of the rows are [N] with N = {len(qweight)}; got {list(wscales.shape)}.")
     rows = x.reshape(-1, x.shape[-1])
-    kernel = integer.progressive_through if integer.serves(x.device) and rows.numel() and len(qweight) else reference
+    kernel = (
+        integer.progressive_through
+        if integer.known_to_serve(x.device) and rows.numel() and len(qweight)
+        else reference
+    )
     y = kernel(rows, qweight, wsteps, wzeros, wscales, bias)
     return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
 

@@ -1,4 +1,4 @@
-"""`progressive_codes` in Triton: w8 = s1 (q - z) as int8 in memory. A program does whole runs of 64 inputs.
+"""`progressive_codes` in Triton: w8 = s1 (q - z), or q - z, as int8 in memory. A program does whole runs of inputs.
 
 Floor in bytes: N K / 2 read, N K written.
 """
@@ -37,17 +37,20 @@ def _codes_kernel(
         codes = ((raw >> (4 * half)) & 15).to(tl.int32) - 8
         if zeros_ptr is not None:
             codes -= tl.load(zeros_ptr + place, mask=inside, other=0).to(tl.int32)[:, None]
-        codes *= tl.load(steps_ptr + place, mask=inside, other=0).to(tl.int32)[:, None]
+        if steps_ptr is not None:
+            codes *= tl.load(steps_ptr + place, mask=inside, other=0).to(tl.int32)[:, None]
         k = start[:, None] + j[None, :]
         codes = tl.where(k < K, codes, 0)
         tl.store(codes_ptr + row[:, None] * WIDE + k, codes.to(tl.int8), mask=there[:, None] & (k < WIDE))
 
 
-def codes(qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, inputs: int, out: Tensor | Piece) -> None:
+def codes(
+    qweight: Tensor, wsteps: Tensor | None, wzeros: Tensor | None, groups: int, inputs: int, out: Tensor | Piece
+) -> None:  # fmt: skip
     """Fill out int8 [N, W], W from K = inputs to K', with w8 and, past K, with 0; shapes were checked, and N > 0."""
-    launch = _plan(*wsteps.shape, inputs, out.shape[1])
-    wzeros = None if wzeros is None else wzeros.contiguous()
-    launch(qweight.contiguous().view(torch.int8), wsteps.contiguous(), wzeros, out)
+    wsteps, wzeros = (None if one is None else one.contiguous() for one in (wsteps, wzeros))
+    launch = _plan(len(qweight), groups, inputs, out.shape[1])
+    launch(qweight.contiguous().view(torch.int8), wsteps, wzeros, out)
 
 
 @remembered

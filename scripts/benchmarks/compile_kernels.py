@@ -139,7 +139,7 @@ def integer_calls(quick: bool) -> None:
             integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
         integer.grouped_through(empty(rows, k), qweight, channel[:, None], int8(n, 1), None)
-    progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k, int8(n, k))
+    progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))
 
 
 def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:

@@ -98,7 +98,7 @@ def test_codes_are_those_of_the_formula(n, k, zeros):
         wanted = progressive.reference_codes(packed(codes), wsteps, wzeros, k)
         for wide in {k, tokens_triton.packed_inputs(k)}:
             found = torch.full((n, wide), 77, dtype=torch.int8, device=DEVICE)
-            progressive_triton.codes(*there(packed(codes), wsteps, wzeros), k, found)
+            progressive_triton.codes(*there(packed(codes), wsteps, wzeros), groups, k, found)
             assert torch.equal(found[:, :k].cpu(), wanted)
             assert not found[:, k:].any()
 
@@ -115,7 +115,7 @@ def test_progressive_sums_are_exact(m, n, k, config):
         assert torch.equal(y.cpu(), progressive.reference(x, *operands)), groups
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, UNPACK], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [*SIZES, (5, 24, 200)])
 def test_sums_of_one_scale_an_output_are_exact(m, n, k, config):
     x, codes = tokens(m, k), whole(-8, 7, n, k)

@@ -132,12 +132,11 @@ def prepare(
 def _plan(m: int, k: int, stride: int, n: int, groups: int) -> Launch:
     kp = packed_inputs(k)
     wide = next_power_of_2(kp)
-    step = min(wide, 2048 if kp <= HELD else 4096)
-    rows = min(max(1, 2048 // wide), next_power_of_2(max(m, 1)))
+    step = min(wide, 1024 if kp % 1024 == 0 or kp > 4096 else 512)  # 16 or 8 bytes of x a thread
+    rows = min(max(1, 1024 // wide), next_power_of_2(max(m, 1)))
     programs = cdiv(m, rows)
     return Launch(
         _prepare_kernel, (programs + cdiv(n * groups, ENTRIES),),
         M=m, K=k, KP=kp, stride_m=stride, N=n, GROUPS=groups, token_programs=programs,
-        ROWS=rows, STEP=step, STEPS=cdiv(kp, step), IN_REGISTERS=kp <= HELD, ENTRIES=ENTRIES,
-        num_warps=4 if wide <= 4096 else 8,
+        ROWS=rows, STEP=step, STEPS=cdiv(kp, step), IN_REGISTERS=kp <= HELD, ENTRIES=ENTRIES, num_warps=4,
     )  # fmt: skip

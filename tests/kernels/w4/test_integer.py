@@ -18,6 +18,7 @@ POINTERS = dict(TMA=False, BM=32, BN=64, BK=64, BAND=2, num_warps=4, num_stages=
 WIDE = POINTERS | dict(BM=16, BK=128)
 TMA = dict(TMA=True, BM=64, BN=64, BK=128, BAND=2, num_warps=4, num_stages=2)
 CONFIGS = [POINTERS, WIDE] + [TMA, TMA | dict(BK=64)] * HOPPER
+CONFIGS += [one | dict(PACKED=False) for one in CONFIGS[::2]] * CUDA  # the interpreter runs no other
 UNPACK = dict(UNPACK=True, TMA=False, BM=32, BN=64, BK=64, BAND=2, num_warps=4, num_stages=2)
 SIZES = [(1, 7, 64), (3, 40, 192), (33, 96, 320), (130, 72, 192)]  # M, N, K
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
@@ -157,3 +158,43 @@ def test_products_of_floats_are_near_the_formulas(config, dtype):
         wanted = reference(x, *operands)
         slack = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
         assert ((y.cpu().float() - wanted).abs() <= slack * (wanted.abs() + wanted.abs().amax())).all()
+
+
+@pytest.mark.skipif(not CUDA, reason="tiles as they are shipped need a GPU")
+@pytest.mark.parametrize("m", [1, 20, 60, 300, 1100, 4700])
+def test_shipped_settings_are_exact(m):
+    """Through the ops, and once more with the settings that unpack weights first."""
+    n, k = 1160, 1152
+    x, codes = tokens(m, k), whole(-8, 7, n, k)
+    for groups in (1, 9, 18, 36):
+        steps = steps_of(n, k, groups, True)
+        operands = (packed(steps[0]), *steps[1:], torch.ones(n), None)
+        wanted = progressive.reference(x, *operands)
+        for dtype in (torch.float32, torch.bfloat16):
+            y = progressive.progressive_linear(*there(x.to(dtype), *operands))
+            assert torch.equal(y.cpu(), wanted.to(dtype)), groups
+        scales, wzeros = 2.0 ** whole(-3, 3, n, groups, seed=2), whole(-8, 7, n, groups, seed=1)
+        operands = (packed(codes), scales, wzeros, None)
+        wanted = grouped.reference(x, *operands)
+        for dtype in (torch.float32, torch.bfloat16):
+            y = grouped.grouped_linear(*there(x.to(dtype), *operands))
+            assert torch.equal(y.cpu(), wanted.to(dtype)), groups
+
+
+@pytest.mark.skipif(not CUDA, reason="settings are searched on a GPU")
+@pytest.mark.parametrize("mode", ["progressive", "grouped"])
+def test_all_settings_of_the_search_are_exact(mode):
+    """Those that do not fit this GPU raise; the others agree with the first to the bit."""
+    from triton.runtime.errors import OutOfResources
+
+    from ptq4dm.kernels.tuning.launches_integer import IntegerLaunch, call_of
+
+    launch, results = IntegerLaunch(1024, 1152, 1152, mode), []
+    call = call_of(launch, 0)
+    for setting in launch.settings():
+        try:
+            results.append(call(config=setting))
+        except OutOfResources:
+            continue
+    assert len(results) > len(launch.settings()) // 2
+    assert all(torch.equal(one, results[0]) for one in results)

@@ -77,12 +77,19 @@ def compiled(kernel: JITFunction, target: int, options: dict):
 
 
 def serialized(ptx: str, target: int) -> bool:
-    """Whether ptxas says that it makes Hopper's matrix instructions wait for one another."""
+    """Whether ptxas says that it makes Hopper's matrix instructions wait for one another.
+
+    Triton brings two of them, of which the older one does not read the newest PTX.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [TOOLS / "ptxas", f"-arch=sm_{target}a", "-v", file.name, "-o", "/dev/null"]
-        return "instructions are serialized" in subprocess.run(command, capture_output=True, text=True).stderr
+        for tool in ("ptxas", "ptxas-blackwell"):
+            command = [TOOLS / tool, f"-arch=sm_{target}a", "-v", file.name, "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return "instructions are serialized" in done.stderr
+    raise RuntimeError(f"no ptxas of this Triton reads its PTX: {done.stderr.strip()}")
 
 
 def resources(binary: bytes) -> tuple[int, int]:

@@ -145,7 +145,8 @@ def integer_calls(quick: bool) -> None:
             zeros = None if size == 64 else int8(*groups)
             integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
-        integer.grouped_through(empty(rows, k), qweight, channel[:, None], int8(n, 1), None)
+        zeros = None if rows == 16 else int8(n, 1)
+        integer.grouped_through(empty(rows, k), qweight, channel[:, None], zeros, None)
     progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))
 
 

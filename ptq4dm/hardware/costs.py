@@ -1,10 +1,10 @@
 """What operations and bits cost: two tables, each with its source. Energies are in pJ.
 
-28nm: what the released simulator of MixPE uses: power of one processing element at 500 MHz as its authors synthesised it
-in 28 nm (nW / 500 MHz), CACTI's energies of the buffers' banks, and DRAM.
-45nm: energy per operation, M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014. An
-operation of other widths than the table's is scaled: an addition by its bits, a multiplication by the product of both
-widths; that is our assumption, and so is what an element is made of (`designs.py`).
+28nm: what the released simulator of MixPE uses: power of one processing element at 500 MHz as its authors synthesised
+it in 28 nm (nW / 500 MHz), CACTI's energies of the buffers' banks, and DRAM. 45nm: energy per operation, M. Horowitz,
+"Computing's energy problem (and what we can do about it)", ISSCC 2014. An operation of other widths than the table's
+is scaled: an addition by its bits, a multiplication by the product of both widths; that is our assumption, and so is
+what an element is made of (`designs.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NO_POWER: Mapping[str, tuple[float, float]] = {}
 
 @dataclass(frozen=True)
 class Operations:
-    """pJ of an operation: integer additions and multiplications of 8 bits, the accumulator's addition of 32, floats."""
+    """pJ of an operation: integer additions and multiplications of 8 and 32 bits, and floating ones."""
 
     add8: float = 0.03
     add32: float = 0.1
@@ -42,8 +42,8 @@ HOROWITZ = Operations()
 class Costs:
     """A table. Bits of a buffer: (read, write) pJ a bit; static: pJ a cycle of all that is not the array.
 
-    power: an element's (dynamic, leakage) pJ a cycle by its row in the table; empty where `operations` are what counts.
-    search_dram: what the released simulator compares tilings by (T5).
+    power: an element's (dynamic, leakage) pJ a cycle by its row in the table; empty where `operations` are what
+    counts. search_dram: what the released simulator compares tilings by (T5).
     """
 
     name: str

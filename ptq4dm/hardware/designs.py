@@ -1,7 +1,8 @@
 """The designs that are compared: arrays of processing elements, as data, and the widths that a layer has on each.
 
-All have an output-stationary array, a port of 1024 bits a cycle to DRAM and buffers of 256, 128 and 128 KiB. The published
-arrays are of equal area by their authors' statement: where INT8 has 32 x 32 elements, W4A8 has room for 64 x 64.
+All have an output-stationary array, a port of 1024 bits a cycle to DRAM and buffers of 256, 128 and 128 KiB. The
+published arrays are of equal area by their authors' statement: where INT8 has 32 x 32 elements, W4A8 has room for 64
+x 64.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ FLOAT_SIGNIFICAND = 11
 
 @dataclass(frozen=True)
 class Design:
-    """An array of rows x columns elements, each of which takes operands of `high` bits, or several of `low` bits each.
+    """An array of rows x columns elements, each of which takes operands of `high` bits, or several of `low` bits.
 
     power: its row in a table of power. arithmetic: "shift" adds shifted activations for 4-bit weights, "multiply" has
-    multipliers. floating: activations are float16. mixes: who gets 4 bits, "all", "none", "most blocks" (all but every
-    fifth, ANT) or "some outputs" (the projections after attention of every second block, BitFusion).
+    multipliers. floating: activations are float16. mixes: who gets 4 bits, "all", "none", "most blocks" (all but
+    every fifth, ANT) or "some outputs" (the projections after attention of every second block, BitFusion).
     """
 
     name: str
@@ -66,7 +67,7 @@ def widths_of(design: Design, work: Work, blocks: list[str], switches: Switches)
     be made again. Their number is the published one.
     """
     wide = Widths(design.high, design.high)
-    if work.edge or design.mixes == "none":
+    if work.edge or not work.weights or design.mixes == "none":
         return wide
     if design.mixes == "all":
         if switches.superseded:
@@ -112,8 +113,8 @@ def product_energy(design: Design, widths: Widths, costs: Costs) -> float:
 def element_power(design: Design, widths: Widths, costs: Costs, switches: Switches) -> tuple[float, float]:
     """(dynamic, leakage) pJ a cycle of one element.
 
-    T3 corrected: an element that shifts and adds takes, for each product that it makes in a cycle, the dynamic energy of
-    the multiplying one of its width, times the ratio of their products' energies by the 45 nm operations (our
+    T3 corrected: an element that shifts and adds takes, for each product that it makes in a cycle, the dynamic energy
+    of the multiplying one of its width, times the ratio of their products' energies by the 45 nm operations (our
     assumption: the authors give no power of it). Leakage stays the row's.
     """
     dynamic, leakage = costs.power[design.power]

@@ -1,12 +1,13 @@
 """The four nets of MixPE's results file as lists of work: ViT-B, ViT-H, OPT-6.7B and Llama2-13B, one token each.
 
-The released lists hold, for 64 images or sequences, one row for each in every block (not 197 tokens), q, k and v in one
-product, and before the vision models' blocks the whole patch embedding of 14 x 14 pixels. No attention, no head.
+The released lists hold, for 64 images or sequences, one row for each in every block (not 197 tokens), q, k and v in
+one product, and before the vision models' blocks the whole patch embedding of 14 x 14 pixels. No attention, no head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .switches import Switches
 from .work import Work
@@ -16,7 +17,7 @@ PUBLISHED_BATCH, FILLED_BATCH = 64, 128
 
 @dataclass(frozen=True)
 class Net:
-    """blocks of a width; feed_forward: its hidden width; gated: three products in it, not two; patches: an embedding."""
+    """Blocks of a width; feed_forward: its hidden width; gated: three products in it; patches: an embedding first."""
 
     name: str
     blocks: int
@@ -44,7 +45,7 @@ def works_of_net(name: str, batch: int, switches: Switches) -> list[Work]:
     net = NETS[name]
     works = []
     if net.patches:
-        size = {"height": 14, "width": 14, "kernel": (16, 16), "stride": (16, 16)}
+        size: dict[str, Any] = {"height": 14, "width": 14, "kernel": (16, 16), "stride": (16, 16)}
         works.append(Work("patch", "convolution", batch, net.width, 3, **size, edge=True))
     hidden, gated = net.feed_forward, net.gated
     if gated and switches.plain_llama:

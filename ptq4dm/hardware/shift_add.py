@@ -1,11 +1,11 @@
-"""Products without a multiplier: an activation times a 4-bit weight by shifts and adds over the weight's bits (MixPE).
+"""Products without a multiplier: an activation times a 4-bit weight, by shifts and adds over its bits (MixPE).
 
     signed w = -8 b3 + 4 b2 + 2 b1 + b0          x w = -(x << 3) b3 + (x << 2) b2 + (x << 1) b1 + x b0
     unsigned q = 8 b3 + 4 b2 + 2 b1 + b0, zero z  x (q - z) = x q - x z, and over a group sum(x q) - z sum(x)
     floating x = m 2^e                           x w = (-(m << 3) b3 + (m << 2) b2 + (m << 1) b1 + m b0) 2^e
 
-MixPE (Zhang et al., 2024, arXiv 2411.16158), sections on the processing element and on dequantization. These functions
-say what the hardware computes, bit by bit; they are not fast, and no GPU kernel works so.
+MixPE (Zhang et al., 2024, arXiv 2411.16158), sections on the processing element and on dequantization. These
+functions say what the hardware computes, bit by bit; they are not fast, and no GPU kernel works so.
 """
 
 from __future__ import annotations

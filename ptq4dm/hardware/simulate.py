@@ -1,4 +1,4 @@
-"""Cycles and energy of a list of layers on a design, modelled: arrays, tilings and traffic, dequantization included."""
+"""Cycles and energy of layers on a design, modelled: array, tiling and traffic, dequantization included."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def simulate(works: Sequence[Work], design: Design, costs: Costs, switches: Swit
     for work in works:
         widths = widths_of(design, work, blocks, switches)
         parts = [_product(work, design, widths, costs, switches)]
-        if not work.edge:
+        if not work.edge and work.weights:
             parts.append(_dequantization(work, design, widths, costs, switches))
         energy = {part: work.count * sum(one[2][part] for one in parts) for part in PARTS}
-        cycles, stalls = (work.count * sum(one[k] for one in parts) for k in (0, 1))
+        cycles, stalls = work.count * sum(one[0] for one in parts), work.count * sum(one[1] for one in parts)
         found.append(Modelled(work, cycles, stalls, energy))
     return found
 
@@ -90,9 +90,9 @@ def _moving(traffic: Traffic, costs: Costs) -> dict[str, float]:
 def _dequantization(work: Work, design: Design, widths: Widths, costs: Costs, switches: Switches) -> Part:
     """What becomes of the scales: after a group's product on MixPE, of every weight before the product elsewhere.
 
-    Published: one more matrix product, an eighth of the outputs wide, or of 1/8 of the inputs and 1/128 of the outputs.
-    Corrected: a multiplication for each output and group (T2), or for each weight each time it passes the array (T10),
-    on all elements of the array at once, with nothing moved: our assumption.
+    Published: one more matrix product, an eighth of the outputs wide, or of 1/8 of the inputs and 1/128 of the
+    outputs. Corrected: a multiplication for each output and group (T2), or for each weight each time it passes the
+    array (T10), on all elements of the array at once, with nothing moved: our assumption.
     """
     after = design.mixes == "all"
     wide = Widths(design.high, design.high)
@@ -119,7 +119,7 @@ def _as_product(work: Work, after: bool) -> Work:
 
 
 def _scaling_energy(design: Design, after: bool, costs: Costs) -> float:
-    """pJ: a float32 multiplication and addition for a group's sum; for a weight a multiplication of the array's kind."""
+    """pJ: a float32 multiplication and addition for a group's sum; for a weight a multiplication of the array."""
     operations = costs.operations
     if after:
         return operations.multiply_fp32 + operations.add_fp32

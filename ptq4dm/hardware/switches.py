@@ -1,7 +1,7 @@
 """The faults of the released simulator, each a switch: "as published" has them, "corrected" has none.
 
-T1 to T7 are faults of its lists, tables and reports. T8 to T11 we add: they were found when the simulator was built again,
-and they matter for shapes of diffusion models. What each one changes is in README.md of this folder.
+T1 to T7 are faults of its lists, tables and reports. T8 to T11 we add: they were found when the simulator was built
+again, and they matter for shapes of diffusion models. What each one changes is in README.md of this folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Switches:
     half_filled: bool = option(True, "T6: 64 rows at once, where W4A8 has room for 128")
     superseded: bool = option(False, "T7: MixPE's widths are those of the results file's older section")
     plain_llama: bool = option(True, "T8: Llama2-13B has OPT's feed-forward, 4 x 5120, and not its own of 3 x 13824")
-    unfolded: bool = option(True, "T9: a convolution's windows are copied out in DRAM, a pixel as often as it is used")
+    unfolded: bool = option(True, "T9: a convolution's windows are copied out in DRAM, a pixel for each use")
     dear_weights: bool = option(True, "T10: designs that dequantize weights first do it once for every 8 rows")
     unbounded: bool = option(True, "T11: tiles of outputs may be larger than their buffer, and leave it in no time")
 

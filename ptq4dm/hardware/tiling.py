@@ -1,9 +1,9 @@
 """The best tiling of a product on an output-stationary array: the exhaustive search of the published simulator.
 
 A product has five loops: batch, the height and the width of the output, input channels, output channels. Each is cut
-into tiles of a power of two (the kernel's taps are never cut; height and width are cut alike), and the loops over tiles
-stand in any order. A buffer holds a tile, and goes on holding what inner loops bring as long as half of it has room
-(the other half is being filled): then outer loops that do not change it read nothing. Counted are
+into tiles of a power of two (the kernel's taps are never cut; height and width are cut alike), and the loops over
+tiles stand in any order. A buffer holds a tile, and goes on holding what inner loops bring as long as half of it has
+room (the other half is being filled): then outer loops that do not change it read nothing. Counted are
 
     compute  = tiles * ceil(rows of a tile / array rows) * ceil(outputs of a tile / array columns) * inputs of a tile
     first    = bits that must come before the array can begin, last = bits that leave after it has ended
@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 
@@ -49,8 +50,8 @@ class Machine:
 class Shape:
     """A product and the widths of its operands.
 
-    unfolded: overlapping windows of a convolution are copied out in DRAM. unbounded: tiles of outputs may be larger than
-    their buffer, and the last of them leave it in no time. Both as published.
+    unfolded: overlapping windows of a convolution are copied out in DRAM. unbounded: tiles of outputs may be larger
+    than their buffer, and the last of them leave it in no time. Both as published.
     """
 
     batch: int
@@ -68,8 +69,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class SearchCosts:
-    """pJ a bit by which equally fast tilings are compared: buffers (read, write) by name, DRAM (read, write); and pJ of
-    the whole array for a cycle in which it computes."""
+    """What equally fast tilings are compared by: (read, write) pJ a bit of the buffers and of DRAM.
+
+    array: pJ of the whole array for a cycle in which it computes.
+    """
 
     inputs: tuple[float, float]
     weights: tuple[float, float]
@@ -117,7 +120,7 @@ def _powers(size: int) -> list[int]:
     return [*(1 << k for k in range(size.bit_length()) if 1 << k < size), size]
 
 
-def _up(a, b):
+def _up(a: Any, b: Any) -> Any:
     return -(-a // b)
 
 
@@ -143,15 +146,15 @@ def _tilings(shape: Shape, machine: Machine) -> dict[str, np.ndarray]:
 def _held(shape: Shape, machine: Machine, tiles: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Bits of one tile in each buffer. Depth is padded to what the array takes side by side, as published."""
     taps = shape.kernel[0] * shape.kernel[1]
-    depth = taps * tiles["channels"]
+    depth: np.ndarray = taps * tiles["channels"]
     pixels = tiles["batch"] * tiles["height"] * tiles["width"]
     across = machine.columns // machine.array[1] * machine.array[0]
     down = machine.rows // machine.array[0] * machine.array[1]
     if shape.unfolded:
         inputs = pixels * _up(depth, down) * down
     else:
-        high = (tiles["height"] - 1) * shape.stride[0] + shape.kernel[0]
-        wide = (tiles["width"] - 1) * shape.stride[1] + shape.kernel[1]
+        high: np.ndarray = (tiles["height"] - 1) * shape.stride[0] + shape.kernel[0]
+        wide: np.ndarray = (tiles["width"] - 1) * shape.stride[1] + shape.kernel[1]
         inputs = tiles["batch"] * high * wide * tiles["channels"]
     return {
         "inputs": inputs * shape.input_bits,
@@ -171,7 +174,7 @@ def _count(shape: Shape, machine: Machine, tiles: dict[str, np.ndarray], order: 
         kept["outputs"] = _left(held["outputs"], machine.buffers[2] * 4, numbers, order)
     total = np.prod([numbers[axis] for axis in AXES], axis=0)
     pixels = tiles["batch"] * tiles["height"] * tiles["width"]
-    depth = shape.kernel[0] * shape.kernel[1] * tiles["channels"]
+    depth: np.ndarray = shape.kernel[0] * shape.kernel[1] * tiles["channels"]
     made = total * pixels * tiles["outputs"]
     compute = total * _up(pixels, machine.rows) * _up(tiles["outputs"], machine.columns) * depth
     dram_read, dram_write = moved["inputs"] + moved["weights"], moved["outputs"]
@@ -190,13 +193,16 @@ def _count(shape: Shape, machine: Machine, tiles: dict[str, np.ndarray], order: 
     }
 
 
-def _promoted(held: np.ndarray, room: int, loops: list[tuple[str, np.ndarray]], name: str):
+def _promoted(
+    held: np.ndarray, room: int, loops: list[tuple[str, np.ndarray]], name: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Bits moved in all, and bits that the buffer holds at the end of its growth; `loops` from the innermost out.
 
     While there is room, a loop that does not change what is held costs nothing, and one that does is held whole.
     From where there is none, every further loop moves all again.
     """
-    moved, kept, grows = held.copy(), held.copy(), np.ones(len(held), bool)
+    moved, kept = held.copy(), held.copy()
+    grows: np.ndarray = np.ones(len(held), bool)
     for axis, number in loops:
         if axis in MOVES[name]:
             moved = moved * number

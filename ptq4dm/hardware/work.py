@@ -11,8 +11,10 @@ class Work:
 
     name: the layer. kind: what it is for ("convolution", "attention", ...). block: the repeated block that it is in,
     "" outside of all. batch: rows but for the pixels of a convolution's output, height x width; 1 x 1 for a Linear.
-    taps: of the convolution's kernel (kernel[0] * kernel[1]). edge: it reads the network's input or writes its output,
-    and keeps the wide format. writes_attention: it is the projection after an attention. count: how often it is made.
+    taps: of the convolution's kernel (kernel[0] * kernel[1]). edge: it reads the network's input or writes its
+    output, and keeps the wide format. writes_attention: it is the projection after an attention. weights: False where
+    W is made on the way, too, as in attention's own products: then nothing has 4 bits, and nothing is dequantized.
+    count: how often it is made.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Work:
     block: str = ""
     edge: bool = False
     writes_attention: bool = False
+    weights: bool = True
     count: int = 1
 
     @property

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
+
 OUTPUT_BITS = 16
 AXES = ("batch", "height", "width", "channels", "outputs")
 MOVES = {  # which loops change what a buffer holds
@@ -95,10 +97,10 @@ class Traffic:
 
 @lru_cache(maxsize=4096)
 def best_tiling(shape: Shape, machine: Machine, costs: SearchCosts) -> Traffic:
-    """The traffic of the fastest tiling. Raises ValueError where no tile of one output fits the buffers."""
+    """The traffic of the fastest tiling. Raises UserError where no tile fits the buffers."""
     tiles = _tilings(shape, machine)
     if not len(tiles["batch"]):
-        raise ValueError(f"no tile of {shape} fits the buffers")
+        raise UserError(f"no tile of a layer with kernel {shape.kernel} fits the modelled accelerator's buffers.")
     cut = [axis for axis in AXES if bool((_number(tiles, shape, axis) > 1).any())]
     best: tuple[int, float] | None = None
     found: Traffic | None = None

@@ -1,4 +1,4 @@
-"""`ptq4dm bench hardware`: MixPE's accelerator and others, modelled on a model's layers: time and energy of an image."""
+"""`ptq4dm bench hardware`: MixPE's accelerator and others, modelled on a model's layers: time and energy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..errors import UserError
 from ..files.atomic import replacing
 from ..files.claim import claimed_whole
 from ..files.places import make_parent
-from ..hardware.compare import Totals, Workload, compare, ratios
+from ..hardware.comparison import Totals, Workload, compare, ratios
 from ..hardware.costs import FREQUENCY, TABLES, Costs
 from ..hardware.designs import DESIGNS
 from ..hardware.known import KNOWN, facts_of, works_of_known
 from ..hardware.nets import NETS, batch_of, works_of_net
-from ..hardware.simulate import simulate
+from ..hardware.simulator import simulate
 from ..hardware.switches import LABELS, MODES, PUBLISHED, Switches, meaning, turned
 from ..hardware.table import NOTE, WORD, changes, plot, table
 from ..hardware.traced import scaled, works_of_pipeline

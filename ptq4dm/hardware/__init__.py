@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
-    from .compare import compare
+    from .comparison import compare
     from .costs import AUTHORS_28NM, HOROWITZ_45NM
     from .designs import DESIGNS, Design
+    from .element import group_product, shift_add, shift_add_float
     from .known import works_of_known
     from .nets import works_of_net
-    from .shift_add import group_product, shift_add, shift_add_float
-    from .simulate import simulate
+    from .simulator import simulate
     from .switches import CORRECTED, PUBLISHED, Switches
     from .traced import works_of_call, works_of_pipeline
     from .work import Work
@@ -47,11 +47,11 @@ __getattr__, __dir__ = lazy_names(
         "PUBLISHED": "switches",
         "Switches": "switches",
         "Work": "work",
-        "compare": "compare",
-        "group_product": "shift_add",
-        "shift_add": "shift_add",
-        "shift_add_float": "shift_add",
-        "simulate": "simulate",
+        "compare": "comparison",
+        "group_product": "element",
+        "shift_add": "element",
+        "shift_add_float": "element",
+        "simulate": "simulator",
         "works_of_call": "traced",
         "works_of_known": "known",
         "works_of_net": "nets",

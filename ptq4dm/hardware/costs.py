@@ -17,7 +17,7 @@ NO_POWER: Mapping[str, tuple[float, float]] = {}
 
 @dataclass(frozen=True)
 class Operations:
-    """pJ of an operation: integer additions and multiplications of 8 and 32 bits, and floating ones."""
+    """pJ of an operation: integer additions and multiplications of 8 and 32 bits, and floating ones; and areas."""
 
     add8: float = 0.03
     add32: float = 0.1
@@ -27,6 +27,11 @@ class Operations:
     multiply_fp16: float = 1.1
     add_fp32: float = 0.9
     multiply_fp32: float = 3.7
+    area_add8: float = 36  # square micrometres
+    area_add32: float = 137
+    area_multiply8: float = 282
+    area_add_fp16: float = 1360
+    area_multiply_fp16: float = 1640
 
     def add(self, bits: int) -> float:
         return self.add8 * bits / 8

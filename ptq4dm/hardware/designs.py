@@ -18,6 +18,7 @@ BUFFERS = (256 * 1024, 128 * 1024, 128 * 1024)
 PORT = 1024
 GROUP = 128
 FLOAT_SIGNIFICAND = 11
+SUPERSEDED_BITS = 6  # the mean of 4 and 8, by which older lists tag both operands (T7)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def widths_of(design: Design, work: Work, blocks: list[str], switches: Switches)
     if work.edge or not work.weights or design.mixes == "none":
         return wide
     if design.mixes == "all":
-        if switches.superseded:
-            return Widths(design.high * 3 // 4, design.high * 3 // 4, shift=True)
+        if switches.superseded and not design.floating:
+            return Widths(SUPERSEDED_BITS, SUPERSEDED_BITS, shift=True)
         return Widths(design.high // 2 if switches.narrow_inputs else design.high, *_weights(design, switches))
     place = blocks.index(work.block) if work.block in blocks else -1
     if design.mixes == "most blocks":
@@ -108,6 +109,19 @@ def product_energy(design: Design, widths: Widths, costs: Costs) -> float:
     shifts = 3 * operations.add(widths.inputs + 4)
     product = shifts if widths.shift else operations.multiply(widths.inputs, widths.weights)
     return product + operations.add32
+
+
+def array_area(design: Design, costs: Costs) -> float:
+    """mm2 of an array by the table's areas of operations: one product for each element, no registers."""
+    operations = costs.operations
+    bits = FLOAT_SIGNIFICAND + 4 if design.floating else design.high + 4
+    shifts = 3 * operations.area_add8 * bits / 8
+    if design.floating:
+        shifts += operations.area_add8 * 5 / 8
+    multiplier = operations.area_multiply_fp16 if design.floating else operations.area_multiply8
+    accumulator = operations.area_add_fp16 if design.floating else operations.area_add32
+    element = (shifts if design.arithmetic == "shift" else multiplier) + accumulator
+    return design.rows * design.columns * element * 1e-6
 
 
 def element_power(design: Design, widths: Widths, costs: Costs, switches: Switches) -> tuple[float, float]:

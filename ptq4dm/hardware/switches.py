@@ -23,7 +23,7 @@ class Switches:
     wrong_means: bool = option(True, "T4: the mean over nets is arithmetic; that of energies reads wrong columns")
     search_costs: bool = option(True, "T5: tilings are compared by other costs of DRAM than the report's")
     half_filled: bool = option(True, "T6: 64 rows at once, where W4A8 has room for 128")
-    superseded: bool = option(False, "T7: MixPE's widths are those of the results file's older section")
+    superseded: bool = option(False, "T7: W4A8 is that of the older section of the results, 6 bits for both operands")
     plain_llama: bool = option(True, "T8: Llama2-13B has OPT's feed-forward, 4 x 5120, and not its own of 3 x 13824")
     unfolded: bool = option(True, "T9: a convolution's windows are copied out in DRAM, a pixel for each use")
     dear_weights: bool = option(True, "T10: designs that dequantize weights first do it once for every 8 rows")

@@ -7,22 +7,27 @@ from pathlib import Path
 
 from ..calibration.plot import pyplot, save_figure
 from ..errors import UserError
-from .compare import Totals, ratios, turned_pairs
-from .designs import BASELINE, DESIGNS
+from .comparison import Totals, ratios, turned_pairs
+from .costs import HOROWITZ_45NM
+from .designs import BASELINE, DESIGNS, array_area
 
 WORD = "modelled"
 NOTE = "a model of an accelerator that nobody built: no figure is a measurement"
 
 
 def table(modes: Mapping[str, Totals]) -> str:
-    """A Markdown table: a line for each design; time and energy of an image in each mode, and over the baseline's."""
-    head = [f"{WORD}: design", "array"]
+    """A Markdown table: a line for each design; time and energy of an image in each mode, and over the baseline's.
+
+    mm2: of the array by the areas of operations at 45 nm.
+    """
+    head = [f"{WORD}: design", "array", "mm2"]
     for mode in modes:
         head += [f"{mode}: ms", f"x {BASELINE}", "mJ", f"x {BASELINE}"]
     lines = [_line(head), "|---" * len(head) + "|"]
     over = {mode: ratios(totals) for mode, totals in modes.items()}
     for design in DESIGNS:
-        cells = [f"{WORD}: {design.name}", f"{design.rows} x {design.columns}"]
+        area = array_area(design, HOROWITZ_45NM)
+        cells = [f"{WORD}: {design.name}", f"{design.rows} x {design.columns}", f"{area:.2f}"]
         for mode, totals in modes.items():
             one, (time, energy) = totals[design.name], over[mode][design.name]
             cells += [_number(one.time), f"{time:.3f}", _number(one.energy), f"{energy:.3f}"]

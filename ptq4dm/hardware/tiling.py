@@ -152,7 +152,8 @@ def _held(shape: Shape, machine: Machine, tiles: dict[str, np.ndarray]) -> dict[
     pixels = tiles["batch"] * tiles["height"] * tiles["width"]
     across = machine.columns // machine.array[1] * machine.array[0]
     down = machine.rows // machine.array[0] * machine.array[1]
-    if shape.unfolded:
+    overlapping = shape.kernel[0] > shape.stride[0] or shape.kernel[1] > shape.stride[1]
+    if shape.unfolded or not overlapping:
         inputs = pixels * _up(depth, down) * down
     else:
         high: np.ndarray = (tiles["height"] - 1) * shape.stride[0] + shape.kernel[0]

@@ -10,7 +10,7 @@ from itertools import combinations
 from ..errors import UserError
 from .costs import FREQUENCY, Costs
 from .designs import BASELINE, DESIGNS, Design
-from .simulate import PARTS, simulate
+from .simulator import PARTS, simulate
 from .switches import Switches
 from .work import Work
 

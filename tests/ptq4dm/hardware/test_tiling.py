@@ -12,7 +12,7 @@ COSTS = SearchCosts(
     AUTHORS_28NM.inputs, AUTHORS_28NM.weights, AUTHORS_28NM.outputs, AUTHORS_28NM.search_dram, 1024 * 0.56
 )
 MACHINE = Machine(32, 32, (32, 32), (262144, 131072, 131072), 1024)
-# (batch, side, channels, outputs, kernel and stride, bits) -> a row of the released simulator's results/mix_int_os.csv:
+# (batch, side, channels, outputs, kernel and stride, bits) -> a row of the released results/mix_int_os.csv:
 # cycles, waits, bits of weights read and written, of outputs, of inputs, of DRAM. Where it tags 6 bits, so do we.
 RELEASED = {
     (64, 14, 3, 768, 16, 8): (7225536, 192, 59190018048, 924844032, 924844032, 462422016, 59190018048, 77070336,

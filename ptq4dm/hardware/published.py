@@ -117,7 +117,9 @@ def report() -> str:
         lines.append(_row("as published", before, before))
         for label in LABELS:
             lines.append(_row(f"{label}: {meaning(label)}", _means(turned(plain, label), costs), before))
-        lines.append(_row("corrected", _means(MODES["corrected"], costs), before))
+        corrected = MODES["corrected"]
+        lines.append(_row("corrected but for T3", _means(turned(corrected, "T3"), costs), before))
+        lines.append(_row("corrected", _means(corrected, costs), before))
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from .costs import HOROWITZ_45NM
 from .designs import BASELINE, DESIGNS, array_area
 
 WORD = "modelled"
-NOTE = "a model of an accelerator that nobody built: no figure is a measurement"
+NOTE = "modelled by arrays, tilings and tables of costs; no figure is a measurement"
 
 
 def table(modes: Mapping[str, Totals]) -> str:

@@ -102,7 +102,9 @@ class _FirstStep:
 
 def _hook(view: LayerView, works: list[Work]) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        works.append(_work(view, input_of(args, kwargs)))
+        x = input_of(args, kwargs)
+        if x.numel():  # an expert of a mixture may get no token
+            works.append(_work(view, x))
 
     return hook
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UserError
 from .switches import Switches
 from .work import Work
 
@@ -41,7 +42,9 @@ def batch_of(switches: Switches) -> int:
 
 
 def works_of_net(name: str, batch: int, switches: Switches) -> list[Work]:
-    """The layers of a net, for `batch` images or sequences."""
+    """The layers of a net, for `batch` images or sequences. Raises UserError for a name that is none of NETS."""
+    if name not in NETS:
+        raise UserError(f"'{name}' is none of the nets of MixPE's results: {', '.join(NETS)}.")
     net = NETS[name]
     works = []
     if net.patches:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, HeunDiscreteScheduler
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +17,7 @@ from ptq4dm.hardware import (
     simulate,
     works_of_call,
     works_of_known,
+    works_of_net,
     works_of_pipeline,
 )
 from ptq4dm.hardware.known import KNOWN, facts_of, meta_model
@@ -103,6 +104,17 @@ def test_a_pipelines_work_is_of_one_image_and_all_its_steps():
     assert sum(w.products * w.count for w in many) == 3 * sum(w.products * w.count for w in works)
 
 
+@pytest.mark.parametrize("scheduler, steps", [(DDIMScheduler, 4), (HeunDiscreteScheduler, 7)])
+def test_guidance_and_evaluations_are_counted(scheduler, steps):
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    pipe = DiTPipeline(dit(num_embeds_ada_norm=1000), vae, scheduler())  # whose null class is the 1000th
+    for guidance, rows in ((4.0, 2), (1.0, 1)):
+        works, found = works_of_pipeline(pipe, 4, pipeline_kwargs={"guidance_scale": guidance})
+        assert found == steps  # Heun's method looks twice at all times but the last
+        assert {work.batch for work in works if work.name == "pos_embed.proj"} == {rows}
+        assert {work.count for work in works if work.kind == PRODUCTS} == {2 * rows}  # two heads
+
+
 def test_products_without_weights_have_no_four_bits():
     model, arguments = CALLS["dit"]()
     works = works_of_call(model, lambda: model(**arguments))
@@ -135,3 +147,5 @@ def test_what_cannot_be_modelled_is_told():
         works_of_call(nn.ReLU(), lambda: None)
     with pytest.raises(UserError, match="sdxl, flux"):
         facts_of("sd3")
+    with pytest.raises(UserError, match="vit-b, vit-h"):
+        works_of_net("vit-l", 64, CORRECTED)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from .costs import FREQUENCY, Costs
 from .designs import BUFFERS, GROUP, PORT, Design, Widths, element_power, product_energy, side_by_side, widths_of
+from .machine import Machine, SearchCosts, Shape, Traffic
 from .switches import Switches
-from .tiling import Machine, SearchCosts, Shape, Traffic, best_tiling
+from .tiling import best_tiling
 from .work import Work
 
 PARTS = ("static", "dram", "buffers", "array")

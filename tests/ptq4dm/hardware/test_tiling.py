@@ -6,7 +6,8 @@ import pytest
 
 from ptq4dm.errors import UserError
 from ptq4dm.hardware.costs import AUTHORS_28NM
-from ptq4dm.hardware.tiling import Machine, SearchCosts, Shape, best_tiling
+from ptq4dm.hardware.machine import Machine, SearchCosts, Shape
+from ptq4dm.hardware.tiling import best_tiling
 
 COSTS = SearchCosts(
     AUTHORS_28NM.inputs, AUTHORS_28NM.weights, AUTHORS_28NM.outputs, AUTHORS_28NM.search_dram, 1024 * 0.56

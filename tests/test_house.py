@@ -35,7 +35,7 @@ ptq4dm/allocation
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/evaluation
-ptq4dm/methods
+ptq4dm/methods  ptq4dm/hardware
 svdquant/layers
 svdquant/nunchaku
 svdquant  samplers/maths
@@ -173,7 +173,7 @@ MAY_READ = {
 LOOKED_THROUGH = ("calibration", "files", "evaluation", "pipelines", "samplers", "kernels", "cli", "layers")
 
 
-@pytest.mark.parametrize("room", [*LOOKED_THROUGH, "quantization", "svdquant", "transforms"])
+@pytest.mark.parametrize("room", [*LOOKED_THROUGH, "hardware", "quantization", "svdquant", "transforms"])
 def test_data_from_outside_is_read_in_one_place(room):
     """Its errors are sentences, and its size is looked at first: so no file decodes data by itself."""
     wrong = []

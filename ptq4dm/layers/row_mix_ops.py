@@ -23,7 +23,6 @@ from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
-from ..kernels.w8a8.window import Window
 from .int4 import pixel_first
 
 NAMES = {w8a8.ONEDNN: dispatch.COPY, w8a8.TRITON: dispatch.UNPACK}
@@ -94,10 +93,7 @@ def row_mix_conv2d(
 @row_mix_conv2d.register_fake
 def _(x: Tensor, qweight: Tensor, qweight8: Tensor, *rest: Any) -> Tensor:
     *_, stride, padding, dilation = rest
-    kernel = tuple(qweight8.shape[2:])
-    window = Window(len(x), *x.shape[2:], kernel, tuple(stride), tuple(padding), tuple(dilation))
-    outputs = len(qweight) + len(qweight8)
-    return x.new_empty(len(x), *window.output, outputs).permute(0, 3, 1, 2)
+    return w8a8.empty_images(x, len(qweight) + len(qweight8), qweight8.shape[2:], stride, padding, dilation)
 
 
 def _codes(qweight: Tensor, qweight8: Tensor, wscales: Tensor, places: Tensor, inputs: int) -> Tensor:

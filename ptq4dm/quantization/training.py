@@ -13,7 +13,7 @@ from ..calibration.evidence import Evidence, chosen_calls
 from ..errors import UserError
 from ..layers.plan import Plan
 from ..layers.registry import objective_needs
-from ..reconstruction import block as reconstruction
+from ..reconstruction.block import BlockTask, BlockTraining
 from ..reconstruction.soft import is_trainable
 from ..rounding.registry import ROUNDERS
 from .blocks import Block
@@ -72,9 +72,9 @@ class Training:
             return {}
         plan = self.plan
         fed = {name: evidence.of(name) for name in names if evidence and training_needs(plan, name)}
-        trained = reconstruction.Block(block.name, {name: plan.layers[name] for name in names}, fixed, before, fed)
-        training = reconstruction.BlockTraining(
-            self.model, trained, self.learning, self.batches, self.reference, _seed(self.seed, block.name)
+        task = BlockTask(block.name, {name: plan.layers[name] for name in names}, fixed, before, fed)
+        training = BlockTraining(
+            self.model, task, self.learning, self.batches, self.reference, _seed(self.seed, block.name)
         )
         layers, figures = training.run()
         for name, layer in layers.items():

@@ -42,7 +42,7 @@ TINY = 1e-30
 
 
 @dataclass
-class Block:
+class BlockTask:
     """A block to train, and what is known when it is its turn.
 
     name: of its module in the model, or of one layer. plans: layer -> its plan, of the layers that are trained;
@@ -89,7 +89,7 @@ class BlockTraining:
     def __init__(
         self,
         model: nn.Module,
-        block: Block,
+        block: BlockTask,
         learning: Learning,
         batches: list[Calls],
         reference: list[Calls] | None = None,

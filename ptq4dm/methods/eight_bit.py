@@ -124,6 +124,12 @@ class IntegerConfig(QuantConfig):
     def _check_average_bits(self) -> None:
         IMPORTANCE.find(self.importance)
         if self.average_bits is None:
+            # Of a plan that is there, options tell how it was made.
+            if self.plan is None and self.importance != IntegerConfig.importance:
+                raise UserError(
+                    f"importance='{self.importance}' ranks rows for average_bits, and changes nothing without; give "
+                    "average_bits too, or leave it out."
+                )
             return
         if self.weight_bits > 4 or self.group_size is not None or self.affine or self.weight_grid != "uniform":
             raise UserError(

@@ -26,7 +26,8 @@ class PTQ4DMConfig(IntegerConfig):
 
     objective: "max", "percentile", "mse", "lp", "output" (the error of the layer's output on calibration inputs), for
         inputs and weights; or "prediction" (the error of the model's prediction), for inputs, with "mse" for weights.
-    objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4).
+    objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4); refused with objectives that have
+        none.
     """
 
     objective: str = option("lp", "range objective: max, percentile, mse, lp, output or prediction")
@@ -36,8 +37,10 @@ class PTQ4DMConfig(IntegerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.objective_parameter = objective_parameter(self.objective, self.objective_parameter)
+        found = objective_parameter(self.objective, self.objective_parameter)
+        if self.objective_parameter is not None:  # else None stays: the default is another with another objective
+            self.objective_parameter = found
 
     def ranges(self) -> tuple[str, float | None]:
         """The range objective and its parameter."""
-        return self.objective, self.objective_parameter
+        return self.objective, objective_parameter(self.objective, self.objective_parameter)

@@ -10,6 +10,8 @@ Activations are scored on a histogram, weights row by row on their values.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -100,4 +102,4 @@ class Lp:
 class Mse(Lp):
     """The least mean of (x - Q(x))^2: lp with an exponent that nobody sets."""
 
-    check = staticmethod(lambda value: 2.0)
+    check: Any = None

@@ -65,10 +65,10 @@ def test_the_global_generator_has_no_say_and_is_left_alone(dit):
 
 
 def test_ranges_alone_leave_codes_nearest_and_move_grids(dit):
-    few = trained.FEW | {"activation_bits": 4, "steps": 20}  # where ranges matter
-    report, found, model = made(dit, train=("ranges",), activation_bits=4, steps=20)
+    report, found, model = made(dit, train=("ranges",), activation_bits=4, steps=20)  # bits where ranges matter
     nearest = copy.deepcopy(dit[0])
-    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**few, rounding="nearest"), dit[1])
+    config = ptq4dm.GradPTQConfig(**trained.UNTRAINED, activation_bits=4, rounding="nearest")
+    ptq4dm.quantize(nearest, config, dit[1])
     expected = codes(nearest)
     assert found.keys() == expected.keys()
     moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
@@ -86,7 +86,7 @@ def test_training_that_makes_a_block_worse_is_left_out(dit):
 def test_rounding_alone_leaves_scales(dit):
     report, found, _ = made(dit, train=("rounding",))
     nearest = copy.deepcopy(dit[0])
-    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.FEW, rounding="nearest"), dit[1])
+    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.UNTRAINED, rounding="nearest"), dit[1])
     expected = codes(nearest)
     moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
     assert moved == {"qweight"} and gain(report) < 0.95
@@ -94,7 +94,9 @@ def test_rounding_alone_leaves_scales(dit):
 
 def test_scales_and_biases_move_where_they_are_trained(dit):
     _, found, _ = made(dit, train=("scales", "biases"))
-    _, expected, _ = made(dit, train=("ranges",), rounding="nearest")
+    nearest = copy.deepcopy(dit[0])
+    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.UNTRAINED, rounding="nearest"), dit[1])
+    expected = codes(nearest)
     moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
     assert moved == {"wscales", "bias"}
 
@@ -163,9 +165,10 @@ def test_pdquant_chooses_ranges_and_trains(dit):
     found = {}
     for rounding, correction in (("nearest", False), ("learned", False), ("learned", True)):
         model = copy.deepcopy(dit[0])
-        config = ptq4dm.PDQuantConfig(
-            weight_bits=4, rounding=rounding, correction=correction, **trained.FEW | {"num_tuples": 2, "steps": 6}
-        )
+        options = trained.UNTRAINED | {"num_tuples": 2}
+        if rounding == "learned":
+            options = trained.FEW | options | {"correction": correction, "steps": 6}
+        config = ptq4dm.PDQuantConfig(weight_bits=4, rounding=rounding, **options)
         report = ptq4dm.quantize(model, config, dit[1])
         assert ("flips" in report.layers[0]) == (rounding == "learned")
         found[rounding, correction] = codes(model)

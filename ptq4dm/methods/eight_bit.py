@@ -89,8 +89,12 @@ class IntegerConfig(QuantConfig):
         super().__post_init__()
         if self.format not in NUMBER_FORMATS:
             raise UserError(f"format must be 'int8' or 'fp8'; got '{self.format}'.")
+        self._check_rounding()
         if self.format == "fp8" and (self.weight_bits, self.activation_bits) != (8, 8):
-            raise UserError("format='fp8' has 8 bits; leave weight_bits and activation_bits at 8, or take 'int8'.")
+            raise UserError(
+                "format='fp8' has 8 bits: give weight_bits=8 and activation_bits=8 with it, or take format='int8'; "
+                f"got {self.weight_bits} and {self.activation_bits}."
+            )
         if self.group_size not in GROUP_SIZES:
             raise UserError(f"group_size must be None, 32, 64 or 128; got {self.group_size!r}.")
         if self.weight_bits > 4 and (self.group_size is not None or self.affine):
@@ -103,9 +107,17 @@ class IntegerConfig(QuantConfig):
             raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
         if self.first_last not in FIRST_LAST:
             raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
-        if FORMATS.find(self.format).grid not in ROUNDERS.find(self.rounding).grids:
-            raise UserError(f"rounding '{self.rounding}' does not serve format '{self.format}'.")
         PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
+
+    def _check_rounding(self) -> None:
+        grid = FORMATS.find(self.format).grid
+        if grid in ROUNDERS.find(self.rounding).grids:
+            return
+        serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if grid in one.grids)
+        raise UserError(
+            f"rounding '{self.rounding}' does not serve format '{self.format}'; take format='int8', or, with "
+            f"weight_bits=8 and activation_bits=8, one of the roundings {serve}."
+        )
 
     def _check_grid(self) -> None:
         if self.weight_grid not in GRIDS:

@@ -152,10 +152,12 @@ class QuantizationReport:
             return None
         blocks = {tuple(row.get(name, 0.0) for name in BLOCK_ERRORS) for row in rows}
         whole = [block for block in blocks if min(block) > 0]
-        of = [
-            math.exp(sum(math.log(one[0] / one[i]) for one in whole) / len(whole)) if whole else None for i in (1, 2)
-        ]
-        return {"flips": sum(row["flips"] for row in rows) / len(rows), "of_nearest": of[0], "of_start": of[1]}
+        of_nearest, of_start = (_mean_ratio([(block[0], block[i]) for block in whole]) for i in (1, 2))
+        return {
+            "flips": sum(row["flips"] for row in rows) / len(rows),
+            "of_nearest": of_nearest,
+            "of_start": of_start,
+        }
 
     def _trained_text(self) -> str:
         found = self.trained()
@@ -165,9 +167,14 @@ class QuantizationReport:
         if found["of_nearest"] is None:
             return text
         return (
-            f"{text}; a block's error is {found['of_nearest']:.3f}x that of nearest, {found['of_start']:.3f}x that of "
-            "where training began (geometric means)"
+            f"{text}; a block's error is {found['of_nearest']:.3f}x that of nearest, {found['of_start']:.3f}x that "
+            "of where training began (geometric means)"
         )
+
+
+def _mean_ratio(pairs: list[tuple[float, float]]) -> float | None:
+    """The geometric mean of a / b; None of no pairs."""
+    return math.exp(sum(math.log(a / b) for a, b in pairs) / len(pairs)) if pairs else None
 
 
 def _plain(value: object) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -181,6 +182,11 @@ class IntegerConfig(QuantConfig):
     @property
     def needs_calibration(self) -> bool:
         return self.activations == "static" or bool(self._looks) or super().needs_calibration
+
+    def otherwise(self) -> str:
+        dynamic = copy.copy(self)
+        dynamic.__dict__["activations"] = "dynamic"
+        return "" if dynamic.needs_calibration else ", or choose activations='dynamic'"
 
     def resolve(
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None

@@ -39,3 +39,8 @@ class PDQuantConfig(TrainedConfig):
     def ranges(self) -> tuple[str, float | None]:
         """The prediction difference, which has no parameter."""
         return "prediction", None
+
+    def otherwise(self) -> str:
+        if not self._asks_model or self.learning() is not None:
+            return super().otherwise()
+        return "; input ranges are what it chooses, so that activations='dynamic' would leave nothing of it"

@@ -1,13 +1,15 @@
-"""Options that would change nothing are refused in one sentence, where a plan is made; defaults never are."""
+"""Options that would change nothing are refused in one sentence, defaults never; what is offered instead serves."""
 
 import json
 from dataclasses import fields, replace
 
 import pytest
 
+import models
 import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.layers.plan import LayerPlan, Plan
+from ptq4dm.quantization.planning import make_plan
 from ptq4dm.quantization.recipe import METHODS, QuantConfig
 from ptq4dm.rounding.learned import Learning
 
@@ -93,6 +95,25 @@ def test_models_that_were_saved_with_idle_options_load():
     plan = Plan("gradptq", {"layer": LayerPlan()})
     refused(ptq4dm.GradPTQConfig, idle, "importance")
     assert again(ptq4dm.GradPTQConfig(**idle, plan=plan)).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("config", "end"),
+    [
+        (ptq4dm.RTNConfig(), ", or choose activations='dynamic'."),
+        (ptq4dm.PTQ4DMConfig(rounding="gptq"), "(pipe)."),
+        (ptq4dm.GradPTQConfig(), "(pipe)."),
+        (ptq4dm.PDQuantConfig(), "activations='dynamic' would leave nothing of it."),
+        (ptq4dm.PDQuantConfig(rounding="learned"), "(pipe)."),
+        (ptq4dm.PDQuantConfig(rounding="gptq", activations="dynamic"), "(pipe)."),
+        (ptq4dm.PDQuantConfig(format="fp8"), ", or choose activations='dynamic'."),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value.summary()),
+)
+def test_what_is_offered_instead_of_calibration_serves(config, end):
+    with pytest.raises(UserError, match="needs calibration: pass a store") as error:
+        make_plan(models.plain_unet(), config)
+    assert str(error.value).endswith(end)
 
 
 def test_the_options_of_every_method_come_back():

@@ -8,6 +8,8 @@ would quantize x twice, and putting columns of y in their places takes longer th
     unpack + triton-int8        CUDA: the rows as int8 in memory for one call, then the W8A8 kernel
     onednn-int8 on an int8 copy x86 CPU: the W8A8 kernel on a copy that is kept
     reference                   everywhere else
+
+Which one: kernels/dispatch.py.
 """
 
 from __future__ import annotations
@@ -25,13 +27,10 @@ from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
 from .int4 import pixel_first
 
-NAMES = {w8a8.ONEDNN: dispatch.COPY, w8a8.TRITON: dispatch.UNPACK}
 
-
-def kernel_name(device: torch.device, bits: int) -> str:
-    """The kernel that serves a layer under inputs of so many bits."""
-    name = w8a8.kernel_name(device, bits)
-    return NAMES.get(name, name)
+def kernel_name(device: torch.device) -> str:
+    """The kernel that serves a layer; narrower grids of inputs have the same."""
+    return dispatch.find(dispatch.Query("row-mix", "int8", device=device)).name
 
 
 @op

@@ -1,6 +1,7 @@
 """Training of blocks, from a recipe to codes: on UNets and transformers, the same for the same seed."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ import ptq4dm
 import trained
 from helpers import same
 from ptq4dm.layers.base import is_quantized
-from ptq4dm.rounding.variables import VARIABLES
+from ptq4dm.layers.plan import Int4Plan
+from ptq4dm.quantization.recipe import METHODS, QuantConfig
+from ptq4dm.rounding.learned import Learning
+from ptq4dm.rounding.optimizers import OPTIMIZERS, Choice
+from ptq4dm.rounding.variables import VARIABLES, StraightThrough
 from trained import blocks, calls_of, codes, gain, model_of, plan_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,3 +180,41 @@ def test_pdquant_chooses_ranges_and_trains(dit):
         if rounding == "learned":
             assert plan_of(model).learning.prediction == 1.0 and len(blocks(report)) > 2
     assert not same(found["learned", False], found["learned", True])
+
+
+@dataclass(repr=False)
+class OwnConfig(QuantConfig, Learning):
+    """A recipe that trains, as CONTRIBUTING.md says it is written."""
+
+    method = "own"
+    needs_calibration = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        Learning.check(self)
+
+    def resolve(self, model, views, store):
+        return {view.name: Int4Plan(rounding="learned") for view in views}
+
+    def learning(self):
+        return Learning.of(self)
+
+
+def test_variables_optimizers_and_recipes_of_ones_own_train(dit, monkeypatch):
+    moved = []
+
+    class Own(StraightThrough):
+        pace = 2.0
+
+        def project(self):
+            super().project()
+            moved.append(self)
+
+    monkeypatch.setitem(VARIABLES, "own", Own)
+    monkeypatch.setitem(OPTIMIZERS, "own", Choice(torch.optim.NAdam, 0.01))
+    monkeypatch.setitem(METHODS, "own", OwnConfig)
+    model = copy.deepcopy(dit[0])
+    config = OwnConfig(variable="own", optimizer="own", steps=10, step_tuples=2, start="nearest")
+    report = ptq4dm.quantize(model, config, dit[1])
+    assert gain(report) < 0.95 and moved and config.learning().rate == pytest.approx(0.01 * 2 * 10)
+    assert plan_of(model).learning.variable == "own"

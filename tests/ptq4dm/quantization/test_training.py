@@ -12,6 +12,7 @@ import trained
 from helpers import same
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.plan import Int4Plan
+from ptq4dm.quantization import training
 from ptq4dm.quantization.recipe import METHODS, QuantConfig
 from ptq4dm.rounding.learned import Learning
 from ptq4dm.rounding.optimizers import OPTIMIZERS, Choice
@@ -147,6 +148,23 @@ def test_skips_and_nested_blocks_let_the_prediction_term_through():
     model = model_of("sd")
     report, _ = trained.trained(model, calls_of(model, 1), prediction=1.0, steps=2, num_tuples=1)
     assert gain(report) < 1.05 and len(report.layers) == 69
+
+
+def test_exact_predictions_are_made_once_for_all_blocks(dit, monkeypatch):
+    made_of, kept = training.predictions_of, []
+
+    def counted(model, batches):
+        kept.append(made_of(model, batches))
+        return kept[-1]
+
+    monkeypatch.setattr(training, "predictions_of", counted)
+    report = made(dit, steps=2)[0]
+    assert not kept and len(blocks(report)) > 2
+    model = copy.deepcopy(dit[0])
+    with torch.inference_mode():  # a caller's mode, in which what is made has no gradient
+        trained.trained(model, dit[1], steps=2, prediction=0.5)
+    assert len(kept) == 1 and sum(map(len, kept[0])) == 2 * len(dit[1])  # recorded calls are of two samples each
+    assert not any(one.is_inference() or one.requires_grad for one in kept[0])
 
 
 def test_groups_of_inputs_are_trained():

@@ -125,6 +125,10 @@ def test_all_options_reach_the_plan(run):
         (["--train", "everything"], "train is some of"),
         (["--time-weights", "-1"], "time_weights"),
         (["--format", "fp8", "--weight-bits", "8"], "does not serve format 'fp8'"),
+        (["--rounding", "nearest", "--steps", "3"], "trains no block, so that steps would change nothing"),
+        (["--activations", "dynamic", "--train", "ranges"], "activations='dynamic' has none"),
+        (["--importance", "random"], "give average_bits too"),
+        (["--method", "ptq4dm", "--objective", "mse", "--objective-parameter", "3"], "'mse' has no parameter"),
     ],
 )
 def test_wrong_options_are_one_line_and_nothing_is_written(run, options, says):

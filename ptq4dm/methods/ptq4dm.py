@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import UserError
 from ..options import option
 from ..quantization.recipe import register
 from ..ranges.registry import objective_parameter
@@ -37,9 +38,15 @@ class PTQ4DMConfig(IntegerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        found = objective_parameter(self.objective, self.objective_parameter)
-        if self.objective_parameter is not None:  # else None stays: the default is another with another objective
-            self.objective_parameter = found
+        given, found = self.objective_parameter, objective_parameter(self.objective, self.objective_parameter)
+        if given is None:
+            return  # and stay so: the default is another one with another objective
+        if given != found:
+            raise UserError(
+                f"objective '{self.objective}' has no parameter, so that objective_parameter={given} would change "
+                "nothing; leave it out."
+            )
+        self.objective_parameter = found
 
     def ranges(self) -> tuple[str, float | None]:
         """The range objective and its parameter."""

@@ -10,8 +10,6 @@ Activations are scored on a histogram, weights row by row on their values.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -102,4 +100,4 @@ class Lp:
 class Mse(Lp):
     """The least mean of (x - Q(x))^2: lp with an exponent that nobody sets."""
 
-    check: Any = None
+    check = staticmethod(lambda value: 2.0)

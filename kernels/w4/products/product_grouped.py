@@ -78,7 +78,7 @@ def product(
     scales float32 [G, N], as `tokens_triton.prepare` fills them; qweight uint8 [N, K'/2]; bias [N] or None. size: 32,
     64 or 128 inputs of a group.
 
-    config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg to limit registers; PACKED, if False.
+    config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """
     (codes, row_scale), (factors, scales) = tokens, tables
     launch = _launch(config, *codes.shape, out.shape[1], size, scales.shape[0])

@@ -91,7 +91,8 @@ def product(
     as `tokens_triton.prepare` fills them. qweight uint8 [N, K'/2]; wscales [N] float; bias [N] or None. size: inputs
     of a group, 0 for G = 1, as it is for "rows".
 
-    config: TMA, BM, BN, BK (64 or 128), BAND, num_warps, num_stages; maxnreg to limit registers; PACKED, if False.
+    config: TMA, BM, BN, BK (64 or 128), BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False
+    widens codes one by one.
     """
     codes, row_scale, row_sum = tokens
     launch = _launch(config, *codes.shape, out.shape[1], kind, size, factors.shape[0])

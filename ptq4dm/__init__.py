@@ -96,6 +96,7 @@ __getattr__, __dir__ = lazy_names(
     rooms=(
         "calibration",
         "evaluation",
+        "hardware",
         "kernels",
         "layers",
         "methods",

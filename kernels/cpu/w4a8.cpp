@@ -30,6 +30,8 @@ constexpr int64_t RUN = 64;     // inputs packed together: byte j of 32 has inpu
 constexpr int64_t BLOCK = 32;   // inputs that AVX2 sums in 16 bits: 16 products of at most 15 * 128
 constexpr int64_t UNIT = 512;   // inputs of a "group" where a row has one scale
 constexpr int64_t FEW = 512, MANY = 2048;  // inputs unpacked at a time, for few rows and for many
+constexpr int64_t MOST_GROUPS = MANY / 32;
+constexpr int64_t AHEAD = 256;  // bytes of a row
 
 #if defined(__AVX512VNNI__)
 using Ints = __m512i;
@@ -169,7 +171,8 @@ struct Tile {
   int32_t* factors;  // [groups][WIDE]: steps, or the bits of float scales
 };
 
-// total[r][WIDE] += the part's share of R rows: int32 sums, or the bits of float32 ones. PLAIN: no zero points.
+// total[r][WIDE] += the part's share of R rows: int32 sums, or the bits of float32 ones. PLAIN: no zero points, and
+// no steps.
 template <Kind KIND, bool PLAIN, int R>
 __attribute__((noinline)) void multiply_rows(
     const int8_t* x, int64_t stride, const int32_t* sums, int64_t sums_stride, const Tile& tile, int64_t inputs,
@@ -265,14 +268,24 @@ void quantize(
 struct Scales {
   const void* first;
   int kind;  // 0, 1, 2
-  float at(int64_t i) const {
-    if (kind == 0) return static_cast<const float*>(first)[i];
-    const uint16_t half = static_cast<const uint16_t*>(first)[i];
-    if (kind == 1) return _cvtsh_ss(half);
-    const uint32_t raw = static_cast<uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &raw, 4);
-    return value;
+  // The bits of float32 of `count` of them from i on.
+  void widen(int64_t i, int64_t count, int32_t* to) const {
+    const uint16_t* halves = static_cast<const uint16_t*>(first) + i;
+    int64_t done = 0;
+    if (kind == 0) {
+      std::memcpy(to, static_cast<const float*>(first) + i, count * 4);
+    } else if (kind == 1) {
+      for (; done + 8 <= count; done += 8) {
+        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + done));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + done), _mm256_castps_si256(_mm256_cvtph_ps(eight)));
+      }
+      for (; done < count; done++) {
+        const float value = _cvtsh_ss(halves[done]);
+        std::memcpy(to + done, &value, 4);
+      }
+    } else {
+      for (; done < count; done++) to[done] = static_cast<int32_t>(static_cast<uint32_t>(halves[done]) << 16);
+    }
   }
 };
 
@@ -291,12 +304,18 @@ struct Operands {
 };
 
 // Codes of `outputs` rows from `first` on, inputs k0 .. k0 + inputs, and the numbers of their groups.
-template <Kind KIND>
+template <Kind KIND, bool PLAIN>
 void unpack(const Operands& o, int64_t first, int64_t outputs, int64_t k0, int64_t inputs, const int8_t* ones, Tile& t) {
   const uint8_t* row[WIDE];  // beyond the last one its row again: what comes of it is not stored
   for (int64_t i = 0; i < WIDE; i++) row[i] = o.qweight + (first + std::min(i, outputs - 1)) * (o.wide / 2);
   for (int64_t k = 0; k < inputs; k += RUN)
     for (int v = 0; v < VECTORS; v++) {
+      if (k % (2 * RUN) == 0) {  // a line of memory: ask for the one that is read AHEAD bytes on, or in the next tile
+        const int64_t half = o.wide / 2, on = (k0 + k) / 2 + AHEAD;
+        const int64_t at = on < half ? on : on + (WIDE - 1) * half;
+        for (int i = 0; i < LANES; i++)
+          _mm_prefetch(reinterpret_cast<const char*>(row[v * LANES + i] + at), _MM_HINT_T0);
+      }
       Ints words[8];
       transposed(row + v * LANES, (k0 + k) / 2, words);
       uint8_t* to = t.codes + (k * VECTORS + 4 * v) * LANES;
@@ -308,17 +327,18 @@ void unpack(const Operands& o, int64_t first, int64_t outputs, int64_t k0, int64
   const int64_t groups = (inputs + o.length - 1) / o.length, group = o.groups == 1 ? 0 : k0 / o.length;
   for (int64_t i = 0; i < WIDE; i++) {
     const int64_t from = (first + std::min(i, outputs - 1)) * o.groups + group;
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t at = from + (o.groups == 1 ? 0 : g), to = g * WIDE + i;
-      t.offsets[to] = 8 + (o.zeros ? o.zeros[at] : 0);
-      t.bases[to] = 0;
-      if constexpr (KIND == Kind::GROUPS) {
-        const float scale = o.scales.at(at);
-        std::memcpy(t.factors + to, &scale, 4);
-      } else if constexpr (KIND == Kind::STEPS) {
-        t.factors[to] = o.steps[at];
-      }
+    if constexpr (KIND == Kind::GROUPS) {
+      int32_t scales[MOST_GROUPS];
+      o.scales.widen(from, groups, scales);
+      for (int64_t g = 0; g < groups; g++) t.factors[g * WIDE + i] = scales[g];
     }
+    if constexpr (!PLAIN)
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = from + (o.groups == 1 ? 0 : g), to = g * WIDE + i;
+        t.offsets[to] = 8 + (o.zeros ? o.zeros[at] : 0);
+        t.bases[to] = 0;
+        if constexpr (KIND == Kind::STEPS) t.factors[to] = o.steps[at];
+      }
   }
   if (!o.zero) return;
   for (int64_t g = 0, k = 0; k < inputs; g++, k += o.length) {
@@ -336,12 +356,18 @@ template <Kind KIND>
 void finish(const Operands& o, int64_t row, int64_t first, int64_t outputs, const int32_t* total) {
   float* y = o.y + row * o.n + first;
   const float scale = o.x_scales[row];
+  float scales[WIDE];
+  if constexpr (KIND != Kind::GROUPS) {
+    int32_t bits[WIDE];
+    o.scales.widen(first, outputs, bits);
+    std::memcpy(scales, bits, sizeof(bits));
+  }
   for (int64_t i = 0; i < outputs; i++) {
     float value;
     if constexpr (KIND == Kind::GROUPS)
       std::memcpy(&value, total + i, 4);
     else
-      value = static_cast<float>(total[i]) * o.scales.at(first + i);
+      value = static_cast<float>(total[i]) * scales[i];
     y[i] = o.bias ? __builtin_fmaf(value, scale, o.bias[first + i]) : value * scale;
   }
 }
@@ -354,7 +380,7 @@ void multiply_tile(const Operands& o, int64_t first, int64_t outputs, int64_t be
   for (int64_t k0 = 0; k0 < o.k; k0 += part) {
     const int64_t all = o.groups == 1 ? o.wide : o.k;  // whole groups never reach into what is filled up
     const int64_t inputs = std::min(part, all - k0);
-    unpack<KIND>(o, first, outputs, k0, (inputs + RUN - 1) / RUN * RUN, ones, tile);
+    unpack<KIND, PLAIN>(o, first, outputs, k0, (inputs + RUN - 1) / RUN * RUN, ones, tile);
     for (int64_t m = begin; m < end; m += ROWS) {
       const int64_t rows = std::min<int64_t>(ROWS, end - m);
       // Between parts the sums lie where y will be.

@@ -19,7 +19,7 @@ ROOMS = {
 FLOORS = """
 kernels/formats
 kernels/runtime
-kernels/w8a8  kernels/w4
+kernels/w8a8  kernels/w4  kernels/attention
 kernels/tuning
 kernels
 ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting

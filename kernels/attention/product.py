@@ -116,12 +116,16 @@ def _plan(
 ) -> Launch:  # fmt: skip
     half = (width + 1) // 2
     padded = max(16, next_power_of_2(half))
-    bm = config["BM"] if itemsize == 2 and padded <= 64 else max(16, config["BM"] // 2)
-    bm = min(bm, max(16, next_power_of_2(rows)))
+    bm, bn = config["BM"], config["BN"]
+    if itemsize > 2:  # products of float32 are sums in registers, not on tensor cores
+        bm, bn = 16, 32
+    elif padded > 64:
+        bm = bm // 2
+    bm, bn = (min(size, max(16, next_power_of_2(there))) for size, there in ((bm, rows), (bn, tokens)))
     names = ("q_batch", "q_head", "q_row", "mask_batch", "mask_head", "mask_row", "mask_token")
     return Launch(
         _kv4_attention_kernel, (cdiv(rows, bm), batch * heads),
         **dict(zip(names, (*q_strides, *mask_strides), strict=True)), M=rows, L=tokens, scale=scale * LOG2E.value,
-        H=heads, D=width, HALF=half, W=padded, BM=bm, BN=min(config["BN"], max(16, next_power_of_2(tokens))),
+        H=heads, D=width, HALF=half, W=padded, BM=bm, BN=bn,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

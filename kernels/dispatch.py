@@ -6,8 +6,8 @@
 
 KERNELS is the list of all of them. The layers themselves ask `kernel_name` of their room, w8a8/layer.py, w4/layer.py
 or attention/layer.py, which decides from format and device; so does `find`. The last of the list is the reference: it
-serves everything and is the truth that the others are tested against. What no kernel serves is never called by another
-name.
+serves everything and is the truth that the others are tested against. What no kernel serves is never called by
+another name.
 """
 
 from __future__ import annotations

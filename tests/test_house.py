@@ -35,7 +35,7 @@ ptq4dm/allocation
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/evaluation
-ptq4dm/methods
+ptq4dm/methods  ptq4dm/caching
 svdquant/layers
 svdquant/nunchaku
 svdquant  samplers/maths

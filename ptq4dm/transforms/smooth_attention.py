@@ -2,7 +2,8 @@
 
     s_j = max|K_j|^alpha        Q K^T = (Q diag(s)) (K diag(1/s))^T
 
-Channels that a rotary embedding turns together share one s, the largest.
+Channels that a rotary embedding turns together share one s, the largest. Where keys and queries are normalized, their
+norms' weights take s in; a norm that all heads share has one s for all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def shared(s: Tensor, numbers: Tensor) -> Tensor:
 
 @register_transform("smooth-attention")
 class SmoothAttention:
-    """Smoothing of keys by queries; not where they are normalized first, which is nonlinear."""
+    """Smoothing of keys by queries, in self-attention, joint attention and cross-attention."""
 
     name: str
     needs = frozenset({"output_peaks"})
@@ -68,5 +69,5 @@ class SmoothAttention:
         return streams
 
     def apply(self, model: nn.Module, *plans: TransformPlan) -> None:
-        """W_key / s and W_query s, both in rows, and their biases."""
+        """W_key / s and W_query s, both in rows, and their biases; or weights and biases of their norms."""
         divide(model, plans, self.check(model, *plans))

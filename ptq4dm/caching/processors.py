@@ -12,10 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.attention.layer import kernel_name, kv4_attention
 from ..layers.fuse import unhooked
-from ..transforms.attention import PLAIN, class_of
+from ..transforms.attention import PLAIN, WAN, class_of
 from .text_cache import TextCache
 
-WAN = ("transformer_wan.WanAttention", "transformer_wan.WanAttnProcessor")
 # (attention, processor), by file and class of diffusers -> whether norms of queries and keys see all heads as one
 SERVED = {
     (PLAIN, "attention_processor.AttnProcessor2_0"): False,

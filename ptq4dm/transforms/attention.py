@@ -35,6 +35,7 @@ def thirds(size: int) -> Tensor:
 # (attention, processor), by file and class of diffusers -> which channels of a head of Q and K turn together:
 # channels of one number; None where what lies between is nonlinear, or is not known here.
 PLAIN = "attention_processor.Attention"
+WAN = ("transformer_wan.WanAttention", "transformer_wan.WanAttnProcessor")
 KNOWN: dict[tuple[str, str], Callable[[int], Tensor] | None] = {
     (PLAIN, "attention_processor.AttnProcessor"): each,
     (PLAIN, "attention_processor.AttnProcessor2_0"): each,
@@ -44,7 +45,7 @@ KNOWN: dict[tuple[str, str], Callable[[int], Tensor] | None] = {
     (PLAIN, "attention_processor.SanaLinearAttnProcessor2_0"): None,  # ReLU
     (PLAIN, "sana_transformer.SanaAttnProcessor2_0"): each,
     ("transformer_flux.FluxAttention", "transformer_flux.FluxAttnProcessor"): adjacent,
-    ("transformer_wan.WanAttention", "transformer_wan.WanAttnProcessor"): adjacent,
+    WAN: adjacent,  # in self-attention
     ("transformer_ltx.LTXAttention", "transformer_ltx.LTXVideoAttnProcessor"): None,  # more than one way to turn
 }
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -112,7 +113,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     for name, module in model.named_modules():
         key = class_of(module), class_of(getattr(module, "processor", None))
         if key in KNOWN and not module.fused_projections:
-            yield name, module, KNOWN[key]
+            yield name, module, each if key == WAN and module.is_cross_attention else KNOWN[key]
 
 
 def _rows(layer: nn.Module) -> int:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
+PLAIN = (bool, int, float, str, complex, bytes, type(None), type, torch.dtype, torch.device)
 # Hooks of nn.Module, and what only saving and loading look at. Modules with hooks are not asked for their state.
-OTHERS = ("_backward_", "_forward_", "_state_dict_", "_load_state_dict_", "_non_persistent_", "_is_full_backward")
+OTHERS = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 
 
-def state_of(modules: Iterable[nn.Module | None]) -> list[Any]:
+class State:
     """What decides on the results of modules and of those in them: classes, tensors, and all other attributes.
 
     A tensor is the same if it is the same object, in the same memory, and was not written into. Of attributes,
@@ -24,60 +24,65 @@ def state_of(modules: Iterable[nn.Module | None]) -> list[Any]:
     Two things cannot be seen: writing through `tensor.data`, which torch does not count, and a change inside of an
     object of a class of its own. Tensors made under `torch.inference_mode` keep no count at all: they never have the
     state that they had before.
+
+    more: further values that decide, to compare. A state is one of now, made in microseconds; it is only kept once
+    `held` was called.
     """
-    return [
-        (type(part), [(name, _frozen(value)) for name, value in vars(part).items() if not name.startswith(OTHERS)])
-        for module in modules
-        if module is not None
-        for part in module.modules()
-    ]
 
+    def __init__(self, modules: Iterable[nn.Module | None], *more: Any) -> None:
+        self.facts: list[Any] = list(more)
+        self.objects: list[Any] = []
+        for module in modules:
+            if module is not None:
+                self._module(module)
 
-class _Same:
-    """Equal to one that holds the same object. It keeps the object, so that no other can get its place in memory."""
-
-    __slots__ = ("one",)
-
-    def __init__(self, one: object) -> None:
-        self.one = one
+    def held(self) -> State:
+        """Itself, and what is compared by its address keeps its address from now on: objects by being held, and the
+        memory of tensors by a weak reference, which does not hold the bytes."""
+        tensors = [one for one in self.objects if isinstance(one, Tensor)]
+        self.objects += [StorageWeakRef(one.untyped_storage()) for one in tensors]
+        return self
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is _Same and other.one is self.one
+        return isinstance(other, State) and self.facts == other.facts
 
     __hash__ = None  # type: ignore[assignment]
 
+    def _module(self, module: nn.Module) -> None:
+        self.facts.append(type(module))
+        for name, value in vars(module).items():
+            if name not in OTHERS:
+                self.facts.append(name)
+                self._add(value)
+        for child in module._modules.values():
+            if child is not None:
+                self._module(child)
 
-def _frozen(value: Any) -> Any:
-    if isinstance(value, PLAIN):
-        return value
-    if isinstance(value, Tensor):
-        return _Same(value), _memory(value)
-    if isinstance(value, dict):
-        return [(_frozen(key), _frozen(one)) for key, one in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [_frozen(one) for one in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
-    return _Same(value)
+    def _add(self, value: Any) -> None:
+        if isinstance(value, PLAIN):
+            self.facts.append(value)
+        elif isinstance(value, Tensor):
+            self._same(value)
+            if value.is_inference():
+                self.facts.append(object())  # equal to no other
+            else:
+                strides = value.stride() if value.layout == torch.strided else None
+                self.facts += value.shape, strides, value.storage_offset(), value.dtype, value.device
+                self.facts += value.untyped_storage()._cdata, value._version
+        elif isinstance(value, dict):
+            self.facts.append(len(value))
+            for key, one in value.items():
+                self._add(key)
+                self._add(one)
+        elif isinstance(value, (list, tuple)):
+            self.facts.append(len(value))
+            for one in value:
+                self._add(one)
+        elif isinstance(value, (set, frozenset)):
+            self.facts.append(sorted(map(repr, value)))
+        else:
+            self._same(value)
 
-
-def _memory(tensor: Tensor) -> Any:
-    """Where a tensor lies and how often it was written into. The storage is held weakly: not its bytes, but no other
-    can get its address."""
-    if tensor.is_inference():
-        return _Same(object())
-    return _Storage(tensor), tensor.storage_offset(), tensor._version, tensor.dtype, tensor.device
-
-
-class _Storage:
-    """Equal to one of the same storage."""
-
-    __slots__ = ("reference",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.reference = StorageWeakRef(tensor.untyped_storage())
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is _Storage and other.reference.cdata == self.reference.cdata
-
-    __hash__ = None  # type: ignore[assignment]
+    def _same(self, value: object) -> None:
+        self.facts.append(id(value))
+        self.objects.append(value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..kernels.formats.kv4 import quantize_kv4
-from .state import state_of
+from .state import State
 
 MOST_TEXTS = 4
 """Kept at a time. Pipelines that call a network once for each half of guidance have two, with more terms three."""
@@ -25,7 +25,7 @@ class Text:
 
     def __init__(self, given: Tensor) -> None:
         self.copy = given.detach().clone()
-        self.kept: dict[int, tuple[list[Any], Parts]] = {}
+        self.kept: dict[int, tuple[State, Parts]] = {}
 
     def is_of(self, given: Tensor) -> bool:
         """Whether the values are the same, to the bit; NaN is never the same."""
@@ -94,8 +94,7 @@ class TextCache:
             return self._stored(make())
         self._new_call()
         text, kind = self._text_of(given), given.device.type
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        state = [autocast, state_of(parts)]
+        state = State(parts, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         kept = text.kept.get(id(layer))
         if kept is not None and kept[0] == state:
             self.reused += 1
@@ -103,7 +102,7 @@ class TextCache:
         self.made += 1
         text.kept.pop(id(layer), None)
         stored = self._stored(make())
-        text.kept[id(layer)] = state, stored
+        text.kept[id(layer)] = state.held(), stored
         return stored
 
     def _stored(self, pair: Parts) -> Parts:

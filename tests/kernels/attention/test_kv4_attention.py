@@ -174,3 +174,19 @@ def test_the_reference_unpacks_tile_by_tile():
         reference.attention(given[0], layer.KV4(*given[1:4]), layer.KV4(*given[4:]), None, 1.0)
     one = 2 * 300 * 24  # of one of them, whole
     assert made and max(made) <= max(2 * reference.TILE * 24, 2 * 7 * 32) < one
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_the_kernel_takes_no_memory_but_for_its_result():
+    """Of a long video prompt in fp16: keys and values of 16 bits would be 64 MB."""
+    shape = (4, 16, 64, 4096, 128)
+    given = operands(shape, torch.float16)
+    kv4_attention(*given, None, 0.1)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = kv4_attention(*given, None, 0.1)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= y.numel() * 2 + 4096
+    assert error(y, truth(*given, None, 0.1)) < BOUND[torch.float16]

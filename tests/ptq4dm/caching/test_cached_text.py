@@ -491,3 +491,35 @@ def test_gradients_are_refused(made):
     pipe = made["wan"]
     with pytest.raises(UserError, match="under torch.no_grad"), ptq4dm.cached_text(pipe.transformer):
         pipe.transformer(torch.randn(1, *pipe.shape), timestep=torch.tensor([5]), **pipe.arguments(words(1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind, dtype, own):
+    """As computed to the bit; 4 bits by the kernel, as near to what the reference computes as the dtype is fine."""
+    pipe = own(kind).to("cuda", dtype)
+    x = torch.randn(2, *pipe.shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    text, time = words().to("cuda", dtype), torch.tensor([500, 20], device="cuda")
+
+    def run(bits):
+        with ptq4dm.cached_text(pipe.transformer, bits) as cache, torch.no_grad():
+            found = [
+                pipe.transformer(x, timestep=time, return_dict=False, **pipe.arguments(text.clone()))[0]
+                for _ in range(3)
+            ]
+        assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+        assert (cache.made, cache.reused) == (LAYERS[kind], 2 * LAYERS[kind])
+        return found[0].float(), cache
+
+    with torch.no_grad():
+        right = pipe.transformer(x, timestep=time, return_dict=False, **pipe.arguments(text))[0].float()
+    assert torch.equal(run(None)[0], right)
+    four, cache = run(4)
+    assert dict(cache.kernels) == {"triton-kv4": 3 * LAYERS[kind]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ptq4dm.kernels.attention.layer.kernel_name", lambda *_: "reference")
+        plain = run(4)[0]
+    assert error(four, plain) < (0.02 if dtype == torch.float16 else 0.1) < 0.2
+    assert 1e-3 < error(four, right) < 0.5

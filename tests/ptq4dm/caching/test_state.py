@@ -22,7 +22,6 @@ def test_it_is_equal_while_nothing_happens():
     kept = State([model, None], "more").held()
     with torch.no_grad():
         model(torch.randn(3, 4))
-    model.load_state_dict  # noqa: B018
     model.state_dict()
     assert (
         kept == State([model, None], "more") and kept != State([model], "less") and kept != State([module()], "more")

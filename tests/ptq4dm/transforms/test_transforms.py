@@ -265,6 +265,16 @@ def test_norms_take_in_divisors(zoo, kind, pairs):
         assert len(plan.tensors["divisors"]) == (64 if kind == "wan" else 32)
 
 
+def test_a_text_s_keys_are_smoothed_whole_by_default(zoo):
+    """And the others by the paper's half."""
+    for kind in ("pixart", "wan"):
+        model, _, peaks = zoo(kind)
+        plans = TRANSFORMS["smooth-attention"].find(model, peaks)
+        shares = {(".attn2." in plan.modules[0], plan.options["alpha"]) for plan in plans}
+        assert shares == {(True, 1.0), (False, 0.5)}
+        assert {plan.options["alpha"] for plan in TRANSFORMS["smooth-attention"].find(model, peaks, alpha=0)} == {0}
+
+
 def test_norms_that_do_not_fit_have_no_stream(zoo):
     """A norm without a weight, or on one side alone over other channels: nothing could take the divisors in."""
     original, _, peaks = zoo("sd3")

@@ -100,6 +100,7 @@ __getattr__, __dir__ = lazy_names(
         "caching",
         "calibration",
         "evaluation",
+        "hardware",
         "kernels",
         "layers",
         "methods",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formats.kv4 import KV4, dequantize_kv4
 
-TILE = 32
+TILE = 64
 """Tokens that are unpacked at a time."""
 
 

@@ -12,6 +12,9 @@ Nothing of it is ever stale. A layer's keys and values are those of the text [B,
 by its values to the bit, and of its projections as they are now: other weights, adapters, scales of adapters, dtypes,
 devices or autocast compute them anew (state.py says what cannot be seen). Everything is forgotten when another call
 of the pipeline sets its scheduler's timesteps, and at the end of the block.
+
+Once in a forward pass the text is compared with a copy of it, on its device; the host waits for the answer, so it
+works in no CUDA graph. The copy is all that is kept in the model's dtype.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..annotations import plain_number
 from ..checks import shown
 from ..errors import UserError
 from ..interrupts import uninterrupted
@@ -32,7 +36,7 @@ from .text_cache import TextCache
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-BITS = (4, 16, None)
+BITS = (4, 16)
 
 
 @contextmanager
@@ -51,7 +55,8 @@ def cached_text(target: DiffusionPipeline | nn.Module, bits: int | None = 4) -> 
         UserError: there is no cross-attention that is known, bits is another number, or a model is called with
             gradients enabled.
     """
-    if bits not in BITS or isinstance(bits, bool):
+    bits = plain_number(bits)
+    if bits is not None and not (type(bits) is int and bits in BITS):
         raise UserError(f"cached_text: bits must be 4, 16 or None (as computed); got {shown(bits)}.")
     if not isinstance(target, nn.Module):
         check_pipeline(target, "what is sampled with cached_text")

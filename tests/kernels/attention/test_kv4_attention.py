@@ -23,7 +23,7 @@ SHAPES = [  # B, H, M, L, d
     (1, 1, 1, 1, 1), (2, 3, 5, 77, 40), (1, 2, 70, 77, 64), (2, 2, 33, 120, 72), (1, 1, 130, 20, 128),
     (2, 1, 9, 33, 5), (1, 2, 16, 65, 160), (1, 1, 3, 64, 8),
 ]  # fmt: skip
-BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+BOUND = {torch.float32: 1e-5 if CUDA else 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
 def operands(shape, dtype=torch.float32, seed=0):
@@ -111,8 +111,8 @@ def test_nan_stays_in_its_head(which, run):
 @pytest.mark.parametrize("run", [kv4_attention, by_kernel], ids=["op", "kernel"])
 def test_large_logits_do_not_overflow(run):
     given = operands((1, 2, 6, 77, 16))
-    y = run(given[0] * 1000, *given[1:], None, 1.0)
-    assert y.isfinite().all() and error(y, truth(given[0] * 1000, *given[1:], None, 1.0)) < 1e-4
+    y = run(given[0] * 1000, *given[1:], None, 1.0)  # logits of some 10^4, whose float32 steps are 10^-3
+    assert y.isfinite().all() and error(y, truth(given[0] * 1000, *given[1:], None, 1.0)) < 5e-3
 
 
 def test_strided_operands_and_no_rows():

@@ -14,7 +14,8 @@ devices or autocast compute them anew (state.py says what cannot be seen). Every
 of the pipeline sets its scheduler's timesteps, and at the end of the block.
 
 Once in a forward pass the text is compared with a copy of it, on its device; the host waits for the answer, so it
-works in no CUDA graph. The copy is all that is kept in the model's dtype.
+works in no CUDA graph, and in a compiled model each layer's look-up breaks the graph. The copy is all that is kept in
+the model's dtype.
 """
 
 from __future__ import annotations

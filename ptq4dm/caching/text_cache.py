@@ -53,7 +53,7 @@ class TextCache:
         self._most = 0, 0
         self._clocks = list(clocks)
         self._call: list[Any] = []
-        self._seen: tuple[weakref.ref, int, Text] | None = None
+        self._seen: tuple[weakref.ref, tuple[int, int], Text] | None = None
 
     def clear(self) -> None:
         """Forget all keys, values and texts; the counts stay."""
@@ -117,14 +117,14 @@ class TextCache:
         is compared once."""
         version = None if given.is_inference() else given._version
         if self._seen is not None and version is not None:
-            tensor, seen_version, text = self._seen
-            if tensor() is given and seen_version == version:
+            tensor, known, text = self._seen
+            if tensor() is given and known == (version, given.data_ptr()):
                 return text
         text = next((one for one in self._texts if one.is_of(given)), None) or Text(given)
         if len(self._texts) == MOST_TEXTS and text not in self._texts:
             self._most = self.most_bytes
         self._texts = [text, *(one for one in self._texts if one is not text)][:MOST_TEXTS]  # the latest first
-        self._seen = None if version is None else (weakref.ref(given), version, text)
+        self._seen = None if version is None else (weakref.ref(given), (version, given.data_ptr()), text)
         return text
 
     def _new_call(self) -> None:

@@ -4,10 +4,10 @@
 
 Small text models with random weights (PixArt, a UNet, Wan), whose keys get outliers that are PLANTED: in each head of
 cross-attention two channels of the keys are made --outlier times larger, and those of the queries as much smaller,
-which leaves the model's function as it was. Weights are then quantized to W4A8 in groups of 64, with --rounding, and
-the text's keys and values are kept in 16 bits, or in 4. Each row: the error of the predicted noise against full
-precision, as a share of its energy, on tuples that calibration never saw. Control: the same divisors, dealt to other
-channels at random. With --outlier 1 nothing is planted.
+which leaves the model's function as it was. Weights are then quantized to W4A8 by --method (rtn in groups of 64) with
+--rounding, and the text's keys and values are kept in 16 bits, or in 4. Each row: the error of the predicted noise
+against full precision, as a share of its energy, on tuples that calibration never saw. Control: the same divisors,
+dealt to other channels at random. With --outlier 1 nothing is planted.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import ptq4dm
 from ptq4dm.errors import run
 from ptq4dm.files.rows import Rows
 from ptq4dm.progress import progress_bar
+from ptq4dm.quantization.recipe import METHODS
 from ptq4dm.transforms.base import TransformPlan, apply_all, transform_named
 from ptq4dm.transforms.peaks import watch_peaks
 
 HEADS, HEAD, TOKENS, TEXT, PLANTED = 4, 64, 77, 128, 2
 SMOOTHING = ("none", "alpha 0.5", "alpha 1", "alpha 0.5, shuffled")
 KEPT = {"16 bits": 16, "4 bits": 4}
-SETTINGS = ("outlier", "rounding", "tuples", "batch_size")
+SETTINGS = ("outlier", "method", "rounding", "tuples", "batch_size")
 
 
 def pixart() -> tuple[nn.Module, tuple[int, ...], dict]:
@@ -118,8 +119,9 @@ class Bench:
         found: dict = {"float": self.error(model), "4 bits alone": self.kept(model, 4)[0]}
         with ptq4dm.record(model) as calls:
             self.predict(model, self.calibration)
-        config = {"weight_bits": 4, "group_size": 64, "activations": "dynamic", "rounding": self.args.rounding}
-        ptq4dm.quantize(model, ptq4dm.RTNConfig(**config), calls)
+        plain = {"weight_bits": 4, "group_size": 64, "activations": "dynamic"} if self.args.method == "rtn" else {}
+        config = METHODS.find(self.args.method)(**plain, rounding=self.args.rounding)
+        ptq4dm.quantize(model, config, calls)
         found["W4A8"] = self.error(model)
         for name, bits in KEPT.items():
             found[name], found[f"{name}: bytes"] = self.kept(model, bits)
@@ -165,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--outlier", type=float, default=16.0, help="how much larger the planted channels are")
+    parser.add_argument("--method", default="rtn", help="recipe of the 4-bit weights, e.g. qoq")
     parser.add_argument("--rounding", default="gptq", help="of the 4-bit weights")
     parser.add_argument("--tuples", type=int, default=32, help="of calibration, and as many held out")
     parser.add_argument("--batch-size", type=int, default=4)

@@ -33,7 +33,7 @@ def main(script, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("name", ["pixart", "wan"])
 def test_planted_outliers_leave_the_function(name, script):
-    args = dict(rounding="nearest", tuples=4, batch_size=4)
+    args = dict(method="rtn", rounding="nearest", tuples=4, batch_size=4)
     plain, planted = (script.Bench(argparse.Namespace(**args, outlier=o), name, 0) for o in (1.0, 16.0))
     torch.testing.assert_close(planted.predict(planted.exact, plain.held_out), plain.truth, rtol=1e-4, atol=1e-4)
     attn = planted.exact.get_submodule(planted.cross[0])

@@ -53,7 +53,7 @@ class TextCache:
         self._most = 0, 0
         self._clocks = list(clocks)
         self._call: list[Any] = []
-        self._seen: tuple[weakref.ref, tuple[int, int], Text] | None = None
+        self._seen: tuple[weakref.ref[Tensor], tuple[int, int], Text] | None = None
 
     def clear(self) -> None:
         """Forget all keys, values and texts; the counts stay."""
@@ -118,7 +118,7 @@ class TextCache:
         version = None if given.is_inference() else given._version
         if self._seen is not None and version is not None:
             tensor, known, text = self._seen
-            if tensor() is given and known == (version, given.data_ptr()):
+            if known == (version, given.data_ptr()) and tensor() is given:
                 return text
         text = next((one for one in self._texts if one.is_of(given)), None) or Text(given)
         if len(self._texts) == MOST_TEXTS and text not in self._texts:

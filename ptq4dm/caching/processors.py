@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.attention.layer import kernel_name, kv4_attention
 from ..layers.fuse import unhooked
-from ..transforms.attention import PLAIN, WAN, class_of
+from ..transforms.attention import PLAIN, WAN, class_of, passes_norms_by
 from .text_cache import TextCache
 
 # (attention, processor), by file and class of diffusers -> whether norms of queries and keys see all heads as one
@@ -33,6 +33,8 @@ def why_not(attn: nn.Module) -> str:
         return f"its processor is {type(attn.processor).__name__}, of {type(attn).__name__}"
     if getattr(attn, "add_k_proj", None) is not None:
         return "it has keys of an image, or of a second text, beside those of the text"
+    if passes_norms_by(attn):
+        return "its processor does not use its norms of queries and keys"
     if attn.fused_projections:
         return "its projections are fused; unfuse_qkv_projections() makes them single again"
     if any(getattr(attn, name, None) is not None for name in ("group_norm", "spatial_norm")):

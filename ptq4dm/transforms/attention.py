@@ -86,7 +86,13 @@ def query_key_streams(model: nn.Module) -> list[tuple[Stream, Tensor]]:
         keys = _last(name, attention, ("to_k", "norm_k"), ("add_k_proj", "norm_added_k"))
         queries = _last(name, attention, ("to_q", "norm_q"), ("add_q_proj", "norm_added_q"))
         sizes = {_channels(model.get_submodule(end.name)) for end in (*keys, *queries)}
-        if turning is None or size != attention.inner_dim or size % heads or len(keys) != len(queries):
+        if (
+            passes_norms_by(attention)
+            or turning is None
+            or size != attention.inner_dim
+            or size % heads
+            or len(keys) != len(queries)
+        ):
             continue
         width = size // heads
         if sizes == {size}:
@@ -101,6 +107,12 @@ def _last(name: str, attention: Any, *pairs: tuple[str, str]) -> tuple[End, ...]
     """Ends at the norm of each pair (projection, norm) that a module has, or else at the projection."""
     ends = [_ends(name, attention, ROWS, *pair) for pair in pairs]
     return tuple(end[-1] for end in ends if end)
+
+
+def passes_norms_by(attention: Any) -> bool:
+    """Whether an attention has norms that its processor, an older one, does not use."""
+    older = class_of(attention.processor) == "attention_processor.AttnProcessor"
+    return older and any(getattr(attention, norm, None) is not None for norm in NORMS)
 
 
 def _channels(layer: nn.Module) -> int:

@@ -470,6 +470,10 @@ def test_what_has_no_such_text(made):
     odd = models.conditional_unet()
     odd.set_attn_processor(diffusers.models.attention_processor.SlicedAttnProcessor(1))
     assert "its processor is SlicedAttnProcessor, of Attention" in refused(odd)
+    odd.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+    for attn in [module for module in odd.modules() if getattr(module, "is_cross_attention", False)]:
+        attn.norm_q = attn.norm_k = nn.RMSNorm(attn.inner_dim // attn.heads)
+    assert "does not use its norms" in refused(odd)
     image = diffusers.WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=1, text_dim=64,
         freq_dim=64, ffn_dim=128, rope_max_seq_len=32, image_dim=64, added_kv_proj_dim=64,

@@ -283,6 +283,11 @@ def test_norms_that_do_not_fit_have_no_stream(zoo):
         for block in model.transformer_blocks:
             block.attn.norm_q = broken
         assert not query_key_streams(model)
+    model = copy.deepcopy(zoo("pixart")[0])
+    found = len(query_key_streams(model))
+    model.set_attn_processor(AttnProcessor())  # which knows no norms
+    model.transformer_blocks[0].attn2.norm_k = nn.RMSNorm(32)
+    assert len(query_key_streams(model)) == found - 1 == 3
 
 
 def test_reordered_inputs_fall(zoo):

@@ -73,6 +73,18 @@ def found() -> Found:
     return _found
 
 
+def use(instructions: str) -> None:
+    """Load the kernels for these instructions, a key of FLAGS, in the place of those that are best here.
+
+    Raises ValueError where this CPU does not have them; what `build` raises.
+    """
+    global _found
+    if instructions != capability() and not (instructions == "avx2" and torch.cpu._is_avx2_supported()):
+        raise ValueError(f"this CPU does not have {instructions}.")
+    path = build(instructions)
+    _found = Found(load(path), f"compiled for {instructions} in {path}")
+
+
 def forget() -> None:
     """Ask again at the next call."""
     global _found

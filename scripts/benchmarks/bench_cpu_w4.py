@@ -3,9 +3,10 @@
     python scripts/benchmarks/bench_cpu_w4.py [--threads 1] [--shapes N,K ...] [--rows 1 16 256 1024] [--json FILE]
 
 Each call takes float32 rows and gives float32 rows: what quantizes them is inside. Candidates take turns, in an order
-that moves on by one in each round, so that whatever else the machine does falls on all of them; a figure is the ratio
-of float32's median to the candidate's. With one thread the clock is that thread's own, which stands still while other
-processes have the core. A line of JSON for each shape; a table at the end.
+that is drawn anew in each round, so that whatever else the machine does falls on all of them; a figure is float32's
+median divided by the candidate's. With one thread the clock is that thread's own, which stands still while other
+processes have the core. A line of JSON for each shape; a table at the end. --instructions avx2: the compiled kernel
+as a CPU without AVX-512 has it.
 
     float32     F.linear                    bfloat16    F.linear on bfloat16, inputs and outputs converted
     reference   4-bit codes in groups of 64, made a float32 weight in each call: what runs without compiled kernels
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -90,9 +92,10 @@ def medians(calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     for call in calls.values():
         call()
     rounds = int(min(max(SECONDS / (time.perf_counter() - begin), MOST_ROUNDS[0]), MOST_ROUNDS[1]))
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        order.shuffle(names)  # none always comes after the same other one, with what that leaves in caches
+        for name in names:
             start = clock()
             calls[name]()
             spent[name].append((clock() - start) * 1e3)
@@ -113,14 +116,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", metavar="N,K", help="outputs and inputs of Linear layers")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 1024])
+    parser.add_argument("--instructions", choices=list(library.FLAGS), help="of the kernel (what this CPU has)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.instructions:
+        library.use(args.instructions)
     if not library.available():
         raise UserError(f"there is no kernel to time: {library.status()}.")
     shapes = SHAPES if args.shapes is None else {"": [tuple(map(int, one.split(","))) for one in args.shapes]}
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    place, rows = f"{machine()}, {args.threads} threads, torch {torch.__version__}", []
+    place = f"{machine()}, {args.threads} threads, torch {torch.__version__}, {library.status()}".split(" in /")[0]
+    rows: list[dict] = []
     for model, sizes in shapes.items():
         for n, k in sizes:
             for m in args.rows:

@@ -21,7 +21,7 @@ from ptq4dm.layers.plan import Int4Plan
 from ptq4dm.layers.registry import quantized_copy
 
 ROOT = Path(__file__).resolve().parents[3]
-compiled = pytest.mark.skipif(not library.available(), reason=f"no compiled kernels: {library.status()}")
+compiled = pytest.mark.usefixtures("compiled")
 ASK = "from ptq4dm.kernels.cpu import library; print(library.status(), library.available(), library.status())"
 
 
@@ -56,7 +56,7 @@ def a_compiler(folder: Path, does: str) -> Path:
 
 
 @pytest.fixture
-def built_before() -> Path:
+def built_before(compiled) -> Path:
     """The library in its usual place: a quick compiler copies it."""
     return library.build(library.capability())
 
@@ -137,7 +137,12 @@ def test_the_kernel_is_named_where_it_serves():
     assert library.status() == f"compiled for {library.capability()} in {library.build(library.capability())}"
 
 
-@compiled
+def test_instructions_that_a_cpu_does_not_have(monkeypatch):
+    monkeypatch.setattr(library, "capability", lambda: "avx2")
+    with pytest.raises(ValueError, match="does not have avx512-vnni"):
+        library.use("avx512-vnni")
+
+
 def test_a_damaged_file_is_made_again(built_before, anew):
     patch, folder = anew
     patch.setenv("CXX", str(a_compiler(folder, f"cp {built_before} $OUT")))
@@ -148,7 +153,6 @@ def test_a_damaged_file_is_made_again(built_before, anew):
     assert library.available() and path.read_bytes() == right
 
 
-@compiled
 def test_two_processes_build_once_and_a_killed_one_holds_nobody_up(built_before, anew):
     """The compiler writes a line for each call: the one that is killed gets as far as its first."""
     _, folder = anew

@@ -11,18 +11,19 @@ from ptq4dm.kernels.cpu.w4a8 import cpu_w4a8_linear
 from ptq4dm.kernels.formats.int4 import pack_int4
 from ptq4dm.kernels.runtime.prepared import CACHE
 
-compiled = pytest.mark.skipif(not library.available(), reason=f"no compiled kernels: {library.status()}")
+compiled = pytest.mark.usefixtures("compiled")
 SHAPES = [(1, 5, 27), (3, 33, 64), (17, 70, 192), (7, 130, 256), (13, 64, 4224), (50, 17, 2112), (1, 3, 4096)]
 GROUPS = [None, 32, 64, 128]
 
 
 @pytest.fixture(params=list(library.FLAGS))
-def instructions(request, monkeypatch):
+def instructions(request, monkeypatch, compiled):
     """Kernels for these instructions, which this CPU has."""
-    narrower = request.param == "avx2" and torch.cpu._is_avx2_supported()
-    if request.param != library.capability() and not narrower:
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setattr(library, "_found", library.Found(library.load(library.build(request.param)), ""))
+    monkeypatch.setattr(library, "_found", library.found())  # put back after the test
+    try:
+        library.use(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def weight(n, k, group, zeros, progressive=False, dtype=torch.float32, extreme=False):
@@ -117,14 +118,16 @@ def test_the_largest_and_smallest_codes(code, zero, sign, instructions):
 
 @compiled
 def test_bits_depend_on_neither_threads_nor_rows_nor_instructions(monkeypatch):
-    before, kernels = torch.get_num_threads(), {"own": library.found()}
-    if torch.cpu._is_avx2_supported():
-        kernels["avx2"] = library.Found(library.load(library.build("avx2")), "")
+    before, kernels = torch.get_num_threads(), [library.found()]
+    monkeypatch.setattr(library, "_found", kernels[0])
+    library.use("avx2")
+    kernels.append(library.found())
+    assert kernels[0].text != kernels[1].text or library.capability() == "avx2"
     try:
         for group, progressive, m, n in [(None, False, 100, 70), (64, False, 57, 200), (128, True, 13, 48)]:
             _, *operands = weight(n, 2304, group, True, progressive)
             x, bias, found = torch.randn(m, 2304), torch.randn(n), []
-            for kernel in kernels.values():
+            for kernel in kernels:
                 monkeypatch.setattr(library, "_found", kernel)
                 for threads in (1, 2, 5):
                     torch.set_num_threads(threads)

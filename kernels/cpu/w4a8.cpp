@@ -28,8 +28,9 @@ namespace {
 
 constexpr int64_t RUN = 64;     // inputs packed together: byte j of 32 has inputs j (low) and j + 32 (high)
 constexpr int64_t BLOCK = 32;   // inputs that AVX2 sums in 16 bits: 16 products of at most 15 * 128
-constexpr int64_t UNIT = 512;   // inputs of a "group" where a row has one scale
-constexpr int64_t FEW = 512, MANY = 2048;  // inputs unpacked at a time, for few rows and for many
+// Inputs unpacked at a time, for few rows of x and for many. Where a row has one scale there are fewer tables to fill,
+// and few inputs at a time leave room in the first cache; UNIT of them are summed at a time for many rows.
+constexpr int64_t FEW = 512, FEW_OF_ROWS = 128, MANY = 2048, UNIT = 512;
 constexpr int64_t MOST_GROUPS = MANY / 32;
 constexpr int64_t AHEAD = 256;  // bytes of a row
 
@@ -95,7 +96,11 @@ inline Ints as_ints(Floats a) { return _mm256_castps_si256(a); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Ints low_nibbles(Ints a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 inline Ints high_nibbles(Ints a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
-inline Ints add_products(Ints a, Ints u, Ints q) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(u, q)); }
+inline Ints add_products(Ints a, Ints u, Ints q) {  // of 16 bits; in assembly for the same reason
+  Ints pairs;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(a), "=&x"(pairs) : "x"(u), "x"(q));
+  return a;
+}
 
 // 8 vectors of 8 rows' words 0..7, from their 32 bytes each.
 inline void transposed(const uint8_t* const* row, int64_t at, Ints out[8]) {
@@ -403,7 +408,7 @@ void multiply_tile(const Operands& o, int64_t first, int64_t outputs, int64_t be
 
 template <Kind KIND, bool PLAIN>
 void multiply_all(const Operands& o) {
-  const int64_t part = o.m <= ROWS ? FEW : MANY, tiles = (o.n + WIDE - 1) / WIDE;
+  const int64_t part = o.m > ROWS ? MANY : KIND == Kind::ROWS ? FEW_OF_ROWS : FEW, tiles = (o.n + WIDE - 1) / WIDE;
   // Threads share the outputs; where there are fewer tiles of them than threads, rows too.
   const int64_t most = (o.m + 8 * ROWS - 1) / (8 * ROWS);
   const int64_t shares = std::clamp<int64_t>((at::get_num_threads() + tiles - 1) / tiles, 1, most);
@@ -428,7 +433,8 @@ void linear(
     const float* bias, float* y, int64_t m, int64_t n, int64_t k, int64_t groups, float input_scale,
     int32_t input_zero, int32_t bits) {
   const int64_t wide = (k + RUN - 1) / RUN * RUN;
-  const int64_t length = groups == 1 ? UNIT : k / groups, units = groups == 1 ? (wide + UNIT - 1) / UNIT : groups;
+  const int64_t unit = m > ROWS ? UNIT : FEW_OF_ROWS;
+  const int64_t length = groups == 1 ? unit : k / groups, units = groups == 1 ? (wide + unit - 1) / unit : groups;
   const Room<int8_t> codes(m * wide);
   const Room<float> x_scales(m);
   const Room<int32_t> sums(m * units);

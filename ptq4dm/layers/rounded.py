@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,12 @@ from .registry import finite
 
 
 class RoundedLayer(QuantizedLayer):
-    """What such layers share. A format says which grid a weight gets (`grid`) and how codes are stored (`fill`)."""
+    """What such layers share. A format says which grid a weight gets (`grid`) and how codes are stored (`fill`).
+
+    scales_trained: whether training may change the scales of the grid.
+    """
+
+    scales_trained: ClassVar[bool] = True
 
     def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Any:
         """The grid of a weight [N, K] float32, by the plan, with scales as they are stored."""

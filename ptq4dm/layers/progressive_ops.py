@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.formats import progressive
+from ..kernels.formats.hadamard import turned
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.w8a8 import layer as w8a8
@@ -46,12 +47,14 @@ def stepped_linear(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     activation_bits: int,
+    rotation: int,
 ) -> Tensor:
     """x [..., K] float -> [..., N] in x's dtype.
 
     qweight uint8 [N, K'/2] as in `int4_linear`, wsteps and wzeros int8 [N, G], wscales [N] float; bias [N]; the
-    input's grid as in `w8a8_linear`.
+    input's grid as in `w8a8_linear`; rotation: of x by `hadamard.turned`, before it is rounded.
     """
+    x = turned(x, rotation)
     codes = _int8(qweight, wsteps, wzeros, x.shape[-1])
     return w8a8.w8a8_linear(x, codes, _wide(wscales), bias, input_scale, input_zero_point, activation_bits)
 
@@ -72,6 +75,7 @@ def stepped_conv2d(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     activation_bits: int,
+    rotation: int,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -84,6 +88,7 @@ def stepped_conv2d(
     dynamic scales per sample.
     """
     channels = x.shape[1] // groups
+    x = turned(x.movedim(1, -1), rotation).movedim(-1, 1) if rotation else x
     codes = _int8(qweight, wsteps, wzeros, channels * kernel[0] * kernel[1])
     weight = codes.view(len(codes), *kernel, channels).permute(0, 3, 1, 2)
     grid = (input_scale, input_zero_point, activation_bits)

@@ -38,6 +38,14 @@ class RoundedLayer(QuantizedLayer):
         """The inverse of `matrix`."""
         return matrix.view(self.weight_shape)
 
+    def places(self, weight: Tensor) -> Tensor:
+        """A weight [N, ...] in the order of the matrix's columns: `matrix`, where that computes nothing."""
+        return self.matrix(weight)
+
+    def fed(self, evidence: LayerEvidence) -> LayerEvidence:
+        """What the matrix is multiplied by, of what the layer is fed, in the order of the matrix's columns."""
+        return evidence
+
     def stored_scales(self, scales: Tensor) -> Tensor:
         """Scales [N, G] in the dtype in which they are stored."""
         return scales
@@ -65,10 +73,10 @@ class RoundedLayer(QuantizedLayer):
         matrix = self.matrix(weight)
         groups = 1 if evidence is None else getattr(self, "groups", 1)
         count, width = len(matrix) // groups, matrix.shape[1]
-        columns = self.matrix(torch.arange(width, device=weight.device).view(1, *weight.shape[1:]))[0]
+        columns = self.places(torch.arange(width, device=weight.device).view(1, *weight.shape[1:]))[0]
         for i in range(groups):
             rows = matrix[i * count : (i + 1) * count]
-            fed = None if evidence is None else evidence.columns(columns + i * width)
+            fed = None if evidence is None else self.fed(evidence.columns(columns + i * width))
             yield rows, self.grid(rows, fed), fed
 
 

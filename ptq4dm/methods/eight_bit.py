@@ -48,6 +48,8 @@ class IntegerConfig(QuantConfig):
         weight, so that an 8-bit product has it exactly (layers/progressive.py); or "power", whose steps grow with the
         weight (layers/power.py): `simulated`, for it is computed through a codebook. Layers that `first_last` gives 8
         bits stay uniform.
+    rotate_inputs: of progressive weights: inputs are turned by Hadamard matrices in every call, in layers whose
+        output on calibration inputs has a smaller error for it. Inputs are "dynamic" then.
     average_bits: rows of weights get 8 bits, the most important first, until the mean width of all weights that
         would have weight_bits is this; the layers at the model's ends, where they have 8 bits, are not counted.
     importance: how rows are ranked for it: "integrated", "endpoint" or "gradient", on `num_tuples` calibration
@@ -74,6 +76,7 @@ class IntegerConfig(QuantConfig):
     weight_grid: str = option(
         "uniform", "of weights: uniform; progressive, 4 bits in 8; or power, which is simulated", choices=GRIDS
     )
+    rotate_inputs: bool = option(False, "turn inputs of progressive weights by Hadamard matrices where that helps")
     average_bits: float | None = option(
         None,
         "rows of weights get 8 bits, the most important first, until the weights' average width is this",
@@ -113,6 +116,8 @@ class IntegerConfig(QuantConfig):
         PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
 
     def _check_grid(self) -> None:
+        if self.rotate_inputs and (self.weight_grid, self.activations) != ("progressive", "dynamic"):
+            raise UserError("rotate_inputs goes with weight_grid='progressive' and activations='dynamic'.")
         if self.weight_grid not in GRIDS:
             raise UserError(f"weight_grid must be one of {', '.join(GRIDS)}; got '{self.weight_grid}'.")
         if self.weight_grid == "uniform":
@@ -140,6 +145,10 @@ class IntegerConfig(QuantConfig):
             raise UserError(
                 "weight_grid='progressive' has scales that are whole steps, which training cannot change; leave "
                 "'scales' out of train."
+            )
+        if learning is not None and self.rotate_inputs:
+            raise UserError(
+                "blocks whose inputs are turned in every call cannot be trained; leave rotate_inputs out."
             )
 
     def _check_average_bits(self) -> None:
@@ -169,7 +178,8 @@ class IntegerConfig(QuantConfig):
         ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
         objective = OBJECTIVES.find(self.ranges()[0])
         ranges = objective.needs if self._asks_model else weights_need(self.ranges()[0])
-        return ROUNDERS.find(self.rounding).needs | ranges | ranking
+        turns = frozenset({"rows"}) if self.rotate_inputs and self.plan is None else frozenset()
+        return ROUNDERS.find(self.rounding).needs | ranges | ranking | turns
 
     @property
     def _asks_model(self) -> bool:
@@ -224,7 +234,8 @@ class IntegerConfig(QuantConfig):
         if self.weight_grid == "power" and not (edge and self.first_last == "int8"):
             plan: LayerPlan = PowerPlan(weight_bits=weight_bits, activation_bits=activation_bits)
         elif self.weight_grid == "progressive" and weight_bits <= 4:
-            plan = ProgressivePlan(activation_bits=activation_bits, group_size=self._groups(view))
+            turn = None if self.rotate_inputs else 0
+            plan = ProgressivePlan(activation_bits=activation_bits, group_size=self._groups(view), rotation=turn)
         elif weight_bits <= 4:
             plan = Int4Plan(
                 weight_bits=weight_bits, activation_bits=activation_bits, group_size=self._groups(view),
@@ -242,6 +253,8 @@ class IntegerConfig(QuantConfig):
             )  # fmt: skip
         if store is not None and needs_of(plan) and unseen(view, store):
             plan.rounding, plan.objective, plan.objective_parameter = "nearest", "max", None
+            if isinstance(plan, ProgressivePlan):
+                plan.rotation = 0
         return plan
 
     def _groups(self, view: LayerView) -> int | None:

@@ -26,6 +26,7 @@ from .eight_bit import ACTIVATIONS, IntegerConfig
 
 VARIANTS = ("group", "channel")
 CLIPS = ("none", "mse", "output")
+ROTATIONS = ("inputs", "values", "none")
 GROUP = 128
 
 
@@ -37,7 +38,9 @@ class QoQConfig(IntegerConfig):
     variant: "group" (progressive; group_size 128 where it is left out), or "channel" (one scale and zero point
         a row).
     rounding: "gptq", "nearest" or another.
-    rotation: rotate the values of attention.
+    rotation: "inputs": of each layer in every call, where that lowers the error of its output (rotate_inputs);
+        "values": those of attention, in the weights around them, at no cost; "none". Left out, it is "inputs" of
+        "group" and "none" of "channel", which turns no inputs.
     smoothing: alpha of the transform "smooth", or "none".
     reorder: put channels into groups of their like.
     clip: how far a group or a row reaches: "none" to the largest weight; "mse", the least error of the weight;
@@ -48,12 +51,13 @@ class QoQConfig(IntegerConfig):
     weight_bits: int = option(4, flag=False, low=4, high=4)
     affine: bool = option(False, flag=False)
     weight_grid: str = option("progressive", flag=False)
+    rotate_inputs: bool = option(True, flag=False)
     activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     rounding: str = option("gptq", "how weights are rounded: nearest, or gptq by calibration inputs")
-    rotation: bool = option(True, "rotate values of attention")
+    rotation: str | None = option(None, "of layers' inputs in every call, of attention's values, or none")
     smoothing: float | str = option(0.3, "alpha of the smoothing, or none", parse=number_or_word)
     reorder: bool = option(True, "put channels of like inputs into one group")
-    clip: str = option("output", "how far groups of weights reach", choices=CLIPS)
+    clip: str = option("none", "how far groups of weights reach", choices=CLIPS)
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -63,6 +67,13 @@ class QoQConfig(IntegerConfig):
             raise UserError("variant='channel' has one scale an output; leave group_size out, or take 'group'.")
         self.group_size = None if rows else self.group_size or GROUP
         self.weight_grid, self.affine = ("uniform", True) if rows else ("progressive", False)
+        if self.rotation is None:
+            self.rotation = "none" if rows else "inputs"
+        if self.rotation not in ROTATIONS:
+            raise UserError(f"rotation must be one of {', '.join(ROTATIONS)}; got {self.rotation!r}.")
+        if rows and self.rotation == "inputs":
+            raise UserError("variant='channel' turns no inputs; take rotation='values' or 'none'.")
+        self.rotate_inputs = self.rotation == "inputs"
         super().__post_init__()
         if self.clip not in CLIPS:
             raise UserError(f"clip must be one of {', '.join(CLIPS)}; got '{self.clip}'.")
@@ -74,7 +85,7 @@ class QoQConfig(IntegerConfig):
     def changes(self) -> tuple[str, ...]:
         """QoQ's own transforms, then those that are named beside it."""
         smooth = () if self.smoothing == "none" else (f"smooth:alpha={self.smoothing}",)
-        rotate, reorder = ("rotate",) if self.rotation else (), ("reorder",) if self.reorder else ()
+        rotate, reorder = ("rotate",) if self.rotation == "values" else (), ("reorder",) if self.reorder else ()
         return (*smooth, *rotate, *reorder, *self.transforms)
 
     def ranges(self) -> tuple[str, float | None]:

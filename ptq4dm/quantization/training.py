@@ -42,6 +42,11 @@ def check_trained(plan: Plan) -> None:
                 f"layer '{name}' has format '{choice.format}', which no gradient passes, so that no block of its "
                 "plan can be trained."
             )
+        if getattr(choice, "rotation", 0) != 0:
+            raise UserError(
+                f"layer '{name}' has inputs that are turned in every call, which training of blocks does not know; "
+                "leave rotation out."
+            )
         kinds = FORMATS.find(choice.format).layers.values()
         fixed = not all(kind.scales_trained for kind in kinds)
         if fixed and name in learned and plan.learning is not None and "scales" in plan.learning.train:

@@ -213,6 +213,93 @@ def test_training_of_scales_is_refused(unet):
     check_plan(unet(), Plan("gradptq", layers, learning=Learning(train=("rounding",))))
 
 
+# ------------------------------------------------------------------------------------------------ rotation
+
+
+def spiky(rows, columns):
+    """Inputs of which a few are large, in every row the same."""
+    x = correlated(rows, columns)
+    x[:, ::37] *= 20
+    return x
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped-conv", "strided-conv"])
+def test_turned_layers_compute_the_same_function(kind):
+    """The dequantized weight is that of inputs as they come; codes are of turned ones, which are rounded."""
+    layer, x, block = {
+        "linear": (linear(), torch.randn(3, 5, 256), 128),
+        "conv": (conv(), torch.randn(2, 128, 6, 5), 128),
+        "grouped-conv": (conv(channels=256, groups=2), torch.randn(2, 256, 6, 5), 64),
+        "strided-conv": (conv(stride=2, bias=False), torch.randn(2, 128, 7, 7), 32),
+    }[kind]
+    quantized = quantized_copy(layer, ProgressivePlan(rotation=block), "layer")
+    weight = quantized.dequantized_weight()
+    assert (weight - layer.weight).norm() < 0.12 * layer.weight.norm()
+    exact = copy.deepcopy(layer)
+    with torch.no_grad():
+        exact.weight.copy_(weight)
+        expected, found = exact(x), quantized(x)
+        assert (found - expected).norm() < 0.02 * expected.norm()  # inputs of 8 bits
+        plain = quantized_copy(layer, ProgressivePlan(), "layer")
+        assert not torch.equal(plain.qweight, quantized.qweight)
+        assert torch.equal(torch.compile(quantized, backend="aot_eager", fullgraph=True)(x), found)
+    assert str(quantized.plan) == "W4A8 g128 progressive rotated dynamic"
+
+
+def test_turned_or_not_is_what_calibration_says():
+    """Inputs with large channels are better turned; rows of a weight that has few inputs of any size are not."""
+    layer, rows = linear(), spiky(400, 256)
+    found = quantized_copy(layer, ProgressivePlan(rotation=None), "layer", LayerEvidence(rows))
+    never = quantized_copy(layer, ProgressivePlan(), "layer")
+    with torch.no_grad():
+        errors = [float((one(rows) - layer(rows)).square().sum()) for one in (found, never)]
+    assert found.plan.rotation == 128 and errors[0] < 0.7 * errors[1]
+    sparse = linear(inputs=128)
+    with torch.no_grad():
+        sparse.weight.zero_()[:, :4] = torch.tensor([7.0, -7.0, 4.0, -8.0])  # four inputs, on the grid
+    rows = torch.randint(-127, 128, (400, 128)).float()
+    rows[:, 0] = 127  # on the grid too
+    found = quantized_copy(sparse, ProgressivePlan(rotation=None), "layer", LayerEvidence(rows))
+    assert found.plan.rotation == 0
+    with pytest.raises(UserError, match="decided on what layers are fed"):
+        quantized_copy(layer, ProgressivePlan(rotation=None), "layer")
+
+
+def test_hessian_rounding_of_turned_weights_sees_turned_inputs():
+    layer, rows = linear(), spiky(400, 256)
+    errors = {}
+    for rounding in ("nearest", "gptq"):
+        plan = ProgressivePlan(rotation=128, rounding=rounding)
+        found = quantized_copy(layer, plan, "layer", LayerEvidence(rows)).dequantized_weight()
+        errors[rounding] = float((rows @ (found - layer.weight.detach()).T).square().sum())
+    assert errors["gptq"] < 0.6 * errors["nearest"]
+
+
+def test_odd_widths_are_not_turned():
+    found = quantized_copy(
+        nn.Linear(37, 5), ProgressivePlan(group_size=None, rotation=None), "layer", LayerEvidence(torch.randn(50, 37))
+    )
+    assert found.plan.rotation == 0
+
+
+def test_what_rotation_does_not_go_with_is_refused(unet):
+    with pytest.raises(UserError, match="rotate_inputs goes with"):
+        RTNConfig(weight_bits=4, weight_grid="progressive", rotate_inputs=True)
+    with pytest.raises(UserError, match="rotate_inputs goes with"):
+        RTNConfig(weight_bits=4, activations="dynamic", rotate_inputs=True)
+    with pytest.raises(UserError, match="leave rotate_inputs out"):
+        GradPTQConfig(weight_grid="progressive", activations="dynamic", rotate_inputs=True)
+    layers = {"conv_in": ProgressivePlan(group_size=None, rounding="learned", rotation=None)}
+    with pytest.raises(UserError, match="'conv_in' has inputs that are turned"):
+        check_plan(unet(), Plan("gradptq", layers, learning=Learning()))
+    empty, tensors = stored()
+    empty.plan = ProgressivePlan(rotation=None)
+    with pytest.raises(ValueError, match="no 'rotation'"):
+        check_stored(empty, tensors)
+    with pytest.raises(ValueError, match="do not divide into groups of 128"):
+        ProgressivePlan(group_size=32, rotation=128).check_layer(nn.Linear(96, 4))
+
+
 # ------------------------------------------------------------------------------------------------ files, recipes
 
 
@@ -245,7 +332,14 @@ def test_files_at_odds_with_their_plan_are_refused(changed, words):
 
 @pytest.mark.parametrize(
     ("choice", "words"),
-    [({"weight_bits": 3}, "4 bits, not 3"), ({"group_size": 48}, "not 48"), ({"activation_bits": 9}, "from 2 to 8")],
+    [
+        ({"weight_bits": 3}, "4 bits, not 3"),
+        ({"group_size": 48}, "not 48"),
+        ({"activation_bits": 9}, "from 2 to 8"),
+        ({"rotation": 48}, "power of two up to 128, not 48"),
+        ({"rotation": 256}, "power of two up to 128, not 256"),
+        ({"rotation": 64, "input_scale": 1.0, "input_zero_point": 0}, "have no static grid"),
+    ],
     ids=str,
 )
 def test_plans_out_of_range_are_refused(choice, words):

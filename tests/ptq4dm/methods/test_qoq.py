@@ -13,7 +13,7 @@ from ptq4dm.quantization.planning import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OFF = {"rounding": "nearest", "rotation": False, "smoothing": "none", "reorder": False, "clip": "none"}
+OFF = {"rounding": "nearest", "rotation": "none", "smoothing": "none", "reorder": False, "clip": "none"}
 SMALL = {"group_size": 32, "num_tuples": 4}
 
 
@@ -51,7 +51,7 @@ def test_with_every_pass_off_it_is_round_to_nearest(dit, variant):
 def test_each_pass_is_one_that_every_method_can_take(dit):
     """The whole of QoQ, told of another recipe by the slots' own names."""
     model, other = dit[0], copy.deepcopy(dit[0])
-    every = {"rounding": "gptq", "rotation": True, "smoothing": 0.3, "reorder": True, "clip": "output"}
+    every = {"rounding": "gptq", "rotation": "values", "smoothing": 0.3, "reorder": True, "clip": "output"}
     ptq4dm.quantize(model, QoQConfig(**every, **SMALL), dit[1])
     same = PTQ4DMConfig(
         weight_bits=4, activations="dynamic", weight_grid="progressive", rounding="gptq", objective="output",
@@ -73,6 +73,21 @@ def test_it_is_better_than_round_to_nearest(dit):
         ptq4dm.quantize(variants[variant], config, store)
     assert error(exact, variants["group"], store) < 0.7 * error(exact, nearest, store)
     assert error(exact, variants["group"], store) < error(exact, variants["channel"], store)
+
+
+def test_inputs_are_turned_where_that_is_better_and_every_method_can_ask_for_it(dit):
+    model, store = dit
+    other, never = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"rounding": "gptq", "smoothing": "none", "reorder": False, "clip": "none"}
+    ptq4dm.quantize(model, QoQConfig(rotation="inputs", **options, **SMALL), store)
+    grid = {"weight_grid": "progressive", "rotate_inputs": True, "weight_bits": 4, "activations": "dynamic"}
+    ptq4dm.quantize(other, RTNConfig(rounding="gptq", **grid, **SMALL), store)
+    assert equal(tensors(model), tensors(other))
+    plans = ptq4dm.quantization_config(model).plan.layers
+    found = {choice.rotation for choice in plans.values() if choice.format == "progressive"}
+    assert found == {0, 64}, "some layers are better for it and some are not"
+    ptq4dm.quantize(never, QoQConfig(rotation="none", **options, **SMALL), store)
+    assert {getattr(c, "rotation", 0) for c in ptq4dm.quantization_config(never).plan.layers.values()} == {0}
 
 
 def test_smoothing_takes_the_alpha_that_is_given(dit):
@@ -109,6 +124,8 @@ def test_layers_that_do_not_divide_into_groups_have_one(unet):
         ({"variant": "tensor"}, "variant must be one of group, channel"),
         ({"variant": "channel", "group_size": 64}, "one scale an output; leave group_size out"),
         ({"clip": "lp"}, "clip must be one of none, mse, output; got 'lp'"),
+        ({"rotation": "all"}, "rotation must be one of inputs, values, none"),
+        ({"variant": "channel", "rotation": "inputs"}, "'channel' turns no inputs"),
         ({"smoothing": "search"}, "smoothing must be none or a number"),
         ({"smoothing": 1.5}, "smoothing must be none or a number"),
         ({"group_size": 48}, "group_size must be None, 32, 64 or 128; got 48"),

@@ -118,7 +118,7 @@ class ProgressiveLayer(RoundedLayer):
         )
         put_input_grid(self, self.plan, codes.device)
 
-    def places(self, weight: Tensor) -> Tensor:
+    def columns(self, weight: Tensor) -> Tensor:
         return pixel_first(weight)
 
     def matrix(self, weight: Tensor) -> Tensor:

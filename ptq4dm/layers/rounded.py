@@ -38,7 +38,7 @@ class RoundedLayer(QuantizedLayer):
         """The inverse of `matrix`."""
         return matrix.view(self.weight_shape)
 
-    def places(self, weight: Tensor) -> Tensor:
+    def columns(self, weight: Tensor) -> Tensor:
         """A weight [N, ...] in the order of the matrix's columns: `matrix`, where that computes nothing."""
         return self.matrix(weight)
 
@@ -73,7 +73,7 @@ class RoundedLayer(QuantizedLayer):
         matrix = self.matrix(weight)
         groups = 1 if evidence is None else getattr(self, "groups", 1)
         count, width = len(matrix) // groups, matrix.shape[1]
-        columns = self.places(torch.arange(width, device=weight.device).view(1, *weight.shape[1:]))[0]
+        columns = self.columns(torch.arange(width, device=weight.device).view(1, *weight.shape[1:]))[0]
         for i in range(groups):
             rows = matrix[i * count : (i + 1) * count]
             fed = None if evidence is None else self.fed(evidence.columns(columns + i * width))

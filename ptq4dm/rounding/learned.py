@@ -30,8 +30,7 @@ TRAINED = ("rounding", "scales", "biases", "ranges")
 AUGMENTATIONS = ("qdrop", "noise", "none")
 MOVES = ("up-down", "wide")
 UNITS = ("block", "layer")
-PACES = {"gptq": 1.0, "nearest": 10.0}  # starts, and how much faster codes have to move from there
-STARTS = tuple(PACES)
+STARTS = ("gptq", "nearest")
 
 STEPS = 100  # of the rounder of one layer
 NEAR = 0.49  # how far from its code a weight begins at most, in codes
@@ -108,8 +107,7 @@ class Learning:
         """The learning rate of the rounding: the optimizer's own is of straight-through codes that start at gptq."""
         if self.learning_rate is not None:
             return self.learning_rate
-        paces = VARIABLES.find(self.variable).pace, PACES[self.start]
-        return OPTIMIZERS.find(self.optimizer).learning_rate * paces[0] * paces[1]
+        return OPTIMIZERS.find(self.optimizer).learning_rate * VARIABLES.find(self.variable).paces[self.start]
 
 
 def learning_from(data: Any) -> Learning:

@@ -45,7 +45,7 @@ OPTIMIZERS["adam"] = Choice(torch.optim.Adam, 1e-3)
 OPTIMIZERS["adamw"] = Choice(torch.optim.AdamW, 1e-3)
 OPTIMIZERS["adamax"] = Choice(torch.optim.Adamax, 3e-3)
 OPTIMIZERS["signsgd"] = Choice(SignSGD, 1e-3)
-OPTIMIZERS["sgd"] = Choice(partial(torch.optim.SGD, momentum=0.9), 0.1)
+OPTIMIZERS["sgd"] = Choice(partial(torch.optim.SGD, momentum=0.9), 1.0)
 
 
 def falling(step: int, steps: int) -> float:

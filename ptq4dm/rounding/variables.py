@@ -14,6 +14,7 @@ division is FlexRound's by elements (arXiv:2306.00317). Codes here are less thei
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ class Variable:
     steps: p [N, K] float32. low, high: the ends of the grid, broadcastable to it. wide: moves by more than one code.
     """
 
-    pace = 1.0  # learning rates of this variable, in those of straight-through codes
+    paces: ClassVar[dict[str, float]] = {"gptq": 1.0, "nearest": 10.0}
+    """Start -> its learning rate, in those of straight-through codes from gptq; from nearest these go farther."""
 
     def __init__(self, steps: Tensor, low: Tensor, high: Tensor, wide: bool = False) -> None:
         self.reach = WIDE if wide else 0
@@ -74,7 +76,7 @@ class Variable:
 class Sigmoid(Variable):
     """AdaRound's rectified sigmoid."""
 
-    pace = 100.0
+    paces: ClassVar[dict[str, float]] = {"gptq": 300.0, "nearest": 300.0}
 
     @property
     def span(self) -> float:

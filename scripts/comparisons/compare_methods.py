@@ -14,7 +14,7 @@ Columns: PSNR of same-seed images with its 95 % interval, and noise prediction e
 seeds that calibration never saw; feature-FID (--num-fid); bytes of all tensors in float16 and their share of the
 unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and, on a
 GPU with --compiled, compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not
-made again. Times of rows that several processes share (--workers) are those of a busy machine.
+made again. Processes that share the rows (--workers) time no steps; their seconds are those of a busy machine.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Bench:
         model = exact
         if row.recipe is not None:
             model, facts = self._quantized(row)
-            figures |= facts | self.truth.compare(model) | self._times(model)
+            figures |= facts | self.truth.compare(model)
+            figures |= self._times(model) if args.workers == 1 else {}
         figures["bytes"] = bytes_of_float16(model)
         figures["bytes_share"] = figures["bytes"] / bytes_of_float16(exact)
         figures["feature_fid"] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from trials import Trial
 import ptq4dm
 from ptq4dm.calibration.evidence import calibration_batches
 from ptq4dm.pipelines.denoiser import denoiser
+
+LONG = 10_000  # steps of a row that is kept block by block
 
 
 class Bench:
@@ -45,8 +48,10 @@ class Bench:
         store = self.store(trial.law or args.law, seed)
         start = time.perf_counter()  # stores are waited for, and shared
         model = copy.deepcopy(exact)
+        kept = self._kept(trial, bits, seed)
+        resumed = kept is not None and kept.exists()
         with watched(args.device) as cost:
-            report = ptq4dm.quantize(model, config, store)
+            report = ptq4dm.quantize(model, config, store, checkpoint=kept)
         if trial.control is not None:
             trial.control(model, exact, store, seed)
         figures = self.truth.compare(model) if args.eval == "all" else self.truth.predicted(model)
@@ -54,10 +59,18 @@ class Bench:
             "model": self.model, "bits": bits, "stage": trial.stage, "row": trial.name, "seed": seed,
             "options": trial.options, "learning_rate": getattr(config, "rate", None),
             "recipe": config.summary(), **figures, "calibration_error": self._seen(model, store),
-            "flips": flips(report.layers, exact), "seconds_to_quantize": cost["seconds"],
+            "flips": flips(report.layers, exact), "seconds_to_quantize": None if resumed else cost["seconds"],
             "memory_to_quantize": cost["peak_memory"], **made_on(args.device),
             "seconds": round(time.perf_counter() - start, 1),
         }  # fmt: skip
+
+    def _kept(self, trial: Trial, bits: str, seed: int) -> Path | None:
+        """Where the blocks of a row are kept that takes long, so that the same command goes on with it."""
+        steps = trial.options.get("steps", self.args.whole["steps"])
+        if trial.rounding or steps < LONG:
+            return None
+        stores = self.args.stores or self.args.output.with_name(f"{self.args.output.stem}-calibration")
+        return stores / f"{self.model}-{bits}-{trial.name}-seed-{seed}-blocks".replace(" ", "-")
 
     def _seen(self, model, store) -> float:
         """The error on the calibration tuples that training looked at."""

@@ -173,7 +173,7 @@ def low_rank() -> list[Row]:
 def prediction_difference() -> list[Row]:
     """PD-Quant's choice of input ranges. Rows of one width share their weight codes; scales of inputs differ."""
     rows = []
-    for weight_bits, activation_bits in ((4, 4), (8, 4), (8, 8)):
+    for weight_bits, activation_bits in ((4, 4), (8, 4), (8, 8), (2, 4)):
         of = {"weight_bits": weight_bits, "activation_bits": activation_bits}
         name, mse = f"PD-Quant W{weight_bits}A{activation_bits}", partial(PTQ4DMConfig, objective="mse", **of)
         rows += [
@@ -228,13 +228,16 @@ def _trained(name: str, options: dict) -> list[Row]:
 
 def trained_prediction() -> list[Row]:
     """PD-Quant's training of blocks, with and without the error in the model's prediction."""
-    name = "PD-Quant W4A4, trained"
-    recipe = partial(PDQuantConfig, weight_bits=4, activation_bits=4, rounding="learned")
-    return [
-        Row(name, "method", recipe),
-        Row(f"{name}, without prediction", "ablation", partial(recipe, prediction=0.0), name),
-        Row(f"{name}, flips at random", "shuffled", recipe, name, packed=flip_trained),
-    ]
+    rows = []
+    for bits in (4, 2):
+        name = f"PD-Quant W{bits}A4, trained"
+        recipe = partial(PDQuantConfig, weight_bits=bits, activation_bits=4, rounding="learned", num_tuples=128)
+        rows += [
+            Row(name, "method", recipe),
+            Row(f"{name}, without prediction", "ablation", partial(recipe, prediction=0.0), name),
+            Row(f"{name}, flips at random", "shuffled", recipe, name, packed=flip_trained),
+        ]
+    return rows
 
 
 def progressive_bits() -> list[Row]:

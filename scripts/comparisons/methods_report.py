@@ -58,7 +58,7 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw(rows: list[dict], path: Path) -> Path:
-    """Noise prediction error against stored bytes and against the time of a step, one model: a PNG.
+    """Noise prediction error against stored bytes and, where steps were timed, against their time, one model: a PNG.
 
     Methods and baselines are named, ablations and shuffled controls are small marks; a line joins the rows that no
     other beats. Time is that of compiled bfloat16 where there is any.
@@ -73,11 +73,15 @@ def draw(rows: list[dict], path: Path) -> Path:
     columns = {
         "stored bytes / those of float16": lambda row: row["bytes_share"],
         f"step time / full precision's ({'bf16 compiled' if compiled else 'float32'})": (
-            lambda row: row.get(key, {}).get("ratio")
+            lambda row: (row.get(key) or {}).get("ratio")
         ),
     }
-    figure, panels = plt.subplots(1, 2, figsize=(15, 7), sharey=True)
-    for axes, (title, place) in zip(panels, columns.items(), strict=True):
+    columns = {title: place for title, place in columns.items() if any(place(row) is not None for row in measured)}
+    figure, panels = plt.subplots(
+        1, len(columns) or 1, figsize=(7.5 * len(columns) or 7.5, 7), sharey=True, squeeze=False
+    )
+    panels = panels[0]
+    for axes, (title, place) in zip(panels, columns.items(), strict=False):
         points = [(row, place(row), row["eps_error"]) for row in measured if place(row) is not None]
         for kind, (mark, colour) in MARKS.items():
             own = [(x, y) for row, x, y in points if row["kind"] == kind]

@@ -22,7 +22,11 @@ RATES = {
     "signsgd": (1e-4, 3e-4, 1e-3, 3e-3),
     "sgd": (1e-2, 1e-1, 3e-1, 1.0, 3.0, 1e1, 1e2),
 }
-VARIABLE_RATES = {"sigmoid": (1e-2, 3e-2, 1e-1), "division": (3e-4, 1e-3, 3e-3)}
+VARIABLE_RATES = {
+    "sigmoid": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "straight-through": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "division": (3e-4, 1e-3, 3e-3, 1e-2),
+}
 """The rates that are tried of each optimizer, and of each variable with Adam. They are ours; where the best is the
 first or the last, --learning-rates adds."""
 
@@ -45,7 +49,6 @@ COMBINED: tuple[dict, ...] = (
     {"moves": "wide", "variable": "sigmoid"},
     {"moves": "wide", "variable": "division"},
     {"start": "nearest", "variable": "sigmoid"},
-    {"start": "nearest", "learning_rate": 1e-2},  # from nearest codes have farther to go
     {**STATIC, "train": ("rounding",)},
     {**STATIC, "train": ("ranges",)},
     {**STATIC, "train": ("rounding", "ranges")},
@@ -53,6 +56,10 @@ COMBINED: tuple[dict, ...] = (
 LAWS = ("uniform", "ndtc", "solver", "one timestep")
 STEPS = (50, 100, 200, 500, 1500, 20000)
 PREDICTION = (0.0, 0.3, 1.0, 3.0)
+AS_PUBLISHED = {
+    "prediction": 1.0, "variable": "sigmoid", "start": "nearest", "augmentation": "qdrop", "learning_rate": 0.1,
+}  # fmt: skip
+"""AdaRound's variable and QDrop's inputs, as in PD-Quant's code; its rate is for 20000 steps, this one for 300."""
 ALONE = 1e4  # a weight of the prediction term beside which the block's own loss is nothing
 
 
@@ -96,19 +103,27 @@ def beside_all() -> list[Trial]:
 
 
 def learning_rates(base: dict[str, Any], more: tuple[float, ...] = ()) -> list[Trial]:
-    """Optimizers of the base's variable, and Adam of the other variables, from the base's start."""
+    """Optimizers of the base's variable, Adam of the other variables, and Adam of two variables from other starts."""
     own = {name: base[name] for name in ("variable", "start")}
     rows = [
         Trial("lr", f"{optimizer}, rate {rate:g}", own | {"optimizer": optimizer, "learning_rate": rate})
         for optimizer, rates in RATES.items()
         for rate in sorted({*rates, *more})
     ]
-    return rows + [
+    rows += [
         Trial("lr", f"{variable}, adam, rate {rate:g}",
               own | {"variable": variable, "optimizer": "adam", "learning_rate": rate})
         for variable, rates in VARIABLE_RATES.items()
         if variable != base["variable"]
         for rate in sorted({*rates, *more})
+    ]  # fmt: skip
+    return rows + [
+        Trial("lr", f"start {start}, {variable}, adam, rate {rate:g}",
+              {"variable": variable, "start": start, "optimizer": "adam", "learning_rate": rate})
+        for start in FACTORS["start"]
+        if start != base["start"]
+        for variable in dict.fromkeys((base["variable"], "sigmoid"))
+        for rate in sorted({*VARIABLE_RATES[variable], *more})
     ]  # fmt: skip
 
 
@@ -168,8 +183,9 @@ def steps(base: dict[str, Any]) -> list[Trial]:
 
 
 def prediction(base: dict[str, Any]) -> list[Trial]:
-    """Weights of the prediction term that are not the base's, the term alone, and corrected inputs."""
+    """Weights of the prediction term that are not the base's, the term alone, corrected inputs, and what PD-Quant's
+    authors train with."""
     weights = [{"prediction": weight} for weight in PREDICTION if weight != base["prediction"]]
-    rows = [*weights, {"correction": True}, {"prediction": 1.0, "correction": True}]
+    rows = [*weights, {"correction": True}, {"prediction": 1.0, "correction": True}, AS_PUBLISHED]
     alone = Trial("pdquant", "prediction alone", {"prediction": ALONE})
     return [*(Trial("pdquant", called(options), options) for options in rows), alone]

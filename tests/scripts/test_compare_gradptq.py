@@ -1,5 +1,6 @@
 """The ablation table of block training: rows, what resumes, ratios, workers, the shuffled control."""
 
+import argparse
 import copy
 import importlib
 import json
@@ -19,6 +20,7 @@ from ptq4dm.rounding.optimizers import OPTIMIZERS
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "comparisons"
 SMALL = ["--sampling-steps", "3", "--num-paired", "3", "--calibration-samples", "4", "--batch-size", "4"]
 SMALL += ["--device", "cpu", "--model", "tiny", "--output", "g.json"]
+AS_PUBLISHED = "prediction 1.0, variable sigmoid, start nearest, augmentation qdrop, learning_rate 0.1"
 
 
 class FakeBench:
@@ -101,12 +103,12 @@ def test_factors_are_every_value_that_is_not_the_base(script):
     assert "loss mse" in other and "loss cosine" not in other and "loss cosine" in names
     assert "calibration solver" not in names and "calibration uniform" in names
     assert "calibration solver" in [trial.name for trial in trials.all_trials(base, "ndtc")]
-    assert {"start nearest", "start nearest, variable sigmoid", "start nearest, learning_rate 0.01"} <= {*names}
-    assert "start gptq" in other and "start nearest, learning_rate 0.01" not in other
+    assert {"start nearest", "start nearest, variable sigmoid"} <= {*names} and "start gptq" in other
     assert "train rounding, activations static" not in names  # said in one order
     assert {"activations static, train rounding", "activations static, train ranges"} <= {*names}
     assert [name for name in names if name.startswith("prediction")] == [
-        "prediction 0.3", "prediction 1.0", "prediction 3.0", "prediction 1.0, correction True", "prediction alone",
+        "prediction 0.3", "prediction 1.0", "prediction 3.0", "prediction 1.0, correction True",
+        AS_PUBLISHED, "prediction alone",
     ]  # fmt: skip
     assert "prediction 0.0" in [trial.name for trial in trials.prediction({**base, "prediction": 1.0})]
 
@@ -118,18 +120,23 @@ def test_a_base_with_static_inputs_counts_its_ranges(script):
 
 
 def test_rates_are_of_each_optimizer_and_variable(script):
-    trials, base = script("trials"), script("gradptq_recipes").defaults()
+    trials, recipes = script("trials"), script("gradptq_recipes")
+    base = recipes.defaults()
     rows = trials.learning_rates(base, (0.5,))
     found = {}
     for row in rows:
-        key = row.options["variable"], row.options["optimizer"]
-        found.setdefault(key, []).append(row.options["learning_rate"])
-        assert row.options["start"] == base["start"]
+        found.setdefault(tuple(row.options[name] for name in recipes.TUNED), []).append(row.options["learning_rate"])
+    start, variable = base["start"], base["variable"]
+    assert (start, variable) == ("gptq", "straight-through")
     assert found == {
-        **{(base["variable"], name): sorted((*rates, 0.5)) for name, rates in trials.RATES.items()},
+        **{(name, variable, start): sorted((*rates, 0.5)) for name, rates in trials.RATES.items()},
         **{
-            (name, "adam"): sorted((*rates, 0.5))
-            for name, rates in trials.VARIABLE_RATES.items() if name != base["variable"]
+            ("adam", name, start): sorted((*rates, 0.5))
+            for name, rates in trials.VARIABLE_RATES.items() if name != variable
+        },
+        **{
+            ("adam", name, "nearest"): sorted((*trials.VARIABLE_RATES[name], 0.5))
+            for name in (variable, "sigmoid")
         },
     }  # fmt: skip
 
@@ -165,9 +172,9 @@ def test_optimizers_and_variables_take_their_best_rate(script, capsys):
     compare.main([*words, "--rates", "g.json"], FakeBench)
     rates = {row["row"]: row["learning_rate"] for row in rows_of("f.json")}
     assert rates["optimizer sgd"] == rates["optimizer adamax"] == rates["variable sigmoid"] == 0.01
-    assert rates["variable division"] == 0.003  # of 0.0003 to 0.003, and 0.02
+    assert rates["variable division"] == 0.01
     assert rates["base"] == rates["loss mse"] == 0.5 and rates["nearest"] is None
-    assert rates["start nearest"] == 0.5 and rates["start nearest, learning_rate 0.01"] == 0.01
+    assert rates["start nearest"] == rates["start nearest, variable sigmoid"] == 0.01
     Path("f.json").unlink()
     compare.main(words, FakeBench)  # no rates: an optimizer's own, not the base's; a variable has none of its own
     rates = {row["row"]: row["learning_rate"] for row in rows_of("f.json")}
@@ -180,8 +187,8 @@ def test_rates_of_the_same_command_are_waited_for(script):
     compare = script("compare_gradptq")
     compare.main([*SMALL, "--stage", "lr", "factors"], FakeBench)
     made = [row for row, _, _ in FakeBench.made]
-    first = min(made.index(name) for name in made if name.startswith(("optimizer", "variable", "start nearest")))
-    assert all("rate" not in name for name in made[first:] if "learning_rate" not in name)
+    first = min(made.index(name) for name in made if name.startswith(("optimizer", "variable")))
+    assert all("rate" not in name for name in made[first:])
     rates = {row["row"]: row["learning_rate"] for row in rows_of()}
     assert rates["optimizer sgd"] == rates["optimizer adamax"] == 0.01
 
@@ -361,7 +368,7 @@ def test_slow_rows_begin_first_and_hold_no_others_up(script, monkeypatch, capsys
         return row
 
     monkeypatch.setattr(FakeBench, "measure", timed)
-    words = [*SMALL, "--stage", "pdquant", "factors", "--only", "base", "loss *", "unit *", "prediction*"]
+    words = [*SMALL, "--stage", "pdquant", "factors", "--only", "base", "loss *", "unit *", "prediction [013a]*"]
     compare.main([*words, "--minutes", "5"], FakeBench)
     # At 200 s a third of 100 s may begin, and then nothing, of a kind that nobody has seen either.
     assert [row for row, _, _ in FakeBench.made] == ["prediction 0.3", "prediction 1.0", "prediction 3.0"]
@@ -370,7 +377,7 @@ def test_slow_rows_begin_first_and_hold_no_others_up(script, monkeypatch, capsys
     compare.main([*words, "--minutes", "3.99"], FakeBench)
     # At 200 s no third one of them, nor any of the layers', but rows of one second, once the first of them is known:
     # that one is judged by the longest, and there is no time for it.
-    assert [row for row, _, _ in FakeBench.made] == ["prediction 1.0, correction True", "prediction alone"]
+    assert [row for row, _, _ in FakeBench.made] == ["prediction 1.0, correction True", AS_PUBLISHED]
     now[0] = 0.0
     FakeBench.made.clear()
     compare.main([*words, "--minutes", "3.9", "--only", "base", "loss *", "unit *"], FakeBench)
@@ -497,3 +504,16 @@ def test_flipped_codes_are_as_many_in_other_places(script, unet, one_thread, gri
     assert not torch.equal(*(one.get_submodule(layer).dequantized_weight() for one in (flipped, model)))
     with pytest.raises(UserError, match="off the nearest"):
         flip(nearest, exact, store, 0)
+
+
+def test_blocks_of_a_long_row_are_kept(script):
+    """So that the command goes on with it where it was killed: each row in a folder of its own."""
+    trials, bench = script("trials"), script("gradptq_bench")
+    made = object.__new__(bench.Bench)
+    made.model = "tiny"
+    made.args = argparse.Namespace(stores=None, output=Path("out/g.json"), whole={"steps": 300})
+    long = trials.Trial("steps", "20000 steps", {"steps": 20000})
+    assert made._kept(trials.Trial("", "base"), "W4A8", 0) is None
+    assert made._kept(trials.Trial("", "gptq", {"steps": 20000}, rounding="gptq"), "W4A8", 0) is None
+    folders = [made._kept(long, bits, seed) for bits in ("W4A8", "W3A8") for seed in (0, 1)]
+    assert len({*folders}) == 4 and {folder.parent for folder in folders} == {Path("out/g-calibration")}

@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptq4dm.kernels.runtime import settings
-from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, layer
+from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
 from ptq4dm.kernels.w4.reference import NONLINEARITIES
 from ptq4dm.kernels.w8a8 import norm, quantize, steps
@@ -127,6 +127,21 @@ def int4_calls(quick: bool) -> None:
         int4_codes_triton.int4_codes(empty(n, k // 2, dtype=torch.uint8), scales, wzeros, k, peak(wzeros))
 
 
+def integer_calls(quick: bool) -> None:
+    """Progressive and grouped weights, of few rows and of many, with a scale a row and in groups."""
+    n, k = 3072, 3072
+    int8 = functools.partial(empty, dtype=torch.int8)
+    qweight, channel = empty(n, k // 2, dtype=torch.uint8), empty(n, dtype=torch.float32)
+    for rows in (16, 4608):
+        for size in (128,) if quick else (k, 128, 64, 32):
+            groups = n, k // size
+            zeros = None if size == 64 else int8(*groups)
+            integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
+            integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
+        integer.grouped_through(empty(rows, k), qweight, channel[:, None], int8(n, 1), None)
+    progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))
+
+
 def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
     """Linear layers and 3x3 convolutions, static and dynamic; a norm that hands over codes."""
     n = c = 256
@@ -180,6 +195,7 @@ def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[
     with settings.target(gpu):
         svdquant_calls(gpu.capability, rank, nonlinearity, quick)
         int4_calls(quick)
+        integer_calls(quick)
         w8a8_calls(gpu.capability, quick)
     return found
 

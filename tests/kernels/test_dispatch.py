@@ -80,18 +80,37 @@ def test_on_a_cpu(vnni, monkeypatch):
 
 
 def test_plain_4_bit_weights_on_a_gpu():
-    """Scales per token, groups of 64 or 128 and no zero points: the kernels of branched layers; else unpacked."""
+    """Linear layers under scales per token: groups without zero points go to the kernels of branched layers, if whole
+    runs are, groups with them and single scales to those that sum whole numbers; all else is unpacked."""
     direct, unpacked = {"all rows": "triton-w4a8-int8"}, {"all rows": "unpack + triton-int8"}
     for group_size in (None, 32, 64, 128):
         for zeros in (True, False):
             query = dict(weight="int4", group_size=group_size, zeros=zeros, activation="int8")
-            served = direct if group_size in (64, 128) and not zeros else unpacked
-            assert on_gpu((8, 0), **query) == served
-            for more in (dict(static=True), dict(linear=False), dict(inputs=96)):
+            exact = {"all rows": f"triton-w4a8-{'grouped' if group_size else 'channel'}"}
+            exact = exact if zeros or group_size is None else unpacked
+            assert on_gpu((8, 0), **query) == (direct if group_size in (64, 128) and not zeros else exact)
+            assert on_gpu((8, 0), **query, inputs=96) == exact
+            for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu((8, 0), **query, **more) == unpacked
+            assert on_gpu((7, 5), **query) == unpacked
             for activation in ("fp8", "int4", "none"):
                 assert on_gpu((9, 0), **query | {"activation": activation}) == {"all rows": "reference"}
     assert on_gpu((9, 0), weight="int4", activation="int8", groups=2) == {"all rows": "reference"}
+
+
+def test_progressive_weights(monkeypatch):
+    """Widened in the product under scales per token; else their exact int8 form goes where int8 weights go."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for group_size in (None, 32, 64, 128):
+        query = dict(weight="int4", activation="int8", group_size=group_size, zeros=True, progressive=True)
+        assert on_gpu((8, 0), **query) == {"all rows": "triton-w4a8-progressive"}
+        for more in (dict(static=True), dict(linear=False)):
+            assert on_gpu((8, 0), **query, **more) == {"all rows": "unpack + triton-int8"}
+        assert on_gpu((8, 0), **query, groups=2) == {"all rows": "reference"}
+        assert dispatch.find(Query(**query, device=CPU)).name == "onednn-int8 on an int8 copy"
+    with pytest.raises(ValueError, match="no branch"):
+        Query("int4", "int8", 64, progressive=True, branch=True)
 
 
 def test_what_find_says_is_what_the_layers_ask():
@@ -112,7 +131,7 @@ def test_the_list():
     assert len(set(names)) == len(names) and names[-1] == "reference"
     assert set(names) >= {w4.FP8, w4.INT8, w4.INT4, w4.WEIGHT_ONLY, w8a8.TRITON, w8a8.TRITON_FP8, w8a8.ONEDNN}
     modes = {mode for mode in dispatch.tunable().values() if mode}
-    assert modes == set(w4.MODES.values()) and list(dispatch.tunable())[-1] == "w8a8"
+    assert modes == {*w4.MODES.values(), "progressive", "grouped"} and list(dispatch.tunable())[-1] == "w8a8"
     tables = [settings.settings_in(settings.FOLDER / f"{name}.json") for name in ("nvidia_h200", "sm_80")]
     assert modes | {"w8a8"} == {name.partition(".")[0] for table in tables for name in table if name != "device"}
 
@@ -139,6 +158,7 @@ def test_words_that_are_not_known(query, says):
         Query("fp8", "fp8", rows=3, static=True),
         Query("int4", "int8", rows=3, zeros=True),
         Query("int4", "int8", 64, rows=3, static=True),
+        Query("int4", "int8", 64, rows=3, zeros=True, progressive=True),
         Query("int4", "none", rows=3),
         Query("int4", "int4", 32, rows=3, branch=True),
     ],
@@ -182,6 +202,7 @@ def test_times_on_the_gpu(rows):
         Query("int8", "int8", rows=rows, device=CUDA, static=True),
         Query("int4", "int8", rows=rows, device=CUDA),
         Query("int4", "int8", 64, rows=rows, device=CUDA, zeros=True),
+        Query("int4", "int8", 64, rows=rows, device=CUDA, zeros=True, progressive=True),
         Query("int4", "int8", 64, rows=rows, device=CUDA, branch=True),
         Query("int4", "none", 64, rows=rows, device=CUDA, branch=True),
     ]:

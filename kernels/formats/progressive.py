@@ -90,7 +90,8 @@ def leaves_int8(steps: Tensor, zeros: Tensor) -> Tensor:
     return ((7 - zeros) * wide > 127) | ((-8 - zeros) * wide < -128)
 
 
-def operand(codes: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
-    """s1 (q - z), int8 [N, K], of codes int8 [N, K] under int8 steps and zero points [N, G]."""
+def operand(codes: Tensor, steps: Tensor, zeros: Tensor | None) -> Tensor:
+    """s1 (q - z), int8 [N, K], of codes int8 [N, K] under int8 steps and zero points [N, G]; None: these are 0."""
     grouped = codes.unflatten(1, (steps.shape[1], -1))
-    return ((grouped - zeros[:, :, None]) * steps[:, :, None]).flatten(1)
+    grouped = grouped if zeros is None else grouped - zeros[:, :, None]
+    return (grouped * steps[:, :, None]).flatten(1)

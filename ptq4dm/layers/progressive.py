@@ -15,6 +15,7 @@ from ..evidence import LayerEvidence
 from ..kernels.formats import hadamard
 from ..kernels.formats.int8 import dynamic_scale
 from ..kernels.formats.progressive import MOST, ProgressiveGrid, leaves_int8
+from ..kernels.w4.progressive import progressive_codes
 from ..ranges.progressive import progressive_grid
 from . import int4_ops, progressive_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
@@ -181,13 +182,16 @@ class ProgressiveLayer(RoundedLayer):
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
         inputs = math.prod(self.weight_shape[1:])
-        whole = progressive_ops.operand(self.qweight, self.wsteps, self.wzeros, inputs)
+        whole = progressive_codes(self.qweight, self.wsteps, self.wzeros, inputs)
         return self.shaped(whole.float() * self.wscales.float()[:, None])
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
-        groups = getattr(self, "groups", 1)
-        return progressive_ops.kernel_name(self.qweight.device, self.plan.activation_bits, groups)
+        plan, shape = self.plan, self.weight_shape
+        return progressive_ops.kernel_name(
+            self.qweight.device, len(shape) == 2, math.prod(shape[1:]), self.wsteps.shape[1], plan.static,
+            plan.activation_bits, getattr(self, "groups", 1),
+        )  # fmt: skip
 
     @property
     def operands(self) -> tuple:

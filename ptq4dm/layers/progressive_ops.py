@@ -5,9 +5,12 @@
 w8 is an int8 operand without any rounding (kernels/formats/progressive.py), so that every kernel of W8A8 layers takes
 it, and all of them give what the formula says:
 
-    unpack + triton-int8        CUDA: w8 in memory for one call, then the W8A8 kernel
+    triton-w4a8-progressive     CUDA, Linear, dynamic inputs: w8 in the product itself
+    unpack + triton-int8        CUDA, everything else: w8 in memory for one call, then the W8A8 kernel
     onednn-int8 on an int8 copy x86 CPU: the W8A8 kernel on a copy that is kept
     reference                   everywhere else: the W8A8 formula
+
+Which one: kernels/dispatch.py.
 """
 
 from __future__ import annotations
@@ -19,21 +22,34 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.formats import progressive
 from ..kernels.formats.hadamard import turned
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
+from ..kernels.runtime.settings import remembered
+from ..kernels.w4 import integer
+from ..kernels.w4.progressive import progressive_codes, progressive_linear
 from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8.window import Window
-from .int4_ops import unpacked_rows
-
-NAMES = {w8a8.ONEDNN: dispatch.COPY, w8a8.TRITON: dispatch.UNPACK}
 
 
-def kernel_name(device: torch.device, bits: int, groups: int) -> str:
-    """The kernel that serves a layer under inputs of so many bits; groups: those of a convolution."""
-    name = w8a8.kernel_name(device, bits, groups)
-    return NAMES.get(name, name)
+@remembered
+def kernel_name(
+    device: torch.device, linear: bool, inputs: int, steps: int, static: bool, bits: int, groups: int
+) -> str:
+    """The kernel that serves a layer of K = `inputs` with `steps` per output; groups: those of a convolution."""
+    query = dispatch.Query(
+        "int4",
+        "int8",
+        None if steps == 1 else inputs // steps,
+        groups,
+        device=device,
+        static=static,
+        zeros=True,
+        progressive=True,
+        linear=linear and bits == 8,  # narrower grids of inputs are for the kernels that take any grid
+        inputs=inputs,
+    )
+    return dispatch.find(query).name
 
 
 @op
@@ -54,8 +70,11 @@ def stepped_linear(
     qweight uint8 [N, K'/2] as in `int4_linear`, wsteps and wzeros int8 [N, G], wscales [N] float; bias [N]; the
     input's grid as in `w8a8_linear`; rotation: of x by `hadamard.turned`, before it is rounded.
     """
-    x = turned(x, rotation)
-    codes = _int8(qweight, wsteps, wzeros, x.shape[-1])
+    x, inputs = turned(x, rotation), x.shape[-1]
+    name = kernel_name(x.device, True, inputs, wsteps.shape[1], input_scale is not None, activation_bits, 1)
+    if name == integer.PROGRESSIVE:
+        return progressive_linear(x, qweight, wsteps, wzeros, _wide(wscales), bias)
+    codes = _int8(qweight, wsteps, wzeros, inputs)
     return w8a8.w8a8_linear(x, codes, _wide(wscales), bias, input_scale, input_zero_point, activation_bits)
 
 
@@ -103,17 +122,13 @@ def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(len(x), *window.output, len(qweight)).permute(0, 3, 1, 2)
 
 
-def operand(qweight: Tensor, wsteps: Tensor, wzeros: Tensor, inputs: int) -> Tensor:
-    """w8, int8 [N, K], made anew."""
-    return progressive.operand(unpacked_rows(qweight, inputs), wsteps, wzeros)
-
-
 def _int8(qweight: Tensor, wsteps: Tensor, wzeros: Tensor, inputs: int) -> Tensor:
     """w8: made for this call on a GPU, once on a CPU."""
     if qweight.is_cuda:
-        return operand(qweight, wsteps, wzeros, inputs)
+        return progressive_codes(qweight, wsteps, wzeros, inputs)
     state = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in (wsteps, wzeros))
-    return prepared(qweight, ("progressive", inputs, state), lambda: operand(qweight, wsteps, wzeros, inputs))
+    key = ("progressive", inputs, state)
+    return prepared(qweight, key, lambda: progressive_codes(qweight, wsteps, wzeros, inputs))
 
 
 def _wide(wscales: Tensor) -> Tensor:

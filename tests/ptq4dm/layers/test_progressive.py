@@ -12,7 +12,9 @@ from ptq4dm import GradPTQConfig, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.errors import DamagedFile
 from ptq4dm.evidence import LayerEvidence
 from ptq4dm.kernels.formats.progressive import leaves_int8
+from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w8a8 import reference
+from ptq4dm.layers import progressive_ops
 from ptq4dm.layers.choices import check_choices
 from ptq4dm.layers.plan import Int4Plan, Plan
 from ptq4dm.layers.progressive import ProgressivePlan
@@ -122,13 +124,52 @@ def test_layers_compute_what_their_codes_stand_for(kind, static):
     assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
-def test_on_a_cpu_an_int8_copy_is_multiplied_and_that_is_said(monkeypatch):
-    quantized = quantized_copy(linear(), ProgressivePlan(), "layer")
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+@pytest.mark.parametrize(("vnni", "name"), [(True, "onednn-int8 on an int8 copy"), (False, "reference")])
+def test_on_a_cpu_an_int8_copy_is_multiplied_and_that_is_said(vnni, name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert quantized.kernel_name() == "onednn-int8 on an int8 copy"
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert quantized.kernel_name() == "reference"
+    settings.forget()
+    try:
+        for layer in (linear(), conv(), conv(channels=256, groups=2)):
+            assert quantized_copy(layer, ProgressivePlan(), "layer").kernel_name() == name
+    finally:
+        settings.forget()
+
+
+def test_kernels_on_a_gpu_that_is_not_here():
+    def name(linear=True, static=False, bits=8, groups=1):
+        return progressive_ops.kernel_name(torch.device("cuda"), linear, 256, 2, static, bits, groups)
+
+    with settings.target(settings.Target((9, 0), 132, lambda *_: None)):
+        assert name() == "triton-w4a8-progressive"
+        for other in ({"linear": False}, {"static": True}, {"bits": 6}):
+            assert name(**other) == "unpack + triton-int8"
+        assert name(linear=False, groups=2) == "reference"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["linear", "row", "conv", "grouped-conv", "rotated"])
+def test_kernels_on_a_gpu_give_what_the_reference_gives(kind, static):
+    """Nothing is rounded but inputs, which is the same there: sums of codes are whole numbers."""
+    layer, x, options = {
+        "linear": (linear(72), torch.randn(3, 50, 256), {"group_size": 64}),
+        "row": (linear(17, 96), torch.randn(70, 96), {"group_size": None}),
+        "conv": (conv(24), torch.randn(2, 128, 9, 8), {}),
+        "grouped-conv": (conv(24, 256, groups=2), torch.randn(2, 256, 6, 5), {}),
+        "rotated": (linear(72), torch.randn(3, 50, 256), {"rotation": 128}),
+    }[kind]
+    if static:
+        options |= {"input_scale": 0.03, "input_zero_point": 5, "rotation": 0}
+    quantized = quantized_copy(layer, ProgressivePlan(**options), "layer")
+    with torch.no_grad():
+        expected = quantized(x)
+        on_gpu = copy.deepcopy(quantized).cuda()
+        found = on_gpu(x.cuda())
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert (found.cpu() - expected).norm() < 2e-3 * expected.norm()
+    assert (on_gpu.kernel_name() == "reference") == (kind == "grouped-conv")
 
 
 def test_new_codes_get_a_new_copy():

@@ -10,6 +10,9 @@ import denoisers
 import ptq4dm
 from ptq4dm import MixPEConfig, RTNConfig, UserError
 from ptq4dm.kernels.formats.int8 import dynamic_scale
+from ptq4dm.kernels.runtime import settings
+from ptq4dm.kernels.w4.grouped import grouped_linear
+from ptq4dm.layers import int4_ops
 from ptq4dm.layers.plan import Int4Plan
 from ptq4dm.layers.registry import quantized_copy
 
@@ -46,7 +49,17 @@ def test_sums_of_groups_are_whole_numbers_and_scales_come_after():
     sums = torch.einsum("mgk,ngk->mng", rows, steps)
     assert sums.abs().max() < 2**22
     y = (sums.double() * quantized.wscales.double()).sum(2) * scale.double() + layer.bias.double()
-    assert (quantized(x) - y).norm() < 1e-5 * y.norm()
+    kernel = grouped_linear(x, quantized.qweight, quantized.wscales, quantized.wzeros, quantized.bias)
+    assert (quantized(x) - y).norm() < 1e-5 * y.norm() and (kernel - y).norm() < 1e-6 * y.norm()
+
+
+def test_on_a_gpu_the_kernel_is_that_of_scales_after_the_sums():
+    """Of Linear layers whose inputs are found in each call; others fold the scales into 8-bit weights, and say so."""
+    with settings.target(settings.Target((9, 0), 132, lambda *_: None)):
+        name = lambda *more: int4_ops.kernel_name(torch.device("cuda"), *more)  # noqa: E731
+        assert name(True, 256, 2, True, False, 8, 1) == "triton-w4a8-grouped"
+        assert name(False, 256, 2, True, False, 8, 1) == "unpack + triton-int8"
+        assert name(True, 256, 2, True, False, 16, 1) == "reference"
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

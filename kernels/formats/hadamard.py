@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 MOST = 128
-"""The largest block of inputs that are turned in every call."""
+"""The largest block of inputs that can be turned in every call."""
+USUAL = 32
+"""The one that is tried: on layers of the embedded DiT it lowers errors as much as 128, in a quarter of the time."""
 
 
 def hadamard(size: int) -> Tensor:
@@ -38,8 +40,8 @@ def turned(x: Tensor, block: int) -> Tensor:
 
 
 def block_of(inputs: int) -> int:
-    """The largest block, up to MOST, that divides `inputs`; 0 where they are odd."""
-    block = min(inputs & -inputs, MOST)
+    """The largest block, up to USUAL, that divides `inputs`; 0 where they are odd."""
+    block = min(inputs & -inputs, USUAL)
     return 0 if block < 2 else block
 
 

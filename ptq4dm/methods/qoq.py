@@ -7,9 +7,10 @@
    ("group"), or with one scale and one zero point a row ("channel"). Clipping is searched.
 3. Codes by Hessian rounding (GPTQ). Inputs in 8 bits, by token, found in each call.
 
-The paper rotates the inputs of blocks, too, through the norm before them. That is exact only where nothing affine
-lies between norm and layer. Diffusion models have adaLN's scale and shift or a GroupNorm there, so that values of
-attention alone are rotated. SmoothAttention is the transform "smooth-attention" and serves no weight.
+The paper rotates the inputs of blocks through the norm before them, at no cost. That is exact only where nothing
+affine lies between norm and layer; diffusion models have adaLN's scale and shift or a GroupNorm there. So here inputs
+of layers are turned in every call, where calibration says that this lowers the error: our assumption, and it takes
+time. SmoothAttention is the transform "smooth-attention", and serves no weight.
 
 With rounding="nearest" and every pass off this is round to nearest in the same format. Defaults are our measurement
 on the embedded models (scripts/comparisons/method_rows.py).
@@ -39,8 +40,8 @@ class QoQConfig(IntegerConfig):
         a row).
     rounding: "gptq", "nearest" or another.
     rotation: "inputs": of each layer in every call, where that lowers the error of its output (rotate_inputs);
-        "values": those of attention, in the weights around them, at no cost; "none". Left out, it is "inputs" of
-        "group" and "none" of "channel", which turns no inputs.
+        "values": those of attention, in the weights around them, at no cost; "none". Left out, it is "inputs" where
+        that can be: in "group", with "dynamic" activations.
     smoothing: alpha of the transform "smooth", or "none".
     reorder: put channels into groups of their like.
     clip: how far a group or a row reaches: "none" to the largest weight; "mse", the least error of the weight;
@@ -66,20 +67,30 @@ class QoQConfig(IntegerConfig):
         if rows and self.group_size is not None:
             raise UserError("variant='channel' has one scale an output; leave group_size out, or take 'group'.")
         self.group_size = None if rows else self.group_size or GROUP
-        self.weight_grid, self.affine = ("uniform", True) if rows else ("progressive", False)
+        self._check_hidden(rows)
+        turns = not rows and self.activations == "dynamic"
         if self.rotation is None:
-            self.rotation = "none" if rows else "inputs"
+            self.rotation = "inputs" if turns else "none"
         if self.rotation not in ROTATIONS:
             raise UserError(f"rotation must be one of {', '.join(ROTATIONS)}; got {self.rotation!r}.")
-        if rows and self.rotation == "inputs":
-            raise UserError("variant='channel' turns no inputs; take rotation='values' or 'none'.")
+        if self.rotation == "inputs" and not turns:
+            raise UserError("rotation='inputs' goes with variant='group' and activations='dynamic'.")
         self.rotate_inputs = self.rotation == "inputs"
+        self.weight_grid, self.affine = ("uniform", True) if rows else ("progressive", False)
         super().__post_init__()
         if self.clip not in CLIPS:
             raise UserError(f"clip must be one of {', '.join(CLIPS)}; got '{self.clip}'.")
         number = not isinstance(self.smoothing, str) and 0 <= self.smoothing <= 1
         if not number and self.smoothing != "none":
             raise UserError(f"smoothing must be none or a number in [0, 1]; got {self.smoothing!r}.")
+
+    def _check_hidden(self, rows: bool) -> None:
+        """Raises UserError where options of IntegerConfig that follow from QoQ's own say something else."""
+        grids = ("progressive", "uniform") if rows else ("progressive",)
+        if self.weight_grid not in grids or (self.affine and not rows):
+            raise UserError("the grid of QoQ's weights follows from variant; leave weight_grid and affine out.")
+        if not self.rotate_inputs and self.rotation in (None, "inputs"):
+            raise UserError("whether inputs are turned follows from rotation; leave rotate_inputs out.")
 
     @property
     def changes(self) -> tuple[str, ...]:

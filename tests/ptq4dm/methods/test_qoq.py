@@ -118,6 +118,13 @@ def test_layers_that_do_not_divide_into_groups_have_one(unet):
     assert sizes == {("progressive", None), ("int8", None)}
 
 
+def test_what_is_left_out_is_what_can_be():
+    assert QoQConfig().rotation == "inputs"
+    assert QoQConfig(variant="channel").rotation == QoQConfig(activations="static").rotation == "none"
+    for config in (QoQConfig(), QoQConfig(variant="channel"), QoQConfig(activations="static", rotation="values")):
+        assert ptq4dm.QuantConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -125,7 +132,11 @@ def test_layers_that_do_not_divide_into_groups_have_one(unet):
         ({"variant": "channel", "group_size": 64}, "one scale an output; leave group_size out"),
         ({"clip": "lp"}, "clip must be one of none, mse, output; got 'lp'"),
         ({"rotation": "all"}, "rotation must be one of inputs, values, none"),
-        ({"variant": "channel", "rotation": "inputs"}, "'channel' turns no inputs"),
+        ({"variant": "channel", "rotation": "inputs"}, "goes with variant='group'"),
+        ({"activations": "static", "rotation": "inputs"}, "goes with variant='group' and activations='dynamic'"),
+        ({"affine": True}, "follows from variant"),
+        ({"weight_grid": "power"}, "follows from variant"),
+        ({"rotate_inputs": False}, "follows from rotation"),
         ({"smoothing": "search"}, "smoothing must be none or a number"),
         ({"smoothing": 1.5}, "smoothing must be none or a number"),
         ({"group_size": 48}, "group_size must be None, 32, 64 or 128; got 48"),

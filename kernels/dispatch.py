@@ -23,7 +23,7 @@ from .w4 import integer
 from .w4 import layer as w4
 from .w8a8 import layer as w8a8
 
-WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4"), ("int8", "fp8", "int4", "none")
+WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power"), ("int8", "fp8", "int4", "none")
 CUBLAS, UNPACK, COPY = "unpack + cublas", "unpack + triton-int8", "onednn-int8 on an int8 copy"
 RANK = 32  # of the branch of a layer that is timed
 
@@ -32,7 +32,8 @@ RANK = 32  # of the branch of a layer that is timed
 class Query:
     """A quantized layer in a few words.
 
-    weight: "int8", "fp8" or "int4"; activation: the same, or "none" for 16-bit inputs.
+    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, one scale a row; or "power",
+        levels of a codebook. activation: "int8", "fp8" or "int4", or "none" for 16-bit inputs.
     group_size: inputs under one scale of the weight; None for one scale a row.
     groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.
     linear: a Linear layer, or a convolution of one pixel; inputs: K of it, None for a multiple of 64.
@@ -137,7 +138,7 @@ def time(query: Query, n: int, k: int) -> float:
     elif query.weight == query.activation:
         make, arguments = latency.w8a8_linear, (query.weight, query.static)
     else:
-        raise ValueError(f"no layer has {query.weight} weights and {query.activation} activations.")
+        raise ValueError(f"no layer of {query.weight} weights and {query.activation} activations is timed here.")
     moved = 2 * query.rows * (n + k) + n * k // (2 if query.weight == "int4" else 1)
     return latency.microseconds(lambda seed: make(*sizes, *arguments, seed), moved, query.device)
 
@@ -162,6 +163,11 @@ def _branched(name: str, many: bool | None = None) -> Callable[[Query], bool]:
         return right and w4.kernel_name(query.device, query.activation, query.group_size) == name
 
     return serves
+
+
+def _mixed(product: str) -> Callable[[Query], bool]:
+    """Rows of two widths: all of them are int8 operands of one product."""
+    return lambda query: (query.weight, query.activation) == ("row-mix", "int8") and _eight_bit(query) == product
 
 
 def _plain(query: Query) -> bool:
@@ -236,8 +242,14 @@ KERNELS: list[Kernel] = [
     Kernel(w8a8.TRITON, "int8 weights and activations", _w8a8(w8a8.TRITON), "w8a8"),
     Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", _w8a8(w8a8.TRITON_FP8), "w8a8"),
     Kernel(w8a8.ONEDNN, "int8 weights and activations, x86 CPU with VNNI", _w8a8(w8a8.ONEDNN)),
-    Kernel(UNPACK, "4-bit weights unpacked to int8 in every call", _unpacked(w8a8.TRITON)),
-    Kernel(COPY, "4-bit weights, progressive or one scale a row; the copy is kept in memory", _unpacked(w8a8.ONEDNN)),
-    Kernel(w8a8.REFERENCE, "the formula in torch, everywhere", lambda query: True),
+    Kernel(
+        UNPACK, "4-bit weights, also among rows of 8 bits, unpacked to int8 in every call",
+        _either(_unpacked(w8a8.TRITON), _mixed(w8a8.TRITON)),
+    ),
+    Kernel(
+        COPY, "4-bit weights, progressive or one scale a row, also among rows of 8 bits; the copy is kept in memory",
+        _either(_unpacked(w8a8.ONEDNN), _mixed(w8a8.ONEDNN)),
+    ),
+    Kernel(w8a8.REFERENCE, "the formula in torch, everywhere; all there is for power weights", lambda query: True),
 ]  # fmt: skip
 """The first that serves is used."""

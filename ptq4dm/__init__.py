@@ -102,6 +102,7 @@ __getattr__, __dir__ = lazy_names(
     rooms=(
         "calibration",
         "evaluation",
+        "hardware",
         "kernels",
         "layers",
         "methods",

@@ -5,8 +5,9 @@
 
 q and z lie in [-8, 7], the steps s1 are int8 in 1..16, s0 is float32. w8 is an int8 without rounding: the sums are
 those of an 8-bit product, whole numbers, while the weight in memory has 4 bits. Where s0 = max|w| / 119 and s1, z are
-found from the 8-bit codes of that, |w8| <= 127; w8 is the caller's to keep in [-128, 127]. Inputs are quantized
-symmetrically by token (tokens.py). The kernel makes w8 in its main loop: products/product_progressive.py.
+found from the 8-bit codes of that, |w8| <= 127; w8 is the caller's to keep in [-128, 127], that of codes 0 which fill
+up a row too. Inputs are quantized symmetrically by token (tokens.py). The kernel makes w8 in its main loop:
+products/product_progressive.py.
 
 Lin et al., "QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM Serving" (arXiv 2405.04532), 4.1.
 """

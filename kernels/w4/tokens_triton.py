@@ -24,7 +24,7 @@ from ..runtime.rounding import ROUND
 from ..runtime.settings import remembered
 
 HELD = 16384
-ENTRIES = 1024  # of a table that a program makes
+BN, BG = 64, 16  # rows and groups of a table that a program makes
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -80,15 +80,20 @@ def _tokens(
 
 
 @triton.jit
-def _tables(block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N, GROUPS, ENTRIES: tl.constexpr):
-    place = block * ENTRIES + tl.arange(0, ENTRIES)
-    g, n = place // N, place % N
-    there = g < GROUPS
+def _tables(
+    block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N, GROUPS, BN: tl.constexpr, BG: tl.constexpr
+):  # fmt: skip
+    """BN rows and BG groups, read along groups and written along rows."""
+    n = (block % tl.cdiv(N, BN) * BN + tl.arange(0, BN))[:, None]
+    g = (block // tl.cdiv(N, BN) * BG + tl.arange(0, BG))[None, :]
+    there = (n < N) & (g < GROUPS)
     source = n * GROUPS + g
+    place = g * N + n
     if scales_ptr is not None:
         tl.store(scales_ptr + place, tl.load(wscales_ptr + source, mask=there, other=0.0).to(tl.float32), mask=there)
     if factors_ptr is not None:
-        step, zero = 1, 0
+        step = tl.full((BN, BG), 1, tl.int32)
+        zero = tl.zeros((BN, BG), tl.int32)
         if steps_ptr is not None:
             step = tl.load(steps_ptr + source, mask=there, other=0).to(tl.int32)
         if zeros_ptr is not None:
@@ -100,14 +105,15 @@ def _tables(block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N
 def _prepare_kernel(
     x_ptr, q_ptr, scale_ptr, sum_ptr, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr,
     M, K, KP, stride_m, N, GROUPS, token_programs,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, IN_REGISTERS: tl.constexpr, ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, IN_REGISTERS: tl.constexpr, BN: tl.constexpr,
+    BG: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < token_programs:
         _tokens(program, x_ptr, q_ptr, scale_ptr, sum_ptr, M, K, KP, stride_m, ROWS, STEP, STEPS, IN_REGISTERS)
     else:
         block = program - token_programs
-        _tables(block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N, GROUPS, ENTRIES)
+        _tables(block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N, GROUPS, BN, BG)
 
 
 def packed_inputs(k: int) -> int:
@@ -136,7 +142,7 @@ def _plan(m: int, k: int, stride: int, n: int, groups: int) -> Launch:
     rows = min(max(1, 1024 // wide), next_power_of_2(max(m, 1)))
     programs = cdiv(m, rows)
     return Launch(
-        _prepare_kernel, (programs + cdiv(n * groups, ENTRIES),),
+        _prepare_kernel, (programs + cdiv(n, BN) * cdiv(groups, BG),),
         M=m, K=k, KP=kp, stride_m=stride, N=n, GROUPS=groups, token_programs=programs,
-        ROWS=rows, STEP=step, STEPS=cdiv(kp, step), IN_REGISTERS=kp <= HELD, ENTRIES=ENTRIES, num_warps=4,
+        ROWS=rows, STEP=step, STEPS=cdiv(kp, step), IN_REGISTERS=kp <= HELD, BN=BN, BG=BG, num_warps=4,
     )  # fmt: skip

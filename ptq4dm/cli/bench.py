@@ -1,4 +1,6 @@
-"""`ptq4dm bench samplers | tune`: samplers compared; settings of the kernels searched (how, is in tune.py)."""
+"""`ptq4dm bench samplers | tune | hardware`: samplers compared; settings of kernels searched (tune.py); an
+accelerator modelled (hardware.py).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from ..pipelines.denoiser import denoiser
 from ..pipelines.load import EMBEDDED
 from ..samplers.comparison.compare import SamplerBench, bench_samplers
 from ..samplers.comparison.table import plot_rows, table
-from . import tune
+from . import hardware, tune
 from .options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
 from .output import result, say
 from .parser import Parser, add_command
@@ -25,10 +27,12 @@ def add(parser) -> None:
     _add_samplers(add_command(subjects, "samplers", text))
     text = "Time the kernels' settings on this GPU, and record the fastest where the kernels look."
     _add_tune(add_command(subjects, "tune", text))
+    text = "Model time and energy of an image on accelerators for few bits (MixPE and others); nothing is measured."
+    hardware.add(add_command(subjects, "hardware", text))
 
 
 def run(args) -> None:
-    {"samplers": _run_samplers, "tune": _run_tune}[args.subject](args)
+    {"samplers": _run_samplers, "tune": _run_tune, "hardware": hardware.run}[args.subject](args)
 
 
 def _add_samplers(parser) -> None:

@@ -38,7 +38,6 @@ from ..kernels.w4.grouped import grouped_linear
 from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8 import reference
-from ..kernels.w8a8.window import Window
 from .plan import FLOAT_INPUTS
 
 PACKED = GROUP  # codes that are packed together; rows are filled up to a multiple of it
@@ -164,9 +163,7 @@ def int4_conv2d(
 @int4_conv2d.register_fake
 def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     *_, kernel, stride, padding, dilation, _ = rest
-    window = Window(len(x), *x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    height, width = window.output
-    return x.new_empty(len(x), height, width, len(qweight)).permute(0, 3, 1, 2)
+    return w8a8.empty_images(x, len(qweight), kernel, stride, padding, dilation)
 
 
 def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,9 @@ VERBS = {
         "bench samplers --model INPUT/m32 --samplers ddim deis --evaluations 1 2 --num-images 4 --batch-size 4 "
         "--output bench"
     ),
+    "bench hardware": Verb(
+        "bench hardware --model INPUT/m --num-inference-steps 2 --output hardware", other="--num-inference-steps 3"
+    ),
 }
 
 

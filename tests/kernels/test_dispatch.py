@@ -8,6 +8,9 @@ from ptq4dm.kernels.dispatch import Query
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import layer as w4
 from ptq4dm.kernels.w8a8 import layer as w8a8
+from ptq4dm.layers import row_mix_ops
+from ptq4dm.layers.registry import quantized_copy
+from ptq4dm.layers.row_mix import RowMixPlan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HERE = torch.cuda.is_available()
@@ -113,6 +116,30 @@ def test_progressive_weights(monkeypatch):
         Query("int4", "int8", 64, progressive=True, branch=True)
 
 
+@pytest.mark.parametrize("vnni", [True, False])
+def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
+    """Rows of two widths are operands of the 8-bit product, and what it is called says so; codebooks have none."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    copy = "onednn-int8 on an int8 copy" if vnni else "reference"
+    assert row_mix_ops.kernel_name(CPU) == dispatch.find(Query("row-mix", "int8", device=CPU)).name == copy
+    for capability in [(8, 0), (9, 0)]:
+        assert on_gpu(capability, weight="row-mix", activation="int8") == {"all rows": "unpack + triton-int8"}
+        for weight, activation in (("row-mix", "int4"), ("row-mix", "none"), ("power", "int8"), ("power", "none")):
+            assert on_gpu(capability, weight=weight, activation=activation) == {"all rows": "reference"}
+    assert dispatch.find(Query("power", "int8", device=CPU)).name == "reference"
+
+
+def test_rows_of_two_widths_go_through_the_kernel_that_is_named(monkeypatch):
+    layer, x = torch.nn.Linear(32, 6), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    mixed = quantized_copy(layer, RowMixPlan(wide=[1, 4]), "layer")
+    called, product = [], w8a8._LINEAR[w8a8.kernel_name(CPU)]
+    monkeypatch.setitem(w8a8._LINEAR, w8a8.kernel_name(CPU), lambda *a: called.append(a[1].dtype) or product(*a))
+    with torch.no_grad():
+        mixed(x)
+    assert called == [torch.int8]
+
+
 def test_what_find_says_is_what_the_layers_ask():
     """One table: `find` and the `kernel_name` of each room agree for every format on every device."""
     for capability in [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)]:
@@ -139,7 +166,7 @@ def test_the_list():
 @pytest.mark.parametrize(
     "query, says",
     [
-        (dict(weight="int3", activation="int8"), "weight is one of int8, fp8, int4, not 'int3'"),
+        (dict(weight="int3", activation="int8"), "weight is one of int8, fp8, int4, row-mix, power, not 'int3'"),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),
         (dict(weight="fp8", activation="fp8", branch=True), "only int4"),
@@ -188,7 +215,8 @@ def test_what_cannot_be_timed():
         (Query("int8", "int8"), 64, "give `rows`"),
         (Query("int8", "int8", rows=4, groups=2), 64, "no groups"),
         (Query("int4", "int8", 32, rows=4), 40, "groups of 32"),
-        (Query("int8", "none", rows=4), 64, "no layer has int8 weights and none"),
+        (Query("int8", "none", rows=4), 64, "no layer of int8 weights and none"),
+        (Query("row-mix", "int8", rows=4), 64, "no layer of row-mix weights and int8 activations is timed here"),
     ]:
         with pytest.raises(ValueError, match=says):
             dispatch.time(query, 8, k)

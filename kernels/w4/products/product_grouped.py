@@ -78,7 +78,7 @@ def product(
     scales float32 [G, N], as `tokens_triton.prepare` fills them; qweight uint8 [N, K'/2]; bias [N] or None. size: 32,
     64 or 128 inputs of a group.
 
-    config: TMA, BM, BN, BAND, num_warps, num_stages; PACKED, unless it is False.
+    config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """
     (codes, row_scale), (factors, scales) = tokens, tables
     launch = _launch(config, *codes.shape, out.shape[1], size, scales.shape[0])
@@ -95,5 +95,5 @@ def _launch(config: dict, m: int, k: int, n: int, size: int, groups: int) -> Lau
     return Launch(
         _grouped_kernel, (cdiv(m, bm) * cdiv(n, bn),), blocks, M=m, N=n, K=k, groups=groups,
         SIZE=size, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"], PACKED=packed(config, _grouped_kernel),
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        num_warps=config["num_warps"], num_stages=config["num_stages"], maxnreg=config.get("maxnreg"),
     )  # fmt: skip

@@ -11,6 +11,8 @@ The product is taken as y^T = W x^T: the first operand of Hopper's matrix instru
 widened weights never go to shared memory, and a tile widens each weight once for its BM rows. Triton waits for a
 product that reads registers before it makes the next: two programs on a multiprocessor fill each other's waits. Tiles
 are stored transposed. Floor in operations: 2 M N K of 8 bits; in bytes: N K / 2 + M K + 2 M N.
+Compiled in Gluon and left out, not timed: a product that is still under way while the next nibbles are widened. There
+ptxas 13.4 makes every matrix instruction wait for the one before it (its note C7512), with 64 sums a thread, too.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ def product(
     as `tokens_triton.prepare` fills them. qweight uint8 [N, K'/2]; wscales [N] float; bias [N] or None. size: inputs
     of a group, 0 for G = 1, as it is for "rows".
 
-    config: TMA, BM, BN, BK (64 or 128), BAND, num_warps, num_stages; PACKED, unless it is False.
+    config: TMA, BM, BN, BK (64 or 128), BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False
+    widens codes one by one.
     """
     codes, row_scale, row_sum = tokens
     launch = _launch(config, *codes.shape, out.shape[1], kind, size, factors.shape[0])
@@ -107,6 +110,7 @@ def _launch(config: dict, m: int, k: int, n: int, kind: str, size: int, groups: 
         _progressive_kernel, (cdiv(m, bm) * cdiv(n, bn),), blocks, M=m, N=n, K=k, groups=groups, steps=cdiv(k, bk),
         KIND=kind, SIZE=size, RUNS=bk // 64, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
         PACKED=packed(config, _progressive_kernel), num_warps=config["num_warps"], num_stages=config["num_stages"],
+        maxnreg=config.get("maxnreg"),
     )  # fmt: skip
 
 

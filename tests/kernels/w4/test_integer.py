@@ -126,7 +126,7 @@ def test_sums_of_one_scale_an_output_are_exact(m, n, k, config):
         assert torch.equal(y.cpu(), grouped.reference(x, *operands))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [one for one in CONFIGS if one["BK"] == 128 or not one["TMA"]], ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), SIZES)
 def test_sums_of_groups_are_exact(m, n, k, config):
     """Scales that are powers of two: their products with whole numbers are exact as well."""
@@ -137,6 +137,23 @@ def test_sums_of_groups_are_exact(m, n, k, config):
             operands = (packed(codes), scales, wzeros, None)
             y = integer.grouped_through(*there(x, *operands), config)
             assert torch.equal(y.cpu(), grouped.reference(x, *operands)), groups
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_the_largest_sums_are_exact(config):
+    """|P| = 128 * 127 * 15 of a group is below 2^22; and 127 times -128 in all of K, which only `steps` reaches."""
+    m, n, k = 16, 64, 256
+    x = torch.full((m, k), 127.0)
+    for code, zero in ((7, -8), (-8, 7)):
+        codes, zeros = torch.full((n, k), code, dtype=torch.int8), torch.full((n, 2), zero, dtype=torch.int8)
+        y = integer.grouped_through(*there(x, packed(codes), torch.ones(n, 2), zeros, None), config)
+        assert 128 * 127 * 15 < 2**22
+        assert torch.equal(y.cpu(), torch.full((m, n), (code - zero) * 127.0 * k))
+    codes = torch.full((n, k), -8, dtype=torch.int8)
+    for zero, step, w8 in ((0, 16, -128), (7, 8, -120), (-8, 16, 0)):
+        zeros, steps = (torch.full((n, 2), value, dtype=torch.int8) for value in (zero, step))
+        y = integer.progressive_through(*there(x, packed(codes), steps, zeros, torch.ones(n), None), config)
+        assert torch.equal(y.cpu(), torch.full((m, n), w8 * 127.0 * k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,6 +196,19 @@ def test_shipped_settings_are_exact(m):
         for dtype in (torch.float32, torch.bfloat16):
             y = grouped.grouped_linear(*there(x.to(dtype), *operands))
             assert torch.equal(y.cpu(), wanted.to(dtype)), groups
+
+
+def test_what_a_search_tries():
+    """Tiles no longer than the rows, and for many rows the way through int8 weights in memory."""
+    from ptq4dm.kernels.tuning.candidates_integer import settings_of
+
+    for mode in ("progressive", "grouped"):
+        for m, tma in ((1, True), (33, True), (4096, True), (4096, False)):
+            found = settings_of(mode, m, tma)
+            assert found and len({str(sorted(one.items())) for one in found}) == len(found)
+            assert all(one["BM"] < 2 * max(m, 16) for one in found)
+            assert any(one.get("UNPACK") for one in found) == (mode == "progressive" and m == 4096)
+            assert all(one["TMA"] == tma for one in found if not one.get("GLUON"))
 
 
 @pytest.mark.skipif(not CUDA, reason="settings are searched on a GPU")

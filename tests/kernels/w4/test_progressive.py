@@ -96,3 +96,17 @@ def test_steps_in_floats_are_another_method():
         progressive.progressive_linear(normal(1, 128), packed(codes), steps, zeros, torch.ones(3), None)
     with pytest.raises(ValueError, match="groups of 32, 64 or 128"):
         progressive.progressive_codes(packed(codes), steps.repeat(1, 8), zeros.repeat(1, 8), 128)
+
+
+def test_opcheck():
+    """Shapes and types as torch.compile is told them; outputs are new tensors."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    codes, steps, zeros = progressive_weight(8, 256, 2)
+    weight = [one.to(device) for one in (packed(codes), steps, zeros)]
+    x, scales, bias = (normal(*size).to(device) for size in ((2, 3, 256), (8,), (8,)))
+    torch.library.opcheck(torch.ops.ptq4dm.progressive_codes.default, (*weight, 256))
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = (x.to(dtype), *weight, scales, bias)
+        torch.library.opcheck(torch.ops.ptq4dm.progressive_linear.default, arguments)
+        arguments = (x.to(dtype), weight[0], steps.float().to(device), None, None)
+        torch.library.opcheck(torch.ops.ptq4dm.grouped_linear.default, arguments)

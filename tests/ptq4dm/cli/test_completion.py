@@ -27,7 +27,7 @@ def test_the_words_are_the_parsers():
     """Where this fails: python -m ptq4dm.cli.completion"""
     found, kept = completion.words_of(build_parser()), json.loads(completion.WORDS.read_text())
     assert found == kept
-    assert set(kept) == {"", "bench samplers", "bench tune", *VERBS}
+    assert set(kept) == {"", "bench hardware", "bench samplers", "bench tune", *VERBS}
     assert all({"--quiet", "--json", "--help"} <= set(one["flags"]) for one in kept.values())
 
 

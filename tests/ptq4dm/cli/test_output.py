@@ -44,6 +44,10 @@ TYPED = {
         "--model unet --samplers ddim --evaluations 1 --num-images 2 --output b",
         {"model", "dtype", "num_images", "rows", "figures"},
     ),
+    "bench hardware": (
+        "--model unet --num-inference-steps 2 --output h",
+        {"model", "costs", "source", "steps", "batch_size", "note", "modelled", "figures"},
+    ),
     "completion": ("bash", {"shell", "script"}),
 }  # fmt: skip
 

@@ -61,10 +61,13 @@ def test_the_answer_is_one_line(tried, answer, tmp_path, monkeypatch, capsys):
         ("", "ptq4dm: the following arguments are required: command (choose from collect, quantize,"),
         ("quantise", "ptq4dm: argument command: invalid choice: 'quantise' (choose from"),
         ("--jsn info", "ptq4dm: unrecognized arguments: --jsn; did you mean '--json'?"),
-        ("bench", "ptq4dm bench: the following arguments are required: subject (choose from samplers, tune)"),
+        (
+            "bench",
+            "ptq4dm bench: the following arguments are required: subject (choose from samplers, tune, hardware)",
+        ),
         (
             "bench tunes",
-            "ptq4dm bench: argument subject: invalid choice: 'tunes' (choose from samplers, tune); did you",
+            "ptq4dm bench: argument subject: invalid choice: 'tunes' (choose from samplers, tune, hardware); did you",
         ),
         ("completion csh", "ptq4dm completion: argument shell: invalid choice: 'csh' (choose from bash, zsh, fish)"),
     ],

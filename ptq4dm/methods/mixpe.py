@@ -2,7 +2,9 @@
 
 1. Weights in 4 bits with zero points, in groups of 128; inputs in 8 bits by token, or in 16 bits as they come.
 2. Scales after the sums:  y[m, n] = s_x[m] sum_g s[n, g] sum_{k in g} q_x[m, k] (q[n, k] - z[n, g]):  whole numbers
-   within a group, and one multiplication for each output and group instead of one for each weight.
+   within a group, and one multiplication for each output and group instead of one for each weight. On a GPU Linear
+   layers compute so where inputs are found in each call. Convolutions fold the scales into weights of 8 bits, which
+   rounds these (kernels/w4/int4_codes.py); reports name the kernel of each layer.
 3. The product of a weight and an input by shifts and additions: hardware that is not built. Its model is
    ptq4dm.hardware's; nothing here is faster for it.
 

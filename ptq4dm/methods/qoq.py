@@ -52,7 +52,7 @@ class QoQConfig(IntegerConfig):
     weight_bits: int = option(4, flag=False, low=4, high=4)
     affine: bool = option(False, flag=False)
     weight_grid: str = option("progressive", flag=False)
-    rotate_inputs: bool = option(True, flag=False)
+    rotate_inputs: bool = option(False, flag=False)
     activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     rounding: str = option("gptq", "how weights are rounded: nearest, or gptq by calibration inputs")
     rotation: str | None = option(None, "of layers' inputs in every call, of attention's values, or none")
@@ -61,36 +61,28 @@ class QoQConfig(IntegerConfig):
     clip: str = option("none", "how far groups of weights reach", choices=CLIPS)
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise UserError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}.")
-        rows = self.variant == "channel"
-        if rows and self.group_size is not None:
-            raise UserError("variant='channel' has one scale an output; leave group_size out, or take 'group'.")
-        self.group_size = None if rows else self.group_size or GROUP
-        self._check_hidden(rows)
-        turns = not rows and self.activations == "dynamic"
-        if self.rotation is None:
-            self.rotation = "inputs" if turns else "none"
-        if self.rotation not in ROTATIONS:
-            raise UserError(f"rotation must be one of {', '.join(ROTATIONS)}; got {self.rotation!r}.")
-        if self.rotation == "inputs" and not turns:
-            raise UserError("rotation='inputs' goes with variant='group' and activations='dynamic'.")
-        self.rotate_inputs = self.rotation == "inputs"
-        self.weight_grid, self.affine = ("uniform", True) if rows else ("progressive", False)
         super().__post_init__()
-        if self.clip not in CLIPS:
-            raise UserError(f"clip must be one of {', '.join(CLIPS)}; got '{self.clip}'.")
+        for name, known in (("variant", VARIANTS), ("clip", CLIPS), ("rotation", (None, *ROTATIONS))):
+            if getattr(self, name) not in known:
+                words = ", ".join(word for word in known if word)
+                raise UserError(f"{name} must be one of {words}; got '{getattr(self, name)}'.")
         number = not isinstance(self.smoothing, str) and 0 <= self.smoothing <= 1
         if not number and self.smoothing != "none":
             raise UserError(f"smoothing must be none or a number in [0, 1]; got {self.smoothing!r}.")
-
-    def _check_hidden(self, rows: bool) -> None:
-        """Raises UserError where options of IntegerConfig that follow from QoQ's own say something else."""
-        grids = ("progressive", "uniform") if rows else ("progressive",)
-        if self.weight_grid not in grids or (self.affine and not rows):
+        rows = self.variant == "channel"
+        if rows and self.group_size is not None:
+            raise UserError("variant='channel' has one scale an output; leave group_size out, or take 'group'.")
+        if self.weight_grid == "power" or (not rows and (self.affine or self.weight_grid == "uniform")):
             raise UserError("the grid of QoQ's weights follows from variant; leave weight_grid and affine out.")
-        if not self.rotate_inputs and self.rotation in (None, "inputs"):
+        if self.rotate_inputs and self.rotation not in (None, "inputs"):
             raise UserError("whether inputs are turned follows from rotation; leave rotate_inputs out.")
+        turns = not rows and self.activations == "dynamic"
+        if self.rotation == "inputs" and not turns:
+            raise UserError("rotation='inputs' goes with variant='group' and activations='dynamic'.")
+        self.rotation = self.rotation or ("inputs" if turns else "none")
+        self.rotate_inputs = self.rotation == "inputs"
+        self.weight_grid, self.affine = ("uniform", True) if rows else ("progressive", False)
+        self.group_size = None if rows else self.group_size or GROUP
 
     @property
     def changes(self) -> tuple[str, ...]:

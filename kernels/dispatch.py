@@ -1,12 +1,13 @@
-"""Find the kernel that serves a quantized layer, and the time it takes.
+"""Find the kernel that serves a quantized layer, or attention on 4-bit keys and values, and the time it takes.
 
     find(Query("int8", "int8", device=torch.device("cuda")))        Kernel triton-int8
     report(Query("int4", "none", 64, branch=True, device=...))      {"rows <= 32": "triton-w4a16", "more": ...}
     time(Query("int8", "int8", rows=256), n=1152, k=1152)           microseconds
 
-KERNELS is the list of all of them. The layers themselves ask `kernel_name` of their room, w8a8/layer.py or
-w4/layer.py, which decides from format and device; so does `find`. The last of the list is the reference: it serves
-everything and is the truth that the others are tested against. What no kernel serves is never called by another name.
+KERNELS is the list of all of them. The layers themselves ask `kernel_name` of their room, w8a8/layer.py, w4/layer.py
+or attention/layer.py, which decides from format and device; so does `find`. The last of the list is the reference: it
+serves everything and is the truth that the others are tested against. What no kernel serves is never called by
+another name.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .attention import layer as attention
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
 from .tuning import latency
@@ -23,7 +25,7 @@ from .w4 import integer
 from .w4 import layer as w4
 from .w8a8 import layer as w8a8
 
-WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power"), ("int8", "fp8", "int4", "none")
+WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power", "kv4"), ("int8", "fp8", "int4", "none")
 CUBLAS, UNPACK, COPY = "unpack + cublas", "unpack + triton-int8", "onednn-int8 on an int8 copy"
 RANK = 32  # of the branch of a layer that is timed
 
@@ -32,8 +34,9 @@ RANK = 32  # of the branch of a layer that is timed
 class Query:
     """A quantized layer in a few words.
 
-    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, one scale a row; or "power",
-        levels of a codebook. activation: "int8", "fp8" or "int4", or "none" for 16-bit inputs.
+    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, one scale a row; "power",
+        levels of a codebook; or "kv4", keys and values of attention, which stand in a weight's place.
+    activation: "int8", "fp8", "int4", or "none" for 16-bit inputs.
     group_size: inputs under one scale of the weight; None for one scale a row.
     groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.
     linear: a Linear layer, or a convolution of one pixel; inputs: K of it, None for a multiple of 64.
@@ -208,6 +211,11 @@ def _integer(name: str) -> Callable[[Query], bool]:
     return serves
 
 
+def _kv4(query: Query) -> bool:
+    served = query.weight == "kv4" and query.activation == "none"
+    return served and attention.kernel_name(query.device) == attention.TRITON
+
+
 def _either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:
     return lambda query: any(one(query) for one in serve)
 
@@ -250,6 +258,7 @@ KERNELS: list[Kernel] = [
         COPY, "4-bit weights, progressive or one scale a row, also among rows of 8 bits; the copy is kept in memory",
         _either(_unpacked(w8a8.ONEDNN), _mixed(w8a8.ONEDNN)),
     ),
+    Kernel(attention.TRITON, "attention that unpacks 4-bit keys and values tile by tile", _kv4),
     Kernel(w8a8.REFERENCE, "the formula in torch, everywhere; all there is for power weights", lambda query: True),
 ]  # fmt: skip
 """The first that serves is used."""

@@ -20,7 +20,7 @@ FLOORS = """
 kernels/formats
 kernels/runtime
 kernels/w4/products
-kernels/w8a8  kernels/w4
+kernels/w8a8  kernels/w4  kernels/attention
 kernels/tuning
 kernels
 ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
@@ -36,7 +36,7 @@ ptq4dm/allocation
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/evaluation
-ptq4dm/methods  ptq4dm/hardware
+ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching
 svdquant/layers
 svdquant/nunchaku
 svdquant  samplers/maths

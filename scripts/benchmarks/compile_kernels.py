@@ -30,6 +30,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ptq4dm.kernels.attention import product as attention
+from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
@@ -134,6 +136,17 @@ def int4_calls(quick: bool) -> None:
         int4_codes_triton.int4_codes(empty(n, k // 2, dtype=torch.uint8), scales, wzeros, k, peak(wzeros))
 
 
+def attention_calls(quick: bool) -> None:
+    """Queries of an image over a prompt, and of a video over a longer one with padding."""
+    for rows, tokens, width in [(4096, 77, 40), (4096, 300, 72)] if quick else [
+        (4096, 77, 40), (1024, 77, 64), (4096, 300, 72), (16384, 512, 128)
+    ]:  # fmt: skip
+        grid = empty(2, 16, tokens), empty(2, 16, tokens)
+        kv = KV4(empty(2, 16, tokens, width // 2, dtype=torch.uint8), *grid)
+        mask = empty(2, 16, 1, tokens, dtype=torch.float32) if tokens > 77 else None
+        attention.attention(empty(2, rows, 16, width).transpose(1, 2), kv, kv, mask, width**-0.5)
+
+
 def integer_calls(quick: bool) -> None:
     """Progressive and grouped weights, of few rows and of many, with a scale a row and in groups."""
     n, k = 3072, 3072
@@ -203,6 +216,7 @@ def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[
     with settings.target(gpu):
         svdquant_calls(gpu.capability, rank, nonlinearity, quick)
         int4_calls(quick)
+        attention_calls(quick)
         integer_calls(quick)
         w8a8_calls(gpu.capability, quick)
     return found

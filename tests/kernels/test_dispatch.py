@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ptq4dm.kernels import dispatch
+from ptq4dm.kernels.attention import layer as attention
 from ptq4dm.kernels.dispatch import Query
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import layer as w4
@@ -151,22 +152,38 @@ def test_what_find_says_is_what_the_layers_ask():
                 for activation in dispatch.ACTIVATIONS:
                     query = Query("int4", activation, 64, rows=1, branch=True, device=device)
                     assert dispatch.find(query).name == w4.kernel_name(device, activation, 64)
+                found = dispatch.find(Query("kv4", "none", device=device)).name
+                assert found == attention.kernel_name(device)
+                assert dispatch.find(Query("kv4", "int8", device=device)).name == "reference"
 
 
 def test_the_list():
     names = [kernel.name for kernel in dispatch.KERNELS]
     assert len(set(names)) == len(names) and names[-1] == "reference"
-    assert set(names) >= {w4.FP8, w4.INT8, w4.INT4, w4.WEIGHT_ONLY, w8a8.TRITON, w8a8.TRITON_FP8, w8a8.ONEDNN}
+    assert set(names) >= {
+        w4.FP8,
+        w4.INT8,
+        w4.INT4,
+        w4.WEIGHT_ONLY,
+        w8a8.TRITON,
+        w8a8.TRITON_FP8,
+        w8a8.ONEDNN,
+        attention.TRITON,
+    }
     modes = {mode for mode in dispatch.tunable().values() if mode}
     assert modes == {*w4.MODES.values(), "progressive", "grouped"} and list(dispatch.tunable())[-1] == "w8a8"
     tables = [settings.settings_in(settings.FOLDER / f"{name}.json") for name in ("nvidia_h200", "sm_80")]
-    assert modes | {"w8a8"} == {name.partition(".")[0] for table in tables for name in table if name != "device"}
+    modes |= {"w8a8", "kv4"}  # attention's settings are guesses, which nothing searches
+    assert modes == {name.partition(".")[0] for table in tables for name in table if name != "device"}
 
 
 @pytest.mark.parametrize(
     "query, says",
     [
-        (dict(weight="int3", activation="int8"), "weight is one of int8, fp8, int4, row-mix, power, not 'int3'"),
+        (
+            dict(weight="int3", activation="int8"),
+            "weight is one of int8, fp8, int4, row-mix, power, kv4, not 'int3'",
+        ),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),
         (dict(weight="fp8", activation="fp8", branch=True), "only int4"),
@@ -217,6 +234,7 @@ def test_what_cannot_be_timed():
         (Query("int4", "int8", 32, rows=4), 40, "groups of 32"),
         (Query("int8", "none", rows=4), 64, "no layer of int8 weights and none"),
         (Query("row-mix", "int8", rows=4), 64, "no layer of row-mix weights and int8 activations is timed here"),
+        (Query("kv4", "none", rows=4), 64, "no layer of kv4 weights"),
     ]:
         with pytest.raises(ValueError, match=says):
             dispatch.time(query, 8, k)

@@ -19,6 +19,8 @@ from ..quantization.verifying import verify
 from .options import QUANTIZED_FIRST, add_model, default_model, load
 from .output import result, say
 
+COMPILED = ("int4", "progressive")  # formats that kernels/cpu serves
+
 
 def add(parser) -> None:
     add_model(parser, None, QUANTIZED_FIRST)
@@ -45,12 +47,19 @@ def run(args) -> None:
         "left": left_layers(network, config),
         "adapters": adapters_of(network),
         "networks": other_networks(pipe),
-        "compiled": library.status(),  # after the layers were asked for their kernels
+        "compiled": compiled_kernels(network),
     }
     if verified is not None:
         facts["verified"] = verified
     say(_text(facts))
     result(**facts)
+
+
+def compiled_kernels(network: nn.Module) -> str | None:
+    """Where the kernels were compiled that serve Linear layers on a CPU, or why not; None where no layer has such."""
+    layers = [module for module in network.modules() if is_quantized(module) and isinstance(module, nn.Linear)]
+    served = [one for one in layers if one.plan.format in COMPILED and one.qweight.device.type == "cpu"]
+    return library.found().text if served else None
 
 
 def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:

@@ -118,7 +118,10 @@ def test_the_compiled_kernels_of_a_cpu_are_named_where_layers_ask_for_them(unet,
     assert ("cpu-w4a8" in kernels) == library.available()
     main(["info", "--model", str(tmp_path / "4")])
     assert f"CPU kernels   {compiled}\n" in capsys.readouterr().out
-    assert facts(8)[0] is None, "nobody asked, nothing was built"
+    assert facts(8)[0] is None and library.status() is None, "nobody asked, nothing was built"
+    assert library.found().text == compiled
+    main(["info", "--model", str(tmp_path / "8"), "--json"])
+    assert json.loads(capsys.readouterr().out)["compiled"] is None, "what others asked for is not this model's"
     monkeypatch.setenv("PTQ4DM_CPU_KERNELS", "0")
     compiled, kernels = facts(4)
     assert "PTQ4DM_CPU_KERNELS=0" in compiled and "cpu-w4a8" not in kernels

@@ -1,0 +1,114 @@
+"""What every layer costs in every format, and what that does to the model's prediction: all that a choice looks at.
+
+A choice is `picks` [L]: of each layer the number of its format. Costs of layers add up:
+
+    step  = outside + sum of times         microseconds; outside: what the model does beside its layers
+    bytes = rest + sum of bytes            rest: tensors that are of no layer
+    error = sum of errors                  of |eps_q - eps|^2 / |eps|^2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import UserError
+
+KEEP = "keep"
+
+
+@dataclass
+class Table:
+    """Costs of L layers in F formats.
+
+    layers: names. labels: names of the formats; the first is KEEP, full precision.
+    times, spreads: [L, F] microseconds of a step, median and distance of the quartiles.
+    bytes: [L, F], of stored tensors, those of the model's dtype in 16 bits.
+    errors: [L, F] what the format of this layer alone adds to the prediction's error.
+    allowed: [L, F] bool: whether a layer can have the format. KEEP is always allowed.
+    widths: [L, F] bits of a weight.
+    activations: of each layer and format what inputs are rounded to, as a word.
+    ties: groups of layers, by number, that share an input: they take one activation format.
+    step: microseconds of the model's step in full precision; total: its bytes in 16 bits.
+    outside, rest: as above. device: where it was measured. forwards: of the model, for the errors, by tuples.
+    """
+
+    layers: list[str]
+    labels: list[str]
+    times: np.ndarray
+    spreads: np.ndarray
+    bytes: np.ndarray
+    errors: np.ndarray
+    allowed: np.ndarray
+    widths: np.ndarray
+    activations: list[list[str]]
+    ties: list[list[int]]
+    step: float
+    outside: float
+    total: float
+    rest: float
+    device: str = ""
+    forwards: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
+    """label -> microseconds of the step with that format in all layers, where it was measured."""
+
+    def __post_init__(self) -> None:
+        shape = len(self.layers), len(self.labels)
+        for name in ("times", "bytes", "errors"):
+            values = getattr(self, name)
+            if values.shape != shape or not np.isfinite(values[self.allowed]).all():
+                raise UserError(f"a layer's {name} are no finite numbers: nothing can be chosen by them.")
+
+    def _sum(self, values: np.ndarray, picks: np.ndarray) -> float:
+        return float(values[np.arange(len(self.layers)), picks].sum())
+
+    def time(self, picks: np.ndarray) -> float:
+        """Predicted microseconds of a step."""
+        return self.outside + self._sum(self.times, picks)
+
+    def latency(self, picks: np.ndarray) -> float:
+        """The same as a share of the step in full precision."""
+        return self.time(picks) / self.step
+
+    def size(self, picks: np.ndarray) -> float:
+        """Bytes as a share of those of the model in 16 bits."""
+        return (self.rest + self._sum(self.bytes, picks)) / self.total
+
+    def error(self, picks: np.ndarray) -> float:
+        """Predicted error of the prediction, relative."""
+        return self._sum(self.errors, picks)
+
+    def uniform(self, label: str) -> np.ndarray:
+        """Picks of one format for all layers that can have it; the others keep full precision, or take what the
+        same recipe gives them (a label of the same choice, which is allowed)."""
+        if label not in self.labels:
+            raise UserError(f"the table has no format '{label}'; it has {', '.join(self.labels)}.")
+        column = self.labels.index(label)
+        return np.where(self.allowed[:, column], column, 0)
+
+    def fits(self, picks: np.ndarray, latency: float | None, size: float | None, slack: float = 1e-6) -> bool:
+        """Whether picks are allowed, tied as they should be, and within the budgets."""
+        rows = np.arange(len(self.layers))
+        if not self.allowed[rows, picks].all():
+            return False
+        for group in self.ties:
+            if len({self.activations[layer][picks[layer]] for layer in group}) > 1:
+                return False
+        within = latency is None or self.latency(picks) <= latency * (1 + slack)
+        return within and (size is None or self.size(picks) <= size * (1 + slack))
+
+    @property
+    def eight_bits_fastest(self) -> bool:
+        """Whether no layer is quicker in fewer than 8 bits than in 8, by more than the spread of what was measured."""
+        wide = self.allowed & (self.widths == 8)
+        narrow = self.allowed & (self.widths < 8)
+        found = False
+        for layer in range(len(self.layers)):
+            if not (wide[layer].any() and narrow[layer].any()):
+                continue
+            found = True
+            best, quick = self.times[layer, wide[layer]].min(), self.times[layer, narrow[layer]]
+            if (best - quick > self.spreads[layer, narrow[layer]]).any():
+                return False
+        return found

@@ -52,6 +52,8 @@ class Table:
     forwards: int = 0
     measured: dict[str, float] = field(default_factory=dict)
     """label -> microseconds of the step with that format in all layers, where it was measured."""
+    stands: np.ndarray | None = None
+    """[L, F] of a format that a layer cannot have, the one that stands for it: KEEP, or an equal one of another label."""
 
     def __post_init__(self) -> None:
         shape = len(self.layers), len(self.labels)
@@ -80,12 +82,12 @@ class Table:
         return self._sum(self.errors, picks)
 
     def uniform(self, label: str) -> np.ndarray:
-        """Picks of one format for all layers that can have it; the others keep full precision, or take what the
-        same recipe gives them (a label of the same choice, which is allowed)."""
+        """Picks of one format for all layers that can have it, and of what stands for it for the others."""
         if label not in self.labels:
             raise UserError(f"the table has no format '{label}'; it has {', '.join(self.labels)}.")
         column = self.labels.index(label)
-        return np.where(self.allowed[:, column], column, 0)
+        stands = np.zeros_like(self.widths) if self.stands is None else self.stands
+        return np.where(self.allowed[:, column], column, stands[:, column])
 
     def fits(self, picks: np.ndarray, latency: float | None, size: float | None, slack: float = 1e-6) -> bool:
         """Whether picks are allowed, tied as they should be, and within the budgets."""

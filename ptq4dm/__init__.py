@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
+    from .methods.ohq import OHQConfig
     from .methods.pdquant import PDQuantConfig
     from .methods.ptq4dm import PTQ4DMConfig
     from .methods.rtn import RTNConfig
@@ -44,6 +45,7 @@ __all__ = [
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
+    "OHQConfig",
     "PDQuantConfig",
     "PTQ4DMConfig",
     "PixelDiTPipeline",
@@ -73,6 +75,7 @@ __getattr__, __dir__ = lazy_names(
         "CalibrationStore": "calibration.store",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
+        "OHQConfig": "methods.ohq",
         "PDQuantConfig": "methods.pdquant",
         "PTQ4DMConfig": "methods.ptq4dm",
         "PixelDiTPipeline": "pipelines.pixel_dit",
@@ -94,6 +97,7 @@ __getattr__, __dir__ = lazy_names(
         "verify": "quantization.verifying",
     },
     rooms=(
+        "budgets",
         "calibration",
         "evaluation",
         "hardware",

@@ -129,9 +129,9 @@ class Figure:
 
 
 def pooled(times: Times, kinds: Mapping[str, str], chosen: Mapping[str, Mapping[str, str]]) -> dict[str, Figure]:
-    """"kind | format" -> the figure of all layers of that kind and format.
+    """ "kind | format" -> the figure of all layers of that kind and format.
 
-    kinds: layer -> kind. chosen: label -> layer -> its format in words; a layer that a label leaves as it is has none.
+    kinds: layer -> kind. chosen: label -> layer -> its format in words.
     """
     together: dict[str, list[float]] = {}
     for label, layers in times.layers.items():

@@ -149,7 +149,7 @@ def _figures(data: dict) -> dict[str, Figure]:
     for name, numbers in data.items():
         if not (isinstance(numbers, list) and len(numbers) == 4 and all(_number(n) for n in numbers)):
             raise ValueError(f"'{name}' is no measurement")
-        found[name] = Figure(*map(float, numbers[:3]), int(numbers[3]))
+        found[name] = Figure(float(numbers[0]), float(numbers[1]), float(numbers[2]), int(numbers[3]))
     return found
 
 

@@ -22,7 +22,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array, csr_array, vstack
 
 from ..errors import UserError
-from .table import Table
+from .table import KEEP, Table
 
 SCALE = 1e4  # of the objective: the solver's absolute gap, 1e-6, is then a part in 10^10 of the largest error
 OPTIMAL, INFEASIBLE = 0, 2  # scipy's numbers
@@ -63,13 +63,19 @@ def allocate(
     return told(table, picks)
 
 
+def least(table: Table, costs: np.ndarray) -> np.ndarray:
+    """The picks of least costs [L, F] without any budget; layers that share an input are still tied."""
+    picks = _least(table, np.where(table.allowed, costs, 0), None, None)
+    return table.uniform(KEEP) if picks is None else picks  # full precision everywhere is always a choice
+
+
 def told(table: Table, picks: np.ndarray) -> Allocation:
     """Picks with what is predicted of them."""
     notes = []
     if table.eight_bits_fastest:
         notes.append(
-            f"8 bits are the fastest for every layer on {table.device or 'this device'}, to within what was measured: "
-            "a budget of latency never asks for fewer, only one of bytes does."
+            f"8 bits are the fastest for every layer on {table.device or 'this device'}, to within what was "
+            "measured: a budget of latency never asks for fewer, only one of bytes does."
         )
     return Allocation(picks, table.latency(picks), table.size(picks), table.error(picks), notes)
 
@@ -144,17 +150,15 @@ def _tied(table: Table) -> list[np.ndarray]:
 
 def _refusal(table: Table, latency: float | None, size: float | None) -> str:
     """What to say of budgets that nothing is within: the least of each, alone and beside the other."""
-    least: dict[str, float] = {}
+    known: dict[str, float] = {}
     asked = []
     if latency is not None:
         asked.append(f"latency {latency:g}")
-        picks = _least(table, np.where(table.allowed, table.times, 0), None, None)
-        least["latency"] = table.latency(picks)  # type: ignore[arg-type]  # without budgets there is always one
+        known["latency"] = table.latency(least(table, table.times))
     if size is not None:
         asked.append(f"bytes {size:g}")
-        picks = _least(table, np.where(table.allowed, table.bytes, 0), None, None)
-        least["bytes"] = table.size(picks)  # type: ignore[arg-type]
-    reach = ", ".join(f"{name} {share:.4f}" for name, share in least.items())
+        known["bytes"] = table.size(least(table, table.bytes))
+    reach = ", ".join(f"{name} {share:.4f}" for name, share in known.items())
     text = f"no choice of formats is within {' and '.join(asked)} of the full-precision model; the least is {reach}"
     if latency is not None and size is not None:
         picks = _least(table, np.where(table.allowed, table.times, 0), None, size)

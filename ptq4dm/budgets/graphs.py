@@ -48,7 +48,7 @@ def time_in_graphs(
             figures = _raced({said: _cold(layer, calls[name]) for said, layer in some.items()}, rounds)
             count = len(calls[name])
             found |= {entry(kind, said): _times(figure, count) for said, figure in figures.items()}
-        steps = {}
+        steps: dict[str, Figure] = {}
         for label, layers in formats.items():
             with substituted(model, dict(layers)):
                 steps |= _raced({label: [lambda: model(*call.args, **call.kwargs)]}, rounds)

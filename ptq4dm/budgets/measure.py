@@ -1,4 +1,4 @@
-"""The table that a choice looks at, measured: times in place, bytes of packed layers, errors by masking or directly."""
+"""The table that a choice looks at, measured: times in place, bytes of packed layers, errors by masks or directly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..calibration.calls import Calls, Group, Part
+from ..calibration.calls import Call, Calls, Group, Part
 from ..calibration.evidence import chosen_calls
 from ..calibration.record import ready
 from ..calibration.trace import trace
@@ -38,7 +38,7 @@ def measured(
     return table_of(model, views, candidates, calls, found, sensitivities(model, formats, names, calls, options))
 
 
-def timed_call_of(model: nn.Module, calls: Calls, rows: int):
+def timed_call_of(model: nn.Module, calls: Calls, rows: int) -> Call:
     """One call of the model with so many rows, on its device; of whole calls the first."""
     first = next(calls.batches(1))
     joined = calls.groups[int(first.places[0, 0])].joined
@@ -90,8 +90,9 @@ def table_of(
     names, labels = [view.name for view in views], [KEEP, *(candidate.label for candidate in candidates)]
     shape = len(names), len(labels)
     times, spreads, sizes, errors = (np.zeros(shape) for _ in range(4))
-    allowed, widths = np.zeros(shape, bool), np.full(shape, 32)
-    stands, words = np.zeros(shape, int), [["float"] * len(labels) for _ in names]
+    allowed: np.ndarray = np.zeros(shape, bool)
+    stands: np.ndarray = np.zeros(shape, int)
+    widths, words = np.full(shape, 32), [["float"] * len(labels) for _ in names]
     for row, view in enumerate(views):
         plans: list = [None]
         for column, label in enumerate(labels):

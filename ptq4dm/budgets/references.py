@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from .table import Table
+from .table import KEEP, Table
 
 
 def every(table: Table) -> Iterator[np.ndarray]:
@@ -19,7 +19,7 @@ def every(table: Table) -> Iterator[np.ndarray]:
 def greedy(table: Table, latency: float | None = None, size: float | None = None) -> np.ndarray | None:
     """From full precision on, the move that saves the most of what is too much for the error that it adds; until the
     budgets are kept. None where it gets stuck."""
-    picks = np.zeros(len(table.layers), int)
+    picks = table.uniform(KEEP)
     while (over := excess(table, picks, latency, size)) > 0:
         best, value = None, 0.0
         for moved in _moves(table, picks):
@@ -43,7 +43,7 @@ def random_choices(
     for _ in range(20 * count):
         if len(found) == count:
             break
-        picks = np.zeros(len(table.layers), int)
+        picks = table.uniform(KEEP)
         for group in _groups(table):
             picks = _drawn(table, picks, group, draw)
         while (over := excess(table, picks, latency, size)) > 0:

@@ -53,7 +53,7 @@ class Table:
     measured: dict[str, float] = field(default_factory=dict)
     """label -> microseconds of the step with that format in all layers, where it was measured."""
     stands: np.ndarray | None = None
-    """[L, F] of a format that a layer cannot have, the one that stands for it: KEEP, or an equal one of another label."""
+    """[L, F] of a format that a layer cannot have, the one that stands for it: KEEP, or an equal one."""
 
     def __post_init__(self) -> None:
         shape = len(self.layers), len(self.labels)
@@ -102,7 +102,7 @@ class Table:
 
     @property
     def eight_bits_fastest(self) -> bool:
-        """Whether no layer is quicker in fewer than 8 bits than in 8, by more than the spread of what was measured."""
+        """Whether no layer is quicker in fewer than 8 bits than in 8, by more than the spread of its times."""
         wide = self.allowed & (self.widths == 8)
         narrow = self.allowed & (self.widths < 8)
         found = False

@@ -49,7 +49,7 @@ class Outcome:
 
     def plans(self, picks: Any) -> dict[str, LayerPlan]:
         """Layer -> plan of some picks of the table."""
-        chosen = {0: {}} | {number: one.plans for number, one in enumerate(self.candidates, 1)}
+        chosen: list[dict[str, LayerPlan]] = [{}, *(one.plans for one in self.candidates)]
         return {
             name: chosen[pick][name]
             for name, pick in zip(self.table.layers, map(int, picks), strict=True)

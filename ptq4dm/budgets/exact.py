@@ -22,6 +22,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array, csr_array, vstack
 
 from ..errors import UserError
+from .hushed import hushed
 from .table import KEEP, Table
 
 SCALE = 1e4  # of the objective: the solver's absolute gap, 1e-6, is then a part in 10^10 of the largest error
@@ -124,13 +125,14 @@ def _solve(table: Table, objective: np.ndarray, latency: float | None, size: flo
         high.append(np.zeros(1))
     constraint = LinearConstraint(vstack(rows), np.concatenate(low), np.concatenate(high))
     largest = np.abs(objective).max() or 1.0
-    return milp(
-        objective.reshape(-1) / largest * SCALE,
-        integrality=np.ones(count),
-        bounds=Bounds(0, table.allowed.reshape(-1).astype(float)),
-        constraints=constraint,
-        options={"mip_rel_gap": 0.0},
-    )
+    with hushed(b"Highs"):
+        return milp(
+            objective.reshape(-1) / largest * SCALE,
+            integrality=np.ones(count),
+            bounds=Bounds(0, table.allowed.reshape(-1).astype(float)),
+            constraints=constraint,
+            options={"mip_rel_gap": 0.0},
+        )
 
 
 def _tied(table: Table) -> list[np.ndarray]:

@@ -102,12 +102,9 @@ def test_measurements_are_kept_for_this_device_and_used_again(clock, tmp_path):
     assert costs(model, CALL, grouped, 2, tmp_path, clock).fresh  # a format that was not measured
 
 
-@pytest.mark.parametrize(
-    "text",
-    ['{"layers": {}}', '{"layers": {"a": [1, 2]}, "steps": {}}', '{"layers": {"a": [1, 2, NaN, 4]}, "steps": {}}'],
-)
-def test_a_file_that_holds_no_measurements_is_told(tmp_path, text):
+@pytest.mark.parametrize("layers", ["[]", '{"a": [1, 2]}', '{"a": [1, 2, NaN, 4]}', '{"a": [1, 2, true, 4]}'])
+def test_a_file_that_holds_no_measurements_is_told(tmp_path, layers):
     path = tmp_path / "costs.json"
-    path.write_text(text)
+    path.write_text(f'{{"layers": {layers}, "steps": {{}}}}')
     with pytest.raises(UserError, match="costs.json cannot be read .* remove it: it is measured again"):
         kept.load(path)

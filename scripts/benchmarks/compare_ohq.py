@@ -1,0 +1,261 @@
+"""OHQ held against what it claims: predicted step times, sensitivities by masks, and the choice between them.
+
+    python scripts/benchmarks/compare_ohq.py --model unet-cifar10 --threads 2 --output out/ohq-unet.json
+    python scripts/benchmarks/compare_ohq.py --model dit-cifar10 --threads 1 --thread-time --output out/ohq-dit.json
+
+1. Sensitivities of every layer and format: by masks (weights and outputs, calibration inputs and noise) and by weight
+   error alone, each against the direct way, by Spearman's rank correlation over layers; and the runs that they take.
+2. At a budget of bytes midway between 8 bits and 4 in all layers: the exact choice, greedy, random choices that use
+   the budget up, and the exact choice from permuted sensitivities; the error of each, measured on tuples of other
+   seeds, beside the line between the two uniform ones.
+3. Predicted against measured step times of random mixtures, which nothing was fitted to.
+
+--thread-time counts the seconds that the thread computed, not those of the wall: on a machine with other work, with
+one thread. Formats and plans take turns in all timings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+import ptq4dm
+from ptq4dm.budgets.candidates import packed, recipes_of
+from ptq4dm.budgets.clocks import Figure, time_in_place
+from ptq4dm.budgets.costs import costs
+from ptq4dm.budgets.exact import allocate
+from ptq4dm.budgets.masking import direct, masked, parts_of
+from ptq4dm.budgets.measure import noised, table_of, timed_call_of
+from ptq4dm.budgets.references import greedy, random_choices
+from ptq4dm.budgets.table import KEEP
+from ptq4dm.calibration.evidence import BATCH, squared_error, substituted
+from ptq4dm.calibration.record import answers, samples_of
+from ptq4dm.errors import run
+from ptq4dm.files.atomic import replacing
+from ptq4dm.layers.view import find_layers
+from ptq4dm.methods.ohq import CANDIDATES
+from ptq4dm.pipelines.denoiser import denoiser, evaluation_mode
+
+CONFIDENCE = (0.025, 0.975)
+
+
+class HeldOut:
+    """A model in full precision on calls of other seeds: the error of picks, tuple by tuple."""
+
+    def __init__(self, model, candidates, table, calls):
+        self.model, self.table, self.batches = model, table, list(calls.batches(BATCH))
+        self.layers = [{}, *(one.layers for one in candidates)]
+        self.exact = [self._run(batch) for batch in self.batches]
+        self.known: dict[tuple, np.ndarray] = {}
+
+    def quantized(self, picks) -> dict:
+        """The layers of some picks."""
+        rows = zip(self.table.layers, map(int, picks), strict=True)
+        return {name: self.layers[pick][name] for name, pick in rows if name in self.layers[pick]}
+
+    def errors(self, picks) -> np.ndarray:
+        """[tuples, 2]: squared difference and squared reference of each."""
+        key = tuple(map(int, picks))
+        if key not in self.known:
+            with substituted(self.model, self.quantized(picks)):
+                found = [self._run(batch) for batch in self.batches]
+            pairs = [pair for a, b in zip(found, self.exact, strict=True) for pair in zip(a, b, strict=True)]
+            self.known[key] = np.array(
+                [(squared_error(a, b), squared_error(b, torch.zeros_like(b))) for a, b in pairs]
+            )
+        return self.known[key]
+
+    def error(self, picks) -> float:
+        wrong, right = self.errors(picks).sum(0)
+        return float(wrong / right)
+
+    def interval(self, picks, other=None, draws: int = 2000) -> list[float]:
+        """95 % interval over tuples of the error, or of its ratio to that of other picks on the same tuples."""
+        draw = np.random.default_rng(0)
+        ours = self.errors(picks)
+        rows = draw.integers(len(ours), size=(draws, len(ours)))
+        values = ours[rows].sum(1)
+        share = values[:, 0] / values[:, 1]
+        if other is not None:
+            theirs = self.errors(other)[rows].sum(1)
+            share = share / (theirs[:, 0] / theirs[:, 1])
+        return [float(v) for v in np.quantile(share, CONFIDENCE)]
+
+    @torch.no_grad()
+    def _run(self, batch):
+        with evaluation_mode(self.model):
+            return samples_of(answers(self.model, batch)[0], batch)
+
+
+def collected(pipe, args, seed: int):
+    config = ptq4dm.CalibrationConfig("uniform", args.tuples, args.steps, batch_size=BATCH, seed=seed)
+    return ptq4dm.collect(pipe, config)
+
+
+def correlations(found: dict, exact: dict, labels: list[str]) -> dict[str, float]:
+    """Label -> Spearman's correlation over layers; "mean" of them."""
+    names = [name for name in exact if any(exact[name].values())]
+    values = {
+        label: float(spearmanr([found[n][label] for n in names], [exact[n][label] for n in names]).statistic)
+        for label in labels
+    }
+    return {**values, "mean": float(np.mean(list(values.values())))}
+
+
+def sensitivities(model, candidates, names, calls, args) -> tuple[dict, dict]:
+    """(name of a way -> its Sensitivity, the facts on them)."""
+    formats, parts = {one.label: one.layers for one in candidates}, parts_of(calls, args.tuples, args.draws)
+    noise = parts_of(noised(calls, 0), args.tuples, args.draws)
+    ways, facts = {}, {}
+    for way, make in {
+        "direct": lambda: direct(model, formats, names, parts),
+        "masked, weights": lambda: masked(model, formats, names, parts, args.share),
+        "masked, outputs": lambda: masked(model, formats, names, parts, args.share, "outputs"),
+        "masked, weights, noise": lambda: masked(model, formats, names, noise, args.share),
+    }.items():
+        start = time.perf_counter()
+        ways[way] = make()
+        facts[way] = {"forwards": ways[way].forwards, "seconds": round(time.perf_counter() - start, 1)}
+    alone = {
+        name: {
+            label: squared_error(model.get_submodule(name).weight, layers[name].dequantized_weight())
+            for label, layers in formats.items()
+        }
+        for name in names
+    }
+    exact, labels = ways["direct"].errors, list(formats)
+    for way in list(facts):
+        facts[way]["spearman"] = correlations(ways[way].errors, exact, labels)
+    facts["weight error alone"] = {"forwards": 0, "spearman": correlations(alone, exact, labels)}
+    return ways, facts
+
+
+def permuted(table, seed: int):
+    """The table with the errors of layers dealt out among them."""
+    other = copy.copy(table)
+    order = np.random.default_rng(seed).permutation(len(table.layers))
+    other.errors = table.errors[order]
+    return other
+
+
+def at_a_budget(truth: HeldOut, table, wide: str, narrow: str, args) -> dict:
+    """The choices at the bytes midway between two uniform formats, and the errors of all, measured."""
+    ends = [table.uniform(label) for label in (wide, narrow)]
+    sizes = [table.size(picks) for picks in ends]
+    budget = sum(sizes) / 2
+    chosen = allocate(table, None, budget).picks
+    quick = greedy(table, None, budget)
+    drawn = random_choices(table, args.random, 0, None, budget)
+    shuffled = [allocate(permuted(table, seed), None, budget).picks for seed in range(args.permuted)]
+    measured = sorted(truth.error(picks) for picks in drawn)
+    wrong = [truth.error(picks) for picks in ends]
+    facts = {
+        "bytes": {"budget": budget, wide: sizes[0], narrow: sizes[1], "chosen": table.size(chosen)},
+        "error": {wide: wrong[0], narrow: wrong[1], "interpolated": sum(wrong) / 2, "chosen": truth.error(chosen)},
+        "predicted": {"chosen": table.error(chosen), wide: table.error(ends[0]), narrow: table.error(ends[1])},
+        "interval": truth.interval(chosen),
+        "random": {"count": len(drawn), "least": measured[0], "median": measured[len(measured) // 2]},
+        "permuted": sorted(truth.error(picks) for picks in shuffled),
+        "formats": {label: int((chosen == number).sum()) for number, label in enumerate(table.labels)},
+    }  # fmt: skip
+    if quick is not None:
+        facts["greedy"] = {
+            "error": truth.error(quick), "predicted": table.error(quick),
+            "chosen_over_greedy": truth.interval(chosen, quick),
+        }  # fmt: skip
+    return facts
+
+
+def step_times(truth: HeldOut, table, call, args, clock) -> list[dict]:
+    """Predicted and measured times of random mixtures, of which each has formats in shares that are drawn."""
+    draw, plans = np.random.default_rng(1), {}
+    for number in range(args.plans):
+        shares = draw.dirichlet(np.ones(len(table.labels)))
+        picks = draw.choice(len(table.labels), size=len(table.layers), p=shares)
+        plans[str(number)] = np.where(
+            table.allowed[np.arange(len(picks)), picks], picks, table.stands[np.arange(len(picks)), picks]
+        )
+    formats = {KEEP: {}, **{name: truth.quantized(picks) for name, picks in plans.items()}}
+    times = time_in_place(truth.model, call, formats, [], args.rounds, clock)
+    whole = Figure.of(times.steps[KEEP])
+    rows = []
+    for name, picks in plans.items():
+        figure = Figure.of(times.steps[name])
+        rows.append({
+            "predicted": table.latency(picks), "measured": figure.median / whole.median,
+            "ratio": table.latency(picks) / (figure.median / whole.median), "quartiles": [figure.low, figure.high],
+            "microseconds": figure.median,
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="unet-cifar10")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--thread-time", action="store_true", help="seconds that the one thread computed")
+    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES))
+    parser.add_argument("--tuples", type=int, default=32)
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--share", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler that tuples are taken from")
+    parser.add_argument("--batch", type=int, default=8, help="of the step that is timed")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--plans", type=int, default=8)
+    parser.add_argument("--random", type=int, default=100)
+    parser.add_argument("--permuted", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("out/ohq.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.thread_time if args.thread_time else time.perf_counter
+    pipe = ptq4dm.load_pipeline(args.model, "float32" if args.device == "cpu" else "bfloat16", args.device)
+    model = denoiser(pipe)
+    store, other = collected(pipe, args, 0), collected(pipe, args, 10_000)
+    views = find_layers(model)
+    candidates, _ = packed(model, recipes_of(args.candidates), store)
+    formats = {KEEP: {}, **{one.label: one.layers for one in candidates}}
+    call = timed_call_of(model, store.recorded(), args.batch)
+    found = costs(model, call, formats, args.rounds, "", clock)
+    facts: dict = {"model": args.model, "device": found.where, "clock": clock.__name__, "batch": args.batch}
+
+    def write() -> None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(args.output) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1) + "\n")
+
+    ways, facts["sensitivity"] = sensitivities(model, candidates, [v.name for v in views], store.recorded(), args)
+    tables = {way: table_of(model, views, candidates, store.recorded(), found, one) for way, one in ways.items()}
+    table = tables["masked, weights"]
+    truth = HeldOut(model, candidates, table, other.recorded())
+    facts["step"] = {"microseconds": table.step, "outside": table.outside, "by_format": table.measured}
+    facts["eight_bits_fastest"] = table.eight_bits_fastest
+    facts["uniform"] = {
+        label: {
+            "latency": table.latency(p), "bytes": table.size(p), "predicted": table.error(p), "error": truth.error(p),
+        }
+        for label, p in ((label, table.uniform(label)) for label in table.labels)
+    }  # fmt: skip
+    write()
+    facts["times"] = step_times(truth, table, call, args, clock)
+    write()
+    wide = table.labels[1]
+    for way, one in tables.items():
+        truth.table = one
+        facts.setdefault("budget", {})[way] = {
+            narrow: at_a_budget(truth, one, wide, narrow, args) for narrow in (table.labels[2], table.labels[-1])
+        }
+        write()
+        args.random = min(args.random, 10)  # random choices are all but the same for every way
+    print(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)

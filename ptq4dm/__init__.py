@@ -18,6 +18,7 @@ from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
+    from .caching.cached_text import cached_text
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
     from .calibration.store import CalibrationStore
@@ -54,6 +55,7 @@ __all__ = [
     "RTNConfig",
     "SVDQuantConfig",
     "UserError",
+    "cached_text",
     "collect",
     "evaluate",
     "fuse",
@@ -83,6 +85,7 @@ __getattr__, __dir__ = lazy_names(
         "QuantConfig": "quantization.recipe",
         "RTNConfig": "methods.rtn",
         "SVDQuantConfig": "svdquant.method",
+        "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",
         "fuse": "layers.fuse",
@@ -98,6 +101,7 @@ __getattr__, __dir__ = lazy_names(
     },
     rooms=(
         "budgets",
+        "caching",
         "calibration",
         "evaluation",
         "hardware",

@@ -104,12 +104,20 @@ def w8a8_conv2d(
 
 @w8a8_conv2d.register_fake
 def _(x, qweight, weight_scale, bias, input_scale, input_zero_point, bits, stride, padding, dilation, groups):
-    window = Window(len(x), *x.shape[2:], tuple(qweight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
-    return _channels_last(x, len(x), len(qweight), *window.output)
+    return empty_images(x, len(qweight), qweight.shape[2:], stride, padding, dilation)
 
 
-def _channels_last(like: Tensor, batch, channels, height, width) -> Tensor:
-    return like.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
+def empty_images(
+    x: Tensor,
+    outputs: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """An empty [B, outputs, H', W'] channels_last in the dtype of x [B, C, H, W]: what such a convolution gives."""
+    window = Window(len(x), *x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+    return x.new_empty(len(x), *window.output, outputs).permute(0, 3, 1, 2)
 
 
 _LINEAR = {

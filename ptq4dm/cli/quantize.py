@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def add(parser) -> None:
     drawn = "; ".join(f"{picture.shows} ({name})" for name, picture in PICTURES.items())
     add_model(parser)
     parser.add_argument("--method", default=METHOD, help=", ".join(known)).known = tuple(known)  # for completion
-    parser.add_argument("--calibration", metavar="DIR", help="store from `collect`; made on the fly otherwise")
+    text = "store from `collect`; made on the fly otherwise, of --num-tuples samples at least, or of --num-samples"
+    parser.add_argument("--calibration", metavar="DIR", help=text)
     parser.add_argument("--plan", metavar="JSON", help="follow a saved plan instead of a method's options")
     parser.add_argument(
         "--checkpoint", metavar="DIR", help="keep each block here as it is done: the same command then goes on"
@@ -106,6 +108,15 @@ def _wants_store(config: QuantConfig) -> bool:
     return any(needs_of(choice) for choice in config.plan.layers.values())
 
 
+def _enough(calibration: CalibrationConfig, args, recipes: dict[str, QuantConfig]) -> CalibrationConfig:
+    """The same with as many samples as the recipes have tuples to look at, unless the user says how many."""
+    if hasattr(args, "num_samples"):
+        return calibration
+    packing = [one.packing_options() if one.plan is None else one.plan.packing for one in recipes.values()]
+    asked = [options.get("num_tuples", 0) for options in packing]
+    return replace(calibration, num_samples=max(calibration.num_samples, *asked))
+
+
 def _quantize(
     args, recipes: dict[str, QuantConfig], calibration: CalibrationConfig, output: Path, picture: Any
 ) -> None:
@@ -119,7 +130,7 @@ def _quantize(
     model = component_of(pipe, args.component)
     narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
     if store is None and any(map(_wants_store, recipes.values())):
-        fitted = fitting(calibration, args, pipe)
+        fitted = fitting(_enough(calibration, args, recipes), args, pipe)
         store = collect(pipe, fitted, component=args.component, **conditioning_of(args))
     check_room(os.path.dirname(os.path.realpath(output)), bytes_at_least(pipe, recipes), "the quantized pipeline")
     weights = dict(model.named_parameters()) if picture else {}

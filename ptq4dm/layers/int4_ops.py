@@ -3,14 +3,16 @@
     y[m, n] = s_x[m] sum_g s_w[n, g] sum_{k in g} (q_x[m, k] - z_x) (q_w[n, k] - z_w[n, g])  +  b[n]
 
     triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric groups of 64 or 128
+    triton-w4a8-grouped         CUDA, Linear, dynamic inputs, groups with zero points
+    triton-w4a8-channel         CUDA, Linear, dynamic inputs, one scale an output
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
     onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
     reference                   everywhere: the formula in float32 on dequantized weights; the truth
 
 Which one: kernels/dispatch.py.
 
-The kernels on a GPU fold the scales of groups into 8-bit weights (kernels/w4/int4_codes.py says what that rounds);
-one scale an output is exact.
+Where kernels on a GPU unpack, as triton-w4a8-int8 does too, they fold the scales of groups into 8-bit weights
+(kernels/w4/int4_codes.py says what that rounds); everything else is exact.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from ..kernels.formats.int4 import GROUP, pack_int4, unpack_int4
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.runtime.settings import remembered
+from ..kernels.w4 import integer
 from ..kernels.w4 import layer as w4
+from ..kernels.w4.grouped import grouped_linear
 from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8 import reference
-from ..kernels.w8a8.window import Window
 
 PACKED = GROUP  # codes that are packed together; rows are filled up to a multiple of it
 
@@ -105,6 +108,8 @@ def int4_linear(
     if name == w4.INT8:
         spread = prepared(wscales, PACKED, lambda: _per_packed(wscales, inputs))
         return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
+    if name in (integer.GROUPED, integer.CHANNEL):
+        return grouped_linear(x, qweight, wscales, wzeros, bias)
     codes, scale = _int8(qweight, wscales, wzeros, inputs)
     return w8a8.w8a8_linear(x, codes, scale, bias, *grid)
 
@@ -155,9 +160,7 @@ def int4_conv2d(
 @int4_conv2d.register_fake
 def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     *_, kernel, stride, padding, dilation, _ = rest
-    window = Window(len(x), *x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    height, width = window.output
-    return x.new_empty(len(x), height, width, len(qweight)).permute(0, 3, 1, 2)
+    return w8a8.empty_images(x, len(qweight), kernel, stride, padding, dilation)
 
 
 def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
+from ..kernels import dispatch
 from ..kernels.formats.int8 import weight_limit
 from ..kernels.formats.power import PowerGrid, raised
-from ..kernels.w8a8.layer import REFERENCE
 from ..ranges.registry import OBJECTIVES
 from ..ranges.weights import weight_grid
 from . import power_ops
@@ -146,8 +146,8 @@ class PowerLayer(RoundedLayer):
         return self.shaped(power_ops.weight_of(self.qweight, self.wscales, exponent, plan.weight_bits, inputs))
 
     def kernel_name(self) -> str:
-        """The reference, wherever the codes are."""
-        return REFERENCE
+        """The kernel that serves this layer where its codes are now: the reference, wherever that is."""
+        return dispatch.find(dispatch.Query("power", "int8", device=self.qweight.device)).name
 
     @property
     def operands(self) -> tuple:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.formats.power import grid_of
 from ..kernels.runtime.ops import op
-from ..kernels.w8a8.window import Window
+from ..kernels.w8a8.layer import empty_images
 from .int4_ops import packed_rows, rounded, unpacked_rows
 
 
@@ -97,6 +97,4 @@ def power_conv2d(
 @power_conv2d.register_fake
 def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     *_, kernel, stride, padding, dilation, _ = rest
-    window = Window(len(x), *x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    height, width = window.output
-    return x.new_empty(len(x), height, width, len(qweight)).permute(0, 3, 1, 2)
+    return empty_images(x, len(qweight), kernel, stride, padding, dilation)

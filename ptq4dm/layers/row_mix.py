@@ -156,7 +156,7 @@ class RowMixLayer(RoundedLayer):
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
-        return row_mix_ops.kernel_name(self.qweight.device, self.plan.activation_bits)
+        return row_mix_ops.kernel_name(self.qweight.device)
 
     @property
     def operands(self) -> tuple:

@@ -8,6 +8,8 @@ would quantize x twice, and putting columns of y in their places takes longer th
     unpack + triton-int8        CUDA: the rows as int8 in memory for one call, then the W8A8 kernel
     onednn-int8 on an int8 copy x86 CPU: the W8A8 kernel on a copy that is kept
     reference                   everywhere else
+
+Which one: kernels/dispatch.py.
 """
 
 from __future__ import annotations
@@ -23,16 +25,12 @@ from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
-from ..kernels.w8a8.window import Window
 from .int4 import pixel_first
 
-NAMES = {w8a8.ONEDNN: dispatch.COPY, w8a8.TRITON: dispatch.UNPACK}
 
-
-def kernel_name(device: torch.device, bits: int) -> str:
-    """The kernel that serves a layer under inputs of so many bits."""
-    name = w8a8.kernel_name(device, bits)
-    return NAMES.get(name, name)
+def kernel_name(device: torch.device) -> str:
+    """The kernel that serves a layer; narrower grids of inputs have the same."""
+    return dispatch.find(dispatch.Query("row-mix", "int8", device=device)).name
 
 
 @op
@@ -94,10 +92,7 @@ def row_mix_conv2d(
 @row_mix_conv2d.register_fake
 def _(x: Tensor, qweight: Tensor, qweight8: Tensor, *rest: Any) -> Tensor:
     *_, stride, padding, dilation = rest
-    kernel = tuple(qweight8.shape[2:])
-    window = Window(len(x), *x.shape[2:], kernel, tuple(stride), tuple(padding), tuple(dilation))
-    outputs = len(qweight) + len(qweight8)
-    return x.new_empty(len(x), *window.output, outputs).permute(0, 3, 1, 2)
+    return w8a8.empty_images(x, len(qweight) + len(qweight8), qweight8.shape[2:], stride, padding, dilation)
 
 
 def _codes(qweight: Tensor, qweight8: Tensor, wscales: Tensor, places: Tensor, inputs: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -89,8 +90,12 @@ class IntegerConfig(QuantConfig):
         super().__post_init__()
         if self.format not in NUMBER_FORMATS:
             raise UserError(f"format must be 'int8' or 'fp8'; got '{self.format}'.")
+        self._check_rounding()
         if self.format == "fp8" and (self.weight_bits, self.activation_bits) != (8, 8):
-            raise UserError("format='fp8' has 8 bits; leave weight_bits and activation_bits at 8, or take 'int8'.")
+            raise UserError(
+                "format='fp8' has 8 bits: give weight_bits=8 and activation_bits=8 with it, or take format='int8'; "
+                f"got {self.weight_bits} and {self.activation_bits}."
+            )
         if self.group_size not in GROUP_SIZES:
             raise UserError(f"group_size must be None, 32, 64 or 128; got {self.group_size!r}.")
         if self.weight_bits > 4 and (self.group_size is not None or self.affine):
@@ -103,9 +108,17 @@ class IntegerConfig(QuantConfig):
             raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
         if self.first_last not in FIRST_LAST:
             raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
-        if FORMATS.find(self.format).grid not in ROUNDERS.find(self.rounding).grids:
-            raise UserError(f"rounding '{self.rounding}' does not serve format '{self.format}'.")
         PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
+
+    def _check_rounding(self) -> None:
+        grid = FORMATS.find(self.format).grid
+        if grid in ROUNDERS.find(self.rounding).grids:
+            return
+        serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if grid in one.grids)
+        raise UserError(
+            f"rounding '{self.rounding}' does not serve format '{self.format}'; take format='int8', or, with "
+            f"weight_bits=8 and activation_bits=8, one of the roundings {serve}."
+        )
 
     def _check_grid(self) -> None:
         if self.weight_grid not in GRIDS:
@@ -124,6 +137,12 @@ class IntegerConfig(QuantConfig):
     def _check_average_bits(self) -> None:
         IMPORTANCE.find(self.importance)
         if self.average_bits is None:
+            # Of a plan that is there, options tell how it was made.
+            if self.plan is None and self.importance != IntegerConfig.importance:
+                raise UserError(
+                    f"importance='{self.importance}' ranks rows for average_bits, and changes nothing without; give "
+                    "average_bits too, or leave it out."
+                )
             return
         if self.weight_bits > 4 or self.group_size is not None or self.affine or self.weight_grid != "uniform":
             raise UserError(
@@ -163,6 +182,11 @@ class IntegerConfig(QuantConfig):
     @property
     def needs_calibration(self) -> bool:
         return self.activations == "static" or bool(self._looks) or super().needs_calibration
+
+    def otherwise(self) -> str:
+        dynamic = copy.copy(self)
+        dynamic.__dict__["activations"] = "dynamic"
+        return "" if dynamic.needs_calibration else ", or choose activations='dynamic'"
 
     def resolve(
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None

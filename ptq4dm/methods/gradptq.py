@@ -16,13 +16,12 @@ from dataclasses import dataclass
 
 from ..options import option
 from ..quantization.recipe import register
-from ..rounding.learned import Learning
-from .eight_bit import IntegerConfig
+from .trained import TrainedConfig
 
 
 @register("gradptq")
 @dataclass(repr=False)
-class GradPTQConfig(IntegerConfig, Learning):
+class GradPTQConfig(TrainedConfig):
     """Gradient-based PTQ. Options: IntegerConfig and Learning; those with defaults of their own are below.
 
     Range objectives of IntegerConfig's methods apply: weights and static inputs get grids of least squared error.
@@ -33,13 +32,6 @@ class GradPTQConfig(IntegerConfig, Learning):
     num_tuples: int = option(256, "calibration tuples that training and objectives look at", low=1)
     prefix: str = option("quantized", "what blocks are fed: by quantized blocks before them, or exact")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Learning.check(self)
-
     def ranges(self) -> tuple[str, float | None]:
         """The range objective and its parameter."""
         return "mse", None
-
-    def learning(self) -> Learning | None:
-        return Learning.of(self) if self.rounding == "learned" else None

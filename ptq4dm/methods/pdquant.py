@@ -20,13 +20,12 @@ from dataclasses import dataclass
 
 from ..options import option
 from ..quantization.recipe import register
-from ..rounding.learned import Learning
-from .eight_bit import IntegerConfig
+from .trained import TrainedConfig
 
 
 @register("pdquant")
 @dataclass(repr=False)
-class PDQuantConfig(IntegerConfig, Learning):
+class PDQuantConfig(TrainedConfig):
     """PD-Quant. Options: IntegerConfig and, with rounding="learned", Learning.
 
     num_tuples: on which predictions are compared, and blocks trained. activations="dynamic" leaves nothing to choose
@@ -37,13 +36,11 @@ class PDQuantConfig(IntegerConfig, Learning):
     prefix: str = option("quantized", "what blocks are fed: by quantized blocks before them, or exact")
     prediction: float = option(1.0, "weight of the error in the model's prediction", low=0.0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Learning.check(self)
-
     def ranges(self) -> tuple[str, float | None]:
         """The prediction difference, which has no parameter."""
         return "prediction", None
 
-    def learning(self) -> Learning | None:
-        return Learning.of(self) if self.rounding == "learned" else None
+    def otherwise(self) -> str:
+        if not self._asks_model or self.learning() is not None:
+            return super().otherwise()
+        return "; input ranges are what it chooses, so that activations='dynamic' would leave nothing of it"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import UserError
 from ..options import option
 from ..quantization.recipe import register
 from ..ranges.registry import objective_parameter
@@ -26,7 +27,8 @@ class PTQ4DMConfig(IntegerConfig):
 
     objective: "max", "percentile", "mse", "lp", "output" (the error of the layer's output on calibration inputs), for
         inputs and weights; or "prediction" (the error of the model's prediction), for inputs, with "mse" for weights.
-    objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4).
+    objective_parameter: percent of "percentile" (99.99), exponent of "lp" (2.4); refused with objectives that have
+        none.
     """
 
     objective: str = option("lp", "range objective: max, percentile, mse, lp, output or prediction")
@@ -36,8 +38,16 @@ class PTQ4DMConfig(IntegerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.objective_parameter = objective_parameter(self.objective, self.objective_parameter)
+        given, found = self.objective_parameter, objective_parameter(self.objective, self.objective_parameter)
+        if given is None:
+            return  # and stay so: the default is another one with another objective
+        if given != found:
+            raise UserError(
+                f"objective '{self.objective}' has no parameter, so that objective_parameter={given} would change "
+                "nothing; leave it out."
+            )
+        self.objective_parameter = found
 
     def ranges(self) -> tuple[str, float | None]:
         """The range objective and its parameter."""
-        return self.objective, self.objective_parameter
+        return self.objective, objective_parameter(self.objective, self.objective_parameter)

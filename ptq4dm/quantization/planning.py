@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 from ..calibration.store import CalibrationStore
@@ -27,7 +25,7 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
     """
     if store is None and config.needs_calibration:
         raise UserError(
-            f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe){_otherwise(config)}."
+            f"{type(config).__name__} needs calibration: pass a store from ptq4dm.collect(pipe){config.otherwise()}."
         )
     if store is not None:
         store.check_model(model)
@@ -38,15 +36,6 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
     if not plan.layers:
         raise UserError("no layer of the model is left to quantize; check modules_to_not_convert.")
     return plan
-
-
-def _otherwise(config: QuantConfig) -> str:
-    """What else a recipe could do than be given a store."""
-    if getattr(config, "activations", "") != "static":
-        return ""
-    dynamic = copy.copy(config)
-    dynamic.__dict__["activations"] = "dynamic"
-    return ", or choose activations='dynamic'" if not dynamic.needs_calibration else ""
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

@@ -103,6 +103,10 @@ class QuantConfig(QuantizationConfigMixin):
         """Whether a store is needed to resolve the recipe: for its transforms, if for nothing else."""
         return any(TRANSFORMS.find(kind).needs for kind in self.transforms)
 
+    def otherwise(self) -> str:
+        """What else a user could do than give a store, as the end of a sentence that asks for one; "" for nothing."""
+        return ""
+
     def resolve(
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
     ) -> dict[str, LayerPlan]:

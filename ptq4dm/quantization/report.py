@@ -13,6 +13,8 @@ from ..files.atomic import replacing
 from ..layers.base import is_quantized
 from ..layers.view import find_layers
 
+BLOCK_ERRORS = ("block_error", "block_error_nearest", "block_error_start")  # of a trained layer's row: of its block
+
 
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, scales and biases included, each tensor once."""
@@ -103,8 +105,8 @@ class QuantizationReport:
 
     def to_dict(self) -> dict:
         """Plain JSON values, which know no infinity and no NaN: the sqnr of a layer without any error is null, and
-        that of a layer that gives NaN or infinity is the text "nan"."""
-        data = asdict(self)
+        that of a layer that gives NaN or infinity is the text "nan". With `trained`, as the table has it."""
+        data = {**asdict(self), "trained": self.trained()}
         data["layers"] = [{name: _plain(value) for name, value in row.items()} for row in data["layers"]]
         return data
 
@@ -130,7 +132,7 @@ class QuantizationReport:
         lines.append(
             f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.3f}x)"
         )
-        if trained := self._trained():
+        if trained := self._trained_text():
             lines.append(trained)
         if self.networks:
             lines.append(
@@ -138,22 +140,41 @@ class QuantizationReport:
             )
         return "\n".join(lines)
 
-    def _trained(self) -> str:
-        """What training of blocks did, where there was any: a mean over layers, and one of ratios over blocks."""
-        flips = [row["flips"] for row in self.layers if "flips" in row]
-        if not flips:
-            return ""
-        text = f"trained: {sum(flips) / len(flips):.1%} of a layer's codes are not the nearest"
-        names = ("block_error", "block_error_nearest", "block_error_start")
-        blocks = {tuple(row.get(name, 0.0) for name in names) for row in self.layers if "flips" in row}
+    def trained(self) -> dict[str, float | None] | None:
+        """What training of blocks did; None where there was none.
+
+        flips: the mean share of a layer's codes that are not the nearest. of_nearest, of_start: a block's error over
+            that with weights rounded to nearest, and over that where its training began: geometric means of the
+            blocks that have errors, None where none has.
+        """
+        rows = [row for row in self.layers if "flips" in row]
+        if not rows:
+            return None
+        blocks = {tuple(row.get(name, 0.0) for name in BLOCK_ERRORS) for row in rows}
         whole = [block for block in blocks if min(block) > 0]
-        if not whole:
+        of_nearest, of_start = (_mean_ratio([(block[0], block[i]) for block in whole]) for i in (1, 2))
+        return {
+            "flips": sum(row["flips"] for row in rows) / len(rows),
+            "of_nearest": of_nearest,
+            "of_start": of_start,
+        }
+
+    def _trained_text(self) -> str:
+        found = self.trained()
+        if found is None:
+            return ""
+        text = f"trained: {found['flips']:.1%} of a layer's codes are not the nearest"
+        if found["of_nearest"] is None:
             return text
-        of = [math.exp(sum(math.log(block[0] / block[i]) for block in whole) / len(whole)) for i in (1, 2)]
         return (
-            f"{text}; a block's error is {of[0]:.3f}x that of nearest, {of[1]:.3f}x that of where training began "
-            "(geometric means)"
+            f"{text}; a block's error is {found['of_nearest']:.3f}x that of nearest, {found['of_start']:.3f}x that "
+            "of where training began (geometric means)"
         )
+
+
+def _mean_ratio(pairs: list[tuple[float, float]]) -> float | None:
+    """The geometric mean of a / b; None of no pairs."""
+    return math.exp(sum(math.log(a / b) for a, b in pairs) / len(pairs)) if pairs else None
 
 
 def _plain(value: object) -> object:

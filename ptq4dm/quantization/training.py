@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence, chosen_calls
 from ..errors import UserError
 from ..layers.plan import Plan
 from ..layers.registry import objective_needs
-from ..reconstruction import block as reconstruction
+from ..reconstruction.block import BlockTask, BlockTraining
+from ..reconstruction.items import predictions_of
 from ..reconstruction.soft import is_trainable
 from ..rounding.registry import ROUNDERS
 from .blocks import Block
@@ -62,6 +64,11 @@ class Training:
         self.batches = list(chosen[order].batches(self.learning.step_tuples))
         self.reference = list(calls.batches(self.learning.step_tuples)) if self.learning.correction else None
 
+    @cached_property
+    def predictions(self) -> list[Tensor]:
+        """The model's own answers to each batch, made once for all blocks; nothing where training asks for none."""
+        return predictions_of(self.model, self.batches) if self.learning.prediction else []
+
     def block(
         self, block: Block, fixed: Mapping[str, nn.Module], before: Mapping[str, nn.Module], evidence: Evidence | None
     ) -> dict[str, nn.Module]:
@@ -72,10 +79,11 @@ class Training:
             return {}
         plan = self.plan
         fed = {name: evidence.of(name) for name in names if evidence and training_needs(plan, name)}
-        trained = reconstruction.Block(block.name, {name: plan.layers[name] for name in names}, fixed, before, fed)
-        training = reconstruction.BlockTraining(
-            self.model, trained, self.learning, self.batches, self.reference, _seed(self.seed, block.name)
-        )
+        task = BlockTask(block.name, {name: plan.layers[name] for name in names}, fixed, before, fed)
+        training = BlockTraining(
+            self.model, task, self.learning, self.batches, self.reference, self.predictions,
+            _seed(self.seed, block.name),
+        )  # fmt: skip
         layers, figures = training.run()
         for name, layer in layers.items():
             layer.stages = {

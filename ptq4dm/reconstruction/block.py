@@ -12,7 +12,7 @@ AdaRound, BRECQ (arXiv:2102.05426), QDrop (arXiv:2203.05740) and PD-Quant (arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ TINY = 1e-30
 
 
 @dataclass
-class Block:
+class BlockTask:
     """A block to train, and what is known when it is its turn.
 
     name: of its module in the model, or of one layer. plans: layer -> its plan, of the layers that are trained;
@@ -83,21 +83,23 @@ class _Measured:
 class BlockTraining:
     """The training of one block on calibration calls, `batches` of one call of the model each.
 
-    reference: calls whose statistics correct inputs (Learning.correction). seed: of all that is drawn.
+    reference: calls whose statistics correct inputs (Learning.correction). predictions: of the model in full
+    precision on each batch (items.predictions_of), for Learning.prediction. seed: of all that is drawn.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        block: Block,
+        block: BlockTask,
         learning: Learning,
         batches: list[Calls],
         reference: list[Calls] | None = None,
+        predictions: Sequence[Tensor] = (),
         seed: int = 0,
     ) -> None:
         self.model, self.block, self.learning = model, block, learning
         self.module = model.get_submodule(block.name)
-        self.batches, self.reference = batches, reference or batches
+        self.batches, self.reference, self.predictions = batches, reference or batches, predictions
         self.draw = torch.Generator("cpu").manual_seed(seed)
         self.device = next(self.module.parameters()).device
         self.drop = torch.Generator(self.device).manual_seed(seed)
@@ -115,8 +117,9 @@ class BlockTraining:
             packed = {**block.before, **block.fixed}
             fixed = {name: FixedLayer(self.model.get_submodule(name), layer, name) for name, layer in packed.items()}
             items = items_of(
-                self.model, block.name, self.batches, block.before, self.learning, self.draw, self.reference
-            )
+                self.model, block.name, self.batches, block.before, self.learning, self.draw, self.reference,
+                self.predictions,
+            )  # fmt: skip
             nearest = self._measured(items, {name: one.untrained(one.nearest) for name, one in soft.items()})
             if not math.isfinite(nearest.loss + nearest.prediction):
                 raise UserError(

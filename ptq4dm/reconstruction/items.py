@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence
 from ..calibration.record import answers, ready, samples_of, tensors_of
 from ..errors import UserError
+from ..pipelines.denoiser import evaluation_mode
 from ..rounding.learned import Learning
 from .correction import corrected, moments_of
 from .losses import row_weights
@@ -38,6 +39,12 @@ class Item:
     answer: list[Tensor] = field(default_factory=list)
 
 
+def predictions_of(model: nn.Module, batches: list[Calls]) -> list[Tensor]:
+    """What a model in full precision gives on each batch; on the CPU, for they are kept while blocks are trained."""
+    with torch.inference_mode(False), torch.no_grad(), evaluation_mode(model):
+        return [samples_of(answers(model, batch)[0], batch).cpu() for batch in batches]
+
+
 @torch.no_grad()
 def items_of(
     model: nn.Module,
@@ -47,18 +54,20 @@ def items_of(
     learning: Learning,
     draw: torch.Generator,
     reference: list[Calls],
+    predictions: Sequence[Tensor] = (),
 ) -> list[Item]:
     """The calls of a block, one for each batch; an expert has none where it gets no token.
 
     before: quantized layers of the blocks before. draw: of the directions of `fisher`. reference: calls whose
-    statistics correct the distribution of inputs, where `learning` says so.
+    statistics correct the distribution of inputs, where `learning` says so. predictions: of each batch, as
+        `predictions_of` gives them, where `learning` asks for the error in them.
 
     Raises UserError where calibration never calls the block.
     """
     module = model.get_submodule(name)
     device = next(module.parameters()).device
     found = []
-    for batch in batches:
+    for place, batch in enumerate(batches):
         calls = Evidence(model, [], [name], [batch]).calls(name)
         if not calls:
             continue
@@ -74,7 +83,7 @@ def items_of(
         if learning.loss == "fisher":
             found[-1].fisher = _fisher(model, module, batch, draw)
         if learning.prediction:
-            found[-1].answer = [samples_of(answers(model, batch)[0], batch)]
+            found[-1].answer = [predictions[place].to(device)]
     if not found:
         raise UserError(f"'{name}' was not called during calibration.")
     if learning.correction:

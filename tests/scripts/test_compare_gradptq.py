@@ -487,8 +487,8 @@ def test_flipped_codes_are_as_many_in_other_places(script, unet, one_thread, gri
     pipe = tiny(unet)
     exact, store = pipe.unet, ptq4dm.collect(pipe, ptq4dm.CalibrationConfig("solver", 4, 3, batch_size=4))
     model, nearest = copy.deepcopy(exact), copy.deepcopy(exact)
-    options = {"activations": "dynamic", "weight_grid": grid, "steps": 2}
-    ptq4dm.quantize(model, ptq4dm.GradPTQConfig(**options), store)
+    options = {"activations": "dynamic", "weight_grid": grid}
+    ptq4dm.quantize(model, ptq4dm.GradPTQConfig(**options, steps=2), store)
     ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**options, rounding="nearest"), store)
     flipped = copy.deepcopy(model)
     flip(flipped, exact, store, 0)

@@ -14,6 +14,7 @@ from ptq4dm.layers.base import is_quantized
 FEW = {
     "num_tuples": 6, "steps": 12, "step_tuples": 2, "first_last": "same", "learning_rate": 0.01, "start": "nearest",
 }  # fmt: skip
+UNTRAINED = {name: FEW[name] for name in ("num_tuples", "first_last")}  # of FEW, what is there without training
 SD = {
     "block_out_channels": (12,), "down_block_types": ("CrossAttnDownBlock2D",),
     "up_block_types": ("CrossAttnUpBlock2D",),

@@ -184,6 +184,17 @@ def test_opcheck(op):
         torch.library.opcheck(torch.ops.ptq4dm.w8a8_conv2d.default, arguments)
 
 
+@pytest.mark.parametrize("shape", CONV_SHAPES, ids=str)
+def test_fake_convolutions_have_the_shape_of_real_ones(shape):
+    batch, channels, h, w, outputs, kernel, stride, padding, dilation, groups = shape
+    x = torch.empty(batch, channels, h, w, dtype=torch.float16)
+    geometry = ([stride] * 2, [padding] * 2, [dilation] * 2)
+    expected = F.conv2d(x.float(), torch.zeros(outputs, channels // groups, kernel, kernel), None, *geometry, groups)
+    found = w8a8.empty_images(x, outputs, [kernel] * 2, *geometry)
+    assert found.shape == expected.shape and found.dtype == x.dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

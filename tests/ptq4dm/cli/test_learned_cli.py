@@ -7,7 +7,8 @@ import pytest
 from diffusers import DDIMScheduler, DDPMPipeline
 
 from models import plain_unet
-from ptq4dm import progress
+from ptq4dm import CalibrationConfig, UserError, progress
+from ptq4dm.cli import quantize as quantize_verb
 from ptq4dm.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +59,40 @@ def test_a_method_trains_and_says_what_it_did(run, method, monkeypatch):
     assert plan["learning"]["steps"] == 3 and plan["starts"].keys() == plan["layers"].keys()
 
 
+def test_the_json_has_the_figures_of_training(run):
+    status, out, _ = run("--method", "gradptq", *FEW, "--json")
+    figures = json.loads(out)["trained"]
+    assert status == 0 and json.loads(Path("q/quantization.json").read_text())["trained"] == figures
+    assert 0 < figures["flips"] < 1 and 0 < figures["of_nearest"] < 1 and 0 < figures["of_start"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        (["--method", "gradptq"], 256),
+        (["--method", "gradptq", "--num-tuples", 300], 300),
+        (["--method", "gradptq", "--num-tuples", 300, "--num-samples", 2], 2),
+        (["--method", "pdquant"], CalibrationConfig.num_samples),
+        (["--plan", "plan.json"], 400),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_as_many_samples_are_collected_as_tuples_are_looked_at(models, run, monkeypatch, options, samples):
+    run("--method", "gradptq", *FEW)
+    plan = json.loads(Path("q/plan.json").read_text())
+    plan["packing"]["num_tuples"] = 400
+    Path("plan.json").write_text(json.dumps(plan))
+    asked = []
+
+    def collect(pipe, config, **_):
+        asked.append(config.num_samples)
+        raise UserError("enough")
+
+    monkeypatch.setattr(quantize_verb, "collect", collect)
+    command = ["quantize", "--model", str(models / "unet"), "--output", "other", *map(str, options)]
+    assert main(command) == 2 and asked == [samples]
+
+
 def test_scales_alone_train_nothing(run):
     status, out, _ = run("--method", "pdquant", "--num-tuples", 1)
     assert status == 0 and "trained:" not in out
@@ -90,6 +125,10 @@ def test_all_options_reach_the_plan(run):
         (["--train", "everything"], "train is some of"),
         (["--time-weights", "-1"], "time_weights"),
         (["--format", "fp8", "--weight-bits", "8"], "does not serve format 'fp8'"),
+        (["--rounding", "nearest", "--steps", "3"], "trains no block, so that steps would change nothing"),
+        (["--activations", "dynamic", "--train", "ranges"], "activations='dynamic' has none"),
+        (["--importance", "random"], "give average_bits too"),
+        (["--method", "ptq4dm", "--objective", "mse", "--objective-parameter", "3"], "'mse' has no parameter"),
     ],
 )
 def test_wrong_options_are_one_line_and_nothing_is_written(run, options, says):

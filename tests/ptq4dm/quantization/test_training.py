@@ -1,6 +1,7 @@
 """Training of blocks, from a recipe to codes: on UNets and transformers, the same for the same seed."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ import ptq4dm
 import trained
 from helpers import same
 from ptq4dm.layers.base import is_quantized
-from ptq4dm.rounding.variables import VARIABLES
+from ptq4dm.layers.plan import Int4Plan
+from ptq4dm.quantization import training
+from ptq4dm.quantization.recipe import METHODS, QuantConfig
+from ptq4dm.rounding.learned import Learning
+from ptq4dm.rounding.optimizers import OPTIMIZERS, Choice
+from ptq4dm.rounding.variables import VARIABLES, StraightThrough
 from trained import blocks, calls_of, codes, gain, model_of, plan_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,10 +71,10 @@ def test_the_global_generator_has_no_say_and_is_left_alone(dit):
 
 
 def test_ranges_alone_leave_codes_nearest_and_move_grids(dit):
-    few = trained.FEW | {"activation_bits": 4, "steps": 20}  # where ranges matter
-    report, found, model = made(dit, train=("ranges",), activation_bits=4, steps=20)
+    report, found, model = made(dit, train=("ranges",), activation_bits=4, steps=20)  # bits where ranges matter
     nearest = copy.deepcopy(dit[0])
-    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**few, rounding="nearest"), dit[1])
+    config = ptq4dm.GradPTQConfig(**trained.UNTRAINED, activation_bits=4, rounding="nearest")
+    ptq4dm.quantize(nearest, config, dit[1])
     expected = codes(nearest)
     assert found.keys() == expected.keys()
     moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
@@ -86,7 +92,7 @@ def test_training_that_makes_a_block_worse_is_left_out(dit):
 def test_rounding_alone_leaves_scales(dit):
     report, found, _ = made(dit, train=("rounding",))
     nearest = copy.deepcopy(dit[0])
-    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.FEW, rounding="nearest"), dit[1])
+    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.UNTRAINED, rounding="nearest"), dit[1])
     expected = codes(nearest)
     moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
     assert moved == {"qweight"} and gain(report) < 0.95
@@ -94,7 +100,9 @@ def test_rounding_alone_leaves_scales(dit):
 
 def test_scales_and_biases_move_where_they_are_trained(dit):
     _, found, _ = made(dit, train=("scales", "biases"))
-    _, expected, _ = made(dit, train=("ranges",), rounding="nearest")
+    nearest = copy.deepcopy(dit[0])
+    ptq4dm.quantize(nearest, ptq4dm.GradPTQConfig(**trained.UNTRAINED, rounding="nearest"), dit[1])
+    expected = codes(nearest)
     moved = {name.rpartition(".")[2] for name in found if not torch.equal(found[name], expected[name])}
     assert moved == {"wscales", "bias"}
 
@@ -142,6 +150,23 @@ def test_skips_and_nested_blocks_let_the_prediction_term_through():
     assert gain(report) < 1.05 and len(report.layers) == 69
 
 
+def test_exact_predictions_are_made_once_for_all_blocks(dit, monkeypatch):
+    made_of, kept = training.predictions_of, []
+
+    def counted(model, batches):
+        kept.append(made_of(model, batches))
+        return kept[-1]
+
+    monkeypatch.setattr(training, "predictions_of", counted)
+    report = made(dit, steps=2)[0]
+    assert not kept and len(blocks(report)) > 2
+    model = copy.deepcopy(dit[0])
+    with torch.inference_mode():  # a caller's mode, in which what is made has no gradient
+        trained.trained(model, dit[1], steps=2, prediction=0.5)
+    assert len(kept) == 1 and sum(map(len, kept[0])) == 2 * len(dit[1])  # recorded calls are of two samples each
+    assert not any(one.is_inference() or one.requires_grad for one in kept[0])
+
+
 def test_groups_of_inputs_are_trained():
     model, store = denoisers.pair("dit")
     config = ptq4dm.GradPTQConfig(group_size=32, affine=True, num_tuples=4, steps=4, step_tuples=4)
@@ -163,12 +188,51 @@ def test_pdquant_chooses_ranges_and_trains(dit):
     found = {}
     for rounding, correction in (("nearest", False), ("learned", False), ("learned", True)):
         model = copy.deepcopy(dit[0])
-        config = ptq4dm.PDQuantConfig(
-            weight_bits=4, rounding=rounding, correction=correction, **trained.FEW | {"num_tuples": 2, "steps": 6}
-        )
+        options = trained.UNTRAINED | {"num_tuples": 2}
+        if rounding == "learned":
+            options = trained.FEW | options | {"correction": correction, "steps": 6}
+        config = ptq4dm.PDQuantConfig(weight_bits=4, rounding=rounding, **options)
         report = ptq4dm.quantize(model, config, dit[1])
         assert ("flips" in report.layers[0]) == (rounding == "learned")
         found[rounding, correction] = codes(model)
         if rounding == "learned":
             assert plan_of(model).learning.prediction == 1.0 and len(blocks(report)) > 2
     assert not same(found["learned", False], found["learned", True])
+
+
+@dataclass(repr=False)
+class OwnConfig(QuantConfig, Learning):
+    """A recipe that trains, as CONTRIBUTING.md says it is written."""
+
+    method = "own"
+    needs_calibration = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        Learning.check(self)
+
+    def resolve(self, model, views, store):
+        return {view.name: Int4Plan(rounding="learned") for view in views}
+
+    def learning(self):
+        return Learning.of(self)
+
+
+def test_variables_optimizers_and_recipes_of_ones_own_train(dit, monkeypatch):
+    moved = []
+
+    class Own(StraightThrough):
+        pace = 2.0
+
+        def project(self):
+            super().project()
+            moved.append(self)
+
+    monkeypatch.setitem(VARIABLES, "own", Own)
+    monkeypatch.setitem(OPTIMIZERS, "own", Choice(torch.optim.NAdam, 0.01))
+    monkeypatch.setitem(METHODS, "own", OwnConfig)
+    model = copy.deepcopy(dit[0])
+    config = OwnConfig(variable="own", optimizer="own", steps=10, step_tuples=2, start="nearest")
+    report = ptq4dm.quantize(model, config, dit[1])
+    assert gain(report) < 0.95 and moved and config.learning().rate == pytest.approx(0.01 * 2 * 10)
+    assert plan_of(model).learning.variable == "own"

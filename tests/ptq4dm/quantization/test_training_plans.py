@@ -167,6 +167,11 @@ def test_recipes_that_cannot_be_are_refused():
     for kind in (ptq4dm.GradPTQConfig, ptq4dm.PDQuantConfig, ptq4dm.RTNConfig):
         with pytest.raises(UserError, match="rounding 'learned' does not serve format 'fp8'"):
             kind(weight_bits=8, format="fp8", rounding="learned")
+    with pytest.raises(UserError, match="take format='int8', or, with weight_bits=8 and .*roundings gptq, nearest"):
+        ptq4dm.GradPTQConfig(format="fp8")  # not of its weight_bits, which nobody gave
+    with pytest.raises(UserError, match="give weight_bits=8 and activation_bits=8 with it.*got 4 and 8"):
+        ptq4dm.GradPTQConfig(format="fp8", rounding="nearest")
+    assert ptq4dm.GradPTQConfig(format="fp8", rounding="nearest", weight_bits=8).learning() is None
     with pytest.raises(UserError, match="steps"):
         ptq4dm.GradPTQConfig(steps=0)
     with pytest.raises(UserError, match="loss must be one of"):

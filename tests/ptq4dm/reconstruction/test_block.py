@@ -9,8 +9,8 @@ from ptq4dm.calibration.evidence import substituted
 from ptq4dm.calibration.record import record
 from ptq4dm.layers.plan import Int4Plan
 from ptq4dm.layers.registry import quantized_copy
-from ptq4dm.reconstruction.block import Block, BlockTraining
-from ptq4dm.reconstruction.items import outputs_of
+from ptq4dm.reconstruction.block import BlockTask, BlockTraining
+from ptq4dm.reconstruction.items import outputs_of, predictions_of
 from ptq4dm.rounding.learned import Learning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,9 +37,10 @@ def test_layers_packed_before_compute_in_it_and_after_it(monkeypatch):
         model(normal(64, 16), timestep=torch.tensor(1))
     plan = Int4Plan(weight_bits=2)
     coarse = {name: quantized_copy(model.get_submodule(name), plan, name) for name in ("block.1", "after")}
-    block = Block("block", {name: plan for name in ("block.0", "block.2")}, {}, coarse, {})
+    block = BlockTask("block", {name: plan for name in ("block.0", "block.2")}, {}, coarse, {})
     learning = Learning(train=("rounding",), start="nearest", steps=4, prediction=1.0, augmentation="none")
-    training = BlockTraining(model, block, learning, list(calls.batches(1)))
+    batches = list(calls.batches(1))
+    training = BlockTraining(model, block, learning, batches, predictions=predictions_of(model, batches))
     train, seen = training._train, []
 
     def watched(layers, items, nearest):

@@ -11,7 +11,7 @@ from ptq4dm.errors import UserError
 from ptq4dm.hooks import hooked
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.registry import quantized_copy
-from ptq4dm.reconstruction.items import fed, items_of, outputs_of
+from ptq4dm.reconstruction.items import fed, items_of, outputs_of, predictions_of
 from ptq4dm.rounding.learned import Learning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +21,8 @@ LAST = {"dit": "transformer_blocks.1", "sd3": "transformer_blocks.0", "flux": "s
 
 def made(model, block, batches, before=None, **learning):
     draw = torch.Generator().manual_seed(3)
-    return items_of(model, block, batches, before or {}, Learning(**learning), draw, batches)
+    predictions = predictions_of(model, batches) if learning.get("prediction") else ()
+    return items_of(model, block, batches, before or {}, Learning(**learning), draw, batches, predictions)
 
 
 def rough(model, *names):

@@ -1,8 +1,9 @@
-"""What the exact choice is held against: a greedy one, random ones, and all of them where there are few."""
+"""What the exact choice is held against: a greedy one, random ones, all where there are few, and dealt-out errors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -55,6 +56,12 @@ def random_choices(
             continue
         found.append(_used_up(table, picks, draw, latency, size))
     return found
+
+
+def dealt_out(table: Table, seed: int) -> Table:
+    """The table with the errors of layers dealt out anew: a choice by it knows their sizes, not whose they are."""
+    order = np.random.default_rng(seed).permutation(len(table.layers))
+    return replace(table, errors=table.errors[order])
 
 
 def excess(table: Table, picks: np.ndarray, latency: float | None, size: float | None) -> float:

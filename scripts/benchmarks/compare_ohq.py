@@ -17,9 +17,9 @@ one thread. Formats and plans take turns in all timings.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,9 @@ from ptq4dm.budgets.candidates import packed, recipes_of
 from ptq4dm.budgets.clocks import Figure, time_in_place
 from ptq4dm.budgets.costs import costs
 from ptq4dm.budgets.exact import allocate
-from ptq4dm.budgets.masking import direct, masked, parts_of
+from ptq4dm.budgets.masking import Sensitivity, direct, masked, parts_of
 from ptq4dm.budgets.measure import noised, table_of, timed_call_of
-from ptq4dm.budgets.references import greedy, random_choices
+from ptq4dm.budgets.references import dealt_out, greedy, random_choices
 from ptq4dm.budgets.table import KEEP
 from ptq4dm.calibration.evidence import BATCH, squared_error, substituted
 from ptq4dm.calibration.record import answers, samples_of
@@ -44,6 +44,7 @@ from ptq4dm.methods.ohq import CANDIDATES
 from ptq4dm.pipelines.denoiser import denoiser, evaluation_mode
 
 CONFIDENCE = (0.025, 0.975)
+WAYS = ["masked, weights", "masked, outputs", "direct", "masked, weights, noise", "masked, outputs, noise"]
 
 
 class HeldOut:
@@ -109,40 +110,28 @@ def correlations(found: dict, exact: dict, labels: list[str]) -> dict[str, float
     return {**values, "mean": float(np.mean(list(values.values())))}
 
 
-def sensitivities(model, candidates, names, calls, args) -> tuple[dict, dict]:
-    """(name of a way -> its Sensitivity, the facts on them)."""
+def ways(model, candidates, names, calls, args) -> dict[str, Callable[[], Sensitivity]]:
+    """Name of a way -> what makes its sensitivities, on the same tuples."""
     formats, parts = {one.label: one.layers for one in candidates}, parts_of(calls, args.tuples, args.draws)
     noise = parts_of(noised(calls, 0), args.tuples, args.draws)
-    ways, facts = {}, {}
-    for way, make in {
-        "direct": lambda: direct(model, formats, names, parts),
+    return {
         "masked, weights": lambda: masked(model, formats, names, parts, args.share),
         "masked, outputs": lambda: masked(model, formats, names, parts, args.share, "outputs"),
+        "direct": lambda: direct(model, formats, names, parts),
         "masked, weights, noise": lambda: masked(model, formats, names, noise, args.share),
-    }.items():
-        start = time.perf_counter()
-        ways[way] = make()
-        facts[way] = {"forwards": ways[way].forwards, "seconds": round(time.perf_counter() - start, 1)}
-    alone = {
+        "masked, outputs, noise": lambda: masked(model, formats, names, noise, args.share, "outputs"),
+    }
+
+
+def weight_errors(model, candidates, names) -> dict[str, dict[str, float]]:
+    """Layer -> label -> |W - Q|^2: what weights alone tell."""
+    return {
         name: {
-            label: squared_error(model.get_submodule(name).weight, layers[name].dequantized_weight())
-            for label, layers in formats.items()
+            one.label: squared_error(model.get_submodule(name).weight, one.layers[name].dequantized_weight())
+            for one in candidates
         }
         for name in names
     }
-    exact, labels = ways["direct"].errors, list(formats)
-    for way in list(facts):
-        facts[way]["spearman"] = correlations(ways[way].errors, exact, labels)
-    facts["weight error alone"] = {"forwards": 0, "spearman": correlations(alone, exact, labels)}
-    return ways, facts
-
-
-def permuted(table, seed: int):
-    """The table with the errors of layers dealt out among them."""
-    other = copy.copy(table)
-    order = np.random.default_rng(seed).permutation(len(table.layers))
-    other.errors = table.errors[order]
-    return other
 
 
 def at_a_budget(truth: HeldOut, table, wide: str, narrow: str, args) -> dict:
@@ -153,7 +142,7 @@ def at_a_budget(truth: HeldOut, table, wide: str, narrow: str, args) -> dict:
     chosen = allocate(table, None, budget).picks
     quick = greedy(table, None, budget)
     drawn = random_choices(table, args.random, 0, None, budget)
-    shuffled = [allocate(permuted(table, seed), None, budget).picks for seed in range(args.permuted)]
+    shuffled = [allocate(dealt_out(table, seed), None, budget).picks for seed in range(args.permuted)]
     measured = sorted(truth.error(picks) for picks in drawn)
     wrong = [truth.error(picks) for picks in ends]
     facts = {
@@ -212,6 +201,7 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=8)
     parser.add_argument("--random", type=int, default=100)
     parser.add_argument("--permuted", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="of finding sensitivities")
     parser.add_argument("--output", type=Path, default=Path("out/ohq.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -231,30 +221,47 @@ def main() -> None:
         with replacing(args.output) as temporary:
             temporary.write_text(json.dumps(facts, indent=1) + "\n")
 
-    ways, facts["sensitivity"] = sensitivities(model, candidates, [v.name for v in views], store.recorded(), args)
-    tables = {way: table_of(model, views, candidates, store.recorded(), found, one) for way, one in ways.items()}
-    table = tables["masked, weights"]
-    truth = HeldOut(model, candidates, table, other.recorded())
-    facts["step"] = {"microseconds": table.step, "outside": table.outside, "by_format": table.measured}
-    facts["eight_bits_fastest"] = table.eight_bits_fastest
-    facts["uniform"] = {
-        label: {
-            "latency": table.latency(p), "bytes": table.size(p), "predicted": table.error(p), "error": truth.error(p),
-        }
-        for label, p in ((label, table.uniform(label)) for label in table.labels)
-    }  # fmt: skip
-    write()
-    facts["times"] = step_times(truth, table, call, args, clock)
-    write()
-    wide = table.labels[1]
-    for way, one in tables.items():
-        truth.table = one
-        facts.setdefault("budget", {})[way] = {
-            narrow: at_a_budget(truth, one, wide, narrow, args) for narrow in (table.labels[2], table.labels[-1])
-        }
+    names, found_ways = [view.name for view in views], {}
+    truth = None
+    for way, make in ways(model, candidates, names, store.recorded(), args).items():
+        if way not in args.ways:
+            continue
+        start = time.perf_counter()
+        found_ways[way] = one = make()
+        seconds = round(time.perf_counter() - start, 1)
+        facts.setdefault("sensitivity", {})[way] = {"forwards": one.forwards, "seconds": seconds}
+        table = table_of(model, views, candidates, store.recorded(), found, one)
+        if truth is None:
+            truth = HeldOut(model, candidates, table, other.recorded())
+            facts |= beside(truth, table)
+            facts["times"] = step_times(truth, table, call, args, clock)
+            write()
+        truth.table = table
+        facts.setdefault("budget", {})[way] = at_a_budget(truth, table, table.labels[1], table.labels[-1], args)
         write()
-        args.random = min(args.random, 10)  # random choices are all but the same for every way
+    if "direct" in found_ways:
+        exact = found_ways["direct"].errors
+        for way, one in found_ways.items():
+            facts["sensitivity"][way]["spearman"] = correlations(one.errors, exact, table.labels[1:])
+        alone = weight_errors(model, candidates, names)
+        facts["sensitivity"]["weight error alone"] = {"spearman": correlations(alone, exact, table.labels[1:])}
+        write()
     print(json.dumps(facts, indent=1))
+
+
+def beside(truth: HeldOut, table) -> dict:
+    """Facts on the step, and on one format in all layers."""
+    return {
+        "step": {"microseconds": table.step, "outside": table.outside, "by_format": table.measured},
+        "eight_bits_fastest": table.eight_bits_fastest,
+        "uniform": {
+            label: {
+                "latency": table.latency(picks), "bytes": table.size(picks), "predicted": table.error(picks),
+                "error": truth.error(picks), "measured_latency": table.measured[label] / table.step,
+            }
+            for label, picks in ((label, table.uniform(label)) for label in table.labels)
+        },
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def run(args) -> None:
     for line in lines_of(table, chosen):
         say(line)
     plan.save(args.output)
-    facts = {"latency": chosen.latency, "bytes": chosen.bytes, "error": chosen.error, "notes": chosen.notes}
+    facts = {"latency": chosen.latency, "bytes": chosen.bytes, "predicted_error": chosen.error, "notes": chosen.notes}
     result(model=args.model, **facts, step_milliseconds=table.step / 1e3, device=table.device,
            formats=counts(table, chosen.picks), layers=chosen.choices(table), plan=args.output)  # fmt: skip
     say(f"plan: {args.output}; `ptq4dm quantize --plan {args.output}` follows it")

@@ -55,7 +55,7 @@ def test_a_plan_is_made_drawn_and_followed(desk, capsys):
 def test_facts_are_told_to_programs(capsys):
     assert main(["allocate", "--model", "model", "--bytes", "0.45", "--latency", "0.8", "--json", *FAST]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["bytes"] <= 0.45 and found["latency"] <= 0.8 and found["error"] > 0
+    assert found["bytes"] <= 0.45 and found["latency"] <= 0.8 and found["predicted_error"] > 0
     assert sum(found["formats"].values()) == len(found["layers"]) and set(found["formats"]) == {"keep", *CANDIDATES}
 
 

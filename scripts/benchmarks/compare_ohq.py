@@ -205,55 +205,66 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/ohq.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    clock = time.thread_time if args.thread_time else time.perf_counter
-    pipe = ptq4dm.load_pipeline(args.model, "float32" if args.device == "cpu" else "bfloat16", args.device)
-    model = denoiser(pipe)
-    store, other = collected(pipe, args, 0), collected(pipe, args, 10_000)
-    views = find_layers(model)
-    candidates, _ = packed(model, recipes_of(args.candidates), store)
-    formats = {KEEP: {}, **{one.label: one.layers for one in candidates}}
-    call = timed_call_of(model, store.recorded(), args.batch)
-    found = costs(model, call, formats, args.rounds, "", clock)
-    facts: dict = {"model": args.model, "device": found.where, "clock": clock.__name__, "batch": args.batch}
+    Bench(args).run()
 
-    def write() -> None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1) + "\n")
 
-    names, found_ways = [view.name for view in views], {}
-    truth = None
-    for way, make in ways(model, candidates, names, store.recorded(), args).items():
-        if way not in args.ways:
-            continue
-        start = time.perf_counter()
-        found_ways[way] = one = make()
-        seconds = round(time.perf_counter() - start, 1)
-        facts.setdefault("sensitivity", {})[way] = {"forwards": one.forwards, "seconds": seconds}
-        table = table_of(model, views, candidates, store.recorded(), found, one)
-        if truth is None:
-            truth = HeldOut(model, candidates, table, other.recorded())
-            facts |= beside(truth, table)
-            facts["times"] = step_times(truth, table, call, args, clock)
-            write()
-        truth.table = table
-        facts.setdefault("budget", {})[way] = at_a_budget(truth, table, table.labels[1], table.labels[-1], args)
-        write()
-    if "direct" in found_ways:
-        exact = found_ways["direct"].errors
-        for way, one in found_ways.items():
-            facts["sensitivity"][way]["spearman"] = correlations(one.errors, exact, table.labels[1:])
-        alone = weight_errors(model, candidates, names)
-        facts["sensitivity"]["weight error alone"] = {"spearman": correlations(alone, exact, table.labels[1:])}
-        write()
-    print(json.dumps(facts, indent=1))
+class Bench:
+    """One model, its calls and candidates, and what was found; written after each stage."""
+
+    def __init__(self, args):
+        self.args, self.clock = args, time.thread_time if args.thread_time else time.perf_counter
+        pipe = ptq4dm.load_pipeline(args.model, "float32" if args.device == "cpu" else "bfloat16", args.device)
+        self.model = denoiser(pipe)
+        self.store, self.other = collected(pipe, args, 0), collected(pipe, args, 10_000)
+        self.views = find_layers(self.model)
+        self.candidates, _ = packed(self.model, recipes_of(args.candidates), self.store)
+        self.facts: dict = {"model": args.model, "clock": self.clock.__name__, "batch": args.batch}
+        self.sensitivity = self.facts["sensitivity"] = {}
+
+    def run(self) -> None:
+        args, calls, names = self.args, self.store.recorded(), [view.name for view in self.views]
+        call = timed_call_of(self.model, calls, args.batch)
+        formats = {KEEP: {}, **{one.label: one.layers for one in self.candidates}}
+        times = costs(self.model, call, formats, args.rounds, "", self.clock)
+        found: dict[str, Sensitivity] = {}
+        truth = None
+        for way, make in ways(self.model, self.candidates, names, calls, args).items():
+            if way not in args.ways:
+                continue
+            start = time.perf_counter()
+            found[way] = one = make()
+            seconds = round(time.perf_counter() - start, 1)
+            self.sensitivity[way] = {"forwards": one.forwards, "seconds": seconds}
+            table = table_of(self.model, self.views, self.candidates, calls, times, one)
+            if truth is None:
+                truth = HeldOut(self.model, self.candidates, table, self.other.recorded())
+                self.facts |= beside(truth, table)
+                self.facts["times"] = step_times(truth, table, call, args, self.clock)
+            truth.table = table
+            budget = at_a_budget(truth, table, table.labels[1], table.labels[-1], args)
+            self.facts.setdefault("budget", {})[way] = budget
+            self.write()
+        if "direct" in found:
+            exact, labels = found["direct"].errors, [one.label for one in self.candidates]
+            for way, one in found.items():
+                self.sensitivity[way]["spearman"] = correlations(one.errors, exact, labels)
+            alone = weight_errors(self.model, self.candidates, names)
+            self.sensitivity["weight error alone"] = {"spearman": correlations(alone, exact, labels)}
+        self.write()
+        print(json.dumps(self.facts, indent=1))
+
+    def write(self) -> None:
+        self.args.output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.args.output) as temporary:
+            temporary.write_text(json.dumps(self.facts, indent=1) + "\n")
 
 
 def beside(truth: HeldOut, table) -> dict:
     """Facts on the step, and on one format in all layers."""
     return {
+        "device": table.device,
         "step": {"microseconds": table.step, "outside": table.outside, "by_format": table.measured},
-        "eight_bits_fastest": table.eight_bits_fastest,
+        "eight_bits_fastest": table.eight_bits_fastest, "narrow_gain": table.narrow_gain,
         "uniform": {
             label: {
                 "latency": table.latency(picks), "bytes": table.size(picks), "predicted": table.error(picks),

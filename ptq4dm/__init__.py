@@ -26,9 +26,11 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
+    from .methods.mixpe import MixPEConfig
     from .methods.ohq import OHQConfig
     from .methods.pdquant import PDQuantConfig
     from .methods.ptq4dm import PTQ4DMConfig
+    from .methods.qoq import QoQConfig
     from .methods.rtn import RTNConfig
     from .pipelines.generate import generate
     from .pipelines.load import load_pipeline, load_reference
@@ -46,11 +48,13 @@ __all__ = [
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
+    "MixPEConfig",
     "OHQConfig",
     "PDQuantConfig",
     "PTQ4DMConfig",
     "PixelDiTPipeline",
     "Plan",
+    "QoQConfig",
     "QuantConfig",
     "RTNConfig",
     "SVDQuantConfig",
@@ -77,11 +81,13 @@ __getattr__, __dir__ = lazy_names(
         "CalibrationStore": "calibration.store",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
+        "MixPEConfig": "methods.mixpe",
         "OHQConfig": "methods.ohq",
         "PDQuantConfig": "methods.pdquant",
         "PTQ4DMConfig": "methods.ptq4dm",
         "PixelDiTPipeline": "pipelines.pixel_dit",
         "Plan": "layers.plan",
+        "QoQConfig": "methods.qoq",
         "QuantConfig": "quantization.recipe",
         "RTNConfig": "methods.rtn",
         "SVDQuantConfig": "svdquant.method",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..formats.int4 import GROUP, unpack_int4
+from ..formats.progressive import operand
 from ..runtime.late import late
 from ..runtime.ops import op
 from . import int4_codes, integer
@@ -93,10 +94,7 @@ def check(
 
 def reference_codes(qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, inputs: int) -> Tensor:
     """w8 by its formula, on any device."""
-    n, groups = wsteps.shape
-    codes = unpack_int4(qweight, GROUP)[:, :inputs].reshape(n, groups, inputs // groups)
-    codes = codes if wzeros is None else codes - wzeros[:, :, None]
-    return (codes * wsteps[:, :, None]).reshape(n, inputs)
+    return operand(unpack_int4(qweight, GROUP)[:, :inputs], wsteps, wzeros)
 
 
 def reference(x, qweight, wsteps, wzeros, wscales, bias) -> Tensor:

@@ -75,8 +75,8 @@ def told(table: Table, picks: np.ndarray) -> Allocation:
     notes = []
     if table.eight_bits_fastest:
         notes.append(
-            f"8 bits are the fastest on {table.device or 'this device'}: fewer save {table.narrow_gain:.1%} of a step "
-            "at most; it is a budget of bytes that asks for them."
+            f"8 bits are the fastest on {table.device or 'this device'}: fewer save {table.narrow_gain:.1%} of a "
+            "step at most; it is a budget of bytes that asks for them."
         )
     return Allocation(picks, table.latency(picks), table.size(picks), table.error(picks), notes)
 

@@ -9,6 +9,8 @@
     onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
     reference                   everywhere: the formula in float32 on dequantized weights; the truth
 
+Inputs of 16 bits are taken as they are: the reference alone serves them.
+
 Which one: kernels/dispatch.py.
 
 Where kernels on a GPU unpack, as triton-w4a8-int8 does too, they fold the scales of groups into 8-bit weights
@@ -36,6 +38,7 @@ from ..kernels.w4.grouped import grouped_linear
 from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8 import reference
+from .plan import FLOAT_INPUTS
 
 PACKED = GROUP  # codes that are packed together; rows are filled up to a multiple of it
 
@@ -54,7 +57,7 @@ def kernel_name(
     """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution."""
     query = dispatch.Query(
         "int4",
-        "int8",
+        "none" if bits == FLOAT_INPUTS else "int8",
         None if scales == 1 else inputs // scales,
         groups,
         device=device,
@@ -176,6 +179,8 @@ def _per_packed(wscales: Tensor, inputs: int) -> Tensor:
 
 
 def rounded(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int, dims: tuple) -> Tensor:
-    """What the 8-bit codes of x stand for, float32."""
+    """What the 8-bit codes of x stand for, float32; of inputs of 16 bits x itself."""
+    if bits == FLOAT_INPUTS:
+        return x.float()
     codes, scale = reference.centred_codes(x.float(), torch.int8, scale, zero_point, bits, dims)
     return codes * scale

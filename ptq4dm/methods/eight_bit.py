@@ -16,6 +16,7 @@ from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..layers.plan import Int4Plan, LayerPlan
 from ..layers.power import PowerPlan
+from ..layers.progressive import ProgressivePlan
 from ..layers.registry import FORMATS, needs_of
 from ..layers.view import LayerView
 from ..options import option
@@ -29,7 +30,7 @@ NUMBER_FORMATS = ("int8", "fp8")
 FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
-GRIDS = ("uniform", "power")
+GRIDS = ("uniform", "power", "progressive")
 
 
 @dataclass(repr=False)
@@ -44,8 +45,12 @@ class IntegerConfig(QuantConfig):
     group_size: of weights in 4 bits: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs
         do not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
     affine: weights in 4 bits with zero points.
-    weight_grid: "uniform"; or "power", whose steps grow with the weight (layers/power.py): `simulated`, for it
-        is computed through a codebook. Layers that `first_last` gives 8 bits stay uniform.
+    weight_grid: "uniform"; "progressive", of 4 bits with zero points, with scales that are whole steps of an 8-bit
+        weight, so that an 8-bit product has it exactly (layers/progressive.py); or "power", whose steps grow with the
+        weight (layers/power.py): `simulated`, for it is computed through a codebook. Layers that `first_last` gives 8
+        bits stay uniform.
+    rotate_inputs: of progressive weights: inputs are turned by Hadamard matrices in every call, in layers whose
+        output on calibration inputs has a smaller error for it. Inputs are "dynamic" then.
     average_bits: rows of weights get 8 bits, the most important first, until the mean width of all weights that
         would have weight_bits is this; the layers at the model's ends, where they have 8 bits, are not counted.
     importance: how rows are ranked for it: "integrated", "endpoint" or "gradient", on `num_tuples` calibration
@@ -69,7 +74,10 @@ class IntegerConfig(QuantConfig):
     activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
     group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
     affine: bool = option(False, "4-bit weights with zero points")
-    weight_grid: str = option("uniform", "of weights: uniform, or power, which is simulated", choices=GRIDS)
+    weight_grid: str = option(
+        "uniform", "of weights: uniform; progressive, 4 bits in 8; or power, which is simulated", choices=GRIDS
+    )
+    rotate_inputs: bool = option(False, "turn inputs of progressive weights by Hadamard matrices where that helps")
     average_bits: float | None = option(
         None,
         "rows of weights get 8 bits, the most important first, until the weights' average width is this",
@@ -121,9 +129,14 @@ class IntegerConfig(QuantConfig):
         )
 
     def _check_grid(self) -> None:
+        if self.rotate_inputs and (self.weight_grid, self.activations) != ("progressive", "dynamic"):
+            raise UserError("rotate_inputs goes with weight_grid='progressive' and activations='dynamic'.")
         if self.weight_grid not in GRIDS:
-            raise UserError(f"weight_grid must be 'uniform' or 'power'; got '{self.weight_grid}'.")
+            raise UserError(f"weight_grid must be one of {', '.join(GRIDS)}; got '{self.weight_grid}'.")
         if self.weight_grid == "uniform":
+            return
+        if self.weight_grid == "progressive":
+            self._check_progressive()
             return
         if self.format != "int8" or self.group_size is not None or self.affine:
             raise UserError("weight_grid='power' goes with format='int8', without group_size and affine.")
@@ -132,6 +145,23 @@ class IntegerConfig(QuantConfig):
             raise UserError(
                 f"weight_grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
                 "nothing; choose another objective."
+            )
+
+    def _check_progressive(self) -> None:
+        if (self.format, self.weight_bits, self.affine) != ("int8", 4, False):
+            raise UserError(
+                "weight_grid='progressive' goes with format='int8' and weight_bits=4; it has zero points, without "
+                "affine."
+            )
+        learning = self.learning()
+        if learning is not None and "scales" in learning.train:
+            raise UserError(
+                "weight_grid='progressive' has scales that are whole steps, which training cannot change; leave "
+                "'scales' out of train."
+            )
+        if learning is not None and self.rotate_inputs:
+            raise UserError(
+                "blocks whose inputs are turned in every call cannot be trained; leave rotate_inputs out."
             )
 
     def _check_average_bits(self) -> None:
@@ -167,7 +197,8 @@ class IntegerConfig(QuantConfig):
         ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
         objective = OBJECTIVES.find(self.ranges()[0])
         ranges = objective.needs if self._asks_model else weights_need(self.ranges()[0])
-        return ROUNDERS.find(self.rounding).needs | ranges | ranking
+        turns = frozenset({"rows"}) if self.rotate_inputs and self.plan is None else frozenset()
+        return ROUNDERS.find(self.rounding).needs | ranges | ranking | turns
 
     @property
     def _asks_model(self) -> bool:
@@ -226,6 +257,9 @@ class IntegerConfig(QuantConfig):
             weight_bits = activation_bits = 8
         if self.weight_grid == "power" and not (edge and self.first_last == "int8"):
             plan: LayerPlan = PowerPlan(weight_bits=weight_bits, activation_bits=activation_bits)
+        elif self.weight_grid == "progressive" and weight_bits <= 4:
+            turn = None if self.rotate_inputs else 0
+            plan = ProgressivePlan(activation_bits=activation_bits, group_size=self._groups(view), rotation=turn)
         elif weight_bits <= 4:
             plan = Int4Plan(
                 weight_bits=weight_bits, activation_bits=activation_bits, group_size=self._groups(view),
@@ -243,6 +277,8 @@ class IntegerConfig(QuantConfig):
             )  # fmt: skip
         if store is not None and needs_of(plan) and unseen(view, store):
             plan.rounding, plan.objective, plan.objective_parameter = "nearest", "max", None
+            if isinstance(plan, ProgressivePlan):
+                plan.rotation = 0
         return plan
 
     def _groups(self, view: LayerView) -> int | None:

@@ -13,12 +13,12 @@ from torch import nn
 import denoisers
 import ptq4dm
 from ptq4dm.errors import UserError
+from ptq4dm.kernels.formats.hadamard import hadamard
 from ptq4dm.transforms.attention import query_key_streams, value_streams
 from ptq4dm.transforms.base import TRANSFORMS, TransformPlan, apply_all
 from ptq4dm.transforms.feedforward import gated_streams, hidden_streams
 from ptq4dm.transforms.peaks import Peaks, watch_peaks
 from ptq4dm.transforms.reorder import falling
-from ptq4dm.transforms.rotate import hadamard
 from ptq4dm.transforms.smooth import Smooth
 from ptq4dm.transforms.smooth_attention import shared
 

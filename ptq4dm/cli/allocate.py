@@ -69,8 +69,9 @@ def run(args) -> None:
         say(line)
     plan.save(args.output)
     facts = {"latency": chosen.latency, "bytes": chosen.bytes, "predicted_error": chosen.error, "notes": chosen.notes}
-    result(model=args.model, **facts, step_milliseconds=table.step / 1e3, device=table.device,
-           formats=counts(table, chosen.picks), layers=chosen.choices(table), plan=args.output)  # fmt: skip
+    result(model=args.model, **facts, step_milliseconds=table.step / 1e3, device=table.device)
+    result(forwards=table.forwards, formats=counts(table, chosen.picks), layers=chosen.choices(table))
+    result(plan=args.output)
     say(f"plan: {args.output}; `ptq4dm quantize --plan {args.output}` follows it")
     if args.plot:
         fronts = front(table)
@@ -91,13 +92,16 @@ def lines_of(table: Table, chosen: Any) -> list[str]:
     """The table that is printed: one format in all layers, each, and the choice."""
     lines = [
         f"step in full precision: {table.step / 1e3:.2f} ms, {table.outside / 1e3:.2f} of it outside of the layers, "
-        f"on {table.device}; bytes in 16 bits: {table.total / 1e6:.2f} MB",
-        f"{'latency':>8} {'bytes':>7} {'error':>10} {'layers':>6}  format for all layers, predicted",
+        f"on {table.device}; bytes in 16 bits: {table.total / 1e6:.2f} MB; errors from {table.forwards} forwards",
+        f"{'latency':>8} {'measured':>8} {'bytes':>7} {'error':>10} {'layers':>6}  format for all layers, predicted",
     ]
     given = counts(table, chosen.picks)
     for label in table.labels:
         picks = table.uniform(label)
         error = "" if label == KEEP else f"{table.error(picks):.2e}"
-        lines.append(f"{table.latency(picks):8.3f} {table.size(picks):7.3f} {error:>10} {given[label]:6}  {label}")
-    lines.append(f"{chosen.latency:8.3f} {chosen.bytes:7.3f} {chosen.error:10.2e} {len(table.layers):6}  chosen")
+        measured = f"{table.measured[label] / table.step:8.3f}" if label in table.measured else ""
+        shares = f"{table.latency(picks):8.3f} {measured:>8} {table.size(picks):7.3f}"
+        lines.append(f"{shares} {error:>10} {given[label]:6}  {label}")
+    shares = f"{chosen.latency:8.3f} {'':8} {chosen.bytes:7.3f}"
+    lines.append(f"{shares} {chosen.error:10.2e} {len(table.layers):6}  chosen")
     return lines + chosen.notes

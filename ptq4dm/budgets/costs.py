@@ -94,13 +94,13 @@ def costs(
     return Costs(of, {label: known.steps[steps[label]] for label in formats}, device_words(device), fresh)
 
 
-def words_of(layer: nn.Module | None) -> str:
-    """A quantized layer's format in words: what decides about its time, but for its shape."""
+def words_of(layer: Any) -> str:
+    """A quantized layer's format and kernels in words: what decides about its time, but for its shape."""
     if layer is None:
         return KEEP
-    plan: Any = layer.plan
+    plan = layer.plan
     wide = f", {len(plan.wide)} wide rows" if hasattr(plan, "wide") else ""
-    return f"{plan.format} {plan}{wide}"
+    return f"{plan.format} {plan}{wide} on {layer.kernels_text()}"
 
 
 def step_name(model: nn.Module, kinds: Mapping[str, str], words: Mapping[str, str]) -> str:

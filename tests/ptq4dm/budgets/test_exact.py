@@ -1,6 +1,7 @@
 """The exact choice of formats against all choices there are; budgets, ties and refusals."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from ptq4dm import UserError
 from ptq4dm.budgets import exact
 from ptq4dm.budgets.exact import allocate
-from ptq4dm.budgets.references import every, excess, greedy, random_choices
+from ptq4dm.budgets.references import dealt_out, every, excess, greedy, random_choices
 from tables import drawn_table
 
 BUDGETS = [(None, 0.6), (0.7, None), (0.75, 0.7), (0.62, 0.55)]
@@ -127,6 +128,18 @@ def test_where_8_bits_are_the_fastest_that_is_said_and_4_come_of_bytes_alone():
     assert table.eight_bits_fastest and table.narrow_gain == pytest.approx(0.009)
     table.times[1, 2] = table.times[1, 1] - 0.009 * table.step
     assert not table.eight_bits_fastest and not allocate(table, 0.8, None).notes
+
+
+def test_times_and_errors_of_other_layers_give_another_choice():
+    """Else what was measured decides nothing."""
+    table = drawn_table(layers=12, seed=9)
+    picks = allocate(table, 0.6, None).picks
+    order = np.random.default_rng(0).permutation(12)
+    times = replace(table, times=table.times[order])
+    times.outside, times.step = table.outside, table.outside + times.times[:, 0].sum()
+    assert (allocate(times, 0.6, None).picks != picks).any()
+    other = allocate(dealt_out(table, 0), 0.6, None).picks
+    assert (other != picks).any() and table.error(other) > table.error(picks)
 
 
 def test_errors_that_are_no_numbers_are_refused():

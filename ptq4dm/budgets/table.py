@@ -99,7 +99,7 @@ class Table:
             if len({self.activations[layer][picks[layer]] for layer in group}) > 1:
                 return False
         within = latency is None or self.latency(picks) <= latency * (1 + slack)
-        return within and (size is None or self.size(picks) <= size * (1 + slack))
+        return bool(within and (size is None or self.size(picks) <= size * (1 + slack)))
 
     @property
     def narrow_gain(self) -> float:
@@ -114,4 +114,4 @@ class Table:
         """Whether fewer than 8 bits save next to nothing of a step, and 8 bits do."""
         eight = np.where(self.allowed & (self.widths == 8), self.times, np.inf)
         saved = np.maximum(self.times[:, 0] - eight.min(1), 0).sum() / self.step
-        return (self.allowed & (self.widths < 8)).any() and self.narrow_gain <= NOTHING < saved
+        return bool((self.allowed & (self.widths < 8)).any() and self.narrow_gain <= NOTHING < saved)

@@ -240,6 +240,7 @@ class Bench:
                 truth = HeldOut(self.model, self.candidates, table, self.other.recorded())
                 self.facts |= beside(truth, table)
                 self.facts["times"] = step_times(truth, table, call, args, self.clock)
+                self.write()
             truth.table = table
             budget = at_a_budget(truth, table, table.labels[1], table.labels[-1], args)
             self.facts.setdefault("budget", {})[way] = budget

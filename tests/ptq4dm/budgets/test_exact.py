@@ -125,7 +125,7 @@ def test_where_8_bits_are_the_fastest_that_is_said_and_4_come_of_bytes_alone():
     assert set(by_time.picks) <= {0, 1} and 2 in by_bytes.picks
     assert "8 bits are the fastest on here: fewer save 0.0% of a step" in by_time.notes[0]
     table.times[0, 2] = table.times[0, 1] - 0.009 * table.step  # a difference that is next to none
-    assert table.eight_bits_fastest and table.narrow_gain == pytest.approx(0.009)
+    assert table.eight_bits_fastest is True and table.narrow_gain == pytest.approx(0.009)
     table.times[1, 2] = table.times[1, 1] - 0.009 * table.step
     assert not table.eight_bits_fastest and not allocate(table, 0.8, None).notes
 

@@ -13,24 +13,17 @@ from ..allocation.mixed_rows import with_wide_rows
 from ..allocation.roles import allocate, edge_role
 from ..calibration.evidence import chosen_calls
 from ..calibration.store import CalibrationStore
-from ..errors import UserError
 from ..layers.plan import Int4Plan, LayerPlan
 from ..layers.power import PowerPlan
 from ..layers.progressive import ProgressivePlan
-from ..layers.registry import FORMATS, needs_of
+from ..layers.registry import needs_of
 from ..layers.view import LayerView
 from ..options import option
 from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_scale, int8_grid, unseen
-from ..quantization.packing import PackingOptions
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
 from ..rounding.registry import ROUNDERS
-
-NUMBER_FORMATS = ("int8", "fp8")
-FIRST_LAST = ("int8", "same", "keep")
-ACTIVATIONS = ("static", "dynamic")
-GROUP_SIZES = (None, 32, 64, 128)
-GRIDS = ("uniform", "power", "progressive")
+from .choices import ACTIVATIONS, FIRST_LAST, GRIDS, NUMBER_FORMATS, check_options
 
 
 @dataclass(repr=False)
@@ -96,93 +89,7 @@ class IntegerConfig(QuantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in NUMBER_FORMATS:
-            raise UserError(f"format must be 'int8' or 'fp8'; got '{self.format}'.")
-        self._check_rounding()
-        if self.format == "fp8" and (self.weight_bits, self.activation_bits) != (8, 8):
-            raise UserError(
-                "format='fp8' has 8 bits: give weight_bits=8 and activation_bits=8 with it, or take format='int8'; "
-                f"got {self.weight_bits} and {self.activation_bits}."
-            )
-        if self.group_size not in GROUP_SIZES:
-            raise UserError(f"group_size must be None, 32, 64 or 128; got {self.group_size!r}.")
-        if self.weight_bits > 4 and (self.group_size is not None or self.affine):
-            raise UserError(
-                "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
-            )
-        self._check_grid()
-        self._check_average_bits()
-        if self.activations not in ACTIVATIONS:
-            raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
-        if self.first_last not in FIRST_LAST:
-            raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
-        PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
-
-    def _check_rounding(self) -> None:
-        grid = FORMATS.find(self.format).grid
-        if grid in ROUNDERS.find(self.rounding).grids:
-            return
-        serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if grid in one.grids)
-        raise UserError(
-            f"rounding '{self.rounding}' does not serve format '{self.format}'; take format='int8', or, with "
-            f"weight_bits=8 and activation_bits=8, one of the roundings {serve}."
-        )
-
-    def _check_grid(self) -> None:
-        if self.rotate_inputs and (self.weight_grid, self.activations) != ("progressive", "dynamic"):
-            raise UserError("rotate_inputs goes with weight_grid='progressive' and activations='dynamic'.")
-        if self.weight_grid not in GRIDS:
-            raise UserError(f"weight_grid must be one of {', '.join(GRIDS)}; got '{self.weight_grid}'.")
-        if self.weight_grid == "uniform":
-            return
-        if self.weight_grid == "progressive":
-            self._check_progressive()
-            return
-        if self.format != "int8" or self.group_size is not None or self.affine:
-            raise UserError("weight_grid='power' goes with format='int8', without group_size and affine.")
-        objective = self.ranges()[0]
-        if OBJECTIVES.find(objective).needs:
-            raise UserError(
-                f"weight_grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
-                "nothing; choose another objective."
-            )
-
-    def _check_progressive(self) -> None:
-        if (self.format, self.weight_bits, self.affine) != ("int8", 4, False):
-            raise UserError(
-                "weight_grid='progressive' goes with format='int8' and weight_bits=4; it has zero points, without "
-                "affine."
-            )
-        learning = self.learning()
-        if learning is not None and "scales" in learning.train:
-            raise UserError(
-                "weight_grid='progressive' has scales that are whole steps, which training cannot change; leave "
-                "'scales' out of train."
-            )
-        if learning is not None and self.rotate_inputs:
-            raise UserError(
-                "blocks whose inputs are turned in every call cannot be trained; leave rotate_inputs out."
-            )
-
-    def _check_average_bits(self) -> None:
-        IMPORTANCE.find(self.importance)
-        if self.average_bits is None:
-            # Of a plan that is there, options tell how it was made.
-            if self.plan is None and self.importance != IntegerConfig.importance:
-                raise UserError(
-                    f"importance='{self.importance}' ranks rows for average_bits, and changes nothing without; give "
-                    "average_bits too, or leave it out."
-                )
-            return
-        if self.weight_bits > 4 or self.group_size is not None or self.affine or self.weight_grid != "uniform":
-            raise UserError(
-                "average_bits is a choice of weights in 4 bits with one scale an output; give weight_bits=4 (2, 3), "
-                "and no group_size, affine or other grid, with it."
-            )
-        if not self.weight_bits < self.average_bits < 8:
-            raise UserError(
-                f"average_bits lies between weight_bits ({self.weight_bits}) and 8; got {self.average_bits:g}."
-            )
+        check_options(self)
 
     @property
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide

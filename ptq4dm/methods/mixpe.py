@@ -19,7 +19,8 @@ from ..errors import UserError
 from ..layers.plan import FLOAT_INPUTS
 from ..options import option
 from ..quantization.recipe import register
-from .eight_bit import ACTIVATIONS, IntegerConfig
+from .choices import ACTIVATIONS
+from .eight_bit import IntegerConfig
 
 WIDTHS = (8, FLOAT_INPUTS)
 

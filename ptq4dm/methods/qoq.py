@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..options import number_or_word, option
 from ..quantization.recipe import register
-from .eight_bit import ACTIVATIONS, IntegerConfig
+from .choices import ACTIVATIONS
+from .eight_bit import IntegerConfig
 
 VARIANTS = ("group", "channel")
 CLIPS = ("none", "mse", "output")

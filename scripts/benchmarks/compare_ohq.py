@@ -163,14 +163,17 @@ def at_a_budget(truth: HeldOut, table, wide: str, narrow: str, args) -> dict:
 
 
 def step_times(truth: HeldOut, table, call, args, clock) -> list[dict]:
-    """Predicted and measured times of random mixtures, of which each has formats in shares that are drawn."""
-    draw, plans = np.random.default_rng(1), {}
+    """Predicted and measured times of random mixtures, of which each has formats in shares that are drawn.
+
+    Beside them one format in all layers again: where that takes another share than in the table, it is the machine
+    that has changed.
+    """
+    draw, plans, layers = np.random.default_rng(1), {}, np.arange(len(table.layers))
     for number in range(args.plans):
         shares = draw.dirichlet(np.ones(len(table.labels)))
-        picks = draw.choice(len(table.labels), size=len(table.layers), p=shares)
-        plans[str(number)] = np.where(
-            table.allowed[np.arange(len(picks)), picks], picks, table.stands[np.arange(len(picks)), picks]
-        )
+        picks = draw.choice(len(table.labels), size=len(layers), p=shares)
+        plans[str(number)] = np.where(table.allowed[layers, picks], picks, table.stands[layers, picks])
+    plans |= {label: table.uniform(label) for label in table.labels[1:]}
     formats = {KEEP: {}, **{name: truth.quantized(picks) for name, picks in plans.items()}}
     times = time_in_place(truth.model, call, formats, [], args.rounds, clock)
     whole = Figure.of(times.steps[KEEP])
@@ -178,7 +181,7 @@ def step_times(truth: HeldOut, table, call, args, clock) -> list[dict]:
     for name, picks in plans.items():
         figure = Figure.of(times.steps[name])
         rows.append({
-            "predicted": table.latency(picks), "measured": figure.median / whole.median,
+            "plan": name, "predicted": table.latency(picks), "measured": figure.median / whole.median,
             "ratio": table.latency(picks) / (figure.median / whole.median), "quartiles": [figure.low, figure.high],
             "microseconds": figure.median,
         })  # fmt: skip

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .attention import layer as attention
+from .cpu import w4a8 as cpu
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
 from .tuning import latency
@@ -127,6 +128,8 @@ def time(query: Query, n: int, k: int) -> float:
         make = latency.svdq_linear
     elif name == w4.INT8:
         make, arguments = latency.svdq_linear, (query.activation, GROUP, 0, True)
+    elif name == cpu.NAME:
+        make, arguments = latency.compiled_linear, (query.group_size, query.zeros, query.progressive, query.static)
     elif query.progressive:
         if query.activation != "int8":
             raise ValueError(f"no layer has progressive weights and {query.activation} activations.")
@@ -211,6 +214,13 @@ def _integer(name: str) -> Callable[[Query], bool]:
     return serves
 
 
+def _compiled(query: Query) -> bool:
+    """Whether the kernel that is compiled on this machine serves it: no convolution, whose dynamic scales are by
+    sample and not by row."""
+    fits = query.linear and query.groups == 1 and (query.inputs or 0) <= cpu.MOST
+    return _plain(query) and fits and cpu.serves(query.device)
+
+
 def _kv4(query: Query) -> bool:
     served = query.weight == "kv4" and query.activation == "none"
     return served and attention.kernel_name(query.device) == attention.TRITON
@@ -253,6 +263,10 @@ KERNELS: list[Kernel] = [
     Kernel(
         UNPACK, "4-bit weights, also among rows of 8 bits, unpacked to int8 in every call",
         _either(_unpacked(w8a8.TRITON), _mixed(w8a8.TRITON)),
+    ),
+    Kernel(
+        cpu.NAME, "4-bit weights, plain or progressive, unpacked part by part in the product; Linear, x86 CPU",
+        _compiled,
     ),
     Kernel(
         COPY, "4-bit weights, progressive or one scale a row, also among rows of 8 bits; the copy is kept in memory",

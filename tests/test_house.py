@@ -19,6 +19,7 @@ ROOMS = {
 FLOORS = """
 kernels/formats
 kernels/runtime
+kernels/cpu
 kernels/w4/products
 kernels/w8a8  kernels/w4  kernels/attention
 kernels/tuning

@@ -6,7 +6,9 @@
     triton-w4a8-grouped         CUDA, Linear, dynamic inputs, groups with zero points
     triton-w4a8-channel         CUDA, Linear, dynamic inputs, one scale an output
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
-    onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
+    cpu-w4a8                    x86 CPU, Linear: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
+    onednn-int8 on an int8 copy x86 CPU, one scale an output, where that one does not serve: the W8A8 kernel on a copy
+                                that is kept
     reference                   everywhere: the formula in float32 on dequantized weights; the truth
 
 Inputs of 16 bits are taken as they are: the reference alone serves them.
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import dispatch
+from ..kernels.cpu import w4a8 as cpu
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import GROUP, pack_int4, unpack_int4
 from ..kernels.runtime.ops import op
@@ -63,7 +66,8 @@ def kernel_name(
         device=device,
         static=static,
         zeros=affine,
-        linear=linear and bits == 8,  # narrower grids of inputs are for the kernels that take any grid
+        # On a GPU narrower grids of inputs are for the kernels that take any grid.
+        linear=linear and (bits == 8 or device.type == "cpu"),
         inputs=inputs,
     )
     return dispatch.find(query).name
@@ -113,6 +117,8 @@ def int4_linear(
         return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
     if name in (integer.GROUPED, integer.CHANNEL):
         return grouped_linear(x, qweight, wscales, wzeros, bias)
+    if name == cpu.NAME:
+        return cpu.cpu_w4a8_linear(x, qweight, wscales, wzeros, None, bias, *grid)
     codes, scale = _int8(qweight, wscales, wzeros, inputs)
     return w8a8.w8a8_linear(x, codes, scale, bias, *grid)
 

@@ -7,7 +7,8 @@ it, and all of them give what the formula says:
 
     triton-w4a8-progressive     CUDA, Linear, dynamic inputs: w8 in the product itself
     unpack + triton-int8        CUDA, everything else: w8 in memory for one call, then the W8A8 kernel
-    onednn-int8 on an int8 copy x86 CPU: the W8A8 kernel on a copy that is kept
+    cpu-w4a8                    x86 CPU, Linear: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
+    onednn-int8 on an int8 copy x86 CPU, everything else: the W8A8 kernel on a copy that is kept
     reference                   everywhere else: the W8A8 formula
 
 Which one: kernels/dispatch.py.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch
+from ..kernels.cpu import w4a8 as cpu
 from ..kernels.formats.hadamard import turned
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
@@ -46,7 +48,8 @@ def kernel_name(
         static=static,
         zeros=True,
         progressive=True,
-        linear=linear and bits == 8,  # narrower grids of inputs are for the kernels that take any grid
+        # On a GPU narrower grids of inputs are for the kernels that take any grid.
+        linear=linear and (bits == 8 or device.type == "cpu"),
         inputs=inputs,
     )
     return dispatch.find(query).name
@@ -74,8 +77,11 @@ def stepped_linear(
     name = kernel_name(x.device, True, inputs, wsteps.shape[1], input_scale is not None, activation_bits, 1)
     if name == integer.PROGRESSIVE:
         return progressive_linear(x, qweight, wsteps, wzeros, _wide(wscales), bias)
+    grid = (input_scale, input_zero_point, activation_bits)
+    if name == cpu.NAME:
+        return cpu.cpu_w4a8_linear(x, qweight, wscales, wzeros, wsteps, bias, *grid)
     codes = _int8(qweight, wsteps, wzeros, inputs)
-    return w8a8.w8a8_linear(x, codes, _wide(wscales), bias, input_scale, input_zero_point, activation_bits)
+    return w8a8.w8a8_linear(x, codes, _wide(wscales), bias, *grid)
 
 
 @stepped_linear.register_fake

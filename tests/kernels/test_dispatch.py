@@ -64,19 +64,27 @@ def test_eight_bit_layers(groups):
     assert on_gpu((9, 0), weight="fp8", activation="none") == {"all rows": "reference"}
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("vnni", [True, False])
-def test_on_a_cpu(vnni, monkeypatch):
+def test_on_a_cpu(vnni, compiled, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch.cpu.library, "available", lambda: compiled)
 
     def name(*query, **more):
         return dispatch.find(Query(*query, **more, device=CPU)).name
 
     assert name("int8", "int8") == name("int8", "int8", groups=4) == ("onednn-int8" if vnni else "reference")
-    assert name("int4", "int8", zeros=True) == ("onednn-int8 on an int8 copy" if vnni else "reference")
+    copy = "onednn-int8 on an int8 copy" if vnni else "reference"
+    assert name("int4", "int8", zeros=True) == ("cpu-w4a8" if compiled else copy)
+    assert name("int4", "int8", zeros=True, linear=False) == copy
+    assert name("int4", "int8", inputs=1 << 16) == copy
+    assert name("int4", "int8", 128, progressive=True) == ("cpu-w4a8" if compiled else copy)
+    for more in ({}, {"zeros": True}, {"static": True}):
+        assert name("int4", "int8", 64, **more) == ("cpu-w4a8" if compiled else "reference")
+        assert name("int4", "int8", 64, linear=False, **more) == name("int4", "int8", 64, groups=2) == "reference"
     for query, more in [
         (("fp8", "fp8"), {}),
-        (("int4", "int8", 64), {}),
         (("int4", "none"), {}),
         (("int4", "int8", 64), dict(branch=True)),
     ]:
@@ -106,6 +114,7 @@ def test_progressive_weights(monkeypatch):
     """Widened in the product under scales per token; else their exact int8 form goes where int8 weights go."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch.cpu.library, "available", lambda: False)
     for group_size in (None, 32, 64, 128):
         query = dict(weight="int4", activation="int8", group_size=group_size, zeros=True, progressive=True)
         assert on_gpu((8, 0), **query) == {"all rows": "triton-w4a8-progressive"}

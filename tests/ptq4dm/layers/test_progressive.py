@@ -11,6 +11,7 @@ from helpers import correlated
 from ptq4dm import GradPTQConfig, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.errors import DamagedFile
 from ptq4dm.evidence import LayerEvidence
+from ptq4dm.kernels.cpu import library
 from ptq4dm.kernels.formats.progressive import leaves_int8
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w8a8 import reference
@@ -125,12 +126,16 @@ def test_layers_compute_what_their_codes_stand_for(kind, static):
 
 
 @pytest.mark.parametrize(("vnni", "name"), [(True, "onednn-int8 on an int8 copy"), (False, "reference")])
-def test_on_a_cpu_an_int8_copy_is_multiplied_and_that_is_said(vnni, name, monkeypatch):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_on_a_cpu_4_bit_codes_are_multiplied_or_an_int8_copy_and_that_is_said(vnni, name, compiled, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(library, "available", lambda: compiled)
     settings.forget()
     try:
-        for layer in (linear(), conv(), conv(channels=256, groups=2)):
+        right = "cpu-w4a8" if compiled else name
+        assert quantized_copy(linear(), ProgressivePlan(), "layer").kernel_name() == right
+        for layer in (conv(), conv(channels=256, groups=2)):
             assert quantized_copy(layer, ProgressivePlan(), "layer").kernel_name() == name
     finally:
         settings.forget()

@@ -222,7 +222,7 @@ def test_variables_optimizers_and_recipes_of_ones_own_train(dit, monkeypatch):
     moved = []
 
     class Own(StraightThrough):
-        paces = {"gptq": 2.0, "nearest": 2.0}
+        paces = {"gptq": 2.0, "nearest": 20.0}
 
         def project(self):
             super().project()
@@ -234,5 +234,5 @@ def test_variables_optimizers_and_recipes_of_ones_own_train(dit, monkeypatch):
     model = copy.deepcopy(dit[0])
     config = OwnConfig(variable="own", optimizer="own", steps=10, step_tuples=2, start="nearest")
     report = ptq4dm.quantize(model, config, dit[1])
-    assert gain(report) < 0.95 and moved and config.learning().rate == pytest.approx(0.01 * 2 * 10)
+    assert gain(report) < 0.95 and moved and config.learning().rate == pytest.approx(0.01 * 20)
     assert plan_of(model).learning.variable == "own"

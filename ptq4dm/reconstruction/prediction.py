@@ -26,7 +26,7 @@ from ..layers.registry import quantized_copy
 from ..layers.view import LayerView
 from ..layers.w8a8 import put_input_grid
 from ..pipelines.denoiser import evaluation_mode
-from .finished import Finished, finished_before, size_of, skipping
+from ..walk.finished import Finished, finished_before, size_of, skipping
 
 CLEARLY = 1.05  # times the error of the best on the same tuples: such a grid is not looked at on more of them
 KEPT_BYTES = 2 * 2**30  # of outputs that need not be made again; batches beyond run from their start
@@ -117,7 +117,7 @@ class PredictionDifference:
         found, room = [], KEPT_BYTES
         with evaluation_mode(self.model), substituted(self.model, self.settled):
             for batch in self.batches:
-                done = finished_before(self.model, name, batch) if room > 0 else []
+                done = finished_before(self.model, [name], batch) if room > 0 else []
                 room -= size_of(done)
                 found.append(done if room > 0 else [])
         return found

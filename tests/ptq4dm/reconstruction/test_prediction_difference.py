@@ -18,7 +18,7 @@ from ptq4dm.layers.view import find_layers
 from ptq4dm.quantization.planning import make_plan
 from ptq4dm.ranges.inputs import InputValues
 from ptq4dm.ranges.prediction import Prediction, starts_of
-from ptq4dm.reconstruction import finished, prediction
+from ptq4dm.reconstruction import prediction
 from ptq4dm.reconstruction.prediction import PredictionDifference, batches_across
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,30 +189,6 @@ def test_looks_at_the_last_layer_run_hardly_any_other(monkeypatch):
         looks.append((evidence.prediction(0.05, 0), len(ran)))
     (error, few), (same_error, many) = looks
     assert error == same_error > 0 and few == 0 and many > 10
-
-
-def test_whole_blocks_are_kept_and_others_part_by_part():
-    model, store = collected(busy(pixel_dit(num_layers=2)))
-    (batch,) = batches_across(store.recorded(), 4)
-    names = [name for name, _ in finished.finished_before(model, "transformer_blocks.1.ff.net.2", batch)]
-    assert "transformer_blocks.0" in names and not any(name.startswith("transformer_blocks.0.") for name in names)
-    assert {"transformer_blocks.1.attn1", "transformer_blocks.1.ff.net.0"} <= set(names)
-    assert "transformer_blocks.1" not in names and "transformer_blocks.1.attn1.to_q" not in names
-
-
-def test_a_call_that_changes_its_argument_is_not_kept():
-    model, store = recorded(InPlace())
-    (batch, *_) = batches_across(store.recorded(), 4)
-    assert [name for name, _ in finished.finished_before(model, "second", batch)] == ["first"]
-
-
-def test_an_error_leaves_the_modules_as_they_were():
-    model, store = recorded(Skip())
-    (batch, *_) = batches_across(store.recorded(), 4)
-    done = finished.finished_before(model, "side", batch)
-    with pytest.raises(KeyError), finished.skipping(model, done):
-        raise KeyError
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # ------------------------------------------------------------------------------------------------ the recipe

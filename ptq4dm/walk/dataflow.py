@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..calibration.calls import Calls
-from ..calibration.record import answers, tensors_of
+from ..calibration.record import ready, tensors_of
 from ..hooks import hooked
+from ..pipelines.loading import not_while_loading
 from .finished import Frame, may_be_kept
 
 
@@ -104,7 +105,7 @@ class Dataflow:
                     call.changed |= stored.born < self.calls[call.number].start
         fresh = not str(func).startswith(("aten.empty", "aten.new_empty"))
         for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor) and (place := _place(leaf)) is not None and place not in self._stored:
+            if (place := _place(leaf)) is not None and place not in self._stored and place not in given:
                 self._of(leaf, step).written = fresh
 
     def enter(self, module: str, arguments: Any) -> None:
@@ -193,6 +194,7 @@ class _Watching(TorchDispatchMode):
         return output
 
 
+@torch.no_grad()
 def dataflow_of(model: nn.Module, calls: Calls) -> Dataflow:
     """The dataflow of one call of a model, which is in evaluation mode."""
     flow = Dataflow()
@@ -211,8 +213,9 @@ def dataflow_of(model: nn.Module, calls: Calls) -> Dataflow:
 
     names = [module for module, _ in model.named_modules() if module]
     before, after = {name: enter(name) for name in names}, dict.fromkeys(names, leave)
-    with hooked(model, {"": begin, **before}, after), _Watching(flow):
-        (answer,) = answers(model, calls)
+    call = ready(calls, model)
+    with not_while_loading(), hooked(model, {"": begin, **before}, after), _Watching(flow):
+        answer = model(*call.args, **call.kwargs)
     flow.finish(answer)
     return flow
 

@@ -156,10 +156,9 @@ def versions(arguments: Any) -> list:
 def _mapped(output: Any, key: str, reads: Reads | None, change: Callable[[Any, bool], Any]) -> Any:
     """An output with each value changed, by whether it is read."""
     leaves, structure = pytree.tree_flatten(output)
-    found: dict[int, Any] = {}
-    for i, leaf in enumerate(leaves):
-        if id(leaf) not in found:  # a tensor that is given twice is kept once: who changes one changes both
-            found[id(leaf)] = change(leaf, reads is None or (key, i) in reads)
+    read = {id(leaf) for i, leaf in enumerate(leaves) if reads is None or (key, i) in reads}
+    # A tensor that is given twice is kept once: who changes one changes both.
+    found = {id(leaf): change(leaf, id(leaf) in read) for leaf in leaves}
     return pytree.tree_unflatten([found[id(leaf)] for leaf in leaves], structure)
 
 

@@ -20,6 +20,7 @@ from ptq4dm.ranges.inputs import InputValues
 from ptq4dm.ranges.prediction import Prediction, starts_of
 from ptq4dm.reconstruction import prediction
 from ptq4dm.reconstruction.prediction import PredictionDifference, batches_across
+from ptq4dm.walk import walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,8 +165,8 @@ def test_what_is_over_is_not_run_again_and_changes_nothing(build, monkeypatch):
     model = build()
     model, store = recorded(model) if isinstance(model, InPlace) else collected(model)
     plans = []
-    for kept in (prediction.KEPT_BYTES, 0):
-        monkeypatch.setattr(prediction, "KEPT_BYTES", kept)
+    for kept in (walk.HOST_BYTES, 0):
+        monkeypatch.setattr(walk, "HOST_BYTES", kept)
         plans.append(make_plan(model, PDQuantConfig(weight_bits=4, **NARROW), store))
     assert plans[0] == plans[1] and all(layer.static for layer in plans[0].layers.values())
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
@@ -182,8 +183,8 @@ def test_looks_at_the_last_layer_run_hardly_any_other(monkeypatch):
 
     monkeypatch.setattr(nn.Conv2d, "forward", counted)
     looks = []
-    for kept in (prediction.KEPT_BYTES, 0):
-        monkeypatch.setattr(prediction, "KEPT_BYTES", kept)
+    for kept in (walk.HOST_BYTES, 0):
+        monkeypatch.setattr(walk, "HOST_BYTES", kept)
         evidence = PredictionDifference(model, batches).of("conv_out", LayerPlan())
         ran.clear()
         looks.append((evidence.prediction(0.05, 0), len(ran)))
@@ -299,3 +300,19 @@ def test_batches_have_tuples_of_all_times():
         torch.cat([part.places for part in parts]).tolist()
         == torch.cat([calls[units[k::3]].places for k in range(3)]).tolist()
     )
+
+
+def test_layers_that_are_asked_for_in_any_order_are_judged_the_same():
+    model, store = collected(busy(pixel_dit(num_layers=2)))
+    batches = batches_across(store.recorded(), 4)
+    first, last = (f"transformer_blocks.{block}.ff.net.2" for block in (0, 1))
+    plan = LayerPlan(activation_bits=4, input_scale=0.1)
+    going_on = PredictionDifference(model, batches)
+    error_of_first = going_on.of(first, plan).prediction(0.1, 0)
+    going_on.settle(first, plan)
+    there = going_on.of(last, plan).prediction(0.1, 0)
+    back = PredictionDifference(model, batches)
+    alone = back.of(last, plan).prediction(0.1, 0)
+    assert back.of(first, plan).prediction(0.1, 0) == error_of_first  # the walk has passed it
+    back.settle(first, plan)
+    assert back.of(last, plan).prediction(0.1, 0) == there != alone

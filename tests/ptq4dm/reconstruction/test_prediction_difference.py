@@ -306,7 +306,7 @@ def test_layers_that_are_asked_for_in_any_order_are_judged_the_same():
     model, store = collected(busy(pixel_dit(num_layers=2)))
     batches = batches_across(store.recorded(), 4)
     first, last = (f"transformer_blocks.{block}.ff.net.2" for block in (0, 1))
-    plan = LayerPlan(activation_bits=4, input_scale=0.1)
+    plan = LayerPlan(activation_bits=4, input_scale=0.1, input_zero_point=0)
     going_on = PredictionDifference(model, batches)
     error_of_first = going_on.of(first, plan).prediction(0.1, 0)
     going_on.settle(first, plan)

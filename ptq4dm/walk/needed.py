@@ -2,7 +2,8 @@
 
     read after step p  <-  made by the glue between modules before p  <-  given by a module that is over at p
 
-The glue runs again, the modules do not; so what their outputs are needed for goes through the glue alone.
+The glue runs again, the modules do not; so what their outputs are needed for goes through the glue alone. Where
+Python looks at values in the glue, other calls may go other ways, and read something else.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from .dataflow import Dataflow
 
 @dataclass(frozen=True)
 class Needed:
-    """keys: of the calls that are over, in their order. reads: (key, leaf of the output) of what is still read.
-    opened: modules that may not be kept whole."""
+    """keys: of the calls that are over, in their order. reads: (key, leaf of the output) of what is still read; None
+    where that depends on what modules give, so that nothing is sure. opened: modules that may not be kept whole.
+    varies: whether it depends on what the model is given."""
 
     keys: list[str]
-    reads: frozenset[tuple[str, int]]
+    reads: frozenset[tuple[str, int]] | None
     opened: frozenset[str]
+    varies: bool
 
 
 def needed_after(flow: Dataflow, stops: Collection[str]) -> Needed:
@@ -31,7 +34,9 @@ def needed_after(flow: Dataflow, stops: Collection[str]) -> Needed:
         over = _over(flow, stop, opened)
         reads, escaped = _read(flow, stop, over)
         if not escaped:
-            return Needed([flow.calls[one].key for one in over], frozenset(reads), frozenset(opened))
+            varies, unsure = _decided(flow, stop, over)
+            keys = [flow.calls[one].key for one in over]
+            return Needed(keys, None if unsure else frozenset(reads), frozenset(opened), varies)
         opened |= escaped
 
 
@@ -70,6 +75,22 @@ def _read(flow: Dataflow, stop: int, over: list[int]) -> tuple[set[tuple[str, in
         else:
             escaped.add(flow.calls[call].module)
     return reads, escaped
+
+
+def _decided(flow: Dataflow, stop: int, over: list[int]) -> tuple[bool, bool]:
+    """(whether Python looks at values in the glue, whether at some that a module made)."""
+    around = _around(flow, over)
+    glue = {i for i, call in enumerate(flow.calls) if around[i] is None and (call.start < stop or not i)}
+    waiting = [i for i, step in enumerate(flow.steps) if step.decides and step.inside in glue]
+    varies, seen = bool(waiting), set[int]()
+    while waiting:
+        if (number := waiting.pop()) not in seen:
+            seen.add(number)
+            step = flow.steps[number]
+            if step.leaves or step.inside not in glue:
+                return True, True
+            waiting += step.reads
+    return varies, False
 
 
 def _around(flow: Dataflow, over: list[int]) -> list[int | None]:

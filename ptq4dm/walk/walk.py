@@ -74,6 +74,7 @@ class Walk:
     def __init__(self, walks: Walks, batches: list[Calls]) -> None:
         self.walks, self.model, self.batches = walks, walks.model, batches
         self.done: list[Finished | None] = [[] for _ in batches]
+        self._own: dict[int, Dataflow] = {}
 
     def on(self, stops: Collection[str], layers: Mapping[str, nn.Module]) -> None:
         """Go on to the first call of any of some modules, with layers in place of those of their names.
@@ -81,20 +82,31 @@ class Walk:
         Nothing that is in `layers` for the first time may have been passed: so `stops` are all that is still to come.
         """
         with evaluation_mode(self.model):
-            flows = [self.walks.flow_of(batch) for batch in self.batches]
-            needed = {key: needed_after(flow, stops) for key, flow in dict(flows).items()}
+            needed = self._needed(stops)
             room = True
             with substituted(self.model, dict(layers)):
                 # Those without room come last, as long as one of them finds some.
                 for i in sorted(range(len(self.batches)), key=lambda i: self.done[i] is None):
                     if self.done[i] is not None or room:
-                        room = self._move(i, stops, needed[flows[i][0]])
+                        room = self._move(i, stops, needed[i])
 
     @contextmanager
     def resumed(self, place: int) -> Iterator[None]:
         """Let calls of the model on a batch begin where it stands; with the same layers in it as in `on`."""
         with skipping(self.model, self.done[place] or []):
             yield
+
+    def _needed(self, stops: Collection[str]) -> list[Needed]:
+        """Of each batch what is needed: what one of its kind needs, or where that varies, what it needs itself."""
+        flows = [self.walks.flow_of(batch) for batch in self.batches]
+        of_kind = {key: needed_after(flow, stops) for key, flow in dict(flows).items()}
+        found = [of_kind[key] for key, _ in flows]
+        for i, batch in enumerate(self.batches):
+            if found[i].varies and found[i].reads is not None:
+                if i not in self._own:
+                    self._own[i] = dataflow_of(self.model, batch)
+                found[i] = needed_after(self._own[i], stops)
+        return found
 
     def _move(self, place: int, stops: Collection[str], needed: Needed) -> bool:
         """Move one batch. Whether there was room for it."""

@@ -149,9 +149,29 @@ class Routed(nn.Module):
         return self.last(self.experts[int(x.sum() > 0)](y)) + y
 
 
+class Early(Routed):
+    """Decides at its start what is read at its end."""
+
+    def forward(self, x, timestep=None):
+        skips = bool(timestep > 2)
+        y = self.first(x)
+        z = self.experts[1](self.experts[0](y))
+        return self.last(z + y if skips else z)
+
+
+class Late(Routed):
+    """Decides by what a layer gave whether another value is read."""
+
+    def forward(self, x, timestep=None):
+        y = self.first(x)
+        z = self.experts[1](self.experts[0](y))
+        return self.last(z + y if z.sum() > 0 else z)
+
+
+@pytest.mark.parametrize("kind", [Routed, Early, Late])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_batches_that_go_another_way_are_fed_the_same(quantized):
-    model = Routed().eval()
+def test_batches_that_go_another_way_are_fed_the_same(quantized, kind):
+    model = kind().eval()
     with record(model) as calls, torch.no_grad():
         for seed in range(6):
             model(normal(4, 64, seed=seed), timestep=torch.tensor(seed))

@@ -1,12 +1,13 @@
-"""Find the kernel that serves a quantized layer, and the time it takes.
+"""Find the kernel that serves a quantized layer, or attention on 4-bit keys and values, and the time it takes.
 
     find(Query("int8", "int8", device=torch.device("cuda")))        Kernel triton-int8
     report(Query("int4", "none", 64, branch=True, device=...))      {"rows <= 32": "triton-w4a16", "more": ...}
     time(Query("int8", "int8", rows=256), n=1152, k=1152)           microseconds
 
-KERNELS is the list of all of them. The layers themselves ask `kernel_name` of their room, w8a8/layer.py or
-w4/layer.py, which decides from format and device; so does `find`. The last of the list is the reference: it serves
-everything and is the truth that the others are tested against. What no kernel serves is never called by another name.
+KERNELS is the list of all of them. The layers themselves ask `kernel_name` of their room, w8a8/layer.py, w4/layer.py
+or attention/layer.py, which decides from format and device; so does `find`. The last of the list is the reference: it
+serves everything and is the truth that the others are tested against. What no kernel serves is never called by
+another name.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .attention import layer as attention
+from .cpu import w4a8 as cpu
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
 from .tuning import latency
+from .w4 import integer
 from .w4 import layer as w4
 from .w8a8 import layer as w8a8
 
-WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power"), ("int8", "fp8", "int4", "none")
+WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power", "kv4"), ("int8", "fp8", "int4", "none")
 CUBLAS, UNPACK, COPY = "unpack + cublas", "unpack + triton-int8", "onednn-int8 on an int8 copy"
 RANK = 32  # of the branch of a layer that is timed
 
@@ -31,12 +35,14 @@ RANK = 32  # of the branch of a layer that is timed
 class Query:
     """A quantized layer in a few words.
 
-    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, one scale a row; or "power",
-        levels of a codebook. activation: "int8", "fp8" or "int4", or "none" for 16-bit inputs.
+    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, one scale a row; "power",
+        levels of a codebook; or "kv4", keys and values of attention, which stand in a weight's place.
+    activation: "int8", "fp8", "int4", or "none" for 16-bit inputs.
     group_size: inputs under one scale of the weight; None for one scale a row.
     groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.
     linear: a Linear layer, or a convolution of one pixel; inputs: K of it, None for a multiple of 64.
     static: one activation scale for all rows, known before. zeros: the 4-bit weight has zero points.
+    progressive: the scales of a 4-bit weight's groups are whole steps of one scale a row (w4/progressive.py).
     branch: a 4-bit layer with a low-rank branch in 16 bits and smoothing (w4/layer.py), of any rank, 0 too; without
         it a 4-bit weight is plain (w4/int4_codes.py).
 
@@ -51,6 +57,7 @@ class Query:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     static: bool = False
     zeros: bool = False
+    progressive: bool = False
     branch: bool = False
     linear: bool = True
     inputs: int | None = None
@@ -62,16 +69,19 @@ class Query:
         ):
             if given not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not '{given}'.")
-        if self.weight != "int4" and (self.group_size is not None or self.zeros or self.branch):
+        parts = self.group_size is not None or self.zeros or self.progressive or self.branch
+        if self.weight != "int4" and parts:
             raise ValueError(f"only int4 weights have groups of scales, zero points or a branch, not {self.weight}.")
+        if self.progressive and self.branch:
+            raise ValueError("progressive weights have no branch.")
 
 
 @dataclass(frozen=True)
 class Kernel:
     """name: as reports have it. serves: whether it does. what: a line for tables.
 
-    tuned: the name by which `ptq4dm bench tune` searches its settings, None where it has none. mode: of an SVDQuant
-    layer, the first part of their names in tuned/.
+    tuned: the name by which `ptq4dm bench tune` searches its settings, None where it has none of its own. mode: of a
+    4-bit layer, the first part of their names in tuned/.
     """
 
     name: str
@@ -96,7 +106,7 @@ def report(query: Query) -> dict[str, str]:
 
 
 def tunable() -> dict[str, str | None]:
-    """Kernels with settings to search: {name for `ptq4dm bench tune`: mode of an SVDQuant layer, or None}."""
+    """Kernels with settings to search: {name for `ptq4dm bench tune`: mode of a 4-bit layer, or None}."""
     return {kernel.tuned: kernel.mode for kernel in KERNELS if kernel.tuned}
 
 
@@ -118,6 +128,15 @@ def time(query: Query, n: int, k: int) -> float:
         make = latency.svdq_linear
     elif name == w4.INT8:
         make, arguments = latency.svdq_linear, (query.activation, GROUP, 0, True)
+    elif name == cpu.NAME:
+        make, arguments = latency.compiled_linear, (query.group_size, query.zeros, query.progressive, query.static)
+    elif query.progressive:
+        if query.activation != "int8":
+            raise ValueError(f"no layer has progressive weights and {query.activation} activations.")
+        widened = name == integer.PROGRESSIVE
+        make, arguments = latency.progressive_linear, (query.group_size, query.zeros, query.static, widened)
+    elif name in (integer.CHANNEL, integer.GROUPED):
+        make, arguments = latency.grouped_linear, (query.group_size, query.zeros)
     elif query.weight == "int4":
         make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)
         if name == w8a8.REFERENCE:
@@ -163,7 +182,7 @@ def _plain(query: Query) -> bool:
 
 def _unpacked(product: str) -> Callable[[Query], bool]:
     def serves(query: Query) -> bool:
-        held = query.device.type == "cuda" or not query.group_size
+        held = query.device.type == "cuda" or query.progressive or not query.group_size
         return _plain(query) and held and _eight_bit(query) == product
 
     return serves
@@ -174,7 +193,37 @@ def _direct(query: Query) -> bool:
     groups, activation scales per token. They round float32 inputs and outputs to bf16."""
     fits = query.linear and query.groups == 1 and not query.static and not query.zeros
     whole = (query.inputs or GROUP) % GROUP == 0 and query.group_size is not None and query.group_size % GROUP == 0
-    return _plain(query) and fits and whole and w4.kernel_name(query.device, "int8", GROUP) == w4.INT8
+    plain = _plain(query) and not query.progressive
+    return plain and fits and whole and w4.kernel_name(query.device, "int8", GROUP) == w4.INT8
+
+
+def _integer(name: str) -> Callable[[Query], bool]:
+    """Whether sums are of whole numbers: dynamic inputs of a Linear layer; scales of groups under zero points alone,
+    for symmetric ones have `_direct`."""
+
+    def serves(query: Query) -> bool:
+        fits = _plain(query) and query.linear and query.groups == 1 and not query.static
+        if query.progressive:
+            right = name == integer.PROGRESSIVE
+        elif query.group_size is None:
+            right = name == integer.CHANNEL
+        else:
+            right = name == integer.GROUPED and query.zeros
+        return right and fits and integer.serves(query.device)
+
+    return serves
+
+
+def _compiled(query: Query) -> bool:
+    """Whether the kernel that is compiled on this machine serves it: no convolution, whose dynamic scales are by
+    sample and not by row."""
+    fits = query.linear and query.groups == 1 and (query.inputs or 0) <= cpu.MOST
+    return _plain(query) and fits and cpu.serves(query.device)
+
+
+def _kv4(query: Query) -> bool:
+    served = query.weight == "kv4" and query.activation == "none"
+    return served and attention.kernel_name(query.device) == attention.TRITON
 
 
 def _either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:
@@ -196,17 +245,34 @@ KERNELS: list[Kernel] = [
         "w4a16", "none",
     ),
     Kernel(CUBLAS, "4-bit weights unpacked to 16 bits, many rows", _branched(w4.WEIGHT_ONLY, True)),
+    Kernel(
+        integer.PROGRESSIVE, "progressive 4-bit weights, widened in the product", _integer(integer.PROGRESSIVE),
+        "w4a8-progressive", "progressive",
+    ),
+    Kernel(
+        integer.CHANNEL, "plain 4-bit weights, one scale a row, widened in the product",
+        _integer(integer.CHANNEL),
+    ),
+    Kernel(
+        integer.GROUPED, "plain 4-bit weights with zero points in groups, scales after the sums of a group",
+        _integer(integer.GROUPED), "w4a8-grouped", "grouped",
+    ),
     Kernel(w8a8.TRITON, "int8 weights and activations", _w8a8(w8a8.TRITON), "w8a8"),
     Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", _w8a8(w8a8.TRITON_FP8), "w8a8"),
     Kernel(w8a8.ONEDNN, "int8 weights and activations, x86 CPU with VNNI", _w8a8(w8a8.ONEDNN)),
     Kernel(
-        UNPACK, "plain 4-bit weights, also among rows of 8 bits, unpacked to int8 in every call",
+        UNPACK, "4-bit weights, also among rows of 8 bits, unpacked to int8 in every call",
         _either(_unpacked(w8a8.TRITON), _mixed(w8a8.TRITON)),
     ),
     Kernel(
-        COPY, "plain 4-bit weights, one scale a row, also among rows of 8 bits; the copy is kept in memory",
+        cpu.NAME, "4-bit weights, plain or progressive, unpacked part by part in the product; Linear, x86 CPU",
+        _compiled,
+    ),
+    Kernel(
+        COPY, "4-bit weights, progressive or one scale a row, also among rows of 8 bits; the copy is kept in memory",
         _either(_unpacked(w8a8.ONEDNN), _mixed(w8a8.ONEDNN)),
     ),
+    Kernel(attention.TRITON, "attention that unpacks 4-bit keys and values tile by tile", _kv4),
     Kernel(w8a8.REFERENCE, "the formula in torch, everywhere; all there is for power weights", lambda query: True),
 ]  # fmt: skip
 """The first that serves is used."""

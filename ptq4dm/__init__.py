@@ -18,6 +18,7 @@ from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
+    from .caching.cached_text import cached_text
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
     from .calibration.store import CalibrationStore
@@ -25,8 +26,10 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
+    from .methods.mixpe import MixPEConfig
     from .methods.pdquant import PDQuantConfig
     from .methods.ptq4dm import PTQ4DMConfig
+    from .methods.qoq import QoQConfig
     from .methods.rtn import RTNConfig
     from .pipelines.generate import generate
     from .pipelines.load import load_pipeline, load_reference
@@ -44,14 +47,17 @@ __all__ = [
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
+    "MixPEConfig",
     "PDQuantConfig",
     "PTQ4DMConfig",
     "PixelDiTPipeline",
     "Plan",
+    "QoQConfig",
     "QuantConfig",
     "RTNConfig",
     "SVDQuantConfig",
     "UserError",
+    "cached_text",
     "collect",
     "evaluate",
     "fuse",
@@ -73,13 +79,16 @@ __getattr__, __dir__ = lazy_names(
         "CalibrationStore": "calibration.store",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
+        "MixPEConfig": "methods.mixpe",
         "PDQuantConfig": "methods.pdquant",
         "PTQ4DMConfig": "methods.ptq4dm",
         "PixelDiTPipeline": "pipelines.pixel_dit",
         "Plan": "layers.plan",
+        "QoQConfig": "methods.qoq",
         "QuantConfig": "quantization.recipe",
         "RTNConfig": "methods.rtn",
         "SVDQuantConfig": "svdquant.method",
+        "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",
         "fuse": "layers.fuse",
@@ -94,6 +103,7 @@ __getattr__, __dir__ = lazy_names(
         "verify": "quantization.verifying",
     },
     rooms=(
+        "caching",
         "calibration",
         "evaluation",
         "hardware",

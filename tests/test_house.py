@@ -19,7 +19,9 @@ ROOMS = {
 FLOORS = """
 kernels/formats
 kernels/runtime
-kernels/w8a8  kernels/w4
+kernels/cpu
+kernels/w4/products
+kernels/w8a8  kernels/w4  kernels/attention
 kernels/tuning
 kernels
 ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
@@ -35,7 +37,7 @@ ptq4dm/allocation  ptq4dm/walk
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/evaluation
-ptq4dm/methods  ptq4dm/hardware
+ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching
 svdquant/layers
 svdquant/nunchaku
 svdquant  samplers/maths
@@ -133,7 +135,7 @@ def test_methods_do_not_know_each_other():
         where = FILES[name].relative_to(ROOT).parts
         return name if where[:2] == ("ptq4dm", "methods") else "svdquant" if where[0] == "svdquant" else None
 
-    bases = {"ptq4dm.methods.eight_bit", "ptq4dm.methods.trained"}
+    bases = {f"ptq4dm.methods.{name}" for name in ("choices", "eight_bit", "trained")}
     wrong = [
         f"{FILES[name].relative_to(ROOT)}:{line} imports {target}"
         for name, target, line, _ in EDGES

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cpu.w4a8 import cpu_w4a8_linear
 from ..formats import fp8, int4, int8
 from ..w4 import layer as w4
+from ..w4 import progressive
 from ..w4 import reference as w4_reference
+from ..w4.grouped import grouped_linear as grouped
 from ..w4.int4_codes import int4_codes
 from ..w8a8 import layer as w8a8
 from ..w8a8 import reference as w8a8_reference
@@ -70,6 +73,47 @@ def int4_linear(
     return functools.partial(w8a8.w8a8_linear, x, *int4_codes(qweight, wscales, wzeros, k), bias, *grid, 8)
 
 
+def compiled_linear(
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, steps: bool, static: bool,
+    seed: int,
+) -> Call:  # fmt: skip
+    """A 4-bit weight, plain or with whole steps, in the kernel that is compiled for this CPU."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    grid = _grid(x, "int8") if static else (None, None)
+    qweight, wscales, wzeros = _packed(weight, group_size, zeros)
+    wscales, wsteps = _stepped(wscales) if steps else (wscales, None)
+    return functools.partial(cpu_w4a8_linear, x, qweight, wscales, wzeros, wsteps, bias, *grid, 8)
+
+
+def grouped_linear(
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, seed: int
+) -> Call:  # fmt: skip
+    """A plain 4-bit weight, its scales after the sums of groups, or of rows."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    return functools.partial(grouped, x, *_packed(weight, group_size, zeros), bias)
+
+
+def progressive_linear(
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, static: bool, widened: bool,
+    seed: int,
+) -> Call:  # fmt: skip
+    """A progressive weight; widened: to int8 in the product, else before it, on a GPU in every call."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    qweight, wscales, wzeros = _packed(weight, group_size, zeros)
+    step, wsteps = _stepped(wscales)
+    if widened:
+        return functools.partial(progressive.progressive_linear, x, qweight, wsteps, wzeros, step, bias)
+    grid = _grid(x, "int8") if static else (None, None)
+    operands = qweight, wsteps, wzeros, k
+    copy = progressive.progressive_codes(*operands)
+
+    def call() -> Tensor:
+        codes = progressive.progressive_codes(*operands) if device.type == "cuda" else copy
+        return w8a8.w8a8_linear(x, codes, step, bias, *grid, 8)
+
+    return call
+
+
 def int4_reference(
     m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, activation: str, static: bool,
     seed: int,
@@ -120,6 +164,12 @@ def _grid(x: Tensor, form: str) -> tuple[Tensor, Tensor | None]:
         return torch.tensor(max(-low, high) / fp8.LIMIT, device=x.device), None
     scale, zero = int8.affine_parameters(low, high)
     return torch.tensor(scale, device=x.device), torch.tensor(zero, dtype=torch.int32, device=x.device)
+
+
+def _stepped(wscales: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of rows [N] and whole steps of groups [N, G], about as good as those that a search finds."""
+    step = wscales.float().amax(1) / 16
+    return step, (wscales / step[:, None]).round().clamp(1, 16).to(torch.int8)
 
 
 def _packed(weight: Tensor, group_size: int | None, zeros: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,8 +12,9 @@ import torch
 
 from ..formats import int4
 from ..runtime.settings import best_config
-from ..w4 import activation, product_short, product_w4a4, product_w4a8, unpack
+from ..w4 import activation, unpack
 from ..w4.layer import INT4, MODES, WEIGHT_ONLY, code_dtype, kernel_name, steps
+from ..w4.products import product_short, product_w4a4, product_w4a8
 from .candidates_w4 import settings_of
 
 DEVICE = "cuda"

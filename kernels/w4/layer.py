@@ -27,9 +27,13 @@ from .reference import NONLINEARITIES, nonlinear
 
 if TYPE_CHECKING:
     from . import activation as activation_launches
-    from . import product_short, product_w4a4, product_w4a8, unpack
+    from . import unpack
+    from .products import product_short, product_w4a4, product_w4a8
 else:
-    late(globals(), "product_short", "product_w4a4", "product_w4a8", "unpack", activation_launches="activation")
+    late(
+        globals(), "unpack", activation_launches="activation", product_short="products.product_short",
+        product_w4a4="products.product_w4a4", product_w4a8="products.product_w4a8",
+    )  # fmt: skip
 
 REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
     "reference", "triton-w4a8-fp8", "triton-w4a8-int8", "triton-w4a4", "triton-w4a16",

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..kernels.cpu import library
 from ..layers.base import holds_quantized, is_quantized
 from ..layers.view import find_layers, in_ip_adapter
 from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
@@ -17,6 +18,8 @@ from ..quantization.report import kernel_report, stored_bytes
 from ..quantization.verifying import verify
 from .options import QUANTIZED_FIRST, add_model, default_model, load
 from .output import result, say
+
+COMPILED = ("int4", "progressive")  # formats that kernels/cpu serves
 
 
 def add(parser) -> None:
@@ -44,11 +47,19 @@ def run(args) -> None:
         "left": left_layers(network, config),
         "adapters": adapters_of(network),
         "networks": other_networks(pipe),
+        "compiled": compiled_kernels(network),
     }
     if verified is not None:
         facts["verified"] = verified
     say(_text(facts))
     result(**facts)
+
+
+def compiled_kernels(network: nn.Module) -> str | None:
+    """Where the kernels were compiled that serve Linear layers on a CPU, or why not; None where no layer has such."""
+    layers = [module for module in network.modules() if is_quantized(module) and isinstance(module, nn.Linear)]
+    served = [one for one in layers if one.plan.format in COMPILED and one.qweight.device.type == "cpu"]
+    return library.found().text if served else None
 
 
 def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:
@@ -125,6 +136,8 @@ def _text(facts: dict[str, Any]) -> str:
         where = [f"beside {one['layers']} layers"] if one["layers"] else []
         where += [f"fused into {one['fused']}"] if one["fused"] else []
         lines.append(f"{'adapter':<13} {name}, {state}, {' and '.join(where)}")
+    if facts["compiled"]:
+        lines.append(f"{'CPU kernels':<13} {facts['compiled']}")
     lines.append(f"\n{'bytes':>12}  {'format':<24} {'kernel':<13} {'shape':<20} layer")
     for row in facts["layers"]:
         shape = "x".join(map(str, row["shape"]))

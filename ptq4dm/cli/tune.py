@@ -123,6 +123,7 @@ def plan(kernels: list[str] | None, shapes: list[Shape], cases: list) -> list:
     Raises:
         UserError: a kernel that this GPU does not run, or nothing to do.
     """
+    from ..kernels.tuning import launches_integer as search_integer
     from ..kernels.tuning import launches_w4 as search_svdq
     from ..kernels.tuning import launches_w8a8 as search_w8a8
 
@@ -134,6 +135,9 @@ def plan(kernels: list[str] | None, shapes: list[Shape], cases: list) -> list:
     for mode in [KERNELS[name] for name in kernels] if kernels else usual:
         if mode is None:
             found += search_w8a8.launches(cases)
+            continue
+        if mode not in MODES.values():
+            found += [one for shape in shapes for one in search_integer.launches(*shape, mode)]
             continue
         for m, n, k in shapes:
             if kernels or (m <= SHORT) == (mode == MODES[WEIGHT_ONLY]):

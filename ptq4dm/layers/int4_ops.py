@@ -3,14 +3,20 @@
     y[m, n] = s_x[m] sum_g s_w[n, g] sum_{k in g} (q_x[m, k] - z_x) (q_w[n, k] - z_w[n, g])  +  b[n]
 
     triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric groups of 64 or 128
+    triton-w4a8-grouped         CUDA, Linear, dynamic inputs, groups with zero points
+    triton-w4a8-channel         CUDA, Linear, dynamic inputs, one scale an output
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
-    onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
+    cpu-w4a8                    x86 CPU, Linear: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
+    onednn-int8 on an int8 copy x86 CPU, one scale an output, where that one does not serve: the W8A8 kernel on a copy
+                                that is kept
     reference                   everywhere: the formula in float32 on dequantized weights; the truth
+
+Inputs of 16 bits are taken as they are: the reference alone serves them.
 
 Which one: kernels/dispatch.py.
 
-The kernels on a GPU fold the scales of groups into 8-bit weights (kernels/w4/int4_codes.py says what that rounds);
-one scale an output is exact.
+Where kernels on a GPU unpack, as triton-w4a8-int8 does too, they fold the scales of groups into 8-bit weights
+(kernels/w4/int4_codes.py says what that rounds); everything else is exact.
 """
 
 from __future__ import annotations
@@ -23,15 +29,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import dispatch
+from ..kernels.cpu import w4a8 as cpu
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import GROUP, pack_int4, unpack_int4
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.runtime.settings import remembered
+from ..kernels.w4 import integer
 from ..kernels.w4 import layer as w4
+from ..kernels.w4.grouped import grouped_linear
 from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8 import reference
+from .plan import FLOAT_INPUTS
 
 PACKED = GROUP  # codes that are packed together; rows are filled up to a multiple of it
 
@@ -50,13 +60,14 @@ def kernel_name(
     """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution."""
     query = dispatch.Query(
         "int4",
-        "int8",
+        "none" if bits == FLOAT_INPUTS else "int8",
         None if scales == 1 else inputs // scales,
         groups,
         device=device,
         static=static,
         zeros=affine,
-        linear=linear and bits == 8,  # narrower grids of inputs are for the kernels that take any grid
+        # On a GPU narrower grids of inputs are for the kernels that take any grid.
+        linear=linear and (bits == 8 or device.type == "cpu"),
         inputs=inputs,
     )
     return dispatch.find(query).name
@@ -104,6 +115,10 @@ def int4_linear(
     if name == w4.INT8:
         spread = prepared(wscales, PACKED, lambda: _per_packed(wscales, inputs))
         return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
+    if name in (integer.GROUPED, integer.CHANNEL):
+        return grouped_linear(x, qweight, wscales, wzeros, bias)
+    if name == cpu.NAME:
+        return cpu.cpu_w4a8_linear(x, qweight, wscales, wzeros, None, bias, *grid)
     codes, scale = _int8(qweight, wscales, wzeros, inputs)
     return w8a8.w8a8_linear(x, codes, scale, bias, *grid)
 
@@ -170,6 +185,8 @@ def _per_packed(wscales: Tensor, inputs: int) -> Tensor:
 
 
 def rounded(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, bits: int, dims: tuple) -> Tensor:
-    """What the 8-bit codes of x stand for, float32."""
+    """What the 8-bit codes of x stand for, float32; of inputs of 16 bits x itself."""
+    if bits == FLOAT_INPUTS:
+        return x.float()
     codes, scale = reference.centred_codes(x.float(), torch.int8, scale, zero_point, bits, dims)
     return codes * scale

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ from .registry import FORMATS
 
 BITS = range(2, 9)
 GROUP_SIZES = (None, 32, 64, 128)
+FLOAT_INPUTS = 16  # bits of inputs that are not rounded
 
 
 @dataclass
@@ -40,6 +42,7 @@ class LayerPlan:
     rounding: how the weight is rounded (`rounding.ROUNDERS`).
     """
 
+    input_widths: ClassVar[Sequence[int]] = BITS
     format: str = "int8"
     weight_bits: int = 8
     activation_bits: int = 8
@@ -51,7 +54,7 @@ class LayerPlan:
 
     def check(self) -> None:
         """Raises ValueError where a choice is out of its range, or does not go with another."""
-        if self.weight_bits not in BITS or self.activation_bits not in BITS:
+        if self.weight_bits not in BITS or self.activation_bits not in self.input_widths:
             raise ValueError(f"widths are from 2 to 8 bits, not {self.weight_bits} and {self.activation_bits}")
         e4m3 = FORMATS.find(self.format).grid == "e4m3"
         if e4m3 and (self.weight_bits, self.activation_bits) != (8, 8):
@@ -62,6 +65,8 @@ class LayerPlan:
 
     def _check_input_grid(self, affine: bool) -> None:
         scale, zero = self.input_scale, self.input_zero_point
+        if self.activation_bits == FLOAT_INPUTS and (scale, zero) != (None, None):
+            raise ValueError("inputs of 16 bits stay floats and have no grid")
         if scale is not None and not 0 < torch.tensor(scale, dtype=torch.float32).item() < float("inf"):
             raise ValueError(f"input_scale is {scale} and should be above zero, as a float32")
         if (zero is not None) != (affine and scale is not None):
@@ -84,7 +89,7 @@ class LayerPlan:
     def __str__(self) -> str:
         kind = "static" if self.static else "dynamic"
         name = "FP8" if self.format == "fp8" else f"W{self.weight_bits}A{self.activation_bits}{self.groups_text}"
-        name = f"{name} {kind}"
+        name = name if self.activation_bits == FLOAT_INPUTS else f"{name} {kind}"
         return f"{name} (simulated)" if self.simulated else name
 
     @property
@@ -95,7 +100,7 @@ class LayerPlan:
 
 @dataclass
 class Int4Plan(LayerPlan):
-    """How one layer gets weights stored in 4 bits, under inputs of 8.
+    """How one layer gets weights stored in 4 bits, under inputs of 8; or of 16, which are floats as they come.
 
     weight_bits: 4, or 2 and 3: a narrower grid of the same codes, with the bytes and the kernels of 4 bits.
     group_size: inputs per weight scale, 32, 64 or 128; None gives each output one. The inputs of a convolution are
@@ -103,6 +108,7 @@ class Int4Plan(LayerPlan):
     affine: scales with zero points.
     """
 
+    input_widths: ClassVar[Sequence[int]] = (*BITS, FLOAT_INPUTS)
     format: str = "int4"
     weight_bits: int = 4
     group_size: int | None = None
@@ -120,7 +126,7 @@ class Int4Plan(LayerPlan):
 
     @property
     def simulated(self) -> bool:
-        return self.activation_bits != 8
+        return self.activation_bits not in (8, FLOAT_INPUTS)
 
     @property
     def groups_text(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,12 @@ from .registry import finite
 
 
 class RoundedLayer(QuantizedLayer):
-    """What such layers share. A format says which grid a weight gets (`grid`) and how codes are stored (`fill`)."""
+    """What such layers share. A format says which grid a weight gets (`grid`) and how codes are stored (`fill`).
+
+    scales_trained: whether training may change the scales of the grid.
+    """
+
+    scales_trained: ClassVar[bool] = True
 
     def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Any:
         """The grid of a weight [N, K] float32, by the plan, with scales as they are stored."""
@@ -32,6 +37,14 @@ class RoundedLayer(QuantizedLayer):
     def shaped(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
         return matrix.view(self.weight_shape)
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """A weight [N, ...] in the order of the matrix's columns: `matrix`, where that computes nothing."""
+        return self.matrix(weight)
+
+    def fed(self, evidence: LayerEvidence) -> LayerEvidence:
+        """What the matrix is multiplied by, of what the layer is fed, in the order of the matrix's columns."""
+        return evidence
 
     def stored_scales(self, scales: Tensor) -> Tensor:
         """Scales [N, G] in the dtype in which they are stored."""
@@ -60,10 +73,10 @@ class RoundedLayer(QuantizedLayer):
         matrix = self.matrix(weight)
         groups = 1 if evidence is None else getattr(self, "groups", 1)
         count, width = len(matrix) // groups, matrix.shape[1]
-        columns = self.matrix(torch.arange(width, device=weight.device).view(1, *weight.shape[1:]))[0]
+        columns = self.columns(torch.arange(width, device=weight.device).view(1, *weight.shape[1:]))[0]
         for i in range(groups):
             rows = matrix[i * count : (i + 1) * count]
-            fed = None if evidence is None else evidence.columns(columns + i * width)
+            fed = None if evidence is None else self.fed(evidence.columns(columns + i * width))
             yield rows, self.grid(rows, fed), fed
 
 

@@ -13,23 +13,17 @@ from ..allocation.mixed_rows import with_wide_rows
 from ..allocation.roles import allocate, edge_role
 from ..calibration.evidence import chosen_calls
 from ..calibration.store import CalibrationStore
-from ..errors import UserError
 from ..layers.plan import Int4Plan, LayerPlan
 from ..layers.power import PowerPlan
-from ..layers.registry import FORMATS, needs_of
+from ..layers.progressive import ProgressivePlan
+from ..layers.registry import needs_of
 from ..layers.view import LayerView
 from ..options import option
 from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_scale, int8_grid, unseen
-from ..quantization.packing import PackingOptions
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
 from ..rounding.registry import ROUNDERS
-
-NUMBER_FORMATS = ("int8", "fp8")
-FIRST_LAST = ("int8", "same", "keep")
-ACTIVATIONS = ("static", "dynamic")
-GROUP_SIZES = (None, 32, 64, 128)
-GRIDS = ("uniform", "power")
+from .choices import ACTIVATIONS, FIRST_LAST, GRIDS, NUMBER_FORMATS, check_options
 
 
 @dataclass(repr=False)
@@ -44,8 +38,12 @@ class IntegerConfig(QuantConfig):
     group_size: of weights in 4 bits: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs
         do not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
     affine: weights in 4 bits with zero points.
-    weight_grid: "uniform"; or "power", whose steps grow with the weight (layers/power.py): `simulated`, for it
-        is computed through a codebook. Layers that `first_last` gives 8 bits stay uniform.
+    weight_grid: "uniform"; "progressive", of 4 bits with zero points, with scales that are whole steps of an 8-bit
+        weight, so that an 8-bit product has it exactly (layers/progressive.py); or "power", whose steps grow with the
+        weight (layers/power.py): `simulated`, for it is computed through a codebook. Layers that `first_last` gives 8
+        bits stay uniform.
+    rotate_inputs: of progressive weights: inputs are turned by Hadamard matrices in every call, in layers whose
+        output on calibration inputs has a smaller error for it. Inputs are "dynamic" then.
     average_bits: rows of weights get 8 bits, the most important first, until the mean width of all weights that
         would have weight_bits is this; the layers at the model's ends, where they have 8 bits, are not counted.
     importance: how rows are ranked for it: "integrated", "endpoint" or "gradient", on `num_tuples` calibration
@@ -69,7 +67,10 @@ class IntegerConfig(QuantConfig):
     activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
     group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
     affine: bool = option(False, "4-bit weights with zero points")
-    weight_grid: str = option("uniform", "of weights: uniform, or power, which is simulated", choices=GRIDS)
+    weight_grid: str = option(
+        "uniform", "of weights: uniform; progressive, 4 bits in 8; or power, which is simulated", choices=GRIDS
+    )
+    rotate_inputs: bool = option(False, "turn inputs of progressive weights by Hadamard matrices where that helps")
     average_bits: float | None = option(
         None,
         "rows of weights get 8 bits, the most important first, until the weights' average width is this",
@@ -88,71 +89,7 @@ class IntegerConfig(QuantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format not in NUMBER_FORMATS:
-            raise UserError(f"format must be 'int8' or 'fp8'; got '{self.format}'.")
-        self._check_rounding()
-        if self.format == "fp8" and (self.weight_bits, self.activation_bits) != (8, 8):
-            raise UserError(
-                "format='fp8' has 8 bits: give weight_bits=8 and activation_bits=8 with it, or take format='int8'; "
-                f"got {self.weight_bits} and {self.activation_bits}."
-            )
-        if self.group_size not in GROUP_SIZES:
-            raise UserError(f"group_size must be None, 32, 64 or 128; got {self.group_size!r}.")
-        if self.weight_bits > 4 and (self.group_size is not None or self.affine):
-            raise UserError(
-                "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
-            )
-        self._check_grid()
-        self._check_average_bits()
-        if self.activations not in ACTIVATIONS:
-            raise UserError(f"activations must be 'static' or 'dynamic'; got '{self.activations}'.")
-        if self.first_last not in FIRST_LAST:
-            raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{self.first_last}'.")
-        PackingOptions(self.num_tuples, self.seed, self.prefix)  # refuses what is none
-
-    def _check_rounding(self) -> None:
-        grid = FORMATS.find(self.format).grid
-        if grid in ROUNDERS.find(self.rounding).grids:
-            return
-        serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if grid in one.grids)
-        raise UserError(
-            f"rounding '{self.rounding}' does not serve format '{self.format}'; take format='int8', or, with "
-            f"weight_bits=8 and activation_bits=8, one of the roundings {serve}."
-        )
-
-    def _check_grid(self) -> None:
-        if self.weight_grid not in GRIDS:
-            raise UserError(f"weight_grid must be 'uniform' or 'power'; got '{self.weight_grid}'.")
-        if self.weight_grid == "uniform":
-            return
-        if self.format != "int8" or self.group_size is not None or self.affine:
-            raise UserError("weight_grid='power' goes with format='int8', without group_size and affine.")
-        objective = self.ranges()[0]
-        if OBJECTIVES.find(objective).needs:
-            raise UserError(
-                f"weight_grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
-                "nothing; choose another objective."
-            )
-
-    def _check_average_bits(self) -> None:
-        IMPORTANCE.find(self.importance)
-        if self.average_bits is None:
-            # Of a plan that is there, options tell how it was made.
-            if self.plan is None and self.importance != IntegerConfig.importance:
-                raise UserError(
-                    f"importance='{self.importance}' ranks rows for average_bits, and changes nothing without; give "
-                    "average_bits too, or leave it out."
-                )
-            return
-        if self.weight_bits > 4 or self.group_size is not None or self.affine or self.weight_grid != "uniform":
-            raise UserError(
-                "average_bits is a choice of weights in 4 bits with one scale an output; give weight_bits=4 (2, 3), "
-                "and no group_size, affine or other grid, with it."
-            )
-        if not self.weight_bits < self.average_bits < 8:
-            raise UserError(
-                f"average_bits lies between weight_bits ({self.weight_bits}) and 8; got {self.average_bits:g}."
-            )
+        check_options(self)
 
     @property
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide
@@ -167,7 +104,8 @@ class IntegerConfig(QuantConfig):
         ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
         objective = OBJECTIVES.find(self.ranges()[0])
         ranges = objective.needs if self._asks_model else weights_need(self.ranges()[0])
-        return ROUNDERS.find(self.rounding).needs | ranges | ranking
+        turns = frozenset({"rows"}) if self.rotate_inputs and self.plan is None else frozenset()
+        return ROUNDERS.find(self.rounding).needs | ranges | ranking | turns
 
     @property
     def _asks_model(self) -> bool:
@@ -226,6 +164,9 @@ class IntegerConfig(QuantConfig):
             weight_bits = activation_bits = 8
         if self.weight_grid == "power" and not (edge and self.first_last == "int8"):
             plan: LayerPlan = PowerPlan(weight_bits=weight_bits, activation_bits=activation_bits)
+        elif self.weight_grid == "progressive" and weight_bits <= 4:
+            turn = None if self.rotate_inputs else 0
+            plan = ProgressivePlan(activation_bits=activation_bits, group_size=self._groups(view), rotation=turn)
         elif weight_bits <= 4:
             plan = Int4Plan(
                 weight_bits=weight_bits, activation_bits=activation_bits, group_size=self._groups(view),
@@ -243,6 +184,8 @@ class IntegerConfig(QuantConfig):
             )  # fmt: skip
         if store is not None and needs_of(plan) and unseen(view, store):
             plan.rounding, plan.objective, plan.objective_parameter = "nearest", "max", None
+            if isinstance(plan, ProgressivePlan):
+                plan.rotation = 0
         return plan
 
     def _groups(self, view: LayerView) -> int | None:

@@ -84,7 +84,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             for name, choice in config.plan.layers.items():
                 replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
             self._check_checkpoint(model)
-        elif not config.packs_while_loading or config.transforms:
+        elif not config.packs_while_loading or config.changes:
             raise _not_while_loading(config)
         else:
             if config.calibration is not None:

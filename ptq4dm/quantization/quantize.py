@@ -71,7 +71,7 @@ def quantize(
     networks = networks_to_quantize(
         target, component, store.components if isinstance(store, CalibrationStore) else ()
     )
-    changed = bool(config.transforms or (config.plan is not None and config.plan.transforms))  # weights, in place
+    changed = bool(config.changes or (config.plan is not None and config.plan.transforms))  # weights, in place
 
     def work(gate: Gate) -> QuantizationReport:
         _check_networks(networks, config, store)
@@ -99,7 +99,7 @@ def _pack(
     model: nn.Module, config: QuantConfig, store: CalibrationStore | None, checkpoint: Path | None
 ) -> tuple[dict[str, nn.Module], Plan, dict[str, Ratio], str]:
     """(quantized layers, completed plan, errors of the layers, what they were measured on)."""
-    kinds, plans = config.transforms, None if config.plan is None else config.plan.transforms
+    kinds, plans = config.changes, None if config.plan is None else config.plan.transforms
     transforms, store = transformed(model, kinds, plans, store)
     plan = config.plan or make_plan(model, config, store)
     check_plan(model, plan)

@@ -27,7 +27,7 @@ from ..layers.view import LayerView
 from ..options import option
 from ..registry import Registry
 from ..rounding.learned import Learning
-from ..transforms.base import TRANSFORMS
+from ..transforms.named import named
 from .checksums import checked_sums
 from .packing import PackingOptions, pack_plan, packing_of
 
@@ -62,7 +62,7 @@ class QuantConfig(QuantizationConfigMixin):
     plan: what to follow instead of resolving the recipe; a quantized model carries its config with its plan
         (`ptq4dm.quantization_config(model).plan`).
     transforms: names of transforms (transforms.TRANSFORMS) that change the float model, not its function, before
-        anything is quantized; in the order named.
+        anything is quantized; in the order named. "smooth:alpha=0.3" names one with an option of its own.
     """
 
     method: ClassVar[str]
@@ -95,13 +95,18 @@ class QuantConfig(QuantizationConfigMixin):
             raise UserError(f"plan is a Plan, from Plan.load(path); got {type(self.plan).__name__}.")
         check_fields(self, type(self).__name__)
         self.modules_to_not_convert, self.transforms = tuple(self.modules_to_not_convert), tuple(self.transforms)
-        for kind in self.transforms:
-            TRANSFORMS.find(kind)
+        for text in self.transforms:
+            named(text)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The transforms that are made, those of the method itself among them, in their order."""
+        return self.transforms
 
     @property
     def needs_calibration(self) -> bool:
         """Whether a store is needed to resolve the recipe: for its transforms, if for nothing else."""
-        return any(TRANSFORMS.find(kind).needs for kind in self.transforms)
+        return any(named(text)[0].needs for text in self.changes)
 
     def otherwise(self) -> str:
         """What else a user could do than give a store, as the end of a sentence that asks for one; "" for nothing."""

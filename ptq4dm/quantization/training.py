@@ -13,7 +13,7 @@ from ..calibration.calls import Calls
 from ..calibration.evidence import Evidence, chosen_calls
 from ..errors import UserError
 from ..layers.plan import Plan
-from ..layers.registry import objective_needs
+from ..layers.registry import FORMATS, objective_needs
 from ..reconstruction.block import BlockTask, BlockTraining
 from ..reconstruction.items import predictions_of
 from ..reconstruction.soft import is_trainable
@@ -37,12 +37,26 @@ def training_needs(plan: Plan, name: str) -> frozenset[str]:
 
 
 def check_trained(plan: Plan) -> None:
-    """Raises UserError where blocks of the plan are trained, and no gradient passes one of its layers."""
-    for name, choice in plan.layers.items() if learned_layers(plan) else ():
+    """Raises UserError where blocks of the plan are trained, and no gradient passes one of its layers, or scales are
+    to be trained that cannot change."""
+    learned = learned_layers(plan)
+    for name, choice in plan.layers.items() if learned else ():
         if not is_trainable(choice.format):
             raise UserError(
                 f"layer '{name}' has format '{choice.format}', which no gradient passes, so that no block of its "
                 "plan can be trained."
+            )
+        if getattr(choice, "rotation", 0) != 0:
+            raise UserError(
+                f"layer '{name}' has inputs that are turned in every call, which training of blocks does not know; "
+                "leave rotation out."
+            )
+        kinds = FORMATS.find(choice.format).layers.values()
+        fixed = not all(kind.scales_trained for kind in kinds)
+        if fixed and name in learned and plan.learning is not None and "scales" in plan.learning.train:
+            raise UserError(
+                f"layer '{name}' has format '{choice.format}', whose scales are whole steps that training cannot "
+                "change; leave 'scales' out of train."
             )
 
 

@@ -17,7 +17,8 @@ from ..calibration.record import answers
 from ..calibration.store import CalibrationStore, fingerprint
 from ..errors import UserError
 from ..pipelines.denoiser import evaluation_mode
-from ..transforms.base import TRANSFORMS, TransformPlan, apply_all
+from ..transforms.base import TransformPlan, apply_all
+from ..transforms.named import named
 from ..transforms.peaks import watch_peaks
 
 TUPLES = 32  # calibration tuples that transforms look at
@@ -29,7 +30,7 @@ def transformed(
     plans: Sequence[TransformPlan] | None,
     store: CalibrationStore | None,
 ) -> tuple[list[TransformPlan], CalibrationStore | None]:
-    """Transform a model in place, by plans or, where there are none, by the kinds named. Gives (plans, store).
+    """Transform a model in place, by plans or, where there are none, as recipes name it. Gives (plans, store).
 
     The store given back is of the transformed model. The caller undoes it where something fails (`whole_or_not`).
 
@@ -39,8 +40,8 @@ def transformed(
         return [], store
     if plans is None:
         plans = []
-        for kind in kinds:
-            found = _found(model, kind, store)
+        for text in kinds:
+            found = _found(model, text, store)
             apply_all(model, found)
             plans += found
     else:
@@ -56,13 +57,13 @@ def remeasured(model: nn.Module, store: CalibrationStore) -> CalibrationStore:
     return replace(store, fingerprint=fingerprint(model), statistics=statistics)
 
 
-def _found(model: nn.Module, kind: str, store: CalibrationStore | None) -> list[TransformPlan]:
-    transform = TRANSFORMS.find(kind)
+def _found(model: nn.Module, text: str, store: CalibrationStore | None) -> list[TransformPlan]:
+    transform, options = named(text)
     if not transform.needs:
-        return transform.find(model, None)
+        return transform.find(model, None, **options)
     if store is None:
-        raise UserError(f"the transform '{kind}' looks at what layers are fed; give a calibration store.")
+        raise UserError(f"the transform '{transform.name}' looks at what layers are fed; give a calibration store.")
     with watch_peaks(model) as peaks, evaluation_mode(model):
         for batch in calibration_batches(store.recorded(), TUPLES):
             answers(model, batch)
-    return transform.find(model, peaks)
+    return transform.find(model, peaks, **options)

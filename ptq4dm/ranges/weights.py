@@ -84,10 +84,7 @@ def weight_grid(
     count = len(weight)
     groups = 1 if group_size is None else weight.shape[1] // group_size
     rows = WeightRows(weight.reshape(count * groups, -1), bits, affine, groups)
-    chosen = OBJECTIVES.find(objective)
-    if evidence is None and weights_need(objective):
-        raise UserError(f"the objective '{objective}' looks at what layers are fed; give a calibration store.")
-    scale = chosen.weight(rows, objective_parameter(objective, parameter), evidence)
+    scale = chosen_scales(rows, objective, parameter, evidence)
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
     zeros = None
     low, high = -rows.limit, rows.limit
@@ -95,6 +92,16 @@ def weight_grid(
         zeros = rows.zeros().int().view(count, groups)
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return Grid(scale.view(count, groups), zeros, low, high)
+
+
+def chosen_scales(
+    rows: WeightRows, objective: str, parameter: float | None, evidence: LayerEvidence | None
+) -> Tensor:
+    """Scales [R] that an objective chooses for rows. Raises UserError as `weight_grid` does."""
+    chosen = OBJECTIVES.find(objective)
+    if evidence is None and weights_need(objective):
+        raise UserError(f"the objective '{objective}' looks at what layers are fed; give a calibration store.")
+    return chosen.weight(rows, objective_parameter(objective, parameter), evidence)
 
 
 def weight_scale(weight: Tensor, bits: int, objective: str = "max", parameter: float | None = None) -> Tensor:

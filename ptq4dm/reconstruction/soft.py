@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..kernels.formats.int8 import affine_parameters, dynamic_scale, quantize_activation
+from ..layers.plan import FLOAT_INPUTS
 from ..layers.registry import FORMATS, empty_quantized, finite
 from ..layers.rounded import RoundedLayer
 from ..rounding.learned import Learning, near
@@ -59,6 +60,8 @@ class SoftInput:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x rounded, in its dtype."""
+        if self.plan.activation_bits == FLOAT_INPUTS:
+            return x
         if not self.plan.static:
             scale = dynamic_scale(x.detach(), self.dims, self.plan.activation_bits)
             codes = quantize_activation(x.detach(), scale, torch.zeros_like(scale), self.plan.activation_bits)

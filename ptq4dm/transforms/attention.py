@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .streams import COLUMNS, ROWS, End, Stream, whole
+from .streams import COLUMNS, ROWS, End, Stream, is_norm, whole
 
 
 def each(size: int) -> Tensor:
@@ -33,8 +33,9 @@ def thirds(size: int) -> Tensor:
 
 
 # (attention, processor), by file and class of diffusers -> which channels of a head of Q and K turn together:
-# channels of one number; None where something nonlinear lies between.
+# channels of one number; None where what lies between is nonlinear, or is not known here.
 PLAIN = "attention_processor.Attention"
+WAN = ("transformer_wan.WanAttention", "transformer_wan.WanAttnProcessor")
 KNOWN: dict[tuple[str, str], Callable[[int], Tensor] | None] = {
     (PLAIN, "attention_processor.AttnProcessor"): each,
     (PLAIN, "attention_processor.AttnProcessor2_0"): each,
@@ -43,9 +44,9 @@ KNOWN: dict[tuple[str, str], Callable[[int], Tensor] | None] = {
     (PLAIN, "attention_processor.AllegroAttnProcessor2_0"): thirds,
     (PLAIN, "attention_processor.SanaLinearAttnProcessor2_0"): None,  # ReLU
     (PLAIN, "sana_transformer.SanaAttnProcessor2_0"): each,
-    ("transformer_flux.FluxAttention", "transformer_flux.FluxAttnProcessor"): None,  # norms, as in those below
-    ("transformer_wan.WanAttention", "transformer_wan.WanAttnProcessor"): None,
-    ("transformer_ltx.LTXAttention", "transformer_ltx.LTXVideoAttnProcessor"): None,
+    ("transformer_flux.FluxAttention", "transformer_flux.FluxAttnProcessor"): adjacent,
+    WAN: adjacent,  # in self-attention
+    ("transformer_ltx.LTXAttention", "transformer_ltx.LTXVideoAttnProcessor"): None,  # more than one way to turn
 }
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
@@ -73,22 +74,50 @@ def value_streams(model: nn.Module) -> list[Stream]:
 
 
 def query_key_streams(model: nn.Module) -> list[tuple[Stream, Tensor]]:
-    """(from the key projections to the query projections, the number [K] of what each channel turns with).
+    """(from the keys to the queries, the number [K] of what each channel turns with).
 
-    Only where Q and K go into their product as they leave the projections, rotary embedding aside.
+    Where keys and queries are normalized, the stream goes from norm to norm: their weights come last. A norm that all
+    heads share has a stream of one head's channels, which are then the same in all heads. Only where what lies
+    between these and the product is a rotary embedding or nothing.
     """
     found = {}
     for name, attention, turning in _known(model):
         size, heads = _rows(attention.to_k), attention.heads
-        keys = _ends(name, attention, ROWS, "to_k", "add_k_proj")
-        queries = _ends(name, attention, ROWS, "to_q", "add_q_proj")
-        normed = any(getattr(attention, norm, None) is not None for norm in NORMS)
-        if turning is None or normed or size != attention.inner_dim or size % heads or len(keys) != len(queries):
+        keys = _last(name, attention, ("to_k", "norm_k"), ("add_k_proj", "norm_added_k"))
+        queries = _last(name, attention, ("to_q", "norm_q"), ("add_q_proj", "norm_added_q"))
+        sizes = {_channels(model.get_submodule(end.name)) for end in (*keys, *queries)}
+        if (
+            passes_norms_by(attention)
+            or turning is None
+            or size != attention.inner_dim
+            or size % heads
+            or len(keys) != len(queries)
+        ):
             continue
         width = size // heads
-        numbers = torch.cat([turning(width) + head * width for head in range(heads)])
-        found[Stream(keys, queries, size, heads)] = numbers
+        if sizes == {size}:
+            numbers = torch.cat([turning(width) + head * width for head in range(heads)])
+            found[Stream(keys, queries, size, heads)] = numbers
+        elif sizes == {width}:
+            found[Stream(keys, queries, width)] = turning(width)
     return [(stream, found[stream]) for stream in whole(model, found)]
+
+
+def _last(name: str, attention: Any, *pairs: tuple[str, str]) -> tuple[End, ...]:
+    """Ends at the norm of each pair (projection, norm) that a module has, or else at the projection."""
+    ends = [_ends(name, attention, ROWS, *pair) for pair in pairs]
+    return tuple(end[-1] for end in ends if end)
+
+
+def passes_norms_by(attention: Any) -> bool:
+    """Whether an attention has norms that its processor, an older one, does not use."""
+    older = class_of(attention.processor) == "attention_processor.AttnProcessor"
+    return older and any(getattr(attention, norm, None) is not None for norm in NORMS)
+
+
+def _channels(layer: nn.Module) -> int:
+    """How many channels a projection or norm writes; 0 of what is neither."""
+    return len(layer.weight) if is_norm(layer) else _rows(layer)
 
 
 def _known(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -96,7 +125,7 @@ def _known(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     for name, module in model.named_modules():
         key = class_of(module), class_of(getattr(module, "processor", None))
         if key in KNOWN and not module.fused_projections:
-            yield name, module, KNOWN[key]
+            yield name, module, each if key == WAN and module.is_cross_attention else KNOWN[key]
 
 
 def _rows(layer: nn.Module) -> int:

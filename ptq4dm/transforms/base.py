@@ -99,7 +99,8 @@ class Transform(Protocol):
     """A kind of change. `needs` names the evidence that `find` reads: "peaks", "output_peaks"; empty for none.
 
     It may have `check_plan(plan)`, which raises UserError where a plan can be of no model; whoever loads or follows
-    one calls it. Tensors may be on the meta device.
+    one calls it. Tensors may be on the meta device. Options of `find` are its keywords, all of them numbers;
+    `check_options(**options)`, where it has one, raises UserError for those out of range, before any work.
     """
 
     name: str

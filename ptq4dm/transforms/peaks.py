@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import hooked, input_of
+from .attention import NORMS
+from .streams import is_norm
 
 
 @dataclass
 class Peaks:
-    """Evidence for transforms: layer name -> float32 [K] of its input, [N] of its output."""
+    """Evidence for transforms: layer name -> float32 [K] of its input, [N] of its output. Norms of queries and keys
+    count as layers."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -28,7 +31,8 @@ class Peaks:
 
 @contextmanager
 def watch_peaks(model: nn.Module) -> Iterator[Peaks]:
-    """Peaks of all Linear layers of a model, over every call of it inside the `with` block."""
+    """Peaks of all Linear layers of a model, and of the norms of its queries and keys, over every call of it inside
+    the `with` block."""
     peaks = Peaks()
 
     def watch(name: str) -> Callable:
@@ -38,7 +42,11 @@ def watch_peaks(model: nn.Module) -> Iterator[Peaks]:
 
         return hook
 
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    layers = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) or (name.rpartition(".")[2] in NORMS and is_norm(layer))
+    ]
     with hooked(model, after={name: watch(name) for name in layers}):
         yield peaks
 

@@ -7,21 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels.formats.hadamard import hadamard
 from .attention import value_streams
 from .base import Evidence, TransformPlan, check_holds, register_transform
 from .streams import Stream, change, streams_of
-
-
-def hadamard(size: int) -> Tensor:
-    """The orthogonal matrix H [size, size] float64 of Sylvester; size is a power of two."""
-    H = torch.ones(1, 1, dtype=torch.float64)
-    while len(H) < size:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H / size**0.5
 
 
 def rotated(w: Tensor, block: int) -> Tensor:

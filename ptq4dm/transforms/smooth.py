@@ -82,6 +82,10 @@ class Smooth:
             plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s.float()}))
         return plans
 
+    def check_options(self, *, alpha: float) -> None:
+        """Raises UserError unless alpha is from 0 to 1."""
+        check_alpha(self.name, alpha)
+
     def check_plan(self, plan: TransformPlan) -> None:
         """Raises UserError where a plan can be of no model."""
         check_holds(plan, {"alpha": float}, {"divisors": torch.float32})

@@ -22,11 +22,15 @@ from .base import Evidence, TransformPlan
 
 ROWS, COLUMNS = 0, 1
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NORMS = (nn.RMSNorm, nn.LayerNorm)  # and diffusers' own
 
 
 @dataclass(frozen=True)
 class End:
-    """A layer at the end of a stream: the rows or columns of its weight that begin at `start`."""
+    """A layer at the end of a stream: the rows or columns of its weight that begin at `start`.
+
+    A norm's weight [K] counts as rows: after the nonlinear part a norm multiplies by it, and adds its bias.
+    """
 
     name: str
     axis: int
@@ -62,29 +66,42 @@ def change(model: nn.Module, stream: Stream, write: Callable, read: Callable) ->
                     part.copy_(formula(part.to(wide)))
 
 
-def _parts(layer: nn.Linear, end: End, size: int) -> list[Tensor]:
+def _parts(layer: nn.Module, end: End, size: int) -> list[Tensor]:
     """Views of what a layer has of a stream, channels first."""
-    weight = layer.weight.narrow(end.axis, end.start, size)
+    weight, bias = layer.weight.narrow(end.axis, end.start, size), getattr(layer, "bias", None)
     if end.axis == COLUMNS:
         return [weight.T]
-    return [weight] if layer.bias is None else [weight, layer.bias.narrow(0, end.start, size)[:, None]]
+    weight = weight[:, None] if weight.ndim == 1 else weight
+    return [weight] if bias is None else [weight, bias.narrow(0, end.start, size)[:, None]]
+
+
+def is_norm(layer: object) -> bool:
+    """Whether a module normalizes, and then multiplies by a weight [K]."""
+    own = type(layer).__module__ == "diffusers.models.normalization" and type(layer).__name__ == "RMSNorm"
+    return (own or type(layer) in NORMS) and getattr(getattr(layer, "weight", None), "ndim", 0) == 1
+
+
+def _can_be_end(layer: object) -> bool:
+    """Of a type that a stream begins or ends in, with a float weight."""
+    return (type(layer) is nn.Linear or is_norm(layer)) and layer.weight.dtype in FLOATS  # type: ignore[attr-defined]
 
 
 def whole(model: nn.Module, streams: Iterable[Stream]) -> list[Stream]:
-    """Those streams whose ends are plain float Linear layers, large enough, that share no tensor with others."""
+    """Those streams whose ends are plain float Linear layers or norms, large enough, that share no tensor with
+    others."""
     modules = dict(model.named_modules())
     uses = Counter(id(tensor) for module in modules.values() for tensor in module._parameters.values())
     uses.update(id(child) for module in modules.values() for child in module._modules.values())
 
     def usable(end: End, size: int) -> bool:
         layer = modules.get(end.name)
+        bias = getattr(layer, "bias", None)
         return (
             layer is not None
-            and type(layer) is nn.Linear
-            and layer.weight.dtype in FLOATS
+            and _can_be_end(layer)
             and end.start + size <= layer.weight.shape[end.axis]
             and uses[id(layer)] == uses[id(layer.weight)] == 1
-            and (layer.bias is None or uses[id(layer.bias)] == 1)
+            and (bias is None or uses[id(bias)] == 1)
         )
 
     return [s for s in streams if all(usable(end, s.size) for end in (*s.writers, *s.readers))]
@@ -108,7 +125,7 @@ def _stream_of(model: nn.Module, plan: TransformPlan, streams: list[Stream], ten
             layer = model.get_submodule(name)
         except AttributeError:
             raise UserError(f"the plan of '{plan.kind}' is of another model: there is no module '{name}'.") from None
-        if type(layer) is not nn.Linear or layer.weight.dtype not in FLOATS:
+        if not _can_be_end(layer):
             raise UserError(
                 f"'{plan.kind}' changes weights in full precision, and '{name}' is a {type(layer).__name__}; "
                 "apply it to the float model, before quantization and adapters."

@@ -30,8 +30,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ptq4dm.kernels.attention import product as attention
+from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.runtime import settings
-from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, layer
+from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
 from ptq4dm.kernels.w4.reference import NONLINEARITIES
 from ptq4dm.kernels.w8a8 import norm, quantize, steps
@@ -77,12 +79,19 @@ def compiled(kernel: JITFunction, target: int, options: dict):
 
 
 def serialized(ptx: str, target: int) -> bool:
-    """Whether ptxas says that it makes Hopper's matrix instructions wait for one another."""
+    """Whether ptxas says that it makes Hopper's matrix instructions wait for one another.
+
+    Triton brings two of them, of which the older one does not read the newest PTX.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [TOOLS / "ptxas", f"-arch=sm_{target}a", "-v", file.name, "-o", "/dev/null"]
-        return "instructions are serialized" in subprocess.run(command, capture_output=True, text=True).stderr
+        for tool in ("ptxas", "ptxas-blackwell"):
+            command = [TOOLS / tool, f"-arch=sm_{target}a", "-v", file.name, "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return "instructions are serialized" in done.stderr
+    raise RuntimeError(f"no ptxas of this Triton reads its PTX: {done.stderr.strip()}")
 
 
 def resources(binary: bytes) -> tuple[int, int]:
@@ -125,6 +134,33 @@ def int4_calls(quick: bool) -> None:
         scales = empty(n, groups, dtype=torch.float32 if groups == 1 else torch.bfloat16)
         wzeros = empty(n, groups, dtype=torch.int8) if zeros else None
         int4_codes_triton.int4_codes(empty(n, k // 2, dtype=torch.uint8), scales, wzeros, k, peak(wzeros))
+
+
+def attention_calls(quick: bool) -> None:
+    """Queries of an image over a prompt, and of a video over a longer one with padding."""
+    for rows, tokens, width in [(4096, 77, 40), (4096, 300, 72)] if quick else [
+        (4096, 77, 40), (1024, 77, 64), (4096, 300, 72), (16384, 512, 128)
+    ]:  # fmt: skip
+        grid = empty(2, 16, tokens), empty(2, 16, tokens)
+        kv = KV4(empty(2, 16, tokens, width // 2, dtype=torch.uint8), *grid)
+        mask = empty(2, 16, 1, tokens, dtype=torch.float32) if tokens > 77 else None
+        attention.attention(empty(2, rows, 16, width).transpose(1, 2), kv, kv, mask, width**-0.5)
+
+
+def integer_calls(quick: bool) -> None:
+    """Progressive and grouped weights, of few rows and of many, with a scale a row and in groups."""
+    n, k = 3072, 3072
+    int8 = functools.partial(empty, dtype=torch.int8)
+    qweight, channel = empty(n, k // 2, dtype=torch.uint8), empty(n, dtype=torch.float32)
+    for rows in (16, 4608):
+        for size in (128,) if quick else (k, 128, 64, 32):
+            groups = n, k // size
+            zeros = None if size == 64 else int8(*groups)
+            integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
+            integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
+        zeros = None if rows == 16 else int8(n, 1)
+        integer.grouped_through(empty(rows, k), qweight, channel[:, None], zeros, None)
+    progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))
 
 
 def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
@@ -180,6 +216,8 @@ def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[
     with settings.target(gpu):
         svdquant_calls(gpu.capability, rank, nonlinearity, quick)
         int4_calls(quick)
+        attention_calls(quick)
+        integer_calls(quick)
         w8a8_calls(gpu.capability, quick)
     return found
 

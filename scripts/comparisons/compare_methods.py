@@ -36,8 +36,10 @@ import ptq4dm
 from ptq4dm.errors import UserError, run
 from ptq4dm.evaluation.compare import step_times
 from ptq4dm.files.rows import Rows
+from ptq4dm.layers.plan import Plan
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.quantization.planning import make_plan
+from ptq4dm.quantization.transforming import transformed
 
 SETTINGS = ("steps", "num_paired", "num_fid", "calibration_samples", "seed")
 MODELS = ("unet-cifar10", "dit-cifar10")
@@ -81,7 +83,7 @@ class Bench:
         model, config = copy.deepcopy(self.truth.exact), row.recipe()
         with watched(self.args.device) as cost:
             if row.plan is not None:
-                config.plan = row.plan(model, make_plan(model, config, self.store), self.store, self.args.seed)
+                config.plan = self._changed(row, config)
             report = ptq4dm.quantize(model, config, self.store)
         if row.packed is not None:
             row.packed(model, self.truth.exact, self.store, self.args.seed)
@@ -93,6 +95,14 @@ class Bench:
             "seconds_to_quantize": cost["seconds"],
             "memory_to_quantize": cost["peak_memory"],
         }
+
+    def _changed(self, row: Row, config) -> Plan:
+        """The row's plan, changed; its control sees the model after the transforms of the recipe."""
+        model = copy.deepcopy(self.truth.exact)
+        transforms, store = transformed(model, config.changes, None, self.store)
+        plan = make_plan(model, config, store)
+        plan.transforms = transforms
+        return row.plan(model, plan, store, self.args.seed)
 
     def _times(self, model) -> dict:
         """step_time, in turns with full precision; on a GPU also that of both compiled in bfloat16."""

@@ -15,10 +15,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import controls
+import controls_steps
 from budgets import at_bytes_of
 from controls_trained import flip_trained
 
-from ptq4dm import GradPTQConfig, PDQuantConfig, PTQ4DMConfig, RTNConfig, SVDQuantConfig
+from ptq4dm import (
+    GradPTQConfig,
+    MixPEConfig,
+    PDQuantConfig,
+    PTQ4DMConfig,
+    QoQConfig,
+    RTNConfig,
+    SVDQuantConfig,
+)
 from ptq4dm.quantization.recipe import QuantConfig
 
 KINDS = ("method", "baseline", "ablation", "shuffled")
@@ -231,9 +240,60 @@ def trained_prediction() -> list[Row]:
     return rows
 
 
+def progressive_bits() -> list[Row]:
+    """QoQ: each pass off, every pass off, the same weights on direct scales, and each decision dealt at random."""
+    name, every = "QoQ W4A8 g128", {"rotation": "inputs", "smoothing": 0.3, "reorder": True, "clip": "none"}
+    off = {"rotation": "none", "smoothing": "none", "reorder": False, "clip": "none"}
+    recipe, plain = partial(QoQConfig, **every), partial(QoQConfig, **off)
+    direct = partial(RTNConfig, weight_bits=4, group_size=128, affine=True, activations="dynamic")
+    passes = {
+        "no rotation": {"rotation": "none"}, "values rotated": {"rotation": "values"},
+        "no smoothing": {"smoothing": "none"}, "no reorder": {"reorder": False}, "nearest": {"rounding": "nearest"},
+        "clip by weights": {"clip": "mse"}, "clip by outputs": {"clip": "output"},
+    }  # fmt: skip
+    rows = [
+        Row(f"{name}, every pass off", "baseline", partial(plain, rounding="nearest"), name),
+        Row("RTN W4A8 g128 affine, dynamic", "baseline", direct, name),
+        Row(name, "method", recipe),
+        *(Row(f"{name}, {label}", "ablation", partial(recipe, **one), name) for label, one in passes.items()),
+        Row(f"{name}, rounding alone", "ablation", plain, name),
+        Row(f"{name}, rounding alone, direct scales", "ablation", partial(direct, rounding="gptq"), name),
+        Row(f"{name}, all layers rotated", "ablation", recipe, name, plan=controls_steps.rotate_all),
+        *_shuffled_rounding(name, recipe),
+        Row(f"{name}, rotations shuffled", "shuffled", recipe, name, plan=controls_steps.shuffle_rotation),
+        Row(f"{name}, divisors shuffled", "shuffled", recipe, name, plan=controls_steps.shuffle_divisors),
+        Row(f"{name}, order shuffled", "shuffled", recipe, name, plan=controls_steps.shuffle_order),
+    ]
+    name, rows_of_4 = "QoQ W4A8 channel", partial(QoQConfig, variant="channel", clip="output")
+    return [
+        *rows,
+        Row(f"{name}, every pass off", "baseline", partial(plain, variant="channel", rounding="nearest"), name),
+        Row(name, "method", rows_of_4),
+        Row(f"{name}, no clip", "ablation", partial(rows_of_4, clip="none"), name),
+        *_shuffled_rounding(name, rows_of_4),
+    ]
+
+
+def post_group() -> list[Row]:
+    """MixPE: 4-bit weights with zero points in groups, under inputs of 8 bits and of 16.
+
+    Its arithmetic rounds nothing, so that its errors are those of the grid: what is dealt at random are zero points.
+    """
+    rows = []
+    for bits in (8, 16):
+        name, recipe = f"MixPE W4A{bits} g128", partial(MixPEConfig, activation_bits=bits)
+        rows += [
+            Row(name, "method", recipe),
+            Row(f"{name}, gptq", "ablation", partial(recipe, rounding="gptq"), name),
+            Row(f"{name}, zero points shuffled", "shuffled", recipe, name, packed=controls_steps.shuffle_zeros),
+        ]
+    symmetric = partial(RTNConfig, weight_bits=4, group_size=128, activations="dynamic")
+    return [Row("RTN W4A8 g128, dynamic", "baseline", symmetric, "MixPE W4A8 g128"), *rows]
+
+
 def all_rows() -> list[Row]:
     """In the order in which they are printed."""
     return [
         *eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *low_rank(), *prediction_difference(),
-        *trained_blocks(), *trained_prediction(),
+        *trained_blocks(), *trained_prediction(), *progressive_bits(), *post_group(),
     ]  # fmt: skip

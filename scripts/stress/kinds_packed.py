@@ -26,6 +26,7 @@ FORMATS: dict[str, tuple[Callable, Any]] = {
     "fp8": (tiny_dit, RTN(format="fp8")),
     "int4 in groups": (tiny_dit, RTN(weight_bits=4, group_size=32, **DYNAMIC)),
     "int4 affine": (tiny_dit, RTN(weight_bits=4, affine=True, **DYNAMIC)),
+    "progressive": (tiny_dit, RTN(weight_bits=4, group_size=32, weight_grid="progressive", **DYNAMIC)),
     "power": (tiny_dit, RTN(weight_bits=4, weight_grid="power", **DYNAMIC)),
     "rows of two widths": (tiny_dit, RTN(weight_bits=4, average_bits=5.0, num_tuples=2, **DYNAMIC)),
     "svdquant": (tiny_dit, SVDQ(rank=4, num_tuples=2, smoothing=0.5, rounding="nearest", refinements=1)),

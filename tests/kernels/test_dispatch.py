@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ptq4dm.kernels import dispatch
+from ptq4dm.kernels.attention import layer as attention
 from ptq4dm.kernels.dispatch import Query
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import layer as w4
@@ -63,19 +64,27 @@ def test_eight_bit_layers(groups):
     assert on_gpu((9, 0), weight="fp8", activation="none") == {"all rows": "reference"}
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("vnni", [True, False])
-def test_on_a_cpu(vnni, monkeypatch):
+def test_on_a_cpu(vnni, compiled, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch.cpu.library, "available", lambda: compiled)
 
     def name(*query, **more):
         return dispatch.find(Query(*query, **more, device=CPU)).name
 
     assert name("int8", "int8") == name("int8", "int8", groups=4) == ("onednn-int8" if vnni else "reference")
-    assert name("int4", "int8", zeros=True) == ("onednn-int8 on an int8 copy" if vnni else "reference")
+    copy = "onednn-int8 on an int8 copy" if vnni else "reference"
+    assert name("int4", "int8", zeros=True) == ("cpu-w4a8" if compiled else copy)
+    assert name("int4", "int8", zeros=True, linear=False) == copy
+    assert name("int4", "int8", inputs=1 << 16) == copy
+    assert name("int4", "int8", 128, progressive=True) == ("cpu-w4a8" if compiled else copy)
+    for more in ({}, {"zeros": True}, {"static": True}):
+        assert name("int4", "int8", 64, **more) == ("cpu-w4a8" if compiled else "reference")
+        assert name("int4", "int8", 64, linear=False, **more) == name("int4", "int8", 64, groups=2) == "reference"
     for query, more in [
         (("fp8", "fp8"), {}),
-        (("int4", "int8", 64), {}),
         (("int4", "none"), {}),
         (("int4", "int8", 64), dict(branch=True)),
     ]:
@@ -83,18 +92,38 @@ def test_on_a_cpu(vnni, monkeypatch):
 
 
 def test_plain_4_bit_weights_on_a_gpu():
-    """Scales per token, groups of 64 or 128 and no zero points: the kernels of branched layers; else unpacked."""
+    """Linear layers under scales per token: groups without zero points go to the kernels of branched layers, if whole
+    runs are, groups with them and single scales to those that sum whole numbers; all else is unpacked."""
     direct, unpacked = {"all rows": "triton-w4a8-int8"}, {"all rows": "unpack + triton-int8"}
     for group_size in (None, 32, 64, 128):
         for zeros in (True, False):
             query = dict(weight="int4", group_size=group_size, zeros=zeros, activation="int8")
-            served = direct if group_size in (64, 128) and not zeros else unpacked
-            assert on_gpu((8, 0), **query) == served
-            for more in (dict(static=True), dict(linear=False), dict(inputs=96)):
+            exact = {"all rows": f"triton-w4a8-{'grouped' if group_size else 'channel'}"}
+            exact = exact if zeros or group_size is None else unpacked
+            assert on_gpu((8, 0), **query) == (direct if group_size in (64, 128) and not zeros else exact)
+            assert on_gpu((8, 0), **query, inputs=96) == exact
+            for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu((8, 0), **query, **more) == unpacked
+            assert on_gpu((7, 5), **query) == unpacked
             for activation in ("fp8", "int4", "none"):
                 assert on_gpu((9, 0), **query | {"activation": activation}) == {"all rows": "reference"}
     assert on_gpu((9, 0), weight="int4", activation="int8", groups=2) == {"all rows": "reference"}
+
+
+def test_progressive_weights(monkeypatch):
+    """Widened in the product under scales per token; else their exact int8 form goes where int8 weights go."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch.cpu.library, "available", lambda: False)
+    for group_size in (None, 32, 64, 128):
+        query = dict(weight="int4", activation="int8", group_size=group_size, zeros=True, progressive=True)
+        assert on_gpu((8, 0), **query) == {"all rows": "triton-w4a8-progressive"}
+        for more in (dict(static=True), dict(linear=False)):
+            assert on_gpu((8, 0), **query, **more) == {"all rows": "unpack + triton-int8"}
+        assert on_gpu((8, 0), **query, groups=2) == {"all rows": "reference"}
+        assert dispatch.find(Query(**query, device=CPU)).name == "onednn-int8 on an int8 copy"
+    with pytest.raises(ValueError, match="no branch"):
+        Query("int4", "int8", 64, progressive=True, branch=True)
 
 
 @pytest.mark.parametrize("vnni", [True, False])
@@ -132,22 +161,38 @@ def test_what_find_says_is_what_the_layers_ask():
                 for activation in dispatch.ACTIVATIONS:
                     query = Query("int4", activation, 64, rows=1, branch=True, device=device)
                     assert dispatch.find(query).name == w4.kernel_name(device, activation, 64)
+                found = dispatch.find(Query("kv4", "none", device=device)).name
+                assert found == attention.kernel_name(device)
+                assert dispatch.find(Query("kv4", "int8", device=device)).name == "reference"
 
 
 def test_the_list():
     names = [kernel.name for kernel in dispatch.KERNELS]
     assert len(set(names)) == len(names) and names[-1] == "reference"
-    assert set(names) >= {w4.FP8, w4.INT8, w4.INT4, w4.WEIGHT_ONLY, w8a8.TRITON, w8a8.TRITON_FP8, w8a8.ONEDNN}
+    assert set(names) >= {
+        w4.FP8,
+        w4.INT8,
+        w4.INT4,
+        w4.WEIGHT_ONLY,
+        w8a8.TRITON,
+        w8a8.TRITON_FP8,
+        w8a8.ONEDNN,
+        attention.TRITON,
+    }
     modes = {mode for mode in dispatch.tunable().values() if mode}
-    assert modes == set(w4.MODES.values()) and list(dispatch.tunable())[-1] == "w8a8"
+    assert modes == {*w4.MODES.values(), "progressive", "grouped"} and list(dispatch.tunable())[-1] == "w8a8"
     tables = [settings.settings_in(settings.FOLDER / f"{name}.json") for name in ("nvidia_h200", "sm_80")]
-    assert modes | {"w8a8"} == {name.partition(".")[0] for table in tables for name in table if name != "device"}
+    modes |= {"w8a8", "kv4"}  # attention's settings are guesses, which nothing searches
+    assert modes == {name.partition(".")[0] for table in tables for name in table if name != "device"}
 
 
 @pytest.mark.parametrize(
     "query, says",
     [
-        (dict(weight="int3", activation="int8"), "weight is one of int8, fp8, int4, row-mix, power, not 'int3'"),
+        (
+            dict(weight="int3", activation="int8"),
+            "weight is one of int8, fp8, int4, row-mix, power, kv4, not 'int3'",
+        ),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),
         (dict(weight="fp8", activation="fp8", branch=True), "only int4"),
@@ -166,6 +211,7 @@ def test_words_that_are_not_known(query, says):
         Query("fp8", "fp8", rows=3, static=True),
         Query("int4", "int8", rows=3, zeros=True),
         Query("int4", "int8", 64, rows=3, static=True),
+        Query("int4", "int8", 64, rows=3, zeros=True, progressive=True),
         Query("int4", "none", rows=3),
         Query("int4", "int4", 32, rows=3, branch=True),
     ],
@@ -197,6 +243,7 @@ def test_what_cannot_be_timed():
         (Query("int4", "int8", 32, rows=4), 40, "groups of 32"),
         (Query("int8", "none", rows=4), 64, "no layer of int8 weights and none"),
         (Query("row-mix", "int8", rows=4), 64, "no layer of row-mix weights and int8 activations is timed here"),
+        (Query("kv4", "none", rows=4), 64, "no layer of kv4 weights"),
     ]:
         with pytest.raises(ValueError, match=says):
             dispatch.time(query, 8, k)
@@ -210,6 +257,7 @@ def test_times_on_the_gpu(rows):
         Query("int8", "int8", rows=rows, device=CUDA, static=True),
         Query("int4", "int8", rows=rows, device=CUDA),
         Query("int4", "int8", 64, rows=rows, device=CUDA, zeros=True),
+        Query("int4", "int8", 64, rows=rows, device=CUDA, zeros=True, progressive=True),
         Query("int4", "int8", 64, rows=rows, device=CUDA, branch=True),
         Query("int4", "none", 64, rows=rows, device=CUDA, branch=True),
     ]:

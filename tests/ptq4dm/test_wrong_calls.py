@@ -50,6 +50,7 @@ def right(name: str, folder: Path) -> dict:
         "CalibrationStore": {"config": {}, "fingerprint": {}, "num_train_timesteps": 1000},
         "PixelDiTPipeline": {"transformer": None, "scheduler": None},
         "Plan": {"method": "rtn"},
+        "cached_text": {"target": models.conditional_unet()},
         "collect": {"pipe": pipe, "config": few},
         "distill": {"pipe": pipe, "config": ptq4dm.samplers.DisBackConfig(**tiny), "folder": folder},
         "evaluate": {"pipe": pipe, "full_precision": pipe, "config": ptq4dm.EvaluateConfig(**quick)},

@@ -17,8 +17,10 @@ from ptq4dm.calibration.record import replay
 from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.grid import Grid
 from ptq4dm.kernels.formats.int8 import quantize_weight
+from ptq4dm.layers import progressive
 from ptq4dm.quantization.planning import make_plan
 from ptq4dm.quantization.report import stored_bytes
+from ptq4dm.quantization.transforming import transformed
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "comparisons"
 SMALL = ["--steps", "3", "--num-paired", "3", "--calibration-samples", "4", "--batch-size", "4"]
@@ -446,3 +448,73 @@ def test_as_many_rows_of_each_layer_are_wide_but_others(script, calibrated):
     assert stored_bytes(models[0]) == stored_bytes(models[1])
     with pytest.raises(UserError, match="no rows to shuffle"):
         controls.shuffle_rows(exact, make_plan(exact, ptq4dm.RTNConfig(), store), store, 0)
+
+
+# ------------------------------------------------------------------------------------------------ QoQ and MixPE
+
+
+def found_by(exact, store, control, **options):
+    """(the plan before a control, after it, the model quantized by the latter), as the table makes them."""
+    config = ptq4dm.QoQConfig(group_size=32, num_tuples=4, **options)
+    model = copy.deepcopy(exact)
+    transforms, measured = transformed(model, config.changes, None, store)
+    plan = make_plan(model, config, measured)
+    plan.transforms = transforms
+    before, after = copy.deepcopy(plan), control(model, plan, measured, 0)
+    assert plan == before
+    return before, after, quantized(exact, dataclasses.replace(config, plan=after), store)
+
+
+def test_transforms_are_shuffled_and_keep_the_function(script, one_thread):
+    controls, (exact, store) = script("controls_steps"), split_model()
+    for kind, tensor, control in (
+        ("smooth", "divisors", controls.shuffle_divisors),
+        ("reorder", "order", controls.shuffle_order),
+    ):
+        before, after, model = found_by(exact, store, control, rotation="none")
+        pairs = list(zip(before.transforms, after.transforms, strict=True))
+        changed = [(a.tensors[tensor], b.tensors[tensor]) for a, b in pairs if a.kind == kind]
+        assert changed and all(torch.equal(a.sort().values, b.sort().values) for a, b in changed)
+        assert any(not torch.equal(a, b) for a, b in changed)
+        assert all(a == b for a, b in pairs if a.kind != kind)
+        calls = store.recorded()[:4]
+        right = replay(exact, calls)
+        assert (replay(model, calls) - right).norm() < 0.2 * right.norm()
+    with pytest.raises(UserError, match="no transform 'smooth' to shuffle"):
+        found_by(exact, store, controls.shuffle_divisors, smoothing="none")
+
+
+def test_rotations_are_dealt_to_other_layers(script, one_thread, monkeypatch):
+    chosen = lambda self, *_: 1.0 + (bool(self.plan.rotation) == (self.weight_shape[0] <= 64))  # noqa: E731
+    monkeypatch.setattr(progressive.ProgressiveLayer, "_error", chosen)  # layers of a drawn model gain nothing
+    controls, (exact, store) = script("controls_steps"), split_model()
+    before, after, model = found_by(exact, store, controls.shuffle_rotation)
+    usual = quantized(exact, ptq4dm.QoQConfig(group_size=32, num_tuples=4), store)
+    found = {
+        name: layer.rotation
+        for name, layer in ptq4dm.quantization_config(usual).plan.layers.items()
+        if layer.format == "progressive"
+    }
+    dealt = {name: layer.rotation for name, layer in after.layers.items() if layer.format == "progressive"}
+    assert {before.layers[name].rotation for name in found} == {None}
+    assert sorted(found.values()) == sorted(dealt.values()) and found != dealt and {*found.values()} > {0}
+    everywhere = controls.rotate_all(exact, before, store, 0)
+    assert all(everywhere.layers[name].rotation > 0 for name in found)
+    with pytest.raises(UserError, match="no rotation to shuffle"):
+        found_by(exact, store, controls.shuffle_rotation, rotation="none")
+
+
+def test_shuffled_zero_points_are_as_many_and_hurt(script, one_thread):
+    controls, (exact, store) = script("controls_steps"), split_model()
+    config = ptq4dm.MixPEConfig(group_size=32)
+    right, wrong = quantized(exact, config, store), quantized(exact, config, store)
+    controls.shuffle_zeros(wrong, exact, store, 0)
+    layers = [name for name, module in right.named_modules() if getattr(module, "wzeros", None) is not None]
+    zeros = [[model.get_submodule(name).wzeros.flatten() for name in layers] for model in (right, wrong)]
+    assert layers and all(torch.equal(a.sort().values, b.sort().values) for a, b in zip(*zeros, strict=True))
+    calls = store.recorded()[:4]
+    exactly = replay(exact, calls)
+    errors = [float((replay(model, calls) - exactly).norm()) for model in (right, wrong)]
+    assert errors[0] < 0.7 * errors[1]
+    with pytest.raises(UserError, match="has zero points to shuffle"):
+        controls.shuffle_zeros(copy.deepcopy(exact), exact, store, 0)

@@ -17,10 +17,10 @@ from ptq4dm.kernels.w4 import reference as svdq
 
 svdq_activation = pytest.importorskip("ptq4dm.kernels.w4.activation", reason="needs Triton", exc_type=ImportError)
 from ptq4dm.kernels.runtime import settings as tuning  # noqa: E402
-from ptq4dm.kernels.w4 import product_short as w4a16  # noqa: E402
-from ptq4dm.kernels.w4 import product_w4a4 as svdq_w4a4  # noqa: E402
-from ptq4dm.kernels.w4 import product_w4a8 as svdq_gemm  # noqa: E402
 from ptq4dm.kernels.w4 import unpack as svdq_unpack  # noqa: E402
+from ptq4dm.kernels.w4.products import product_short as w4a16  # noqa: E402
+from ptq4dm.kernels.w4.products import product_w4a4 as svdq_w4a4  # noqa: E402
+from ptq4dm.kernels.w4.products import product_w4a8 as svdq_gemm  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -136,6 +136,29 @@ def test_transforms_have_their_calibration_collected_and_their_plan_can_be_follo
     assert basis("r") == {"weight"}  # rotations look at nothing: nothing is collected
 
 
+@pytest.mark.parametrize(
+    ("options", "found", "basis"),
+    [
+        (["--method", "qoq", "--num-tuples", "2", *FEW], "W4A8 progressive", "output"),
+        (
+            ["--method", "qoq", "--rounding", "nearest", "--rotation", "none", "--smoothing", "none", "--no-reorder"],
+            "W4A8 progressive",
+            "weight",
+        ),
+        (["--method", "qoq", "--variant", "channel", "--smoothing", "0.1", *FEW], "W4A8 affine", "output"),
+        (["--method", "mixpe", "--activation-bits", "16", "--group-size", "32"], "W4A16 g32 affine", "weight"),
+    ],
+    ids=["qoq", "qoq, every pass off", "qoq channel", "mixpe 16"],
+)
+def test_methods_with_four_bits(run, models, options, found, basis):
+    status, _, err = run("quantize", "--model", models / "dit", *options, "--output", "q")
+    assert (status, err) == (0, [])
+    layers = json.loads(Path("q/quantization.json").read_text())["layers"]
+    assert any(layer["format"].startswith(found) for layer in layers) and {layer["basis"] for layer in layers} == {
+        basis
+    }
+
+
 def test_a_plan_gives_the_same_codes(run, models):
     status, out, _ = run(
         "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"

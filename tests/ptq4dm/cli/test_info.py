@@ -14,6 +14,8 @@ from models import conditional_unet
 from ptq4dm import RTNConfig
 from ptq4dm.cli import info
 from ptq4dm.cli.main import main
+from ptq4dm.kernels.cpu import library
+from ptq4dm.kernels.runtime import settings
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.svdquant import fuse_lora
 
@@ -96,3 +98,33 @@ def test_verify(unet, tmp_path, capsys):
     assert "\n" not in told and "changed: unet: 'conv_in', 'conv_out'" in told
     assert main(["info", "--model", "unet-cifar10", "--verify"]) == 2
     assert "nothing to verify" in capsys.readouterr().err
+
+
+def test_the_compiled_kernels_of_a_cpu_are_named_where_layers_ask_for_them(unet, tmp_path, capsys, monkeypatch):
+    for bits in (8, 4):
+        model = unet()
+        ptq4dm.quantize(model, RTNConfig(activations="dynamic", weight_bits=bits))
+        DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / f"{bits}")
+
+    def facts(bits):
+        settings.forget()
+        library.forget()
+        main(["info", "--model", str(tmp_path / f"{bits}"), "--json"])
+        found = json.loads(capsys.readouterr().out)
+        return found["compiled"], {row["kernel"] for row in found["layers"] if row["kind"] == "linear"}
+
+    compiled, kernels = facts(4)
+    assert compiled == library.status() and compiled.startswith(("compiled for ", "not compiled: "))
+    assert ("cpu-w4a8" in kernels) == library.available()
+    main(["info", "--model", str(tmp_path / "4")])
+    assert f"CPU kernels   {compiled}\n" in capsys.readouterr().out
+    assert facts(8)[0] is None and library.status() is None, "nobody asked, nothing was built"
+    assert library.found().text == compiled
+    main(["info", "--model", str(tmp_path / "8"), "--json"])
+    assert json.loads(capsys.readouterr().out)["compiled"] is None, "what others asked for is not this model's"
+    monkeypatch.setenv("PTQ4DM_CPU_KERNELS", "0")
+    compiled, kernels = facts(4)
+    assert "PTQ4DM_CPU_KERNELS=0" in compiled and "cpu-w4a8" not in kernels
+    monkeypatch.undo()
+    settings.forget()
+    library.forget()

@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_a_gpu_is_tuned(tmp_path, monkeypatch):
+    from ptq4dm.kernels.tuning import launches_integer as search_integer
     from ptq4dm.kernels.tuning import launches_w4 as search_svdq
     from ptq4dm.kernels.tuning import launches_w8a8 as search_w8a8
     from ptq4dm.kernels.tuning.cases import Case
@@ -27,6 +28,9 @@ def test_a_gpu_is_tuned(tmp_path, monkeypatch):
     every = search_w8a8.W8A8Launch.settings
     monkeypatch.setattr(search_w8a8.W8A8Launch, "settings", lambda launch: every(launch)[:2])
     launches = search_svdq.launches(256, 512, 256, 32, "int8") + search_svdq.launches(16, 512, 256, 0, "none")
+    four = search_integer.IntegerLaunch.settings
+    monkeypatch.setattr(search_integer.IntegerLaunch, "settings", lambda launch: four(launch)[:2])
+    launches += [one for mode in ("progressive", "grouped") for one in search_integer.launches(256, 512, 256, mode)]
     launches += search_w8a8.launches([Case(Window(64, 8, 8, (3, 3), (1, 1), (1, 1)), 64, 64)])
     found = tune.tune(launches, tmp_path / "settings.json")
     assert [one.launch for one in found] == launches
@@ -34,5 +38,6 @@ def test_a_gpu_is_tuned(tmp_path, monkeypatch):
     product = next(one for one in found if one.launch.kernel == "int8.product")
     assert any("OutOfResources" in reason for reason, setting in product.left_out if setting == large)
     table = json.loads((tmp_path / "settings.json").read_text())
-    assert set(table) == {"device", "int8.prepare", "int8.product", "none.short", "w8a8"}
+    named = {"device", "int8.prepare", "int8.product", "none.short", "progressive.product", "grouped.product", "w8a8"}
+    assert set(table) == named
     assert table["int8.product"] == [[256, 512, 256, product.times[0][1]]]

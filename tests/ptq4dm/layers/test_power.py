@@ -228,7 +228,7 @@ def test_a_recipe_that_no_power_grid_serves_is_refused(choice):
 
 
 def test_other_refusals_of_recipes():
-    with pytest.raises(UserError, match="weight_grid must be 'uniform' or 'power'"):
+    with pytest.raises(UserError, match="weight_grid must be one of uniform, power, progressive"):
         RTNConfig(weight_grid="log")
     with pytest.raises(UserError, match="objective 'output' knows nothing"):
         PTQ4DMConfig(weight_grid="power", objective="output")

@@ -65,7 +65,7 @@ def test_outputs_are_what_the_formula_says(name, wide, static, bits):
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_rows_are_those_of_layers_of_one_width(name, static):
-    """To the bit: what is stored, what it stands for, and what comes out."""
+    """To the bit: what is stored, what it stands for, and, where they have the same kernel, what comes out."""
     layer, x = layer_and_input(name)
     grid = {"input_scale": 0.03, "input_zero_point": 5} if static else {}
     wide = WIDE["some"]
@@ -77,7 +77,9 @@ def test_rows_are_those_of_layers_of_one_width(name, static):
     for rows, one in ((narrow, four), (wide, eight)):
         assert torch.equal(mixed.dequantized_weight()[rows], one.dequantized_weight()[rows])
         index = torch.tensor(rows)
-        assert torch.equal(mixed(x).index_select(axis, index), one(x).index_select(axis, index))
+        found, right = mixed(x).index_select(axis, index), one(x).index_select(axis, index)
+        same = one.kernel_name() != "cpu-w4a8"  # which rounds in another order
+        assert torch.equal(found, right) if same else distance(found, right) < 1e-6
 
 
 @pytest.mark.parametrize("wide", WIDE.values(), ids=WIDE)
@@ -89,9 +91,11 @@ def test_bytes_are_those_of_each_row(wide):
 
 
 def test_the_kernel_is_that_of_int4_rows():
-    layer, _ = layer_and_input("linear")
+    """Of their convolutions; a Linear of 4-bit weights alone may have one on a CPU that needs no copy."""
+    layer, _ = layer_and_input("conv")
     mixed, four = (quantized_copy(layer, plan, "layer") for plan in (RowMixPlan(wide=[3]), Int4Plan()))
     assert mixed.kernel_name() == four.kernel_name()
+    mixed = quantized_copy(layer_and_input("linear")[0], RowMixPlan(wide=[3]), "layer")
     assert mixed.kernel_name() in ("onednn-int8 on an int8 copy", "reference")
 
 

@@ -216,9 +216,13 @@ def unbiased_flux2():
 
 ROW_MIX = {"weight_bits": 4, "average_bits": 5.0, "importance": "magnitude"}
 
+STEPS = {"weight_bits": 4, "group_size": 32, "weight_grid": "progressive"}
+
 
 @pytest.mark.parametrize(
-    "options", [{}, {"format": "fp8"}, {"weight_bits": 4}, ROW_MIX], ids=["int8", "fp8", "int4", "row-mix"]
+    "options",
+    [{}, {"format": "fp8"}, {"weight_bits": 4}, ROW_MIX, STEPS],
+    ids=["int8", "fp8", "int4", "row-mix", "steps"],
 )
 def test_dtype_of_a_model_without_any_bias(options, tmp_path):
     model = unbiased_flux2()

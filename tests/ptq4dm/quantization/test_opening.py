@@ -16,6 +16,7 @@ from models import plain_unet
 from ptq4dm import RTNConfig, UserError
 from ptq4dm.errors import DamagedFile
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
+from ptq4dm.layers.progressive import ProgressivePlan
 from ptq4dm.layers.row_mix import RowMixPlan
 from ptq4dm.quantization import opening
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATIC, GROUPS = "down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv1"
 FP8, ROWS, MIX = "mid_block.resnets.0.conv2", "conv_out", "down_blocks.0.resnets.0.conv2"
+STEPS = "up_blocks.0.resnets.1.conv1"
 
 
 def changed_file(folder, tensors=None, plan=None, config=None):
@@ -51,6 +53,7 @@ def saved(tmp_path_factory):
             GROUPS: Int4Plan(group_size=32, affine=True, input_scale=0.2, input_zero_point=-4),
             FP8: LayerPlan("fp8", input_scale=0.3),
             ROWS: Int4Plan(),
+            STEPS: ProgressivePlan(group_size=32, rotation=16),
             MIX: RowMixPlan(weight_bits=3, wide=[1, 4], input_scale=0.1, input_zero_point=2),
         },
     )
@@ -107,8 +110,12 @@ PLANS = {
     "half a grid": (lambda p: p[STATIC].pop("input_scale"), "go together"),
     "a grid in fp8": (lambda p: p[FP8].update(input_zero_point=0), "go together"),
     "another grid": (lambda p: p[FP8].update(input_scale=5.0), "input_scale.* in the plan 5"),
-    "activation bits": (lambda p: p[ROWS].update(activation_bits=16), "2 to 8 bits"),
+    "activation bits": (lambda p: p[ROWS].update(activation_bits=12), "2 to 8 bits"),
     "activation bits that no tensor shows": (lambda p: p[ROWS].update(activation_bits=6), "checksums of 'conv_out'"),
+    "inputs as floats": (
+        lambda p: p[ROWS].update(activation_bits=16),
+        "checksums of 'conv_out'",
+    ),
     "weight bits": (lambda p: p[STATIC].update(weight_bits="6"), "weight_bits must be a whole number; got '6'"),
     "bits of fp8": (lambda p: p[FP8].update(weight_bits=4), "fp8 has 8 bits"),
     "bits of int4": (lambda p: p[GROUPS].update(weight_bits=8), "4 bits and less, not 8"),
@@ -212,13 +219,13 @@ def test_every_way_to_save_leaves_checksums_that_hold(saved, tmp_path):
     pipe = DDPMPipeline(model, DDIMScheduler())
     pipe.save_pretrained(tmp_path / "pipe", max_shard_size="10KB")
     assert len(list((tmp_path / "pipe" / "unet").glob("*.safetensors"))) > 2
-    assert ptq4dm.verify(tmp_path / "pipe") == {"unet": 5}
+    assert ptq4dm.verify(tmp_path / "pipe") == {"unet": 6}
     again = ptq4dm.load_pipeline(tmp_path / "pipe", torch.bfloat16)  # in channels_last
     again.save_pretrained(tmp_path / "half")
-    assert ptq4dm.verify(tmp_path / "half") == {"unet": 5}
+    assert ptq4dm.verify(tmp_path / "half") == {"unet": 6}
     assert same(ptq4dm.load_pipeline(tmp_path / "half", torch.bfloat16).unet, again.unet)
     model.save_pretrained(tmp_path / "variant", variant="ours")
-    assert ptq4dm.verify(tmp_path / "variant") == {"": 5}
+    assert ptq4dm.verify(tmp_path / "variant") == {"": 6}
 
 
 def test_files_without_checksums_load_and_cannot_be_verified(copied):
@@ -227,7 +234,7 @@ def test_files_without_checksums_load_and_cannot_be_verified(copied):
     with pytest.raises(UserError, match="without checksums.*save it again"):
         ptq4dm.verify(copied)
     before.save_pretrained(copied)
-    assert ptq4dm.verify(copied) == {"": 5}
+    assert ptq4dm.verify(copied) == {"": 6}
     plain_unet().save_pretrained(copied.parent / "plain")
     with pytest.raises(UserError, match="nothing to verify"):
         ptq4dm.verify(copied.parent / "plain")

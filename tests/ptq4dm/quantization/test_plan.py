@@ -205,6 +205,8 @@ def test_choices_out_of_their_type_or_range(choices, words, tmp_path):
         {"a": {"format": "int4", "weight_bits": 10**30}},
         {"a": {"format": "int4", "activation_bits": 9}},
         {"a": {"format": "row-mix", "wide": [10**30, 1]}},
+        {"a": {"format": "progressive", "rotation": 3}},
+        {"a": {"format": "progressive", "group_size": 16}},
         {"a": {"format": "int8", "input_scale": -0.0, "input_zero_point": 0}},
         {"a": {**SVDQ, "lender": "nowhere"}},
         {"a": {"format": "nvfp4", "rank": -1}},
@@ -238,6 +240,8 @@ def test_choices_of_all_formats_that_are_in_order(tmp_path):
         "f": SPLIT,
         "g": {"format": "nvfp4", "rank": 0},
         "h": {"format": "row-mix", "weight_bits": 2, "wide": [0, 7]},
+        "i": {"format": "progressive", "group_size": 64, "rotation": 128},
+        "j": {"format": "int4", "group_size": 128, "affine": True, "activation_bits": 16},
     }
     (tmp_path / "plan.json").write_text(json.dumps({"method": "rtn", "layers": layers}))
     plan = Plan.load(tmp_path / "plan.json")

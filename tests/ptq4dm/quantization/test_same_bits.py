@@ -15,6 +15,9 @@ RECIPES = {
     "int4": ptq4dm.RTNConfig(activations="dynamic", weight_bits=4, group_size=32),
     "affine": ptq4dm.RTNConfig(activations="dynamic", weight_bits=4, affine=True),
     "row-mix": ptq4dm.RTNConfig(activations="dynamic", weight_bits=3, average_bits=4.5, importance="magnitude"),
+    "progressive": ptq4dm.PTQ4DMConfig(
+        activations="dynamic", weight_bits=4, weight_grid="progressive", group_size=32, objective="mse"
+    ),
     **{
         objective: ptq4dm.PTQ4DMConfig(activations="dynamic", objective=objective)
         for objective in ("max", "percentile", "mse", "lp")

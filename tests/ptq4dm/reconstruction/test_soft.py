@@ -1,5 +1,7 @@
 """A layer in training computes what its packed form will: every format, Linear and Conv2d, every kind of input."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.layers.power import PowerPlan
+from ptq4dm.layers.progressive import ProgressivePlan
 from ptq4dm.layers.registry import empty_quantized, quantized_copy
 from ptq4dm.layers.row_mix import RowMixPlan
 from ptq4dm.reconstruction.soft import FixedLayer, SoftLayer, is_trainable
@@ -27,6 +30,7 @@ PLANS = {
     "int4, groups": Int4Plan(group_size=32),
     "int4, groups, affine": Int4Plan(group_size=32, affine=True),
     "row-mix": RowMixPlan(wide=[1, 4]),
+    "progressive": ProgressivePlan(group_size=32),
     "power": PowerPlan(weight_bits=4, exponent=0.7),
     "power, w8": PowerPlan(),
 }
@@ -82,7 +86,8 @@ def test_a_soft_layer_computes_what_the_packed_one_does(kind, name, inputs):
     layer, x = made(kind)
     if name == "row-mix" and kind == "groups":
         return  # such plans are refused
-    soft = stirred(soft_of(layer, planned(name, inputs)))
+    learning = replace(ALL, train=("rounding", "ranges", "biases")) if name == "progressive" else ALL
+    soft = stirred(soft_of(layer, planned(name, inputs), learning))
     with torch.no_grad():
         before = soft.forward(x)
         packed, flips = soft.packed()
@@ -233,5 +238,6 @@ def test_formats_that_cannot_be_trained_are_told():
     layer, _ = made("linear")
     with pytest.raises(UserError, match="layer 'a.layer' is FP8 dynamic: no gradient passes it"):
         FixedLayer(layer, quantized_copy(layer, LayerPlan("fp8"), "a.layer"), "a.layer")
-    trainable = {name for name in ("int8", "int4", "row-mix", "power", "fp8", "svdq", "nvfp4") if is_trainable(name)}
-    assert trainable == {"int8", "int4", "row-mix", "power"}
+    formats = ("int8", "int4", "row-mix", "power", "progressive", "fp8", "svdq", "nvfp4")
+    trainable = {name for name in formats if is_trainable(name)}
+    assert trainable == {"int8", "int4", "row-mix", "power", "progressive"}

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from ptq4dm.errors import UserError
+from ptq4dm.transforms.base import TRANSFORMS
+from ptq4dm.transforms.named import named
 from ptq4dm.transforms.smooth import candidates, divisors
 
 
@@ -28,3 +31,28 @@ def test_candidates_are_those_of_the_authors():
         assert 0 < alpha < 1 and (beta == 0 or alpha + beta == pytest.approx(1))
     assert {round(20 * alpha) for alpha, _ in choices} == set(range(20))
     assert set(candidates(10)) <= set(choices)
+
+
+@pytest.mark.parametrize("text, options", [("rotate", {}), ("smooth", {}), ("smooth:alpha=0.3", {"alpha": 0.3})])
+def test_transforms_are_named_with_their_options(text, options):
+    transform, found = named(text)
+    assert transform is TRANSFORMS[text.partition(":")[0]] and found == options
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("smoth", "transform 'smoth' is unknown"),
+        ("smoth:alpha=0.3", "transform 'smoth' is unknown"),
+        ("smooth:beta=0.3", "'smooth' has no option 'beta'; it has alpha"),
+        ("rotate:block=4", "'rotate' has no option 'block'; it has none"),
+        ("smooth:", "'smooth' has no option ''"),
+        ("smooth:alpha", "'smooth:alpha' gives alpha no number; write 'smooth:alpha=0.5'"),
+        ("smooth:alpha=x", "gives alpha no number"),
+        ("smooth:alpha=1.5", "alpha of 'smooth' is a share from 0 to 1"),
+        ("smooth-attention:alpha=nan", "alpha of 'smooth-attention' is a share from 0 to 1"),
+    ],
+)
+def test_wrong_names_of_transforms(text, words):
+    with pytest.raises(UserError, match=words):
+        named(text)

@@ -13,12 +13,12 @@ from torch import nn
 import denoisers
 import ptq4dm
 from ptq4dm.errors import UserError
+from ptq4dm.kernels.formats.hadamard import hadamard
 from ptq4dm.transforms.attention import query_key_streams, value_streams
 from ptq4dm.transforms.base import TRANSFORMS, TransformPlan, apply_all
 from ptq4dm.transforms.feedforward import gated_streams, hidden_streams
 from ptq4dm.transforms.peaks import Peaks, watch_peaks
 from ptq4dm.transforms.reorder import falling
-from ptq4dm.transforms.rotate import hadamard
 from ptq4dm.transforms.smooth import Smooth
 from ptq4dm.transforms.smooth_attention import shared
 
@@ -105,10 +105,10 @@ def zoo(unet):
 
 KINDS = ["unet", "dit", "pixart", "sd3", "flux", "sana", "sdxl", "cogvideox", "wan", "ltx", "allegro"]
 KINDS += ["wan with image", "sd3 without norms", "cogvideox without norms"]
-# where queries and keys are normalized
-NOTHING = {("smooth-attention", kind) for kind in ("sd3", "flux", "cogvideox", "wan", "ltx", "wan with image")}
+NOTHING = {("smooth-attention", "ltx")}
 # the last block of SD3 forgets its text
 UNREAD = {("transformer_blocks.1.attn.add_q_proj", "sd3 without norms")}
+UNREAD |= {("transformer_blocks.1.attn.norm_added_q", "sd3")}
 
 
 def same(a, b):
@@ -239,6 +239,55 @@ def test_smoothed_keys_are_equally_large(zoo):
         if kind == "allegro":  # 2 heads of 3 thirds of 2 halves of 4
             key = key.reshape(6, 2, 4).amax(1)
         torch.testing.assert_close(key, torch.ones_like(key), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind, pairs", [("sd3", False), ("wan", True), ("cogvideox", True)])
+def test_norms_take_in_divisors(zoo, kind, pairs):
+    """RMSNorm of each head for two modalities, of all heads as one, and LayerNorm with a bias: with alpha = 1 keys
+    that come out of them are equally large. The projections stay."""
+    original, output, peaks = zoo(kind)
+    model = copy.deepcopy(original)
+    plans = TRANSFORMS["smooth-attention"].find(model, peaks, alpha=1.0)
+    apply_all(model, plans)
+    assert all("norm" in name for plan in plans for name in plan.modules)
+    assert any(".attn2." in name for plan in plans for name in plan.modules) == (kind == "wan")
+    with watch_peaks(model) as after:
+        output(model)
+    for plan in plans:
+        keys = [name for name in plan.modules if name.endswith("_k")]
+        key = torch.stack([after.output_peak(name) for name in keys]).amax(0)
+        turned = pairs and ".attn2." not in keys[0]  # Wan's text is not turned
+        s = plan.tensors["divisors"]
+        key = key.reshape(-1, 2).amax(1) if turned else key[s > 1e-4]  # no divisor is smaller
+        assert len(key) >= len(s) // 2 - 1
+        torch.testing.assert_close(key, torch.ones_like(key), rtol=1e-5, atol=0)
+        assert len(keys) == (2 if kind == "sd3" else 1)
+        assert len(plan.tensors["divisors"]) == (64 if kind == "wan" else 32)
+
+
+def test_a_text_s_keys_are_smoothed_whole_by_default(zoo):
+    """And the others by the paper's half."""
+    for kind in ("pixart", "wan"):
+        model, _, peaks = zoo(kind)
+        plans = TRANSFORMS["smooth-attention"].find(model, peaks)
+        shares = {(".attn2." in plan.modules[0], plan.options["alpha"]) for plan in plans}
+        assert shares == {(True, 1.0), (False, 0.5)}
+        assert {plan.options["alpha"] for plan in TRANSFORMS["smooth-attention"].find(model, peaks, alpha=0)} == {0}
+
+
+def test_norms_that_do_not_fit_have_no_stream(zoo):
+    """A norm without a weight, or on one side alone over other channels: nothing could take the divisors in."""
+    original, _, peaks = zoo("sd3")
+    for broken in (nn.RMSNorm(32, elementwise_affine=False), nn.RMSNorm(64), None):
+        model = copy.deepcopy(original)
+        for block in model.transformer_blocks:
+            block.attn.norm_q = broken
+        assert not query_key_streams(model)
+    model = copy.deepcopy(zoo("pixart")[0])
+    found = len(query_key_streams(model))
+    model.set_attn_processor(AttnProcessor())  # which knows no norms
+    model.transformer_blocks[0].attn2.norm_k = nn.RMSNorm(32)
+    assert len(query_key_streams(model)) == found - 1 == 3
 
 
 def test_reordered_inputs_fall(zoo):

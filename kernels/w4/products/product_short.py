@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..runtime.integers import cdiv
-from ..runtime.launch import Launch, planned
+from ...runtime.integers import cdiv
+from ...runtime.launch import Launch, planned
 from .short_ends import finish, meet, read_ends, read_rows
 from .short_operands import MAGIC, places, read_inputs, weights
 

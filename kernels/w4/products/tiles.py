@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.workspace import Piece
+from ...runtime.workspace import Piece
 from .nonlinearity import nonlinear
 
 
@@ -39,6 +39,20 @@ def finish(
     y = nonlinear(y, NONLINEARITY)
     where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def stored(y, top, left, bias_ptr, y_desc, y_ptr, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Store y [BM, BN] + bias: by TMA where there is a descriptor, else by pointers."""
+    rows = top + tl.arange(0, BM)
+    columns = left + tl.arange(0, BN)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if y_desc is not None:
+        y_desc.store([top, left], y.to(y_ptr.dtype.element_ty))
+    else:
+        where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 def aligned(rows: Tensor | Piece | None) -> Tensor | Piece | None:

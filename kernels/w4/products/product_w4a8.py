@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.integers import cdiv
-from ..runtime.launch import Launch, planned
-from ..runtime.settings import multiprocessors
+from ...runtime.integers import cdiv
+from ...runtime.launch import Launch, planned
+from ...runtime.settings import multiprocessors
 from .nonlinearity import nonlinear
 from .tiles import aligned, finish, tile_place
 

@@ -26,10 +26,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from ..runtime.hopper import async_load, async_store, check
-from ..runtime.integers import cdiv
-from ..runtime.launch import Launch, planned
-from ..runtime.settings import multiprocessors
+from ...runtime.hopper import async_load, async_store, check
+from ...runtime.integers import cdiv
+from ...runtime.launch import Launch, planned
+from ...runtime.settings import multiprocessors
 from .nonlinearity import nonlinear
 from .tiles import aligned, tile_place
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.integers import cdiv
-from ..runtime.launch import Launch, planned
-from ..runtime.settings import multiprocessors
+from ...runtime.integers import cdiv
+from ...runtime.launch import Launch, planned
+from ...runtime.settings import multiprocessors
 from .tiles import finish, tile_place
 
 

@@ -1,0 +1,1 @@
+"""Attention that reads keys and values in 4 bits."""

@@ -1,0 +1,183 @@
+"""The compiled kernels of this CPU: built at their first use, kept on disk, or the reason why there are none.
+
+    available()     whether they are there; the first to ask builds them, in ten seconds or a minute
+    status()        a sentence for reports: where they were compiled, or why not; None while nobody has asked
+
+PyTorch's own loader of extensions builds them, with `c++` or $CXX and ninja, in its folder ($TORCH_EXTENSIONS_DIR,
+else torch_extensions in the user's folder for caches). A file is named by a hash of its source, the flags and the
+version of PyTorch, and is made in a hidden folder beside it that becomes its own by one rename: it is whole at any
+time. Processes wait for the one that builds; where that one dies, the next builds. PTQ4DM_CPU_KERNELS=0 in the
+environment refuses them.
+
+Served are x86 CPUs with AVX-512 VNNI, or with AVX2. Where there are no compiled kernels, for whatever reason,
+`serves` of the kernels is False, and reports name the kernel that runs instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..runtime.atomic import hidden_folder, sweep
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is built
+    fcntl = None  # type: ignore[assignment]
+
+SOURCE = Path(__file__).with_name("w4a8.cpp")
+SWITCH = "PTQ4DM_CPU_KERNELS"
+FLAGS = {
+    "avx512-vnni": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c",
+    "avx2": "-mavx2 -mfma -mf16c",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """library: of the kernels, or None; text: where it is, or why there is none."""
+
+    library: ctypes.CDLL | None
+    text: str
+
+
+_found: Found | None = None
+_guard = threading.Lock()
+
+
+def available() -> bool:
+    """Whether the kernels are compiled and loaded."""
+    return found().library is not None
+
+
+def status() -> str | None:
+    """A sentence on the kernels of this process; None while nobody has asked for them."""
+    return None if _found is None else _found.text
+
+
+def found() -> Found:
+    """The library, built if need be; asked once in a process."""
+    global _found
+    if _found is None:
+        with _guard:  # of several threads one builds
+            if _found is None:
+                _found = _find()
+    return _found
+
+
+def use(instructions: str) -> None:
+    """Load the kernels for these instructions, a key of FLAGS, in the place of those that are best here.
+
+    Raises ValueError where this CPU does not have them; what `build` raises.
+    """
+    global _found
+    if instructions != capability() and not (instructions == "avx2" and torch.cpu._is_avx2_supported()):
+        raise ValueError(f"this CPU does not have {instructions}.")
+    path = build(instructions)
+    _found = Found(load(path), f"compiled for {instructions} in {path}")
+
+
+def forget() -> None:
+    """Ask again at the next call."""
+    global _found
+    _found = None
+
+
+def capability() -> str | None:
+    """The instructions that this CPU has for the kernels, a key of FLAGS; None where it has neither."""
+    if torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported():
+        return "avx512-vnni"
+    return "avx2" if torch.cpu._is_avx2_supported() else None
+
+
+def build(instructions: str, folder: Path | None = None) -> Path:
+    """The file of the kernels for these instructions, in `folder` or PyTorch's own; made if it is not there.
+
+    Raises what a failed build raises: OSError, RuntimeError, ImportError and others.
+    """
+    folder = _folder() if folder is None else folder
+    flags = ["-O3", *FLAGS[instructions].split()]
+    source = SOURCE.read_bytes()
+    key = hashlib.sha256(b"\0".join([source, torch.__version__.encode(), " ".join(flags).encode()])).hexdigest()[:16]
+    name = f"w4a8_{instructions.replace('-', '_')}_{key}"
+    path = folder / f"{name}.so"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)  # what a build left that was killed
+    with _alone(folder / f"{name}.lock"):
+        if not path.is_file():
+            with hidden_folder(path) as beside:
+                inside = beside / "build"  # PyTorch keeps a lock of its own there, which a killed build leaves
+                inside.mkdir()
+                _compile(name, flags, inside)
+                (made,) = inside.glob("*.so")  # PyTorch adds a number to the name when a process builds twice
+                os.replace(made, path)
+    return path
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library in this file. Raises OSError where it is none."""
+    library = ctypes.CDLL(str(path))
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.ptq4dm_w4a8.argtypes = (
+        [pointer] * 3 + [number] + [pointer] * 4 + [size] * 4 + [ctypes.c_float, number, number]
+    )
+    library.ptq4dm_w4a8.restype = ctypes.c_int
+    return library
+
+
+def _find() -> Found:
+    if os.environ.get(SWITCH) == "0":
+        return Found(None, f"not compiled: {SWITCH}=0 in the environment")
+    instructions = capability()
+    if fcntl is None or instructions is None:
+        return Found(None, "not compiled: they are for x86 CPUs with AVX2 or more, on Linux and macOS")
+    try:
+        path = build(instructions)
+        try:
+            library = load(path)
+        except OSError:  # no library, say of a disk that was full: once more
+            path.unlink()
+            path = build(instructions)
+            library = load(path)
+    except Exception as error:  # whatever a compiler, a disk or a version of PyTorch may do: it is told, and named
+        return Found(None, f"not compiled: {_reason(error)}")
+    return Found(library, f"compiled for {instructions} in {path}")
+
+
+def _folder() -> Path:
+    if named := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.path.expanduser(named)) / "ptq4dm"
+    from torch.utils import cpp_extension  # late: it takes a while
+
+    return Path(cpp_extension.get_default_build_root()) / "ptq4dm"
+
+
+def _compile(name: str, flags: list[str], folder: Path) -> None:
+    from torch.utils import cpp_extension
+
+    cpp_extension.load(name, [str(SOURCE)], flags, build_directory=str(folder), is_python_module=False)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for other processes in this block; a dead one holds nobody up."""
+    with open(path, "wb") as file:
+        with suppress(OSError):  # a file system without locks: each process builds its own, and the last stays
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says most, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error:" in line.lower()), lines[0])[:300]

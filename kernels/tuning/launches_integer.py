@@ -1,0 +1,103 @@
+"""W4A8 layers in integers, each with all its launches, to be searched for settings and timed.
+
+What is timed is the whole call: one setting decides whether weights are widened in the product or unpacked before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..runtime.settings import best_config, capability
+from ..w4 import integer
+from .candidates_integer import settings_of
+
+DEVICE = "cuda"
+COLD = 256 << 20  # bytes that one round over the sets of a shape moves at least
+SIZES = (128, 64, 32)  # inputs of a group: the first that makes several
+
+
+@dataclass(frozen=True)
+class IntegerLaunch:
+    """A layer of N outputs and K inputs on M rows; mode: "progressive" or "grouped"."""
+
+    m: int
+    n: int
+    k: int
+    mode: str
+
+    @property
+    def kernel(self) -> str:
+        return f"{self.mode}.product"
+
+    @property
+    def key(self) -> list[int]:
+        return [self.m, self.n, self.k]
+
+    def settings(self) -> list[dict]:
+        return settings_of(self.mode, self.m, capability(torch.device(DEVICE)) >= (9, 0))
+
+    def current(self) -> dict | None:
+        try:
+            return best_config(self.kernel, torch.device(DEVICE), self.m, self.n, self.k)
+        except KeyError:
+            return None
+
+    def compiled_as(self, setting: dict) -> tuple:
+        """Sizes are not compiled in, but whether 16 divides them is, and how wide a group is."""
+        size = _group(self.k)
+        counts = self.m, self.n, self.k, self.k // size, math.ceil(self.k / 128)
+        return (self.mode, size, *(count % 16 == 0 for count in counts), *sorted(setting.items()))
+
+    def attempt(self, setting: dict) -> None:
+        _one(self)(config=setting)
+
+    def calls(self) -> Callable[[dict], list[Callable]]:
+        sets = _cold(self)
+        return lambda setting: [functools.partial(one, config=setting) for one in sets]
+
+
+def launches(m: int, n: int, k: int, mode: str) -> list[IntegerLaunch]:
+    """What serves a layer on this GPU. Raises ValueError where these kernels do not run."""
+    if not integer.serves(torch.device(DEVICE)):
+        raise ValueError("no kernel for 4-bit weights in integers on this device.")
+    return [IntegerLaunch(m, n, k, mode)]
+
+
+def call_of(launch: IntegerLaunch, seed: int) -> Callable:
+    """The layer on random operands with zero points, in the widest groups; it takes `config`."""
+    m, n, k = launch.key
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    size = _group(k)
+
+    def whole(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator, device=DEVICE, dtype=torch.int8)
+
+    x = torch.randn(m, k, generator=generator, device=DEVICE).bfloat16()
+    bias = torch.randn(n, generator=generator, device=DEVICE).bfloat16()
+    qweight = whole(-8, 7, n, k // 2).view(torch.uint8)
+    zeros, scales = whole(-2, 2, n, k // size), torch.full((n, k // size), k**-0.5 / 4, device=DEVICE)
+    if launch.mode == "grouped":
+        return functools.partial(integer.grouped_through, x, qweight, scales.half(), zeros, bias)
+    steps = whole(4, 12, n, k // size)
+    return functools.partial(integer.progressive_through, x, qweight, steps, zeros, scales[:, 0] / 8, bias)
+
+
+def _group(k: int) -> int:
+    return next(size for size in SIZES if k % size == 0 and k > size)
+
+
+@functools.lru_cache(maxsize=1)
+def _one(launch: IntegerLaunch) -> Callable:
+    return call_of(launch, 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _cold(launch: IntegerLaunch) -> list[Callable]:
+    """As many sets of operands as no cache holds: each call finds its own in memory."""
+    m, n, k = launch.key
+    return [call_of(launch, seed) for seed in range(min(16, math.ceil(COLD / (2 * m * k + n * k // 2))))]

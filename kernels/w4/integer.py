@@ -1,0 +1,115 @@
+"""W4A8 layers in integers on a GPU: which launches serve them, and running them.
+
+    triton-w4a8-progressive     progressive weights: prepare (tokens_triton.py), then the product that widens weights
+                                in its main loop; or, where that was measured faster, int8 weights in memory and an
+                                8-bit product of them
+    triton-w4a8-channel         one scale an output: the same
+    triton-w4a8-grouped         scales of groups: prepare, then the product that scales the sums of groups
+    reference                   without a GPU: the formulas of progressive.py and grouped.py; the truth
+
+Sums of codes are exact, and the same in all of them. Settings in tuned/: "progressive.product", for one scale an
+output too, and "grouped.product".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..formats.int4 import GROUP
+from ..runtime.late import late
+from ..runtime.settings import best_config, capability, remembered
+from ..runtime.workspace import Workspace
+
+if TYPE_CHECKING:
+    from . import progressive_triton, tokens_triton
+    from .products import product_grouped, product_progressive, product_w4a8
+else:
+    late(
+        globals(), "progressive_triton", "tokens_triton", product_grouped="products.product_grouped",
+        product_progressive="products.product_progressive", product_w4a8="products.product_w4a8",
+    )  # fmt: skip
+
+REFERENCE, PROGRESSIVE, CHANNEL, GROUPED = (
+    "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped",
+)  # fmt: skip
+INT32, FLOAT = torch.int32, torch.float32
+
+
+def serves(device: torch.device) -> bool:
+    """Whether these kernels run there."""
+    return device.type == "cuda" and capability(device) >= (8, 0)
+
+
+known_to_serve = remembered(serves)  # not where torch.compile traces: it warns of what is cached
+
+
+@remembered
+def _room(m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales: bool, w8: bool) -> Workspace:
+    """Room for tokens, with their sums or not; for tables of factors and of scales; and for int8 weights."""
+    wide = -(-k // GROUP) * GROUP
+    tokens = [((m, wide), torch.int8), ((m,), FLOAT), ((m if sums else 0,), INT32)]
+    tables = [((groups if factors else 0, n), INT32), ((groups if scales else 0, n), FLOAT)]
+    return Workspace(*tokens, *tables, ((n if w8 else 0, wide), torch.int8))
+
+
+def progressive_through(
+    x: Tensor, qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, wscales: Tensor, bias: Tensor | None,
+    config: dict | None = None,
+) -> Tensor:  # fmt: skip
+    """`progressive.progressive_linear` of x [M, K], M and N above 0; config: not the usual one."""
+    return _exact_sums(x, qweight, wsteps, wzeros, wscales, bias, "steps", wsteps.shape[1], config)
+
+
+def grouped_through(
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None,
+    config: dict | None = None,
+) -> Tensor:  # fmt: skip
+    """`grouped.grouped_linear` of x [M, K], M and N above 0; config: not the usual one."""
+    n, groups = wscales.shape
+    if groups == 1:
+        return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, "rows", 1, config)
+    x = _rows(x)
+    m, k = x.shape
+    config = config or best_config("grouped.product", x.device, m, n, k)
+    codes, scale, _, factors, scales, _ = _room(m, n, k, groups, False, wzeros is not None, True, False).take(x)
+    qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
+    tables = (None if wzeros is None else factors), scales
+    out = x.new_empty(m, n)
+    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (n, groups))
+    product_grouped.product((codes, scale), qweight, tables, bias, out, k // groups, config)
+    return out
+
+
+def _exact_sums(x, qweight, wsteps, wzeros, wscales, bias, kind: str, groups: int, config: dict | None) -> Tensor:
+    """The products whose sums over all of K are whole numbers; kind: as in product_progressive.py."""
+    x = _rows(x)
+    (m, k), n = x.shape, len(qweight)
+    config = config or best_config("progressive.product", x.device, m, n, k)
+    unpacks, summed = config.get("UNPACK", False), kind == "rows"
+    pieces = _room(m, n, k, groups, summed and not unpacks, not unpacks, False, unpacks).take(x)
+    codes, scale, sums, factors, _, w8 = pieces
+    qweight, wsteps, wzeros, wscales = (_contiguous(one) for one in (qweight, wsteps, wzeros, wscales))
+    out = x.new_empty(m, n)
+    if unpacks:
+        tokens_triton.prepare(x, (codes, scale, None), None, None, None, (None, None), (n, 0))
+        progressive_triton.codes(qweight, wsteps, wzeros, groups, k, w8)
+        product_w4a8.product((codes, scale, out[:, :0]), (w8, wscales), None, bias, out, config)
+        return out
+    tokens = codes, scale, (sums if summed else None)
+    tokens_triton.prepare(x, tokens, wsteps, wzeros, None, (factors, None), (n, groups))
+    size = k // groups if groups > 1 else 0
+    product_progressive.product(tokens, qweight, factors, wscales, bias, out, kind, size, config)
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as the first launch reads it."""
+    x = x.float() if x.dtype == torch.float64 else x
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -1,0 +1,99 @@
+"""The W4A8 product of grouped weights in Triton: whole-number sums of a group, one multiply-add for each output.
+
+    y[m, n] = s_x[m] sum_g s[n, g] P[m, n, g]  +  b[n],    P[m, n, g] = sum_{k in g} q_x[m, k] (q[n, k] - z[n, g])
+
+The operand q - z is an int8 made in registers (words.py with steps of 1), P is an int32 with |P| < 2^22, exact in
+float32, where the sums of groups add up. Each group costs two operations on every output beside its product, a
+conversion and a multiply-add: floor M N K / 64 of them for groups of 128. As in product_progressive.py the product is
+y^T = W x^T. Tiles are smaller, for each output takes two registers, so that programs on one multiprocessor multiply
+and scale in turns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...runtime.integers import cdiv
+from ...runtime.launch import Launch, planned
+from .product_progressive import packed
+from .tiles import aligned, stored, tile_place
+from .words import packed_rows, together, token_rows, whole
+
+
+@triton.jit
+def _offset(factors_ptr, g, columns, N):
+    """a of a group, int32 [BN, 1, 1]; without zero points the same everywhere."""
+    if factors_ptr is None:
+        offset = tl.full((columns.shape[0], 1, 1), 120, tl.int32)
+    else:
+        offset = tl.load(factors_ptr + g * N + columns, mask=columns < N, other=0)[:, None, None] >> 8
+    return offset
+
+
+@triton.jit
+def _scaled(y, sums, scales_ptr, g, columns, N):
+    scale = tl.load(scales_ptr + g * N + columns, mask=columns < N, other=0.0)
+    return y + sums.to(tl.float32) * scale[:, None]
+
+
+@triton.jit
+def _grouped_kernel(
+    x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, bias_ptr, y_desc, y_ptr, M, N, K, groups,
+    SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, TMA: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
+    rows = top + tl.arange(0, BM)
+    columns = left + tl.arange(0, BN)
+    y = tl.zeros((BN, BM), tl.float32)
+    if SIZE == 32:
+        for pair in range(tl.cdiv(groups, 2)):
+            raw = packed_rows(w_ptr, left, pair, N, K // 2, BN, 1, TMA)
+            for half in tl.static_range(2):
+                g = tl.minimum(2 * pair + half, groups - 1)  # past the last group inputs are 0
+                x = token_rows(x_ptr, top, pair * 64 + 32 * half, M, K, BM, 32, TMA)
+                w = tl.reshape(whole(raw, None, _offset(factors_ptr, g, columns, N), half, PACKED), (BN, 32))
+                y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N)
+    else:
+        RUNS: tl.constexpr = SIZE // 64
+        for g in range(groups):
+            raw = packed_rows(w_ptr, left, g * RUNS, N, K // 2, BN, RUNS, TMA)
+            x = token_rows(x_ptr, top, g * SIZE, M, K, BM, SIZE, TMA)
+            a = _offset(factors_ptr, g, columns, N)
+            w = together(whole(raw, None, a, 0, PACKED), whole(raw, None, a, 1, PACKED))
+            y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N)
+    row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
+    stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
+
+
+def product(
+    tokens: tuple, qweight: Tensor, tables: tuple, bias: Tensor | None, out: Tensor, size: int, config: dict
+) -> None:
+    """Fill out [M, N] (float, contiguous).
+
+    tokens: codes int8 [M, K'] and scales float32 [M]; tables: factors int32 [G, N], or None without zero points, and
+    scales float32 [G, N], as `tokens_triton.prepare` fills them; qweight uint8 [N, K'/2]; bias [N] or None. size: 32,
+    64 or 128 inputs of a group.
+
+    config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
+    """
+    (codes, row_scale), (factors, scales) = tokens, tables
+    launch = _launch(config, *codes.shape, out.shape[1], size, scales.shape[0])
+    qweight = qweight.view(torch.int8)
+    operands = (codes, aligned(qweight)) if config["TMA"] else (codes, qweight)
+    stores = config["TMA"] and out.shape[1] * out.element_size() % 16 == 0
+    launch(*operands, factors, scales, row_scale, bias, out if stores else None, out)
+
+
+@planned
+def _launch(config: dict, m: int, k: int, n: int, size: int, groups: int) -> Launch:
+    bm, bn = config["BM"], config["BN"]
+    blocks = dict(x_ptr=(bm, size), w_ptr=(bn, max(size, 64) // 2), y_desc=(bm, bn)) if config["TMA"] else None
+    return Launch(
+        _grouped_kernel, (cdiv(m, bm) * cdiv(n, bn),), blocks, M=m, N=n, K=k, groups=groups,
+        SIZE=size, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"], PACKED=packed(config, _grouped_kernel),
+        num_warps=config["num_warps"], num_stages=config["num_stages"], maxnreg=config.get("maxnreg"),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What stays the same over the steps of sampling, computed once."""

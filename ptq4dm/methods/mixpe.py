@@ -1,0 +1,50 @@
+"""MixPE: "MixPE: Quantization and Hardware Co-design for Efficient LLM Inference", Zhang et al., arXiv 2411.16158.
+
+1. Weights in 4 bits with zero points, in groups of 128; inputs in 8 bits by token, or in 16 bits as they come.
+2. Scales after the sums:  y[m, n] = s_x[m] sum_g s[n, g] sum_{k in g} q_x[m, k] (q[n, k] - z[n, g]):  whole numbers
+   within a group, and one multiplication for each output and group instead of one for each weight. On a GPU Linear
+   layers compute so where inputs are found in each call. Convolutions fold the scales into weights of 8 bits, which
+   rounds these (kernels/w4/int4_codes.py); reports name the kernel of each layer.
+3. The product of a weight and an input by shifts and additions: hardware that is not built. Its model is
+   ptq4dm.hardware's; nothing here is faster for it.
+
+Step 1 is round to nearest on that grid and no more: what is MixPE's own is the arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UserError
+from ..layers.plan import FLOAT_INPUTS
+from ..options import option
+from ..quantization.recipe import register
+from .choices import ACTIVATIONS
+from .eight_bit import IntegerConfig
+
+WIDTHS = (8, FLOAT_INPUTS)
+
+
+@register("mixpe")
+@dataclass(repr=False)
+class MixPEConfig(IntegerConfig):
+    """MixPE. Options of IntegerConfig, with defaults of its own, and:
+
+    activation_bits: 8, or 16: inputs stay floats, and weights alone are quantized. Layers at the model's ends have 8
+        and 8 bits in either case, unless `first_last` says otherwise.
+    """
+
+    weight_bits: int = option(4, flag=False, low=4, high=4)
+    activation_bits: int = option(8, "8, or 16: inputs as they are", choices=WIDTHS)
+    group_size: int | None = option(128, "of 4-bit weights: 32, 64 or 128", parse=int)
+    affine: bool = option(True, flag=False)
+    activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation_bits not in WIDTHS:
+            raise UserError(f"activation_bits must be 8 or 16; got {self.activation_bits}.")
+        if self.group_size is None or not self.affine or self.weight_grid != "uniform":
+            raise UserError("MixPE has weights in groups with zero points, on a uniform grid; take another recipe.")
+        if self.activation_bits == FLOAT_INPUTS and self.activations == "static":
+            raise UserError("inputs of 16 bits have no grid; leave activations at 'dynamic'.")

@@ -1,0 +1,37 @@
+"""Transforms as recipes name them: "reorder", or "smooth:alpha=0.3", a name and an option of its `find`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ..errors import UserError
+from .base import TRANSFORMS, Transform
+
+
+def named(text: str) -> tuple[Transform, dict[str, float]]:
+    """(the transform, options of its `find`) that a text names: "kind" or "kind:option=number".
+
+    Raises UserError for a kind or an option that nobody knows, and for a number that is out of its range.
+    """
+    kind, colon, rest = text.partition(":")
+    transform = TRANSFORMS.find(kind)
+    if not colon:
+        return transform, {}
+    known = options_of(transform)
+    name, _, number = rest.partition("=")
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UserError(f"the transform '{kind}' has no option '{name}'; {has}.")
+    try:
+        value = float(number)
+    except ValueError:
+        raise UserError(f"'{text}' gives {name} no number; write '{kind}:{name}=0.5', for one.") from None
+    getattr(transform, "check_options", lambda **_: None)(**{name: value})
+    return transform, {name: value}
+
+
+def options_of(transform: Any) -> list[str]:
+    """The names of the options of a transform: what its `find` takes by keyword alone."""
+    parameters = inspect.signature(transform.find).parameters.values()
+    return [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from ..calibration.calls import Calls
 from ..calibration.evidence import substituted
 from ..pipelines.denoiser import evaluation_mode
-from .dataflow import Dataflow, dataflow_of
+from .dataflow import Dataflow
 from .finished import Finished, finished_before, size_of, skipping
 from .leaves import away
 from .needed import Needed, needed_after
+from .watching import dataflow_of
 
 KEPT_BYTES = 2 * 2**30  # on an accelerator that the model is on, of all walks through it
 HOST_BYTES = 8 * 2**30  # on the CPU

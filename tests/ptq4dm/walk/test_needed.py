@@ -7,9 +7,9 @@ from torch import nn
 
 from helpers import normal
 from ptq4dm.calibration.record import answers, record
-from ptq4dm.walk.dataflow import dataflow_of
 from ptq4dm.walk.finished import finished_before, skipping
 from ptq4dm.walk.needed import needed_after
+from ptq4dm.walk.watching import dataflow_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

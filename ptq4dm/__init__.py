@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
     from .methods.mixpe import MixPEConfig
+    from .methods.ohq import OHQConfig
     from .methods.pdquant import PDQuantConfig
     from .methods.ptq4dm import PTQ4DMConfig
     from .methods.qoq import QoQConfig
@@ -48,6 +49,7 @@ __all__ = [
     "EvaluateConfig",
     "GradPTQConfig",
     "MixPEConfig",
+    "OHQConfig",
     "PDQuantConfig",
     "PTQ4DMConfig",
     "PixelDiTPipeline",
@@ -80,6 +82,7 @@ __getattr__, __dir__ = lazy_names(
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
         "MixPEConfig": "methods.mixpe",
+        "OHQConfig": "methods.ohq",
         "PDQuantConfig": "methods.pdquant",
         "PTQ4DMConfig": "methods.ptq4dm",
         "PixelDiTPipeline": "pipelines.pixel_dit",
@@ -103,6 +106,7 @@ __getattr__, __dir__ = lazy_names(
         "verify": "quantization.verifying",
     },
     rooms=(
+        "budgets",
         "caching",
         "calibration",
         "evaluation",

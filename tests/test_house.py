@@ -36,7 +36,7 @@ ptq4dm/calibration
 ptq4dm/allocation  ptq4dm/walk
 ptq4dm/reconstruction
 ptq4dm/quantization
-ptq4dm/evaluation
+ptq4dm/budgets  ptq4dm/evaluation
 ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching
 svdquant/layers
 svdquant/nunchaku

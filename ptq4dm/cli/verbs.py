@@ -19,6 +19,7 @@ from .process import interrupted
 VERBS = {
     "collect": "Record what a model sees while it samples, and measure its layers' inputs.",
     "quantize": "Quantize a model and save it as a diffusers pipeline.",
+    "allocate": "Choose each layer's format under budgets of measured time and bytes; a plan for quantize.",
     "generate": "Make images: one PNG per seed.",
     "evaluate": "Measure a model: Frechet distance, errors against full precision, speed, bytes.",
     "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ptq4dm.budgets.exact import allocate
+from ptq4dm.budgets.references import dealt_out, greedy, random_choices
 from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.grid import Grid
 from ptq4dm.kernels.formats.int4 import pack_int4, quantize_groups
@@ -121,6 +123,38 @@ def shuffle_rows(model: nn.Module, plan: Plan, store, seed: int) -> Plan:
         outputs = len(model.get_submodule(name).weight)
         layer.wide = sorted(torch.randperm(outputs, generator=generator(seed, place))[: len(layer.wide)].tolist())
     return plan
+
+
+# ----------------------------------------------------------------------------------------- formats under budgets
+
+
+def chosen_by(recipe: Callable[[], QuantConfig], choose: Callable):
+    """A change of a plan: its layers have the formats that choose(the table, the recipe, seed) picks."""
+
+    def change(model: nn.Module, plan: Plan, store, seed: int) -> Plan:
+        config, plan = recipe(), copy.deepcopy(plan)
+        made = make_plan(model, config, store)
+        plan.layers, plan.packing = config.outcome.plans(choose(config.outcome.table, config, seed)), made.packing
+        return plan
+
+    return change
+
+
+def permuted_errors(table, config, seed: int):
+    """The exact choice, with the errors of layers dealt out among them."""
+    return allocate(dealt_out(table, seed), config.latency, config.bytes, config.efficiency).picks
+
+
+def greedily(table, config, seed: int):
+    picks = greedy(table, config.latency, config.bytes)
+    if picks is None:
+        raise UserError("the greedy choice does not get within the budgets.")
+    return picks
+
+
+def at_random(table, config, seed: int):
+    """A drawn choice that uses the budgets up."""
+    return random_choices(table, 1, seed, config.latency, config.bytes)[0]
 
 
 # ------------------------------------------------------------------------------------------------ SVDQuant

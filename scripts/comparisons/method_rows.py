@@ -22,6 +22,7 @@ from controls_trained import flip_trained
 from ptq4dm import (
     GradPTQConfig,
     MixPEConfig,
+    OHQConfig,
     PDQuantConfig,
     PTQ4DMConfig,
     QoQConfig,
@@ -291,9 +292,40 @@ def post_group() -> list[Row]:
     return [Row("RTN W4A8 g128, dynamic", "baseline", symmetric, "MixPE W4A8 g128"), *rows]
 
 
+def measured_allocation() -> list[Row]:
+    """Formats mixed under a budget of bytes, between 8 bits and 4 in all layers; times do not count there."""
+    rows = []
+    eight = "rtn activations=dynamic"
+    for label, four in {
+        "RTN": "rtn weight_bits=4 activations=dynamic group_size=64",
+        "gptq": "ptq4dm weight_bits=4 activations=dynamic group_size=64 objective=mse rounding=gptq",
+    }.items():
+        name = f"OHQ W8A8 and W4A8 g64 {label}, bytes 0.385"
+        options = {"candidates": (eight, four), "bytes": 0.385, "rounds": 1, "timed_batch": 1, "costs": ""}
+        recipe = partial(OHQConfig, scale="weights" if label == "RTN" else "outputs", **options)
+        rows += [
+            Row(name, "method", recipe),
+            *(
+                Row(f"{name}, {word}", "ablation", partial(recipe, **change), name)
+                for word, change in {
+                    "direct": {"sensitivity": "direct"}, "noise": {"inputs": "noise"},
+                    "errors of outputs": {"scale": "outputs"}, "errors of weights": {"scale": "weights"},
+                }.items()
+                if recipe().scale != change.get("scale")
+            ),
+            Row(f"{name}, greedy", "ablation", recipe, name, plan=controls.chosen_by(recipe, controls.greedily)),
+            Row(f"{name}, sensitivities permuted", "shuffled", recipe, name,
+                plan=controls.chosen_by(recipe, controls.permuted_errors)),
+            Row(f"{name}, formats at random", "shuffled", recipe, name,
+                plan=controls.chosen_by(recipe, controls.at_random)),
+        ]  # fmt: skip
+    return rows
+
+
 def all_rows() -> list[Row]:
     """In the order in which they are printed."""
     return [
         *eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *low_rank(), *prediction_difference(),
         *trained_blocks(), *trained_prediction(), *progressive_bits(), *post_group(),
+        *measured_allocation(),
     ]  # fmt: skip

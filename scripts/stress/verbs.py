@@ -64,6 +64,11 @@ VERBS = {
         begun="student.run",
         results=("student",),
     ),
+    "allocate": Verb(
+        "allocate --model INPUT/m --calibration INPUT/s --bytes 0.8 --num-tuples 2 --rounds 1 --timed-batch 1 "
+        "--costs= --output plan.json",
+        other="--bytes 0.9",
+    ),
     "bench samplers": Verb(
         "bench samplers --model INPUT/m32 --samplers ddim deis --evaluations 1 2 --num-images 4 --batch-size 4 "
         "--output bench"

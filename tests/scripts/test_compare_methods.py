@@ -518,3 +518,24 @@ def test_shuffled_zero_points_are_as_many_and_hurt(script, one_thread):
     assert errors[0] < 0.7 * errors[1]
     with pytest.raises(UserError, match="has zero points to shuffle"):
         controls.shuffle_zeros(copy.deepcopy(exact), exact, store, 0)
+
+
+def test_formats_are_dealt_out_anew_and_chosen_greedily(script, calibrated):
+    """Other layers have the formats, within the same budget, at no less predicted error."""
+    from ptq4dm.budgets.candidates import sixteen_bits
+
+    exact, store = calibrated
+    controls = script("controls")
+    options = {"num_tuples": 2, "draws": 2, "rounds": 1, "timed_batch": 1, "costs": "", "bytes": 0.52}
+    texts = tuple(f"rtn activations=dynamic first_last=same{more}" for more in ("", " weight_bits=4"))
+    recipe = partial(ptq4dm.OHQConfig, candidates=texts, **options)
+    config = recipe()
+    plan, table = make_plan(exact, config, store), config.outcome.table
+    for choose in (controls.permuted_errors, controls.greedily, controls.at_random):
+        picks = choose(table, config, 0)
+        assert table.fits(picks, None, 0.52) and table.error(picks) >= config.outcome.allocation.error * (1 - 1e-9)
+    other = controls.chosen_by(recipe, controls.permuted_errors)(exact, plan, store, 0)
+    assert {str(one) for one in other.layers.values()} == {str(one) for one in plan.layers.values()}
+    assert other.layers != plan.layers and other.method == "ohq"
+    model = quantized(exact, dataclasses.replace(config, plan=other), store)
+    assert sixteen_bits(model) <= 0.52 * sixteen_bits(exact)

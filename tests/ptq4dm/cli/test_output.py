@@ -40,6 +40,11 @@ TYPED = {
         "--model q",
         {"model", "pipeline", "denoiser", "scheduler", "quantization", "bytes", "layers", "left", "adapters"},
     ),
+    "allocate": (
+        "--model unet --bytes 0.9 --num-tuples 2 --draws 1 --rounds 1 --timed-batch 1 --num-samples 2 "
+        "--calibration-steps 2 --costs c --output p.json",
+        {"model", "latency", "bytes", "predicted_error", "notes", "step_milliseconds", "device", "formats", "layers"},
+    ),
     "bench samplers": (
         "--model unet --samplers ddim --evaluations 1 --num-images 2 --output b",
         {"model", "dtype", "num_images", "rows", "figures"},

@@ -12,7 +12,7 @@ import traceback
 
 import pytest
 
-from ptq4dm.cli import bench, collect, completion, distill, evaluate, generate, info, quantize, tune
+from ptq4dm.cli import allocate, bench, collect, completion, distill, evaluate, generate, info, quantize, tune
 from ptq4dm.cli.main import main
 from ptq4dm.errors import UserError
 
@@ -65,7 +65,7 @@ def no_work(monkeypatch, tmp_path):
         raise UserError(REACHED)
 
     monkeypatch.chdir(tmp_path)
-    for verb in (bench, collect, evaluate, generate, info, quantize):
+    for verb in (allocate, bench, collect, evaluate, generate, info, quantize):
         monkeypatch.setattr(verb, "load", reached)
     monkeypatch.setattr(distill, "load_pipeline", reached)
     for name in ("evaluate_images", "write_reference"):

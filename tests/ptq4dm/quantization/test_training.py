@@ -222,7 +222,7 @@ def test_variables_optimizers_and_recipes_of_ones_own_train(dit, monkeypatch):
     moved = []
 
     class Own(StraightThrough):
-        pace = 2.0
+        paces = {"gptq": 2.0, "nearest": 2.0}
 
         def project(self):
             super().project()

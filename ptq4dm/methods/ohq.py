@@ -1,0 +1,105 @@
+"""OHQ: "On-Chip Hardware-Aware Quantization for Mixed Precision Neural Networks", Huang et al., arXiv:2309.01945.
+
+1. Measure what each layer costs in each format on the device that will run it: `budgets/clocks.py`, `graphs.py`.
+2. Measure how much the model's prediction depends on each layer, with a part of the layer's weights masked: no
+   gradients, no quantized runs of the model, no images needed: `budgets/masking.py`.
+3. Give each layer a format, by an integer program, within budgets of time and bytes: `budgets/exact.py`.
+
+The abstract and notes on the paper were at hand, not its text: the share of masked weights, how formats enter, and
+the constraints are ours, and each of those files says which. The paper measures clock cycles and power of an FPGA's
+operators at 4 and 8 bits; here it is seconds of whole layers, in every format that this library has a kernel for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..budgets.candidates import Candidate, packed, recipes_of
+from ..budgets.exact import Allocation, allocate
+from ..budgets.measure import measured
+from ..budgets.options import BudgetOptions
+from ..budgets.table import Table
+from ..calibration.store import CalibrationStore
+from ..errors import UserError
+from ..layers.plan import LayerPlan
+from ..layers.registry import needs_of
+from ..layers.view import LayerView
+from ..options import option
+from ..quantization.recipe import QuantConfig, register
+
+CANDIDATES = (
+    "rtn activations=dynamic",
+    "rtn weight_bits=4 activations=dynamic",
+    "rtn weight_bits=4 group_size=128 activations=dynamic",
+    "rtn weight_bits=4 group_size=64 activations=dynamic",
+)
+ON_GPU = ("rtn format=fp8 activations=dynamic",)
+
+
+@dataclass
+class Outcome:
+    """What a recipe found: the table, the choice, and the candidates that it was made from."""
+
+    table: Table
+    allocation: Allocation
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def plans(self, picks: Any) -> dict[str, LayerPlan]:
+        """Layer -> plan of some picks of the table."""
+        chosen: list[dict[str, LayerPlan]] = [{}, *(one.plans for one in self.candidates)]
+        return {
+            name: chosen[pick][name]
+            for name, pick in zip(self.table.layers, map(int, picks), strict=True)
+            if name in chosen[pick]
+        }
+
+
+@register("ohq")
+@dataclass(repr=False)
+class OHQConfig(BudgetOptions, QuantConfig):
+    """OHQ. Options: BudgetOptions and those of every method.
+
+    Without candidates named: round to nearest in 8 bits, in 4 bits with one scale an output, with one for 128 and for
+    64 inputs, dynamic inputs; on a GPU also fp8. `outcome` is what was found, once the recipe was resolved.
+    """
+
+    packs_while_loading: ClassVar[bool] = False
+    candidates: tuple[str, ...] = option((), "recipes, each 'method option=value ...'; of 8 and 4 bits otherwise")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        BudgetOptions.check(self)
+        self.outcome: Outcome | None = None  # no choice, so no field
+        self._packing: dict[str, Any] = {}
+        if self.candidates:
+            recipes_of(self.candidates)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Always, but to follow a plan whose formats look at nothing: calls of the model are timed."""
+        if self.plan is not None:
+            return any(needs_of(choice) for choice in self.plan.layers.values()) or super().needs_calibration
+        return True
+
+    def resolve(
+        self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
+    ) -> dict[str, LayerPlan]:
+        """The plan of least predicted error within the budgets."""
+        if store is None:
+            raise UserError("OHQConfig times calls of the model: pass a store from ptq4dm.collect(pipe).")
+        texts = self.candidates or CANDIDATES + (ON_GPU if _on_gpu(model) else ())
+        candidates, self._packing = packed(model, recipes_of(texts), store, self.modules_to_not_convert)
+        table = measured(model, views, candidates, store.recorded(), self)
+        self.outcome = Outcome(table, allocate(table, self.latency, self.bytes, self.efficiency), candidates)
+        return self.outcome.plans(self.outcome.allocation.picks)
+
+    def packing_options(self) -> dict[str, Any]:
+        """What the candidates look at."""
+        return self._packing
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cuda"

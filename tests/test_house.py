@@ -33,7 +33,7 @@ ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
 ptq4dm/layers
 ptq4dm/calibration
-ptq4dm/allocation
+ptq4dm/allocation  ptq4dm/walk
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation

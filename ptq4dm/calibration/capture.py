@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,8 @@ from .calls import Calls
 from .record import answers
 
 MAX_ROWS = 8192  # token rows kept per layer
+Resumed = Callable[[int], AbstractContextManager[None]]
+"""Number of a batch -> what its call is made in, so that it begins where the batch stands in the model."""
 
 
 class _Enough(Exception):
@@ -76,11 +78,18 @@ def _output_size(module: nn.Conv2d, x: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, layers: list[str], modules: list[str], batches: list[Calls], seed: int) -> Captured:
+def capture(
+    model: nn.Module,
+    layers: list[str],
+    modules: list[str],
+    batches: list[Calls],
+    seed: int,
+    resumed: Resumed = lambda _: nullcontext(),
+) -> Captured:
     """Run the model on the batches, until the last of the layers and modules has been called.
 
     Of each batch MAX_ROWS / (number of batches) rows of a layer's input are kept, drawn with `seed`; inputs of
-    modules are kept whole.
+    modules are kept whole. resumed: no batch may stand behind a call of the layers and modules.
     """
     got = Captured(calls={name: [] for name in modules})
     kept: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -119,9 +128,9 @@ def capture(model: nn.Module, layers: list[str], modules: list[str], batches: li
     after = {name: done(name) for name in {*layers, *modules}}
     # The model first: no other thread's calls reach the hooks.
     with evaluation_mode(model), hooked(model, before, after), hooked(model, inside):
-        for batch in batches:
+        for place, batch in enumerate(batches):
             waiting = {*layers, *modules}
-            with suppress(_Enough):
+            with resumed(place), suppress(_Enough):
                 answers(model, batch)
     got.rows = {name: torch.cat(parts) for name, parts in kept.items() if parts}
     return got

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 
 import torch
@@ -16,7 +16,7 @@ from ..layers.base import replace_module
 from ..pipelines.denoiser import evaluation_mode
 from ..pipelines.loading import not_while_loading
 from .calls import Calls
-from .capture import Captured, capture
+from .capture import Captured, Resumed, capture
 
 BATCH = 8  # calibration tuples per forward
 
@@ -27,6 +27,7 @@ class Evidence:
     layers: names of layers whose inputs may be asked for; modules: names of modules whose calls may be.
     batches: the calls; seed: of the rows that are kept.
     before: quantized layers by name, put into the model while it runs: inputs are then what a quantized prefix gives.
+    resumed: see `capture`; without it the model runs from its start.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Evidence:
         batches: list[Calls],
         seed: int = 0,
         before: dict[str, nn.Module] | None = None,
+        resumed: Resumed = lambda _: nullcontext(),
     ):
         self.model, self.layers, self.modules = model, layers, modules
-        self.batches, self.seed, self.before = batches, seed, before or {}
+        self.batches, self.seed, self.before, self.resumed = batches, seed, before or {}, resumed
         self._layers: dict[str, LayerEvidence] = {}
         self._exact: dict[str, list[list[Tensor]]] = {}
 
@@ -47,7 +49,7 @@ class Evidence:
     def captured(self) -> Captured:
         """All that was asked for, from one run."""
         with substituted(self.model, self.before):
-            return capture(self.model, self.layers, self.modules, self.batches, self.seed)
+            return capture(self.model, self.layers, self.modules, self.batches, self.seed, self.resumed)
 
     def of(self, name: str) -> LayerEvidence:
         """What a layer is fed. Raises UserError if calibration never called it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -51,6 +51,18 @@ def blocks_of(model: nn.Module, plan: Plan, calls: Calls | None = None) -> list[
         block = name_of(leader)
         blocks.setdefault(block, Block(block)).problems[leader] = problems[leader]
     return list(blocks.values())
+
+
+def still_to_come(blocks: list[Block], enclosing: Mapping[str, str], trained: Collection[str]) -> list[set[str]]:
+    """Of each block the modules whose calls it is packed by, and those of all blocks after it: its layers, what is
+    around its problems (leader -> module), and the block itself where layers of it are trained together."""
+    found: list[set[str]] = []
+    for block in reversed(blocks):
+        own = {*block.layers, *(enclosing[leader] for leader in block.problems if leader in enclosing)}
+        if not own.isdisjoint(trained):
+            own.add(block.name)
+        found.insert(0, own | (found[0] if found else set()))
+    return found
 
 
 def _by_calls(

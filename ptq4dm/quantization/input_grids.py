@@ -22,6 +22,7 @@ from ..progress import progress_bar
 from ..ranges.inputs import activation_grid
 from ..ranges.registry import OBJECTIVES
 from ..reconstruction.prediction import PredictionDifference, batches_across
+from ..walk.walk import Walks
 
 Fed = Callable[[LayerView, LayerPlan], LayerEvidence | None]
 
@@ -63,18 +64,29 @@ def unseen(view: LayerView, store: CalibrationStore) -> bool:
 def captured_inputs(
     model: nn.Module, views: list[LayerView], store: CalibrationStore, num_tuples: int, seed: int
 ) -> Fed:
-    """What layers are fed on `num_tuples` calibration tuples, captured once for each block; None of unseen layers."""
+    """What layers are fed on `num_tuples` calibration tuples, captured once for each block; None of unseen layers.
+
+    In the order of the views the model goes on from block to block; for one before the last it begins anew.
+    """
     batches = calibration_batches(store.recorded(), num_tuples)
     blocks: dict[str, Evidence] = {}  # of one block at a time
+    order = list(dict.fromkeys(block_of(v.name) for v in views))
+    walk, stands = Walks(model).over(batches), 0
 
     def fed(view: LayerView, plan: LayerPlan) -> LayerEvidence | None:
+        nonlocal walk, stands
         if unseen(view, store):
             return None
         block = block_of(view.name)
         if block not in blocks:
             blocks.clear()
+            place = order.index(block)
+            if place < stands:
+                walk = Walks(model).over(batches)
+            stands = place
+            walk.on({v.name for v in views if block_of(v.name) in order[place:]}, {})
             names = [v.name for v in views if block_of(v.name) == block]
-            blocks[block] = Evidence(model, names, [], batches, seed)
+            blocks[block] = Evidence(model, names, [], batches, seed, resumed=walk.resumed)
         return blocks[block].of(view.name)
 
     return fed

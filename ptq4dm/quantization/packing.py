@@ -2,7 +2,7 @@
 
 Block by block, in the order of the model: layers that share an input and a format are one problem; what their formats
 need to know of calibration is captured once for the block, from full precision or from the part that is quantized
-already; each format builds the layers of its problems.
+already, by calls that go on where the block before was reached; each format builds the layers of its problems.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from ..layers.view import LayerView
 from ..options import option
 from ..pipelines.loading import not_while_loading
 from ..progress import progress_bar
-from .blocks import Block, blocks_of
+from ..walk.walk import Walks
+from .blocks import Block, blocks_of, still_to_come
 from .checkpoint import BlockCheckpoint, block_checkpoint
 from .training import Training, learned_layers, training_needs
 
@@ -91,25 +92,30 @@ def pack_plan(
             )
         store.check_model(model)
         batches = calibration_batches(store.recorded(), options.num_tuples)
-        calls = store.recorded() if learned or options.prefix == "quantized" else None
+        calls = store.recorded()
     for name in plan.layers:
         finite(model.get_submodule(name).weight, name)
     blocks = blocks_of(model, plan, calls)
     enclosing = _enclosing(model, blocks, needs, batches)
+    walks = Walks(model)
+    fed, stops = walks.over(batches), still_to_come(blocks, enclosing, learned)
     training = None
     if learned and store is not None:
-        training = Training(model, plan, learned, store.recorded(), options.num_tuples, options.seed)
+        training = Training(walks, plan, learned, store.recorded(), options.num_tuples, options.seed)
     packed: dict[str, nn.Module] = {}
     with _checkpoint(checkpoint, model, plan, store, options) as kept:
         bar = progress_bar(blocks, desc=plan.method, unit="block", hidden=not batches)
-        for block in bar:
+        for block, later in zip(bar, stops, strict=True):
             with not_while_loading():
                 done = kept.load(block.name, model) if kept else None
             if done is None:
                 leaders = [leader for leader, names in block.problems.items() if any(needs[name] for name in names)]
                 around = sorted({enclosing[leader] for leader in leaders if leader in enclosing})
                 before = packed if options.prefix == "quantized" else {}
-                evidence = Evidence(model, leaders, around, batches, options.seed, before) if leaders else None
+                evidence = None
+                if leaders:
+                    fed.on(later, before)
+                    evidence = Evidence(model, leaders, around, batches, options.seed, before, fed.resumed)
                 done = {}
                 for leader, names in block.problems.items():
                     if leader in learned:
@@ -119,7 +125,7 @@ def pack_plan(
                     with not_while_loading():
                         done |= FORMATS.find(plan.layers[leader].format).build(problem)
                 if training is not None:
-                    done |= training.block(block, done, before, evidence)
+                    done |= training.block(block, later, done, before, evidence)
                 if kept:
                     kept.save(block.name, done)
             bar.set_postfix_str(_figures(block.name, done))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import torch
@@ -17,7 +17,9 @@ from ..layers.registry import FORMATS, objective_needs
 from ..reconstruction.block import BlockTask, BlockTraining
 from ..reconstruction.items import predictions_of
 from ..reconstruction.soft import is_trainable
+from ..reconstruction.tuples import Tuples
 from ..rounding.registry import ROUNDERS
+from ..walk.walk import Walks
 from .blocks import Block
 
 
@@ -61,11 +63,9 @@ def check_trained(plan: Plan) -> None:
 class Training:
     """What all blocks of one plan share: calibration calls in batches, drawn and mixed by the seed."""
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, learned: set[str], calls: Calls, num_tuples: int, seed: int
-    ) -> None:
+    def __init__(self, walks: Walks, plan: Plan, learned: set[str], calls: Calls, num_tuples: int, seed: int) -> None:
         assert plan.learning is not None
-        self.model, self.plan, self.learned, self.learning = model, plan, learned, plan.learning
+        self.model, self.plan, self.learned, self.learning = walks.model, plan, learned, plan.learning
         self.seed = seed
         for name in (
             one for one in plan.layers if one in learned
@@ -75,29 +75,34 @@ class Training:
             choice.input_scale, choice.input_zero_point = start
         chosen = chosen_calls(calls, num_tuples)
         order = torch.randperm(len(chosen), generator=torch.Generator("cpu").manual_seed(seed))
-        self.batches = list(chosen[order].batches(self.learning.step_tuples))
-        self.reference = list(calls.batches(self.learning.step_tuples)) if self.learning.correction else None
+        batches = list(chosen[order].batches(self.learning.step_tuples))
+        reference = list(calls.batches(self.learning.step_tuples)) if self.learning.correction else []
+        self.tuples = Tuples.of(walks, batches, reference)
 
     @cached_property
     def predictions(self) -> list[Tensor]:
         """The model's own answers to each batch, made once for all blocks; nothing where training asks for none."""
-        return predictions_of(self.model, self.batches) if self.learning.prediction else []
+        return predictions_of(self.model, self.tuples.batches) if self.learning.prediction else []
 
     def block(
-        self, block: Block, fixed: Mapping[str, nn.Module], before: Mapping[str, nn.Module], evidence: Evidence | None
+        self,
+        block: Block,
+        later: Collection[str],
+        fixed: Mapping[str, nn.Module],
+        before: Mapping[str, nn.Module],
+        evidence: Evidence | None,
     ) -> dict[str, nn.Module]:
         """The trained layers of a block, with `stages` for the report: flips, block_error, block_error_nearest,
-        block_error_start."""
+        block_error_start. later: of it and all later ones, see `still_to_come`."""
         names = [name for name in block.layers if name in self.learned]
         if not names:
             return {}
         plan = self.plan
         fed = {name: evidence.of(name) for name in names if evidence and training_needs(plan, name)}
         task = BlockTask(block.name, {name: plan.layers[name] for name in names}, fixed, before, fed)
-        training = BlockTraining(
-            self.model, task, self.learning, self.batches, self.reference, self.predictions,
-            _seed(self.seed, block.name),
-        )  # fmt: skip
+        self.tuples.on(later, before)
+        seed = _seed(self.seed, block.name)
+        training = BlockTraining(self.model, task, self.learning, self.tuples, self.predictions, seed)
         layers, figures = training.run()
         for name, layer in layers.items():
             layer.stages = {

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.calls import Calls
 from ..calibration.evidence import substituted
 from ..calibration.record import ready, samples_of
 from ..errors import UserError
@@ -33,6 +32,7 @@ from ..rounding.optimizers import OPTIMIZERS, falling, move
 from .items import Item, fed, items_of, outputs_of
 from .losses import block_loss
 from .soft import FixedLayer, SoftLayer
+from .tuples import Tuples
 
 WARM_UP = 0.2  # the share of steps before soft codes are driven to whole numbers
 SHARPNESS = (20.0, 2.0)  # of that penalty, at first and at the end
@@ -81,10 +81,10 @@ class _Measured:
 
 
 class BlockTraining:
-    """The training of one block on calibration calls, `batches` of one call of the model each.
+    """The training of one block on calibration tuples, which stand before it.
 
-    reference: calls whose statistics correct inputs (Learning.correction). predictions: of the model in full
-    precision on each batch (items.predictions_of), for Learning.prediction. seed: of all that is drawn.
+    predictions: of the model in full precision on each batch (items.predictions_of), for Learning.prediction. seed:
+    of all that is drawn.
     """
 
     def __init__(
@@ -92,14 +92,13 @@ class BlockTraining:
         model: nn.Module,
         block: BlockTask,
         learning: Learning,
-        batches: list[Calls],
-        reference: list[Calls] | None = None,
+        tuples: Tuples,
         predictions: Sequence[Tensor] = (),
         seed: int = 0,
     ) -> None:
         self.model, self.block, self.learning = model, block, learning
         self.module = model.get_submodule(block.name)
-        self.batches, self.reference, self.predictions = batches, reference or batches, predictions
+        self.tuples, self.predictions = tuples, predictions
         self.draw = torch.Generator("cpu").manual_seed(seed)
         self.device = next(self.module.parameters()).device
         self.drop = torch.Generator(self.device).manual_seed(seed)
@@ -117,9 +116,8 @@ class BlockTraining:
             packed = {**block.before, **block.fixed}
             fixed = {name: FixedLayer(self.model.get_submodule(name), layer, name) for name, layer in packed.items()}
             items = items_of(
-                self.model, block.name, self.batches, block.before, self.learning, self.draw, self.reference,
-                self.predictions,
-            )  # fmt: skip
+                self.model, block.name, self.tuples, block.before, self.learning, self.draw, self.predictions
+            )
             nearest = self._measured(items, {name: one.untrained(one.nearest) for name, one in soft.items()})
             if not math.isfinite(nearest.loss + nearest.prediction):
                 raise UserError(
@@ -170,7 +168,8 @@ class BlockTraining:
                     wrong += float((y.float() - t.float()).square().sum(dtype=torch.float64))
                     energy += float(t.float().square().sum(dtype=torch.float64))
                 if self.learning.prediction:
-                    prediction += float(self._prediction(item))
+                    with self.tuples.at(item.place, self.block.before):
+                        prediction += float(self._prediction(item))
         count = len(items)
         return _Measured(wrong / energy if energy else 0.0, max(loss / count, TINY), max(prediction / count, TINY))
 

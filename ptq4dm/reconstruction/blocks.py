@@ -17,7 +17,7 @@ from ..calibration.calls import Calls
 from ..calibration.record import answers
 from ..hooks import hooked
 from ..pipelines.denoiser import evaluation_mode
-from .finished import versions
+from ..walk.finished import versions
 
 
 def call_order(model: nn.Module, names: list[str], calls: Calls) -> list[str]:

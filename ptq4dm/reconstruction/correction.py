@@ -14,25 +14,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..calibration.calls import Calls
-from ..calibration.evidence import Evidence
 from ..calibration.measure import timestep_bins
+from ..walk.walk import Walk
+from .tuples import first_call
 
 BINS = 10
 STRENGTH = 1.0
 Moments = dict[tuple[int, int], tuple[Tensor, Tensor]]  # (leaf, bin) -> mean [C] and deviation [C], float64
 
 
-def moments_of(model: nn.Module, name: str, batches: list[Calls]) -> Moments:
+def moments_of(name: str, reference: Walk) -> Moments:
     """The means and deviations of a block's inputs in full precision, by leaf and timestep bin."""
     sums = _Sums()
-    for batch in batches:
-        calls = Evidence(model, [], [name], [batch]).calls(name)
-        if calls:
-            sums.add(batch, pytree.tree_flatten(calls[0])[0])
+    for place, batch in enumerate(reference.batches):
+        call = first_call(reference, place, name)
+        if call is not None:
+            sums.add(batch, pytree.tree_flatten(call)[0])
     return sums.moments()
 
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..calibration.calls import Calls
-from ..calibration.evidence import Evidence
 from ..calibration.record import answers, ready, samples_of, tensors_of
 from ..errors import UserError
 from ..pipelines.denoiser import evaluation_mode
 from ..rounding.learned import Learning
 from .correction import corrected, moments_of
 from .losses import row_weights
+from .tuples import Tuples, first_call
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Item:
 
     exact, noisy: leaves of its arguments in full precision, and behind the quantized part. targets: its outputs in
     full precision. weights: [R] of the rows. fisher: squared gradients of the model's answer in each output, of mean
-    1. answer: the model's samples in full precision, where they are asked for.
+    1. answer: the model's samples in full precision, where they are asked for. place: the number of its batch.
     """
 
     batch: Calls
@@ -37,6 +37,7 @@ class Item:
     weights: Tensor
     fisher: list[Tensor] | None = None
     answer: list[Tensor] = field(default_factory=list)
+    place: int = 0
 
 
 def predictions_of(model: nn.Module, batches: list[Calls]) -> list[Tensor]:
@@ -49,45 +50,45 @@ def predictions_of(model: nn.Module, batches: list[Calls]) -> list[Tensor]:
 def items_of(
     model: nn.Module,
     name: str,
-    batches: list[Calls],
+    tuples: Tuples,
     before: Mapping[str, nn.Module],
     learning: Learning,
     draw: torch.Generator,
-    reference: list[Calls],
     predictions: Sequence[Tensor] = (),
 ) -> list[Item]:
     """The calls of a block, one for each batch; an expert has none where it gets no token.
 
-    before: quantized layers of the blocks before. draw: of the directions of `fisher`. reference: calls whose
-    statistics correct the distribution of inputs, where `learning` says so. predictions: of each batch, as
-        `predictions_of` gives them, where `learning` asks for the error in them.
+    tuples: they stand before the block. before: quantized layers of the blocks before. draw: of the directions of
+        `fisher`. predictions: of each batch, as `predictions_of` gives them, where `learning` asks for the error in
+        them.
 
     Raises UserError where calibration never calls the block.
     """
     module = model.get_submodule(name)
     device = next(module.parameters()).device
     found = []
-    for place, batch in enumerate(batches):
-        calls = Evidence(model, [], [name], [batch]).calls(name)
-        if not calls:
+    for place, batch in enumerate(tuples.batches):
+        call = first_call(tuples.exact, place, name)
+        if call is None:
             continue
-        exact, structure = pytree.tree_flatten(calls[0])
+        exact, structure = pytree.tree_flatten(call)
         noisy = exact
         if before:
-            behind = Evidence(model, [], [name], [batch], before=dict(before)).calls(name)
-            seen = pytree.tree_flatten(behind[0])[0] if behind else exact
+            behind = first_call(tuples.behind, place, name, before)
+            seen = exact if behind is None else pytree.tree_flatten(behind)[0]
             # An expert may be sent other tokens behind the quantized part, which have no targets.
             noisy = seen if _shapes(seen) == _shapes(exact) else exact
         weights = row_weights(batch, learning.time_weights, device)
-        found.append(Item(batch, exact, noisy, structure, [], weights))
+        found.append(Item(batch, exact, noisy, structure, [], weights, place=place))
         if learning.loss == "fisher":
-            found[-1].fisher = _fisher(model, module, batch, draw)
+            with tuples.exact.resumed(place):
+                found[-1].fisher = _fisher(model, module, batch, draw)
         if learning.prediction:
             found[-1].answer = [predictions[place].to(device)]
     if not found:
         raise UserError(f"'{name}' was not called during calibration.")
     if learning.correction:
-        moments = moments_of(model, name, reference)
+        moments = moments_of(name, tuples.reference)
         for item, exact in zip(found, corrected([(one.batch, one.exact) for one in found], moments), strict=True):
             item.exact = exact
     for item in found:

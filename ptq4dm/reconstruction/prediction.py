@@ -10,6 +10,7 @@ paper compares class probabilities; a denoiser has none, so it is its outputs th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -26,10 +27,9 @@ from ..layers.registry import quantized_copy
 from ..layers.view import LayerView
 from ..layers.w8a8 import put_input_grid
 from ..pipelines.denoiser import evaluation_mode
-from .finished import Finished, finished_before, size_of, skipping
+from ..walk.walk import Walk, Walks
 
 CLEARLY = 1.05  # times the error of the best on the same tuples: such a grid is not looked at on more of them
-KEPT_BYTES = 2 * 2**30  # of outputs that need not be made again; batches beyond run from their start
 
 
 def batches_across(calls: Calls, num_tuples: int) -> list[Calls]:
@@ -62,6 +62,8 @@ class PredictionDifference:
         self.order: list[str] = []  # of the first calls of layers
         self.settled: dict[str, nn.Module] = {}
         self._looks: dict[str, Callable[[float, int], float]] = {}  # of the layer that was asked for last
+        self._walk: Walk | None = None
+        self._stands_at = self._settled_at = 0  # places in `order`: of the walk, and of the first layer settled since
         exact = self._exact()
         self.targets = exact if targets is None else targets(exact)
         self.signal = sum(squared_error(one, torch.zeros_like(one)) for one in exact) or 1.0
@@ -74,14 +76,14 @@ class PredictionDifference:
     def of(self, name: str, plan: Any) -> LayerEvidence:
         """Evidence whose `prediction` judges static grids of a layer's input; the rest of its plan stands."""
         layer = self._packed(name, replace(plan, input_scale=1.0, input_zero_point=0))
-        done = self._finished(name)
+        self._go_on(name)
         best: list[float] = []  # what the best look so far added, batch by batch
 
         @cache
         def error(scale: float, zero: int) -> float:
             grid = replace(plan, input_scale=scale, input_zero_point=zero)
             put_input_grid(layer, grid, layer.qweight.device)
-            parts = self._parts({**self.settled, name: layer}, done, best)
+            parts = self._parts({**self.settled, name: layer}, best)
             if len(parts) < len(best):  # clearly worse on these, so it is not looked at on the others
                 return sum(best) * (sum(parts) / sum(best[: len(parts)])) / self.signal
             if not best or sum(parts) < sum(best):
@@ -97,6 +99,7 @@ class PredictionDifference:
             return None
         found = self._looks[name](plan.input_scale, plan.input_zero_point) if name in self._looks else None
         self.settled[name] = self._packed(name, plan)
+        self._settled_at = min(self._settled_at, self.order.index(name))
         self._looks = {}
         return found
 
@@ -112,23 +115,22 @@ class PredictionDifference:
         self.order = list(called)
         return found
 
-    def _finished(self, name: str) -> list[Finished]:
-        """Of each batch what is over before a layer is called; nothing for batches that there is no room for."""
-        found, room = [], KEPT_BYTES
-        with evaluation_mode(self.model), substituted(self.model, self.settled):
-            for batch in self.batches:
-                done = finished_before(self.model, name, batch) if room > 0 else []
-                room -= size_of(done)
-                found.append(done if room > 0 else [])
-        return found
+    def _go_on(self, name: str) -> None:
+        """Batches go on to a layer; from the start, where one before the place that they reached was settled, or is
+        asked for."""
+        place = self.order.index(name) if name in self.order else len(self.order)
+        if self._walk is None or min(self._settled_at, place) < self._stands_at:
+            self._walk = Walks(self.model).over(self.batches)
+        self._walk.on(set(self.order[place:]) or {name}, self.settled)
+        self._stands_at, self._settled_at = place, len(self.order)
 
-    def _parts(self, layers: dict[str, nn.Module], done: list[Finished], best: list[float]) -> list[float]:
+    def _parts(self, layers: dict[str, nn.Module], best: list[float]) -> list[float]:
         """|eps_q - eps|^2 of each batch, with some layers in place of those of their names; of the first ones alone,
         where it is CLEARLY times as much as that of the best look on the same batches."""
         parts: list[float] = []
         with evaluation_mode(self.model), substituted(self.model, layers):
-            for batch, target, over in zip(self.batches, self.targets, done, strict=True):
-                with skipping(self.model, over):
+            for place, (batch, target) in enumerate(zip(self.batches, self.targets, strict=True)):
+                with self._walk.resumed(place) if self._walk else nullcontext():
                     parts.append(squared_error(samples_of(answers(self.model, batch)[0], batch), target))
                 if best and sum(parts) > CLEARLY * sum(best[: len(parts)]):
                     break

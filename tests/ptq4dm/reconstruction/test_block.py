@@ -11,7 +11,9 @@ from ptq4dm.layers.plan import Int4Plan
 from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.reconstruction.block import BlockTask, BlockTraining
 from ptq4dm.reconstruction.items import outputs_of, predictions_of
+from ptq4dm.reconstruction.tuples import Tuples
 from ptq4dm.rounding.learned import Learning
+from ptq4dm.walk.walk import Walks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +42,8 @@ def test_layers_packed_before_compute_in_it_and_after_it(monkeypatch):
     block = BlockTask("block", {name: plan for name in ("block.0", "block.2")}, {}, coarse, {})
     learning = Learning(train=("rounding",), start="nearest", steps=4, prediction=1.0, augmentation="none")
     batches = list(calls.batches(1))
-    training = BlockTraining(model, block, learning, batches, predictions=predictions_of(model, batches))
+    tuples = Tuples.of(Walks(model), batches)
+    training = BlockTraining(model, block, learning, tuples, predictions=predictions_of(model, batches))
     train, seen = training._train, []
 
     def watched(layers, items, nearest):

@@ -12,7 +12,9 @@ from ptq4dm.hooks import hooked
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.reconstruction.items import fed, items_of, outputs_of, predictions_of
+from ptq4dm.reconstruction.tuples import Tuples
 from ptq4dm.rounding.learned import Learning
+from ptq4dm.walk.walk import Walks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +24,8 @@ LAST = {"dit": "transformer_blocks.1", "sd3": "transformer_blocks.0", "flux": "s
 def made(model, block, batches, before=None, **learning):
     draw = torch.Generator().manual_seed(3)
     predictions = predictions_of(model, batches) if learning.get("prediction") else ()
-    return items_of(model, block, batches, before or {}, Learning(**learning), draw, batches, predictions)
+    tuples = Tuples.of(Walks(model), batches, batches)
+    return items_of(model, block, tuples, before or {}, Learning(**learning), draw, predictions)
 
 
 def rough(model, *names):

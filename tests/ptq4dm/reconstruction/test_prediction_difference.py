@@ -18,8 +18,9 @@ from ptq4dm.layers.view import find_layers
 from ptq4dm.quantization.planning import make_plan
 from ptq4dm.ranges.inputs import InputValues
 from ptq4dm.ranges.prediction import Prediction, starts_of
-from ptq4dm.reconstruction import finished, prediction
+from ptq4dm.reconstruction import prediction
 from ptq4dm.reconstruction.prediction import PredictionDifference, batches_across
+from ptq4dm.walk import walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,8 +165,8 @@ def test_what_is_over_is_not_run_again_and_changes_nothing(build, monkeypatch):
     model = build()
     model, store = recorded(model) if isinstance(model, InPlace) else collected(model)
     plans = []
-    for kept in (prediction.KEPT_BYTES, 0):
-        monkeypatch.setattr(prediction, "KEPT_BYTES", kept)
+    for kept in (walk.HOST_BYTES, 0):
+        monkeypatch.setattr(walk, "HOST_BYTES", kept)
         plans.append(make_plan(model, PDQuantConfig(weight_bits=4, **NARROW), store))
     assert plans[0] == plans[1] and all(layer.static for layer in plans[0].layers.values())
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
@@ -182,37 +183,13 @@ def test_looks_at_the_last_layer_run_hardly_any_other(monkeypatch):
 
     monkeypatch.setattr(nn.Conv2d, "forward", counted)
     looks = []
-    for kept in (prediction.KEPT_BYTES, 0):
-        monkeypatch.setattr(prediction, "KEPT_BYTES", kept)
+    for kept in (walk.HOST_BYTES, 0):
+        monkeypatch.setattr(walk, "HOST_BYTES", kept)
         evidence = PredictionDifference(model, batches).of("conv_out", LayerPlan())
         ran.clear()
         looks.append((evidence.prediction(0.05, 0), len(ran)))
     (error, few), (same_error, many) = looks
     assert error == same_error > 0 and few == 0 and many > 10
-
-
-def test_whole_blocks_are_kept_and_others_part_by_part():
-    model, store = collected(busy(pixel_dit(num_layers=2)))
-    (batch,) = batches_across(store.recorded(), 4)
-    names = [name for name, _ in finished.finished_before(model, "transformer_blocks.1.ff.net.2", batch)]
-    assert "transformer_blocks.0" in names and not any(name.startswith("transformer_blocks.0.") for name in names)
-    assert {"transformer_blocks.1.attn1", "transformer_blocks.1.ff.net.0"} <= set(names)
-    assert "transformer_blocks.1" not in names and "transformer_blocks.1.attn1.to_q" not in names
-
-
-def test_a_call_that_changes_its_argument_is_not_kept():
-    model, store = recorded(InPlace())
-    (batch, *_) = batches_across(store.recorded(), 4)
-    assert [name for name, _ in finished.finished_before(model, "second", batch)] == ["first"]
-
-
-def test_an_error_leaves_the_modules_as_they_were():
-    model, store = recorded(Skip())
-    (batch, *_) = batches_across(store.recorded(), 4)
-    done = finished.finished_before(model, "side", batch)
-    with pytest.raises(KeyError), finished.skipping(model, done):
-        raise KeyError
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # ------------------------------------------------------------------------------------------------ the recipe
@@ -323,3 +300,19 @@ def test_batches_have_tuples_of_all_times():
         torch.cat([part.places for part in parts]).tolist()
         == torch.cat([calls[units[k::3]].places for k in range(3)]).tolist()
     )
+
+
+def test_layers_that_are_asked_for_in_any_order_are_judged_the_same():
+    model, store = collected(busy(pixel_dit(num_layers=2)))
+    batches = batches_across(store.recorded(), 4)
+    first, last = (f"transformer_blocks.{block}.ff.net.2" for block in (0, 1))
+    plan = LayerPlan(activation_bits=4, input_scale=0.1, input_zero_point=0)
+    going_on = PredictionDifference(model, batches)
+    error_of_first = going_on.of(first, plan).prediction(0.1, 0)
+    going_on.settle(first, plan)
+    there = going_on.of(last, plan).prediction(0.1, 0)
+    back = PredictionDifference(model, batches)
+    alone = back.of(last, plan).prediction(0.1, 0)
+    assert back.of(first, plan).prediction(0.1, 0) == error_of_first  # the walk has passed it
+    back.settle(first, plan)
+    assert back.of(last, plan).prediction(0.1, 0) == there != alone

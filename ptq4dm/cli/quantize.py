@@ -51,7 +51,8 @@ def add(parser) -> None:
     known = methods()
     drawn = "; ".join(f"{picture.shows} ({name})" for name, picture in PICTURES.items())
     add_model(parser)
-    parser.add_argument("--method", default=METHOD, help=", ".join(known)).known = tuple(known)  # for completion
+    text = f"{', '.join(known)} (default: {METHOD})"
+    parser.add_argument("--method", help=text).known = tuple(known)  # for completion
     text = "store from `collect`; made on the fly otherwise, of --num-tuples samples at least, or of --num-samples"
     parser.add_argument("--calibration", metavar="DIR", help=text)
     parser.add_argument("--plan", metavar="JSON", help="follow a saved plan instead of a method's options")
@@ -77,7 +78,8 @@ def recipes_of(args) -> dict[str, QuantConfig]:
     names = sorted({name for kind in methods().values() for name in options_of(kind)})
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.plan is None:
-        return {args.component or "": QuantConfig.from_dict({"method": args.method, **options})}
+        return {args.component or "": QuantConfig.from_dict({"method": args.method or METHOD, **options})}
+    options |= {} if args.method is None else {"method": args.method}
     if options:
         raise UserError(
             f"--plan has settled every choice of the method; leave out {', '.join(map(flag_of, options))}."

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import UserError
 from ..options import option
 from ..quantization.recipe import register
 from .trained import TrainedConfig
@@ -28,13 +29,23 @@ from .trained import TrainedConfig
 class PDQuantConfig(TrainedConfig):
     """PD-Quant. Options: IntegerConfig and, with rounding="learned", Learning.
 
-    num_tuples: on which predictions are compared, and blocks trained. activations="dynamic" leaves nothing to choose
-    in step 1; weights get grids of least squared error in any case.
+    num_tuples: on which predictions are compared, and blocks trained. Weights get grids of least squared error. Where
+    inputs have no static int8 grids (activations="dynamic", format="fp8") training alone is left; without it such a
+    recipe is refused.
     """
 
     rounding: str = option("nearest", "nearest, or gptq, chooses scales only; learned trains blocks")
     prefix: str = option("quantized", "what blocks are fed: by quantized blocks before them, or exact")
     prediction: float = option(1.0, "weight of the error in the model's prediction", low=0.0)
+
+    def _check_used(self) -> None:
+        super()._check_used()
+        if self.rounding != "learned" and not self._asks_model:
+            given = "format='fp8'" if self.format == "fp8" else "activations='dynamic'"
+            raise UserError(
+                f"{given} leaves no input range for PD-Quant to choose, and rounding='{self.rounding}' trains no "
+                "block; take rounding='learned', static int8 inputs, or method ptq4dm."
+            )
 
     def ranges(self) -> tuple[str, float | None]:
         """The prediction difference, which has no parameter."""

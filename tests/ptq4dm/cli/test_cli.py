@@ -394,6 +394,7 @@ WRONG = [
     ([*QUANTIZE, "--calibration", "torn"], "statistics.safetensors cannot be read"),
     ([*QUANTIZE, "--plan", "nowhere.json"], "nowhere.json is missing"),
     ([*QUANTIZE, "--plan", "store/store.json"], "a plan written by ptq4dm cannot be read"),
+    ([*QUANTIZE, "--plan", "static/plan.json", "--method", "rtn"], "leave out --method"),
     (["quantize", "--model", "dit", "--plan", "static/plan.json"], "plan is of another model"),
     ([*QUANTIZE, "--plan", "static/plan.json", "--symmetric", "--weight-bits", "4"],
      "leave out --symmetric, --weight-bits"),

@@ -97,6 +97,11 @@ def test_costs_per_operation_change_energies_alone(desk, capsys):
         ("--model model --batch-size 0", "--batch-size must be from 1 to"),
         ("--model model --num-inference-steps -1", "--num-inference-steps must be from 1 to"),
         ("--model vit-b --num-inference-steps 5", "takes no steps"),
+        (
+            "--model flux --guidance-scale 5",
+            "'flux' is modelled by its shapes alone: --guidance-scale",
+        ),
+        ("--model opt-6.7b --prompt x", "--prompt would change nothing"),
         ("--model sd3", "is neither an embedded model"),
         ("--costs 7nm", "choose from 28nm, 45nm"),
     ],

@@ -13,12 +13,11 @@ from models import pixel_dit, plain_unet
 from ptq4dm import PDQuantConfig, PTQ4DMConfig, UserError
 from ptq4dm.calibration.measure import store_of
 from ptq4dm.calibration.record import record
-from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.plan import LayerPlan, Plan
 from ptq4dm.layers.view import find_layers
 from ptq4dm.quantization.planning import make_plan
 from ptq4dm.ranges.inputs import InputValues
 from ptq4dm.ranges.prediction import Prediction, starts_of
-from ptq4dm.reconstruction import prediction
 from ptq4dm.reconstruction.prediction import PredictionDifference, batches_across
 from ptq4dm.walk import walk
 
@@ -248,14 +247,15 @@ def test_options_go_together_with_it(config):
     assert {layer.rounding for layer in plan.layers.values()} == {config.get("rounding", "nearest")}
 
 
-@pytest.mark.parametrize("config", [{"activations": "dynamic"}, {"format": "fp8"}])
-def test_where_there_is_nothing_to_choose_the_model_is_not_run(config, monkeypatch):
-    monkeypatch.setattr(prediction, "answers", lambda *_: pytest.fail("the model was run"))
-    model, store = collected(plain_unet())
-    recipe = PDQuantConfig(**config)
-    assert recipe.packs_while_loading
-    without = None if config.get("activations") == "dynamic" else store
-    assert make_plan(model, recipe, without).layers
+@pytest.mark.parametrize(
+    ("options", "given"), [({"activations": "dynamic"}, "activations='dynamic'"), ({"format": "fp8"}, "format='fp8'")]
+)
+def test_where_there_is_nothing_to_choose_it_is_refused(options, given):
+    for rounding in ("nearest", "gptq") if given[0] == "a" else ("nearest",):
+        with pytest.raises(UserError, match=f"{given} leaves no input range.*rounding='{rounding}' trains no block"):
+            PDQuantConfig(rounding=rounding, **options)
+    plan = Plan("pdquant", {"layer": LayerPlan()})
+    assert PDQuantConfig(plan=plan, **options).plan is plan  # options tell how it was made
 
 
 def test_a_store_is_asked_for_in_a_sentence():

@@ -9,9 +9,15 @@ from torch import Tensor
 CACHE: dict[int, tuple] = {}  # id of a weight -> (reference to it, its address and version), {key: layout}
 
 
-def prepared(qweight: Tensor, key, build) -> Tensor:
-    """build() of this tensor, kept under `key`. Codes stay codes in it, never floats."""
-    state = qweight.data_ptr(), 0 if qweight.is_inference() else qweight._version
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place, which tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def prepared(qweight: Tensor, key, build, *others: Tensor) -> Tensor:
+    """build() of this tensor, and of others, kept under `key`. Codes stay codes in it, never floats."""
+    state, *more = ((one.data_ptr(), version_of(one)) for one in (qweight, *others))
+    key = (key, *more) if more else key
     name = id(qweight)
     entry = CACHE.get(name)
     if entry is None or entry[0][0]() is not qweight or entry[0][1] != state:

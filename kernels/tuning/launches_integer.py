@@ -15,9 +15,9 @@ import torch
 from ..runtime.settings import best_config, capability
 from ..w4 import integer
 from .candidates_integer import settings_of
+from .launches_w4 import cold_sets
 
 DEVICE = "cuda"
-COLD = 256 << 20  # bytes that one round over the sets of a shape moves at least
 SIZES = (128, 64, 32)  # inputs of a group: the first that makes several
 
 
@@ -100,4 +100,4 @@ def _one(launch: IntegerLaunch) -> Callable:
 def _cold(launch: IntegerLaunch) -> list[Callable]:
     """As many sets of operands as no cache holds: each call finds its own in memory."""
     m, n, k = launch.key
-    return [call_of(launch, seed) for seed in range(min(16, math.ceil(COLD / (2 * m * k + n * k // 2))))]
+    return [call_of(launch, seed) for seed in range(cold_sets(m, n, k))]

@@ -109,7 +109,12 @@ def operands(m: int, n: int, k: int, rank: int, seed: int) -> SimpleNamespace:
 
 def sets_for(m: int, n: int, k: int, rank: int) -> list[SimpleNamespace]:
     """As many sets of operands as no cache holds: each call finds its own in memory."""
-    return [operands(m, n, k, rank, seed) for seed in range(min(16, math.ceil(COLD / (2 * m * k + n * k // 2))))]
+    return [operands(m, n, k, rank, seed) for seed in range(cold_sets(m, n, k))]
+
+
+def cold_sets(m: int, n: int, k: int) -> int:
+    """How many sets of 16-bit inputs and a 4-bit weight no cache holds."""
+    return min(16, math.ceil(COLD / (2 * m * k + n * k // 2)))
 
 
 def state_for(one, mode: str) -> SimpleNamespace:

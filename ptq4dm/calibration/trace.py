@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..hooks import hooked, input_of
+from ..kernels.runtime.prepared import version_of
 from ..layers.view import LayerView
 from ..pipelines.denoiser import evaluation_mode, time_names
 from .calls import Call, Calls
@@ -72,7 +73,7 @@ def _trace(model: nn.Module, views: list[LayerView], calls: Calls) -> dict[str, 
             if fed_tokens(x, samples):
                 tokens.add(name)
             if name not in inputs and x.numel():
-                inputs[name] = x, 0 if x.is_inference() else x._version  # counts changes in place
+                inputs[name] = x, version_of(x)
 
         return hook
 

@@ -182,9 +182,13 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         self._allocate_bias(conv, conv.bias is not None, device)
         self._allocate(self.weight_shape, device)
 
+    @property
+    def geometry(self) -> tuple:
+        """Sizes of its windows, where they lie, and its groups, as torch and the ops of convolutions take them."""
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+
     def _float_layer(self) -> nn.Conv2d:
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        return nn.Conv2d(self.in_channels, self.out_channels, *geometry, bias=False, device="meta")
+        return nn.Conv2d(self.in_channels, self.out_channels, *self.geometry, bias=False, device="meta")
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, {self.plan}"

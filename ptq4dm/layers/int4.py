@@ -128,8 +128,7 @@ class Int4Conv2d(Int4Layer, QuantizedConv2d):
     """Zero-padded convolution with weights of 4 bits: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        return int4_ops.int4_conv2d(input, *self.operands, *geometry)
+        return int4_ops.int4_conv2d(input, *self.operands, *self.geometry)
 
 
 def pixel_first(weight: Tensor) -> Tensor:

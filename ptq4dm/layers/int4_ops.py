@@ -21,6 +21,7 @@ Where kernels on a GPU unpack, as triton-w4a8-int8 does too, they fold the scale
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ def kernel_name(
     static: bool,
     bits: int,
     groups: int,
+    progressive: bool = False,
 ) -> str:
     """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution."""
     query = dispatch.Query(
@@ -66,6 +68,7 @@ def kernel_name(
         device=device,
         static=static,
         zeros=affine,
+        progressive=progressive,
         # On a GPU narrower grids of inputs are for the kernels that take any grid.
         linear=linear and (bits == 8 or device.type == "cpu"),
         inputs=inputs,
@@ -86,6 +89,11 @@ def unpacked_rows(packed: Tensor, inputs: int) -> Tensor:
 def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> Tensor:
     """The float32 weight [N, K] that the codes stand for."""
     return Grid(wscales, wzeros, -8, 7).values(unpacked_rows(qweight, inputs))
+
+
+def windows(matrix: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Rows [N, K], K = kh kw C in this order, as the weight of a convolution: a view [N, C, kh, kw]."""
+    return matrix.view(len(matrix), *kernel, matrix.shape[1] // math.prod(kernel)).permute(0, 3, 1, 2)
 
 
 @op
@@ -156,14 +164,13 @@ def int4_conv2d(
     name = kernel_name(x.device, False, inputs, wscales.shape[1], affine, static, activation_bits, groups)
     grid = (input_scale, input_zero_point, activation_bits)
     geometry = (list(stride), list(padding), list(dilation), groups)
-    shape = (len(qweight), *kernel, channels)
     if name == w8a8.REFERENCE or not x.numel():
-        weight = weight_of(qweight, wscales, wzeros, inputs).view(shape).permute(0, 3, 1, 2)
+        weight = windows(weight_of(qweight, wscales, wzeros, inputs), kernel)
         pixels = rounded(x, *grid, (1, 2, 3))
         y = F.conv2d(pixels, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
     codes, scale = _int8(qweight, wscales, wzeros, inputs)
-    return w8a8.w8a8_conv2d(x, codes.view(shape).permute(0, 3, 1, 2), scale, bias, *grid, *geometry)
+    return w8a8.w8a8_conv2d(x, windows(codes, kernel), scale, bias, *grid, *geometry)
 
 
 @int4_conv2d.register_fake

@@ -170,8 +170,7 @@ class PowerConv2d(PowerLayer, QuantizedConv2d):
     """Zero-padded convolution, W from a codebook: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        return power_ops.power_conv2d(input, *self.operands, *geometry)
+        return power_ops.power_conv2d(input, *self.operands, *self.geometry)
 
 
 register_format("power", plan=PowerPlan, layers={nn.Linear: PowerLinear, nn.Conv2d: PowerConv2d}, grid="power")

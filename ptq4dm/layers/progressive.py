@@ -214,8 +214,7 @@ class ProgressiveConv2d(ProgressiveLayer, QuantizedConv2d):
     """Zero-padded convolution with weights of 4 bits: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        return progressive_ops.stepped_conv2d(input, *self.operands, *geometry)
+        return progressive_ops.stepped_conv2d(input, *self.operands, *self.geometry)
 
 
 def _needs(plan: ProgressivePlan) -> frozenset[str]:

@@ -22,37 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch
 from ..kernels.cpu import w4a8 as cpu
 from ..kernels.formats.hadamard import turned
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
-from ..kernels.runtime.settings import remembered
 from ..kernels.w4 import integer
 from ..kernels.w4.progressive import progressive_codes, progressive_linear
 from ..kernels.w8a8 import layer as w8a8
-from ..kernels.w8a8.window import Window
+from . import int4_ops
+from .int4_ops import windows
 
 
-@remembered
 def kernel_name(
     device: torch.device, linear: bool, inputs: int, steps: int, static: bool, bits: int, groups: int
 ) -> str:
     """The kernel that serves a layer of K = `inputs` with `steps` per output; groups: those of a convolution."""
-    query = dispatch.Query(
-        "int4",
-        "int8",
-        None if steps == 1 else inputs // steps,
-        groups,
-        device=device,
-        static=static,
-        zeros=True,
-        progressive=True,
-        # On a GPU narrower grids of inputs are for the kernels that take any grid.
-        linear=linear and (bits == 8 or device.type == "cpu"),
-        inputs=inputs,
-    )
-    return dispatch.find(query).name
+    return int4_ops.kernel_name(device, linear, inputs, steps, True, static, bits, groups, True)
 
 
 @op
@@ -115,26 +100,23 @@ def stepped_conv2d(
     channels = x.shape[1] // groups
     x = turned(x.movedim(1, -1), rotation).movedim(-1, 1) if rotation else x
     codes = _int8(qweight, wsteps, wzeros, channels * kernel[0] * kernel[1])
-    weight = codes.view(len(codes), *kernel, channels).permute(0, 3, 1, 2)
     grid = (input_scale, input_zero_point, activation_bits)
     geometry = (list(stride), list(padding), list(dilation), groups)
-    return w8a8.w8a8_conv2d(x, weight, _wide(wscales), bias, *grid, *geometry)
+    return w8a8.w8a8_conv2d(x, windows(codes, kernel), _wide(wscales), bias, *grid, *geometry)
 
 
 @stepped_conv2d.register_fake
 def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     *_, kernel, stride, padding, dilation, _ = rest
-    window = Window(len(x), *x.shape[2:], tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    return x.new_empty(len(x), *window.output, len(qweight)).permute(0, 3, 1, 2)
+    return w8a8.empty_images(x, len(qweight), kernel, stride, padding, dilation)
 
 
 def _int8(qweight: Tensor, wsteps: Tensor, wzeros: Tensor, inputs: int) -> Tensor:
     """w8: made for this call on a GPU, once on a CPU."""
     if qweight.is_cuda:
         return progressive_codes(qweight, wsteps, wzeros, inputs)
-    state = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in (wsteps, wzeros))
-    key = ("progressive", inputs, state)
-    return prepared(qweight, key, lambda: progressive_codes(qweight, wsteps, wzeros, inputs))
+    key = ("progressive", inputs)
+    return prepared(qweight, key, lambda: progressive_codes(qweight, wsteps, wzeros, inputs), wsteps, wzeros)
 
 
 def _wide(wscales: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..kernels.runtime.prepared import prepared
 from ..kernels.w4.int4_codes import int4_codes
 from ..kernels.w8a8 import layer as w8a8
 from .int4 import pixel_first
+from .int4_ops import windows
 
 
 def kernel_name(device: torch.device) -> str:
@@ -83,7 +84,7 @@ def row_mix_conv2d(
     """
     channels, *kernel = qweight8.shape[1:]
     codes = _codes(qweight, qweight8, wscales, places, channels * kernel[0] * kernel[1])
-    weight = codes.view(len(codes), *kernel, channels).permute(0, 3, 1, 2)
+    weight = windows(codes, kernel)
     scales = placed(torch.cat([wscales[:, 0], weight_scale]), places)
     grid = (input_scale, input_zero_point, activation_bits)
     return w8a8.w8a8_conv2d(x, weight, scales, bias, *grid, list(stride), list(padding), list(dilation), 1)
@@ -104,8 +105,7 @@ def _codes(qweight: Tensor, qweight8: Tensor, wscales: Tensor, places: Tensor, i
 
     if qweight.is_cuda:
         return build()
-    state = qweight8.data_ptr(), 0 if qweight8.is_inference() else qweight8._version
-    return prepared(qweight, ("rows", inputs, state), build)
+    return prepared(qweight, ("rows", inputs), build, qweight8)
 
 
 def placed(stored: Tensor, places: Tensor) -> Tensor:

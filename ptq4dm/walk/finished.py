@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ..calibration.calls import Calls
 from ..calibration.record import answers
 from ..hooks import computing, hooked
+from ..kernels.runtime.prepared import version_of
 from .leaves import bytes_of, given, is_on_cpu, kept_leaf, unread
 
 PLAIN = (str, int, float, bool, type(None))  # what may stand beside tensors in an output that is kept
@@ -150,7 +151,7 @@ def may_be_kept(output: Any, arguments: Sequence) -> bool:
 def versions(arguments: Any) -> list:
     """Which tensors they are, and how often each was changed in place, which those of inference mode do not count."""
     leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    return [(id(leaf), 0 if leaf.is_inference() else leaf._version) for leaf in leaves]
+    return [(id(leaf), version_of(leaf)) for leaf in leaves]
 
 
 def _mapped(output: Any, key: str, reads: Reads | None, change: Callable[[Any, bool], Any]) -> Any:

@@ -99,11 +99,15 @@ def commit() -> str | None:
         return None
 
 
+def stores_of(args) -> Path:
+    """The folder of calibrations and of blocks that are kept: args.stores, or one beside args.output."""
+    return args.stores or args.output.with_name(f"{args.output.stem}-calibration")
+
+
 def calibration_folder(args, model: str, law: str, config) -> Path:
     """Where a calibration is kept for all processes and later commands: args.stores, or beside args.output."""
     name = f"{model}-{law}-{config.num_samples}-of-{config.num_inference_steps}-steps-seed-{config.seed}"
-    stores = args.stores or args.output.with_name(f"{args.output.stem}-calibration")
-    return stores / name.replace("/", "-").replace(" ", "-")
+    return stores_of(args) / name.replace("/", "-").replace(" ", "-")
 
 
 def made_on(device: str) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import calibration_folder, free_memory, made_on, watched
+from conditions import calibration_folder, free_memory, made_on, stores_of, watched
 from gradptq_recipes import calibration, recipe
 from paired import held_out
 from trials import Trial
@@ -69,8 +69,7 @@ class Bench:
         steps = trial.options.get("steps", self.args.whole["steps"])
         if trial.rounding or steps < LONG:
             return None
-        stores = self.args.stores or self.args.output.with_name(f"{self.args.output.stem}-calibration")
-        return stores / f"{self.model}-{bits}-{trial.name}-seed-{seed}-blocks".replace(" ", "-")
+        return stores_of(self.args) / f"{self.model}-{bits}-{trial.name}-seed-{seed}-blocks".replace(" ", "-")
 
     def _seen(self, model, store) -> float:
         """The error on the calibration tuples that training looked at."""

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from torch import nn
 
 UNET = dict(
     sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -59,3 +60,19 @@ def dit(seed=0, **config):
 def pixel_dit(seed=0, **config):
     """DiT of one layer in pixel space, [B, 3, 8, 8]."""
     return dit(seed, **PIXEL_DIT | config)
+
+
+class InPlace(nn.Module):
+    """`act` changes what `first` gave, and that is used again: the change would be missed if `act` were not run."""
+
+    config = {}
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x, timestep=None):
+        kept = self.first(x)
+        active = self.act(kept)
+        return self.third(self.second(active)) + kept

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ptq4dm
-from helpers import correlated
+from helpers import correlated, same
 from ptq4dm import PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.errors import DamagedFile
 from ptq4dm.evidence import LayerEvidence
@@ -165,9 +165,7 @@ def test_a_saved_model_comes_back_to_the_bit(tmp_path, unet, weight_bits):
     assert {str(m.plan).split()[-2] for m in model.modules() if hasattr(m, "plan")} == {"dynamic"}
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    tensors = model.state_dict()
-    assert tensors.keys() == loaded.state_dict().keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in loaded.state_dict().items())
+    assert same(model, loaded)
     x = torch.randn(1, 3, model.config.sample_size, model.config.sample_size)
     with torch.no_grad():
         assert torch.equal(model(x, 5).sample, loaded(x, 5).sample)

@@ -9,7 +9,7 @@ from torch import nn
 
 import ptq4dm
 from helpers import normal, same
-from models import pixel_dit, plain_unet
+from models import InPlace, pixel_dit, plain_unet
 from ptq4dm import PDQuantConfig, PTQ4DMConfig, UserError
 from ptq4dm.calibration.measure import store_of
 from ptq4dm.calibration.record import record
@@ -43,22 +43,6 @@ class Skip(nn.Module):
         x = self.before(x)
         side = self.side(x).clamp(-0.5, 0.5)
         return self.body(x) + self.skip * side
-
-
-class InPlace(nn.Module):
-    """`act` changes what `first` gave, and that is used again: the change would be missed if `act` were not run."""
-
-    config = {}
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x, timestep=None):
-        kept = self.first(x)
-        active = self.act(kept)
-        return self.third(self.second(active)) + kept
 
 
 def recorded(model, calls=4):

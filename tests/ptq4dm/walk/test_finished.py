@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from helpers import normal
-from models import pixel_dit
+from models import InPlace, pixel_dit
 from ptq4dm.calibration.record import answers, record
 from ptq4dm.walk.finished import finished_before, size_of, skipping
 from ptq4dm.walk.leaves import Passed, Unread
@@ -22,20 +22,6 @@ def batch_of(model, *shape):
 
 def names_of(done):
     return [one.module for one in done]
-
-
-class InPlace(nn.Module):
-    """`act` changes what `first` gave, and that is used again: the change would be missed if `act` were not run."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x, timestep=None):
-        kept = self.first(x)
-        active = self.act(kept)
-        return self.third(self.second(active)) + kept
 
 
 class Aliases(nn.Module):

@@ -32,8 +32,9 @@ ptq4dm/files
 ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
 ptq4dm/layers
+ptq4dm/layers/split
 ptq4dm/calibration
-ptq4dm/allocation  ptq4dm/walk
+ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation

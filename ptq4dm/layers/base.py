@@ -93,6 +93,11 @@ class QuantizedLayer:
         return torch.get_default_dtype() if first is None else first.dtype
 
     @property
+    def added(self) -> Tensor | None:
+        """What is added to the product [N]: the bias, and what a format has to say beside it."""
+        return self.bias
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """The float weight's shape."""
         if isinstance(self, nn.Conv2d):

@@ -93,7 +93,8 @@ class Int4Layer(RoundedLayer):
 
     def codes(self) -> Tensor:
         """The codes [N, ...], int8, unpacked in each call."""
-        return self.shaped(int4_ops.unpacked_rows(self.qweight, math.prod(self.weight_shape[1:])))
+        codes = int4_ops.unpacked_rows(self.qweight, math.prod(self.weight_shape[1:]))
+        return channel_first(codes, self.weight_shape)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
@@ -112,7 +113,7 @@ class Int4Layer(RoundedLayer):
     def operands(self) -> tuple:
         """The arguments of the int4 ops after x: weight, its grid, bias, the input's grid and its bits."""
         return (
-            self.qweight, self.wscales, self.wzeros, self.bias, self.input_scale, self.input_zero_point,
+            self.qweight, self.wscales, self.wzeros, self.added, self.input_scale, self.input_zero_point,
             self.plan.activation_bits,
         )  # fmt: skip
 

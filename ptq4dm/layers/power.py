@@ -137,7 +137,7 @@ class PowerLayer(RoundedLayer):
     def codes(self) -> Tensor:
         """The codes [N, ...], int8, unpacked in each call."""
         inputs = math.prod(self.weight_shape[1:])
-        return self.shaped(power_ops.codes_of(self.qweight, self.plan.weight_bits, inputs).contiguous())
+        return power_ops.codes_of(self.qweight, self.plan.weight_bits, inputs).contiguous().view(self.weight_shape)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
@@ -154,7 +154,7 @@ class PowerLayer(RoundedLayer):
         """The arguments of the power ops after x: codes, their grid, bias, the input's grid and its bits."""
         plan = self.plan
         return (
-            self.qweight, self.wscales, plan.exponent, plan.weight_bits, self.bias, self.input_scale,
+            self.qweight, self.wscales, plan.exponent, plan.weight_bits, self.added, self.input_scale,
             self.input_zero_point, plan.activation_bits,
         )  # fmt: skip
 

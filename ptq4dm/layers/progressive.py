@@ -198,7 +198,7 @@ class ProgressiveLayer(RoundedLayer):
     def operands(self) -> tuple:
         """The arguments of the ops after x: weight, its grid, bias, the input's grid, its bits and its rotation."""
         return (
-            self.qweight, self.wsteps, self.wzeros, self.wscales, self.bias, self.input_scale, self.input_zero_point,
+            self.qweight, self.wsteps, self.wzeros, self.wscales, self.added, self.input_scale, self.input_zero_point,
             self.plan.activation_bits, self.plan.rotation or 0,
         )  # fmt: skip
 

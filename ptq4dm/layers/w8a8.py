@@ -60,7 +60,7 @@ class W8A8Layer(RoundedLayer):
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
-        return dequantize_weight(self.qweight, self.weight_scale)
+        return self.shaped(dequantize_weight(self.qweight, self.weight_scale).flatten(1))
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
@@ -76,7 +76,7 @@ class W8A8Layer(RoundedLayer):
     def operands(self) -> tuple:
         """The arguments of the W8A8 ops after x: weight, its scales, bias, the input's grid and its bits."""
         return (
-            self.qweight, self.weight_scale, self.bias, self.input_scale, self.input_zero_point,
+            self.qweight, self.weight_scale, self.added, self.input_scale, self.input_zero_point,
             self.plan.activation_bits,
         )  # fmt: skip
 

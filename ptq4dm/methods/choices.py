@@ -36,6 +36,7 @@ def check_options(config: Any) -> None:
         )
     _check_grid(config)
     _check_average_bits(config)
+    _check_split(config)
     if config.activations not in ACTIVATIONS:
         raise UserError(f"activations must be 'static' or 'dynamic'; got '{config.activations}'.")
     if config.first_last not in FIRST_LAST:
@@ -107,4 +108,20 @@ def _check_average_bits(config: Any) -> None:
     if not config.weight_bits < config.average_bits < 8:
         raise UserError(
             f"average_bits lies between weight_bits ({config.weight_bits}) and 8; got {config.average_bits:g}."
+        )
+
+
+def _check_split(config: Any) -> None:
+    if not config.split_inputs or config.plan is not None:  # of a plan that is there, options tell how it was made
+        return
+    if config.activations != "static" or config.format != "int8":
+        given = "format='fp8'" if config.format == "fp8" else f"activations='{config.activations}'"
+        raise UserError(
+            f"split_inputs=True gives static int8 grids to the parts of inputs, and {given} has none; take "
+            "activations='static' and format='int8' with it, or leave it out."
+        )
+    if config.average_bits is not None:
+        raise UserError(
+            "split_inputs=True does not go with average_bits: layers with rows of two widths have whole inputs; "
+            "leave one of them out."
         )

@@ -19,10 +19,11 @@ from ..layers.progressive import ProgressivePlan
 from ..layers.registry import needs_of
 from ..layers.view import LayerView
 from ..options import option
-from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_scale, int8_grid, unseen
+from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_scale, unseen, with_input_grid
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
 from ..rounding.registry import ROUNDERS
+from ..seams.parts import PartedInput, check_split, parted_inputs
 from .choices import ACTIVATIONS, FIRST_LAST, GRIDS, NUMBER_FORMATS, check_options
 
 
@@ -52,6 +53,8 @@ class IntegerConfig(QuantConfig):
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
         calibration never reached is "dynamic" in either case.
     symmetric: static activation grids without a zero point.
+    split_inputs: inputs that the model concatenates (a UNet's hidden states and skips, for one) get a static grid for
+        each part, where that pays (seams/parts.py); calls of the store are made again to see them.
     first_last: the layers that read the model's input channels and write its output channels: "int8" (at
         least 8 bits, PTQ4DM's rule), "same" (no exception) or "keep" (full precision).
     rounding: of weights: "nearest", or "gptq" and others of rounding.ROUNDERS that look at calibration inputs.
@@ -81,6 +84,7 @@ class IntegerConfig(QuantConfig):
     )
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")
+    split_inputs: bool = option(False, "static grids for each part of concatenated inputs, where that pays")
     first_last: str = option("int8", "the layers at the model's ends", choices=FIRST_LAST)
     rounding: str = option("nearest", "how weights are rounded: nearest, or gptq by calibration inputs")
     num_tuples: int = option(32, "calibration tuples that roundings and objectives look at", low=1)
@@ -95,7 +99,8 @@ class IntegerConfig(QuantConfig):
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide
         """Whether each layer can be packed as its weight arrives: nothing looks at what layers are fed, or at several
         layers at once."""
-        return not self._looks and (self.average_bits is None or self.plan is not None)
+        together = self.average_bits is not None or self.split_inputs
+        return not self._looks and (self.plan is not None or not together)
 
     @property
     def _looks(self) -> frozenset[str]:
@@ -130,21 +135,28 @@ class IntegerConfig(QuantConfig):
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
     ) -> dict[str, LayerPlan]:
         """A plan for each layer; those at the model's ends as `first_last` says."""
+        parts: dict[str, PartedInput] = {}
+        if self.split_inputs:
+            parts = parted_inputs(model, views, cast(CalibrationStore, store).recorded())
         if self._asks_model:
             store = cast(CalibrationStore, store)  # make_plan has asked for one
-            made = lambda one, fed: self._allocated([one], store, fed)  # noqa: E731
+            made = lambda one, fed: self._allocated([one], store, fed, parts)  # noqa: E731
             plans = by_prediction(model, views, store, self.num_tuples, self.ranges()[0], made, self.method)
         else:
-            plans = self._allocated(views, store, self._inputs(model, views, store))
+            plans = self._allocated(views, store, self._inputs(model, views, store), parts)
+        if parts:
+            check_split(plans.values(), parts)
         if self.average_bits is None:
             return plans
         calls = None if store is None else chosen_calls(store.recorded(), self.num_tuples)
         task = RowTask(model, views, self.weight_bits, *self.ranges(), calls, self.seed)
         return with_wide_rows(plans, task, self.importance, self.average_bits)
 
-    def _allocated(self, views: list[LayerView], store: CalibrationStore | None, fed: Fed) -> dict[str, LayerPlan]:
-        edge = None if self.first_last == "keep" else lambda view: self._plan(view, store, fed, True)
-        inner = lambda view: self._plan(view, store, fed, False)  # noqa: E731
+    def _allocated(
+        self, views: list[LayerView], store: CalibrationStore | None, fed: Fed, parts: dict[str, PartedInput]
+    ) -> dict[str, LayerPlan]:
+        edge = None if self.first_last == "keep" else lambda view: self._plan(view, store, fed, parts, True)
+        inner = lambda view: self._plan(view, store, fed, parts, False)  # noqa: E731
         return allocate(views, {"edge": edge, "inner": inner}, edge_role)
 
     def _inputs(self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None) -> Fed:
@@ -154,7 +166,9 @@ class IntegerConfig(QuantConfig):
         store = cast(CalibrationStore, store)  # make_plan has asked for one
         return captured_inputs(model, views, store, self.num_tuples, self.seed)
 
-    def _plan(self, view: LayerView, store: CalibrationStore | None, fed: Fed, edge: bool) -> LayerPlan:
+    def _plan(
+        self, view: LayerView, store: CalibrationStore | None, fed: Fed, parts: dict[str, PartedInput], edge: bool
+    ) -> LayerPlan:
         """One layer's plan; at an edge the weight has 8 bits where `first_last` says so."""
         if self.format == "fp8":
             scale = fp8_scale(view, cast(CalibrationStore, store)) if self.activations == "static" else None
@@ -178,10 +192,7 @@ class IntegerConfig(QuantConfig):
         parameter = objective_parameter(objective, parameter)
         plan.objective, plan.objective_parameter, plan.rounding = objective, parameter, self.rounding
         if self.activations == "static":
-            plan.input_scale, plan.input_zero_point = int8_grid(
-                view, cast(CalibrationStore, store), activation_bits, objective, parameter, self.symmetric,
-                fed(view, plan),
-            )  # fmt: skip
+            plan = with_input_grid(plan, view, cast(CalibrationStore, store), self.symmetric, fed, parts)
         if store is not None and needs_of(plan) and unseen(view, store):
             plan.rounding, plan.objective, plan.objective_parameter = "nearest", "max", None
             if isinstance(plan, ProgressivePlan):

@@ -6,7 +6,7 @@ grid) -> LayerEvidence, or None.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -17,11 +17,13 @@ from ..calibration.trace import block_of
 from ..evidence import LayerEvidence
 from ..kernels.formats import fp8
 from ..layers.plan import LayerPlan
+from ..layers.split.choices import SplitChoices
 from ..layers.view import LayerView
 from ..progress import progress_bar
 from ..ranges.inputs import activation_grid
 from ..ranges.registry import OBJECTIVES
 from ..reconstruction.prediction import PredictionDifference, batches_across
+from ..seams.parts import Histogram, PartedInput, mapped, split_where_it_pays
 from ..walk.walk import Walks
 
 Fed = Callable[[LayerView, LayerPlan], LayerEvidence | None]
@@ -35,15 +37,44 @@ def int8_grid(
     parameter: float | None,
     symmetric: bool = False,
     evidence: LayerEvidence | None = None,
+    statistics: Histogram | None = None,
 ) -> tuple[float, int] | tuple[None, None]:
-    """(scale, zero point) of a layer's input, integers of `bits`; (None, None) if calibration never reached it."""
-    histogram, limit, low, high = store.input_of(view.name)
+    """(scale, zero point) of a layer's input, integers of `bits`; (None, None) if calibration never reached it.
+
+    statistics: of what is rounded, where that is not the input as it comes.
+    """
+    histogram, limit, low, high = statistics or store.input_of(view.name)
     if low > high:
         return None, None
     device = view.module.weight.device
     histogram = histogram.to("cpu" if device.type == "meta" else device)  # the search is quick on a GPU
     weight = None if evidence is None else view.weight.detach().float()
     return activation_grid(histogram, limit, low, high, bits, objective, parameter, symmetric, evidence, weight)
+
+
+def with_input_grid(
+    plan: LayerPlan,
+    view: LayerView,
+    store: CalibrationStore,
+    symmetric: bool,
+    fed: Fed,
+    parts: Mapping[str, PartedInput],
+) -> LayerPlan:
+    """The plan with a static grid of the layer's input, under the plan's objective; with one for each part of it,
+    where the layer is among `parts` and that pays."""
+    statistics, found = None, parts.get(view.name)
+    if found is not None:
+        asks_model = "model" in OBJECTIVES.find(plan.objective).needs
+        plan = split_where_it_pays(plan, view, found, symmetric, None if asks_model else fed(view, plan))
+        if isinstance(plan, SplitChoices):
+            if not asks_model:
+                return plan
+            statistics = mapped(found, plan)
+    plan.input_scale, plan.input_zero_point = int8_grid(
+        view, store, plan.activation_bits, plan.objective, plan.objective_parameter, symmetric, fed(view, plan),
+        statistics,
+    )  # fmt: skip
+    return plan
 
 
 def fp8_scale(view: LayerView, store: CalibrationStore) -> float | None:

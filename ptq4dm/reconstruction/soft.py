@@ -3,7 +3,8 @@
     y = Q(x) W_q^T + b,    W_q = s (q - z),    Q(x) = s_x (clamp(round(x / s_x) + z_x) - z_x)
 
 q is soft or rounded straight through (rounding/variables.py); s and b are trained where asked for, s as s_0 exp(u);
-a static input grid [l, h] as [l exp(a), h exp(c)]. Dynamic input grids are those of the layer's kernel.
+a static input grid [l, h] as [l exp(a), h exp(c)]. Dynamic input grids are those of the layer's kernel. Each part
+of a split input (layers/split) has the layer's grid, finer by its factor and moved by its offset.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class SoftInput:
         half = 2 ** (plan.activation_bits - 1)
         self.low, self.high = -half, half - 1
         self.ends: list[Tensor] = []
+        self.factors, self.offsets = self._parts(module)
         if plan.static:
             zero = plan.input_zero_point
             self.reach = (self.low - zero) * plan.input_scale, (self.high - zero) * plan.input_scale
@@ -58,6 +60,14 @@ class SoftInput:
         scale = (high - low) / (self.high - self.low)
         return scale, straight_through(self.low - low / scale)
 
+    def _parts(self, module: nn.Module) -> tuple[Tensor | float, Tensor | float]:
+        """Factors and offsets of the input's channels, as they lie in it; 1 and 0 of an input that is whole."""
+        if not hasattr(self.plan, "channels"):
+            return 1.0, 0.0
+        shape = (-1,) if isinstance(module, nn.Linear) else (-1, 1, 1)
+        factors, offsets = self.plan.channels(module.weight.shape[1])
+        return factors.to(module.weight.device).view(shape), offsets.to(module.weight.device).view(shape)
+
     def __call__(self, x: Tensor) -> Tensor:
         """x rounded, in its dtype."""
         if self.plan.activation_bits == FLOAT_INPUTS:
@@ -67,8 +77,9 @@ class SoftInput:
             codes = quantize_activation(x.detach(), scale, torch.zeros_like(scale), self.plan.activation_bits)
             return x + ((codes * scale).to(x.dtype) - x.detach())
         scale, zero = self.grid()
-        codes = (straight_through(x.float() / scale) + zero).clamp(self.low, self.high)
-        return ((codes - zero) * scale).to(x.dtype)
+        zero = zero + self.offsets
+        codes = (straight_through(x.float() * self.factors / scale) + zero).clamp(self.low, self.high)
+        return ((codes - zero) * scale / self.factors).to(x.dtype)
 
     def found(self) -> tuple[float, int]:
         """The scale and zero point that training came to."""

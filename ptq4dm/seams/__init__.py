@@ -1,0 +1,1 @@
+"""Seams of inputs, where a model concatenated what a layer reads: observed, with what each part holds."""

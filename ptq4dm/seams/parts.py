@@ -1,0 +1,190 @@
+"""What the parts of layers' inputs hold, and the plans of layers whose input is split where that pays.
+
+    noise of an input   sum over channels of step^2 / 12: what rounding adds, each channel of the input counted alike
+
+A seam is used where that sum falls by SAVED at least: between parts that are alike there is nothing to gain. The
+share, and that channels count alike, are our assumptions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.calls import Calls
+from ..calibration.input_statistics import InputStatistics
+from ..calibration.record import answers
+from ..errors import UserError
+from ..evidence import LayerEvidence
+from ..hooks import hooked, input_of
+from ..layers.plan import LayerPlan
+from ..layers.split.choices import MOST, SplitChoices, pads, parts_of
+from ..layers.split.formats import split_plan
+from ..layers.view import LayerView
+from ..pipelines.denoiser import evaluation_mode
+from ..progress import progress_bar
+from ..ranges.inputs import activation_grid
+from ..ranges.registry import OBJECTIVES, objective_parameter
+from .observe import Seams, observed_seams, one_of_each_kind
+
+SAVED = 0.05
+BATCH = 16  # calls of which parts are measured together
+
+Histogram = tuple[Tensor, float, float, float]  # counts, limit, low, high: see InputStatistics.merged
+Grid = tuple[float, int]
+
+
+@dataclass(frozen=True)
+class PartedInput:
+    """A layer's input: the seams, and the statistics of each part."""
+
+    seams: Seams
+    parts: tuple[Histogram, ...]
+
+
+def parted_inputs(model: nn.Module, views: list[LayerView], calls: Calls) -> dict[str, PartedInput]:
+    """Layer name -> its input in parts, of those layers that read a concatenation.
+
+    Seams are observed on one call of each kind; what the parts hold is measured on all calls.
+
+    Raises UserError where no layer has a seam.
+    """
+    seams = observed_seams(model, views, one_of_each_kind(calls))
+    if not seams:
+        raise UserError(
+            "split_inputs=True splits inputs that the model concatenates, and none of the layers to quantize has "
+            "one; leave it out."
+        )
+    places, count = {}, 0
+    for name, cuts in seams.items():
+        places[name], count = count, count + len(cuts) + 1
+    statistics = InputStatistics(count, 1)
+    before = {name: _measuring(statistics, places[name], cuts, name) for name, cuts in seams.items()}
+    batches = list(calls.batches(BATCH))
+    with evaluation_mode(model), hooked(model, before):
+        for batch in progress_bar(batches, desc="measure parts", unit="batch"):
+            answers(model, batch)
+    return {
+        name: PartedInput(cuts, tuple(statistics.merged(places[name] + i) for i in range(len(cuts) + 1)))
+        for name, cuts in seams.items()
+    }
+
+
+def _measuring(statistics: InputStatistics, first: int, cuts: Seams, name: str) -> Callable:
+    def add(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = input_of(args, kwargs)
+        axis = x.ndim - (1 if isinstance(module, nn.Linear) else 3)
+        for i, (start, end) in enumerate(parts_of(cuts, x.shape[axis])):
+            try:
+                statistics.update(first + i, 0, x.narrow(axis, start, end - start))
+            except UserError as error:
+                raise UserError(f"layer '{name}', channels from {start} on: {error}") from None
+
+    return add
+
+
+def split_where_it_pays(
+    plan: LayerPlan, view: LayerView, found: PartedInput, symmetric: bool, evidence: LayerEvidence | None
+) -> LayerPlan:
+    """The plan of a layer with the seams of its input, and a grid for each part; as it is where they save too little.
+
+    plan: complete but for its input grid, or complete. Where its objective asks the model, parts get the grids of
+        "mse", and the layer's own one is left to whoever asks: so that only their relation is fixed here.
+    """
+    channels = view.module.weight.shape[1]
+    sizes = [end - start for start, end in parts_of(found.seams, channels)]
+    grids = [
+        _grid(plan, part, symmetric, _of_channels(evidence, view, range(*ends)), _weight_of(view, range(*ends)))
+        for part, ends in zip(found.parts, parts_of(found.seams, channels), strict=True)
+    ]
+    whole = _grid(plan, together(found.parts), symmetric, evidence, view.weight.detach().float())
+    noise = sum(size * scale**2 for size, (scale, _) in zip(sizes, grids, strict=True))
+    if noise > (1 - SAVED) * channels * whole[0] ** 2:
+        return plan
+    scale, zero = max(grids)
+    factors = [min(scale / own, MOST) for own, _ in grids]
+    if not pads(view.module):
+        offsets = [own - zero for _, own in grids]
+        split = split_plan(plan, list(found.seams), factors, offsets)
+        split.input_scale, split.input_zero_point = scale, zero
+        return split
+    split = split_plan(plan, list(found.seams), factors, [0] * len(sizes))
+    columns = _spread(factors, sizes, view)
+    scaled = (
+        None
+        if evidence is None or evidence.rows is None
+        else LayerEvidence(evidence.rows * columns.to(evidence.rows))
+    )
+    weight = view.weight.detach().float() / columns.to(view.weight)
+    split.input_scale, split.input_zero_point = _grid(plan, together(found.parts, factors), symmetric, scaled, weight)
+    return split
+
+
+def check_split(plans: Iterable[Any], parts: Mapping[str, PartedInput]) -> None:
+    """Raises UserError where no plan has an input in parts."""
+    if not any(isinstance(plan, SplitChoices) for plan in plans):
+        raise UserError(
+            f"split_inputs=True would change nothing: {len(parts)} layers read a concatenation, and its parts are so "
+            f"alike that grids of their own save less than {SAVED:.0%} of the noise in each; leave it out."
+        )
+
+
+def together(
+    parts: tuple[Histogram, ...], factors: list[float] | None = None, shifts: list[float] | None = None
+) -> Histogram:
+    """The statistics of all parts as of one input, each times its factor and shifted: exact ends, and bins that hold
+    the centres of the parts' bins."""
+    maps = list(zip(parts, factors or [1.0] * len(parts), shifts or [0.0] * len(parts), strict=True))
+    limit = max(reach * factor + abs(shift) for (_, reach, _, _), factor, shift in maps)
+    counts = torch.zeros_like(parts[0][0])
+    n = len(counts)
+    for (own, reach, _, _), factor, shift in maps:
+        centres = (torch.arange(n, dtype=torch.float64) + 0.5) * (2 * reach / n) - reach
+        places = ((centres * factor + shift + limit) * (n / 2 / limit)).floor().long().clamp(0, n - 1)
+        counts.index_add_(0, places, own)
+    low = min(low * factor + shift for (_, _, low, _), factor, shift in maps)
+    high = max(high * factor + shift for (_, _, _, high), factor, shift in maps)
+    return counts, limit, low, high
+
+
+def mapped(found: PartedInput, plan: Any) -> Histogram:
+    """The statistics of what a split layer rounds, under its plan, as of one input."""
+    shifts = [offset * plan.input_scale for offset in plan.input_offsets]
+    return together(found.parts, plan.input_factors, shifts)
+
+
+def _grid(plan: LayerPlan, part: Histogram, symmetric: bool, evidence: LayerEvidence | None, weight: Tensor) -> Grid:
+    """The grid of a part under the plan's objective; of one that asks the model, under "mse"."""
+    histogram, limit, low, high = part
+    objective, parameter = plan.objective, plan.objective_parameter
+    if "model" in OBJECTIVES.find(objective).needs:
+        objective, parameter, evidence = "mse", objective_parameter("mse"), None
+    if low > high:  # a part without a channel, or never fed
+        return 1.0, 0
+    return activation_grid(
+        histogram.to(weight.device), limit, low, high, plan.activation_bits, objective, parameter, symmetric,
+        evidence, None if evidence is None else weight,
+    )  # fmt: skip
+
+
+def _weight_of(view: LayerView, channels: range) -> Tensor:
+    """The weight [N, k] of some input channels."""
+    return view.module.weight.detach()[:, channels.start : channels.stop].float().flatten(1)
+
+
+def _of_channels(evidence: LayerEvidence | None, view: LayerView, channels: range) -> LayerEvidence | None:
+    """What is known of some input channels; a channel of a convolution is as many columns as its kernel is large."""
+    if evidence is None or evidence.rows is None:
+        return None
+    each = view.weight.shape[1] // view.module.weight.shape[1]
+    return evidence.columns(slice(channels.start * each, channels.stop * each))
+
+
+def _spread(factors: list[float], sizes: list[int], view: LayerView) -> Tensor:
+    """The factor of each column [K] of the flattened weight."""
+    each = view.weight.shape[1] // view.module.weight.shape[1]
+    return torch.tensor(factors).repeat_interleave(torch.tensor(sizes) * each)

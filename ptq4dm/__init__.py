@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .methods.ptq4dm import PTQ4DMConfig
     from .methods.qoq import QoQConfig
     from .methods.rtn import RTNConfig
+    from .methods.splitquant import SplitQuantConfig
     from .pipelines.generate import generate
     from .pipelines.load import load_pipeline, load_reference
     from .pipelines.pixel_dit import PixelDiTPipeline
@@ -58,6 +59,7 @@ __all__ = [
     "QuantConfig",
     "RTNConfig",
     "SVDQuantConfig",
+    "SplitQuantConfig",
     "UserError",
     "cached_text",
     "collect",
@@ -91,6 +93,7 @@ __getattr__, __dir__ = lazy_names(
         "QuantConfig": "quantization.recipe",
         "RTNConfig": "methods.rtn",
         "SVDQuantConfig": "svdquant.method",
+        "SplitQuantConfig": "methods.splitquant",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",
@@ -117,6 +120,7 @@ __getattr__, __dir__ = lazy_names(
         "pipelines",
         "quantization",
         "reconstruction",
+        "seams",
         "samplers",
         "svdquant",
     ),

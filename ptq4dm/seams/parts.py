@@ -92,35 +92,45 @@ def split_where_it_pays(
 ) -> LayerPlan:
     """The plan of a layer with the seams of its input, and a grid for each part; as it is where they save too little.
 
-    plan: complete but for its input grid, or complete. Where its objective asks the model, parts get the grids of
-        "mse", and the layer's own one is left to whoever asks: so that only their relation is fixed here.
+    Arguments as in `split_at`.
     """
-    channels = view.module.weight.shape[1]
-    sizes = [end - start for start, end in parts_of(found.seams, channels)]
-    grids = [
-        _grid(plan, part, symmetric, _of_channels(evidence, view, range(*ends)), _weight_of(view, range(*ends)))
-        for part, ends in zip(found.parts, parts_of(found.seams, channels), strict=True)
-    ]
-    whole = _grid(plan, together(found.parts), symmetric, evidence, view.weight.detach().float())
+    sizes = _sizes(found, view)
+    grids = _grids(plan, view, found, symmetric, evidence)
+    whole, _ = _grid(plan, together(found.parts), symmetric, evidence, view.weight.detach().float())
     noise = sum(size * scale**2 for size, (scale, _) in zip(sizes, grids, strict=True))
-    if noise > (1 - SAVED) * channels * whole[0] ** 2:
+    if noise > (1 - SAVED) * sum(sizes) * whole**2:
         return plan
+    return split_at(plan, view, found, symmetric, evidence)
+
+
+def split_at(
+    plan: LayerPlan, view: LayerView, found: PartedInput, symmetric: bool, evidence: LayerEvidence | None
+) -> LayerPlan:
+    """The plan of a layer with a grid for each part of its input, under the plan's objective.
+
+    Where a convolution pads, parts have one zero point, that of the best grid of all parts scaled to one size; else
+    each its own. Where the objective asks the model, parts get the grids of "mse", and it is their relation that is
+    fixed here: whoever asks goes on to move all of them together.
+
+    plan: with its width and its objective. evidence: what the objective looks at, or None.
+    """
+    sizes = _sizes(found, view)
+    grids = _grids(plan, view, found, symmetric, evidence)
     scale, zero = max(grids)
     factors = [min(scale / own, MOST) for own, _ in grids]
     if not pads(view.module):
-        offsets = [own - zero for _, own in grids]
-        split = split_plan(plan, list(found.seams), factors, offsets)
+        split = split_plan(plan, list(found.seams), factors, [own - zero for _, own in grids])
         split.input_scale, split.input_zero_point = scale, zero
         return split
     split = split_plan(plan, list(found.seams), factors, [0] * len(sizes))
-    columns = _spread(factors, sizes, view)
-    scaled = (
-        None
-        if evidence is None or evidence.rows is None
-        else LayerEvidence(evidence.rows * columns.to(evidence.rows))
-    )
-    weight = view.weight.detach().float() / columns.to(view.weight)
-    split.input_scale, split.input_zero_point = _grid(plan, together(found.parts, factors), symmetric, scaled, weight)
+    columns = torch.tensor(factors).repeat_interleave(torch.tensor(sizes) * _places(view)).to(view.weight)
+    seen = None
+    if evidence is not None and evidence.rows is not None:
+        seen = LayerEvidence(evidence.rows * columns.to(evidence.rows))
+    weight = view.weight.detach().float() / columns
+    split.input_scale, split.input_zero_point = _grid(
+        plan, together(found.parts, factors), symmetric, seen, weight
+    )  # fmt: skip
     return split
 
 
@@ -171,20 +181,22 @@ def _grid(plan: LayerPlan, part: Histogram, symmetric: bool, evidence: LayerEvid
     )  # fmt: skip
 
 
-def _weight_of(view: LayerView, channels: range) -> Tensor:
-    """The weight [N, k] of some input channels."""
-    return view.module.weight.detach()[:, channels.start : channels.stop].float().flatten(1)
+def _grids(
+    plan: LayerPlan, view: LayerView, found: PartedInput, symmetric: bool, evidence: LayerEvidence | None
+) -> list[Grid]:
+    """The grid of each part, by itself."""
+    each, grids = _places(view), []
+    for part, (start, end) in zip(found.parts, parts_of(found.seams, view.module.weight.shape[1]), strict=True):
+        own = slice(start * each, end * each)
+        seen = None if evidence is None or evidence.rows is None else evidence.columns(own)
+        grids.append(_grid(plan, part, symmetric, seen, view.weight.detach()[:, own].float()))
+    return grids
 
 
-def _of_channels(evidence: LayerEvidence | None, view: LayerView, channels: range) -> LayerEvidence | None:
-    """What is known of some input channels; a channel of a convolution is as many columns as its kernel is large."""
-    if evidence is None or evidence.rows is None:
-        return None
-    each = view.weight.shape[1] // view.module.weight.shape[1]
-    return evidence.columns(slice(channels.start * each, channels.stop * each))
+def _sizes(found: PartedInput, view: LayerView) -> list[int]:
+    return [end - start for start, end in parts_of(found.seams, view.module.weight.shape[1])]
 
 
-def _spread(factors: list[float], sizes: list[int], view: LayerView) -> Tensor:
-    """The factor of each column [K] of the flattened weight."""
-    each = view.weight.shape[1] // view.module.weight.shape[1]
-    return torch.tensor(factors).repeat_interleave(torch.tensor(sizes) * each)
+def _places(view: LayerView) -> int:
+    """Columns of the flattened weight for a channel: of a convolution as many as its kernel is large."""
+    return view.weight.shape[1] // view.module.weight.shape[1]

@@ -2,6 +2,7 @@
 
     int8    q = clamp(round(x / s) + z, -2^(b-1), 2^(b-1) - 1),  NaN -> z
     e4m3    q = e4m3(clamp(x / s, -448, 448)),                   NaN -> NaN
+    parts   q = clamp(round(x f / s) + z + o, ...),  f and o of the channel: int8 of an input in parts (parts.py)
 
 They write what the convolution reads: the flat padded layout of `window`, [rows, C'], padding filled with codes of
 zero (so that a window never leaves an image) and channels up to a multiple of 32 (so that no load needs a mask). A
@@ -41,10 +42,10 @@ def encode(v, zero, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "batch", "HP", "WP"])
 def _quantize_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, rows, batch, HP, WP, sb, sh, sw, sc,
+    x_ptr, q_ptr, scale_ptr, zero_ptr, factor_ptr, offset_ptr, rows, batch, HP, WP, sb, sh, sw, sc,
     C, CP: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, UP: tl.constexpr,
-    PER_IMAGE: tl.constexpr, HAS_ZERO: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    PER_IMAGE: tl.constexpr, HAS_ZERO: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    FP8: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of the flat layout and of channels. (C is no constant: where it leaves most of a block out,
     ptxas 12.8 falls over its own e4m3 of constant zeros.)"""
@@ -60,6 +61,9 @@ def _quantize_kernel(
     else:
         inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     zero = tl.load(zero_ptr).to(tl.float32) if HAS_ZERO else 0.0
+    if PARTS:
+        value *= tl.load(factor_ptr + c, mask=c < C, other=1.0)[None, :]
+        zero += tl.load(offset_ptr + c, mask=c < C, other=0.0)[None, :]
     code = encode(value * inverse, zero, LOW, HIGH, FP8)
     tl.store(q_ptr + r.to(tl.int64)[:, None] * CP + c[None, :], code, mask=(r < rows)[:, None] & (c < CP)[None, :])
 
@@ -118,23 +122,27 @@ def quantize(
     dtype: torch.dtype,
     padding=(0, 0),
     upsample: int = 1,
+    factors: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """x [B, C, H, W] of any strides -> codes [rows, C'] in the flat layout of the padded (and upsampled) images.
 
-    scale: one float32, or one per image. dtype: of the codes, int8 or float8_e4m3fn.
+    scale: one float32, or one per image. dtype: of the codes, int8 or float8_e4m3fn. factors, offsets: float32 [C] of
+    an input in parts.
     """
     launch, size = _plan(
-        x.shape, x.stride(), padding, upsample, scale.numel() > 1, zero_point is not None, bits, dtype
-    )
+        x.shape, x.stride(), padding, upsample, scale.numel() > 1, zero_point is not None, factors is not None, bits,
+        dtype,
+    )  # fmt: skip
     codes = x.new_empty(*size, dtype=dtype)
-    launch(x, codes, scale, zero_point)
+    launch(x, codes, scale, zero_point, factors, offsets)
     return codes
 
 
 @remembered
 def _plan(
     shape: torch.Size, strides: tuple[int, ...], padding: tuple[int, int], upsample: int, per_image: bool,
-    has_zero: bool, bits: int, dtype: torch.dtype,
+    has_zero: bool, parts: bool, bits: int, dtype: torch.dtype,
 ) -> tuple[Launch, tuple[int, int]]:  # fmt: skip
     """(launch, size of the codes)."""
     (batch, channels, h, w), (sb, sc, sh, sw) = shape, strides
@@ -147,7 +155,7 @@ def _plan(
     launch = Launch(
         _quantize_kernel, (cdiv(window.rows, br), cdiv(wide, bc)),
         rows=window.rows, batch=batch, HP=hp, WP=wp, sb=sb, sh=sh, sw=sw, sc=sc, C=channels, CP=wide,
-        PH=padding[0], PW=padding[1], UP=upsample, PER_IMAGE=per_image, HAS_ZERO=has_zero,
+        PH=padding[0], PW=padding[1], UP=upsample, PER_IMAGE=per_image, HAS_ZERO=has_zero, PARTS=parts,
         LOW=-limit, HIGH=limit - 1, FP8=dtype != torch.int8, BR=br, BC=bc, num_warps=4,
     )  # fmt: skip
     return launch, (window.rows, wide)

@@ -66,12 +66,17 @@ def _exact_dtype(qweight: Tensor) -> torch.dtype:
 # --- the flat padded layout (window.py) ---------------------------------------------------------------------
 
 
-def quantize(x, scale, zero_point, bits, dtype, padding, upsample) -> Tensor:
-    """x [B, C, H, W] -> codes [rows, C'] of the padded and upsampled images, C' = C up to a multiple of 32."""
+def quantize(x, scale, zero_point, bits, dtype, padding, upsample, factors=None, offsets=None) -> Tensor:
+    """x [B, C, H, W] -> codes [rows, C'] of the padded and upsampled images, C' = C up to a multiple of 32.
+
+    factors, offsets: float32 [C] of an int8 input in parts, whose codes are those of x f, moved by o.
+    """
     x = x.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
     window = Window(len(x), *x.shape[2:], padding=tuple(padding))
     zero = encode(x.new_zeros(()), dtype, scale, zero_point, bits)
     codes = zero.float().expand(window.rows, -(-x.shape[1] // 32) * 32).to(dtype, copy=True)
+    if factors is not None:
+        x, zero_point = x.float() * factors[:, None, None], zero_point + offsets[:, None, None]
     images(codes, window, x.shape[1]).copy_(encode(x, dtype, scale, zero_point, bits))
     return codes
 

@@ -189,6 +189,9 @@ def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
         image = empty(64, 32, 32, c)
         norm.group_norm_quantize(image, empty(c), empty(c), 32, 1e-5, True, *grid, 8, form, (1, 1))
     norm.group_norm(image, empty(c), empty(c), 32, 1e-5, True)
+    parts = {"factors": empty(c, dtype=torch.float32), "offsets": empty(c, dtype=torch.float32)}
+    zero = empty(1, dtype=torch.int32)
+    quantize.quantize(empty(64, c, 8, 8), scale[:1], zero, 8, torch.int8, (1, 1), **parts)
 
 
 def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[tuple[str, str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ...kernels.w8a8 import parts
 from ..int4 import Int4Conv2d, Int4Linear
 from ..plan import Int4Plan, LayerPlan
 from ..power import PowerConv2d, PowerLinear, PowerPlan
@@ -46,11 +48,23 @@ class SplitPowerPlan(SplitChoices, PowerPlan):
 
 
 class SplitInt8Linear(SplitLayer, Int8Linear):
-    """Int8Linear of an input in parts."""
+    """Int8Linear of an input in parts. On a GPU codes come from one kernel, but from the compiler's own where it
+    makes them in the kernel that computes the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if parts.takes_parts(input.device) and not torch.compiler.is_compiling():
+            return parts.linear(input, *self.of_channels(), *self.operands)
+        return super().forward(input)
 
 
 class SplitInt8Conv2d(SplitLayer, Int8Conv2d):
-    """Int8Conv2d of an input in parts."""
+    """Int8Conv2d of an input in parts. On a GPU codes come from one kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if parts.takes_parts(input.device):
+            geometry = (self.stride, self.padding, self.dilation)
+            return parts.conv2d(input, *self.of_channels(), *self.operands, *geometry)
+        return super().forward(input)
 
 
 class SplitInt4Linear(SplitLayer, Int4Linear):

@@ -9,12 +9,14 @@ on its own; one integer product and one scale for each output serve all parts, b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ...evidence import LayerEvidence
+from ...kernels.runtime.prepared import prepared
 from ..base import frozen
 from ..rounded import RoundedLayer
 from .choices import pads, parts_of
@@ -100,18 +102,26 @@ class SplitLayer(RoundedLayer):
         taken = self.offset_sums * cast(Tensor, self.input_scale)  # parts have static grids
         return -taken if self.bias is None else self.bias.float() - taken
 
-    def mapped(self, x: Tensor) -> Tensor:
-        """x' float32, of x [..., C] of a Linear or [B, C, H, W]."""
-        shape = (-1, *[1] * (len(self.weight_shape) - 2))
+    def of_channels(self) -> tuple[Tensor, Tensor]:
+        """(factors, offsets) of the input's channels [C], float32; made once where the layer is not compiled."""
         sizes = [b - a for a, b in parts_of(self.plan.seams, self.weight_shape[1])]
 
         def spread(parts: Tensor) -> Tensor:
-            return torch.cat([part.expand(n) for part, n in zip(parts, sizes, strict=True)]).view(shape)
+            return torch.cat([part.expand(n) for part, n in zip(parts.float(), sizes, strict=True)])
 
-        factors = spread(self.input_factors)
+        found = []
+        for parts in (self.input_factors, self.input_offsets):
+            made = partial(spread, parts)
+            found.append(made() if torch.compiler.is_compiling() else prepared(parts, "channels", made))
+        return found[0], found[1]
+
+    def mapped(self, x: Tensor) -> Tensor:
+        """x' float32, of x [..., C] of a Linear or [B, C, H, W]."""
+        shape = (-1, *[1] * (len(self.weight_shape) - 2))
+        factors, offsets = (one.view(shape) for one in self.of_channels())
         if self.offset_sums is None:
             return x.float() * factors
-        return torch.addcmul(spread(self.input_offsets * cast(Tensor, self.input_scale)), x.float(), factors)
+        return torch.addcmul(offsets * cast(Tensor, self.input_scale), x.float(), factors)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(self.mapped(input)).to(input.dtype)  # type: ignore[misc]

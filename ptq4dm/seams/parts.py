@@ -100,11 +100,16 @@ def split_where_it_pays(
     noise = sum(size * scale**2 for size, (scale, _) in zip(sizes, grids, strict=True))
     if noise > (1 - SAVED) * sum(sizes) * whole**2:
         return plan
-    return split_at(plan, view, found, symmetric, evidence)
+    return split_at(plan, view, found, symmetric, evidence, grids)
 
 
 def split_at(
-    plan: LayerPlan, view: LayerView, found: PartedInput, symmetric: bool, evidence: LayerEvidence | None
+    plan: LayerPlan,
+    view: LayerView,
+    found: PartedInput,
+    symmetric: bool,
+    evidence: LayerEvidence | None,
+    grids: list[Grid] | None = None,
 ) -> LayerPlan:
     """The plan of a layer with a grid for each part of its input, under the plan's objective.
 
@@ -112,10 +117,11 @@ def split_at(
     each its own. Where the objective asks the model, parts get the grids of "mse", and it is their relation that is
     fixed here: whoever asks goes on to move all of them together.
 
-    plan: with its width and its objective. evidence: what the objective looks at, or None.
+    plan: with its width and its objective. evidence: what the objective looks at, or None. grids: those of the parts,
+        where they are known.
     """
     sizes = _sizes(found, view)
-    grids = _grids(plan, view, found, symmetric, evidence)
+    grids = grids or _grids(plan, view, found, symmetric, evidence)
     scale, zero = max(grids)
     factors = [min(scale / own, MOST) for own, _ in grids]
     if not pads(view.module):

@@ -1,4 +1,5 @@
-"""The shuffled control of split inputs: parts as large as those of the model, of channels drawn at random."""
+"""Shuffled controls of what is split: inputs in parts as large as the model's, of channels drawn at random; weights
+in clusters as large as those of their values, dealt out at random."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.calibration.record import answers
 from ptq4dm.errors import UserError
 from ptq4dm.hooks import hooked, input_of
+from ptq4dm.kernels.formats.clusters import unpack_thirds
 from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.split.choices import SplitChoices, parts_of
@@ -51,6 +53,20 @@ def random_parts(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
         whole = _whole(split[name])
         plan = split_at(whole, LayerView(name, layer), found, whole.input_zero_point == 0, None)
         replace_module(model, name, Permuted(quantized_copy(layer, plan, name), orders[name], _axis(layer)))
+
+
+def shuffle_clusters(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """Deal the clusters of each layer's weights out anew within each output, as many of each.
+
+    Raises UserError where no layer has clusters.
+    """
+    layers = [(n, one) for n, one in model.named_modules() if getattr(one, "places", None) is not None]
+    if not layers:
+        raise UserError("no layer of the model has weights in clusters: there are none to shuffle.")
+    for place, (name, layer) in enumerate(layers):
+        matrix = exact.get_submodule(name).weight.detach().float().flatten(1)
+        order = torch.rand(matrix.shape, generator=generator(seed, place)).argsort(1).to(matrix.device)
+        layer.fill(matrix, unpack_thirds(layer.places, matrix.shape[1]).gather(1, order))
 
 
 def _measured(exact: nn.Module, store, split: dict, orders: dict[str, Tensor]) -> dict[str, PartedInput]:

@@ -356,13 +356,15 @@ def split_values() -> list[Row]:
     }  # fmt: skip
     return [
         Row(name, "method", SplitQuantConfig),
-        Row(f"{name}, three layers", "method", three),
+        Row(f"{name}, three layers", "ablation", three, name),
         Row(f"{name}, one cluster a tensor", "ablation", partial(SplitQuantConfig, clusters=1, granularity="tensor"),
             name),
         Row(f"{name}, one cluster", "ablation", partial(SplitQuantConfig, clusters=1), name),
         Row(f"{name}, clusters a tensor", "ablation", partial(SplitQuantConfig, granularity="tensor"), name),
         Row(f"{name}, three layers, clusters a tensor", "ablation", partial(three, granularity="tensor"), name),
-        Row("SplitQuant W4", "method", partial(SplitQuantConfig, weight_bits=4)),
+        Row(f"{name}, codes of 4 bits", "ablation", partial(SplitQuantConfig, weight_bits=4), name),
+        Row(f"{name}, clusters at random", "shuffled", SplitQuantConfig, name,
+            packed=controls_split.shuffle_clusters),
         *(Row(f"RTN {label}, all layers", "baseline", partial(grids, **one), name) for label, one in by_bits.items()),
     ]  # fmt: skip
 

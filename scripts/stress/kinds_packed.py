@@ -29,6 +29,9 @@ FORMATS: dict[str, tuple[Callable, Any]] = {
     "progressive": (tiny_dit, RTN(weight_bits=4, group_size=32, weight_grid="progressive", **DYNAMIC)),
     "power": (tiny_dit, RTN(weight_bits=4, weight_grid="power", **DYNAMIC)),
     "rows of two widths": (tiny_dit, RTN(weight_bits=4, average_bits=5.0, num_tuples=2, **DYNAMIC)),
+    "inputs in parts": (tiny_unet, ptq4dm.PTQ4DMConfig(objective="max", split_inputs=True)),
+    "clusters of values": (tiny_dit, ptq4dm.SplitQuantConfig()),
+    "clusters of values, three tensors": (tiny_dit, ptq4dm.SplitQuantConfig(form="literal")),
     "svdquant": (tiny_dit, SVDQ(rank=4, num_tuples=2, smoothing=0.5, rounding="nearest", refinements=1)),
 }
 

@@ -539,3 +539,39 @@ def test_formats_are_dealt_out_anew_and_chosen_greedily(script, calibrated):
     assert other.layers != plan.layers and other.method == "ohq"
     model = quantized(exact, dataclasses.replace(config, plan=other), store)
     assert sixteen_bits(model) <= 0.52 * sixteen_bits(exact)
+
+
+# ------------------------------------------------------------------------------------------------ what is split
+
+
+def test_parts_at_random_have_the_sizes_and_the_bytes_of_the_seams(script, calibrated):
+    """And grids for what they hold: those of one part are as wide as those of the other."""
+    exact, store = calibrated
+    model = quantized(exact, ptq4dm.RTNConfig(split_inputs=True), store)
+    plans = {n: m.plan for n, m in model.named_modules() if hasattr(getattr(m, "plan", None), "seams")}
+    size = stored_bytes(model)
+    script("controls_split").random_parts(model, exact, store, 0)
+    drawn = {name: model.get_submodule(name) for name in plans}
+    assert drawn and stored_bytes(model) == size
+    for name, one in drawn.items():
+        assert one.layer.plan.seams == plans[name].seams and sorted(one.order.tolist()) == list(range(len(one.order)))
+    calls = store.recorded()
+    assert (replay(model, calls) - replay(exact, calls)).norm() < 0.2 * replay(exact, calls).norm()
+    with pytest.raises(UserError, match="no parts to draw"):
+        script("controls_split").random_parts(copy.deepcopy(exact), exact, store, 0)
+
+
+def test_clusters_at_random_are_as_large_and_no_better_than_one(script, unet):
+    exact = unet()
+    model, one = (quantized(exact, ptq4dm.SplitQuantConfig(clusters=count), None) for count in (3, 1))
+    error = lambda net: sum(  # noqa: E731
+        float((layer.dequantized_weight() - exact.get_submodule(name).weight.detach()).square().sum())
+        for name, layer in net.named_modules()
+        if hasattr(layer, "dequantized_weight")
+    )
+    split, size = error(model), stored_bytes(model)
+    script("controls_split").shuffle_clusters(model, exact, None, 0)
+    assert stored_bytes(model) == size and split < 0.3 * error(one)
+    assert error(model) > 0.7 * error(one)
+    with pytest.raises(UserError, match="none to shuffle"):
+        script("controls_split").shuffle_clusters(one, exact, None, 0)

@@ -119,6 +119,11 @@ class ValueSplitLayer(QuantizedLayer):
         ids = torch.zeros_like(matrix, dtype=torch.uint8)
         if plan.clusters > 1:
             ids = clusters(matrix, plan.scope == "output", plan.clusters)
+        self.fill(matrix, ids)
+
+    def fill(self, matrix: Tensor, ids: Tensor) -> None:
+        """Set the layer's tensors from a weight [N, K] float32 and the cluster of each, uint8 [N, K]."""
+        plan = self.plan
         low, high = _ends(matrix, ids, plan)
         if plan.form == "literal":
             self._fill_literal(matrix, ids, low.clamp(max=0), high.clamp(min=0))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ..errors import UserError
 from ..rounding.learned import Learning
 from .eight_bit import IntegerConfig
+
+FEW_BITS = 4  # of inputs: Hessian rounding fits exact ones, which these are far from
 
 
 @dataclass(repr=False)
@@ -38,5 +40,10 @@ class TrainedConfig(IntegerConfig, Learning):
                 "rounding, scales or biases too, or take activations='static'."
             )
 
+    @property
+    def origin(self) -> str:
+        """The rounding that trained codes begin at: by our tables nearest where inputs have few bits, else gptq."""
+        return "nearest" if self.start is None and self.activation_bits <= FEW_BITS else super().origin
+
     def learning(self) -> Learning | None:
-        return Learning.of(self) if self.rounding == "learned" else None
+        return replace(Learning.of(self), start=self.origin) if self.rounding == "learned" else None

@@ -39,7 +39,8 @@ class SplitQuantConfig(QuantConfig):
     """SplitQuant. Options of QuantConfig, and:
 
     weight_bits: of a code, 2 to 8.
-    clusters: 3; 2, or 1 for the plain affine grid that the paper compares with.
+    clusters: 3, or 2. 1, with form="literal", is the plain grid with a zero point that the paper compares with; in
+        form="codes" that grid has no code for zero.
     form: "codes", a cluster and a code for each weight, or "literal", a tensor of codes for each cluster.
     granularity: what is clustered and has grids by itself: "paper", a Linear's whole tensor and each output of a
         convolution; "tensor" or "output" in both.
@@ -57,10 +58,6 @@ class SplitQuantConfig(QuantConfig):
         for name, known in (("form", FORMS), ("granularity", GRANULARITIES), ("first_last", EDGES)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}; got '{getattr(self, name)}'.")
-        if self.form == "literal" and self.clusters == 1:
-            raise UserError(
-                "form='literal' has a tensor for each of several clusters; take clusters=3, or form='codes'."
-            )
 
     def resolve(
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None

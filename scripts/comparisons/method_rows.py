@@ -357,9 +357,8 @@ def split_values() -> list[Row]:
     return [
         Row(name, "method", SplitQuantConfig),
         Row(f"{name}, three layers", "ablation", three, name),
-        Row(f"{name}, one cluster a tensor", "ablation", partial(SplitQuantConfig, clusters=1, granularity="tensor"),
-            name),
-        Row(f"{name}, one cluster", "ablation", partial(SplitQuantConfig, clusters=1), name),
+        Row(f"{name}, one cluster a tensor", "ablation", partial(three, clusters=1, granularity="tensor"), name),
+        Row(f"{name}, one cluster", "ablation", partial(three, clusters=1), name),
         Row(f"{name}, clusters a tensor", "ablation", partial(SplitQuantConfig, granularity="tensor"), name),
         Row(f"{name}, three layers, clusters a tensor", "ablation", partial(three, granularity="tensor"), name),
         Row(f"{name}, codes of 4 bits", "ablation", partial(SplitQuantConfig, weight_bits=4), name),

@@ -27,6 +27,7 @@ from ...kernels.formats.clusters import (
     unpack_bits,
     unpack_thirds,
 )
+from ...kernels.w8a8.layer import REFERENCE
 from ...transforms.split_values import clusters
 from ..base import QuantizedConv2d, QuantizedLayer, QuantizedLinear, frozen
 from ..plan import FLOAT_INPUTS, LayerPlan
@@ -178,7 +179,7 @@ class ValueSplitLayer(QuantizedLayer):
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer: the reference, wherever its codes are."""
-        return "reference"
+        return REFERENCE
 
 
 class ValueSplitLinear(ValueSplitLayer, QuantizedLinear):

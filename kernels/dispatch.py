@@ -27,7 +27,9 @@ from .w4 import layer as w4
 from .w8a8 import layer as w8a8
 
 WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power", "kv4"), ("int8", "fp8", "int4", "none")
-CUBLAS, UNPACK, COPY = "unpack + cublas", "unpack + triton-int8", "onednn-int8 on an int8 copy"
+CUBLAS, CUDNN, UNPACK, COPY = (
+    "unpack + cublas", "unpack + cudnn", "unpack + triton-int8", "onednn-int8 on an int8 copy",
+)  # fmt: skip
 RANK = 32  # of the branch of a layer that is timed
 
 
@@ -137,6 +139,8 @@ def time(query: Query, n: int, k: int) -> float:
         make, arguments = latency.progressive_linear, (query.group_size, query.zeros, query.static, widened)
     elif name in (integer.CHANNEL, integer.GROUPED):
         make, arguments = latency.grouped_linear, (query.group_size, query.zeros)
+    elif name == CUBLAS:
+        make, arguments = latency.float_linear, (query.group_size, query.zeros)
     elif query.weight == "int4":
         make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)
         if name == w8a8.REFERENCE:
@@ -214,6 +218,16 @@ def _integer(name: str) -> Callable[[Query], bool]:
     return serves
 
 
+def _floats(linear: bool) -> Callable[[Query], bool]:
+    """Whether inputs stay floats, and a plain weight is made floats of their type for the product after it."""
+
+    def serves(query: Query) -> bool:
+        plain = (query.weight, query.activation) == ("int4", "none") and not (query.branch or query.progressive)
+        return plain and query.linear == linear and integer.serves(query.device)
+
+    return serves
+
+
 def _compiled(query: Query) -> bool:
     """Whether the kernel that is compiled on this machine serves it: no convolution, whose dynamic scales are by
     sample and not by row."""
@@ -244,7 +258,11 @@ KERNELS: list[Kernel] = [
         w4.WEIGHT_ONLY, "4-bit weights unpacked in the product, few rows", _branched(w4.WEIGHT_ONLY, False),
         "w4a16", "none",
     ),
-    Kernel(CUBLAS, "4-bit weights unpacked to 16 bits, many rows", _branched(w4.WEIGHT_ONLY, True)),
+    Kernel(
+        CUBLAS, "4-bit weights unpacked to 16 bits, many rows; without a branch to the inputs' type, all rows",
+        _either(_branched(w4.WEIGHT_ONLY, True), _floats(True)),
+    ),
+    Kernel(CUDNN, "4-bit weights of convolutions unpacked to the type of inputs that stay floats", _floats(False)),
     Kernel(
         integer.PROGRESSIVE, "progressive 4-bit weights, widened in the product", _integer(integer.PROGRESSIVE),
         "w4a8-progressive", "progressive",

@@ -5,13 +5,13 @@
     triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric groups of 64 or 128
     triton-w4a8-grouped         CUDA, Linear, dynamic inputs, groups with zero points
     triton-w4a8-channel         CUDA, Linear, dynamic inputs, one scale an output
+    unpack + cublas, + cudnn    CUDA, inputs of 16 bits, which are taken as they are: weights as floats of their type
+                                in memory for one call, then the product of Linear layers, and of convolutions
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
     cpu-w4a8                    x86 CPU, Linear: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
     onednn-int8 on an int8 copy x86 CPU, one scale an output, where that one does not serve: the W8A8 kernel on a copy
                                 that is kept
     reference                   everywhere: the formula in float32 on dequantized weights; the truth
-
-Inputs of 16 bits are taken as they are: the reference alone serves them.
 
 Which one: kernels/dispatch.py.
 
@@ -40,6 +40,7 @@ from ..kernels.w4 import integer
 from ..kernels.w4 import layer as w4
 from ..kernels.w4.grouped import grouped_linear
 from ..kernels.w4.int4_codes import int4_codes
+from ..kernels.w4.int4_floats import FLOATS, int4_floats
 from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8 import reference
 from .plan import FLOAT_INPUTS
@@ -120,6 +121,9 @@ def int4_linear(
         rows = rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(rows, weight_of(qweight, wscales, wzeros, inputs), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
+    if name == dispatch.CUBLAS:
+        y = F.linear(_floats(x), *_float_weight(x, qweight, wscales, wzeros, bias, inputs))
+        return y.to(x.dtype)
     if name == w4.INT8:
         spread = prepared(wscales, PACKED, lambda: _per_packed(wscales, inputs))
         return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
@@ -169,6 +173,10 @@ def int4_conv2d(
         pixels = rounded(x, *grid, (1, 2, 3))
         y = F.conv2d(pixels, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    if name == dispatch.CUDNN:
+        matrix, bias = _float_weight(x, qweight, wscales, wzeros, bias, inputs)
+        y = F.conv2d(_floats(x), windows(matrix, kernel), bias, *geometry)
+        return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
     codes, scale = _int8(qweight, wscales, wzeros, inputs)
     return w8a8.w8a8_conv2d(x, windows(codes, kernel), scale, bias, *grid, *geometry)
 
@@ -184,6 +192,17 @@ def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) 
     if qweight.is_cuda:
         return int4_codes(qweight, wscales, wzeros, inputs)
     return prepared(qweight, inputs, lambda: int4_codes(qweight, wscales, wzeros, inputs)[0]), wscales[:, 0].float()
+
+
+def _floats(x: Tensor) -> Tensor:
+    """x in the type of its product with floats: as it is, but for float64."""
+    return x if x.dtype in FLOATS else x.float()
+
+
+def _float_weight(x: Tensor, qweight, wscales, wzeros, bias: Tensor | None, inputs: int) -> tuple:
+    """(weight [N, K], bias) in the type of `_floats(x)`, made for this call."""
+    kind = x.dtype if x.dtype in FLOATS else torch.float32
+    return int4_floats(qweight, wscales, wzeros, inputs, kind), None if bias is None else bias.to(kind)
 
 
 def _per_packed(wscales: Tensor, inputs: int) -> Tensor:

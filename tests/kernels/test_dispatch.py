@@ -105,7 +105,7 @@ def test_plain_4_bit_weights_on_a_gpu():
             for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu((8, 0), **query, **more) == unpacked
             assert on_gpu((7, 5), **query) == unpacked
-            for activation in ("fp8", "int4", "none"):
+            for activation in ("fp8", "int4"):
                 assert on_gpu((9, 0), **query | {"activation": activation}) == {"all rows": "reference"}
     assert on_gpu((9, 0), weight="int4", activation="int8", groups=2) == {"all rows": "reference"}
 

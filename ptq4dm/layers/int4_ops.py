@@ -8,7 +8,7 @@
     unpack + cublas, + cudnn    CUDA, inputs of 16 bits, which are taken as they are: weights as floats of their type
                                 in memory for one call, then the product of Linear layers, and of convolutions
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
-    cpu-w4a8                    x86 CPU, Linear: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
+    cpu-w4a8                    x86 CPU: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
     onednn-int8 on an int8 copy x86 CPU, one scale an output, where that one does not serve: the W8A8 kernel on a copy
                                 that is kept
     reference                   everywhere: the formula in float32 on dequantized weights; the truth
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.cpu import w4a8 as cpu
+from ..kernels.cpu.w4a8_conv import cpu_w4a8_conv2d
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import GROUP, pack_int4, unpack_int4
 from ..kernels.runtime.ops import op
@@ -71,7 +72,7 @@ def kernel_name(
         zeros=affine,
         progressive=progressive,
         # On a GPU narrower grids of inputs are for the kernels that take any grid.
-        linear=linear and (bits == 8 or device.type == "cpu"),
+        linear=linear and (bits in (8, FLOAT_INPUTS) or device.type == "cpu"),
         inputs=inputs,
     )
     return dispatch.find(query).name
@@ -173,6 +174,9 @@ def int4_conv2d(
         pixels = rounded(x, *grid, (1, 2, 3))
         y = F.conv2d(pixels, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    if name == cpu.NAME:
+        weight = (qweight, wscales, wzeros, None)
+        return cpu_w4a8_conv2d(x, *weight, bias, *grid, list(kernel), *geometry[:3])
     if name == dispatch.CUDNN:
         matrix, bias = _float_weight(x, qweight, wscales, wzeros, bias, inputs)
         y = F.conv2d(_floats(x), windows(matrix, kernel), bias, *geometry)

@@ -77,12 +77,16 @@ def test_on_a_cpu(vnni, compiled, monkeypatch):
     assert name("int8", "int8") == name("int8", "int8", groups=4) == ("onednn-int8" if vnni else "reference")
     copy = "onednn-int8 on an int8 copy" if vnni else "reference"
     assert name("int4", "int8", zeros=True) == ("cpu-w4a8" if compiled else copy)
-    assert name("int4", "int8", zeros=True, linear=False) == copy
+    assert name("int4", "int8", zeros=True, linear=False) == ("cpu-w4a8" if compiled else copy)
+    assert name("int4", "int8", zeros=True, linear=False, groups=2) == copy
     assert name("int4", "int8", inputs=1 << 16) == copy
     assert name("int4", "int8", 128, progressive=True) == ("cpu-w4a8" if compiled else copy)
+    quicker = "cpu-w4a8" if compiled and not vnni else copy
+    assert name("int4", "int8", 128, progressive=True, linear=False) == quicker
     for more in ({}, {"zeros": True}, {"static": True}):
         assert name("int4", "int8", 64, **more) == ("cpu-w4a8" if compiled else "reference")
-        assert name("int4", "int8", 64, linear=False, **more) == name("int4", "int8", 64, groups=2) == "reference"
+        assert name("int4", "int8", 64, linear=False, **more) == ("cpu-w4a8" if compiled else "reference")
+        assert name("int4", "int8", 64, linear=False, groups=2, **more) == "reference"
     for query, more in [
         (("fp8", "fp8"), {}),
         (("int4", "none"), {}),

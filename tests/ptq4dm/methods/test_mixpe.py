@@ -59,7 +59,8 @@ def test_on_a_gpu_the_kernel_is_that_of_scales_after_the_sums():
         name = lambda *more: int4_ops.kernel_name(torch.device("cuda"), *more)  # noqa: E731
         assert name(True, 256, 2, True, False, 8, 1) == "triton-w4a8-grouped"
         assert name(False, 256, 2, True, False, 8, 1) == "unpack + triton-int8"
-        assert name(True, 256, 2, True, False, 16, 1) == "reference"
+        assert name(True, 256, 2, True, False, 16, 1) == "unpack + cublas"
+        assert name(False, 256, 2, True, False, 16, 1) == "unpack + cudnn"
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

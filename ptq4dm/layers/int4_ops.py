@@ -94,7 +94,13 @@ def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: i
 
 
 def windows(matrix: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Rows [N, K], K = kh kw C in this order, as the weight of a convolution: a view [N, C, kh, kw]."""
+    """Rows [N, K], K = kh kw C in this order, as the weight of a convolution: a view [N, C, kh, kw]. Without a kernel
+    as they are.
+
+    A kernel in another order of its own is kept with this view (`prepared`): where codes are kept, keep their view.
+    """
+    if not kernel:
+        return matrix
     return matrix.view(len(matrix), *kernel, matrix.shape[1] // math.prod(kernel)).permute(0, 3, 1, 2)
 
 
@@ -181,8 +187,8 @@ def int4_conv2d(
         matrix, bias = _float_weight(x, qweight, wscales, wzeros, bias, inputs)
         y = F.conv2d(_floats(x), windows(matrix, kernel), bias, *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    codes, scale = _int8(qweight, wscales, wzeros, inputs)
-    return w8a8.w8a8_conv2d(x, windows(codes, kernel), scale, bias, *grid, *geometry)
+    codes, scale = _int8(qweight, wscales, wzeros, inputs, kernel)
+    return w8a8.w8a8_conv2d(x, codes, scale, bias, *grid, *geometry)
 
 
 @int4_conv2d.register_fake
@@ -191,11 +197,16 @@ def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     return w8a8.empty_images(x, len(qweight), kernel, stride, padding, dilation)
 
 
-def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> tuple[Tensor, Tensor]:
-    """(int8 weight [N, K], scales [N]): made for this call on a GPU, once on a CPU (one scale an output)."""
+def _int8(
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, kernel: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """(int8 weight, [N, K] or `windows` of it, scales [N]): made for this call on a GPU, once on a CPU (one scale an
+    output)."""
     if qweight.is_cuda:
-        return int4_codes(qweight, wscales, wzeros, inputs)
-    return prepared(qweight, inputs, lambda: int4_codes(qweight, wscales, wzeros, inputs)[0]), wscales[:, 0].float()
+        codes, scales = int4_codes(qweight, wscales, wzeros, inputs)
+        return windows(codes, kernel), scales
+    make = lambda: windows(int4_codes(qweight, wscales, wzeros, inputs)[0], kernel)  # noqa: E731
+    return prepared(qweight, (inputs, *kernel), make), wscales[:, 0].float()
 
 
 def _floats(x: Tensor) -> Tensor:

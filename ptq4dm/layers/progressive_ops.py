@@ -107,8 +107,8 @@ def stepped_conv2d(
     if kernel_name(x.device, False, inputs, wsteps.shape[1], static, activation_bits, groups) == cpu.NAME:
         weight = (qweight, wscales, wzeros, wsteps)
         return cpu_w4a8_conv2d(x, *weight, bias, *grid, list(kernel), *geometry[:3])
-    codes = _int8(qweight, wsteps, wzeros, inputs)
-    return w8a8.w8a8_conv2d(x, windows(codes, kernel), _wide(wscales), bias, *grid, *geometry)
+    codes = _int8(qweight, wsteps, wzeros, inputs, kernel)
+    return w8a8.w8a8_conv2d(x, codes, _wide(wscales), bias, *grid, *geometry)
 
 
 @stepped_conv2d.register_fake
@@ -117,12 +117,10 @@ def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     return w8a8.empty_images(x, len(qweight), kernel, stride, padding, dilation)
 
 
-def _int8(qweight: Tensor, wsteps: Tensor, wzeros: Tensor, inputs: int) -> Tensor:
-    """w8: made for this call on a GPU, once on a CPU."""
-    if qweight.is_cuda:
-        return progressive_codes(qweight, wsteps, wzeros, inputs)
-    key = ("progressive", inputs)
-    return prepared(qweight, key, lambda: progressive_codes(qweight, wsteps, wzeros, inputs), wsteps, wzeros)
+def _int8(qweight: Tensor, wsteps: Tensor, wzeros: Tensor, inputs: int, kernel: Sequence[int] = ()) -> Tensor:
+    """w8, [N, K] or `windows` of it: made for this call on a GPU, once on a CPU."""
+    make = lambda: windows(progressive_codes(qweight, wsteps, wzeros, inputs), kernel)  # noqa: E731
+    return make() if qweight.is_cuda else prepared(qweight, ("progressive", inputs, *kernel), make, wsteps, wzeros)
 
 
 def _wide(wscales: Tensor) -> Tensor:

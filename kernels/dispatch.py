@@ -31,6 +31,7 @@ CUBLAS, CUDNN, UNPACK, COPY = (
     "unpack + cublas", "unpack + cudnn", "unpack + triton-int8", "onednn-int8 on an int8 copy",
 )  # fmt: skip
 RANK = 32  # of the branch of a layer that is timed
+LARGE_WINDOWS = 2048  # inputs of an output, between 1152 and 2304: scripts/results/cpu-w4-conv.jsonl
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,12 @@ def _floats(linear: bool) -> Callable[[Query], bool]:
 
 
 def _compiled(query: Query) -> bool:
-    """Whether the kernel that is compiled on this machine serves it. Of progressive convolutions oneDNN's copy, where
-    there is one, takes less time."""
-    fits = query.groups == 1 and (query.inputs or 0) <= cpu.MOST
-    slower = query.progressive and not query.linear and _eight_bit(query) == w8a8.ONEDNN
+    """Whether the kernel that is compiled on this machine serves it. Of progressive convolutions with large windows
+    oneDNN's copy, where there is one, takes less time."""
+    inputs = query.inputs or 0
+    fits = query.groups == 1 and inputs <= cpu.MOST
+    large = query.progressive and not query.linear and inputs >= LARGE_WINDOWS
+    slower = large and _eight_bit(query) == w8a8.ONEDNN
     return _plain(query) and fits and not slower and cpu.serves(query.device)
 
 

@@ -8,8 +8,8 @@ it, and all of them give what the formula says:
     triton-w4a8-progressive     CUDA, Linear, dynamic inputs: w8 in the product itself
     unpack + triton-int8        CUDA, everything else: w8 in memory for one call, then the W8A8 kernel
     cpu-w4a8                    x86 CPU: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
-    onednn-int8 on an int8 copy x86 CPU, convolutions, and where that one does not serve: the W8A8 kernel on a copy
-                                that is kept
+    onednn-int8 on an int8 copy x86 CPU, convolutions with large windows, and where that one does not serve: the W8A8
+                                kernel on a copy that is kept
     reference                   everywhere else: the W8A8 formula
 
 Which one: kernels/dispatch.py.

@@ -81,8 +81,9 @@ def test_on_a_cpu(vnni, compiled, monkeypatch):
     assert name("int4", "int8", zeros=True, linear=False, groups=2) == copy
     assert name("int4", "int8", inputs=1 << 16) == copy
     assert name("int4", "int8", 128, progressive=True) == ("cpu-w4a8" if compiled else copy)
-    quicker = "cpu-w4a8" if compiled and not vnni else copy
-    assert name("int4", "int8", 128, progressive=True, linear=False) == quicker
+    windows = dict(progressive=True, linear=False)
+    assert name("int4", "int8", 128, **windows, inputs=1152) == ("cpu-w4a8" if compiled else copy)
+    assert name("int4", "int8", 128, **windows, inputs=2304) == ("cpu-w4a8" if compiled and not vnni else copy)
     for more in ({}, {"zeros": True}, {"static": True}):
         assert name("int4", "int8", 64, **more) == ("cpu-w4a8" if compiled else "reference")
         assert name("int4", "int8", 64, linear=False, **more) == ("cpu-w4a8" if compiled else "reference")

@@ -140,8 +140,8 @@ def time(query: Query, n: int, k: int) -> float:
         make, arguments = latency.progressive_linear, (query.group_size, query.zeros, query.static, widened)
     elif name in (integer.CHANNEL, integer.GROUPED):
         make, arguments = latency.grouped_linear, (query.group_size, query.zeros)
-    elif name == CUBLAS:
-        make, arguments = latency.float_linear, (query.group_size, query.zeros)
+    elif name in (CUBLAS, w4.WEIGHT_ONLY):
+        make, arguments = latency.float_linear, (query.group_size, query.zeros, name == w4.WEIGHT_ONLY)
     elif query.weight == "int4":
         make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)
         if name == w8a8.REFERENCE:
@@ -219,6 +219,14 @@ def _integer(name: str) -> Callable[[Query], bool]:
     return serves
 
 
+def _few_floats(query: Query) -> bool:
+    """Whether few rows of 16-bit inputs are multiplied by a plain weight as it is packed: in groups of whole runs."""
+    size, inputs = query.group_size or 1, query.inputs or GROUP
+    whole = size % GROUP == 0 and inputs % GROUP == 0 and query.groups == 1
+    few = query.rows is not None and query.rows <= w4.SHORT
+    return few and whole and _floats(True)(query) and w4.kernel_name(query.device, "none", GROUP) == w4.WEIGHT_ONLY
+
+
 def _floats(linear: bool) -> Callable[[Query], bool]:
     """Whether inputs stay floats, and a plain weight is made floats of their type for the product after it."""
 
@@ -259,11 +267,11 @@ KERNELS: list[Kernel] = [
     ),
     Kernel(w4.INT4, "4-bit weights and activations, low-rank branch", _branched(w4.INT4), "w4a4", "int4"),
     Kernel(
-        w4.WEIGHT_ONLY, "4-bit weights unpacked in the product, few rows", _branched(w4.WEIGHT_ONLY, False),
-        "w4a16", "none",
+        w4.WEIGHT_ONLY, "4-bit weights unpacked in the product, few rows of inputs in 16 bits",
+        _either(_branched(w4.WEIGHT_ONLY, False), _few_floats), "w4a16", "none",
     ),
     Kernel(
-        CUBLAS, "4-bit weights unpacked to 16 bits, many rows; without a branch to the inputs' type, all rows",
+        CUBLAS, "4-bit weights unpacked to 16 bits, many rows; without a branch to the inputs' type",
         _either(_branched(w4.WEIGHT_ONLY, True), _floats(True)),
     ),
     Kernel(CUDNN, "4-bit weights of convolutions unpacked to the type of inputs that stay floats", _floats(False)),

@@ -75,11 +75,13 @@ def int4_linear(
 
 
 def float_linear(
-    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, seed: int
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, few: bool, seed: int
 ) -> Call:  # fmt: skip
-    """A plain 4-bit weight made floats of the inputs' type, then their product."""
+    """A plain 4-bit weight made floats of the inputs' type, then their product; few: multiplied as it is packed."""
     x, weight, bias = _float_layer(m, n, k, device, seed)
     packed = _packed(weight, group_size, zeros)
+    if few:
+        return functools.partial(w4.few_rows, x, *packed, bias)
     return lambda: F.linear(x, int4_floats(*packed, k, x.dtype), bias)
 
 

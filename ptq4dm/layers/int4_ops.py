@@ -5,8 +5,10 @@
     triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric groups of 64 or 128
     triton-w4a8-grouped         CUDA, Linear, dynamic inputs, groups with zero points
     triton-w4a8-channel         CUDA, Linear, dynamic inputs, one scale an output
-    unpack + cublas, + cudnn    CUDA, inputs of 16 bits, which are taken as they are: weights as floats of their type
-                                in memory for one call, then the product of Linear layers, and of convolutions
+    triton-w4a16                CUDA, Linear, up to 32 rows of bf16 or fp16 that are taken as they are, groups of 64
+                                or 128: unpacked in the product
+    unpack + cublas, + cudnn    CUDA, other inputs that are taken as they are: weights as floats of their type in
+                                memory for one call, then the product of Linear layers, and of convolutions
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
     cpu-w4a8                    x86 CPU: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
     onednn-int8 on an int8 copy x86 CPU, one scale an output, where that one does not serve: the W8A8 kernel on a copy
@@ -46,6 +48,7 @@ from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8 import reference
 from .plan import FLOAT_INPUTS
 
+HALVES = (torch.bfloat16, torch.float16)
 PACKED = GROUP  # codes that are packed together; rows are filled up to a multiple of it
 
 
@@ -60,13 +63,18 @@ def kernel_name(
     bits: int,
     groups: int,
     progressive: bool = False,
+    few: bool = False,
 ) -> str:
-    """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution."""
+    """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution.
+
+    few: for up to SHORT rows of bf16 or fp16, where inputs are taken as they are.
+    """
     query = dispatch.Query(
         "int4",
         "none" if bits == FLOAT_INPUTS else "int8",
         None if scales == 1 else inputs // scales,
         groups,
+        w4.SHORT if few else None,
         device=device,
         static=static,
         zeros=affine,
@@ -122,12 +130,16 @@ def int4_linear(
     """
     inputs, scales = x.shape[-1], wscales.shape[1]
     static = input_scale is not None
-    name = kernel_name(x.device, True, inputs, scales, wzeros is not None, static, activation_bits, 1)
+    few = activation_bits == FLOAT_INPUTS and x.dtype in HALVES and x.numel() <= w4.SHORT * inputs
+    name = kernel_name(x.device, True, inputs, scales, wzeros is not None, static, activation_bits, 1, False, few)
     grid = (input_scale, input_zero_point, activation_bits)
     if name == w8a8.REFERENCE or not x.numel():
         rows = rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(rows, weight_of(qweight, wscales, wzeros, inputs), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
+    if name == w4.WEIGHT_ONLY:
+        y = w4.few_rows(x.reshape(-1, inputs), qweight, wscales, wzeros, bias)
+        return y.view(*x.shape[:-1], len(qweight))
     if name == dispatch.CUBLAS:
         y = F.linear(_floats(x), *_float_weight(x, qweight, wscales, wzeros, bias, inputs))
         return y.to(x.dtype)

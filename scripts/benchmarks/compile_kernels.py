@@ -131,6 +131,9 @@ def svdquant_calls(capability: tuple[int, int], rank: int, nonlinearity: str, qu
 def int4_calls(quick: bool) -> None:
     """Plain 4-bit weights: a scale a row, and groups."""
     n, k = 1152, 1152
+    for groups in (k // 64, k // 128)[: 1 if quick else 2]:
+        scales, zeros = empty(n, groups), empty(n, groups, dtype=torch.int8)
+        layer.few_rows(empty(16, k), empty(n, k // 2, dtype=torch.uint8), scales, zeros, empty(n))
     for groups, zeros in [(1, False), (k // 32, True)] if quick else [(g, z) for g in (1, 36, 9) for z in (0, 1)]:
         scales = empty(n, groups, dtype=torch.float32 if groups == 1 else torch.bfloat16)
         wzeros = empty(n, groups, dtype=torch.int8) if zeros else None

@@ -81,10 +81,18 @@ def test_layers_of_float_inputs_are_the_formula(name, module, shape, dtype, affi
     else:
         right = F.linear(x64, weight, bias)
     linear = isinstance(module, torch.nn.Linear)
-    monkeypatch.setattr(int4_ops, "kernel_name", lambda *_: dispatch.CUBLAS if linear else dispatch.CUDNN)
+    seen = []
+
+    def named(*arguments):
+        seen.append(arguments)
+        return dispatch.CUBLAS if linear else dispatch.CUDNN
+
+    monkeypatch.setattr(int4_ops, "kernel_name", named)
     with torch.no_grad():
         y = made.to(DEVICE)(x.to(DEVICE)).cpu()
-    assert y.dtype == dtype and y.shape == right.shape
+    assert y.dtype == dtype and y.shape == right.shape and len(seen) == 1
+    if linear:  # few rows are asked for where they have 16 bits
+        assert seen[0][-1] == (dtype in int4_ops.HALVES)
     eps = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
     size = (right.abs() + right.square().mean().sqrt()).clamp_min(1e-3)
     assert ((y.double() - right).abs() <= 3 * eps * size * (16 if eps < 1e-6 else 1)).all()
@@ -97,17 +105,39 @@ def test_reports_name_what_unpacks_and_multiplies():
                 query = dict(weight="int4", activation="none", group_size=group_size, zeros=zeros)
                 query["device"] = torch.device("cuda")
                 for more, name in [
-                    ({}, "unpack + cublas"),
+                    ({"inputs": 96}, "unpack + cublas"),
                     ({"linear": False}, "unpack + cudnn"),
                     ({"linear": False, "groups": 4}, "unpack + cudnn"),
                 ]:
                     assert dispatch.report(dispatch.Query(**query, **more)) == {"all rows": name}
+                rows = dispatch.report(dispatch.Query(**query, inputs=256))
+                few = {"rows <= 32": "triton-w4a16", "more": "unpack + cublas"}
+                assert rows == (few if group_size in (64, 128) else {"all rows": "unpack + cublas"})
+        name = lambda *more: int4_ops.kernel_name(torch.device("cuda"), *more)  # noqa: E731
+        for few, right in ((True, "triton-w4a16"), (False, "unpack + cublas")):
+            assert name(True, 256, 2, True, False, FLOAT_INPUTS, 1, False, few) == right
+            assert name(False, 256, 2, True, False, FLOAT_INPUTS, 1, False, few) == "unpack + cudnn"
+            assert name(True, 256, 2, True, False, 8, 1, False, few) == "triton-w4a8-grouped"
     found = int4_ops.kernel_name(torch.device("cpu"), True, 256, 2, True, False, FLOAT_INPUTS, 1)
     assert found == "reference"
 
 
 def test_what_is_timed_is_the_formula():
-    call = latency.float_linear(3, 5, 128, torch.device("cpu"), 64, True, 0)
+    call = latency.float_linear(3, 5, 128, torch.device("cpu"), 64, True, False, 0)
     x, weight, bias = latency._float_layer(3, 5, 128, torch.device("cpu"), 0)
     assert torch.allclose(call(), F.linear(x, int4_floats(*latency._packed(weight, 64, True), 128, x.dtype), bias))
     assert (call() - F.linear(x, weight, bias)).norm() < 0.2 * F.linear(x, weight).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_layer_says_which_kernels_it_has(dtype, monkeypatch):
+    """As a GPU would have them, of a layer that is here."""
+    found = int4_ops.kernel_name
+    monkeypatch.setattr(int4_ops, "kernel_name", lambda _, *more: found(torch.device("cuda"), *more))
+    plan = Int4Plan(activation_bits=FLOAT_INPUTS, group_size=64, affine=True)
+    made = quantized_copy(torch.nn.Linear(256, 8).to(dtype), plan, "layer")
+    with settings.target(settings.Target((9, 0), 132, lambda *_: None)):
+        many = {"all rows": "unpack + cublas"}
+        few = {"rows <= 32": "triton-w4a16", "more": "unpack + cublas"}
+        assert made.kernels() == (few if dtype == torch.bfloat16 else many)
+        assert made.kernel_name() == "unpack + cublas"

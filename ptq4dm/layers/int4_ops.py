@@ -226,7 +226,9 @@ def _floats(x: Tensor) -> Tensor:
     return x if x.dtype in FLOATS else x.float()
 
 
-def _float_weight(x: Tensor, qweight, wscales, wzeros, bias: Tensor | None, inputs: int) -> tuple:
+def _float_weight(
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None, inputs: int
+) -> tuple[Tensor, Tensor | None]:
     """(weight [N, K], bias) in the type of `_floats(x)`, made for this call."""
     kind = x.dtype if x.dtype in FLOATS else torch.float32
     return int4_floats(qweight, wscales, wzeros, inputs, kind), None if bias is None else bias.to(kind)

@@ -83,8 +83,7 @@ def row_mix_conv2d(
     Zero padding; the rest as in `row_mix_linear`, with dynamic scales per sample.
     """
     channels, *kernel = qweight8.shape[1:]
-    codes = _codes(qweight, qweight8, wscales, places, channels * kernel[0] * kernel[1])
-    weight = windows(codes, kernel)
+    weight = _codes(qweight, qweight8, wscales, places, channels * kernel[0] * kernel[1], kernel)
     scales = placed(torch.cat([wscales[:, 0], weight_scale]), places)
     grid = (input_scale, input_zero_point, activation_bits)
     return w8a8.w8a8_conv2d(x, weight, scales, bias, *grid, list(stride), list(padding), list(dilation), 1)
@@ -96,16 +95,18 @@ def _(x: Tensor, qweight: Tensor, qweight8: Tensor, *rest: Any) -> Tensor:
     return w8a8.empty_images(x, len(qweight) + len(qweight8), qweight8.shape[2:], stride, padding, dilation)
 
 
-def _codes(qweight: Tensor, qweight8: Tensor, wscales: Tensor, places: Tensor, inputs: int) -> Tensor:
-    """int8 codes [N, K] of all rows: made for this call on a GPU, once on a CPU."""
+def _codes(
+    qweight: Tensor, qweight8: Tensor, wscales: Tensor, places: Tensor, inputs: int, kernel: Sequence[int] = ()
+) -> Tensor:
+    """int8 codes of all rows, [N, K] or `windows` of them: made for this call on a GPU, once on a CPU."""
 
     def build() -> Tensor:
         narrow, _ = int4_codes(qweight, wscales, None, inputs)
-        return placed(torch.cat([narrow, pixel_first(qweight8)]), places)
+        return windows(placed(torch.cat([narrow, pixel_first(qweight8)]), places), kernel)
 
     if qweight.is_cuda:
         return build()
-    return prepared(qweight, ("rows", inputs), build, qweight8)
+    return prepared(qweight, ("rows", inputs, *kernel), build, qweight8)
 
 
 def placed(stored: Tensor, places: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ VALUES = {
     "bytes": [None, -1.0],
     "sensitivity": ["direct", "none"],
     "share": [0.3, 0.0],
+    "scale": ["outputs"],
 }
 KINDS = {name: kind for name, kind in METHODS.items() if not kind.loaded_only}
 NAMES = {item.name for kind in KINDS.values() for item in fields(kind)}

@@ -3,9 +3,9 @@
     weights     argmin_c  ||X (W - Q_c(W))^T||^2      row by row (group by group, as if no other were rounded)
     inputs      argmin_c  ||(X - Q_c(X)) W^T||^2      each end of the range in turn, the other one kept
 
-X are rows of what the layer is fed in calibration. "output-checked" is the search of MixLLM (arXiv:2412.14590), as its
-authors' code has it: 80 to 100 % of the range of each group in steps of 2 %; where the output of all rows together is
-then no better than without clipping, for errors of groups add up, nothing is clipped.
+X are rows of what the layer is fed in calibration. "output-checked" is the search of MixLLM (arXiv:2412.14590), as
+its authors' code has it: 80 to 100 % of the range of each group in steps of 2 %; where the output of all rows is then
+no better than without clipping, for errors of groups add up, nothing is clipped.
 """
 
 from __future__ import annotations

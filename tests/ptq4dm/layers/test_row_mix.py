@@ -125,15 +125,13 @@ def test_hessian_rounding_and_clipping_of_groups_gain_on_both_widths(name):
     weight, fed = layer.weight.detach().flatten(1), LayerEvidence(correlated(2048, layer.weight[0].numel()))
     errors = {}
     for label, choice in {
-        "nearest": {}, "clipped": {"objective": "output-checked"},
-        "both": {"objective": "output-checked", "rounding": "gptq"},
+        "nearest": {}, "both": {"objective": "output-checked", "rounding": "gptq"}
     }.items():  # fmt: skip
         plan = RowMixPlan(group_size=64, affine=True, wide=WIDE["some"], **choice)
         wrong = quantized_copy(layer, plan, "layer", fed).dequantized_weight().flatten(1) - weight
         errors[label] = (fed.rows @ wrong.T).square().sum(0)
     for rows in (WIDE["some"], others(WIDE["some"])):
         assert errors["both"][rows].sum() < 0.7 * errors["nearest"][rows].sum()
-        assert errors["clipped"][rows].sum() <= errors["nearest"][rows].sum()
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])

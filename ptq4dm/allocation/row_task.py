@@ -80,9 +80,10 @@ class RowTask:
 
     def _error_of(self, view: LayerView, plan: LayerPlan) -> Tensor:
         """Q(W) - W of a layer under a plan, at nearest codes on ranges that need no evidence."""
-        needs = OBJECTIVES.find(plan.objective).needs
-        ranges = {"objective": "mse", "objective_parameter": None} if needs else {}
-        layer: Any = quantized_copy(view.module, replace(plan, rounding="nearest", **ranges), view.name)
+        plan = replace(plan, rounding="nearest")
+        if OBJECTIVES.find(plan.objective).needs:
+            plan.objective, plan.objective_parameter = "mse", None
+        layer: Any = quantized_copy(view.module, plan, view.name)
         weight = view.module.weight.detach()
         return (layer.dequantized_weight() - weight.float()).to(weight.dtype)
 

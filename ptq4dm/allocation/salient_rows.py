@@ -45,11 +45,10 @@ class Salience:
         return {name: (score.sum(1) / whole).tolist() for name, score in self.scores.items()}
 
     def overlap(self, share: float) -> list[list[float]]:
-        """[B, B]: of the rows that would be chosen by one bin alone, the share that another would choose, too."""
-        chosen = [
-            chosen_rows({name: score[b] for name, score in self.scores.items()}, share)
-            for b in range(len(self.tuples))
-        ]
+        """[B, B]: of the rows that would be chosen by one bin alone, the share that another would choose, too; 0 of
+        bins that have no score."""
+        by_bin = [{name: score[b] for name, score in self.scores.items()} for b in range(len(self.tuples))]
+        chosen = [chosen_rows(one, share) if any(s.any() for s in one.values()) else {} for one in by_bin]
         sets = [{(name, row) for name, rows in one.items() for row in rows} for one in chosen]
         return [[len(a & b) / max(1, len(a)) for b in sets] for a in sets]
 

@@ -135,7 +135,7 @@ def _all(view: LayerView) -> list[int]:
 
 
 PICTURES["mixllm"] = Picture(
-    "rows that get 8 bits, and when they matter",
+    "rows of 8 bits over time",
     lambda plan: isinstance(plan, RowMixPlan),
     lambda config: 0 < config.rows < 1,
     whole=lambda config, path: config.outcome.draw(path),

@@ -101,9 +101,8 @@ class QuantizationReport:
         ]
         rows.sort(key=badness)
         before, after = (sum(getattr(one, name) for one in reports) for name in ("bytes_before", "bytes_after"))
-        names, found = [n for one in reports for n in one.networks], {}
-        for one in reports:
-            found |= one.found
+        names = [n for one in reports for n in one.networks]
+        found = {name: told for one in reports for name, told in one.found.items()}
         return cls(reports[0].method, before, after, rows, names, reports[-1].left, found)
 
     def to_dict(self) -> dict:

@@ -14,7 +14,7 @@ from ptq4dm import MixLLMConfig, RTNConfig, UserError
 from ptq4dm.allocation.salient_rows import chosen_rows
 from ptq4dm.calibration.measure import store_of
 from ptq4dm.calibration.record import replay
-from ptq4dm.layers.plan import Int4Plan, LayerPlan
+from ptq4dm.layers.plan import Int4Plan
 from ptq4dm.layers.row_mix import RowMixPlan
 from ptq4dm.quantization.planning import make_plan
 
@@ -102,8 +102,11 @@ def test_scores_predict_the_error_that_is_left(uneven):
 def test_without_rows_it_is_the_same_format(dit):
     other = copy.deepcopy(dit)
     ptq4dm.quantize(dit, MixLLMConfig(rows=0.0, group_size=32, rounding="nearest", clip="none"))
-    ptq4dm.quantize(other, RTNConfig(weight_bits=4, group_size=32, affine=True, activations="dynamic"))
-    assert same(dit, other) and {type(one.plan) for one in layers(dit).values()} == {Int4Plan, LayerPlan}
+    ptq4dm.quantize(
+        other, RTNConfig(weight_bits=4, group_size=32, affine=True, activations="dynamic", first_last="keep")
+    )
+    assert same(dit, other) and {type(one.plan) for one in layers(dit).values()} == {Int4Plan}
+    assert type(dit.pos_embed.proj) is nn.Conv2d
 
 
 def test_with_all_rows_layers_have_eight_bits():

@@ -79,8 +79,13 @@ def _row_mix_kernel(
     y = (y * row_scale[None, :]).T
     if bias_ptr is not None:
         y += tl.load(bias_ptr + place, mask=there, other=0.0).to(tl.float32)[None, :]
-    where = y_ptr + rows.to(tl.int64)[:, None] * (N4 + N8) + place[None, :]
-    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & there[None, :])
+    # from the tile's first row on, 32 bits reach: half of the registers of addresses
+    where = tl.arange(0, BM)[:, None] * (N4 + N8) + place[None, :]
+    tl.store(
+        y_ptr + top.to(tl.int64) * (N4 + N8) + where,
+        y.to(y_ptr.dtype.element_ty),
+        mask=(rows < M)[:, None] & there[None, :],
+    )
 
 
 def product(

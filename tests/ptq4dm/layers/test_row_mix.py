@@ -103,6 +103,22 @@ def test_rows_of_groups_are_those_of_layers_of_one_width(name, size, affine):
         assert mixed.kernel_name() == "reference"
 
 
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_under_static_inputs(name, bits):
+    torch.manual_seed(0)
+    make, shape = GROUPED[name]
+    layer, x = make(), normal(*shape)
+    step, limit = 4 / 2 ** (bits - 1), 2 ** (bits - 1)
+    grid = {"activation_bits": bits, "input_scale": step, "input_zero_point": 3}
+    mixed = quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=WIDE["some"], **grid), "layer")
+    rounded = ((x / step).round().add(3).clamp(-limit, limit - 1) - 3) * step
+    exact = copy.deepcopy(layer).double()
+    exact.weight.data = mixed.dequantized_weight().double()
+    with torch.no_grad():
+        assert distance(mixed(x), exact(rounded.double())) < 1e-3
+
+
 def test_scales_too_small_for_float16_are_bfloat16():
     layer = nn.Linear(64, 11)
     layer.weight.data *= 1e-5

@@ -38,8 +38,8 @@ LARGE_WINDOWS = 2048  # inputs of an output, between 1152 and 2304: scripts/resu
 class Query:
     """A quantized layer in a few words.
 
-    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, one scale a row; "power",
-        levels of a codebook; or "kv4", keys and values of attention, which stand in a weight's place.
+    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, with zero points in these or
+        not; "power", levels of a codebook; or "kv4", keys and values of attention, which stand in a weight's place.
     activation: "int8", "fp8", "int4", or "none" for 16-bit inputs.
     group_size: inputs under one scale of the weight; None for one scale a row.
     groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.
@@ -72,8 +72,8 @@ class Query:
         ):
             if given not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not '{given}'.")
-        parts = self.group_size is not None or self.zeros or self.progressive or self.branch
-        if self.weight != "int4" and parts:
+        parts = self.group_size is not None and self.weight != "row-mix"
+        if self.weight != "int4" and (parts or self.zeros or self.progressive or self.branch):
             raise ValueError(f"only int4 weights have groups of scales, zero points or a branch, not {self.weight}.")
         if self.progressive and self.branch:
             raise ValueError("progressive weights have no branch.")
@@ -177,8 +177,23 @@ def _branched(name: str, many: bool | None = None) -> Callable[[Query], bool]:
 
 
 def _mixed(product: str) -> Callable[[Query], bool]:
-    """Rows of two widths: all of them are int8 operands of one product."""
-    return lambda query: (query.weight, query.activation) == ("row-mix", "int8") and _eight_bit(query) == product
+    """Rows of two widths: all of them are int8 operands of one product, groups folded into them on a GPU."""
+
+    def serves(query: Query) -> bool:
+        held = query.device.type == "cuda" or not query.group_size
+        return _row_mix(query) and held and _eight_bit(query) == product
+
+    return serves
+
+
+def _row_mix(query: Query) -> bool:
+    return (query.weight, query.activation) == ("row-mix", "int8")
+
+
+def _two_widths(query: Query) -> bool:
+    """Whether rows of both widths go through one launch that sums whole numbers of groups."""
+    fits = query.linear and query.groups == 1 and not query.static and query.group_size is not None
+    return _row_mix(query) and fits and integer.serves(query.device)
 
 
 def _plain(query: Query) -> bool:
@@ -286,6 +301,10 @@ KERNELS: list[Kernel] = [
     Kernel(
         integer.GROUPED, "plain 4-bit weights with zero points in groups, scales after the sums of a group",
         _integer(integer.GROUPED), "w4a8-grouped", "grouped",
+    ),
+    Kernel(
+        integer.ROW_MIX, "rows of 4 and of 8 bits in groups, in one launch, scales after the sums of a group",
+        _two_widths,
     ),
     Kernel(w8a8.TRITON, "int8 weights and activations", _w8a8(w8a8.TRITON), "w8a8"),
     Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", _w8a8(w8a8.TRITON_FP8), "w8a8"),

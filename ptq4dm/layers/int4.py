@@ -63,7 +63,7 @@ class Int4Layer(RoundedLayer):
         return grid.with_scales(self.stored_scales(grid.scales))
 
     def stored_scales(self, scales: Tensor) -> Tensor:
-        return scales if self.plan.group_size is None else _sixteen_bits(scales)
+        return scales if self.plan.group_size is None else sixteen_bits(scales)
 
     def fill(self, codes: Tensor, grid: Grid) -> None:
         self.put(qweight=int4_ops.packed_rows(codes), wscales=grid.scales)
@@ -154,7 +154,7 @@ def channel_first(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
     return matrix.view(len(matrix), *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
-def _sixteen_bits(scales: Tensor) -> Tensor:
+def sixteen_bits(scales: Tensor) -> Tensor:
     """Scales in float16, or in bfloat16 where they are too small or too large for it."""
     fits = scales.min() >= HALF.tiny and scales.max() <= HALF.max
     return scales.to(torch.float16 if fits else torch.bfloat16)

@@ -111,10 +111,10 @@ def _check_average_bits(config: Any) -> None:
     IMPORTANCE.find(config.importance)
     if config.average_bits is None:
         # Of a plan that is there, options tell how it was made.
-        if config.plan is None and config.importance != type(config).importance:
+        if config.plan is None and not config.ranks_rows and config.importance != type(config).importance:
             raise UserError(
-                f"importance='{config.importance}' ranks rows for average_bits, and changes nothing without; give "
-                "average_bits too, or leave it out."
+                f"importance='{config.importance}' ranks rows that get 8 bits, and no row is to get them by rank; "
+                f"give {'rows between 0 and 1' if hasattr(config, 'rows') else 'average_bits'} too, or leave it out."
             )
         return
     bits = min(config.weight_bits, 4)

@@ -46,8 +46,8 @@ class IntegerConfig(QuantConfig):
         output on calibration inputs has a smaller error for it. Inputs are "dynamic" then.
     average_bits: rows of weights get 8 bits, the most important first, until the mean width of all weights that
         would have weight_bits is this; the layers at the model's ends, where they have 8 bits, are not counted.
-    importance: how rows are ranked for it: "integrated", "endpoint" or "gradient", on `num_tuples` calibration
-        tuples, "magnitude", or "random" by `seed` (allocation/importance.py).
+    importance: how rows are ranked for it: "integrated", "endpoint", "gradient", "gauss-newton" or "fisher", on
+        `num_tuples` calibration tuples, "magnitude", or "random" by `seed` (allocation/importance.py).
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
         calibration never reached is "dynamic" in either case.
@@ -79,7 +79,8 @@ class IntegerConfig(QuantConfig):
         parse=float,
     )
     importance: str = option(
-        "integrated", "how rows are ranked for average_bits: integrated, endpoint, gradient, magnitude or random"
+        "integrated",
+        "how rows are ranked: integrated, endpoint, gradient, gauss-newton, fisher, magnitude or random",
     )
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")
@@ -101,12 +102,17 @@ class IntegerConfig(QuantConfig):
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide
         """Whether each layer can be packed as its weight arrives: nothing looks at what layers are fed, or at several
         layers at once."""
-        return not self.looks and (self.average_bits is None or self.plan is not None)
+        return not self.looks and (not self.ranks_rows or self.plan is not None)
+
+    @property
+    def ranks_rows(self) -> bool:
+        """Whether rows are ranked, all of them at once, before any layer is packed."""
+        return self.average_bits is not None
 
     @property
     def looks(self) -> frozenset[str]:
         """The evidence that rounding, range objective and importance look at."""
-        chosen = self.average_bits is None or self.plan is not None
+        chosen = not self.ranks_rows or self.plan is not None
         ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
         objective = OBJECTIVES.find(self.ranges()[0])
         ranges = objective.needs if self._asks_model else weights_need(self.ranges()[0])

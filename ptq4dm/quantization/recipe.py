@@ -145,6 +145,11 @@ class QuantConfig(QuantizationConfigMixin):
         """The PackingOptions that the recipe says something of, by name."""
         return {item.name: getattr(self, item.name) for item in fields(PackingOptions) if hasattr(self, item.name)}
 
+    def found(self) -> dict[str, Any]:
+        """What resolving the recipe found that a report should tell: plain JSON values, with "text", a line of its
+        table; {} for nothing."""
+        return {}
+
     # --- diffusers' side ------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def attention_calls(quick: bool) -> None:
 
 
 def integer_calls(quick: bool) -> None:
-    """Progressive and grouped weights, of few rows and of many, with a scale a row and in groups."""
+    """Progressive and grouped weights, and rows of two widths, of few rows and of many; a scale a row, and groups."""
     n, k = 3072, 3072
     int8 = functools.partial(empty, dtype=torch.int8)
     qweight, channel = empty(n, k // 2, dtype=torch.uint8), empty(n, dtype=torch.float32)
@@ -165,6 +165,12 @@ def integer_calls(quick: bool) -> None:
             zeros = None if size == 64 else int8(*groups)
             integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
+            if groups[1] > 1:
+                wide, places = n // 8, empty(n + n // 8, dtype=torch.int32)
+                integer.row_mix_through(
+                    empty(rows, k), qweight, int8(wide, k), empty(*groups), zeros, empty(wide, groups[1]), places,
+                    empty(n + wide),
+                )  # fmt: skip
         zeros = None if rows == 16 else int8(n, 1)
         integer.grouped_through(empty(rows, k), qweight, channel[:, None], zeros, None)
     progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))

@@ -61,10 +61,8 @@ def test_a_new_method_shows_its_options(shifty, capsys):
     assert "--limit LIMIT at most (shifty)" in text and "--halved HALVED twice the value (shifty: 1)" in text
     assert "--secret" not in text and "--unsaid" not in text
     assert re.search(r"--format FORMAT [^-]* \(gradptq, ptq4dm, rtn, shifty: int8\)", text)
-    assert (
-        "static inputs without a zero point (gradptq, mixpe, pdquant, ptq4dm, qoq, rtn); how often (shifty: often)"
-        in text
-    )
+    shared = "gradptq, mixllm, mixpe, pdquant, ptq4dm, qoq, rtn"
+    assert f"static inputs without a zero point ({shared}); how often (shifty: often)" in text
 
 
 def test_options_reach_the_recipe(shifty):
@@ -175,7 +173,11 @@ def test_what_cannot_be_drawn_is_refused_before_any_work(made, tmp_path, monkeyp
     draws = "--plot draws a low-rank branch, which"
     common = ["quantize", "--plot", "p.png", "--calibration", "nowhere", "--model", "nowhere"]
     for arguments, message in (
-        ([], "--plot has nothing to draw of the method 'ptq4dm'; it draws a low-rank branch (svdquant)."),
+        (
+            [],
+            "--plot has nothing to draw of the method 'ptq4dm'; it draws rows of 8 bits over time (mixllm), "
+            "a low-rank branch (svdquant).",
+        ),
         (["--plan", f"{made}/eight/plan.json"], "--plot has nothing to draw of the method 'rtn'"),
         (["--method", "svdquant", "--rank", "0"], f"{draws} no layer of this recipe has."),
         (["--plan", "bare.json"], f"{draws} no layer of this recipe has."),

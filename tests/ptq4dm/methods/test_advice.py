@@ -113,7 +113,7 @@ def test_advice_that_is_taken_is_not_given_again(name):
 def test_options_that_a_method_has_fixed_name_the_methods_that_have_them(name):
     kind = KINDS[name]
     fixed = [item for item in fields(kind) if item.metadata.get("fixed")]
-    assert bool(fixed) == (name in ("mixpe", "pdquant", "qoq"))
+    assert bool(fixed) == (name in ("mixllm", "mixpe", "pdquant", "qoq"))
     for item in fixed:
         other = next(value for value in VALUES[item.name] if value != item.default)
         text = complaint(kind, {item.name: other})

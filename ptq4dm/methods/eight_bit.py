@@ -23,7 +23,7 @@ from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
 from ..rounding.registry import ROUNDERS
-from .choices import ACTIVATIONS, FIRST_LAST, GRIDS, NUMBER_FORMATS, check_options
+from .choices import ACTIVATIONS, FIRST_LAST, GRIDS, GROUP_SIZES, NUMBER_FORMATS, check_options
 
 
 @dataclass(repr=False)
@@ -65,7 +65,9 @@ class IntegerConfig(QuantConfig):
         8, "8, or 4 stored as such; 2 and 3 in 4 bits, 5 to 7 simulated in int8 containers", low=2, high=8
     )
     activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
-    group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
+    group_size: int | None = option(
+        None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int, choices=GROUP_SIZES
+    )
     affine: bool = option(False, "4-bit weights with zero points")
     weight_grid: str = option(
         "uniform", "of weights: uniform; progressive, 4 bits in 8; or power, which is simulated", choices=GRIDS
@@ -90,13 +92,17 @@ class IntegerConfig(QuantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.settle()
         check_options(self)
+
+    def settle(self) -> None:
+        """Work out options that follow from others of the method, before it is looked whether all go together."""
 
     @property
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide
         """Whether each layer can be packed as its weight arrives: nothing looks at what layers are fed, or at several
         layers at once."""
-        return not self._looks and (not self.ranks_rows or self.plan is not None)
+        return not self.looks and (not self.ranks_rows or self.plan is not None)
 
     @property
     def ranks_rows(self) -> bool:
@@ -104,7 +110,7 @@ class IntegerConfig(QuantConfig):
         return self.average_bits is not None
 
     @property
-    def _looks(self) -> frozenset[str]:
+    def looks(self) -> frozenset[str]:
         """The evidence that rounding, range objective and importance look at."""
         chosen = not self.ranks_rows or self.plan is not None
         ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
@@ -125,7 +131,7 @@ class IntegerConfig(QuantConfig):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.activations == "static" or bool(self._looks) or super().needs_calibration
+        return self.activations == "static" or bool(self.looks) or super().needs_calibration
 
     def otherwise(self) -> str:
         dynamic = copy.copy(self)

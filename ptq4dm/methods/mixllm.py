@@ -35,7 +35,7 @@ from ..layers.view import LayerView
 from ..options import option
 from ..quantization.pictures import PICTURES, Picture
 from ..quantization.recipe import register
-from .choices import ACTIVATIONS, FIRST_LAST
+from .choices import ACTIVATIONS, FIRST_LAST, GROUP_SIZES
 from .eight_bit import IntegerConfig
 
 CLIPS = {"output": "output-checked", "mse": "mse", "none": "max"}
@@ -57,10 +57,13 @@ class MixLLMConfig(IntegerConfig):
     """
 
     rows: float = option(0.10, "share of output rows that get 8 bits", low=0.0, high=1.0)
-    weight_bits: int = option(4, flag=False, low=4, high=4)
-    group_size: int | None = option(128, "of weights: 32, 64 or 128", parse=int)
-    affine: bool = option(True, flag=False)
-    average_bits: float | None = option(None, flag=False)
+    format: str = option("int8", fixed=True)
+    weight_bits: int = option(4, fixed=True)
+    group_size: int | None = option(128, "of weights: 32, 64 or 128", parse=int, choices=GROUP_SIZES[1:])
+    affine: bool = option(True, fixed=True)
+    weight_grid: str = option("uniform", fixed=True)
+    rotate_inputs: bool = option(False, fixed=True)
+    average_bits: float | None = option(None, fixed=True)
     importance: str = option("gauss-newton", "how rows are ranked: gauss-newton, fisher or another")
     time_bins: int = option(10, "parts of the time for which salience is told apart", low=1, high=1000)
     activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
@@ -72,14 +75,6 @@ class MixLLMConfig(IntegerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.outcome: ChosenRows | None = None  # no choice, so no field
-        if self.clip not in CLIPS:
-            raise UserError(f"clip must be one of {', '.join(CLIPS)}; got '{self.clip}'.")
-        if self.average_bits is not None:
-            raise UserError("how many rows get 8 bits is said by rows; leave average_bits out.")
-        if self.group_size is None or not self.affine or (self.format, self.weight_grid) != ("int8", "uniform"):
-            raise UserError(
-                "MixLLM has 4-bit weights in groups with zero points, on a uniform grid; take another recipe."
-            )
 
     @property
     def ranks_rows(self) -> bool:

@@ -132,7 +132,7 @@ class QuantizationReport:
         share = self.bytes_after / self.bytes_before
         lines.append(f"{served}")
         lines.append(
-            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.3f}x)"
+            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.1%} of it)"
         )
         if trained := self._trained_text():
             lines.append(trained)
@@ -171,8 +171,8 @@ class QuantizationReport:
         if found["of_nearest"] is None:
             return text
         return (
-            f"{text}; a block's error is {found['of_nearest']:.3f}x that of nearest, {found['of_start']:.3f}x that "
-            "of where training began (geometric means)"
+            f"{text}; a block's error is {found['of_nearest']:.3f} times that of nearest, {found['of_start']:.3f} "
+            "times that of where training began (geometric means)"
         )
 
 

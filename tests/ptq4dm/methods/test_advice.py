@@ -32,6 +32,7 @@ VALUES = {
     "train": [("scales",), ("ranges",)],
     "optimizer": ["sgd"],
     "moves": ["wide"],
+    "rows": [0.0, 0.3],
     "variant": ["channel", "group"],
     "rotation": ["inputs", "values"],
     "clip": ["output"],

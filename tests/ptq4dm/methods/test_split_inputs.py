@@ -120,7 +120,7 @@ def test_without_a_plan_it_is_refused_while_loading(tmp_path):
 REFUSED = {
     "dynamic": ({"activations": "dynamic"}, "activations='dynamic' has none"),
     "fp8": ({"format": "fp8"}, "format='fp8' has none"),
-    "rows of two widths": ({"weight_bits": 4, "average_bits": 4.5}, "average_bits"),
+    "rows of two widths": ({"weight_bits": 4, "average_bits": 4.5}, "rows of two widths"),
 }
 
 

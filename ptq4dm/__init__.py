@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
+    from .methods.lutgemm import LUTGEMMConfig
     from .methods.mixpe import MixPEConfig
     from .methods.ohq import OHQConfig
     from .methods.pdquant import PDQuantConfig
@@ -48,6 +49,7 @@ __all__ = [
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
+    "LUTGEMMConfig",
     "MixPEConfig",
     "OHQConfig",
     "PDQuantConfig",
@@ -81,6 +83,7 @@ __getattr__, __dir__ = lazy_names(
         "CalibrationStore": "calibration.store",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
+        "LUTGEMMConfig": "methods.lutgemm",
         "MixPEConfig": "methods.mixpe",
         "OHQConfig": "methods.ohq",
         "PDQuantConfig": "methods.pdquant",

@@ -1,0 +1,8 @@
+NAME = "cpu-lut"
+
+
+def serves(device):
+    return False
+
+
+linear = None

@@ -6,8 +6,8 @@ over groups of inputs of a row, with q from 1 to 4 planes; z is an offset, or no
 signs: b_i = 2 bit_i(c) - 1. "LUT-GEMM: Quantized Matrix Multiplication based on LUTs for Efficient Inference in
 Large-Scale Generative Language Models", Park et al., arXiv:2206.09557, sections 3.1 and 3.2.
 
-    fit       greedy: b_i the signs of what is left, alpha_i the mean of its magnitude; then rounds of least squares for
-              alpha, given the signs, and of nearest sums for the signs, given alpha. Neither step raises the error.
+    fit       greedy: b_i the signs of what is left, alpha_i the mean of its magnitude; then rounds of least squares
+              for alpha, given the signs, and of nearest sums for the signs, given alpha. No step raises the error.
     uniform   s (c - zero) is alpha_i = s 2^(i-1), z = s (2^q - 1) / 2 - s zero: the same codes, the same values.
 
 Stored are tiles of 64 outputs:
@@ -184,8 +184,8 @@ def _fit(rows: Tensor, bits: int, rounds: int) -> Tensor:
 
 
 def _least_squares(signed: Tensor, rows: Tensor, start: Tensor) -> Tensor:
-    """alphas [R, q] of least |rows - alphas signed|, signed [R, q, C]: q steps of conjugate gradients in float64, which
-    also serve planes that are alike."""
+    """alphas [R, q] of least |rows - alphas signed|, signed [R, q, C]: q steps of conjugate gradients in float64,
+    which also serve planes that are alike."""
     gram = (signed @ signed.transpose(1, 2)).double()
     found = start.double()
     rest = (signed @ rows[..., None])[..., 0].double() - (gram @ found[..., None])[..., 0]

@@ -31,8 +31,9 @@ from ..layers.view import LayerView
 from ..options import option
 from ..quantization.recipe import QuantConfig, register
 from ..registry import load_late
+from ..rounding.registry import ROUNDERS
 
-GRIDS = ("binary", "uniform")
+PLANES = ("fitted", "uniform")
 FITTED = 3  # bits up to which planes are fitted where nothing is said
 
 
@@ -45,7 +46,7 @@ class LUTGEMMConfig(QuantConfig):
     group_size: inputs under one set of scales, 32, 64 or 128; None gives each output one. A layer whose inputs do not
         divide into groups gets the largest smaller ones that they divide into, or one set an output; the report says
         which.
-    grid: "binary", fitted planes; "uniform", those of an affine uniform grid; left out, binary up to 3 bits.
+    planes: "fitted"; "uniform", those of an affine uniform grid; left out, fitted up to 3 bits.
     rounds: of the fit, after its greedy start.
     rounding: of codes on the grid: "nearest", or "gptq" by calibration inputs.
     rest: a recipe for the other layers, as text ("rtn activations=dynamic") or as a config; None keeps their
@@ -57,7 +58,7 @@ class LUTGEMMConfig(QuantConfig):
     packs_while_loading: ClassVar[bool] = False
     bits: int = option(3, "sign planes of a weight", low=1, high=MOST_BITS)
     group_size: int | None = option(128, "inputs that share scales: 32, 64 or 128", parse=int)
-    grid: str | None = option(None, "planes: fitted, or of a uniform grid; binary up to 3 bits", choices=GRIDS)
+    planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted up to 3", choices=PLANES)
     rounds: int = option(ROUNDS, "of the fit of planes, after its greedy start", low=0)
     rounding: str = option("nearest", "how codes are chosen: nearest, or gptq by calibration inputs")
     rest: Any = option(None, "a recipe for all other layers, 'method option=value ...'", parse=str)
@@ -66,10 +67,12 @@ class LUTGEMMConfig(QuantConfig):
         super().__post_init__()
         if self.group_size not in GROUP_SIZES:
             raise UserError(f"group_size must be None, 32, 64 or 128; got {self.group_size!r}.")
-        if self.grid not in (None, *GRIDS):
-            raise UserError(f"grid must be one of {', '.join(GRIDS)}; got {self.grid!r}.")
-        if self.grid == "uniform" and self.rounds != ROUNDS:
+        if self.planes not in (None, *PLANES):
+            raise UserError(f"planes must be one of {', '.join(PLANES)}; got {self.planes!r}.")
+        if self.planes == "uniform" and self.rounds != ROUNDS:
             raise UserError("rounds are of fitted planes, and change nothing of a uniform grid; leave them out.")
+        if "binary" not in ROUNDERS.find(self.rounding).grids:
+            raise UserError(f"rounding '{self.rounding}' does not serve planes; take nearest or gptq.")
         BCQPlan(weight_bits=self.bits, group_size=self.group_size, rounding=self.rounding).check()
         self.rest = _rest(self.rest)
 
@@ -91,7 +94,7 @@ class LUTGEMMConfig(QuantConfig):
         inputs = view.weight.shape[1]
         sizes = sorted((size for size in GROUP_SIZES if size and size <= (self.group_size or 0)), reverse=True)
         group_size = next((size for size in sizes if inputs % size == 0), None)
-        uniform = (self.grid or ("binary" if self.bits <= FITTED else "uniform")) == "uniform"
+        uniform = (self.planes or ("fitted" if self.bits <= FITTED else "uniform")) == "uniform"
         return BCQPlan(
             weight_bits=self.bits, group_size=group_size, rounds=self.rounds, uniform=uniform, rounding=self.rounding
         )

@@ -44,8 +44,8 @@ class BCQPlan(LayerPlan):
     def check(self) -> None:
         if not 1 <= self.weight_bits <= MOST_BITS or self.activation_bits != FLOAT_INPUTS:
             raise ValueError(
-                f"bcq has weights of 1 to {MOST_BITS} bits under inputs of {FLOAT_INPUTS}, not {self.weight_bits} and "
-                f"{self.activation_bits}"
+                f"bcq has weights of 1 to {MOST_BITS} bits under inputs of {FLOAT_INPUTS}, not {self.weight_bits} "
+                f"and {self.activation_bits}"
             )
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size is none, 32, 64 or 128, not {self.group_size}")
@@ -73,7 +73,9 @@ class BCQPlan(LayerPlan):
 
 
 class BCQLinear(RoundedLayer, QuantizedLinear):
-    """y = x W^T + b, W of sign planes: x [..., K] float -> [..., N] in x's dtype; T = N / 64 and W = K / 32, rounded up.
+    """y = x W^T + b, W of sign planes: x [..., K] float -> [..., N] in x's dtype.
+
+    T = N / 64 and W = K / 32, rounded up.
 
     bias      [N] in the model's dtype, or None
     qweight   [T, W, q, 64] int32: signs of 32 inputs a word
@@ -99,20 +101,12 @@ class BCQLinear(RoundedLayer, QuantizedLinear):
     def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> BinaryGrid:
         """The grid of a float32 weight [N, K], by the plan, with scales as they are stored."""
         plan = self.plan
-        if not plan.uniform:
-            grid = fit(matrix, plan.weight_bits, plan.group_size, plan.rounds)
+        bits, size = plan.weight_bits, plan.group_size
+        if plan.uniform:
+            objective = plan.objective, plan.objective_parameter
+            grid = from_uniform(weight_grid(matrix, bits, *objective, size, affine=True, evidence=evidence))
         else:
-            grid = from_uniform(
-                weight_grid(
-                    matrix,
-                    plan.weight_bits,
-                    plan.objective,
-                    plan.objective_parameter,
-                    plan.group_size,
-                    True,
-                    evidence,
-                )
-            )
+            grid = fit(matrix, bits, size, plan.rounds)
         kind = _kind(grid)
         return BinaryGrid(grid.alphas.to(kind), None if grid.offsets is None else grid.offsets.to(kind))
 

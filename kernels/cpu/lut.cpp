@@ -3,7 +3,7 @@
 //
 //   x      -> whole numbers of 14 bits under one scale for each unit of inputs: a group, or 256 inputs of a row
 //   table  for every 4 inputs: 16 sums, each 2 bytes, 32768 added so that bytes are unsigned; low and high bytes apart
-//   codes  words of 32 signs of an output, 64 outputs beside one another: nibble p of a word is the place in table p
+//   codes  words of 32 signs of an output, 64 outputs beside one another; bit j + 16 h is input 2 j + h. Nibble p of a word is the place in table p
 //   sums   of low bytes and of high bytes in whole numbers, exact; at the end of a unit times the scales, in float32
 //
 // AVX-512: the four bytes of a word look into four tables of 16 entries in one register (vpermb), and are summed into
@@ -74,7 +74,7 @@ inline const int32_t* ask_for(const int32_t* words) {
 
 // Tables, scales and sums of one row of x [K].
 void prepare(const float* x, const Operands& o, uint8_t* tables, float* scales, float* sums) {
-  alignas(64) int16_t whole[UNIT];
+  alignas(64) int16_t whole[UNIT];  // within a word in the order of its bits
   for (int64_t u = 0; u < o.units; u++) {
     const int64_t from = u * o.length * WORD, count = std::min(o.length * WORD, o.k - from);
     const int64_t words = std::min(o.length, o.width - u * o.length);
@@ -89,13 +89,13 @@ void prepare(const float* x, const Operands& o, uint8_t* tables, float* scales, 
     const float scale = most / LIMIT;
     const double inverse = scale > 0.0f && std::isfinite(scale) ? 1.0 / static_cast<double>(scale) : 0.0;
     int32_t sum = 0;
+    std::fill(whole, whole + words * WORD, static_cast<int16_t>(0));
     for (int64_t i = 0; i < count; i++) {
       const float value = x[from + i] * static_cast<float>(inverse);
       const float near = std::nearbyint(std::isfinite(value) ? std::clamp(value, -LIMIT, LIMIT) : 0.0f);
-      whole[i] = static_cast<int16_t>(near);
-      sum += whole[i];
+      whole[i / WORD * WORD + i % WORD / 2 + i % 2 * (WORD / 2)] = static_cast<int16_t>(near);
+      sum += static_cast<int32_t>(near);
     }
-    std::fill(whole + count, whole + words * WORD, static_cast<int16_t>(0));
     scales[u] = scale;  // infinity or NaN where x holds any: so are all products
     sums[u] = scale * static_cast<float>(sum);
     for (int64_t w = 0; w < words; w++) {

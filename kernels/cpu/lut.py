@@ -6,9 +6,10 @@
     y[m, n] = sum_u ( sum_i alpha[n, u, i] (s[m, u] P[m, n, u, i])  +  z[n, u] s[m, u] sum_{k in u} X[m, k] )  +  b[n]
 
 P is exact: for each four inputs the sums with all 16 patterns of signs are in a table of the row, and four bits of a
-code look one up. Units ascend and planes within them; every step is a multiply-add of float32. So y is off by at most
-s / 2 sum_k |w| from rounding x, and by (units (q + 1) + 3) 2^-23 of sum_u (sum_i |alpha s P| + |z s sum X|) + |b|. Its
-bits are the same whatever the number of threads and rows, and for all instructions that it is compiled for (lut.cpp).
+code look one up. Units ascend and planes within them; every step is a multiply-add of float32. So y is off by at
+most s / 2 sum_k |w| from rounding x, and by (units (q + 1) + 3) 2^-23 of sum_u (sum_i |alpha s P| + |z s sum X|)
++ |b|. Its bits are the same whatever the number of threads and rows, and for all instructions that it is compiled
+for (lut.cpp).
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ Large-Scale Generative Language Models", Park et al., arXiv:2206.09557, sections
 
 Stored are tiles of 64 outputs:
 
-    words    int32 [T, W, q, 64]    T = ceil(N / 64), W = ceil(K / 32); bit j of a word is the sign of input 32 w + j
+    words    int32 [T, W, q, 64]    T = ceil(N / 64), W = ceil(K / 32); bit j + 16 h of a word is the
+                                   sign of input 32 w + 2 j + h: kernels make two signs of two bits at a time
     alphas   [T, G, q, 64]          in 16 bits; offsets [T, G, 64]
 
 Outputs and inputs beyond the last have bits and scales of zero.
@@ -124,9 +125,10 @@ def from_uniform(grid: Grid) -> BinaryGrid:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """codes int8 [N, K] -> words int32 [T, W, bits, 64]."""
     outputs, inputs = codes.shape
-    planes = []
+    planes, order = [], word_order(codes.device)
     for rows in codes.split(max(1, CHUNK // max(inputs, 1) // TILE) * TILE):
         rows = F.pad(rows, (0, -inputs % WORD, 0, -len(rows) % TILE))
+        rows = rows.unflatten(1, (-1, WORD))[:, :, order].flatten(1)
         packed = [_bytes(rows >> plane & 1).view(torch.int32) for plane in range(bits)]
         planes.append(torch.stack(packed, -1).unflatten(0, (-1, TILE)).permute(0, 2, 3, 1))
     if not planes:
@@ -136,7 +138,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, outputs: int, inputs: int) -> Tensor:
     """The inverse of `pack`: codes int8 [N, K]."""
-    places = torch.arange(WORD, device=words.device, dtype=torch.int32)
+    places = word_order(words.device).argsort().int()
     parts = []
     for tiles in words.split(max(1, CHUNK // (words.shape[1] * WORD * TILE))):
         codes = torch.zeros((), dtype=torch.int8, device=words.device)
@@ -145,6 +147,11 @@ def unpack(words: Tensor, outputs: int, inputs: int) -> Tensor:
             codes = codes | (bits << plane).to(torch.int8)
         parts.append(codes.transpose(1, 2).flatten(2).flatten(0, 1))
     return torch.cat(parts)[:outputs, :inputs].contiguous()
+
+
+def word_order(device: torch.device | None = None) -> Tensor:
+    """The input of each bit of a word [32]."""
+    return torch.arange(WORD, device=device).view(WORD // 2, 2).T.flatten()
 
 
 def tiled(scales: Tensor) -> Tensor:

@@ -134,6 +134,9 @@ class BCQLinear(RoundedLayer, QuantizedLinear):
         """The kernel that serves this layer, of one row, where its codes are now."""
         return lut.kernel_name(self.qweight.device, 1)
 
+    def kernels(self) -> dict[str, str]:
+        return lut.kernel_names(self.qweight.device)
+
     def forward(self, input: Tensor) -> Tensor:
         return lut.bcq_linear(input, self.qweight, self.wscales, self.woffsets, self.bias, self.out_features)
 

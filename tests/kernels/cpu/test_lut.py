@@ -1,4 +1,4 @@
-"""Look-up tables on this CPU: sums against whole numbers, outputs against float64, the same bits however it is run."""
+"""Look-up tables on this CPU: outputs against whole numbers and float64, the same bits however it is run."""
 
 import pytest
 import torch

@@ -92,7 +92,7 @@ def test_packing(n, k, bits):
     assert torch.equal(bcq.unpack(words, n, k), codes)
     row, column = n - 1, k - 1  # by hand: bit j of a word is the sign of input 32 w + j
     word = int(words[row // 64, column // 32, bits - 1, row % 64])
-    assert (word >> column % 32 & 1) == (int(codes[row, column]) >> (bits - 1) & 1)
+    assert (word >> (column % 32 // 2 + column % 2 * 16) & 1) == (int(codes[row, column]) >> (bits - 1) & 1)
 
 
 def test_scales_of_tiles():

@@ -18,6 +18,7 @@ from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
+    from .caching.cached_embeddings import cached_embeddings
     from .caching.cached_text import cached_text
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
@@ -61,6 +62,7 @@ __all__ = [
     "RTNConfig",
     "SVDQuantConfig",
     "UserError",
+    "cached_embeddings",
     "cached_text",
     "collect",
     "evaluate",
@@ -94,6 +96,7 @@ __getattr__, __dir__ = lazy_names(
         "QuantConfig": "quantization.recipe",
         "RTNConfig": "methods.rtn",
         "SVDQuantConfig": "svdquant.method",
+        "cached_embeddings": "caching.cached_embeddings",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",

@@ -74,6 +74,11 @@ class Training:
             start = plan.starts.setdefault(name, [choice.input_scale, choice.input_zero_point])
             choice.input_scale, choice.input_zero_point = start
         chosen = chosen_calls(calls, num_tuples)
+        if self.learning.correction and len(chosen) == len(calls):
+            raise UserError(
+                f"all {len(calls)} recorded tuples are trained on, so that correction would change nothing; take "
+                "num_tuples below that, or leave correction out."
+            )
         order = torch.randperm(len(chosen), generator=torch.Generator("cpu").manual_seed(seed))
         batches = list(chosen[order].batches(self.learning.step_tuples))
         reference = list(calls.batches(self.learning.step_tuples)) if self.learning.correction else []

@@ -3,7 +3,7 @@
 1. Its calls on calibration tuples are captured twice: in full precision, which also gives the targets, and behind the
    part of the model that is quantized already (items.py).
 2. Some hundred steps: a batch of tuples, what it is fed mixed from both (QDrop), the loss of its outputs, and where
-   asked for the error in the model's own answer; the codes of weights and the ends of input ranges move (soft.py).
+   asked for the error in the model's own answer; codes of weights and ends of input ranges move (steps.py, soft.py).
 3. Codes become whole numbers, the layers are packed, and the block's error is measured as they compute it.
 
 AdaRound, BRECQ (arXiv:2102.05426), QDrop (arXiv:2203.05740) and PD-Quant (arXiv:2212.07048) are of this form.
@@ -12,7 +12,7 @@ AdaRound, BRECQ (arXiv:2102.05426), QDrop (arXiv:2203.05740) and PD-Quant (arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,23 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.evidence import substituted
-from ..calibration.record import ready, samples_of
+from ..calibration.record import samples_of
 from ..errors import UserError
 from ..hooks import computing
 from ..layers.registry import empty_quantized
 from ..layers.rounded import RoundedLayer
 from ..pipelines.denoiser import evaluation_mode
 from ..rounding.learned import Learning
-from ..rounding.optimizers import OPTIMIZERS, falling, move
 from .items import Item, fed, items_of, outputs_of
 from .losses import block_loss
 from .soft import FixedLayer, SoftLayer
+from .steps import train
 from .tuples import Tuples
 
-WARM_UP = 0.2  # the share of steps before soft codes are driven to whole numbers
-SHARPNESS = (20.0, 2.0)  # of that penalty, at first and at the end
-PENALTY = 0.1  # its weight against the loss, which is 1 where weights are rounded to nearest
-RANGE_RATE, SCALE_RATE = 1e-3, 1e-3  # learning rates of what is trained in logarithms; biases as scales
 TINY = 1e-30
 
 
@@ -174,58 +170,28 @@ class BlockTraining:
         return _Measured(wrong / energy if energy else 0.0, max(loss / count, TINY), max(prediction / count, TINY))
 
     def _train(self, layers: list[SoftLayer], items: list[Item], nearest: _Measured) -> None:
-        learning = self.learning
-        codes = [layer.codes for layer in layers if layer.codes is not None]
-        groups = self._groups(layers)
-        tensors = [tensor for group, _, _ in groups for tensor in group]
-        order: list[int] = []
-        for step in range(learning.steps if groups else 0):
-            order = order or torch.randperm(len(items), generator=self.draw).tolist()
-            item = items[order.pop()]
+        def loss(item: Item, penalty: Callable[[], Tensor]) -> Tensor:
+            """Of one step: each term is 1 where weights are rounded to nearest."""
+            learning = self.learning
             self.drops_inputs = learning.augmentation == "qdrop"
             outputs = outputs_of(self.module, fed(item, learning.augmentation, self.drop), item)
-            loss = self._loss(outputs, item) / nearest.loss
             self.drops_inputs = False
+            found = self._loss(outputs, item) / nearest.loss
             if learning.prediction:
-                loss = loss + learning.prediction * self._prediction(item) / nearest.prediction
-            done = step / learning.steps
-            if codes and done >= WARM_UP:
-                sharpness = SHARPNESS[1] + (SHARPNESS[0] - SHARPNESS[1]) * (1 - (done - WARM_UP) / (1 - WARM_UP))
-                loss = loss + PENALTY * torch.stack([one.penalty(sharpness) for one in codes]).mean()
-            if not loss.requires_grad:  # none of the trained layers is called in these tuples
-                continue
-            gradients = iter(torch.autograd.grad(loss, tensors, allow_unused=True))  # an expert may not be called
-            for group, optimizer, rate in groups:
-                own = tuple(_or_zero(next(gradients), tensor) for tensor in group)
-                move(optimizer, group, own, rate * falling(step, learning.steps))
-            for one in codes:
-                one.project()
+                with self.tuples.at(item.place, self.block.before):
+                    found = found + learning.prediction * self._prediction(item) / nearest.prediction
+            return found + penalty()
 
-    def _groups(self, layers: list[SoftLayer]) -> list[tuple[list[Tensor], Any, float]]:
-        """(what is trained, its optimizer, its learning rate), of roundings, of input ranges, and of the rest."""
-        choice = OPTIMIZERS.find(self.learning.optimizer)
-        roundings = [layer.codes.value for layer in layers if layer.codes is not None]
-        ranges = [end for layer in layers for end in layer.input.ends]
-        others = [one for layer in layers for one in layer.others()]
-        chosen = (
-            (roundings, choice.make, self.learning.rate),
-            (ranges, torch.optim.Adam, RANGE_RATE),
-            (others, torch.optim.Adam, SCALE_RATE),
-        )
-        return [(tensors, make(tensors, lr=rate), rate) for tensors, make, rate in chosen if tensors]
+        train(layers, items, self.learning, loss, self.draw, self.drop)
 
     def _loss(self, outputs: list[Tensor], item: Item) -> Tensor:
         return block_loss(self.learning.loss, outputs, item.targets, item.weights, item.fisher)
 
     def _prediction(self, item: Item) -> Tensor:
         """The squared error of the model's answer, behind the quantized part and before an exact rest."""
-        call = ready(item.batch, self.model)
-        found = samples_of(self.model(*call.args, **call.kwargs), item.batch)
+        assert item.call is not None
+        found = samples_of(self.model(*item.call.args, **item.call.kwargs), item.batch)
         return block_loss("mse", [found], item.answer, item.weights)
-
-
-def _or_zero(gradient: Tensor | None, tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if gradient is None else gradient
 
 
 @contextmanager

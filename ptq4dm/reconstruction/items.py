@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..calibration.calls import Calls
+from ..calibration.calls import Call, Calls
 from ..calibration.record import answers, ready, samples_of, tensors_of
 from ..errors import UserError
 from ..pipelines.denoiser import evaluation_mode
@@ -26,7 +26,8 @@ class Item:
 
     exact, noisy: leaves of its arguments in full precision, and behind the quantized part. targets: its outputs in
     full precision. weights: [R] of the rows. fisher: squared gradients of the model's answer in each output, of mean
-    1. answer: the model's samples in full precision, where they are asked for. place: the number of its batch.
+    1. answer, call: the model's samples in full precision and its call, on its device, where those are asked for.
+    place: the number of its batch.
     """
 
     batch: Calls
@@ -37,6 +38,7 @@ class Item:
     weights: Tensor
     fisher: list[Tensor] | None = None
     answer: list[Tensor] = field(default_factory=list)
+    call: Call | None = None
     place: int = 0
 
 
@@ -84,7 +86,7 @@ def items_of(
             with tuples.exact.resumed(place):
                 found[-1].fisher = _fisher(model, module, batch, draw)
         if learning.prediction:
-            found[-1].answer = [predictions[place].to(device)]
+            found[-1].answer, found[-1].call = [predictions[place].to(device)], ready(batch, model)
     if not found:
         raise UserError(f"'{name}' was not called during calibration.")
     if learning.correction:

@@ -46,6 +46,9 @@ class Variable:
     paces: ClassVar[dict[str, float]] = {"gptq": 1.0, "nearest": 10.0}
     """Start -> its learning rate, in those of straight-through codes from gptq; from nearest these go farther."""
 
+    driven: ClassVar[bool] = False
+    """Whether a penalty drives soft codes to whole numbers."""
+
     def __init__(self, steps: Tensor, low: Tensor, high: Tensor, wide: bool = False) -> None:
         self.reach = WIDE if wide else 0
         steps = steps.maximum(low).minimum(high)
@@ -64,9 +67,9 @@ class Variable:
         """The codes that training came to, whole numbers in float32."""
         return self.soft().detach().round()
 
-    def penalty(self, sharpness: float) -> Tensor:
+    def penalty(self, sharpness: Tensor) -> Tensor:
         """How far the soft codes are from whole numbers, 0 to 1."""
-        return torch.zeros((), device=self.value.device)
+        raise NotImplementedError
 
     def project(self) -> None:
         """Bring the variable back to where codes can be."""
@@ -77,6 +80,7 @@ class Sigmoid(Variable):
     """AdaRound's rectified sigmoid."""
 
     paces: ClassVar[dict[str, float]] = {"gptq": 300.0, "nearest": 300.0}
+    driven: ClassVar[bool] = True
 
     @property
     def span(self) -> float:
@@ -96,7 +100,7 @@ class Sigmoid(Variable):
         moves = (self._moves().detach() + 0.5).floor()
         return (self.floor + moves).maximum(self.low).minimum(self.high)
 
-    def penalty(self, sharpness: float) -> Tensor:
+    def penalty(self, sharpness: Tensor) -> Tensor:
         moves = self._moves()
         between = moves - moves.detach().floor()
         return (1 - (2 * between - 1).abs().pow(sharpness)).mean()

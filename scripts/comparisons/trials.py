@@ -56,6 +56,7 @@ COMBINED: tuple[dict, ...] = (
 LAWS = ("uniform", "ndtc", "solver", "one timestep")
 STEPS = (50, 100, 200, 500, 1500, 20000)
 PREDICTION = (0.0, 0.3, 1.0, 3.0)
+FEWER = 64  # tuples that are trained on, of all: what a correction of their distribution could mend
 AS_PUBLISHED = {
     "prediction": 1.0, "variable": "sigmoid", "start": "nearest", "augmentation": "qdrop", "learning_rate": 0.1,
 }  # fmt: skip
@@ -183,9 +184,13 @@ def steps(base: dict[str, Any]) -> list[Trial]:
 
 
 def prediction(base: dict[str, Any]) -> list[Trial]:
-    """Weights of the prediction term that are not the base's, the term alone, corrected inputs, and what PD-Quant's
-    authors train with."""
+    """Weights of the prediction term that are not the base's, the term alone, few tuples with their inputs corrected
+    and as they are, what PD-Quant's authors train with, and what of it pays: each of its choices left as in the base.
+    """
     weights = [{"prediction": weight} for weight in PREDICTION if weight != base["prediction"]]
-    rows = [*weights, {"correction": True}, {"prediction": 1.0, "correction": True}, AS_PUBLISHED]
+    few = {"num_tuples": FEWER, "prediction": 1.0}
+    rows = [*weights, few, {**few, "correction": True}, AS_PUBLISHED, {**AS_PUBLISHED, "augmentation": "none"}]
+    near = {"prediction": 1.0, "start": "nearest"}
+    rows += [near, {**near, "augmentation": "qdrop"}]
     alone = Trial("pdquant", "prediction alone", {"prediction": ALONE})
     return [*(Trial("pdquant", called(options), options) for options in rows), alone]

@@ -107,9 +107,11 @@ def test_factors_are_every_value_that_is_not_the_base(script):
     assert "train rounding, activations static" not in names  # said in one order
     assert {"activations static, train rounding", "activations static, train ranges"} <= {*names}
     assert [name for name in names if name.startswith("prediction")] == [
-        "prediction 0.3", "prediction 1.0", "prediction 3.0", "prediction 1.0, correction True",
-        AS_PUBLISHED, "prediction alone",
+        "prediction 0.3", "prediction 1.0", "prediction 3.0", AS_PUBLISHED, AS_PUBLISHED.replace("qdrop", "none"),
+        "prediction 1.0, start nearest", "prediction 1.0, start nearest, augmentation qdrop", "prediction alone",
     ]  # fmt: skip
+    fewer = "num_tuples 64, prediction 1.0"
+    assert {fewer, f"{fewer}, correction True"} <= {*names}
     assert "prediction 0.0" in [trial.name for trial in trials.prediction({**base, "prediction": 1.0})]
 
 
@@ -146,7 +148,9 @@ def test_every_row_is_a_recipe_on_one_grid(script):
     for trial in trials.all_trials(recipes.defaults()):
         config = recipes.recipe(trial, "W3A8", {"steps": 7, "num_tuples": 99}, 2)
         objective = config.ranges()[0]
-        assert (objective, config.weight_bits, config.activation_bits, config.num_tuples) == ("mse", 3, 8, 99)
+        assert (objective, config.weight_bits, config.activation_bits, config.num_tuples) == (
+            "mse", 3, 8, trial.options.get("num_tuples", 99),
+        )  # fmt: skip
         assert config.seed == 2 and config.activations == trial.options.get("activations", "dynamic")
         assert isinstance(config, ptq4dm.GradPTQConfig) != bool(trial.rounding)
         if not trial.rounding:
@@ -377,7 +381,7 @@ def test_slow_rows_begin_first_and_hold_no_others_up(script, monkeypatch, capsys
     compare.main([*words, "--minutes", "3.99"], FakeBench)
     # At 200 s no third one of them, nor any of the layers', but rows of one second, once the first of them is known:
     # that one is judged by the longest, and there is no time for it.
-    assert [row for row, _, _ in FakeBench.made] == ["prediction 1.0, correction True", AS_PUBLISHED]
+    assert [row for row, _, _ in FakeBench.made] == [AS_PUBLISHED, AS_PUBLISHED.replace("qdrop", "none")]
     now[0] = 0.0
     FakeBench.made.clear()
     compare.main([*words, "--minutes", "3.9", "--only", "base", "loss *", "unit *"], FakeBench)

@@ -10,6 +10,7 @@ import denoisers
 import ptq4dm
 import trained
 from helpers import same
+from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.plan import Int4Plan
 from ptq4dm.quantization import training
@@ -127,7 +128,7 @@ def test_scales_and_biases_move_where_they_are_trained(dit):
         {"unit": "layer"},
         {"start": "gptq", "learning_rate": 0.001},
         {"prediction": 1.0},
-        {"correction": True},
+        {"correction": True, "num_tuples": 2},
         {"optimizer": "adamax"},
         {"optimizer": "signsgd"},
         {"optimizer": "sgd", "learning_rate": 1.0},
@@ -182,6 +183,11 @@ def test_models_of_16_bits(kind, dtype):
     assert gain(report) < 0.95 and model.dtype == dtype
     assert all(one.dtype == dtype for name, one in found.items() if name.endswith("bias"))
     assert trained.run(model).isfinite().all()
+
+
+def test_a_correction_towards_what_is_trained_on_is_refused(dit):
+    with pytest.raises(UserError, match="correction would change nothing"):
+        made(dit, correction=True, num_tuples=len(dit[1]))
 
 
 def test_pdquant_chooses_ranges_and_trains(dit):

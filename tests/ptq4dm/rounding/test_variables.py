@@ -87,7 +87,7 @@ def test_the_penalty_is_that_of_adaround(wide):
     with torch.no_grad():
         variable.value.fill_(30.0)
     assert float(variable.penalty(2.0).detach()) == pytest.approx(0, abs=1e-6)  # whole numbers cost nothing
-    assert all(float(VARIABLES[kind](steps(), low, high).penalty(2.0)) == 0 for kind in KINDS if kind != "sigmoid")
+    assert [kind for kind in KINDS if VARIABLES[kind].driven] == ["sigmoid"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -28,6 +28,7 @@ FORMATS: dict[str, tuple[Callable, Any]] = {
     "int4 affine": (tiny_dit, RTN(weight_bits=4, affine=True, **DYNAMIC)),
     "progressive": (tiny_dit, RTN(weight_bits=4, group_size=32, weight_grid="progressive", **DYNAMIC)),
     "power": (tiny_dit, RTN(weight_bits=4, weight_grid="power", **DYNAMIC)),
+    "sign planes": (tiny_dit, ptq4dm.LUTGEMMConfig(rest="rtn activations=dynamic")),
     "rows of two widths": (tiny_dit, RTN(weight_bits=4, average_bits=5.0, num_tuples=2, **DYNAMIC)),
     "svdquant": (tiny_dit, SVDQ(rank=4, num_tuples=2, smoothing=0.5, rounding="nearest", refinements=1)),
 }

@@ -75,7 +75,8 @@ def test_facts_of_the_float_weight(bias, dtype):
         assert torch.zeros(2, dtype=torch.float64).to(weight).dtype == dtype
         assert torch.zeros_like(weight).shape == weight.shape and weight.new_ones(3).dtype == dtype
         assert copy.deepcopy(layer).to("meta").weight.is_meta
-    assert seen >= {"int8", "fp8", "int4", "row-mix", "power", "bcq", "svdq", "svdq-split", "nvfp4"} and seen <= set(FORMATS)
+    assert seen >= {"int8", "fp8", "int4", "row-mix", "power", "bcq", "svdq", "svdq-split", "nvfp4"}
+    assert seen <= set(FORMATS)
 
 
 REFUSED = {

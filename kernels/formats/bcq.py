@@ -8,6 +8,8 @@ Large-Scale Generative Language Models", Park et al., arXiv:2206.09557, sections
 
     fit       greedy: b_i the signs of what is left, alpha_i the mean of its magnitude; then rounds of least squares
               for alpha, given the signs, and of nearest sums for the signs, given alpha. No step raises the error.
+              Least squares may count errors by |w|^emphasis, as an option of the authors' code does: plain ones make
+              w shorter, by the share of its error, and large weights most.
     uniform   s (c - zero) is alpha_i = s 2^(i-1), z = s (2^q - 1) / 2 - s zero: the same codes, the same values.
 
 Stored are tiles of 64 outputs:
@@ -99,14 +101,17 @@ def signs(codes: Tensor, bits: int) -> Tensor:
     return ((codes[..., None].int() >> planes & 1) * 2 - 1).float()
 
 
-def fit(weight: Tensor, bits: int, group_size: int | None = None, rounds: int = ROUNDS) -> BinaryGrid:
+def fit(
+    weight: Tensor, bits: int, group_size: int | None = None, rounds: int = ROUNDS, emphasis: float = 0.0
+) -> BinaryGrid:
     """The grid, without offsets, of a weight [N, K] float: greedy, then so many rounds. Scales fall with the plane.
 
-    group_size: inputs under one set of scales; None gives each output one. Raises ValueError where K is no multiple.
+    group_size: inputs under one set of scales; None gives each output one. emphasis: squared errors count by
+    |w|^emphasis. Raises ValueError where K is no multiple of the group.
     """
     groups = _groups(weight, group_size)
     step = max(1, CHUNK // groups.shape[1])
-    parts = [_fit(part.float(), bits, rounds) for part in groups.split(step)]
+    parts = [_fit(part.float(), bits, rounds, emphasis) for part in groups.split(step)]
     return BinaryGrid(torch.cat(parts).view(len(weight), -1, bits))
 
 
@@ -173,29 +178,33 @@ def _groups(weight: Tensor, group_size: int | None) -> Tensor:
     return weight.reshape(-1, size)
 
 
-def _fit(rows: Tensor, bits: int, rounds: int) -> Tensor:
+def _fit(rows: Tensor, bits: int, rounds: int, emphasis: float) -> Tensor:
     """alphas [R, bits] of rows [R, C] float32."""
+    peaks = rows.abs().amax(1, keepdim=True)
+    counts = torch.ones_like(rows) if not emphasis else (rows.abs() / peaks.where(peaks > 0, 1.0)) ** emphasis
+    total = counts.sum(1)
     left, planes, alphas = rows, [], []
     for _ in range(bits):
         plane = torch.where(left >= 0, 1.0, -1.0)
-        alpha = left.abs().mean(1)
+        alpha = (counts * left.abs()).sum(1) / total.where(total > 0, 1.0)
         left = left - alpha[:, None] * plane
         planes.append(plane)
         alphas.append(alpha)
     signed, found = torch.stack(planes, 1), torch.stack(alphas, 1)
     for _ in range(rounds):
-        found = _least_squares(signed, rows, found).abs().sort(1, descending=True).values
+        found = _least_squares(signed, rows, counts, found).abs().sort(1, descending=True).values
         grid = BinaryGrid(found[:, None])
         signed = signs(grid.codes(rows), bits).transpose(1, 2).contiguous()
     return found.abs().sort(1, descending=True).values
 
 
-def _least_squares(signed: Tensor, rows: Tensor, start: Tensor) -> Tensor:
+def _least_squares(signed: Tensor, rows: Tensor, counts: Tensor, start: Tensor) -> Tensor:
     """alphas [R, q] of least |rows - alphas signed|, signed [R, q, C]: q steps of conjugate gradients in float64,
     which also serve planes that are alike."""
-    gram = (signed @ signed.transpose(1, 2)).double()
+    counted = signed * counts[:, None]
+    gram = (counted @ signed.transpose(1, 2)).double()
     found = start.double()
-    rest = (signed @ rows[..., None])[..., 0].double() - (gram @ found[..., None])[..., 0]
+    rest = (counted @ rows[..., None])[..., 0].double() - (gram @ found[..., None])[..., 0]
     way, size = rest, rest.square().sum(1)
     for _ in range(signed.shape[1]):
         ahead = (gram @ way[..., None])[..., 0]

@@ -299,12 +299,16 @@ def sign_planes() -> list[Row]:
     rows = []
     for bits, others in ((2, (128, 32)), (3, (128, 64)), (4, (128,))):
         name, recipe = f"LUT-GEMM q{bits} g128", partial(LUTGEMMConfig, bits=bits)
-        fitted = partial(recipe, planes="fitted")
+        fitted, even = (partial(recipe, planes=planes) for planes in ("fitted", "uniform"))
         rows += [
-            *(Row(f"{name}, uniform g{size}", "baseline", partial(recipe, planes="uniform", group_size=size), name)
-              for size in others),
+            *(
+                Row(f"{name}, uniform g{size}", "baseline", partial(even, group_size=size), name)
+                for size in others
+            ),
+            Row(f"{name}, uniform g128, gptq", "baseline", partial(even, rounding="gptq"), name),
             Row(name, "method", fitted),
             Row(f"{name}, greedy", "ablation", partial(fitted, rounds=0), name),
+            Row(f"{name}, plain least squares", "ablation", partial(fitted, emphasis=0.0), name),
             Row(f"{name}, gptq", "ablation", partial(fitted, rounding="gptq"), name),
             Row(f"{name}, scales shuffled", "shuffled", fitted, name, packed=controls_steps.shuffle_scales),
         ]  # fmt: skip
@@ -313,7 +317,7 @@ def sign_planes() -> list[Row]:
         *rows,
         *(
             Row(f"LUT-GEMM q{bits} {f'g{size}' if size else 'row'}", "ablation",
-                partial(LUTGEMMConfig, bits=bits, group_size=size, planes="fitted"), rows[2].name)
+                partial(LUTGEMMConfig, bits=bits, group_size=size, planes="fitted"), "LUT-GEMM q2 g128")
             for bits, size in curve
         ),
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from ..plan import FLOAT_INPUTS, GROUP_SIZES, LayerPlan
 from ..registry import register_format
 from ..rounded import RoundedLayer
 
+MOST_EMPHASIS = 4
 SIXTEEN = (torch.float16, torch.bfloat16)
 
 
@@ -31,6 +32,7 @@ class BCQPlan(LayerPlan):
     weight_bits: sign planes, 1 to 4. activation_bits: 16; inputs are not rounded.
     group_size: inputs under one set of scales, 32, 64 or 128; None gives each output one.
     rounds: of least squares and nearest sums, after the greedy start; 0 leaves that as it is.
+    emphasis: squared errors of weights count by |w|^emphasis in them; 0 counts all alike.
     uniform: the planes and offsets of an affine uniform grid instead; the objective is its.
     """
 
@@ -39,6 +41,7 @@ class BCQPlan(LayerPlan):
     activation_bits: int = FLOAT_INPUTS
     group_size: int | None = None
     rounds: int = ROUNDS
+    emphasis: float = 1.0
     uniform: bool = False
 
     def check(self) -> None:
@@ -51,6 +54,8 @@ class BCQPlan(LayerPlan):
             raise ValueError(f"group_size is none, 32, 64 or 128, not {self.group_size}")
         if self.rounds < 0:
             raise ValueError(f"rounds is {self.rounds} and counts from 0")
+        if not 0 <= self.emphasis <= MOST_EMPHASIS:
+            raise ValueError(f"emphasis is {self.emphasis} and lies in [0, {MOST_EMPHASIS}]")
         if (self.input_scale, self.input_zero_point) != (None, None):
             raise ValueError("inputs of 16 bits stay floats and have no grid")
         objective_parameter(self.objective, self.objective_parameter)
@@ -106,7 +111,7 @@ class BCQLinear(RoundedLayer, QuantizedLinear):
             objective = plan.objective, plan.objective_parameter
             grid = from_uniform(weight_grid(matrix, bits, *objective, size, affine=True, evidence=evidence))
         else:
-            grid = fit(matrix, bits, size, plan.rounds)
+            grid = fit(matrix, bits, size, plan.rounds, plan.emphasis)
         kind = _kind(grid)
         return BinaryGrid(grid.alphas.to(kind), None if grid.offsets is None else grid.offsets.to(kind))
 

@@ -50,6 +50,21 @@ def test_no_round_raises_the_error(bits):
         assert errors[5].sum() < 0.95 * errors[0].sum()
 
 
+def test_emphasis_keeps_large_weights():
+    """Plain least squares make weights shorter, the large ones most; errors that count by |w| make up for it."""
+    rows = weight(50, 128)
+    large = rows.abs() > 2
+    shorter = []
+    for emphasis in (0.0, 1.0):
+        grid = bcq.fit(rows, 2, None, 15, emphasis)
+        values = grid.values(grid.codes(rows))
+        shorter.append(
+            [float(1 - (values * rows)[part].sum() / rows.square()[part].sum()) for part in (large, rows != 0)]
+        )
+    assert shorter[0][0] > 0.1 and shorter[0][1] > 0.05
+    assert shorter[1][0] < 0.7 * shorter[0][0] and shorter[1][1] < 0.7 * shorter[0][1]
+
+
 def test_greedy_start_by_hand():
     """Signs and mean magnitude: 1.75, then what is left of it, of magnitudes 0.75, 0.25, 0.75, 0.25."""
     grid = bcq.fit(torch.tensor([[1.0, -2.0, 2.5, -1.5]]), 2, None, 0)

@@ -97,6 +97,8 @@ def test_four_bits_are_uniform_where_nothing_is_said(reference):
         ({"group_size": 100}, "group_size must be None, 32, 64 or 128; got 100"),
         ({"planes": "none"}, "planes must be one of fitted, uniform"),
         ({"planes": "uniform", "rounds": 3}, "change nothing of a uniform grid"),
+        ({"planes": "uniform", "emphasis": 0.0}, "change nothing of a uniform grid"),
+        ({"emphasis": -1.0}, "emphasis"),
         ({"rest": 3}, "rest is a recipe"),
         ({"rest": "nobody"}, "'nobody' is unknown"),
         ({"rest": "rtn bits"}, "rest 'rtn bits': 'bits' is no option"),

@@ -29,17 +29,20 @@ from .w4 import layer as w4
 from .w8a8 import layer as w8a8
 
 WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power", "kv4", "bcq"), ("int8", "fp8", "int4", "none")
-CUBLAS, UNPACK, COPY = lut.CUBLAS, "unpack + triton-int8", "onednn-int8 on an int8 copy"
+CUBLAS, CUDNN, UNPACK, COPY = (
+    lut.CUBLAS, "unpack + cudnn", "unpack + triton-int8", "onednn-int8 on an int8 copy",
+)  # fmt: skip
 RANK = 32  # of the branch of a layer that is timed
+LARGE_WINDOWS = 2048  # inputs of an output, between 1152 and 2304: scripts/results/cpu-w4-conv.jsonl
 
 
 @dataclass(frozen=True)
 class Query:
     """A quantized layer in a few words.
 
-    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, one scale a row; "power",
-        levels of a codebook; "bcq", sums of `planes` sign planes; or "kv4", keys and values of attention, which
-        stand in a weight's place.
+    weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, with zero points in these or
+        not; "power", levels of a codebook; "bcq", sums of `planes` sign planes; or "kv4", keys and values of
+        attention, which stand in a weight's place.
     activation: "int8", "fp8", "int4", or "none" for 16-bit inputs.
     group_size: inputs under one scale of the weight; None for one scale a row.
     groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.
@@ -74,10 +77,10 @@ class Query:
         ):
             if given not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not '{given}'.")
-        parts = self.group_size is not None or self.zeros or self.progressive or self.branch
         if self.weight == "bcq" and not (self.progressive or self.branch):
             return
-        if self.weight != "int4" and parts:
+        parts = self.group_size is not None and self.weight != "row-mix"
+        if self.weight != "int4" and (parts or self.zeros or self.progressive or self.branch):
             raise ValueError(f"only int4 weights have groups of scales, zero points or a branch, not {self.weight}.")
         if self.progressive and self.branch:
             raise ValueError("progressive weights have no branch.")
@@ -148,6 +151,8 @@ def time(query: Query, n: int, k: int) -> float:
         make, arguments = latency.progressive_linear, (query.group_size, query.zeros, query.static, widened)
     elif name in (integer.CHANNEL, integer.GROUPED):
         make, arguments = latency.grouped_linear, (query.group_size, query.zeros)
+    elif name in (CUBLAS, w4.WEIGHT_ONLY):
+        make, arguments = latency.float_linear, (query.group_size, query.zeros, name == w4.WEIGHT_ONLY)
     elif query.weight == "int4":
         make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)
         if name == w8a8.REFERENCE:
@@ -184,8 +189,23 @@ def _branched(name: str, many: bool | None = None) -> Callable[[Query], bool]:
 
 
 def _mixed(product: str) -> Callable[[Query], bool]:
-    """Rows of two widths: all of them are int8 operands of one product."""
-    return lambda query: (query.weight, query.activation) == ("row-mix", "int8") and _eight_bit(query) == product
+    """Rows of two widths: all of them are int8 operands of one product, groups folded into them on a GPU."""
+
+    def serves(query: Query) -> bool:
+        held = query.device.type == "cuda" or not query.group_size
+        return _row_mix(query) and held and _eight_bit(query) == product
+
+    return serves
+
+
+def _row_mix(query: Query) -> bool:
+    return (query.weight, query.activation) == ("row-mix", "int8")
+
+
+def _two_widths(query: Query) -> bool:
+    """Whether rows of both widths go through one launch that sums whole numbers of groups."""
+    fits = query.linear and query.groups == 1 and not query.static and query.group_size is not None
+    return _row_mix(query) and fits and integer.serves(query.device)
 
 
 def _plain(query: Query) -> bool:
@@ -226,11 +246,32 @@ def _integer(name: str) -> Callable[[Query], bool]:
     return serves
 
 
+def _few_floats(query: Query) -> bool:
+    """Whether few rows of 16-bit inputs are multiplied by a plain weight as it is packed: in groups of whole runs."""
+    size, inputs = query.group_size or 1, query.inputs or GROUP
+    whole = size % GROUP == 0 and inputs % GROUP == 0 and query.groups == 1
+    few = query.rows is not None and query.rows <= w4.SHORT
+    return few and whole and _floats(True)(query) and w4.kernel_name(query.device, "none", GROUP) == w4.WEIGHT_ONLY
+
+
+def _floats(linear: bool) -> Callable[[Query], bool]:
+    """Whether inputs stay floats, and a plain weight is made floats of their type for the product after it."""
+
+    def serves(query: Query) -> bool:
+        plain = (query.weight, query.activation) == ("int4", "none") and not (query.branch or query.progressive)
+        return plain and query.linear == linear and integer.serves(query.device)
+
+    return serves
+
+
 def _compiled(query: Query) -> bool:
-    """Whether the kernel that is compiled on this machine serves it: no convolution, whose dynamic scales are by
-    sample and not by row."""
-    fits = query.linear and query.groups == 1 and (query.inputs or 0) <= cpu.MOST
-    return _plain(query) and fits and cpu.serves(query.device)
+    """Whether the kernel that is compiled on this machine serves it. Of progressive convolutions with large windows
+    oneDNN's copy, where there is one, takes less time."""
+    inputs = query.inputs or 0
+    fits = query.groups == 1 and inputs <= cpu.MOST
+    large = query.progressive and not query.linear and inputs >= LARGE_WINDOWS
+    slower = large and _eight_bit(query) == w8a8.ONEDNN
+    return _plain(query) and fits and not slower and cpu.serves(query.device)
 
 
 def _kv4(query: Query) -> bool:
@@ -261,13 +302,14 @@ KERNELS: list[Kernel] = [
     ),
     Kernel(w4.INT4, "4-bit weights and activations, low-rank branch", _branched(w4.INT4), "w4a4", "int4"),
     Kernel(
-        w4.WEIGHT_ONLY, "4-bit weights unpacked in the product, few rows", _branched(w4.WEIGHT_ONLY, False),
-        "w4a16", "none",
+        w4.WEIGHT_ONLY, "4-bit weights unpacked in the product, few rows of inputs in 16 bits",
+        _either(_branched(w4.WEIGHT_ONLY, False), _few_floats), "w4a16", "none",
     ),
     Kernel(
-        CUBLAS, "4-bit or binary-coded weights unpacked to 16 bits, many rows",
-        _either(_branched(w4.WEIGHT_ONLY, True), _bcq(CUBLAS)),
+        CUBLAS, "4-bit or binary-coded weights unpacked to 16 bits, many rows; without a branch to the inputs' type",
+        _either(_branched(w4.WEIGHT_ONLY, True), _floats(True), _bcq(CUBLAS)),
     ),
+    Kernel(CUDNN, "4-bit weights of convolutions unpacked to the type of inputs that stay floats", _floats(False)),
     Kernel(
         integer.PROGRESSIVE, "progressive 4-bit weights, widened in the product", _integer(integer.PROGRESSIVE),
         "w4a8-progressive", "progressive",
@@ -288,6 +330,10 @@ KERNELS: list[Kernel] = [
         lut.PLANES, "binary-coded weights, few rows: planes of signs on tensor cores", _bcq(lut.PLANES),
         "bcq-planes", "planes",
     ),
+    Kernel(
+        integer.ROW_MIX, "rows of 4 and of 8 bits in groups, in one launch, scales after the sums of a group",
+        _two_widths,
+    ),
     Kernel(w8a8.TRITON, "int8 weights and activations", _w8a8(w8a8.TRITON), "w8a8"),
     Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", _w8a8(w8a8.TRITON_FP8), "w8a8"),
     Kernel(w8a8.ONEDNN, "int8 weights and activations, x86 CPU with VNNI", _w8a8(w8a8.ONEDNN)),
@@ -296,7 +342,7 @@ KERNELS: list[Kernel] = [
         _either(_unpacked(w8a8.TRITON), _mixed(w8a8.TRITON)),
     ),
     Kernel(
-        cpu.NAME, "4-bit weights, plain or progressive, unpacked part by part in the product; Linear, x86 CPU",
+        cpu.NAME, "4-bit weights, plain or progressive, unpacked part by part in the product; x86 CPU",
         _compiled,
     ),
     Kernel(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
     from .methods.lutgemm import LUTGEMMConfig
+    from .methods.mixllm import MixLLMConfig
     from .methods.mixpe import MixPEConfig
     from .methods.ohq import OHQConfig
     from .methods.pdquant import PDQuantConfig
@@ -51,6 +52,7 @@ __all__ = [
     "EvaluateConfig",
     "GradPTQConfig",
     "LUTGEMMConfig",
+    "MixLLMConfig",
     "MixPEConfig",
     "OHQConfig",
     "PDQuantConfig",
@@ -86,6 +88,7 @@ __getattr__, __dir__ = lazy_names(
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
         "LUTGEMMConfig": "methods.lutgemm",
+        "MixLLMConfig": "methods.mixllm",
         "MixPEConfig": "methods.mixpe",
         "OHQConfig": "methods.ohq",
         "PDQuantConfig": "methods.pdquant",

@@ -19,9 +19,10 @@ from dataclasses import fields
 from typing import Any, TypeVar, cast
 
 from .annotations import MOST, annotations_of, complaint, is_scalar, plain_number
-from .errors import UserError
+from .errors import UserError, unknown_option
 
 _Function = TypeVar("_Function", bound=Callable)
+_Class = TypeVar("_Class", bound=type)
 
 MOST_SEEDS = 10_000_000  # in one call
 
@@ -37,13 +38,30 @@ def limits(low: float | None = None, high: float | None = None, finite: bool = T
     return {"low": low, "high": high, "finite": finite}
 
 
+def named_options(kind: _Class) -> _Class:
+    """Class decorator of a dataclass of options: one that it does not have is an `UnknownOption`."""
+    made, known = kind.__init__, list(inspect.signature(kind).parameters)  # type: ignore[misc]
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        if unknown := [name for name in options if name not in known]:
+            raise unknown_option(kind.__name__, unknown, known)
+        made(self, *args, **options)
+
+    kind.__init__ = init  # type: ignore[misc]
+    return kind
+
+
 def wrong_fields(instance: Any) -> list[str]:
-    """What is wrong with the fields of a dataclass, by annotations and `limits`: "rank must be ...; got ..."."""
+    """What is wrong with the fields of a dataclass, by annotations, `limits`, choices: "rank must be ...; got 5"."""
     kinds = annotations_of(type(instance))
     found = []
     for item in fields(instance):
         value = getattr(instance, item.name)
-        if says := complaint(value, kinds[item.name], item.metadata):
+        says, choices = complaint(value, kinds[item.name], item.metadata), item.metadata.get("choices")
+        if not says and choices and value not in choices:
+            says = f"must be one of {', '.join(str(one) for one in choices if one is not None)}"
+        if says:
             found.append(f"{item.name} {says}; got {shown(value)}")
     return found
 
@@ -59,7 +77,8 @@ def check_types(instance: Any) -> None:
 
 
 def check_fields(instance: Any, what: str) -> None:
-    """Raises UserError for the first field of a dataclass that is not as its annotation and its `limits` say.
+    """Raises UserError for the first field of a dataclass that is not as its annotation, its `limits` and its choices
+    say.
 
     Numbers of NumPy and tensors of one number become Python's, so that the fields are plain JSON values.
     """

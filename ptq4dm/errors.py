@@ -2,9 +2,11 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 
 LONGEST = 300  # characters of one word; no name of a file has more
+NEAR = 200  # characters of a wrong name that are compared with those that there are
 LONG_WORD = re.compile(rf"[^\s/]{{{LONGEST + 1},}}")
 
 
@@ -20,6 +22,23 @@ class UserError(ValueError):
 
 class DamagedFile(UserError):
     """A file from outside that cannot be taken as it is: cut short, changed, of another kind, or dangerous."""
+
+
+class UnknownOption(UserError, TypeError):
+    """An option that a config does not have: a TypeError, too, as Python's own of an argument that nobody knows."""
+
+
+def unknown_option(owner: str, unknown: Iterable[str], known: Iterable[str]) -> UnknownOption:
+    """The error for options that `owner` ("RTNConfig") does not have: with the name that was meant, or all it has."""
+    wrong, known = list(unknown), sorted(known)
+    near = meant(wrong[0], known) or f"; it has {', '.join(known)}."
+    return UnknownOption(f"{owner} has no option {', '.join(wrong)}{near}")
+
+
+def meant(text: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'collect'?", or "" where nothing is near."""
+    near = get_close_matches(text[:NEAR], list(known), 1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def printable(text: str) -> str:

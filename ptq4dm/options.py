@@ -8,7 +8,7 @@ cli/flags.py reads the fields and makes the flags.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import field
+from dataclasses import Field, field, fields
 from typing import Any
 
 from .checks import limits
@@ -21,6 +21,7 @@ def option(
     choices: Sequence[Any] = (),
     parse: Callable[[str], Any] | None = None,
     flag: bool = True,
+    fixed: bool = False,
     low: float | None = None,
     high: float | None = None,
     finite: bool = True,
@@ -31,13 +32,27 @@ def option(
     help: what the option does, in a few words; without it the field is no flag.
     choices: all values that are allowed; () where they cannot be listed.
     parse: a function from the text of the command line to a value. Without it the type of the default decides.
+    fixed: True where a class that inherits an option has no choice in it: the default alone is taken, and no flag.
     flag: False for an option that has no place on a command line (a dict of roles, a plan).
     low, high, finite: the least and the largest number, and whether infinity is refused: see `checks.check_fields`.
     """
-    metadata = {"help": help, "choices": tuple(choices), "parse": parse, "flag": flag, **limits(low, high, finite)}
+    metadata = {"help": help, "choices": tuple(choices), "parse": parse, "flag": flag and not fixed, "fixed": fixed}
+    metadata |= limits(low, high, finite)
     if isinstance(default, (list, dict, set)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def has_option(kind: type, name: str) -> bool:
+    """Whether a dataclass has an option of this name that is a user's to choose: none fixed, none without a help."""
+    found = (item.metadata for item in fields(kind) if item.name == name)
+    return any(facts.get("help") and not facts.get("fixed") for facts in found)
+
+
+def no_choice(instance: Any) -> Field | None:
+    """The first option that the class of a dataclass has fixed, and that has another value; None for none."""
+    own = (item for item in fields(instance) if item.metadata.get("fixed"))
+    return next((item for item in own if getattr(instance, item.name) != item.default), None)
 
 
 def number_or_word(text: str) -> float | str:

@@ -67,10 +67,6 @@ class SVDQuantConfig(QuantConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.group_size not in GROUP_SIZES:
-            raise UserError(f"group_size must be 16, 32, 64 or 128; got {self.group_size!r}.")
-        if self.activations not in ACTIVATIONS[:3]:
-            raise UserError(f"activations must be int4, int8 or fp8; got '{self.activations}'.")
         ROUNDERS.find(self.rounding)
         number = isinstance(self.smoothing, (int, float)) and 0 <= self.smoothing <= 1
         if not number and self.smoothing not in ("search", "exhaustive", "none"):

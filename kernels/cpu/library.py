@@ -134,6 +134,10 @@ def load(path: Path) -> ctypes.CDLL:
         [pointer] * 3 + [number] + [pointer] * 4 + [size] * 4 + [ctypes.c_float, number, number]
     )
     library.ptq4dm_w4a8.restype = ctypes.c_int
+    library.ptq4dm_w4a8_conv.argtypes = (
+        [pointer] * 3 + [number] + [pointer] * 5 + [size] * 2 + [pointer, number, number]
+    )
+    library.ptq4dm_w4a8_conv.restype = ctypes.c_int
     library.ptq4dm_lut.argtypes = [pointer] * 4 + [ctypes.c_int] + [pointer] * 2 + [size] * 5
     library.ptq4dm_lut.restype = ctypes.c_int
     return library

@@ -1,4 +1,5 @@
-// W4A8 Linear on a CPU, from packed 4-bit weights: sums of whole numbers in each group, exact, then floats.
+// W4A8 Linear and convolutions on a CPU, from packed 4-bit weights: sums of whole numbers in each group, exact, then
+// floats.
 //
 //     P[m, n, g] = sum_{k in g} (q_x[m, k] - z_x) (q[n, k] - z[n, g])
 //     y[m, n] = s_x[m] sum_g s_w[n, g] P[m, n, g]  +  b[n]                scales of groups: float32, g ascending
@@ -33,6 +34,7 @@ constexpr int64_t BLOCK = 32;   // inputs that AVX2 sums in 16 bits: 16 products
 constexpr int64_t FEW = 512, FEW_OF_ROWS = 128, MANY = 2048, UNIT = 512;
 constexpr int64_t MOST_GROUPS = MANY / 32;
 constexpr int64_t AHEAD = 256;  // bytes of a row
+constexpr int64_t GATHERED = 1 << 20, LEAST_ROWS = 240;  // of windows at a time: bytes, and rows at least
 
 #if defined(__AVX512VNNI__)
 using Ints = __m512i;
@@ -226,6 +228,15 @@ struct Room {  // on a cache line of its own
   T* at;
 };
 
+void add_up(const int8_t* codes, int64_t wide, int32_t* sums, int64_t length, int64_t groups) {
+  for (int64_t g = 0; g < groups; g++) {
+    int32_t sum = 0;
+    const int64_t end = std::min(wide, (g + 1) * length);
+    for (int64_t i = g * length; i < end; i++) sum += codes[i];
+    sums[g] = sum;
+  }
+}
+
 // The codes of a row of x, filled up with the zero point, its scale, and the sums of its codes in each group.
 void quantize(
     const float* x, int64_t k, int64_t wide, float given, int32_t zero, int32_t bits, int8_t* codes, float* scale,
@@ -261,12 +272,7 @@ void quantize(
     codes[i] = static_cast<int8_t>(code + zero);
   }
   std::memset(codes + k, static_cast<uint8_t>(static_cast<int8_t>(zero)), wide - k);
-  for (int64_t g = 0; g < groups; g++) {
-    int32_t sum = 0;
-    const int64_t end = std::min(wide, (g + 1) * length);
-    for (int64_t i = g * length; i < end; i++) sum += codes[i];
-    sums[g] = sum;
-  }
+  add_up(codes, wide, sums, length, groups);
 }
 
 // Scales as they are stored: float32, float16 or bfloat16.
@@ -428,6 +434,16 @@ void multiply_all(const Operands& o) {
   });
 }
 
+void multiply(const Operands& o) {
+  const bool plain = !o.zeros && !o.zero;
+  if (o.steps)
+    multiply_all<Kind::STEPS, false>(o);
+  else if (o.groups == 1)
+    plain ? multiply_all<Kind::ROWS, true>(o) : multiply_all<Kind::ROWS, false>(o);
+  else
+    plain ? multiply_all<Kind::GROUPS, true>(o) : multiply_all<Kind::GROUPS, false>(o);
+}
+
 void linear(
     const float* x, const uint8_t* qweight, Scales scales, const int8_t* zeros, const int8_t* steps,
     const float* bias, float* y, int64_t m, int64_t n, int64_t k, int64_t groups, float input_scale,
@@ -445,13 +461,74 @@ void linear(
   });
   const Operands o{qweight, scales, zeros, steps, bias, m, n, k, wide, groups, length, units, input_zero, codes.at,
                    x_scales.at, sums.at, y};
-  const bool plain = !zeros && !input_zero;
-  if (steps)
-    multiply_all<Kind::STEPS, false>(o);
-  else if (groups == 1)
-    plain ? multiply_all<Kind::ROWS, true>(o) : multiply_all<Kind::ROWS, false>(o);
-  else
-    plain ? multiply_all<Kind::GROUPS, true>(o) : multiply_all<Kind::GROUPS, false>(o);
+  multiply(o);
+}
+
+// A convolution's pictures [batch, height, width, channels] and its windows, in pixels.
+struct Windows {
+  int64_t batch, height, width, channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// One window's codes, (kh, kw, channel) in this order, filled up to `wide`; what lies outside is the zero point.
+void gather(const Windows& w, const int8_t* codes, int8_t zero, int64_t row, int64_t wide, int8_t* to) {
+  const int64_t b = row / (w.out_height * w.out_width), pixel = row % (w.out_height * w.out_width);
+  const int64_t top = pixel / w.out_width * w.stride[0] - w.padding[0];
+  const int64_t left = pixel % w.out_width * w.stride[1] - w.padding[1], c = w.channels;
+  const bool whole = w.dilation[1] == 1 && left >= 0 && left + w.kernel[1] <= w.width;
+  int8_t* const end = to + wide;
+  for (int64_t i = 0; i < w.kernel[0]; i++) {
+    const int64_t y = top + i * w.dilation[0];
+    const int8_t* line = codes + (b * w.height + y) * w.width * c;
+    if (y < 0 || y >= w.height) {
+      std::memset(to, zero, w.kernel[1] * c);
+      to += w.kernel[1] * c;
+    } else if (whole) {
+      std::memcpy(to, line + left * c, w.kernel[1] * c);
+      to += w.kernel[1] * c;
+    } else {
+      for (int64_t j = 0; j < w.kernel[1]; j++, to += c) {
+        const int64_t x = left + j * w.dilation[1];
+        if (x < 0 || x >= w.width)
+          std::memset(to, zero, c);
+        else
+          std::memcpy(to, line + x * c, c);
+      }
+    }
+  }
+  std::memset(to, zero, end - to);
+}
+
+// Windows are gathered some rows at a time, which multiply while they are in a cache.
+void convolution(
+    const float* x, const uint8_t* qweight, Scales scales, const int8_t* zeros, const int8_t* steps,
+    const float* bias, float* y, const Windows& w, int64_t n, int64_t groups, const float* input_scales,
+    int32_t input_zero, int32_t bits) {
+  const int64_t k = w.kernel[0] * w.kernel[1] * w.channels, wide = (k + RUN - 1) / RUN * RUN;
+  const int64_t size = w.out_height * w.out_width, all = w.batch * size, pixels = w.height * w.width;
+  const int64_t most = std::min(all, std::max(GATHERED / wide, LEAST_ROWS) / ROWS * ROWS);
+  const Room<int8_t> image(w.batch * pixels * w.channels), codes(most * wide);
+  const Room<float> x_scales(most);
+  const Room<int32_t> sums(std::max(most, ROWS * UNIT / FEW_OF_ROWS) * std::max(groups, wide / UNIT + 1));
+  at::parallel_for(0, w.batch * pixels, std::max<int64_t>(1, 32768 / w.channels), [&](int64_t begin, int64_t end) {
+    float same;
+    for (int64_t i = begin; i < end; i++)
+      quantize(x + i * w.channels, w.channels, w.channels, input_scales[i / pixels], input_zero, bits,
+               image.at + i * w.channels, &same, nullptr, 0, 0);
+  });
+  for (int64_t first = 0; first < all; first += most) {
+    const int64_t m = std::min(most, all - first), unit = m > ROWS ? UNIT : FEW_OF_ROWS;
+    const int64_t length = groups == 1 ? unit : k / groups, units = groups == 1 ? (wide + unit - 1) / unit : groups;
+    at::parallel_for(0, m, std::max<int64_t>(1, 65536 / k), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        gather(w, image.at, static_cast<int8_t>(input_zero), first + i, wide, codes.at + i * wide);
+        add_up(codes.at + i * wide, wide, sums.at + i * units, length, units);
+        x_scales.at[i] = input_scales[(first + i) / size];
+      }
+    });
+    multiply(Operands{qweight, scales, zeros, steps, bias, m, n, k, wide, groups, length, units, input_zero, codes.at,
+                      x_scales.at, sums.at, y + first * n});
+  }
 }
 
 }  // namespace
@@ -467,6 +544,24 @@ extern "C" int ptq4dm_w4a8(
   try {
     linear(x, qweight, Scales{scales, scale_kind}, zeros, steps, bias, y, m, n, k, groups, input_scale, input_zero, bits);
   } catch (const std::exception&) {  // it must not pass through a caller that knows nothing of C++
+    return 1;
+  }
+  return 0;
+}
+
+// The same for a convolution: x [batch, height, width, channels], y [batch, height', width', N], `sizes` the numbers of
+// Windows in their order, K = kh kw channels. input_scales: one a picture, above zero or NaN.
+extern "C" int ptq4dm_w4a8_conv(
+    const float* x, const uint8_t* qweight, const void* scales, int scale_kind, const int8_t* zeros,
+    const int8_t* steps, const float* bias, float* y, const int64_t* sizes, int64_t n, int64_t groups,
+    const float* input_scales, int32_t input_zero, int32_t bits) {
+  try {
+    Windows w;
+    static_assert(sizeof(w) == 14 * sizeof(int64_t));
+    std::memcpy(&w, sizes, sizeof(w));
+    convolution(x, qweight, Scales{scales, scale_kind}, zeros, steps, bias, y, w, n, groups, input_scales, input_zero,
+                bits);
+  } catch (const std::exception&) {
     return 1;
   }
   return 0;

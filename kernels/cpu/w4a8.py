@@ -115,12 +115,12 @@ def _compiled(x, qweight, wscales, wzeros, wsteps, bias, input_scale, input_zero
     grid = -1.0 if input_scale is None else input_scale.item()
     zero = 0 if input_zero_point is None else int(input_zero_point.item())
     if library.found().library.ptq4dm_w4a8(
-        _at(x), _at(qweight), _at(wscales), SCALES[wscales.dtype], _at(wzeros), _at(wsteps), _at(bias), _at(y),
+        at(x), at(qweight), at(wscales), SCALES[wscales.dtype], at(wzeros), at(wsteps), at(bias), at(y),
         m, n, k, groups, grid, zero, bits,
     ):  # fmt: skip
         raise MemoryError(f"no memory for the 8-bit codes of {m} rows of {k} inputs.")
     return y
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

@@ -23,6 +23,7 @@ from ..w4 import progressive
 from ..w4 import reference as w4_reference
 from ..w4.grouped import grouped_linear as grouped
 from ..w4.int4_codes import int4_codes
+from ..w4.int4_floats import int4_floats
 from ..w8a8 import layer as w8a8
 from ..w8a8 import reference as w8a8_reference
 from . import launches_lut, stopwatch
@@ -73,6 +74,17 @@ def int4_linear(
     if device.type == "cuda":
         return call
     return functools.partial(w8a8.w8a8_linear, x, *int4_codes(qweight, wscales, wzeros, k), bias, *grid, 8)
+
+
+def float_linear(
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, few: bool, seed: int
+) -> Call:  # fmt: skip
+    """A plain 4-bit weight made floats of the inputs' type, then their product; few: multiplied as it is packed."""
+    x, weight, bias = _float_layer(m, n, k, device, seed)
+    packed = _packed(weight, group_size, zeros)
+    if few:
+        return functools.partial(w4.few_rows, x, *packed, bias)
+    return lambda: F.linear(x, int4_floats(*packed, k, x.dtype), bias)
 
 
 def compiled_linear(

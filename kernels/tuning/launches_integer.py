@@ -68,8 +68,11 @@ def launches(m: int, n: int, k: int, mode: str) -> list[IntegerLaunch]:
     return [IntegerLaunch(m, n, k, mode)]
 
 
-def call_of(launch: IntegerLaunch, seed: int) -> Callable:
-    """The layer on random operands with zero points, in the widest groups; it takes `config`."""
+def call_of(launch: IntegerLaunch, seed: int, biased: bool = True) -> Callable:
+    """The layer on random operands with zero points, in the widest groups; it takes `config`.
+
+    Scales are powers of two: without a bias, outputs are rounded once, wherever a kernel applies them.
+    """
     m, n, k = launch.key
     generator = torch.Generator(DEVICE).manual_seed(seed)
     size = _group(k)
@@ -78,9 +81,9 @@ def call_of(launch: IntegerLaunch, seed: int) -> Callable:
         return torch.randint(low, high + 1, shape, generator=generator, device=DEVICE, dtype=torch.int8)
 
     x = torch.randn(m, k, generator=generator, device=DEVICE).bfloat16()
-    bias = torch.randn(n, generator=generator, device=DEVICE).bfloat16()
+    bias = torch.randn(n, generator=generator, device=DEVICE).bfloat16() if biased else None
     qweight = whole(-8, 7, n, k // 2).view(torch.uint8)
-    zeros, scales = whole(-2, 2, n, k // size), torch.full((n, k // size), k**-0.5 / 4, device=DEVICE)
+    zeros, scales = whole(-2, 2, n, k // size), torch.full((n, k // size), 2.0**-7, device=DEVICE)
     if launch.mode == "grouped":
         return functools.partial(integer.grouped_through, x, qweight, scales.half(), zeros, bias)
     steps = whole(4, 12, n, k // size)

@@ -14,6 +14,7 @@ group; its shift-and-add units are ptq4dm.hardware's, and no GPU's.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..formats.int4 import GROUP, unpack_int4
@@ -52,10 +53,17 @@ def reference(x, qweight, wscales, wzeros, bias) -> Tensor:
     """x [M, K] float -> float32 [M, N] by the formula, on any device: the truth."""
     codes, scale = token_codes(x)
     groups, inputs = wscales.shape[1], x.shape[1]
-    steps = unpack_int4(qweight, GROUP)[:, :inputs].unflatten(1, (groups, inputs // groups))
-    steps = steps if wzeros is None else steps - wzeros[:, :, None]
-    total = 0.0
-    for part, step, s in zip(codes.tensor_split(groups, 1), steps.unbind(1), wscales.double().T, strict=True):
-        total = total + integer_product(part, step) * s
-    y = total * scale.double()[:, None]
+    steps = unpack_int4(qweight, GROUP)[:, :inputs]
+    steps = steps if wzeros is None else steps - wzeros.repeat_interleave(inputs // groups, 1)
+    y = scaled_sums(codes, steps, wscales) * scale.double()[:, None]
     return (y if bias is None else y + bias.double()).float()
+
+
+def scaled_sums(codes: Tensor, steps: Tensor, wscales: Tensor) -> Tensor:
+    """sum_g s[n, g] P[m, n, g] of codes int8 [M, K], operands int8 [N, K] and scales [N, G]: float64 [M, N]."""
+    total = codes.new_zeros(len(codes), len(steps), dtype=torch.float64)
+    groups = wscales.shape[1]
+    parts = zip(codes.chunk(groups, 1), steps.chunk(groups, 1), wscales.double().T, strict=True)
+    for part, step, s in parts:
+        total += integer_product(part, step) * s
+    return total

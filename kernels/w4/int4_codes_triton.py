@@ -1,7 +1,7 @@
-"""`int4_codes` in Triton: one kernel for all sizes of groups. A program does whole rows.
+"""`int4_codes` and `int4_floats` in Triton: one kernel for all sizes of groups. A program does whole rows.
 
 Scales that are folded make two passes over a row's packed codes, the second out of L1 or L2: the first finds the
-largest scale of the groups in use. One scale a row makes one pass.
+largest scale of the groups in use. One scale a row, and floats, which are not folded, make one pass.
 """
 
 from __future__ import annotations
@@ -44,12 +44,18 @@ def _int4_codes_kernel(
     q_ptr, wscales_ptr, wzeros_ptr, codes_ptr, scales_ptr, N, K, RUNS,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, PEAK: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """RUNS: packed runs of a row; R rows and B runs are at hand at a time. GROUPS of SIZE inputs."""
+    """RUNS: packed runs of a row; R rows and B runs are at hand at a time. GROUPS of SIZE inputs.
+
+    codes_ptr: int8, or floats, which are weights whole: nothing is left for scales_ptr.
+    """
+    whole: tl.constexpr = codes_ptr.dtype.element_ty != tl.int8
     n = tl.program_id(0) * R + tl.arange(0, R)
     in_row = n < N
     j = tl.arange(0, 32)
     row = n.to(tl.int64)
-    if GROUPS == 1:
+    if whole:
+        pass
+    elif GROUPS == 1:
         channel = tl.load(wscales_ptr + n, mask=in_row, other=0.0).to(tl.float32)
         known = in_row
         divisor = tl.full((R,), 1.0, tl.float32)
@@ -82,14 +88,18 @@ def _int4_codes_kernel(
         for half in tl.static_range(2):
             start = run * 64 + 32 * half
             steps, scale = _half(raw, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS, SIZE, half)
-            if GROUPS > 1:
+            if whole:
+                steps = steps.to(tl.float32) * scale[:, :, None]
+            elif GROUPS > 1:
                 ratio = tl.where(known[:, None], tl.div_rn(scale, divisor[:, None]), 0.0)
                 value = tl.minimum(tl.maximum(steps.to(tl.float32) * ratio[:, :, None], -127.0), 127.0)
                 value = tl.where(steps != 0, value, 0.0)
                 steps = ((value + ROUND) - ROUND).to(tl.int32)
             k = start[:, None] + j[None, :]
             out = in_row[:, None, None] & (k < K)[None, :, :]
-            tl.store(codes_ptr + row[:, None, None] * K + k[None, :, :], steps.to(tl.int8), mask=out)
+            tl.store(
+                codes_ptr + row[:, None, None] * K + k[None, :, :], steps.to(codes_ptr.dtype.element_ty), mask=out
+            )
 
 
 def int4_codes(
@@ -98,10 +108,25 @@ def int4_codes(
     """The codes and scales of the op of this name; shapes were checked there, and N > 0. peak: P."""
     codes = qweight.new_empty(len(qweight), inputs, dtype=torch.int8)
     scales = qweight.new_empty(len(qweight), dtype=torch.float32)
-    launch = _plan(*wscales.shape, inputs, peak)
-    wzeros = None if wzeros is None else wzeros.contiguous()
-    launch(qweight.contiguous(), wscales.contiguous(), wzeros, codes, scales)
+    _unpack(qweight, wscales, wzeros, codes, scales, peak)
     return codes, scales
+
+
+def int4_floats(
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """The weight of the op of this name; shapes were checked there, and N > 0."""
+    weight = qweight.new_empty(len(qweight), inputs, dtype=dtype)
+    _unpack(qweight, wscales, wzeros, weight, None, 1.0)
+    return weight
+
+
+def _unpack(
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, out: Tensor, scales: Tensor | None, peak
+) -> None:
+    launch = _plan(*wscales.shape, out.shape[1], peak)
+    wzeros = None if wzeros is None else wzeros.contiguous()
+    launch(qweight.contiguous(), wscales.contiguous(), wzeros, out, scales)
 
 
 @remembered

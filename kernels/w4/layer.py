@@ -3,7 +3,8 @@
     triton-w4a8-fp8     fp8 activations, where tensor cores know e4m3 (compute capability 8.9 and later)
     triton-w4a8-int8    int8 activations; fp8 ones too on GPUs before that
     triton-w4a4         int4 activations, scales per group on both sides
-    triton-w4a16        weight-only layers; of many rows, weights unpacked to 16 bits and multiplied by cuBLAS
+    triton-w4a16        weight-only layers, also plain ones with zero points; of many rows, weights unpacked to 16
+                        bits and multiplied by cuBLAS
     reference           everything else: the formula in float32 (reference.py); the truth
 
 Up to SHORT rows nothing is unpacked to memory (product_short.py), but for int4 activations. Inputs of float32 or
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from ..formats.int4 import GROUP
 from ..runtime.late import late
 from ..runtime.ops import op
+from ..runtime.prepared import prepared
 from ..runtime.settings import best_config, capability, remembered
 from ..runtime.workspace import Workspace
 from .reference import NONLINEARITIES, nonlinear
@@ -142,6 +144,32 @@ def rows_through(
         return _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity)
     _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity)
     return out
+
+
+def few_rows(x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [M, K] in bf16 or fp16, M from 1 to SHORT, times a plain weight (int4_codes.py) -> [M, N], on a GPU.
+
+    K a multiple of 64, scales of 16 bits for groups of 64 inputs or of 128. Raises ValueError for others.
+    """
+    if wscales.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] % (GROUP * wscales.shape[1]):
+        raise ValueError(f"scales {list(wscales.shape)} of {wscales.dtype} are not of 16 bits for whole runs of 64.")
+    x = short_floats(x)
+    (m, k), n, runs = x.shape, len(qweight), x.shape[1] // GROUP
+    wscales, wzeros = (None if one is None else _by_run(one, runs) for one in (wscales, wzeros))
+    out = x.new_empty(m, n)
+    config = best_config("none.short", x.device, m, n, k)
+    product_short.short_product(
+        x, None, qweight.contiguous(), wscales, None, None, bias, out, config, wzeros=wzeros
+    )  # fmt: skip
+    return out
+
+
+def _by_run(values: Tensor, runs: int) -> Tensor:
+    """Numbers of groups [N, G] for each run of 64 inputs [N, runs]; those that reach farther are made once."""
+    if values.shape[1] == runs:
+        return values.contiguous()
+    wide = runs // values.shape[1]
+    return prepared(values, ("runs", runs), lambda: values.repeat_interleave(wide, 1).contiguous())
 
 
 def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,7 +41,7 @@ def with_wide_rows(
     weights = sum(view.weight.numel() for view in narrow)
     rows = important_rows(replace(task, views=candidates), importance, average_bits, weights)
     outputs = {view.name: len(view.weight) for view in task.views}
-    return {name: _mixed(plan, rows.get(name, []), outputs[name]) for name, plan in plans.items()}
+    return {name: mixed_plan(plan, rows.get(name, []), outputs[name]) for name, plan in plans.items()}
 
 
 def important_rows(
@@ -78,11 +78,12 @@ def chosen_rows(
     return {name: part.nonzero()[:, 0].tolist() for name, part in zip(scores, parts, strict=True)}
 
 
-def _mixed(plan: LayerPlan, wide: list[int], outputs: int) -> LayerPlan:
+def mixed_plan(plan: LayerPlan, wide: list[int], outputs: int) -> LayerPlan:
     """The plan of a layer of so many outputs, with these of 8 bits."""
     if not wide:
         return plan
     kept = {item.name: getattr(plan, item.name) for item in fields(LayerPlan)}
     if len(wide) == outputs:
         return LayerPlan(**{**kept, "format": "int8", "weight_bits": WIDE})
-    return RowMixPlan(**{**kept, "format": "row-mix"}, wide=wide)
+    groups = {name: getattr(plan, name) for name in ("group_size", "affine") if hasattr(plan, name)}
+    return RowMixPlan(**{**kept, "format": "row-mix"}, **groups, wide=wide)

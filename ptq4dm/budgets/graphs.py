@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..calibration.calls import Call
 from ..calibration.evidence import substituted
+from ..calibration.record import times_of
 from ..hooks import hooked
 from ..kernels.tuning import stopwatch
 from ..pipelines.denoiser import evaluation_mode
@@ -40,7 +41,9 @@ def time_in_graphs(
     """("kind | format" -> figure, label -> figure of the step); arguments as in `costs`."""
     first = {kind: name for name, kind in reversed(list(kinds.items()))}
     found: dict[str, Figure] = {}
-    with torch.no_grad(), torch.cuda.device(next(model.parameters()).device), evaluation_mode(model):
+    device = next(model.parameters()).device
+    call = with_times_on(device, model, call)
+    with torch.no_grad(), torch.cuda.device(device), evaluation_mode(model):
         calls = _made(model, call, list(first.values()))
         for kind, name in progress_bar(list(first.items()), desc="timing", unit="kind"):
             own = model.get_submodule(name)
@@ -53,6 +56,14 @@ def time_in_graphs(
             with substituted(model, dict(layers)):
                 steps |= _raced({label: [lambda: model(*call.args, **call.kwargs)]}, rounds)
     return found, steps
+
+
+def with_times_on(device: torch.device, model: nn.Module, call: Call) -> Call:
+    """A call whose times are tensors of a device, as a scheduler's are: a graph copies no number there."""
+    leaves, structure = call.flat()
+    for i in times_of(model, call):
+        leaves[i] = torch.as_tensor(leaves[i], device=device)
+    return Call.nested(leaves, structure)
 
 
 def _made(model: nn.Module, call: Call, names: list[str]) -> dict[str, Made]:

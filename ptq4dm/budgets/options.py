@@ -48,9 +48,6 @@ class BudgetOptions:
     def check(self) -> None:
         """Raises UserError where an option is none of its choices, or there is nothing to choose by."""
         self.candidates = tuple(self.candidates)
-        for name, choices in (("sensitivity", SENSITIVITIES), ("scale", SCALES), ("inputs", INPUTS)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} must be one of {', '.join(choices)}; got '{getattr(self, name)}'.")
         for name in ("latency", "bytes"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import check_fields, check_seeds, checked
+from ..checks import check_fields, check_seeds, checked, named_options
 from ..errors import UserError
 from ..files.claim import claimed
 from ..files.places import check_room, output_folder, take_away_leavings
@@ -57,6 +57,7 @@ SAVE_EVERY = 20  # batches between two saves of the statistics
 SURE = 0.9  # of the bytes that the batches to come are thought to take
 
 
+@named_options
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Choice of the calibration data.

@@ -117,7 +117,8 @@ def _with(text: str, bracket: str) -> str:
 
 def _told(field: Field) -> str:
     """What an option does, and what there is to choose from."""
-    text, choices = field.metadata["help"], [str(choice) for choice in field.metadata.get("choices") or ()]
+    text = field.metadata["help"]
+    choices = [str(choice) for choice in field.metadata.get("choices") or () if choice is not None]
     if all(choice in text for choice in choices):
         return text
     return f"{text}: {' or '.join([', '.join(choices[:-1]), choices[-1]] if choices[1:] else choices)}"

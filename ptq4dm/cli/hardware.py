@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, meant
 from ..files.atomic import replacing
 from ..files.claim import claimed_whole
 from ..files.places import make_parent
@@ -26,15 +26,15 @@ from .flags import flag_of
 from .options import add_conditioning, add_model, add_steps, conditioning_of, load, one_process, steps_of
 from .output import plain, result, say
 
+MODELS = (*EMBEDDED, *KNOWN, *NETS)
 EMBEDDED_BATCH = 64
 MOST_BATCH = 1 << 20
 DRAWN = "corrected"
 
 
 def add(parser) -> None:
-    names = (*KNOWN, *NETS)
     add_model(parser, note=f"by shapes alone {', '.join(KNOWN)}; of MixPE's own nets {', '.join(NETS)}")
-    parser._option_string_actions["--model"].known = (*EMBEDDED, *names)
+    parser._option_string_actions["--model"].known = MODELS
     text = "energies: of the released simulator (28 nm), or per operation (45 nm)"
     parser.add_argument("--costs", choices=tuple(TABLES), default="28nm", help=text)
     text = f"images at once; {EMBEDDED_BATCH} for embedded models, as in each mode for MixPE's nets, 1 for others"
@@ -93,6 +93,11 @@ def _workload(args, name: str) -> tuple[Workload, dict]:
     if name in KNOWN:
         works, steps, usual = list(works_of_known(name)), args.num_inference_steps or facts_of(name)["steps"], 1
     else:
+        if name not in MODELS and "/" not in name and not Path(name).is_dir():
+            raise UserError(
+                f"'{name}' is none of the models {', '.join(MODELS)}, nor a folder here, nor a hub id "
+                f"(owner/name){meant(name, MODELS) or '.'}"
+            )
         pipe = load(args, name)
         works, steps = works_of_pipeline(pipe, steps_of(args, pipe), **conditioning_of(args))
         usual = EMBEDDED_BATCH if name in EMBEDDED else 1

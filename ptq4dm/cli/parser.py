@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from ..errors import meant
 from .failures import WRONG_INPUT, complain
 
 LONGEST = 200  # characters of a wrong value that are repeated
@@ -79,12 +78,6 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=text)
     text = "print one JSON object on stdout: all that would be printed, and no text"
     group.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
-
-
-def meant(text: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'collect'?", or "" where nothing is near."""
-    near = get_close_matches(text[:LONGEST], list(known), 1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def shortened(text: str) -> str:

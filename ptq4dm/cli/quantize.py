@@ -97,6 +97,8 @@ def run(args) -> None:
     one_process(args)
     output = Path(args.output)
     picture = picture_of(next(iter(recipes.values()))) if args.plot else None
+    if picture and picture.whole and args.plot_layer:
+        raise UserError(f"--plot draws {picture.shows}, of all layers; leave --plot-layer out.")
     make_parent(output)
     with claimed_whole(output, settings_of(args)):  # a second run of the same command waits, then finds all as it was
         check_replaceable(output, RECORD, "quantize")
@@ -130,6 +132,9 @@ def _quantize(
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     pipe = load(args, args.model)
     model = component_of(pipe, args.component)
+    calibrated = () if store is None else store.components
+    if picture and picture.whole and len(networks_to_quantize(pipe, args.component, calibrated)) > 1:
+        raise UserError(f"--plot draws {picture.shows}, of one network; name it with --component.")
     narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
     if store is None and any(map(_wants_store, recipes.values())):
         fitted = fitting(_enough(calibration, args, recipes), args, pipe)
@@ -143,7 +148,9 @@ def _quantize(
         ]
     )
     say(report.table())  # before anything is written: no full disk loses it
-    if picture:
+    if picture and picture.whole:
+        picture.whole(config, args.plot)
+    elif picture:
         prefix = f"{report.networks[0]}." if len(report.networks) > 1 else ""
         drawn = [row["layer"].removeprefix(prefix) for row in report.layers if row["layer"].startswith(prefix)]
         picture.draw_one(model, weights, drawn, args.plot_layer, args.plot)

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..checks import check_fields, check_seeds, checked
+from ..checks import check_fields, check_seeds, checked, named_options
 from ..errors import UserError
 from ..files.claim import claimed
 from ..files.places import output_folder
@@ -33,6 +33,7 @@ from .report import check_places, format_report, write_report, write_samples
 MOST_IMAGES = 10_000_000
 
 
+@named_options
 @dataclass
 class EvaluateConfig:
     """What to measure, and with how much.
@@ -72,8 +73,6 @@ class EvaluateConfig:
     def check(self) -> None:
         """Raises UserError for figures that measure nothing, and fields that were set to what they cannot be."""
         self.__post_init__()
-        if self.metric not in METRICS:
-            raise UserError(f"unknown metric '{self.metric}'; choose from {', '.join(METRICS)}.")
         if self.metric != "none" and self.num_images < 2:
             number = "zero images" if self.num_images == 0 else f"{self.num_images} image(s)"
             raise UserError(f"{number} cannot give a Frechet distance; ask for 2 or more, or metric 'none'.")

@@ -58,14 +58,26 @@ def format_report(report: dict) -> str:
         lines.append(f"    quantized: {names['quantized']}; in full precision: {names['full_precision']}")
     if t := report.get("step_time"):
         ms = f": {t['milliseconds']:.3f} ms" if "milliseconds" in t else ""
-        lines.append(f"{'speed of one step':<22} {t['speedup']:.2f}x full precision{ms}")
+        lines.append(
+            f"{'speed of one step':<22} {_times(t['speedup'], 'faster', 'slower', 'fast')} full precision{ms}"
+        )
         lines.append(f"    {t['device']}, batch {t['batch_size']}, median of {t['timed_steps']}, interleaved")
     lines += [f"warning: {w}" for w in report.get("warnings", [])]
     return "\n".join(lines)
 
 
 def _against(b: dict) -> str:
-    return f"   {b['ratio']:.2f}x smaller than {b['full_precision']:,}" if "ratio" in b else ""
+    """How many times smaller or larger than full precision; "" where nothing is known of that."""
+    if "ratio" not in b:
+        return ""
+    return f"   {_times(b['ratio'], 'smaller', 'larger', 'large')} full precision, {b['full_precision']:,}"
+
+
+def _times(ratio: float, more: str, less: str, same: str) -> str:
+    """A ratio in words: "1.24 times faster than", "1.50 times slower than", "as fast as"."""
+    if f"{max(ratio, 1 / ratio):.2f}" == "1.00":
+        return f"as {same} as"
+    return f"{ratio:.2f} times {more} than" if ratio > 1 else f"{1 / ratio:.2f} times {less} than"
 
 
 def write_report(report: dict, folder: Path) -> None:

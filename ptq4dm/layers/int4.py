@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import unpack_int4
+from ..kernels.w4.layer import SHORT
 from ..ranges.weights import weight_grid
 from . import int4_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
 from .int4_ops import PACKED
-from .plan import Int4Plan
+from .plan import FLOAT_INPUTS, Int4Plan
 from .registry import register_format
 from .rounded import RoundedLayer
 from .stored import check_integers
@@ -62,7 +63,7 @@ class Int4Layer(RoundedLayer):
         return grid.with_scales(self.stored_scales(grid.scales))
 
     def stored_scales(self, scales: Tensor) -> Tensor:
-        return scales if self.plan.group_size is None else _sixteen_bits(scales)
+        return scales if self.plan.group_size is None else sixteen_bits(scales)
 
     def fill(self, codes: Tensor, grid: Grid) -> None:
         self.put(qweight=int4_ops.packed_rows(codes), wscales=grid.scales)
@@ -101,11 +102,20 @@ class Int4Layer(RoundedLayer):
         return self.shaped(int4_ops.weight_of(self.qweight, self.wscales, self.wzeros, inputs))
 
     def kernel_name(self) -> str:
-        """The kernel that serves this layer where its codes are now."""
+        """The kernel that serves this layer where its codes are now; of many rows where few have their own."""
+        return self._kernel(few=False)
+
+    def kernels(self) -> dict[str, str]:
+        """The kernels that serve this layer, by the rows of its input."""
+        floats = self.plan.activation_bits == FLOAT_INPUTS and self.model_dtype in int4_ops.HALVES
+        few, many = self._kernel(floats), self._kernel(False)
+        return {"all rows": many} if few == many else {f"rows <= {SHORT}": few, "more": many}
+
+    def _kernel(self, few: bool) -> str:
         plan, shape = self.plan, self.weight_shape
         return int4_ops.kernel_name(
             self.qweight.device, len(shape) == 2, math.prod(shape[1:]), self.wscales.shape[1], plan.affine,
-            plan.static, plan.activation_bits, getattr(self, "groups", 1),
+            plan.static, plan.activation_bits, getattr(self, "groups", 1), False, few,
         )  # fmt: skip
 
     @property
@@ -144,7 +154,7 @@ def channel_first(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
     return matrix.view(len(matrix), *kernel, channels).permute(0, 3, 1, 2).contiguous()
 
 
-def _sixteen_bits(scales: Tensor) -> Tensor:
+def sixteen_bits(scales: Tensor) -> Tensor:
     """Scales in float16, or in bfloat16 where they are too small or too large for it."""
     fits = scales.min() >= HALF.tiny and scales.max() <= HALF.max
     return scales.to(torch.float16 if fits else torch.bfloat16)

@@ -5,13 +5,15 @@
     triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric groups of 64 or 128
     triton-w4a8-grouped         CUDA, Linear, dynamic inputs, groups with zero points
     triton-w4a8-channel         CUDA, Linear, dynamic inputs, one scale an output
+    triton-w4a16                CUDA, Linear, up to 32 rows of bf16 or fp16 that are taken as they are, groups of 64
+                                or 128: unpacked in the product
+    unpack + cublas, + cudnn    CUDA, other inputs that are taken as they are: weights as floats of their type in
+                                memory for one call, then the product of Linear layers, and of convolutions
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
-    cpu-w4a8                    x86 CPU, Linear: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
+    cpu-w4a8                    x86 CPU: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
     onednn-int8 on an int8 copy x86 CPU, one scale an output, where that one does not serve: the W8A8 kernel on a copy
                                 that is kept
     reference                   everywhere: the formula in float32 on dequantized weights; the truth
-
-Inputs of 16 bits are taken as they are: the reference alone serves them.
 
 Which one: kernels/dispatch.py.
 
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.cpu import w4a8 as cpu
+from ..kernels.cpu.w4a8_conv import cpu_w4a8_conv2d
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import GROUP, pack_int4, unpack_int4
 from ..kernels.runtime.ops import op
@@ -40,10 +43,12 @@ from ..kernels.w4 import integer
 from ..kernels.w4 import layer as w4
 from ..kernels.w4.grouped import grouped_linear
 from ..kernels.w4.int4_codes import int4_codes
+from ..kernels.w4.int4_floats import FLOATS, int4_floats
 from ..kernels.w8a8 import layer as w8a8
 from ..kernels.w8a8 import reference
 from .plan import FLOAT_INPUTS
 
+HALVES = (torch.bfloat16, torch.float16)
 PACKED = GROUP  # codes that are packed together; rows are filled up to a multiple of it
 
 
@@ -58,19 +63,24 @@ def kernel_name(
     bits: int,
     groups: int,
     progressive: bool = False,
+    few: bool = False,
 ) -> str:
-    """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution."""
+    """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution.
+
+    few: for up to SHORT rows of bf16 or fp16, where inputs are taken as they are.
+    """
     query = dispatch.Query(
         "int4",
         "none" if bits == FLOAT_INPUTS else "int8",
         None if scales == 1 else inputs // scales,
         groups,
+        w4.SHORT if few else None,
         device=device,
         static=static,
         zeros=affine,
         progressive=progressive,
         # On a GPU narrower grids of inputs are for the kernels that take any grid.
-        linear=linear and (bits == 8 or device.type == "cpu"),
+        linear=linear and (bits in (8, FLOAT_INPUTS) or device.type == "cpu"),
         inputs=inputs,
     )
     return dispatch.find(query).name
@@ -92,7 +102,13 @@ def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: i
 
 
 def windows(matrix: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Rows [N, K], K = kh kw C in this order, as the weight of a convolution: a view [N, C, kh, kw]."""
+    """Rows [N, K], K = kh kw C in this order, as the weight of a convolution: a view [N, C, kh, kw]. Without a kernel
+    as they are.
+
+    A kernel in another order of its own is kept with this view (`prepared`): where codes are kept, keep their view.
+    """
+    if not kernel:
+        return matrix
     return matrix.view(len(matrix), *kernel, matrix.shape[1] // math.prod(kernel)).permute(0, 3, 1, 2)
 
 
@@ -114,12 +130,19 @@ def int4_linear(
     """
     inputs, scales = x.shape[-1], wscales.shape[1]
     static = input_scale is not None
-    name = kernel_name(x.device, True, inputs, scales, wzeros is not None, static, activation_bits, 1)
+    few = activation_bits == FLOAT_INPUTS and x.dtype in HALVES and x.numel() <= w4.SHORT * inputs
+    name = kernel_name(x.device, True, inputs, scales, wzeros is not None, static, activation_bits, 1, False, few)
     grid = (input_scale, input_zero_point, activation_bits)
     if name == w8a8.REFERENCE or not x.numel():
         rows = rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(rows, weight_of(qweight, wscales, wzeros, inputs), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
+    if name == w4.WEIGHT_ONLY:
+        y = w4.few_rows(x.reshape(-1, inputs), qweight, wscales, wzeros, bias)
+        return y.view(*x.shape[:-1], len(qweight))
+    if name == dispatch.CUBLAS:
+        y = F.linear(_floats(x), *_float_weight(x, qweight, wscales, wzeros, bias, inputs))
+        return y.to(x.dtype)
     if name == w4.INT8:
         spread = prepared(wscales, PACKED, lambda: _per_packed(wscales, inputs))
         return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
@@ -169,8 +192,15 @@ def int4_conv2d(
         pixels = rounded(x, *grid, (1, 2, 3))
         y = F.conv2d(pixels, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    codes, scale = _int8(qweight, wscales, wzeros, inputs)
-    return w8a8.w8a8_conv2d(x, windows(codes, kernel), scale, bias, *grid, *geometry)
+    if name == cpu.NAME:
+        weight = (qweight, wscales, wzeros, None)
+        return cpu_w4a8_conv2d(x, *weight, bias, *grid, list(kernel), *geometry[:3])
+    if name == dispatch.CUDNN:
+        matrix, bias = _float_weight(x, qweight, wscales, wzeros, bias, inputs)
+        y = F.conv2d(_floats(x), windows(matrix, kernel), bias, *geometry)
+        return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    codes, scale = _int8(qweight, wscales, wzeros, inputs, kernel)
+    return w8a8.w8a8_conv2d(x, codes, scale, bias, *grid, *geometry)
 
 
 @int4_conv2d.register_fake
@@ -179,11 +209,29 @@ def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     return w8a8.empty_images(x, len(qweight), kernel, stride, padding, dilation)
 
 
-def _int8(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> tuple[Tensor, Tensor]:
-    """(int8 weight [N, K], scales [N]): made for this call on a GPU, once on a CPU (one scale an output)."""
+def _int8(
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, kernel: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """(int8 weight, [N, K] or `windows` of it, scales [N]): made for this call on a GPU, once on a CPU (one scale an
+    output)."""
     if qweight.is_cuda:
-        return int4_codes(qweight, wscales, wzeros, inputs)
-    return prepared(qweight, inputs, lambda: int4_codes(qweight, wscales, wzeros, inputs)[0]), wscales[:, 0].float()
+        codes, scales = int4_codes(qweight, wscales, wzeros, inputs)
+        return windows(codes, kernel), scales
+    make = lambda: windows(int4_codes(qweight, wscales, wzeros, inputs)[0], kernel)  # noqa: E731
+    return prepared(qweight, (inputs, *kernel), make), wscales[:, 0].float()
+
+
+def _floats(x: Tensor) -> Tensor:
+    """x in the type of its product with floats: as it is, but for float64."""
+    return x if x.dtype in FLOATS else x.float()
+
+
+def _float_weight(
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None, inputs: int
+) -> tuple[Tensor, Tensor | None]:
+    """(weight [N, K], bias) in the type of `_floats(x)`, made for this call."""
+    kind = x.dtype if x.dtype in FLOATS else torch.float32
+    return int4_floats(qweight, wscales, wzeros, inputs, kind), None if bias is None else bias.to(kind)
 
 
 def _per_packed(wscales: Tensor, inputs: int) -> Tensor:

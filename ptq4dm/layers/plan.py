@@ -98,6 +98,12 @@ class LayerPlan:
         return ""
 
 
+def check_group_size(size: int | None) -> None:
+    """Raises ValueError for a size that no format has groups of."""
+    if size not in GROUP_SIZES:
+        raise ValueError(f"group_size is none, 32, 64 or 128, not {size}")
+
+
 @dataclass
 class Int4Plan(LayerPlan):
     """How one layer gets weights stored in 4 bits, under inputs of 8; or of 16, which are floats as they come.
@@ -118,8 +124,7 @@ class Int4Plan(LayerPlan):
         super().check()
         if self.weight_bits > 4:
             raise ValueError(f"int4 has weights of 4 bits and less, not {self.weight_bits}")
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size is none, 32, 64 or 128, not {self.group_size}")
+        check_group_size(self.group_size)
 
     def check_layer(self, layer: nn.Module) -> None:
         check_groups(layer, self.group_size or 1)

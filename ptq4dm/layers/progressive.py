@@ -22,7 +22,7 @@ from .base import QuantizedConv2d, QuantizedLinear, frozen
 from .choices import check_groups
 from .int4 import channel_first, pixel_first
 from .int4_ops import PACKED
-from .plan import GROUP_SIZES, LayerPlan
+from .plan import LayerPlan, check_group_size
 from .registry import choices_need, register_format
 from .rounded import RoundedLayer
 from .stored import check_integers
@@ -52,8 +52,7 @@ class ProgressivePlan(LayerPlan):
         super().check()
         if self.weight_bits != 4:
             raise ValueError(f"progressive has weights of 4 bits, not {self.weight_bits}")
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size is none, 32, 64 or 128, not {self.group_size}")
+        check_group_size(self.group_size)
         block = self.rotation
         if block not in (None, 0) and (block not in range(2, hadamard.MOST + 1) or block & (block - 1)):
             raise ValueError(f"rotation is none, 0 or a power of two up to {hadamard.MOST}, not {block}")

@@ -7,8 +7,9 @@ it, and all of them give what the formula says:
 
     triton-w4a8-progressive     CUDA, Linear, dynamic inputs: w8 in the product itself
     unpack + triton-int8        CUDA, everything else: w8 in memory for one call, then the W8A8 kernel
-    cpu-w4a8                    x86 CPU, Linear: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
-    onednn-int8 on an int8 copy x86 CPU, everything else: the W8A8 kernel on a copy that is kept
+    cpu-w4a8                    x86 CPU: 4-bit codes in a kernel that is compiled here (kernels/cpu/)
+    onednn-int8 on an int8 copy x86 CPU, convolutions with large windows, and where that one does not serve: the W8A8
+                                kernel on a copy that is kept
     reference                   everywhere else: the W8A8 formula
 
 Which one: kernels/dispatch.py.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu import w4a8 as cpu
+from ..kernels.cpu.w4a8_conv import cpu_w4a8_conv2d
 from ..kernels.formats.hadamard import turned
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
@@ -99,10 +101,14 @@ def stepped_conv2d(
     """
     channels = x.shape[1] // groups
     x = turned(x.movedim(1, -1), rotation).movedim(-1, 1) if rotation else x
-    codes = _int8(qweight, wsteps, wzeros, channels * kernel[0] * kernel[1])
+    inputs, static = channels * kernel[0] * kernel[1], input_scale is not None
     grid = (input_scale, input_zero_point, activation_bits)
     geometry = (list(stride), list(padding), list(dilation), groups)
-    return w8a8.w8a8_conv2d(x, windows(codes, kernel), _wide(wscales), bias, *grid, *geometry)
+    if kernel_name(x.device, False, inputs, wsteps.shape[1], static, activation_bits, groups) == cpu.NAME:
+        weight = (qweight, wscales, wzeros, wsteps)
+        return cpu_w4a8_conv2d(x, *weight, bias, *grid, list(kernel), *geometry[:3])
+    codes = _int8(qweight, wsteps, wzeros, inputs, kernel)
+    return w8a8.w8a8_conv2d(x, codes, _wide(wscales), bias, *grid, *geometry)
 
 
 @stepped_conv2d.register_fake
@@ -111,12 +117,10 @@ def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
     return w8a8.empty_images(x, len(qweight), kernel, stride, padding, dilation)
 
 
-def _int8(qweight: Tensor, wsteps: Tensor, wzeros: Tensor, inputs: int) -> Tensor:
-    """w8: made for this call on a GPU, once on a CPU."""
-    if qweight.is_cuda:
-        return progressive_codes(qweight, wsteps, wzeros, inputs)
-    key = ("progressive", inputs)
-    return prepared(qweight, key, lambda: progressive_codes(qweight, wsteps, wzeros, inputs), wsteps, wzeros)
+def _int8(qweight: Tensor, wsteps: Tensor, wzeros: Tensor, inputs: int, kernel: Sequence[int] = ()) -> Tensor:
+    """w8, [N, K] or `windows` of it: made for this call on a GPU, once on a CPU."""
+    make = lambda: windows(progressive_codes(qweight, wsteps, wzeros, inputs), kernel)  # noqa: E731
+    return make() if qweight.is_cuda else prepared(qweight, ("progressive", inputs, *kernel), make, wsteps, wzeros)
 
 
 def _wide(wscales: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Layers whose outputs have weights of two widths, stored in 4 and in 8 bits: format "row-mix".
 
-Narrow rows are those of "int4" with one scale an output, wide ones those of "int8": the same codes and scales, under
-the same codes of the input, so that each output is to the bit what a layer of its width gives.
+Narrow rows are those of "int4", wide ones symmetric in 8 bits, those of "int8" where outputs have one scale: the same
+codes and scales, under the same codes of the input, so that each output is what a layer of its width gives. Rows of
+one width lie together, and an index says which outputs they are; its bytes are the layer's.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import unpack_int4
-from ..kernels.formats.int8 import weight_limit
 from ..ranges.weights import weight_grid
 from . import int4_ops, row_mix_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
-from .int4 import channel_first, pixel_first
+from .choices import check_groups
+from .int4 import channel_first, pixel_first, sixteen_bits
 from .int4_ops import PACKED
-from .plan import LayerPlan
+from .plan import LayerPlan, check_group_size
 from .registry import register_format
 from .rounded import RoundedLayer
 from .stored import check_integers
 from .w8a8 import allocate_input_grid, check_input_grid, put_input_grid
+
+WIDE = 8
 
 
 @dataclass
@@ -34,17 +37,21 @@ class RowMixPlan(LayerPlan):
     """How one layer gets weights of 8 bits for some outputs and of 4 or less for the others, under inputs of 8.
 
     weight_bits: of the narrow outputs: 4; or 2 and 3, narrower grids that are stored in 4 bits.
+    group_size: inputs per weight scale, of rows of both widths, as in Int4Plan. affine: narrow rows have zero points.
     wide: the outputs with 8 bits, rising. Neither none nor all: such layers are of one width, "int4" or "int8".
     """
 
     format: str = "row-mix"
     weight_bits: int = 4
+    group_size: int | None = None
+    affine: bool = False
     wide: list[int] = field(default_factory=list)
 
     def check(self) -> None:
         super().check()
         if self.weight_bits > 4:
             raise ValueError(f"row-mix has narrow weights of 4 bits and less, not {self.weight_bits}")
+        check_group_size(self.group_size)
         if not self.wide:
             raise ValueError("row-mix has outputs of 8 bits, and wide names none")
         if self.wide[0] < 0 or any(a >= b for a, b in zip(self.wide, self.wide[1:], strict=False)):
@@ -58,6 +65,7 @@ class RowMixPlan(LayerPlan):
             raise ValueError("wide names all outputs; such a layer is of format 'int8'")
         if getattr(layer, "groups", 1) != 1:
             raise ValueError("grouped convolutions have outputs of one width")
+        check_groups(layer, self.group_size or 1)
 
     @property
     def simulated(self) -> bool:
@@ -66,17 +74,19 @@ class RowMixPlan(LayerPlan):
     @property
     def groups_text(self) -> str:
         stored = "" if self.weight_bits == 4 else " in 4 bits"
-        return f"{stored} + {len(self.wide)} rows W8"
+        groups = "" if self.group_size is None else f" g{self.group_size}"
+        return f"{stored}{groups}{' affine' if self.affine else ''} + {len(self.wide)} rows W8"
 
 
 class RowMixLayer(RoundedLayer):
-    """What Linear and Conv2d with outputs of two widths share: n narrow and w wide ones, of K inputs.
+    """What Linear and Conv2d with outputs of two widths share: n narrow and w wide ones, of K inputs in G groups.
 
     bias              [n + w] in the model's dtype, or None
     qweight           [n, K'/2] uint8, the narrow rows as `Int4Layer` stores them
     qweight8          [w, ...] int8, the wide rows as `W8A8Layer` stores them
-    wscales           [n, 1] float32, of the narrow rows
-    weight_scale      [w] float32, of the wide rows
+    wscales           [n, G] of the narrow rows, as `Int4Layer` has them
+    wzeros            [n, G] int8, of the narrow rows; affine layers only
+    weight_scale      [w] float32, of the wide rows; [w, G] float16 or bfloat16 where there are groups
     places            [n + w] int32: which output each stored row is, narrow ones first
     input_scale       [] float32    static layers only
     input_zero_point  [] int32      static layers only
@@ -87,6 +97,7 @@ class RowMixLayer(RoundedLayer):
     scales = ("wscales", "weight_scale", "input_scale")
     qweight8: Tensor
     wscales: Tensor
+    wzeros: Tensor | None
     weight_scale: Tensor
     places: Tensor
     input_scale: Tensor | None
@@ -97,8 +108,13 @@ class RowMixLayer(RoundedLayer):
         packed = -(-inputs // PACKED) * PACKED
         self.qweight = frozen(outputs - wide, packed // 2, dtype=torch.uint8, device=device)
         self.qweight8 = frozen(wide, *shape[1:], dtype=torch.int8, device=device)
-        self.wscales = frozen(outputs - wide, 1, dtype=torch.float32, device=device)
-        self.weight_scale = frozen(wide, dtype=torch.float32, device=device)
+        groups = inputs // (self.plan.group_size or inputs)
+        narrow = (outputs - wide, groups)
+        kind = torch.float32 if self.plan.group_size is None else torch.float16
+        self.wscales = frozen(*narrow, dtype=kind, device=device)
+        self.wzeros = frozen(*narrow, dtype=torch.int8, device=device) if self.plan.affine else None
+        scales = (wide,) if self.plan.group_size is None else (wide, groups)
+        self.weight_scale = frozen(*scales, dtype=kind, device=device)
         self.places = frozen(outputs, dtype=torch.int32, device=device)
         allocate_input_grid(self, self.plan, True, device)
 
@@ -109,26 +125,42 @@ class RowMixLayer(RoundedLayer):
         return (~mask).nonzero()[:, 0], mask.nonzero()[:, 0]
 
     def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Grid:
-        """The grid of a float32 weight [N, K], whose outputs have ends of their own."""
+        """The grid of a float32 weight [N, K], whose outputs have ends of their own; ranges by width."""
         plan = self.plan
-        scales = matrix.new_empty(len(matrix), 1)
-        high = torch.empty(len(matrix), 1, dtype=torch.int32, device=matrix.device)
-        for rows, bits in zip(self.rows(), (plan.weight_bits, 8), strict=True):
-            rows = rows.to(matrix.device)
-            grid = weight_grid(matrix[rows], bits, plan.objective, plan.objective_parameter, evidence=evidence)
-            scales[rows], high[rows] = grid.scales, weight_limit(bits)
-        return Grid(scales, None, -high, high)
+        groups = matrix.shape[1] // (plan.group_size or matrix.shape[1])
+        scales = matrix.new_empty(len(matrix), groups)
+        zeros = torch.zeros(len(matrix), groups, dtype=torch.int32, device=matrix.device) if plan.affine else None
+        low, high = (torch.empty(len(matrix), 1, dtype=torch.int32, device=matrix.device) for _ in range(2))
+        for rows, bits in zip(self.rows(), (plan.weight_bits, WIDE), strict=True):
+            rows, affine = rows.to(matrix.device), plan.affine and bits != WIDE
+            ranges = (plan.objective, plan.objective_parameter, plan.group_size, affine, evidence)
+            grid = weight_grid(matrix[rows], bits, *ranges)
+            scales[rows] = self.stored_scales(grid.scales).float()
+            low[rows], high[rows] = grid.low, grid.high
+            if zeros is not None and grid.zeros is not None:
+                zeros[rows] = grid.zeros
+        return Grid(scales, zeros, low, high)
+
+    def stored_scales(self, scales: Tensor) -> Tensor:
+        return scales if self.plan.group_size is None else sixteen_bits(scales)
 
     def fill(self, codes: Tensor, grid: Grid) -> None:
         narrow, wide = (rows.to(codes.device) for rows in self.rows())
+        own, wider = (self.stored_scales(grid.scales[rows]) for rows in (narrow, wide))
         self.put(
             qweight=int4_ops.packed_rows(codes[narrow]),
             qweight8=channel_first(codes[wide], self.weight_shape),
-            wscales=grid.scales[narrow],
-            weight_scale=grid.scales[wide, 0],
+            wscales=own,
+            weight_scale=wider[:, 0] if self.plan.group_size is None else wider,
             places=torch.cat([narrow, wide]).int(),
         )
+        if grid.zeros is not None:
+            self.put(wzeros=grid.zeros[narrow].to(torch.int8))
         put_input_grid(self, self.plan, codes.device)
+
+    def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
+        grouped = name in ("wscales", "weight_scale") and self.plan.group_size is not None
+        return (torch.float16, torch.bfloat16) if grouped else super().stored_dtypes(name)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return pixel_first(weight)
@@ -140,29 +172,33 @@ class RowMixLayer(RoundedLayer):
         check_input_grid(self.plan, tensors)
         if not torch.equal(tensors["places"].cpu(), torch.cat(self.rows()).int()):
             raise ValueError("'places' has other outputs than the plan's 'wide'")
+        if self.plan.affine:
+            check_integers(tensors["wzeros"], "wzeros", -8, 7)
 
     def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
         check_integers(tensors["qweight8"], "qweight8", -127, 127)
         if self.plan.weight_bits < 4:
-            limit = weight_limit(self.plan.weight_bits)
-            check_integers(unpack_int4(tensors["qweight"], PACKED), "qweight", -limit, limit)
+            half = 2 ** (self.plan.weight_bits - 1)
+            codes = unpack_int4(tensors["qweight"], PACKED)
+            check_integers(codes, "qweight", -half if self.plan.affine else 1 - half, half - 1)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
-        inputs = math.prod(self.weight_shape[1:])
-        narrow = int4_ops.weight_of(self.qweight, self.wscales, None, inputs)
-        wide = pixel_first(self.qweight8).float() * self.weight_scale[:, None]
-        return self.shaped(row_mix_ops.placed(torch.cat([narrow, wide]), self.places))
+        parts = (self.qweight, self.qweight8, self.wscales, self.wzeros, self.weight_scale, self.places)
+        return self.shaped(row_mix_ops.weight_of(*parts, math.prod(self.weight_shape[1:])))
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
-        return row_mix_ops.kernel_name(self.qweight.device)
+        plan, linear = self.plan, len(self.weight_shape) == 2
+        return row_mix_ops.kernel_name(
+            self.qweight.device, linear, plan.group_size, plan.static, plan.activation_bits
+        )  # fmt: skip
 
     @property
     def operands(self) -> tuple:
-        """The arguments of the ops after x: rows of both widths, their scales and places, bias, the input's grid."""
+        """The arguments of the ops after x: rows of both widths, their grids and places, bias, the input's grid."""
         return (
-            self.qweight, self.qweight8, self.wscales, self.weight_scale, self.places, self.bias,
+            self.qweight, self.qweight8, self.wscales, self.wzeros, self.weight_scale, self.places, self.bias,
             self.input_scale, self.input_zero_point, self.plan.activation_bits,
         )  # fmt: skip
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from ..allocation.importance import IMPORTANCE
 from ..errors import UserError
+from ..layers.plan import FLOAT_INPUTS
 from ..layers.registry import FORMATS
+from ..options import has_option
 from ..quantization.packing import PackingOptions
 from ..ranges.registry import OBJECTIVES
 from ..rounding.registry import ROUNDERS
@@ -19,28 +21,37 @@ GRIDS = ("uniform", "power", "progressive")
 
 
 def check_options(config: Any) -> None:
-    """Raises UserError where options of a recipe do not go together, or change nothing."""
-    if config.format not in NUMBER_FORMATS:
-        raise UserError(f"format must be 'int8' or 'fp8'; got '{config.format}'.")
+    """Raises UserError where options of a recipe do not go together, or change nothing.
+
+    What it advises is an option of the recipe: those that a method has fixed (`option(fixed=True)`) do not get here.
+    """
     _check_rounding(config)
-    if config.format == "fp8" and (config.weight_bits, config.activation_bits) != (8, 8):
-        raise UserError(
-            "format='fp8' has 8 bits: give weight_bits=8 and activation_bits=8 with it, or take format='int8'; "
-            f"got {config.weight_bits} and {config.activation_bits}."
-        )
-    if config.group_size not in GROUP_SIZES:
-        raise UserError(f"group_size must be None, 32, 64 or 128; got {config.group_size!r}.")
+    if config.format == "fp8" and (wanted := _other(config, weight_bits=8, activation_bits=8)):
+        raise UserError(f"format='fp8' has 8 bits; give {wanted} with it, or take format='int8'.")
     if config.weight_bits > 4 and (config.group_size is not None or config.affine):
         raise UserError(
             "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
         )
     _check_grid(config)
     _check_average_bits(config)
-    if config.activations not in ACTIVATIONS:
-        raise UserError(f"activations must be 'static' or 'dynamic'; got '{config.activations}'.")
-    if config.first_last not in FIRST_LAST:
-        raise UserError(f"first_last must be one of {', '.join(FIRST_LAST)}; got '{config.first_last}'.")
     PackingOptions(config.num_tuples, config.seed, config.prefix)  # refuses what is none
+    if config.plan is None:  # of a plan that is there, options tell how it was made
+        _check_idle(config)
+
+
+def _check_idle(config: Any) -> None:
+    """Raises UserError where grids of inputs, or what blocks are fed, are given and not used."""
+    bits = 8 if config.activation_bits == FLOAT_INPUTS else config.activation_bits
+    if config.symmetric and (wanted := _other(config, activations="static", format="int8", activation_bits=bits)):
+        raise UserError(
+            "symmetric is of static grids of integers, which inputs do not have here, and would change nothing; "
+            f"leave it out, or give {wanted} with it."
+        )
+    if config.prefix != type(config).prefix and not config.looks:
+        raise UserError(
+            f"nothing looks at what blocks are fed where rounding='{config.rounding}', so that prefix would change "
+            "nothing; leave it out, or take rounding='gptq'."
+        )
 
 
 def _check_rounding(config: Any) -> None:
@@ -54,57 +65,62 @@ def _check_rounding(config: Any) -> None:
     )
 
 
+def _other(config: Any, **wanted: Any) -> str:
+    """What a user would have to write for a recipe to be as wanted: "weight_bits=4 and affine=False", "" for nothing.
+
+    An option that the method has fixed as it is wanted is never named.
+    """
+    return " and ".join(f"{name}={value!r}" for name, value in wanted.items() if getattr(config, name) != value)
+
+
 def _check_grid(config: Any) -> None:
-    if config.rotate_inputs and (config.weight_grid, config.activations) != ("progressive", "dynamic"):
-        raise UserError("rotate_inputs goes with weight_grid='progressive' and activations='dynamic'.")
-    if config.weight_grid not in GRIDS:
-        raise UserError(f"weight_grid must be one of {', '.join(GRIDS)}; got '{config.weight_grid}'.")
+    if config.rotate_inputs and config.learning() is not None:
+        raise UserError("blocks whose inputs are turned in every call cannot be trained; leave rotate_inputs out.")
+    turned = {"format": "int8", "weight_bits": 4, "affine": False, "weight_grid": "progressive"}
+    if config.rotate_inputs and (wanted := _other(config, activations="dynamic", **turned)):
+        raise UserError(f"rotate_inputs goes with other options; give {wanted} with it, or leave it out.")
     if config.weight_grid == "uniform":
         return
     if config.weight_grid == "progressive":
         _check_progressive(config)
         return
-    if config.format != "int8" or config.group_size is not None or config.affine:
-        raise UserError("weight_grid='power' goes with format='int8', without group_size and affine.")
+    if wanted := _other(config, format="int8", group_size=None, affine=False):
+        raise UserError(f"weight_grid='power' goes with other options; give {wanted} with it.")
     objective = config.ranges()[0]
     if OBJECTIVES.find(objective).needs:
+        known = ", ".join(name for name, one in sorted(OBJECTIVES.items()) if not one.needs)
+        other = f"one of the objectives {known}" if has_option(type(config), "objective") else "another weight_grid"
         raise UserError(
             f"weight_grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
-            "nothing; choose another objective."
+            f"nothing; take {other}."
         )
 
 
 def _check_progressive(config: Any) -> None:
-    if (config.format, config.weight_bits, config.affine) != ("int8", 4, False):
-        raise UserError(
-            "weight_grid='progressive' goes with format='int8' and weight_bits=4; it has zero points, without affine."
-        )
+    if wanted := _other(config, format="int8", weight_bits=4, affine=False):
+        raise UserError(f"weight_grid='progressive' goes with other options; give {wanted} with it.")
     learning = config.learning()
     if learning is not None and "scales" in learning.train:
         raise UserError(
             "weight_grid='progressive' has scales that are whole steps, which training cannot change; leave "
             "'scales' out of train."
         )
-    if learning is not None and config.rotate_inputs:
-        raise UserError("blocks whose inputs are turned in every call cannot be trained; leave rotate_inputs out.")
 
 
 def _check_average_bits(config: Any) -> None:
     IMPORTANCE.find(config.importance)
     if config.average_bits is None:
         # Of a plan that is there, options tell how it was made.
-        if config.plan is None and config.importance != type(config).importance:
+        if config.plan is None and not config.ranks_rows and config.importance != type(config).importance:
             raise UserError(
-                f"importance='{config.importance}' ranks rows for average_bits, and changes nothing without; give "
-                "average_bits too, or leave it out."
+                f"importance='{config.importance}' ranks rows that get 8 bits, and no row is to get them by rank; "
+                f"give {'rows between 0 and 1' if hasattr(config, 'rows') else 'average_bits'} too, or leave it out."
             )
         return
-    if config.weight_bits > 4 or config.group_size is not None or config.affine or config.weight_grid != "uniform":
+    bits = min(config.weight_bits, 4)
+    if not bits < config.average_bits < 8:
+        raise UserError(f"average_bits lies between weight_bits ({bits}) and 8; got {config.average_bits:g}.")
+    if wanted := _other(config, weight_bits=bits, group_size=None, affine=False, weight_grid="uniform"):
         raise UserError(
-            "average_bits is a choice of weights in 4 bits with one scale an output; give weight_bits=4 (2, 3), "
-            "and no group_size, affine or other grid, with it."
-        )
-    if not config.weight_bits < config.average_bits < 8:
-        raise UserError(
-            f"average_bits lies between weight_bits ({config.weight_bits}) and 8; got {config.average_bits:g}."
+            f"average_bits is a choice of weights in 4 bits with one scale an output; give {wanted} with it."
         )

@@ -23,7 +23,7 @@ from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
 from ..rounding.registry import ROUNDERS
-from .choices import ACTIVATIONS, FIRST_LAST, GRIDS, NUMBER_FORMATS, check_options
+from .choices import ACTIVATIONS, FIRST_LAST, GRIDS, GROUP_SIZES, NUMBER_FORMATS, check_options
 
 
 @dataclass(repr=False)
@@ -46,8 +46,8 @@ class IntegerConfig(QuantConfig):
         output on calibration inputs has a smaller error for it. Inputs are "dynamic" then.
     average_bits: rows of weights get 8 bits, the most important first, until the mean width of all weights that
         would have weight_bits is this; the layers at the model's ends, where they have 8 bits, are not counted.
-    importance: how rows are ranked for it: "integrated", "endpoint" or "gradient", on `num_tuples` calibration
-        tuples, "magnitude", or "random" by `seed` (allocation/importance.py).
+    importance: how rows are ranked for it: "integrated", "endpoint", "gradient", "gauss-newton" or "fisher", on
+        `num_tuples` calibration tuples, "magnitude", or "random" by `seed` (allocation/importance.py).
     activations: "static" (one scale and zero point per tensor, from calibration) or "dynamic" (symmetric, per
         token in Linear and per sample in Conv2d, computed in each call; needs no calibration). A layer that
         calibration never reached is "dynamic" in either case.
@@ -65,7 +65,9 @@ class IntegerConfig(QuantConfig):
         8, "8, or 4 stored as such; 2 and 3 in 4 bits, 5 to 7 simulated in int8 containers", low=2, high=8
     )
     activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
-    group_size: int | None = option(None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int)
+    group_size: int | None = option(
+        None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int, choices=GROUP_SIZES
+    )
     affine: bool = option(False, "4-bit weights with zero points")
     weight_grid: str = option(
         "uniform", "of weights: uniform; progressive, 4 bits in 8; or power, which is simulated", choices=GRIDS
@@ -77,7 +79,8 @@ class IntegerConfig(QuantConfig):
         parse=float,
     )
     importance: str = option(
-        "integrated", "how rows are ranked for average_bits: integrated, endpoint, gradient, magnitude or random"
+        "integrated",
+        "how rows are ranked: integrated, endpoint, gradient, gauss-newton, fisher, magnitude or random",
     )
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")
@@ -89,18 +92,27 @@ class IntegerConfig(QuantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.settle()
         check_options(self)
+
+    def settle(self) -> None:
+        """Work out options that follow from others of the method, before it is looked whether all go together."""
 
     @property
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here options decide
         """Whether each layer can be packed as its weight arrives: nothing looks at what layers are fed, or at several
         layers at once."""
-        return not self._looks and (self.average_bits is None or self.plan is not None)
+        return not self.looks and (not self.ranks_rows or self.plan is not None)
 
     @property
-    def _looks(self) -> frozenset[str]:
+    def ranks_rows(self) -> bool:
+        """Whether rows are ranked, all of them at once, before any layer is packed."""
+        return self.average_bits is not None
+
+    @property
+    def looks(self) -> frozenset[str]:
         """The evidence that rounding, range objective and importance look at."""
-        chosen = self.average_bits is None or self.plan is not None
+        chosen = not self.ranks_rows or self.plan is not None
         ranking = frozenset() if chosen else IMPORTANCE.find(self.importance).needs
         objective = OBJECTIVES.find(self.ranges()[0])
         ranges = objective.needs if self._asks_model else weights_need(self.ranges()[0])
@@ -119,7 +131,7 @@ class IntegerConfig(QuantConfig):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.activations == "static" or bool(self._looks) or super().needs_calibration
+        return self.activations == "static" or bool(self.looks) or super().needs_calibration
 
     def otherwise(self) -> str:
         dynamic = copy.copy(self)

@@ -61,7 +61,7 @@ class LUTGEMMConfig(QuantConfig):
     packs_while_loading: ClassVar[bool] = False
     bits: int = option(3, "sign planes of a weight", low=1, high=MOST_BITS)
     group_size: int | None = option(128, "inputs that share scales: 32, 64 or 128", parse=int)
-    planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted up to 3", choices=PLANES)
+    planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted up to 3")
     rounds: int = option(ROUNDS, "of the fit of planes, after its greedy start", low=0)
     emphasis: float = option(1.0, "errors of weights count by |w| to this power", low=0, high=MOST_EMPHASIS)
     rounding: str = option("nearest", "how codes are chosen: nearest, or gptq by calibration inputs")

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..layers.plan import FLOAT_INPUTS
 from ..options import option
 from ..quantization.recipe import register
-from .choices import ACTIVATIONS
+from .choices import ACTIVATIONS, GROUP_SIZES
 from .eight_bit import IntegerConfig
 
 WIDTHS = (8, FLOAT_INPUTS)
@@ -34,17 +34,18 @@ class MixPEConfig(IntegerConfig):
         and 8 bits in either case, unless `first_last` says otherwise.
     """
 
-    weight_bits: int = option(4, flag=False, low=4, high=4)
+    format: str = option("int8", fixed=True)
+    weight_bits: int = option(4, fixed=True)
     activation_bits: int = option(8, "8, or 16: inputs as they are", choices=WIDTHS)
-    group_size: int | None = option(128, "of 4-bit weights: 32, 64 or 128", parse=int)
-    affine: bool = option(True, flag=False)
+    group_size: int | None = option(128, "of 4-bit weights: 32, 64 or 128", parse=int, choices=GROUP_SIZES[1:])
+    affine: bool = option(True, fixed=True)
+    weight_grid: str = option("uniform", fixed=True)
+    rotate_inputs: bool = option(False, fixed=True)
+    average_bits: float | None = option(None, fixed=True)
+    importance: str = option("integrated", fixed=True)
     activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.activation_bits not in WIDTHS:
-            raise UserError(f"activation_bits must be 8 or 16; got {self.activation_bits}.")
-        if self.group_size is None or not self.affine or self.weight_grid != "uniform":
-            raise UserError("MixPE has weights in groups with zero points, on a uniform grid; take another recipe.")
         if self.activation_bits == FLOAT_INPUTS and self.activations == "static":
             raise UserError("inputs of 16 bits have no grid; leave activations at 'dynamic'.")

@@ -23,17 +23,22 @@ from ..options import option
 from ..quantization.recipe import register
 from .trained import TrainedConfig
 
+WEIGHT_GRIDS = ("uniform", "progressive")  # those of "power" have scales of which the prediction knows nothing
+
 
 @register("pdquant")
 @dataclass(repr=False)
 class PDQuantConfig(TrainedConfig):
     """PD-Quant. Options: IntegerConfig and, with rounding="learned", Learning.
 
-    num_tuples: on which predictions are compared, and blocks trained. Weights get grids of least squared error. Where
-    inputs have no static int8 grids (activations="dynamic", format="fp8") training alone is left; without it such a
-    recipe is refused.
+    num_tuples: on which predictions are compared, and blocks trained. Weights get grids of least squared error, which
+    are uniform or progressive. Where inputs have no static grids (activations="dynamic") training alone is left;
+    without it such a recipe is refused.
     """
 
+    format: str = option("int8", fixed=True)
+    weight_grid: str = option("uniform", "of weights: uniform; or progressive, 4 bits in 8", choices=WEIGHT_GRIDS)
+    rotate_inputs: bool = option(False, fixed=True)
     rounding: str = option("nearest", "nearest, or gptq, chooses scales only; learned trains blocks")
     prefix: str = option("quantized", "what blocks are fed: by quantized blocks before them, or exact")
     prediction: float = option(1.0, "weight of the error in the model's prediction", low=0.0)
@@ -41,10 +46,9 @@ class PDQuantConfig(TrainedConfig):
     def _check_used(self) -> None:
         super()._check_used()
         if self.rounding != "learned" and not self._asks_model:
-            given = "format='fp8'" if self.format == "fp8" else "activations='dynamic'"
             raise UserError(
-                f"{given} leaves no input range for PD-Quant to choose, and rounding='{self.rounding}' trains no "
-                "block; take rounding='learned', static int8 inputs, or method ptq4dm."
+                "activations='dynamic' leaves no input range for PD-Quant to choose, and "
+                f"rounding='{self.rounding}' trains no block; take rounding='learned', or activations='static'."
             )
 
     def ranges(self) -> tuple[str, float | None]:

@@ -28,7 +28,7 @@ from .eight_bit import IntegerConfig
 
 VARIANTS = ("group", "channel")
 CLIPS = ("none", "mse", "output")
-ROTATIONS = ("inputs", "values", "none")
+ROTATIONS = (None, "inputs", "values", "none")
 GROUP = 128
 
 
@@ -50,31 +50,35 @@ class QoQConfig(IntegerConfig):
     """
 
     variant: str = option("group", "progressive in groups, or a scale and a zero point a row", choices=VARIANTS)
-    weight_bits: int = option(4, flag=False, low=4, high=4)
+    format: str = option("int8", fixed=True)
+    weight_bits: int = option(4, fixed=True)
+    average_bits: float | None = option(None, fixed=True)
+    importance: str = option("integrated", fixed=True)
     affine: bool = option(False, flag=False)
     weight_grid: str = option("progressive", flag=False)
     rotate_inputs: bool = option(False, flag=False)
     activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     rounding: str = option("gptq", "how weights are rounded: nearest, or gptq by calibration inputs")
-    rotation: str | None = option(None, "of layers' inputs in every call, of attention's values, or none")
+    rotation: str | None = option(
+        None, "of layers' inputs in every call, of attention's values, or none", choices=ROTATIONS
+    )
     smoothing: float | str = option(0.3, "alpha of the smoothing, or none", parse=number_or_word)
     reorder: bool = option(True, "put channels of like inputs into one group")
     clip: str = option("none", "how far groups of weights reach", choices=CLIPS)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, known in (("variant", VARIANTS), ("clip", CLIPS), ("rotation", (None, *ROTATIONS))):
-            if getattr(self, name) not in known:
-                words = ", ".join(word for word in known if word)
-                raise UserError(f"{name} must be one of {words}; got '{getattr(self, name)}'.")
+    def settle(self) -> None:
         number = not isinstance(self.smoothing, str) and 0 <= self.smoothing <= 1
         if not number and self.smoothing != "none":
             raise UserError(f"smoothing must be none or a number in [0, 1]; got {self.smoothing!r}.")
         rows = self.variant == "channel"
         if rows and self.group_size is not None:
-            raise UserError("variant='channel' has one scale an output; leave group_size out, or take 'group'.")
-        if self.weight_grid == "power" or (not rows and (self.affine or self.weight_grid == "uniform")):
-            raise UserError("the grid of QoQ's weights follows from variant; leave weight_grid and affine out.")
+            raise UserError(
+                "variant='channel' has one scale an output; leave group_size out, or take variant='group'."
+            )
+        grids = ("progressive", "uniform") if rows else ("progressive",)
+        wrong = ["weight_grid"] * (self.weight_grid not in grids) + ["affine"] * (self.affine and not rows)
+        if wrong:
+            raise UserError(f"the grid of QoQ's weights follows from variant; leave {' and '.join(wrong)} out.")
         if self.rotate_inputs and self.rotation not in (None, "inputs"):
             raise UserError("whether inputs are turned follows from rotation; leave rotate_inputs out.")
         turns = not rows and self.activations == "dynamic"

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..checks import checked
-from ..errors import DamagedFile, UserError
+from ..errors import DamagedFile, UserError, meant
 from ..files.outside import naming, reason
 from ..interrupts import unswallowed
 from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to DiffusionPipeline.from_pretrained)
@@ -93,7 +93,7 @@ def load_pipeline(
     elif not isinstance(model, str) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"'{name}' is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, "
-            "nor a hub id (owner/name)."
+            f"nor a hub id (owner/name){meant(name, EMBEDDED) or '.'}"
         )
     else:
         source = name

@@ -46,12 +46,10 @@ class PackingOptions:
 
     num_tuples: int = option(32, low=1)
     seed: int = option(0, low=0)
-    prefix: str = "exact"
+    prefix: str = option("exact", choices=PREFIXES)
 
     def __post_init__(self) -> None:
         check_fields(self, "PackingOptions")
-        if self.prefix not in PREFIXES:
-            raise UserError(f"prefix must be one of {', '.join(PREFIXES)}; got '{self.prefix}'.")
 
 
 def packing_of(options: dict) -> PackingOptions:

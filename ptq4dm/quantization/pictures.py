@@ -1,6 +1,7 @@
 """Pictures of what a method did to a layer: a method that has one registers it under its name.
 
-A picture is of one quantized layer beside the weight that it was made from.
+A picture is of one quantized layer beside the weight that it was made from, or of what the recipe found out about the
+whole model.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ class Picture:
     shows: what there is to see, with its article ("a low-rank branch").
     fits: whether a layer of this plan can be drawn. expected: whether a recipe without a plan makes such layers.
     draw: (original weight, quantized layer, title, path) -> a PNG.
+    whole: (recipe that was resolved, path) -> a PNG of all layers, in place of `draw`.
     """
 
     shows: str
     fits: Callable[[object], bool]
     expected: Callable[[QuantConfig], bool]
-    draw: Callable[[Tensor, nn.Module, str, str | Path], None]
+    draw: Callable[[Tensor, nn.Module, str, str | Path], None] | None = None
+    whole: Callable[[QuantConfig, str | Path], None] | None = None
 
     def draw_one(
         self, model: nn.Module, weights: dict[str, Tensor], layers: Sequence[str], name: str | None, path: str | Path
@@ -43,6 +46,7 @@ class Picture:
         if not drawable or (name and name not in drawable):
             raise UserError(f"--plot draws {self.shows}, which {f'{name!r}' if name else 'no layer'} has.")
         name = name or drawable[0]
+        assert self.draw is not None  # else `whole` draws
         self.draw(weights[f"{name}.weight"], model.get_submodule(name), name, path)
 
 
@@ -65,4 +69,6 @@ def picture_of(config: QuantConfig) -> Picture:
         possible = any(picture.fits(plan) for plan in config.plan.layers.values())
     if not possible:
         raise UserError(f"--plot draws {picture.shows}, which no layer of this recipe has.")
+    if picture.whole is not None and config.plan is not None:
+        raise UserError(f"--plot draws {picture.shows}, which a plan that is followed does not know.")
     return picture

@@ -89,7 +89,9 @@ def quantize(
             after += stored_bytes(model)
             rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
         rows.sort(key=badness)
-        return QuantizationReport(config.summary(), before, after, rows, [n for n in networks if n], left_out(target))
+        found = {name: told for name, recipe in recipes.items() if (told := recipe.found())}
+        names = [name for name in networks if name]
+        return QuantizationReport(config.summary(), before, after, rows, names, left_out(target), found)
 
     with turn_at(target, *networks.values()):
         return whole_or_not(networks.values(), work, values=changed)

@@ -19,12 +19,12 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ..calibration.store import CalibrationStore
-from ..checks import check, check_fields, check_types
-from ..errors import UserError
+from ..checks import check, check_fields, check_types, named_options
+from ..errors import UserError, unknown_option
 from ..files.outside import checked_object, outside
 from ..layers.plan import LayerPlan, Plan
 from ..layers.view import LayerView
-from ..options import option
+from ..options import has_option, no_choice, option
 from ..registry import Registry
 from ..rounding.learned import Learning
 from ..transforms.named import named
@@ -43,15 +43,16 @@ class QuantMethod(str, Enum):
 
 
 def register(name: str) -> Callable[[type[_Config]], type[_Config]]:
-    """Class decorator: make a config class known by its method name."""
+    """Class decorator: make a config class known by its method name. Options that it does not have are refused."""
 
     def add(cls: type[_Config]) -> type[_Config]:
         cls.method = name
-        return METHODS.add(name, cls)
+        return METHODS.add(name, named_options(cls))
 
     return add
 
 
+@named_options
 @dataclass(repr=False)
 class QuantConfig(QuantizationConfigMixin):
     """What every method has.
@@ -94,6 +95,13 @@ class QuantConfig(QuantizationConfigMixin):
         if not (self.plan is None or isinstance(self.plan, Plan)):
             raise UserError(f"plan is a Plan, from Plan.load(path); got {type(self.plan).__name__}.")
         check_fields(self, type(self).__name__)
+        fixed = no_choice(self)
+        if fixed is not None and self.plan is None:  # of a plan that is there, options tell how it was made
+            others = ", ".join(name for name, kind in sorted(METHODS.items()) if has_option(kind, fixed.name))
+            raise UserError(
+                f"{fixed.name} is no choice of {type(self).__name__}, which has {fixed.default!r}; leave it out, or "
+                f"take a method that has it: {others}."
+            )
         self.modules_to_not_convert, self.transforms = tuple(self.modules_to_not_convert), tuple(self.transforms)
         for text in self.transforms:
             named(text)
@@ -137,6 +145,11 @@ class QuantConfig(QuantizationConfigMixin):
         """The PackingOptions that the recipe says something of, by name."""
         return {item.name: getattr(self, item.name) for item in fields(PackingOptions) if hasattr(self, item.name)}
 
+    def found(self) -> dict[str, Any]:
+        """What resolving the recipe found that a report should tell: plain JSON values, with "text", a line of its
+        table; {} for nothing."""
+        return {}
+
     # --- diffusers' side ------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,9 +183,7 @@ class QuantConfig(QuantizationConfigMixin):
         known = {item.name for item in fields(target)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise UserError(
-                f"{target.__name__} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}."
-            )
+            raise unknown_option(target.__name__, unknown, known)
         with outside(f"the options of {target.__name__}", "save the model again"):
             config = target(**data)
             check_types(config)

@@ -80,6 +80,7 @@ class QuantizationReport:
     """What `quantize` did. layers: rows of layer, format, kernel, bytes, sqnr (dB) and its basis, worst first.
 
     networks: the names of the pipeline's networks that were quantized; left: those that are in full precision.
+    found: network -> what its recipe found, where that is anything; "text" of it is a line of the table.
     """
 
     method: dict
@@ -88,6 +89,7 @@ class QuantizationReport:
     layers: list[dict] = field(default_factory=list)
     networks: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    found: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
     def together(cls, reports: list[QuantizationReport]) -> QuantizationReport:
@@ -99,9 +101,9 @@ class QuantizationReport:
         ]
         rows.sort(key=badness)
         before, after = (sum(getattr(one, name) for one in reports) for name in ("bytes_before", "bytes_after"))
-        return cls(
-            reports[0].method, before, after, rows, [n for one in reports for n in one.networks], reports[-1].left
-        )
+        names = [n for one in reports for n in one.networks]
+        found = {name: told for one in reports for name, told in one.found.items()}
+        return cls(reports[0].method, before, after, rows, names, reports[-1].left, found)
 
     def to_dict(self) -> dict:
         """Plain JSON values, which know no infinity and no NaN: the sqnr of a layer without any error is null, and
@@ -130,10 +132,12 @@ class QuantizationReport:
         share = self.bytes_after / self.bytes_before
         lines.append(f"{served}")
         lines.append(
-            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.3f}x)"
+            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.1%} of it)"
         )
         if trained := self._trained_text():
             lines.append(trained)
+        for name, found in self.found.items():
+            lines.append(f"{name}: {found['text']}" if len(self.networks) > 1 else found["text"])
         if self.networks:
             lines.append(
                 f"quantized: {', '.join(self.networks)}; in full precision: {', '.join(self.left) or 'none'}"
@@ -167,8 +171,8 @@ class QuantizationReport:
         if found["of_nearest"] is None:
             return text
         return (
-            f"{text}; a block's error is {found['of_nearest']:.3f}x that of nearest, {found['of_start']:.3f}x that "
-            "of where training began (geometric means)"
+            f"{text}; a block's error is {found['of_nearest']:.3f} times that of nearest, {found['of_start']:.3f} "
+            "times that of where training began (geometric means)"
         )
 
 

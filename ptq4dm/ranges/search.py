@@ -10,18 +10,21 @@ from torch import Tensor
 from .inputs import InputValues
 from .weights import WeightRows
 
-WEIGHT_STEPS = 50  # from half the range to the whole
+WEIGHT_STEPS = 50  # from the least range to the whole
 TIE = 1 + 1e-12  # float64 sums differ by less between devices and numbers of threads: no choice may hang on it
 
 
-def least_of(rows: WeightRows, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """Scales [R], from half the full range to the whole, each of the least error(scales [R]) -> [R] float64.
+def least_of(
+    rows: WeightRows, error: Callable[[Tensor], Tensor], low: float = 0.5, steps: int = WEIGHT_STEPS
+) -> Tensor:
+    """Scales [R], from `low` of the full range to the whole, each of the least error(scales [R]) -> [R] float64.
 
     The widest of those that are as good as each other, so that the same weight gets the same scales everywhere.
     """
     best, least = rows.full.clone(), torch.full_like(rows.full, float("inf"), dtype=torch.float64)
-    for step in range(WEIGHT_STEPS, 2 * WEIGHT_STEPS + 1):
-        scale = rows.full * (step / (2 * WEIGHT_STEPS))
+    whole = round(steps / (1 - low))
+    for step in range(whole - steps, whole + 1):
+        scale = rows.full * (step / whole)
         found = error(scale)
         better = found <= least * TIE
         best, least = torch.where(better, scale, best), torch.where(better, found, least)

@@ -8,7 +8,6 @@ their plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -48,7 +47,8 @@ class Learning:
     train: what is trained: "rounding" of weights, their "scales", "biases", "ranges" of static inputs.
     variable: what rounding is trained by; moves: "up-down" to the two codes beside a weight, or "wide", two further.
     optimizer: of the rounding; learning_rate: None takes the optimizer's own. All rates fall to zero by a cosine.
-    start: the rounding that training begins at: "gptq" (its Hessian of the layers' inputs), or "nearest".
+    start: the rounding that training begins at: "gptq" (its Hessian of the layers' inputs), or "nearest"; None: gptq,
+        in recipes of integer inputs nearest where those have 4 bits or fewer.
     augmentation: "qdrop": each input of the block, and each rounding of an input in it, is in full precision with
         probability 1/2 (QDrop, arXiv:2203.05740); "noise": Gaussian noise as large as the inputs' errors instead of
         them; "none".
@@ -70,7 +70,9 @@ class Learning:
     moves: str = option("up-down", "how far codes may move", choices=MOVES)
     optimizer: str = option("adam", "of the rounding: adam, adamw, adamax, signsgd, sgd")
     learning_rate: float | None = option(None, "of the rounding; the optimizer's own where left out", parse=float)
-    start: str = option("gptq", "the rounding that training begins at", choices=STARTS)
+    start: str | None = option(
+        None, "the rounding that training begins at; left out, by the width of inputs", choices=(None, *STARTS)
+    )
     augmentation: str = option("none", "of what blocks are fed", choices=AUGMENTATIONS)
     unit: str = option("block", "what is trained together", choices=UNITS)
     prediction: float = option(0.0, "weight of the error in the model's answer", low=0.0)
@@ -80,9 +82,6 @@ class Learning:
         """Raises UserError where an option is none of its choices. Lists, as JSON has them, become tuples."""
         check_fields(self, type(self).__name__)
         self.train, self.time_weights = tuple(self.train), tuple(self.time_weights)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} must be one of {', '.join(choices)}; got '{getattr(self, name)}'.")
         VARIABLES.find(self.variable)
         OPTIMIZERS.find(self.optimizer)
         if not self.train or set(self.train) - set(TRAINED):
@@ -98,16 +97,21 @@ class Learning:
         return cls(**{item.name: getattr(options, item.name) for item in fields(cls)})
 
     @property
+    def origin(self) -> str:
+        """The rounding that trained codes begin at."""
+        return self.start or "gptq"
+
+    @property
     def begin(self) -> str:
         """The rounding that training begins at: that to nearest, where rounding is not trained."""
-        return self.start if "rounding" in self.train else "nearest"
+        return self.origin if "rounding" in self.train else "nearest"
 
     @property
     def rate(self) -> float:
         """The learning rate of the rounding: the optimizer's own is of straight-through codes that start at gptq."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return OPTIMIZERS.find(self.optimizer).learning_rate * VARIABLES.find(self.variable).paces[self.start]
+        return OPTIMIZERS.find(self.optimizer).learning_rate * VARIABLES.find(self.variable).paces[self.origin]
 
 
 def learning_from(data: Any) -> Learning:
@@ -118,15 +122,6 @@ def learning_from(data: Any) -> Learning:
     found = Learning(**options)
     check_types(found)
     return found
-
-
-CHOICES: dict[str, Sequence[str]] = {
-    "loss": LOSSES,
-    "moves": MOVES,
-    "augmentation": AUGMENTATIONS,
-    "unit": UNITS,
-    "start": STARTS,
-}
 
 
 def near(steps: Tensor, first: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ...checks import check_fields, check_seeds
+from ...checks import check_fields, check_seeds, named_options
 from ...errors import UserError
 from ...evaluation.feature_fid import FeatureFID
 from ...files.claim import claimed_whole
@@ -48,6 +48,7 @@ ROW: dict[str, type | tuple[type, ...]] = {
 }
 
 
+@named_options
 @dataclass
 class SamplerBench:
     """Settings of a comparison: samplers, budgets of evaluations, images of each feature-FID (seeds from seed)."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ...checks import check_fields
+from ...checks import check_fields, named_options
 from ...errors import UserError
 from ...options import option
 
@@ -16,6 +16,7 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # what the two are called wh
 MOST = 10**12  # images or iterations
 
 
+@named_options
 @dataclass(frozen=True)
 class DisBackConfig:
     """Distillation of a diffusion model to one step.

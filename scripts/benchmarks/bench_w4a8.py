@@ -9,6 +9,7 @@ All but "... alone" include the quantization of inputs, bias and, where weights 
 
     progressive     4-bit weights under whole-number steps of a row, in groups of 128 (kernels/w4/progressive.py)
     grouped         scales and zero points in groups of 128, after the sums (kernels/w4/grouped.py)
+    row-mix         the same with every tenth output in 8 bits (kernels/w4/row_mix.py)
     channel         one scale and zero point an output
     ..., unpacked   the same weights as int8 in memory, made in every call; scales of groups are rounded into them
     int8 W8A8, fp8 W4A8, W4A16      our other kernels: weights of 8 bits; in groups of 64 under e4m3 inputs, without a
@@ -41,10 +42,10 @@ from ptq4dm.kernels.formats import int4, int8  # noqa: E402
 from ptq4dm.kernels.runtime.settings import best_config, tuned_file  # noqa: E402
 from ptq4dm.kernels.tuning import launches_integer, launches_w8a8  # noqa: E402
 from ptq4dm.kernels.tuning.stopwatch import COLD, race  # noqa: E402
-from ptq4dm.kernels.w4 import grouped, integer, progressive, tokens_triton  # noqa: E402
+from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix, tokens_triton  # noqa: E402
 from ptq4dm.kernels.w4 import layer as w4  # noqa: E402
 from ptq4dm.kernels.w4.int4_codes import int4_codes  # noqa: E402
-from ptq4dm.kernels.w4.products import product_grouped, product_progressive  # noqa: E402
+from ptq4dm.kernels.w4.products import product_grouped, product_progressive, product_row_mix  # noqa: E402
 from ptq4dm.kernels.w8a8 import layer as w8a8  # noqa: E402
 from ptq4dm.kernels.w8a8 import steps  # noqa: E402
 from ptq4dm.kernels.w8a8.window import same_window  # noqa: E402
@@ -70,6 +71,13 @@ class Set:
         zeros = torch.zeros_like(scales, dtype=torch.int8)
         packed = int4.pack_int4(codes, int4.GROUP)
         self.grouped = packed, scales, zeros, self.bias
+        wide = torch.arange(n, device="cuda") % 10 == 0
+        groups = weight[wide].view(int(wide.sum()), k // SIZE, SIZE)
+        scales8 = (groups.abs().amax(2) / 127).bfloat16()
+        codes8 = (groups / scales8[:, :, None]).round().clamp(-127, 127).to(torch.int8).flatten(1)
+        places = torch.cat([(~wide).nonzero(), wide.nonzero()])[:, 0].int()
+        narrow = packed[~wide].contiguous(), codes8, scales[~wide].contiguous(), zeros[~wide].contiguous()
+        self.row_mix = *narrow, scales8, places, self.bias
         row = scales.float().amax(1) / 16
         whole = (scales / row[:, None]).round().clamp(1, 16).to(torch.int8)
         self.progressive = packed, whole, zeros, row, self.bias
@@ -94,6 +102,7 @@ CANDIDATES = {
     "progressive, unpacked": Set.progressive_unpacked,
     "channel": lambda one: grouped.grouped_linear(one.x, *one.channel),
     "grouped": lambda one: grouped.grouped_linear(one.x, *one.grouped),
+    "row-mix": lambda one: row_mix.row_mix_grouped(one.x, *one.row_mix),
     "grouped, unpacked": Set.grouped_unpacked,
 }
 
@@ -110,11 +119,18 @@ def products(one: Set) -> dict:
     tokens_triton.prepare(one.x, tokens, whole, zeros, None, (factors, None), (n, k // SIZE))
     plain = torch.empty_like(factors)
     tokens_triton.prepare(one.x, tokens, None, zeros, one.grouped[1], (plain, scales), (n, k // SIZE))
+    few, codes8, _, _, scales8, places, _ = one.row_mix
+    tables = new(k // SIZE, len(few), dtype=torch.int32), new(k // SIZE, len(few))
+    narrow = one.row_mix[3], one.row_mix[2], tables, (len(few), k // SIZE)
+    tokens_triton.prepare(one.x, tokens, None, *narrow)
     codes, scale, *_ = one.int8
     layer = steps.Parameters(codes, scale, bias, tokens[1], None)
     found = {
         "grouped alone": lambda: product_grouped.product(
             tokens[:2], packed, (plain, scales), bias, out, SIZE, after
+        ),
+        "row-mix alone": lambda: product_row_mix.product(
+            tokens[:2], (few, codes8), tables, scales8, places, bias, out, SIZE, after
         ),
         "int8 W8A8 alone": lambda: steps.multiply(tokens[0], same_window(m, 1, 1), layer, torch.bfloat16),
     }  # fmt: skip
@@ -132,6 +148,7 @@ def checked(one: Set) -> dict[str, float]:
         ("progressive", progressive.progressive_linear, progressive.reference, one.progressive),
         ("channel", grouped.grouped_linear, grouped.reference, one.channel),
         ("grouped", grouped.grouped_linear, grouped.reference, one.grouped),
+        ("row-mix", row_mix.row_mix_grouped, row_mix.reference, one.row_mix),
     ):
         found[name] = error(op(one.x, *operands)[:CHECKED], reference(few, *operands))
     if not max(found.values()) < 4e-3:  # bf16 rounds to 2e-3

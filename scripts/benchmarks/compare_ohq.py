@@ -6,7 +6,8 @@
 1. Sensitivities of every layer and format: by masks (weights and outputs, calibration inputs and noise) and by weight
    error alone, each against the direct way, by Spearman's rank correlation over layers; and the runs that they take.
 2. At a budget of bytes midway between 8 bits and 4 in all layers: the exact choice, greedy, random choices that use
-   the budget up, and the exact choice from permuted sensitivities; the error of each, measured on tuples of other
+   the budget up, the exact choice from permuted sensitivities and without full precision, and uniform ones that keep
+   in full precision what the exact one does; the error of each, measured on tuples of other
    seeds, beside the line between the two uniform ones.
 3. Predicted against measured step times of random mixtures, which nothing was fitted to.
 
@@ -20,6 +21,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from ptq4dm.budgets.candidates import packed, recipes_of
 from ptq4dm.budgets.clocks import Figure, time_in_place
 from ptq4dm.budgets.costs import costs
 from ptq4dm.budgets.exact import allocate
+from ptq4dm.budgets.graphs import time_in_graphs
 from ptq4dm.budgets.masking import Sensitivity, direct, masked, parts_of
 from ptq4dm.budgets.measure import noised, table_of, timed_call_of
 from ptq4dm.budgets.references import dealt_out, greedy, random_choices
@@ -145,7 +148,15 @@ def at_a_budget(truth: HeldOut, table, wide: str, narrow: str, args) -> dict:
     shuffled = [allocate(dealt_out(table, seed), None, budget).picks for seed in range(args.permuted)]
     measured = sorted(truth.error(picks) for picks in drawn)
     wrong = [truth.error(picks) for picks in ends]
+    kept, low = (with_kept(table, picks, chosen) for picks in ends)
+    no_keep = allocate(without_kept(table), None, budget).picks
     facts = {
+        "layers kept": int((chosen == 0).sum()),
+        "kept": {
+            "between": between(truth, table, kept, low, budget), "bytes": [table.size(kept), table.size(low)],
+            "error": [truth.error(kept), truth.error(low)],
+        },
+        "none kept": {"error": truth.error(no_keep), "bytes": table.size(no_keep)},
         "bytes": {"budget": budget, wide: sizes[0], narrow: sizes[1], "chosen": table.size(chosen)},
         "error": {wide: wrong[0], narrow: wrong[1], "interpolated": sum(wrong) / 2, "chosen": truth.error(chosen)},
         "predicted": {"chosen": table.error(chosen), wide: table.error(ends[0]), narrow: table.error(ends[1])},
@@ -162,6 +173,24 @@ def at_a_budget(truth: HeldOut, table, wide: str, narrow: str, args) -> dict:
     return facts
 
 
+def with_kept(table, picks, chosen):
+    """Uniform picks, but full precision where a choice keeps it: what keeping these layers is worth by itself."""
+    return np.where(chosen == 0, 0, picks)
+
+
+def without_kept(table):
+    """The table without full precision for layers that can have a format."""
+    allowed = table.allowed.copy()
+    allowed[:, 0] = ~allowed[:, 1:].any(1)
+    return replace(table, allowed=allowed)
+
+
+def between(truth: HeldOut, table, wide, narrow, budget: float) -> float:
+    """The error on the line between two picks at the bytes of a budget; beyond them on the same line, not below 0."""
+    share = (budget - table.size(narrow)) / (table.size(wide) - table.size(narrow))
+    return max(truth.error(narrow) + share * (truth.error(wide) - truth.error(narrow)), 0.0)
+
+
 def step_times(truth: HeldOut, table, call, args, clock) -> list[dict]:
     """Predicted and measured times of random mixtures, of which each has formats in shares that are drawn.
 
@@ -175,11 +204,15 @@ def step_times(truth: HeldOut, table, call, args, clock) -> list[dict]:
         plans[str(number)] = np.where(table.allowed[layers, picks], picks, table.stands[layers, picks])
     plans |= {label: table.uniform(label) for label in table.labels[1:]}
     formats = {KEEP: {}, **{name: truth.quantized(picks) for name, picks in plans.items()}}
-    times = time_in_place(truth.model, call, formats, [], args.rounds, clock)
-    whole = Figure.of(times.steps[KEEP])
+    if next(truth.model.parameters()).is_cuda:
+        steps = time_in_graphs(truth.model, call, formats, {}, {}, args.rounds)[1]
+    else:
+        times = time_in_place(truth.model, call, formats, [], args.rounds, clock)
+        steps = {name: Figure.of(seconds) for name, seconds in times.steps.items()}
+    whole = steps[KEEP]
     rows = []
     for name, picks in plans.items():
-        figure = Figure.of(times.steps[name])
+        figure = steps[name]
         rows.append({
             "plan": name, "predicted": table.latency(picks), "measured": figure.median / whole.median,
             "ratio": table.latency(picks) / (figure.median / whole.median), "quartiles": [figure.low, figure.high],

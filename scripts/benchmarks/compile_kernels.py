@@ -37,6 +37,7 @@ from ptq4dm.kernels.lut import unpack as bcq_unpack
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
+from ptq4dm.kernels.w4.int4_floats import FLOATS
 from ptq4dm.kernels.w4.reference import NONLINEARITIES
 from ptq4dm.kernels.w8a8 import norm, quantize, steps
 from ptq4dm.kernels.w8a8.window import same_window
@@ -132,10 +133,16 @@ def svdquant_calls(capability: tuple[int, int], rank: int, nonlinearity: str, qu
 def int4_calls(quick: bool) -> None:
     """Plain 4-bit weights: a scale a row, and groups."""
     n, k = 1152, 1152
+    for groups in (k // 64, k // 128)[: 1 if quick else 2]:
+        scales, zeros = empty(n, groups), empty(n, groups, dtype=torch.int8)
+        layer.few_rows(empty(16, k), empty(n, k // 2, dtype=torch.uint8), scales, zeros, empty(n))
     for groups, zeros in [(1, False), (k // 32, True)] if quick else [(g, z) for g in (1, 36, 9) for z in (0, 1)]:
         scales = empty(n, groups, dtype=torch.float32 if groups == 1 else torch.bfloat16)
         wzeros = empty(n, groups, dtype=torch.int8) if zeros else None
-        int4_codes_triton.int4_codes(empty(n, k // 2, dtype=torch.uint8), scales, wzeros, k, peak(wzeros))
+        packed = empty(n, k // 2, dtype=torch.uint8), scales, wzeros, k
+        int4_codes_triton.int4_codes(*packed, peak(wzeros))
+        for dtype in (torch.bfloat16,) if quick else FLOATS:
+            int4_codes_triton.int4_floats(*packed, dtype)
 
 
 def attention_calls(quick: bool) -> None:
@@ -150,7 +157,7 @@ def attention_calls(quick: bool) -> None:
 
 
 def integer_calls(quick: bool) -> None:
-    """Progressive and grouped weights, of few rows and of many, with a scale a row and in groups."""
+    """Progressive and grouped weights, and rows of two widths, of few rows and of many; a scale a row, and groups."""
     n, k = 3072, 3072
     int8 = functools.partial(empty, dtype=torch.int8)
     qweight, channel = empty(n, k // 2, dtype=torch.uint8), empty(n, dtype=torch.float32)
@@ -160,6 +167,12 @@ def integer_calls(quick: bool) -> None:
             zeros = None if size == 64 else int8(*groups)
             integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
+            if groups[1] > 1:
+                wide, places = n // 8, empty(n + n // 8, dtype=torch.int32)
+                integer.row_mix_through(
+                    empty(rows, k), qweight, int8(wide, k), empty(*groups), zeros, empty(wide, groups[1]), places,
+                    empty(n + wide),
+                )  # fmt: skip
         zeros = None if rows == 16 else int8(n, 1)
         integer.grouped_through(empty(rows, k), qweight, channel[:, None], zeros, None)
     progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))

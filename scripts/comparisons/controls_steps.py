@@ -1,17 +1,22 @@
-"""Shuffled controls of transforms, rotated inputs, zero points, scales of planes; controls.py says what they are."""
+"""Controls of transforms, rotated inputs, zero points, planes, rows of 8 bits; controls.py says what they are."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 
 import torch
 from controls import generator, permuted
-from torch import nn
+from torch import Tensor, nn
 
+from ptq4dm.allocation.mixed_rows import mixed_plan
+from ptq4dm.allocation.salient_rows import chosen_rows
 from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.hadamard import block_of
-from ptq4dm.layers.plan import Plan
+from ptq4dm.layers.plan import Int4Plan, Plan
 from ptq4dm.quantization.packing import pack_plan, packing_of
+from ptq4dm.quantization.planning import make_plan
+from ptq4dm.quantization.recipe import QuantConfig
 from ptq4dm.transforms.attention import value_streams
 from ptq4dm.transforms.feedforward import hidden_streams
 
@@ -95,3 +100,58 @@ def _of_kind(plan: Plan, kind: str) -> list:
     if not found:
         raise UserError(f"the plan has no transform '{kind}' to shuffle.")
     return found
+
+
+# ------------------------------------------------------------------------------------------- rows of 8 bits
+
+
+def rows_of(score: Callable[[nn.Module, Mapping[str, Tensor], object, int], Mapping[str, Tensor]], share: float,
+            each: bool = False):  # fmt: skip
+    """A change of a plan of 4 bits: a share of all rows gets 8, by score(model, weights by layer, store, seed).
+
+    each: the same share of every layer, and not of all together.
+    """
+
+    def change(model: nn.Module, plan: Plan, store, seed: int) -> Plan:
+        plan = copy.deepcopy(plan)
+        weights = {
+            name: model.get_submodule(name).weight.detach().flatten(1).float()
+            for name, choice in plan.layers.items()
+            if isinstance(choice, Int4Plan) and getattr(model.get_submodule(name), "groups", 1) == 1
+        }
+        if not weights:
+            raise UserError("no layer of the plan has weights of 4 bits: there are no rows to choose.")
+        scores = score(model, weights, store, seed)
+        parts = [{name: scores[name]} for name in weights] if each else [{name: scores[name] for name in weights}]
+        for part in parts:
+            for name, rows in chosen_rows(part, share).items():
+                plan.layers[name] = mixed_plan(plan.layers[name], rows, len(weights[name]))
+        return plan
+
+    return change
+
+
+def salience_of(recipe: Callable[[], QuantConfig]):
+    """The scores by which a recipe ranks rows."""
+
+    def score(model: nn.Module, weights: Mapping[str, Tensor], store, seed: int) -> Mapping[str, Tensor]:
+        config = recipe()
+        make_plan(model, config, store)
+        return config.outcome.salience.total
+
+    return score
+
+
+def row_norms(model: nn.Module, weights: Mapping[str, Tensor], store, seed: int) -> Mapping[str, Tensor]:
+    """|w_n|, whatever the model does with it."""
+    return {name: weight.norm(dim=1) for name, weight in weights.items()}
+
+
+def draw_of(number: int):
+    """Scores that are drawn: the `number`-th draw of a seed."""
+
+    def score(model: nn.Module, weights: Mapping[str, Tensor], store, seed: int) -> Mapping[str, Tensor]:
+        draw = generator(seed, 1000 + number)
+        return {name: torch.rand(len(weight), generator=draw) for name, weight in weights.items()}
+
+    return score

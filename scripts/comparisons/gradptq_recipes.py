@@ -93,10 +93,11 @@ def base_of(words: list[str]) -> dict[str, Any]:
 
 
 def defaults() -> dict[str, Any]:
-    """The options of GradPTQConfig where nothing is said, but for inputs, which are dynamic here."""
+    """The options of GradPTQConfig where nothing is said, but for inputs, which are dynamic here; the start of 8-bit
+    ones is that of all widths."""
     config = ptq4dm.GradPTQConfig()
     options = {item.name: getattr(config, item.name) for item in fields(config) if item.init}
-    return options | {"activations": "dynamic"}
+    return options | {"activations": "dynamic", "start": config.origin}
 
 
 def calibration(law: str, seed: int, args) -> ptq4dm.CalibrationConfig:

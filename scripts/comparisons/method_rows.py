@@ -22,6 +22,7 @@ from controls_trained import flip_trained
 from ptq4dm import (
     GradPTQConfig,
     LUTGEMMConfig,
+    MixLLMConfig,
     MixPEConfig,
     OHQConfig,
     PDQuantConfig,
@@ -136,6 +137,29 @@ def important_rows() -> list[Row]:
                 for score in ("endpoint", "gradient", "magnitude", "random")
             ),
             Row(f"{name}, shuffled in each layer", "shuffled", recipe, name, plan=controls.shuffle_rows),
+        ]
+    return rows
+
+
+def salient_rows() -> list[Row]:
+    """MixLLM: a tenth of all rows in 8 bits, by two scores; by others and in each layer alike; and none, with smaller
+    groups instead, in fewer bytes (64) and in more (32). With Hessian rounding groups are clipped."""
+    rows = []
+    for rounding, clip in (("gptq", "output"), ("nearest", "none")):
+        recipe = partial(MixLLMConfig, rounding=rounding, clip=clip)
+        name, none = f"MixLLM W4.4A8 g128, {rounding}", partial(recipe, rows=0.0)
+        by = {
+            "in each layer": controls_steps.rows_of(controls_steps.salience_of(recipe), 0.1, each=True),
+            "by norm": controls_steps.rows_of(controls_steps.row_norms, 0.1),
+            **{f"random {i}": controls_steps.rows_of(controls_steps.draw_of(i), 0.1) for i in range(5)},
+        }
+        rows += [
+            Row(name, "method", recipe),
+            Row(f"{name}, rows=0", "ablation", none, name),
+            Row(f"{name}, by fisher", "ablation", partial(recipe, importance="fisher"), name),
+            *(Row(f"{name}, {label}", "ablation", none, name, plan=change) for label, change in by.items()),
+            Row(f"{name}, permuted in each layer", "shuffled", recipe, name, plan=controls.shuffle_rows),
+            *(Row(f"{name}, rows=0, g{size}", "baseline", partial(none, group_size=size), name) for size in (64, 32)),
         ]
     return rows
 
@@ -356,7 +380,8 @@ def measured_allocation() -> list[Row]:
 def all_rows() -> list[Row]:
     """In the order in which they are printed."""
     return [
-        *eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *low_rank(), *prediction_difference(),
+        *eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *salient_rows(), *low_rank(),
+        *prediction_difference(),
         *trained_blocks(), *trained_prediction(), *progressive_bits(), *post_group(), *sign_planes(),
         *measured_allocation(),
     ]  # fmt: skip

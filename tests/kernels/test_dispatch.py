@@ -79,12 +79,17 @@ def test_on_a_cpu(vnni, compiled, monkeypatch):
     assert name("int8", "int8") == name("int8", "int8", groups=4) == ("onednn-int8" if vnni else "reference")
     copy = "onednn-int8 on an int8 copy" if vnni else "reference"
     assert name("int4", "int8", zeros=True) == ("cpu-w4a8" if compiled else copy)
-    assert name("int4", "int8", zeros=True, linear=False) == copy
+    assert name("int4", "int8", zeros=True, linear=False) == ("cpu-w4a8" if compiled else copy)
+    assert name("int4", "int8", zeros=True, linear=False, groups=2) == copy
     assert name("int4", "int8", inputs=1 << 16) == copy
     assert name("int4", "int8", 128, progressive=True) == ("cpu-w4a8" if compiled else copy)
+    windows = dict(progressive=True, linear=False)
+    assert name("int4", "int8", 128, **windows, inputs=1152) == ("cpu-w4a8" if compiled else copy)
+    assert name("int4", "int8", 128, **windows, inputs=2304) == ("cpu-w4a8" if compiled and not vnni else copy)
     for more in ({}, {"zeros": True}, {"static": True}):
         assert name("int4", "int8", 64, **more) == ("cpu-w4a8" if compiled else "reference")
-        assert name("int4", "int8", 64, linear=False, **more) == name("int4", "int8", 64, groups=2) == "reference"
+        assert name("int4", "int8", 64, linear=False, **more) == ("cpu-w4a8" if compiled else "reference")
+        assert name("int4", "int8", 64, linear=False, groups=2, **more) == "reference"
     for query, more in [
         (("fp8", "fp8"), {}),
         (("int4", "none"), {}),
@@ -107,7 +112,7 @@ def test_plain_4_bit_weights_on_a_gpu():
             for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu((8, 0), **query, **more) == unpacked
             assert on_gpu((7, 5), **query) == unpacked
-            for activation in ("fp8", "int4", "none"):
+            for activation in ("fp8", "int4"):
                 assert on_gpu((9, 0), **query | {"activation": activation}) == {"all rows": "reference"}
     assert on_gpu((9, 0), weight="int4", activation="int8", groups=2) == {"all rows": "reference"}
 
@@ -137,6 +142,12 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
     assert row_mix_ops.kernel_name(CPU) == dispatch.find(Query("row-mix", "int8", device=CPU)).name == copy
     for capability in [(8, 0), (9, 0)]:
         assert on_gpu(capability, weight="row-mix", activation="int8") == {"all rows": "unpack + triton-int8"}
+        for size in (32, 64, 128):
+            query = dict(weight="row-mix", activation="int8", group_size=size)
+            assert on_gpu(capability, **query) == {"all rows": "triton-w4a8-row-mix"}
+            for more in (dict(static=True), dict(linear=False)):
+                assert on_gpu(capability, **query, **more) == {"all rows": "unpack + triton-int8"}
+            assert dispatch.find(Query(**query, device=CPU)).name == "reference"
         for weight, activation in (("row-mix", "int4"), ("row-mix", "none"), ("power", "int8"), ("power", "none")):
             assert on_gpu(capability, weight=weight, activation=activation) == {"all rows": "reference"}
     assert dispatch.find(Query("power", "int8", device=CPU)).name == "reference"

@@ -1,6 +1,6 @@
 """Every public name, called with values of every wrong kind: a sentence comes out, and never a traceback.
 
-What may come out beside UserError is Python's own TypeError for a missing or an unknown argument.
+What may come out beside UserError is Python's own TypeError for a missing argument, or an unknown one of a function.
 """
 
 import inspect
@@ -17,6 +17,7 @@ import ptq4dm
 import ptq4dm.samplers
 import ptq4dm.svdquant
 from ptq4dm import UserError
+from ptq4dm.quantization.recipe import METHODS
 
 
 class Odd:
@@ -154,6 +155,32 @@ def test_nor_is_any_given_to_what_loads(call, tmp_path, monkeypatch):
 def test_the_sentence_says_what_is_wanted(call, message):
     with pytest.raises(UserError, match=message):
         call(pipeline())
+
+
+CONFIGS = sorted(
+    {getattr(room, name) for room in ROOMS for name in room.__all__ if name.endswith("Config")}
+    | {kind for kind in METHODS.values()},
+    key=lambda kind: kind.__name__,
+)
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_a_typing_error_in_an_option_names_what_was_meant(kind):
+    names = list(inspect.signature(kind).parameters)
+    assert len(names) > 3 and "kwargs" not in names
+    for name in names:
+        with pytest.raises(UserError, match=f"^{kind.__name__} has no option {name}x; did you mean '.*'") as error:
+            kind(**{f"{name}x": 1})
+        assert isinstance(error.value, TypeError) and str(error.value).endswith(f"'{name}'?")
+    with pytest.raises(UserError, match=f"^{kind.__name__} has no option qqqqqq; it has {min(names)}, .*[.]$"):
+        kind(qqqqqq=1)
+
+
+def test_the_near_match_is_named_where_a_dict_gives_the_option():
+    with pytest.raises(TypeError, match="QoQConfig has no option roundin; did you mean 'rounding'[?]"):
+        ptq4dm.QoQConfig(roundin="gptq")
+    with pytest.raises(UserError, match="QoQConfig has no option roundin; did you mean 'rounding'[?]"):
+        ptq4dm.QuantConfig.from_dict({"method": "qoq", "roundin": "gptq"})
 
 
 @pytest.mark.parametrize("seeds", [range(3, 5), (3, 4), np.array([3, 4]), torch.tensor([3, 4]), [np.int32(3), 4]])

@@ -557,3 +557,54 @@ def test_formats_are_dealt_out_anew_and_chosen_greedily(script, calibrated):
     assert other.layers != plan.layers and other.method == "ohq"
     model = quantized(exact, dataclasses.replace(config, plan=other), store)
     assert sixteen_bits(model) <= 0.52 * sixteen_bits(exact)
+
+
+def test_rows_of_eight_bits_are_dealt_out_and_chosen_by_other_scores(script, one_thread):
+    """As many in all, or in each layer; draws differ; norms and the recipe's own scores choose what is largest."""
+    steps, controls = script("controls_steps"), script("controls")
+    exact, store = split_model()
+    recipe = partial(ptq4dm.MixLLMConfig, group_size=32, rounding="nearest", clip="none", num_tuples=8)
+    plain, own = make_plan(exact, recipe(rows=0.0), store), make_plan(exact, recipe(), store)
+
+    def wide(plan):
+        counts = {}
+        for name, choice in plan.layers.items():
+            whole = choice.format == "int8" and plain.layers[name].format == "int4"
+            counts[name] = len(exact.get_submodule(name).weight) if whole else len(getattr(choice, "wide", []))
+        return counts
+
+    every = sum(len(exact.get_submodule(name).weight) for name, one in plain.layers.items() if one.format == "int4")
+    total = sum(wide(own).values())
+    assert total == every // 10
+    draws = [steps.rows_of(steps.draw_of(i), 0.1)(exact, plain, store, 0) for i in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    norms = steps.rows_of(steps.row_norms, 0.1)(exact, plain, store, 0)
+    again = steps.rows_of(steps.salience_of(recipe), 0.1)(exact, plain, store, 0)
+    each = steps.rows_of(steps.salience_of(recipe), 0.1, each=True)(exact, plain, store, 0)
+    assert {sum(wide(plan).values()) for plan in (*draws, norms)} == {total} and again.layers == own.layers
+    for name, count in wide(each).items():
+        outputs = len(exact.get_submodule(name).weight)
+        assert count == (outputs // 10 if plain.layers[name].format == "int4" else 0)
+    shuffled = controls.shuffle_rows(exact, own, store, 1)
+    assert wide(shuffled) == wide(own) and shuffled != own
+    with pytest.raises(UserError, match="no rows to choose"):
+        steps.rows_of(steps.row_norms, 0.1)(exact, make_plan(exact, ptq4dm.RTNConfig(), store), store, 0)
+
+
+def test_predicted_errors_stand_beside_measured_ones(tmp_path, monkeypatch, one_thread, unet):
+    monkeypatch.syspath_prepend(str(SCRIPTS.parent / "benchmarks"))
+    compare, out = importlib.import_module("compare_mixllm"), tmp_path / "made" / "m.json"
+    words = ["--tuples", "6", "--held-out", "4", "--steps", "3", "--batch-size", "4", "--device", "cpu"]
+    words += ["--rounding", "nearest", "--shares", "0", "0.3", "1", "--output", str(out)]
+    compare.main(words, tiny_unet(unet))
+    curves = json.loads(out.read_text())["curves"]
+    assert [one["importance"] for one in curves] == ["gauss-newton", "fisher"]
+    for one in curves:
+        rows = one["rows"]
+        assert [row["share"] for row in rows] == [0, 0.3, 1] and rows[2]["predicted"] == pytest.approx(0, abs=1e-12)
+        assert rows[0]["measured"] > rows[1]["measured"] > rows[2]["measured"] > 0 and one["monotone"]
+        assert one["spearman"] == pytest.approx(1)
+    assert 0.2 < curves[0]["rows"][0]["predicted_error"] / curves[0]["rows"][0]["measured"] < 5
+    for words in (["--shares", "0.5", "0.1"], ["--shares", "2"], ["--tuples", "0"]):
+        with pytest.raises(UserError):
+            compare.main(words, pytest.fail)

@@ -14,6 +14,7 @@ from ptq4dm.layers.base import is_quantized
 FEW = {
     "num_tuples": 6, "steps": 12, "step_tuples": 2, "first_last": "same", "learning_rate": 0.01, "start": "nearest",
 }  # fmt: skip
+OF_ROUNDING = ("learning_rate", "start")  # of FEW, what is refused where rounding is not trained
 UNTRAINED = {name: FEW[name] for name in ("num_tuples", "first_last")}  # of FEW, what is there without training
 SD = {
     "block_out_channels": (12,), "down_block_types": ("CrossAttnDownBlock2D",),
@@ -48,7 +49,9 @@ def calls_of(model, count=6):
 
 def trained(model, calls, **options):
     """(report, state of the quantized layers) after GradPTQ with few steps; W4A8, static."""
-    report = ptq4dm.quantize(model, ptq4dm.GradPTQConfig(**FEW | options), calls)
+    left = () if "rounding" in options.get("train", ("rounding",)) else OF_ROUNDING
+    few = {name: value for name, value in FEW.items() if name not in left}
+    report = ptq4dm.quantize(model, ptq4dm.GradPTQConfig(**few | options), calls)
     return report, codes(model)
 
 

@@ -282,8 +282,8 @@ def test_more_ranks_than_a_layer_has(tmp_path):
     [
         ({"rank": -1}, "rank must be a whole number from 0 to 1024; got -1."),
         ({"rank": 2.5}, "rank must be"),
-        ({"group_size": 48}, "group_size must be 16, 32, 64 or 128; got 48."),
-        ({"activations": "static"}, "activations must be int4, int8 or fp8; got 'static'."),
+        ({"group_size": 48}, "group_size must be one of 16, 32, 64, 128; got 48."),
+        ({"activations": "static"}, "activations must be one of int4, int8, fp8; got 'static'."),
         ({"activations": "none"}, "activations must be"),
         ({"rounding": "up"}, "rounding 'up' is unknown"),
         ({"smoothing": "some"}, "smoothing must be search, exhaustive, none or a number in \\[0, 1\\]; got 'some'."),

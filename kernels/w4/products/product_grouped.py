@@ -40,13 +40,11 @@ def _scaled(y, sums, scales_ptr, g, columns, N):
 
 
 @triton.jit
-def _grouped_kernel(
-    x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, bias_ptr, y_desc, y_ptr, M, N, K, groups,
-    SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, TMA: tl.constexpr,
-    PACKED: tl.constexpr,
+def narrow_rows(
+    x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups,
+    SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
-    rows = top + tl.arange(0, BM)
+    """Scaled sums float32 [BN, BM] of a tile of rows of 4 bits; products of two widths have it, too."""
     columns = left + tl.arange(0, BN)
     y = tl.zeros((BN, BM), tl.float32)
     if SIZE == 32:
@@ -65,6 +63,18 @@ def _grouped_kernel(
             a = _offset(factors_ptr, g, columns, N)
             w = together(whole(raw, None, a, 0, PACKED), whole(raw, None, a, 1, PACKED))
             y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N)
+    return y
+
+
+@triton.jit
+def _grouped_kernel(
+    x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, bias_ptr, y_desc, y_ptr, M, N, K, groups,
+    SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, TMA: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
+    rows = top + tl.arange(0, BM)
+    y = narrow_rows(x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, SIZE, BM, BN, TMA, PACKED)
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
     stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
 

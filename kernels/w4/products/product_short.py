@@ -3,13 +3,15 @@
     y[m, n] = f(a[m] sum_g s[n, g] (sum_{k in g} x[m, k] (q[n, k] + c) - c sum_{k in g} x[m, k])
                 + sum_j branch[m, j] U[n, j]  +  b[n])
 
-over groups g of 64 inputs; f is one of nonlinearity.py, or nothing. x are 16-bit floats with a = 1 (weight-only
+over groups g of 64 inputs; a weight with zero points z adds -s[n, g] z[n, g] sum_{k in g} x[m, k]. f is one of
+nonlinearity.py, or nothing. x are 16-bit floats with a = 1 (weight-only
 layers: adaLN, time embedding), or codes in e4m3 or int8 with a scale per row (short inputs of layers with 8-bit
 activations: nothing is unpacked to memory). x and q + c are exact in the 16 bits of the product's operands; sums and
 scales in float32. Floor in bytes: N K / 2 + N K / 32 for the codes and their scales.
 
 q + c is what unpacking gives soonest (short_operands.py); -c sum x comes from one more product, of a constant. What
-that adds to rounding errors, of the order of 2^-24 c |x|, is far less than 16 bits of an output show.
+that adds to rounding errors, of the order of 2^-24 c |x|, is far less than 16 bits of an output show. Zero points
+take the same product, times s z / c in float32.
 
 A program has one block of outputs and few warps, which divide the groups and meet once, at the end. It keeps no part
 of x: that comes from the L1 cache, which all programs of a multiprocessor share. So it needs few registers, and a
@@ -57,6 +59,22 @@ def _read_pairs(wscales, rows, runs, left, end, GROUPS: tl.constexpr, EVEN: tl.c
 
 
 @triton.jit
+def _read_zeros(wzeros, rows, runs, left, end, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """Two zero points of each row and warp in an int16, as `_read_pairs`."""
+    there = tl.full((1,), end, tl.int32) > 0 if EVEN else (rows < left) & (runs < end)
+    if GROUPS % 2 == 0:
+        return tl.load(wzeros.to(tl.pointer_type(tl.int16)), mask=there, other=0).to(tl.int32)
+    pairs = tl.load(wzeros, mask=there, other=0).to(tl.int32) & 255
+    return pairs | tl.load(wzeros + 1, mask=there & (runs + 1 < end), other=0).to(tl.int32) << 8
+
+
+@triton.jit
+def _zeros(pairs, PLACE: tl.constexpr):
+    """The first or second of each pair, float32."""
+    return (pairs << (24 - 8 * PLACE) >> 24).to(tl.float32)
+
+
+@triton.jit
 def _scales(pairs, PLACE: tl.constexpr, dtype: tl.constexpr):
     """The first or second of each pair, float32."""
     if dtype == tl.bfloat16:  # by hand: compilers take four instructions where one does
@@ -65,23 +83,34 @@ def _scales(pairs, PLACE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _product(words, scales, inputs, minus_c, magic, dtype: tl.constexpr, BN: tl.constexpr):
-    """A group's product of each warp, times its scales [warps, BN / 8, 8, BM / 8, 4, 2]."""
+def _spread(values, WARPS: tl.constexpr, BN: tl.constexpr):
+    """One of each read, [reads] -> [warps, BN / 8, 8, 1, 4, 1], as the sums lie."""
+    return tl.permute(tl.reshape(values, (BN // 8, WARPS, 8, 4)), (1, 0, 2, 3))[:, :, :, None, :, None]
+
+
+@triton.jit
+def _product(words, scales, zeros, inputs, minus_c, magic, dtype: tl.constexpr, BN: tl.constexpr):
+    """A group's product of each warp, times its scales [warps, BN / 8, 8, BM / 8, 4, 2]. zeros: None, or floats."""
     WARPS: tl.constexpr = inputs[0].shape[0]
     BM: tl.constexpr = inputs[0].shape[2]
     part = tl.zeros((WARPS, 16, BM), tl.float32)
     for half in tl.static_range(2):
         part = tl.dot(minus_c, inputs[half], part)
     part = tl.reshape(tl.broadcast_to(part[:, None, :, :], (WARPS, BN // 16, 16, BM)), (WARPS, BN, BM))
+    shape: tl.constexpr = (WARPS, BN // 8, 8, BM // 8, 4, 2)
+    sums = tl.reshape(part, shape)
     for half in tl.static_range(2):
         part = tl.dot(weights(words, magic, 4 * half, dtype, BN), inputs[half], part)
-    scales = tl.permute(tl.reshape(scales, (BN // 8, WARPS, 8, 4)), (1, 0, 2, 3))[:, :, :, None, :, None]
-    return tl.reshape(part, (WARPS, BN // 8, 8, BM // 8, 4, 2)) * scales
+    part = tl.reshape(part, shape) * _spread(scales, WARPS, BN)
+    if zeros is not None:
+        c: tl.constexpr = 136 if dtype == tl.bfloat16 else 72
+        part += sums * _spread(scales * (zeros / c), WARPS, BN)
+    return part
 
 
 @triton.jit
 def _short_kernel(
-    x_ptr, row_scale_ptr, q_ptr, wscales_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, stride_m, magic,
+    x_ptr, row_scale_ptr, q_ptr, wscales_ptr, wzeros_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, stride_m, magic,
     GROUPS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
@@ -97,12 +126,16 @@ def _short_kernel(
     row, groups = rows[:, None], runs[:, None]
     q = q_ptr + block * (BN * GROUPS * 8) + row * (GROUPS * 8) + groups * 8
     q += t[:, None] * 2 + tl.arange(0, 2)[None, :]
-    words, pairs = (), ()
+    affine: tl.constexpr = wzeros_ptr is not None
+    wzeros = wzeros_ptr + block * (BN * GROUPS) + rows * GROUPS + runs if affine else None
+    words, pairs, zeros = (), (), ()
     for i in tl.static_range(AHEAD):
         end = GROUPS - i * step
         for j in tl.static_range(2):
             words += (_read_words(q + (i * step + j) * 8, row, groups, left, end - j, EVEN),)
         pairs += (_read_pairs(wscales + i * step, rows, runs, left, end, GROUPS, EVEN),)
+        if affine:
+            zeros += (_read_zeros(wzeros + i * step, rows, runs, left, end, GROUPS, EVEN),)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
     ends = read_ends(up_ptr, bias_ptr, n, N, RANK, R)
@@ -119,15 +152,20 @@ def _short_kernel(
     for first in tl.range(0, GROUPS, AHEAD * step, num_stages=1):
         q += AHEAD * step * 8
         wscales += AHEAD * step
+        if affine:
+            wzeros += AHEAD * step
         for i in tl.static_range(AHEAD):
             end = GROUPS - first - i * step
             later = end - AHEAD * step
             for j in tl.static_range(2):
                 inputs = read_inputs(x + (i * step + j) * 64, columns, end - j, dtype, BM, EVEN)
                 scales = _scales(pairs[0], j, scale_dtype)
-                sums += _product(words[0], scales, inputs, minus_c, magic, dtype, BN)
+                points = _zeros(zeros[0], j) if affine else None
+                sums += _product(words[0], scales, points, inputs, minus_c, magic, dtype, BN)
                 words = words[1:] + (_read_words(q + (i * step + j) * 8, row, groups, left, later - j, EVEN),)
             pairs = pairs[1:] + (_read_pairs(wscales + i * step, rows, runs, left, later, GROUPS, EVEN),)
+            if affine:
+                zeros = zeros[1:] + (_read_zeros(wzeros + i * step, rows, runs, left, later, GROUPS, EVEN),)
         x += AHEAD * step * 64
     rows = read_rows(row_scale_ptr, branch_ptr, m, M, R)
     finish(meet(sums, BN, BM), m, n, rows, ends, y_ptr, M, N, R, bias_ptr is not None, NONLINEARITY)
@@ -135,20 +173,23 @@ def _short_kernel(
 
 def short_product(
     x: Tensor, row_scale: Tensor | None, qweight: Tensor, wscales: Tensor, branch: Tensor | None, up: Tensor | None,
-    bias: Tensor | None, out: Tensor, config: dict, nonlinearity: str = "",
+    bias: Tensor | None, out: Tensor, config: dict, nonlinearity: str = "", wzeros: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
-    qweight uint8 [N, K/2] and wscales [N, K/64], contiguous, N K below 2^34; branch [M, padded rank] and up [N, r]
-    of out's dtype. config: BM from 8, BN from 16 on and num_warps, powers of two; AHEAD; maxnreg to limit registers.
+    qweight uint8 [N, K/2], wscales [N, K/64] and wzeros int8 [N, K/64] or None, contiguous, N K below 2^34; branch
+    [M, padded rank] and up [N, r] of out's dtype. config: BM from 8, BN from 16 on and num_warps, powers of two;
+    AHEAD; maxnreg to limit registers.
     """
     (m, n), groups = out.shape, wscales.shape[1]
     rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
     launch = _launch(config, m, n, groups, x.stride(0), rank, padded, nonlinearity, out.dtype)
     if wscales.data_ptr() % 4 or wscales.numel() % 2:  # they are read in twos
         wscales = F.pad(wscales.flatten(), (0, 1))
+    if wzeros is not None and (wzeros.data_ptr() % 2 or wzeros.numel() % 2):
+        wzeros = F.pad(wzeros.flatten(), (0, 1))
     branch, up = (out if half is None else half for half in (branch, up))
-    launch(x, row_scale, qweight.view(torch.int32), wscales, branch, up, bias, out)
+    launch(x, row_scale, qweight.view(torch.int32), wscales, wzeros, branch, up, bias, out)
 
 
 @planned

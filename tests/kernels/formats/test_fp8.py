@@ -102,7 +102,7 @@ def test_ranges_reach_to_the_largest_value(store, unet):
 
 
 def test_wrong_formats_are_refused():
-    with pytest.raises(UserError, match="format must be 'int8' or 'fp8'; got 'int4'"):
+    with pytest.raises(UserError, match="format must be one of int8, fp8; got 'int4'"):
         RTNConfig(format="int4")
     for bits in ({"weight_bits": 4}, {"activation_bits": 6}):
         with pytest.raises(UserError, match="format='fp8' has 8 bits"):

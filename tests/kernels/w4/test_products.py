@@ -275,6 +275,42 @@ def test_short_product(mode, sizes, m, n, k, rank, dtype):
     assert distance(out, layer.expected(mode)) < tolerance
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(8, 16, 1, 1), (16, 32, 2, 1), (8, 16, 1, 2), (32, 64, 3, 4)], ids=str)
+@pytest.mark.parametrize("m, n, k", [(1, 130, 320), (19, 24, 128), (9, 25, 192), (17, 64, 512)])
+def test_short_product_with_zero_points(sizes, m, n, k, dtype):
+    """Of inputs that are far from zero, whose sums count; the smallest and the largest zero point among them."""
+    setting = dict(zip(("BM", "BN", "AHEAD", "num_warps"), sizes, strict=True))
+    layer, generator = Layer(m, n, k, 0, dtype), torch.Generator().manual_seed(m)
+    zeros = torch.randint(-8, 8, (n, k // 64), generator=generator, dtype=torch.int8)
+    zeros[0], zeros[1] = -8, 7
+    x = layer.x + 3
+    steps = layer.codes.double().view(n, k // 64, 64) - zeros[:, :, None]
+    weight = (steps * layer.wscales.cpu().double()[:, :, None]).flatten(1)
+    right = x.cpu().double() @ weight.T + layer.bias.cpu().double()
+    out = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+    operands = (x, None, layer.qweight, layer.wscales, None, None, layer.bias, out, setting)
+    w4a16.short_product(*operands, wzeros=zeros.to(DEVICE))
+    assert distance(out, right) < (8e-4 if dtype == torch.float16 else 5e-3)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "zeros"])
+def test_few_rows_of_plain_weights(group, affine):
+    m, n, k = 5, 70, 384
+    layer = Layer(m, n, k, 0)
+    scales = layer.wscales[:, :: group // 64].contiguous() + 0.01
+    zeros = torch.randint(-8, 8, scales.shape, dtype=torch.int8, device=DEVICE) if affine else None
+    steps = layer.codes.double().view(n, k // group, group)
+    steps = steps if zeros is None else steps - zeros.cpu().double()[:, :, None]
+    weight = (steps * scales.cpu().double()[:, :, None]).flatten(1)
+    for _ in range(2):
+        found = svdq_linear.few_rows(layer.x, layer.qweight, scales, zeros, layer.bias)
+        assert distance(found, layer.x.cpu().double() @ weight.T + layer.bias.cpu().double()) < 8e-4
+    with pytest.raises(ValueError, match="16 bits for whole runs"):
+        svdq_linear.few_rows(layer.x, layer.qweight, scales.float(), zeros, layer.bias)
+
+
 def through(name, layer, x=None, nonlinearity=""):
     x = layer.x if x is None else x
     smooth = None if name == svdq_linear.WEIGHT_ONLY else layer.smooth

@@ -1,5 +1,7 @@
 """Rows by importance: scores against their closed forms, the choice at a fixed average width, and the recipe."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,51 @@ def test_the_gradient_score_of_a_linear_model():
         drawn = torch.randn(4, 9, generator=torch.Generator().manual_seed(number))
         expected = expected + (drawn * (x @ task.weights["0"].T)).sum(0).abs()
     assert distance(found, expected) < 1e-5
+
+
+def test_the_gauss_newton_score_of_a_linear_model_is_the_error_of_its_output():
+    """E <r, x d_n>^2 over directions r is |x d_n|^2: all of the output's error, row by row."""
+    task, inputs = linear_task(calls=2)
+    error = task.errors["0"].double()
+    exact = sum((x.double() @ error.T).square().sum(0) for x in inputs)
+    draws = [IMPORTANCE["gauss-newton"](replace(task, seed=seed))["0"] for seed in range(300)]
+    assert distance(sum(draws) / len(draws), exact) < 0.1
+    drawn = [torch.randn(4, 9, generator=torch.Generator().manual_seed(number)).double() for number in range(2)]
+    first = sum(((r * (x.double() @ error.T)).sum(0)) ** 2 for r, x in zip(drawn, inputs, strict=True))
+    assert distance(draws[0], first) < 1e-5
+
+
+def test_the_fisher_score_of_a_linear_model():
+    """mean (eps - e)^2 with e = eps + |eps| r has the gradient -2 |eps| r / size, and that times x d_n is the score's
+    first order."""
+    task, inputs = linear_task()
+    (found,) = IMPORTANCE["fisher"](task).values()
+    expected = 0
+    for number, x in enumerate(inputs):
+        samples = task.model(x).double()
+        drawn = torch.randn(4, 9, generator=torch.Generator().manual_seed(number)).double()
+        slope = -2 * samples.square().mean().sqrt() * drawn / samples.numel()
+        first = (slope * (x.double() @ task.errors["0"].double().T)).sum(0)
+        expected = expected + (first + first**2 / 2).abs()
+    assert distance(found, expected) < 1e-5
+
+
+def test_errors_are_those_of_the_format_that_rows_have_else():
+    """Of a convolution in groups of channels, whatever the order of its flattened weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 6, 3), nn.Conv2d(6, 3, 1))
+    views = find_layers(model)
+    narrow = {"0": Int4Plan(group_size=32, affine=True, rounding="gptq", objective="output"), "1": Int4Plan()}
+    found = RowTask(model, views, 4, narrow=narrow).errors
+    groups = model[0].weight.detach().permute(0, 2, 3, 1).reshape(-1, 32)
+    low, high = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
+    step = (high - low) / 15
+    rounded = ((groups / step).round() + (-low / step).round()).clamp(0, 15) - (-low / step).round()
+    expected = (rounded * step - groups).view(6, 3, 3, 64).permute(0, 3, 1, 2)
+    assert 0.8 < found["0"].norm() / expected.norm() < 1  # clipped by least squared error, for nothing feeds it
+    rows = model[1].weight.detach().flatten(1)
+    step = rows.abs().amax(1, keepdim=True) / 7
+    assert distance(found["1"].flatten(1), (rows / step).round() * step - rows) < 1e-5
 
 
 @pytest.mark.parametrize("importance", IMPORTANCE)
@@ -171,7 +218,10 @@ def test_more_average_bits_are_less_error():
         ({"weight_bits": 4, "affine": True, "average_bits": 5.0}, "no group_size, affine or other grid"),
         ({"weight_bits": 4, "average_bits": 4.0}, r"between weight_bits \(4\) and 8; got 4"),
         ({"weight_bits": 3, "average_bits": 8.0}, r"between weight_bits \(3\) and 8; got 8"),
-        ({"weight_bits": 4, "importance": "size"}, "importance 'size' is unknown; choose from endpoint, gradient"),
+        (
+            {"weight_bits": 4, "importance": "size"},
+            "importance 'size' is unknown; choose from endpoint, fisher",
+        ),
     ],
 )
 def test_wrong_options(options, words):

@@ -12,6 +12,7 @@ from ptq4dm import RTNConfig, UserError
 from ptq4dm.budgets import costs as kept
 from ptq4dm.budgets.clocks import Figure, Times, kinds_of, pooled, time_in_place
 from ptq4dm.budgets.costs import costs, file_of
+from ptq4dm.budgets.graphs import with_times_on
 from ptq4dm.calibration.calls import Call
 from ptq4dm.quantization.planning import make_plan
 
@@ -108,3 +109,17 @@ def test_a_file_that_holds_no_measurements_is_told(tmp_path, layers):
     path.write_text(f'{{"layers": {layers}, "steps": {{}}}}')
     with pytest.raises(UserError, match="costs.json cannot be read .* remove it: it is measured again"):
         kept.load(path)
+
+
+def test_times_that_are_numbers_become_tensors_for_a_graph():
+    """A CUDA graph copies no number to the GPU."""
+
+    class Net(nn.Module):
+        config = {}
+
+        def forward(self, sample, timestep, class_labels=None):
+            return sample * timestep
+
+    x = normal(2, 3)
+    found = with_times_on(torch.device("cpu"), Net(), Call((x, 220), {"class_labels": 3}))
+    assert found.args[0] is x and torch.equal(found.args[1], torch.tensor(220)) and found.kwargs["class_labels"] == 3

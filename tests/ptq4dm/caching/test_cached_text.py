@@ -503,7 +503,8 @@ def test_gradients_are_refused(made):
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(kind, dtype, own):
     """As computed to the bit; 4 bits by the kernel, as near to what the reference computes as the dtype is fine."""
-    pipe = own(kind).to("cuda", dtype)
+    pipe = own(kind)
+    pipe.transformer.to("cuda", dtype)
     x = torch.randn(2, *pipe.shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
     text, time = words().to("cuda", dtype), torch.tensor([500, 20], device="cuda")
 

@@ -159,6 +159,20 @@ def test_methods_with_four_bits(run, models, options, found, basis):
     }
 
 
+def test_rows_of_eight_bits_are_told_and_drawn(run, models):
+    pytest.importorskip("matplotlib")
+    command = ["quantize", "--model", models / "dit", "--method", "mixllm", "--rows", 0.3, "--num-tuples", 2, *FEW]
+    status, out, err = run(*command, "--plot", "rows.png", "--output", "q")
+    assert (status, err) == (0, []) and "rows of 8 bits: " in out and "picture: rows.png" in out
+    assert Path("rows.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads(Path("q/quantization.json").read_text())["found"]
+    assert [one["share"] for one in found.values()] == [0.3] and sum(
+        kind["wide"] for kind in next(iter(found.values()))["types"].values()
+    )
+    status, _, err = run("quantize", "--model", models / "dit", "--plan", "q/plan.json", "--plot", "rows.png")
+    assert status == 2 and "a plan that is followed does not know" in err[0]
+
+
 def test_a_plan_gives_the_same_codes(run, models):
     status, out, _ = run(
         "quantize", "--model", models / "unet", "--plan", models / "static/plan.json", "--output", "q"
@@ -357,8 +371,8 @@ WRONG = [
     (["info", "--wings"], "unrecognized arguments: --wings"),
     (["info", "--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
     (["collect", "--num-samples", "many"], "--num-samples: invalid int value: 'many'"),
-    (["quantize", "--activations", "lazy"], "activations must be 'static' or 'dynamic'; got 'lazy'"),
-    (["quantize", "--method", "svdquant", "--activations", "static"], "activations must be int4, int8 or fp8"),
+    (["quantize", "--activations", "lazy"], "activations must be one of static, dynamic; got 'lazy'"),
+    (["quantize", "--method", "svdquant", "--activations", "static"], "activations must be one of int4, int8, fp8"),
     (["quantize", "--method", "rtn", "--rank", "8"], "RTNConfig has no option rank"),
     ([*GENERATE, "--grid", "quad"], "--order and --grid belong to a sampler; name one with --sampler."),
     ([*GENERATE, "--sampler", "dream"], "unknown sampler 'dream'"),

@@ -102,7 +102,10 @@ def test_costs_per_operation_change_energies_alone(desk, capsys):
             "'flux' is modelled by its shapes alone: --guidance-scale",
         ),
         ("--model opt-6.7b --prompt x", "--prompt would change nothing"),
-        ("--model sd3", "is neither an embedded model"),
+        ("--model sdxx", "; did you mean 'sdxl'?"),
+        ("--model unet-cifar", "; did you mean 'unet-cifar10'?"),
+        ("--model vit", "is none of the models unet-cifar10"),
+        ("--model nobody", "nor a hub id (owner/name)."),
         ("--costs 7nm", "choose from 28nm, 45nm"),
     ],
 )

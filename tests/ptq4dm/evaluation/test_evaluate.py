@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -116,8 +117,22 @@ def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):
     with Image.open(tmp_path / "out" / "samples.png") as picture:  # two rows of three, 3x, and room for labels
         assert picture.width > 3 * 96 and 2 * 96 < picture.height < 3 * 96
     text = format_report(report)
-    for word in ("same-seed PSNR", "epsilon error", "500 to 1000", "1.00x smaller", "x full precision"):
+    for word in ("same-seed PSNR", "epsilon error", "500 to 1000", "as large as full precision"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "speed", "size"),
+    [
+        (1.24, "1.24 times faster than full precision: 3.000 ms", "1.24 times smaller than full precision, 1,240"),
+        (0.5, "2.00 times slower than full precision: 3.000 ms", "2.00 times larger than full precision, 1,240"),
+        (0.998, "as fast as full precision: 3.000 ms", "as large as full precision, 1,240"),
+    ],
+)
+def test_a_ratio_says_which_way_and_of_what(ratio, speed, size):
+    timed = {"speedup": ratio, "milliseconds": 3.0, "device": "cpu", "batch_size": 1, "timed_steps": 3}
+    text = format_report({"step_time": timed, "bytes": {"model": 1000, "full_precision": 1240, "ratio": ratio}})
+    assert speed in text and size in text and not re.search(r"\d x|\dx", text)
 
 
 def test_a_model_compared_with_itself_loses_nothing():
@@ -155,7 +170,7 @@ def test_nan_in_samples_is_an_error_that_names_the_seeds():
     [
         ({"num_images": 0}, "zero images"),
         ({"num_images": 1}, r"1 image\(s\)"),
-        ({"metric": "FID"}, "unknown metric 'FID'"),
+        ({"metric": "FID"}, "metric must be one of feature-fid, fid, none"),
         ({"metric": "none"}, "nothing to measure"),
         ({"batch_size": 0}, "batch_size"),
         ({"num_paired": -1}, "num_paired"),

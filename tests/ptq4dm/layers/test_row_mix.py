@@ -11,6 +11,7 @@ import ptq4dm
 from helpers import correlated, distance, normal, same
 from ptq4dm import RTNConfig, UserError
 from ptq4dm.evidence import LayerEvidence
+from ptq4dm.kernels.w4.row_mix import row_mix_grouped
 from ptq4dm.layers.plan import Int4Plan, LayerPlan, Plan
 from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.row_mix import RowMixPlan
@@ -62,6 +63,93 @@ def test_outputs_are_what_the_formula_says(name, wide, static, bits):
     assert distance(found, expected) < 1e-3  # a code that lies between two of float32 may go to either
 
 
+GROUPED = {
+    "linear": (lambda: nn.Linear(256, 11), (3, 5, 256)),
+    "conv": (lambda: nn.Conv2d(128, 11, 3, padding=1), (2, 128, 6, 7)),
+    "strided conv": (lambda: nn.Conv2d(128, 11, (3, 1), stride=2, dilation=(1, 2), bias=False), (2, 128, 7, 6)),
+}
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("size", [None, 32, 64, 128])
+@pytest.mark.parametrize("name", GROUPED)
+def test_rows_of_groups_are_those_of_layers_of_one_width(name, size, affine):
+    """Narrow rows to the bit those of an int4 layer; wide ones within half a step of each group's largest weight."""
+    torch.manual_seed(0)
+    make, shape = GROUPED[name]
+    layer, x, wide = make(), normal(*shape), WIDE["some"]
+    plan = RowMixPlan(group_size=size, affine=affine, wide=wide)
+    mixed = quantized_copy(layer, plan, "layer")
+    four = quantized_copy(layer, Int4Plan(group_size=size, affine=affine), "layer")
+    narrow = others(wide)
+    assert torch.equal(mixed.qweight, four.qweight[narrow]) and torch.equal(mixed.wscales, four.wscales[narrow])
+    assert mixed.wscales.dtype == (torch.float32 if size is None else torch.float16)
+    if affine:
+        assert torch.equal(mixed.wzeros, four.wzeros[narrow])
+    weight = mixed.dequantized_weight()
+    assert torch.equal(weight[narrow], four.dequantized_weight()[narrow])
+    rows = mixed.matrix(layer.weight.detach())[wide]
+    groups = rows.view(len(wide), -1, size or rows.shape[1])
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    wrong = (mixed.matrix(weight)[wide].view_as(groups) - groups).abs()
+    assert (wrong <= step * 0.57).all() and wrong.max() > 0.4 * step.min()  # 127 steps of a scale of 16 bits
+    dims = (-1,) if layer.weight.ndim == 2 else (1, 2, 3)
+    scale = x.abs().amax(dims, keepdim=True) / 127
+    exact = copy.deepcopy(layer).double()
+    exact.weight.data = weight.double()
+    with torch.no_grad():
+        assert distance(mixed(x), exact(((x / scale).round() * scale).double())) < 1e-3
+    if size is not None:
+        assert mixed.kernel_name() == "reference"
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_under_static_inputs(name, bits):
+    torch.manual_seed(0)
+    make, shape = GROUPED[name]
+    layer, x = make(), normal(*shape)
+    step, limit = 4 / 2 ** (bits - 1), 2 ** (bits - 1)
+    grid = {"activation_bits": bits, "input_scale": step, "input_zero_point": 3}
+    mixed = quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=WIDE["some"], **grid), "layer")
+    rounded = ((x / step).round().add(3).clamp(-limit, limit - 1) - 3) * step
+    exact = copy.deepcopy(layer).double()
+    exact.weight.data = mixed.dequantized_weight().double()
+    with torch.no_grad():
+        assert distance(mixed(x), exact(rounded.double())) < 1e-3
+
+
+def test_scales_too_small_for_float16_are_bfloat16():
+    layer = nn.Linear(64, 11)
+    layer.weight.data *= 1e-5
+    mixed = quantized_copy(layer, RowMixPlan(group_size=32, affine=True, wide=[3]), "layer")
+    assert mixed.wscales.dtype == mixed.weight_scale.dtype == torch.bfloat16
+    assert distance(mixed.dequantized_weight(), layer.weight.detach()) < 0.1
+
+
+def test_bytes_of_groups_count_scales_zero_points_and_the_index():
+    layer, wide = nn.Linear(256, 11), WIDE["some"]
+    found = stored_bytes(quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=wide), "layer"))
+    n, w = 11 - len(wide), len(wide)
+    assert found == w * (256 + 4 * 2) + n * (128 + 4 * (2 + 1)) + 11 * (4 + 4)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_hessian_rounding_and_clipping_of_groups_gain_on_both_widths(name):
+    torch.manual_seed(0)
+    layer = GROUPED[name][0]()
+    weight, fed = layer.weight.detach().flatten(1), LayerEvidence(correlated(2048, layer.weight[0].numel()))
+    errors = {}
+    for label, choice in {
+        "nearest": {}, "both": {"objective": "output-checked", "rounding": "gptq"}
+    }.items():  # fmt: skip
+        plan = RowMixPlan(group_size=64, affine=True, wide=WIDE["some"], **choice)
+        wrong = quantized_copy(layer, plan, "layer", fed).dequantized_weight().flatten(1) - weight
+        errors[label] = (fed.rows @ wrong.T).square().sum(0)
+    for rows in (WIDE["some"], others(WIDE["some"])):
+        assert errors["both"][rows].sum() < 0.7 * errors["nearest"][rows].sum()
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_rows_are_those_of_layers_of_one_width(name, static):
@@ -90,13 +178,13 @@ def test_bytes_are_those_of_each_row(wide):
     assert found == len(wide) * 130 + (11 - len(wide)) * 192 // 2 + 11 * (scale + place) + like
 
 
-def test_the_kernel_is_that_of_int4_rows():
-    """Of their convolutions; a Linear of 4-bit weights alone may have one on a CPU that needs no copy."""
-    layer, _ = layer_and_input("conv")
-    mixed, four = (quantized_copy(layer, plan, "layer") for plan in (RowMixPlan(wide=[3]), Int4Plan()))
-    assert mixed.kernel_name() == four.kernel_name()
-    mixed = quantized_copy(layer_and_input("linear")[0], RowMixPlan(wide=[3]), "layer")
-    assert mixed.kernel_name() in ("onednn-int8 on an int8 copy", "reference")
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_the_kernel_is_that_of_int8_rows(name):
+    """On a copy; a layer of 4-bit weights alone may have one on a CPU that needs no copy."""
+    layer, _ = layer_and_input(name)
+    mixed, eight = (quantized_copy(layer, plan, "layer") for plan in (RowMixPlan(wide=[3]), LayerPlan()))
+    served = eight.kernel_name() == "onednn-int8"
+    assert mixed.kernel_name() == ("onednn-int8 on an int8 copy" if served else "reference")
 
 
 @pytest.mark.parametrize("name", ["qweight", "qweight8", "wscales", "weight_scale"])
@@ -153,6 +241,8 @@ def test_codes_can_come_from_elsewhere(name):
         ({"wide": [1, 6]}, "names output 6, and there are 6"),
         ({"wide": [0, 1, 2, 3, 4, 5]}, "names all outputs"),
         ({"weight_bits": 5, "wide": [1]}, "4 bits and less, not 5"),
+        ({"group_size": 16, "wide": [1]}, "group_size is none, 32, 64 or 128, not 16"),
+        ({"group_size": 32, "wide": [1]}, "4 inputs do not divide into groups of 32"),
     ],
 )
 def test_plans_that_are_wrong(change, words):
@@ -173,6 +263,7 @@ def test_a_plan_is_json_and_back():
     again = Plan.from_dict(plan.to_dict())
     assert again == plan and asdict(again.layers["0"])["wide"] == [1, 4]
     assert str(again.layers["0"]) == "W3A8 in 4 bits + 2 rows W8 dynamic" and not again.layers["0"].simulated
+    assert str(RowMixPlan(group_size=64, affine=True, wide=[1])) == "W4A8 g64 affine + 1 rows W8 dynamic"
 
 
 def test_a_model_saves_and_loads_to_the_bit(unet, tmp_path):
@@ -207,6 +298,10 @@ def test_the_ops_are_whole():
     fully, x = layer_and_input("linear")
     fully = quantized_copy(fully, RowMixPlan(wide=WIDE["some"]), "layer")
     torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (x, *fully.operands))
+    groups = quantized_copy(nn.Linear(64, 11), RowMixPlan(group_size=32, affine=True, wide=[3]), "layer")
+    torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (normal(3, 64), *groups.operands))
+    parts = (groups.qweight, groups.qweight8, groups.wscales, groups.wzeros, groups.weight_scale, groups.places)
+    torch.library.opcheck(torch.ops.ptq4dm.row_mix_grouped.default, (normal(3, 64), *parts, groups.bias))
     window, x = layer_and_input("strided conv")
     window = quantized_copy(window, RowMixPlan(wide=WIDE["some"]), "layer")
     geometry = (list(window.stride), list(window.padding), list(window.dilation))
@@ -222,6 +317,37 @@ def test_empty_inputs_and_models_of_16_bits():
     assert half.wscales.dtype == torch.float32 and half.bias.dtype == torch.float16
     x = normal(4, 37)
     assert half(x.half()).dtype == torch.float16 and distance(half(x.half()), mixed(x)) < 0.02
+
+
+def test_the_grouped_product_is_what_the_layer_gives():
+    """The op that a GPU's layers call, by its formula: scales after sums, outputs in their places."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 11), normal(3, 5, 256)
+    mixed = quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=WIDE["some"]), "layer")
+    parts = (mixed.qweight, mixed.qweight8, mixed.wscales, mixed.wzeros, mixed.weight_scale, mixed.places)
+    assert distance(row_mix_grouped(x, *parts, mixed.bias), mixed(x)) < 1e-5
+    with pytest.raises(ValueError, match="have a place each"):
+        row_mix_grouped(x, *parts[:-1], mixed.places[1:], mixed.bias)
+    with pytest.raises(ValueError, match=r"rows of 8 bits are \[w, 256\]"):
+        row_mix_grouped(x, mixed.qweight, mixed.qweight8[:, 1:], *parts[2:], mixed.bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("size", [None, 32, 64, 128])
+@pytest.mark.parametrize("name", GROUPED)
+def test_kernels_on_a_gpu_give_what_groups_give(name, size, affine):
+    torch.manual_seed(0)
+    make, shape = GROUPED[name]
+    mixed, x = (
+        quantized_copy(make(), RowMixPlan(group_size=size, affine=affine, wide=[3, 7]), "layer"),
+        normal(*shape),
+    )
+    with torch.no_grad():
+        found = copy.deepcopy(mixed).cuda()(x.cuda())
+        folded = size is not None and name != "linear"  # scales of groups in 8 bits
+        assert distance(found, mixed(x)) < (0.05 if folded else 0.004)
 
 
 @pytest.mark.gpu

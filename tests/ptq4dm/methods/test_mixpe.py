@@ -59,7 +59,8 @@ def test_on_a_gpu_the_kernel_is_that_of_scales_after_the_sums():
         name = lambda *more: int4_ops.kernel_name(torch.device("cuda"), *more)  # noqa: E731
         assert name(True, 256, 2, True, False, 8, 1) == "triton-w4a8-grouped"
         assert name(False, 256, 2, True, False, 8, 1) == "unpack + triton-int8"
-        assert name(True, 256, 2, True, False, 16, 1) == "reference"
+        assert name(True, 256, 2, True, False, 16, 1) == "unpack + cublas"
+        assert name(False, 256, 2, True, False, 16, 1) == "unpack + cudnn"
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -100,12 +101,12 @@ def test_training_of_a_layer_leaves_inputs_of_16_bits_alone(kind):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"activation_bits": 6}, "activation_bits must be 8 or 16; got 6"),
+        ({"activation_bits": 6}, "activation_bits must be one of 8, 16; got 6"),
         ({"activation_bits": 16, "activations": "static"}, "inputs of 16 bits have no grid"),
-        ({"group_size": None}, "weights in groups with zero points"),
-        ({"affine": False}, "weights in groups with zero points"),
-        ({"weight_grid": "progressive"}, "without affine"),
-        ({"weight_bits": 8}, "weight_bits must be"),
+        ({"group_size": None}, "group_size must be one of 32, 64, 128; got None"),
+        ({"affine": False}, "affine is no choice of MixPEConfig, which has True"),
+        ({"weight_grid": "progressive"}, "weight_grid is no choice of MixPEConfig"),
+        ({"weight_bits": 8}, "weight_bits is no choice of MixPEConfig, which has 4"),
     ],
     ids=str,
 )

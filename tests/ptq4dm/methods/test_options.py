@@ -120,3 +120,50 @@ def test_the_options_of_every_method_come_back():
     for kind in METHODS.values():
         changed = {name: value for name, value in kind().summary().items() if name != "method"}
         assert again(kind()) == kind(**changed)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("name", ["variable", "moves", "optimizer", "learning_rate", "start"])
+def test_options_of_rounding_where_it_is_not_trained_are_refused(kind, name):
+    for train in (("scales",), ["biases", "ranges"]):
+        given = {"rounding": "learned", "train": train, name: LEARNING[name]}
+        refused(kind, given, "train has no 'rounding'", name, "leave it out, or train rounding too")
+    for train in (("rounding",), ("scales", "rounding")):
+        assert getattr(again(kind(rounding="learned", train=train, **{name: LEARNING[name]})), name) == LEARNING[name]
+    plan = Plan(kind.method, {"layer": LayerPlan()})
+    assert again(kind(rounding="learned", train=("scales",), plan=plan, **{name: LEARNING[name]}))
+
+
+INTEGER = sorted(name for name, kind in METHODS.items() if "symmetric" in {item.name for item in fields(kind)})
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_symmetric_grids_of_inputs_that_have_none_are_refused(name):
+    kind = METHODS[name]
+    learned = {"rounding": "learned"} if name == "pdquant" else {}
+    refused(kind, {"symmetric": True, "activations": "dynamic", **learned}, "symmetric", "activations='static'")
+    assert again(kind(symmetric=True, activations="static", **learned)).symmetric
+    assert not again(kind(activations="dynamic", **learned)).symmetric
+    if name in ("rtn", "ptq4dm"):
+        refused(kind, {"symmetric": True, "format": "fp8"}, "symmetric", "give format='int8' with it")
+    if name == "mixpe":
+        wanted = "give activations='static' and activation_bits=8 with it"
+        refused(kind, {"symmetric": True, "activation_bits": 16}, wanted)
+    assert again(kind(symmetric=True, activations="dynamic", plan=Plan(name, {"layer": LayerPlan()}), **learned))
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_a_prefix_that_nothing_looks_at_is_refused(name):
+    kind = METHODS[name]
+    other = "exact" if kind.prefix == "quantized" else "quantized"
+    assert again(kind(rounding="gptq", prefix=other)).prefix == other
+    idle = {"rounding": "nearest", "prefix": other, "activations": "dynamic"}
+    if name == "ptq4dm":
+        idle["objective"] = "max"
+    if name == "qoq":
+        idle |= {"rotation": "none"}
+    if name == "mixllm":
+        idle |= {"clip": "none", "rows": 0.0}
+    if name != "pdquant":  # of which nothing is left there
+        refused(kind, idle, "prefix would change nothing", "rounding='gptq'")
+        assert again(kind(**{**idle, "prefix": kind.prefix}))

@@ -112,13 +112,13 @@ def test_the_table_says_what_training_did():
     assert QuantizationReport({}, 100, 50, found).to_dict()["trained"] is None
     for row, figures in zip(found[:3], [(0.1, 1.0, 2.0), (0.3, 1.0, 2.0), (0.2, 1.0, 8.0)], strict=True):
         row |= trained(*figures)  # two layers of one block, and another block: 1/2 and 1/8
-    last = "trained: 20.0% of a layer's codes are not the nearest; a block's error is 0.250x that of nearest"
-    last += ", 0.500x that of where training began"
+    last = "trained: 20.0% of a layer's codes are not the nearest; a block's error is 0.250 times that of nearest"
+    last += ", 0.500 times that of where training began"
     report = QuantizationReport({}, 100, 50, found)
     assert last in report.table(worst=1)
     assert report.to_dict()["trained"] == pytest.approx({"flips": 0.2, "of_nearest": 0.25, "of_start": 0.5})
     found[0] |= trained(0.5, 0.0, 0.0)
-    assert "0.250x" in QuantizationReport({}, 100, 50, found).table()  # a block without any error has no ratio
+    assert "0.250 times" in QuantizationReport({}, 100, 50, found).table()  # a block without any error has no ratio
     report = QuantizationReport({}, 100, 50, found[:1])
     table = report.table()
     assert json.loads(json.dumps(report.to_dict()))["trained"] == {"flips": 0.5, "of_nearest": None, "of_start": None}

@@ -1,14 +1,18 @@
 """Range objectives against brute force on the values themselves."""
 
+import itertools
+
 import pytest
 import torch
 
+from helpers import correlated
 from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.errors import UserError
+from ptq4dm.evidence import LayerEvidence
 from ptq4dm.kernels.formats.int8 import affine_parameters, dequantize_weight, quantize_weight, weight_limit
 from ptq4dm.ranges.inputs import activation_grid
 from ptq4dm.ranges.registry import OBJECTIVES, objective_parameter
-from ptq4dm.ranges.weights import weight_scale
+from ptq4dm.ranges.weights import weight_grid, weight_scale
 
 ALONE = [name for name, one in OBJECTIVES.items() if not one.needs]  # those that look at the values alone
 
@@ -165,3 +169,27 @@ def test_objective_parameters():
     for wrong in [("best", None), ("lp", -1), ("lp", float("inf")), ("percentile", 100.1)]:
         with pytest.raises(UserError):
             objective_parameter(*wrong)
+
+
+def test_clipping_by_the_output_is_checked_by_all_groups_together():
+    """MixLLM's search: 0.80, 0.82 .. 1 of each group; where errors of groups add up to more, no clipping at all."""
+    kept = 0
+    for seed, bits in itertools.product(range(6), (4, 8)):
+        fed = LayerEvidence(correlated(512, 96, seed=seed))
+        weight = (
+            heavy_tailed(2, 96, seed=seed)
+            if bits == 4
+            else torch.rand(2, 96, generator=torch.Generator().manual_seed(seed)) - 0.5
+        )
+        error = {}
+        for objective in ("max", "output-checked"):
+            grid = weight_grid(weight, bits, objective, group_size=32, affine=True, evidence=fed)
+            error[objective] = float((fed.rows @ (grid.values(grid.codes(weight)) - weight).T).square().sum())
+            if objective == "max":
+                full = grid.scales
+        steps = (grid.scales / full - 0.8) / 0.02
+        assert (steps - steps.round()).abs().max() < 1e-3 and steps.min() > -1e-3 and steps.max() < 10.001
+        clipped = bool((steps < 9.9).any())
+        assert error["output-checked"] < error["max"] if clipped else error["output-checked"] == error["max"]
+        kept += not clipped
+    assert 0 < kept < 12

@@ -231,15 +231,17 @@ def test_options_go_together_with_it(config):
     assert {layer.rounding for layer in plan.layers.values()} == {config.get("rounding", "nearest")}
 
 
-@pytest.mark.parametrize(
-    ("options", "given"), [({"activations": "dynamic"}, "activations='dynamic'"), ({"format": "fp8"}, "format='fp8'")]
-)
-def test_where_there_is_nothing_to_choose_it_is_refused(options, given):
-    for rounding in ("nearest", "gptq") if given[0] == "a" else ("nearest",):
-        with pytest.raises(UserError, match=f"{given} leaves no input range.*rounding='{rounding}' trains no block"):
-            PDQuantConfig(rounding=rounding, **options)
+def test_where_there_is_nothing_to_choose_it_is_refused():
+    nothing = "activations='dynamic' leaves no input range"
+    for rounding in ("nearest", "gptq"):
+        with pytest.raises(UserError, match=f"{nothing}.*rounding='{rounding}' trains no block"):
+            PDQuantConfig(rounding=rounding, activations="dynamic")
+    for rounding in ("nearest", "gptq", "learned"):  # fp8 has no range to choose, and no gradient
+        with pytest.raises(UserError, match="format is no choice of PDQuantConfig.*take a method.*ptq4dm"):
+            PDQuantConfig(rounding=rounding, format="fp8")
     plan = Plan("pdquant", {"layer": LayerPlan()})
-    assert PDQuantConfig(plan=plan, **options).plan is plan  # options tell how it was made
+    for options in ({"activations": "dynamic"}, {"format": "fp8"}):
+        assert PDQuantConfig(plan=plan, **options).plan is plan  # options tell how it was made
 
 
 def test_a_store_is_asked_for_in_a_sentence():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import ptq4dm
 from helpers import normal
 from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
@@ -72,3 +73,19 @@ def test_lists_become_tuples():
     one = Learning(train=["ranges"], time_weights=[1, 2.0])
     one.check()
     assert one == Learning(train=("ranges",), time_weights=(1, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "rate"),
+    [
+        ({}, "gptq", 1e-3),
+        ({"activation_bits": 4}, "nearest", 1e-2),
+        ({"activation_bits": 5}, "gptq", 1e-3),
+        ({"activation_bits": 4, "start": "gptq"}, "gptq", 1e-3),
+        ({"start": "nearest", "variable": "sigmoid"}, "nearest", 0.3),
+    ],
+)
+def test_training_starts_at_nearest_codes_where_inputs_have_few_bits(options, start, rate):
+    for kind in (ptq4dm.GradPTQConfig, ptq4dm.PDQuantConfig):
+        learning = kind(rounding="learned", **options).learning()
+        assert (learning.start, learning.begin) == (start, start) and learning.rate == pytest.approx(rate)

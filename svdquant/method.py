@@ -67,6 +67,11 @@ class SVDQuantConfig(QuantConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.plan is None and self.unsigned and self.activations != "int4":
+            raise UserError(
+                f"unsigned lifts int4 inputs, and with activations='{self.activations}' would change nothing; leave "
+                "it out, or take activations='int4'."
+            )
         ROUNDERS.find(self.rounding)
         number = isinstance(self.smoothing, (int, float)) and 0 <= self.smoothing <= 1
         if not number and self.smoothing not in ("search", "exhaustive", "none"):

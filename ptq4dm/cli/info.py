@@ -9,6 +9,7 @@ from torch import nn
 
 from ..kernels.cpu import library
 from ..layers.base import holds_quantized, is_quantized
+from ..layers.plan import FLOAT_INPUTS
 from ..layers.view import find_layers, in_ip_adapter
 from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
 from ..pipelines.load import folder_of
@@ -56,10 +57,10 @@ def run(args) -> None:
 
 
 def compiled_kernels(network: nn.Module) -> str | None:
-    """Where the kernels were compiled that serve Linear layers on a CPU, or why not; None where no layer has such."""
-    layers = [module for module in network.modules() if is_quantized(module) and isinstance(module, nn.Linear)]
-    served = [one for one in layers if one.plan.format in COMPILED and one.qweight.device.type == "cpu"]
-    return library.found().text if served else None
+    """Where the kernels were compiled that serve layers on a CPU, or why not; None where no layer has such."""
+    layers = [one for one in network.modules() if is_quantized(one) and one.plan.format in COMPILED]
+    whole = [one for one in layers if getattr(one, "groups", 1) == 1 and one.plan.activation_bits != FLOAT_INPUTS]
+    return library.found().text if any(one.qweight.device.type == "cpu" for one in whole) else None
 
 
 def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:

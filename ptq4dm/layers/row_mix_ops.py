@@ -116,8 +116,7 @@ def row_mix_conv2d(
         exact, weight = int4_ops.rounded(x, *grid, (1, 2, 3)), windows(weight_of(*rows, inputs), kernel)
         y = F.conv2d(exact, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    codes, scales = _int8(*rows, inputs, kernel)
-    return w8a8.w8a8_conv2d(x, codes, scales, bias, *grid, *geometry)
+    return w8a8.w8a8_conv2d(x, *_int8(*rows, inputs, kernel), bias, *grid, *geometry)
 
 
 @row_mix_conv2d.register_fake
@@ -147,20 +146,20 @@ def _int8(
     qweight: Tensor, qweight8: Tensor, wscales: Tensor, wzeros: Tensor | None, weight_scale: Tensor, places: Tensor,
     inputs: int, kernel: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(int8 codes of all rows, [N, K] or `windows` of them, scales [N]): of this call on a GPU, kept on a CPU."""
+    """(int8 codes of all rows, [N, K] or `windows` of it, scales [N]): made for this call on a GPU, once on a CPU."""
 
     def build() -> tuple[Tensor, Tensor]:
         narrow, scales = int4_codes(qweight, wscales, wzeros, inputs)
         wide, wider = pixel_first(qweight8), weight_scale
         if wider.ndim == 2:
             wide, wider = _folded(wide, wider.float())
-        return windows(placed(torch.cat([narrow, wide]), places), kernel), placed(torch.cat([scales, wider]), places)
+        codes = windows(placed(torch.cat([narrow, wide]), places), kernel)
+        return codes, placed(torch.cat([scales, wider]), places)
 
     if qweight.is_cuda:
         return build()
-    codes = prepared(
-        qweight, ("rows", inputs, *kernel), lambda: build()[0], qweight8, *([] if wzeros is None else [wzeros])
-    )
+    others = [qweight8] if wzeros is None else [qweight8, wzeros]
+    codes = prepared(qweight, ("rows", inputs, *kernel), lambda: build()[0], *others)
     return codes, placed(torch.cat([wscales[:, 0], weight_scale]), places)
 
 

@@ -37,6 +37,7 @@ CANDIDATES = (
     "rtn weight_bits=4 group_size=64 activations=dynamic",
 )
 ON_GPU = ("rtn format=fp8 activations=dynamic",)
+OF_MASKS = ("share", "scale")
 
 
 @dataclass
@@ -72,6 +73,12 @@ class OHQConfig(BudgetOptions, QuantConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         BudgetOptions.check(self)
+        idle = [name for name in OF_MASKS if getattr(self, name) != getattr(type(self), name)]
+        if self.plan is None and self.sensitivity == "direct" and idle:
+            raise UserError(
+                f"sensitivity='direct' masks no weights, so that {' and '.join(idle)} would change nothing; leave "
+                f"{'them' if idle[1:] else 'it'} out, or take sensitivity='masked'."
+            )
         self.outcome: Outcome | None = None  # no choice, so no field
         self._packing: dict[str, Any] = {}
         if self.candidates:

@@ -99,8 +99,8 @@ class QuantConfig(QuantizationConfigMixin):
         if fixed is not None and self.plan is None:  # of a plan that is there, options tell how it was made
             others = ", ".join(name for name, kind in sorted(METHODS.items()) if has_option(kind, fixed.name))
             raise UserError(
-                f"{fixed.name} is no choice of {type(self).__name__}, which has {fixed.default!r}; leave it out, or "
-                f"take a method that has it: {others}."
+                f"{fixed.name} is no choice of {type(self).__name__}, which has {fixed.default!r}; leave it out"
+                + (f", or take a method that has it: {others}." if others else ".")
             )
         self.modules_to_not_convert, self.transforms = tuple(self.modules_to_not_convert), tuple(self.transforms)
         for text in self.transforms:

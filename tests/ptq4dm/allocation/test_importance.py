@@ -214,8 +214,11 @@ def test_more_average_bits_are_less_error():
     "options, words",
     [
         ({"average_bits": 5.0}, "average_bits is a choice of weights in 4 bits"),
-        ({"weight_bits": 4, "group_size": 64, "average_bits": 5.0}, "no group_size, affine or other grid"),
-        ({"weight_bits": 4, "affine": True, "average_bits": 5.0}, "no group_size, affine or other grid"),
+        (
+            {"weight_bits": 4, "group_size": 64, "average_bits": 5.0},
+            "one scale an output; give group_size=None with it",
+        ),
+        ({"weight_bits": 4, "affine": True, "average_bits": 5.0}, "one scale an output; give affine=False with it"),
         ({"weight_bits": 4, "average_bits": 4.0}, r"between weight_bits \(4\) and 8; got 4"),
         ({"weight_bits": 3, "average_bits": 8.0}, r"between weight_bits \(3\) and 8; got 8"),
         (

@@ -106,16 +106,17 @@ def test_the_compiled_kernels_of_a_cpu_are_named_where_layers_ask_for_them(unet,
         ptq4dm.quantize(model, RTNConfig(activations="dynamic", weight_bits=bits))
         DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / f"{bits}")
 
-    def facts(bits):
+    def facts(bits, kind="linear"):
         settings.forget()
         library.forget()
         main(["info", "--model", str(tmp_path / f"{bits}"), "--json"])
         found = json.loads(capsys.readouterr().out)
-        return found["compiled"], {row["kernel"] for row in found["layers"] if row["kind"] == "linear"}
+        return found["compiled"], {row["kernel"] for row in found["layers"] if row["kind"] == kind}
 
-    compiled, kernels = facts(4)
-    assert compiled == library.status() and compiled.startswith(("compiled for ", "not compiled: "))
-    assert ("cpu-w4a8" in kernels) == library.available()
+    for kind in ("conv2d", "linear"):
+        compiled, kernels = facts(4, kind)
+        assert compiled == library.status() and compiled.startswith(("compiled for ", "not compiled: "))
+        assert ("cpu-w4a8" in kernels) == library.available()
     main(["info", "--model", str(tmp_path / "4")])
     assert f"CPU kernels   {compiled}\n" in capsys.readouterr().out
     assert facts(8)[0] is None and library.status() is None, "nobody asked, nothing was built"

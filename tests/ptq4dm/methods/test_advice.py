@@ -32,6 +32,7 @@ VALUES = {
     "train": [("scales",), ("ranges",)],
     "optimizer": ["sgd"],
     "moves": ["wide"],
+    "rows": [0.0, 0.3],
     "variant": ["channel", "group"],
     "rotation": ["inputs", "values"],
     "clip": ["output"],
@@ -42,6 +43,7 @@ VALUES = {
     "bytes": [None, -1.0],
     "sensitivity": ["direct", "none"],
     "share": [0.3, 0.0],
+    "scale": ["outputs"],
 }
 KINDS = {name: kind for name, kind in METHODS.items() if not kind.loaded_only}
 NAMES = {item.name for kind in KINDS.values() for item in fields(kind)}

@@ -167,3 +167,20 @@ def test_a_prefix_that_nothing_looks_at_is_refused(name):
     if name != "pdquant":  # of which nothing is left there
         refused(kind, idle, "prefix would change nothing", "rounding='gptq'")
         assert again(kind(**{**idle, "prefix": kind.prefix}))
+
+
+def test_options_of_masks_without_masks_are_refused():
+    kind = METHODS["ohq"]
+    for given in ({"share": 0.2}, {"scale": "outputs"}, {"share": 0.2, "scale": "outputs"}):
+        refused(kind, {"sensitivity": "direct", **given}, *given, "take sensitivity='masked'")
+        again(kind(**given))
+    again(kind(sensitivity="direct", draws=2))
+
+
+def test_unsigned_inputs_of_8_bits_are_refused():
+    for activations in ("int8", "fp8"):
+        refused(
+            ptq4dm.SVDQuantConfig, {"unsigned": True, "activations": activations}, "unsigned", "activations='int4'"
+        )
+        again(ptq4dm.SVDQuantConfig(activations=activations))
+    assert again(ptq4dm.SVDQuantConfig(unsigned=True)).unsigned

@@ -27,7 +27,11 @@ RECIPES = {
     "gradptq": ptq4dm.GradPTQConfig(**FEW | {"steps": 2}),
     "gradptq by layers": ptq4dm.GradPTQConfig(**FEW | {"steps": 2}, unit="layer", prefix="exact"),
     "pdquant": ptq4dm.PDQuantConfig(
-        **FEW | {"steps": 4}, weight_bits=4, rounding="learned", activations="dynamic", correction=True
+        **FEW | {"steps": 4, "num_tuples": 4},
+        weight_bits=4,
+        rounding="learned",
+        activations="dynamic",
+        correction=True,
     ),
 }
 

@@ -18,17 +18,19 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .attention import layer as attention
+from .cpu import lut as cpu_lut
 from .cpu import w4a8 as cpu
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
+from .lut import layer as lut
 from .tuning import latency
 from .w4 import integer
 from .w4 import layer as w4
 from .w8a8 import layer as w8a8
 
-WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power", "kv4"), ("int8", "fp8", "int4", "none")
+WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power", "kv4", "bcq"), ("int8", "fp8", "int4", "none")
 CUBLAS, CUDNN, UNPACK, COPY = (
-    "unpack + cublas", "unpack + cudnn", "unpack + triton-int8", "onednn-int8 on an int8 copy",
+    lut.CUBLAS, "unpack + cudnn", "unpack + triton-int8", "onednn-int8 on an int8 copy",
 )  # fmt: skip
 RANK = 32  # of the branch of a layer that is timed
 LARGE_WINDOWS = 2048  # inputs of an output, between 1152 and 2304: scripts/results/cpu-w4-conv.jsonl
@@ -39,12 +41,14 @@ class Query:
     """A quantized layer in a few words.
 
     weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, with zero points in these or
-        not; "power", levels of a codebook; or "kv4", keys and values of attention, which stand in a weight's place.
+        not; "power", levels of a codebook; "bcq", sums of `planes` sign planes; or "kv4", keys and values of
+        attention, which stand in a weight's place.
     activation: "int8", "fp8", "int4", or "none" for 16-bit inputs.
     group_size: inputs under one scale of the weight; None for one scale a row.
     groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.
     linear: a Linear layer, or a convolution of one pixel; inputs: K of it, None for a multiple of 64.
-    static: one activation scale for all rows, known before. zeros: the 4-bit weight has zero points.
+    static: one activation scale for all rows, known before. zeros: the 4-bit weight has zero points, or the
+        binary-coded one offsets.
     progressive: the scales of a 4-bit weight's groups are whole steps of one scale a row (w4/progressive.py).
     branch: a 4-bit layer with a low-rank branch in 16 bits and smoothing (w4/layer.py), of any rank, 0 too; without
         it a 4-bit weight is plain (w4/int4_codes.py).
@@ -64,6 +68,7 @@ class Query:
     branch: bool = False
     linear: bool = True
     inputs: int | None = None
+    planes: int = 3
 
     def __post_init__(self):
         for name, given, known in (
@@ -72,6 +77,8 @@ class Query:
         ):
             if given not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not '{given}'.")
+        if self.weight == "bcq" and not (self.progressive or self.branch):
+            return
         parts = self.group_size is not None and self.weight != "row-mix"
         if self.weight != "int4" and (parts or self.zeros or self.progressive or self.branch):
             raise ValueError(f"only int4 weights have groups of scales, zero points or a branch, not {self.weight}.")
@@ -104,6 +111,8 @@ def report(query: Query) -> dict[str, str]:
 
     The query's rows do not count.
     """
+    if query.weight == "bcq":
+        return lut.kernel_names(query.device)
     few, many = (find(replace(query, rows=rows)).name for rows in (w4.SHORT, None))
     return {"all rows": few} if few == many else {f"rows <= {w4.SHORT}": few, "more": many}
 
@@ -129,6 +138,8 @@ def time(query: Query, n: int, k: int) -> float:
         kernel = name != w4.REFERENCE
         arguments = (query.activation, query.group_size or k, RANK if query.activation != "none" else 0, kernel)
         make = latency.svdq_linear
+    elif query.weight == "bcq":
+        make, arguments = latency.bcq_linear, (query.planes, query.group_size, query.zeros, name == lut.REFERENCE)
     elif name == w4.INT8:
         make, arguments = latency.svdq_linear, (query.activation, GROUP, 0, True)
     elif name == cpu.NAME:
@@ -150,7 +161,8 @@ def time(query: Query, n: int, k: int) -> float:
         make, arguments = latency.w8a8_linear, (query.weight, query.static)
     else:
         raise ValueError(f"no layer of {query.weight} weights and {query.activation} activations is timed here.")
-    moved = 2 * query.rows * (n + k) + n * k // (2 if query.weight == "int4" else 1)
+    bits = {"int4": 4, "bcq": query.planes}.get(query.weight, 8)
+    moved = 2 * query.rows * (n + k) + n * k * bits // 8
     return latency.microseconds(lambda seed: make(*sizes, *arguments, seed), moved, query.device)
 
 
@@ -267,6 +279,14 @@ def _kv4(query: Query) -> bool:
     return served and attention.kernel_name(query.device) == attention.TRITON
 
 
+def _bcq(name: str) -> Callable[[Query], bool]:
+    def serves(query: Query) -> bool:
+        served = query.weight == "bcq" and query.activation == "none" and query.linear
+        return served and lut.kernel_name(query.device, query.rows) == name
+
+    return serves
+
+
 def _either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:
     return lambda query: any(one(query) for one in serve)
 
@@ -286,8 +306,8 @@ KERNELS: list[Kernel] = [
         _either(_branched(w4.WEIGHT_ONLY, False), _few_floats), "w4a16", "none",
     ),
     Kernel(
-        CUBLAS, "4-bit weights unpacked to 16 bits, many rows; without a branch to the inputs' type",
-        _either(_branched(w4.WEIGHT_ONLY, True), _floats(True)),
+        CUBLAS, "4-bit or binary-coded weights unpacked to 16 bits, many rows; without a branch to the inputs' type",
+        _either(_branched(w4.WEIGHT_ONLY, True), _floats(True), _bcq(CUBLAS)),
     ),
     Kernel(CUDNN, "4-bit weights of convolutions unpacked to the type of inputs that stay floats", _floats(False)),
     Kernel(
@@ -301,6 +321,14 @@ KERNELS: list[Kernel] = [
     Kernel(
         integer.GROUPED, "plain 4-bit weights with zero points in groups, scales after the sums of a group",
         _integer(integer.GROUPED), "w4a8-grouped", "grouped",
+    ),
+    Kernel(
+        lut.TABLES, "binary-coded weights, one row: sums of four inputs with all signs, looked up", _bcq(lut.TABLES),
+        "bcq-look-up", "look-up",
+    ),
+    Kernel(
+        lut.PLANES, "binary-coded weights, few rows: planes of signs on tensor cores", _bcq(lut.PLANES),
+        "bcq-planes", "planes",
     ),
     Kernel(
         integer.ROW_MIX, "rows of 4 and of 8 bits in groups, in one launch, scales after the sums of a group",
@@ -320,6 +348,10 @@ KERNELS: list[Kernel] = [
     Kernel(
         COPY, "4-bit weights, progressive or one scale a row, also among rows of 8 bits; the copy is kept in memory",
         _either(_unpacked(w8a8.ONEDNN), _mixed(w8a8.ONEDNN)),
+    ),
+    Kernel(
+        cpu_lut.NAME, "binary-coded weights: sums of four inputs with all signs, looked up by byte shuffles; x86 CPU",
+        _bcq(cpu_lut.NAME),
     ),
     Kernel(attention.TRITON, "attention that unpacks 4-bit keys and values tile by tile", _kv4),
     Kernel(w8a8.REFERENCE, "the formula in torch, everywhere; all there is for power weights", lambda query: True),

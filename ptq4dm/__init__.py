@@ -18,6 +18,7 @@ from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
+    from .caching.cached_embeddings import cached_embeddings
     from .caching.cached_text import cached_text
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
+    from .methods.lutgemm import LUTGEMMConfig
     from .methods.mixllm import MixLLMConfig
     from .methods.mixpe import MixPEConfig
     from .methods.ohq import OHQConfig
@@ -50,6 +52,7 @@ __all__ = [
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
+    "LUTGEMMConfig",
     "MixLLMConfig",
     "MixPEConfig",
     "OHQConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "SVDQuantConfig",
     "SplitQuantConfig",
     "UserError",
+    "cached_embeddings",
     "cached_text",
     "collect",
     "evaluate",
@@ -85,6 +89,7 @@ __getattr__, __dir__ = lazy_names(
         "CalibrationStore": "calibration.store",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
+        "LUTGEMMConfig": "methods.lutgemm",
         "MixLLMConfig": "methods.mixllm",
         "MixPEConfig": "methods.mixpe",
         "OHQConfig": "methods.ohq",
@@ -97,6 +102,7 @@ __getattr__, __dir__ = lazy_names(
         "RTNConfig": "methods.rtn",
         "SVDQuantConfig": "svdquant.method",
         "SplitQuantConfig": "methods.splitquant",
+        "cached_embeddings": "caching.cached_embeddings",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",

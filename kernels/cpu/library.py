@@ -4,7 +4,7 @@
     status()        a sentence for reports: where they were compiled, or why not; None while nobody has asked
 
 PyTorch's own loader of extensions builds them, with `c++` or $CXX and ninja, in its folder ($TORCH_EXTENSIONS_DIR,
-else torch_extensions in the user's folder for caches). A file is named by a hash of its source, the flags and the
+else torch_extensions in the user's folder for caches). A file is named by a hash of its sources, the flags and the
 version of PyTorch, and is made in a hidden folder beside it that becomes its own by one rename: it is whole at any
 time. Processes wait for the one that builds; where that one dies, the next builds. PTQ4DM_CPU_KERNELS=0 in the
 environment refuses them.
@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows, where nothing is built
     fcntl = None  # type: ignore[assignment]
 
-SOURCE = Path(__file__).with_name("w4a8.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("lut.cpp", "w4a8.cpp"))
 SWITCH = "PTQ4DM_CPU_KERNELS"
 FLAGS = {
     "avx512-vnni": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c",
@@ -105,9 +105,11 @@ def build(instructions: str, folder: Path | None = None) -> Path:
     """
     folder = _folder() if folder is None else folder
     flags = ["-O3", *FLAGS[instructions].split()]
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, torch.__version__.encode(), " ".join(flags).encode()])).hexdigest()[:16]
-    name = f"w4a8_{instructions.replace('-', '_')}_{key}"
+    sources = [source.read_bytes() for source in SOURCES]
+    key = hashlib.sha256(b"\0".join([*sources, torch.__version__.encode(), " ".join(flags).encode()])).hexdigest()[
+        :16
+    ]
+    name = f"kernels_{instructions.replace('-', '_')}_{key}"
     path = folder / f"{name}.so"
     if path.is_file():
         return path
@@ -136,6 +138,8 @@ def load(path: Path) -> ctypes.CDLL:
         [pointer] * 3 + [number] + [pointer] * 5 + [size] * 2 + [pointer, number, number]
     )
     library.ptq4dm_w4a8_conv.restype = ctypes.c_int
+    library.ptq4dm_lut.argtypes = [pointer] * 4 + [ctypes.c_int] + [pointer] * 2 + [size] * 5
+    library.ptq4dm_lut.restype = ctypes.c_int
     return library
 
 
@@ -169,7 +173,9 @@ def _folder() -> Path:
 def _compile(name: str, flags: list[str], folder: Path) -> None:
     from torch.utils import cpp_extension
 
-    cpp_extension.load(name, [str(SOURCE)], flags, build_directory=str(folder), is_python_module=False)
+    cpp_extension.load(
+        name, [str(source) for source in SOURCES], flags, build_directory=str(folder), is_python_module=False
+    )
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from ..cpu.w4a8 import cpu_w4a8_linear
 from ..formats import fp8, int4, int8
+from ..lut import layer as lut
+from ..lut import reference as lut_reference
 from ..w4 import layer as w4
 from ..w4 import progressive
 from ..w4 import reference as w4_reference
@@ -24,7 +26,7 @@ from ..w4.int4_codes import int4_codes
 from ..w4.int4_floats import int4_floats
 from ..w8a8 import layer as w8a8
 from ..w8a8 import reference as w8a8_reference
-from . import stopwatch
+from . import launches_lut, stopwatch
 
 MOST = 64  # sets of operands
 CODES = {"int8": torch.int8, "fp8": fp8.DTYPE}
@@ -95,6 +97,15 @@ def compiled_linear(
     qweight, wscales, wzeros = _packed(weight, group_size, zeros)
     wscales, wsteps = _stepped(wscales) if steps else (wscales, None)
     return functools.partial(cpu_w4a8_linear, x, qweight, wscales, wzeros, wsteps, bias, *grid, 8)
+
+
+def bcq_linear(
+    m: int, n: int, k: int, device: torch.device, planes: int, group_size: int | None, offsets: bool, formula: bool,
+    seed: int,
+) -> Call:  # fmt: skip
+    """A binary-coded weight; formula: in the reference."""
+    operands = launches_lut.operands(m, n, k, planes, group_size, offsets, device, seed)
+    return functools.partial(lut_reference.reference if formula else lut.bcq_linear, *operands)
 
 
 def grouped_linear(

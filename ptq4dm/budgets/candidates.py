@@ -31,26 +31,35 @@ class Candidate:
     layers: dict[str, nn.Module]
 
 
-def recipe_of(text: str) -> QuantConfig:
+def recipe_of(text: str, what: str = "candidate") -> QuantConfig:
     """The recipe of a line of text. Raises UserError where there is no such method, option or value, or the recipe
-    cannot be mixed with others."""
+    cannot be mixed with others. what: how messages call it."""
     name, *words = text.split() or [""]
     options: dict[str, Any] = {"method": name}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise UserError(f"candidate '{text}': '{word}' is no option; write option=value.")
+            raise UserError(f"{what} '{text}': '{word}' is no option; write option=value.")
         options[key] = _value(value)
-    kind = METHODS.find(name)
-    if kind.loaded_only or hasattr(kind, "candidates"):
-        raise UserError(f"candidate '{text}': '{name}' has no plan of its own for each layer.")
-    recipe = QuantConfig.from_dict(options)
+    label = f"{what} '{text}'"
+    _check_kind(METHODS.find(name), label)
+    return mixable(QuantConfig.from_dict(options), label)
+
+
+def mixable(recipe: QuantConfig, label: str) -> QuantConfig:
+    """The recipe itself. Raises UserError, which begins with a label, where its plans cannot stand among others'."""
+    _check_kind(type(recipe), label)
     if recipe.transforms or recipe.modules_to_not_convert or recipe.plan is not None:
         raise UserError(
-            f"candidate '{text}': transforms, plan and modules_to_not_convert are of the whole model, not of one "
-            "layer's format; leave them out of candidates."
+            f"{label}: transforms, plan and modules_to_not_convert are of the whole model, not of one "
+            "layer's format; leave them out."
         )
     return recipe
+
+
+def _check_kind(kind: type[QuantConfig], label: str) -> None:
+    if kind.loaded_only or hasattr(kind, "candidates"):
+        raise UserError(f"{label}: '{kind.method}' has no plan of its own for each layer.")
 
 
 def recipes_of(texts: Sequence[str]) -> dict[str, QuantConfig]:

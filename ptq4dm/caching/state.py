@@ -25,16 +25,19 @@ class State:
     object of a class of its own. Tensors made under `torch.inference_mode` keep no count at all: they never have the
     state that they had before.
 
+    own: modules of which the modules in them do not count, only which these are.
     more: further values that decide, to compare. A state is one of now, made in microseconds; it is only kept once
     `held` was called.
     """
 
-    def __init__(self, modules: Iterable[nn.Module | None], *more: Any) -> None:
+    def __init__(self, modules: Iterable[nn.Module | None], *more: Any, own: Iterable[nn.Module] = ()) -> None:
         self.facts: list[Any] = list(more)
         self.objects: list[Any] = []
         for module in modules:
             if module is not None:
                 self._module(module)
+        for module in own:
+            self._own(module)
 
     def held(self) -> State:
         """Itself, and what is compared by its address keeps its address from now on: objects by being held, and the
@@ -49,14 +52,17 @@ class State:
     __hash__ = None  # type: ignore[assignment]
 
     def _module(self, module: nn.Module) -> None:
+        self._own(module)
+        for child in module._modules.values():
+            if child is not None:
+                self._module(child)
+
+    def _own(self, module: nn.Module) -> None:
         self.facts.append(type(module))
         for name, value in vars(module).items():
             if name not in OTHERS:
                 self.facts.append(name)
                 self._add(value)
-        for child in module._modules.values():
-            if child is not None:
-                self._module(child)
 
     def _add(self, value: Any) -> None:
         if isinstance(value, PLAIN):

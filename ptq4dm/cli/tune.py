@@ -124,6 +124,7 @@ def plan(kernels: list[str] | None, shapes: list[Shape], cases: list) -> list:
         UserError: a kernel that this GPU does not run, or nothing to do.
     """
     from ..kernels.tuning import launches_integer as search_integer
+    from ..kernels.tuning import launches_lut as search_lut
     from ..kernels.tuning import launches_w4 as search_svdq
     from ..kernels.tuning import launches_w8a8 as search_w8a8
 
@@ -137,7 +138,8 @@ def plan(kernels: list[str] | None, shapes: list[Shape], cases: list) -> list:
             found += search_w8a8.launches(cases)
             continue
         if mode not in MODES.values():
-            found += [one for shape in shapes for one in search_integer.launches(*shape, mode)]
+            search = search_lut if mode in search_lut.RUN else search_integer
+            found += [one for shape in shapes for one in search.launches(*shape, mode)]
             continue
         for m, n, k in shapes:
             if kernels or (m <= SHORT) == (mode == MODES[WEIGHT_ONLY]):

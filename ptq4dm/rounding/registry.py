@@ -15,7 +15,7 @@ ROUNDERS: Registry = Registry("rounding")
 
 
 def register_rounder(
-    name: str, needs: frozenset[str] = frozenset(), grids: tuple[str, ...] = ("uniform", "e4m3", "power")
+    name: str, needs: frozenset[str] = frozenset(), grids: tuple[str, ...] = ("uniform", "e4m3", "power", "binary")
 ) -> Callable:
     """Return a decorator that makes a rounder known under a name.
 

@@ -32,6 +32,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptq4dm.kernels.attention import product as attention
 from ptq4dm.kernels.formats.kv4 import KV4
+from ptq4dm.kernels.lut import layer as lut
+from ptq4dm.kernels.lut import unpack as bcq_unpack
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
@@ -176,6 +178,20 @@ def integer_calls(quick: bool) -> None:
     progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))
 
 
+def lut_calls(quick: bool) -> None:
+    """Binary-coded weights by look-ups and by planes, of few rows and of many; a row in one group, and offsets."""
+    n, k = 3072, 3072
+    cases = [(3, 128, False)] if quick else [(q, size, z) for q in (2, 3, 4) for size in (k, 128, 32) for z in (0, 1)]
+    for bits, size, offsets in cases:
+        words, groups = empty(n // 64, k // 32, bits, 64, dtype=torch.int32), k // size
+        alphas = empty(n // 64, groups, bits, 64, dtype=torch.float16)
+        weight = words, alphas, empty(n // 64, groups, 64, dtype=torch.float16) if offsets else None
+        for rows in (1, 16):
+            for product in (lut.looked_up, lut.by_planes):
+                product(empty(rows, k), *weight, empty(n), n)
+        bcq_unpack.unpacked(*weight, n, k, torch.bfloat16)
+
+
 def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
     """Linear layers and 3x3 convolutions, static and dynamic; a norm that hands over codes."""
     n = c = 256
@@ -234,6 +250,7 @@ def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[
         int4_calls(quick)
         attention_calls(quick)
         integer_calls(quick)
+        lut_calls(quick)
         w8a8_calls(gpu.capability, quick)
     return found
 

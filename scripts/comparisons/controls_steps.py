@@ -1,4 +1,4 @@
-"""Controls of transforms, rotated inputs, zero points and rows of 8 bits; see controls.py for what a control is."""
+"""Controls of transforms, rotated inputs, zero points, planes, rows of 8 bits; controls.py says what they are."""
 
 from __future__ import annotations
 
@@ -77,6 +77,21 @@ def shuffle_zeros(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
         grid = layer.grid(matrix, None)
         order = torch.randperm(grid.zeros.numel(), generator=generator(seed, place)).to(grid.zeros.device)
         grid.zeros = grid.zeros.flatten()[order].view_as(grid.zeros)
+        layer.fill(grid.codes(matrix), grid)
+
+
+def shuffle_scales(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """Scales of sign planes are dealt to other groups of the layer, and codes are the nearest under them."""
+    layers = [
+        (name, m) for name, m in model.named_modules() if getattr(getattr(m, "plan", None), "format", "") == "bcq"
+    ]
+    if not layers:
+        raise UserError("no layer of the model has sign planes whose scales could be shuffled.")
+    for place, (name, layer) in enumerate(layers):
+        matrix = layer.matrix(exact.get_submodule(name).weight.detach().float())
+        grid = layer.grid(matrix, None)
+        order = torch.randperm(grid.alphas[..., 0].numel(), generator=generator(seed, place)).to(grid.alphas.device)
+        grid.alphas = grid.alphas.flatten(0, 1)[order].view_as(grid.alphas)
         layer.fill(grid.codes(matrix), grid)
 
 

@@ -22,6 +22,7 @@ from controls_trained import flip_trained
 
 from ptq4dm import (
     GradPTQConfig,
+    LUTGEMMConfig,
     MixLLMConfig,
     MixPEConfig,
     OHQConfig,
@@ -318,6 +319,36 @@ def post_group() -> list[Row]:
     return [Row("RTN W4A8 g128, dynamic", "baseline", symmetric, "MixPE W4A8 g128"), *rows]
 
 
+def sign_planes() -> list[Row]:
+    """LUT-GEMM, of the layers that are fed embeddings alone: fitted planes, what they are without the fit, and
+    uniform grids of as many bits a weight and more, in the same layers and kernels; then planes by group size."""
+    rows = []
+    for bits, others in ((2, (128, 32)), (3, (128, 64)), (4, (128,))):
+        name, recipe = f"LUT-GEMM q{bits} g128", partial(LUTGEMMConfig, bits=bits)
+        fitted, even = (partial(recipe, planes=planes) for planes in ("fitted", "uniform"))
+        rows += [
+            *(
+                Row(f"{name}, uniform g{size}", "baseline", partial(even, group_size=size), name)
+                for size in others
+            ),
+            Row(f"{name}, uniform g128, gptq", "baseline", partial(even, rounding="gptq"), name),
+            Row(name, "method", fitted),
+            Row(f"{name}, greedy", "ablation", partial(fitted, rounds=0), name),
+            Row(f"{name}, plain least squares", "ablation", partial(fitted, emphasis=0.0), name),
+            Row(f"{name}, gptq", "ablation", partial(fitted, rounding="gptq"), name),
+            Row(f"{name}, scales shuffled", "shuffled", fitted, name, packed=controls_steps.shuffle_scales),
+        ]  # fmt: skip
+    curve = [(bits, size) for bits in (1, 2, 3, 4) for size in (32, 64, 128, None) if bits == 1 or size != 128]
+    return [
+        *rows,
+        *(
+            Row(f"LUT-GEMM q{bits} {f'g{size}' if size else 'row'}", "ablation",
+                partial(LUTGEMMConfig, bits=bits, group_size=size, planes="fitted"), "LUT-GEMM q2 g128")
+            for bits, size in curve
+        ),
+    ]  # fmt: skip
+
+
 def measured_allocation() -> list[Row]:
     """Formats mixed under a budget of bytes, between 8 bits and 4 in all layers; times do not count there."""
     rows = []
@@ -397,6 +428,6 @@ def all_rows() -> list[Row]:
     return [
         *eight_bits(), *hessian_rounding(), *four_bits(), *important_rows(), *salient_rows(), *low_rank(),
         *prediction_difference(),
-        *trained_blocks(), *trained_prediction(), *progressive_bits(), *post_group(),
+        *trained_blocks(), *trained_prediction(), *progressive_bits(), *post_group(), *sign_planes(),
         *measured_allocation(), *split_inputs(), *split_values(),
     ]  # fmt: skip

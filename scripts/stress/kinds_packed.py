@@ -28,6 +28,7 @@ FORMATS: dict[str, tuple[Callable, Any]] = {
     "int4 affine": (tiny_dit, RTN(weight_bits=4, affine=True, **DYNAMIC)),
     "progressive": (tiny_dit, RTN(weight_bits=4, group_size=32, weight_grid="progressive", **DYNAMIC)),
     "power": (tiny_dit, RTN(weight_bits=4, weight_grid="power", **DYNAMIC)),
+    "sign planes": (tiny_dit, ptq4dm.LUTGEMMConfig(rest="rtn activations=dynamic")),
     "rows of two widths": (tiny_dit, RTN(weight_bits=4, average_bits=5.0, num_tuples=2, **DYNAMIC)),
     "inputs in parts": (tiny_unet, ptq4dm.PTQ4DMConfig(objective="max", split_inputs=True)),
     "clusters of values": (tiny_dit, ptq4dm.SplitQuantConfig()),

@@ -5,7 +5,9 @@ import torch
 
 from ptq4dm.kernels import dispatch
 from ptq4dm.kernels.attention import layer as attention
+from ptq4dm.kernels.cpu import lut as cpu_lut
 from ptq4dm.kernels.dispatch import Query
+from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import layer as w4
 from ptq4dm.kernels.w8a8 import layer as w8a8
@@ -172,9 +174,26 @@ def test_what_find_says_is_what_the_layers_ask():
                 for activation in dispatch.ACTIVATIONS:
                     query = Query("int4", activation, 64, rows=1, branch=True, device=device)
                     assert dispatch.find(query).name == w4.kernel_name(device, activation, 64)
+                for rows in (1, 2, 16, 17, None):
+                    found = dispatch.find(Query("bcq", "none", 128, rows=rows, device=device)).name
+                    assert found == lut.kernel_name(device, rows)
                 found = dispatch.find(Query("kv4", "none", device=device)).name
                 assert found == attention.kernel_name(device)
                 assert dispatch.find(Query("kv4", "int8", device=device)).name == "reference"
+
+
+def test_binary_coded_weights(monkeypatch):
+    """One row is looked up, few are multiplied by planes, many by an unpacked weight."""
+    query = dict(weight="bcq", activation="none", group_size=128)
+    names = {"rows <= 1": "triton-lut", "rows <= 16": "triton-sign-planes", "more": "unpack + cublas"}
+    assert on_gpu((9, 0), **query) == on_gpu((8, 0), **query, zeros=True) == names
+    assert on_gpu((7, 5), **query) == {"all rows": "reference"}
+    assert dispatch.find(Query("bcq", "int8", device=CPU)).name == "reference"
+    monkeypatch.setattr(cpu_lut, "serves", lambda device: device.type == "cpu")
+    assert dispatch.report(Query(**query, device=CPU)) == {"all rows": "cpu-lut"}
+    monkeypatch.setattr(cpu_lut, "serves", lambda device: False)
+    assert dispatch.report(Query(**query, device=CPU)) == {"all rows": "reference"}
+    assert dispatch.time(Query(**query, rows=1), 64, 256) > 0
 
 
 def test_the_list():
@@ -191,7 +210,10 @@ def test_the_list():
         attention.TRITON,
     }
     modes = {mode for mode in dispatch.tunable().values() if mode}
-    assert modes == {*w4.MODES.values(), "progressive", "grouped"} and list(dispatch.tunable())[-1] == "w8a8"
+    assert (
+        modes == {*w4.MODES.values(), "progressive", "grouped", "look-up", "planes"}
+        and list(dispatch.tunable())[-1] == "w8a8"
+    )
     tables = [settings.settings_in(settings.FOLDER / f"{name}.json") for name in ("nvidia_h200", "sm_80")]
     modes |= {"w8a8", "kv4"}  # attention's settings are guesses, which nothing searches
     assert modes == {name.partition(".")[0] for table in tables for name in table if name != "device"}
@@ -202,7 +224,7 @@ def test_the_list():
     [
         (
             dict(weight="int3", activation="int8"),
-            "weight is one of int8, fp8, int4, row-mix, power, kv4, not 'int3'",
+            "weight is one of int8, fp8, int4, row-mix, power, kv4, bcq, not 'int3'",
         ),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),

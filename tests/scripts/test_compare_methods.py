@@ -520,6 +520,24 @@ def test_shuffled_zero_points_are_as_many_and_hurt(script, one_thread):
         controls.shuffle_zeros(copy.deepcopy(exact), exact, store, 0)
 
 
+def test_shuffled_scales_of_planes_are_as_many_and_hurt(script, calibrated):
+    controls, (exact, store) = script("controls_steps"), calibrated
+    right, wrong = (quantized(exact, ptq4dm.LUTGEMMConfig(group_size=32), store) for _ in range(2))
+    controls.shuffle_scales(wrong, exact, store, 0)
+    layers = [name for name, module in right.named_modules() if getattr(module, "wscales", None) is not None]
+    assert layers
+    errors: list[float] = []
+    for name in layers:
+        one, other = (model.get_submodule(name) for model in (right, wrong))
+        scales = [layer.wscales.movedim(-1, 0).flatten(0, 2) for layer in (one, other)]
+        assert torch.equal(*(part.sort(0).values for part in scales)) and not torch.equal(*scales)
+        weight = exact.get_submodule(name).weight.detach()
+        errors += [float((layer.dequantized_weight() - weight).square().sum()) for layer in (one, other)]
+    assert sum(errors[::2]) < 0.9 * sum(errors[1::2])
+    with pytest.raises(UserError, match="no layer of the model has sign planes"):
+        controls.shuffle_scales(copy.deepcopy(exact), exact, store, 0)
+
+
 def test_formats_are_dealt_out_anew_and_chosen_greedily(script, calibrated):
     """Other layers have the formats, within the same budget, at no less predicted error."""
     from ptq4dm.budgets.candidates import sixteen_bits

@@ -9,6 +9,7 @@ from torch import nn
 
 from helpers import normal
 from ptq4dm.errors import UserError
+from ptq4dm.layers.binary.bcq import BCQPlan
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.layers.power import PowerPlan
 from ptq4dm.layers.registry import FORMATS, quantized_copy
@@ -48,6 +49,8 @@ def layers(bias=True, dtype=torch.float32):
         for conv in (False, True):
             yield quantized_copy(float_layer(conv, bias, dtype), plan, "layer")
     linear = float_layer(bias=bias, dtype=dtype)
+    for plan in (BCQPlan(group_size=64), BCQPlan(weight_bits=2, uniform=True)):
+        yield quantized_copy(linear, plan, "layer")
     for activation in ("int4", "int8", "fp8", "none"):
         plan = SVDQPlan(activation=activation, rank=8)
         yield filled(SVDQLinear(linear, plan))
@@ -72,7 +75,8 @@ def test_facts_of_the_float_weight(bias, dtype):
         assert torch.zeros(2, dtype=torch.float64).to(weight).dtype == dtype
         assert torch.zeros_like(weight).shape == weight.shape and weight.new_ones(3).dtype == dtype
         assert copy.deepcopy(layer).to("meta").weight.is_meta
-    assert seen >= {"int8", "fp8", "int4", "row-mix", "power", "svdq", "svdq-split", "nvfp4"} and seen <= set(FORMATS)
+    assert seen >= {"int8", "fp8", "int4", "row-mix", "power", "bcq", "svdq", "svdq-split", "nvfp4"}
+    assert seen <= set(FORMATS)
 
 
 REFUSED = {

@@ -242,6 +242,7 @@ def test_choices_of_all_formats_that_are_in_order(tmp_path):
         "h": {"format": "row-mix", "weight_bits": 2, "wide": [0, 7]},
         "i": {"format": "progressive", "group_size": 64, "rotation": 128},
         "j": {"format": "int4", "group_size": 128, "affine": True, "activation_bits": 16},
+        "k": {"format": "bcq", "weight_bits": 1, "group_size": 32, "rounds": 0, "uniform": True},
     }
     (tmp_path / "plan.json").write_text(json.dumps({"method": "rtn", "layers": layers}))
     plan = Plan.load(tmp_path / "plan.json")

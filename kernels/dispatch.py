@@ -202,12 +202,6 @@ def _row_mix(query: Query) -> bool:
     return (query.weight, query.activation) == ("row-mix", "int8")
 
 
-def _two_widths(query: Query) -> bool:
-    """Whether rows of both widths go through one launch that sums whole numbers of groups."""
-    fits = query.linear and query.groups == 1 and not query.static and query.group_size is not None
-    return _row_mix(query) and fits and integer.serves(query.device)
-
-
 def _plain(query: Query) -> bool:
     return query.weight == "int4" and query.activation == "int8" and not query.branch
 
@@ -329,10 +323,6 @@ KERNELS: list[Kernel] = [
     Kernel(
         lut.PLANES, "binary-coded weights, few rows: planes of signs on tensor cores", _bcq(lut.PLANES),
         "bcq-planes", "planes",
-    ),
-    Kernel(
-        integer.ROW_MIX, "rows of 4 and of 8 bits in groups, in one launch, scales after the sums of a group",
-        _two_widths,
     ),
     Kernel(w8a8.TRITON, "int8 weights and activations", _w8a8(w8a8.TRITON), "w8a8"),
     Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", _w8a8(w8a8.TRITON_FP8), "w8a8"),

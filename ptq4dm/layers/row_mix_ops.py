@@ -6,14 +6,13 @@ z_w is 0 in rows of 8 bits. With one scale an output, codes of both widths are i
 that of W8A8 layers: two products on fewer rows each would quantize x twice, and putting columns of y in their places
 takes longer than a product.
 
-    triton-w4a8-row-mix         CUDA, Linear, dynamic inputs, groups: both widths in one launch, whole-number sums of
-                                groups (kernels/w4/row_mix.py)
-    unpack + triton-int8        CUDA, everything else: the rows as int8 in memory for one call, then the W8A8 kernel;
+    unpack + triton-int8        CUDA: the rows as int8 in memory for one call, then the W8A8 kernel;
                                 scales of groups are folded into these, which rounds them (kernels/w4/int4_codes.py)
     onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
     reference                   everywhere else: the formula in float32 on dequantized weights; the truth
 
-Which one: kernels/dispatch.py.
+Which one: kernels/dispatch.py. Both widths in one launch (kernels/w4/row_mix.py) take 2.4 to 2.8 times as long as
+4-bit rows alone on an H200, so no layer is served by it.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ from ..kernels.formats.grid import Grid
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.runtime.settings import remembered
-from ..kernels.w4 import integer
 from ..kernels.w4.int4_codes import int4_codes
-from ..kernels.w4.row_mix import row_mix_grouped
 from ..kernels.w8a8 import layer as w8a8
 from . import int4_ops
 from .int4 import pixel_first
@@ -71,8 +68,6 @@ def row_mix_linear(
     rows, inputs = (qweight, qweight8, wscales, wzeros, weight_scale, places), x.shape[-1]
     grid = (input_scale, input_zero_point, activation_bits)
     name = _name(x, True, inputs, weight_scale, *grid)
-    if name == integer.ROW_MIX:
-        return row_mix_grouped(x, *rows, bias)
     if name == w8a8.REFERENCE and weight_scale.ndim == 2:
         exact = int4_ops.rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(exact, weight_of(*rows, inputs), None if bias is None else bias.float())

@@ -144,8 +144,7 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
         assert on_gpu(capability, weight="row-mix", activation="int8") == {"all rows": "unpack + triton-int8"}
         for size in (32, 64, 128):
             query = dict(weight="row-mix", activation="int8", group_size=size)
-            assert on_gpu(capability, **query) == {"all rows": "triton-w4a8-row-mix"}
-            for more in (dict(static=True), dict(linear=False)):
+            for more in ({}, dict(static=True), dict(linear=False)):
                 assert on_gpu(capability, **query, **more) == {"all rows": "unpack + triton-int8"}
             assert dispatch.find(Query(**query, device=CPU)).name == "reference"
         for weight, activation in (("row-mix", "int4"), ("row-mix", "none"), ("power", "int8"), ("power", "none")):
@@ -185,7 +184,7 @@ def test_what_find_says_is_what_the_layers_ask():
 def test_binary_coded_weights(monkeypatch):
     """One row is looked up, few are multiplied by planes, many by an unpacked weight."""
     query = dict(weight="bcq", activation="none", group_size=128)
-    names = {"rows <= 1": "triton-lut", "rows <= 16": "triton-sign-planes", "more": "unpack + cublas"}
+    names = {"rows <= 16": "triton-sign-planes", "more": "unpack + cublas"}
     assert on_gpu((9, 0), **query) == on_gpu((8, 0), **query, zeros=True) == names
     assert on_gpu((7, 5), **query) == {"all rows": "reference"}
     assert dispatch.find(Query("bcq", "int8", device=CPU)).name == "reference"

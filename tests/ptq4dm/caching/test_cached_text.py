@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import denoisers
 import models
@@ -508,18 +509,26 @@ def test_on_a_gpu(kind, dtype, own):
     x = torch.randn(2, *pipe.shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
     text, time = words().to("cuda", dtype), torch.tensor([500, 20], device="cuda")
 
+    def arguments(words):
+        """Those of the pipeline, on the GPU and in its dtype; masks are whole numbers."""
+        return pytree.tree_map(
+            lambda leaf: (
+                leaf.to("cuda", dtype if leaf.is_floating_point() else None) if torch.is_tensor(leaf) else leaf
+            ),
+            pipe.arguments(words),
+        )
+
     def run(bits):
         with ptq4dm.cached_text(pipe.transformer, bits) as cache, torch.no_grad():
             found = [
-                pipe.transformer(x, timestep=time, return_dict=False, **pipe.arguments(text.clone()))[0]
-                for _ in range(3)
+                pipe.transformer(x, timestep=time, return_dict=False, **arguments(text.clone()))[0] for _ in range(3)
             ]
         assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
         assert (cache.made, cache.reused) == (LAYERS[kind], 2 * LAYERS[kind])
         return found[0].float(), cache
 
     with torch.no_grad():
-        right = pipe.transformer(x, timestep=time, return_dict=False, **pipe.arguments(text))[0].float()
+        right = pipe.transformer(x, timestep=time, return_dict=False, **arguments(text))[0].float()
     assert torch.equal(run(None)[0], right)
     four, cache = run(4)
     assert dict(cache.kernels) == {"triton-kv4": 3 * LAYERS[kind]}

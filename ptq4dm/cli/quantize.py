@@ -113,11 +113,22 @@ def _wants_store(config: QuantConfig) -> bool:
 
 
 def _enough(calibration: CalibrationConfig, args, recipes: dict[str, QuantConfig]) -> CalibrationConfig:
-    """The same with as many samples as the recipes have tuples to look at, unless the user says how many."""
+    """The same with as many samples as the recipes have tuples to look at, unless the user says how many; with twice
+    as many for a correction towards more tuples than are trained on.
+
+    Raises UserError where so few are asked for that a correction would change nothing.
+    """
+    corrected = [one.num_tuples for one in recipes.values() if getattr(one, "correction", False)]
     if hasattr(args, "num_samples"):
+        if corrected and calibration.num_samples <= max(corrected):
+            raise UserError(
+                f"--num-samples {calibration.num_samples} records no more than the {max(corrected)} tuples that are "
+                "trained on, so that correction would change nothing; record more, or leave it out."
+            )
         return calibration
     packing = [one.packing_options() if one.plan is None else one.plan.packing for one in recipes.values()]
     asked = [options.get("num_tuples", 0) for options in packing]
+    asked += [2 * count for count in corrected]
     return replace(calibration, num_samples=max(calibration.num_samples, *asked))
 
 

@@ -48,7 +48,8 @@ class MixLLMConfig(IntegerConfig):
 
     rows: the share of all output rows, of the layers that have 4 bits otherwise, that gets 8.
     importance: how rows are ranked: "gauss-newton", "fisher" or another score, on `num_tuples` calibration tuples.
-    time_bins: equal parts of the time for which scores are kept apart, to say which rows matter when.
+    time_bins: equal parts of the time for which scores are kept apart, to say which rows matter when. Each has
+        draws of its own, so that another number of parts may choose some other rows.
     clip: how far groups reach: "output", 80 to 100 % by the error of the layer's output, "mse", of the weight, or
         "none".
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..options import option
 from ..quantization.recipe import register
-from ..ranges.registry import objective_parameter
+from ..ranges.registry import OBJECTIVES, objective_parameter
 from .eight_bit import IntegerConfig
 
 
@@ -38,6 +38,11 @@ class PTQ4DMConfig(IntegerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "model" in OBJECTIVES.find(self.objective).needs and self.plan is None and not self._asks_model:
+            raise UserError(
+                f"objective '{self.objective}' chooses static int8 ranges of inputs, and this recipe has none, so "
+                "that it would change nothing; take objective='mse', which weights have with it."
+            )
         given, found = self.objective_parameter, objective_parameter(self.objective, self.objective_parameter)
         if given is None:
             return  # and stay so: the default is another one with another objective

@@ -114,6 +114,30 @@ def test_all_options_reach_the_plan(run):
     assert json.loads(Path("q/plan.json").read_text())["learning"] == given
 
 
+def test_a_correction_collects_more_than_is_trained_on(models, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def collect(pipe, config, **_):
+        asked.append(config.num_samples)
+        raise UserError("enough")
+
+    monkeypatch.setattr(quantize_verb, "collect", collect)
+    command = [
+        "quantize",
+        "--model",
+        str(models / "unet"),
+        "--output",
+        "other",
+        "--method",
+        "gradptq",
+        "--correction",
+    ]
+    assert main([*command, "--num-tuples", "600"]) == 2 and asked == [1200]
+    assert main([*command, "--num-tuples", "600", "--num-samples", "600"]) == 2 and asked == [1200]
+    assert "correction would change nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

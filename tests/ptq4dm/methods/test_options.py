@@ -184,3 +184,9 @@ def test_unsigned_inputs_of_8_bits_are_refused():
         )
         again(ptq4dm.SVDQuantConfig(activations=activations))
     assert again(ptq4dm.SVDQuantConfig(unsigned=True)).unsigned
+
+
+@pytest.mark.parametrize("options", [{"activations": "dynamic"}, {"format": "fp8"}], ids=str)
+def test_an_objective_of_input_ranges_is_refused_where_there_are_none(options):
+    with pytest.raises(UserError, match="objective 'prediction' chooses static int8 ranges"):
+        METHODS["ptq4dm"](objective="prediction", **options)

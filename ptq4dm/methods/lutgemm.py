@@ -13,6 +13,11 @@ Plain least squares make all weights of a layer smaller, the large ones most: an
 weight itself, and that a model feels far more than its size says. So errors of weights count by their magnitude here
 (`emphasis`): the authors' code has such weights as an option, the exponent 1 is by our measurement. At 4 bits planes
 that are fitted have a larger error than a uniform grid: there that is the default, in the same codes and kernels.
+
+Fitted planes have the smaller error of the weights at 2 and 3 bits, and not of the model: on the embedded DiT uniform
+planes of as many bits, rounded to nearest, predict better (scripts/comparisons/method_rows.py). By Hessian rounding
+(gptq), which is no step of the paper, both predict far better than either to nearest, and nearly alike: so that is
+the default here, as calibration is needed anyway.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ class LUTGEMMConfig(QuantConfig):
     planes: "fitted"; "uniform", those of an affine uniform grid; left out, fitted up to 3 bits.
     rounds: of the fit, after its greedy start.
     emphasis: in the fit squared errors count by |w|^emphasis; 0 is plain least squares.
-    rounding: of codes on the grid: "nearest", or "gptq" by calibration inputs.
+    rounding: of codes on the grid: "gptq", by calibration inputs, or "nearest", the paper's.
     rest: a recipe for the other layers, as text ("rtn activations=dynamic") or as a config; None keeps their
         precision. It has no transforms, no training of blocks and no plan.
 
@@ -64,7 +69,7 @@ class LUTGEMMConfig(QuantConfig):
     planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted up to 3")
     rounds: int = option(ROUNDS, "of the fit of planes, after its greedy start", low=0)
     emphasis: float = option(1.0, "errors of weights count by |w| to this power", low=0, high=MOST_EMPHASIS)
-    rounding: str = option("nearest", "how codes are chosen: nearest, or gptq by calibration inputs")
+    rounding: str = option("gptq", "how codes are chosen: nearest, or gptq by calibration inputs")
     rest: Any = option(None, "a recipe for all other layers, 'method option=value ...'", parse=str)
 
     def __post_init__(self) -> None:

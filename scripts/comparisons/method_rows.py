@@ -326,18 +326,19 @@ def sign_planes() -> list[Row]:
     for bits, others in ((2, (128, 32)), (3, (128, 64)), (4, (128,))):
         name, recipe = f"LUT-GEMM q{bits} g128", partial(LUTGEMMConfig, bits=bits)
         fitted, even = (partial(recipe, planes=planes) for planes in ("fitted", "uniform"))
+        near = partial(fitted, rounding="nearest")
         rows += [
             *(
-                Row(f"{name}, uniform g{size}", "baseline", partial(even, group_size=size), name)
+                Row(f"{name}, uniform g{size}{mark}", "baseline", partial(even, group_size=size, **more), name)
+                for mark, more in (("", {}), (", nearest", {"rounding": "nearest"}))
                 for size in others
             ),
-            Row(f"{name}, uniform g128, gptq", "baseline", partial(even, rounding="gptq"), name),
             Row(name, "method", fitted),
-            Row(f"{name}, greedy", "ablation", partial(fitted, rounds=0), name),
-            Row(f"{name}, plain least squares", "ablation", partial(fitted, emphasis=0.0), name),
-            Row(f"{name}, gptq", "ablation", partial(fitted, rounding="gptq"), name),
-            Row(f"{name}, scales shuffled", "shuffled", fitted, name, packed=controls_steps.shuffle_scales),
-        ]  # fmt: skip
+            Row(f"{name}, nearest", "ablation", near, name),
+            Row(f"{name}, nearest, greedy", "ablation", partial(near, rounds=0), name),
+            Row(f"{name}, nearest, plain least squares", "ablation", partial(near, emphasis=0.0), name),
+            Row(f"{name}, nearest, scales shuffled", "shuffled", near, name, packed=controls_steps.shuffle_scales),
+        ]
     curve = [(bits, size) for bits in (1, 2, 3, 4) for size in (32, 64, 128, None) if bits == 1 or size != 128]
     return [
         *rows,

@@ -522,7 +522,9 @@ def test_shuffled_zero_points_are_as_many_and_hurt(script, one_thread):
 
 def test_shuffled_scales_of_planes_are_as_many_and_hurt(script, calibrated):
     controls, (exact, store) = script("controls_steps"), calibrated
-    right, wrong = (quantized(exact, ptq4dm.LUTGEMMConfig(group_size=32), store) for _ in range(2))
+    right, wrong = (
+        quantized(exact, ptq4dm.LUTGEMMConfig(group_size=32, rounding="nearest"), store) for _ in range(2)
+    )
     controls.shuffle_scales(wrong, exact, store, 0)
     layers = [name for name, module in right.named_modules() if getattr(module, "wscales", None) is not None]
     assert layers

@@ -366,10 +366,10 @@ def measured_allocation() -> list[Row]:
             *(
                 Row(f"{name}, {word}", "ablation", partial(recipe, **change), name)
                 for word, change in {
-                    "direct": {"sensitivity": "direct"}, "noise": {"inputs": "noise"},
+                    "direct": {"sensitivity": "direct", "scale": OHQConfig.scale}, "noise": {"inputs": "noise"},
                     "errors of outputs": {"scale": "outputs"}, "errors of weights": {"scale": "weights"},
                 }.items()
-                if recipe().scale != change.get("scale")
+                if change != {"scale": recipe().scale}
             ),
             Row(f"{name}, greedy", "ablation", recipe, name, plan=controls.chosen_by(recipe, controls.greedily)),
             Row(f"{name}, sensitivities permuted", "shuffled", recipe, name,

@@ -12,6 +12,7 @@ from trials import Trial
 
 import ptq4dm
 from ptq4dm.errors import UserError
+from ptq4dm.methods.trained import OF_ROUNDING
 
 APART = 100_000  # trajectories between the calibrations of two seeds; held-out seeds are from a million
 OBJECTIVE = "mse"
@@ -33,7 +34,10 @@ def recipe(trial: Trial, bits: str, base: dict, seed: int, rate: float | None = 
     learning = {} if rate is None else {"learning_rate": rate}
     if rate is None and "optimizer" in trial.options:
         learning = {"learning_rate": None}
-    config = ptq4dm.GradPTQConfig(**(whole | learning | trial.options))
+    options = whole | learning | trial.options
+    if "rounding" not in options["train"]:  # what is said of it would be refused
+        options = {name: value for name, value in options.items() if name not in OF_ROUNDING}
+    config = ptq4dm.GradPTQConfig(**options)
     if config.ranges()[0] != OBJECTIVE:
         raise UserError(f"the ranges of GradPTQConfig are those of '{config.ranges()[0]}', not of '{OBJECTIVE}'.")
     return config

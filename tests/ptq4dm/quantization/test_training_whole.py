@@ -16,7 +16,7 @@ from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.quantization.packing import PackingOptions, pack_plan
 from ptq4dm.quantization.planning import make_plan
-from ptq4dm.reconstruction import block, items, soft
+from ptq4dm.reconstruction import block, items, soft, steps
 from states import interrupted_at, lines_of, state_of
 from trained import FEW, Experts, calls_of, gain, model_of
 
@@ -69,7 +69,7 @@ def test_an_error_in_the_middle_leaves_it_too(dit, monkeypatch, place, error):
     model, calls = dit
     before, gradients = state_of(model), torch.is_grad_enabled()
     owner, name = {
-        "backward": (block, "move"),
+        "backward": (steps, "move"),
         "forward": (soft.SoftLayer, "forward"),
         "packing": (soft.SoftLayer, "packed"),
         "measuring": (block.BlockTraining, "_measured"),

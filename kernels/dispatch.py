@@ -193,13 +193,10 @@ def _mixed(product: str) -> Callable[[Query], bool]:
 
     def serves(query: Query) -> bool:
         held = query.device.type == "cuda" or not query.group_size
-        return _row_mix(query) and held and _eight_bit(query) == product
+        asked = (query.weight, query.activation) == ("row-mix", "int8")
+        return asked and held and _eight_bit(query) == product
 
     return serves
-
-
-def _row_mix(query: Query) -> bool:
-    return (query.weight, query.activation) == ("row-mix", "int8")
 
 
 def _plain(query: Query) -> bool:

@@ -40,18 +40,21 @@ def hooked(model: nn.Module, before: Hooks | None = None, after: Hooks | None = 
 
 @contextmanager
 def computing(model: nn.Module, forwards: Mapping[str, Callable]) -> Iterator[None]:
-    """Modules, by name, compute by other functions; afterwards as before, also by a `forward` of accelerate."""
+    """Modules, by name ("" is the model), compute by other functions; afterwards as before, also by a `forward` of
+    accelerate."""
     modules = {name: model.get_submodule(name) for name in forwards}
     own = {name: vars(module).get("forward") for name, module in modules.items()}
     try:
-        for name, module in modules.items():
-            module.forward = forwards[name]
+        with uninterrupted():
+            for name, module in modules.items():
+                module.forward = forwards[name]
         yield
     finally:
-        for name, module in modules.items():
-            vars(module).pop("forward", None)
-            if own[name] is not None:
-                module.forward = own[name]
+        with uninterrupted():
+            for name, module in modules.items():
+                vars(module).pop("forward", None)
+                if own[name] is not None:
+                    module.forward = own[name]
 
 
 def of_this_thread(call: Callable, otherwise: Callable = lambda *_, **__: None) -> Callable:

@@ -34,6 +34,7 @@ except ImportError:  # Windows, where nothing is built
     fcntl = None  # type: ignore[assignment]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("lut.cpp", "w4a8.cpp"))
+HEADER = Path(__file__).with_name("room.h")
 SWITCH = "PTQ4DM_CPU_KERNELS"
 FLAGS = {
     "avx512-vnni": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c",
@@ -105,10 +106,9 @@ def build(instructions: str, folder: Path | None = None) -> Path:
     """
     folder = _folder() if folder is None else folder
     flags = ["-O3", *FLAGS[instructions].split()]
-    sources = [source.read_bytes() for source in SOURCES]
-    key = hashlib.sha256(b"\0".join([*sources, torch.__version__.encode(), " ".join(flags).encode()])).hexdigest()[
-        :16
-    ]
+    made_of = [source.read_bytes() for source in (*SOURCES, HEADER)]
+    made_of += [torch.__version__.encode(), " ".join(flags).encode()]
+    key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     name = f"kernels_{instructions.replace('-', '_')}_{key}"
     path = folder / f"{name}.so"
     if path.is_file():

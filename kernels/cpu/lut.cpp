@@ -20,6 +20,8 @@
 #include <exception>
 #include <new>
 
+#include "room.h"
+
 namespace {
 
 constexpr int TILE = 64;          // outputs side by side
@@ -39,15 +41,6 @@ struct Operands {
   int64_t length, units;   // words of a unit, units of a row
   const uint8_t* tables;   // [M, width, TABLES]
   const float *scales, *sums;  // of x [M, units]
-};
-
-template <typename T>
-struct Room {  // on a cache line of its own
-  explicit Room(int64_t count) : at(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), ALIGN))) {}
-  ~Room() { ::operator delete(at, ALIGN); }
-  Room(const Room&) = delete;
-  static constexpr std::align_val_t ALIGN{64};
-  T* at;
 };
 
 // The 16 sums of four numbers with all signs, bit j of the place for number j, as low bytes and as high bytes.

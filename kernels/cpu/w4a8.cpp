@@ -25,6 +25,8 @@
 #include <exception>
 #include <new>
 
+#include "room.h"
+
 namespace {
 
 constexpr int64_t RUN = 64;     // inputs packed together: byte j of 32 has inputs j (low) and j + 32 (high)
@@ -218,15 +220,6 @@ void multiply_some(
   else if constexpr (R > 1)
     multiply_some<KIND, PLAIN, R - 1>(rows, x, stride, sums, sums_stride, tile, inputs, length, total);
 }
-
-template <typename T>
-struct Room {  // on a cache line of its own
-  explicit Room(int64_t count) : at(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), ALIGN))) {}
-  ~Room() { ::operator delete(at, ALIGN); }
-  Room(const Room&) = delete;
-  static constexpr std::align_val_t ALIGN{64};
-  T* at;
-};
 
 void add_up(const int8_t* codes, int64_t wide, int32_t* sums, int64_t length, int64_t groups) {
   for (int64_t g = 0; g < groups; g++) {

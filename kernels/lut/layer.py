@@ -2,7 +2,8 @@
 
 cpu-lut             x86 CPU: tables of the sums of four inputs with all signs, looked up by byte shuffles
                     (kernels/cpu/lut.py)
-triton-lut          CUDA, up to LOOKED_UP rows, which is none: the same tables in the L1 cache (look_up.py)
+triton-lut          CUDA, the same tables in the L1 cache (look_up.py): serves no layer, for on an H200 planes are
+                    3.0 to 6.7 times as fast at one row already
 triton-sign-planes  CUDA, up to SHORT rows: no tables; signs made of bits, multiplied on tensor cores (planes.py);
                     inputs of float32 are rounded to bf16
 unpack + cublas     CUDA, more rows: a weight of 16 bits in memory for one call (unpack.py)
@@ -32,24 +33,20 @@ else:
 
 REFERENCE, TABLES, PLANES, CUBLAS = "reference", "triton-lut", "triton-sign-planes", "unpack + cublas"
 SIXTEEN = (torch.float16, torch.bfloat16)
-LOOKED_UP = 0  # rows: on an H200 planes are 3.0 to 6.7 times as fast at one row already
 SHORT = 16
 
 
 def kernel_name(device: torch.device, rows: int | None = None) -> str:
     """Name of the kernel for so many rows of inputs on this device; rows None: many."""
     if device.type == "cuda" and capability(device) >= (8, 0):
-        if rows is None or rows > SHORT:
-            return CUBLAS
-        return TABLES if rows <= LOOKED_UP else PLANES
+        return CUBLAS if rows is None or rows > SHORT else PLANES
     return cpu.NAME if cpu.serves(device) else REFERENCE
 
 
 def kernel_names(device: torch.device) -> dict[str, str]:
     """The kernels by rows of inputs, for reports: {"all rows": name} where one serves them all."""
-    names = {f"rows <= {rows}": kernel_name(device, rows) for rows in (LOOKED_UP, SHORT) if rows}
-    names["more"] = kernel_name(device)
-    return names if len(set(names.values())) > 1 else {"all rows": names["more"]}
+    few, many = kernel_name(device, SHORT), kernel_name(device)
+    return {"all rows": few} if few == many else {f"rows <= {SHORT}": few, "more": many}
 
 
 @op
@@ -106,4 +103,4 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if one is None else one.contiguous() for one in tensors)
 
 
-_LINEAR = {REFERENCE: reference, cpu.NAME: cpu.linear, TABLES: looked_up, PLANES: by_planes, CUBLAS: by_cublas}
+_LINEAR = {REFERENCE: reference, cpu.NAME: cpu.linear, PLANES: by_planes, CUBLAS: by_cublas}

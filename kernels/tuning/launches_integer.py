@@ -12,17 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..runtime.settings import best_config, capability
+from ..runtime.settings import capability
 from ..w4 import integer
 from .candidates_integer import settings_of
+from .launch import DEVICE, WholeLayer
 from .launches_w4 import cold_sets
 
-DEVICE = "cuda"
 SIZES = (128, 64, 32)  # inputs of a group: the first that makes several
 
 
 @dataclass(frozen=True)
-class IntegerLaunch:
+class IntegerLaunch(WholeLayer):
     """A layer of N outputs and K inputs on M rows; mode: "progressive" or "grouped"."""
 
     m: int
@@ -30,22 +30,8 @@ class IntegerLaunch:
     k: int
     mode: str
 
-    @property
-    def kernel(self) -> str:
-        return f"{self.mode}.product"
-
-    @property
-    def key(self) -> list[int]:
-        return [self.m, self.n, self.k]
-
     def settings(self) -> list[dict]:
         return settings_of(self.mode, self.m, capability(torch.device(DEVICE)) >= (9, 0))
-
-    def current(self) -> dict | None:
-        try:
-            return best_config(self.kernel, torch.device(DEVICE), self.m, self.n, self.k)
-        except KeyError:
-            return None
 
     def compiled_as(self, setting: dict) -> tuple:
         """Sizes are not compiled in, but whether 16 divides them is, and how wide a group is."""
@@ -53,12 +39,11 @@ class IntegerLaunch:
         counts = self.m, self.n, self.k, self.k // size, math.ceil(self.k / 128)
         return (self.mode, size, *(count % 16 == 0 for count in counts), *sorted(setting.items()))
 
-    def attempt(self, setting: dict) -> None:
-        _one(self)(config=setting)
+    def one(self) -> Callable:
+        return _one(self)
 
-    def calls(self) -> Callable[[dict], list[Callable]]:
-        sets = _cold(self)
-        return lambda setting: [functools.partial(one, config=setting) for one in sets]
+    def cold(self) -> list[Callable]:
+        return _cold(self)
 
 
 def launches(m: int, n: int, k: int, mode: str) -> list[IntegerLaunch]:

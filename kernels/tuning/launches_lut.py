@@ -12,16 +12,17 @@ import torch
 
 from ..formats.bcq import TILE, WORD
 from ..lut import layer
-from ..runtime.settings import best_config, capability
+from ..runtime.settings import capability
 from . import stopwatch
+from .launch import DEVICE, WholeLayer
 
-DEVICE, BITS = "cuda", 3
+BITS = 3
 RUN = {"look-up": layer.looked_up, "planes": layer.by_planes}
 SIZES = (128, 64, 32)  # inputs of a group: the first that fits
 
 
 @dataclass(frozen=True)
-class LutLaunch:
+class LutLaunch(WholeLayer):
     """A layer of N outputs and K inputs on M rows, with 3 planes; mode: a key of RUN."""
 
     m: int
@@ -29,33 +30,18 @@ class LutLaunch:
     k: int
     mode: str
 
-    @property
-    def kernel(self) -> str:
-        return f"{self.mode}.product"
-
-    @property
-    def key(self) -> list[int]:
-        return [self.m, self.n, self.k]
-
     def settings(self) -> list[dict]:
         return settings_of(self.mode, self.m)
-
-    def current(self) -> dict | None:
-        try:
-            return best_config(self.kernel, torch.device(DEVICE), self.m, self.n, self.k)
-        except KeyError:
-            return None
 
     def compiled_as(self, setting: dict) -> tuple:
         """What is compiled in: words and groups of a row; of other sizes, whether 16 divides them."""
         return (self.mode, self.k, self.m % 16 == 0, self.m == 1, self.n % 16 == 0, *sorted(setting.items()))
 
-    def attempt(self, setting: dict) -> None:
-        _one(self)(config=setting)
+    def one(self) -> Callable:
+        return _one(self)
 
-    def calls(self) -> Callable[[dict], list[Callable]]:
-        sets = _cold(self)
-        return lambda setting: [functools.partial(one, config=setting) for one in sets]
+    def cold(self) -> list[Callable]:
+        return _cold(self)
 
 
 def settings_of(mode: str, m: int) -> list[dict]:

@@ -16,8 +16,8 @@ from ..w4 import activation, unpack
 from ..w4.layer import INT4, MODES, WEIGHT_ONLY, code_dtype, kernel_name, steps
 from ..w4.products import product_short, product_w4a4, product_w4a8
 from .candidates_w4 import settings_of
+from .launch import DEVICE, SizedLaunch
 
-DEVICE = "cuda"
 COLD = 256 << 20  # bytes that one round over the sets of a shape moves at least: four times the L2 of an H200
 NAMES = {mode: name for name, mode in MODES.items()}
 SHAPES = {  # M, N, K
@@ -33,7 +33,7 @@ SHAPES = {  # M, N, K
 
 
 @dataclass(frozen=True)
-class SVDQLaunch:
+class SVDQLaunch(SizedLaunch):
     """One launch of a layer of N outputs and K inputs on M rows; mode: as in w4.layer.MODES."""
 
     m: int
@@ -47,18 +47,8 @@ class SVDQLaunch:
     def kernel(self) -> str:
         return f"{self.mode}.{self.step}"
 
-    @property
-    def key(self) -> list[int]:
-        return [self.m, self.n, self.k]
-
     def settings(self) -> list[dict]:
         return settings_of(self.step, NAMES[self.mode], self.m, self.k)
-
-    def current(self) -> dict | None:
-        try:
-            return best_config(self.kernel, torch.device(DEVICE), self.m, self.n, self.k)
-        except KeyError:
-            return None
 
     def compiled_as(self, setting: dict) -> tuple:
         return self, *sorted(setting.items())

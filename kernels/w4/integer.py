@@ -5,9 +5,9 @@
                                 8-bit product of them
     triton-w4a8-channel         one scale an output: the same
     triton-w4a8-grouped         scales of groups: prepare, then the product that scales the sums of groups
-    triton-w4a8-row-mix         the same, of rows of 4 bits and others of 8, in one product launch
     reference                   without a GPU: the formulas of progressive.py, grouped.py and row_mix.py; the truth
 
+`row_mix_through`, rows of 4 bits and others of 8 in one launch, serves no layer (ptq4dm/layers/row_mix_ops.py).
 Sums of codes are exact, and the same in all of them. Settings in tuned/: "progressive.product", for one scale an
 output too, and "grouped.product".
 """
@@ -34,8 +34,8 @@ else:
         product_row_mix="products.product_row_mix",
     )  # fmt: skip
 
-REFERENCE, PROGRESSIVE, CHANNEL, GROUPED, ROW_MIX = (
-    "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped", "triton-w4a8-row-mix",
+REFERENCE, PROGRESSIVE, CHANNEL, GROUPED = (
+    "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped",
 )  # fmt: skip
 INT32, FLOAT = torch.int32, torch.float32
 

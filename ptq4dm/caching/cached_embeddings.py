@@ -21,13 +21,13 @@ in each call of the model; it works in no CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import UserError
-from ..interrupts import uninterrupted
+from ..hooks import computing
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from .embedding_table import Table
 
@@ -95,21 +95,11 @@ def cached_embeddings(target: DiffusionPipeline | nn.Module) -> Iterator[Embeddi
     with turn_at(target):
         models = {"": target} if isinstance(target, nn.Module) else _denoisers(target)
         tables = {name: _table(model) for name, model in models.items()}
-        before: list[tuple[nn.Module, Any]] = []
-        try:
-            with uninterrupted():
-                for table in tables.values():
-                    _put(table, before)
+        with ExitStack() as stack:
+            for table in tables.values():
+                stack.callback(table.clear)
+                stack.enter_context(computing(table.model, _through(table)))
             yield EmbeddingCache(tables)
-        finally:
-            with uninterrupted():
-                for module, forward in reversed(before):
-                    if forward is None:
-                        del module.forward
-                    else:
-                        module.forward = forward
-                for table in tables.values():
-                    table.clear()
 
 
 def _denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -128,18 +118,12 @@ def _table(model: nn.Module) -> Table:
     return table
 
 
-def _put(table: Table, before: list[tuple[nn.Module, Any]]) -> None:
-    """Let calls of a table's model and of its layers go through it; adds what they were before to a list."""
+def _through(table: Table) -> dict[str, Callable]:
+    """What a table's model and its layers compute by, by name: calls go through the table."""
 
-    def replace(module: nn.Module, forward: Callable) -> None:
-        before.append((module, vars(module).get("forward")))
-        module.forward = forward
+    def layer(name: str, forward: Callable) -> Callable:
+        return lambda input: table.layer(name, forward, input)
 
-    for name, layer in table.linears.items():
-        replace(layer, _through(table, name, layer.forward))
-    of_model = table.model.forward
-    replace(table.model, lambda *args, **kwargs: table.call(of_model, args, kwargs))
-
-
-def _through(table: Table, name: str, forward: Callable) -> Callable:
-    return lambda input: table.layer(name, forward, input)
+    through = {name: layer(name, one.forward) for name, one in table.linears.items()}
+    of_model = through.pop("", table.model.forward)  # a model may be one of the layers
+    return {**through, "": lambda *args, **kwargs: table.call(of_model, args, kwargs)}

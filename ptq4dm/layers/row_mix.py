@@ -189,10 +189,7 @@ class RowMixLayer(RoundedLayer):
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
-        plan, linear = self.plan, len(self.weight_shape) == 2
-        return row_mix_ops.kernel_name(
-            self.qweight.device, linear, plan.group_size, plan.static, plan.activation_bits
-        )  # fmt: skip
+        return row_mix_ops.kernel_name(self.qweight.device, self.plan.group_size)
 
     @property
     def operands(self) -> tuple:

@@ -37,13 +37,9 @@ from .int4_ops import windows
 
 
 @remembered
-def kernel_name(
-    device: torch.device, linear: bool = True, group_size: int | None = None, static: bool = False, bits: int = 8
-) -> str:
-    """The kernel that serves a layer; bits: of the grid of its inputs, of which narrower ones are for kernels that
-    take any."""
-    query = dispatch.Query("row-mix", "int8", group_size, device=device, static=static, linear=linear and bits == 8)
-    return dispatch.find(query).name
+def kernel_name(device: torch.device, group_size: int | None = None) -> str:
+    """The kernel that serves a layer, whatever its inputs' grid."""
+    return dispatch.find(dispatch.Query("row-mix", "int8", group_size, device=device)).name
 
 
 @op
@@ -67,7 +63,8 @@ def row_mix_linear(
     """
     rows, inputs = (qweight, qweight8, wscales, wzeros, weight_scale, places), x.shape[-1]
     grid = (input_scale, input_zero_point, activation_bits)
-    name = _name(x, True, inputs, weight_scale, *grid)
+    # Where there is nothing to compute, one path says which shape nothing has.
+    name = _name(x.device, inputs, weight_scale) if x.numel() else w8a8.REFERENCE
     if name == w8a8.REFERENCE and weight_scale.ndim == 2:
         exact = int4_ops.rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(exact, weight_of(*rows, inputs), None if bias is None else bias.float())
@@ -107,7 +104,7 @@ def row_mix_conv2d(
         (input_scale, input_zero_point, activation_bits),
         (list(stride), list(padding), list(dilation), 1),
     )
-    if _name(x, False, inputs, weight_scale, *grid) == w8a8.REFERENCE and weight_scale.ndim == 2:
+    if _name(x.device, inputs, weight_scale) == w8a8.REFERENCE and weight_scale.ndim == 2:
         exact, weight = int4_ops.rounded(x, *grid, (1, 2, 3)), windows(weight_of(*rows, inputs), kernel)
         y = F.conv2d(exact, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -120,11 +117,8 @@ def _(x: Tensor, qweight: Tensor, qweight8: Tensor, *rest: Any) -> Tensor:
     return w8a8.empty_images(x, len(qweight) + len(qweight8), qweight8.shape[2:], stride, padding, dilation)
 
 
-def _name(x: Tensor, linear: bool, inputs: int, weight_scale: Tensor, scale: Tensor | None, _: Any, bits: int) -> str:
-    if linear and not x.numel():
-        return w8a8.REFERENCE  # nothing to compute; one path says which shape nothing has
-    size = None if weight_scale.ndim == 1 else inputs // weight_scale.shape[1]
-    return kernel_name(x.device, linear, size, scale is not None, bits)
+def _name(device: torch.device, inputs: int, weight_scale: Tensor) -> str:
+    return kernel_name(device, None if weight_scale.ndim == 1 else inputs // weight_scale.shape[1])
 
 
 def weight_of(

@@ -110,36 +110,62 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def options(description: str, metavar: str, shapes: str) -> argparse.ArgumentParser:
+    """The options of a benchmark of these kernels; `shapes` says what --shapes are."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", nargs="+", metavar="N,K", help="outputs and inputs of Linear layers")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 1024])
+    parser.add_argument("--shapes", nargs="+", metavar=metavar, help=shapes)
     parser.add_argument("--instructions", choices=list(library.FLAGS), help="of the kernel (what this CPU has)")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    return parser
+
+
+def begun(args, shapes: dict[str, list]) -> tuple[dict[str, list], str]:
+    """(model -> sizes to time, this machine in words); threads, instructions and seed are set as asked for.
+
+    Raises UserError where the kernels are not compiled.
+    """
     if args.instructions:
         library.use(args.instructions)
     if not library.available():
         raise UserError(f"there is no kernel to time: {library.status()}.")
-    shapes = SHAPES if args.shapes is None else {"": [tuple(map(int, one.split(","))) for one in args.shapes]}
+    if args.shapes is not None:
+        shapes = {"": [tuple(map(int, one.split(","))) for one in args.shapes]}
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     place = f"{machine()}, {args.threads} threads, torch {torch.__version__}, {library.status()}".split(" in /")[0]
-    rows: list[dict] = []
-    for model, sizes in shapes.items():
-        for n, k in sizes:
-            for m in args.rows:
-                found = medians(candidates(n, k, m))
-                ratios = {name: round(found["float32"] / spent, 2) for name, spent in found.items()}
-                size = {"model": model, "n": n, "k": k, "rows": m}
-                rows.append({"machine": place, **size, "float32_ms": round(found["float32"], 3), "ratio": ratios})
-                print(json.dumps(rows[-1]), flush=True)
-    print("\n" + table(rows))
+    return shapes, place
+
+
+def timed(place: str, size: dict, calls: dict[str, Callable[[], Tensor]]) -> dict:
+    """A row: how many times as fast as float32 each call is. It is printed, too."""
+    found = medians(calls)
+    ratios = {name: round(found["float32"] / spent, 2) for name, spent in found.items()}
+    row = {"machine": place, **size, "float32_ms": round(found["float32"], 3), "ratio": ratios}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def written(args, rows: list[dict], table: str) -> None:
+    print("\n" + table)
     if args.json:
         with replacing(args.json) as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = options(__doc__, "N,K", "outputs and inputs of Linear layers")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 1024])
+    args = parser.parse_args()
+    shapes, place = begun(args, SHAPES)
+    rows = [
+        timed(place, {"model": model, "n": n, "k": k, "rows": m}, candidates(n, k, m))
+        for model, sizes in shapes.items()
+        for n, k in sizes
+        for m in args.rows
+    ]
+    written(args, rows, table(rows))
 
 
 def table(rows: list[dict]) -> str:

@@ -9,20 +9,15 @@ columns are, says bench_cpu_w4.py; here `onednn` is int8 with one scale an outpu
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_cpu_w4 import machine, medians, packed
+from bench_cpu_w4 import begun, options, packed, timed, written
 from torch import Tensor
 
-from ptq4dm.errors import UserError, run
-from ptq4dm.files.atomic import replacing
-from ptq4dm.kernels.cpu import library
+from ptq4dm.errors import run
 from ptq4dm.kernels.cpu.w4a8_conv import cpu_w4a8_conv2d
 from ptq4dm.kernels.w8a8.layer import w8a8_conv2d
 from ptq4dm.layers.int4_ops import rounded, weight_of, windows
@@ -67,34 +62,14 @@ def candidates(batch: int, channels: int, n: int, size: int, side: int) -> dict[
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shapes", nargs="+", metavar="B,C,N,KERNEL,SIDE", help="of convolutions, stride 1")
-    parser.add_argument("--instructions", choices=list(library.FLAGS), help="of the kernel (what this CPU has)")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.instructions:
-        library.use(args.instructions)
-    if not library.available():
-        raise UserError(f"there is no kernel to time: {library.status()}.")
-    shapes = SHAPES if args.shapes is None else {"": [tuple(map(int, one.split(","))) for one in args.shapes]}
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    place = f"{machine()}, {args.threads} threads, torch {torch.__version__}, {library.status()}".split(" in /")[0]
-    rows: list[dict] = []
+    args = options(__doc__, "B,C,N,KERNEL,SIDE", "of convolutions, stride 1").parse_args()
+    shapes, place = begun(args, SHAPES)
+    rows = []
     for model, sizes in shapes.items():
         for one in sizes:
-            found = medians(candidates(*one))
-            ratios = {name: round(found["float32"] / spent, 2) for name, spent in found.items()}
             size = dict(zip(("batch", "channels", "outputs", "kernel", "side"), one, strict=True))
-            rows.append(
-                {"machine": place, "model": model, **size, "float32_ms": round(found["float32"], 3), "ratio": ratios}
-            )
-            print(json.dumps(rows[-1]), flush=True)
-    print("\n" + table(rows))
-    if args.json:
-        with replacing(args.json) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows.append(timed(place, {"model": model, **size}, candidates(*one)))
+    written(args, rows, table(rows))
 
 
 def table(rows: list[dict]) -> str:

@@ -20,20 +20,7 @@ from ...runtime.launch import Launch, planned
 from .product_grouped import narrow_rows
 from .product_progressive import packed
 from .tiles import aligned
-from .words import token_rows
-
-
-@triton.jit
-def _eight_bit_rows(w, left, first, N, K, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """Codes of rows left .. + BN, inputs first .. + BK: int8 [BN, BK]; w points to int8 or is a descriptor."""
-    if TMA:
-        codes = w.load([left, first])
-    else:
-        n = left + tl.arange(0, BN)
-        k = first + tl.arange(0, BK)
-        where = w + n.to(tl.int64)[:, None] * K + k[None, :]
-        codes = tl.load(where, mask=(n < N)[:, None] & (k < K)[None, :], other=0)
-    return codes
+from .words import code_rows, token_rows
 
 
 @triton.jit
@@ -45,7 +32,7 @@ def _wide(
     columns = left + tl.arange(0, BN)
     y = tl.zeros((BN, BM), tl.float32)
     for g in range(groups):
-        w = _eight_bit_rows(w_ptr, left, g * SIZE, N, inputs, BN, SIZE, TMA)
+        w = code_rows(w_ptr, left, g * SIZE, N, inputs, BN, SIZE, TMA)
         x = token_rows(x_ptr, top, g * SIZE, M, K, BM, SIZE, TMA)
         scale = tl.load(scales_ptr + columns * groups + g, mask=columns < N, other=0.0).to(tl.float32)
         y += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * scale[:, None]

@@ -87,8 +87,8 @@ def packed_rows(w, left, first, N, BYTES, BN: tl.constexpr, RUNS: tl.constexpr, 
 
 
 @triton.jit
-def token_rows(x, top, first, M, K, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """Codes of rows top .. + BM, inputs first .. + BK, transposed: int8 [BK, BM]; x as `w` in `packed_rows`."""
+def code_rows(x, top, first, M, K, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """Codes of rows top .. + BM, inputs first .. + BK: int8 [BM, BK]; x as `w` in `packed_rows`."""
     if TMA:
         codes = x.load([top, first])
     else:
@@ -96,4 +96,10 @@ def token_rows(x, top, first, M, K, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.
         k = first + tl.arange(0, BK)
         where = x + m.to(tl.int64)[:, None] * K + k[None, :]
         codes = tl.load(where, mask=(m < M)[:, None] & (k < K)[None, :], other=0)
-    return codes.T
+    return codes
+
+
+@triton.jit
+def token_rows(x, top, first, M, K, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """The same transposed: int8 [BK, BM]."""
+    return code_rows(x, top, first, M, K, BM, BK, TMA).T

@@ -13,16 +13,6 @@ compiled = pytest.mark.usefixtures("compiled")
 SHAPES = [(1, 5, 27), (2, 64, 32), (3, 70, 192), (5, 130, 256), (17, 33, 1024), (4, 1, 130), (1, 200, 1100)]
 
 
-@pytest.fixture(params=list(library.FLAGS))
-def instructions(request, monkeypatch, compiled):
-    """Kernels for these instructions, which this CPU has."""
-    monkeypatch.setattr(library, "_found", library.found())  # put back after the test
-    try:
-        library.use(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
 def operands(n, k, group, bits, offsets=True, dtype=torch.float16):
     """(weight [N, K] float64, scales and offsets of all inputs, words, alphas, offsets of tiles)."""
     generator = torch.Generator().manual_seed(n + k + bits)

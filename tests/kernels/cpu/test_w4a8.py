@@ -16,16 +16,6 @@ SHAPES = [(1, 5, 27), (3, 33, 64), (17, 70, 192), (7, 130, 256), (13, 64, 4224),
 GROUPS = [None, 32, 64, 128]
 
 
-@pytest.fixture(params=list(library.FLAGS))
-def instructions(request, monkeypatch, compiled):
-    """Kernels for these instructions, which this CPU has."""
-    monkeypatch.setattr(library, "_found", library.found())  # put back after the test
-    try:
-        library.use(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
 def weight(n, k, group, zeros, progressive=False, dtype=torch.float32, extreme=False):
     """(operand w [N, K] in float64, qweight, wscales, wzeros, wsteps)."""
     generator = torch.Generator().manual_seed(n + k)

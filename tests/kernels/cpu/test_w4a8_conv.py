@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ptq4dm.kernels.cpu import library, w4a8_conv
+from ptq4dm.kernels.cpu import w4a8_conv
 from ptq4dm.kernels.cpu.w4a8_conv import cpu_w4a8_conv2d
 from ptq4dm.kernels.formats.int4 import pack_int4
 
@@ -18,16 +18,6 @@ GEOMETRIES = [  # B, C, N, H, W, kernel, stride, padding, dilation
     (1, 64, 33, 40, 40, (3, 3), (1, 1), (1, 1), (1, 1)),
     (2, 64, 9, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
 ]
-
-
-@pytest.fixture(params=list(library.FLAGS))
-def instructions(request, monkeypatch, compiled):
-    """Kernels for these instructions, which this CPU has."""
-    monkeypatch.setattr(library, "_found", library.found())  # put back after the test
-    try:
-        library.use(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 def weight(n, channels, kernel, group, zeros, progressive=False, seed=0):

@@ -134,7 +134,7 @@ def _multiplied(x, weight, x_steps, weight_steps, bias, window, dtype) -> Tensor
     """torch._int_mm, whose sums are int32; then the steps."""
     sums = torch._int_mm(_windows(x, window), weight.flatten(1).T)
     y = sums.view(len(x), -1, len(weight)) * (x_steps[:, None] * weight_steps)[:, None]
-    y = y if bias is None else y + bias
+    y = y if bias is None else y.add_(bias)
     return y.view(len(x), *window.output, -1).to(dtype)
 
 

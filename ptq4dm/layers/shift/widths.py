@@ -1,0 +1,41 @@
+"""How wide the codes of a layer are that trains on integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import UserError
+from ...kernels.formats.shift import groups_of
+
+EDGES = 8  # bits at the model's ends: the layers that read its input channels and write its output channels
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bits of weights, inputs and gradients, 2 to 8, and groups: how many steps, powers of two apart, each may have.
+
+    Where b + groups > 9, as many groups are taken as go with b bits: one with 8.
+    """
+
+    weight: int = 6
+    input: int = 6
+    gradient: int = 6
+    groups: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "input", "gradient"):
+            bits = getattr(self, name)
+            if not 2 <= bits <= 8:
+                raise UserError(f"{name} bits must be between 2 and 8, not {bits}.")
+        if not 1 <= self.groups <= 7:
+            raise UserError(f"groups must be between 1 and 7, not {self.groups}.")
+
+    def at_least(self, bits: int) -> Widths:
+        """The same with no width below `bits`."""
+        return Widths(max(bits, self.weight), max(bits, self.input), max(bits, self.gradient), self.groups)
+
+    def groups_of(self, bits: int) -> int:
+        return groups_of(bits, self.groups)
+
+    def __str__(self) -> str:
+        return f"{self.weight}/{self.input}/{self.gradient}, {self.groups} groups"

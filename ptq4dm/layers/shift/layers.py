@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from ...kernels.shift.transposed import takes
 from .product import Product
 from .widths import Widths
 
+Layer = TypeVar("Layer", bound=nn.Module)
 POINT = ((1, 1), (0, 0), (1, 1))  # stride, padding, dilation of a Linear layer
 
 
@@ -30,6 +31,10 @@ class ShiftLinear(nn.Linear):
         y = Product.apply(images, weight, self.bias, POINT, self.widths, output_dtype(input))
         return y.view(*input.shape[:-1], self.out_features)
 
+    def plain(self) -> nn.Linear:
+        """The float layer with these parameters."""
+        return _adopt(nn.Linear(self.in_features, self.out_features, bias=False, device="meta"), self)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.widths}"
 
@@ -38,10 +43,7 @@ class ShiftConv2d(nn.Conv2d):
     """A Conv2d on integers; its parameters are those of `layer`, its call and its state dict, too."""
 
     def __init__(self, layer: nn.Conv2d, widths: Widths) -> None:
-        super().__init__(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,  # type: ignore[arg-type]
-            layer.padding, layer.dilation, bias=False, device="meta",  # type: ignore[arg-type]
-        )  # fmt: skip
+        super().__init__(*_shape(layer), bias=False, device="meta")
         _adopt(self, layer)
         self.widths = widths
         self.geometry = (self.stride, padding_of(layer), self.dilation)
@@ -51,6 +53,10 @@ class ShiftConv2d(nn.Conv2d):
         images, weight = input.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
         y = Product.apply(images, weight, self.bias, self.geometry, self.widths, output_dtype(input))
         return y.permute(0, 3, 1, 2)
+
+    def plain(self) -> nn.Conv2d:
+        """The float layer with these parameters."""
+        return _adopt(nn.Conv2d(*_shape(self), bias=False, device="meta"), self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.widths}"
@@ -82,8 +88,12 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _adopt(new: nn.Module, layer: nn.Module) -> None:
-    """Give a layer the parameters of another, not copies of them."""
+def _shape(layer: nn.Conv2d) -> Any:
+    return layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation
+
+
+def _adopt(new: Layer, layer: nn.Module) -> Layer:
+    """A layer, given the parameters of another, not copies of them."""
     for name in ("weight", "bias"):
         new.register_parameter(name, getattr(layer, name))
-    new.train(layer.training)
+    return new.train(layer.training)

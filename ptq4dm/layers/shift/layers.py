@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels.shift.transposed import takes
 from .product import Product
+from .served import ServedProduct
 from .widths import Widths
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -26,9 +27,10 @@ class ShiftLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] float, the first dimension samples -> [..., N] of its dtype, or of autocast's."""
         rows = len(input) if input.ndim > 1 else 1
+        if self.widths.served:  # a scale a token
+            rows = input.numel() // self.in_features
         images = input.reshape(rows, 1, -1, self.in_features)
-        weight = self.weight[:, None, None]
-        y = Product.apply(images, weight, self.bias, POINT, self.widths, output_dtype(input))
+        y = _product(self.widths)(images, self.weight[:, None, None], self.bias, POINT, self.widths, output_dtype(input))
         return y.view(*input.shape[:-1], self.out_features)
 
     def plain(self) -> nn.Linear:
@@ -51,7 +53,7 @@ class ShiftConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """input [B, C, H, W] float -> [B, N, H', W'] channels_last, of its dtype, or of autocast's."""
         images, weight = input.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
-        y = Product.apply(images, weight, self.bias, self.geometry, self.widths, output_dtype(input))
+        y = _product(self.widths)(images, weight, self.bias, self.geometry, self.widths, output_dtype(input))
         return y.permute(0, 3, 1, 2)
 
     def plain(self) -> nn.Conv2d:
@@ -86,6 +88,10 @@ def output_dtype(x: Tensor) -> torch.dtype:
     """The dtype a layer answers x in: autocast's where that is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _product(widths: Widths) -> Any:
+    return (ServedProduct if widths.served else Product).apply
 
 
 def _shape(layer: nn.Conv2d) -> Any:

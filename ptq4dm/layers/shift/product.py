@@ -74,7 +74,7 @@ class Product(torch.autograd.Function):
             )
         across = shift.across_rows(codes)
         if ctx.needs_input_grad[1]:
-            sums = _weight_sums(across.view(dy.shape), shift.across_rows(inputs).view(x_shape), w_shape, ctx.geometry)
+            sums = weight_sums(across.view(dy.shape), shift.across_rows(inputs).view(x_shape), w_shape, ctx.geometry)
             steps = shift.column_steps(inputs) * (one * shift.shift_step(inputs.groups))
             by_weight = (sums * steps * shift.column_steps(codes)[:, None, None, None]).to(ctx.types[1])
         if ctx.needs_input_grad[2]:
@@ -87,7 +87,7 @@ def _encoded(x: Tensor, bits: int, widths: Widths) -> ShiftCodes:
     return shift.encode(x.reshape(len(x), -1, x.shape[-1]), bits, widths.groups_of(bits))
 
 
-def _weight_sums(gradient: Tensor, x: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+def weight_sums(gradient: Tensor, x: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
     """int32 sums; where there are more terms than these hold, float32 sums of them over parts of the batch."""
     most = rows_at_once(gradient.shape[1] * gradient.shape[2])
     parts = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import UserError
 from ...kernels.formats.shift import groups_of
@@ -15,12 +15,15 @@ class Widths:
     """Bits of weights, inputs and gradients, 2 to 8, and groups: how many steps, powers of two apart, each may have.
 
     Where b + groups > 9, as many groups are taken as go with b bits: one with 8.
+    served: weights and inputs have the grids that a quantized model will have, one scale an output and one a token
+        (of a Conv2d a sample), as RTNConfig(activations="dynamic") makes them; groups are of gradients alone.
     """
 
     weight: int = 6
     input: int = 6
     gradient: int = 6
     groups: int = 4
+    served: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weight", "input", "gradient"):
@@ -32,10 +35,12 @@ class Widths:
 
     def at_least(self, bits: int) -> Widths:
         """The same with no width below `bits`."""
-        return Widths(max(bits, self.weight), max(bits, self.input), max(bits, self.gradient), self.groups)
+        wider = {name: max(bits, getattr(self, name)) for name in ("weight", "input", "gradient")}
+        return replace(self, **wider)
 
     def groups_of(self, bits: int) -> int:
         return groups_of(bits, self.groups)
 
     def __str__(self) -> str:
-        return f"{self.weight}/{self.input}/{self.gradient}, {self.groups} groups"
+        served = ", grids as served" if self.served else ""
+        return f"{self.weight}/{self.input}/{self.gradient}, {self.groups} groups{served}"

@@ -59,8 +59,8 @@ def shift_conv2d(
     dilation: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """x [B, H, W, C] int8, weight [N, kh, kw, C] int8, x_steps [B], weight_steps [N] float32 (f and v above), bias [N]
-    -> [B, H', W', N] of dtype, contiguous.
+    """x [B, H, W, C] int8, weight [N, kh, kw, C] int8, x_steps [B], weight_steps [N] float32 (f and v above), bias
+    [N] -> [B, H', W', N] of dtype, contiguous.
 
     Raises ValueError for operands that are not int8, or whose sums may pass an int32.
     """
@@ -163,7 +163,7 @@ def _triton(x, weight, x_steps, weight_steps, bias, window, dtype) -> Tensor:
 
 
 def _flat(x: Tensor, window: Window) -> Tensor:
-    """Images as rows of channels, with zeros where padding is and up to a multiple of 32 channels (w8a8/window.py)."""
+    """Images as rows of channels, zeros where padding is and up to a multiple of 32 channels (w8a8/window.py)."""
     c = x.shape[3]
     if window.padding == (0, 0) and c % 32 == 0:
         return x.contiguous().view(-1, c)

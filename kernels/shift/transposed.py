@@ -40,6 +40,4 @@ def shift_input_gradient(
         spread = gradient.new_zeros(len(gradient), h, w, gradient.shape[3])
         spread[:, :: stride[0], :: stride[1]][:, : gradient.shape[1], : gradient.shape[2]] = gradient
         gradient = spread
-    return shift_conv2d(
-        gradient, turned, gradient_steps, weight_steps, None, (1, 1), around, dilation, dtype
-    )
+    return shift_conv2d(gradient, turned, gradient_steps, weight_steps, None, (1, 1), around, dilation, dtype)

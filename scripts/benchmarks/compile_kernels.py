@@ -226,7 +226,9 @@ def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
 
 def shift_calls(quick: bool) -> None:
     """The gradient of a convolution and of a Linear layer by the weight."""
-    for size, c, n, kernel in [(32, 128, 128, 3)] if quick else [(32, 128, 128, 3), (16, 3, 128, 3), (1, 256, 1024, 1)]:
+    for size, c, n, kernel in (
+        [(32, 128, 128, 3)] if quick else [(32, 128, 128, 3), (16, 3, 128, 3), (1, 256, 1024, 1)]
+    ):
         padding = (kernel // 2, kernel // 2)
         window = same_window(128, size, size, (kernel, kernel), (1, 1), padding, (1, 1))
         gradient, x = (empty(128, size, size, channels, dtype=torch.int8) for channels in (n, c))

@@ -30,7 +30,9 @@ class ShiftLinear(nn.Linear):
         if self.widths.served:  # a scale a token
             rows = input.numel() // self.in_features
         images = input.reshape(rows, 1, -1, self.in_features)
-        y = _product(self.widths)(images, self.weight[:, None, None], self.bias, POINT, self.widths, output_dtype(input))
+        y = _product(self.widths)(
+            images, self.weight[:, None, None], self.bias, POINT, self.widths, output_dtype(input)
+        )
         return y.view(*input.shape[:-1], self.out_features)
 
     def plain(self) -> nn.Linear:

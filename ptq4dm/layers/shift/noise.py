@@ -1,4 +1,4 @@
-"""Noise for stochastic rounding, from torch's generator of the device, as dropout's is: who seeds it gets it again."""
+"""Noise for stochastic rounding, from torch's generator of the device as dropout's is: who seeds it has it again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def uniform(x: Tensor) -> Tensor:
     """float32 of x's shape, uniform in [0, 1).
 
-    On a CPU in steps of 2^-16, four from each 64-bit number drawn, in half the time of `torch.rand`: what a mean is off
-    by is at most 2^-17 of a step.
+    On a CPU in steps of 2^-16, four from each 64-bit number drawn, in half the time of `torch.rand`: what a mean is
+    off by is at most 2^-17 of a step.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand_like(x, dtype=torch.float32)

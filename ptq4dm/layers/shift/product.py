@@ -34,7 +34,13 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, widths: Widths, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        widths: Widths,
+        dtype: torch.dtype,
     ) -> Tensor:
         inputs = _encoded(x, widths.input, widths)
         weights = _encoded(weight, widths.weight, widths)

@@ -31,7 +31,13 @@ class ServedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, widths: Widths, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        widths: Widths,
+        dtype: torch.dtype,
     ) -> Tensor:
         x_scale = dynamic_scale(x, (1, 2, 3), widths.input)
         limit = weight_limit(widths.input)

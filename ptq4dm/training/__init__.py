@@ -1,0 +1,1 @@
+"""Training of denoisers: on integers, on pictures of a folder."""

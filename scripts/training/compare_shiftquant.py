@@ -1,15 +1,15 @@
 """Training on integers (ShiftQuant) beside training in floats: losses, feature-FID, times, noise of gradients.
 
-    python scripts/training/compare_shiftquant.py --data cifar10-jpeg.tar.xz --stage unet --seeds 0 1 2 --device cuda:0
+    python scripts/training/compare_shiftquant.py --data cifar10-jpeg.tar.xz --stage unet --device cuda:0
     python scripts/training/compare_shiftquant.py --data ... --stage dit qat --device cuda:1 --graph
     python scripts/training/compare_shiftquant.py --data ... --stage times noise --device cuda:2
     python scripts/training/compare_shiftquant.py --data ... --rows "unet 6/6/6" "unet bf16" --steps 13000 --seeds 0
 
 Stages: `unet`, the UNet from scratch; `dit`, the embedded DiT trained on; `qat`, both trained on at W4A4, then
 quantized by RTNConfig; `times`, forward and backward of layers and norms; `noise`, what rounding adds to gradients,
-and how far these reach at each time. Each result is one line of JSON in --output, with card, commit and seed; rows that
-are there are not made again, and several processes may write one file. With --minutes a row that is not done in time
-leaves a checkpoint beside the output, from which the same command goes on.
+and how far these reach at each time. Each result is one line of JSON in --output, with card, commit and seed; rows
+that are there are not made again, and several processes may write one file. With --minutes a row that is not done in
+time leaves a checkpoint beside the output, from which the same command goes on.
 
 Held-out losses are of the moving average, as it computes (`held_out`) and with plain float layers
 (`held_out_float`), on test images at evenly spread times with noise of one seed. On a GPU floats are bf16 (autocast).

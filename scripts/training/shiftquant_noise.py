@@ -1,8 +1,8 @@
 """The noise that rounding puts into the gradients by the weights, layer by layer, on one batch of a trained model.
 
-Of stochastic rounding of dy to steps s the variance is f (1 - f) s^2, f the part of dy / s that is no whole number; that
-of dw = dy^T x is its sum over the batch, weighted by x^2. Steps: ours, in groups along samples and channels; exact ones
-for each sample, for each channel, for each token or pixel; one for the tensor.
+Of stochastic rounding of dy to steps s the variance is f (1 - f) s^2, f the part of dy / s that is no whole number;
+that of dw = dy^T x is its sum over the batch, weighted by x^2. Steps: groups along samples and channels (ours), along
+one of them; exact ones for each sample, channel, and token or pixel, which no integer product could take back.
 """
 
 from __future__ import annotations
@@ -59,23 +59,34 @@ def range_row(net: nn.Module, split: Split, number: int) -> list[dict]:
 
 
 def _ratios(x: Tensor, dy: Tensor, bits: int) -> dict[str, float] | None:
-    """Variance of dw under our steps over that under others; None where inputs and outputs are not pixel by pixel."""
+    """Variances of dw over that under one step for the tensor, and ours over that under exact steps for samples; None
+    where inputs and outputs are not pixel by pixel."""
     x, dy = (one.permute(0, 2, 3, 1) if one.ndim == 4 else one for one in (x, dy))
     x, dy = (one.float().reshape(len(one), -1, one.shape[-1]) for one in (x, dy))
     if x.shape[1] != dy.shape[1] or not bool(dy.abs().amax() > 0):
         return None
     weight, limit = x.square().sum(2, keepdim=True), weight_limit(bits)
 
-    def variance(steps: Tensor) -> Tensor:
+    def variance(steps: Tensor) -> float:
         steps = steps.clamp_min(1e-30)
         part = dy / steps
         part = part - part.floor()
-        return (part * (1 - part) * steps.square() * weight).sum().double()
+        return (part * (1 - part) * steps.square() * weight).sum(dtype=torch.float64).item()
 
-    codes = shift.encode(dy, bits, shift.groups_of(bits, 5))
-    rows = shift.row_steps(codes)[:, None, None]
-    ours = variance(rows * shift.powers(-codes.columns))
-    exact = {"sample": (1, 2), "channel": (0, 1), "token": (2,), "tensor": (0, 1, 2)}
-    found = {name: variance(dy.abs().amax(dims, keepdim=True) / limit) for name, dims in exact.items()}
-    found["rows alone"] = variance(rows.expand_as(dy))
-    return {f"over {name}": (ours / other).item() for name, other in found.items() if other > 0}
+    def exact(*dims: int) -> Tensor:
+        return dy.abs().amax(dims, keepdim=True) / limit
+
+    groups = shift.groups_of(bits, 5)
+    codes = shift.encode(dy, bits, groups)
+    rows, columns = (shift.row_steps(shift.encode(one, bits, groups)) for one in (dy, dy.transpose(0, 2)))
+    steps = {
+        "groups": shift.row_steps(codes)[:, None, None] * shift.powers(-codes.columns),
+        "groups of samples": rows[:, None, None],
+        "groups of channels": columns,
+        "exact samples": exact(1, 2),
+        "exact channels": exact(0, 1),
+        "exact tokens": exact(2),
+    }
+    tensor = variance(exact(0, 1, 2))
+    found = {name: variance(one.expand_as(dy)) / tensor for name, one in steps.items()}
+    return {**found, "groups over exact samples": found["groups"] / found["exact samples"]}

@@ -75,7 +75,7 @@ def train_row(
 
 
 def quantized(net: nn.Module, original: nn.Module, held: HeldOut, args, device: torch.device) -> dict:
-    """Figures of a float network once it is quantized as it would be served; error: against the original's epsilon."""
+    """Figures of a float network quantized as it would be served; error: against the original's epsilon."""
     packed = copy.deepcopy(net).to(memory_format=torch.contiguous_format).eval()
     widths = {"weight_bits": SERVED.weight, "activation_bits": SERVED.input}
     quantize(packed, RTNConfig(**widths, activations="dynamic", rounding="nearest"))

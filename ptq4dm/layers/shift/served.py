@@ -1,12 +1,12 @@
 """The same three products on the grids that a quantized model is served with: quantization-aware training.
 
-    y  = s_x s_w sum q_x q_w        s_w one scale an output, s_x one a row (a token, an image), both to the largest value
+    y  = s_x s_w sum q_x q_w        s_w one scale an output, s_x one a row (a token, an image)
     dx = sum over outputs of (dy s_w) q_w           dw = sum over rows of (dy s_x) q_x
 
-The forward pass gives what the layer of `quantize` will give, to the last bit of its codes. Such scales lie along what
-the gradients sum over, and an integer product has no place for them there: each goes into dy before dy is rounded,
-stochastically and in groups as ever. Rounding has the gradient 1 (straight through); ranges reach to the largest
-value, so nothing is clipped that would have another.
+The forward pass has the codes that the layer of `quantize` will have: both scales reach to the largest value, so
+that the ranges are learned with the weights. Such scales lie along what the gradients sum over, and an integer product
+has no place for them there: each goes into dy before dy is rounded, stochastically and in groups as ever. Rounding has
+the gradient 1 (straight through); nothing is clipped that would have another.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ kernels/runtime
 kernels/cpu
 kernels/w4/products
 kernels/w8a8  kernels/w4  kernels/attention  kernels/lut
-kernels/tuning
+kernels/shift  kernels/tuning
 kernels
 ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
 ptq4dm/annotations
@@ -32,13 +32,13 @@ ptq4dm/files
 ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
 ptq4dm/layers
-ptq4dm/layers/binary  ptq4dm/layers/split
+ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/shift
 ptq4dm/calibration
 ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation
-ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching
+ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching  ptq4dm/training
 svdquant/layers
 svdquant/nunchaku
 svdquant  samplers/maths

@@ -44,23 +44,24 @@ def to_integers(model: nn.Module, widths: Widths | None, norms: bool = False, sk
     if holds_quantized(model):
         raise UserError("the model is quantized and its codes do not train; give it in full precision.")
     views, found = find_layers(model, skip), Converted()
-    for view in views if widths is not None else []:
-        if not trainable(view.module):
-            found.kept.append(view.name)
+    for view in views:
+        if widths is None:
             continue
-        found.layers[view.name] = widths if view.role == "inner" else widths.at_least(EDGES)
+        if trainable(view.module):
+            found.layers[view.name] = widths if view.role == "inner" else widths.at_least(EDGES)
+        else:
+            found.kept.append(view.name)
     if norms:
         found.norms = [name for name, module in model.named_modules() if normalizes(module)]
     if not found.layers and not found.norms:
         raise UserError(f"{type(model).__name__} has no layer that trains on integers.")
     for name, chosen in found.layers.items():
         layer = model.get_submodule(name)
-        kind = ShiftLinear if isinstance(layer, nn.Linear) else ShiftConv2d
-        replace_module(model, name, kind(layer, chosen))
+        new = ShiftConv2d(layer, chosen) if isinstance(layer, nn.Conv2d) else ShiftLinear(layer, chosen)
+        replace_module(model, name, new)
     for name in found.norms:
         norm = model.get_submodule(name)
-        kind = ShiftGroupNorm if isinstance(norm, nn.GroupNorm) else ShiftLayerNorm
-        replace_module(model, name, kind(norm))
+        replace_module(model, name, ShiftGroupNorm(norm) if isinstance(norm, nn.GroupNorm) else ShiftLayerNorm(norm))
     return found
 
 

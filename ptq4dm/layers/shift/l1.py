@@ -36,10 +36,10 @@ BITS = 8
 
 
 class Groups(NamedTuple):
-    """How [R, P, C] is normalized: each row in `number` groups of channels; `count` values in each."""
+    """How [R, P, C] is normalized: each row in `number` groups of channels, of `size` values each."""
 
     number: int
-    count: int
+    size: int
 
     def over(self, channels: Tensor, reduce: Callable) -> Tensor:
         """Figures of channels [R, C] brought together: [R, groups]."""
@@ -70,14 +70,14 @@ class L1Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, number: int, eps: float) -> Tensor:
         groups, channels = Groups(number, x.shape[1] * x.shape[2] // number), x.shape[2]
         codes, step = codes_of(x, groups)
-        mean = groups.over(_total(codes), torch.sum) / groups.count
+        mean = groups.over(_total(codes), torch.sum) / groups.size
         above = codes > groups.to_channels(mean, channels)
         higher = groups.over(_total(above), torch.sum)
         total = groups.over(_total(codes * above), torch.sum)
-        spread = (total - mean * higher) * (2 * RATIO / groups.count) * step
+        spread = (total - mean * higher) * (2 * RATIO / groups.size) * step
         width = spread.clamp_min(math.sqrt(eps))
         unit = step / width
-        ctx.save_for_backward(codes, mean, unit, width, spread == width, higher / groups.count, gamma)
+        ctx.save_for_backward(codes, mean, unit, width, spread == width, higher / groups.size, gamma)
         ctx.groups, ctx.types = groups, (x.dtype, None if gamma is None else gamma.dtype)
         factor = groups.to_channels(unit, channels)
         factor = factor if gamma is None else factor * gamma.float()
@@ -95,8 +95,8 @@ class L1Norm(torch.autograd.Function):
         by_gamma = (products - wide(mean)[:, 0] * sums) * wide(unit * step)[:, 0]
         by_beta = sums * wide(step)[:, 0]
         weight = torch.ones((), device=dy.device) if gamma is None else gamma.float()
-        centre = groups.over(weight * by_beta, torch.sum) / groups.count
-        pull = torch.where(free, groups.over(weight * by_gamma, torch.sum) * (RATIO / groups.count), 0.0)
+        centre = groups.over(weight * by_beta, torch.sum) / groups.size
+        pull = torch.where(free, groups.over(weight * by_gamma, torch.sum) * (RATIO / groups.size), 0.0)
         # sign - mean sign is 2 (1 - share) above the mean and -2 share below: the latter everywhere, 2 more above
         above = codes > wide(mean)
         dx = torch.addcmul(wide((2 * share * pull - centre) / width), p, wide(step / width) * weight)

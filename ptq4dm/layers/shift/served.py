@@ -4,9 +4,9 @@
     dx = sum over outputs of (dy s_w) q_w           dw = sum over rows of (dy s_x) q_x
 
 The forward pass has the codes that the layer of `quantize` will have: both scales reach to the largest value, so
-that the ranges are learned with the weights. Such scales lie along what the gradients sum over, and an integer product
-has no place for them there: each goes into dy before dy is rounded, stochastically and in groups as ever. Rounding has
-the gradient 1 (straight through); nothing is clipped that would have another.
+that the ranges are learned with the weights. Such scales lie along what the gradients sum over, and an integer
+product has no place for them there: each goes into dy before dy is rounded, stochastically and in groups as ever.
+Rounding has the gradient 1 (straight through); nothing is clipped that would have another.
 """
 
 from __future__ import annotations

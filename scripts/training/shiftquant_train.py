@@ -16,6 +16,7 @@ from torch import nn
 from ptq4dm import RTNConfig, quantize
 from ptq4dm.files import checkpoint
 from ptq4dm.layers.shift.convert import to_integers
+from ptq4dm.layers.shift.norms import ratios
 
 LOOK = 250  # steps between two looks at the clock
 FIRST = 10  # steps until the first
@@ -31,7 +32,10 @@ def train_row(
     if row.network == "unet":
         net = net.to(memory_format=torch.channels_last)
     if row.widths is not None or row.norms:
-        found["converted"] = str(to_integers(net, row.widths, row.norms))
+        measured = None
+        if row.norms and row.trained:  # on the held-out inputs, of which only the spread is used
+            measured = ratios(net.eval(), lambda: held.predictions(net))
+        found["converted"] = str(to_integers(net, row.widths, row.norms, ratios=measured))
     recipe = Recipe(steps, args.batch_size, rate, 0.0 if row.network == "unet" else 0.01)
     images, labels = to_signed(split.images.to(device)), split.labels.to(device)
     loss = diffusion_loss(row.network, build_scheduler(), device)

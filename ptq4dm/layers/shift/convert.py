@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,9 +10,10 @@ from torch import nn
 from ...errors import UserError
 from ..base import holds_quantized, replace_module
 from ..view import find_layers
+from .l1 import RATIO
 from .layers import ShiftConv2d, ShiftLinear, trainable
 from .norms import ShiftGroupNorm, ShiftLayerNorm, normalizes
-from .widths import EDGES, Widths
+from .widths import Widths
 
 
 @dataclass
@@ -30,13 +31,21 @@ class Converted:
         return told + (f"; floats stay {', '.join(self.kept)}" if self.kept else "")
 
 
-def to_integers(model: nn.Module, widths: Widths | None, norms: bool = False, skip: Sequence[str] = ()) -> Converted:
+def to_integers(
+    model: nn.Module,
+    widths: Widths | None,
+    norms: bool = False,
+    skip: Sequence[str] = (),
+    ratios: Mapping[str, float] | None = None,
+) -> Converted:
     """Let a model compute and train on integers; returns what was changed.
 
     Args:
         widths: of all layers but the two at the model's ends, which have at least 8 bits; None leaves layers alone.
         norms: whether GroupNorm and LayerNorm are replaced by L1 normalization.
         skip: names or patterns of modules that stay as they are.
+        ratios: of norms, by name: what their mean magnitudes are multiplied by (norms.ratios); that of Gaussian
+            values where there is none.
 
     Raises:
         UserError: the model is quantized, a pattern fits nothing, or there is nothing to change.
@@ -48,7 +57,7 @@ def to_integers(model: nn.Module, widths: Widths | None, norms: bool = False, sk
         if widths is None:
             continue
         if trainable(view.module):
-            found.layers[view.name] = widths if view.role == "inner" else widths.at_least(EDGES)
+            found.layers[view.name] = widths if view.role == "inner" else widths.at_the_ends()
         else:
             found.kept.append(view.name)
     if norms:
@@ -61,7 +70,8 @@ def to_integers(model: nn.Module, widths: Widths | None, norms: bool = False, sk
         replace_module(model, name, new)
     for name in found.norms:
         norm = model.get_submodule(name)
-        replace_module(model, name, ShiftGroupNorm(norm) if isinstance(norm, nn.GroupNorm) else ShiftLayerNorm(norm))
+        kind = ShiftGroupNorm if isinstance(norm, nn.GroupNorm) else ShiftLayerNorm
+        replace_module(model, name, kind(norm, (ratios or {}).get(name, RATIO)))
     return found
 
 

@@ -4,7 +4,8 @@
     y = gamma (q - m) s / D + beta,   D = max(c a s, sqrt(eps)),   c = sqrt(pi / 2)
 
 Of Gaussian values c mean |x - m| is the standard deviation, so that a model trained with GroupNorm or LayerNorm keeps
-nearly its function. Squares are not needed, nor a root, and the sums are of integers, each in one pass over codes:
+nearly its function. A transformer's tokens have channels far out, and c is greater: `ratios` of norms.py measures it
+for each norm. Squares are not needed, nor a root, and the sums are of integers, each in one pass over codes:
 since those above the mean are as far from it as those below,
 
     sum |q - m| = 2 (sum of q above m  -  m times their number)
@@ -14,8 +15,9 @@ Backward, dy has codes p of steps t, by stochastic rounding; per channel the sum
     dx = (gamma t p - mean(gamma t p) - c/L T (sign(q - m) - mean sign)) / D,   T = sum gamma t (s/D) (B - m A)
 
 "Towards Accurate and Efficient Sub-8-Bit Integer Training" (arXiv:2411.10948) replaces the norm and quantizes it.
-Our assumptions: c; codes of 8 bits with a step for each normalized group, for nothing is summed beyond one; eps as a
-floor of D, which changes no group above it. Gradients by gamma and beta are float32 sums over groups.
+Our assumptions: c, measured or not; codes of 8 bits with a step for each normalized group, for nothing is summed
+beyond one; eps as a floor of D, which changes no group above it. Gradients by gamma and beta are float32 sums over
+groups.
 """
 
 from __future__ import annotations
@@ -67,18 +69,20 @@ class L1Norm(torch.autograd.Function):
     x's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, number: int, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, number: int, eps: float, ratio: float
+    ) -> Tensor:
         groups, channels = Groups(number, x.shape[1] * x.shape[2] // number), x.shape[2]
         codes, step = codes_of(x, groups)
         mean = groups.over(_total(codes), torch.sum) / groups.size
         above = codes > groups.to_channels(mean, channels)
         higher = groups.over(_total(above), torch.sum)
         total = groups.over(_total(codes * above), torch.sum)
-        spread = (total - mean * higher) * (2 * RATIO / groups.size) * step
+        spread = (total - mean * higher) * (2 * ratio / groups.size) * step
         width = spread.clamp_min(math.sqrt(eps))
         unit = step / width
         ctx.save_for_backward(codes, mean, unit, width, spread == width, higher / groups.size, gamma)
-        ctx.groups, ctx.types = groups, (x.dtype, None if gamma is None else gamma.dtype)
+        ctx.groups, ctx.ratio, ctx.types = groups, ratio, (x.dtype, None if gamma is None else gamma.dtype)
         factor = groups.to_channels(unit, channels)
         factor = factor if gamma is None else factor * gamma.float()
         shift = groups.to_channels(-mean, channels) * factor
@@ -96,15 +100,15 @@ class L1Norm(torch.autograd.Function):
         by_beta = sums * wide(step)[:, 0]
         weight = torch.ones((), device=dy.device) if gamma is None else gamma.float()
         centre = groups.over(weight * by_beta, torch.sum) / groups.size
-        pull = torch.where(free, groups.over(weight * by_gamma, torch.sum) * (RATIO / groups.size), 0.0)
+        pull = torch.where(free, groups.over(weight * by_gamma, torch.sum) * (ctx.ratio / groups.size), 0.0)
         # sign - mean sign is 2 (1 - share) above the mean and -2 share below: the latter everywhere, 2 more above
         above = codes > wide(mean)
         dx = torch.addcmul(wide((2 * share * pull - centre) / width), p, wide(step / width) * weight)
         dx = dx.sub_(above * wide(2 * pull / width)).to(ctx.types[0])
         if gamma is None:
-            return dx, None, None, None, None
+            return dx, None, None, None, None, None
         kind = ctx.types[1]
-        return dx, by_gamma.sum(0).to(kind), by_beta.sum(0).to(kind), None, None
+        return dx, by_gamma.sum(0).to(kind), by_beta.sum(0).to(kind), None, None, None
 
 
 def _down(x: Tensor, reduce: Callable) -> Tensor:

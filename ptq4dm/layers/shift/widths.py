@@ -33,10 +33,14 @@ class Widths:
         if not 1 <= self.groups <= 7:
             raise UserError(f"groups must be between 1 and 7, not {self.groups}.")
 
-    def at_least(self, bits: int) -> Widths:
-        """The same with no width below `bits`."""
-        wider = {name: max(bits, getattr(self, name)) for name in ("weight", "input", "gradient")}
-        return replace(self, **wider)
+    def at_the_ends(self) -> Widths:
+        """Those of the layers at the model's ends: at least 8 bits, and a scale of its own for each sample.
+
+        8 bits leave no place for groups, and an image without noise, whose range is a fifth of pure noise's, would
+        have steps as wide as the noise that is to be found in it.
+        """
+        wider = {name: max(EDGES, getattr(self, name)) for name in ("weight", "input", "gradient")}
+        return replace(self, served=True, **wider)
 
     def groups_of(self, bits: int) -> int:
         return groups_of(bits, self.groups)

@@ -103,7 +103,7 @@ def test_gradients_are_unbiased(kind, served):
     for i, one in enumerate(exact):
         each = torch.stack([grads[i] for grads in found]).double() - one
         off, error = each.mean(0), each.std(0) / draws**0.5
-        if not error.any():  # the gradient by the bias of served grids is a sum of floats
+        if error.max() < 1e-6 * one.abs().max():  # the gradient by the bias of served grids is a sum of floats
             assert off.norm() < 1e-5 * one.norm()
             continue
         z = (off / error)[error > 1e-3 * error.max()]

@@ -67,7 +67,8 @@ def shift_conv2d(
     window = _window(x, weight.shape[1:3], stride, padding, dilation)
     _check(x, weight, weight[0].numel())
     kernel = _CONVOLUTIONS[kernel_name(x.device, window.kernel)] if x.numel() else _multiplied
-    return kernel(x, weight, x_steps, weight_steps, bias, window, dtype)
+    # oneDNN and Triton read steps as they lie in memory, those of an expanded tensor, too
+    return kernel(x, weight, x_steps.contiguous(), weight_steps.contiguous(), bias, window, dtype)
 
 
 @shift_conv2d.register_fake
@@ -157,9 +158,7 @@ def _triton(x, weight, x_steps, weight_steps, bias, window, dtype) -> Tensor:
     out = x.new_empty(window.batch, *window.output, len(weight), dtype=dtype)
     rows = steps.weight_rows(weight.permute(0, 3, 1, 2))
     operand = _flat(x, window)
-    return steps.product.conv2d(
-        operand, window, rows, x_steps.contiguous(), None, weight_steps.contiguous(), None, bias, None, None, out
-    )
+    return steps.product.conv2d(operand, window, rows, x_steps, None, weight_steps, None, bias, None, None, out)
 
 
 def _flat(x: Tensor, window: Window) -> Tensor:

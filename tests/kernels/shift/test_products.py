@@ -100,6 +100,15 @@ def test_the_gradient_by_the_weight_in_triton(case, most, monkeypatch):
     assert torch.equal(weight_gradient.weight_gradient(gradient, x, window).double(), given.grad)
 
 
+@pytest.mark.parametrize("case", ["3x3", "tokens"])
+def test_steps_of_an_expanded_tensor(kernel, case):
+    x, weight, _, geometry = operands(case, kernel)
+    steps, outputs = torch.full((1,), 0.5, device=kernel), torch.full((1,), 3.0, device=kernel)
+    steps, outputs = steps.expand(len(x)), outputs.expand(len(weight))
+    y = products.shift_conv2d(x, weight, steps, outputs, None, *geometry, torch.float32)
+    torch.testing.assert_close(y.double(), conv(x, weight, geometry) * 1.5, rtol=1e-6, atol=0)
+
+
 def test_codes_at_their_ends_do_not_overflow():
     x = torch.full((2, 1, 300, 16), -127, dtype=torch.int8)
     weight = torch.full((8, 1, 1, 16), -127, dtype=torch.int8)

@@ -37,7 +37,7 @@ def _asm(high: bool, kind: str, above: int, one: int, less: int) -> tl.constexpr
 _BF16 = "bf16x2", 0x43004300, 0x3F803F80, 0xC300C300
 _FP16 = "f16x2", 0x64006400, 0x3C003C00, 0xE400E400
 _LOW_BF16, _HIGH_BF16, _LOW_FP16, _HIGH_FP16 = (
-    _asm(high, *type) for type in (_BF16, _FP16) for high in (False, True)
+    _asm(high, *numbers) for numbers in (_BF16, _FP16) for high in (False, True)
 )
 
 

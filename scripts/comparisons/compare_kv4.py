@@ -205,6 +205,7 @@ def header(columns: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--smoothing", nargs="+", choices=SMOOTHING, default=list(SMOOTHING))
     parser.add_argument("--outlier", type=float, default=16.0, help="how much larger the planted channels are")
     parser.add_argument("--method", default="qoq", help="recipe of the 4-bit weights, e.g. rtn")
     parser.add_argument("--rounding", default="gptq", help="of the 4-bit weights")
@@ -217,7 +218,7 @@ def main() -> None:
     done = {(row["model"], row["seed"], row["smoothing"]) for row in results}
     todo = [(name, seed) for name in args.models for seed in range(args.num_models)]
     for name, seed in progress_bar(todo, desc="kv4", unit="model"):
-        missing = [one for one in SMOOTHING if (name, seed, one) not in done]
+        missing = [one for one in args.smoothing if (name, seed, one) not in done]
         bench = Bench(args, name, seed) if missing else None
         for smoothing in missing:
             results.add({"model": name, "seed": seed, "smoothing": smoothing, **bench.measure(smoothing)})

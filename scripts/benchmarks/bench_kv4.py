@@ -14,7 +14,8 @@ over replays of a CUDA graph on operands that no cache holds; the candidates of 
 
 Shapes are layers of SDXL, PixArt and Wan. "pixart, padded" has the mask of a prompt of 100 tokens, as diffusers makes
 it. "error" is the distance of the kernel's first rows to the formula, beside what sdpa's are from float32 on the same
-keys and values. --tune first searches settings for these shapes, for so many seconds, and records them where kernels
+keys and values. "us of storing": what it takes to round keys and values once for a prompt, launch by launch, as
+`ptq4dm.cached_text` does it and to the nearest. --tune first searches settings for these shapes, for so many seconds, and records them where kernels
 look; the file goes to --output as well.
 """
 
@@ -36,6 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
 from conditions import commit  # noqa: E402
 
+from ptq4dm.caching.four_bits import keys_in_4_bits, values_in_4_bits  # noqa: E402
 from ptq4dm.cli.tune import check_gpu, tune  # noqa: E402
 from ptq4dm.errors import UserError, run  # noqa: E402
 from ptq4dm.kernels.attention import reference  # noqa: E402
@@ -43,7 +45,7 @@ from ptq4dm.kernels.attention.layer import kv4_attention  # noqa: E402
 from ptq4dm.kernels.formats.kv4 import KV4, dequantize_kv4, quantize_kv4  # noqa: E402
 from ptq4dm.kernels.runtime.settings import best_config, tuned_file  # noqa: E402
 from ptq4dm.kernels.tuning.launches_attention import AttentionLaunch, operands, sets_of  # noqa: E402
-from ptq4dm.kernels.tuning.stopwatch import race  # noqa: E402
+from ptq4dm.kernels.tuning.stopwatch import launched, race  # noqa: E402
 
 SHAPES = {  # of one picture with guidance
     "sdxl, 64 x 64": AttentionLaunch(2, 10, 4096, 77, 64),
@@ -51,6 +53,10 @@ SHAPES = {  # of one picture with guidance
     "pixart": AttentionLaunch(2, 16, 4096, 300, 72),
     "pixart, padded": AttentionLaunch(2, 16, 4096, 300, 72),
     "wan": AttentionLaunch(2, 40, 8190, 512, 128),
+}
+STORES = {
+    "cached_text": lambda one: (keys_in_4_bits(one.floats[0]), values_in_4_bits(one.floats[1])),
+    "nearest": lambda one: [quantize_kv4(x) for x in one.floats],
 }
 WORDS, CHECKED = 100, 64  # of a padded prompt; rows that are compared with the formula
 
@@ -114,6 +120,9 @@ def measure(launch: AttentionLaunch, padded: bool) -> dict:
         "ratio to sdpa": {name: round(times["sdpa"] / spent, 3) for name, spent in times.items()},
         "TFLOP/s": {name: round(operations / spent / 1e6, 1) for name, spent in times.items()},
         "error": errors,
+        "us of storing": {
+            name: round(launched(functools.partial(store, sets[0])), 1) for name, store in STORES.items()
+        },
         "bytes of keys and values": {
             "sdpa": sum(one.numel() * 2 for one in sets[0].floats),
             "kv4": sum(part.numel() * part.element_size() for one in sets[0].codes for part in one),

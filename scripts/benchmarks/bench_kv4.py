@@ -1,6 +1,6 @@
 """Time attention on a text's 4-bit keys and values against torch's on 16-bit ones, in one run.
 
-    python scripts/benchmarks/bench_kv4.py [--tune SECONDS] [--shapes sdxl pixart ...] [--images 1 4]
+    python scripts/benchmarks/bench_kv4.py [--tune SECONDS] [--shapes sdxl-4096 pixart ...] [--images 1 4]
         [--output out/bench-kv4]
 
 One JSON line for each shape and number of images, each with and without a prompt (guidance): microseconds and ratios
@@ -12,11 +12,11 @@ over replays of a CUDA graph on operands that no cache holds; the candidates of 
                         that torch.compile makes; 16-bit copies of them are in memory while it runs
     kv4                 the kernel on the 4-bit ones (kernels/attention)
 
-Shapes are layers of SDXL, PixArt and Wan. "pixart, padded" has the mask of a prompt of 100 tokens, as diffusers makes
+Shapes are layers of SDXL, PixArt and Wan. "pixart-padded" has the mask of a prompt of 100 tokens, as diffusers makes
 it. "error" is the distance of the kernel's first rows to the formula, beside what sdpa's are from float32 on the same
 keys and values. "us of storing": what it takes to round keys and values once for a prompt, launch by launch, as
-`ptq4dm.cached_text` does it and to the nearest. --tune first searches settings for these shapes, for so many seconds, and records them where kernels
-look; the file goes to --output as well.
+`ptq4dm.cached_text` does it and to the nearest. --tune first searches settings for these shapes, for so many seconds,
+and records them where kernels look; the file goes to --output as well.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from ptq4dm.kernels.tuning.launches_attention import AttentionLaunch, operands, 
 from ptq4dm.kernels.tuning.stopwatch import launched, race  # noqa: E402
 
 SHAPES = {  # of one picture with guidance
-    "sdxl, 64 x 64": AttentionLaunch(2, 10, 4096, 77, 64),
-    "sdxl, 32 x 32": AttentionLaunch(2, 20, 1024, 77, 64),
+    "sdxl-4096": AttentionLaunch(2, 10, 4096, 77, 64),
+    "sdxl-1024": AttentionLaunch(2, 20, 1024, 77, 64),
     "pixart": AttentionLaunch(2, 16, 4096, 300, 72),
-    "pixart, padded": AttentionLaunch(2, 16, 4096, 300, 72),
+    "pixart-padded": AttentionLaunch(2, 16, 4096, 300, 72),
     "wan": AttentionLaunch(2, 40, 8190, 512, 128),
 }
 STORES = {
@@ -113,6 +113,7 @@ def measure(launch: AttentionLaunch, padded: bool) -> dict:
 
     candidates = {"sdpa": Set.on_floats, "unpacked, sdpa": made_each_time, "kv4": Set.kv4}
     errors = checked(sets[0], launch.width)
+    storing = {name: launched(functools.partial(store, sets[0])) for name, store in STORES.items()}
     times = race({name: [functools.partial(call, one) for one in sets] for name, call in candidates.items()}, 7)
     operations = 4 * launch.batch * launch.heads * launch.rows * launch.tokens * launch.width
     return {

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 
 import ptq4dm
-from models import tiny_dit_pipe
+from models import pixel_dit
 from ptq4dm.errors import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
@@ -18,11 +19,17 @@ SMALL += ["--permuted", "1", "--points", "2", "--steps", "2", "--threads", "1", 
 SMALL += ["--output", "ohq.json"]
 
 
+def tiny(*_):
+    pipe = ptq4dm.PixelDiTPipeline(transformer=pixel_dit(), scheduler=DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def compare(tmp_path, monkeypatch, one_thread):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ptq4dm, "load_pipeline", lambda *_: tiny_dit_pipe())
+    monkeypatch.setattr(ptq4dm, "load_pipeline", tiny)
     return importlib.import_module("compare_ohq")
 
 

@@ -32,6 +32,7 @@ from .serving import (
     of_eight_bits,
     sign_planes,
     two_widths,
+    two_widths_in_sums,
     unpacked,
     whole_numbers,
 )
@@ -120,6 +121,10 @@ KERNELS: list[Kernel] = [
     Kernel(
         integer.CHANNEL, "plain 4-bit weights, one scale a row, widened in the product",
         whole_numbers(integer.CHANNEL),
+    ),
+    Kernel(
+        integer.ROW_MIX, "rows of 4 bits and of 8, as two of 4, in groups: scales after the sums of a group",
+        two_widths_in_sums,
     ),
     Kernel(
         integer.GROUPED, "plain 4-bit weights with zero points in groups, scales after the sums of a group",

@@ -57,6 +57,13 @@ def two_widths(product: str) -> Callable[[Query], bool]:
     return serves
 
 
+def two_widths_in_sums(query: Query) -> bool:
+    """Whether sums of groups of rows of both widths are whole numbers, and scaled after."""
+    asked = (query.weight, query.activation) == ("row-mix", "int8") and query.group_size
+    fits = query.linear and query.groups == 1 and not query.static
+    return bool(asked and fits and integer.serves(query.device))
+
+
 def _plain(query: Query) -> bool:
     return query.weight == "int4" and query.activation == "int8" and not query.branch
 

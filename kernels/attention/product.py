@@ -92,8 +92,10 @@ def _kv4_attention_kernel(
     tl.store(y_ptrs + HALF, ((y_upper + low_sum[:, None]) * inverse[:, None]).to(dtype), mask=in_upper)
 
 
-def attention(q: Tensor, key: KV4, value: KV4, mask: Tensor | None, scale: float) -> Tensor:
-    """As the op of layer.py, whose checks were made; a mask is float here."""
+def attention(
+    q: Tensor, key: KV4, value: KV4, mask: Tensor | None, scale: float, config: dict | None = None
+) -> Tensor:
+    """As the op of layer.py, whose checks were made; a mask is float here. config: not the usual settings."""
     batch, heads, rows, width = q.shape
     if q.stride(-1) != 1:
         q = q.contiguous()
@@ -103,7 +105,7 @@ def attention(q: Tensor, key: KV4, value: KV4, mask: Tensor | None, scale: float
         if mask is not None:
             strides = tuple(0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
         tokens = key.codes.shape[-2]
-        config = best_config("kv4.attention", q.device, rows, tokens, width)
+        config = config or best_config("kv4.attention", q.device, rows, tokens, width)
         launch = _plan(config, q.dtype.itemsize, batch, heads, rows, tokens, width, q.stride()[:3], strides, scale)
         launch(q, *(part.contiguous() for part in (*key, *value)), mask, y)
     return y.transpose(1, 2)

@@ -31,6 +31,7 @@ from .options import (
     add_model,
     add_sampler,
     calibration_of,
+    check_kept,
     conditioning_of,
     fitting,
     load,
@@ -141,6 +142,8 @@ def _quantize(
     if args.plot:
         picture_place(args.plot)
     store = CalibrationStore.load(args.calibration) if args.calibration else None
+    if store is not None:
+        check_kept(args, store, {name for one in recipes.values() for name in options_of(type(one))})
     pipe = load(args, args.model)
     model = component_of(pipe, args.component)
     calibrated = () if store is None else store.components

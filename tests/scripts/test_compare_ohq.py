@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler
 
 import ptq4dm
@@ -96,3 +99,48 @@ def test_held_out_errors_are_those_of_the_mixed_model(compare):
 def test_numbers_that_measure_nothing_are_refused(compare, words, message):
     with pytest.raises(UserError, match=message):
         compare.main([*SMALL, *words])
+
+
+def test_plans_are_predicted_from_layers_by_themselves(compare, monkeypatch):
+    """On a GPU, where graphs tell the time; here all of them take the same, so that no format adds anything."""
+    from ohq_bench.steps import by_themselves, mixtures, step_times
+    from ohq_bench.subject import subject_of
+
+    from ptq4dm.budgets import graphs
+    from ptq4dm.budgets.costs import costs
+    from ptq4dm.budgets.masking import Sensitivity
+    from ptq4dm.budgets.measure import table_of, timed_call_of
+    from ptq4dm.kernels.tuning import stopwatch
+
+    class Graph:
+        def __init__(self, calls):
+            self.calls = [call() for call in calls]
+
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            return 10.0 * len(self.calls)
+
+    monkeypatch.setattr(stopwatch, "graph_of", lambda calls, pool=None: (Graph(calls), None))
+    monkeypatch.setattr(stopwatch, "elapsed", lambda replay: replay())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    args = compare.arguments().parse_args(SMALL)
+    args.error_batch = 2
+    subject = subject_of(args, "cpu", "float32", 2, 2)
+    formats = {"keep": {}, **subject.formats}
+    call = timed_call_of(subject.model, subject.calls, 2)
+    found = costs(subject.model, call, formats, 1, "")
+    errors = {name: {label: 1.0 for label in subject.formats} for name in subject.names}
+    table = table_of(subject.model, subject.views, subject.candidates, subject.calls, found, Sensitivity(errors))
+    plans = mixtures(table, 2)
+    steps = graphs.time_steps(subject.model, call, formats, 2)
+    assert {label: figure.median for label, figure in steps.items()} == pytest.approx(dict.fromkeys(formats, 10.0))
+    times = step_times(subject, table, plans, args, time.perf_counter)
+    told = by_themselves(subject, table, plans, times, args)
+    measured = {one["plan"]: one["measured"] for one in times}
+    for way in ("cold", "warm"):
+        assert told[way] == pytest.approx({plan: 1 / measured[plan] for plan in plans})
+    rows = [row for kind in told["added"].values() for row in kind.values()]
+    assert len(rows) >= 6 and all(row["cold"] == row["warm"] == pytest.approx(0) for row in rows)
+    assert all("in place" in row for row in rows)

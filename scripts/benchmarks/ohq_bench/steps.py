@@ -92,11 +92,12 @@ def by_themselves(subject: Subject, table: Table, plans: dict, times: list[dict]
         with torch.cuda.device(device), evaluation_mode(model):
             figures = alone(model, call, formats, kinds, words, args.rounds, cold)
         more = np.zeros_like(table.times)
+        first = {kind: name for name, kind in reversed(list(kinds.items()))}  # it stands for all of its kind
         for name, kind in kinds.items():
             for column, label in enumerate(table.labels):
-                one = figures[entry(kind, words[label][name])].median - figures[entry(kind, KEEP)].median
+                one = figures[entry(kind, words[label][first[kind]])].median - figures[entry(kind, KEEP)].median
                 more[numbers[name], column] = one
-                if column:
+                if column and table.allowed[numbers[name], column]:
                     row = added[kind].setdefault(label, {})
                     row[way] = one
                     row["in place"] = float(table.times[numbers[name], column] - table.times[numbers[name], 0])

@@ -53,11 +53,6 @@ def _check_idle(config: Any) -> None:
             f"nothing looks at what blocks are fed where rounding='{config.rounding}', so that prefix would change "
             "nothing; leave it out, or take rounding='gptq'."
         )
-    if config.num_tuples != type(config).num_tuples and not config.looks:
-        raise UserError(
-            f"nothing looks at calibration tuples where rounding is '{config.rounding}' and ranges are "
-            f"'{config.ranges()[0]}', so that num_tuples would change nothing; leave it out."
-        )
 
 
 def _check_rounding(config: Any) -> None:

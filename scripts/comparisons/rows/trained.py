@@ -36,10 +36,12 @@ def trained_blocks() -> list[Row]:
 def _trained(name: str, options: dict) -> list[Row]:
     """A method that trains blocks, what it trains taken apart, and as many flips elsewhere."""
     recipe = partial(GradPTQConfig, **options)
-    shared = partial(PTQ4DMConfig, **{"weight_bits": 4, "objective": "mse"} | options)
+    shared = {"weight_bits": 4, "num_tuples": 256, "objective": "mse"} | options
     return [
-        Row(f"nearest as {name}", "baseline", partial(shared, rounding="nearest"), name),
-        Row(f"gptq as {name}", "baseline", partial(shared, rounding="gptq", num_tuples=256), name),
+        *(
+            Row(f"{rounding} as {name}", "baseline", partial(PTQ4DMConfig, rounding=rounding, **shared), name)
+            for rounding in ("nearest", "gptq")
+        ),
         Row(name, "method", recipe),
         Row(f"{name}, each layer by itself", "ablation", partial(recipe, unit="layer"), name),
         Row(f"{name}, begun at nearest", "ablation", partial(recipe, start="nearest", learning_rate=1e-2), name),

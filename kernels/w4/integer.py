@@ -48,11 +48,13 @@ known_to_serve = remembered(serves)  # not where torch.compile traces: it warns 
 
 
 @remembered
-def _room(m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales: bool, w8: bool) -> Workspace:
+def _room(
+    m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales: bool, w8: bool, mixed: bool = False
+) -> Workspace:
     """Room for tokens, with their sums or not; for tables of factors and of scales; and for int8 weights."""
     wide = -(-k // GROUP) * GROUP
     tokens = [((m, wide), torch.int8), ((m,), FLOAT), ((m if sums else 0,), INT32)]
-    tables = [((groups if factors else 0, n), INT32), ((groups if scales else 0, n), FLOAT)]
+    tables = [((groups + mixed if factors else 0, n), INT32), ((groups if scales else 0, n), FLOAT)]
     return Workspace(*tokens, *tables, ((n if w8 else 0, wide), torch.int8))
 
 
@@ -88,11 +90,13 @@ def _scaled_sums(x, qweight, wscales, wzeros, places, bias, config: dict | None)
     x = _rows(x)
     (m, k), (n, groups) = x.shape, wscales.shape
     config = config or best_config("grouped.product", x.device, m, n, k)
-    codes, scale, _, factors, scales, _ = _room(m, n, k, groups, False, wzeros is not None, True, False).take(x)
+    mixed = places is not None
+    pieces = _room(m, n, k, groups, False, mixed or wzeros is not None, True, False, mixed).take(x)
+    codes, scale, _, factors, scales, _ = pieces
     qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
-    tables = (None if wzeros is None else factors), scales
+    tables = (factors if mixed or wzeros is not None else None), scales
     out = x.new_empty(m, n)
-    zeroed = None if wzeros is None else len(wzeros)
+    zeroed = 2 * n - len(qweight) if mixed else None
     tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (n, groups), zeroed)
     product_grouped.product((codes, scale), qweight, tables, places, bias, out, k // groups, config)
     return out

@@ -120,7 +120,7 @@ def products(one: Set) -> dict:
     plain = torch.empty_like(factors)
     tokens_triton.prepare(one.x, tokens, None, zeros, one.grouped[1], (plain, scales), (n, k // SIZE))
     mixed, mixed_scales, few, places, _ = one.row_mix
-    tables = torch.empty_like(factors), torch.empty_like(scales)
+    tables = new(k // SIZE + 1, n, dtype=torch.int32), torch.empty_like(scales)
     tokens_triton.prepare(one.x, tokens, None, few, mixed_scales, tables, (n, k // SIZE), len(few))
     codes, scale, *_ = one.int8
     layer = steps.Parameters(codes, scale, bias, tokens[1], None)

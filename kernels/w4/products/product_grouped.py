@@ -44,13 +44,13 @@ def _mixed_place(tile, M, N, wide, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.
 
 
 @triton.jit
-def _offset(factors_ptr, g, columns, N, low, MIXED: tl.constexpr):
-    """a of a group, int32 [BN, 1, 1]; without zero points the same everywhere. Low halves have the zero point -8."""
+def _offset(factors_ptr, g, columns, N):
+    """a of a group, int32 [BN, 1, 1]; without zero points the same everywhere."""
     if factors_ptr is None:
         offset = tl.full((columns.shape[0], 1, 1), 120, tl.int32)
     else:
         offset = tl.load(factors_ptr + g * N + columns, mask=columns < N, other=0)[:, None, None] >> 8
-    return offset + 8 * low if MIXED else offset
+    return offset
 
 
 @triton.jit
@@ -68,7 +68,8 @@ def _sums(
     MIXED: tl.constexpr,
 ):  # fmt: skip
     """Scaled sums float32 [BN, BM] of a tile. MIXED: halves is 1 in a tile of wide rows, whose low halves lie `wide`
-    rows below the high ones."""
+    rows below the high ones. Their offset is a row of the table, and no number that is added here: that would keep
+    Triton from unpacking where the product reads, in registers."""
     columns = left + tl.arange(0, BN)
     rows = N + wide if MIXED else N
     y = tl.zeros((BN, BM), tl.float32)
@@ -81,7 +82,7 @@ def _sums(
             for half in tl.static_range(2):
                 g = tl.minimum(2 * pair + half, groups - 1)  # past the last group inputs are 0
                 x = token_rows(x_ptr, top, pair * 64 + 32 * half, M, K, BM, 32, TMA)
-                a = _offset(factors_ptr, g, columns, N, low, MIXED)
+                a = _offset(factors_ptr, tl.where(low == 1, groups, g) if MIXED else g, columns, N)
                 w = tl.reshape(whole(raw, None, a, half, PACKED), (BN, 32))
                 y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, factor, MIXED)
     else:
@@ -91,7 +92,7 @@ def _sums(
             factor = tl.where(low < halves, 16.0, 1.0) if MIXED else 1.0
             raw = packed_rows(w_ptr, left + low * wide, g * RUNS, rows, K // 2, BN, RUNS, TMA)
             x = token_rows(x_ptr, top, g * SIZE, M, K, BM, SIZE, TMA)
-            a = _offset(factors_ptr, g, columns, N, low, MIXED)
+            a = _offset(factors_ptr, tl.where(low == 1, groups, g) if MIXED else g, columns, N)
             w = together(whole(raw, None, a, 0, PACKED), whole(raw, None, a, 1, PACKED))
             y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, factor, MIXED)
     return y
@@ -133,8 +134,8 @@ def product(
     scales float32 [G, N], as `tokens_triton.prepare` fills them; qweight uint8 [N, K'/2]; bias [N] or None. size: 32,
     64 or 128 inputs of a group.
 
-    places int32 [N]: the output of each stored row; then w = len(qweight) - N of them, the last, have 8 bits, and
-    qweight holds high halves of all w and then their low halves.
+    places int32 [N]: the output of each stored row; then w = len(qweight) - N of them, the last, have 8 bits,
+    qweight holds high halves of all w and then their low halves, and factors are [G + 1, N].
 
     config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """

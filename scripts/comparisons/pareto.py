@@ -3,11 +3,14 @@
     python scripts/comparisons/pareto.py --output assets/pictures/pareto.png
 
 Reads scripts/results alone: methods-*.json, ohq-*.json and, where it is there, methods-times-*.json, rows whose
-steps were timed one by one on a quiet machine:
+steps were timed one by one on a quiet machine (one of each format, so that few are trained or searched for):
 
-    taskset -c 0,1 python scripts/comparisons/compare_methods.py --device cpu --model unet-cifar10 --steps 2 \\
-        --num-paired 8 --calibration-samples 8 --batch-size 8 --timed-batch 8 --kinds method baseline \\
-        --rows "RTN*" "PTQ4DM*" "SVDQuant*" "QoQ*" "MixPE*" "MixLLM*" --output out/methods-times-cpu-unet-cifar10.json
+    taskset -c 0,1 python scripts/comparisons/compare_methods.py --device cpu --model unet-cifar10 --steps 2
+        --num-paired 8 --calibration-samples 8 --batch-size 8 --timed-batch 8 --timed-steps 15
+        --rows "RTN W?A8" "RTN W8A8, dynamic" "RTN W4A8*" "PTQ4DM W4A8 per row, mse, dynamic, nearest"
+        "PTQ4DM W4A8 g64, gptq, dynamic" "PTQ4DM W4.5A8 rows, nearest" "QoQ W4A8*, every pass off" "QoQ W4A8 g128"
+        "MixPE W4A8 g128" "MixPE W4A16 g128" "SVDQuant W4A?" "MixLLM W4.4A8 g128, nearest" "LUT-GEMM q2 g128"
+        "SplitQuant W2" --output out/methods-times-cpu-unet-cifar10.json
 
 A row without a time of its own takes that of layers of the same formats: the same kernels run. The line joins methods
 and baselines that a kernel computes and no other beats. Shuffled controls are not drawn.
@@ -16,9 +19,10 @@ and baselines that a kernel computes and no other beats. Shuffled controls are n
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from pareto_points import Point, front, points_of
 from PIL import Image
@@ -41,8 +45,10 @@ NAMES = {"pdquant": "PD-Quant", "lutgemm": "LUT-GEMM"}
 TEXT, LINES, GRID = "#1f2937", "#4b5563", "#e5e7eb"
 LARGE = ("method", "baseline")
 COLOURS_OF_A_PICTURE = 224
-NEAR = 0.06  # costs of neighbours on the line whose labels are stacked
-STEP = 1.45  # between stacked labels, as a ratio of errors
+TICKS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)  # of bytes
+APART = 8  # of a number from its point, in pixels
+BESIDE = 0.45  # bytes that the names reach to
+LINE = 0.047  # of the list of names, of the axes' height
 
 
 def title(method: str) -> str:
@@ -64,20 +70,37 @@ def draw(path: Path, models: dict[str, str] = MODELS) -> dict[str, list[Point]]:
         figure = plt.figure(figsize=(11.5, 0.9 + 4.1 * len(models)))
         grid = figure.add_gridspec(1 + len(models), 2, height_ratios=[0.13, *(1 for _ in models)])
         _legend(figure.add_subplot(grid[0, :]), [point for points in found.values() for point in points])
+        numbered: list[tuple[Any, list[tuple[Point, float]]]] = []
         for row, (model, points) in enumerate(found.items(), 1):
             left = figure.add_subplot(grid[row, 0])
             right = figure.add_subplot(grid[row, 1], sharey=left)
-            where = " and ".join(dict.fromkeys(point.device for point in points if point.device))
-            _panel(left, points, lambda point: point.bytes, "stored bytes, of float16's")
-            _panel(right, points, lambda point: point.time, f"time of a step, of float32's ({where})")
+            lines = [
+                (left, _panel(left, points, lambda point: point.bytes, "stored bytes, of float16's")),
+                (right, _panel(right, points, lambda point: point.time, "time of a step, of float32's")),
+            ]
+            left.set(xscale="log", xticks=TICKS, xticklabels=map(str, TICKS), xlim=(TICKS[0] * 0.92, 1.0))
+            left.minorticks_off()
             right.axvline(1, color=LINES, lw=0.8, ls=":")
             left.set_ylabel("error of the noise prediction")
             left.set_title(models[model], loc="left", fontweight="bold", fontsize=12)
-            large = [point.error for point in points if point.kind in LARGE]
-            left.set_ylim(min(large) / 4, max(large) * 1.6)
+            left.set_ylim(*_limits(points, max(len(best) for _, best in lines)))
+            numbered += lines
+        figure.tight_layout()
+        for axes, best in numbered:  # once it is known where points lie
+            _numbers(axes, best)
         save_figure(figure, path)
     _few_colours(path)
     return found
+
+
+def _limits(points: list[Point], names: int) -> tuple[float, float]:
+    """Errors that the axes reach from and to: with room for so many names beneath what has few bytes."""
+    large = [point for point in points if point.kind in LARGE]
+    top = math.log10(max(point.error for point in large) * 1.8)
+    above = math.log10(min(point.error for point in large if point.bytes < BESIDE) / 2)
+    room = LINE * names + 0.05
+    low = min((above - room * top) / (1 - room), math.log10(min(point.error for point in large) / 3))
+    return 10**low, 10**top
 
 
 def _few_colours(path: Path) -> None:
@@ -88,8 +111,9 @@ def _few_colours(path: Path) -> None:
         few.save(temporary, format="png", optimize=True)
 
 
-def _panel(axes, points: list[Point], cost: Callable[[Point], float | None], label: str) -> None:
-    """Rows by kind: methods large, baselines square, ablations small; open where the arithmetic is simulated."""
+def _panel(axes, points: list[Point], cost: Callable[[Point], float | None], label: str) -> list[tuple[Point, float]]:
+    """Rows by kind: methods large, baselines square, ablations small; open where the arithmetic is simulated. Gives
+    what the line joins."""
     drawn = [(point, cost(point)) for point in points if cost(point) is not None and point.kind != "shuffled"]
     for point, place in sorted(drawn, key=lambda pair: pair[0].kind != "ablation"):
         colour, large = colour_of(point.method), point.kind == "method"
@@ -104,32 +128,35 @@ def _panel(axes, points: list[Point], cost: Callable[[Point], float | None], lab
             [place for _, place in best], [point.error for point, _ in best], drawstyle="steps-post", color=LINES,
             lw=1, alpha=0.7, zorder=1,
         )  # fmt: skip
-        _labels(axes, best)
     axes.set(yscale="log", xlabel=label)
     axes.grid(color=GRID, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.06, y=0.08)
+    return best
 
 
-def _labels(axes, best: list[tuple[Point, float]]) -> None:
-    """Names beneath the line, where no point is; of neighbours the first is the lowest: no leader meets a name."""
-    stacks = [[best[0]]]
-    for before, one in pairwise(best):
-        if one[1] - before[1] < NEAR:
-            stacks[-1].append(one)
-        else:
-            stacks.append([one])
-    for stack in stacks:
-        least = min(point.error for point, _ in stack)
-        for number, (point, place) in enumerate(reversed(stack)):
-            height = least * 0.68 / STEP**number
-            axes.annotate(
-                point.name, (place, point.error), (place + 0.004, height), va="center", fontsize=8,
-                color=colour_of(point.method), zorder=3,
-                bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85},
-                arrowprops={"arrowstyle": "-", "color": colour_of(point.method), "lw": 0.6, "relpos": (0, 0.5)},
-            )  # fmt: skip
+def _numbers(axes, best: list[tuple[Point, float]]) -> None:
+    """Numbers along the line, and their names beneath it, in the corner where no point can be."""
+    if not best:
+        return
+    to_points = axes.transData.transform
+    last = (-math.inf, math.inf)
+    for number, (point, place) in enumerate(best, 1):
+        x, y = to_points((place, point.error))
+        x, y = x - APART, y - APART
+        if x - last[0] < 1.5 * APART:
+            y = min(y, last[1] - 1.5 * APART)
+        last = x, y
+        axes.annotate(
+            str(number), axes.transData.inverted().transform((x, y)), fontsize=7.5, ha="center", va="center",
+            color=colour_of(point.method), fontweight="bold", zorder=6,
+        )  # fmt: skip
+    for number, (point, _) in enumerate(reversed(best)):
+        axes.text(
+            0.02, 0.03 + LINE * number, f"{len(best) - number}  {point.name}", fontsize=8, transform=axes.transAxes,
+            color=colour_of(point.method), zorder=3,
+        )  # fmt: skip
 
 
 def _legend(axes, points: list[Point]) -> None:
@@ -149,13 +176,18 @@ def _legend(axes, points: list[Point]) -> None:
     ]
     marks += [Line2D([], [], ls="", color=LINES, label=label, **style) for label, style in kinds.items()]
     axes.axis("off")
-    axes.legend(handles=marks, loc="upper center", ncols=6, frameon=False, fontsize=9)
+    axes.legend(handles=marks, loc="upper center", ncols=7, frameon=False, fontsize=9)
     untimed = {point.method for point in points} - {point.method for point in points if point.time is not None}
     notes = {
+        "times of": list(dict.fromkeys(point.device for point in points if point.device)),
         "without a measured time": sorted(title(name) for name in untimed),
         "not measured in these tables": missing(points),
     }
-    text = "; ".join(f"{what}: {', '.join(names)}" for what, names in notes.items() if names)
+    text = "; ".join(
+        f"{what}: {' and '.join(names) if what == 'times of' else ', '.join(names)}"
+        for what, names in notes.items()
+        if names
+    )
     axes.text(0.5, -0.25, text, ha="center", va="top", fontsize=8, transform=axes.transAxes)
 
 

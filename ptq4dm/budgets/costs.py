@@ -28,6 +28,8 @@ from .clocks import Clock, Figure, between, dealt, entry, kinds_of, pooled, time
 from .graphs import time_in_graphs
 from .table import KEEP
 
+WAY = 2  # how figures are made: files of another way are not read
+
 Formats = Mapping[str, Mapping[str, nn.Module]]
 
 
@@ -153,7 +155,7 @@ def _cpu() -> str:
 def file_of(device: torch.device, folder: str | os.PathLike | None = None) -> Path:
     """The file of this device's measurements, in `folder` or the user's cache."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "ptq4dm" / "costs"
-    name = f"{slug(device_words(device))}-torch-{torch.__version__}-ptq4dm-{__version__}.json"
+    name = f"{slug(device_words(device))}-torch-{torch.__version__}-ptq4dm-{__version__}-{WAY}.json"
     return Path(cache if folder is None else folder) / name
 
 

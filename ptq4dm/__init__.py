@@ -45,6 +45,8 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .quantization.recipe import QuantConfig
     from .quantization.verifying import verify
     from .svdquant import SVDQuantConfig
+    from .training.config import ShiftQuantConfig
+    from .training.train import train
 
 __all__ = [
     "CalibrationConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "QuantConfig",
     "RTNConfig",
     "SVDQuantConfig",
+    "ShiftQuantConfig",
     "SplitQuantConfig",
     "UserError",
     "cached_embeddings",
@@ -78,6 +81,7 @@ __all__ = [
     "quantize",
     "record",
     "sample",
+    "train",
     "unfuse",
     "verify",
 ]
@@ -101,6 +105,7 @@ __getattr__, __dir__ = lazy_names(
         "QuantConfig": "quantization.recipe",
         "RTNConfig": "methods.rtn",
         "SVDQuantConfig": "svdquant.method",
+        "ShiftQuantConfig": "training.config",
         "SplitQuantConfig": "methods.splitquant",
         "cached_embeddings": "caching.cached_embeddings",
         "cached_text": "caching.cached_text",
@@ -114,6 +119,7 @@ __getattr__, __dir__ = lazy_names(
         "quantize": "quantization.quantize",
         "record": "calibration.record",
         "sample": "pipelines.sampling",
+        "train": "training.train",
         "unfuse": "layers.fuse",
         "verify": "quantization.verifying",
     },
@@ -132,6 +138,7 @@ __getattr__, __dir__ = lazy_names(
         "seams",
         "samplers",
         "svdquant",
+        "training",
     ),
     first=registry.load_late,
 )

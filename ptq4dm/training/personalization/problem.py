@@ -73,9 +73,10 @@ class Problem:
         most = self.config.forward_batch or len(u)
         parts = [slice(start, start + most) for start in range(0, len(u), most)]
         with torch.no_grad():
-            return torch.cat([self._losses(u[rows], images[rows], t[rows], noise[rows]) for rows in parts])
+            return torch.cat([self.errors(u[rows], images[rows], t[rows], noise[rows]) for rows in parts])
 
-    def _losses(self, u: Tensor, images: list[int], t: Tensor, noise: Tensor) -> Tensor:
+    def errors(self, u: Tensor, images: list[int], t: Tensor, noise: Tensor) -> Tensor:
+        """The same in one forward pass, with gradients where they are enabled."""
         x = self.images[images]
         with self.target.tables.given(u):
             predicted = self.target.predict(self.schedule.noisy(x, noise, t), t, images)

@@ -4,11 +4,11 @@
     python scripts/training/compare_zoodip.py --output out/zoodip.jsonl --report
 
 The row of one class of the embedded DiT is forgotten: it starts as the mean of the other classes' rows, and is
-learned from --images pictures of that class. Measured on pictures that were not learned from, with noise of their own and
-timesteps over the whole schedule: the loss, and its drop from the start as a share of the drop that back-propagation
-through the float32 model reaches with the same pictures; and how many of --samples pictures of the new class the
-embedded classifier takes for it. A row of results is a line of JSON, and what is there is not measured again; several
-processes may write one file, each its --share.
+learned from --images pictures of that class. Measured on pictures that were not learned from, with noise of their own
+and timesteps over the whole schedule: the loss, and its drop from the start as a share of the drop that
+back-propagation through the float32 model reaches with the same pictures; and how many of --samples pictures of the
+new class the embedded classifier takes for it. A row of results is a line of JSON, and what is there is not measured
+again; several processes may write one file, each its --share.
 
     MODEL start, MODEL own row             before, and with the row that the model was trained with
     float32 back-propagation SEED          the ceiling: Adam on gradients

@@ -37,7 +37,7 @@ def save_embedding(path: Path, target: Target, u: Tensor) -> None:
         names = [target.facts["token"]]
     else:
         names = [_key(table.part, len(rows)) for table in target.tables.tables]
-    header = {"format": "pt", "ptq4dm": json.dumps(target.facts, sort_keys=True)}
+    header = {"ptq4dm": json.dumps(target.facts, sort_keys=True)}  # one text: of two, safetensors has no fixed order
     with replacing(path) as temporary:
         save_file(dict(zip(names, rows, strict=True)), temporary, metadata=header)
 

@@ -7,11 +7,9 @@ learned_embeds.safetensors    the result (class_row.safetensors): written with e
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
 @dataclass(frozen=True)
 class Personalized:
-    """path: of the embedding's file. log: {"step", "loss", "steps_per_second"} from step 0 on, of the fixed rows."""
+    """path: of the embedding's file. log: {"step", "loss"} from step 0 on, on the fixed rows."""
 
     path: Path
     log: list[dict]
@@ -77,19 +75,15 @@ def tune(problem: Problem, folder: Path, identity: dict, resume: bool) -> Person
     if resume and lying_in(folder):  # one that was stopped before its first checkpoint starts anew
         state, log = _resumed(problem, folder / CHECKPOINT, identity)
     fixed, result = problem.fixed(), folder / NAMES[target.facts["kind"]]
-    clock, since = time.monotonic(), state.step
 
     def note() -> float:
-        nonlocal clock, since
         loss = float(problem.fixed_loss(chosen(state, config), fixed))
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss came to NaN or infinity by step {state.step}; start anew with a smaller learning_rate or "
                 "perturbation, or load the model in a wider dtype."
             )
-        speed = (state.step - since) / max(time.monotonic() - clock, 1e-9)
-        log.append({"step": state.step, "loss": loss} | ({"steps_per_second": round(speed, 2)} if speed else {}))
-        clock, since = time.monotonic(), state.step
+        log.append({"step": state.step, "loss": loss})
         return loss
 
     def save() -> None:
@@ -97,12 +91,11 @@ def tune(problem: Problem, folder: Path, identity: dict, resume: bool) -> Person
         save_checkpoint(folder / CHECKPOINT, {}, {}, progress, identity, state.tensors())
         save_embedding(result, target, chosen(state, config))
         with replacing(folder / LOG) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in log), encoding="utf-8")
 
     if not log:
         note()
-    saved = copy.copy(state.step) if resume else None
-    first = log[0]["loss"]
+    saved, first = None, log[0]["loss"]
     with progress_bar(
         initial=state.step, total=max(config.steps, state.step), desc="personalize", unit="step"
     ) as bar:
@@ -114,7 +107,7 @@ def tune(problem: Problem, folder: Path, identity: dict, resume: bool) -> Person
             if state.step % config.checkpoint_every == 0:
                 save()
                 saved = state.step
-    if saved != state.step or not result.is_file():
+    if saved != state.step:  # a run killed between two files of a checkpoint writes both again
         save()
     return Personalized(result, log)
 

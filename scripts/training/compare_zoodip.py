@@ -3,12 +3,12 @@
     python scripts/training/compare_zoodip.py --data cifar10-jpeg.tar.xz --output out/zoodip.jsonl --device cuda
     python scripts/training/compare_zoodip.py --output out/zoodip.jsonl --report
 
-The row of one class of the embedded DiT is forgotten: it starts as the mean of the other classes' rows, and is
-learned from --images pictures of that class. Measured on pictures that were not learned from, with noise of their own
-and timesteps over the whole schedule: the loss, and its drop from the start as a share of the drop that
-back-propagation through the float32 model reaches with the same pictures; and how many of --samples pictures of the
-new class the embedded classifier takes for it. A row of results is a line of JSON, and what is there is not measured
-again; several processes may write one file, each its --share.
+The row of one class of the embedded DiT is forgotten: it starts as the mean of the other classes' rows, or with --init
+as another class, and is learned from --images pictures of that class. Measured on pictures that were not learned from,
+with noise of their own and timesteps over the whole schedule: the loss, and its drop from the start as a share of the
+drop that back-propagation through the float32 model reaches with the same pictures; and how many of --samples pictures
+of the new class the embedded classifier takes for it. A row of results is a line of JSON, and what is there is not
+measured again; several processes may write one file, each its --share.
 
     MODEL start, MODEL own row             before, and with the row that the model was trained with
     float32 back-propagation SEED          the ceiling: Adam on gradients
@@ -65,6 +65,7 @@ ARMS = {
     "shuffled": {},
 }
 BACK = "back-propagation"
+SETTINGS = ARMS | {BACK: {"times": WHOLE}}
 FREE = ("data", "output", "rows", "share", "device", "report")  # what decides no figure
 
 
@@ -105,7 +106,7 @@ class Bench:
             learning_rate=args.learning_rate,
             **settings,
         )
-        return Problem(class_target(self.pipe, self.label), self.learned, self.schedule, config)
+        return Problem(class_target(self.pipe, self.label, args.init), self.learned, self.schedule, config)
 
     def losses(self, u: torch.Tensor) -> torch.Tensor:
         """[number], float32, on the CPU, of held-out pictures."""
@@ -178,7 +179,7 @@ def measure(bench: Bench, model: str, arm: str, seed: int) -> dict:
     elif arm == "own row":
         u = bench.own_row(start)
     elif arm == BACK:
-        u = back_propagated(bench.problem(seed, times=WHOLE), args.back_steps, args.back_lr)
+        u = back_propagated(bench.problem(seed, **SETTINGS[BACK]), args.back_steps, args.back_lr)
     else:
         u = tuned(bench.problem(seed, **ARMS[arm]), arm)
     settled(bench.device)
@@ -231,19 +232,18 @@ def memory(bench: Bench, model: str) -> dict:
         if model == "float32":
             works[BACK] = partial(back_propagated, problem, 1, 0.01)
         for what, work in works.items():
-            found[f"{name}: {what}"] = measured(work, bench.device)
+            found[f"{name}: {what}"] = measured(work, bench.device, bench.args.timed_seconds)
     return found
 
 
-def measured(work, device: torch.device) -> dict:
-    """{"peak_bytes", "per_second"}; bytes on a GPU only."""
-    for _ in range(3):
-        work()
+def measured(work, device: torch.device, least: float) -> dict:
+    """{"peak_bytes", "per_second"} over so many seconds; bytes on a GPU only."""
+    work()
     settled(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begun, count = time.monotonic(), 0
-    while count < 3 or time.monotonic() - begun < 2:
+    while count < 1 or time.monotonic() - begun < least:
         work()
         settled(device)
         count += 1
@@ -281,6 +281,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="of what is not packed; float32")
     parser.add_argument("--class-name", default="horse", choices=CLASSES)
+    parser.add_argument("--init", default="mean", help="mean of the other rows, or the number of another class")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=own.batch_size)
@@ -292,6 +293,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=256, help="pictures that the classifier looks at; 0: none")
     parser.add_argument("--sampler-steps", type=int, default=25)
     parser.add_argument("--rows-at-once", type=int, default=256)
+    parser.add_argument("--timed-seconds", type=float, default=2.0, help="of each speed in the rows of memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true", help="print the table of what is there")
@@ -324,7 +326,7 @@ def main() -> None:
             facts = memory(benches[model], model) if arm == "memory" else measure(benches[model], model, arm, seed)
         line = {"row": name, "model": model, "arm": arm, "seed": seed, **facts}
         line |= {"card": card, "torch": torch.__version__, "commit": commit(), "settings": settings}
-        line["config"] = asdict(benches[model].problem(seed, **ARMS.get(arm, {})).config)
+        line["config"] = asdict(benches[model].problem(seed, **SETTINGS.get(arm, {})).config)
         with open(args.output, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         shown = {k: v for k, v in facts.items() if k != "drop_by_time"}

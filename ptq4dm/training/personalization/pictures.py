@@ -59,7 +59,7 @@ def learned_from(pipe, pictures: Sequence[Tensor]) -> Tensor:
     if vae is None:
         if model.config.in_channels == 1:
             pixels = pixels.mean(1, keepdim=True)
-        return pixels.to(model.device)
+        return pixels.to(pipe._execution_device)
     return torch.cat([_latent(pipe, vae, one[None]) for one in pixels])
 
 

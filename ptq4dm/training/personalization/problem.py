@@ -62,8 +62,11 @@ class Problem:
         return self._placed(images, t, noise, torch.zeros(FIXED, 0, self.target.start.numel()))
 
     def _placed(self, images: list[int], t: Tensor, noise: Tensor, directions: Tensor) -> Draw:
+        """On the device. From pinned memory copies wait for nothing, so that the host runs ahead of a GPU."""
         device = self.images.device
-        return Draw(images, t.to(device), noise.to(device), directions.to(device))
+        if device.type == "cuda":
+            t, noise, directions = (one.pin_memory() for one in (t, noise, directions))
+        return Draw(images, *(one.to(device, non_blocking=True) for one in (t, noise, directions)))
 
     def losses(self, u: Tensor, images: list[int], t: Tensor, noise: Tensor) -> Tensor:
         """Mean squared errors [B], float32, of B rows: embeddings u [B, d], images, timesteps [B], noise [B, ...].

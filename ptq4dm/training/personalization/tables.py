@@ -39,10 +39,10 @@ class Tables:
     A class-conditional DiT has a table in each block; a pipeline with two text encoders has two.
     """
 
-    def __init__(self, tables: Sequence[Table]) -> None:
+    def __init__(self, tables: Sequence[Table], device: torch.device) -> None:
+        """device: of u, where the model computes; offloading may keep the tables elsewhere."""
         self.tables = list(tables)
         self.widths = [table.weight.shape[1] for table in self.tables]
-        device = self.tables[0].weight.device
         for table in self.tables:
             if not table.scale > 0:  # NaN, too
                 raise UserError(f"the embeddings '{table.name}' of {table.part} are all zero, or hold NaN.")

@@ -63,7 +63,7 @@ def class_tables(pipe, row: int) -> Tables:
     ]
     if not found:
         raise UserError(f"{type(model).__name__} looks its classes up in no table of embeddings.")
-    return Tables(found)
+    return Tables(found, pipe._execution_device)
 
 
 def token_target(pipe, token: str, init: str | None, prompts: Sequence[str] = PROMPTS) -> Target:
@@ -91,7 +91,7 @@ def token_target(pipe, token: str, init: str | None, prompts: Sequence[str] = PR
         table = encoder.get_input_embeddings()
         name = next(name for name, module in encoder.named_modules() if module is table)
         tables.append(Table(part, encoder, name, index))
-    joined = Tables(tables)
+    joined = Tables(tables, pipe._execution_device)
     start = joined.unit([table.weight[table.index] for table in tables])
     facts = {"kind": "token", "token": token, "init": init, "prompts": list(prompts)}
     return Target(joined, start, of_prompts(pipe, filled), facts)

@@ -1,7 +1,13 @@
 """Tiny pipelines to personalize: a pixel DiT of ten classes, and a text model with its own tokenizer."""
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 from models import pixel_dit
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
@@ -56,6 +62,26 @@ def text(seed=0, prediction="epsilon"):
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def text_xl():
+    """A StableDiffusionXLPipeline of the same parts, with two text encoders."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    pipe = text()
+    other = CLIPTextConfig(**pipe.text_encoder.config.to_dict() | {"hidden_size": 16, "projection_dim": 16})
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=48, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 16,
+    )  # fmt: skip
+    made = StableDiffusionXLPipeline(
+        vae=pipe.vae, text_encoder=pipe.text_encoder, text_encoder_2=CLIPTextModelWithProjection(other).eval(),
+        tokenizer=pipe.tokenizer, tokenizer_2=tokenizer(), unet=unet.eval(), scheduler=pipe.scheduler,
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def pictures(number=3, height=8, width=8, seed=0):

@@ -39,6 +39,7 @@ def of_prompts(pipe, prompts: Sequence[str]) -> Predict:
     images and timesteps. Without guidance, as a model is trained.
     """
     model = denoiser(pipe)
+    known: list[bool] = []  # whether the network's time was looked at
 
     def predict(x: Tensor, t: Tensor, images: Sequence[int]) -> Tensor:
         chosen = [prompts[k % len(prompts)] for k in images]
@@ -52,6 +53,11 @@ def of_prompts(pipe, prompts: Sequence[str]) -> Predict:
                 f"{list(x.shape[1:])}; personalization is for pipelines that denoise the latents of their VAE as "
                 "they are, without guidance at guidance_scale=1."
             )
+        if not known:
+            first, given_time = pipe.scheduler.timesteps[0], torch.as_tensor(given[time]).flatten()[0]
+            known.append(float(first) == float(given_time))
+        if not known[0]:
+            raise UserError(f"{type(pipe).__name__} tells its network other times than its scheduler has.")
         return _sample(model(**{**given, names[0]: x.to(given[names[0]].dtype), time: t}), x)
 
     return predict
@@ -69,6 +75,8 @@ def _first_call(pipe, prompts: list[str]) -> tuple[tuple, dict[str, Any]]:
     parameters = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 1}
     arguments |= {"guidance_scale": 1.0} if "guidance_scale" in parameters else {}
+    # Images are of the model's own size, which needs no bin of sizes.
+    arguments |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
     # The pipeline draws noise that nobody uses: not from the generator of the process.
     arguments |= {"generator": torch.Generator().manual_seed(0)} if "generator" in parameters else {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,13 @@ class Table:
         return self.network.get_submodule(self.name).weight.detach()
 
     @property
+    def names(self) -> list[str]:
+        """Of all modules of the network that look up in this table: T5 has two for one weight."""
+        weight = self.network.get_submodule(self.name).weight
+        embeddings = ((n, m) for n, m in self.network.named_modules() if isinstance(m, nn.Embedding))
+        return [name for name, module in embeddings if module.weight is weight]
+
+    @property
     def scale(self) -> float:
         """Root mean square of the table's numbers: the unit in which its row is tuned."""
         return float(self.weight.float().square().mean().sqrt())
@@ -42,6 +49,7 @@ class Tables:
     def __init__(self, tables: Sequence[Table], device: torch.device) -> None:
         """device: of u, where the model computes; offloading may keep the tables elsewhere."""
         self.tables = list(tables)
+        self.seen: set[int] = set()  # tables whose look-ups were looked at once
         self.widths = [table.weight.shape[1] for table in self.tables]
         for table in self.tables:
             if not table.scale > 0:  # NaN, too
@@ -67,30 +75,41 @@ class Tables:
         """In this block sample k of a batch of B finds row u[k] (of u [B, d]) where it asks for the tuned row.
 
         The tables stay as they are: what a look-up gives is changed on its way.
+
+        Raises UserError where a model looks up nothing in a table, or at the first look not one tuned row a sample.
         """
         hooks: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
-        for table, rows in zip(self.tables, self.rows(u), strict=True):
+        asked: set[int] = set()
+        for number, (table, rows) in enumerate(zip(self.tables, self.rows(u), strict=True)):
             network, found = hooks.setdefault(id(table.network), (table.network, {}))
-            found[table.name] = _replacing(table.index, rows)
+            hook = self._replacing(number, rows, asked)
+            found.update(dict.fromkeys(table.names, hook))
         with ExitStack() as stack:
             for network, found in hooks.values():
                 stack.enter_context(hooked(network, after=found))
             yield
+        if left := [table for number, table in enumerate(self.tables) if number not in asked]:
+            raise UserError(
+                f"{left[0].part} looks nothing up in its embeddings '{left[0].name}'; it cannot be tuned."
+            )
 
+    def _replacing(self, number: int, rows: Tensor, found: set[int]) -> Callable:
+        """A hook that puts rows [B, width] where the numbers [B, ...] that a table is asked for are the tuned one."""
+        table = self.tables[number]
 
-def _replacing(index: int, rows: Tensor):
-    """A hook that puts rows [B, width] where the numbers [B, ...] that a table is asked for are `index`."""
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            asked = args[0] if args else kwargs["input"]
+            here = asked == table.index
+            if asked.shape[0] != len(rows):
+                if bool(here.any()):
+                    raise UserError(f"{table.part} embeds {len(asked)} texts for {len(rows)} images.")
+                return output  # prompts of another kind, negative ones for example
+            found.add(number)
+            if number not in self.seen:  # the host waits for the answer, so not in every step
+                self.seen.add(number)
+                if not bool((here.flatten(1).sum(1) == 1).all() if here.ndim > 1 else here.all()):
+                    raise UserError(f"what is tuned is not found once in what {table.part} is given for each image.")
+            shape = (len(rows), *[1] * (asked.ndim - 1), rows.shape[1])
+            return torch.where(here[..., None], rows.to(output).view(shape), output)
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        asked = args[0] if args else kwargs["input"]
-        here = asked == index
-        if asked.shape[0] != len(rows):
-            if bool(here.any()):
-                raise UserError(
-                    f"this pipeline embeds {asked.shape[0]} prompts for {len(rows)} images; it cannot be tuned."
-                )
-            return output  # prompts of another kind, negative ones for example
-        shape = (len(rows), *[1] * (asked.ndim - 1), rows.shape[1])
-        return torch.where(here[..., None], rows.to(output).view(shape), output)
-
-    return hook
+        return hook

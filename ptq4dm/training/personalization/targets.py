@@ -103,6 +103,9 @@ def check_token(pipe, token: str) -> None:
         raise UserError(f"{type(pipe).__name__} has no text encoder of transformers; give a class row, not a token.")
     if not isinstance(token, str) or not token or token != "".join(token.split()):
         raise UserError(f"a token is one word without spaces, such as <dog>; got {token!r}.")
+    clean = getattr(pipe, "_text_preprocessing", None)
+    if clean is not None and (left := clean(token, clean_caption=True)[0]) != token:
+        raise UserError(f"{type(pipe).__name__} cleans prompts, of '{token}' '{left}' is left; give a plain word.")
     if any(token in tokenizer.get_vocab() for _, tokenizer, _ in pairs):
         raise UserError(
             f"the token '{token}' is known to this model already; give another, such as <my-{_bare(token)}>."

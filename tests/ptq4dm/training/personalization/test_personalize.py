@@ -112,6 +112,24 @@ def test_a_token_is_learned_read_by_diffusers_and_used(tmp_path):
     assert not torch.equal(found["ours", "<dog>"], found["ours", "dog"])
 
 
+def test_two_text_encoders_have_a_row_each(tmp_path):
+    pipe = personal.text_xl()
+    config = PersonalizeConfig(**SHORT | {"steps": 10, "learning_rate": 0.05})
+    done = ptq4dm.personalize(pipe, personal.pictures(3, 16, 16), config, tmp_path, token="<dog>", init="dog")
+    assert done.log[-1]["loss"] < done.log[0]["loss"]
+    rows = load_file(done.path)
+    assert {name: tuple(row.shape) for name, row in rows.items()} == {"clip_l": (32,), "clip_g": (16,)}
+    ptq4dm.load_embedding(pipe, done.path)
+    for name, encoder, words in (
+        ("clip_l", pipe.text_encoder, pipe.tokenizer),
+        ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
+    ):
+        index = words.convert_tokens_to_ids("<dog>")
+        torch.testing.assert_close(encoder.get_input_embeddings().weight[index].detach(), rows[name])
+    conditioning = {"prompt": ["a photo of <dog>"]}
+    assert ptq4dm.sample(pipe, [0], num_inference_steps=1, conditioning=conditioning).shape == (1, 3, 16, 16)
+
+
 def test_the_embedded_dit_in_8_bits(tmp_path):
     pipe = ptq4dm.load_reference("dit-cifar10")
     ptq4dm.quantize(pipe, ptq4dm.RTNConfig(activations="dynamic"))
@@ -316,6 +334,29 @@ def test_losses_that_come_to_nan_are_told(tmp_path):
         pipe.transformer.proj_out_2.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="NaN or infinity by step 0"):
         learn(tmp_path / "out", pipe)
+
+
+def test_a_token_that_a_pipeline_cleans_out_of_prompts_is_refused(tmp_path):
+    class Cleaning(type(personal.text())):
+        def _text_preprocessing(self, text, clean_caption=False):
+            return [text.strip("<>")]
+
+    pipe = personal.text()
+    pipe.__class__ = Cleaning
+    refused("of '<dog>' 'dog' is left", tmp_path, pipe, token="<dog>", init="dog")
+
+
+def test_a_pipeline_that_tells_its_network_other_times_is_refused(tmp_path):
+    class Shares(type(personal.text())):
+        def __call__(self, prompt=None, num_inference_steps=1, generator=None):
+            self.scheduler.set_timesteps(num_inference_steps)
+            words = self.encode_prompt(prompt, torch.device("cpu"), 1, False)[0]
+            return self.unet(torch.zeros(len(prompt), 4, 8, 8), self.scheduler.timesteps[0] / 1000 + 0.5, words)
+
+    pipe = personal.text()
+    pipe.__class__ = Shares
+    with pytest.raises(UserError, match="other times than its scheduler has"):
+        ptq4dm.personalize(pipe, personal.pictures(), PersonalizeConfig(**SHORT), tmp_path, token="<dog>", init="dog")
 
 
 def test_a_pipeline_whose_network_sees_other_shapes_is_refused(tmp_path):

@@ -79,6 +79,26 @@ def test_each_sample_has_its_own_row_and_the_tables_stay():
         torch.testing.assert_close(other, pipe.transformer(x, t, torch.tensor([1, 1, 1, 1])).sample)
 
 
+def test_a_table_that_is_not_looked_up_in_is_told():
+    pipe = personal.classes()
+    target = class_target(pipe, 3)
+    with pytest.raises(UserError, match="looks nothing up"), target.tables.given(target.start[None]):
+        pass
+    with pytest.raises(UserError, match="not found once"), torch.no_grad(), target.tables.given(target.start[None]):
+        pipe.transformer(normal(1, 3, 8, 8), torch.tensor([5]), torch.tensor([4]))
+
+
+def test_tables_that_share_a_weight_are_one():
+    """T5 looks up in another module than the one that it names as its embeddings."""
+    pipe = personal.text()
+    shared = pipe.text_encoder.get_input_embeddings()
+    pipe.text_encoder.other = torch.nn.Embedding(*shared.weight.shape, _weight=torch.zeros_like(shared.weight))
+    names = token_target(pipe, "<dog>", "dog").tables.tables[0].names
+    pipe.text_encoder.other.weight = shared.weight
+    assert len(names) == 1
+    assert set(token_target(pipe, "<dog>", "dog").tables.tables[0].names) == {*names, "other"}
+
+
 def test_the_start_of_a_class_is_the_mean_of_the_others_or_another_class():
     pipe = personal.classes()
     table = pipe.transformer.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight

@@ -199,6 +199,13 @@ def _mixed(product: str) -> Callable[[Query], bool]:
     return serves
 
 
+def _mixed_sums(query: Query) -> bool:
+    """Whether sums of groups of rows of both widths are whole numbers, and scaled after."""
+    asked = (query.weight, query.activation) == ("row-mix", "int8") and query.group_size
+    fits = query.linear and query.groups == 1 and not query.static
+    return bool(asked and fits and integer.serves(query.device))
+
+
 def _plain(query: Query) -> bool:
     return query.weight == "int4" and query.activation == "int8" and not query.branch
 
@@ -308,6 +315,10 @@ KERNELS: list[Kernel] = [
     Kernel(
         integer.CHANNEL, "plain 4-bit weights, one scale a row, widened in the product",
         _integer(integer.CHANNEL),
+    ),
+    Kernel(
+        integer.ROW_MIX, "rows of 4 bits and of 8, as two of 4, in groups: scales after the sums of a group",
+        _mixed_sums,
     ),
     Kernel(
         integer.GROUPED, "plain 4-bit weights with zero points in groups, scales after the sums of a group",

@@ -65,6 +65,16 @@ def quantize_activation_groups(x: Tensor, group_size: int, unsigned: bool = Fals
     return _round(groups * (1.0 / scales), low, high), scales.squeeze(-1)
 
 
+def halves(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes c int8 -> two of 4 bits in [-8, 7], high h and low l: c = 16 h + (l + 8)."""
+    return codes >> 4, (codes & 15) - 8
+
+
+def joined(high: Tensor, low: Tensor) -> Tensor:
+    """The inverse of `halves`: int8."""
+    return high * 16 + (low + 8)
+
+
 def pack_int4(codes: Tensor, group_size: int) -> Tensor:
     """codes int8 [N, K] in [-8, 7] -> uint8 [N, K / 2].
 

@@ -5,9 +5,9 @@
                                 8-bit product of them
     triton-w4a8-channel         one scale an output: the same
     triton-w4a8-grouped         scales of groups: prepare, then the product that scales the sums of groups
+    triton-w4a8-row-mix         the same with rows of 8 bits among those of 4, two nibbles a code, in one launch
     reference                   without a GPU: the formulas of progressive.py, grouped.py and row_mix.py; the truth
 
-`row_mix_through`, rows of 4 bits and others of 8 in one launch, serves no layer (ptq4dm/layers/row_mix_ops.py).
 Sums of codes are exact, and the same in all of them. Settings in tuned/: "progressive.product", for one scale an
 output too, and "grouped.product".
 """
@@ -26,16 +26,15 @@ from ..runtime.workspace import Workspace
 
 if TYPE_CHECKING:
     from . import progressive_triton, tokens_triton
-    from .products import product_grouped, product_progressive, product_row_mix, product_w4a8
+    from .products import product_grouped, product_progressive, product_w4a8
 else:
     late(
         globals(), "progressive_triton", "tokens_triton", product_grouped="products.product_grouped",
         product_progressive="products.product_progressive", product_w4a8="products.product_w4a8",
-        product_row_mix="products.product_row_mix",
     )  # fmt: skip
 
-REFERENCE, PROGRESSIVE, CHANNEL, GROUPED = (
-    "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped",
+REFERENCE, PROGRESSIVE, CHANNEL, GROUPED, ROW_MIX = (
+    "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped", "triton-w4a8-row-mix",
 )  # fmt: skip
 INT32, FLOAT = torch.int32, torch.float32
 
@@ -49,11 +48,13 @@ known_to_serve = remembered(serves)  # not where torch.compile traces: it warns 
 
 
 @remembered
-def _room(m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales: bool, w8: bool) -> Workspace:
+def _room(
+    m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales: bool, w8: bool, mixed: bool = False
+) -> Workspace:
     """Room for tokens, with their sums or not; for tables of factors and of scales; and for int8 weights."""
     wide = -(-k // GROUP) * GROUP
     tokens = [((m, wide), torch.int8), ((m,), FLOAT), ((m if sums else 0,), INT32)]
-    tables = [((groups if factors else 0, n), INT32), ((groups if scales else 0, n), FLOAT)]
+    tables = [((groups + mixed if factors else 0, n), INT32), ((groups if scales else 0, n), FLOAT)]
     return Workspace(*tokens, *tables, ((n if w8 else 0, wide), torch.int8))
 
 
@@ -73,36 +74,31 @@ def grouped_through(
     n, groups = wscales.shape
     if groups == 1:
         return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, "rows", 1, config)
-    x = _rows(x)
-    m, k = x.shape
-    config = config or best_config("grouped.product", x.device, m, n, k)
-    codes, scale, _, factors, scales, _ = _room(m, n, k, groups, False, wzeros is not None, True, False).take(x)
-    qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
-    tables = (None if wzeros is None else factors), scales
-    out = x.new_empty(m, n)
-    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (n, groups))
-    product_grouped.product((codes, scale), qweight, tables, bias, out, k // groups, config)
-    return out
+    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, config)
 
 
 def row_mix_through(
-    x: Tensor, qweight: Tensor, qweight8: Tensor, wscales: Tensor, wzeros: Tensor | None, wscales8: Tensor,
-    places: Tensor, bias: Tensor | None, config: dict | None = None,
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, bias: Tensor | None,
+    config: dict | None = None,
 ) -> Tensor:  # fmt: skip
-    """`row_mix.row_mix_grouped` of x [M, K], M, n and w above 0; config: not the usual one."""
+    """`row_mix.row_mix_grouped` of x [M, K], M and w above 0; config: not the usual one."""
+    return _scaled_sums(x, qweight, wscales, wzeros, places, bias, config)
+
+
+def _scaled_sums(x, qweight, wscales, wzeros, places, bias, config: dict | None) -> Tensor:
+    """The products whose sums of groups are whole numbers."""
     x = _rows(x)
     (m, k), (n, groups) = x.shape, wscales.shape
-    config = config or best_config("grouped.product", x.device, m, len(places), k)
-    codes, scale, _, factors, scales, _ = _room(m, n, k, groups, False, wzeros is not None, True, False).take(x)
-    qweight, qweight8, wscales, wzeros, wscales8 = (
-        _contiguous(one) for one in (qweight, qweight8, wscales, wzeros, wscales8)
-    )
-    tables = (None if wzeros is None else factors), scales
-    out = x.new_empty(m, len(places))
-    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (n, groups))
-    product_row_mix.product(
-        (codes, scale), (qweight, qweight8), tables, wscales8, places, bias, out, k // groups, config
-    )
+    config = config or best_config("grouped.product", x.device, m, n, k)
+    mixed = places is not None
+    pieces = _room(m, n, k, groups, False, mixed or wzeros is not None, True, False, mixed).take(x)
+    codes, scale, _, factors, scales, _ = pieces
+    qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
+    tables = (factors if mixed or wzeros is not None else None), scales
+    out = x.new_empty(m, n)
+    zeroed = 2 * n - len(qweight) if mixed else None
+    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (n, groups), zeroed)
+    product_grouped.product((codes, scale), qweight, tables, places, bias, out, k // groups, config)
     return out
 
 

@@ -3,6 +3,7 @@
     s_x[m] = max_k |x[m, k]| / 127  (1 for zeros),  q_x[m, k] = round(x[m, k] * (1 / s_x[m])),  S[m] = sum_k q_x[m, k]
     factors[g, n] = s1[n, g] + 256 (128 - s1[n, g] (z[n, g] + 8))        of progressive weights: words.py
     scales[g, n]  = s[n, g] in float32,  factors as above with s1 = 1    of grouped ones
+    factors[G, n] = the same with z = -8                                 low halves of 8-bit codes (row_mix.py)
 
 To the bit as tokens.py: quotients are rounded once, halves go to the even code, NaN has code 0. Codes lie in rows of
 K', K up to a multiple of 64, filled with 0. x is read once where a row fits into registers (K' up to HELD), or twice.
@@ -81,7 +82,8 @@ def _tokens(
 
 @triton.jit
 def _tables(
-    block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N, GROUPS, BN: tl.constexpr, BG: tl.constexpr
+    block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N, zeroed, GROUPS,
+    MIXED: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """BN rows and BG groups, read along groups and written along rows."""
     n = (block % tl.cdiv(N, BN) * BN + tl.arange(0, BN))[:, None]
@@ -97,23 +99,26 @@ def _tables(
         if steps_ptr is not None:
             step = tl.load(steps_ptr + source, mask=there, other=0).to(tl.int32)
         if zeros_ptr is not None:
-            zero = tl.load(zeros_ptr + source, mask=there, other=0).to(tl.int32)
+            zero = tl.load(zeros_ptr + source, mask=there & (n < zeroed), other=0).to(tl.int32)
+        if MIXED:
+            zero = tl.where(g == GROUPS, -8, zero)
+            there = (n < N) & (g <= GROUPS)
         tl.store(factors_ptr + place, step + 256 * (128 - step * (zero + 8)), mask=there)
 
 
 @triton.jit
 def _prepare_kernel(
     x_ptr, q_ptr, scale_ptr, sum_ptr, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr,
-    M, K, KP, stride_m, N, GROUPS, token_programs,
+    M, K, KP, stride_m, N, zeroed, GROUPS, token_programs,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, IN_REGISTERS: tl.constexpr, BN: tl.constexpr,
-    BG: tl.constexpr,
+    BG: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < token_programs:
         _tokens(program, x_ptr, q_ptr, scale_ptr, sum_ptr, M, K, KP, stride_m, ROWS, STEP, STEPS, IN_REGISTERS)
     else:
         block = program - token_programs
-        _tables(block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N, GROUPS, BN, BG)
+        _tables(block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, N, zeroed, GROUPS, MIXED, BN, BG)
 
 
 def packed_inputs(k: int) -> int:
@@ -123,26 +128,28 @@ def packed_inputs(k: int) -> int:
 
 def prepare(
     x: Tensor, tokens: tuple, wsteps: Tensor | None, wzeros: Tensor | None, wscales: Tensor | None, tables: tuple,
-    groups: tuple[int, int],
+    groups: tuple[int, int], zeroed: int | None = None,
 ) -> None:  # fmt: skip
     """Fill tokens (codes int8 [M, K'], scales float32 [M], sums int32 [M] or None) from x [M, K] (float of at most 32
     bits, columns contiguous), and tables (factors int32 [G, N] or None, scales float32 [G, N] or None).
 
     wsteps and wzeros int8 [N, G] or None, wscales [N, G] float; contiguous. groups: (N, G), G = 0 for no tables.
+    zeroed: of rows of two widths the narrow ones, [zeroed, G] of wzeros; those after them have none, and factors are
+    [G + 1, N].
     """
-    launch = _plan(*x.shape, x.stride(0), *groups)
+    launch = _plan(*x.shape, x.stride(0), *groups, zeroed)
     launch(x, *tokens, wsteps, wzeros, wscales, *tables)
 
 
 @remembered
-def _plan(m: int, k: int, stride: int, n: int, groups: int) -> Launch:
+def _plan(m: int, k: int, stride: int, n: int, groups: int, zeroed: int | None) -> Launch:
     kp = packed_inputs(k)
     wide = next_power_of_2(kp)
     step = min(wide, 1024 if kp % 1024 == 0 or kp > 4096 else 512)  # 16 or 8 bytes of x a thread
     rows = min(max(1, 1024 // wide), next_power_of_2(max(m, 1)))
-    programs = cdiv(m, rows)
+    programs, mixed = cdiv(m, rows), zeroed is not None
     return Launch(
-        _prepare_kernel, (programs + cdiv(n, BN) * cdiv(groups, BG),),
-        M=m, K=k, KP=kp, stride_m=stride, N=n, GROUPS=groups, token_programs=programs,
-        ROWS=rows, STEP=step, STEPS=cdiv(kp, step), IN_REGISTERS=kp <= HELD, BN=BN, BG=BG, num_warps=4,
+        _prepare_kernel, (programs + cdiv(n, BN) * cdiv(groups + mixed, BG),),
+        M=m, K=k, KP=kp, stride_m=stride, N=n, zeroed=zeroed if mixed else n, GROUPS=groups, token_programs=programs,
+        ROWS=rows, STEP=step, STEPS=cdiv(kp, step), IN_REGISTERS=kp <= HELD, BN=BN, BG=BG, MIXED=mixed, num_warps=4,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Layers whose outputs have weights of two widths, stored in 4 and in 8 bits: format "row-mix".
 
 Narrow rows are those of "int4", wide ones symmetric in 8 bits, those of "int8" where outputs have one scale: the same
-codes and scales, under the same codes of the input, so that each output is what a layer of its width gives. Rows of
-one width lie together, and an index says which outputs they are; its bytes are the layer's.
+codes and scales, under the same codes of the input, so that each output is what a layer of its width gives. A wide
+code is stored as two nibbles, c = 16 h + (l + 8), so that all of the weight is one matrix of 4 bits. Rows of one
+width lie together, and an index says which outputs they are; its bytes are the layer's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Grid
-from ..kernels.formats.int4 import unpack_int4
+from ..kernels.formats.int4 import halves
+from ..kernels.w4.row_mix import codes_of
 from ..ranges.weights import weight_grid
 from . import int4_ops, row_mix_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
@@ -82,23 +84,19 @@ class RowMixLayer(RoundedLayer):
     """What Linear and Conv2d with outputs of two widths share: n narrow and w wide ones, of K inputs in G groups.
 
     bias              [n + w] in the model's dtype, or None
-    qweight           [n, K'/2] uint8, the narrow rows as `Int4Layer` stores them
-    qweight8          [w, ...] int8, the wide rows as `W8A8Layer` stores them
-    wscales           [n, G] of the narrow rows, as `Int4Layer` has them
+    qweight           [n + 2 w, K'/2] uint8, as `Int4Layer` has it: narrow rows, high halves of wide ones, low ones
+    wscales           [n + w, G], narrow rows first, as `Int4Layer` has them
     wzeros            [n, G] int8, of the narrow rows; affine layers only
-    weight_scale      [w] float32, of the wide rows; [w, G] float16 or bfloat16 where there are groups
-    places            [n + w] int32: which output each stored row is, narrow ones first
+    places            [n + w] int32: which output each of them is
     input_scale       [] float32    static layers only
     input_zero_point  [] int32      static layers only
     """
 
     plan: RowMixPlan
-    kept = ("wscales", "weight_scale", "input_scale")
-    scales = ("wscales", "weight_scale", "input_scale")
-    qweight8: Tensor
+    kept = ("wscales", "input_scale")
+    scales = ("wscales", "input_scale")
     wscales: Tensor
     wzeros: Tensor | None
-    weight_scale: Tensor
     places: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
@@ -106,15 +104,11 @@ class RowMixLayer(RoundedLayer):
     def _allocate(self, shape: tuple[int, ...], device: torch.device | str | None) -> None:
         outputs, inputs, wide = shape[0], math.prod(shape[1:]), len(self.plan.wide)
         packed = -(-inputs // PACKED) * PACKED
-        self.qweight = frozen(outputs - wide, packed // 2, dtype=torch.uint8, device=device)
-        self.qweight8 = frozen(wide, *shape[1:], dtype=torch.int8, device=device)
+        self.qweight = frozen(outputs + wide, packed // 2, dtype=torch.uint8, device=device)
         groups = inputs // (self.plan.group_size or inputs)
-        narrow = (outputs - wide, groups)
         kind = torch.float32 if self.plan.group_size is None else torch.float16
-        self.wscales = frozen(*narrow, dtype=kind, device=device)
-        self.wzeros = frozen(*narrow, dtype=torch.int8, device=device) if self.plan.affine else None
-        scales = (wide,) if self.plan.group_size is None else (wide, groups)
-        self.weight_scale = frozen(*scales, dtype=kind, device=device)
+        self.wscales = frozen(outputs, groups, dtype=kind, device=device)
+        self.wzeros = frozen(outputs - wide, groups, dtype=torch.int8, device=device) if self.plan.affine else None
         self.places = frozen(outputs, dtype=torch.int32, device=device)
         allocate_input_grid(self, self.plan, True, device)
 
@@ -146,20 +140,18 @@ class RowMixLayer(RoundedLayer):
 
     def fill(self, codes: Tensor, grid: Grid) -> None:
         narrow, wide = (rows.to(codes.device) for rows in self.rows())
-        own, wider = (self.stored_scales(grid.scales[rows]) for rows in (narrow, wide))
+        places = torch.cat([narrow, wide])
         self.put(
-            qweight=int4_ops.packed_rows(codes[narrow]),
-            qweight8=channel_first(codes[wide], self.weight_shape),
-            wscales=own,
-            weight_scale=wider[:, 0] if self.plan.group_size is None else wider,
-            places=torch.cat([narrow, wide]).int(),
+            qweight=int4_ops.packed_rows(torch.cat([codes[narrow], *halves(codes[wide])])),
+            wscales=self.stored_scales(grid.scales[places]),
+            places=places.int(),
         )
         if grid.zeros is not None:
             self.put(wzeros=grid.zeros[narrow].to(torch.int8))
         put_input_grid(self, self.plan, codes.device)
 
     def stored_dtypes(self, name: str) -> tuple[torch.dtype, ...]:
-        grouped = name in ("wscales", "weight_scale") and self.plan.group_size is not None
+        grouped = name == "wscales" and self.plan.group_size is not None
         return (torch.float16, torch.bfloat16) if grouped else super().stored_dtypes(name)
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -176,26 +168,30 @@ class RowMixLayer(RoundedLayer):
             check_integers(tensors["wzeros"], "wzeros", -8, 7)
 
     def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
-        check_integers(tensors["qweight8"], "qweight8", -127, 127)
+        outputs, *window = self.weight_shape
+        narrow, wide = codes_of(tensors["qweight"], outputs, math.prod(window))
+        check_integers(wide, "qweight", -127, 127)
         if self.plan.weight_bits < 4:
             half = 2 ** (self.plan.weight_bits - 1)
-            codes = unpack_int4(tensors["qweight"], PACKED)
-            check_integers(codes, "qweight", -half if self.plan.affine else 1 - half, half - 1)
+            check_integers(narrow, "qweight", -half if self.plan.affine else 1 - half, half - 1)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
-        parts = (self.qweight, self.qweight8, self.wscales, self.wzeros, self.weight_scale, self.places)
+        parts = (self.qweight, self.wscales, self.wzeros, self.places)
         return self.shaped(row_mix_ops.weight_of(*parts, math.prod(self.weight_shape[1:])))
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
-        return row_mix_ops.kernel_name(self.qweight.device, self.plan.group_size)
+        plan, inputs = self.plan, math.prod(self.weight_shape[1:])
+        size = row_mix_ops.group_size(inputs, self.wscales.shape[1])
+        linear = len(self.weight_shape) == 2
+        return row_mix_ops.kernel_name(self.qweight.device, linear, size, plan.static, plan.activation_bits)
 
     @property
     def operands(self) -> tuple:
         """The arguments of the ops after x: rows of both widths, their grids and places, bias, the input's grid."""
         return (
-            self.qweight, self.qweight8, self.wscales, self.wzeros, self.weight_scale, self.places, self.bias,
+            self.qweight, self.wscales, self.wzeros, self.places, self.bias,
             self.input_scale, self.input_zero_point, self.plan.activation_bits,
         )  # fmt: skip
 
@@ -211,7 +207,8 @@ class RowMixConv2d(RowMixLayer, QuantizedConv2d):
     """Zero-padded convolution, weights of 4 and of 8 bits: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return row_mix_ops.row_mix_conv2d(input, *self.operands, self.stride, self.padding, self.dilation)
+        kernel = self.weight_shape[2:]
+        return row_mix_ops.row_mix_conv2d(input, *self.operands, kernel, self.stride, self.padding, self.dilation)
 
 
 register_format("row-mix", plan=RowMixPlan, layers={nn.Linear: RowMixLinear, nn.Conv2d: RowMixConv2d})

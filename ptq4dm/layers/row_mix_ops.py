@@ -6,13 +6,14 @@ z_w is 0 in rows of 8 bits. With one scale an output, codes of both widths are i
 that of W8A8 layers: two products on fewer rows each would quantize x twice, and putting columns of y in their places
 takes longer than a product.
 
-    unpack + triton-int8        CUDA: the rows as int8 in memory for one call, then the W8A8 kernel;
+    triton-w4a8-row-mix         CUDA, Linear, dynamic inputs, groups: rows of 4 bits, for wide ones two, in one launch
+                                that scales sums of groups and stores by the index (kernels/w4/row_mix.py)
+    unpack + triton-int8        CUDA, everything else: the rows as int8 in memory for one call, then the W8A8 kernel;
                                 scales of groups are folded into these, which rounds them (kernels/w4/int4_codes.py)
     onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
     reference                   everywhere else: the formula in float32 on dequantized weights; the truth
 
-Which one: kernels/dispatch.py. Both widths in one launch (kernels/w4/row_mix.py) take 2.4 to 2.8 times as long as
-4-bit rows alone on an H200, so no layer is served by it.
+Which one: kernels/dispatch.py.
 """
 
 from __future__ import annotations
@@ -29,27 +30,30 @@ from ..kernels.formats.grid import Grid
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.runtime.settings import remembered
+from ..kernels.w4 import integer
 from ..kernels.w4.int4_codes import int4_codes
+from ..kernels.w4.row_mix import codes_of, row_mix_grouped
 from ..kernels.w8a8 import layer as w8a8
 from . import int4_ops
-from .int4 import pixel_first
 from .int4_ops import windows
 
 
 @remembered
-def kernel_name(device: torch.device, group_size: int | None = None) -> str:
-    """The kernel that serves a layer, whatever its inputs' grid."""
-    return dispatch.find(dispatch.Query("row-mix", "int8", group_size, device=device)).name
+def kernel_name(
+    device: torch.device, linear: bool, group_size: int | None = None, static: bool = False, bits: int = 8
+) -> str:
+    """The kernel that serves a layer; group_size: inputs under one scale, None for all; bits: of its inputs."""
+    linear = linear and bits == 8  # narrower grids of inputs are for the kernels that take any grid
+    query = dispatch.Query("row-mix", "int8", group_size, device=device, static=static, linear=linear)
+    return dispatch.find(query).name
 
 
 @op
 def row_mix_linear(
     x: Tensor,
     qweight: Tensor,
-    qweight8: Tensor,
     wscales: Tensor,
     wzeros: Tensor | None,
-    weight_scale: Tensor,
     places: Tensor,
     bias: Tensor | None,
     input_scale: Tensor | None,
@@ -58,53 +62,56 @@ def row_mix_linear(
 ) -> Tensor:
     """x [..., K] float -> [..., N] in x's dtype.
 
-    qweight uint8 [n, K'/2], qweight8 int8 [w, K], wscales, wzeros, weight_scale and places int32 [N] as in
-    `RowMixLayer`; bias [N]; the input's grid as in `w8a8_linear`.
+    qweight uint8 [n + 2 w, K'/2], wscales, wzeros and places int32 [N] as in `RowMixLayer`; bias [N]; the input's
+    grid as in `w8a8_linear`.
     """
-    rows, inputs = (qweight, qweight8, wscales, wzeros, weight_scale, places), x.shape[-1]
+    rows, inputs = (qweight, wscales, wzeros, places), x.shape[-1]
     grid = (input_scale, input_zero_point, activation_bits)
+    groups = wscales.shape[1]
+    name = kernel_name(x.device, True, group_size(inputs, groups), input_scale is not None, activation_bits)
     # Where there is nothing to compute, one path says which shape nothing has.
-    name = _name(x.device, inputs, weight_scale) if x.numel() else w8a8.REFERENCE
-    if name == w8a8.REFERENCE and weight_scale.ndim == 2:
+    if groups > 1 and (name == w8a8.REFERENCE or not x.numel()):
         exact = int4_ops.rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(exact, weight_of(*rows, inputs), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(places))
+    if name == integer.ROW_MIX:
+        return row_mix_grouped(x, *rows, bias)
     return w8a8.w8a8_linear(x, *_int8(*rows, inputs), bias, *grid)
 
 
 @row_mix_linear.register_fake
-def _(x: Tensor, qweight: Tensor, qweight8: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(qweight) + len(qweight8))
+def _(x: Tensor, qweight: Tensor, wscales: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(wscales))
 
 
 @op
 def row_mix_conv2d(
     x: Tensor,
     qweight: Tensor,
-    qweight8: Tensor,
     wscales: Tensor,
     wzeros: Tensor | None,
-    weight_scale: Tensor,
     places: Tensor,
     bias: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     activation_bits: int,
+    kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """x [B, C, H, W] float -> [B, N, H', W'] channels_last in x's dtype; qweight8 is [w, C, kh, kw].
+    """x [B, C, H, W] float -> [B, N, H', W'] channels_last in x's dtype.
 
-    Zero padding; the rest as in `row_mix_linear`, with dynamic scales per sample.
+    K = kh kw C, in this order; zero padding; the rest as in `row_mix_linear`, with dynamic scales per sample.
     """
-    channels, *kernel = qweight8.shape[1:]
-    rows, inputs = (qweight, qweight8, wscales, wzeros, weight_scale, places), channels * kernel[0] * kernel[1]
+    rows, inputs = (qweight, wscales, wzeros, places), x.shape[1] * kernel[0] * kernel[1]
     grid, geometry = (
         (input_scale, input_zero_point, activation_bits),
         (list(stride), list(padding), list(dilation), 1),
     )
-    if _name(x.device, inputs, weight_scale) == w8a8.REFERENCE and weight_scale.ndim == 2:
+    groups = wscales.shape[1]
+    name = kernel_name(x.device, False, group_size(inputs, groups), input_scale is not None, activation_bits)
+    if groups > 1 and (name == w8a8.REFERENCE or not x.numel()):
         exact, weight = int4_ops.rounded(x, *grid, (1, 2, 3)), windows(weight_of(*rows, inputs), kernel)
         y = F.conv2d(exact, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -112,44 +119,44 @@ def row_mix_conv2d(
 
 
 @row_mix_conv2d.register_fake
-def _(x: Tensor, qweight: Tensor, qweight8: Tensor, *rest: Any) -> Tensor:
-    *_, stride, padding, dilation = rest
-    return w8a8.empty_images(x, len(qweight) + len(qweight8), qweight8.shape[2:], stride, padding, dilation)
+def _(x: Tensor, qweight: Tensor, wscales: Tensor, *rest: Any) -> Tensor:
+    *_, kernel, stride, padding, dilation = rest
+    return w8a8.empty_images(x, len(wscales), kernel, stride, padding, dilation)
 
 
-def _name(device: torch.device, inputs: int, weight_scale: Tensor) -> str:
-    return kernel_name(device, None if weight_scale.ndim == 1 else inputs // weight_scale.shape[1])
+def group_size(inputs: int, groups: int) -> int | None:
+    """Inputs of a group; None for one scale an output."""
+    return None if groups == 1 else inputs // groups
 
 
 def weight_of(
-    qweight: Tensor, qweight8: Tensor, wscales: Tensor, wzeros: Tensor | None, weight_scale: Tensor, places: Tensor,
-    inputs: int,
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, inputs: int
 ) -> Tensor:  # fmt: skip
     """The float32 weight [N, K] that the codes stand for."""
-    scales = weight_scale[:, None] if weight_scale.ndim == 1 else weight_scale
-    wide = Grid(scales, None, -127, 127).values(pixel_first(qweight8))
-    return placed(torch.cat([int4_ops.weight_of(qweight, wscales, wzeros, inputs), wide]), places)
+    narrow, wide = codes_of(qweight, len(places), inputs)
+    own, wider = wscales.split([len(narrow), len(wide)])
+    values = Grid(own, wzeros, -8, 7).values(narrow), Grid(wider, None, -127, 127).values(wide)
+    return placed(torch.cat(values), places)
 
 
 def _int8(
-    qweight: Tensor, qweight8: Tensor, wscales: Tensor, wzeros: Tensor | None, weight_scale: Tensor, places: Tensor,
-    inputs: int, kernel: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, inputs: int, kernel: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """(int8 codes of all rows, [N, K] or `windows` of it, scales [N]): made for this call on a GPU, once on a CPU."""
 
     def build() -> tuple[Tensor, Tensor]:
-        narrow, scales = int4_codes(qweight, wscales, wzeros, inputs)
-        wide, wider = pixel_first(qweight8), weight_scale
-        if wider.ndim == 2:
-            wide, wider = _folded(wide, wider.float())
+        n = 2 * len(places) - len(qweight)
+        narrow, scales = int4_codes(qweight[:n], wscales[:n], wzeros, inputs)
+        wide, wider = codes_of(qweight, len(places), inputs)[1], wscales[n:].float()
+        wide, wider = _folded(wide, wider) if wider.shape[1] > 1 else (wide, wider[:, 0])
         codes = windows(placed(torch.cat([narrow, wide]), places), kernel)
         return codes, placed(torch.cat([scales, wider]), places)
 
     if qweight.is_cuda:
         return build()
-    others = [qweight8] if wzeros is None else [qweight8, wzeros]
+    others = [] if wzeros is None else [wzeros]
     codes = prepared(qweight, ("rows", inputs, *kernel), lambda: build()[0], *others)
-    return codes, placed(torch.cat([wscales[:, 0], weight_scale]), places)
+    return codes, placed(wscales[:, 0].float(), places)
 
 
 def _folded(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

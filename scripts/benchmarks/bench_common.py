@@ -1,10 +1,15 @@
-"""What the benchmarks of the kernels share: distances, and the libraries to compare with."""
+"""What the benchmarks of the kernels share: distances, the libraries to compare with, and lines of a file."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ptq4dm.files.atomic import replacing
 
 
 def over(sets: list, function) -> list:
@@ -44,3 +49,26 @@ def libraries(sets: list) -> dict[str, list]:
     if sets[0].down is not None:
         found["fp8+quant+branch"] = over(sets, with_branch)
     return found
+
+
+class Lines:
+    """JSON lines of a file, one a measurement; made_with: the card, the commit and versions.
+
+    Lines that were made with the same stay, and need not be measured again; others go with the next that is added.
+    """
+
+    def __init__(self, path: Path, made_with: dict):
+        self.path, self.made_with = path, made_with
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.rows = [row for row in found if row.items() >= made_with.items()]
+
+    def has(self, **key) -> bool:
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        """Print a row and write the file."""
+        self.rows.append(row | self.made_with)
+        print(json.dumps(row), flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(one) + "\n" for one in self.rows))

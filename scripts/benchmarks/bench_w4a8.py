@@ -45,7 +45,7 @@ from ptq4dm.kernels.tuning.stopwatch import COLD, race  # noqa: E402
 from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix, tokens_triton  # noqa: E402
 from ptq4dm.kernels.w4 import layer as w4  # noqa: E402
 from ptq4dm.kernels.w4.int4_codes import int4_codes  # noqa: E402
-from ptq4dm.kernels.w4.products import product_grouped, product_progressive, product_row_mix  # noqa: E402
+from ptq4dm.kernels.w4.products import product_grouped, product_progressive  # noqa: E402
 from ptq4dm.kernels.w8a8 import layer as w8a8  # noqa: E402
 from ptq4dm.kernels.w8a8 import steps  # noqa: E402
 from ptq4dm.kernels.w8a8.window import same_window  # noqa: E402
@@ -76,8 +76,8 @@ class Set:
         scales8 = (groups.abs().amax(2) / 127).bfloat16()
         codes8 = (groups / scales8[:, :, None]).round().clamp(-127, 127).to(torch.int8).flatten(1)
         places = torch.cat([(~wide).nonzero(), wide.nonzero()])[:, 0].int()
-        narrow = packed[~wide].contiguous(), codes8, scales[~wide].contiguous(), zeros[~wide].contiguous()
-        self.row_mix = *narrow, scales8, places, self.bias
+        mixed = torch.cat([packed[~wide], *(int4.pack_int4(half, int4.GROUP) for half in int4.halves(codes8))])
+        self.row_mix = mixed, torch.cat([scales[~wide], scales8]), zeros[~wide].contiguous(), places, self.bias
         row = scales.float().amax(1) / 16
         whole = (scales / row[:, None]).round().clamp(1, 16).to(torch.int8)
         self.progressive = packed, whole, zeros, row, self.bias
@@ -119,18 +119,17 @@ def products(one: Set) -> dict:
     tokens_triton.prepare(one.x, tokens, whole, zeros, None, (factors, None), (n, k // SIZE))
     plain = torch.empty_like(factors)
     tokens_triton.prepare(one.x, tokens, None, zeros, one.grouped[1], (plain, scales), (n, k // SIZE))
-    few, codes8, _, _, scales8, places, _ = one.row_mix
-    tables = new(k // SIZE, len(few), dtype=torch.int32), new(k // SIZE, len(few))
-    narrow = one.row_mix[3], one.row_mix[2], tables, (len(few), k // SIZE)
-    tokens_triton.prepare(one.x, tokens, None, *narrow)
+    mixed, mixed_scales, few, places, _ = one.row_mix
+    tables = new(k // SIZE + 1, n, dtype=torch.int32), torch.empty_like(scales)
+    tokens_triton.prepare(one.x, tokens, None, few, mixed_scales, tables, (n, k // SIZE), len(few))
     codes, scale, *_ = one.int8
     layer = steps.Parameters(codes, scale, bias, tokens[1], None)
     found = {
         "grouped alone": lambda: product_grouped.product(
-            tokens[:2], packed, (plain, scales), bias, out, SIZE, after
+            tokens[:2], packed, (plain, scales), None, bias, out, SIZE, after
         ),
-        "row-mix alone": lambda: product_row_mix.product(
-            tokens[:2], (few, codes8), tables, scales8, places, bias, out, SIZE, after
+        "row-mix alone": lambda: product_grouped.product(
+            tokens[:2], mixed, tables, places, bias, out, SIZE, after
         ),
         "int8 W8A8 alone": lambda: steps.multiply(tokens[0], same_window(m, 1, 1), layer, torch.bfloat16),
     }  # fmt: skip

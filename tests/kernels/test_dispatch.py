@@ -139,12 +139,13 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     copy = "onednn-int8 on an int8 copy" if vnni else "reference"
-    assert row_mix_ops.kernel_name(CPU) == dispatch.find(Query("row-mix", "int8", device=CPU)).name == copy
+    assert row_mix_ops.kernel_name(CPU, True) == dispatch.find(Query("row-mix", "int8", device=CPU)).name == copy
     for capability in [(8, 0), (9, 0)]:
         assert on_gpu(capability, weight="row-mix", activation="int8") == {"all rows": "unpack + triton-int8"}
         for size in (32, 64, 128):
             query = dict(weight="row-mix", activation="int8", group_size=size)
-            for more in ({}, dict(static=True), dict(linear=False)):
+            assert on_gpu(capability, **query) == {"all rows": "triton-w4a8-row-mix"}
+            for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu(capability, **query, **more) == {"all rows": "unpack + triton-int8"}
             assert dispatch.find(Query(**query, device=CPU)).name == "reference"
         for weight, activation in (("row-mix", "int4"), ("row-mix", "none"), ("power", "int8"), ("power", "none")):

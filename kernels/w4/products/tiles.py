@@ -55,6 +55,20 @@ def stored(y, top, left, bias_ptr, y_desc, y_ptr, M, N, BM: tl.constexpr, BN: tl
         tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
+@triton.jit
+def stored_by_index(
+    y, top, left, end, places_ptr, bias_ptr, y_ptr, M, N, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Store y [BM, BN] + bias in columns places[left .. end] of y [M, N]; the index rises: most lie side by side."""
+    rows = top + tl.arange(0, BM)
+    columns = left + tl.arange(0, BN)
+    place = tl.load(places_ptr + columns, mask=columns < end, other=0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + place, mask=columns < end, other=0.0).to(tl.float32)[None, :]
+    where = y_ptr + rows.to(tl.int64)[:, None] * N + place[None, :]
+    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < end)[None, :])
+
+
 def aligned(rows: Tensor | Piece | None) -> Tensor | Piece | None:
     """A matrix whose rows begin at multiples of 16 bytes, where TMA can begin to load."""
     if rows is None or (rows.stride(0) * rows.dtype.itemsize % 16 == 0 and rows.data_ptr() % 16 == 0):

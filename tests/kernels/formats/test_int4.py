@@ -32,6 +32,15 @@ def test_packed_bytes_are_the_formula(n, k, size):
     assert unpacked.dtype == torch.int8 and torch.equal(unpacked, codes)
 
 
+def test_every_code_of_8_bits_is_two_of_4():
+    codes = torch.arange(-128, 128).to(torch.int8)
+    high, low = int4.halves(codes)
+    for half in (high, low):
+        assert half.dtype == torch.int8 and half.min() == -8 and half.max() == 7
+    assert torch.equal(16 * high.int() + low.int() + 8, codes.int())
+    assert torch.equal(int4.joined(high, low), codes)
+
+
 def test_packing_reads_views():
     codes = random_codes(6, 64).T
     assert torch.equal(int4.unpack_int4(int4.pack_int4(codes[:, ::3], 2), 2), codes[:, ::3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ptq4dm  # noqa: F401
-from ptq4dm.kernels.formats.int4 import pack_int4
+from ptq4dm.kernels.formats.int4 import halves, pack_int4
 from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix
 from ptq4dm.kernels.w4.tokens import token_codes
 
@@ -139,14 +139,19 @@ def test_sums_of_groups_are_exact(m, n, k, config):
             assert torch.equal(y.cpu(), grouped.reference(x, *operands)), groups
 
 
+def rows_of_two_widths(codes, wide):
+    """As they are stored: narrow rows, then high halves of the wide ones, then low ones."""
+    return packed(torch.cat([codes, *halves(wide)]))
+
+
 def mixed(n, wide, k, groups, zeros, seed=0):
-    """The operands of a product of n rows of 4 bits and `wide` of 8, whose places are dealt out; scales are powers of
-    two."""
-    scales, wider = (2.0 ** whole(-far, far, rows, groups, seed=seed + 2) for rows, far in ((n, 3), (wide, 1)))
+    """(codes of n rows of 4 bits, of `wide` of 8), operands of their product; scales are powers of two."""
+    scales = 2.0 ** torch.cat([whole(-far, far, rows, groups, seed=seed + 2) for rows, far in ((n, 3), (wide, 1))])
     places = torch.randperm(n + wide, generator=torch.Generator().manual_seed(seed))
     places = torch.cat([places[:n].sort().values, places[n:].sort().values]).int()
     wzeros = whole(-8, 7, n, groups, seed=seed + 1) if zeros else None
-    return packed(whole(-8, 7, n, k, seed=seed)), whole(-127, 127, wide, k, seed=seed), scales, wzeros, wider, places
+    codes = whole(-8, 7, n, k, seed=seed), whole(-127, 127, wide, k, seed=seed)
+    return codes, (rows_of_two_widths(*codes), scales, wzeros, places)
 
 
 @pytest.mark.parametrize("config", [one for one in CONFIGS if one["BK"] == 128 or not one["TMA"]], ids=str)
@@ -156,34 +161,48 @@ def test_sums_of_rows_of_two_widths_are_exact(m, n, k, wide, config):
     x = tokens(m, k)
     for groups in groups_of(k)[1:]:
         for zeros in (False, True):
-            operands = (*mixed(n, wide, k, groups, zeros), None)
+            operands = (*mixed(n, wide, k, groups, zeros)[1], None)
             y = integer.row_mix_through(*there(x, *operands), config)
             assert torch.equal(y.cpu(), row_mix.reference(x, *operands)), groups
 
 
 def test_rows_of_two_widths_are_those_of_products_of_either():
-    """To the bit: narrow rows are those of grouped weights, wide ones the sums of 8-bit codes; each in its place."""
+    """Narrow rows are those of grouped weights to the bit, wide ones the sums of 8-bit codes; each in its place."""
     m, n, wide, k = 33, 40, 9, 256
     x, bias = normal(m, k), normal(n + wide)
-    qweight, qweight8, scales, zeros, wider, places = mixed(n, wide, k, 2, True)
-    y = integer.row_mix_through(*there(x, qweight, qweight8, scales, zeros, wider, places, bias), POINTERS).cpu()
+    (codes4, codes8), (qweight, scales, zeros, places) = mixed(n, wide, k, 2, True)
+    y = integer.row_mix_through(*there(x, qweight, scales, zeros, places, bias), POINTERS).cpu()
     own = places.long()[:n]
-    four = integer.grouped_through(*there(x, qweight, scales, zeros, bias[own]), POINTERS).cpu()
+    four = integer.grouped_through(*there(x, packed(codes4), scales[:n], zeros, bias[own]), POINTERS).cpu()
     assert torch.equal(y[:, own], four)
     codes, scale = token_codes(x)
-    sums = torch.einsum("mgk,ngk->mng", codes.long().view(m, 2, 128), qweight8.long().view(wide, 2, 128))
-    eight = (sums.double() * wider.double()).sum(2) * scale.double()[:, None] + bias[places.long()[n:]].double()
+    sums = torch.einsum("mgk,ngk->mng", codes.long().view(m, 2, 128), codes8.long().view(wide, 2, 128))
+    eight = (sums.double() * scales[n:].double()).sum(2) * scale.double()[:, None] + bias[places.long()[n:]].double()
     assert (y[:, places.long()[n:]] - eight).abs().max() < 1e-5 * eight.abs().max()
 
 
+def test_all_rows_may_be_wide():
+    x, places = tokens(5, 128), torch.arange(9, dtype=torch.int32)
+    operands = (
+        rows_of_two_widths(whole(-8, 7, 0, 128), whole(-127, 127, 9, 128)),
+        torch.ones(9, 2),
+        None,
+        places,
+        None,
+    )
+    y = integer.row_mix_through(*there(x, *operands), POINTERS)
+    assert torch.equal(y.cpu(), row_mix.reference(x, *operands))
+
+
 def test_the_largest_sums_of_eight_bits_are_exact():
-    """128 * 127 * 127 is below 2^22, too."""
+    """Those of a half, 16 * 128 * 127 * 8, are below 2^22, too."""
     m, k, config = 16, 256, TMA if HOPPER else POINTERS
-    assert 128 * 127 * 127 < 2**22
+    assert 128 * 127 * 15 < 2**22
     x, codes = torch.full((m, k), 127.0), torch.full((8, k), -127, dtype=torch.int8)
-    four = packed(torch.full((8, k), 7, dtype=torch.int8))
-    ones, places = torch.ones(8, 2), torch.arange(16, dtype=torch.int32)
-    y = integer.row_mix_through(*there(x, four, codes, ones, None, ones, places, None), config).cpu()
+    qweight = rows_of_two_widths(torch.full((8, k), 7, dtype=torch.int8), codes)
+    y = integer.row_mix_through(
+        *there(x, qweight, torch.ones(16, 2), None, torch.arange(16, dtype=torch.int32), None), config
+    ).cpu()
     assert torch.equal(y[:, 8:], torch.full((m, 8), -127.0 * 127 * k))
     assert torch.equal(y[:, :8], torch.full((m, 8), 7.0 * 127 * k))
 
@@ -248,13 +267,12 @@ def test_shipped_settings_are_exact(m):
 
 
 @pytest.mark.skipif(not CUDA, reason="tiles as they are shipped need a GPU")
-@pytest.mark.xfail(reason="on an H200 not the reference to the bit; why is open, and no layer is served by it")
 @pytest.mark.parametrize("m", [1, 300, 4700])
 def test_rows_of_two_widths_are_exact_as_shipped(m):
     n, k = 1160, 1152
     x = tokens(m, k)
-    for groups in (1, 9, 18, 36):
-        operands = (*mixed(n, 130, k, groups, True), None)
+    for groups in (9, 18, 36):
+        operands = (*mixed(n, 130, k, groups, True)[1], None)
         wanted = row_mix.reference(x, *operands)
         y = row_mix.row_mix_grouped(*there(x.to(torch.bfloat16), *operands))
         assert torch.equal(y.cpu(), wanted.to(torch.bfloat16)), groups

@@ -11,7 +11,7 @@ import ptq4dm
 from helpers import correlated, distance, normal, same
 from ptq4dm import RTNConfig, UserError
 from ptq4dm.evidence import LayerEvidence
-from ptq4dm.kernels.w4.row_mix import row_mix_grouped
+from ptq4dm.kernels.w4.row_mix import codes_of, row_mix_grouped
 from ptq4dm.layers.plan import Int4Plan, LayerPlan, Plan
 from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.row_mix import RowMixPlan
@@ -82,7 +82,9 @@ def test_rows_of_groups_are_those_of_layers_of_one_width(name, size, affine):
     mixed = quantized_copy(layer, plan, "layer")
     four = quantized_copy(layer, Int4Plan(group_size=size, affine=affine), "layer")
     narrow = others(wide)
-    assert torch.equal(mixed.qweight, four.qweight[narrow]) and torch.equal(mixed.wscales, four.wscales[narrow])
+    few = len(narrow)
+    assert torch.equal(mixed.qweight[:few], four.qweight[narrow])
+    assert torch.equal(mixed.wscales[:few], four.wscales[narrow])
     assert mixed.wscales.dtype == (torch.float32 if size is None else torch.float16)
     if affine:
         assert torch.equal(mixed.wzeros, four.wzeros[narrow])
@@ -123,7 +125,7 @@ def test_scales_too_small_for_float16_are_bfloat16():
     layer = nn.Linear(64, 11)
     layer.weight.data *= 1e-5
     mixed = quantized_copy(layer, RowMixPlan(group_size=32, affine=True, wide=[3]), "layer")
-    assert mixed.wscales.dtype == mixed.weight_scale.dtype == torch.bfloat16
+    assert mixed.wscales.dtype == torch.bfloat16
     assert distance(mixed.dequantized_weight(), layer.weight.detach()) < 0.1
 
 
@@ -161,7 +163,9 @@ def test_rows_are_those_of_layers_of_one_width(name, static):
     mixed = quantized_copy(layer, RowMixPlan(wide=wide, objective="mse", **grid), "layer")
     four = quantized_copy(layer, Int4Plan(objective="mse", **grid), "layer")
     eight = quantized_copy(layer, LayerPlan(objective="mse", **grid), "layer")
-    assert torch.equal(mixed.qweight, four.qweight[narrow]) and torch.equal(mixed.qweight8, eight.qweight[wide])
+    codes = codes_of(mixed.qweight, 11, layer.weight[0].numel())
+    assert torch.equal(mixed.qweight[: len(narrow)], four.qweight[narrow])
+    assert torch.equal(mixed.shaped(codes[1]), eight.qweight[wide])
     for rows, one in ((narrow, four), (wide, eight)):
         assert torch.equal(mixed.dequantized_weight()[rows], one.dequantized_weight()[rows])
         index = torch.tensor(rows)
@@ -175,7 +179,7 @@ def test_bytes_are_those_of_each_row(wide):
     layer = nn.Linear(130, 11, bias=False)
     found = stored_bytes(quantized_copy(layer, RowMixPlan(wide=wide), "layer"))
     like, scale, place = 4, 4, 4
-    assert found == len(wide) * 130 + (11 - len(wide)) * 192 // 2 + 11 * (scale + place) + like
+    assert found == len(wide) * 192 + (11 - len(wide)) * 192 // 2 + 11 * (scale + place) + like
 
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
@@ -187,7 +191,7 @@ def test_the_kernel_is_that_of_int8_rows(name):
     assert mixed.kernel_name() == ("onednn-int8 on an int8 copy" if served else "reference")
 
 
-@pytest.mark.parametrize("name", ["qweight", "qweight8", "wscales", "weight_scale"])
+@pytest.mark.parametrize("name", ["qweight", "wscales"])
 def test_the_copy_follows_what_is_stored(name):
     layer, x = layer_and_input("linear")
     mixed = quantized_copy(layer, RowMixPlan(wide=WIDE["some"]), "layer")
@@ -281,7 +285,7 @@ def test_a_model_saves_and_loads_to_the_bit(unet, tmp_path):
         assert torch.equal(model(x, 10).sample, again(x, 10).sample)
     half = UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     kept = [module for module in half.modules() if hasattr(module, "places")]
-    assert kept and all(module.wscales.dtype == module.weight_scale.dtype == torch.float32 for module in kept)
+    assert kept and all(module.wscales.dtype == torch.float32 for module in kept)
     assert distance(half(x.bfloat16(), 10).sample.float(), model(x, 10).sample) < 0.1
 
 
@@ -300,11 +304,11 @@ def test_the_ops_are_whole():
     torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (x, *fully.operands))
     groups = quantized_copy(nn.Linear(64, 11), RowMixPlan(group_size=32, affine=True, wide=[3]), "layer")
     torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (normal(3, 64), *groups.operands))
-    parts = (groups.qweight, groups.qweight8, groups.wscales, groups.wzeros, groups.weight_scale, groups.places)
+    parts = (groups.qweight, groups.wscales, groups.wzeros, groups.places)
     torch.library.opcheck(torch.ops.ptq4dm.row_mix_grouped.default, (normal(3, 64), *parts, groups.bias))
     window, x = layer_and_input("strided conv")
     window = quantized_copy(window, RowMixPlan(wide=WIDE["some"]), "layer")
-    geometry = (list(window.stride), list(window.padding), list(window.dilation))
+    geometry = (list(window.weight_shape[2:]), list(window.stride), list(window.padding), list(window.dilation))
     torch.library.opcheck(torch.ops.ptq4dm.row_mix_conv2d.default, (x, *window.operands, *geometry))
 
 
@@ -324,12 +328,14 @@ def test_the_grouped_product_is_what_the_layer_gives():
     torch.manual_seed(0)
     layer, x = nn.Linear(256, 11), normal(3, 5, 256)
     mixed = quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=WIDE["some"]), "layer")
-    parts = (mixed.qweight, mixed.qweight8, mixed.wscales, mixed.wzeros, mixed.weight_scale, mixed.places)
+    parts = (mixed.qweight, mixed.wscales, mixed.wzeros, mixed.places)
     assert distance(row_mix_grouped(x, *parts, mixed.bias), mixed(x)) < 1e-5
-    with pytest.raises(ValueError, match="have a place each"):
+    with pytest.raises(ValueError, match="10 outputs have a row of scales each"):
         row_mix_grouped(x, *parts[:-1], mixed.places[1:], mixed.bias)
-    with pytest.raises(ValueError, match=r"rows of 8 bits are \[w, 256\]"):
-        row_mix_grouped(x, mixed.qweight, mixed.qweight8[:, 1:], *parts[2:], mixed.bias)
+    with pytest.raises(ValueError, match=r"from 11 to 22 stored rows; got 30"):
+        row_mix_grouped(x, torch.cat([mixed.qweight] * 2), *parts[1:], mixed.bias)
+    with pytest.raises(ValueError, match=r"packed as \[7, 128\] bytes"):
+        row_mix_grouped(x, mixed.qweight[:, 1:], *parts[1:], mixed.bias)
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ class PersonalizeConfig:
     forward_batch: at most so many rows in one forward pass, for less memory; None: all that a step takes.
     """
 
-    steps: int = option(2000, "updates of the embedding", low=1, high=MOST)
+    steps: int = option(500, "updates of the embedding", low=1, high=MOST)
     batch_size: int = option(8, "images of a step, each with its own noise and timestep", low=1, high=65536)
     perturbations: int = option(4, "perturbations of the embedding for each image", low=1, high=65536)
     perturbation: float = option(0.07, "size of one, in units of the embeddings' root mean square", low=1e-6, high=10)
@@ -51,7 +51,7 @@ class PersonalizeConfig:
     average: float = option(0.98, "of the moving average that is saved; 0: the last embedding", low=0)
     forward_batch: int | None = option(None, "rows of one forward pass; all of a step's", low=1, high=MOST)
     log_every: int = option(100, "steps between losses on the fixed set", low=1, high=MOST)
-    checkpoint_every: int = option(500, "steps between checkpoints", low=1, high=MOST)
+    checkpoint_every: int = option(100, "steps between checkpoints", low=1, high=MOST)
     seed: int = option(0, "of all noise", low=0)
 
     def __post_init__(self) -> None:

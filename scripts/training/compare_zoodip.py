@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -66,6 +66,7 @@ ARMS = {
 }
 BACK = "back-propagation"
 SETTINGS = ARMS | {BACK: {"times": WHOLE}}
+pictures = cache(class_pictures)  # read once, for all models of a process
 FREE = ("data", "output", "rows", "share", "device", "report")  # what decides no figure
 
 
@@ -83,7 +84,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, model: str) -> None:
         self.args, self.device = args, check_device(args.device)
         self.label = CLASSES.index(args.class_name)
-        train, test = class_pictures(args.data, args.class_name)
+        train, test = pictures(args.data, args.class_name)
         self.pipe = ptq4dm.load_reference("dit-cifar10", args.dtype or "float32", self.device)
         if make := MODELS[model]:
             ptq4dm.quantize(self.pipe, make())

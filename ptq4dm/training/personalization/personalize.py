@@ -24,7 +24,7 @@ from ...checks import checked
 from ...errors import UserError
 from ...pipelines.denoiser import check_sampled, turn_at
 from .config import PersonalizeConfig
-from .pictures import learned_from, pictures_of
+from .pictures import image_size, learned_from, pictures_of
 from .problem import Problem, ready
 from .run import Personalized, alone_in, identity_of, tune
 from .schedule import schedule_of
@@ -67,10 +67,12 @@ def personalize(
     config = config or PersonalizeConfig()
     with turn_at(pipe), ready(pipe):
         target = _target(pipe, token, class_row, init, prompts)
+        schedule = schedule_of(pipe, target.start.device)
+        image_size(pipe)
         pictures = pictures_of(images)
-        problem = Problem(target, learned_from(pipe, pictures), schedule_of(pipe, target.start.device), config)
-        identity = identity_of(pipe, problem)
+        identity = identity_of(pipe, target, pictures, config)
         with alone_in(Path(folder), identity, resume):
+            problem = Problem(target, learned_from(pipe, pictures), schedule, config)
             return tune(problem, Path(folder), identity, resume)
 
 

@@ -41,8 +41,16 @@ def image_size(pipe) -> tuple[int, int]:
     if size is None:
         raise UserError(f"{type(denoiser(pipe)).__name__} does not say the size of its images (sample_size).")
     height, width = (size, size) if isinstance(size, int) else size
-    factor = 1 if getattr(pipe, "vae", None) is None else pipe.vae_scale_factor
-    return height * factor, width * factor
+    return height * (factor := _latent_factor(pipe)), width * factor
+
+
+def _latent_factor(pipe) -> int:
+    """Pixels to a latent, along a side."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return 1
+    own = getattr(pipe, "vae_scale_factor", None)  # not every pipeline has it
+    return own if isinstance(own, int) else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()

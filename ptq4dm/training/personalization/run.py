@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from ...progress import progress_bar
 from .config import PersonalizeConfig
 from .embedding_file import NAMES, save_embedding
 from .problem import Problem
+from .targets import Target
 from .zeroth_order import Tuned, change, gradient, take
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -41,11 +42,13 @@ class Personalized:
     log: list[dict]
 
 
-def identity_of(pipe, problem: Problem) -> dict:
+def identity_of(pipe, target: Target, pictures: Sequence[Tensor], config: PersonalizeConfig) -> dict:
     """All that has to be the same for a run to go on, as plain JSON values."""
-    images = hashlib.sha256(problem.images.cpu().numpy().tobytes()).hexdigest()[:16]
-    settings = {"images": images, "model": fingerprint(pipe), **problem.target.facts}
-    return json.loads(json.dumps({**problem.config.identity(), **settings}))
+    images = hashlib.sha256()
+    for picture in pictures:
+        images.update(repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
+    settings = {"images": images.hexdigest()[:16], "model": fingerprint(pipe), **target.facts}
+    return json.loads(json.dumps({**config.identity(), **settings}))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import personal
 import ptq4dm
 from live_bytes import most_live_bytes
-from models import unet
+from models import dit, unet
 from ptq4dm.errors import DamagedFile, UserError
 from ptq4dm.training.personalization import run as run_module
 from ptq4dm.training.personalization.config import PersonalizeConfig
@@ -128,6 +128,14 @@ def test_two_text_encoders_have_a_row_each(tmp_path):
         torch.testing.assert_close(encoder.get_input_embeddings().weight[index].detach(), rows[name])
     conditioning = {"prompt": ["a photo of <dog>"]}
     assert ptq4dm.sample(pipe, [0], num_inference_steps=1, conditioning=conditioning).shape == (1, 3, 16, 16)
+
+
+def test_a_class_of_a_latent_model_is_learned(tmp_path):
+    """diffusers' own DiTPipeline: latents, a learned variance, a null class."""
+    pipe = DiTPipeline(dit(), personal.text().vae, DDIMScheduler())
+    config = PersonalizeConfig(**SHORT | {"steps": 10, "learning_rate": 0.05})
+    done = ptq4dm.personalize(pipe, personal.pictures(2, 16, 16), config, tmp_path, class_row=3)
+    assert done.log[-1]["loss"] < done.log[0]["loss"] and ptq4dm.load_embedding(pipe, tmp_path) == "3"
 
 
 def test_the_embedded_dit_in_8_bits(tmp_path):
@@ -306,6 +314,9 @@ def test_wrong_input_is_one_sentence_before_any_work(tmp_path):
     refused("holds no images", tmp_path, dit, tmp_path / "empty", class_row=1)
     refused("is not a folder of images", tmp_path, dit, str(tmp_path / "nowhere"), class_row=1)
     refused("no images to learn from", tmp_path, dit, [], class_row=1)
+    dit.scheduler = FlowMatchEulerDiscreteScheduler()
+    refused("alpha_bar at whole timesteps", tmp_path, dit, class_row=1)
+    dit.scheduler = DDIMScheduler()
     refused("uint8", tmp_path, dit, torch.zeros(1, 3, 8, 8), class_row=1)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     refused("broken.png", tmp_path, dit, [tmp_path / "broken.png"], class_row=1)

@@ -57,6 +57,7 @@ def of_prompts(pipe, prompts: Sequence[str]) -> Predict:
             first, given_time = pipe.scheduler.timesteps[0], torch.as_tensor(given[time]).flatten()[0]
             known.append(float(first) == float(given_time))
         if not known[0]:
+            # Such pipelines may also run time backwards, or change the sign of what is predicted.
             raise UserError(f"{type(pipe).__name__} tells its network other times than its scheduler has.")
         return _sample(model(**{**given, names[0]: x.to(given[names[0]].dtype), time: t}), x)
 

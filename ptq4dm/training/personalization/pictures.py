@@ -24,7 +24,7 @@ def pictures_of(images: str | os.PathLike | Sequence[str | os.PathLike] | Tensor
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise UserError(f"images as a tensor are uint8 [N, 3, H, W]; got {images.dtype} {list(images.shape)}.")
-        found = list(images)
+        found = list(images.cpu())
     else:
         paths = list_images(images) if isinstance(images, (str, os.PathLike)) else list(images)
         if len(paths) > MOST:

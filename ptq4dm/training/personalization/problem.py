@@ -82,7 +82,7 @@ class Problem:
         """The same in one forward pass, with gradients where they are enabled."""
         x = self.images[images]
         with self.target.tables.given(u):
-            predicted = self.target.predict(self.schedule.noisy(x, noise, t), t, images)
+            predicted = self.target.predict(self.schedule.noisy(x, noise, t), self.schedule.told[t], images)
         return (predicted - self.schedule.target(x, noise, t)).square().flatten(1).mean(1)
 
     def pairs(self, u: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:

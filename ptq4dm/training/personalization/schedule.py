@@ -10,15 +10,21 @@ from torch import Tensor
 from ...errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW = "flow"
+LATENT_BETAS = (0.00085, 0.012, 1000)  # of Stable Diffusion, whose timesteps the paper's range is of
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """x_t = alpha_t x_0 + sigma_t noise at whole timesteps. alpha, sigma [T] float32; prediction: of what."""
+    """x_t = alpha_t x_0 + sigma_t noise, t a whole number below T.
+
+    alpha, sigma [T] float32. prediction: what models give. told [T]: what they are told of t.
+    """
 
     alpha: Tensor
     sigma: Tensor
     prediction: str
+    told: Tensor
 
     def noisy(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t [B, ...] of images x [B, ...]."""
@@ -30,11 +36,19 @@ class Schedule:
             return noise
         if self.prediction == "sample":
             return x
+        if self.prediction == FLOW:
+            return noise - x
         return self._at(self.alpha, t, x) * noise - self._at(self.sigma, t, x) * x
 
     def times(self, low: float, high: float) -> tuple[int, int]:
-        """The first timestep of a range given as shares of the schedule, and the one after the last; at least one."""
+        """The first timestep of a range given as shares of the schedule, and the one after the last; at least one.
+
+        Of a flow model the range has the noise, sigma / alpha, that it has in Stable Diffusion's schedule (our
+        assumption: the paper has no flow model).
+        """
         number = len(self.alpha)
+        if self.prediction == FLOW:
+            low, high = (_flow_share(share) for share in (low, high))
         first = min(int(low * number), number - 1)
         return first, max(first + 1, int(high * number))
 
@@ -43,19 +57,37 @@ class Schedule:
         return values[t].view(-1, *[1] * (x.ndim - 1))
 
 
-def schedule_of(pipe, device: torch.device) -> Schedule:
-    """The schedule that a pipeline's scheduler stands for.
+def _flow_share(share: float) -> float:
+    """The share sigma = r / (1 + r) of a flow at which sigma / alpha = r is that of Stable Diffusion at a share."""
+    first, last, number = LATENT_BETAS
+    if share in (0.0, 1.0):
+        return share
+    bars = (1 - torch.linspace(first**0.5, last**0.5, number, dtype=torch.float64) ** 2).cumprod(0)
+    bar = bars[min(int(share * number), number - 1)]
+    ratio = float(((1 - bar) / bar).sqrt())
+    return ratio / (1 + ratio)
 
-    Raises UserError for schedulers without alpha_bar at whole timesteps (flow matching, EDM), and for predictions of
-    something else.
+
+def schedule_of(pipe, device: torch.device) -> Schedule:
+    """The schedule that a pipeline's scheduler stands for: alpha_bar at whole timesteps, or FlowMatchEuler's.
+
+    Raises UserError for others (EDM and what else has noise levels only), and for predictions of something else.
     """
     scheduler = getattr(pipe, "scheduler", None)
-    bars = getattr(scheduler, "alphas_cumprod", None)
-    prediction = getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
-    if bars is None or prediction not in PREDICTIONS:
+    config = getattr(scheduler, "config", {})
+    bars, prediction = getattr(scheduler, "alphas_cumprod", None), config.get("prediction_type", "epsilon")
+    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+        number = config["num_train_timesteps"]
+        sigma = torch.arange(1, number + 1, dtype=torch.float64) / number
+        parts, prediction = (1 - sigma, sigma, number * sigma), FLOW
+    elif bars is None or prediction not in PREDICTIONS:
         raise UserError(
-            f"personalization needs a model with alpha_bar at whole timesteps that predicts "
-            f"{', '.join(PREDICTIONS)}; {type(scheduler).__name__} says otherwise."
+            f"personalization needs a model with alpha_bar at whole timesteps that predicts {', '.join(PREDICTIONS)}, "
+            f"or of FlowMatchEulerDiscreteScheduler; {type(scheduler).__name__} says otherwise."
         )
-    bars = torch.as_tensor(bars).double()
-    return Schedule(bars.sqrt().float().to(device), (1 - bars).sqrt().float().to(device), prediction)
+    else:
+        bars = torch.as_tensor(bars).double()
+        parts = (bars.sqrt(), (1 - bars).sqrt(), torch.arange(len(bars)))
+    alpha, sigma, told = parts
+    told = told if prediction != FLOW else told.float()
+    return Schedule(alpha.float().to(device), sigma.float().to(device), prediction, told.to(device))

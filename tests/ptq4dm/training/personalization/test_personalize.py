@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DiTPipeline, EDMEulerScheduler
 from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -314,7 +314,7 @@ def test_wrong_input_is_one_sentence_before_any_work(tmp_path):
     refused("holds no images", tmp_path, dit, tmp_path / "empty", class_row=1)
     refused("is not a folder of images", tmp_path, dit, str(tmp_path / "nowhere"), class_row=1)
     refused("no images to learn from", tmp_path, dit, [], class_row=1)
-    dit.scheduler = FlowMatchEulerDiscreteScheduler()
+    dit.scheduler = EDMEulerScheduler()
     refused("alpha_bar at whole timesteps", tmp_path, dit, class_row=1)
     dit.scheduler = DDIMScheduler()
     refused("uint8", tmp_path, dit, torch.zeros(1, 3, 8, 8), class_row=1)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
 import personal
@@ -50,9 +50,35 @@ def test_timesteps_are_those_of_the_range_and_of_no_other():
     assert int(fixed[0]) == 500 and int(fixed[-1]) < 900 and len(set(fixed.tolist())) == len(fixed)
 
 
-def test_a_flow_model_is_refused():
+def test_a_flow_goes_straight_from_images_to_noise():
     pipe = personal.classes()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    schedule = schedule_of(pipe, torch.device("cpu"))
+    x, noise, t = normal(4, 3, 8, 8), normal(4, 3, 8, 8, seed=1), torch.tensor([0, 10, 500, 999])
+    told = schedule.told[t]
+    torch.testing.assert_close(schedule.noisy(x, noise, t), pipe.scheduler.scale_noise(x, told, noise))
+    # From pure noise one step of the scheduler with the target leads to the image.
+    pipe.scheduler.set_timesteps(1)
+    step = pipe.scheduler.step(schedule.target(x, noise, t), pipe.scheduler.timesteps[0], noise).prev_sample
+    torch.testing.assert_close(step, x, atol=1e-5, rtol=1e-5)
+
+
+def test_the_range_of_a_flow_has_the_noise_of_stable_diffusion():
+    pipe = personal.classes()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    flow = schedule_of(pipe, torch.device("cpu"))
+    pipe.scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    theirs = schedule_of(pipe, torch.device("cpu"))
+    assert flow.times(0, 1) == (0, 1000)
+    for k, t in zip((0, 1), (500, 900), strict=True):
+        own = flow.times(0.5, 0.9)[k]
+        ratio = float(flow.sigma[own] / flow.alpha[own])
+        assert ratio == pytest.approx(float(theirs.sigma[t] / theirs.alpha[t]), rel=0.02)
+
+
+def test_a_model_with_noise_levels_alone_is_refused():
+    pipe = personal.classes()
+    pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(UserError, match="alpha_bar at whole timesteps"):
         schedule_of(pipe, torch.device("cpu"))
 

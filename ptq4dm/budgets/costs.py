@@ -73,6 +73,9 @@ def costs(
     device = next(model.parameters()).device
     names = list(dict.fromkeys(name for layers in formats.values() for name in layers))
     kinds = kinds_of(model, names, call)
+    if device.type == "cuda":  # what is measured there is of a place in a model
+        place = step_name(model, kinds, dict.fromkeys(kinds, KEEP))
+        kinds = {name: f"{kind} in {place}" for name, kind in kinds.items()}
     words = {label: {name: words_of(layers.get(name)) for name in kinds} for label, layers in formats.items()}
     path = None if folder == "" else file_of(device, folder)
     known = load(path) if path is not None and path.is_file() else Measurements()

@@ -7,7 +7,8 @@ Keys: no query sees what the keys of all tokens have in common, so no grid need 
 it. Values: the first half of the tokens is rounded, and what its errors add up to is taken off the others in equal
 shares; so with half of these, and on to the last. Each value stays about as near as rounding lets it, and errors
 cancel in the sum, as a delta-sigma converter has its noise where nobody listens. That helps as far as a query looks
-at all tokens alike. Of both, a token's grid ends where its squared error is least, not at the largest value.
+at all tokens alike, and most where tokens are alike, as those that pad a prompt: rounded each by itself they all have
+one error. Of both, a token's grid ends where its squared error is least, not at the largest value.
 
 All three are our choice, and go beyond QServe (arXiv:2405.04532), which rounds to the nearest on a grid from the
 least to the largest value. They cost no byte, and nothing when attention reads. Figures: kernels/attention/README.md.

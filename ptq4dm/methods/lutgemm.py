@@ -15,9 +15,9 @@ weight itself, and that a model feels far more than its size says. So errors of 
 that are fitted have a larger error than a uniform grid: there that is the default, in the same codes and kernels.
 
 Fitted planes have the smaller error of the weights at 2 and 3 bits, and not of the model: on the embedded DiT uniform
-planes of as many bits, rounded to nearest, predict better (scripts/comparisons/method_rows.py). By Hessian rounding
-(gptq), which is no step of the paper, both predict far better than either to nearest, and nearly alike: so that is
-the default here, as calibration is needed anyway.
+planes of as many bits, rounded to nearest, predict better (scripts/comparisons/rows/sign_planes.py). By Hessian
+rounding (gptq), which is no step of the paper, both predict far better than either to nearest, and nearly alike: so
+that is the default here, as calibration is needed anyway.
 """
 
 from __future__ import annotations

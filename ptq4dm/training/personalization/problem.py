@@ -62,11 +62,12 @@ class Problem:
         return self._placed(images, t, noise, torch.zeros(FIXED, 0, self.target.start.numel()))
 
     def _placed(self, images: list[int], t: Tensor, noise: Tensor, directions: Tensor) -> Draw:
-        """On the device. From pinned memory copies wait for nothing, so that the host runs ahead of a GPU."""
+        return Draw(images, *(self._on_device(one) for one in (t, noise, directions)))
+
+    def _on_device(self, one: Tensor) -> Tensor:
+        """From pinned memory a copy waits for nothing, so that the host runs ahead of a GPU."""
         device = self.images.device
-        if device.type == "cuda":
-            t, noise, directions = (one.pin_memory() for one in (t, noise, directions))
-        return Draw(images, *(one.to(device, non_blocking=True) for one in (t, noise, directions)))
+        return (one.pin_memory() if device.type == "cuda" else one).to(device, non_blocking=True)
 
     def losses(self, u: Tensor, images: list[int], t: Tensor, noise: Tensor) -> Tensor:
         """Mean squared errors [B], float32, of B rows: embeddings u [B, d], images, timesteps [B], noise [B, ...].
@@ -80,7 +81,7 @@ class Problem:
 
     def errors(self, u: Tensor, images: list[int], t: Tensor, noise: Tensor) -> Tensor:
         """The same in one forward pass, with gradients where they are enabled."""
-        x = self.images[images]
+        x = self.images[self._on_device(torch.tensor(images))]
         with self.target.tables.given(u):
             predicted = self.target.predict(self.schedule.noisy(x, noise, t), self.schedule.told[t], images)
         return (predicted - self.schedule.target(x, noise, t)).square().flatten(1).mean(1)
@@ -95,9 +96,9 @@ class Problem:
         size, tables = self.config.perturbation, self.target.tables
         moved = torch.cat([u.expand(b, 1, d), u + size * draw.directions], 1)
         given = tables.rounded(moved)
-        rows = [k for k in range(b) for _ in range(1 + n)]
-        images = [draw.images[k] for k in rows]
-        losses = self.losses(given.flatten(0, 1), images, draw.t[rows], draw.noise[rows])
+        images = [image for image in draw.images for _ in range(1 + n)]
+        t, noise = (one[:, None].expand(b, 1 + n, *one.shape[1:]).flatten(0, 1) for one in (draw.t, draw.noise))
+        losses = self.losses(given.flatten(0, 1), images, t, noise)
         return losses.view(b, 1 + n), (given[:, 1:] - given[:, :1]) / size
 
     def fixed_loss(self, u: Tensor, draw: Draw) -> Tensor:

@@ -82,8 +82,8 @@ def schedule_of(pipe, device: torch.device) -> Schedule:
         parts, prediction = (1 - sigma, sigma, number * sigma), FLOW
     elif bars is None or prediction not in PREDICTIONS:
         raise UserError(
-            f"personalization needs a model with alpha_bar at whole timesteps that predicts {', '.join(PREDICTIONS)}, "
-            f"or of FlowMatchEulerDiscreteScheduler; {type(scheduler).__name__} says otherwise."
+            f"personalization needs a model with alpha_bar at whole timesteps that predicts {', '.join(PREDICTIONS)} "
+            f"or a flow of FlowMatchEulerDiscreteScheduler; {type(scheduler).__name__} says otherwise."
         )
     else:
         bars = torch.as_tensor(bars).double()

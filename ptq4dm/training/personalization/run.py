@@ -81,15 +81,12 @@ def tune(problem: Problem, folder: Path, identity: dict, resume: bool) -> Person
 
     def note() -> float:
         loss = float(problem.fixed_loss(chosen(state, config), fixed))
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss came to NaN or infinity by step {state.step}; start anew with a smaller learning_rate or "
-                "perturbation, or load the model in a wider dtype."
-            )
+        _check(math.isfinite(loss), state)
         log.append({"step": state.step, "loss": loss})
         return loss
 
     def save() -> None:
+        _check(bool(state.u.isfinite().all()), state)
         progress = {"step": state.step, "log": log}
         save_checkpoint(folder / CHECKPOINT, {}, {}, progress, identity, state.tensors())
         save_embedding(result, target, chosen(state, config))
@@ -120,6 +117,14 @@ def step_once(problem: Problem, state: Tuned) -> None:
     losses, directions = problem.pairs(state.u, problem.draw("step", state.step))
     g = gradient(losses, directions, problem.config.perturbation)
     take(state, change(state, g, problem.config), problem.config)
+
+
+def _check(finite: bool, state: Tuned) -> None:
+    if not finite:
+        raise UserError(
+            f"losses came to NaN or infinity by step {state.step}; start anew with a smaller learning_rate or "
+            "perturbation, or load the model in a wider dtype."
+        )
 
 
 def chosen(state: Tuned, config: PersonalizeConfig) -> Tensor:

@@ -347,6 +347,21 @@ def test_losses_that_come_to_nan_are_told(tmp_path):
         learn(tmp_path / "out", pipe)
 
 
+def test_an_embedding_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    original = run_module.step_once
+
+    def broken(problem, state):
+        original(problem, state)
+        if state.step == 4:
+            state.u = state.u * float("nan")
+
+    monkeypatch.setattr(run_module, "step_once", broken)
+    with pytest.raises(UserError, match="NaN or infinity by step 4"):
+        learn(tmp_path / "out", log_every=100)
+    monkeypatch.setattr(run_module, "step_once", original)
+    assert learn(tmp_path / "out", resume=True, log_every=100).path.is_file()  # from the checkpoint of step 2
+
+
 def test_a_token_that_a_pipeline_cleans_out_of_prompts_is_refused(tmp_path):
     class Cleaning(type(personal.text())):
         def _text_preprocessing(self, text, clean_caption=False):

@@ -13,6 +13,7 @@ is not measured again; several processes may write one file, each its --share.
     MODEL start, MODEL own row             before, and with the row that the model was trained with
     float32 back-propagation SEED          the ceiling: Adam on gradients
     MODEL both | subspace | partial | neither SEED    the paper's two ideas
+    MODEL paper's times SEED               both, with the timesteps that the paper has for latents
     MODEL released SEED                    both, the subspace as the authors' code has it
     MODEL walk SEED                        control: steps of "both", of equal length, in random directions
     MODEL shuffled SEED                    control: losses of "both" dealt to other perturbations
@@ -54,18 +55,20 @@ MODELS = {
     "W8A8": partial(ptq4dm.RTNConfig, activations="dynamic"),
     "W4A8": partial(ptq4dm.RTNConfig, weight_bits=4, group_size=64, activations="dynamic"),
 }
-WHOLE = (0.0, 1.0)
+WHOLE = {"first_time": 0.0, "last_time": 1.0}
+PAPER = {"first_time": 0.5, "last_time": 0.9}
 ARMS = {
     "both": {},
-    "subspace": {"times": WHOLE},
+    "subspace": WHOLE,
     "partial": {"subspace": "none"},
-    "neither": {"times": WHOLE, "subspace": "none"},
+    "neither": WHOLE | {"subspace": "none"},
+    "paper's times": PAPER,
     "released": {"subspace": "released"},
     "walk": {},
     "shuffled": {},
 }
 BACK = "back-propagation"
-SETTINGS = ARMS | {BACK: {"times": WHOLE}}
+SETTINGS = ARMS | {BACK: WHOLE}
 pictures = cache(class_pictures)  # read once, for all models of a process
 FREE = ("data", "output", "rows", "share", "device", "report")  # what decides no figure
 

@@ -26,7 +26,8 @@ class PersonalizeConfig:
     steps: updates of the embedding.
     batch_size: images of a step, each with noise, a timestep and perturbations of its own. The paper has 1.
     perturbations: n, of each image; a step takes batch_size x (n + 1) forward passes, in one batch.
-    times: T_L and T_U, as shares of the schedule: timesteps are uniform between them ("partial uniform").
+    first_time, last_time: T_L and T_U, as shares of the schedule: timesteps are uniform between them ("partial
+        uniform"). None: as schedule.py has it for the model.
     subspace: "paper": directions in which the last `buffer` embeddings hardly moved are taken out of the gradient;
         "released": the same as the authors' code has it, which also divides the gradient by sqrt((d + n - 1) / n),
         d the number of directions left; "none": the whole gradient.
@@ -44,7 +45,8 @@ class PersonalizeConfig:
     learning_rate: float = option(0.02, "of Adam, in the same units", low=1e-9, high=10)
     betas: tuple[float, float] = option((0.9, 0.999), low=0)
     epsilon: float = option(1e-8, low=0)
-    times: tuple[float, float] = option((0.5, 0.9), "first and last timestep, in shares of all", low=0, high=1)
+    first_time: float | None = option(None, "share of the schedule where timesteps begin", low=0, high=1)
+    last_time: float | None = option(None, "where they end (0.5 to 0.9; of pixels 0.1 to 0.5)", low=0, high=1)
     subspace: str = option("paper", "directions taken out of the gradient", choices=SUBSPACES)
     buffer: int = option(128, "embeddings that the subspace is found from", low=2, high=MOST)
     variance: float = option(1e-3, "share of their variance taken for noise", low=0, high=1)
@@ -56,9 +58,10 @@ class PersonalizeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "PersonalizeConfig")
-        low, high = self.times
-        if not low < high:
-            raise UserError(f"times must rise; got {low:g} to {high:g}.")
+        if (self.first_time is None) != (self.last_time is None):
+            raise UserError("first_time and last_time are given together, or not at all.")
+        if self.first_time is not None and self.last_time is not None and not self.first_time < self.last_time:
+            raise UserError(f"first_time must be before last_time; got {self.first_time:g} and {self.last_time:g}.")
         if max(self.betas) >= 1:
             raise UserError(f"betas lie in [0, 1); got {self.betas[0]:g} and {self.betas[1]:g}.")
         if not self.average < 1:

@@ -48,14 +48,14 @@ class Problem:
         g = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         b, n = config.batch_size, config.perturbations
         images = torch.randint(0, len(self.images), (b,), generator=g).tolist()
-        t = torch.randint(*self.schedule.times(*config.times), (b,), generator=g)
+        t = torch.randint(*self.schedule.times(config.first_time, config.last_time), (b,), generator=g)
         noise = torch.randn(b, *self.images.shape[1:], generator=g)
         return self._placed(images, t, noise, torch.randn(b, n, d, generator=g))
 
     def fixed(self) -> Draw:
         """The rows that progress is measured on: every image in turn, timesteps evenly over their range."""
         g = torch.Generator().manual_seed(self.config.seed + 2**40)
-        first, last = self.schedule.times(*self.config.times)
+        first, last = self.schedule.times(self.config.first_time, self.config.last_time)
         t = first + (torch.arange(FIXED) * (last - first)) // FIXED
         noise = torch.randn(FIXED, *self.images.shape[1:], generator=g)
         images = [k % len(self.images) for k in range(FIXED)]

@@ -325,7 +325,8 @@ def test_wrong_input_is_one_sentence_before_any_work(tmp_path):
 @pytest.mark.parametrize(
     "settings, match",
     [
-        ({"times": (0.9, 0.5)}, "times must rise"),
+        ({"first_time": 0.9, "last_time": 0.5}, "first_time must be before last_time"),
+        ({"first_time": 0.9}, "given together"),
         ({"betas": (0.9, 1.0)}, "betas lie in"),
         ({"average": 1.0}, "average lies in"),
         ({"subspace": "all"}, "paper, released, none"),

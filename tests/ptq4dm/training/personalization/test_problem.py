@@ -40,8 +40,10 @@ def test_noise_and_aim_are_those_of_diffusers(prediction):
 
 def test_timesteps_are_those_of_the_range_and_of_no_other():
     pipe = personal.classes()
-    problem = problem_of(pipe, class_target(pipe, 1), times=(0.5, 0.9), batch_size=64)
+    problem = problem_of(pipe, class_target(pipe, 1), first_time=0.5, last_time=0.9, batch_size=64)
     assert problem.schedule.times(0.5, 0.9) == (500, 900)
+    assert problem.schedule.times() == (100, 500)
+    assert schedule_of(personal.text(), torch.device("cpu")).times() == (500, 900)
     assert problem.schedule.times(0.9999, 1.0) == (999, 1000)
     assert problem.schedule.times(0.5, 0.5004) == (500, 501)
     t = torch.cat([problem.draw("step", k).t for k in range(40)])

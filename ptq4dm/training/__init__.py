@@ -1,0 +1,1 @@
+"""Training: of packed models by forward passes alone, and on integers."""

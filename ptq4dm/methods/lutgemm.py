@@ -15,7 +15,7 @@ weight itself, and that a model feels far more than its size says. So errors of 
 
 Fitted planes have the smaller error of the weights at 2 and 3 bits, and not of the model. What helps are the inputs
 of calibration, which are no part of the paper: codes by Hessian rounding (gptq), then rounds in which scales, offsets
-and codes are fitted to what the layer puts out (`refits`; ptq4dm/rounding/refit.py). The rounds start at fitted planes
+and codes are fitted to what the layer puts out (`refits`; ptq4dm/rounding/refit.py). They start at fitted planes
 at 2 bits and at those of a uniform grid above, where each leaves the smaller error of outputs. A sample gives these
 layers one row alone: they need more tuples than others (`num_tuples`).
 """

@@ -15,8 +15,8 @@ weight itself, and that a model feels far more than its size says. So errors of 
 
 Fitted planes have the smaller error of the weights at 2 and 3 bits, and not of the model. What helps are the inputs
 of calibration, which are no part of the paper: codes by Hessian rounding (gptq), then rounds in which scales, offsets
-and codes are fitted to what the layer puts out (`refits`; ptq4dm/rounding/refit.py). They start at fitted planes
-at 2 bits and at those of a uniform grid above, where each leaves the smaller error of outputs. A sample gives these
+and codes are fitted to what the layer puts out (`refits`; ptq4dm/rounding/refit.py). They start at the
+planes of a uniform grid: fitted ones end in a smaller error on one model and in a larger one on another. A sample gives these
 layers one row alone: they need more tuples than others (`num_tuples`).
 """
 
@@ -42,7 +42,7 @@ from ..rounding.registry import ROUNDERS
 
 PLANES = ("fitted", "uniform")
 REFITS = 2
-FITTED = 2  # bits up to which planes are fitted where nothing is said
+FITTED = 1  # bits up to which planes are fitted where nothing is said
 
 
 @register("lutgemm")
@@ -54,7 +54,7 @@ class LUTGEMMConfig(QuantConfig):
     group_size: inputs under one set of scales, 32, 64 or 128; None gives each output one. A layer whose inputs do not
         divide into groups gets the largest smaller ones that they divide into, or one set an output; the report says
         which.
-    planes: "fitted"; "uniform", those of an affine uniform grid; left out, fitted up to 2 bits.
+    planes: "fitted"; "uniform", those of an affine uniform grid; left out, fitted at 1 bit alone.
         Both are where refits start.
     rounds: of the fit, after its greedy start.
     emphasis: in the fit squared errors count by |w|^emphasis; 0 is plain least squares.
@@ -71,7 +71,7 @@ class LUTGEMMConfig(QuantConfig):
     packs_while_loading: ClassVar[bool] = False
     bits: int = option(3, "sign planes of a weight", low=1, high=MOST_BITS)
     group_size: int | None = option(128, "inputs that share scales: 32, 64 or 128", parse=int)
-    planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted up to 2")
+    planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted at 1 bit alone")
     rounds: int = option(ROUNDS, "of the fit of planes, after its greedy start", low=0)
     emphasis: float = option(1.0, "errors of weights count by |w| to this power", low=0, high=MOST_EMPHASIS)
     rounding: str = option("gptq", "how codes are chosen: nearest, or gptq by calibration inputs")

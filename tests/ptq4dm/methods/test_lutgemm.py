@@ -35,7 +35,7 @@ def test_layers_are_those_of_one_row_a_sample(reference):
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and any(p in n for p in parts)}
     assert layers == linears and len(layers) > 15
     assert all(type(model.get_submodule(layer)) is BCQLinear for layer in layers)
-    assert {row["format"] for row in report.layers} == {"W2A16 bcq g128 refitted"}
+    assert {row["format"] for row in report.layers} == {"W2A16 bcq g128 uniform refitted"}
 
 
 @pytest.mark.parametrize("rest", ["rtn activations=dynamic", RTNConfig(activations="dynamic")])
@@ -80,14 +80,14 @@ def test_groups_that_do_not_fit_are_smaller(reference):
     assert plan(256, None).group_size is None and plan(96, 64).group_size == 32
 
 
-def test_planes_are_uniform_above_two_bits_where_nothing_is_said(reference):
+def test_planes_are_uniform_above_one_bit_where_nothing_is_said(reference):
     pipe, store, _ = reference
     kinds = {}
-    for bits, planes in ((2, None), (3, None), (4, "fitted"), (2, "uniform")):
+    for bits, planes in ((1, None), (2, None), (4, "fitted"), (2, "uniform")):
         model = fresh(pipe)
         plan = LUTGEMMConfig(bits=bits, planes=planes).resolve(model, ptq4dm.layers.view.find_layers(model), store)
         kinds[bits, planes] = {choice.uniform for choice in plan.values()}
-    assert kinds == {(2, None): {False}, (3, None): {True}, (4, "fitted"): {False}, (2, "uniform"): {True}}
+    assert kinds == {(1, None): {False}, (2, None): {True}, (4, "fitted"): {False}, (2, "uniform"): {True}}
 
 
 @pytest.mark.parametrize("rounding, refits, found", [("gptq", None, 2), ("gptq", 0, 0), ("nearest", None, 0)])

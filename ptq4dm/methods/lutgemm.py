@@ -15,8 +15,8 @@ weight itself, and that a model feels far more than its size says. So errors of 
 
 Fitted planes have the smaller error of the weights at 2 and 3 bits, and not of the model. What helps are the inputs
 of calibration, which are no part of the paper: codes by Hessian rounding (gptq), then rounds in which scales, offsets
-and codes are fitted to what the layer puts out (`refits`; ptq4dm/rounding/refit.py). They start at the
-planes of a uniform grid: fitted ones end in a smaller error on one model and in a larger one on another. A sample gives these
+and codes are fitted to what the layer puts out (`refits`; ptq4dm/rounding/refit.py). They start at the planes of a
+uniform grid: fitted ones end in a smaller error on one model and in a larger one on another. A sample gives these
 layers one row alone: they need more tuples than others (`num_tuples`).
 """
 

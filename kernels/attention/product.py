@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import JITFunction
 
 from ..formats.kv4 import KV4
 from ..runtime.integers import cdiv, next_power_of_2
@@ -24,12 +25,40 @@ from ..runtime.settings import best_config
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+def _asm(high: bool, kind: str, above: int, one: int, less: int) -> tl.constexpr:
+    """PTX from four bytes to four values: a nibble is the last bits of 128 + c in bf16, of 1024 + c in fp16."""
+    lines = ["shr.b32 t, $2, 4;" if high else "mov.b32 t, $2;", f"mov.b32 one, {one}; mov.b32 less, {less};"]
+    for register, (pair, places) in enumerate((("u", 0x4140), ("t", 0x4342))):
+        lines += [f"prmt.b32 {pair}, t, 0, {places};", f"lop3.b32 {pair}, {pair}, 0x000F000F, {above}, 0xEA;"]
+        lines += [f"fma.rn.{kind} ${register}, {pair}, one, less;"]
+    return tl.constexpr("{ .reg .b32 t, u, one, less; " + " ".join(lines) + " }")
+
+
+_BF16 = "bf16x2", 0x43004300, 0x3F803F80, 0xC300C300
+_FP16 = "f16x2", 0x64006400, 0x3C003C00, 0xE400E400
+_LOW_BF16, _HIGH_BF16, _LOW_FP16, _HIGH_FP16 = (
+    _asm(high, *numbers) for numbers in (_BF16, _FP16) for high in (False, True)
+)
+
+
 @triton.jit
-def _nibbles(codes_ptr, n, j, L, HALF: tl.constexpr, dtype: tl.constexpr):
-    """Codes of tokens n [BN], bytes j [W] of a head -> (lower, upper) [BN, W] as values; 0 outside."""
+def _nibbles(codes_ptr, n, j, L, HALF: tl.constexpr, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """Codes of tokens n [BN], bytes j [W] of a head -> (lower, upper) [BN, W] as values; 0 outside.
+
+    PACKED: four by each 32-bit operation, in PTX, for values of 16 bits.
+    """
     mask = (n < L)[:, None] & (j < HALF)[None, :]
     raw = tl.load(codes_ptr + n[:, None] * HALF + j[None, :], mask=mask, other=0)
-    return (raw & 15).to(tl.float32).to(dtype), (raw >> 4).to(tl.float32).to(dtype)
+    if PACKED:
+        if dtype == tl.bfloat16:
+            lower = tl.inline_asm_elementwise(_LOW_BF16, "=r,=r,r", [raw], tl.bfloat16, True, 4)
+            upper = tl.inline_asm_elementwise(_HIGH_BF16, "=r,=r,r", [raw], tl.bfloat16, True, 4)
+        else:
+            lower = tl.inline_asm_elementwise(_LOW_FP16, "=r,=r,r", [raw], tl.float16, True, 4)
+            upper = tl.inline_asm_elementwise(_HIGH_FP16, "=r,=r,r", [raw], tl.float16, True, 4)
+    else:
+        lower, upper = (raw & 15).to(tl.float32).to(dtype), (raw >> 4).to(tl.float32).to(dtype)
+    return lower, upper
 
 
 @triton.jit
@@ -37,6 +66,7 @@ def _kv4_attention_kernel(
     q_ptr, kcodes_ptr, kscales_ptr, klows_ptr, vcodes_ptr, vscales_ptr, vlows_ptr, mask_ptr, y_ptr,
     q_batch, q_head, q_row, mask_batch, mask_head, mask_row, mask_token, M, L, scale,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head. scale: times log2(e). W: HALF bytes of a head, to a power of 2 from 16."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -60,7 +90,7 @@ def _kv4_attention_kernel(
         n = first + tl.arange(0, BN)
         inside = n < L
         grid = head * L + n
-        k_lower, k_upper = _nibbles(kcodes_ptr, n, j, L, HALF, dtype)
+        k_lower, k_upper = _nibbles(kcodes_ptr, n, j, L, HALF, dtype, PACKED)
         k_scale = tl.load(kscales_ptr + grid, mask=inside, other=0.0).to(tl.float32)
         k_low = tl.load(klows_ptr + grid, mask=inside, other=0.0).to(tl.float32)
         product = tl.dot(lower, k_lower.T, input_precision="ieee")
@@ -77,7 +107,7 @@ def _kv4_attention_kernel(
         correction = tl.exp2(peak - zero)
         peak = above
 
-        v_lower, v_upper = _nibbles(vcodes_ptr, n, j, L, HALF, dtype)
+        v_lower, v_upper = _nibbles(vcodes_ptr, n, j, L, HALF, dtype, PACKED)
         v_scale = tl.load(vscales_ptr + grid, mask=inside, other=0.0).to(tl.float32)
         v_low = tl.load(vlows_ptr + grid, mask=inside, other=0.0).to(tl.float32)
         total = total * correction + tl.sum(p, 1)
@@ -129,5 +159,6 @@ def _plan(
         _kv4_attention_kernel, (cdiv(rows, bm), batch * heads),
         **dict(zip(names, (*q_strides, *mask_strides), strict=True)), M=rows, L=tokens, scale=scale * LOG2E.value,
         H=heads, D=width, HALF=half, W=padded, BM=bm, BN=bn,
+        PACKED=config.get("PACKED", False) and itemsize == 2 and isinstance(_kv4_attention_kernel, JITFunction),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

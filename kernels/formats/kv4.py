@@ -38,8 +38,11 @@ def grid_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def quantize_kv4(x: Tensor, dtype: torch.dtype | None = None) -> KV4:
+def quantize_kv4(x: Tensor, dtype: torch.dtype | None = None, ends: tuple[Tensor, Tensor] | None = None) -> KV4:
     """x [..., d] float -> codes, scales and lows; these two of `dtype`, by default `grid_dtype` of x.
+
+    ends: where grids begin and end, float32 [...]; what lies beyond takes the first or the last code. By default the
+        least and the largest value of each row.
 
     Raises ValueError where d is 0 or `dtype` has no 16 bits.
     """
@@ -49,7 +52,7 @@ def quantize_kv4(x: Tensor, dtype: torch.dtype | None = None) -> KV4:
     if dtype.itemsize != 2:
         raise ValueError(f"scales of 4-bit keys and values are 16-bit floats, not {dtype}.")
     x = x.float()
-    lows, highs = x.amin(-1), x.amax(-1)
+    lows, highs = (x.amin(-1), x.amax(-1)) if ends is None else ends
     scales = over(highs - lows, LEVELS).to(dtype)
     lows = lows.to(dtype)
     steps = torch.where(scales == 0, 1.0, scales.float()).unsqueeze(-1)

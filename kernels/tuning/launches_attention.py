@@ -20,7 +20,7 @@ from .launch import DEVICE
 
 # BM queries, BN tokens of a tile, num_warps; what a thread of 4 warps cannot hold is left out
 TILES = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (128, 64, 8), (128, 128, 8))
-STAGES = (1, 2, 3)
+STAGES = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def settings_of(rows: int, tokens: int, width: int) -> list[dict]:
         if width > 64 and bm // warps > 16 and bn > 32:
             continue
         tiles.append(dict(BM=bm, BN=bn, num_warps=warps))
-    return [tile | dict(num_stages=stages) for tile, stages in itertools.product(tiles, STAGES)]
+    rest = [dict(num_stages=stages, PACKED=packed) for stages in STAGES for packed in (False, True)]
+    return [tile | one for tile, one in itertools.product(tiles, rest)]
 
 
 def operands(launch: AttentionLaunch, seed: int, device: str = DEVICE) -> tuple[Tensor, Tensor, Tensor]:

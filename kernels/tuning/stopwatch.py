@@ -18,10 +18,11 @@ WARM_UP = 2
 COLD = 160e6  # bytes that the calls of a candidate go through: more than twice the L2 of any GPU there is
 
 
-def graph_of(calls: list[Callable]) -> tuple[torch.cuda.CUDAGraph, object]:
+def graph_of(calls: list[Callable], pool: object = None) -> tuple[torch.cuda.CUDAGraph, object]:
     """(one CUDA graph of all calls, what the last of them returned).
 
-    All are called before: what a call makes once and keeps must not become part of the graph.
+    All are called before: what a call makes once and keeps must not become part of the graph. pool: of another graph
+    whose memory it shares; the two must not run at the same time, and what they return is gone with the next replay.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -30,7 +31,7 @@ def graph_of(calls: list[Callable]) -> tuple[torch.cuda.CUDAGraph, object]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph, result = torch.cuda.CUDAGraph(), None
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for call in calls:
             result = call()
     return graph, result

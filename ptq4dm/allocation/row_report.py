@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,14 @@ class ChosenRows:
         left.set_xlabel("time, % of the way to pure noise")
         left.set_ylabel(f"share of the salience ({self.salience.importance})")
         left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), title="layers (rows of 8 bits)")
-        image = right.imshow(self.salience.overlap(self.share), vmin=0, vmax=1, origin="lower", extent=(0, 100) * 2)
+        empty = [not any(values) for values in zip(*bands, strict=True)]  # times that no tuple has: white
+        for centre in (at for at, none in zip(centres, empty, strict=True) if none):
+            left.text(centre, 0.5, "no tuples", rotation=90, ha="center", va="center", color="grey")
+        overlap = [
+            [math.nan if one or other else value for value, other in zip(values, empty, strict=True)]
+            for values, one in zip(self.salience.overlap(self.share), empty, strict=True)
+        ]
+        image = right.imshow(overlap, vmin=0, vmax=1, origin="lower", extent=(0, 100) * 2)
         right.set_xlabel("time, %")
         right.set_ylabel("time, %")
         right.set_title(f"rows that both times choose, of {self.share:.0%}", fontsize=10)

@@ -1,61 +1,164 @@
-"""Times of a model's layers on a GPU: CUDA graphs of their calls, on operands that no cache holds.
+"""Times of a model's layers on a GPU, in place: CUDA graphs of the whole step, with layers of one kind in a format.
 
-One layer stands for all of its kind. It is called on the input that the model gave it; copies of layer and input, as
-many as it takes to go past the cache, make a graph, and formats take turns. The step is a graph of the whole model.
+What a format adds to a step is measured twice for each kind of layer; the mean of both is dealt out to its layers:
+
+    first   step(the kind in the format, all else in full precision) - step(full precision)
+    last    step(all in the format) - step(all but the kind in the format)
+
+A layer by itself tells something else: in a step its operands may lie in a cache, what it gives may lie in another
+order in memory, and the layers beside it then take more or less time. Of what two layers do to each other each has
+its half in this mean: one format in all layers comes out as it was measured, a mixture nearly. The graphs of a
+difference take turns, so that a GPU that changes its clock changes all of them. Our own way: the paper measures an
+FPGA's operators.
+
+In full precision a kind has the time that one of its layers takes by itself: that alone says how much of a step is
+outside of the layers, and no choice depends on it.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from ..calibration.calls import Call
 from ..calibration.evidence import substituted
 from ..calibration.record import times_of
-from ..hooks import hooked
 from ..kernels.tuning import stopwatch
 from ..pipelines.denoiser import evaluation_mode
 from ..progress import progress_bar
+from .alone import alone
 from .clocks import Figure, entry
+from .table import KEEP
 
-COPIES = 16  # of a layer at most
+ENOUGH = 0.2  # seconds of one difference; of long steps fewer are needed, for they are steadier
+LEAST = 3  # turns
 
-Made = list[tuple[tuple, dict]]
-"""The calls of a layer in one step: (args, kwargs)."""
+Formats = Mapping[str, Mapping[str, nn.Module]]
 
 
 def time_in_graphs(
     model: nn.Module,
     call: Call,
-    formats: Mapping[str, Mapping[str, nn.Module]],
+    formats: Formats,
     kinds: Mapping[str, str],
     words: Mapping[str, Mapping[str, str]],
     rounds: int,
 ) -> tuple[dict[str, Figure], dict[str, Figure]]:
-    """("kind | format" -> figure, label -> figure of the step); arguments as in `costs`."""
-    first = {kind: name for name, kind in reversed(list(kinds.items()))}
-    found: dict[str, Figure] = {}
+    """("kind | format" -> figure of one layer, label -> figure of the step); arguments as in `costs`.
+
+    formats: KEEP is one of them.
+    """
     device = next(model.parameters()).device
     call = with_times_on(device, model, call)
     with torch.no_grad(), torch.cuda.device(device), evaluation_mode(model):
-        calls = _made(model, call, list(first.values()))
-        for kind, name in progress_bar(list(first.items()), desc="timing", unit="kind"):
-            own = model.get_submodule(name)
-            some = {words[label][name]: layers.get(name, own) for label, layers in formats.items()}
-            figures = _raced({said: _cold(layer, calls[name]) for said, layer in some.items()}, rounds)
-            count = len(calls[name])
-            found |= {entry(kind, said): _times(figure, count) for said, figure in figures.items()}
-        steps: dict[str, Figure] = {}
-        for label, layers in formats.items():
-            with substituted(model, dict(layers)):
-                steps |= _raced({label: [lambda: model(*call.args, **call.kwargs)]}, rounds)
-    return found, steps
+        bench = _Steps(model, call)
+        whole = {label: bench.graph({**layers}) for label, layers in formats.items()}
+        steps = _figures(_turns(whole, rounds))
+        turns = _turns_of(rounds, steps[KEEP].median * 1e-6)
+        added: dict[tuple[str, str], Figure] = {}
+        places = [
+            (label, kind, said, names)
+            for label, layers in formats.items()
+            for (kind, said), names in _grouped(kinds, words[label]).items()
+            if said != KEEP
+        ]
+        for label, kind, said, names in progress_bar(places, desc="timing", unit="kind"):
+            if (kind, said) not in added:
+                added[kind, said] = bench.difference(whole, formats[label], label, names, turns)
+        by_themselves = alone(model, call, {KEEP: {}}, kinds, {KEEP: dict.fromkeys(kinds, KEEP)}, rounds)
+    return _together({kind: by_themselves[entry(kind, KEEP)] for kind in kinds.values()}, added), steps
+
+
+def time_steps(model: nn.Module, call: Call, formats: Formats, rounds: int) -> dict[str, Figure]:
+    """Label -> figure of the whole step with that format's layers in place; graphs that take turns."""
+    device = next(model.parameters()).device
+    call = with_times_on(device, model, call)
+    with torch.no_grad(), torch.cuda.device(device), evaluation_mode(model):
+        bench = _Steps(model, call)
+        return _figures(_turns({label: bench.graph({**layers}) for label, layers in formats.items()}, rounds))
+
+
+@dataclass
+class _Steps:
+    """Graphs of steps of one model, on one call, in one pool of memory: they never run at the same time."""
+
+    model: nn.Module
+    call: Call
+    pool: Any = None
+
+    def graph(self, layers: dict[str, nn.Module]) -> Any:
+        """The graph of a step with some layers in place."""
+        with substituted(self.model, layers):
+            graph, _ = stopwatch.graph_of([lambda: self.model(*self.call.args, **self.call.kwargs)], self.pool)
+        self.pool = self.pool or graph.pool()
+        return graph
+
+    def difference(
+        self, whole: dict[str, Any], layers: Mapping[str, nn.Module], label: str, names: list[str], turns: int
+    ) -> Figure:
+        """What one of the named layers adds to a step, in microseconds, below 0 where it saves."""
+        only = {name: layers[name] for name in names}
+        rest = {name: layer for name, layer in layers.items() if name not in only}
+        four = {
+            "none": whole[KEEP],
+            "first": self.graph(only) if rest else whole[label],
+            "all": whole[label],
+            "last": self.graph(rest) if rest else whole[KEEP],
+        }
+        seconds = {name: np.array(numbers) for name, numbers in _turns(four, turns).items()}
+        added = (seconds["first"] - seconds["none"] + seconds["all"] - seconds["last"]) / 2
+        return Figure.of((added / len(names)).tolist())
+
+
+def _turns(graphs: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds of replays of each graph, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(rounds + stopwatch.WARM_UP):
+        for name, graph in graphs.items():
+            spent = stopwatch.elapsed(graph.replay) * 1e-6
+            if turn >= stopwatch.WARM_UP:
+                seconds[name].append(spent)
+    return seconds
+
+
+def _turns_of(rounds: int, step: float) -> int:
+    """How many turns a difference of four graphs has, of steps of so many seconds."""
+    return max(min(rounds, math.floor(ENOUGH / (4 * step))), LEAST)
+
+
+def _figures(seconds: Mapping[str, list[float]]) -> dict[str, Figure]:
+    return {name: Figure.of(numbers) for name, numbers in seconds.items()}
+
+
+def _grouped(kinds: Mapping[str, str], words: Mapping[str, str]) -> dict[tuple[str, str], list[str]]:
+    """(kind, format in words) -> the layers of it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, kind in kinds.items():
+        found.setdefault((kind, words[name]), []).append(name)
+    return found
+
+
+def _together(whole: Mapping[str, Figure], added: Mapping[tuple[str, str], Figure]) -> dict[str, Figure]:
+    """ "kind | format" -> figure, of full precision by itself and of what formats add to it.
+
+    Where a format saves more than that in a step, full precision takes as much there: no time is below 0.
+    """
+    found = {}
+    for kind, one in whole.items():
+        saved = max((-figure.median for (of, _), figure in added.items() if of == kind), default=0.0)
+        more = max(saved - one.median, 0.0)
+        found[entry(kind, KEEP)] = Figure(one.median + more, one.low + more, one.high + more, one.count)
+    for (kind, said), one in added.items():
+        base = found[entry(kind, KEEP)].median
+        low, high = (max(base + value, 0.0) for value in (one.low, one.high))
+        found[entry(kind, said)] = Figure(base + one.median, low, high, one.count)
+    return found
 
 
 def with_times_on(device: torch.device, model: nn.Module, call: Call) -> Call:
@@ -64,48 +167,3 @@ def with_times_on(device: torch.device, model: nn.Module, call: Call) -> Call:
     for i in times_of(model, call):
         leaves[i] = torch.as_tensor(leaves[i], device=device)
     return Call.nested(leaves, structure)
-
-
-def _made(model: nn.Module, call: Call, names: list[str]) -> dict[str, Made]:
-    calls: dict[str, Made] = {name: [] for name in names}
-
-    def keep(name: str) -> Callable:
-        return lambda module, args, kwargs: calls[name].append(_copied((args, kwargs)))
-
-    with hooked(model, {name: keep(name) for name in names}):
-        model(*call.args, **call.kwargs)
-    return calls
-
-
-def _copied(values: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, values)
-
-
-def _cold(layer: nn.Module, calls: Made) -> list[Callable]:
-    """Calls of copies of a layer on copies of its inputs, together more than a cache holds."""
-    moved = sum(t.nbytes for t in [*layer.parameters(), *pytree.tree_leaves(calls)] if isinstance(t, Tensor))
-    found: list[Callable] = []
-    for _ in range(min(COPIES, math.ceil(stopwatch.COLD / max(moved, 1)))):
-        own = copy.deepcopy(layer)
-        for args, kwargs in _copied(calls):
-            found.append(lambda own=own, args=args, kwargs=kwargs: own(*args, **kwargs))
-    return found
-
-
-def _raced(candidates: dict[str, list[Callable]], rounds: int) -> dict[str, Figure]:
-    """The figure of one call of each candidate, in graphs that take turns."""
-    graphs = {}
-    for name, calls in candidates.items():
-        turns = math.ceil(stopwatch.CALLS / len(calls)) if len(calls) > 1 else 1
-        graphs[name] = stopwatch.graph_of(calls * turns)[0], len(calls) * turns
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + stopwatch.WARM_UP):
-        for name, (graph, count) in graphs.items():
-            spent = stopwatch.elapsed(graph.replay) / count * 1e-6
-            if turn >= stopwatch.WARM_UP:
-                seconds[name].append(spent)
-    return {name: Figure.of(numbers) for name, numbers in seconds.items()}
-
-
-def _times(figure: Figure, count: int) -> Figure:
-    return Figure(figure.median * count, figure.low * count, figure.high * count, figure.count)

@@ -2,7 +2,8 @@
 
 Cross-attention looks at the text, which stays the same while a picture is sampled; so do its keys and values. They
 are kept in 4 bits per head (kernels/formats/kv4.py), and attention reads them so: QServe's KV4 (arXiv:2405.04532) on
-what a diffusion model has of a cache of keys and values. The transform "smooth-attention" makes keys fit for it.
+what a diffusion model has of a cache of keys and values. The transform "smooth-attention" makes keys fit for it;
+four_bits.py rounds them.
 
     with ptq4dm.cached_text(pipe) as cache:
         pipe("a red barn")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels.formats.kv4 import quantize_kv4
+from .four_bits import keys_in_4_bits, values_in_4_bits
 from .state import State
 
 MOST_TEXTS = 4
@@ -107,7 +107,8 @@ class TextCache:
 
     def _stored(self, pair: Parts) -> Parts:
         if self.bits == 4:
-            return tuple(part for one in pair for part in quantize_kv4(one.contiguous()))
+            keys, values = pair
+            return *keys_in_4_bits(keys), *values_in_4_bits(values)
         if self.bits == 16:
             return tuple(one if one.dtype.itemsize == 2 else one.to(torch.float16) for one in pair)
         return pair

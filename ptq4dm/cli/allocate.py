@@ -24,6 +24,7 @@ from .options import (
     add_model,
     add_sampler,
     calibration_of,
+    check_kept,
     conditioning_of,
     fitting,
     load,
@@ -57,6 +58,8 @@ def run(args) -> None:
     if args.plot:
         picture_place(args.plot)
     store = CalibrationStore.load(args.calibration) if args.calibration else None
+    if store is not None:
+        check_kept(args, store, options_of(type(config)))
     pipe = load(args, args.model)
     model, name = component_of(pipe, args.component), args.component or denoiser_name(pipe)
     if store is None:

@@ -48,7 +48,8 @@ def add(parser) -> None:
 
 
 def run(args) -> None:
-    for flag, value in (("--batch-size", args.batch_size), ("--num-inference-steps", args.num_inference_steps)):
+    steps = "--num-inference-steps (or --steps)"
+    for flag, value in (("--batch-size", args.batch_size), (steps, args.num_inference_steps)):
         if value is not None and not 1 <= value <= MOST_BATCH:
             raise UserError(f"{flag} must be from 1 to {MOST_BATCH}; got {value}.")
     one_process(args)

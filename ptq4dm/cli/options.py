@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,19 +10,21 @@ import torch
 from accelerate import PartialState
 
 from ..calibration.collect import CalibrationConfig
+from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig
 from ..pipelines.devices import DTYPES, check_device
 from ..pipelines.load import EMBEDDED, load_pipeline
 from ..pipelines.sampling import default_steps
 from ..quantization.saving import RECORD
-from .flags import add_flags, given
+from .flags import add_flags, flag_of, given
 
 EXAMPLE = EMBEDDED[0]  # the model where none is named
 QUANTIZED = "out/quantized"  # where `quantize` writes and the others look first
 QUANTIZED_FIRST = f"{QUANTIZED} if `quantize` made it, else {EXAMPLE}"
 STEPS = EvaluateConfig.num_inference_steps  # but for models that were distilled to one
 BATCH_SIZE = 16
+WITHOUT_EFFECT = ("batch_size",)  # on which calls a store holds
 
 
 def add_model(parser, default: str | None = EXAMPLE, note: str = "") -> None:
@@ -124,6 +127,24 @@ def default_model(args) -> str:
 def calibration_of(args) -> CalibrationConfig:
     steps = {} if args.calibration_steps is None else {"num_inference_steps": args.calibration_steps}
     return CalibrationConfig(**given(args, CalibrationConfig), **steps)
+
+
+def check_kept(args, store: CalibrationStore, others: Collection[str] = ()) -> None:
+    """Raises UserError where flags ask for calls that a store, which is there already, was not collected with.
+
+    others: options that something else than the calibration has, too.
+    """
+    asked = {name: value for name, value in given(args, CalibrationConfig).items() if name not in others}
+    asked = {flag_of(name): (name, value) for name, value in asked.items() if name not in WITHOUT_EFFECT}
+    if args.calibration_steps is not None:
+        asked["--calibration-steps"] = "num_inference_steps", args.calibration_steps
+    for flag, (name, value) in asked.items():
+        if store.config.get(name) != value:
+            held = f"with {store.config[name]}" if name in store.config else "in another way"
+            raise UserError(
+                f"the store {args.calibration} was collected {held}, so that {flag} {value} would change nothing; "
+                "leave it out, or collect another store."
+            )
 
 
 def fitting(config: CalibrationConfig, args, pipe) -> CalibrationConfig:

@@ -31,6 +31,7 @@ from .options import (
     add_model,
     add_sampler,
     calibration_of,
+    check_kept,
     conditioning_of,
     fitting,
     load,
@@ -73,12 +74,18 @@ def recipes_of(args) -> dict[str, QuantConfig]:
     """The recipe that the options make, or the plans of a file: network -> recipe, "" of all that there are.
 
     Raises:
-        UserError: an option that the method does not have, or any option beside a plan.
+        UserError: an option that the method does not have or that changes nothing, or any option beside a plan.
     """
     names = sorted({name for kind in methods().values() for name in options_of(kind)})
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.plan is None:
-        return {args.component or "": QuantConfig.from_dict({"method": args.method or METHOD, **options})}
+        config = QuantConfig.from_dict({"method": args.method or METHOD, **options})
+        if "num_tuples" in options and not config.looks_at_tuples:
+            raise UserError(
+                f"nothing of this {type(config).__name__} looks at calibration tuples, so that --num-tuples would "
+                "change nothing; leave it out, or take a rounding that does, such as --rounding gptq."
+            )
+        return {args.component or "": config}
     options |= {} if args.method is None else {"method": args.method}
     if options:
         raise UserError(
@@ -141,6 +148,8 @@ def _quantize(
     if args.plot:
         picture_place(args.plot)
     store = CalibrationStore.load(args.calibration) if args.calibration else None
+    if store is not None:
+        check_kept(args, store, {name for one in recipes.values() for name in options_of(type(one))})
     pipe = load(args, args.model)
     model = component_of(pipe, args.component)
     calibrated = () if store is None else store.components

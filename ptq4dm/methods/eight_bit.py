@@ -125,6 +125,10 @@ class IntegerConfig(QuantConfig):
         return ROUNDERS.find(self.rounding).needs | ranges | ranking | turns
 
     @property
+    def looks_at_tuples(self) -> bool:
+        return bool(self.looks)
+
+    @property
     def _asks_model(self) -> bool:
         """Whether the model is run for the choice of ranges: of static int8 grids that no plan names yet."""
         chooses = self.activations == "static" and self.format == "int8" and self.plan is None

@@ -13,7 +13,7 @@ of layers are turned in every call, where calibration says that this lowers the 
 time. SmoothAttention is the transform "smooth-attention", and serves no weight.
 
 With rounding="nearest" and every pass off this is round to nearest in the same format. Defaults are our measurement
-on the embedded models (scripts/comparisons/method_rows.py).
+on the embedded models (scripts/comparisons/rows/progressive.py).
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ from .recipe import QuantConfig
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+PLANS = "plan.json"  # beside model_index.json
+
 
 def networks_to_quantize(
     target: DiffusionPipeline | nn.Module, component: str | None, calibrated: Iterable[str] = ()
@@ -109,9 +111,11 @@ def save_plans(pipe: DiffusionPipeline, path: Path) -> None:
 def load_plans(path: str | Path) -> dict[str, Plan]:
     """Component name -> plan, as `save_plans` wrote them; "" is the name of the denoiser where it is the only one.
 
-    Raises DamagedFile where the file cannot be read.
+    Raises DamagedFile where the file cannot be read, UserError where it is the report that lies beside the plan.
     """
     data = read_json(path, "give a plan that ptq4dm has saved")
+    if isinstance(data, dict) and isinstance(data.get("layers"), list):
+        raise UserError(f"{path} is a report of what was quantized, and no plan; give {Path(path).with_name(PLANS)}.")
     if not (isinstance(data, dict) and isinstance(data.get("components"), dict)):
         return {"": Plan.load(path)}
     with naming(path):

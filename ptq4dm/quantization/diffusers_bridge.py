@@ -6,7 +6,7 @@ diffusers has no entry point for quantizers of other packages; like sdnq, we add
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -247,7 +247,8 @@ def quantization_config(model: nn.Module) -> QuantConfig | None:
     if not isinstance(model, nn.Module):
         raise UserError(f"model must be a network, such as pipe.unet; got {shown(model)}.")
     config = getattr(model, "config", None)
-    found = config.get("quantization_config") if config is not None else None
+    # transformers' configs have attributes, and diffusers' are mappings
+    found = config.get("quantization_config") if isinstance(config, Mapping) else None
     if isinstance(found, dict):  # diffusers leaves one when it saves; the loader has the recipe with all its tensors
         kept = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
         if isinstance(kept, QuantConfig):

@@ -116,6 +116,11 @@ class QuantConfig(QuantizationConfigMixin):
         """Whether a store is needed to resolve the recipe: for its transforms, if for nothing else."""
         return any(named(text)[0].needs for text in self.changes)
 
+    @property
+    def looks_at_tuples(self) -> bool:
+        """Whether anything of the recipe looks at calibration tuples, so that their number counts."""
+        return True
+
     def otherwise(self) -> str:
         """What else a user could do than give a store, as the end of a sentence that asks for one; "" for nothing."""
         return ""

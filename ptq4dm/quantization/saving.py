@@ -9,7 +9,7 @@ from ..files.outside import read_object
 from ..files.result_folder import result_folder
 from ..layers.view import find_layers
 from ..pipelines.denoiser import networks_of
-from .components import networks_to_quantize, save_plans
+from .components import PLANS, networks_to_quantize, save_plans
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -61,4 +61,4 @@ def save_quantized(pipe: DiffusionPipeline, record: dict, folder: Path) -> None:
     with result_folder(folder, RECORD, record) as new:
         pipe.save_pretrained(new)
         (new / "README.md").write_text(CARD.format(**record), encoding="utf-8")
-        save_plans(pipe, new / "plan.json")
+        save_plans(pipe, new / PLANS)

@@ -1,6 +1,6 @@
 """Time attention on a text's 4-bit keys and values against torch's on 16-bit ones, in one run.
 
-    python scripts/benchmarks/bench_kv4.py [--tune SECONDS] [--shapes sdxl pixart ...] [--images 1 4]
+    python scripts/benchmarks/bench_kv4.py [--tune SECONDS] [--shapes sdxl-4096 pixart ...] [--images 1 4]
         [--output out/bench-kv4]
 
 One JSON line for each shape and number of images, each with and without a prompt (guidance): microseconds and ratios
@@ -12,10 +12,11 @@ over replays of a CUDA graph on operands that no cache holds; the candidates of 
                         that torch.compile makes; 16-bit copies of them are in memory while it runs
     kv4                 the kernel on the 4-bit ones (kernels/attention)
 
-Shapes are layers of SDXL, PixArt and Wan. "pixart, padded" has the mask of a prompt of 100 tokens, as diffusers makes
+Shapes are layers of SDXL, PixArt and Wan. "pixart-padded" has the mask of a prompt of 100 tokens, as diffusers makes
 it. "error" is the distance of the kernel's first rows to the formula, beside what sdpa's are from float32 on the same
-keys and values. --tune first searches settings for these shapes, for so many seconds, and records them where kernels
-look; the file goes to --output as well.
+keys and values. "us of storing": what it takes to round keys and values once for a prompt, launch by launch, as
+`ptq4dm.cached_text` does it and to the nearest. --tune first searches settings for these shapes, for so many seconds,
+and records them where kernels look; the file goes to --output as well.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
 from conditions import commit  # noqa: E402
 
+from ptq4dm.caching.four_bits import keys_in_4_bits, values_in_4_bits  # noqa: E402
 from ptq4dm.cli.tune import check_gpu, tune  # noqa: E402
 from ptq4dm.errors import UserError, run  # noqa: E402
 from ptq4dm.kernels.attention import reference  # noqa: E402
@@ -43,14 +45,18 @@ from ptq4dm.kernels.attention.layer import kv4_attention  # noqa: E402
 from ptq4dm.kernels.formats.kv4 import KV4, dequantize_kv4, quantize_kv4  # noqa: E402
 from ptq4dm.kernels.runtime.settings import best_config, tuned_file  # noqa: E402
 from ptq4dm.kernels.tuning.launches_attention import AttentionLaunch, operands, sets_of  # noqa: E402
-from ptq4dm.kernels.tuning.stopwatch import race  # noqa: E402
+from ptq4dm.kernels.tuning.stopwatch import launched, race  # noqa: E402
 
 SHAPES = {  # of one picture with guidance
-    "sdxl, 64 x 64": AttentionLaunch(2, 10, 4096, 77, 64),
-    "sdxl, 32 x 32": AttentionLaunch(2, 20, 1024, 77, 64),
+    "sdxl-4096": AttentionLaunch(2, 10, 4096, 77, 64),
+    "sdxl-1024": AttentionLaunch(2, 20, 1024, 77, 64),
     "pixart": AttentionLaunch(2, 16, 4096, 300, 72),
-    "pixart, padded": AttentionLaunch(2, 16, 4096, 300, 72),
+    "pixart-padded": AttentionLaunch(2, 16, 4096, 300, 72),
     "wan": AttentionLaunch(2, 40, 8190, 512, 128),
+}
+STORES = {
+    "cached_text": lambda one: (keys_in_4_bits(one.floats[0]), values_in_4_bits(one.floats[1])),
+    "nearest": lambda one: [quantize_kv4(x) for x in one.floats],
 }
 WORDS, CHECKED = 100, 64  # of a padded prompt; rows that are compared with the formula
 
@@ -107,6 +113,7 @@ def measure(launch: AttentionLaunch, padded: bool) -> dict:
 
     candidates = {"sdpa": Set.on_floats, "unpacked, sdpa": made_each_time, "kv4": Set.kv4}
     errors = checked(sets[0], launch.width)
+    storing = {name: launched(functools.partial(store, sets[0])) for name, store in STORES.items()}
     times = race({name: [functools.partial(call, one) for one in sets] for name, call in candidates.items()}, 7)
     operations = 4 * launch.batch * launch.heads * launch.rows * launch.tokens * launch.width
     return {
@@ -114,6 +121,7 @@ def measure(launch: AttentionLaunch, padded: bool) -> dict:
         "ratio to sdpa": {name: round(times["sdpa"] / spent, 3) for name, spent in times.items()},
         "TFLOP/s": {name: round(operations / spent / 1e6, 1) for name, spent in times.items()},
         "error": errors,
+        "us of storing": {name: round(spent, 1) for name, spent in storing.items()},
         "bytes of keys and values": {
             "sdpa": sum(one.numel() * 2 for one in sets[0].floats),
             "kv4": sum(part.numel() * part.element_size() for one in sets[0].codes for part in one),

@@ -5,15 +5,20 @@
 Small text models with random weights (PixArt, a UNet, Wan), whose keys get outliers that are PLANTED: in each head of
 cross-attention two channels of the keys are made --outlier times larger, and those of the queries as much smaller,
 which leaves the model's function as it was. Weights are then quantized to W4A8 by --method (rtn in groups of 64) with
---rounding, and the text's keys and values are kept in 16 bits, or in 4. Each row: the error of the predicted noise
-against full precision, as a share of its energy, on tuples that calibration never saw. Control: the same divisors,
-dealt to other channels at random. With --outlier 1 nothing is planted.
+--rounding, and the text's keys and values are kept in 16 bits, or in 4: as `ptq4dm.cached_text` rounds them, to the
+nearest as QServe does, and with one of our three changes to that at a time. Each row: the error of the predicted
+noise against full precision, as a share of its energy, on tuples that calibration never saw; "alone" is without the
+4-bit weights, whose error is large beside that of the text, and adds chance to the difference. Control: the same
+divisors, dealt to other channels at random. With --outlier 1 nothing is planted.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 
@@ -22,8 +27,10 @@ import torch
 from torch import nn
 
 import ptq4dm
+from ptq4dm.caching import four_bits, text_cache
 from ptq4dm.errors import run
 from ptq4dm.files.rows import Rows
+from ptq4dm.kernels.formats.kv4 import KV4, grid_dtype, quantize_kv4
 from ptq4dm.progress import progress_bar
 from ptq4dm.quantization.recipe import METHODS
 from ptq4dm.transforms.base import TransformPlan, apply_all, transform_named
@@ -31,7 +38,8 @@ from ptq4dm.transforms.peaks import watch_peaks
 
 HEADS, HEAD, TOKENS, TEXT, PLANTED = 4, 64, 77, 128, 2
 SMOOTHING = ("none", "alpha 0.5", "alpha 1", "alpha 0.5, shuffled")
-KEPT = {"16 bits": 16, "4 bits": 4}
+NEAREST, PARTS = "4 bits, nearest", ("ends alone", "keys centred alone", "values' errors shared alone")
+FOUR = ("4 bits", NEAREST, *PARTS)
 SETTINGS = ("outlier", "method", "rounding", "tuples", "batch_size")
 
 
@@ -97,9 +105,9 @@ class Bench:
         difference = self.predict(model, self.held_out) - self.truth
         return float(difference.square().sum() / self.truth.square().sum())
 
-    def kept(self, model: nn.Module, bits: int) -> tuple[float, int]:
-        """(the error with the text kept in this many bits, the bytes of it)."""
-        with ptq4dm.cached_text(model, bits) as cache:
+    def kept(self, model: nn.Module, how: str) -> tuple[float, int]:
+        """(the error with the text kept so, the bytes of it)."""
+        with rounded(how), ptq4dm.cached_text(model, 16 if how == "16 bits" else 4) as cache:
             return self.error(model), cache.most_bytes[0]
 
     def smoothed(self, smoothing: str) -> nn.Module:
@@ -116,16 +124,39 @@ class Bench:
 
     def measure(self, smoothing: str) -> dict:
         model = self.smoothed(smoothing)
-        found: dict = {"float": self.error(model), "4 bits alone": self.kept(model, 4)[0]}
+        ways = [*FOUR] if smoothing in ("none", "alpha 1") else [*FOUR[:2]]
+        found: dict = {"float": self.error(model)}
+        found |= {f"alone: {how}": self.kept(model, how)[0] for how in ways}
         with ptq4dm.record(model) as calls:
             self.predict(model, self.calibration)
         plain = {"weight_bits": 4, "group_size": 64, "activations": "dynamic"} if self.args.method == "rtn" else {}
         config = METHODS.find(self.args.method)(**plain, rounding=self.args.rounding)
         ptq4dm.quantize(model, config, calls)
         found["W4A8"] = self.error(model)
-        for name, bits in KEPT.items():
-            found[name], found[f"{name}: bytes"] = self.kept(model, bits)
+        for how in ("16 bits", *ways):
+            found[how], found[f"{how}: bytes"] = self.kept(model, how)
         return found
+
+
+@contextmanager
+def rounded(how: str) -> Iterator[None]:
+    """Inside, 4-bit keys and values are rounded so."""
+
+    def ended(x: torch.Tensor) -> KV4:
+        return quantize_kv4(x, ends=four_bits.best_ends(x.float(), grid_dtype(x.dtype)))
+
+    before = text_cache.keys_in_4_bits, text_cache.values_in_4_bits, four_bits.SHRUNK
+    keys, values, shrunk = {
+        NEAREST: (quantize_kv4, quantize_kv4, ()),
+        "ends alone": (ended, ended, before[2]),
+        "keys centred alone": (before[0], quantize_kv4, ()),
+        "values' errors shared alone": (quantize_kv4, before[1], ()),
+    }.get(how, before)
+    text_cache.keys_in_4_bits, text_cache.values_in_4_bits, four_bits.SHRUNK = keys, values, shrunk
+    try:
+        yield
+    finally:
+        text_cache.keys_in_4_bits, text_cache.values_in_4_bits, four_bits.SHRUNK = before
 
 
 @torch.no_grad()
@@ -148,26 +179,35 @@ def shuffled(plan: TransformPlan) -> TransformPlan:
 
 
 def markdown(rows: list[dict]) -> str:
-    """Means over models, with the least and the most: what 16 and 4 bits add to the error of W4A8."""
-    columns = ["model", "SmoothAttention", "W4A8", "16 bits add", "4 bits add", "least .. most", "bytes of 16 bits"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    """What 16 and 4 bits add to the error of W4A8, means over models with the least and the most; then, of the 4 bits
+    alone, the share of the error of rounding to the nearest that is left."""
+    columns = ["model", "SmoothAttention", "W4A8", "16 bits add", "4 bits add", "to the nearest", "bytes of 16 bits"]
+    lines, parts = [header(columns)], [header(["model", "SmoothAttention", "error, nearest", "4 bits", *PARTS])]
     for name, smoothing in [(name, smoothing) for name in MODELS for smoothing in SMOOTHING]:
         found = [row for row in rows if (row["model"], row["smoothing"]) == (name, smoothing)]
-        if found:
-            sixteen, four = ([100 * (row[kept] / row["W4A8"] - 1) for row in found] for kept in KEPT)
-            share = fmean(row["4 bits: bytes"] / row["16 bits: bytes"] for row in found)
-            error = fmean(row["W4A8"] for row in found)
-            cells = [name, smoothing, f"{error:.2e}", f"{fmean(sixteen):.2f} %", f"{fmean(four):.1f} %"]
-            cells += [f"{min(four):.1f} .. {max(four):.1f} %", f"{share:.3f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if not found:
+            continue
+        adds = {how: [100 * (row[how] / row["W4A8"] - 1) for row in found] for how in ("16 bits", *FOUR[:2])}
+        cells = [name, smoothing, f"{fmean(row['W4A8'] for row in found):.2e}"]
+        cells += [f"{fmean(few):.1f} % ({min(few):.1f} .. {max(few):.1f})" for few in adds.values()]
+        share = fmean(row["4 bits: bytes"] / row["16 bits: bytes"] for row in found)
+        lines.append(f"| {' | '.join(cells)} | {share:.3f} |")
+        alone = {how: fmean(row.get(f"alone: {how}", nan) for row in found) for how in FOUR}
+        shares = ["" if isnan(alone[how]) else f"{alone[how] / alone[NEAREST]:.2f}" for how in FOUR if how != NEAREST]
+        parts.append(f"| {name} | {smoothing} | {alone[NEAREST]:.2e} | {' | '.join(shares)} |")
+    return "\n".join([*lines, "", *parts])
+
+
+def header(columns: list[str]) -> str:
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--smoothing", nargs="+", choices=SMOOTHING, default=list(SMOOTHING))
     parser.add_argument("--outlier", type=float, default=16.0, help="how much larger the planted channels are")
-    parser.add_argument("--method", default="rtn", help="recipe of the 4-bit weights, e.g. qoq")
+    parser.add_argument("--method", default="qoq", help="recipe of the 4-bit weights, e.g. rtn")
     parser.add_argument("--rounding", default="gptq", help="of the 4-bit weights")
     parser.add_argument("--tuples", type=int, default=32, help="of calibration, and as many held out")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -178,7 +218,7 @@ def main() -> None:
     done = {(row["model"], row["seed"], row["smoothing"]) for row in results}
     todo = [(name, seed) for name in args.models for seed in range(args.num_models)]
     for name, seed in progress_bar(todo, desc="kv4", unit="model"):
-        missing = [one for one in SMOOTHING if (name, seed, one) not in done]
+        missing = [one for one in args.smoothing if (name, seed, one) not in done]
         bench = Bench(args, name, seed) if missing else None
         for smoothing in missing:
             results.add({"model": name, "seed": seed, "smoothing": smoothing, **bench.measure(smoothing)})

@@ -6,9 +6,10 @@
     python scripts/comparisons/compare_methods.py --device cuda --workers 8 --output out/methods.json
     python scripts/comparisons/compare_methods.py --rows "SVDQuant*" "full precision" --kinds method baseline
 
-The rows are those of method_rows.py: methods; baselines (full precision, round to nearest at the same bits and at the
-same stored bytes); ablations, a method with one idea taken out; and shuffled controls, a method with its decisions
-dealt out at random, whose gain must vanish (controls.py). All have the same models, calibration and held-out seeds.
+The rows are those of method_rows.py and rows/: methods; baselines (full precision, round to nearest at the same bits
+and at the same stored bytes); ablations, a method with one idea taken out; and shuffled controls, a method with its
+decisions dealt out at random, whose gain must vanish (controls.py). All have the same models, calibration and
+held-out seeds.
 
 Columns: PSNR of same-seed images with its 95 % interval, and noise prediction error, both against full precision on
 seeds that calibration never saw; feature-FID (--num-fid); bytes of all tensors in float16 and their share of the

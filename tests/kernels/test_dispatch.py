@@ -6,9 +6,11 @@ import torch
 from ptq4dm.kernels import dispatch
 from ptq4dm.kernels.attention import layer as attention
 from ptq4dm.kernels.cpu import lut as cpu_lut
+from ptq4dm.kernels.cpu import w4a8 as cpu
 from ptq4dm.kernels.dispatch import Query
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.runtime import settings
+from ptq4dm.kernels.tuning import latency
 from ptq4dm.kernels.w4 import layer as w4
 from ptq4dm.kernels.w8a8 import layer as w8a8
 from ptq4dm.layers import row_mix_ops
@@ -71,7 +73,7 @@ def test_eight_bit_layers(groups):
 def test_on_a_cpu(vnni, compiled, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch.cpu.library, "available", lambda: compiled)
+    monkeypatch.setattr(cpu.library, "available", lambda: compiled)
 
     def name(*query, **more):
         return dispatch.find(Query(*query, **more, device=CPU)).name
@@ -121,7 +123,7 @@ def test_progressive_weights(monkeypatch):
     """Widened in the product under scales per token; else their exact int8 form goes where int8 weights go."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch.cpu.library, "available", lambda: False)
+    monkeypatch.setattr(cpu.library, "available", lambda: False)
     for group_size in (None, 32, 64, 128):
         query = dict(weight="int4", activation="int8", group_size=group_size, zeros=True, progressive=True)
         assert on_gpu((8, 0), **query) == {"all rows": "triton-w4a8-progressive"}
@@ -253,12 +255,12 @@ def test_words_that_are_not_known(query, says):
 def test_times(query, monkeypatch):
     """The call that is timed is the layer: its output is near the float product, of the right shape."""
     timed = []
-    monkeypatch.setattr(dispatch.latency.stopwatch, "on_cpu", lambda calls: timed.extend(calls) or 12.5)
+    monkeypatch.setattr(latency.stopwatch, "on_cpu", lambda calls: timed.extend(calls) or 12.5)
     assert dispatch.time(query, 40, 128) == 12.5
     (call,) = timed
     y = call()
     assert y.shape == (3, 40) and y.isfinite().all()
-    x, weight, bias = dispatch.latency._float_layer(3, 40, 128, CPU, 0)
+    x, weight, bias = latency._float_layer(3, 40, 128, CPU, 0)
     right = x @ weight.T + bias
     if not query.branch:  # else a random branch is added
         assert (y - right).norm() < (0.25 if query.weight == "int4" else 0.05) * right.norm()

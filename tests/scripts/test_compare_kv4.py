@@ -13,7 +13,8 @@ import ptq4dm
 from ptq4dm.errors import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "comparisons"
-SMALL = ["--models", "pixart", "--num-models", "1", "--tuples", "4", "--rounding", "nearest", "--output", "kv4.json"]
+SMALL = ["--models", "pixart", "--num-models", "1", "--tuples", "4", "--output", "kv4.json"]
+WEIGHTS = ["--method", "rtn", "--rounding", "nearest"]
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def script(monkeypatch, tmp_path, one_thread):
 
 
 def main(script, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["compare_kv4.py", *SMALL, *arguments])
+    monkeypatch.setattr(sys, "argv", ["compare_kv4.py", *SMALL, *WEIGHTS, *arguments])
     script.main()
 
 
@@ -46,9 +47,11 @@ def test_rows_a_table_and_what_resumes(script, monkeypatch, capsys):
     main(script, monkeypatch)
     first = capsys.readouterr().out
     rows = {row["smoothing"]: row for row in json.loads(Path("kv4.json").read_text())["rows"]}
-    assert tuple(rows) == script.SMOOTHING and first.count("| pixart |") == 4
+    assert tuple(rows) == script.SMOOTHING and first.count("| pixart |") == 8
     adds = {name: row["4 bits"] / row["W4A8"] - 1 for name, row in rows.items()}
     assert adds["alpha 1"] < adds["none"] and adds["alpha 0.5"] < adds["alpha 0.5, shuffled"]
+    alone = {how: rows["alpha 1"][f"alone: {how}"] for how in script.FOUR}
+    assert len(set(alone.values())) == 5 and alone["4 bits"] < alone[script.NEAREST]
     assert all(row["float"] < 1e-8 for row in rows.values())  # smoothing is the same function
     assert rows["none"]["4 bits: bytes"] / rows["none"]["16 bits: bytes"] == (4 + 32 / 16) / 16
     monkeypatch.setattr(ptq4dm, "quantize", None)  # nothing is made again

@@ -190,3 +190,65 @@ def test_the_kernel_takes_no_memory_but_for_its_result():
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before <= y.numel() * 2 + 4096
     assert error(y, truth(*given, None, 0.1)) < BOUND[torch.float16]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("BF16", torch.bfloat16), ("FP16", torch.float16)])
+def test_four_nibbles_by_each_operation(kind, dtype):
+    """The PTX, one operation after the other, on every byte in each of its four places."""
+    words = [sum(((17 * place + byte) % 256) << 8 * place for place in range(4)) for byte in range(256)]
+    for half, shift in (("LOW", 0), ("HIGH", 4)):
+        text = getattr(product, f"_{half}_{kind}").value
+        for word in words:
+            found = [one for pair in by_ptx(text, word, dtype) for one in pair]
+            assert found == [word >> 8 * place + shift & 15 for place in range(4)]
+
+
+def by_ptx(text, word, dtype):
+    """$0 and $1, two values each, of PTX with $2."""
+    registers = {"$2": word}
+
+    def halves(value):
+        return torch.tensor([value & 0xFFFF, value >> 16], dtype=torch.int32).to(torch.int16).view(dtype).double()
+
+    def of(name):
+        return registers[name] if name in registers else int(name, 0)
+
+    for line in text.strip("{ }").split(";")[1:-1]:
+        name, *rest = line.replace(",", " ").split()
+        target, given = rest[0], [of(one) for one in rest[1:]]
+        if name == "mov.b32":
+            registers[target] = given[0]
+        elif name == "shr.b32":
+            registers[target] = given[0] >> given[1]
+        elif name == "prmt.b32":
+            both = given[0] | given[1] << 32
+            places = [given[2] >> 4 * i & 15 for i in range(4)]
+            registers[target] = sum((both >> 8 * place & 255) << 8 * i for i, place in enumerate(places))
+        elif name == "lop3.b32":
+            assert given[3] == 0xEA  # a & b | c
+            registers[target] = given[0] & given[1] | given[2]
+        else:
+            assert name == f"fma.rn.{'bf16x2' if dtype == torch.bfloat16 else 'f16x2'}"
+            a, b, c = map(halves, given)
+            registers[target] = (a * b + c).tolist()
+    return registers["$0"], registers["$1"]
+
+
+TRIED = [(40, 77, 40), (130, 300, 72), (130, 90, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * CUDA, ids=str)
+@pytest.mark.parametrize("sizes", TRIED, ids=str)
+def test_all_settings_of_the_search_are_right(sizes, dtype):
+    from ptq4dm.kernels.tuning.launches_attention import AttentionLaunch, settings_of
+
+    given = operands((1, 1, *sizes), dtype)
+    right = truth(*given, None, 0.2)
+    tried = settings_of(*sizes)
+    assert len({tuple(one.items()) for one in tried}) == len(tried) >= 8
+    assert {one.get("PACKED") for one in tried} == {True, False}
+    for setting in tried if CUDA else tried[::4]:  # the interpreter knows neither stages nor PTX
+        y = product.attention(given[0], layer.KV4(*given[1:4]), layer.KV4(*given[4:]), None, 0.2, setting)
+        assert error(y, right) < BOUND[dtype], setting
+    launch = AttentionLaunch(2, 3, *sizes)
+    assert launch.key == list(sizes) and len({launch.compiled_as(one) for one in tried}) == len(tried)

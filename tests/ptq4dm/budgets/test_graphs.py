@@ -8,7 +8,7 @@ import ptq4dm
 from helpers import normal
 from ptq4dm import RTNConfig
 from ptq4dm.budgets.costs import costs
-from ptq4dm.budgets.graphs import time_in_graphs
+from ptq4dm.budgets.graphs import time_steps
 from ptq4dm.calibration.calls import Call
 from ptq4dm.calibration.evidence import substituted
 from ptq4dm.quantization.planning import make_plan
@@ -51,10 +51,8 @@ def test_a_mixed_plan_takes_the_time_that_is_predicted():
         predicted = found.outside + sum(
             found.layers["w8" if name in some else "keep"][name].median for name in found.layers["keep"]
         )
-        kinds = dict.fromkeys(some, "Linear")
-        words = {"mixed": dict.fromkeys(some, "w8")}
-        _, steps = time_in_graphs(model, call, {"mixed": some}, kinds, words, 11)
-        assert predicted == pytest.approx(steps["mixed"].median, rel=0.15)
+        measured = time_steps(model, call, {"mixed": some}, 11)["mixed"].median
+        assert predicted == pytest.approx(measured, rel=0.1)
     with torch.no_grad(), substituted(model, formats["w8"]):
         assert model(*call.args).isfinite().all()
 

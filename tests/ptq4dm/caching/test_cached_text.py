@@ -14,8 +14,9 @@ import denoisers
 import models
 import ptq4dm
 from ptq4dm import UserError
+from ptq4dm.caching.four_bits import keys_in_4_bits, values_in_4_bits
 from ptq4dm.caching.text_cache import MOST_TEXTS
-from ptq4dm.kernels.formats.kv4 import dequantize_kv4, quantize_kv4
+from ptq4dm.kernels.formats.kv4 import dequantize_kv4
 
 TOKENS, WIDTH = denoisers.TEXT
 KINDS = {"pixart": denoisers.pixart, "sdxl": denoisers.sdxl, "wan": denoisers.wan, "sana": denoisers.sana}
@@ -105,10 +106,11 @@ def test_four_bits_are_those_of_the_format(kind, made):
     """As a model whose keys and values are rounded where they leave projections and norms."""
     pipe, handles = made[kind], []
 
-    def rounded(heads):
+    def rounded(heads, quantize):
         def hook(module, args, y):
-            split = y if y.ndim == 4 else y.unflatten(-1, (heads, -1))
-            return dequantize_kv4(quantize_kv4(split), split.shape[-1]).view_as(y)
+            split = y if y.ndim == 4 else y.unflatten(-1, (heads, -1)).transpose(1, 2)
+            back = dequantize_kv4(quantize(split), split.shape[-1])
+            return back if y.ndim == 4 else back.transpose(1, 2).flatten(2)
 
         return hook
 
@@ -117,8 +119,8 @@ def test_four_bits_are_those_of_the_format(kind, made):
         found = pipe(words()).images
     for name in cache.layers:
         attn = pipe.transformer.get_submodule(name)
-        for part in (attn.norm_k or attn.to_k, attn.to_v):
-            handles.append(part.register_forward_hook(rounded(attn.heads)))
+        for part, quantize in ((attn.norm_k or attn.to_k, keys_in_4_bits), (attn.to_v, values_in_4_bits)):
+            handles.append(part.register_forward_hook(rounded(attn.heads, quantize)))
     try:
         right = pipe(words()).images
     finally:

@@ -95,7 +95,7 @@ def test_costs_per_operation_change_energies_alone(desk, capsys):
     "flags, says",
     [
         ("--model model --batch-size 0", "--batch-size must be from 1 to"),
-        ("--model model --num-inference-steps -1", "--num-inference-steps must be from 1 to"),
+        ("--model model --steps 0", "--num-inference-steps (or --steps) must be from 1 to"),
         ("--model vit-b --num-inference-steps 5", "takes no steps"),
         (
             "--model flux --guidance-scale 5",

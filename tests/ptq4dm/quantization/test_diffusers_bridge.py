@@ -529,3 +529,10 @@ class TestCompile:
         # Fused arithmetic rounds elsewhere; a code that lies on a tie may then fall to the other side, which in
         # so small a model moves the answer by as much as quantization does.
         assert (answer - expected).norm() < 1.5 * (expected - exact).norm()
+
+
+def test_networks_of_transformers_were_not_quantized_here():
+    """Text encoders lie beside a denoiser; their configs are no mappings."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    assert ptq4dm.quantization_config(transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))) is None

@@ -1,0 +1,1 @@
+"""Rows of the table of all methods, one family a file."""

@@ -1,0 +1,42 @@
+"""Rows of SVDQuant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import controls
+from budgets import at_bytes_of
+
+from ptq4dm import RTNConfig, SVDQuantConfig
+from ptq4dm.quantization.recipe import QuantConfig
+from rows.row import Row
+
+
+def svdquant(**options) -> Callable[[], QuantConfig]:
+    return partial(SVDQuantConfig, **options)
+
+
+def low_rank() -> list[Row]:
+    """SVDQuant; its shuffled controls are of one turn, rounded to nearest (see `controls.split_anew`)."""
+    rows = []
+    for activations in ("int8", "int4"):
+        name = f"SVDQuant W4A{activations[3:]}"
+        make = partial(svdquant, activations=activations)
+        plain = {"rank": 0, "smoothing": "none", "rounding": "nearest"}
+        turn = {"rounding": "nearest", "refinements": 0}
+        fill = at_bytes_of(make(), RTNConfig)
+        rows += [
+            Row(f"RTN as {name}", "baseline", make(**plain), name),
+            Row(f"RTN in the bytes of {name}", "baseline", make(**plain), name, plan=fill),
+            Row(name, "method", make()),
+            Row(f"{name}, no branch", "ablation", make(rank=0), name),
+            Row(f"{name}, no smoothing", "ablation", make(smoothing="none"), name),
+            Row(f"{name}, nearest", "ablation", make(**turn), name),
+            Row(f"{name}, nearest, no branch", "ablation", make(rank=0, **turn), name),
+            Row(f"{name}, nearest, no smoothing", "ablation", make(smoothing="none", **turn), name),
+            Row(f"{name}, nearest, smoothing shuffled", "shuffled", make(**turn), name,
+                packed=controls.shuffle_smoothing),
+            Row(f"{name}, nearest, branch at random", "shuffled", make(**turn), name, packed=controls.random_branch),
+        ]  # fmt: skip
+    return rows

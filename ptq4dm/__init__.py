@@ -46,6 +46,9 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .quantization.verifying import verify
     from .svdquant import SVDQuantConfig
     from .training.config import ShiftQuantConfig
+    from .training.personalization.config import PersonalizeConfig
+    from .training.personalization.embedding_file import load_embedding
+    from .training.personalization.personalize import personalize
     from .training.train import train
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "OHQConfig",
     "PDQuantConfig",
     "PTQ4DMConfig",
+    "PersonalizeConfig",
     "PixelDiTPipeline",
     "Plan",
     "QoQConfig",
@@ -75,8 +79,10 @@ __all__ = [
     "evaluate",
     "fuse",
     "generate",
+    "load_embedding",
     "load_pipeline",
     "load_reference",
+    "personalize",
     "quantization_config",
     "quantize",
     "record",
@@ -99,6 +105,7 @@ __getattr__, __dir__ = lazy_names(
         "OHQConfig": "methods.ohq",
         "PDQuantConfig": "methods.pdquant",
         "PTQ4DMConfig": "methods.ptq4dm",
+        "PersonalizeConfig": "training.personalization.config",
         "PixelDiTPipeline": "pipelines.pixel_dit",
         "Plan": "layers.plan",
         "QoQConfig": "methods.qoq",
@@ -113,8 +120,10 @@ __getattr__, __dir__ = lazy_names(
         "evaluate": "evaluation.evaluate",
         "fuse": "layers.fuse",
         "generate": "pipelines.generate",
+        "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
         "load_reference": "pipelines.load",
+        "personalize": "training.personalization.personalize",
         "quantization_config": "quantization.diffusers_bridge",
         "quantize": "quantization.quantize",
         "record": "calibration.record",

@@ -38,13 +38,16 @@ ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation
-ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching  ptq4dm/training
+ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching
+ptq4dm/training
+ptq4dm/training/personalization
 svdquant/layers
 svdquant/nunchaku
 svdquant  samplers/maths
 samplers
 samplers/distillation  samplers/comparison
 ptq4dm/cli
+ptq4dm/cli/training
 ptq4dm
 """
 LEVEL = {folder: i for i, line in enumerate(FLOORS.split("\n")) for folder in line.split()}

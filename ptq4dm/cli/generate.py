@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..files.pictures import opened_picture
 from ..files.places import picture_place
 from ..pipelines.generate import generate, save_grid
+from ..training.personalization.embedding_file import embedding_digest, load_embedding
 from .options import (
     BATCH_SIZE,
     QUANTIZED_FIRST,
@@ -35,6 +36,8 @@ def add(parser) -> None:
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--output", default="out/images", help="folder of the PNGs; only missing ones are made")
     parser.add_argument("--picture", metavar="PNG", help="all images on one picture; OUTPUT.png unless given")
+    text = "of `personalize`, or a textual inversion of diffusers: its file, or the folder of it"
+    parser.add_argument("--embedding", metavar="FILE", help=text)
     add_sampler(parser)
     add_conditioning(parser)
 
@@ -50,13 +53,17 @@ def run(args) -> None:
     if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
         picture_place(picture)
     pipe = load(args, model)
+    more = {}
+    if args.embedding:
+        load_embedding(pipe, args.embedding)
+        more = {"embedding": embedding_digest(args.embedding)}
     paths = generate(
         pipe,
         seeds,
         args.output,
         num_inference_steps=steps_of(args, pipe),
         batch_size=args.batch_size,
-        metadata={"model": str(model)},
+        metadata={"model": str(model), **more},
         **conditioning_of(args),
     )
     if main_process():

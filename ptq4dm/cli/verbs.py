@@ -24,10 +24,12 @@ VERBS = {
     "evaluate": "Measure a model: Frechet distance, errors against full precision, speed, bytes.",
     "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",
     "train": "Train a model on the pictures of a folder, its products on integers (ShiftQuant).",
+    "personalize": "Learn a token or a class from a few images, by forward passes of a packed model.",
     "bench": "Compare samplers; find the kernels' fastest settings on a GPU; model an accelerator.",
     "info": "What a model is: layers, formats, kernels, bytes.",
     "completion": "Print a script that completes commands in a shell: bash, zsh or fish.",
 }
+FOLDERS = {"personalize": "training.", "train": "training."}  # whose file is not in this one
 STATUSES = (
     "Exit status: 0 done, 1 out of memory, 2 wrong input or a place that cannot be written, 130 interrupted, "
     "141 nobody read the output."
@@ -50,7 +52,7 @@ def build_parser(verbs=tuple(VERBS)) -> Parser:
 
 def verb_module(name: str):
     """The module of a verb: `add(parser)`, `run(args)`, and, if it can go on, `GOES_ON`, by which command."""
-    return import_module(f".{name}", __package__)
+    return import_module(f".{FOLDERS.get(name, '')}{name}", __package__)
 
 
 def run(arguments: list[str]) -> int:

@@ -1,1 +1,1 @@
-"""Training of denoisers: on integers, on pictures of a folder."""
+"""Training: on integers, on pictures of a folder; and of packed models by forward passes alone."""

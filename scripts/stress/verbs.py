@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stress.changes_json import split_safetensors
-from stress.models import CALIBRATION, tiny_unet
+from stress.models import CALIBRATION, tiny_dit, tiny_unet
 
 import ptq4dm
 from ptq4dm.quantization.saving import save_quantized
@@ -64,6 +64,12 @@ VERBS = {
         begun="student.run",
         results=("student",),
     ),
+    "personalize": Verb(
+        "personalize --model INPUT/classes --images INPUT/pictures --class-row 1 --steps 8 --batch-size 2 "
+        "--perturbations 2 --checkpoint-every 2 --log-every 2 --output row",
+        again="--resume",
+        begun="row",
+    ),
     "allocate": Verb(
         "allocate --model INPUT/m --calibration INPUT/s --bytes 0.8 --num-tuples 2 --rounds 1 --timed-batch 1 "
         "--costs= --output plan.json",
@@ -80,9 +86,11 @@ VERBS = {
 
 
 def make_inputs(folder: Path) -> None:
-    """m, m32: pipelines of 8x8 and 32x32 pixels; s: a store of m; q: m quantized."""
+    """m, m32: pipelines of 8x8 and 32x32 pixels; s: a store of m; q: m quantized; classes: a DiT; pictures: two."""
     tiny_unet().save_pretrained(folder / "m")
     tiny_unet(32).save_pretrained(folder / "m32")
+    tiny_dit().save_pretrained(folder / "classes")
+    ptq4dm.generate(tiny_unet(), [0, 1], folder / "pictures", num_inference_steps=1)
     store = ptq4dm.collect(tiny_unet(), CALIBRATION, folder / "s")
     pipe = tiny_unet()
     report = ptq4dm.quantize(pipe, ptq4dm.PTQ4DMConfig(objective="max"), store)

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
-from ..files.claim import claimed_whole
-from ..files.log import read_lines
-from ..files.places import make_parent
-from ..files.result_folder import check_replaceable, result_folder
-from ..pipelines.load import load_pipeline
-from ..training import run as training_run
-from ..training.config import ShiftQuantConfig
-from ..training.train import train
-from .flags import add_flags, given, options_of
-from .options import add_model, device_of, dtype_of, settings_of
-from .output import main_process, result, say
+from ...errors import UserError
+from ...files.claim import claimed_whole
+from ...files.log import read_lines
+from ...files.places import make_parent
+from ...files.result_folder import check_replaceable, result_folder
+from ...pipelines.load import load_pipeline
+from ...training import run as training_run
+from ...training.config import ShiftQuantConfig
+from ...training.train import train
+from ..flags import add_flags, given, options_of
+from ..options import add_model, device_of, dtype_of, settings_of
+from ..output import main_process, result, say
 
 GOES_ON = "the same command with --resume"
 RECORD = "training.json"  # beside model_index.json: the model that was trained, and settings

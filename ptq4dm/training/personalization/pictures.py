@@ -1,0 +1,92 @@
+"""The user's images as what a model denoises: pixels, or latents of its VAE."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import UserError
+from ...pipelines.denoiser import denoiser
+from ...pipelines.picture_files import list_images, load_image
+
+MOST = 10_000  # images; each is kept as latents or pixels
+
+
+def pictures_of(images: str | os.PathLike | Sequence[str | os.PathLike] | Tensor) -> list[Tensor]:
+    """uint8 [3, H, W] each, from a folder, from paths, or from a tensor uint8 [N, 3, H, W].
+
+    Raises UserError where there are none, too many, or one that cannot be read.
+    """
+    if isinstance(images, Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(f"images as a tensor are uint8 [N, 3, H, W]; got {images.dtype} {list(images.shape)}.")
+        found = list(images.cpu())
+    else:
+        paths = list_images(images) if isinstance(images, (str, os.PathLike)) else list(images)
+        if len(paths) > MOST:
+            raise UserError(f"{len(paths)} images are more than the {MOST} that are looked at; give fewer.")
+        found = [load_image(path) for path in paths]
+    if not found:
+        raise UserError("there are no images to learn from.")
+    return found
+
+
+def image_size(pipe) -> tuple[int, int]:
+    """(height, width) in pixels of what a pipeline makes when nobody says otherwise. Raises UserError."""
+    size = getattr(denoiser(pipe).config, "sample_size", None)
+    if size is None:
+        raise UserError(f"{type(denoiser(pipe)).__name__} does not say the size of its images (sample_size).")
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * (factor := _latent_factor(pipe)), width * factor
+
+
+def _latent_factor(pipe) -> int:
+    """Pixels to a latent, along a side."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return 1
+    own = getattr(pipe, "vae_scale_factor", None)  # not every pipeline has it
+    return own if isinstance(own, int) else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def learned_from(pipe, pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures, cut to the middle and resized to the model's size, as it denoises them: float32 [N, C, H, W].
+
+    Latents are the means that the VAE gives (the paper draws from its distribution; with the few images there are,
+    noise on top of the schedule's would only blur them, our assumption).
+    """
+    height, width = image_size(pipe)
+    model = denoiser(pipe)
+    pixels = torch.stack([_fitted(one, height, width) for one in pictures]).float() / 127.5 - 1
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        if model.config.in_channels == 1:
+            pixels = pixels.mean(1, keepdim=True)
+        return pixels.to(pipe._execution_device)
+    return torch.cat([_latent(pipe, vae, one[None]) for one in pixels])
+
+
+def _latent(pipe, vae: nn.Module, pixels: Tensor) -> Tensor:
+    encoded = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
+    if not hasattr(encoded, "latent_dist"):
+        raise UserError(f"{type(vae).__name__} gives no distribution of latents, as AutoencoderKL does.")
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (encoded.latent_dist.mode().float() - shift) * vae.config.scaling_factor
+
+
+def _fitted(picture: Tensor, height: int, width: int) -> Tensor:
+    """The largest middle part of uint8 [3, H, W] with the right ratio, resized: uint8 [3, height, width]."""
+    _, h, w = picture.shape
+    if (h, w) == (height, width):
+        return picture
+    part = min(h / height, w / width)
+    rows, columns = max(1, round(height * part)), max(1, round(width * part))
+    top, left = (h - rows) // 2, (w - columns) // 2
+    cut = picture[None, :, top : top + rows, left : left + columns].float()
+    resized = F.interpolate(cut, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return resized[0].round().clamp(0, 255).to(torch.uint8)

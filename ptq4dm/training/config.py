@@ -100,7 +100,7 @@ class ShiftQuantConfig:
             self.bits if bits is None else bits
             for bits in (self.weight_bits, self.activation_bits, self.gradient_bits)
         )
-        return Widths(one, two, three, self.groups, self.served)
+        return Widths(one, two, three, self.groups, served=self.served)
 
     def identity(self) -> dict:
         """Settings that have to be the same for a run to go on, as plain JSON values."""

@@ -1,8 +1,8 @@
 """The noise that rounding puts into the gradients by the weights, layer by layer, on one batch of a trained model.
 
 Of stochastic rounding of dy to steps s the variance is f (1 - f) s^2, f the part of dy / s that is no whole number;
-that of dw = dy^T x is its sum over the batch, weighted by x^2. Steps: groups along samples and channels (ours), along
-one of them; exact ones for each sample, channel, and token or pixel, which no integer product could take back.
+that of dw = dy^T x is its sum over the batch, weighted by x^2. Steps: groups along rows and channels (ours; rows are
+samples, of Linear layers tokens), along samples or channels alone; exact ones for each sample, channel, and token or pixel, which no integer product could take back.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def range_row(net: nn.Module, split: Split, number: int) -> list[dict]:
 def _ratios(x: Tensor, dy: Tensor, bits: int) -> dict[str, float] | None:
     """Variances of dw over that under one step for the tensor, and ours over that under exact steps for samples; None
     where inputs and outputs are not pixel by pixel."""
+    tokens = dy.ndim == 3  # a row of a Linear layer is a token
     x, dy = (one.permute(0, 2, 3, 1) if one.ndim == 4 else one for one in (x, dy))
     x, dy = (one.float().reshape(len(one), -1, one.shape[-1]) for one in (x, dy))
     if x.shape[1] != dy.shape[1] or not bool(dy.abs().amax() > 0):
@@ -77,10 +78,10 @@ def _ratios(x: Tensor, dy: Tensor, bits: int) -> dict[str, float] | None:
         return dy.abs().amax(dims, keepdim=True) / limit
 
     groups = shift.groups_of(bits, 5)
-    codes = shift.encode(dy, bits, groups)
+    codes = shift.encode(dy.reshape(-1, 1, dy.shape[2]) if tokens else dy, bits, groups)
     rows, columns = (shift.row_steps(shift.encode(one, bits, groups)) for one in (dy, dy.transpose(0, 2)))
     steps = {
-        "groups": shift.row_steps(codes)[:, None, None] * shift.powers(-codes.columns),
+        "groups": shift.row_steps(codes).view(len(dy), -1, 1) * shift.powers(-codes.columns),
         "groups of samples": rows[:, None, None],
         "groups of channels": columns,
         "exact samples": exact(1, 2),

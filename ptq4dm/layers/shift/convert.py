@@ -42,7 +42,8 @@ def to_integers(
 
     Args:
         widths: of all layers but the two at the model's ends, which have at least 8 bits; None leaves layers alone.
-        norms: whether GroupNorm and LayerNorm are replaced by L1 normalization.
+        norms: whether GroupNorm and LayerNorm are replaced by L1 normalization. It is another function under the same
+            parameters: a model that diffusers saves and loads has its old norms again.
         skip: names or patterns of modules that stay as they are.
         ratios: of norms, by name: what their mean magnitudes are multiplied by (norms.ratios); that of Gaussian
             values where there is none.

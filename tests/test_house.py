@@ -22,7 +22,7 @@ kernels/runtime
 kernels/cpu
 kernels/w4/products
 kernels/w8a8  kernels/w4  kernels/attention  kernels/lut
-kernels/tuning
+kernels/shift  kernels/tuning
 kernels
 ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
 ptq4dm/annotations
@@ -32,7 +32,7 @@ ptq4dm/files
 ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
 ptq4dm/layers
-ptq4dm/layers/binary  ptq4dm/layers/split
+ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/shift
 ptq4dm/calibration
 ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
 ptq4dm/reconstruction

@@ -24,9 +24,11 @@ from ..files.atomic import replacing
 from ..files.outside import checked_object, outside, read_json
 from ..kernels.runtime.settings import slug
 from ..version import __version__
-from .clocks import Clock, Figure, entry, kinds_of, pooled, time_in_place
+from .clocks import Clock, Figure, between, dealt, entry, kinds_of, pooled, time_in_place
 from .graphs import time_in_graphs
 from .table import KEEP
+
+WAY = 2  # how figures are made: files of another way are not read
 
 Formats = Mapping[str, Mapping[str, nn.Module]]
 
@@ -86,15 +88,34 @@ def costs(
         if device.type == "cuda":
             found, whole = time_in_graphs(model, call, formats, kinds, words, rounds)
         else:
-            times = time_in_place(model, call, formats, list(kinds), rounds, clock)
-            found = pooled(times, kinds, words)
-            whole = {label: Figure.of(seconds) for label, seconds in times.steps.items()}
+            found, whole = _on_cpu(model, call, formats, kinds, words, rounds, clock)
         known.layers |= found
         known.steps |= {steps[label]: figure for label, figure in whole.items()}
         if path is not None:
             save(known, path, device)
     of = {label: {n: known.layers[entry(kinds[n], words[label][n])] for n in kinds} for label in formats}
     return Costs(of, {label: known.steps[steps[label]] for label in formats}, device_words(device), fresh)
+
+
+def _on_cpu(
+    model: nn.Module,
+    call: Call,
+    formats: Formats,
+    kinds: Mapping[str, str],
+    words: Mapping[str, Mapping[str, str]],
+    rounds: int,
+    clock: Clock,
+) -> tuple[dict[str, Figure], dict[str, Figure]]:
+    """("kind | format" -> figure, label -> figure of the step), by a clock, in uniform models and in mixtures."""
+    mixtures = dealt(list(formats), list(kinds))
+    mixed = {
+        mix: {name: formats[label][name] for name, label in given.items() if name in formats[label]}
+        for mix, given in mixtures.items()
+    }
+    said = {mix: {name: words[label][name] for name, label in given.items()} for mix, given in mixtures.items()}
+    times = time_in_place(model, call, {**formats, **mixed}, list(kinds), rounds, clock)
+    whole = {label: Figure.of(times.steps[label]) for label in formats}
+    return between(pooled(times, kinds, words), pooled(times, kinds, said)), whole
 
 
 def words_of(layer: Any) -> str:
@@ -134,7 +155,7 @@ def _cpu() -> str:
 def file_of(device: torch.device, folder: str | os.PathLike | None = None) -> Path:
     """The file of this device's measurements, in `folder` or the user's cache."""
     cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "ptq4dm" / "costs"
-    name = f"{slug(device_words(device))}-torch-{torch.__version__}-ptq4dm-{__version__}.json"
+    name = f"{slug(device_words(device))}-torch-{torch.__version__}-ptq4dm-{__version__}-{WAY}.json"
     return Path(cache if folder is None else folder) / name
 
 

@@ -11,13 +11,13 @@ modulation (adaLN), embeddings. This quantizes these; `rest` is a recipe for the
 
 Plain least squares make all weights of a layer smaller, the large ones most: an error that has the direction of the
 weight itself, and that a model feels far more than its size says. So errors of weights count by their magnitude here
-(`emphasis`): the authors' code has such weights as an option, the exponent 1 is by our measurement. At 4 bits planes
-that are fitted have a larger error than a uniform grid: there that is the default, in the same codes and kernels.
+(`emphasis`): the authors' code has such weights as an option, the exponent 1 is by our measurement.
 
-Fitted planes have the smaller error of the weights at 2 and 3 bits, and not of the model: on the embedded DiT uniform
-planes of as many bits, rounded to nearest, predict better (scripts/comparisons/rows/sign_planes.py). By Hessian
-rounding (gptq), which is no step of the paper, both predict far better than either to nearest, and nearly alike: so
-that is the default here, as calibration is needed anyway.
+Fitted planes have the smaller error of the weights at 2 and 3 bits, and not of the model. What helps are the inputs
+of calibration, which are no part of the paper: codes by Hessian rounding (gptq), then rounds in which scales, offsets
+and codes are fitted to what the layer puts out (`refits`; ptq4dm/rounding/refit.py). They start at the planes of a
+uniform grid: fitted ones end in a smaller error on one model and in a larger one on another. A sample gives these
+layers one row alone: they need more tuples than others (`num_tuples`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from ..registry import load_late
 from ..rounding.registry import ROUNDERS
 
 PLANES = ("fitted", "uniform")
-FITTED = 3  # bits up to which planes are fitted where nothing is said
+REFITS = 2
+FITTED = 1  # bits up to which planes are fitted where nothing is said
 
 
 @register("lutgemm")
@@ -53,10 +54,14 @@ class LUTGEMMConfig(QuantConfig):
     group_size: inputs under one set of scales, 32, 64 or 128; None gives each output one. A layer whose inputs do not
         divide into groups gets the largest smaller ones that they divide into, or one set an output; the report says
         which.
-    planes: "fitted"; "uniform", those of an affine uniform grid; left out, fitted up to 3 bits.
+    planes: "fitted"; "uniform", those of an affine uniform grid; left out, fitted at 1 bit alone.
+        Both are where refits start.
     rounds: of the fit, after its greedy start.
     emphasis: in the fit squared errors count by |w|^emphasis; 0 is plain least squares.
     rounding: of codes on the grid: "gptq", by calibration inputs, or "nearest", the paper's.
+    refits: rounds after gptq in which scales, offsets and codes are fitted to what layers put out; left out, 2 after
+        gptq and none after nearest.
+    num_tuples: calibration tuples that rounding and refits look at; these layers get one row of each.
     rest: a recipe for the other layers, as text ("rtn activations=dynamic") or as a config; None keeps their
         precision. It has no transforms, no training of blocks and no plan.
 
@@ -66,10 +71,12 @@ class LUTGEMMConfig(QuantConfig):
     packs_while_loading: ClassVar[bool] = False
     bits: int = option(3, "sign planes of a weight", low=1, high=MOST_BITS)
     group_size: int | None = option(128, "inputs that share scales: 32, 64 or 128", parse=int)
-    planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted up to 3")
+    planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted at 1 bit alone")
     rounds: int = option(ROUNDS, "of the fit of planes, after its greedy start", low=0)
     emphasis: float = option(1.0, "errors of weights count by |w| to this power", low=0, high=MOST_EMPHASIS)
     rounding: str = option("gptq", "how codes are chosen: nearest, or gptq by calibration inputs")
+    refits: int | None = option(None, "rounds that fit planes to outputs; 2 after gptq", low=0, parse=int)
+    num_tuples: int = option(256, "calibration tuples that roundings look at", low=1)
     rest: Any = option(None, "a recipe for all other layers, 'method option=value ...'", parse=str)
 
     def __post_init__(self) -> None:
@@ -82,6 +89,8 @@ class LUTGEMMConfig(QuantConfig):
             raise UserError("rounds and emphasis are of fitted planes, and change nothing of a uniform grid.")
         if "binary" not in ROUNDERS.find(self.rounding).grids:
             raise UserError(f"rounding '{self.rounding}' does not serve planes; take nearest or gptq.")
+        if self.refits and self.rounding == "nearest":
+            raise UserError("refits look at what layers are fed, and rounding 'nearest' does not; take gptq.")
         BCQPlan(weight_bits=self.bits, group_size=self.group_size, rounding=self.rounding).check()
         self.rest = _rest(self.rest)
 
@@ -106,12 +115,18 @@ class LUTGEMMConfig(QuantConfig):
         uniform = (self.planes or ("fitted" if self.bits <= FITTED else "uniform")) == "uniform"
         return BCQPlan(
             weight_bits=self.bits, group_size=group_size, rounds=self.rounds, emphasis=self.emphasis,
-            uniform=uniform, rounding=self.rounding,
+            uniform=uniform, rounding=self.rounding, refits=self._refits(),
         )  # fmt: skip
 
+    def _refits(self) -> int:
+        if self.refits is None:
+            return 0 if self.rounding == "nearest" else REFITS
+        return self.refits
+
     def packing_options(self) -> dict[str, Any]:
-        """What `rest` looks at."""
-        return {} if self.rest is None else self.rest.packing_options()
+        """What `rest` looks at; all layers look at the tuples of the recipe that wants more."""
+        found = {} if self.rest is None else self.rest.packing_options()
+        return found | {"num_tuples": max(self.num_tuples, found.get("num_tuples", 0))}
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"rest": None if self.rest is None else self.rest.summary()}

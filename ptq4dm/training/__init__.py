@@ -1,1 +1,1 @@
-"""Training: of packed models by forward passes alone, and on integers."""
+"""Training: on integers, on pictures of a folder; and of packed models by forward passes alone."""

@@ -18,6 +18,10 @@ Steps are timed on --device, errors are measured on --errors-on (float32 where s
 need many runs. Everything found is kept beside the output at once (NAME.kept.json): the same command goes on with
 the rest. 256 tuples of each set of seeds on a GPU, 24 where a CPU measures the errors (two threads, 8 minutes).
 
+How many tuples are enough, on the DiT: with 128 the 95 % interval of an error reaches from 0.8 to 1.24 of it, that of
+its ratio to greedy's from 0.94 to 0.99, to a random choice's from 0.19 to 0.25; with 8 from 0.34 to 2.2, from 0.84 to
+0.95 and from 0.08 to 0.30. Errors differ from time to time; ratios on the same tuples differ less.
+
 --thread-time counts the seconds that the thread computed, not those of the wall: on a machine with other work, with
 one thread. Formats and plans take turns in all timings.
 """

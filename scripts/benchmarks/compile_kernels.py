@@ -35,6 +35,7 @@ from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.lut import unpack as bcq_unpack
 from ptq4dm.kernels.runtime import settings
+from ptq4dm.kernels.shift import weight_gradient
 from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
 from ptq4dm.kernels.w4.int4_floats import FLOATS
@@ -222,6 +223,17 @@ def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
     quantize.quantize(empty(64, c, 8, 8), scale[:1], zero, 8, torch.int8, (1, 1), **parts)
 
 
+def shift_calls(quick: bool) -> None:
+    """The gradient of a convolution and of a Linear layer by the weight."""
+    for size, c, n, kernel in (
+        [(32, 128, 128, 3)] if quick else [(32, 128, 128, 3), (16, 3, 128, 3), (1, 256, 1024, 1)]
+    ):
+        padding = (kernel // 2, kernel // 2)
+        window = same_window(128, size, size, (kernel, kernel), (1, 1), padding, (1, 1))
+        gradient, x = (empty(128, size, size, channels, dtype=torch.int8) for channels in (n, c))
+        weight_gradient.weight_gradient(gradient, x, window)
+
+
 def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[tuple[str, str]]:
     """(line, problem or "") of every kernel; lines are printed as they come."""
     found = []
@@ -251,6 +263,7 @@ def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[
         integer_calls(quick)
         lut_calls(quick)
         w8a8_calls(gpu.capability, quick)
+        shift_calls(quick)
     return found
 
 

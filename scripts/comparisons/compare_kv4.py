@@ -18,7 +18,7 @@ import argparse
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 
@@ -193,7 +193,7 @@ def markdown(rows: list[dict]) -> str:
         share = fmean(row["4 bits: bytes"] / row["16 bits: bytes"] for row in found)
         lines.append(f"| {' | '.join(cells)} | {share:.3f} |")
         alone = {how: fmean(row.get(f"alone: {how}", nan) for row in found) for how in FOUR}
-        shares = [f"{alone[how] / alone[NEAREST]:.2f}" for how in FOUR if how != NEAREST]
+        shares = ["" if isnan(alone[how]) else f"{alone[how] / alone[NEAREST]:.2f}" for how in FOUR if how != NEAREST]
         parts.append(f"| {name} | {smoothing} | {alone[NEAREST]:.2e} | {' | '.join(shares)} |")
     return "\n".join([*lines, "", *parts])
 

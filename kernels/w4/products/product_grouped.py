@@ -117,11 +117,11 @@ def _grouped_kernel(
     )  # fmt: skip
     rows = top + tl.arange(0, BM)
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
-    y = (y * row_scale[None, :]).T
+    y *= row_scale[None, :]
     if MIXED:
         stored_by_index(y, top, left, end, places_ptr, bias_ptr, y_ptr, M, N, BM, BN)
     else:
-        stored(y, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
+        stored(y.T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
 
 
 def product(

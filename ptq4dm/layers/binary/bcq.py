@@ -14,6 +14,7 @@ from ...kernels.lut import layer as lut
 from ...kernels.lut.reference import weight_of
 from ...ranges.registry import objective_parameter
 from ...ranges.weights import weight_grid
+from ...rounding.refit import refitted
 from ...rounding.registry import ROUNDERS
 from ..base import QuantizedLinear, frozen
 from ..choices import check_groups
@@ -34,6 +35,7 @@ class BCQPlan(LayerPlan):
     rounds: of least squares and nearest sums, after the greedy start; 0 leaves that as it is.
     emphasis: squared errors of weights count by |w|^emphasis in them; 0 counts all alike.
     uniform: the planes and offsets of an affine uniform grid instead; the objective is its.
+    refits: rounds after rounding in which scales, with an offset, and codes are fitted to the layer's output.
     """
 
     format: str = "bcq"
@@ -43,6 +45,7 @@ class BCQPlan(LayerPlan):
     rounds: int = ROUNDS
     emphasis: float = 1.0
     uniform: bool = False
+    refits: int = 0
 
     def check(self) -> None:
         if not 1 <= self.weight_bits <= MOST_BITS or self.activation_bits != FLOAT_INPUTS:
@@ -54,6 +57,8 @@ class BCQPlan(LayerPlan):
             raise ValueError(f"group_size is none, 32, 64 or 128, not {self.group_size}")
         if self.rounds < 0:
             raise ValueError(f"rounds is {self.rounds} and counts from 0")
+        if self.refits < 0:
+            raise ValueError(f"refits is {self.refits} and counts from 0")
         if not 0 <= self.emphasis <= MOST_EMPHASIS:
             raise ValueError(f"emphasis is {self.emphasis} and lies in [0, {MOST_EMPHASIS}]")
         if (self.input_scale, self.input_zero_point) != (None, None):
@@ -61,7 +66,13 @@ class BCQPlan(LayerPlan):
         objective_parameter(self.objective, self.objective_parameter)
         if self.objective != "max" and not self.uniform:
             raise ValueError(f"the objective '{self.objective}' is of uniform grids; binary ones are fitted")
-        ROUNDERS.find(self.rounding)
+        if "rows" not in ROUNDERS.find(self.rounding).needs and self.refits:
+            raise ValueError(f"refits look at what layers are fed, and the rounding '{self.rounding}' does not")
+
+    @property
+    def offset(self) -> bool:
+        """Whether groups have an offset."""
+        return self.uniform or self.refits > 0
 
     def check_layer(self, layer: nn.Module) -> None:
         check_groups(layer, self.group_size or 1)
@@ -74,7 +85,8 @@ class BCQPlan(LayerPlan):
     def groups_text(self) -> str:
         groups = "" if self.group_size is None else f" g{self.group_size}"
         greedy = "" if self.rounds or self.uniform else " greedy"
-        return f" bcq{groups}{greedy}" + (" uniform" if self.uniform else "")
+        refitted = " refitted" if self.refits else ""
+        return f" bcq{groups}{greedy}" + (" uniform" if self.uniform else "") + refitted
 
 
 class BCQLinear(RoundedLayer, QuantizedLinear):
@@ -85,7 +97,7 @@ class BCQLinear(RoundedLayer, QuantizedLinear):
     bias      [N] in the model's dtype, or None
     qweight   [T, W, q, 64] int32: signs of 32 inputs a word
     wscales   [T, G, q, 64] float16, or bfloat16 where they are too small or too large for it
-    woffsets  [T, G, 64] of wscales' dtype, uniform layers only
+    woffsets  [T, G, 64] of wscales' dtype, where the plan is uniform or has refits
     """
 
     plan: BCQPlan
@@ -100,7 +112,7 @@ class BCQLinear(RoundedLayer, QuantizedLinear):
         self.qweight = frozen(tiles, -(-inputs // WORD), bits, TILE, dtype=torch.int32, device=device)
         self.wscales = frozen(tiles, groups, bits, TILE, dtype=torch.float16, device=device)
         self.woffsets = None
-        if self.plan.uniform:
+        if self.plan.offset:
             self.woffsets = frozen(tiles, groups, TILE, dtype=torch.float16, device=device)
 
     def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> BinaryGrid:
@@ -112,8 +124,19 @@ class BCQLinear(RoundedLayer, QuantizedLinear):
             grid = from_uniform(weight_grid(matrix, bits, *objective, size, affine=True, evidence=evidence))
         else:
             grid = fit(matrix, bits, size, plan.rounds, plan.emphasis)
+            if plan.offset:
+                grid.offsets = torch.zeros_like(grid.alphas[..., 0])
         kind = _kind(grid)
         return BinaryGrid(grid.alphas.to(kind), None if grid.offsets is None else grid.offsets.to(kind))
+
+    def rounded(
+        self, weight: Tensor, rounding: str, evidence: LayerEvidence | None = None
+    ) -> tuple[Tensor, BinaryGrid]:
+        codes, grid = super().rounded(weight, rounding, evidence)
+        if not self.plan.refits:
+            return codes, grid
+        assert evidence is not None  # the plan's rounding needs it, too
+        return refitted(self.matrix(weight).float(), codes, grid, evidence, self.plan.refits)
 
     def fill(self, codes: Tensor, grid: BinaryGrid) -> None:
         self.put(qweight=pack(codes, grid.bits), wscales=tiled(grid.alphas))

@@ -237,17 +237,18 @@ def by_ptx(text, word, dtype):
 TRIED = [(40, 77, 40), (130, 300, 72), (130, 90, 128)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * CUDA, ids=str)
 @pytest.mark.parametrize("sizes", TRIED, ids=str)
-def test_all_settings_of_the_search_are_right(sizes):
+def test_all_settings_of_the_search_are_right(sizes, dtype):
     from ptq4dm.kernels.tuning.launches_attention import AttentionLaunch, settings_of
 
-    given = operands((1, 1, *sizes), torch.float16)
+    given = operands((1, 1, *sizes), dtype)
     right = truth(*given, None, 0.2)
     tried = settings_of(*sizes)
     assert len({tuple(one.items()) for one in tried}) == len(tried) >= 8
     assert {one.get("PACKED") for one in tried} == {True, False}
     for setting in tried if CUDA else tried[::4]:  # the interpreter knows neither stages nor PTX
         y = product.attention(given[0], layer.KV4(*given[1:4]), layer.KV4(*given[4:]), None, 0.2, setting)
-        assert error(y, right) < BOUND[torch.float16], setting
+        assert error(y, right) < BOUND[dtype], setting
     launch = AttentionLaunch(2, 3, *sizes)
     assert launch.key == list(sizes) and len({launch.compiled_as(one) for one in tried}) == len(tried)

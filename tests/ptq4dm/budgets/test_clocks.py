@@ -10,7 +10,7 @@ from fake_clock import FLOAT, INT4, INT8, OUTSIDE, FakeClock
 from helpers import normal, same
 from ptq4dm import RTNConfig, UserError
 from ptq4dm.budgets import costs as kept
-from ptq4dm.budgets.clocks import Figure, Times, kinds_of, pooled, time_in_place
+from ptq4dm.budgets.clocks import Figure, Times, between, dealt, kinds_of, pooled, time_in_place
 from ptq4dm.budgets.costs import costs, file_of
 from ptq4dm.budgets.graphs import with_times_on
 from ptq4dm.calibration.calls import Call
@@ -66,8 +66,42 @@ def test_layers_of_one_kind_share_a_measurement():
     kinds = {"a": "Linear [4, 4]", "b": "Linear [4, 4]", "c": "Linear [8, 4]"}
     times = Times({"keep": {"a": [1.0, 2.0], "b": [3.0, 10.0], "c": [5.0, 5.0], "d": [7.0]}})
     found = pooled(times, kinds, {"keep": dict.fromkeys(kinds, "keep")})
-    assert found["Linear [4, 4] | keep"] == Figure(2.5e6, pytest.approx(1.75e6), pytest.approx(4.75e6), 4)
+    assert found["Linear [4, 4] | keep"] == Figure(4e6, pytest.approx(3e6), pytest.approx(5e6), 4)
     assert found["Linear [8, 4] | keep"].median == 5e6 and len(found) == 2
+
+
+def test_mixtures_deal_each_format_to_each_layer_once():
+    labels, names = ["keep", "w8", "w4"], [str(number) for number in range(20)]
+    mixtures = dealt(labels, names)
+    assert len(mixtures) == 3 and mixtures == dealt(labels, names)
+    for name in names:
+        assert sorted(given[name] for given in mixtures.values()) == sorted(labels)
+    for given in mixtures.values():
+        assert set(given.values()) == set(labels)
+
+
+def test_a_format_has_the_mean_of_both_surroundings():
+    alike, among = {"a": Figure(2.0, 1.0, 3.0, 4), "b": Figure(1.0, 1.0, 1.0, 4)}, {"a": Figure(4.0, 2.0, 5.0, 4)}
+    assert between(alike, among) == {"a": Figure(3.0, 1.5, 4.0, 8), "b": alike["b"]}
+
+
+def test_a_layer_is_timed_in_uniform_models_and_in_mixtures(monkeypatch):
+    """Here it takes twice as long where its neighbour has another format."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    some = formats(model, w4={"weight_bits": 4, "first_last": "same"}, w8={"first_last": "same"})
+
+    def timed(model, call, given, names, rounds, clock):
+        times = Times(steps={label: [1.0] for label in given})
+        for label, layers in given.items():
+            row = [layers[n].plan.weight_bits if n in layers else 32 for n in names]
+            times.layers[label] = {n: [1e-6 * row[i] * (1 + (len(set(row)) > 1))] for i, n in enumerate(names)}
+        return times
+
+    monkeypatch.setattr(kept, "time_in_place", timed)
+    found = costs(model, Call((normal(2, 8),), {}), some, 1, "")
+    assert set(found.steps) == set(some) == {"keep", "w8", "w4"}
+    for label, bits in (("keep", 32), ("w8", 8), ("w4", 4)):
+        assert [one.median for one in found.layers[label].values()] == pytest.approx([1.5 * bits] * 6)
 
 
 def test_kinds_tell_shapes_inputs_and_how_often_a_layer_is_called():

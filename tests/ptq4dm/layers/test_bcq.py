@@ -121,6 +121,8 @@ def test_what_a_file_may_not_hold():
         ({"group_size": 48}, "none, 32, 64 or 128"),
         ({"rounds": -1}, "rounds is -1"),
         ({"emphasis": 5.0}, "emphasis is 5.0"),
+        ({"refits": -1, "rounding": "gptq"}, "refits is -1"),
+        ({"refits": 1}, "refits look at what layers are fed"),
         ({"objective": "mse"}, "of uniform grids"),
         ({"input_scale": 1.0, "input_zero_point": 0}, "have no grid"),
     ],

@@ -35,7 +35,7 @@ def test_layers_are_those_of_one_row_a_sample(reference):
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and any(p in n for p in parts)}
     assert layers == linears and len(layers) > 15
     assert all(type(model.get_submodule(layer)) is BCQLinear for layer in layers)
-    assert {row["format"] for row in report.layers} == {"W2A16 bcq g128"}
+    assert {row["format"] for row in report.layers} == {"W2A16 bcq g128 uniform refitted"}
 
 
 @pytest.mark.parametrize("rest", ["rtn activations=dynamic", RTNConfig(activations="dynamic")])
@@ -45,7 +45,7 @@ def test_a_recipe_for_the_rest(reference, rest, tmp_path):
     config = LUTGEMMConfig(rest=rest)
     report = ptq4dm.quantize(model, config, store)
     formats = {row["format"] for row in report.layers}
-    assert formats == {"W3A16 bcq g128", "W8A8 dynamic"}
+    assert formats == {"W3A16 bcq g128 uniform refitted", "W8A8 dynamic"}
     assert report.method == {"method": "lutgemm", "rest": {"method": "rtn", "activations": "dynamic"}}
     saved = ptq4dm.quantization_config(model)
     again = QuantConfig.from_dict(saved.to_dict())
@@ -80,14 +80,26 @@ def test_groups_that_do_not_fit_are_smaller(reference):
     assert plan(256, None).group_size is None and plan(96, 64).group_size == 32
 
 
-def test_four_bits_are_uniform_where_nothing_is_said(reference):
+def test_planes_are_uniform_above_one_bit_where_nothing_is_said(reference):
     pipe, store, _ = reference
     kinds = {}
-    for bits, planes in ((3, None), (4, None), (4, "fitted"), (2, "uniform")):
+    for bits, planes in ((1, None), (2, None), (4, "fitted"), (2, "uniform")):
         model = fresh(pipe)
         plan = LUTGEMMConfig(bits=bits, planes=planes).resolve(model, ptq4dm.layers.view.find_layers(model), store)
         kinds[bits, planes] = {choice.uniform for choice in plan.values()}
-    assert kinds == {(3, None): {False}, (4, None): {True}, (4, "fitted"): {False}, (2, "uniform"): {True}}
+    assert kinds == {(1, None): {False}, (2, None): {True}, (4, "fitted"): {False}, (2, "uniform"): {True}}
+
+
+@pytest.mark.parametrize("rounding, refits, found", [("gptq", None, 2), ("gptq", 0, 0), ("nearest", None, 0)])
+def test_refits_follow_the_rounding(rounding, refits, found):
+    config = LUTGEMMConfig(rounding=rounding, refits=refits)
+    assert config._plan(ptq4dm.layers.view.LayerView("x", torch.nn.Linear(128, 8))).refits == found
+
+
+def test_tuples_are_those_of_the_recipe_that_wants_more():
+    few = LUTGEMMConfig(num_tuples=16, rest="rtn activations=dynamic num_tuples=40")
+    assert LUTGEMMConfig().packing_options() == {"num_tuples": 256}
+    assert few.packing_options()["num_tuples"] == 40
 
 
 @pytest.mark.parametrize(
@@ -106,6 +118,8 @@ def test_four_bits_are_uniform_where_nothing_is_said(reference):
         ({"rest": "rtn transforms=('rotate',)"}, "are of the whole model"),
         ({"rest": "gradptq"}, "trains whole blocks"),
         ({"rounding": "learned"}, "does not serve"),
+        ({"rounding": "nearest", "refits": 1}, "rounding .nearest. does not; take gptq"),
+        ({"refits": -1}, "refits"),
     ],
 )
 def test_wrong_options(options, text):

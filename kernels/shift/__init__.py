@@ -1,0 +1,1 @@
+"""Products of integers that training needs: outputs, input gradients, weight gradients."""

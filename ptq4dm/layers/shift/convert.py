@@ -1,0 +1,82 @@
+"""A model's layers on integers and back, in place: the parameters stay the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ...errors import UserError
+from ..base import holds_quantized, replace_module
+from ..view import find_layers
+from .l1 import RATIO
+from .layers import ShiftConv2d, ShiftLinear, trainable
+from .norms import ShiftGroupNorm, ShiftLayerNorm, normalizes
+from .widths import Widths
+
+
+@dataclass
+class Converted:
+    """What a model's layers became: layers on integers and norms by the mean magnitude, by name; `kept`: those Linear
+    and Conv2d that have no form on integers, and stay floats."""
+
+    layers: dict[str, Widths] = field(default_factory=dict)
+    norms: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = f"{len(self.layers)} layers on integers"
+        told += f", {len(self.norms)} norms by the mean magnitude" if self.norms else ""
+        return told + (f"; floats stay {', '.join(self.kept)}" if self.kept else "")
+
+
+def to_integers(
+    model: nn.Module,
+    widths: Widths | None,
+    norms: bool = False,
+    skip: Sequence[str] = (),
+    ratios: Mapping[str, float] | None = None,
+) -> Converted:
+    """Let a model compute and train on integers; returns what was changed.
+
+    Args:
+        widths: of all layers but the two at the model's ends, which have at least 8 bits; None leaves layers alone.
+        norms: whether GroupNorm and LayerNorm are replaced by L1 normalization.
+        skip: names or patterns of modules that stay as they are.
+        ratios: of norms, by name: what their mean magnitudes are multiplied by (norms.ratios); that of Gaussian
+            values where there is none.
+
+    Raises:
+        UserError: the model is quantized, a pattern fits nothing, or there is nothing to change.
+    """
+    if holds_quantized(model):
+        raise UserError("the model is quantized and its codes do not train; give it in full precision.")
+    views, found = find_layers(model, skip), Converted()
+    for view in views:
+        if widths is None:
+            continue
+        if trainable(view.module):
+            found.layers[view.name] = widths if view.role == "inner" else widths.at_the_ends()
+        else:
+            found.kept.append(view.name)
+    if norms:
+        found.norms = [name for name, module in model.named_modules() if normalizes(module)]
+    if not found.layers and not found.norms:
+        raise UserError(f"{type(model).__name__} has no layer that trains on integers.")
+    for name, chosen in found.layers.items():
+        layer = model.get_submodule(name)
+        new = ShiftConv2d(layer, chosen) if isinstance(layer, nn.Conv2d) else ShiftLinear(layer, chosen)
+        replace_module(model, name, new)
+    for name in found.norms:
+        norm = model.get_submodule(name)
+        kind = ShiftGroupNorm if isinstance(norm, nn.GroupNorm) else ShiftLayerNorm
+        replace_module(model, name, kind(norm, (ratios or {}).get(name, RATIO)))
+    return found
+
+
+def to_floats(model: nn.Module) -> None:
+    """Put plain Linear and Conv2d back, with the same parameters; norms stay what they are, another function."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, (ShiftLinear, ShiftConv2d)):
+            replace_module(model, name, layer.plain())

@@ -1,0 +1,50 @@
+"""How wide the codes of a layer are that trains on integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ...errors import UserError
+from ...kernels.formats.shift import groups_of
+
+EDGES = 8  # bits at the model's ends: the layers that read its input channels and write its output channels
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bits of weights, inputs and gradients, 2 to 8, and groups: how many steps, powers of two apart, each may have.
+
+    Where b + groups > 9, as many groups are taken as go with b bits: one with 8.
+    served: weights and inputs have the grids that a quantized model will have, one scale an output and one a token
+        (of a Conv2d a sample), as RTNConfig(activations="dynamic") makes them; groups are of gradients alone.
+    """
+
+    weight: int = 6
+    input: int = 6
+    gradient: int = 6
+    groups: int = 4
+    served: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "input", "gradient"):
+            bits = getattr(self, name)
+            if not 2 <= bits <= 8:
+                raise UserError(f"{name} bits must be between 2 and 8, not {bits}.")
+        if not 1 <= self.groups <= 7:
+            raise UserError(f"groups must be between 1 and 7, not {self.groups}.")
+
+    def at_the_ends(self) -> Widths:
+        """Those of the layers at the model's ends: at least 8 bits, and a scale of its own for each sample.
+
+        8 bits leave no place for groups, and an image without noise, whose range is a fifth of pure noise's, would
+        have steps as wide as the noise that is to be found in it.
+        """
+        wider = {name: max(EDGES, getattr(self, name)) for name in ("weight", "input", "gradient")}
+        return replace(self, served=True, **wider)
+
+    def groups_of(self, bits: int) -> int:
+        return groups_of(bits, self.groups)
+
+    def __str__(self) -> str:
+        served = ", grids as served" if self.served else ""
+        return f"{self.weight}/{self.input}/{self.gradient}, {self.groups} groups{served}"

@@ -1,0 +1,109 @@
+"""Times of forward and backward passes: layers and norms on integers against those of floats, in one run."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from reference_output import autocast
+from torch import Tensor, nn
+
+from ptq4dm.layers.shift.layers import ShiftConv2d, ShiftLinear
+from ptq4dm.layers.shift.norms import ShiftGroupNorm, ShiftLayerNorm
+from ptq4dm.layers.shift.widths import Widths
+
+ROUNDS = 11
+
+
+def cases(small: bool) -> Iterator[tuple[str, nn.Module, nn.Module, Tensor]]:
+    """(name, float module, the same on integers, input): layers of both networks, wide layers, their norms.
+
+    small: batches for a CPU.
+    """
+    batch = 16 if small else 128
+    for channels, size, kernel in ((128, 32, 3), (128, 16, 3), (256, 32, 3), (256, 32, 1)):
+        conv = nn.Conv2d(channels, 128, kernel, padding=kernel // 2).to(memory_format=torch.channels_last)
+        x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
+        yield f"conv {kernel}x{kernel} {channels}-128 at {size}, batch {batch}", conv, ShiftConv2d(conv, Widths()), x
+    for n, k, tokens in ((1024, 256, 256), (256, 1024, 256)) if small else (
+        (1024, 256, 256), (256, 1024, 256), (3072, 3072, 36), (12288, 3072, 36), (3072, 12288, 36)
+    ):  # fmt: skip
+        linear = nn.Linear(k, n)
+        yield (
+            f"linear {k}-{n}, {batch} x {tokens}",
+            linear,
+            ShiftLinear(linear, Widths()),
+            torch.randn(batch, tokens, k),
+        )
+    for channels, size in ((128, 32), (256, 32), (128, 8)):
+        norm = nn.GroupNorm(32, channels)
+        x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
+        yield f"GroupNorm 32 of {channels} at {size}, batch {batch}", norm, ShiftGroupNorm(norm), x
+    for width in (256, 1024):
+        norm = nn.LayerNorm(width)
+        yield f"LayerNorm {width}, {batch} x 256", norm, ShiftLayerNorm(norm), torch.randn(batch, 256, width)
+
+
+def rows(device: torch.device, compiled: bool) -> Iterator[dict]:
+    """Milliseconds of forward, and of forward and backward, of each case; ratio: float over integers.
+
+    On a GPU floats are bf16 under autocast and inputs bf16; on a CPU float32. compiled: both by torch.compile.
+    """
+    gpu = device.type == "cuda"
+    for name, plain, integer, x in cases(small=not gpu):
+        plain, integer = copy.deepcopy(plain).to(device), copy.deepcopy(integer).to(device)
+        x = x.to(device, torch.bfloat16 if gpu else torch.float32).requires_grad_()
+        calls = {"float": plain, "integer": integer}
+        if compiled:
+            torch._dynamo.reset()
+            calls = {kind: torch.compile(module, dynamic=False) for kind, module in calls.items()}
+        with autocast(device):
+            gradient = torch.randn_like(plain(x))
+        row = {"case": name, "compiled": compiled}
+        for what, call in (("forward", _forward), ("both", _both)):
+            work = {kind: call(module, x, gradient, device) for kind, module in calls.items()}
+            times = race(work, device)
+            row |= {f"{what}_{kind}_ms": round(value, 4) for kind, value in times.items()}
+            row[f"{what}_ratio"] = round(times["float"] / times["integer"], 3)
+        yield row
+
+
+def _forward(module: Callable, x: Tensor, gradient: Tensor, device: torch.device) -> Callable:
+    def call() -> None:
+        with torch.no_grad(), autocast(device):
+            module(x)
+
+    return call
+
+
+def _both(module: Callable, x: Tensor, gradient: Tensor, device: torch.device) -> Callable:
+    def call() -> None:
+        with autocast(device):
+            y = module(x)
+        y.backward(gradient.to(y.dtype))
+
+    return call
+
+
+def race(work: dict[str, Callable], device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each, taking turns."""
+    times: dict[str, list[float]] = {kind: [] for kind in work}
+    for turn in range(ROUNDS + 3):
+        for kind, call in work.items():
+            _wait(device)
+            began = time.perf_counter()
+            repeats = 10 if device.type == "cuda" else 1
+            for _ in range(repeats):
+                call()
+            _wait(device)
+            if turn >= 3:
+                times[kind].append((time.perf_counter() - began) * 1e3 / repeats)
+    return {kind: statistics.median(values) for kind, values in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

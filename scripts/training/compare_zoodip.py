@@ -293,7 +293,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--perturbations", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=0.015)
+    parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--back-steps", type=int, default=200)
     parser.add_argument("--back-lr", type=float, default=0.05)
     parser.add_argument("--evaluation", type=int, default=1000, help="held-out rows of the loss")

@@ -23,7 +23,7 @@ class PersonalizeConfig:
     tokens of CLIP ViT-L have 0.014, which we have not measured. On class rows in 8 and 4 bits 0.03 to 0.07 measured
     best: smaller ones drown in the rounding of activations, larger ones see the loss's curvature.
 
-    steps: updates of the embedding. With the defaults all take 72,000 rows of forward passes; the paper's take 90,000.
+    steps: updates of the embedding. All take 72,000 rows of forward passes, those of the paper 90,000.
     batch_size: images of a step, each with noise, a timestep and perturbations of its own. The paper has 1.
     perturbations: n, of each image; a step takes batch_size x (n + 1) forward passes, in one batch.
     first_time, last_time: T_L and T_U, as shares of the schedule: timesteps are uniform between them ("partial

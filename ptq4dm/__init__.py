@@ -45,9 +45,11 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .quantization.recipe import QuantConfig
     from .quantization.verifying import verify
     from .svdquant import SVDQuantConfig
+    from .training.config import ShiftQuantConfig
     from .training.personalization.config import PersonalizeConfig
     from .training.personalization.embedding_file import load_embedding
     from .training.personalization.personalize import personalize
+    from .training.train import train
 
 __all__ = [
     "CalibrationConfig",
@@ -68,6 +70,7 @@ __all__ = [
     "QuantConfig",
     "RTNConfig",
     "SVDQuantConfig",
+    "ShiftQuantConfig",
     "SplitQuantConfig",
     "UserError",
     "cached_embeddings",
@@ -84,6 +87,7 @@ __all__ = [
     "quantize",
     "record",
     "sample",
+    "train",
     "unfuse",
     "verify",
 ]
@@ -108,6 +112,7 @@ __getattr__, __dir__ = lazy_names(
         "QuantConfig": "quantization.recipe",
         "RTNConfig": "methods.rtn",
         "SVDQuantConfig": "svdquant.method",
+        "ShiftQuantConfig": "training.config",
         "SplitQuantConfig": "methods.splitquant",
         "cached_embeddings": "caching.cached_embeddings",
         "cached_text": "caching.cached_text",
@@ -123,6 +128,7 @@ __getattr__, __dir__ = lazy_names(
         "quantize": "quantization.quantize",
         "record": "calibration.record",
         "sample": "pipelines.sampling",
+        "train": "training.train",
         "unfuse": "layers.fuse",
         "verify": "quantization.verifying",
     },

@@ -54,7 +54,9 @@ def encode(x: Tensor, bits: int, groups: int, noise: Tensor | None = None) -> Sh
     if bits + groups > MOST:
         raise ValueError(f"codes of {bits} bits have at most {MOST - bits} groups, not {groups}.")
     limit = weight_limit(bits)
-    peaks = torch.maximum(x.amax(1), -x.amin(1)).float()  # of the magnitude: quicker than through x.abs()
+    # of the magnitude; where there are many pixels, quicker than through x.abs()
+    peaks = x[:, 0].abs() if x.shape[1] == 1 else torch.maximum(x.amax(1), -x.amin(1))
+    peaks = peaks.float()
     largest = peaks.amax()
     rows = _exponents(largest, peaks.amax(1), groups)
     columns = _exponents(largest, (peaks * powers(rows)[:, None]).amax(0), groups)

@@ -23,12 +23,13 @@ VERBS = {
     "generate": "Make images: one PNG per seed.",
     "evaluate": "Measure a model: Frechet distance, errors against full precision, speed, bytes.",
     "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",
+    "train": "Train a model on the pictures of a folder, its products on integers (ShiftQuant).",
     "personalize": "Learn a token or a class from a few images, by forward passes of a packed model.",
     "bench": "Compare samplers; find the kernels' fastest settings on a GPU; model an accelerator.",
     "info": "What a model is: layers, formats, kernels, bytes.",
     "completion": "Print a script that completes commands in a shell: bash, zsh or fish.",
 }
-FOLDERS = {"personalize": "training."}  # whose file is not in this one
+FOLDERS = {"personalize": "training.", "train": "training."}  # whose file is not in this one
 STATUSES = (
     "Exit status: 0 done, 1 out of memory, 2 wrong input or a place that cannot be written, 130 interrupted, "
     "141 nobody read the output."

@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from itertools import chain
 from pathlib import Path
 
 import torch
 
 from ...annotations import fits
-from ...errors import DamagedFile, UserError
+from ...errors import UserError
 from ...evaluation.feature_fid import FeatureFID
 from ...evaluation.features import IMAGE_SIZE
-from ...files.atomic import replacing, told
-from ...files.outside import checked_object, described, outside, parse_json
+from ...files.log import read_lines
+from ...files.outside import described
 from ...files.places import make_parent
 from ...pipelines.images import image_grid, save_picture, to_uint8
 
 GRID = 64  # pictures on a grid
 EVALUATION_BATCH = 500
 NUM_FID = 5000
-LINE = {"stage": str}  # what every line has
 COUNTS = ("step", "images", "degraded_images", "num_images", "target")
-ADVICE = "bring back the log of the run, or start a new run in another folder"
-
-
-class Log:
-    """log.jsonl: one object a line, in the order of training. Only the main process writes."""
-
-    def __init__(self, path: Path, keep: int, writes: bool) -> None:
-        """keep: lines of an earlier run that the checkpoint knows of; later ones will come again."""
-        self.path, self.writes, self.lines = path, writes, keep
-        if writes:
-            old = [json.dumps(line) + "\n" for line in read_log(path)[:keep]] if keep else []
-            if len(old) < keep:
-                raise DamagedFile(
-                    f"{path} has only {len(old)} of the {keep} lines that the checkpoint knows; {ADVICE}."
-                )
-            with replacing(path) as temporary:
-                temporary.write_text("".join(old))
-
-    def write(self, **entry) -> None:
-        self.lines += 1
-        if self.writes:
-            with told(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The lines of a log.jsonl; half a line at its end, of a run that was killed, does not count.
-
-    Raises DamagedFile.
-    """
-    with outside(path, ADVICE):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        found = [checked_object(parse_json(line), LINE) for line in lines[:-1]]
-        for line in found:
-            _check_numbers(line)
-        return found
+    """The lines of a log.jsonl, see `read_lines`. Raises DamagedFile."""
+    return read_lines(path, _check_numbers)
 
 
 def _check_numbers(line: dict) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...files.checkpoint import load_checkpoint, progress_as, save_checkpoint
 from ...files.claim import claimed
+from ...files.log import Log
 from ...files.places import check_room, lying_in, output_folder
 from ...kernels.runtime.atomic import sweep
 from ...pipelines.denoiser import class_count, denoiser
@@ -31,7 +32,7 @@ from ...pipelines.generate import fingerprint
 from ...progress import progress_bar
 from ..one_step import nearest_timestep
 from .config import DisBackConfig
-from .log import Exhibition, Log, read_log
+from .log import Exhibition, read_log
 from .networks import KEPT, TRAINED, Networks, make_accelerator
 from .scores import Batch, Chance, Diffusion
 from .student import check_network, image_shape, one_step_scheduler, student_pipeline
@@ -133,7 +134,7 @@ class Run:
         self.recipe = identity_of(pipe, config)
         self.progress = self._start(resume)
         self.saved = copy.copy(self.progress) if resume else None
-        self.log = Log(self.folder / LOG, self.progress.lines, self.accelerator.is_main_process)
+        self.log = Log(self.folder / LOG, self.progress.lines, self.accelerator.is_main_process, read_log)
         self.sums: dict[str, Tensor] = {}
         self.since, self.began, self.out_of_time = 0, time.monotonic(), False
         self.clock = self.began

@@ -64,6 +64,13 @@ VERBS = {
         begun="student.run",
         results=("student",),
     ),
+    "train": Verb(
+        "train --model INPUT/m --images INPUT/pictures --num-images 32 --batch-size 4 --evaluate-every 8 "
+        "--sample-steps 0 --output trained",
+        again="--resume",
+        begun="trained.run/checkpoint.safetensors",
+        results=("trained",),
+    ),
     "personalize": Verb(
         "personalize --model INPUT/classes --images INPUT/pictures --class-row 1 --steps 8 --batch-size 2 "
         "--perturbations 2 --checkpoint-every 2 --log-every 2 --output row",

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision("high")
     output = Output(args.output, facts_of(device))
     if "times" in args.stage and not args.rows:
-        for compiled in (True,) if device.type == "cuda" else (False,):
+        for compiled in (False,) if args.eager else (True,) if device.type == "cuda" else (False, True):
             for found in time_rows(device, compiled):
                 output.write(row="times", **found)
     chosen = [row for row in ROWS if (row.name in args.rows if args.rows else row.stage in args.stage)]
@@ -136,7 +136,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fid-steps", type=int, default=20)
     parser.add_argument("--noise-batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile (a CPU never compiles)")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile; a CPU never trains with it")
     parser.add_argument("--graph", action="store_true", help="each training step as one CUDA graph")
     parser.add_argument("--minutes", type=float, help="stop a row after so many, with a checkpoint")
     parser.add_argument("--tiny", action="store_true", help="a small UNet, to try the script out with")

@@ -41,6 +41,7 @@ def _variants(stage: str, network: str) -> list[Row]:
         Row(stage, "6/6/6", network, _codes(6)),
         Row(stage, "6/6/6 G=1", network, _codes(6, 1)),
         Row(stage, "6/6/6 G=2", network, _codes(6, 2)),
+        Row(stage, "6/6/6 samples", network, Widths(tokens=False)),
         Row(stage, "4/4/4", network, _codes(4)),
         Row(stage, "4/4/4 G=1", network, _codes(4, 1)),
         Row(stage, "L1", network, None, True),

@@ -27,7 +27,7 @@ class ShiftLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] float, the first dimension samples -> [..., N] of its dtype, or of autocast's."""
         rows = len(input) if input.ndim > 1 else 1
-        if self.widths.served:  # a scale a token
+        if self.widths.served or self.widths.tokens:  # a row a token
             rows = input.numel() // self.in_features
         images = input.reshape(rows, 1, -1, self.in_features)
         y = _product(self.widths)(

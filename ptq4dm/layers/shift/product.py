@@ -6,8 +6,8 @@
 
 Each tensor is rounded once. Its steps go by powers of two along rows and along columns (kernels/formats/shift.py), so
 that either product has them as shifts along what it sums over, and as factors of its results along the rest. Rows are
-samples: the loss of a diffusion model weighs their times differently, and gradients of one batch differ by more than
-a scale holds. Kept for the backward pass are codes, a byte for each value, and no floats.
+samples, or tokens of a Linear layer: the loss of a diffusion model weighs times differently, and gradients of one
+batch differ by more than a scale holds. Kept for the backward pass are codes, a byte for each value, and no floats.
 
 Our assumptions: weights are grouped, too; gradients by the weight stay float32 sums of what int32 sums are worth.
 """

@@ -15,6 +15,7 @@ class Widths:
     """Bits of weights, inputs and gradients, 2 to 8, and groups: how many steps, powers of two apart, each may have.
 
     Where b + groups > 9, as many groups are taken as go with b bits: one with 8.
+    tokens: a row of a Linear layer's input is a token, which may have other steps than the next; False: a sample.
     served: weights and inputs have the grids that a quantized model will have, one scale an output and one a token
         (of a Conv2d a sample), as RTNConfig(activations="dynamic") makes them; groups are of gradients alone.
     """
@@ -23,6 +24,7 @@ class Widths:
     input: int = 6
     gradient: int = 6
     groups: int = 4
+    tokens: bool = True
     served: bool = False
 
     def __post_init__(self) -> None:
@@ -46,5 +48,5 @@ class Widths:
         return groups_of(bits, self.groups)
 
     def __str__(self) -> str:
-        served = ", grids as served" if self.served else ""
-        return f"{self.weight}/{self.input}/{self.gradient}, {self.groups} groups{served}"
+        more = (", grids as served" if self.served else "") + ("" if self.tokens else ", samples")
+        return f"{self.weight}/{self.input}/{self.gradient}, {self.groups} groups{more}"

@@ -1,0 +1,108 @@
+"""Settings of training on integers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..checks import check_fields, named_options
+from ..errors import UserError
+from ..layers.shift.widths import Widths
+from ..options import option
+
+# These may change when a run is resumed, and nothing else.
+FREE = ("images", "minutes", "learning_rate")
+PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # what the two are called where a dtype is taken
+MOST = 10**12  # images or steps
+
+
+@named_options
+@dataclass(frozen=True)
+class ShiftQuantConfig:
+    """Training whose products are of integers, forward and backward.
+
+    bits: of weights, inputs and gradients, 2 to 8; 16 trains in floats. The layers at the model's ends have 8.
+    weight_bits, activation_bits, gradient_bits: of one of the three; None: `bits`.
+    groups: how many steps, powers of two apart, a tensor's rows and columns each may have; 1 is one for the tensor.
+        Where bits and groups are more than 9 together, as many as go with the bits.
+    served: weights and inputs have the grids that `RTNConfig(activations="dynamic")` of these widths serves:
+        quantization-aware training.
+    images: that the model learns from, in all, pictures counted as often as they are shown.
+    minutes: of wall-clock time after which this call stops, wherever it is; None: no limit.
+    batch_size: images of a step, over all processes.
+    learning_rate, betas, weight_decay, warmup_steps, gradient_clip: AdamW on float32 weights, constant after a
+        warm-up.
+    ema_decay: moving average of the weights, which is the result; reached slowly, (1 + step) / (10 + step) at first.
+    flip: whether pictures are mirrored half of the time.
+    held_out: pictures that are not trained on, evenly from the folder, at most a tenth of them: their loss is logged.
+    precision: "bf16" (autocast of what is not on integers) or "no"; torch.bfloat16, torch.float32 and their names
+        mean the same.
+    compile: torch.compile the network; it then takes minutes to start and less time for each step.
+    log_every: steps between two lines of the log, at which the loss is looked at.
+    evaluate_every: images between two checkpoints, sample grids and held-out losses.
+    sample_steps: of the model's own sampler for the grids; 0: no grids.
+    seed: decides all noise, and which pictures are seen when.
+    """
+
+    bits: int = option(6, "of weights, inputs and gradients: 2 to 8; 16 trains in floats", low=2, high=16)
+    weight_bits: int | None = option(None, "of weights alone", low=2, high=8)
+    activation_bits: int | None = option(None, "of inputs alone", low=2, high=8)
+    gradient_bits: int | None = option(None, "of gradients alone", low=2, high=8)
+    groups: int = option(4, "steps a power of two apart, along rows and columns; 1: one a tensor", low=1, high=7)
+    served: bool = option(False, "on the grids of weights and inputs that quantize makes: quantization-aware")
+    images: int = option(500_000, "that the model learns from, in all", low=1, high=MOST)
+    minutes: float | None = option(None, "stop this call after so many; resume it with --resume", finite=False)
+    batch_size: int = option(128, "over all processes", low=1, high=MOST)
+    learning_rate: float = option(1e-4, "of AdamW", finite=False)
+    betas: tuple[float, float] = option((0.9, 0.99), low=0)
+    weight_decay: float = option(0.0, "of AdamW", low=0)
+    warmup_steps: int = option(100, low=1, high=MOST)
+    gradient_clip: float = option(1.0, finite=False)
+    ema_decay: float = option(0.999, "moving average of the weights")
+    flip: bool = option(True, "mirror pictures half of the time")
+    held_out: int = option(256, "pictures that are not trained on", low=0, high=MOST)
+    precision: str = "no"
+    compile: bool = option(False, "torch.compile: pays in runs of many minutes")
+    log_every: int = option(50, low=1, high=MOST)
+    evaluate_every: int = option(50_000, "images between checkpoints and grids", low=1, high=MOST)
+    sample_steps: int = option(20, "of the sampler for grids; 0: no grids", low=0, high=1000)
+    seed: int = option(0, "of all noise", low=0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.precision, (str, torch.dtype)):
+            name = str(self.precision).removeprefix("torch.")
+            object.__setattr__(self, "precision", PRECISIONS.get(name, name))
+        check_fields(self, "ShiftQuantConfig")
+        if self.precision not in ("no", "bf16"):
+            raise UserError(f"precision must be 'no' or 'bf16', not '{self.precision}': fp16 overflows.")
+        if 8 < self.bits < 16:
+            raise UserError(f"bits must be from 2 to 8, or 16 for floats; got {self.bits}.")
+        for name in ("weight_bits", "activation_bits", "gradient_bits", "served"):
+            if self.bits == 16 and getattr(self, name):
+                raise UserError(f"bits=16 trains in floats and leaves no place for {name}.")
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"minutes must be positive; got {self.minutes:g}.")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay lies in [0, 1); got {self.ema_decay:g}.")
+        if max(self.betas) >= 1:
+            raise UserError(f"betas lie in [0, 1); got {self.betas[0]:g} and {self.betas[1]:g}.")
+
+    @property
+    def widths(self) -> Widths | None:
+        """Of the layers; None for floats."""
+        if self.bits == 16:
+            return None
+        one, two, three = (
+            self.bits if bits is None else bits
+            for bits in (self.weight_bits, self.activation_bits, self.gradient_bits)
+        )
+        return Widths(one, two, three, self.groups, served=self.served)
+
+    def identity(self) -> dict:
+        """Settings that have to be the same for a run to go on, as plain JSON values."""
+        values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,69 @@
+"""The network in training, the moving average of its weights, its optimizer and accelerate."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers.shift.convert import Converted, to_integers
+from .config import ShiftQuantConfig
+
+
+def make_accelerator(config: ShiftQuantConfig, device: torch.device) -> Accelerator:
+    """Raises UserError where accelerate runs in this process already, in another precision or on another device."""
+    backend = "inductor" if config.compile else "no"
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.precision, dynamo_backend=backend)
+    except ValueError as error:
+        raise UserError(
+            f"accelerate is set up in this process in another precision than '{config.precision}'; use a new process."
+        ) from error
+    if accelerator.device.type != device.type:
+        raise UserError(
+            f"the model is on {device.type}, but accelerate is set up in this process on {accelerator.device.type}."
+        )
+    return accelerator
+
+
+class Networks:
+    """`net` is trained, `average` follows it; both are copies of a model, their layers on integers.
+
+    `call` is the network as it is to be called: with autocast, compiled, and synchronized between processes.
+    """
+
+    def __init__(self, model: nn.Module, config: ShiftQuantConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.net = copy.deepcopy(model).to(accelerator.device).train().requires_grad_(True)
+        self.converted = Converted() if config.widths is None else to_integers(self.net, config.widths)
+        self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        self.call = accelerator.prepare_model(self.net)
+
+    @property
+    def kept(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds."""
+        return {"net": self.net, "average": self.average}
+
+    def descend(self, step: int, loss: Tensor) -> None:
+        """One step of the optimizer, and of the average after it."""
+        self.accelerator.backward(loss)
+        nn.utils.clip_grad_norm_(self.net.parameters(), self.config.gradient_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(1.0, (step + 1) / self.config.warmup_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        keep = min(self.config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - keep)
+
+    def finite(self) -> bool:
+        """True if all weights are free of NaN and infinity; waits for the device."""
+        weights = [p for net in self.kept.values() for p in net.parameters()]
+        return bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())

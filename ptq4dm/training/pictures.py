@@ -1,0 +1,79 @@
+"""The pictures of a folder as a model's training set: of its size, with the classes that sub-folders name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..pipelines.picture_files import find_images, load_image
+from ..progress import progress_bar
+
+
+@dataclass
+class Pictures:
+    """images: uint8 [N, C, H, W] on the CPU; labels: int64 [N], None where the model knows no classes."""
+
+    images: Tensor
+    labels: Tensor | None
+
+    def part(self, rows: Tensor) -> Pictures:
+        return Pictures(self.images[rows], None if self.labels is None else self.labels[rows])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def read_pictures(folder: str | os.PathLike, size: tuple[int, int], channels: int, classes: int | None) -> Pictures:
+    """All pictures under a folder, cut to the middle and scaled to size (height, width); they stay in memory.
+
+    classes: of the model; then each of so many sub-folders holds the pictures of one, in the order of their names.
+
+    Raises:
+        UserError: no pictures, other than so many sub-folders, or a picture that cannot be read.
+    """
+    folder = Path(folder)
+    found = find_images(folder)
+    names = sorted({path.relative_to(folder).parts[0] for path in found.paths})
+    if classes is not None:
+        loose = [path for path in found.paths if len(path.relative_to(folder).parts) == 1]
+        if loose or len(names) != classes:
+            has = f"pictures beside them ({loose[0].name})" if loose else f"{len(names)}"
+            raise UserError(
+                f"the model knows {classes} classes, so {folder} needs {classes} sub-folders of pictures, one a "
+                f"class in the order of their names; it has {has}."
+            )
+    images = torch.empty(len(found.paths), channels, *size, dtype=torch.uint8)
+    for i, path in enumerate(progress_bar(found.paths, desc="pictures", unit="picture", leave=False)):
+        images[i] = _fitted(load_image(path), size)[:channels]
+    labels = None
+    if classes is not None:
+        labels = torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in found.paths])
+    return Pictures(images, labels)
+
+
+def split(pictures: Pictures, held_out: int) -> tuple[Pictures, Pictures]:
+    """(trained on, held out): evenly spread ones, at most a tenth of all, are held out."""
+    number = min(held_out, len(pictures) // 10)
+    held = torch.arange(number) * len(pictures) // max(1, number)
+    rest = torch.ones(len(pictures), dtype=torch.bool)
+    rest[held] = False
+    return pictures.part(rest.nonzero()[:, 0]), pictures.part(held)
+
+
+def _fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture [3, H, W] uint8, its middle in the shape of size, scaled with anti-aliasing."""
+    (h, w), (height, width) = image.shape[1:], size
+    if (h, w) == (height, width):
+        return image
+    side = min(h / height, w / width)
+    tall, wide = max(1, round(height * side)), max(1, round(width * side))
+    top, left = (h - tall) // 2, (w - wide) // 2
+    middle = image[None, :, top : top + tall, left : left + wide].float()
+    scaled = F.interpolate(middle, size=size, mode="bicubic", antialias=True)
+    return scaled[0].round().clamp(0, 255).to(torch.uint8)

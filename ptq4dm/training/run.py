@@ -1,0 +1,192 @@
+"""A training run: what a step is given, its clock, its checkpoint, its log and its samples.
+
+checkpoint.safetensors   network, moving average, optimizer, and how far it came
+log.jsonl, samples/      losses, held-out losses, ranges of gradients by time, bytes kept; grids of samples
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+
+from ..errors import UserError
+from ..files.checkpoint import load_checkpoint, progress_as, save_checkpoint
+from ..files.log import Log, read_lines
+from ..files.places import lying_in
+from ..pipelines.denoiser import denoiser
+from ..pipelines.generate import fingerprint
+from ..progress import progress_bar
+from .config import ShiftQuantConfig
+from .exhibition import Exhibition
+from .networks import Networks, make_accelerator
+from .pictures import read_pictures, split
+from .task import Batch, Task, seed_of
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+
+
+@dataclass
+class Progress:
+    """Steps taken, and lines in the log."""
+
+    step: int = 0
+    lines: int = 0
+
+
+def identity_of(pipe: Any, config: ShiftQuantConfig) -> dict:
+    """All that has to be the same for a run to go on, and for two calls to be one run, as plain JSON values."""
+    return {**config.identity(), "model": fingerprint(pipe)}
+
+
+class Run:
+    """All of a run; `go` trains to its end, or that of the time."""
+
+    def __init__(self, pipe: Any, pictures: Path, config: ShiftQuantConfig, folder: Path, resume: bool) -> None:
+        self.pipe, self.config, self.folder, self.task = pipe, config, folder, Task(pipe)
+        self.accelerator = make_accelerator(config, denoiser(pipe).device)
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        if config.batch_size % self.accelerator.num_processes:
+            count = self.accelerator.num_processes
+            raise UserError(f"batch_size {config.batch_size} does not divide into {count} equal parts.")
+        task = self.task
+        found = read_pictures(pictures, task.picture_size, task.channels, task.classes)
+        self.pictures, held = split(found, config.held_out)
+        self.recipe = {
+            **identity_of(pipe, config),
+            "pictures": [len(found), int(found.images.sum(dtype=torch.int64))],
+        }
+        self.networks = Networks(denoiser(pipe), config, self.accelerator)
+        self.progress = self._start(resume)
+        self.saved = copy.copy(self.progress) if resume else None
+        self.log = Log(folder / LOG, self.progress.lines, self.main, read_lines)
+        self.exhibition = Exhibition(self, held)
+        self.loss, self.since, self.out_of_time = torch.zeros((), device=self.device), 0, False
+        self.began = self.clock = time.monotonic()
+
+    def _start(self, resume: bool) -> Progress:
+        """Where the run begins; its folder must be new unless it goes on."""
+        path = self.folder / CHECKPOINT
+        if resume:
+            optimizers = {"optimizer": self.networks.optimizer}
+            values, _ = load_checkpoint(path, self.networks.kept, optimizers, self.recipe)
+            progress = progress_as(Progress, values, path)
+        else:
+            there = [one.name for one in lying_in(self.folder) if one.name not in (LOG, "samples")]
+            if there:
+                raise UserError(
+                    f"{self.folder} is not empty; go on with the run in it (--resume) or choose another place."
+                )
+            progress = Progress()
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        return progress
+
+    def go(self) -> None:
+        """Train until all images are learnt from, or the time is over; then a checkpoint."""
+        config, last = self.config, -(-self.config.images // self.config.batch_size)
+        rest = max(1, config.evaluate_every // config.batch_size)
+        hidden = not self.accelerator.is_local_main_process
+        with (
+            progress_bar(initial=self.progress.step, total=last, desc="training", unit="step", hidden=hidden) as bar,
+            _own_random_state(self.device),
+        ):
+            if self.progress.step == 0:
+                self.exhibition.report(self.batch(0))
+            while self.progress.step < last and not self.out_of_time:
+                step = self.progress.step
+                batch = self.batch(step)
+                torch.manual_seed(seed_of(config.seed, step, "rounding", self.accelerator.process_index))
+                with self.accelerator.autocast():
+                    loss = self.task.loss(self.networks.call, batch).mean()
+                self.networks.descend(step, loss)
+                self.loss += loss.detach()
+                self.since += 1
+                self.progress.step += 1
+                bar.update()
+                if self.progress.step % config.log_every == 0:
+                    self.flush(bar)
+                if self.progress.step % rest == 0 and self.progress.step < last:
+                    self.save()
+            if self.saved is None or self.saved.step != self.progress.step:
+                self.save()
+
+    def batch(self, step: int) -> Batch:
+        """This process's share of a step's batch. Every process draws the whole of it, so that a run is the same on
+        any number of them; its step alone decides it."""
+        config, g = self.config, torch.Generator(self.device).manual_seed(seed_of(self.config.seed, step))
+        size, number = config.batch_size, len(self.pictures)
+        rows = torch.randint(0, number, (size,), generator=g, device=self.device).cpu()
+        flips = torch.rand(size, generator=g, device=self.device).cpu() < 0.5
+        images = self.pictures.images[rows]
+        if config.flip:
+            images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        return self.noisy(images, None if self.pictures.labels is None else self.pictures.labels[rows], g, True)
+
+    def noisy(self, images, labels, g: torch.Generator, shared: bool) -> Batch:
+        """A batch of images uint8: data, noise and times from a generator; shared: the part of this process."""
+        x0 = self.task.data(images, g)
+        noise = torch.randn(x0.shape, generator=g, device=self.device)
+        t = torch.randint(0, self.task.times, (len(x0),), generator=g, device=self.device)
+        batch = Batch(x0, noise, t, None if labels is None else labels.to(self.device))
+        part = len(x0) // self.accelerator.num_processes
+        first = self.accelerator.process_index * part
+        return batch.rows(slice(first, first + part)) if shared else batch
+
+    def flush(self, bar: Any = None) -> None:
+        """A line of the log with the mean loss since the last one, and a look at the clock.
+
+        Raises UserError for NaN or infinity.
+        """
+        if self.since:
+            mean = self.accelerator.reduce(self.loss / self.since, "mean").item()
+            if not torch.tensor(mean).isfinite():
+                self.give_up()
+            speed = self.since * self.config.batch_size / (time.monotonic() - self.clock)
+            images = self.progress.step * self.config.batch_size
+            self.log.write(
+                stage="training", step=self.progress.step, images=images, loss=mean, images_per_second=round(speed, 1)
+            )
+            if bar is not None:
+                bar.set_postfix(loss=f"{mean:.4f}")
+        if self.config.minutes is not None:
+            minutes = torch.tensor((time.monotonic() - self.began) / 60, device=self.device)
+            self.out_of_time = float(broadcast(minutes)) >= self.config.minutes  # one clock for all processes
+        self.loss.zero_()
+        self.since, self.clock = 0, time.monotonic()
+
+    def save(self) -> None:
+        """Held-out loss, grid and ranges of gradients; then the checkpoint."""
+        self.flush()
+        if not self.networks.finite():
+            self.give_up()
+        if self.main:
+            self.exhibition.visit()
+        self.accelerator.wait_for_everyone()
+        self.progress.lines = self.log.lines = int(broadcast(torch.tensor(self.log.lines, device=self.device)))
+        if self.main:
+            nets, optimizers = self.networks.kept, {"optimizer": self.networks.optimizer}
+            save_checkpoint(self.folder / CHECKPOINT, nets, optimizers, asdict(self.progress), self.recipe)
+        self.saved = copy.copy(self.progress)
+        self.accelerator.wait_for_everyone()
+        self.clock = time.monotonic()
+
+    def give_up(self) -> None:
+        advice = "start anew with a lower --learning-rate or more bits"
+        if self.saved is not None:
+            advice = f"the checkpoint of step {self.saved.step} is kept: resume it with a lower --learning-rate"
+        raise UserError(f"training came to NaN or infinity by step {self.progress.step}; {advice}.")
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """The process's generators are seeded anew for each step in this block, and afterwards as they were."""
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield

@@ -1,0 +1,98 @@
+"""What a pipeline's denoiser is trained to say, and on what: pixels or latents, classes or none."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers.base import holds_quantized
+from ..pipelines.denoiser import TIMES, class_count, denoiser
+
+TARGETS = ("epsilon", "v_prediction", "sample")
+
+
+def seed_of(*key: Any) -> int:
+    """A seed that its key alone decides; those of neighbouring keys have nothing to do with each other."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+
+@dataclass
+class Batch:
+    """x0 [B, C, H, W] float32 in [-1, 1] (latents: as scaled), noise alike, t [B] int64, labels [B] or None."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    labels: Tensor | None
+
+    def rows(self, rows: slice) -> Batch:
+        return Batch(
+            self.x0[rows], self.noise[rows], self.t[rows], None if self.labels is None else self.labels[rows]
+        )
+
+
+class Task:
+    """The loss of DDPM (Ho et al. 2020, eq. 14) for what a pipeline's scheduler says that its model predicts.
+
+    Raises UserError for a pipeline that cannot be trained so.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        net, scheduler, name = denoiser(pipe), pipe.scheduler, type(pipe).__name__
+        self.classes, self.vae = class_count(pipe), getattr(pipe, "vae", None)
+        if holds_quantized(net):
+            raise UserError("the model is quantized; train it in full precision, then quantize it.")
+        if net.dtype != torch.float32:
+            raise UserError(f"the model is loaded in {net.dtype}; load it in float32, and choose precision 'bf16'.")
+        known = {"class_labels"} if self.classes is not None else set()
+        parameters = list(inspect.signature(net.forward).parameters.values())
+        needed = {p.name for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        if foreign := needed - known - set(TIMES):
+            raise UserError(
+                f"{type(net).__name__} needs {', '.join(sorted(foreign))}; training is for unconditional and "
+                "class-conditional models."
+            )
+        self.target = scheduler.config.get("prediction_type", "epsilon")
+        if self.target not in TARGETS or not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(f"training needs a DDPM schedule and one of {', '.join(TARGETS)}; {name} has neither.")
+        self.alphas = scheduler.alphas_cumprod.float().to(net.device)
+        self.channels = 3 if self.vae is not None else net.config.in_channels
+        size = net.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.picture_size = height * factor, width * factor
+        if self.channels not in (1, 3):
+            raise UserError(f"{type(net).__name__} works on {self.channels} channels, and pictures have 1 or 3.")
+
+    @property
+    def times(self) -> int:
+        return len(self.alphas)
+
+    def data(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """What the denoiser works on, of images uint8 [B, C, H, W]: these in [-1, 1], or their latents."""
+        x = images.to(self.alphas.device).float() / 127.5 - 1
+        if self.vae is None:
+            return x
+        with torch.no_grad():
+            latents = self.vae.encode(x.to(self.vae.dtype)).latent_dist.sample(generator).float()
+        return (latents - (getattr(self.vae.config, "shift_factor", None) or 0)) * self.vae.config.scaling_factor
+
+    def loss(self, net: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error for each sample, float32 [B]."""
+        signal = self.alphas[batch.t].reshape(-1, *[1] * (batch.x0.ndim - 1))
+        alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+        x = alpha * batch.x0 + sigma * batch.noise
+        extra = {} if batch.labels is None else {"class_labels": batch.labels}
+        said = net(x, batch.t, return_dict=False, **extra)[0][:, : x.shape[1]].float()
+        target = {
+            "epsilon": batch.noise,
+            "v_prediction": alpha * batch.noise - sigma * batch.x0,
+            "sample": batch.x0,
+        }[self.target]
+        return (said - target).square().flatten(1).mean(1)

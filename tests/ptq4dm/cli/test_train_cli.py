@@ -1,0 +1,103 @@
+"""`ptq4dm train`: a folder of pictures in, a plain model out, that every other command takes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from PIL import Image
+
+from ptq4dm.cli.main import build_parser, main
+from ptq4dm.files.log import read_lines
+from ptq4dm.training import run as run_module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHORT = ["--num-images", 12, "--batch-size", 4, "--evaluate-every", 8, "--held-out", 2, "--sample-steps", 0]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    DDPMPipeline(net, DDIMScheduler()).save_pretrained("model")
+    Path("pictures").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(f"pictures/{i}.png")
+    yield
+    AcceleratorState._reset_state()
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+TRAIN = ["train", "--model", "./model", "--images", "pictures", *SHORT]
+
+
+def test_train_then_quantize_and_generate(capsys):
+    assert run("--json", *TRAIN, "--served", "--weight-bits", 4, "--activation-bits", 4, "--output", "t") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["images"] == facts["of"] == 12 and facts["output"] == "t" and facts["log"][0]["stage"] == "start"
+    record = json.loads(Path("t/training.json").read_text())
+    assert record["model"] == "./model" and record["served"] and record["weight_bits"] == 4
+    assert not (Path("t/unet/config.json").read_text().count("quantization_config"))
+    AcceleratorState._reset_state()
+    widths = ["--weight-bits", 4, "--activation-bits", 4, "--activations", "dynamic"]
+    assert run("quantize", "--model", "./t", "--method", "rtn", *widths, "--output", "q") == 0
+    assert run("generate", "--model", "./q", "--num-images", 2, "--steps", 2, "--output", "images") == 0
+    assert len(list(Path("images").glob("*.png"))) >= 2
+
+
+def test_interrupted_and_resumed(monkeypatch, capsys):
+    before = run_module.Run.batch
+
+    def batch(training, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return before(training, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "batch", batch)
+        assert run(*TRAIN, "--output", "t") == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err and not Path("t").exists()
+    AcceleratorState._reset_state()
+    assert run(*TRAIN, "--output", "t", "--resume") == 0
+    assert "trained on 12 of 12 images: t" in capsys.readouterr().out
+    AcceleratorState._reset_state()
+    assert run(*TRAIN, "--output", "other") == 0
+    one, other = (Path(name, "unet", "diffusion_pytorch_model.safetensors").read_bytes() for name in ("t", "other"))
+    assert one == other
+    assert max(line.get("step", 0) for line in read_lines("t.run/log.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--images", "nowhere"], "nowhere is not a folder of images"),
+        (["--bits", 9], "bits must be from 2 to 8, or 16 for floats; got 9"),
+        (["--resume"], "there is no checkpoint at out/trained.run/checkpoint.safetensors to resume"),
+        (["--output", "model"], "model exists and was not written by ptq4dm train"),
+        (["--dtype", "float16"], "precision must be 'no' or 'bf16', not 'float16'"),
+        (["--num-images", 0], "images"),
+    ],
+)
+def test_what_is_refused(options, says, capsys):
+    assert run(*TRAIN, *options) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_help_has_every_option(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["train", "--help"])
+    text = capsys.readouterr().out
+    for flag in ("--bits", "--groups", "--served", "--images", "--num-images", "--minutes", "--resume", "--no-flip"):
+        assert flag in text

@@ -1,0 +1,86 @@
+"""The experiment on training with integers at toy size: its lines, what is not made again, and where it goes on."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ptq4dm.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module, on one thread: sums come in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts" / "training"))
+        yield importlib.import_module("compare_shiftquant")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path):
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in CLASSES:
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+    return tmp_path / "data"
+
+
+SMALL = ["--seeds", "0", "--steps", "2", "--batch-size", "2", "--held-out", "10", "--num-fid", "0", "--tiny"]
+
+
+def test_rows_are_lines_and_are_made_once(script, data, tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    command = ["--data", str(data), "--output", str(output), "--device", "cpu", *SMALL]
+    command += ["--rows", "unet bf16", "unet 6/6/6 L1"]
+    script.main(command)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["row"] for row in rows] == ["unet bf16", "unet 6/6/6 L1"]
+    for row in rows:
+        assert {"card", "commit", "seed", "held_out", "held_out_float", "losses", "seconds"} <= row.keys()
+        assert row["card"] == "cpu" and len(row["held_out_bins"]) == 10 and 0.5 < row["held_out"] < 2
+    assert rows[0]["held_out"] == rows[0]["held_out_float"] and rows[1]["held_out"] != rows[1]["held_out_float"]
+    script.main(command)
+    assert len(output.read_text().splitlines()) == 2
+    with pytest.raises(UserError, match="no row is called 'unet 5/5/5'; there are: unet bf16; unet 6/6/6"):
+        script.main([*command, "--rows", "unet 5/5/5"])
+    with pytest.raises(UserError, match="--graph needs a GPU"):
+        script.main([*command, "--graph"])
+
+
+def test_a_row_that_is_stopped_goes_on(script, data, tmp_path, monkeypatch):
+    output = tmp_path / "rows.jsonl"
+    command = ["--data", str(data), "--output", str(output), "--device", "cpu", *SMALL, "--rows", "unet 6/6/6"]
+    monkeypatch.setattr(importlib.import_module("shiftquant_train"), "FIRST", 1)
+    script.main([*command, "--minutes", "0"])
+    assert not output.exists() and len(list(tmp_path.glob("rows.*.safetensors"))) == 1
+    script.main(command)
+    (row,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert row["resumed_at"] == 1 and len(row["losses"]) == 2
+
+
+def test_noise_of_gradients_by_layer(script, data):
+    noise = importlib.import_module("shiftquant_noise")
+    net = importlib.import_module("reference_recipes").build_network("dit", tiny=True)
+    for module in net.modules():  # as it begins, an adaptive block is no function of its input
+        if hasattr(module, "weight") and isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.1)
+    split = importlib.import_module("cifar10").read_cifar10(data)[0]
+    rows = noise.noise_rows(net, split, 8)
+    assert [(row["times"], row["bits"]) for row in rows] == [("mixed", 4), ("mixed", 6), ("equal", 4), ("equal", 6)]
+    for row in rows:
+        assert row["layers"] > 5 and 0 < row["groups"]["geometric_mean"] < 1
+        assert row["groups over exact samples"]["geometric_mean"] < 1.3
+        assert row["exact tokens"]["geometric_mean"] < row["exact samples"]["geometric_mean"] < 1

@@ -159,6 +159,6 @@ def _plan(
         _kv4_attention_kernel, (cdiv(rows, bm), batch * heads),
         **dict(zip(names, (*q_strides, *mask_strides), strict=True)), M=rows, L=tokens, scale=scale * LOG2E.value,
         H=heads, D=width, HALF=half, W=padded, BM=bm, BN=bn,
-        PACKED=config.get("PACKED", False) and itemsize == 2 and isinstance(_kv4_attention_kernel, JITFunction),
+        PACKED=config.get("PACKED", True) and itemsize == 2 and isinstance(_kv4_attention_kernel, JITFunction),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

@@ -15,12 +15,16 @@ is the NaN or infinity, so that all its products are NaN.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .exact import over
 
 GROUP = 64
 """Inputs of a group that the 4-bit kernels take; packed runs have as many, whatever size groups of scales have."""
+
+EIGHT = 8
+"""Rows of high halves of 8-bit codes that lie together: of 16 rows a lane of a product has the i-th and i + 8-th."""
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """Code -> value, float32 [16]. Code 8, minus zero, is read but never written."""
@@ -73,6 +77,24 @@ def halves(codes: Tensor) -> tuple[Tensor, Tensor]:
 def joined(high: Tensor, low: Tensor) -> Tensor:
     """The inverse of `halves`: int8."""
     return high * 16 + (low + 8)
+
+
+def paired_rows(rows: int) -> int:
+    """Rows of 4 bits that so many of 8 are stored in by `paired`."""
+    return -(-rows // EIGHT) * 2 * EIGHT
+
+
+def paired(codes: Tensor) -> Tensor:
+    """Codes int8 [n, K] of 8 bits -> [paired_rows(n), K] of 4: eight rows of high halves, then eight of low ones, and
+    so on; filled up with zeros."""
+    filled = F.pad(codes, (0, 0, 0, -len(codes) % EIGHT)).unflatten(0, (-1, EIGHT))
+    return torch.stack(halves(filled), 1).flatten(0, 2)
+
+
+def unpaired(stored: Tensor, rows: int) -> Tensor:
+    """The inverse of `paired`: the codes of 8 bits [rows, K], int8."""
+    pairs = stored.unflatten(0, (-1, 2, EIGHT))
+    return joined(pairs[:, 0], pairs[:, 1]).flatten(0, 1)[:rows]
 
 
 def pack_int4(codes: Tensor, group_size: int) -> Tensor:

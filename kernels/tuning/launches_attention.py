@@ -74,7 +74,7 @@ def settings_of(rows: int, tokens: int, width: int) -> list[dict]:
         if width > 64 and bm // warps > 16 and bn > 32:
             continue
         tiles.append(dict(BM=bm, BN=bn, num_warps=warps))
-    rest = [dict(num_stages=stages, PACKED=packed) for stages in STAGES for packed in (False, True)]
+    rest = [dict(num_stages=stages) for stages in STAGES]
     return [tile | one for tile, one in itertools.product(tiles, rest)]
 
 

@@ -48,13 +48,11 @@ known_to_serve = remembered(serves)  # not where torch.compile traces: it warns 
 
 
 @remembered
-def _room(
-    m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales: bool, w8: bool, mixed: bool = False
-) -> Workspace:
+def _room(m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales: bool, w8: bool) -> Workspace:
     """Room for tokens, with their sums or not; for tables of factors and of scales; and for int8 weights."""
     wide = -(-k // GROUP) * GROUP
     tokens = [((m, wide), torch.int8), ((m,), FLOAT), ((m if sums else 0,), INT32)]
-    tables = [((groups + mixed if factors else 0, n), INT32), ((groups if scales else 0, n), FLOAT)]
+    tables = [((groups if factors else 0, n), INT32), ((groups if scales else 0, n), FLOAT)]
     return Workspace(*tokens, *tables, ((n if w8 else 0, wide), torch.int8))
 
 
@@ -74,31 +72,31 @@ def grouped_through(
     n, groups = wscales.shape
     if groups == 1:
         return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, "rows", 1, config)
-    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, config)
+    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, 0, config)
 
 
 def row_mix_through(
     x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, bias: Tensor | None,
-    config: dict | None = None,
+    wide: int, config: dict | None = None,
 ) -> Tensor:  # fmt: skip
-    """`row_mix.row_mix_grouped` of x [M, K], M and w above 0; config: not the usual one."""
-    return _scaled_sums(x, qweight, wscales, wzeros, places, bias, config)
+    """`row_mix.row_mix_grouped` of x [M, K], M and `wide` above 0; config: not the usual one."""
+    return _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide, config)
 
 
-def _scaled_sums(x, qweight, wscales, wzeros, places, bias, config: dict | None) -> Tensor:
+def _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide: int, config: dict | None) -> Tensor:
     """The products whose sums of groups are whole numbers."""
     x = _rows(x)
     (m, k), (n, groups) = x.shape, wscales.shape
     config = config or best_config("grouped.product", x.device, m, n, k)
-    mixed = places is not None
-    pieces = _room(m, n, k, groups, False, mixed or wzeros is not None, True, False, mixed).take(x)
+    mixed, rows = places is not None, len(qweight)
+    pieces = _room(m, rows, k, groups, False, mixed or wzeros is not None, True, False).take(x)
     codes, scale, _, factors, scales, _ = pieces
     qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
     tables = (factors if mixed or wzeros is not None else None), scales
     out = x.new_empty(m, n)
-    zeroed = 2 * n - len(qweight) if mixed else None
-    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (n, groups), zeroed)
-    product_grouped.product((codes, scale), qweight, tables, places, bias, out, k // groups, config)
+    wides = wide if mixed else None
+    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), wides)
+    product_grouped.product((codes, scale), qweight, tables, places, bias, out, k // groups, config, wide)
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Grid
-from ..kernels.formats.int4 import halves
+from ..kernels.formats.int4 import paired, paired_rows
 from ..kernels.w4.row_mix import codes_of
 from ..ranges.weights import weight_grid
 from . import int4_ops, row_mix_ops
@@ -83,11 +83,11 @@ class RowMixPlan(LayerPlan):
 class RowMixLayer(RoundedLayer):
     """What Linear and Conv2d with outputs of two widths share: n narrow and w wide ones, of K inputs in G groups.
 
-    bias              [n + w] in the model's dtype, or None
-    qweight           [n + 2 w, K'/2] uint8, as `Int4Layer` has it: narrow rows, high halves of wide ones, low ones
-    wscales           [n + w, G], narrow rows first, as `Int4Layer` has them
+    bias              [w + n] in the model's dtype, or None
+    qweight           [16 ceil(w / 8) + n, K'/2] uint8, as `Int4Layer` has it: wide rows in pairs, then narrow ones
+    wscales           [w + n, G], wide rows first, as `Int4Layer` has them
     wzeros            [n, G] int8, of the narrow rows; affine layers only
-    places            [n + w] int32: which output each of them is
+    places            [w + n] int32: which output each of them is
     input_scale       [] float32    static layers only
     input_zero_point  [] int32      static layers only
     """
@@ -104,7 +104,8 @@ class RowMixLayer(RoundedLayer):
     def _allocate(self, shape: tuple[int, ...], device: torch.device | str | None) -> None:
         outputs, inputs, wide = shape[0], math.prod(shape[1:]), len(self.plan.wide)
         packed = -(-inputs // PACKED) * PACKED
-        self.qweight = frozen(outputs + wide, packed // 2, dtype=torch.uint8, device=device)
+        rows = paired_rows(wide) + outputs - wide
+        self.qweight = frozen(rows, packed // 2, dtype=torch.uint8, device=device)
         groups = inputs // (self.plan.group_size or inputs)
         kind = torch.float32 if self.plan.group_size is None else torch.float16
         self.wscales = frozen(outputs, groups, dtype=kind, device=device)
@@ -140,9 +141,9 @@ class RowMixLayer(RoundedLayer):
 
     def fill(self, codes: Tensor, grid: Grid) -> None:
         narrow, wide = (rows.to(codes.device) for rows in self.rows())
-        places = torch.cat([narrow, wide])
+        places = torch.cat([wide, narrow])
         self.put(
-            qweight=int4_ops.packed_rows(torch.cat([codes[narrow], *halves(codes[wide])])),
+            qweight=int4_ops.packed_rows(torch.cat([paired(codes[wide]), codes[narrow]])),
             wscales=self.stored_scales(grid.scales[places]),
             places=places.int(),
         )
@@ -162,14 +163,13 @@ class RowMixLayer(RoundedLayer):
 
     def check_values(self, tensors: Mapping[str, Tensor]) -> None:
         check_input_grid(self.plan, tensors)
-        if not torch.equal(tensors["places"].cpu(), torch.cat(self.rows()).int()):
+        if not torch.equal(tensors["places"].cpu(), torch.cat(self.rows()[::-1]).int()):
             raise ValueError("'places' has other outputs than the plan's 'wide'")
         if self.plan.affine:
             check_integers(tensors["wzeros"], "wzeros", -8, 7)
 
     def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
-        outputs, *window = self.weight_shape
-        narrow, wide = codes_of(tensors["qweight"], outputs, math.prod(window))
+        wide, narrow = codes_of(tensors["qweight"], len(self.plan.wide), math.prod(self.weight_shape[1:]))
         check_integers(wide, "qweight", -127, 127)
         if self.plan.weight_bits < 4:
             half = 2 ** (self.plan.weight_bits - 1)
@@ -178,7 +178,7 @@ class RowMixLayer(RoundedLayer):
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
         parts = (self.qweight, self.wscales, self.wzeros, self.places)
-        return self.shaped(row_mix_ops.weight_of(*parts, math.prod(self.weight_shape[1:])))
+        return self.shaped(row_mix_ops.weight_of(*parts, len(self.plan.wide), math.prod(self.weight_shape[1:])))
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
@@ -191,7 +191,7 @@ class RowMixLayer(RoundedLayer):
     def operands(self) -> tuple:
         """The arguments of the ops after x: rows of both widths, their grids and places, bias, the input's grid."""
         return (
-            self.qweight, self.wscales, self.wzeros, self.places, self.bias,
+            self.qweight, self.wscales, self.wzeros, self.places, len(self.plan.wide), self.bias,
             self.input_scale, self.input_zero_point, self.plan.activation_bits,
         )  # fmt: skip
 

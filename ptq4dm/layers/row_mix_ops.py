@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.formats.grid import Grid
+from ..kernels.formats.int4 import paired_rows
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.runtime.settings import remembered
@@ -55,6 +56,7 @@ def row_mix_linear(
     wscales: Tensor,
     wzeros: Tensor | None,
     places: Tensor,
+    wide: int,
     bias: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
@@ -62,10 +64,10 @@ def row_mix_linear(
 ) -> Tensor:
     """x [..., K] float -> [..., N] in x's dtype.
 
-    qweight uint8 [n + 2 w, K'/2], wscales, wzeros and places int32 [N] as in `RowMixLayer`; bias [N]; the input's
-    grid as in `w8a8_linear`.
+    qweight uint8, wscales, wzeros and places int32 [N] as in `RowMixLayer`, with so many `wide` rows; bias [N]; the
+    input's grid as in `w8a8_linear`.
     """
-    rows, inputs = (qweight, wscales, wzeros, places), x.shape[-1]
+    rows, inputs = (qweight, wscales, wzeros, places, wide), x.shape[-1]
     grid = (input_scale, input_zero_point, activation_bits)
     groups = wscales.shape[1]
     name = kernel_name(x.device, True, group_size(inputs, groups), input_scale is not None, activation_bits)
@@ -75,7 +77,7 @@ def row_mix_linear(
         y = F.linear(exact, weight_of(*rows, inputs), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(places))
     if name == integer.ROW_MIX:
-        return row_mix_grouped(x, *rows, bias)
+        return row_mix_grouped(x, qweight, wscales, wzeros, places, bias, wide)
     return w8a8.w8a8_linear(x, *_int8(*rows, inputs), bias, *grid)
 
 
@@ -91,6 +93,7 @@ def row_mix_conv2d(
     wscales: Tensor,
     wzeros: Tensor | None,
     places: Tensor,
+    wide: int,
     bias: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
@@ -104,7 +107,7 @@ def row_mix_conv2d(
 
     K = kh kw C, in this order; zero padding; the rest as in `row_mix_linear`, with dynamic scales per sample.
     """
-    rows, inputs = (qweight, wscales, wzeros, places), x.shape[1] * kernel[0] * kernel[1]
+    rows, inputs = (qweight, wscales, wzeros, places, wide), x.shape[1] * kernel[0] * kernel[1]
     grid, geometry = (
         (input_scale, input_zero_point, activation_bits),
         (list(stride), list(padding), list(dilation), 1),
@@ -130,27 +133,26 @@ def group_size(inputs: int, groups: int) -> int | None:
 
 
 def weight_of(
-    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, inputs: int
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, wide: int, inputs: int
 ) -> Tensor:  # fmt: skip
     """The float32 weight [N, K] that the codes stand for."""
-    narrow, wide = codes_of(qweight, len(places), inputs)
-    own, wider = wscales.split([len(narrow), len(wide)])
-    values = Grid(own, wzeros, -8, 7).values(narrow), Grid(wider, None, -127, 127).values(wide)
-    return placed(torch.cat(values), places)
+    wides, narrow = codes_of(qweight, wide, inputs)
+    grids = Grid(wscales[:wide], None, -127, 127), Grid(wscales[wide:], wzeros, -8, 7)
+    return placed(torch.cat([grids[0].values(wides), grids[1].values(narrow)]), places)
 
 
 def _int8(
-    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, inputs: int, kernel: Sequence[int] = ()
-) -> tuple[Tensor, Tensor]:
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, wide: int, inputs: int,
+    kernel: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(int8 codes of all rows, [N, K] or `windows` of it, scales [N]): made for this call on a GPU, once on a CPU."""
 
     def build() -> tuple[Tensor, Tensor]:
-        n = 2 * len(places) - len(qweight)
-        narrow, scales = int4_codes(qweight[:n], wscales[:n], wzeros, inputs)
-        wide, wider = codes_of(qweight, len(places), inputs)[1], wscales[n:].float()
-        wide, wider = _folded(wide, wider) if wider.shape[1] > 1 else (wide, wider[:, 0])
-        codes = windows(placed(torch.cat([narrow, wide]), places), kernel)
-        return codes, placed(torch.cat([scales, wider]), places)
+        narrow, scales = int4_codes(qweight[paired_rows(wide) :], wscales[wide:], wzeros, inputs)
+        wides, wider = codes_of(qweight, wide, inputs)[0], wscales[:wide].float()
+        wides, wider = _folded(wides, wider) if wider.shape[1] > 1 else (wides, wider[:, 0])
+        codes = windows(placed(torch.cat([wides, narrow]), places), kernel)
+        return codes, placed(torch.cat([wider, scales]), places)
 
     if qweight.is_cuda:
         return build()

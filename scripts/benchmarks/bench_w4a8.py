@@ -75,9 +75,16 @@ class Set:
         groups = weight[wide].view(int(wide.sum()), k // SIZE, SIZE)
         scales8 = (groups.abs().amax(2) / 127).bfloat16()
         codes8 = (groups / scales8[:, :, None]).round().clamp(-127, 127).to(torch.int8).flatten(1)
-        places = torch.cat([(~wide).nonzero(), wide.nonzero()])[:, 0].int()
-        mixed = torch.cat([packed[~wide], *(int4.pack_int4(half, int4.GROUP) for half in int4.halves(codes8))])
-        self.row_mix = mixed, torch.cat([scales[~wide], scales8]), zeros[~wide].contiguous(), places, self.bias
+        places = torch.cat([wide.nonzero(), (~wide).nonzero()])[:, 0].int()
+        mixed = torch.cat([int4.pack_int4(int4.paired(codes8), int4.GROUP), packed[~wide]])
+        self.row_mix = (
+            mixed,
+            torch.cat([scales8, scales[~wide]]),
+            zeros[~wide].contiguous(),
+            places,
+            self.bias,
+            len(codes8),
+        )
         row = scales.float().amax(1) / 16
         whole = (scales / row[:, None]).round().clamp(1, 16).to(torch.int8)
         self.progressive = packed, whole, zeros, row, self.bias
@@ -119,9 +126,9 @@ def products(one: Set) -> dict:
     tokens_triton.prepare(one.x, tokens, whole, zeros, None, (factors, None), (n, k // SIZE))
     plain = torch.empty_like(factors)
     tokens_triton.prepare(one.x, tokens, None, zeros, one.grouped[1], (plain, scales), (n, k // SIZE))
-    mixed, mixed_scales, few, places, _ = one.row_mix
-    tables = new(k // SIZE + 1, n, dtype=torch.int32), torch.empty_like(scales)
-    tokens_triton.prepare(one.x, tokens, None, few, mixed_scales, tables, (n, k // SIZE), len(few))
+    mixed, mixed_scales, few, places, _, wide = one.row_mix
+    tables = new(k // SIZE, len(mixed), dtype=torch.int32), new(k // SIZE, len(mixed))
+    tokens_triton.prepare(one.x, tokens, None, few, mixed_scales, tables, (len(mixed), k // SIZE), wide)
     codes, scale, *_ = one.int8
     layer = steps.Parameters(codes, scale, bias, tokens[1], None)
     found = {
@@ -129,7 +136,7 @@ def products(one: Set) -> dict:
             tokens[:2], packed, (plain, scales), None, bias, out, SIZE, after
         ),
         "row-mix alone": lambda: product_grouped.product(
-            tokens[:2], mixed, tables, places, bias, out, SIZE, after
+            tokens[:2], mixed, tables, places, bias, out, SIZE, after, wide
         ),
         "int8 W8A8 alone": lambda: steps.multiply(tokens[0], same_window(m, 1, 1), layer, torch.bfloat16),
     }  # fmt: skip

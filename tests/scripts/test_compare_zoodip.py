@@ -24,9 +24,9 @@ def script(monkeypatch, tmp_path, one_thread):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
-        (tmp_path / "data" / split / "horse").mkdir(parents=True)
+        (tmp_path / "data" / split / "ship").mkdir(parents=True)
         for k, picture in enumerate(personal.pictures(3, 32, 32)):
-            save_png(picture, tmp_path / "data" / split / "horse" / f"{k}.jpg", {})
+            save_png(picture, tmp_path / "data" / split / "ship" / f"{k}.jpg", {})
     return importlib.import_module("compare_zoodip")
 
 

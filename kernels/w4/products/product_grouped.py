@@ -12,8 +12,9 @@ Rows of 8 bits among those of 4 (row_mix.py) are two of 4 bits each, c = 16 h + 
 
     y[m, n] = s_x[m] sum_g (16 s[n, g] P_h[m, n, g] + s[n, g] P_l[m, n, g])  +  b[n]
 
-A tile of wide rows goes through its groups twice, first half and second half in turns, in the loop that narrow tiles
-have: it costs two of them, and nothing else differs. Wide tiles come first in a band, for they run longest.
+They are stored first, eight high halves and then eight low ones, with scales and offsets of their own in the tables.
+So the loop knows nothing of them. At its end both sums of an output lie in the same thread: of 16 rows a product
+gives it the i-th and the i + 8-th.
 """
 
 from __future__ import annotations
@@ -31,16 +32,15 @@ from .words import packed_rows, together, token_rows, whole
 
 
 @triton.jit
-def _mixed_place(tile, M, N, wide, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
-    """(first row, first stored column, the column behind the last of its width, 1 for a wide tile)."""
-    wide_blocks = tl.cdiv(wide, BN)
-    width = BAND * (wide_blocks + tl.cdiv(N - wide, BN))
+def _mixed_place(tile, M, narrow, paired, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
+    """(first row, first stored column): as `tile_place`, where narrow columns begin a tile of their own."""
+    wide_blocks = tl.cdiv(paired, BN)
+    width = BAND * (wide_blocks + tl.cdiv(narrow, BN))
     band = tile // width * BAND
     height = tl.minimum(tl.cdiv(M, BM) - band, BAND)
     block = tile % width // height
-    halves = (block < wide_blocks).to(tl.int32)
-    left = tl.where(halves == 1, N - wide + block * BN, (block - wide_blocks) * BN)
-    return (band + tile % width % height) * BM, left, tl.where(halves == 1, N, N - wide), halves
+    left = block * BN + tl.where(block < wide_blocks, 0, paired - wide_blocks * BN)
+    return (band + tile % width % height) * BM, left
 
 
 @triton.jit
@@ -54,79 +54,68 @@ def _offset(factors_ptr, g, columns, N):
 
 
 @triton.jit
-def _scaled(y, sums, scales_ptr, g, columns, N, factor, MIXED: tl.constexpr):
+def _scaled(y, sums, scales_ptr, g, columns, N):
     scale = tl.load(scales_ptr + g * N + columns, mask=columns < N, other=0.0)
-    if MIXED:
-        scale *= factor
     return y + sums.to(tl.float32) * scale[:, None]
 
 
 @triton.jit
 def _sums(
-    x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, wide, halves,
+    x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups,
     SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
-    MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Scaled sums float32 [BN, BM] of a tile. MIXED: halves is 1 in a tile of wide rows, whose low halves lie `wide`
-    rows below the high ones. Their offset is a row of the table, and no number that is added here: that would keep
-    Triton from unpacking where the product reads, in registers."""
+    """Scaled sums float32 [BN, BM] of a tile; N: stored rows."""
     columns = left + tl.arange(0, BN)
-    rows = N + wide if MIXED else N
     y = tl.zeros((BN, BM), tl.float32)
     if SIZE == 32:
-        pairs = tl.cdiv(groups, 2)
-        for i in range(pairs << halves if MIXED else pairs):
-            pair, low = (i >> halves, i & halves) if MIXED else (i, 0)
-            factor = tl.where(low < halves, 16.0, 1.0) if MIXED else 1.0
-            raw = packed_rows(w_ptr, left + low * wide, pair, rows, K // 2, BN, 1, TMA)
+        for pair in range(tl.cdiv(groups, 2)):
+            raw = packed_rows(w_ptr, left, pair, N, K // 2, BN, 1, TMA)
             for half in tl.static_range(2):
                 g = tl.minimum(2 * pair + half, groups - 1)  # past the last group inputs are 0
                 x = token_rows(x_ptr, top, pair * 64 + 32 * half, M, K, BM, 32, TMA)
-                a = _offset(factors_ptr, tl.where(low == 1, groups, g) if MIXED else g, columns, N)
-                w = tl.reshape(whole(raw, None, a, half, PACKED), (BN, 32))
-                y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, factor, MIXED)
+                w = tl.reshape(whole(raw, None, _offset(factors_ptr, g, columns, N), half, PACKED), (BN, 32))
+                y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N)
     else:
         RUNS: tl.constexpr = SIZE // 64
-        for i in range(groups << halves if MIXED else groups):
-            g, low = (i >> halves, i & halves) if MIXED else (i, 0)
-            factor = tl.where(low < halves, 16.0, 1.0) if MIXED else 1.0
-            raw = packed_rows(w_ptr, left + low * wide, g * RUNS, rows, K // 2, BN, RUNS, TMA)
+        for g in range(groups):
+            raw = packed_rows(w_ptr, left, g * RUNS, N, K // 2, BN, RUNS, TMA)
             x = token_rows(x_ptr, top, g * SIZE, M, K, BM, SIZE, TMA)
-            a = _offset(factors_ptr, tl.where(low == 1, groups, g) if MIXED else g, columns, N)
+            a = _offset(factors_ptr, g, columns, N)
             w = together(whole(raw, None, a, 0, PACKED), whole(raw, None, a, 1, PACKED))
-            y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, factor, MIXED)
+            y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N)
     return y
 
 
 @triton.jit
 def _grouped_kernel(
     x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, places_ptr, bias_ptr, y_desc, y_ptr,
-    M, N, K, groups, wide,
+    M, N, K, groups, wide, paired,
     SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, TMA: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    MIXED: tl.constexpr = places_ptr is not None
-    if MIXED:
-        top, left, end, halves = _mixed_place(tl.program_id(0), M, N, wide, BM, BN, BAND)
+    """N: outputs, `wide` of them stored in `paired` rows."""
+    if places_ptr is not None:
+        top, left = _mixed_place(tl.program_id(0), M, N - wide, paired, BM, BN, BAND)
     else:
         top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
-        end, halves = N, 0
-    y = _sums(
-        x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, wide, halves,
-        SIZE, BM, BN, TMA, PACKED, MIXED,
-    )  # fmt: skip
     rows = top + tl.arange(0, BM)
+    y = _sums(
+        x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N - wide + paired, K, groups, SIZE, BM, BN, TMA, PACKED
+    )
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
     y *= row_scale[None, :]
-    if MIXED:
-        stored_by_index(y, top, left, end, places_ptr, bias_ptr, y_ptr, M, N, BM, BN)
-    else:
+    if places_ptr is None:
         stored(y.T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
+    elif left < paired:
+        both = tl.reshape(tl.sum(tl.reshape(y, (BN // 16, 2, 8, BM)), 1), (BN // 2, BM))
+        stored_by_index(both, top, left // 2, wide, places_ptr, bias_ptr, y_ptr, M, N, BM, BN // 2)
+    else:
+        stored_by_index(y, top, left - paired + wide, N, places_ptr, bias_ptr, y_ptr, M, N, BM, BN)
 
 
 def product(
     tokens: tuple, qweight: Tensor, tables: tuple, places: Tensor | None, bias: Tensor | None, out: Tensor,
-    size: int, config: dict,
+    size: int, config: dict, wide: int = 0,
 ) -> None:  # fmt: skip
     """Fill out [M, N] (float, contiguous).
 
@@ -134,14 +123,14 @@ def product(
     scales float32 [G, N], as `tokens_triton.prepare` fills them; qweight uint8 [N, K'/2]; bias [N] or None. size: 32,
     64 or 128 inputs of a group.
 
-    places int32 [N]: the output of each stored row; then w = len(qweight) - N of them, the last, have 8 bits,
-    qweight holds high halves of all w and then their low halves, and factors are [G + 1, N].
+    places int32 [N]: outputs that are stored, the `wide` ones first; then qweight and tables have the rows that hold
+    these in pairs, and then the narrow ones (row_mix.py).
 
     config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """
     (codes, row_scale), (factors, scales) = tokens, tables
     n = out.shape[1]
-    launch = _launch(config, *codes.shape, n, size, scales.shape[0], len(qweight) - n)
+    launch = _launch(config, *codes.shape, n, size, scales.shape[0], wide, len(qweight) - n + wide)
     qweight = qweight.view(torch.int8)
     operands = (codes, aligned(qweight)) if config["TMA"] else (codes, qweight)
     stores = config["TMA"] and places is None and n * out.element_size() % 16 == 0
@@ -149,12 +138,12 @@ def product(
 
 
 @planned
-def _launch(config: dict, m: int, k: int, n: int, size: int, groups: int, wide: int) -> Launch:
+def _launch(config: dict, m: int, k: int, n: int, size: int, groups: int, wide: int, paired: int) -> Launch:
     bm, bn = config["BM"], config["BN"]
     blocks = dict(x_ptr=(bm, size), w_ptr=(bn, max(size, 64) // 2), y_desc=(bm, bn)) if config["TMA"] else None
-    tiles = cdiv(m, bm) * (cdiv(n - wide, bn) + cdiv(wide, bn))
+    tiles = cdiv(m, bm) * (cdiv(n - wide, bn) + cdiv(paired, bn))
     return Launch(
-        _grouped_kernel, (tiles,), blocks, M=m, N=n, K=k, groups=groups, wide=wide,
+        _grouped_kernel, (tiles,), blocks, M=m, N=n, K=k, groups=groups, wide=wide, paired=paired,
         SIZE=size, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"], PACKED=packed(config, _grouped_kernel),
         num_warps=config["num_warps"], num_stages=config["num_stages"], maxnreg=config.get("maxnreg"),
     )  # fmt: skip

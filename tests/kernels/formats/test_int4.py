@@ -41,6 +41,17 @@ def test_every_code_of_8_bits_is_two_of_4():
     assert torch.equal(int4.joined(high, low), codes)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 8, 19])
+def test_rows_in_pairs_are_eight_high_halves_and_then_eight_low_ones(rows):
+    codes = torch.randint(-127, 128, (rows, 6), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    stored = int4.paired(codes)
+    assert stored.dtype == torch.int8 and stored.shape == (int4.paired_rows(rows), 6)
+    for row in range(rows):
+        at = row // 8 * 16 + row % 8
+        assert torch.equal(16 * stored[at].int() + stored[at + 8].int() + 8, codes[row].int())
+    assert torch.equal(int4.unpaired(stored, rows), codes)
+
+
 def test_packing_reads_views():
     codes = random_codes(6, 64).T
     assert torch.equal(int4.unpack_int4(int4.pack_int4(codes[:, ::3], 2), 2), codes[:, ::3])

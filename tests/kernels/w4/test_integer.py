@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ptq4dm  # noqa: F401
-from ptq4dm.kernels.formats.int4 import halves, pack_int4
+from ptq4dm.kernels.formats.int4 import pack_int4, paired
 from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix
 from ptq4dm.kernels.w4.tokens import token_codes
 
@@ -140,15 +140,15 @@ def test_sums_of_groups_are_exact(m, n, k, config):
 
 
 def rows_of_two_widths(codes, wide):
-    """As they are stored: narrow rows, then high halves of the wide ones, then low ones."""
-    return packed(torch.cat([codes, *halves(wide)]))
+    """As they are stored: wide rows in pairs, then narrow ones."""
+    return packed(torch.cat([paired(wide), codes]))
 
 
 def mixed(n, wide, k, groups, zeros, seed=0):
     """(codes of n rows of 4 bits, of `wide` of 8), operands of their product; scales are powers of two."""
-    scales = 2.0 ** torch.cat([whole(-far, far, rows, groups, seed=seed + 2) for rows, far in ((n, 3), (wide, 1))])
+    scales = 2.0 ** torch.cat([whole(-far, far, rows, groups, seed=seed + 2) for rows, far in ((wide, 1), (n, 3))])
     places = torch.randperm(n + wide, generator=torch.Generator().manual_seed(seed))
-    places = torch.cat([places[:n].sort().values, places[n:].sort().values]).int()
+    places = torch.cat([places[:wide].sort().values, places[wide:].sort().values]).int()
     wzeros = whole(-8, 7, n, groups, seed=seed + 1) if zeros else None
     codes = whole(-8, 7, n, k, seed=seed), whole(-127, 127, wide, k, seed=seed)
     return codes, (rows_of_two_widths(*codes), scales, wzeros, places)
@@ -161,8 +161,8 @@ def test_sums_of_rows_of_two_widths_are_exact(m, n, k, wide, config):
     x = tokens(m, k)
     for groups in groups_of(k)[1:]:
         for zeros in (False, True):
-            operands = (*mixed(n, wide, k, groups, zeros)[1], None)
-            y = integer.row_mix_through(*there(x, *operands), config)
+            operands = (*mixed(n, wide, k, groups, zeros)[1], None, wide)
+            y = integer.row_mix_through(*there(x, *operands[:-1]), wide, config)
             assert torch.equal(y.cpu(), row_mix.reference(x, *operands)), groups
 
 
@@ -171,14 +171,14 @@ def test_rows_of_two_widths_are_those_of_products_of_either():
     m, n, wide, k = 33, 40, 9, 256
     x, bias = normal(m, k), normal(n + wide)
     (codes4, codes8), (qweight, scales, zeros, places) = mixed(n, wide, k, 2, True)
-    y = integer.row_mix_through(*there(x, qweight, scales, zeros, places, bias), POINTERS).cpu()
-    own = places.long()[:n]
-    four = integer.grouped_through(*there(x, packed(codes4), scales[:n], zeros, bias[own]), POINTERS).cpu()
+    y = integer.row_mix_through(*there(x, qweight, scales, zeros, places, bias), wide, POINTERS).cpu()
+    own, other = places.long()[wide:], places.long()[:wide]
+    four = integer.grouped_through(*there(x, packed(codes4), scales[wide:], zeros, bias[own]), POINTERS).cpu()
     assert torch.equal(y[:, own], four)
     codes, scale = token_codes(x)
     sums = torch.einsum("mgk,ngk->mng", codes.long().view(m, 2, 128), codes8.long().view(wide, 2, 128))
-    eight = (sums.double() * scales[n:].double()).sum(2) * scale.double()[:, None] + bias[places.long()[n:]].double()
-    assert (y[:, places.long()[n:]] - eight).abs().max() < 1e-5 * eight.abs().max()
+    eight = (sums.double() * scales[:wide].double()).sum(2) * scale.double()[:, None] + bias[other].double()
+    assert (y[:, other] - eight).abs().max() < 1e-5 * eight.abs().max()
 
 
 def test_all_rows_may_be_wide():
@@ -190,8 +190,8 @@ def test_all_rows_may_be_wide():
         places,
         None,
     )
-    y = integer.row_mix_through(*there(x, *operands), POINTERS)
-    assert torch.equal(y.cpu(), row_mix.reference(x, *operands))
+    y = integer.row_mix_through(*there(x, *operands), 9, POINTERS)
+    assert torch.equal(y.cpu(), row_mix.reference(x, *operands, 9))
 
 
 def test_the_largest_sums_of_eight_bits_are_exact():
@@ -201,10 +201,10 @@ def test_the_largest_sums_of_eight_bits_are_exact():
     x, codes = torch.full((m, k), 127.0), torch.full((8, k), -127, dtype=torch.int8)
     qweight = rows_of_two_widths(torch.full((8, k), 7, dtype=torch.int8), codes)
     y = integer.row_mix_through(
-        *there(x, qweight, torch.ones(16, 2), None, torch.arange(16, dtype=torch.int32), None), config
+        *there(x, qweight, torch.ones(16, 2), None, torch.arange(16, dtype=torch.int32), None), 8, config
     ).cpu()
-    assert torch.equal(y[:, 8:], torch.full((m, 8), -127.0 * 127 * k))
-    assert torch.equal(y[:, :8], torch.full((m, 8), 7.0 * 127 * k))
+    assert torch.equal(y[:, :8], torch.full((m, 8), -127.0 * 127 * k))
+    assert torch.equal(y[:, 8:], torch.full((m, 8), 7.0 * 127 * k))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -272,9 +272,9 @@ def test_rows_of_two_widths_are_exact_as_shipped(m):
     n, k = 1160, 1152
     x = tokens(m, k)
     for groups in (9, 18, 36):
-        operands = (*mixed(n, 130, k, groups, True)[1], None)
+        operands = (*mixed(n, 130, k, groups, True)[1], None, 130)
         wanted = row_mix.reference(x, *operands)
-        y = row_mix.row_mix_grouped(*there(x.to(torch.bfloat16), *operands))
+        y = row_mix.row_mix_grouped(*there(x.to(torch.bfloat16), *operands[:-1]), 130)
         assert torch.equal(y.cpu(), wanted.to(torch.bfloat16)), groups
 
 

@@ -83,8 +83,8 @@ def test_rows_of_groups_are_those_of_layers_of_one_width(name, size, affine):
     four = quantized_copy(layer, Int4Plan(group_size=size, affine=affine), "layer")
     narrow = others(wide)
     few = len(narrow)
-    assert torch.equal(mixed.qweight[:few], four.qweight[narrow])
-    assert torch.equal(mixed.wscales[:few], four.wscales[narrow])
+    assert torch.equal(mixed.qweight[-few:], four.qweight[narrow])
+    assert torch.equal(mixed.wscales[-few:], four.wscales[narrow])
     assert mixed.wscales.dtype == (torch.float32 if size is None else torch.float16)
     if affine:
         assert torch.equal(mixed.wzeros, four.wzeros[narrow])
@@ -133,7 +133,8 @@ def test_bytes_of_groups_count_scales_zero_points_and_the_index():
     layer, wide = nn.Linear(256, 11), WIDE["some"]
     found = stored_bytes(quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=wide), "layer"))
     n, w = 11 - len(wide), len(wide)
-    assert found == w * (256 + 4 * 2) + n * (128 + 4 * (2 + 1)) + 11 * (4 + 4)
+    stored = -(-w // 8) * 16 + n  # of 4 bits
+    assert found == stored * 128 + w * 4 * 2 + n * 4 * (2 + 1) + 11 * (4 + 4)
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -163,9 +164,9 @@ def test_rows_are_those_of_layers_of_one_width(name, static):
     mixed = quantized_copy(layer, RowMixPlan(wide=wide, objective="mse", **grid), "layer")
     four = quantized_copy(layer, Int4Plan(objective="mse", **grid), "layer")
     eight = quantized_copy(layer, LayerPlan(objective="mse", **grid), "layer")
-    codes = codes_of(mixed.qweight, 11, layer.weight[0].numel())
-    assert torch.equal(mixed.qweight[: len(narrow)], four.qweight[narrow])
-    assert torch.equal(mixed.shaped(codes[1]), eight.qweight[wide])
+    codes = codes_of(mixed.qweight, len(wide), layer.weight[0].numel())
+    assert torch.equal(mixed.qweight[-len(narrow) :], four.qweight[narrow])
+    assert torch.equal(mixed.shaped(codes[0]), eight.qweight[wide])
     for rows, one in ((narrow, four), (wide, eight)):
         assert torch.equal(mixed.dequantized_weight()[rows], one.dequantized_weight()[rows])
         index = torch.tensor(rows)
@@ -179,7 +180,8 @@ def test_bytes_are_those_of_each_row(wide):
     layer = nn.Linear(130, 11, bias=False)
     found = stored_bytes(quantized_copy(layer, RowMixPlan(wide=wide), "layer"))
     like, scale, place = 4, 4, 4
-    assert found == len(wide) * 192 + (11 - len(wide)) * 192 // 2 + 11 * (scale + place) + like
+    stored = -(-len(wide) // 8) * 16 + 11 - len(wide)  # of 4 bits
+    assert found == stored * 192 // 2 + 11 * (scale + place) + like
 
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
@@ -305,7 +307,7 @@ def test_the_ops_are_whole():
     groups = quantized_copy(nn.Linear(64, 11), RowMixPlan(group_size=32, affine=True, wide=[3]), "layer")
     torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (normal(3, 64), *groups.operands))
     parts = (groups.qweight, groups.wscales, groups.wzeros, groups.places)
-    torch.library.opcheck(torch.ops.ptq4dm.row_mix_grouped.default, (normal(3, 64), *parts, groups.bias))
+    torch.library.opcheck(torch.ops.ptq4dm.row_mix_grouped.default, (normal(3, 64), *parts, groups.bias, 1))
     window, x = layer_and_input("strided conv")
     window = quantized_copy(window, RowMixPlan(wide=WIDE["some"]), "layer")
     geometry = (list(window.weight_shape[2:]), list(window.stride), list(window.padding), list(window.dilation))
@@ -329,13 +331,15 @@ def test_the_grouped_product_is_what_the_layer_gives():
     layer, x = nn.Linear(256, 11), normal(3, 5, 256)
     mixed = quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=WIDE["some"]), "layer")
     parts = (mixed.qweight, mixed.wscales, mixed.wzeros, mixed.places)
-    assert distance(row_mix_grouped(x, *parts, mixed.bias), mixed(x)) < 1e-5
-    with pytest.raises(ValueError, match="10 outputs have a row of scales each"):
-        row_mix_grouped(x, *parts[:-1], mixed.places[1:], mixed.bias)
-    with pytest.raises(ValueError, match=r"from 11 to 22 stored rows; got 30"):
-        row_mix_grouped(x, torch.cat([mixed.qweight] * 2), *parts[1:], mixed.bias)
+    assert distance(row_mix_grouped(x, *parts, mixed.bias, 4), mixed(x)) < 1e-5
+    with pytest.raises(ValueError, match="11 outputs have a row of scales each"):
+        row_mix_grouped(x, mixed.qweight, mixed.wscales[1:], *parts[2:], mixed.bias, 4)
+    with pytest.raises(ValueError, match="4 outputs of 8 bits and 7 of 4 have 23 stored rows; got 46"):
+        row_mix_grouped(x, torch.cat([mixed.qweight] * 2), *parts[1:], mixed.bias, 4)
     with pytest.raises(ValueError, match=r"packed as \[7, 128\] bytes"):
-        row_mix_grouped(x, mixed.qweight[:, 1:], *parts[1:], mixed.bias)
+        row_mix_grouped(x, mixed.qweight[:, 1:], *parts[1:], mixed.bias, 4)
+    with pytest.raises(ValueError, match="12 of 11 outputs"):
+        row_mix_grouped(x, *parts, mixed.bias, 12)
 
 
 @pytest.mark.gpu

@@ -171,10 +171,12 @@ def test_rows_of_two_widths_are_those_of_products_of_either():
     m, n, wide, k = 33, 40, 9, 256
     x, bias = normal(m, k), normal(n + wide)
     (codes4, codes8), (qweight, scales, zeros, places) = mixed(n, wide, k, 2, True)
-    y = integer.row_mix_through(*there(x, qweight, scales, zeros, places, bias), wide, POINTERS).cpu()
     own, other = places.long()[wide:], places.long()[:wide]
-    four = integer.grouped_through(*there(x, packed(codes4), scales[wide:], zeros, bias[own]), POINTERS).cpu()
-    assert torch.equal(y[:, own], four)
+    y = integer.row_mix_through(*there(x, qweight, scales, zeros, places, None), wide, POINTERS).cpu()
+    four = integer.grouped_through(*there(x, packed(codes4), scales[wide:], zeros, None), POINTERS).cpu()
+    assert torch.equal(y[:, own], four)  # a compiler may add a bias within a multiplication, or after it
+    y = integer.row_mix_through(*there(x, qweight, scales, zeros, places, bias), wide, POINTERS).cpu()
+    assert (y[:, own] - four - bias[own]).abs().max() < 1e-5 * four.abs().max()
     codes, scale = token_codes(x)
     sums = torch.einsum("mgk,ngk->mng", codes.long().view(m, 2, 128), codes8.long().view(wide, 2, 128))
     eight = (sums.double() * scales[:wide].double()).sum(2) * scale.double()[:, None] + bias[other].double()

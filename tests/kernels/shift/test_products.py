@@ -35,7 +35,10 @@ def operands(case, device="cpu"):
     return x, weight, gradient, ((s, s), (p, p), (d, d))
 
 
-@pytest.fixture(params=list(KERNELS))
+ON_GPU = [pytest.mark.gpu] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=[pytest.param(name, marks=ON_GPU if name == "triton" else []) for name in KERNELS])
 def kernel(request, monkeypatch):
     """All products by one kernel; Triton's is interpreted where there is no GPU."""
     if request.param == "triton":

@@ -8,27 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..layers.shift.convert import Converted, to_integers
 from .config import ShiftQuantConfig
-
-
-def make_accelerator(config: ShiftQuantConfig, device: torch.device) -> Accelerator:
-    """Raises UserError where accelerate runs in this process already, in another precision or on another device."""
-    backend = "inductor" if config.compile else "no"
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current one
-    try:
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.precision, dynamo_backend=backend)
-    except ValueError as error:
-        raise UserError(
-            f"accelerate is set up in this process in another precision than '{config.precision}'; use a new process."
-        ) from error
-    if accelerator.device.type != device.type:
-        raise UserError(
-            f"the model is on {device.type}, but accelerate is set up in this process on {accelerator.device.type}."
-        )
-    return accelerator
 
 
 class Networks:

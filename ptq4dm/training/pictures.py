@@ -50,7 +50,7 @@ def read_pictures(folder: str | os.PathLike, size: tuple[int, int], channels: in
             )
     images = torch.empty(len(found.paths), channels, *size, dtype=torch.uint8)
     for i, path in enumerate(progress_bar(found.paths, desc="pictures", unit="picture", leave=False)):
-        images[i] = _fitted(load_image(path), size)[:channels]
+        images[i] = fitted(load_image(path), size)[:channels]
     labels = None
     if classes is not None:
         labels = torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in found.paths])
@@ -66,8 +66,8 @@ def split(pictures: Pictures, held_out: int) -> tuple[Pictures, Pictures]:
     return pictures.part(rest.nonzero()[:, 0]), pictures.part(held)
 
 
-def _fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture [3, H, W] uint8, its middle in the shape of size, scaled with anti-aliasing."""
+def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The largest middle part of uint8 [3, H, W] with the right ratio, resized, without aliases: uint8 [3, *size]."""
     (h, w), (height, width) = image.shape[1:], size
     if (h, w) == (height, width):
         return image

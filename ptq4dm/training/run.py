@@ -24,9 +24,10 @@ from ..files.places import lying_in
 from ..pipelines.denoiser import denoiser
 from ..pipelines.generate import fingerprint
 from ..progress import progress_bar
+from .accelerated import make_accelerator
 from .config import ShiftQuantConfig
 from .exhibition import Exhibition
-from .networks import Networks, make_accelerator
+from .networks import Networks
 from .pictures import read_pictures, split
 from .task import Batch, Task, seed_of
 
@@ -51,7 +52,7 @@ class Run:
 
     def __init__(self, pipe: Any, pictures: Path, config: ShiftQuantConfig, folder: Path, resume: bool) -> None:
         self.pipe, self.config, self.folder, self.task = pipe, config, folder, Task(pipe)
-        self.accelerator = make_accelerator(config, denoiser(pipe).device)
+        self.accelerator = make_accelerator(config.precision, config.compile, denoiser(pipe).device)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         if config.batch_size % self.accelerator.num_processes:
             count = self.accelerator.num_processes

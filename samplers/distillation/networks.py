@@ -24,24 +24,6 @@ TRAINED = ("student", "fake")
 KEPT = ("student", "average", "fake")  # what a checkpoint holds; the target can be had from the path
 
 
-def make_accelerator(config: DisBackConfig, device: torch.device) -> Accelerator:
-    """Raises UserError where accelerate runs in this process already, in another precision or on another device."""
-    backend = "inductor" if config.compile else "no"
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current one
-    try:
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=config.precision, dynamo_backend=backend)
-    except ValueError as error:
-        raise UserError(
-            f"accelerate is set up in this process in another precision than '{config.precision}'; use a new process."
-        ) from error
-    if accelerator.device.type != device.type:
-        raise UserError(
-            f"the teacher is on {device.type}, but accelerate is set up in this process on {accelerator.device.type}."
-        )
-    return accelerator
-
-
 class Networks:
     """Four copies of the teacher: student and fake are trained, target is frozen, average follows the student.
 

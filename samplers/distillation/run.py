@@ -30,10 +30,11 @@ from ...kernels.runtime.atomic import sweep
 from ...pipelines.denoiser import class_count, denoiser
 from ...pipelines.generate import fingerprint
 from ...progress import progress_bar
+from ...training.accelerated import make_accelerator
 from ..one_step import nearest_timestep
 from .config import DisBackConfig
 from .log import Exhibition, read_log
-from .networks import KEPT, TRAINED, Networks, make_accelerator
+from .networks import KEPT, TRAINED, Networks
 from .scores import Batch, Chance, Diffusion
 from .student import check_network, image_shape, one_step_scheduler, student_pipeline
 
@@ -120,7 +121,7 @@ class Run:
         check_network(pipe)
         self.pipe, self.config, self.folder = pipe, config, Path(folder)
         self.scheduler = one_step_scheduler(pipe, config.generator_sigma)
-        self.accelerator = make_accelerator(config, denoiser(pipe).device)
+        self.accelerator = make_accelerator(config.precision, config.compile, denoiser(pipe).device)
         device = self.accelerator.device
         self.num_parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         if config.batch_size % self.num_parts:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import UserError
 from ...pipelines.denoiser import denoiser
 from ...pipelines.picture_files import list_images, load_image
+from ..pictures import fitted
 
 MOST = 10_000  # images; each is kept as latents or pixels
 
@@ -62,7 +62,7 @@ def learned_from(pipe, pictures: Sequence[Tensor]) -> Tensor:
     """
     height, width = image_size(pipe)
     model = denoiser(pipe)
-    pixels = torch.stack([_fitted(one, height, width) for one in pictures]).float() / 127.5 - 1
+    pixels = torch.stack([fitted(one, (height, width)) for one in pictures]).float() / 127.5 - 1
     vae = getattr(pipe, "vae", None)
     if vae is None:
         if model.config.in_channels == 1:
@@ -77,16 +77,3 @@ def _latent(pipe, vae: nn.Module, pixels: Tensor) -> Tensor:
         raise UserError(f"{type(vae).__name__} gives no distribution of latents, as AutoencoderKL does.")
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (encoded.latent_dist.mode().float() - shift) * vae.config.scaling_factor
-
-
-def _fitted(picture: Tensor, height: int, width: int) -> Tensor:
-    """The largest middle part of uint8 [3, H, W] with the right ratio, resized: uint8 [3, height, width]."""
-    _, h, w = picture.shape
-    if (h, w) == (height, width):
-        return picture
-    part = min(h / height, w / width)
-    rows, columns = max(1, round(height * part)), max(1, round(width * part))
-    top, left = (h - rows) // 2, (w - columns) // 2
-    cut = picture[None, :, top : top + rows, left : left + columns].float()
-    resized = F.interpolate(cut, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return resized[0].round().clamp(0, 255).to(torch.uint8)

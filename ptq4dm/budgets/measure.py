@@ -38,6 +38,16 @@ def measured(
     return table_of(model, views, candidates, calls, found, sensitivities(model, formats, names, calls, options))
 
 
+def least_bytes(model: nn.Module, views: list[LayerView], candidates: Sequence[Candidate]) -> float:
+    """The least share of the model's bytes in 16 bits that any choice of formats reaches."""
+    total = rest = sixteen_bits(model)
+    for view in views:
+        own = sixteen_bits(view.module)
+        sizes = [sixteen_bits(one.layers[view.name]) for one in candidates if view.name in one.layers]
+        rest += min([own, *sizes]) - own
+    return rest / total
+
+
 def timed_call_of(model: nn.Module, calls: Calls, rows: int) -> Call:
     """One call of the model with so many rows, on its device; of whole calls the first."""
     first = next(calls.batches(1))

@@ -163,7 +163,8 @@ def _split(args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
             if leaf.ndim > 2 or leaf.is_complex():
                 pictures.append(leaf)
             else:
-                key.append(leaf.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                flat = leaf.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)  # of stride 1
+                key.append(flat.view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, PLAIN):
             key.append((type(leaf), leaf))
         else:

@@ -157,6 +157,8 @@ def _rest(rest: Any) -> QuantConfig | None:
 
 
 def _untrained(recipe: QuantConfig) -> QuantConfig:
+    if isinstance(recipe, LUTGEMMConfig):
+        raise UserError("rest is of the layers that LUT-GEMM leaves; take another recipe, such as 'qoq'.")
     if recipe.learning() is not None:
         raise UserError("rest trains whole blocks, which have one format; take a recipe that rounds layer by layer.")
     return recipe

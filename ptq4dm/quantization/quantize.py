@@ -20,6 +20,7 @@ from ..hooks import hooked
 from ..interrupts import Gate
 from ..layers.base import holds_quantized, replace_module
 from ..layers.plan import Plan
+from ..layers.view import find_layers
 from ..pipelines.denoiser import evaluation_mode, turn_at
 from ..undo import whole_or_not
 from .checkpoint import folder_of
@@ -89,9 +90,10 @@ def quantize(
             after += stored_bytes(model)
             rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
         rows.sort(key=badness)
+        kept = sum(len(find_layers(model)) for model in networks.values())
         found = {name: told for name, recipe in recipes.items() if (told := recipe.found())}
         names = [name for name in networks if name]
-        return QuantizationReport(config.summary(), before, after, rows, names, left_out(target), found)
+        return QuantizationReport(config.summary(), before, after, rows, names, left_out(target), found, kept)
 
     with turn_at(target, *networks.values()):
         return whole_or_not(networks.values(), work, values=changed)

@@ -81,6 +81,7 @@ class QuantizationReport:
 
     networks: the names of the pipeline's networks that were quantized; left: those that are in full precision.
     found: network -> what its recipe found, where that is anything; "text" of it is a line of the table.
+    kept: layers of these networks that are in full precision.
     """
 
     method: dict
@@ -90,6 +91,7 @@ class QuantizationReport:
     networks: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     found: dict[str, dict] = field(default_factory=dict)
+    kept: int = 0
 
     @classmethod
     def together(cls, reports: list[QuantizationReport]) -> QuantizationReport:
@@ -103,7 +105,8 @@ class QuantizationReport:
         before, after = (sum(getattr(one, name) for one in reports) for name in ("bytes_before", "bytes_after"))
         names = [n for one in reports for n in one.networks]
         found = {name: told for one in reports for name, told in one.found.items()}
-        return cls(reports[0].method, before, after, rows, names, reports[-1].left, found)
+        kept = sum(one.kept for one in reports)
+        return cls(reports[0].method, before, after, rows, names, reports[-1].left, found, kept)
 
     def to_dict(self) -> dict:
         """Plain JSON values, which know no infinity and no NaN: the sqnr of a layer without any error is null, and
@@ -139,9 +142,9 @@ class QuantizationReport:
         for name, found in self.found.items():
             lines.append(f"{name}: {found['text']}" if len(self.networks) > 1 else found["text"])
         if self.networks:
-            lines.append(
-                f"quantized: {', '.join(self.networks)}; in full precision: {', '.join(self.left) or 'none'}"
-            )
+            count = f" ({len(self.layers)} of {len(self.layers) + self.kept} layers)" if self.kept else ""
+            left = f"other networks in full precision: {', '.join(self.left) or 'none'}"
+            lines.append(f"quantized: {', '.join(self.networks)}{count}; {left}")
         return "\n".join(lines)
 
     def trained(self) -> dict[str, float | None] | None:

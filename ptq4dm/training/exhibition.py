@@ -28,10 +28,10 @@ class Exhibition:
     def __init__(self, run: Any, held: Pictures) -> None:
         self.run, self.held = run, []
         g = torch.Generator(run.device).manual_seed(seed_of(run.config.seed, "held out"))
-        for rows in torch.arange(len(held)).split(run.config.batch_size):
+        for rows in torch.arange(len(held)).split(run.config.batch_size) if len(held) else ():
             part = held.part(rows)
             batch = run.noisy(part.images, part.labels, g, shared=False)
-            batch.t = rows.to(run.device) * run.task.times // max(1, len(held))  # evenly spread, and not by chance
+            batch.t = rows.to(run.device) * run.task.times // len(held)  # evenly spread, and not by chance
             self.held.append(batch)
 
     def visit(self) -> None:

@@ -32,6 +32,7 @@ from .pictures import read_pictures, split
 from .task import Batch, Task, seed_of
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+AT_RISK = 300.0  # seconds of work that an interruption may cost
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Run:
         self.log = Log(folder / LOG, self.progress.lines, self.main, read_lines)
         self.exhibition = Exhibition(self, held)
         self.loss, self.since, self.out_of_time = torch.zeros((), device=self.device), 0, False
-        self.began = self.clock = time.monotonic()
+        self.began = self.clock = self.kept = time.monotonic()
 
     def _start(self, resume: bool) -> Progress:
         """Where the run begins; its folder must be new unless it goes on."""
@@ -98,8 +99,9 @@ class Run:
             progress_bar(initial=self.progress.step, total=last, desc="training", unit="step", hidden=hidden) as bar,
             _own_random_state(self.device),
         ):
-            if self.progress.step == 0:
+            if self.saved is None:
                 self.exhibition.report(self.batch(0))
+                self.keep()  # whenever it is interrupted, there is something to resume
             while self.progress.step < last and not self.out_of_time:
                 step = self.progress.step
                 batch = self.batch(step)
@@ -115,6 +117,11 @@ class Run:
                     self.flush(bar)
                 if self.progress.step % rest == 0 and self.progress.step < last:
                     self.save()
+                elif self.accelerator.num_processes == 1:  # their clocks would differ
+                    self.look_at_the_clock()
+                    if time.monotonic() - self.kept > AT_RISK and self.progress.step < last:
+                        self.flush()
+                        self.keep()
             if self.saved is None or self.saved.step != self.progress.step:
                 self.save()
 
@@ -156,11 +163,18 @@ class Run:
             )
             if bar is not None:
                 bar.set_postfix(loss=f"{mean:.4f}")
-        if self.config.minutes is not None:
-            minutes = torch.tensor((time.monotonic() - self.began) / 60, device=self.device)
-            self.out_of_time = float(broadcast(minutes)) >= self.config.minutes  # one clock for all processes
+        self.look_at_the_clock()
         self.loss.zero_()
         self.since, self.clock = 0, time.monotonic()
+
+    def look_at_the_clock(self) -> None:
+        """See whether the time is over, by one clock for all processes."""
+        if self.config.minutes is None:
+            return
+        minutes = (time.monotonic() - self.began) / 60
+        if self.accelerator.num_processes > 1:
+            minutes = float(broadcast(torch.tensor(minutes, device=self.device)))
+        self.out_of_time = minutes >= self.config.minutes
 
     def save(self) -> None:
         """Held-out loss, grid and ranges of gradients; then the checkpoint."""
@@ -169,6 +183,10 @@ class Run:
             self.give_up()
         if self.main:
             self.exhibition.visit()
+        self.keep()
+
+    def keep(self) -> None:
+        """The checkpoint."""
         self.accelerator.wait_for_everyone()
         self.progress.lines = self.log.lines = int(broadcast(torch.tensor(self.log.lines, device=self.device)))
         if self.main:
@@ -176,11 +194,11 @@ class Run:
             save_checkpoint(self.folder / CHECKPOINT, nets, optimizers, asdict(self.progress), self.recipe)
         self.saved = copy.copy(self.progress)
         self.accelerator.wait_for_everyone()
-        self.clock = time.monotonic()
+        self.clock = self.kept = time.monotonic()
 
     def give_up(self) -> None:
         advice = "start anew with a lower --learning-rate or more bits"
-        if self.saved is not None:
+        if self.saved is not None and self.saved.step:
             advice = f"the checkpoint of step {self.saved.step} is kept: resume it with a lower --learning-rate"
         raise UserError(f"training came to NaN or infinity by step {self.progress.step}; {advice}.")
 

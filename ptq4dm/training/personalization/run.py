@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .targets import Target
 from .zeroth_order import Tuned, change, gradient, take
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+AT_RISK = 300.0  # seconds of work that an interruption may cost
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def tune(problem: Problem, folder: Path, identity: dict, resume: bool) -> Person
 
     if not log:
         note()
-    saved, first = None, log[0]["loss"]
+        save()  # whenever it is interrupted, there is something to resume
+    saved, kept, first = None, time.monotonic(), log[0]["loss"]
     with progress_bar(
         initial=state.step, total=max(config.steps, state.step), desc="personalize", unit="step"
     ) as bar:
@@ -104,9 +107,9 @@ def tune(problem: Problem, folder: Path, identity: dict, resume: bool) -> Person
             bar.update()
             if state.step % config.log_every == 0 or state.step == config.steps:
                 bar.set_postfix(loss=f"{note():.5f}", start=f"{first:.5f}")
-            if state.step % config.checkpoint_every == 0:
+            if state.step % config.checkpoint_every == 0 or time.monotonic() - kept > AT_RISK:
                 save()
-                saved = state.step
+                saved, kept = state.step, time.monotonic()
     if saved != state.step:  # a run killed between two files of a checkpoint writes both again
         save()
     return Personalized(result, log)

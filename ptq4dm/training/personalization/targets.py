@@ -106,10 +106,16 @@ def check_token(pipe, token: str) -> None:
     clean = getattr(pipe, "_text_preprocessing", None)
     if clean is not None and (left := clean(token, clean_caption=True)[0]) != token:
         raise UserError(f"{type(pipe).__name__} cleans prompts, of '{token}' '{left}' is left; give a plain word.")
-    if any(token in tokenizer.get_vocab() for _, tokenizer, _ in pairs):
+    if any(_known(tokenizer, token) for _, tokenizer, _ in pairs):
         raise UserError(
             f"the token '{token}' is known to this model already; give another, such as <my-{_bare(token)}>."
         )
+
+
+def _known(tokenizer: Any, word: str) -> bool:
+    """Whether a word is one piece of a tokenizer, however it marks where words begin or end."""
+    pieces = tokenizer.tokenize(word)
+    return word in tokenizer.get_vocab() or (len(pieces) == 1 and pieces[0] != tokenizer.unk_token)
 
 
 def encoders_of(pipe) -> list[tuple[str, Any, nn.Module]]:

@@ -51,6 +51,16 @@ def test_the_same_pictures_to_the_bit(made):
     assert not any("forward" in vars(module) for module in network(made).modules())
 
 
+def test_of_one_picture_to_the_bit(made):
+    """Its time is one number, which samplers hand over with a stride of 0."""
+    classes = (3,) if hasattr(made, "transformer") else None
+    first = pictures(made, classes=classes, seeds=(0,))
+    with ptq4dm.cached_embeddings(made) as cache:
+        for _ in range(2):
+            assert torch.equal(pictures(made, classes=classes, seeds=(0,)), first)
+        assert cache.reused
+
+
 def test_layers_that_are_kept_do_not_run(dit):
     model = dit.transformer
     name = "transformer_blocks.0.norm1.linear"

@@ -117,6 +117,7 @@ def test_tuples_are_those_of_the_recipe_that_wants_more():
         ({"rest": "ohq"}, "rest 'ohq': 'ohq' has no plan of its own"),
         ({"rest": "rtn transforms=('rotate',)"}, "are of the whole model"),
         ({"rest": "gradptq"}, "trains whole blocks"),
+        ({"rest": "lutgemm bits=4"}, "rest is of the layers that LUT-GEMM leaves"),
         ({"rounding": "learned"}, "does not serve"),
         ({"rounding": "nearest", "refits": 1}, "rounding .nearest. does not; take gptq"),
         ({"refits": -1}, "refits"),

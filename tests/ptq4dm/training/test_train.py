@@ -24,6 +24,7 @@ from ptq4dm.files.log import read_lines
 from ptq4dm.layers.shift.layers import ShiftConv2d, ShiftLinear
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.training import run as run_module
+from ptq4dm.training.networks import Networks
 from ptq4dm.training.pictures import read_pictures, split
 from ptq4dm.training.task import Task, seed_of
 
@@ -136,9 +137,30 @@ def test_a_budget_of_minutes_stops_and_goes_on(tmp_path, pictures):
     stopped = ShiftQuantConfig(**SHORT, minutes=1e-9)
     ptq4dm.train(pipeline(), pictures, stopped, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "log.jsonl")
-    assert max(line.get("step", 0) for line in lines) == 2  # log_every
+    assert max(line.get("step", 0) for line in lines) == 1  # the clock is read after each
     ptq4dm.train(pipeline(), pictures, ShiftQuantConfig(**SHORT), tmp_path / "run", resume=True)
     assert max(line.get("step", 0) for line in read_lines(tmp_path / "run" / "log.jsonl")) == 6
+
+
+def test_nothing_need_be_held_out(tmp_path, pictures):
+    ptq4dm.train(pipeline(), pictures, ShiftQuantConfig(**SHORT | {"held_out": 0}), tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "log.jsonl")
+    assert lines[-1]["step"] == 6 and not any("held_out" in line for line in lines)
+
+
+def test_what_is_interrupted_at_once_can_be_resumed(tmp_path, pictures, monkeypatch):
+    """The checkpoint of step 0: the same weights as of a run in one piece."""
+    whole = ptq4dm.train(pipeline(), pictures, ShiftQuantConfig(**SHORT), tmp_path / "whole")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Networks, "descend", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ptq4dm.train(pipeline(), pictures, ShiftQuantConfig(**SHORT), tmp_path / "run")
+    again = ptq4dm.train(pipeline(), pictures, ShiftQuantConfig(**SHORT), tmp_path / "run", resume=True)
+    assert same(weights(again), weights(whole))
 
 
 def test_class_conditional_models_and_latents(tmp_path, pictures):

@@ -306,6 +306,10 @@ def test_wrong_input_is_one_sentence_before_any_work(tmp_path):
     refused("'hotdog' to start at is 2 tokens", tmp_path, words, token="<dog>", init="hotdog")
     refused("'zebra' to start at is unknown", tmp_path, words, token="<dog>", init="zebra")
     refused("'cat' is known to this model", tmp_path, words, token="cat", init="dog")
+    marked = personal.text()  # CLIP's tokenizer marks where words end: 'cat</w>' is a piece, and 'cat' is none
+    vocabulary = marked.tokenizer.get_vocab
+    marked.tokenizer.get_vocab = lambda: {f"{word}</w>": k for word, k in vocabulary().items()}
+    refused("'cat' is known to this model", tmp_path, marked, token="cat", init="dog")
     refused("one word without spaces", tmp_path, words, token="my dog", init="dog")
     refused("once, in the place of the token", tmp_path, words, token="<dog>", init="dog", prompts=["a dog"])
     refused("at least one text", tmp_path, words, token="<dog>", init="dog", prompts=[])

@@ -104,7 +104,7 @@ def run(args) -> None:
     one_process(args)
     output = Path(args.output)
     if args.plot_layer and not args.plot:
-        raise UserError("--plot-layer says which layer is drawn; give --plot PNG too.")
+        raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
     picture = picture_of(next(iter(recipes.values()))) if args.plot else None
     if picture and picture.whole and args.plot_layer:
         raise UserError(f"--plot draws {picture.shows}, of all layers; leave --plot-layer out.")

@@ -396,6 +396,7 @@ WRONG = [
     ([*COLLECT, "--prompt", "a cat"], "DDPMPipeline takes no 'prompt'"),
     (["collect", "--model", "static", "--output", "new"], "full precision"),
     # quantize
+    ([*QUANTIZE, "--plot-layer", "conv_in"], "give --plot PNG too"),
     ([*QUANTIZE, "--method", "magic"], "method 'magic' is unknown; choose from"),
     ([*QUANTIZE, "--objective", "beauty"], "objective 'beauty' is unknown; choose from"),
     ([*QUANTIZE, "--objective", "lp", "--objective-parameter", "-2"], "exponent of objective 'lp' is positive"),

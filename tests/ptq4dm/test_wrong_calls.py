@@ -76,6 +76,12 @@ def right(name: str, folder: Path) -> dict:
         "record": {"target": unet},
         "sample": {"pipe": pipe, "seeds": [0], "num_inference_steps": 1},
         "scale_lora": {"target": unet, "scales": {}},
+        "train": {
+            "pipe": pipe,
+            "images": folder,
+            "config": ptq4dm.ShiftQuantConfig(images=1, batch_size=1, sample_steps=0),
+            "folder": folder / "trained",
+        },
         "unfuse": {"target": unet},
         "unfuse_lora": {"target": unet},
     }

@@ -29,7 +29,7 @@ class SizedLaunch:
 
     def current(self) -> dict | None:
         try:
-            return best_config(self.kernel, torch.device(DEVICE), self.m, self.n, self.k)
+            return best_config(self.kernel, torch.device(DEVICE), *self.key)
         except KeyError:
             return None
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from ..attention import product
 from ..formats.kv4 import KV4, quantize_kv4
 from ..runtime.integers import next_power_of_2
-from ..runtime.settings import best_config
 from . import stopwatch
-from .launch import DEVICE
+from .launch import DEVICE, WholeLayer
 
 # BM queries, BN tokens of a tile, num_warps; what a thread of 4 warps cannot hold is left out
 TILES = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4), (128, 32, 8), (128, 64, 8), (128, 128, 8))
@@ -24,7 +23,7 @@ STAGES = (2, 3)
 
 
 @dataclass(frozen=True)
-class AttentionLaunch:
+class AttentionLaunch(WholeLayer):
     """M queries of `heads` heads of each of `batch` pictures over L tokens, of heads d wide; no mask."""
 
     batch: int
@@ -44,12 +43,6 @@ class AttentionLaunch:
         each = 4 * self.rows * self.width + self.tokens * (self.width + 8)
         return self.batch * self.heads * each
 
-    def current(self) -> dict | None:
-        try:
-            return best_config(self.kernel, torch.device(DEVICE), *self.key)
-        except KeyError:
-            return None
-
     def settings(self) -> list[dict]:
         return settings_of(self.rows, self.tokens, self.width)
 
@@ -57,12 +50,11 @@ class AttentionLaunch:
         """Heads and their width are compiled in; of other sizes, whether 16 divides them."""
         return (self.heads, self.width, self.rows % 16 == 0, self.tokens % 16 == 0, *sorted(setting.items()))
 
-    def attempt(self, setting: dict) -> None:
-        _one(self)(setting)
+    def one(self) -> Callable:
+        return _one(self)
 
-    def calls(self) -> Callable[[dict], list[Callable]]:
-        sets = _cold(self)
-        return lambda setting: [functools.partial(one, setting) for one in sets]
+    def cold(self) -> list[Callable]:
+        return _cold(self)
 
 
 def settings_of(rows: int, tokens: int, width: int) -> list[dict]:
@@ -94,8 +86,8 @@ def call_of(launch: AttentionLaunch, seed: int) -> Callable[[dict | None], Tenso
     q, *kv = operands(launch, seed)
     key, value = (quantize_kv4(one) for one in kv)
 
-    def call(setting: dict | None = None) -> Tensor:
-        return product.attention(q, KV4(*key), KV4(*value), None, launch.width**-0.5, setting)
+    def call(config: dict | None = None) -> Tensor:
+        return product.attention(q, KV4(*key), KV4(*value), None, launch.width**-0.5, config)
 
     return call
 

@@ -72,7 +72,7 @@ def grouped_through(
     n, groups = wscales.shape
     if groups == 1:
         return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, "rows", 1, config)
-    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, 0, config)
+    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, None, config)
 
 
 def row_mix_through(
@@ -83,20 +83,18 @@ def row_mix_through(
     return _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide, config)
 
 
-def _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide: int, config: dict | None) -> Tensor:
-    """The products whose sums of groups are whole numbers."""
+def _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide: int | None, config: dict | None) -> Tensor:
+    """The products whose sums of groups are whole numbers; places and wide: of rows of two widths alone."""
     x = _rows(x)
     (m, k), (n, groups) = x.shape, wscales.shape
     config = config or best_config("grouped.product", x.device, m, n, k)
-    mixed, rows = places is not None, len(qweight)
-    pieces = _room(m, rows, k, groups, False, mixed or wzeros is not None, True, False).take(x)
-    codes, scale, _, factors, scales, _ = pieces
+    rows, offset = len(qweight), wide is not None or wzeros is not None
+    codes, scale, _, factors, scales, _ = _room(m, rows, k, groups, False, offset, True, False).take(x)
     qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
-    tables = (factors if mixed or wzeros is not None else None), scales
+    tables = (factors if offset else None), scales
     out = x.new_empty(m, n)
-    wides = wide if mixed else None
-    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), wides)
-    product_grouped.product((codes, scale), qweight, tables, places, bias, out, k // groups, config, wide)
+    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), wide)
+    product_grouped.product((codes, scale), qweight, tables, places, bias, out, k // groups, config, wide or 0)
     return out
 
 

@@ -78,17 +78,22 @@ def _copies(layer: nn.Module, calls: Made, most: int) -> list[Callable]:
 
 def _raced(candidates: dict[str, list[Callable]], rounds: int) -> dict[str, Figure]:
     """The figure of one call of each candidate, in graphs that take turns."""
-    graphs = {}
-    for name, calls in candidates.items():
-        turns = math.ceil(stopwatch.CALLS / len(calls))
-        graphs[name] = stopwatch.graph_of(calls * turns)[0], len(calls) * turns
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    repeats = {name: math.ceil(stopwatch.CALLS / len(calls)) for name, calls in candidates.items()}
+    graphs = {name: stopwatch.graph_of(calls * repeats[name])[0] for name, calls in candidates.items()}
+    counts = {name: len(calls) * repeats[name] for name, calls in candidates.items()}
+    seconds = in_turns(graphs, rounds)
+    return {name: Figure.of([one / counts[name] for one in numbers]) for name, numbers in seconds.items()}
+
+
+def in_turns(graphs: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds of replays of each graph, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(rounds + stopwatch.WARM_UP):
-        for name, (graph, count) in graphs.items():
-            spent = stopwatch.elapsed(graph.replay) / count * 1e-6
+        for name, graph in graphs.items():
+            spent = stopwatch.elapsed(graph.replay) * 1e-6
             if turn >= stopwatch.WARM_UP:
                 seconds[name].append(spent)
-    return {name: Figure.of(numbers) for name, numbers in seconds.items()}
+    return seconds
 
 
 def _times(figure: Figure, count: int) -> Figure:

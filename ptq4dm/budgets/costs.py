@@ -25,12 +25,10 @@ from ..files.outside import checked_object, outside, read_json
 from ..kernels.runtime.settings import slug
 from ..version import __version__
 from .clocks import Clock, Figure, between, dealt, entry, kinds_of, pooled, time_in_place
-from .graphs import time_in_graphs
+from .graphs import Formats, time_in_graphs
 from .table import KEEP
 
 WAY = 2  # how figures are made: files of another way are not read
-
-Formats = Mapping[str, Mapping[str, nn.Module]]
 
 
 @dataclass

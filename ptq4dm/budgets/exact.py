@@ -150,6 +150,11 @@ def _tied(table: Table) -> list[np.ndarray]:
     return found
 
 
+def out_of_reach(asked: str, least: str) -> str:
+    """What to say of budgets that nothing is within, without a full stop."""
+    return f"no choice of formats is within {asked} of the full-precision model; the least is {least}"
+
+
 def _refusal(table: Table, latency: float | None, size: float | None) -> str:
     """What to say of budgets that nothing is within: the least of each, alone and beside the other."""
     known: dict[str, float] = {}
@@ -161,7 +166,7 @@ def _refusal(table: Table, latency: float | None, size: float | None) -> str:
         asked.append(f"bytes {size:g}")
         known["bytes"] = table.size(least(table, table.bytes))
     reach = ", ".join(f"{name} {share:.4f}" for name, share in known.items())
-    text = f"no choice of formats is within {' and '.join(asked)} of the full-precision model; the least is {reach}"
+    text = out_of_reach(" and ".join(asked), reach)
     if latency is not None and size is not None:
         picks = _least(table, np.where(table.allowed, table.times, 0), None, size)
         if picks is not None:

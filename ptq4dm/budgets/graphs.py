@@ -32,7 +32,7 @@ from ..calibration.record import times_of
 from ..kernels.tuning import stopwatch
 from ..pipelines.denoiser import evaluation_mode
 from ..progress import progress_bar
-from .alone import alone
+from .alone import alone, in_turns
 from .clocks import Figure, entry
 from .table import KEEP
 
@@ -59,7 +59,7 @@ def time_in_graphs(
     with torch.no_grad(), torch.cuda.device(device), evaluation_mode(model):
         bench = _Steps(model, call)
         whole = {label: bench.graph({**layers}) for label, layers in formats.items()}
-        steps = _figures(_turns(whole, rounds))
+        steps = _figures(in_turns(whole, rounds))
         turns = _turns_of(rounds, steps[KEEP].median * 1e-6)
         added: dict[tuple[str, str], Figure] = {}
         places = [
@@ -81,7 +81,7 @@ def time_steps(model: nn.Module, call: Call, formats: Formats, rounds: int) -> d
     call = with_times_on(device, model, call)
     with torch.no_grad(), torch.cuda.device(device), evaluation_mode(model):
         bench = _Steps(model, call)
-        return _figures(_turns({label: bench.graph({**layers}) for label, layers in formats.items()}, rounds))
+        return _figures(in_turns({label: bench.graph({**layers}) for label, layers in formats.items()}, rounds))
 
 
 @dataclass
@@ -111,20 +111,9 @@ class _Steps:
             "all": whole[label],
             "last": self.graph(rest) if rest else whole[KEEP],
         }
-        seconds = {name: np.array(numbers) for name, numbers in _turns(four, turns).items()}
+        seconds = {name: np.array(numbers) for name, numbers in in_turns(four, turns).items()}
         added = (seconds["first"] - seconds["none"] + seconds["all"] - seconds["last"]) / 2
         return Figure.of((added / len(names)).tolist())
-
-
-def _turns(graphs: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds of replays of each graph, in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(rounds + stopwatch.WARM_UP):
-        for name, graph in graphs.items():
-            spent = stopwatch.elapsed(graph.replay) * 1e-6
-            if turn >= stopwatch.WARM_UP:
-                seconds[name].append(spent)
-    return seconds
 
 
 def _turns_of(rounds: int, step: float) -> int:

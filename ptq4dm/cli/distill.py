@@ -33,9 +33,7 @@ def add(parser) -> None:
 
 
 def run(args) -> None:
-    dtype = dtype_of(args)
-    precision = {"float32": "no", "bfloat16": "bf16"}.get(dtype, dtype)
-    config = DisBackConfig(**given(args, DisBackConfig), precision=precision)
+    config = DisBackConfig(**given(args, DisBackConfig), precision=dtype_of(args))
     output = Path(args.output)
     make_parent(output)
     with claimed_whole(output, settings_of(args, "resume")) if main_process() else nullcontext():

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..budgets.candidates import Candidate, packed, recipes_of
-from ..budgets.exact import Allocation, allocate
+from ..budgets.exact import Allocation, allocate, out_of_reach
 from ..budgets.measure import least_bytes, measured
 from ..budgets.options import BudgetOptions
 from ..budgets.table import Table
@@ -100,8 +100,7 @@ class OHQConfig(BudgetOptions, QuantConfig):
         texts = self.candidates or CANDIDATES + (ON_GPU if _on_gpu(model) else ())
         candidates, self._packing = packed(model, recipes_of(texts), store, self.modules_to_not_convert)
         if self.bytes is not None and self.bytes < (least := least_bytes(model, views, candidates)):
-            asked = f"no choice of formats is within bytes {self.bytes:g} of the full-precision model"
-            raise UserError(f"{asked}; the least is bytes {least:.4f}.")
+            raise UserError(f"{out_of_reach(f'bytes {self.bytes:g}', f'bytes {least:.4f}')}.")
         table = measured(model, views, candidates, store.recorded(), self)
         self.outcome = Outcome(table, allocate(table, self.latency, self.bytes, self.efficiency), candidates)
         return self.outcome.plans(self.outcome.allocation.picks)

@@ -152,6 +152,14 @@ def class_count(pipe) -> int | None:
     return getattr(config, "num_embeds_ada_norm", None) or getattr(config, "num_class_embeds", None)
 
 
+def foreign_inputs(pipe) -> list[str]:
+    """What the denoiser has to be given, by name, beside an image, a time and the class that it may know."""
+    known = {*TIMES, "class_labels"} if class_count(pipe) is not None else {*TIMES}
+    parameters = list(inspect.signature(denoiser(pipe).forward).parameters.values())
+    needed = {p.name for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return sorted(needed - known)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout and the like off; afterwards every module is in the mode it was in.

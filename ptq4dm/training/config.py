@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
-
 from ..checks import check_fields, named_options
 from ..errors import UserError
 from ..layers.shift.widths import Widths
 from ..options import option
+from .precision import precision_of
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "learning_rate")
-PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # what the two are called where a dtype is taken
 MOST = 10**12  # images or steps
 
 
@@ -70,9 +68,7 @@ class ShiftQuantConfig:
     seed: int = option(0, "of all noise", low=0)
 
     def __post_init__(self) -> None:
-        if isinstance(self.precision, (str, torch.dtype)):
-            name = str(self.precision).removeprefix("torch.")
-            object.__setattr__(self, "precision", PRECISIONS.get(name, name))
+        object.__setattr__(self, "precision", precision_of(self.precision))
         check_fields(self, "ShiftQuantConfig")
         if self.precision not in ("no", "bf16"):
             raise UserError(f"precision must be 'no' or 'bf16', not '{self.precision}': fp16 overflows.")

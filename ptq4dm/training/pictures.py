@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..pipelines.picture_files import find_images, load_image
@@ -64,6 +64,12 @@ def split(pictures: Pictures, held_out: int) -> tuple[Pictures, Pictures]:
     rest = torch.ones(len(pictures), dtype=torch.bool)
     rest[held] = False
     return pictures.part(rest.nonzero()[:, 0]), pictures.part(held)
+
+
+def as_denoised(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Latents as a VAE gives them -> as the denoiser has them, float32."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents.float() - shift) * vae.config.scaling_factor
 
 
 def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:

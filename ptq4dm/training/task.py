@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers.base import holds_quantized
-from ..pipelines.denoiser import TIMES, class_count, denoiser
+from ..pipelines.denoiser import class_count, denoiser, foreign_inputs
+from .pictures import as_denoised
 
 TARGETS = ("epsilon", "v_prediction", "sample")
 
@@ -50,12 +50,9 @@ class Task:
             raise UserError("the model is quantized; train it in full precision, then quantize it.")
         if net.dtype != torch.float32:
             raise UserError(f"the model is loaded in {net.dtype}; load it in float32, and choose precision 'bf16'.")
-        known = {"class_labels"} if self.classes is not None else set()
-        parameters = list(inspect.signature(net.forward).parameters.values())
-        needed = {p.name for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-        if foreign := needed - known - set(TIMES):
+        if foreign := foreign_inputs(pipe):
             raise UserError(
-                f"{type(net).__name__} needs {', '.join(sorted(foreign))}; training is for unconditional and "
+                f"{type(net).__name__} needs {', '.join(foreign)}; training is for unconditional and "
                 "class-conditional models."
             )
         self.target = scheduler.config.get("prediction_type", "epsilon")
@@ -80,8 +77,7 @@ class Task:
         if self.vae is None:
             return x
         with torch.no_grad():
-            latents = self.vae.encode(x.to(self.vae.dtype)).latent_dist.sample(generator).float()
-        return (latents - (getattr(self.vae.config, "shift_factor", None) or 0)) * self.vae.config.scaling_factor
+            return as_denoised(self.vae, self.vae.encode(x.to(self.vae.dtype)).latent_dist.sample(generator))
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error for each sample, float32 [B]."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
-
 from ...checks import check_fields, named_options
 from ...errors import UserError
 from ...options import option
+from ...training.precision import precision_of
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "student_lr", "fake_lr")
-PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # what the two are called where a dtype is taken
 MOST = 10**12  # images or iterations
 
 
@@ -70,9 +68,7 @@ class DisBackConfig:
     seed: int = option(0, "of all noise", low=0)
 
     def __post_init__(self):
-        if isinstance(self.precision, (str, torch.dtype)):
-            name = str(self.precision).removeprefix("torch.")
-            object.__setattr__(self, "precision", PRECISIONS.get(name, name))
+        object.__setattr__(self, "precision", precision_of(self.precision))
         check_fields(self, "DisBackConfig")
         if self.precision not in ("no", "bf16"):
             raise UserError(f"precision must be 'no' or 'bf16', not '{self.precision}': fp16 overflows.")

@@ -13,11 +13,12 @@ level the same say. Networks are called in whatever precision they are wrapped i
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from ...training.task import seed_of
 
 
 @dataclass
@@ -53,8 +54,7 @@ class Chance:
 
     def draw(self, size: int, *key) -> Batch:
         """`size` rows for a key, e.g. a stage and an iteration."""
-        digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
-        g = self.generator.manual_seed(int.from_bytes(digest[:7], "little"))  # adjacent seeds are not independent
+        g = self.generator.manual_seed(seed_of(self.seed, *key))
         z, noise = (torch.randn(size, *self.shape, generator=g, device=g.device) for _ in range(2))
         t = torch.randint(*self.times, (size,), generator=g, device=g.device)
         labels = None

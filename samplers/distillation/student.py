@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from ...errors import UserError
 from ...files.result_folder import result_folder
 from ...layers.base import holds_quantized
-from ...pipelines.denoiser import TIMES, class_count, denoiser, denoiser_name
+from ...pipelines.denoiser import denoiser, denoiser_name, foreign_inputs
 from ..configs import refuse_foreign
 from ..one_step import OneStepScheduler, nearest_timestep
 
@@ -84,12 +83,9 @@ def check_network(pipe) -> None:
         raise UserError("the teacher is quantized; distil the model in full precision, then quantize the student.")
     if net.dtype != torch.float32:
         raise UserError(f"the teacher is loaded in {net.dtype}; load it in float32, and choose precision 'bf16'.")
-    known = {"class_labels"} if class_count(pipe) is not None else set()
-    parameters = list(inspect.signature(net.forward).parameters.values())
-    needed = {p.name for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    if foreign := needed - known - set(TIMES):
+    if foreign := foreign_inputs(pipe):
         raise UserError(
-            f"{type(net).__name__} needs {', '.join(sorted(foreign))}; distillation is for unconditional and "
+            f"{type(net).__name__} needs {', '.join(foreign)}; distillation is for unconditional and "
             "class-conditional models."
         )
 

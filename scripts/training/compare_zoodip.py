@@ -46,6 +46,7 @@ from ptq4dm.progress import progress_bar
 from ptq4dm.training.personalization.embedding_file import save_embedding
 from ptq4dm.training.personalization.pictures import learned_from
 from ptq4dm.training.personalization.problem import Problem, ready
+from ptq4dm.training.personalization.run import step_once
 from ptq4dm.training.personalization.schedule import schedule_of
 from ptq4dm.training.personalization.targets import class_target
 from ptq4dm.training.personalization.zeroth_order import Tuned, change, gradient, take
@@ -228,15 +229,10 @@ def memory(bench: Bench, model: str) -> dict:
         state, rows = Tuned.start(problem.target.start), b * (1 + n)
         labels = [bench.label] * rows
 
-        def step(problem=problem, state=state) -> None:
-            losses, directions = problem.pairs(state.u, problem.draw("step", state.step))
-            g = gradient(losses, directions, problem.config.perturbation)
-            take(state, change(state, g, problem.config), problem.config)
-
         def sampling(labels=labels) -> None:
             bench.pipe(labels, num_inference_steps=1, output_type="pt")
 
-        works = {"step": step, "sampling": sampling}
+        works = {"step": partial(step_once, problem, state), "sampling": sampling}
         if model == "float32":
             works[BACK] = partial(back_propagated, problem, 1, 0.01)
         for what, work in works.items():

@@ -34,13 +34,9 @@ from .words import packed_rows, together, token_rows, whole
 @triton.jit
 def _mixed_place(tile, M, narrow, paired, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
     """(first row, first stored column): as `tile_place`, where narrow columns begin a tile of their own."""
-    wide_blocks = tl.cdiv(paired, BN)
-    width = BAND * (wide_blocks + tl.cdiv(narrow, BN))
-    band = tile // width * BAND
-    height = tl.minimum(tl.cdiv(M, BM) - band, BAND)
-    block = tile % width // height
-    left = block * BN + tl.where(block < wide_blocks, 0, paired - wide_blocks * BN)
-    return (band + tile % width % height) * BM, left
+    wide = tl.cdiv(paired, BN) * BN
+    top, left = tile_place(tile, M, wide + narrow, BM, BN, BAND)
+    return top, left + tl.where(left < wide, 0, paired - wide)
 
 
 @triton.jit

@@ -88,8 +88,8 @@ def packed_rows(w, left, first, N, BYTES, BN: tl.constexpr, RUNS: tl.constexpr, 
 
 
 @triton.jit
-def code_rows(x, top, first, M, K, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """Codes of rows top .. + BM, inputs first .. + BK: int8 [BM, BK]; x as `w` in `packed_rows`."""
+def token_rows(x, top, first, M, K, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """Codes of rows top .. + BM, inputs first .. + BK, transposed: int8 [BK, BM]; x as `w` in `packed_rows`."""
     if TMA:
         codes = x.load([top, first])
     else:
@@ -97,10 +97,4 @@ def code_rows(x, top, first, M, K, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.c
         k = first + tl.arange(0, BK)
         where = x + m.to(tl.int64)[:, None] * K + k[None, :]
         codes = tl.load(where, mask=(m < M)[:, None] & (k < K)[None, :], other=0)
-    return codes
-
-
-@triton.jit
-def token_rows(x, top, first, M, K, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """The same transposed: int8 [BK, BM]."""
-    return code_rows(x, top, first, M, K, BM, BK, TMA).T
+    return codes.T

@@ -44,11 +44,10 @@ def add(parser) -> None:
 
 
 def run(args) -> None:
-    precision = {"float32": "no", "bfloat16": "bf16"}.get(dtype_of(args), dtype_of(args))
     values = {name: value for name, value in given(args, ShiftQuantConfig).items() if name != "images"}
     if args.num_images is not None:
         values["images"] = args.num_images
-    config, output = ShiftQuantConfig(**values, precision=precision), Path(args.output)
+    config, output = ShiftQuantConfig(**values, precision=dtype_of(args)), Path(args.output)
     if not Path(args.images).is_dir():
         raise UserError(f"{args.images} is not a folder of images.")
     make_parent(output)

@@ -62,11 +62,8 @@ class Product(torch.autograd.Function):
         saved, (x_shape, w_shape) = ctx.saved_tensors, ctx.shapes
         inputs, weights = ShiftCodes(*saved[:4], ctx.groups[0]), ShiftCodes(*saved[4:], ctx.groups[1])
         dy = gradients[0]
-        widths = ctx.widths
-        groups = widths.groups_of(widths.gradient)
-        flat = dy.reshape(len(dy), -1, dy.shape[-1])
-        codes = shift.encode(flat, widths.gradient, groups, uniform(flat))
-        one = shift.shift_step(groups)
+        codes = encoded_gradient(dy, ctx.widths)
+        one = shift.shift_step(codes.groups)
         by_input = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
             by_input = shift_input_gradient(
@@ -91,6 +88,12 @@ class Product(torch.autograd.Function):
 
 def _encoded(x: Tensor, bits: int, widths: Widths) -> ShiftCodes:
     return shift.encode(x.reshape(len(x), -1, x.shape[-1]), bits, widths.groups_of(bits))
+
+
+def encoded_gradient(dy: Tensor, widths: Widths) -> ShiftCodes:
+    """Codes of a gradient [B, H', W', N], by stochastic rounding."""
+    flat = dy.reshape(len(dy), -1, dy.shape[-1])
+    return shift.encode(flat, widths.gradient, widths.groups_of(widths.gradient), uniform(flat))
 
 
 def weight_sums(gradient: Tensor, x: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from ...kernels.formats import shift
 from ...kernels.formats.int8 import dynamic_scale, quantize_weight, weight_limit
-from ...kernels.formats.shift import ShiftCodes
 from ...kernels.shift.products import shift_conv2d
 from ...kernels.shift.transposed import shift_input_gradient
-from .noise import uniform
-from .product import Geometry, weight_sums
+from .product import Geometry, encoded_gradient, weight_sums
 from .widths import Widths
 
 
@@ -57,21 +55,16 @@ class ServedProduct(torch.autograd.Function):
         dy = gradients[0]
         by_input = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            d = _rounded(dy * w_scale, ctx.widths)
+            d = encoded_gradient(dy * w_scale, ctx.widths)
             by_input = shift_input_gradient(
                 shift.across_columns(d).view(dy.shape), qweight, shift.row_steps(d) * shift.shift_step(d.groups),
                 torch.ones_like(x_scale[:1]).expand(codes.shape[3]), codes.shape[1:3], *ctx.geometry, ctx.types[0],
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
-            d = _rounded(dy * x_scale[:, None, None, None], ctx.widths)
+            d = encoded_gradient(dy * x_scale[:, None, None, None], ctx.widths)
             sums = weight_sums(shift.across_rows(d).view(dy.shape), codes, qweight.shape, ctx.geometry)
             steps = shift.column_steps(d) * shift.shift_step(d.groups)
             by_weight = (sums * steps[:, None, None, None]).to(ctx.types[1])
         if ctx.needs_input_grad[2]:
             by_bias = dy.float().sum((0, 1, 2)).to(ctx.types[2])
         return by_input, by_weight, by_bias, None, None, None
-
-
-def _rounded(dy: Tensor, widths: Widths) -> ShiftCodes:
-    flat = dy.reshape(len(dy), -1, dy.shape[-1])
-    return shift.encode(flat, widths.gradient, widths.groups_of(widths.gradient), uniform(flat))

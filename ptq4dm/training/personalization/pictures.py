@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...pipelines.denoiser import denoiser
 from ...pipelines.picture_files import list_images, load_image
-from ..pictures import fitted
+from ..pictures import as_denoised, fitted
 
 MOST = 10_000  # images; each is kept as latents or pixels
 
@@ -75,5 +75,4 @@ def _latent(pipe, vae: nn.Module, pixels: Tensor) -> Tensor:
     encoded = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
     if not hasattr(encoded, "latent_dist"):
         raise UserError(f"{type(vae).__name__} gives no distribution of latents, as AutoencoderKL does.")
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (encoded.latent_dist.mode().float() - shift) * vae.config.scaling_factor
+    return as_denoised(vae, encoded.latent_dist.mode())

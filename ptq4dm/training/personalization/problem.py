@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...pipelines.denoiser import evaluation_mode, networks_of
+from ..task import seed_of
 from .config import PersonalizeConfig
 from .schedule import Schedule
 from .targets import Target
@@ -44,8 +44,7 @@ class Problem:
         device sees the same noise.
         """
         config, d = self.config, self.target.start.numel()
-        digest = hashlib.sha256(repr((config.seed, *key)).encode()).digest()
-        g = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        g = torch.Generator().manual_seed(seed_of(config.seed, *key))
         b, n = config.batch_size, config.perturbations
         images = torch.randint(0, len(self.images), (b,), generator=g).tolist()
         t = torch.randint(*self.schedule.times(config.first_time, config.last_time), (b,), generator=g)

@@ -27,6 +27,8 @@ from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import settings
+from .recording import current
+from .step import Step
 from .workspace import Piece
 
 
@@ -56,17 +58,24 @@ class Launch:
         self.places = [names.index(name) for name in self.open]
         self.blocks = [(self.open.index(name), size) for name, size in (blocks or {}).items()]
         self.known = {}  # signature -> a compiled kernel's way to the driver, and its descriptors but for the tensors
+        self.compiled = {}  # signature -> the compiled kernel
 
     def __call__(self, *tensors: Tensor | Piece | None) -> None:
+        recording = current()
         if self.interpreted or settings.TARGET is not None:
             self.through_triton(tensors)
+            if recording is not None:
+                recording.launched(None, tensors)
             return
         device = driver.active.get_current_device()
         key, addresses = signature(device, tensors)
+        if recording is not None:
+            recording.launched(functools.partial(self.step, key) if key in self.known else None, tensors)
         if key not in self.known or _hooked():
             compiled, descriptors = self.through_triton(tensors)
             if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
                 self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, descriptors
+                self.compiled[key] = compiled
             return
         run, function, metadata, descriptors = self.known[key]
         values = self.values.copy()
@@ -76,6 +85,14 @@ class Launch:
             tensor, values[self.places[i]] = tensors[i], (descriptor := object.__new__(kind))
             descriptor.__dict__.update(fields, base=tensor, shape=tensor.shape, strides=tensor.stride())
         run(*self.grid, driver.active.get_current_stream(device), function, metadata, None, None, None, *values)
+
+    def step(self, key: tuple, tensors, sources: list) -> Step:
+        """This launch on tensors of the signature `key`, to be repeated on others from these sources."""
+        descriptors = {}
+        for i, kind, fields in self.known[key][3]:
+            descriptors[i] = one = object.__new__(kind)
+            one.__dict__.update(fields, shape=tuple(tensors[i].shape), strides=tuple(tensors[i].stride()))
+        return Step(self.compiled[key], self.grid, self.values, self.places, descriptors, sources)
 
     def through_triton(self, tensors) -> tuple:
         """(compiled kernel, of each descriptor the number of its tensor, its class and its other fields)."""
@@ -120,4 +137,5 @@ def _descriptor(kernel, tensor: Tensor, size: tuple[int, ...]):
 
 
 def _hooked() -> bool:
+    """Whether Triton's profiler wants to see launches."""
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)

@@ -15,6 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .recording import current
+from .replay import TENSORS, Replay, on_gpu
+
+PLAIN = {*TENSORS, type(None), bool, int, float, str, list, tuple, torch.dtype}
 LIBRARY = torch.library.Library("ptq4dm", "FRAGMENT")
 
 
@@ -40,16 +44,17 @@ def op(function: Callable) -> Callable:
 
     It must return new tensors. torch.library reads its schema from the annotations. `.register_fake` takes a function
     of the same arguments that returns empty tensors, as with custom_op. In a backward pass RuntimeError, for there is
-    no formula.
+    no formula. `.replay` is what repeats calls on a GPU.
     """
     name = function.__name__
+    replay = Replay(function)
 
     def on_its_device(*args):
         x = args[0]
-        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        if x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
             with torch.cuda.device(x.device):  # of a model spread over GPUs: kernels are launched on the current one
-                return function(*args)
-        return function(*args)
+                return replay(*args)
+        return replay(*args)
 
     schema = torch.library.infer_schema(function, mutates_args=())
     LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
@@ -66,7 +71,25 @@ def op(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        return overload(*args, **kwargs)
+        if torch.compiler.is_compiling() or kwargs or observed(args):
+            return overload(*args, **kwargs)
+        return on_its_device(*args)
 
     call.register_fake = functools.partial(torch.library.register_fake, overload, lib=LIBRARY)
+    call.replay = replay
     return call
+
+
+def observed(args: tuple) -> bool:
+    """Whether somebody looks at what PyTorch dispatches, or may: then a call goes that way, as any op's."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return current() is None  # an op within one that is recorded is part of it
+    if not on_gpu(args[0]) or not all(map(PLAIN.__contains__, map(type, args))):
+        return True
+    return torch.is_grad_enabled() and any(type(arg) in TENSORS and arg.requires_grad for arg in args)

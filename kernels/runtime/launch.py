@@ -21,14 +21,13 @@ import functools
 from collections.abc import Callable
 
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import settings
 from .recording import current
-from .step import Step
+from .step import Step, hooked
 from .workspace import Piece
 
 
@@ -71,7 +70,7 @@ class Launch:
         key, addresses = signature(device, tensors)
         if recording is not None:
             recording.launched(functools.partial(self.step, key) if key in self.known else None, tensors)
-        if key not in self.known or _hooked():
+        if key not in self.known or hooked():
             compiled, descriptors = self.through_triton(tensors)
             if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
                 self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, descriptors
@@ -134,8 +133,3 @@ def _descriptor(kernel, tensor: Tensor, size: tuple[int, ...]):
 
         return blocks(tensor, *size)
     return TensorDescriptor.from_tensor(tensor, list(size))
-
-
-def _hooked() -> bool:
-    """Whether Triton's profiler wants to see launches."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import types
 
+from triton import knobs
 from triton.backends.nvidia import driver
 
 MOST = 4096  # descriptors of an argument; more are forgotten together
+
+
+def hooked() -> bool:
+    """Whether Triton's profiler wants to see launches."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
 class At:
@@ -63,6 +69,8 @@ class Step:
             self.values.append(None)
             if function_in_c is not None:
                 self.values += [*descriptors[i].shape, *descriptors[i].strides]
+
+    hooked = staticmethod(hooked)
 
     def __call__(self, pool: list[int], stream: int) -> None:
         values = self.values.copy()

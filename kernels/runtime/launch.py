@@ -69,7 +69,7 @@ class Launch:
         device = driver.active.get_current_device()
         key, addresses = signature(device, tensors)
         if recording is not None:
-            recording.launched(functools.partial(self.step, key) if key in self.known else None, tensors)
+            recording.launched(functools.partial(self.step, key, tensors) if key in self.known else None, tensors)
         if key not in self.known or hooked():
             compiled, descriptors = self.through_triton(tensors)
             if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":

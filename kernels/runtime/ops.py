@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from .recording import current
-from .replay import TENSORS, Replay, on_gpu
+from .replay import Replay, form_of
 
-PLAIN = {*TENSORS, type(None), bool, int, float, str, list, tuple, torch.dtype}
 LIBRARY = torch.library.Library("ptq4dm", "FRAGMENT")
 
 
@@ -49,17 +48,10 @@ def op(function: Callable) -> Callable:
     name = function.__name__
     replay = Replay(function)
 
-    def on_its_device(*args):
-        x = args[0]
-        if x.is_cuda and x.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(x.device):  # of a model spread over GPUs: kernels are launched on the current one
-                return replay(*args)
-        return replay(*args)
-
     schema = torch.library.infer_schema(function, mutates_args=())
     for spelled in (name, f"_{name}"):
         LIBRARY.define(spelled + schema, tags=torch.Tag.pt2_compliant_tag)
-        LIBRARY.impl(spelled, on_its_device, "CompositeExplicitAutograd")
+        LIBRARY.impl(spelled, replay, "CompositeExplicitAutograd")
     overload, without = (getattr(torch.ops.ptq4dm, spelled).default for spelled in (name, f"_{name}"))
 
     def autograd(*args):
@@ -72,9 +64,12 @@ def op(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling() or kwargs or observed(args):
+        if torch.compiler.is_compiling() or kwargs:
             return overload(*args, **kwargs)
-        return on_its_device(*args)
+        form = form_of(args)
+        if form is None or observed(args):
+            return overload(*args)
+        return replay.repeated(form, args)
 
     def register_fake(fake: Callable) -> None:
         for one in (overload, without):
@@ -86,7 +81,8 @@ def op(function: Callable) -> Callable:
 
 
 def observed(args: tuple) -> bool:
-    """Whether somebody looks at what PyTorch dispatches, or may: then a call goes that way, as any op's."""
+    """Whether somebody looks at what PyTorch dispatches, or wants a gradient: then a call goes that way, as any
+    op's."""
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -95,6 +91,4 @@ def observed(args: tuple) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return current() is None  # an op within one that is recorded is part of it
-    if not on_gpu(args[0]) or not all(map(PLAIN.__contains__, map(type, args))):
-        return True
-    return torch.is_grad_enabled() and any(type(arg) in TENSORS and arg.requires_grad for arg in args)
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)

@@ -2,77 +2,100 @@
 
 Between an op and its launches lie choices, settings, rooms and descriptors, which take the host longer than many
 kernels run. They depend on the *form* of the arguments alone: of tensors the shape, strides, type, device and the
-address modulo 16, of the rest the value. The first call of a form runs as it is written. The second is recorded
-(recording.py): which memory it took and what it launched on which addresses. Later calls take that memory, in two
-allocations at most for each that a call returns and all others together, put the addresses in and launch.
+address modulo 16, of the rest the value. The first call of a form runs as the op is written. The second is recorded
+(recording.py), and written out as a function of the addresses (written.py), which later calls are.
 
-What a call did besides, any operation of torch but views and empty tensors, cannot be repeated so; such forms run as
-they are written for ever. `Replay.why` says so for each form. Nothing is repeated while kernels are looked at or sent
-elsewhere (hooks of Triton's profiler, `settings.target`), and settings that change drop what was recorded.
+Nothing is repeated while kernels are looked at or sent elsewhere (hooks of Triton's profiler, `settings.target`), and
+settings that change drop what was recorded. A call that does what cannot be done again from other addresses runs as
+it is written for ever; `Replay.why` says why.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from . import settings
-from .prepared import kept
 from .recording import Recording, current
-from .workspace import ALIGNMENT
+from .written import MISSING, Unrepeatable, written
 
 TENSORS = (Tensor, nn.Parameter)
+VALUES = (type(None), bool, int, float, str, list, tuple, torch.dtype)
 ATTEMPTS = 3  # of recording: a prepared form of a weight may have to be made anew just then
 MOST = 2048  # forms of an op; more are forgotten together
+FORMS: dict[tuple[type, ...], Callable | None] = {}
 on_gpu = Tensor.is_cuda.__get__
-raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a PyTorch without CUDA has none
+current_device = getattr(torch._C, "_cuda_getDevice", None)  # a PyTorch without CUDA has none, nor the next
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def form_of(args: tuple) -> Callable | None:
+    """What tells the form of such arguments, (form, addresses of tensors); None where classes of their own are among
+    them, or the first is on no GPU."""
+    kinds = tuple(map(type, args))
+    try:
+        found = FORMS[kinds]
+    except KeyError:
+        found = FORMS[kinds] = _form_of(kinds)
+    return found if found is not None and on_gpu(args[0]) else None
+
+
+def _form_of(kinds: tuple[type, ...]) -> Callable | None:
+    if not {*kinds} <= {*TENSORS, *VALUES}:
+        return None
+    facts, addresses = [], []
+    for i, kind in enumerate(kinds):
+        if kind in TENSORS:
+            facts.append(f"a{i}.shape, a{i}.stride(), a{i}.dtype, a{i}.get_device(), (p{i} := a{i}.data_ptr()) & 15")
+            addresses.append(f"p{i}")
+        else:
+            facts.append(f"tuple(a{i})" if kind is list else f"a{i}")
+    names = ", ".join(f"a{i}" for i in range(len(kinds)))
+    return eval(f"lambda {names}: (({', '.join(facts)},), ({', '.join(addresses)},))")  # a loop takes twice as long
 
 
 class Replay:
-    """`function`, of a tensor and more, on the current device of its first argument."""
+    """`function`, of a tensor on a GPU and more."""
 
     def __init__(self, function: Callable):
         self.function = function
-        self.known: dict[tuple, Recorded | list[str]] = {}
+        self.known: dict[tuple, Callable | list[str]] = {}
         settings.REMEMBERED.append(self)
 
     def __call__(self, *args):
-        x = args[0]
-        if not on_gpu(x):
-            return self.function(*args)
-        key: list = []
-        pool: list[int] = []
-        for arg in args:
-            if type(arg) in TENSORS:
-                pool.append(address := arg.data_ptr())
-                key += arg.shape, arg.stride(), arg.dtype, arg.get_device(), address & 15
-            elif type(arg) is list:
-                key.append(tuple(arg))
-            else:
-                key.append(arg)
-        found = self.known.get(form := tuple(key))
-        if type(found) is Recorded and settings.TARGET is None and current() is None:
-            return found(self.function, args, pool)
-        return self._written(form, found, args)
+        form = form_of(args)
+        return self.function(*args) if form is None else self.repeated(form, args)
 
-    def _written(self, form: tuple, found, args: tuple):
+    def repeated(self, form: Callable, args: tuple):
+        """The call, where form_of(args) is this form."""
+        device = args[0].get_device()
+        if on_gpu(args[0]) and device != current_device():
+            with torch.cuda.device(device):  # of a model spread over GPUs: kernels are launched on the current one
+                return self.repeated(form, args)
+        key, addresses = form(*args)
+        found = self.known.get(key)
+        if found.__class__ is list or found is None or settings.TARGET is not None or current() is not None:
+            return self._as_written(key, found, args)
+        result = found(args, raw_stream(device), *addresses)
+        return self.function(*args) if result is MISSING else result
+
+    def _as_written(self, key: tuple, found, args: tuple):
         """The call as it is written, recorded if it is the second one of this form or the last try failed."""
         if found is None:
             if len(self.known) >= MOST:
                 self.known.clear()
-            if not any(isinstance(value, Tensor) for value in form):  # of a class of its own: kept, it would live on
-                self.known[form] = []
+            self.known[key] = []
             return self.function(*args)
-        if type(found) is Recorded or len(found) >= ATTEMPTS or settings.TARGET is not None or current() is not None:
+        busy = settings.TARGET is not None or current() is not None
+        if busy or found.__class__ is not list or len(found) >= ATTEMPTS:
             return self.function(*args)
         with Recording(args) as now:
             result = self.function(*now.args)
         try:
-            self.known[form] = Recorded(now, result, args[0].device)
-        except ValueError as error:
+            self.known[key] = written(now, result, args[0].device)
+        except Unrepeatable as error:
             found.append(str(error))
         return result
 
@@ -80,75 +103,10 @@ class Replay:
         """How many forms are "repeated", "seen once", or why they are not repeated."""
         said: dict[str, int] = {}
         for found in self.known.values():
-            text = "repeated" if type(found) is Recorded else found[-1] if found else "seen once"
+            text = "repeated" if found.__class__ is not list else found[-1] if found else "seen once"
             said[text] = said.get(text, 0) + 1
         return said
 
     def cache_clear(self) -> None:
         """Forget what was recorded; `settings.forget` calls it."""
         self.known.clear()
-
-
-class Recorded:
-    """What a recorded call took and launched, on addresses that are numbers in a pool.
-
-    The pool: arguments, prepared forms of them, results, and the room for all else that the call takes.
-
-    Raises ValueError for a call that cannot be repeated.
-    """
-
-    def __init__(self, now: Recording, result, device: torch.device):
-        if now.lost:
-            raise ValueError(now.lost)
-        self.device, self.single = device, isinstance(result, Tensor)
-        results = [result] if self.single else list(result)
-        self.outputs = [(tuple(one.shape), one.stride(), one.dtype) for one in results]
-        first = {"given": 0, "prepared": len(now.given)}
-        places = {}
-        for i, one in enumerate(results):
-            kind, number, offset = now.source(one) or ("", 0, 0)
-            last = sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True))
-            whole = one.numel() and (last + 1) * one.dtype.itemsize == now.taken[number] if kind == "taken" else False
-            if not whole or offset or number in places:
-                raise ValueError("it returns what is not the whole of some memory that it took")
-            places[number] = (len(now.given) + len(now.prepared) + i, 0)
-        self.room = 0
-        for number, size in enumerate(now.taken):
-            if number not in places:
-                places[number] = (len(now.given) + len(now.prepared) + len(results), self.room)
-                self.room += math.ceil(size / ALIGNMENT) * ALIGNMENT
-
-        def place(source: tuple[str, int, int] | None) -> tuple[int, int] | None:
-            if source is None:
-                return None
-            kind, number, offset = source
-            start, more = places[number] if kind == "taken" else (first[kind] + number, 0)
-            return start, more + offset
-
-        self.prepared = [
-            (place(owner)[0], key, [place(other)[0] for other in others]) for owner, key, others in now.prepared
-        ]
-        self.steps = [step(tensors, [place(one) for one in sources]) for step, tensors, sources in now.launches]
-
-    def __call__(self, function: Callable, args: tuple, pool: list[int]):
-        if self.steps and self.steps[0].hooked():
-            return function(*args)
-        if self.prepared:
-            tensors = [arg for arg in args if type(arg) in TENSORS]
-            for owner, key, others in self.prepared:
-                made = kept(tensors[owner], key, *[tensors[other] for other in others])
-                if made is None:  # of a weight that was not here before, or has changed
-                    return function(*args)
-                tensors.append(made)
-                pool.append(made.data_ptr())
-        results = []
-        for shape, strides, dtype in self.outputs:
-            results.append(result := torch.empty_strided(shape, strides, dtype=dtype, device=self.device))
-            pool.append(result.data_ptr())
-        if self.room:
-            room = torch.empty(self.room, dtype=torch.uint8, device=self.device)
-            pool.append(room.data_ptr())
-        stream = raw_stream(self.device.index)
-        for step in self.steps:
-            step(pool, stream)
-        return results[0] if self.single else tuple(results)

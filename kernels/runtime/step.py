@@ -1,6 +1,6 @@
-"""One launch of a recorded call: everything in place but the addresses.
+"""One launch of a recorded call: what Triton's launcher is given, with addresses open.
 
-Where Triton's launcher is the one of 3.6, its function in C is called: what Triton does around it in Python, for
+Where the launcher is the one of Triton 3.6, its function in C is called: what Triton does around it in Python, for
 every descriptor of every call, is done once. Elsewhere the launcher is called as Triton does. Descriptors of TMA are
 kept by address: PyTorch's allocator gives the same few again and again, and weights stay where they are.
 """
@@ -8,9 +8,13 @@ kept by address: PyTorch's allocator gives the same few again and again, and wei
 from __future__ import annotations
 
 import types
+from dataclasses import dataclass, field
+from typing import Any
 
 from triton import knobs
 from triton.backends.nvidia import driver
+
+from .recording import Source
 
 MOST = 4096  # descriptors of an argument; more are forgotten together
 
@@ -18,6 +22,10 @@ MOST = 4096  # descriptors of an argument; more are forgotten together
 def hooked() -> bool:
     """Whether Triton's profiler wants to see launches."""
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+
+
+class Stream:
+    """Stands for the current stream among a launcher's arguments."""
 
 
 class At:
@@ -32,71 +40,58 @@ class At:
         return self.address
 
 
-class Step:
-    """The launch of a compiled kernel on a grid; `values`: its arguments, with None where an address goes.
+@dataclass
+class Descriptor:
+    """What a launcher takes for a descriptor of the memory at a source; `kept`: by address."""
 
-    places: of the addresses among them; sources (number in the pool, offset) of all tensors, in this order;
+    source: Source
+    like: Any  # one of Triton's, without its base
+    kind: Any  # as Triton describes it to the function in C; None: the launcher takes Triton's own
+    in_c: bool
+    kept: dict[int, Any] = field(default_factory=dict)
+
+    def make(self, address: int) -> Any:
+        """That of an address, made and kept."""
+        one = object.__new__(type(self.like))
+        one.__dict__.update(vars(self.like), base=At(address))
+        made = driver.make_tensordesc_arg(one, self.kind)[0] if self.in_c else one
+        if len(self.kept) >= MOST:
+            self.kept.clear()
+        self.kept[address] = made
+        return made
+
+
+class Step:
+    """The launch of a compiled kernel on a grid: `launch`, and its `arguments`: values, sources and descriptors.
+
+    values: the kernel's arguments, with None for tensors; places: of the tensors among them, sources in this order;
     descriptors: of some of the tensors {number: a Triton descriptor without its base}.
     """
 
+    hooked = staticmethod(hooked)
+
     def __init__(self, compiled, grid, values: list, places: list[int], descriptors: dict, sources: list):
         run, metadata = compiled.run, compiled.packed_metadata
-        function_in_c = in_c(run)
-        if function_in_c is None:
-            self.launch = run
-            before = [*grid, None, compiled.function, metadata, None, None, None]
-            kinds = {}
+        function = in_c(run)
+        self.arguments: list[Any] = [*grid, Stream, compiled.function]
+        if function is None:
+            self.launch, kinds = run, {}
+            self.arguments += [metadata, None, None, None]
         else:
-            self.launch, kinds = function_in_c
-            options = run.launch_cooperative_grid, run.launch_pdl
-            before = [*grid, None, compiled.function, *options, None, None, metadata, None, None, None]
+            self.launch, kinds = function
+            self.arguments += [run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None]
         numbers = {place: i for i, place in enumerate(places)}
-        self.values: list = before
-        self.addresses: list[tuple[int, int, int]] = []  # place among the values, source, offset
-        self.descriptors: list[tuple] = []  # the same; descriptors by address; how to make one
         for place, value in enumerate(values):
             i = numbers.get(place)
             if i is None or sources[i] is None:
-                self.values.append(value)
-                continue
-            source, offset = sources[i]
-            if i not in descriptors:
-                self.addresses.append((len(self.values), source, offset))
-                self.values.append(None)
-                continue
-            make = _maker(descriptors[i], kinds.get(place), function_in_c is not None)
-            self.descriptors.append((len(self.values), source, offset, {}, make))
-            self.values.append(None)
-            if function_in_c is not None:
-                self.values += [*descriptors[i].shape, *descriptors[i].strides]
-
-    hooked = staticmethod(hooked)
-
-    def __call__(self, pool: list[int], stream: int) -> None:
-        values = self.values.copy()
-        values[3] = stream
-        for place, source, offset in self.addresses:
-            values[place] = pool[source] + offset
-        for place, source, offset, made, make in self.descriptors:
-            address = pool[source] + offset
-            descriptor = made.get(address)
-            if descriptor is None:
-                if len(made) >= MOST:
-                    made.clear()
-                descriptor = made[address] = make(address)
-            values[place] = descriptor
-        self.launch(*values)
-
-
-def _maker(descriptor, kind: dict | None, in_c: bool):
-    """address -> what the launcher takes for a descriptor there."""
-
-    def make(address: int):
-        one = object.__new__(type(descriptor))
-        one.__dict__.update(vars(descriptor), base=At(address))
-        return driver.make_tensordesc_arg(one, kind)[0] if in_c else one
-
-    return make
+                self.arguments.append(value)
+            elif i not in descriptors:
+                self.arguments.append(sources[i])
+            else:
+                like = descriptors[i]
+                self.arguments.append(Descriptor(sources[i], like, kinds.get(place), function is not None))
+                if function is not None:
+                    self.arguments += [*like.shape, *like.strides]
 
 
 def in_c(run) -> tuple | None:

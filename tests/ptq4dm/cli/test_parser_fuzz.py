@@ -1,6 +1,6 @@
 """Command lines made at random from the parser's own words: no traceback, one line, status 2, nothing on stdout.
 
-LINES=5000 SEED=7 python -m pytest tests/ptq4dm/cli/test_parser_fuzz.py       a longer run
+FUZZ_LINES=5000 FUZZ_SEED=7 python -m pytest tests/ptq4dm/cli/test_parser_fuzz.py       a longer run
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from ptq4dm.cli import allocate, bench, collect, completion, distill, evaluate, 
 from ptq4dm.cli.main import main
 from ptq4dm.errors import UserError
 
-LINES, SEED = int(os.environ.get("LINES", 400)), int(os.environ.get("SEED", 0))
+LINES, SEED = int(os.environ.get("FUZZ_LINES", 400)), int(os.environ.get("FUZZ_SEED", 0))
 WORDS = json.loads(completion.WORDS.read_text())
 REACHED = "the work would begin"
 VALUES = [

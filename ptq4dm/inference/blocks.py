@@ -4,7 +4,7 @@ Which they are diffusers says of most models (`_repeated_blocks`, as its `compil
 is the class that occurs most often among those which diffusers will not split, or else in lists of modules.
 
 torch.compile does not look for hooks that are set later, so a recorder would see nothing. A `CompiledBlock` looks,
-and runs its block as it is written while somebody waits for the calls of a module in it.
+and runs its block as it is written while somebody waits for the calls of a module in it, or for operations of torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .watch import HOOKS
+from .watch import HOOKS, watched
 
 
 class CompiledBlock:
@@ -32,7 +32,7 @@ class CompiledBlock:
         parts = list(chain.from_iterable(map(dict.values, self.children)))
         if len(parts) != len(self.parts) or not all(map(operator.is_, parts, self.parts)):
             self._look()  # an adapter, say, took a layer's place
-        if any(self.hooks):
+        if any(self.hooks) or watched():
             return self.block._call_impl(*args, **kwargs)
         return self.compiled(*args, **kwargs)
 

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from ..caching.state import PLAIN
 from ..pipelines.denoiser import time_names
-from .watch import Unwatched, Watch, hooked
+from .watch import Unwatched, Watch, hooked, watched
 
 KEPT = 8
 PATIENCE = 4  # changes of the model, none of which lasts for USES replays, before graphs are given up
@@ -123,6 +123,8 @@ class Graphed:
             return "gradients are enabled"
         if self.model.training:
             return "the model is in training"
+        if watched():
+            return "operations of torch are looked at, or changed"
         if self.in_vain >= PATIENCE:
             return "the model changes too often"
         return ""

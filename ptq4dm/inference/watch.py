@@ -15,8 +15,10 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..caching.processors import CachedText
 from ..caching.state import PLAIN, State
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -106,9 +108,9 @@ def _plain_part(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hooked(model: nn.Module) -> str:
-    """The name of a module whose calls somebody waits for, and who that is; "" for none.
+    """Why a call of a model must run as it is written; "" for no reason.
 
-    Offloading, recorders, caches of diffusers: what they do in Python a graph does not do again.
+    Offloading, recorders and caches wait for calls of modules: what they do in Python a graph does not do again.
     """
     for name, module in model.named_modules():
         state = vars(module)
@@ -119,4 +121,13 @@ def hooked(model: nn.Module) -> str:
             return f"{where} is offloaded or moved by accelerate"
         if "_diffusers_hook" in state:
             return f"{where} has a hook of diffusers (offloading, casting or a cache)"
+        if module is not model and "forward" in state:
+            return f"{where} computes by a function that was put into it"
+        if isinstance(state.get("processor"), CachedText):
+            return f"{where} looks at a text that is kept (cached_text)"
     return ""
+
+
+def watched() -> bool:
+    """Whether somebody looks at the operations of torch in this thread, or wants them changed."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())

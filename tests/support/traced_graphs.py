@@ -7,14 +7,8 @@ and which tensors it read are those of the capture.
 from contextlib import contextmanager
 
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-
-
-def compiled(call, compile_=torch.compile, **more):
-    """torch.compile without a compiler, and without the code that cannot be traced while a graph is."""
-    made = compile_(call, backend="eager", **more)
-    return lambda *args, **kwargs: (made if get_proxy_mode() is None else call)(*args, **kwargs)
 
 
 class TracedGraphs:

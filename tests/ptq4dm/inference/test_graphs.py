@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
+import ptq4dm
 from ptq4dm.inference import graphs
 from ptq4dm.inference.graphs import Graphed
 from traced_graphs import TracedGraphs
@@ -226,6 +228,26 @@ def test_hooks_see_their_calls(unet):
     handle.remove()
     before = unet.forward.replays
     assert same(unet, 1) and unet.forward.replays == before + 1 and unet.forward.captures == 1
+
+
+def test_caches_of_embeddings_and_texts(unet):
+    before = unet.forward.replays
+    with ptq4dm.cached_embeddings(unet) as cache:
+        for seed in range(3):
+            assert same(unet, seed)
+    assert cache.reused and unet.forward.replays == before
+    with ptq4dm.cached_text(unet, None) as cache:
+        for seed in (1, 1, 2):
+            assert torch.allclose(call(unet, seed), right(unet, seed), atol=1e-5)
+    assert unet.forward.replays == before and cache.layers
+    assert same(unet, 1) and unet.forward.replays == before + 1
+
+
+def test_whoever_looks_at_operations_sees_them(unet):
+    with FlopCounterMode(display=False) as counted:
+        call(unet, 1)
+    assert counted.get_total_flops() > 0 and same(unet, 1)
+    assert unet.forward.plain["operations of torch are looked at, or changed"] == 1
 
 
 def test_offloaded_models_are_left(unet):

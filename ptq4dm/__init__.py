@@ -159,4 +159,4 @@ __getattr__, __dir__ = lazy_names(
 )
 
 diffusers_hook.install()
-registry.LATE += [f"{__name__}.methods", f"{__name__}.svdquant.registered"]
+registry.LATE += [f"{__name__}.methods", f"{__name__}.inference.openvino.engine", f"{__name__}.svdquant.registered"]

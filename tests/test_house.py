@@ -40,7 +40,7 @@ ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation
 ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching
 ptq4dm/training  ptq4dm/inference
-ptq4dm/training/personalization
+ptq4dm/training/personalization  ptq4dm/inference/openvino
 svdquant/layers
 svdquant/nunchaku
 svdquant  samplers/maths

@@ -8,7 +8,6 @@ from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ..evaluation.report import PICTURE, REPORT, format_report
 from ..files.places import file_place
-from ..inference.optimize import optimize
 from ..pipelines.picture_files import find_images
 from ..quantization.saving import original_of
 from .flags import add_flags, given
@@ -24,6 +23,7 @@ from .options import (
     default_model,
     device_of,
     load,
+    optimized,
     steps_of,
 )
 from .output import result, say
@@ -50,8 +50,8 @@ def run(args) -> None:
         options["num_inference_steps"] = args.num_inference_steps
     config = EvaluateConfig(batch_size=args.batch_size, **options)
     config.check()
-    if args.optimize and args.images:
-        raise UserError("--optimize is for a model; images are measured as they are.")
+    if (args.optimize or args.engine) and args.images:
+        raise UserError("--optimize and --engine are for a model; images are measured as they are.")
     if args.write_reference and not args.images:
         raise UserError("--write-reference takes the statistics of a folder of images; give it with --images.")
     if args.images:
@@ -63,7 +63,9 @@ def run(args) -> None:
     original, full_precision = _original(args, model)
     if full_precision is not None:  # the models are compared, not two samplers
         full_precision.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    optimized = [optimize(one) for one in (pipe, full_precision) if args.optimize and one is not None]
+    ways = [
+        optimized(args, name, one) for name, one in ((model, pipe), (original, full_precision)) if one is not None
+    ]
     sampler = f"{type(pipe.scheduler).__name__}" + (f" ({args.sampler})" if args.sampler else "")
     facts = {"model": model, "full_precision": original, "scheduler": type(pipe.scheduler).__name__}
 
@@ -73,8 +75,9 @@ def run(args) -> None:
         result(**report, **facts)
 
     evaluate(pipe, full_precision, config, args.output, show)
-    for name, done in zip((model, original), optimized, strict=False):
-        say(f"{name}, optimized:\n{done}")
+    for name, done in zip((model, original), ways, strict=False):
+        if done is not None:
+            say(f"{name}, optimized:\n{done}")
     path, picture = Path(args.output) / REPORT, Path(args.output) / PICTURE
     say(f"report:  {path}")
     if picture.is_file():

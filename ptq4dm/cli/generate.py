@@ -9,7 +9,6 @@ from ..checks import seeds_of
 from ..errors import UserError
 from ..files.pictures import opened_picture
 from ..files.places import picture_place
-from ..inference.optimize import optimize
 from ..pipelines.generate import generate, save_grid
 from ..training.personalization.embedding_file import embedding_digest, load_embedding
 from .options import (
@@ -23,6 +22,7 @@ from .options import (
     conditioning_of,
     default_model,
     load,
+    optimized,
     steps_of,
 )
 from .output import main_process, result, say
@@ -60,10 +60,9 @@ def run(args) -> None:
     if args.embedding:
         load_embedding(pipe, args.embedding)
         more["embedding"] = embedding_digest(args.embedding)
-    optimized = None
-    if args.optimize:
-        optimized = optimize(pipe)
-        more["optimized"] = True  # its pictures differ by rounding
+    done = optimized(args, model, pipe)
+    if done is not None:  # its pictures differ by rounding
+        more |= {"engine": args.engine} if args.engine else {"optimized": True}
     paths = generate(
         pipe,
         seeds,
@@ -80,6 +79,6 @@ def run(args) -> None:
         say(f"{len(paths)} images of {model}: {args.output}")
         say(f"picture: {picture}")
         result(model=model, output=args.output, images=paths, picture=picture)
-        if optimized is not None:
-            say(str(optimized))
-            result(optimized=str(optimized).splitlines())
+        if done is not None:
+            say(str(done))
+            result(optimized=str(done).splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from ..calibration.collect import CalibrationConfig
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig
+from ..inference.optimize import optimize
+from ..inference.report import Optimized
 from ..pipelines.devices import DTYPES, check_device
-from ..pipelines.load import EMBEDDED, load_pipeline
+from ..pipelines.load import EMBEDDED, folder_of, load_pipeline
 from ..pipelines.sampling import default_steps
 from ..quantization.saving import RECORD
 from .flags import add_flags, flag_of, given
@@ -72,6 +75,20 @@ def add_sampler(parser) -> None:
 def add_optimize(parser) -> None:
     text = "what is fastest on this device: fused, blocks compiled, CUDA graphs; the first images take minutes"
     parser.add_argument("--optimize", action="store_true", help=text)
+    text = "run the denoiser on the CPU through another library: openvino (pip install 'ptq4dm[openvino]')"
+    parser.add_argument("--engine", help=text)
+
+
+def optimized(args, model, pipe) -> Optimized | None:
+    """What `--optimize` and `--engine` make of a pipeline; None without them. An engine's conversions are saved in
+    the model's folder, if it is a user's own."""
+    if args.engine is None:
+        return optimize(pipe) if args.optimize else None
+    if args.optimize:
+        raise UserError("--optimize is for PyTorch's own kernels; leave it out with --engine.")
+    folder = folder_of(model)
+    own = str(model) not in EMBEDDED and folder.is_dir() and os.access(folder, os.W_OK)
+    return optimize(pipe, engine=args.engine, cache=folder / args.engine if own else None)
 
 
 def add_calibration(parser) -> None:

@@ -11,6 +11,8 @@ takes all of it back.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,7 @@ from ..errors import UserError
 from ..layers.fuse import FUSED, fuse, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
+from . import engines
 from .blocks import compile_blocks, repeated_blocks, uncompile_blocks
 from .graphs import KEPT, Backend, Graphed, plain_forward
 from .report import Optimized, OptimizedModel
@@ -40,18 +43,24 @@ def optimize(
     compiled: bool | None = None,
     graphs: bool | None = None,
     kept: int = KEPT,
+    engine: str | None = None,
+    precision: str | None = None,
+    cache: str | os.PathLike | None = None,
 ) -> Optimized:
     """An `Optimized`, which says what was done to a pipeline's denoisers, or to a model, and undoes it (`.undo()`).
 
     fused, compiled, graphs: True or False; None: what is known to be best on this device. kept: graphs of different
         shapes that a denoiser keeps at most; each holds the memory of a forward pass, which they share.
+    engine: "openvino": each denoiser runs through OpenVINO, on a CPU, in place of all that (openvino/engine.py).
+        precision: "float32" or "bfloat16" of what is not quantized there; None: bfloat16 where the processor has it.
+        cache: a folder in which converted models are saved, and found again.
 
     The first calls are slow: the first of a shape compiles, the second captures. Pictures differ from those before by
     rounding. A graph is captured anew when weights, adapters, their scales or attention's processors change, and
     where a call must not come from a graph (hooks, gradients, training) the model runs as it is written.
 
     Raises UserError for what is no pipeline or model, for graphs that are asked for where there is no GPU, and for a
-    model that torch.compile has taken whole.
+    model that torch.compile has taken whole; for an engine that is not installed, or cannot serve the model's layers.
     """
     for name, value in (("fused", fused), ("compiled", compiled), ("graphs", graphs)):
         if value is not None and not isinstance(value, bool):
@@ -59,10 +68,15 @@ def optimize(
     kept = plain_number(kept)
     if type(kept) is not int or kept < 1:
         raise UserError(f"optimize: kept is a whole number from 1 on; got {shown(kept)}.")
+    engines.check(engine, precision, cache, fused or compiled or graphs)
     models = _models(target)
     for name, model in models.items():
         _check(name, model, graphs)
+        if engine is not None:
+            engines.check_model(f"'{name}'" if name else "the model", model)
     with turn_at(target):
+        if engine is not None:
+            return whole_or_not(models.values(), lambda gate: _through(engine, models, precision, cache, kept))
         return whole_or_not(models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept))
 
 
@@ -117,6 +131,35 @@ def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int)
     return report
 
 
+def _through(engine: str, models: dict[str, nn.Module], precision: str | None, cache: Any, kept: int) -> Optimized:
+    report = Optimized(unoptimize)
+    for name, model in models.items():
+        if before := DONE.pop(model, None):
+            before.undo()
+        report.models[name] = DONE[model] = one = OptimizedModel(model, _device(model))
+        _own_forward(model)
+        one.through = through = engines.through(engine, model, precision, cache, kept)
+        one.takes_back.append(_placed(model, through))
+    return report
+
+
+def _own_forward(model: nn.Module) -> None:
+    if vars(model).get("forward") == plain_forward(model):  # a copy of an optimized one has it
+        del model.forward
+
+
+def _placed(model: nn.Module, graphed: Graphed) -> Callable[[], None]:
+    """Put it in the place of the model's forward; what takes it back."""
+    model.forward = graphed
+
+    def back() -> None:
+        if vars(model).get("forward") is graphed:
+            del model.forward
+        graphed.clear()
+
+    return back
+
+
 def _fuse(one: OptimizedModel) -> None:
     if any(type(module) in FUSED.values() for module in one.model.modules()):
         one.left["fusing"] = "it is fused already"
@@ -138,21 +181,12 @@ def _compile(one: OptimizedModel) -> None:
 
 
 def _graphs(one: OptimizedModel, kept: int) -> None:
-    if vars(one.model).get("forward") == plain_forward(one.model):  # a copy of an optimized one has it
-        del one.model.forward
+    _own_forward(one.model)
     if "forward" in vars(one.model):
         one.left["graphs"] = "its forward is another's already (a hook of accelerate)"
         return
-    graphed = Graphed(one.model, backend(one.device), kept)
-    one.model.forward = graphed
-    one.graphed = graphed
-
-    def back() -> None:
-        if vars(one.model).get("forward") is graphed:
-            del one.model.forward
-        graphed.clear()
-
-    one.takes_back.append(back)
+    one.graphed = Graphed(one.model, backend(one.device), kept)
+    one.takes_back.append(_placed(one.model, one.graphed))
 
 
 def has_graphs(device: torch.device) -> bool:

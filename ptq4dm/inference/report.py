@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ class OptimizedModel:
     fused: FuseReport | None = None
     blocks: list[nn.Module] = field(default_factory=list)
     graphed: Graphed | None = None
+    through: Any = None  # an engine's forward (engines.py), with lines() and products()
     left: dict[str, str] = field(default_factory=dict)
     takes_back: list[Callable[[], None]] = field(default_factory=list)
 
@@ -38,6 +40,8 @@ class OptimizedModel:
             lines.append(f"blocks compiled by torch.compile when they are first called: {what}")
         if self.graphed is not None:
             lines += self._graph_lines(self.graphed)
+        if self.through is not None:
+            lines += self.through.lines()
         return [*lines, *(f"{what}: left, for {why}" for what, why in self.left.items())]
 
     def _graph_lines(self, graphed: Graphed) -> list[str]:

@@ -1,0 +1,77 @@
+"""The slot of engines: libraries of others that a model can run through, as extras that need not be installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checks import shown
+from ..errors import UserError
+from ..layers.fuse import FUSED
+from ..registry import Registry
+from .graphs import Graphed, plain_forward
+
+ENGINES: Registry = Registry("engine", late=True)
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """library: the package that has to be installed, and the name of the extra that does it.
+
+    through: (model, precision or None, folder or None, kept) -> what takes the place of the model's forward. Raises
+        UserError for a model that it cannot serve.
+    """
+
+    library: str
+    through: Callable[[nn.Module, str | None, Path | None, int], Graphed]
+
+
+def check(engine: Any, precision: Any, cache: Any, others: Any) -> None:
+    """Raises UserError for an engine that nobody knows or has, and for options that do not go together."""
+    if engine is None:
+        if precision is not None or cache is not None:
+            raise UserError("precision and cache are an engine's; give engine='openvino' with them.")
+        return
+    library = ENGINES.find(engine).library
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(f"precision is one of {', '.join(PRECISIONS)}, or None; got {shown(precision)}.")
+    if cache is not None and not isinstance(cache, (str, os.PathLike)):
+        raise UserError(f"cache is a folder, or None; got {shown(cache)}.")
+    if others:
+        raise UserError("fused, compiled and graphs are for PyTorch's own forward; leave them out with an engine.")
+    if importlib.util.find_spec(library) is None:
+        raise UserError(f"engine '{engine}' is not installed: pip install 'ptq4dm[{library}]'.")
+
+
+def check_model(called: str, model: nn.Module) -> None:
+    """Raises UserError for a model that no engine can take as it is."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if wrong := next((one for one in tensors if one.device.type != "cpu"), None):
+        raise UserError(f"{called} is on {wrong.device}, and engines are for a CPU; move it there.")
+    halves = (torch.bfloat16, torch.float16)
+    layers = [one for one in model.modules() if type(one) in (nn.Linear, nn.Conv2d)]
+    if wrong := next((one.weight for one in layers if one.weight.dtype in halves), None):
+        raise UserError(
+            f"{called} has weights of {wrong.dtype}; load it in float32: engines compute in bfloat16 by themselves."
+        )
+    if any(type(one) in FUSED.values() for one in model.modules()):
+        raise UserError(f"{called} is fused, which engines do by themselves; call ptq4dm.unfuse first.")
+    if any(one._compiled_call_impl is not None for one in model.modules()):
+        raise UserError(f"{called} has compiled blocks; load it anew, or take that back first.")
+    if vars(model).get("forward", plain_forward(model)) != plain_forward(model) and not isinstance(
+        vars(model)["forward"], Graphed
+    ):
+        raise UserError(f"the forward of {called} is another's already (a hook of accelerate); load it without.")
+
+
+def through(engine: str, model: nn.Module, precision: str | None, cache: Any, kept: int) -> Graphed:
+    """What runs the model through the engine. Raises UserError, naming a layer, for one that it cannot serve."""
+    return ENGINES.find(engine).through(model, precision, None if cache is None else Path(cache), kept)

@@ -1,0 +1,1 @@
+"""Denoisers served by OpenVINO on a CPU, with the codes, scales and ranges that the layers have."""

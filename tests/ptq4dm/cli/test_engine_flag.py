@@ -1,0 +1,45 @@
+"""--engine: pictures by another library, what ran in integers, and its conversions in the model's folder."""
+
+import json
+
+import pytest
+from diffusers import DDIMScheduler
+
+import ptq4dm
+from models import pixel_dit
+from ptq4dm import PixelDiTPipeline
+from ptq4dm.cli.main import main
+
+pytest.importorskip("openvino")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = PixelDiTPipeline(pixel_dit(sample_size=32), DDIMScheduler())
+    ptq4dm.quantize(pipe, ptq4dm.RTNConfig(weight_bits=8, activation_bits=8))
+    pipe.save_pretrained(tmp_path / "dit")
+    return tmp_path / "dit"
+
+
+def test_generate(model, capsys):
+    options = ["generate", "--model", str(model), "--num-images", "2", "--num-inference-steps", "3", "--json"]
+    assert main([*options, "--output", "one", "--engine", "openvino"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert any("quantized layers in products of int8" in line for line in facts["optimized"])
+    assert any("1 conversions, 0 loaded" in line and "3 calls" in line for line in facts["optimized"])
+    assert main([*options, "--output", "two", "--engine", "openvino"]) == 0
+    assert any("0 conversions, 1 loaded" in line for line in json.loads(capsys.readouterr().out)["optimized"])
+    assert len(list((model / "openvino").iterdir())) == 1
+    assert main([*options, "--output", "three", "--engine", "openvin"]) == 2
+    assert "engine 'openvin' is unknown" in capsys.readouterr().err
+    assert main([*options, "--output", "three", "--engine", "openvino", "--optimize"]) == 2
+    assert "leave it out with --engine" in capsys.readouterr().err
+
+
+def test_evaluate(model, capsys):
+    few = ["--num-images", "0", "--metric", "none", "--num-paired", "2", "--num-heldout", "2", "--batch-size", "2"]
+    few += ["--num-inference-steps", "2"]
+    assert main(["evaluate", "--model", str(model), *few, "--engine", "openvino"]) == 0
+    assert "quantized layers in products of int8" in capsys.readouterr().out

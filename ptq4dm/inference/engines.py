@@ -53,14 +53,15 @@ def check(engine: Any, precision: Any, cache: Any, others: Any) -> None:
 
 def check_model(called: str, model: nn.Module) -> None:
     """Raises UserError for a model that no engine can take as it is."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if wrong := next((one for one in tensors if one.device.type != "cpu"), None):
-        raise UserError(f"{called} is on {wrong.device}, and engines are for a CPU; move it there.")
-    halves = (torch.bfloat16, torch.float16)
+    devices = {str(one.device) for one in (*model.parameters(), *model.buffers())} - {"cpu"}
+    if devices:
+        raise UserError(f"{called} is on {min(devices)}, and engines are for a CPU; move it there.")
     layers = [one for one in model.modules() if type(one) in (nn.Linear, nn.Conv2d)]
-    if wrong := next((one.weight for one in layers if one.weight.dtype in halves), None):
+    halves = {one.weight.dtype for one in layers} & {torch.bfloat16, torch.float16}
+    if halves:
         raise UserError(
-            f"{called} has weights of {wrong.dtype}; load it in float32: engines compute in bfloat16 by themselves."
+            f"{called} has weights of {min(map(str, halves))}; load it in float32: engines compute in bfloat16 by "
+            "themselves."
         )
     if any(type(one) in FUSED.values() for one in model.modules()):
         raise UserError(f"{called} is fused, which engines do by themselves; call ptq4dm.unfuse first.")

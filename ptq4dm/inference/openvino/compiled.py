@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -65,8 +66,8 @@ class Compiled:
         outputs = range(len(self.compiled.outputs))
         return [torch.from_numpy(self.request.get_output_tensor(i).data.copy()) for i in outputs]
 
-    def products(self) -> dict[str, tuple[str, str]]:
-        """Name of a quantized layer -> (what its product runs in, as "u8" or "bf16", OpenVINO's kernel of it).
+    def products(self, layers: Collection[str]) -> dict[str, tuple[str, str]]:
+        """Name of each of these layers -> (what its product runs in, as "u8" or "bf16", OpenVINO's kernel of it).
 
         It is read from the graph that is executed. Of products that unpack weights of 4 bits OpenVINO keeps no
         names: they are not in it, and counted by `unpacked`.
@@ -76,6 +77,8 @@ class Compiled:
             for original in facts["originalLayersNames"].split(","):
                 if original.startswith(MARK):
                     name = original.removeprefix(MARK).partition("/")[0]
+                    if name not in layers:  # a layer that is called twice has two names, by numbers
+                        name = name.rpartition("_")[0]
                     found[name] = facts["runtimePrecision"], facts["primitiveType"]
         return found
 
@@ -91,7 +94,7 @@ class Compiled:
 
 def product_lines(layers: Layers, compiled: Compiled) -> list[str]:
     """How many quantized layers run in products of integers, by which kernels; and by name those that do not."""
-    products = compiled.products()
+    products = compiled.products(layers)
     integer = [name for name in layers if products.get(name, ("", ""))[0] in INTEGERS]
     kernels = ", ".join(sorted({products[name][1] for name in integer}))
     lines = [f"{len(integer)} of {len(layers)} quantized layers in products of int8" + (kernels and f": {kernels}")]

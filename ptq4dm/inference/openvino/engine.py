@@ -137,23 +137,21 @@ class ThroughOpenVINO(Graphed):
         try:
             return converted(self.model, self.layers, call, tensors)
         except RuntimeError as error:
-            said = (str(error).splitlines() or ["?"])[0][:200]
-            raise UserError(f"OpenVINO cannot convert {type(self.model).__name__}: {said}.") from error
+            raise UserError(f"OpenVINO cannot convert {type(self.model).__name__}: {_first(error)}.") from error
 
     def _compared(self, made: Any, tensors: list[Tensor], expected: tuple) -> tuple[Compiled, float]:
         try:
             compiled = Compiled(made, self.precision, tensors)
             given = compiled(tensors)
         except RuntimeError as error:
-            said = (str(error).splitlines() or ["?"])[0][:200]
-            raise UserError(f"OpenVINO cannot compile {type(self.model).__name__}: {said}.") from error
+            raise UserError(f"OpenVINO cannot compile {type(self.model).__name__}: {_first(error)}.") from error
         return compiled, _difference(given, expected)
 
     def products(self) -> dict[str, tuple[str, str]]:
         """Name of each quantized layer -> (what its product runs in, as "u8" or "bf16", OpenVINO's kernel); {} before
         the first call."""
         last: Any = next(reversed(self.graphs.values()), None)
-        return {} if last is None else last.compiled.products()
+        return {} if last is None else last.compiled.products(self.layers)
 
     def lines(self) -> list[str]:
         """What is said of it."""
@@ -168,6 +166,11 @@ class ThroughOpenVINO(Graphed):
             f"calls; the first differed from the model's own by {max(one.difference for one in served):.1e} of |e|^2"
         )
         return [*lines, *(f"{count} calls as they are: {why}" for why, count in self.plain.items())]
+
+
+def _first(error: Exception) -> str:
+    """The first words of another library's message."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _outputs(result: Any) -> tuple[list[Tensor], list[Any]]:

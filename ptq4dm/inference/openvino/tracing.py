@@ -10,6 +10,7 @@ and that is what the two operations, which stand for them while torch traces, ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -114,9 +115,14 @@ def converted(
         ConversionExtension("ptq4dm_traced::grid", _grid_node),
         ConversionExtension("ptq4dm_traced::product", lambda context: _product_node(context, numbered)),
     ]
-    with as_forms(layers), torch.no_grad():
+    with as_forms(layers), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are a conversion's own
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, by which OpenVINO traces
         traced = Traced(model, call).eval()
-        return openvino.convert_model(traced, example_input=tuple(tensors), extension=extensions)
+        try:
+            return openvino.convert_model(traced, example_input=tuple(tensors), extension=extensions)
+        except Exception as error:  # OpenVINO's own are of several classes, that it does not show
+            raise RuntimeError(str(error)) from error
 
 
 def _grid_node(context: Any) -> Any:

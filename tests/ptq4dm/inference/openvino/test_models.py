@@ -40,7 +40,7 @@ def static(pipe):
 
 
 def dynamic(pipe):
-    quantize(pipe, ptq4dm.RTNConfig(weight_bits=8, activation_bits=8))
+    quantize(pipe, ptq4dm.RTNConfig(activations="dynamic"))
     return pipe
 
 
@@ -151,26 +151,16 @@ def test_conversions_are_saved_and_found(tmp_path):
     assert far(call(model, 2)[0], expected) < 1e-3 and model.forward.converted == 1
 
 
-def test_svdquant_keeps_smoothing_and_branch():
-    pipe = pipeline()
-    model = network(pipe)
-    quantize(pipe, ptq4dm.SVDQuantConfig(rank=4, group_size=16, activation="none"))
-    expected = call(model, 3)[0]
-    report = ptq4dm.optimize(pipe, engine="openvino", precision="float32")
-    assert far(call(model, 3)[0], expected) < 1e-6
-    assert model.forward.products() == {} or "0 of" in str(report)
-    assert "runs in floats, as its plan has inputs of floats, or scales of groups" in str(report)
-
-
-@pytest.mark.parametrize("activation", ("int4", "int8"))
-def test_svdquant_with_rounded_inputs(activation):
+@pytest.mark.parametrize("options", (dict(), dict(activations="int8"), dict(unsigned=True)), ids=str)
+def test_svdquant_keeps_smoothing_and_branch(options):
     pipe = pipeline()
     model = network(pipe)
     store = ptq4dm.collect(pipe, ptq4dm.CalibrationConfig(num_samples=2, num_inference_steps=2))
-    quantize(pipe, ptq4dm.SVDQuantConfig(rank=4, group_size=16, activation=activation), store)
+    quantize(pipe, ptq4dm.SVDQuantConfig(rank=4, **options), store)
     expected = call(model, 3)[0]
-    ptq4dm.optimize(pipe, engine="openvino", precision="float32")
-    assert far(call(model, 3)[0], expected) < 1e-3
+    report = ptq4dm.optimize(pipe, engine="openvino", precision="float32")
+    assert far(call(model, 3)[0], expected) < 1e-5
+    assert "runs in floats, as its plan has inputs of floats, or scales of groups" in str(report)
 
 
 WRONG = {
@@ -195,9 +185,25 @@ def test_models_that_it_cannot_take():
     with pytest.raises(ptq4dm.UserError, match="load it in float32"):
         ptq4dm.optimize(network(pipeline()).to(torch.bfloat16), engine="openvino")
     pipe = pipeline()
-    quantize(pipe, ptq4dm.LUTGEMMConfig(bits=3, group_size=None))
+    store = ptq4dm.collect(pipe, ptq4dm.CalibrationConfig(num_samples=2, num_inference_steps=2))
+    quantize(pipe, ptq4dm.LUTGEMMConfig(bits=3, group_size=None), store)
     with pytest.raises(ptq4dm.UserError, match="OpenVINO cannot serve this model: layer '.*' is of format 'bcq'"):
         ptq4dm.optimize(pipe, engine="openvino")
+
+
+class Odd(torch.nn.Module):
+    def forward(self, x):
+        return torch.ops.ptq4dm_traced.unknown(x)
+
+
+def test_what_it_cannot_convert_is_an_error():
+    with torch.library._scoped_library("ptq4dm_traced", "FRAGMENT") as library:
+        library.define("unknown(Tensor x) -> Tensor")
+        library.impl("unknown", lambda x: x + 1, "CompositeExplicitAutograd")
+        model = Odd().eval()
+        ptq4dm.optimize(model, engine="openvino")
+        with torch.no_grad(), pytest.raises(ptq4dm.UserError, match="OpenVINO cannot convert Odd: .*unknown"):
+            model(torch.ones(2, 3))
 
 
 def test_where_it_is_not_installed(monkeypatch):

@@ -26,7 +26,7 @@ from reference_recipes import PEAK_LR, build_network
 from rows_file import RowsFile
 from shiftquant_measure import HeldOut
 from shiftquant_noise import noise_rows, range_row
-from shiftquant_rows import ROWS, Row
+from shiftquant_rows import ROWS, Row, row_of
 from shiftquant_times import rows as time_rows
 from shiftquant_train import train_row
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         for compiled in (False,) if args.eager else (True,) if device.type == "cuda" else (False, True):
             for found in time_rows(device, compiled):
                 output.add(row="times", **found)
-    chosen = [row for row in ROWS if (row.name in args.rows if args.rows else row.stage in args.stage)]
+    chosen = [row for row in map(row_of, args.rows or ROWS) if args.rows or row.stage in args.stage]
     if not chosen and "noise" not in args.stage:
         return
     splits = read_cifar10(args.data)
@@ -94,7 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder or .tar.xz with train/ and test/")
     parser.add_argument("--output", type=Path, default=Path("out/shiftquant.jsonl"))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows alone, by their names")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help='these rows alone, such as "unet 6/6/8 G=2"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=5000, help="from scratch (5000)")
     parser.add_argument("--fine-steps", type=int, default=2000, help="from the embedded model (2000)")
@@ -112,8 +112,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="stop a row after so many, with a checkpoint")
     parser.add_argument("--tiny", action="store_true", help="a small UNet, to try the script out with")
     args = parser.parse_args(arguments)
-    if unknown := set(args.rows or ()) - {row.name for row in ROWS}:
-        raise UserError(f"no row is called '{min(unknown)}'; there are: {'; '.join(row.name for row in ROWS)}.")
+    for name in args.rows or ():
+        row_of(name)
     if args.graph and not args.device.startswith("cuda"):
         raise UserError("--graph needs a GPU; leave it out.")
     return args

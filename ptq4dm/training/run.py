@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from .config import ShiftQuantConfig
 from .exhibition import Exhibition
 from .networks import Networks
 from .pictures import read_pictures, split
+from .random_state import own_random_state
 from .task import Batch, Task, seed_of
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -97,7 +96,7 @@ class Run:
         hidden = not self.accelerator.is_local_main_process
         with (
             progress_bar(initial=self.progress.step, total=last, desc="training", unit="step", hidden=hidden) as bar,
-            _own_random_state(self.device),
+            own_random_state(self.device),
         ):
             if self.saved is None:
                 self.exhibition.report(self.batch(0))
@@ -201,11 +200,3 @@ class Run:
         if self.saved is not None and self.saved.step:
             advice = f"the checkpoint of step {self.saved.step} is kept: resume it with a lower --learning-rate"
         raise UserError(f"training came to NaN or infinity by step {self.progress.step}; {advice}.")
-
-
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """The process's generators are seeded anew for each step in this block, and afterwards as they were."""
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -79,8 +79,8 @@ def test_it_learns(tmp_path):
     """The energy distance of one-step samples to the data falls to a third."""
     teacher = points.train_teacher()
     config = DisBackConfig(
-        backtracking=False, images=200 * 128, batch_size=128, student_lr=1e-3, fake_lr=4e-3, warmup_steps=20, ema_decay=0.98,
-        evaluate_every=10**9, bits=6,
+        backtracking=False, images=200 * 128, batch_size=128, student_lr=1e-3, fake_lr=4e-3, warmup_steps=20,
+        ema_decay=0.98, evaluate_every=10**9, bits=6,
     )  # fmt: skip
     student = distill(teacher, config, tmp_path / "run")
     scheduler, data = student.scheduler, points.draw_points(2000, 1)

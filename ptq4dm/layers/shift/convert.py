@@ -41,7 +41,8 @@ def to_integers(
     """Let a model compute and train on integers; returns what was changed.
 
     Args:
-        widths: of all layers but the two at the model's ends, which have at least 8 bits; None leaves layers alone.
+        widths: of all layers but the two at the model's ends, which have at least 8 bits, and the first one's input
+            twice so many; None leaves layers alone.
         norms: whether GroupNorm and LayerNorm are replaced by L1 normalization. It is another function under the same
             parameters: a model that diffusers saves and loads has its old norms again.
         skip: names or patterns of modules that stay as they are.
@@ -58,7 +59,8 @@ def to_integers(
         if widths is None:
             continue
         if trainable(view.module):
-            found.layers[view.name] = widths if view.role == "inner" else widths.at_the_ends()
+            inner = view.role == "inner"
+            found.layers[view.name] = widths if inner else widths.at_the_ends(view.role == "first")
         else:
             found.kept.append(view.name)
     if norms:

@@ -30,7 +30,8 @@ def test_there_and_back():
     before, parameters = call(net), dict(net.named_parameters())
     converted = to_integers(net, Widths())
     ends = {name: str(widths) for name, widths in converted.layers.items() if name in ("conv_in", "conv_out")}
-    assert ends == dict.fromkeys(("conv_in", "conv_out"), "8/8/8, 4 groups, grids as served") and not converted.norms
+    served = "8/8/8, 4 groups, grids as served"
+    assert ends == {"conv_in": f"{served}, fine inputs", "conv_out": served} and not converted.norms
     assert {type(net.get_submodule(name)) for name in converted.layers} == {ShiftLinear, ShiftConv2d}
     assert str(converted) == f"{len(converted.layers)} layers on integers"
     assert 0 < distance(call(net), before) < 0.3

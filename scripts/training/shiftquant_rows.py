@@ -9,6 +9,10 @@ from ptq4dm.errors import UserError
 from ptq4dm.layers.shift.widths import Widths
 
 SERVED = Widths(4, 4, 6, 4, served=True)
+WIDE = {
+    "wide": ("up_blocks.2.resnets.2.conv1", "up_blocks.2.resnets.2.conv_shortcut"),
+    "wider": ("up_blocks.2.resnets.*.conv1", "up_blocks.2.resnets.*.conv_shortcut", "down_blocks.0.resnets.0.conv1"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Row:
     network: str
     widths: Widths | None = None
     norms: bool = False
+    wide: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,12 +57,13 @@ def row_of(name: str) -> Row:
             settings["groups"] = int(found[1])
         elif word in ("samples", "served"):
             settings |= {"tokens": False} if word == "samples" else {"served": True}
-        elif word != "L1":
+        elif word not in ("L1", *WIDE):
             words = []
     if stage not in ("unet", "dit") or not (bits and words or words in (["bf16"], ["L1"])):
         raise UserError(f"no row is called '{name}'; there are: {'; '.join(ROWS)}; and others of such names.")
     widths = Widths(*map(int, bits.groups()), **settings) if bits else None
-    return Row(stage, what, stage, widths, "L1" in words)
+    wide = [name for word in words for name in WIDE.get(word, ())]
+    return Row(stage, what, stage, widths, "L1" in words, tuple(wide))
 
 
 WHATS = ("bf16", "6/6/6", "6/6/6 G=1", "6/6/6 G=2", "6/6/6 samples", "4/4/4", "4/4/4 G=1", "L1", "6/6/6 L1")

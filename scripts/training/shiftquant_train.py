@@ -35,7 +35,7 @@ def train_row(
         measured = None
         if row.norms and row.trained:  # on the held-out inputs, of which only the spread is used
             measured = ratios(net.eval(), lambda: held.predictions(net))
-        found["converted"] = str(to_integers(net, row.widths, row.norms, ratios=measured))
+        found["converted"] = str(to_integers(net, row.widths, row.norms, ratios=measured, wide=row.wide))
     recipe = Recipe(steps, args.batch_size, rate, 0.0 if row.network == "unet" else 0.01)
     images, labels = to_signed(split.images.to(device)), split.labels.to(device)
     loss = diffusion_loss(row.network, build_scheduler(), device)

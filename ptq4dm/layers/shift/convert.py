@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 from torch import nn
 
@@ -37,6 +38,7 @@ def to_integers(
     norms: bool = False,
     skip: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
+    wide: Sequence[str] = (),
 ) -> Converted:
     """Let a model compute and train on integers; returns what was changed.
 
@@ -46,6 +48,7 @@ def to_integers(
         norms: whether GroupNorm and LayerNorm are replaced by L1 normalization. It is another function under the same
             parameters: a model that diffusers saves and loads has its old norms again.
         skip: names or patterns of modules that stay as they are.
+        wide: names or patterns of layers that have the bits of those at the ends.
         ratios: of norms, by name: what their mean magnitudes are multiplied by (norms.ratios); that of Gaussian
             values where there is none.
 
@@ -59,7 +62,7 @@ def to_integers(
         if widths is None:
             continue
         if trainable(view.module):
-            inner = view.role == "inner"
+            inner = view.role == "inner" and not any(fnmatch(view.name, one) for one in wide)
             found.layers[view.name] = widths if inner else widths.at_the_ends(view.role == "first")
         else:
             found.kept.append(view.name)

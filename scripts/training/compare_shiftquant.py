@@ -25,7 +25,7 @@ from cifar10 import Split, read_cifar10
 from reference_recipes import PEAK_LR, build_network
 from rows_file import RowsFile
 from shiftquant_measure import HeldOut
-from shiftquant_noise import noise_rows, range_row
+from shiftquant_noise import bias_rows, noise_rows, range_row
 from shiftquant_rows import ROWS, Row, row_of
 from shiftquant_times import rows as time_rows
 from shiftquant_train import train_row
@@ -87,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
             for found in noise_rows(net, splits[1], args.noise_batch):
                 output.add(row="noise", network=network, **found)
             output.add(row="ranges", network=network, bins=range_row(net, splits[1], args.noise_batch))
+            for found in bias_rows(net.eval(), splits[1], args.draws):
+                output.add(row="bias", network=network, **found)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -106,6 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-fid", type=int, default=5000, help="samples of feature-FID; 0: none")
     parser.add_argument("--fid-steps", type=int, default=20)
     parser.add_argument("--noise-batch", type=int, default=64)
+    parser.add_argument("--draws", type=int, default=1000, help="of a gradient, in the rows of its bias")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="without torch.compile; a CPU never trains with it")
     parser.add_argument("--graph", action="store_true", help="each training step as one CUDA graph")

@@ -84,6 +84,9 @@ def test_noise_of_gradients_by_layer(script, data):
         assert row["layers"] > 5 and 0 < row["groups"]["geometric_mean"] < 1
         assert row["groups over exact samples"]["geometric_mean"] < 1.3
         assert row["exact tokens"]["geometric_mean"] < row["exact samples"]["geometric_mean"] < 1
+    rows = noise.bias_rows(net.eval(), split, 200)
+    assert len(rows) == 8 and all(0.7 < row["z_rms"] < 1.4 and row["beyond_3"] < 0.03 for row in rows)
+    assert all(abs(row["along"]) < 4 and row["entries"] > 10 and row["draws"] == 200 for row in rows)
 
 
 def test_half_a_line_of_a_killed_process_is_no_row(script, tmp_path, capsys):

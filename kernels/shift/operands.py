@@ -3,7 +3,7 @@
     shift_images          floats to codes, once for both products that a tensor is in (rounding.py)
     shift_weight          the same of a weight
     shift_flat_conv2d     y[b, o, n] = f[b] v[n] sum_{tap, c} x w + bias: the implicit GEMM of w8a8/product.py
-    shift_over_rows       g[n, tap, c] = u[n] t[c] sum_{b, o} d x (over_rows.py)
+    shift_over_rows       g[n, tap, c] = u[n] t[c] sum_{b, o} d x (turned.py, over_rows.py)
 
 On a CPU they are formulas in torch: the truth for the kernels, and not how a CPU trains (products.py).
 """
@@ -24,42 +24,40 @@ from ..runtime.ops import op
 from ..w8a8 import steps
 from ..w8a8.reference import images
 from ..w8a8.window import Window, same_window
-from .noise import ROWS, noise_of
+from .noise import noise_of
 from .products import _multiplied, _windows
 
 if TYPE_CHECKING:
-    from . import over_rows, rounding
+    from . import over_rows, rounding, turned
 else:
-    late(globals(), "over_rows", "rounding")
+    late(globals(), "over_rows", "rounding", "turned")
 
-CHANNELS = 32
+CHANNELS = 32  # codes have so many channels, or a multiple
 POINT = (1, 1)
 
 
 @op
 def shift_images(
     x: Tensor, bits: int, groups: int, padding: Sequence[int], seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [B, H, W, C] float -> (flat, across, row_steps, column_steps, sums).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x [B, H, W, C] float -> (flat, h, g, row_steps, column_steps, sums).
 
-    flat [rows, C'] int8 sums over columns, across [C, rows'] int8 over rows: the flat padded layout of
-    w8a8/window.py, zeros where padding is; row_steps [B] and column_steps [C] float32 are what such a sum is worth;
-    sums int32 [C]: of across over its rows, where there is a seed. seed: int64 [] for stochastic rounding; None: to
-    the nearest.
+    flat [rows, C'] int8: codes that sum over columns, in the flat padded layout of w8a8/window.py, zeros where
+    padding is; h [B] and g [C] int8: shifts of rows and columns; row_steps [B] and column_steps [C] float32: what a
+    sum over columns, or over rows, is worth; sums [C] int32: of codes with the rows' shifts over all rows, if there
+    is a seed. seed: int64 [] for stochastic rounding; None: to the nearest.
     """
-    window = same_window(len(x), *x.shape[1:3], padding=tuple(padding))
     if x.is_cuda:
-        return rounding.encode_images(x, bits, groups, window.padding, seed)
-    return images_in_torch(x, bits, groups, window, seed)
+        return tuple(rounding.encode_images(x, bits, groups, tuple(padding), seed))
+    return images_in_torch(x, bits, groups, tuple(padding), seed)
 
 
 @shift_images.register_fake
 def _(x, bits, groups, padding, seed):
     window, c = same_window(len(x), *x.shape[1:3], padding=tuple(padding)), x.shape[3]
     flat = x.new_empty(window.rows, _wide(c), dtype=torch.int8)
-    across = x.new_empty(c, _long(window), dtype=torch.int8)
-    floats = [x.new_empty(size, dtype=torch.float32) for size in (len(x), c)]
-    return flat, across, *floats, x.new_empty(c, dtype=torch.int32)
+    shifts, floats = ([x.new_empty(n, dtype=d) for n in (len(x), c)] for d in (torch.int8, torch.float32))
+    return flat, *shifts, *floats, x.new_empty(c, dtype=torch.int32)
 
 
 @op
@@ -112,9 +110,8 @@ def shift_flat_conv2d(
         raise ValueError(f"sums of {weight.shape[1]} products of 8-bit codes may pass an int32.")
     if not flat.is_cuda:
         x = images(flat, window, flat.shape[1]).permute(0, 2, 3, 1)
-        return _multiplied(
-            x, weight.view(len(weight), *window.kernel, -1), x_steps, weight_steps, bias, window, dtype
-        )
+        weight = weight.view(len(weight), *window.kernel, -1)
+        return _multiplied(x, weight, x_steps, weight_steps, bias, window, dtype)
     out = flat.new_empty(window.batch, *window.output, len(weight), dtype=dtype)
     return steps.product.conv2d(flat, window, weight, x_steps, None, weight_steps, None, bias, None, None, out)
 
@@ -128,52 +125,63 @@ def _(flat, weight, x_steps, weight_steps, bias, size, kernel, stride, padding, 
 @op
 def shift_over_rows(
     d: Tensor,
-    x: Tensor,
+    d_h: Tensor,
+    d_g: Tensor,
     d_steps: Tensor,
+    d_groups: int,
+    x: Tensor,
+    x_h: Tensor,
+    x_g: Tensor,
     x_steps: Tensor,
+    x_groups: int,
     size: Sequence[int],
     kernel: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """d [N, rows'] int8, x [C, rows'] int8 of images B, H, W (size), steps float32 [N] and [C] -> [N, kh, kw, C]
-    float32. The stride is 1; d has the padding dilation (kernel - 1) - padding.
+    """Flat codes of a gradient and of images B, H, W (size), each with its shifts, column_steps and groups
+    -> [N, kh, kw, C] float32. The stride is 1; d has the padding dilation (kernel - 1) - padding.
 
     Raises ValueError for operands that do not belong together.
     """
     window = _window(size, kernel, POINT, padding, dilation)
     around = tuple(a * (k - 1) - p for k, p, a in zip(kernel, padding, dilation, strict=True))
     output = same_window(window.batch, *window.output, padding=around)
-    if (d.shape[1], x.shape[1]) != (_long(output), _long(window)):
+    if (len(d), len(x)) != (output.rows, window.rows):
         raise ValueError(f"codes {list(d.shape)} and {list(x.shape)} do not belong to {window}.")
     if x.is_cuda:
-        return over_rows.weight_gradient(d, x, d_steps, x_steps, window)
+        gradient = turned.turn_gradient(d, d_h, d_g, d_groups, window)
+        pixels = turned.turn_pixels(x, x_h, x_g, x_groups, window)
+        return over_rows.weight_gradient(gradient, pixels, d_steps, x_steps, window)
     gradient, pixels = (
-        images(one.T[: of.rows].contiguous(), of, len(one)).permute(0, 2, 3, 1)
-        for one, of in ((d, output), (x, window))
+        _with_rows_shifts(d, d_h, d_g, d_groups, output),
+        _with_rows_shifts(x, x_h, x_g, x_groups, window),
     )
-    sums = torch.zeros(len(d), window.taps * len(x), dtype=torch.float64)
-    sums += gradient.reshape(-1, len(d)).double().T @ _windows(pixels, window).double()
-    return (sums.view(len(d), *window.kernel, -1) * x_steps * d_steps[:, None, None, None]).float()
+    sums = gradient.reshape(-1, len(d_g)).double().T @ _windows(pixels, window).double()
+    return (sums.view(len(d_g), *window.kernel, -1) * x_steps * d_steps[:, None, None, None]).float()
 
 
 @shift_over_rows.register_fake
-def _(d, x, d_steps, x_steps, size, kernel, padding, dilation):
-    return x.new_empty(len(d), *kernel, len(x), dtype=torch.float32)
+def _(d, d_h, d_g, d_steps, d_groups, x, x_h, x_g, x_steps, x_groups, size, kernel, padding, dilation):
+    return x.new_empty(len(d_g), *kernel, len(x_g), dtype=torch.float32)
 
 
-def images_in_torch(x: Tensor, bits: int, groups: int, window: Window, seed: Tensor | None) -> tuple:
+def images_in_torch(x: Tensor, bits: int, groups: int, padding: tuple[int, int], seed: Tensor | None) -> tuple:
     """What shift_images returns, as a formula."""
-    c, noise = x.shape[3], None
-    if seed is not None:
-        noise = images(noise_of(seed, window.rows, c), window, c).permute(0, 2, 3, 1).reshape(len(x), -1, c)
-    found = shift.encode(x.reshape(len(x), -1, c), bits, groups, noise)
+    window, c = same_window(len(x), *x.shape[1:3], padding=padding), x.shape[3]
+    rows = x.reshape(len(x), -1, c)
+    noise = None if seed is None else noise_of(seed, x.numel()).view(rows.shape)
+    found = shift.encode(rows, bits, groups, noise)
     flat = torch.zeros(window.rows, _wide(c), dtype=torch.int8, device=x.device)
     images(flat, window, c).copy_(shift.across_columns(found).view(x.shape).permute(0, 3, 1, 2))
-    across = torch.zeros(_long(window), c, dtype=torch.int8, device=x.device)
-    images(across, window, c).copy_(shift.across_rows(found).view(x.shape).permute(0, 3, 1, 2))
-    sums = across.sum(0, dtype=torch.int32)
-    return flat, across.T.contiguous(), *_steps(found), sums if seed is not None else torch.zeros_like(sums)
+    sums = shift.across_rows(found).sum((0, 1), dtype=torch.int32)
+    return flat, found.rows, found.columns, *_steps(found), sums if seed is not None else torch.zeros_like(sums)
+
+
+def _with_rows_shifts(flat: Tensor, h: Tensor, g: Tensor, groups: int, window: Window) -> Tensor:
+    """int8 [B, H, W, C]: codes of the flat layout, shifted as their rows want it, and not their columns."""
+    codes = images(flat, window, len(g)).permute(0, 2, 3, 1) >> (groups - 1 - g)
+    return codes << (groups - 1 - h)[:, None, None, None]
 
 
 def _steps(found: shift.ShiftCodes) -> tuple[Tensor, Tensor]:
@@ -187,8 +195,3 @@ def _window(size, kernel, stride, padding, dilation) -> Window:
 
 def _wide(channels: int) -> int:
     return cdiv(channels, CHANNELS) * CHANNELS
-
-
-def _long(window: Window) -> int:
-    """The length of a row of `across`."""
-    return cdiv(window.rows, ROWS) * ROWS

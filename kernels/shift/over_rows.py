@@ -1,12 +1,9 @@
 """The gradient of a convolution by its weight from operands that lie turned, in Triton, on 8-bit tensor cores.
 
-    sums[n, tap, c] = sum_k d[n, off + k] x[c, k + shift(tap)],    g = sums d_steps[n] x_steps[c]
+    sums[n, ky, kx, c] = sum_k gradient[kx, n, k] pixels[c, k + ky dh W''],    g = sums d_steps[n] x_steps[c]
 
-d and x are `across` of rounding.py: rows of one flat padded layout (w8a8/window.py) innermost, in d those of the
-padding that the gradient by the input needs. Both have lines of the same length, so that a tap is a shift, and row
-off + k of d belongs to row k of x; d is zero at padding. Rows are many and tiles few: programs share a sum, and add
-their int32 parts in memory, in any order. More rows than an int32 holds products of are taken in parts, whose floats
-are added.
+Both operands are those of turned.py. Places k are many and tiles few: programs share a sum, and add their int32 parts
+in memory, in any order. More places than an int32 holds products of are taken in parts, whose floats are added.
 """
 
 from __future__ import annotations
@@ -21,36 +18,38 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.settings import capability, multiprocessors, remembered
 from ..w8a8.window import Window
+from .turned import STEP, length_of, line_of
 
-STEP = 128  # rows at a time
 PROGRAMS = 2  # of a multiprocessor
 LEAST = 4  # steps of a program: fewer are not worth the additions in memory
 
 
-@triton.jit(do_not_specialize=["first", "steps", "share", "off", "WP"])
+@triton.jit(do_not_specialize=["first", "steps", "share", "line"])
 def _sums_kernel(
-    d_ptr, x_ptr, out_ptr, first, steps, share, off, N, C, DP, XP, WP, KW, DH, DW,
-    TAPS: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    d_ptr, x_ptr, out_ptr, first, steps, share, line, N, C, length,
+    TAPS: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A tile of outputs by channels at one tap; `share` of the steps."""
+    """A tile of outputs by channels at one tap; `share` of the steps. line: places between lines of the window."""
     tile = tl.program_id(0)
     tap, tile = tile % TAPS, tile // TAPS
     n0, c0 = tile // tl.cdiv(C, BC) * BN, tile % tl.cdiv(C, BC) * BC
-    shift = tap // KW * DH * WP + tap % KW * DW
-    start = tl.program_id(1) * share
-    total = tl.zeros((BN, BC), tl.int32)
+    shift = tap // KW * line
+    row = tap % KW * N + n0
     n, c = n0 + tl.arange(0, BN), c0 + tl.arange(0, BC)
+    total = tl.zeros((BN, BC), tl.int32)
+    start = tl.program_id(1) * share
     for step in range(start, tl.minimum(start + share, steps)):
         k = first + step * BK
         if TMA:
-            d = d_ptr.load([n0, off + k])
-            x = x_ptr.load([c0, shift + k])
+            d = d_ptr.load([row, k])
+            x = x_ptr.load([c0, k + shift])
         else:
             at = k + tl.arange(0, BK)
-            mask = (n < N)[:, None] & (off + at < DP)[None, :]
-            d = tl.load(d_ptr + n.to(tl.int64)[:, None] * DP + (off + at)[None, :], mask=mask, other=0)
-            mask = (c < C)[:, None] & (shift + at < XP)[None, :]
-            x = tl.load(x_ptr + c.to(tl.int64)[:, None] * XP + (shift + at)[None, :], mask=mask, other=0)
+            rows = (row + tl.arange(0, BN)).to(tl.int64)[:, None] * length
+            d = tl.load(d_ptr + rows + at[None, :], mask=(n < N)[:, None] & (at < length)[None, :], other=0)
+            at += shift
+            rows = c.to(tl.int64)[:, None] * length
+            x = tl.load(x_ptr + rows + at[None, :], mask=(c < C)[:, None] & (at < length)[None, :], other=0)
         total = tl.dot(d, x.T, total, out_dtype=tl.int32)
     at = (n[:, None] * TAPS + tap) * C + c[None, :]
     tl.atomic_add(out_ptr + at, total, mask=(n < N)[:, None] & (c < C)[None, :], sem="relaxed")
@@ -73,29 +72,24 @@ def _worth_kernel(
     tl.store(out_ptr + at, g, mask=mask)
 
 
-def weight_gradient(d: Tensor, x: Tensor, d_steps: Tensor, x_steps: Tensor, window: Window) -> Tensor:
-    """d int8 [N, rows'], x int8 [C, rows'], steps float32 [N], [C] -> float32 [N, kh, kw, C].
+def weight_gradient(gradient: Tensor, pixels: Tensor, d_steps: Tensor, x_steps: Tensor, window: Window) -> Tensor:
+    """gradient int8 [kw N, length], pixels int8 [C, length], steps float32 [N], [C] -> float32 [N, kh, kw, C].
 
-    window: the images x with kernel, padding and dilation, stride 1.
+    window: the images with kernel, padding and dilation, stride 1.
     """
-    n, c = len(d), len(x)
-    out = x.new_empty(n, *window.kernel, c, dtype=torch.float32)
-    for launch, worth in _plan(window, n, c, (d.shape[1], x.shape[1]), x.device):
+    out = pixels.new_empty(len(d_steps), *window.kernel, len(x_steps), dtype=torch.float32)
+    for launch, worth in _plan(window, len(d_steps), len(x_steps), pixels.device):
         sums = torch.zeros_like(out, dtype=torch.int32)
-        launch(d, x, sums)
+        launch(gradient, pixels, sums)
         worth(sums, d_steps, x_steps, out)
     return out
 
 
 @remembered
-def _plan(
-    window: Window, n: int, c: int, pitch: tuple[int, int], device: torch.device
-) -> list[tuple[Launch, Launch]]:
-    """Launches for each part of the rows; pitch: rows' of d and of x."""
-    (dh, dw), wp = window.dilation, window.padded[1]
-    around = [d * (k - 1) - p for k, p, d in zip(window.kernel, window.padding, window.dilation, strict=True)]
-    off = around[0] * wp + around[1]
-    steps, most = cdiv(window.rows - off, STEP), TERMS // STEP
+def _plan(window: Window, n: int, c: int, device: torch.device) -> list[tuple[Launch, Launch]]:
+    """Launches for each part of the places."""
+    length = length_of(window)
+    steps, most = length // STEP, TERMS // STEP
     bn, bc = (min(128, max(32, next_power_of_2(size))) for size in (n, c))
     tiles = cdiv(n, bn) * cdiv(c, bc) * window.taps
     tma = capability(device) >= (9, 0)
@@ -108,8 +102,8 @@ def _plan(
         share = cdiv(number, parts)
         sums = Launch(
             _sums_kernel, (tiles, cdiv(number, share)), blocks,
-            first=first * STEP, steps=number, share=share, off=off, N=n, C=c, DP=pitch[0], XP=pitch[1], WP=wp,
-            KW=window.kernel[1], DH=dh, DW=dw, TAPS=window.taps, BN=bn, BC=bc, BK=STEP, TMA=tma,
+            first=first * STEP, steps=number, share=share, line=window.dilation[0] * line_of(window), N=n, C=c,
+            length=length, TAPS=window.taps, KW=window.kernel[1], BN=bn, BC=bc, BK=STEP, TMA=tma,
             num_warps=8 if bn * bc >= 128 * 128 else 4, num_stages=4,
         )  # fmt: skip
         worth = Launch(

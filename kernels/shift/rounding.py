@@ -1,17 +1,17 @@
-"""From floats to what integer products read, in Triton: one pass over images or a weight whose peaks are known.
+"""From floats to int8 codes that sum over columns, in Triton: one pass over images or a weight whose peaks are known.
 
     s = top / limit,   h[r] and g[c] from the peaks,   q = clamp(round(x 2^(h + g) / s))
-    columns[r, c] = q << (G-1 - g[c])    for a product that sums over columns: rows of channels, the flat padded
-                                         layout of w8a8/window.py; of a weight rows of taps and channels
-    across[c, r] = q << (G-1 - h[r])     for a product that sums over rows: turned, so that what is summed over lies
-                                         innermost, as 8-bit tensor cores want it; the same padding
-    what a sum is worth: row_steps s 2^-h 2^(1-G), column_steps s 2^-g 2^(1-G)
+    flat[r, c] = q << (G-1 - g[c]):      rows of channels, in the flat padded layout of w8a8/window.py
+    what a sum is worth:                 over columns row_steps s 2^-h 2^(1-G), over rows column_steps s 2^-g 2^(1-G)
 
 round is floor(v + noise) where there is a seed (noise.py), else to the nearest. Codes of NaN are 0, and s is NaN.
-A weight's across is turned round in its taps, too, as the gradient by the input wants it.
+Of a weight there are two operands, turned[c, r] = q << (G-1 - h[r]) beside the first: what sums over outputs, its
+taps in the opposite order, as the gradient by the input wants it. For images turned.py makes that of the first.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,12 +22,23 @@ from ..formats.int8 import weight_limit
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.rounding import ROUND
-from ..runtime.settings import multiprocessors, remembered
+from ..runtime.settings import remembered
+from ..w8a8.quantize import stored_channels
 from ..w8a8.window import Window, same_window
-from .noise import HALVES, ROWS
-from .peaks import Peaks, exponents, peaks, power
+from .noise import ONE, TWO
+from .peaks import exponents, peaks, power
 
-CHANNELS = 32  # the least K of an 8-bit tensor-core product, and a multiple of what TMA wants rows to be of
+
+class ImageCodes(NamedTuple):
+    """flat int8 [rows, C']; h int8 [B], g int8 [C]; row_steps float32 [B], column_steps [C]; sums int32 [C]: of the
+    codes with the rows' shifts over all rows, where codes were made with a seed."""
+
+    flat: Tensor
+    h: Tensor
+    g: Tensor
+    row_steps: Tensor
+    column_steps: Tensor
+    sums: Tensor
 
 
 @triton.jit
@@ -44,6 +55,13 @@ def _group(peaks_ptr, at, mask, top, G: tl.constexpr):
 
 
 @triton.jit
+def _mix(x, ONE: tl.constexpr, TWO: tl.constexpr):
+    x = (x ^ (x >> 16)) * ONE
+    x = (x ^ (x >> 15)) * TWO
+    return x ^ (x >> 16)
+
+
+@triton.jit
 def _code(v, noise, limit, NOISE: tl.constexpr):
     """v float32, NaN as 0 -> int32 in [-limit, limit]."""
     v = tl.where(v == v, v, 0.0)
@@ -55,52 +73,43 @@ def _code(v, noise, limit, NOISE: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "batch", "H", "W", "HP", "WP", "PH", "PW"])
 def _images_kernel(
     x_ptr, top_ptr, rows_ptr, columns_ptr, sums_ptr, seed_ptr,
-    flat_ptr, across_ptr, row_steps_ptr, column_steps_ptr,
-    rows, pitch, batch, H, W, HP, WP, PH, PW, C, CP, limit,
-    G: tl.constexpr, NOISE: tl.constexpr, TINY: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
+    flat_ptr, h_ptr, g_ptr, row_steps_ptr, column_steps_ptr,
+    rows, batch, H, W, HP, WP, PH, PW, C, CP, limit,
+    G: tl.constexpr, NOISE: tl.constexpr, TINY: tl.constexpr, ONE: tl.constexpr, TWO: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """PARTS tiles of BR rows of the flat layout, whose noise comes from the same counters, on a block of columns."""
+    """A tile of rows of the flat layout by columns."""
     c = tl.program_id(1) * BC + tl.arange(0, BC)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
     top, scale = _scale(top_ptr, limit, TINY)
-    inverse = tl.div_rn(1.0, scale)
     worth = scale * power(tl.full((1,), 1 - G, tl.int32))
     g = _group(columns_ptr, c, c < C, top, G)
+    image, y, x = r // (HP * WP), r // WP % HP - PH, r % WP - PW
+    inside = (image < batch) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    h = _group(rows_ptr, image, inside, top, G)
+    at = ((image * H + y) * W + x).to(tl.int64)[:, None] * C + c[None, :]
+    mask = inside[:, None] & (c < C)[None, :]
+    v = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    v = v * (power(h)[:, None] * power(g)[None, :] * tl.div_rn(1.0, scale))
+    if NOISE:
+        seed = tl.load(seed_ptr)
+        low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        first = _mix(low + _mix(high, ONE, TWO), ONE, TWO)
+        second = _mix(first + high, ONE, TWO)
+        bits = _mix(_mix((at & 0xFFFFFFFF).to(tl.uint32) ^ first, ONE, TWO) + second, ONE, TWO) >> 16
+        q = _code(v, (bits.to(tl.float32) + 0.5) * 0.0000152587890625, limit, True)
+        q = tl.where(mask, q, 0)
+        tl.atomic_add(sums_ptr + c, tl.sum(q << (G - 1 - h)[:, None], 0), mask=c < C, sem="relaxed")
+    else:
+        q = _code(v, v, limit, False)
+    at = r.to(tl.int64)[:, None] * CP + c[None, :]
+    tl.store(flat_ptr + at, (q << (G - 1 - g)[None, :]).to(tl.int8), mask=(r < rows)[:, None] & (c < CP)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(h_ptr + image, h.to(tl.int8), mask=inside)
+        tl.store(row_steps_ptr + image, worth * power(-h), mask=inside)
     if tl.program_id(0) == 0:
+        tl.store(g_ptr + c, g.to(tl.int8), mask=c < C)
         tl.store(column_steps_ptr + c, worth * power(-g), mask=c < C)
-    block, part = tl.program_id(0) * PARTS // HALVES, tl.program_id(0) * PARTS % HALVES
-    if NOISE:
-        counter = block * BR + tl.arange(0, BR)
-        one, two, three, four = tl.philox(tl.load(seed_ptr), counter[:, None] + c[None, :] * 0, c[None, :], 0, 0)
-    total = tl.zeros((BC,), tl.int32)
-    for i in tl.static_range(PARTS):
-        r = (block * HALVES + part + i) * BR + tl.arange(0, BR)
-        image, y, x = r // (HP * WP), r // WP % HP - PH, r % WP - PW
-        inside = (image < batch) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-        h = _group(rows_ptr, image, inside, top, G)
-        at = ((image * H + y) * W + x).to(tl.int64)[:, None] * C + c[None, :]
-        v = tl.load(x_ptr + at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-        v = v * (power(h)[:, None] * power(g)[None, :] * inverse)
-        if NOISE:
-            place = (part + i) // 2
-            word = tl.where(place == 0, one, tl.where(place == 1, two, tl.where(place == 2, three, four)))
-            noise = ((word >> ((part + i) % 2 * 16).to(tl.uint32)) & 0xFFFF).to(tl.float32)
-            q = _code(v, (noise + 0.5) * 0.0000152587890625, limit, True)
-            q = tl.where(inside[:, None] & (c < C)[None, :], q, 0)
-        else:
-            q = _code(v, v, limit, False)
-        columns = (q << (G - 1 - g)[None, :]).to(tl.int8)
-        mask = (r < rows)[:, None] & (c < CP)[None, :]
-        tl.store(flat_ptr + r.to(tl.int64)[:, None] * CP + c[None, :], columns, mask=mask)
-        turned = q << (G - 1 - h)[:, None]
-        mask = (r < pitch)[:, None] & (c < C)[None, :]
-        tl.store(across_ptr + c[None, :].to(tl.int64) * pitch + r[:, None], turned.to(tl.int8), mask=mask)
-        if NOISE:
-            total += tl.sum(turned, 0)
-        if tl.program_id(1) == 0:
-            tl.store(row_steps_ptr + image, worth * power(-h), mask=inside)
-    if NOISE:
-        tl.atomic_add(sums_ptr + c, total, mask=c < C, sem="relaxed")
 
 
 @triton.jit
@@ -129,21 +138,18 @@ def _weight_kernel(
     tl.store(column_steps_ptr + c, worth * power(-g), mask=c < C)
 
 
-def encode_images(
-    x: Tensor, bits: int, groups: int, padding: tuple[int, int], seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x [B, H, W, C] float -> flat int8 [rows, C'], across int8 [C, rows'], row_steps [B], column_steps [C] float32,
-    sums int32 [C] of across over its rows (only with a seed)."""
+def encode_images(x: Tensor, bits: int, groups: int, padding: tuple[int, int], seed: Tensor | None) -> ImageCodes:
+    """Codes of x [B, H, W, C] float."""
     x = x.contiguous()
     b, h, w, c = x.shape
     window = same_window(b, h, w, padding=padding)
     found = peaks(x, b, c, groups)
-    launch = _images(window, c, bits, groups, seed is not None, x.device)
-    flat = x.new_empty(window.rows, stored(c), dtype=torch.int8)
-    across = x.new_empty(c, cdiv(window.rows, ROWS) * ROWS, dtype=torch.int8)
-    row_steps, column_steps = (x.new_empty(size, dtype=torch.float32) for size in (b, c))
-    launch(x, found.top, found.rows, found.columns, found.sums, seed, flat, across, row_steps, column_steps)
-    return flat, across, row_steps, column_steps, found.sums[:c]
+    flat = x.new_empty(window.rows, stored_channels(c), dtype=torch.int8)
+    shifts = [x.new_empty(size, dtype=torch.int8) for size in (b, c)]
+    steps = [x.new_empty(size, dtype=torch.float32) for size in (b, c)]
+    launch = _images(window, c, bits, groups, seed is not None)
+    launch(x, found.top, found.rows, found.columns, found.sums, seed, flat, *shifts, *steps)
+    return ImageCodes(flat, *shifts, *steps, found.sums[:c])
 
 
 def encode_weight(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,40 +157,33 @@ def encode_weight(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tenso
     [C] float32."""
     weight = weight.contiguous()
     n, kh, kw, c = weight.shape
-    found: Peaks = peaks(weight, n, c, groups)
-    codes = weight.new_empty(n, kh * kw * stored(c), dtype=torch.int8)
-    turned = weight.new_empty(c, kh * kw * stored(n), dtype=torch.int8)
-    row_steps, column_steps = (weight.new_empty(size, dtype=torch.float32) for size in (n, c))
-    _weight(n, c, kh * kw, bits, groups)(
-        weight, found.top, found.rows, found.columns, codes, turned, row_steps, column_steps
-    )
-    return codes, turned, row_steps, column_steps
-
-
-def stored(channels: int) -> int:
-    return cdiv(channels, CHANNELS) * CHANNELS
+    found = peaks(weight, n, c, groups)
+    codes = weight.new_empty(n, kh * kw * stored_channels(c), dtype=torch.int8)
+    turned = weight.new_empty(c, kh * kw * stored_channels(n), dtype=torch.int8)
+    steps = [weight.new_empty(size, dtype=torch.float32) for size in (n, c)]
+    _weight(n, c, kh * kw, bits, groups)(weight, found.top, found.rows, found.columns, codes, turned, *steps)
+    return codes, turned, *steps
 
 
 @remembered
-def _images(window: Window, c: int, bits: int, groups: int, noise: bool, device) -> Launch:
-    bc = min(64, next_power_of_2(stored(c)))
-    columns, span = cdiv(stored(c), bc), ROWS * HALVES
-    few = cdiv(window.rows, span) * columns < 2 * multiprocessors(device)
-    parts = HALVES // 4 if few else HALVES
-    (hp, wp), (ph, pw), limit = window.padded, window.padding, weight_limit(bits)
+def _images(window: Window, c: int, bits: int, groups: int, noise: bool) -> Launch:
+    wide = stored_channels(c)
+    bc = min(128, next_power_of_2(wide))
+    br = min(4096 // bc, next_power_of_2(window.rows))
+    (hp, wp), (ph, pw) = window.padded, window.padding
     return Launch(
-        _images_kernel, (cdiv(window.rows, ROWS * parts), columns),
-        rows=window.rows, pitch=cdiv(window.rows, ROWS) * ROWS, batch=window.batch, H=window.h, W=window.w, HP=hp,
-        WP=wp, PH=ph, PW=pw, C=c, CP=stored(c), limit=float(limit), G=groups, NOISE=noise,
-        TINY=torch.finfo(torch.float32).tiny, PARTS=parts, HALVES=HALVES, BR=ROWS, BC=bc, num_warps=8 if noise else 4,
+        _images_kernel, (cdiv(window.rows, br), cdiv(wide, bc)),
+        rows=window.rows, batch=window.batch, H=window.h, W=window.w, HP=hp, WP=wp, PH=ph, PW=pw, C=c, CP=wide,
+        limit=float(weight_limit(bits)), G=groups, NOISE=noise, TINY=torch.finfo(torch.float32).tiny,
+        ONE=ONE, TWO=TWO, BR=br, BC=bc, num_warps=4,
     )  # fmt: skip
 
 
 @remembered
 def _weight(n: int, c: int, taps: int, bits: int, groups: int) -> Launch:
-    bn, bc = (min(64, next_power_of_2(stored(size))) for size in (n, c))
+    bn, bc = (min(64, next_power_of_2(stored_channels(size))) for size in (n, c))
     return Launch(
-        _weight_kernel, (cdiv(stored(n), bn), cdiv(stored(c), bc), taps),
-        N=n, C=c, NP=stored(n), CP=stored(c), limit=float(weight_limit(bits)), TAPS=taps, G=groups,
+        _weight_kernel, (cdiv(stored_channels(n), bn), cdiv(stored_channels(c), bc), taps),
+        N=n, C=c, NP=stored_channels(n), CP=stored_channels(c), limit=float(weight_limit(bits)), TAPS=taps, G=groups,
         TINY=torch.finfo(torch.float32).tiny, BN=bn, BC=bc, num_warps=4,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.lut import unpack as bcq_unpack
 from ptq4dm.kernels.runtime import settings
-from ptq4dm.kernels.shift import over_rows, rounding, weight_gradient
+from ptq4dm.kernels.shift import over_rows, rounding, turned, weight_gradient
 from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
 from ptq4dm.kernels.w4.int4_floats import FLOATS
@@ -232,12 +232,12 @@ def shift_calls(quick: bool) -> None:
         window = same_window(128, size, size, (kernel, kernel), (1, 1), padding, (1, 1))
         gradient, x = (empty(128, size, size, channels, dtype=torch.int8) for channels in (n, c))
         weight_gradient.weight_gradient(gradient, x, window)
-        seed = empty((), dtype=torch.int64)
-        _, d, _, d_steps, _ = rounding.encode_images(empty(128, size, size, n), 6, 3, padding, seed)
-        _, x, _, x_steps, _ = rounding.encode_images(
-            empty(128, size, size, c, dtype=torch.float32), 6, 3, padding, None
-        )
-        over_rows.weight_gradient(d, x, d_steps, x_steps, window)
+        inputs, seed = empty(128, size, size, c, dtype=torch.float32), empty((), dtype=torch.int64)
+        x = rounding.encode_images(inputs, 6, 3, padding, None)
+        d = rounding.encode_images(empty(128, size, size, n), 6, 3, padding, seed)
+        pixels = turned.turn_pixels(x.flat, x.h, x.g, 3, window)
+        gradient = turned.turn_gradient(d.flat, d.h, d.g, 3, window)
+        over_rows.weight_gradient(gradient, pixels, d.column_steps, x.column_steps, window)
         rounding.encode_weight(empty(n, kernel, kernel, c, dtype=torch.float32), 6, 3)
 
 

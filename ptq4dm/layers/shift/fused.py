@@ -32,35 +32,39 @@ class FusedProduct(torch.autograd.Function):
         widths: Widths,
         dtype: torch.dtype,
     ) -> Tensor:
-        kernel, bits = weight.shape[1:3], widths.input
-        flat, across, x_rows, x_columns, _ = shift_images(x, bits, widths.groups_of(bits), geometry[1], None)
+        kernel, bits, groups = weight.shape[1:3], widths.input, widths.groups_of(widths.input)
+        flat, h, g, row_steps, column_steps, _ = shift_images(x, bits, groups, geometry[1], None)
         codes, turned, w_rows, w_columns = shift_weight(weight, widths.weight, widths.groups_of(widths.weight))
-        ctx.save_for_backward(across, x_columns, turned, w_columns)
+        ctx.save_for_backward(flat, h, g, column_steps, turned, w_columns)
         ctx.size, ctx.kernel, ctx.geometry, ctx.widths = x.shape[:3], kernel, geometry, widths
         ctx.types = x.dtype, weight.dtype, None if bias is None else bias.dtype
         bias = None if bias is None else bias.float()
-        return shift_flat_conv2d(flat, codes, x_rows, w_rows, bias, ctx.size, kernel, *geometry, dtype)
+        return shift_flat_conv2d(flat, codes, row_steps, w_rows, bias, ctx.size, kernel, *geometry, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, x_columns, turned, w_columns = ctx.saved_tensors
-        kernel, (stride, padding, dilation), bits = ctx.kernel, ctx.geometry, ctx.widths.gradient
+        *inputs, turned, w_columns = ctx.saved_tensors
+        widths, kernel, (stride, padding, dilation) = ctx.widths, ctx.kernel, ctx.geometry
         around = tuple(d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True))
         dy = gradients[0]
         if stride != ONE:
             dy = spread(dy, stride, same_window(*ctx.size, kernel, ONE, padding, dilation).output)
         seed = torch.randint(2**62, (), device=dy.device)
-        flat, across, d_rows, d_columns, sums = shift_images(dy, bits, ctx.widths.groups_of(bits), around, seed)
+        groups = widths.groups_of(widths.gradient)
+        flat, h, g, row_steps, column_steps, sums = shift_images(dy, widths.gradient, groups, around, seed)
         by_input = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
             by_input = shift_flat_conv2d(
-                flat, turned, d_rows, w_columns, None, dy.shape[:3], kernel, ONE, around, dilation, ctx.types[0]
+                flat, turned, row_steps, w_columns, None, dy.shape[:3], kernel, ONE, around, dilation, ctx.types[0]
             )
         if ctx.needs_input_grad[1]:
-            by_weight = shift_over_rows(across, x, d_columns, x_columns, ctx.size, kernel, padding, dilation)
+            by_weight = shift_over_rows(
+                flat, h, g, column_steps, groups, *inputs, widths.groups_of(widths.input),
+                ctx.size, kernel, padding, dilation,
+            )  # fmt: skip
             by_weight = by_weight.to(ctx.types[1])
         if ctx.needs_input_grad[2]:
-            by_bias = (sums * d_columns).to(ctx.types[2])
+            by_bias = (sums * column_steps).to(ctx.types[2])
         return by_input, by_weight, by_bias, None, None, None
 
 

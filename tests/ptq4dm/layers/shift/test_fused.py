@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ptq4dm.kernels.shift.operands import images_in_torch
-from ptq4dm.kernels.w8a8.window import same_window
+from ptq4dm.kernels.formats import shift
 from ptq4dm.layers.shift import fused, product
 from ptq4dm.layers.shift.fused import FusedProduct, spread
 from ptq4dm.layers.shift.product import Product
@@ -37,7 +36,7 @@ def passes(kind, case, dtype=torch.float32, bias=True):
 def test_it_is_the_same_product(case, dtype, monkeypatch):
     """With noise of a half both round gradients in the same way."""
     monkeypatch.setattr(product, "uniform", lambda x: torch.full(x.shape, 0.5))
-    half = lambda seed, rows, channels: torch.full((rows, channels), 0.5)  # noqa: E731
+    half = lambda seed, number: torch.full((number,), 0.5)  # noqa: E731
     monkeypatch.setattr("ptq4dm.kernels.shift.operands.noise_of", half)
     for bias in (True, False):
         found, expected = (passes(kind, case, dtype, bias) for kind in (FusedProduct, Product))
@@ -66,8 +65,8 @@ def test_gradients_are_unbiased():
         given = weight.clone().requires_grad_()
         FusedProduct.apply(x, given, None, CASES["tokens"][3], Widths(4, 4, 4), torch.float32).backward(dy)
         found.append(given.grad[:, 0, 0])
-    _, across, _, steps, _ = images_in_torch(x, 4, 4, same_window(6, 1, 4), None)
-    exact = dy.reshape(-1, 5).double().T @ (across[:, :24].double() * steps[:, None]).T
+    rounded = shift.decode(shift.encode(x[:, 0], 4, 4)).double()
+    exact = dy.reshape(-1, 5).double().T @ rounded.reshape(-1, 8)
     each = torch.stack(found).double() - exact
     z = each.mean(0) / (each.std(0) / 1000**0.5)
     assert z.abs().max() < 4 and z.square().mean() < 2  # of 40 entries

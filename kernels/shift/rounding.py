@@ -96,7 +96,7 @@ def _images_kernel(
         low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
         first = _mix(low + _mix(high, ONE, TWO), ONE, TWO)
         second = _mix(first + high, ONE, TWO)
-        bits = _mix(_mix((at & 0xFFFFFFFF).to(tl.uint32) ^ first, ONE, TWO) + second, ONE, TWO) >> 16
+        bits = _mix(_mix(at.to(tl.uint32) ^ first, ONE, TWO) + second, ONE, TWO) >> 16
         q = _code(v, (bits.to(tl.float32) + 0.5) * 0.0000152587890625, limit, True)
         q = tl.where(mask, q, 0)
         tl.atomic_add(sums_ptr + c, tl.sum(q << (G - 1 - h)[:, None], 0), mask=c < C, sem="relaxed")

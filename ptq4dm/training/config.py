@@ -12,6 +12,7 @@ from .precision import precision_of
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "learning_rate")
+LATER = {"drop_captions": 0.1}  # options that runs of earlier versions lack, and what they did
 MOST = 10**12  # images or steps
 
 
@@ -33,6 +34,7 @@ class ShiftQuantConfig:
         warm-up.
     ema_decay: moving average of the weights, which is the result; reached slowly, (1 + step) / (10 + step) at first.
     flip: whether pictures are mirrored half of the time.
+    drop_captions: share of captions that are left empty, for models of text: what guidance needs.
     held_out: pictures that are not trained on, evenly from the folder, at most a tenth of them: their loss is logged.
     precision: "bf16" (autocast of what is not on integers) or "no"; torch.bfloat16, torch.float32 and their names
         mean the same.
@@ -59,6 +61,7 @@ class ShiftQuantConfig:
     gradient_clip: float = option(1.0, finite=False)
     ema_decay: float = option(0.999, "moving average of the weights")
     flip: bool = option(True, "mirror pictures half of the time")
+    drop_captions: float = option(0.1, "share of captions that are left empty, for guidance", low=0, high=1)
     held_out: int = option(256, "pictures that are not trained on", low=0, high=MOST)
     precision: str = "no"
     compile: bool = option(False, "torch.compile: pays in runs of many minutes")
@@ -101,4 +104,5 @@ class ShiftQuantConfig:
     def identity(self) -> dict:
         """Settings that have to be the same for a run to go on, as plain JSON values."""
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        values = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

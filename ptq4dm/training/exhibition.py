@@ -70,8 +70,10 @@ class Exhibition:
         with run.accelerator.autocast():
             seeds = range(MARGIN, MARGIN + GRID)
             batch = max(1, min(GRID, run.config.batch_size))
+            prompts = [] if run.pictures.texts is None else run.pictures.texts[1:] or [""]
+            given = {"prompt": prompts} if prompts else None
             parts = [
-                sample(pipe, seeds[i : i + batch], num_inference_steps=run.config.sample_steps)
+                sample(pipe, seeds[i : i + batch], num_inference_steps=run.config.sample_steps, conditioning=given)
                 for i in range(0, GRID, batch)
             ]
         pictures = to_uint8(torch.cat(parts))

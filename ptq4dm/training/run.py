@@ -58,12 +58,16 @@ class Run:
             count = self.accelerator.num_processes
             raise UserError(f"batch_size {config.batch_size} does not divide into {count} equal parts.")
         task = self.task
-        found = read_pictures(pictures, task.picture_size, task.channels, task.classes)
+        found = read_pictures(pictures, task.picture_size, task.channels, task.classes, task.of_text)
+        if found.texts is not None:
+            task.learn(pipe, found.texts)
         self.pictures, held = split(found, config.held_out)
         self.recipe = {
             **identity_of(pipe, config),
             "pictures": [len(found), int(found.images.sum(dtype=torch.int64))],
         }
+        if found.labels is not None and found.texts is not None:
+            self.recipe["captions"] = seed_of(*found.texts, *found.labels.tolist())
         self.networks = Networks(denoiser(pipe), config, self.accelerator)
         self.progress = self._start(resume)
         self.saved = copy.copy(self.progress) if resume else None
@@ -134,7 +138,11 @@ class Run:
         images = self.pictures.images[rows]
         if config.flip:
             images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        return self.noisy(images, None if self.pictures.labels is None else self.pictures.labels[rows], g, True)
+        labels = None if self.pictures.labels is None else self.pictures.labels[rows]
+        if self.pictures.texts is not None:
+            empty = torch.rand(size, generator=g, device=self.device).cpu() < config.drop_captions
+            labels = torch.where(empty, 0, labels)
+        return self.noisy(images, labels, g, True)
 
     def noisy(self, images, labels, g: torch.Generator, shared: bool) -> Batch:
         """A batch of images uint8: data, noise and times from a generator; shared: the part of this process."""

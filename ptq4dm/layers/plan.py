@@ -152,6 +152,8 @@ class Plan:
     starts: of these layers, the static input grids [scale, zero point] that training began with; filled by packing.
     packing: what codes depend on beside the calibration store (quantization.packing.PackingOptions), for plans whose
         formats, roundings or objectives look at it.
+    norms: GroupNorms and LayerNorms that the model has as L1 normalization (layers.shift.norms), by name, with the
+        ratio of each; they were trained so.
     """
 
     method: str
@@ -160,6 +162,7 @@ class Plan:
     learning: Learning | None = None
     starts: dict[str, list] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.method, str, "Plan: method")
@@ -167,6 +170,7 @@ class Plan:
         check(self.learning, Learning | None, "Plan: learning")
         check(self.starts, dict[str, Any], "Plan: starts")
         check(self.packing, dict[str, Any], "Plan: packing")
+        check(self.norms, dict[str, float], "Plan: norms")
         for name, layer in check(self.layers, dict[str, Any], "Plan: layers").items():
             if isinstance(layer, type) or not is_dataclass(layer):  # each format has a class of plans of its own
                 raise UserError(f"Plan: layers must be plans of layers by name; '{name}' is {shown(layer)}.")
@@ -183,6 +187,8 @@ class Plan:
             data["learning"], data["starts"] = asdict(self.learning), self.starts
         if self.packing:
             data["packing"] = self.packing
+        if self.norms:
+            data["norms"] = self.norms
         return data
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -223,8 +229,10 @@ class Plan:
                 for number, transform in enumerate(found)
             ]  # fmt: skip
             learning = None if data.get("learning") is None else learning_from(data["learning"])
-            starts, packing = (checked_object(data.get(name, {}), {}) for name in ("starts", "packing"))
-            return cls(data["method"], layers, transforms, learning, starts, packing)
+            starts, packing, norms = (
+                checked_object(data.get(name, {}), {}) for name in ("starts", "packing", "norms")
+            )
+            return cls(data["method"], layers, transforms, learning, starts, packing, norms)
 
     def check(self) -> None:
         """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds.
@@ -237,6 +245,9 @@ class Plan:
             check_choices(name, choices)
         if self.learning is not None:
             self.learning.check()
+        for name, ratio in self.norms.items():
+            if not 0.1 < ratio < 100:
+                raise DamagedFile(f"the plan is damaged: norm '{name}' has the ratio {ratio}.")
         for name, start in self.starts.items():
             self._check_start(name, start)
         for name, choices in self.layers.items():

@@ -12,7 +12,7 @@ from .precision import precision_of
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "learning_rate")
-LATER = {"drop_captions": 0.1}  # options that runs of earlier versions lack, and what they did
+LATER = {"drop_captions": 0.1, "norm": "same"}  # options that runs of earlier versions lack, and what they did
 MOST = 10**12  # images or steps
 
 
@@ -27,6 +27,8 @@ class ShiftQuantConfig:
         Where bits and groups are more than 9 together, as many as go with the bits.
     served: weights and inputs have the grids that `RTNConfig(activations="dynamic")` of these widths serves:
         quantization-aware training.
+    norm: "l1" puts L1 normalization on 8-bit codes in the place of GroupNorm and LayerNorm, with ratios measured on
+        the first batch. The model is saved with it, and is another function under the same parameters; "same": not.
     images: that the model learns from, in all, pictures counted as often as they are shown.
     minutes: of wall-clock time after which this call stops, wherever it is; None: no limit.
     batch_size: images of a step, over all processes.
@@ -51,6 +53,7 @@ class ShiftQuantConfig:
     gradient_bits: int | None = option(None, "of gradients alone", low=2, high=8)
     groups: int = option(4, "steps a power of two apart, along rows and columns; 1: one a tensor", low=1, high=7)
     served: bool = option(False, "on the grids of weights and inputs that quantize makes: quantization-aware")
+    norm: str = option("same", "l1: norms by the mean magnitude, on codes", choices=("same", "l1"))
     images: int = option(500_000, "that the model learns from, in all", low=1, high=MOST)
     minutes: float | None = option(None, "stop this call after so many; resume it with --resume", finite=False)
     batch_size: int = option(128, "over all processes", low=1, high=MOST)

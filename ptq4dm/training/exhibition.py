@@ -12,6 +12,7 @@ from ..layers.shift.convert import to_floats
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..pipelines.images import image_grid, save_picture, to_uint8
 from ..pipelines.sampling import sample
+from ..quantization.diffusers_bridge import mark_norms
 from .gradients import gradient_ranges
 from .memory import kept_bytes
 from .pictures import Pictures
@@ -104,6 +105,7 @@ def result_of(pipe, average: nn.Module):
     plain = copy.deepcopy(average)
     to_floats(plain)
     plain.requires_grad_(True)
+    mark_norms(plain)
     return pipeline_with(pipe, plain.eval().to(denoiser(pipe).device))
 
 

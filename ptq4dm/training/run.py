@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from torch import nn
 
 from ..errors import UserError
 from ..files.checkpoint import load_checkpoint, progress_as, save_checkpoint
 from ..files.log import Log, read_lines
 from ..files.places import lying_in
-from ..pipelines.denoiser import denoiser
+from ..layers.shift.norms import ratios
+from ..pipelines.denoiser import denoiser, evaluation_mode
 from ..pipelines.generate import fingerprint
 from ..progress import progress_bar
 from .accelerated import make_accelerator
@@ -68,13 +70,22 @@ class Run:
         }
         if found.labels is not None and found.texts is not None:
             self.recipe["captions"] = seed_of(*found.texts, *found.labels.tolist())
-        self.networks = Networks(denoiser(pipe), config, self.accelerator)
+        self.networks = Networks(denoiser(pipe), config, self.accelerator, self._ratios(denoiser(pipe)))
         self.progress = self._start(resume)
         self.saved = copy.copy(self.progress) if resume else None
         self.log = Log(folder / LOG, self.progress.lines, self.main, read_lines)
         self.exhibition = Exhibition(self, held)
         self.loss, self.since, self.out_of_time = torch.zeros((), device=self.device), 0, False
         self.began = self.clock = self.kept = time.monotonic()
+
+    def _ratios(self, net: nn.Module) -> dict[str, float]:
+        """Of norms by the mean magnitude, on the first batch of all processes: the same in each of them, and whenever
+        the run goes on."""
+        if self.config.norm == "same":
+            return {}
+        batch = self.batch(0, shared=False)
+        with evaluation_mode(net), self.accelerator.autocast():
+            return ratios(net, lambda: self.task.loss(net, batch))
 
     def _start(self, resume: bool) -> Progress:
         """Where the run begins; its folder must be new unless it goes on."""
@@ -128,8 +139,8 @@ class Run:
             if self.saved is None or self.saved.step != self.progress.step:
                 self.save()
 
-    def batch(self, step: int) -> Batch:
-        """This process's share of a step's batch. Every process draws the whole of it, so that a run is the same on
+    def batch(self, step: int, shared: bool = True) -> Batch:
+        """This process's share of a step's batch, or all of it. Every process draws all, so that a run is the same on
         any number of them; its step alone decides it."""
         config, g = self.config, torch.Generator(self.device).manual_seed(seed_of(self.config.seed, step))
         size, number = config.batch_size, len(self.pictures)
@@ -142,7 +153,7 @@ class Run:
         if self.pictures.texts is not None:
             empty = torch.rand(size, generator=g, device=self.device).cpu() < config.drop_captions
             labels = torch.where(empty, 0, labels)
-        return self.noisy(images, labels, g, True)
+        return self.noisy(images, labels, g, shared)
 
     def noisy(self, images, labels, g: torch.Generator, shared: bool) -> Batch:
         """A batch of images uint8: data, noise and times from a generator; shared: the part of this process."""

@@ -23,7 +23,7 @@ from ..output import main_process, result, say
 GOES_ON = "the same command with --resume"
 RECORD = "training.json"  # beside model_index.json: the model that was trained, and settings
 BUDGET = ("images", "minutes")
-PRODUCTS = ("bits", "weight_bits", "activation_bits", "gradient_bits", "groups", "served")
+PRODUCTS = ("bits", "weight_bits", "activation_bits", "gradient_bits", "groups", "served", "norm")
 
 
 def add(parser) -> None:

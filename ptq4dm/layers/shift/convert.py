@@ -13,7 +13,7 @@ from ..base import holds_quantized, replace_module
 from ..view import find_layers
 from .l1 import RATIO
 from .layers import ShiftConv2d, ShiftLinear, trainable
-from .norms import ShiftGroupNorm, ShiftLayerNorm, normalizes
+from .norms import normalizes, put_norms
 from .widths import Widths
 
 
@@ -74,10 +74,7 @@ def to_integers(
         layer = model.get_submodule(name)
         new = ShiftConv2d(layer, chosen) if isinstance(layer, nn.Conv2d) else ShiftLinear(layer, chosen)
         replace_module(model, name, new)
-    for name in found.norms:
-        norm = model.get_submodule(name)
-        kind = ShiftGroupNorm if isinstance(norm, nn.GroupNorm) else ShiftLayerNorm
-        replace_module(model, name, kind(norm, (ratios or {}).get(name, RATIO)))
+    put_norms(model, {name: (ratios or {}).get(name, RATIO) for name in found.norms})
     return found
 
 

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = RowsFile(args.output, device)
     if "times" in args.stage and not args.rows:
         for compiled in (False,) if args.eager else (True,) if device.type == "cuda" else (False, True):
-            for found in time_rows(device, compiled):
+            for found in time_rows(device, compiled, args.graph):
                 output.add(row="times", **found)
     chosen = [row for row in map(row_of, args.rows or ROWS) if args.rows or row.stage in args.stage]
     if not chosen and "noise" not in args.stage:
@@ -111,7 +111,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=1000, help="of a gradient, in the rows of its bias")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="without torch.compile; a CPU never trains with it")
-    parser.add_argument("--graph", action="store_true", help="each training step as one CUDA graph")
+    parser.add_argument(
+        "--graph", action="store_true", help="each training step as one CUDA graph, and each timed call"
+    )
     parser.add_argument("--minutes", type=float, help="stop a row after so many, with a checkpoint")
     parser.add_argument("--tiny", action="store_true", help="a small UNet, to try the script out with")
     args = parser.parse_args(arguments)

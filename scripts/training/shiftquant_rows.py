@@ -9,10 +9,6 @@ from ptq4dm.errors import UserError
 from ptq4dm.layers.shift.widths import Widths
 
 SERVED = Widths(4, 4, 6, 4, served=True)
-WIDE = {
-    "wide": ("up_blocks.2.resnets.2.conv1", "up_blocks.2.resnets.2.conv_shortcut"),
-    "wider": ("up_blocks.2.resnets.*.conv1", "up_blocks.2.resnets.*.conv_shortcut", "down_blocks.0.resnets.0.conv1"),
-}
 
 
 @dataclass(frozen=True)
@@ -20,6 +16,7 @@ class Row:
     """name: "<stage> <what>". stage: "unet" (from scratch), "dit" (fine-tuned) or "qat" (fine-tuned, W4A4).
 
     widths: None computes in floats (bf16 on a GPU). norms: L1 normalization in the place of GroupNorm and LayerNorm.
+    wide: of to_integers.
     """
 
     stage: str
@@ -27,7 +24,7 @@ class Row:
     network: str
     widths: Widths | None = None
     norms: bool = False
-    wide: tuple[str, ...] = ()
+    wide: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -42,8 +39,9 @@ class Row:
 def row_of(name: str) -> Row:
     """The row of a name: "unet 6/6/8 G=2 samples L1": bits of weights, inputs and gradients, then what differs.
 
-    G=n: so many groups. samples: a row of a Linear layer is a sample, not a token. served: on the grids of RTNConfig.
-    L1: norms by the mean magnitude. "bf16" and "L1" alone are in floats.
+    narrow: the same bits in the layers beside the ends of a U-Net. G=n: so many groups. samples: a row of a Linear
+    layer is a sample, not a token. served: on the grids of RTNConfig. L1: norms by the mean magnitude. "bf16" and
+    "L1" alone are in floats.
 
     Raises UserError for a name that says nothing.
     """
@@ -57,13 +55,12 @@ def row_of(name: str) -> Row:
             settings["groups"] = int(found[1])
         elif word in ("samples", "served"):
             settings |= {"tokens": False} if word == "samples" else {"served": True}
-        elif word not in ("L1", *WIDE):
+        elif word not in ("L1", "narrow"):
             words = []
     if stage not in ("unet", "dit") or not (bits and words or words in (["bf16"], ["L1"])):
         raise UserError(f"no row is called '{name}'; there are: {'; '.join(ROWS)}; and others of such names.")
     widths = Widths(*map(int, bits.groups()), **settings) if bits else None
-    wide = [name for word in words for name in WIDE.get(word, ())]
-    return Row(stage, what, stage, widths, "L1" in words, tuple(wide))
+    return Row(stage, what, stage, widths, "L1" in words, () if "narrow" in words else None)
 
 
 WHATS = ("bf16", "6/6/6", "6/6/6 G=1", "6/6/6 G=2", "6/6/6 samples", "4/4/4", "4/4/4 G=1", "L1", "6/6/6 L1")

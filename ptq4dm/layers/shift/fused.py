@@ -49,7 +49,7 @@ class FusedProduct(torch.autograd.Function):
         dy = gradients[0]
         if stride != ONE:
             dy = spread(dy, stride, same_window(*ctx.size, kernel, ONE, padding, dilation).output)
-        seed = torch.randint(2**62, (), device=dy.device)
+        seed = new_seed(dy.device)
         groups = widths.groups_of(widths.gradient)
         flat, h, g, row_steps, column_steps, sums = shift_images(dy, widths.gradient, groups, around, seed)
         by_input = by_weight = by_bias = None
@@ -66,6 +66,11 @@ class FusedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             by_bias = (sums * column_steps).to(ctx.types[2])
         return by_input, by_weight, by_bias, None, None, None
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """int64 [], from torch's generator of the device, as dropout's noise is: also in a CUDA graph another each time."""
+    return torch.randint(2**62, (), device=device)
 
 
 def spread(x: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:

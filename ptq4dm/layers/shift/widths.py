@@ -48,6 +48,12 @@ class Widths:
         wider = {name: max(EDGES, getattr(self, name)) for name in ("weight", "input", "gradient")}
         return replace(self, served=True, fine=first and not self.served, **wider)
 
+    def beside_the_ends(self) -> Widths:
+        """Those of the layers that read what the first layers wrote: at least 8 bits of weights and inputs. Unless
+        grids are as served."""
+        wider = {name: max(EDGES, getattr(self, name)) for name in ("weight", "input")}
+        return self if self.served else replace(self, **wider)
+
     def groups_of(self, bits: int) -> int:
         return groups_of(bits, self.groups)
 

@@ -18,16 +18,17 @@ CASES = {  # images, outputs, kernel, (stride, padding, dilation)
 }
 
 
-def passes(kind, case, dtype=torch.float32, bias=True):
+def passes(kind, case, dtype=torch.float32, bias=True, device="cpu"):
     """(output, gradients by input, weight and bias)."""
     size, n, k, geometry = CASES[case]
     g = torch.Generator().manual_seed(0)
     x = torch.randn(size, generator=g) * torch.logspace(-1.5, 0, size[0]).reshape(-1, 1, 1, 1)
     weight = torch.randn(n, k, k, size[3], generator=g)
-    tensors = [t.requires_grad_() for t in (x.to(dtype), weight, torch.randn(n, generator=g))]
+    tensors = [t.to(device).requires_grad_() for t in (x.to(dtype), weight, torch.randn(n, generator=g))]
     given = tensors if bias else [*tensors[:2], None]
     y = kind.apply(*given, geometry, Widths(6, 5, 4), dtype)
-    y.backward(torch.randn(y.shape, generator=g).to(dtype) * torch.logspace(-1, 0, len(y)).reshape(-1, 1, 1, 1))
+    dy = torch.randn(y.shape, generator=g).to(dtype) * torch.logspace(-1, 0, len(y)).reshape(-1, 1, 1, 1)
+    y.backward(dy.to(device, dtype))
     return [y.detach(), *(t.grad for t in tensors if t.grad is not None)]
 
 
@@ -44,6 +45,19 @@ def test_it_is_the_same_product(case, dtype, monkeypatch):
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == other.dtype and one.shape == other.shape
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_has_the_same_codes(case, monkeypatch):
+    monkeypatch.setattr(fused, "new_seed", lambda device: torch.tensor(2**40 + 5, device=device))
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        found, expected = (passes(FusedProduct, case, dtype, device=device) for device in ("cuda", "cpu"))
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            close = tolerance * other.abs().max().item()
+            torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=close)
 
 
 def test_noise_follows_torchs_seed():
@@ -77,4 +91,3 @@ def test_gradients_are_unbiased():
 def test_zeros_go_between_pixels():
     x = torch.arange(1.0, 5).reshape(1, 2, 2, 1)
     assert spread(x, (2, 3), (4, 5))[0, :, :, 0].tolist() == [[1, 0, 0, 2, 0], [0] * 5, [3, 0, 0, 4, 0], [0] * 5]
-    assert fused.ONE == (1, 1)

@@ -70,7 +70,7 @@ def bias_rows(net: nn.Module, split: Split, draws: int, bits: int = 4) -> list[d
     number = 2
     t = torch.tensor([TRAIN_STEPS // 10, TRAIN_STEPS // 2])
     found = gradients_by_output(net, batch_loss(net, split, t), number)
-    names = [name for name, (x, dy) in found.items() if x.numel() + dy.numel() < 2**18 and bool(dy.abs().amax() > 0)]
+    names = [name for name, (x, dy) in found.items() if x.numel() + dy.numel() < 2**19 and bool(dy.abs().amax() > 0)]
     rows = []
     for name in names[:: max(1, len(names) // DRAWN)][:DRAWN]:
         layer, (x, dy) = net.get_submodule(name), found[name]

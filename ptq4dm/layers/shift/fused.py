@@ -69,7 +69,7 @@ class FusedProduct(torch.autograd.Function):
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """int64 [], from torch's generator of the device, as dropout's noise is: another at each replay of a CUDA graph."""
+    """int64 [], from torch's generator of the device as dropout's noise is: another at each replay of a graph."""
     return torch.randint(2**62, (), device=device)
 
 

@@ -14,7 +14,7 @@ from .conditions import Predict, of_class, of_prompts
 from .tables import Table, Tables
 
 PROMPTS = ("a photo of {}", "a picture of {}", "a close-up of {}", "{} in the picture", "one {}, photographed")
-MEAN = "mean"
+MEAN, NULL = "mean", "null"
 
 
 @dataclass
@@ -31,19 +31,26 @@ class Target:
 def class_target(pipe, row: int, init: str | None = None) -> Target:
     """The row of a class in all tables of a class-conditional model.
 
-    init: "mean" starts at the mean of the other classes' rows, a number at the row of that class; None is "mean".
+    init: "mean" starts at the mean of the other classes' rows, "null" at the row of no class, which models that are
+        sampled with guidance have, a number at the row of that class; None is "mean".
 
-    Raises UserError where the model has no classes, or not this one.
+    Raises UserError where the model has no classes, not this one, or no row of no class.
     """
     tables = class_tables(pipe, row)
     classes = class_count(pipe) or 0
     init = MEAN if init is None else init
     if init == MEAN:
         others = [k for k in range(classes) if k != row] or [row]
+    elif init == NULL:
+        if any(table.weight.shape[0] == classes for table in tables.tables):
+            raise UserError(f"this model has no row of no class ('{NULL}'); start at '{MEAN}' or at a class.")
+        others = [classes]
     elif init.isdecimal() and int(init) < classes:
         others = [int(init)]
     else:
-        raise UserError(f"a class row starts at '{MEAN}' or at a class from 0 to {classes - 1}; got '{init}'.")
+        raise UserError(
+            f"a class row starts at '{MEAN}', at '{NULL}' or at a class from 0 to {classes - 1}; got '{init}'."
+        )
     start = tables.unit([table.weight[others].float().mean(0) for table in tables.tables])
     facts = {"kind": "class row", "class": row, "classes": classes, "init": init}
     return Target(tables, start, of_class(pipe, row), facts)

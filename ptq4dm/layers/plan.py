@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..checks import check, checked, shown
 from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
 from ..files.outside import TensorFile, checked_object, described, naming, outside, read_json, read_tensors
+from ..files.tensors import write_tensors
 from ..ranges.registry import objective_parameter
 from ..rounding.learned import Learning, learning_from
 from ..rounding.registry import ROUNDERS
@@ -271,8 +271,7 @@ class Plan:
         if any(tensor.is_meta for tensor in tensors.values()):
             raise UserError("the plan's transforms came without their tensors, as a loaded model has them.")
         if tensors:
-            with replacing(path.with_suffix(".safetensors")) as temporary:
-                save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+            write_tensors(path.with_suffix(".safetensors"), tensors)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1))
 

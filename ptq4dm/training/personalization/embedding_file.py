@@ -13,13 +13,12 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...checks import checked
 from ...errors import UserError
-from ...files.atomic import replacing
 from ...files.outside import TensorFile, checked_object, finite, read_tensors
+from ...files.tensors import write_tensors
 from ...pipelines.denoiser import check_pipeline, turn_at
 from .targets import Target, check_token, class_tables, encoders_of
 
@@ -30,16 +29,14 @@ ADVICE = "give a file that ptq4dm personalize wrote, or a textual inversion of d
 
 def save_embedding(path: Path, target: Target, u: Tensor) -> None:
     """Write rows u [d] of a target; the file is whole at any time."""
-    rows = [row.cpu().contiguous().clone() for row in target.tables.rows(u)]
+    rows = [row.clone() for row in target.tables.rows(u)]
     if target.facts["kind"] == "class row":
         names = [table.name for table in target.tables.tables]
     elif len(rows) == 1:
         names = [target.facts["token"]]
     else:
         names = [_key(table.part, len(rows)) for table in target.tables.tables]
-    header = {"ptq4dm": json.dumps(target.facts, sort_keys=True)}  # one text: of two, safetensors has no fixed order
-    with replacing(path) as temporary:
-        save_file(dict(zip(names, rows, strict=True)), temporary, metadata=header)
+    write_tensors(path, dict(zip(names, rows, strict=True)), {"ptq4dm": json.dumps(target.facts, sort_keys=True)})
 
 
 def _key(part: str, number: int) -> str:

@@ -23,8 +23,9 @@ from torch import Tensor
 from ...checks import checked
 from ...errors import UserError
 from ...pipelines.denoiser import check_sampled, turn_at
+from ..pictures import image_size
 from .config import PersonalizeConfig
-from .pictures import image_size, learned_from, pictures_of
+from .pictures import learned_from, pictures_of
 from .problem import Problem, ready
 from .run import Personalized, alone_in, identity_of, tune
 from .schedule import schedule_of

@@ -51,9 +51,8 @@ class BudgetOptions:
         for name in ("latency", "bytes"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise UserError(
-                    f"{name} is a share of the full-precision model, above 0 and at most 1; got {value:g}."
-                )
+                told = f"{name} is a share of the full-precision model, above 0 and at most 1"
+                raise UserError(f"{told}; got {value:g}.")
         if not 0 < self.share < 1:
             raise UserError(f"share is a part of a layer's weights, above 0 and below 1; got {self.share:g}.")
         if self.latency is None and self.bytes is None and not self.efficiency:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from ...errors import UserError
 from ...training.personalization.config import PersonalizeConfig
 from ...training.personalization.personalize import personalize
 from ..flags import add_flags, given
-from ..options import QUANTIZED_FIRST, add_model, default_model, load, one_process
+from ..options import EXAMPLE, QUANTIZED, add_model, default_model, load, one_process
 from ..output import result, say
 
+NOTE = f"{QUANTIZED} where `quantize` made it"
 GOES_ON = "the same command with --resume"
 
 
 def add(parser) -> None:
-    add_model(parser, None, QUANTIZED_FIRST)
+    add_model(parser, None, NOTE)
     parser.add_argument("--images", metavar="DIR", required=True, help="folder of the images to learn from")
     what = parser.add_argument_group("what is learned")
     what.add_argument("--token", help="a new word, such as '<dog>', of a model of text")
@@ -28,6 +30,10 @@ def run(args) -> None:
     one_process(args)
     config = PersonalizeConfig(**given(args, PersonalizeConfig))
     model = default_model(args)
+    if model == EXAMPLE:
+        raise UserError(
+            f"{EXAMPLE} has neither text nor classes to personalize; give another --model, such as dit-cifar10."
+        )
     pipe = load(args, model)
     done = personalize(
         pipe,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from ...checks import checked
 from ...errors import UserError
 from ...files.outside import TensorFile, checked_object, finite, read_tensors
 from ...files.tensors import write_tensors
-from ...pipelines.denoiser import check_pipeline, turn_at
+from ...pipelines.denoiser import check_pipeline, class_count, turn_at
 from .targets import Target, check_token, class_tables, encoders_of
 
 NAMES = {"token": "learned_embeds.safetensors", "class row": "class_row.safetensors"}  # the first is diffusers' own
@@ -61,6 +62,22 @@ def load_embedding(pipe, path: str | os.PathLike) -> str:
         if facts["kind"] == "class row":
             return _put_class(pipe, path, facts, tensors)
         return _put_token(pipe, path, facts["token"], tensors)
+
+
+def check_used(pipe, path: str | os.PathLike, name: str, conditioning: dict, seeds: Sequence[int]) -> None:
+    """Raises UserError where no image that is asked for is made with an embedding.
+
+    name: what `load_embedding` returned. conditioning: as of `ptq4dm.generate`.
+    """
+    if name.isdecimal():
+        labels = list(conditioning.get("class_labels") or range(class_count(pipe) or 1))
+        if int(name) not in {labels[seed % len(labels)] for seed in seeds}:
+            raise UserError(
+                f"none of these images is of class {name}, so that {path} would change nothing; give --class-labels "
+                f"{name}."
+            )
+    elif not any(name in text for text in conditioning.get("prompt") or ()):
+        raise UserError(f"no prompt has '{name}' in it, so that {path} would change nothing; write it into --prompt.")
 
 
 def embedding_digest(path: str | os.PathLike) -> str:

@@ -60,7 +60,8 @@ def class_tables(pipe, row: int) -> Tables:
     """The tables that a model looks classes up in. Raises UserError where it has none, or not this class."""
     classes, model = class_count(pipe), denoiser(pipe)
     if classes is None:
-        raise UserError(f"{type(model).__name__} has no classes; give a token, for a model of text.")
+        other = "; give a token, for a model of text" if encoders_of(pipe) else ", nor text: nothing to personalize"
+        raise UserError(f"{type(model).__name__} has no classes{other}.")
     if not 0 <= row < classes:
         raise UserError(f"class {row} is outside [0, {classes}), the classes of this model.")
     found = [  # one row more is the null class of guidance

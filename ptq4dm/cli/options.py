@@ -115,6 +115,13 @@ def dtype_of(args) -> str:
     return args.dtype or ("bfloat16" if device_of(args).type == "cuda" else "float32")
 
 
+def trained_dtype_of(args) -> str:
+    """The same for training. Raises UserError for float16."""
+    if args.dtype == "float16":
+        raise UserError("float16 overflows where gradients are; give --dtype bfloat16 or float32.")
+    return dtype_of(args)
+
+
 def load(args, model):
     """The pipeline of `model`, with the sampler that the arguments name."""
     pipe = load_pipeline(model, dtype_of(args), device_of(args))

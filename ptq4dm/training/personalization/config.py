@@ -63,9 +63,9 @@ class PersonalizeConfig:
         if self.first_time is not None and self.last_time is not None and not self.first_time < self.last_time:
             raise UserError(f"first_time must be before last_time; got {self.first_time:g} and {self.last_time:g}.")
         if max(self.betas) >= 1:
-            raise UserError(f"betas lie in [0, 1); got {self.betas[0]:g} and {self.betas[1]:g}.")
+            raise UserError(f"betas are at least 0 and below 1; got {self.betas[0]:g} and {self.betas[1]:g}.")
         if not self.average < 1:
-            raise UserError(f"average lies in [0, 1); got {self.average:g}.")
+            raise UserError(f"average is at least 0 and below 1; got {self.average:g}.")
 
     def identity(self) -> dict:
         """Settings that have to be the same for a run to go on, as plain JSON values."""

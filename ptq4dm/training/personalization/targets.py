@@ -63,7 +63,7 @@ def class_tables(pipe, row: int) -> Tables:
         other = "; give a token, for a model of text" if encoders_of(pipe) else ", nor text: nothing to personalize"
         raise UserError(f"{type(model).__name__} has no classes{other}.")
     if not 0 <= row < classes:
-        raise UserError(f"class {row} is outside [0, {classes}), the classes of this model.")
+        raise UserError(f"there is no class {row} in this model; it has classes 0 to {classes - 1}.")
     found = [  # one row more is the null class of guidance
         Table(denoiser_name(pipe), model, name, row)
         for name, module in model.named_modules()

@@ -82,7 +82,7 @@ def test_a_token_is_learned_and_generated(here, capsys):
     "what, sentence",
     [
         ([], "give one"),
-        (["--class-row", "11"], "class 11 is outside [0, 10)"),
+        (["--class-row", "11"], "there is no class 11 in this model; it has classes 0 to 9"),
         (["--token", "<dog>", "--init", "dog"], "has no text encoder"),
         (["--class-row", "1", "--images", "nowhere"], "is not a folder of images"),
         (["--class-row", "1", "--subspace", "all"], "invalid choice"),

@@ -105,3 +105,33 @@ def test_it_needs_pictures(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare_zoodip.py", "--device", "cpu"])
     with pytest.raises(UserError, match="give --data"):
         script.main()
+
+
+def test_a_model_of_stable_diffusions_shape_is_measured(script, monkeypatch):
+    stable = importlib.import_module("zoodip_stable")
+    arguments = [
+        "--tiny",
+        "--device",
+        "cpu",
+        "--timed-seconds",
+        "0",
+        "--models",
+        "float32",
+        "--output",
+        "stable.jsonl",
+    ]
+    for _ in range(2):  # what is there is not measured again
+        monkeypatch.setattr(sys, "argv", ["zoodip_stable.py", *arguments])
+        stable.main()
+    (row,) = [json.loads(line) for line in Path("s.jsonl").read_text().splitlines()]
+    assert all(row[f"one image: {work}"]["per_second"] > 0 for work in ("step", "sampling", "back-propagation"))
+
+
+def test_back_propagation_through_text_has_a_gradient(script):
+    stable = importlib.import_module("zoodip_stable")
+    pipe, work = stable.works_of("float32", torch.device("cpu"), tiny=True)["back-propagation"]
+    grads = []
+    text = next(module for name, module in pipe.text_encoder.named_modules() if name.endswith("layers.0"))
+    text.register_full_backward_hook(lambda _, __, gradient: grads.append(gradient[0]))
+    work()
+    assert float(grads[0].abs().max()) > 0

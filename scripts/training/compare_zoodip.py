@@ -16,6 +16,7 @@ processes may write one file, each its --share.
     MODEL both | subspace | partial | neither SEED    the paper's two ideas
     MODEL paper's times SEED               both, with the timesteps that the paper has for latents
     MODEL released SEED                    both, the subspace as the authors' code has it
+    MODEL equal SEED                       both, and each image of a step counts alike
     MODEL walk SEED                        control: steps of "both", of equal length, in random directions
     MODEL shuffled SEED                    control: losses of "both" dealt to other perturbations
     MODEL both, near SEED | MODEL both, null SEED | ...   all of these from the other starts

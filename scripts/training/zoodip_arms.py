@@ -26,8 +26,8 @@ BACK, OWN, START, MEMORY = "back-propagation", "own row", "start", "memory"
 
 @dataclass(frozen=True)
 class Arm:
-    """settings: of PersonalizeConfig. by: what decides a step, "losses", "shuffled" losses, a "walk", or gradients.
-    once: of one seed."""
+    """settings: of PersonalizeConfig; weights are "size", as in the paper, unless given. once: of one seed.
+    by: what decides a step: "losses", "shuffled" losses, a "walk", gradients."""
 
     settings: dict = field(default_factory=dict)
     by: str = "losses"
@@ -41,6 +41,7 @@ IDEAS = {
     "neither": Arm(WHOLE | {"subspace": "none"}),
     "paper's times": Arm(PAPER, once=True),
     "released": Arm({"subspace": "released"}, once=True),
+    "equal": Arm({"weights": "equal"}),
     "walk": Arm(by="walk"),
     "shuffled": Arm(by="shuffled"),
 }
@@ -60,7 +61,8 @@ def rows_of(first: int, seeds: int) -> Iterator[tuple[str, str, int]]:
     """(model, arm, seed) of every row, the long ones first."""
     numbers = range(first, first + seeds)
     for name, arm in KNOWN.items():
-        of = ["float32"] if arm.by == BACK else [*MODELS] if arm == Arm() else [m for m in MODELS if MODELS[m]]
+        everywhere = arm in (Arm(), IDEAS["equal"])
+        of = ["float32"] if arm.by == BACK else [*MODELS] if everywhere else [m for m in MODELS if MODELS[m]]
         yield from ((model, name, seed) for model in of for seed in (numbers[:1] if arm.once else numbers))
     yield from ((model, name, first) for model in MODELS for name in ONCE)
 
@@ -79,7 +81,7 @@ def tuned(problem: Problem, by: str) -> torch.Tensor:
             rises = (losses[:, 1:] - losses[:, :1]).flatten()
             dealt = rises[torch.randperm(len(rises), generator=control).to(rises.device)]
             losses = torch.cat([torch.zeros_like(losses[:, :1]), dealt.view_as(losses[:, 1:])], 1)
-        step = change(state, gradient(losses, directions, config.perturbation), config)
+        step = change(state, gradient(losses, directions, config), config)
         if by == "walk":
             other = torch.randn(len(step), generator=control).to(step)
             step = other * (step.norm() / other.norm())

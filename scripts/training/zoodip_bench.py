@@ -57,7 +57,7 @@ class Bench:
             batch_size=args.batch_size,
             perturbations=args.perturbations,
             learning_rate=args.learning_rate,
-            **settings,
+            **{"weights": "size", **settings},
         )
         starts = {"": lambda: MEAN, ", null": lambda: NULL, ", near": lambda: str(self.nearest())}
         init = starts[init_of(arm)]()

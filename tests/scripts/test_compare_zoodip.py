@@ -118,7 +118,7 @@ def test_a_model_of_stable_diffusions_shape_is_measured(script, monkeypatch):
         "--models",
         "float32",
         "--output",
-        "stable.jsonl",
+        "s.jsonl",
     ]
     for _ in range(2):  # what is there is not measured again
         monkeypatch.setattr(sys, "argv", ["zoodip_stable.py", *arguments])

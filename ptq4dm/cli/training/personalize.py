@@ -19,7 +19,7 @@ def add(parser) -> None:
     what = parser.add_argument_group("what is learned")
     what.add_argument("--token", help="a new word, such as '<dog>', of a model of text")
     what.add_argument("--class-row", type=int, metavar="N", help="a row of a class-conditional model")
-    what.add_argument("--init", help="what it starts as: a word that the model knows; of a row mean, or a class")
+    what.add_argument("--init", help="what it starts as: a word that the model knows; of a row null, mean or a class")
     what.add_argument("--prompts", nargs="+", metavar="TEXT", help="texts with {} for the token; of image k text k")
     parser.add_argument("--output", default="out/personalized", help="folder of embedding, log and checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT")

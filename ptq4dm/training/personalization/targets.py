@@ -31,18 +31,20 @@ class Target:
 def class_target(pipe, row: int, init: str | None = None) -> Target:
     """The row of a class in all tables of a class-conditional model.
 
-    init: "mean" starts at the mean of the other classes' rows, "null" at the row of no class, which models that are
-        sampled with guidance have, a number at the row of that class; None is "mean".
+    init: "null" starts at the row of no class, which models that are sampled with guidance have, "mean" at the mean
+        of the other classes' rows, a number at the row of that class; None is "null" where there is one.
+        The mean lies where no class does: most of what is then learned is the way out of it.
 
     Raises UserError where the model has no classes, not this one, or no row of no class.
     """
     tables = class_tables(pipe, row)
     classes = class_count(pipe) or 0
-    init = MEAN if init is None else init
+    has_null = all(table.weight.shape[0] > classes for table in tables.tables)
+    init = (NULL if has_null else MEAN) if init is None else init
     if init == MEAN:
         others = [k for k in range(classes) if k != row] or [row]
     elif init == NULL:
-        if any(table.weight.shape[0] == classes for table in tables.tables):
+        if not has_null:
             raise UserError(f"this model has no row of no class ('{NULL}'); start at '{MEAN}' or at a class.")
         others = [classes]
     elif init.isdecimal() and int(init) < classes:

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 import denoisers
 from ptq4dm.cli.main import main
+from ptq4dm.cli.options import conditioning_of
+from ptq4dm.cli.verbs import build_parser
 from ptq4dm.pipelines.images import load_images, read_metadata
 from ptq4dm.pipelines.sampling import sample
 
@@ -105,3 +107,11 @@ def test_wrong_embeddings_are_one_sentence(tensors, more, answer, flux, capsys):
     assert run("collect", "--model", "flux", "--num-samples", 1, "--calibration-steps", 1, *more, *SIZE) == 2
     told = capsys.readouterr().err
     assert answer in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("verb", ["collect", "quantize", "allocate", "generate", "evaluate"])
+def test_the_size_of_a_video_is_the_pipelines_arguments(verb):
+    flags = ["--num-frames", "5", "--height", "16", "--width", "32", "--guidance-scale", "3"]
+    found = conditioning_of(build_parser([verb]).parse_args([verb, *flags]))
+    assert found["conditioning"] is None
+    assert found["pipeline_kwargs"] == {"guidance_scale": 3.0, "height": 16, "width": 32, "num_frames": 5}

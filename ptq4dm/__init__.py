@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.record import record
     from .calibration.store import CalibrationStore
     from .evaluation.evaluate import EvaluateConfig, evaluate
+    from .inference.optimize import optimize, unoptimize
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
@@ -82,6 +83,7 @@ __all__ = [
     "load_embedding",
     "load_pipeline",
     "load_reference",
+    "optimize",
     "personalize",
     "quantization_config",
     "quantize",
@@ -89,6 +91,7 @@ __all__ = [
     "sample",
     "train",
     "unfuse",
+    "unoptimize",
     "verify",
 ]
 
@@ -123,6 +126,7 @@ __getattr__, __dir__ = lazy_names(
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
         "load_reference": "pipelines.load",
+        "optimize": "inference.optimize",
         "personalize": "training.personalization.personalize",
         "quantization_config": "quantization.diffusers_bridge",
         "quantize": "quantization.quantize",
@@ -130,6 +134,7 @@ __getattr__, __dir__ = lazy_names(
         "sample": "pipelines.sampling",
         "train": "training.train",
         "unfuse": "layers.fuse",
+        "unoptimize": "inference.optimize",
         "verify": "quantization.verifying",
     },
     rooms=(
@@ -138,6 +143,7 @@ __getattr__, __dir__ = lazy_names(
         "calibration",
         "evaluation",
         "hardware",
+        "inference",
         "kernels",
         "layers",
         "methods",

@@ -74,6 +74,11 @@ def add_sampler(parser) -> None:
     group.add_argument("--grid", help="timesteps: linear, quad, cubic, log, edm, beta, linspace, leading or trailing")
 
 
+def add_optimize(parser) -> None:
+    text = "what is fastest on this device: fused, blocks compiled, CUDA graphs; the first images take minutes"
+    parser.add_argument("--optimize", action="store_true", help=text)
+
+
 def add_calibration(parser) -> None:
     group = parser.add_argument_group("calibration")
     add_flags(group, CalibrationConfig)

@@ -26,6 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ..formats.attention8 import Codes8, padded
 from ..runtime.hopper import async_load
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
@@ -33,6 +34,7 @@ from ..runtime.settings import multiprocessors
 
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
+DEFAULT = {"BN": 128, "STAGES": 4, "TURNS": True, "APART": True}
 # Four values that a thread has side by side as four bytes of e4m3, and the bytes as an operand. In between they are
 # one number: what a loop carries as bytes is moved byte by byte.
 PACK = gl.constexpr(
@@ -118,8 +120,8 @@ def _power(x, POLY: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    half: gl.constexpr, ring, ending, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    PROGRAMS: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
+    half: gl.constexpr, ring, ending, sizes, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
 ):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_bars, full, empty = ring
     y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, order = ending
@@ -226,14 +228,14 @@ def _attend(
         y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), out)
         rows = top + gl.arange(0, 64, gl.SliceLayout(1, out))
         columns = gl.arange(0, D, gl.SliceLayout(0, out))
-        where = ((head // H * M + rows).to(gl.int64) * H + head % H) * D
-        gl.store(y_ptr + where[:, None] + columns[None, :], y, mask=(rows < M)[:, None] & (columns < D)[None, :])
+        where = ((head // H * M + rows).to(gl.int64) * H + head % H) * OUT
+        gl.store(y_ptr + where[:, None] + columns[None, :], y, mask=(rows < M)[:, None] & (columns < OUT)[None, :])
 
 
 @gluon.jit(do_not_specialize=["M", "L", "tiles"])
 def _attention8_hopper_kernel(
     q_desc, k_desc, v_desc, y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, M, L, H, q_tiles, k_tiles, tiles,
-    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, TURNS: gl.constexpr,
+    BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, TURNS: gl.constexpr,
     APART: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
@@ -256,8 +258,8 @@ def _attention8_hopper_kernel(
     sizes = (M, L, H, q_tiles, k_tiles, tiles)
     gl.warp_specialize(
         [
-            (_attend, (gl.constexpr(0), ring, ending, sizes, BN, D, STAGES, PROGRAMS, TURNS, APART, LAZY, POLY)),
-            (_attend, (gl.constexpr(1), ring, ending, sizes, BN, D, STAGES, PROGRAMS, TURNS, APART, LAZY, POLY)),
+            (_attend, (gl.constexpr(0), ring, ending, sizes, BN, D, OUT, STAGES, PROGRAMS, TURNS, APART, LAZY, POLY)),
+            (_attend, (gl.constexpr(1), ring, ending, sizes, BN, D, OUT, STAGES, PROGRAMS, TURNS, APART, LAZY, POLY)),
             (_load, (ring, sizes, BN, D, STAGES, PROGRAMS)),
         ],
         [4, 1],
@@ -265,11 +267,11 @@ def _attention8_hopper_kernel(
     )
 
 
-def attention(codes: tuple[Tensor, ...], y: Tensor, tokens: int, config: dict) -> None:
+def attention(codes: Codes8, y: Tensor, tokens: int, config: dict | None = None) -> None:
     """codes as codes8.py makes them -> y [B, M, H, d] 16-bit, which is written. config: BN, STAGES, TURNS, APART."""
     q, q_scales, k, k_scales, v, v_scales, v_means = codes
     batch, rows, heads, width = y.shape
-    launch = _launch(config, batch, heads, rows, tokens, width, q.dtype, y.device)
+    launch = _launch(config or DEFAULT, batch, heads, rows, tokens, width, q.dtype, y.device)
     launch(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), y, q_scales, k_scales, v_scales, v_means)
 
 
@@ -277,13 +279,13 @@ def attention(codes: tuple[Tensor, ...], y: Tensor, tokens: int, config: dict) -
 def _launch(
     config: dict, batch: int, heads: int, rows: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Launch:
-    bn = config["BN"]
+    bn, channels = config["BN"], padded(width)
     q_tiles, k_tiles = cdiv(rows, 128), cdiv(tokens, bn)
     tiles = batch * heads * q_tiles
     programs = multiprocessors(device)
-    blocks = dict(q_desc=(64, width), k_desc=(bn, width), v_desc=(width, bn))
+    blocks = dict(q_desc=(64, channels), k_desc=(bn, channels), v_desc=(channels, bn))
     return Launch(
         _attention8_hopper_kernel, (min(programs, tiles),), blocks, M=rows, L=tokens, H=heads, q_tiles=q_tiles,
-        k_tiles=k_tiles, tiles=tiles, D=width, PROGRAMS=programs, **{"LAZY": 0, "POLY": 0} | config, COMPUTE_REGISTERS=COMPUTE_REGISTERS,
-        LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+        k_tiles=k_tiles, tiles=tiles, D=channels, OUT=width, PROGRAMS=programs, **{"LAZY": 0, "POLY": 0} | config,
+        COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

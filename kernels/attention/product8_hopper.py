@@ -119,9 +119,106 @@ def _power(x, POLY: gl.constexpr):
 
 
 @gluon.jit
+def _halves(x):
+    """The left and the right half of the columns, in the registers where they are."""
+    return gl.split(x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)))
+
+
+@gluon.jit
+def _largest(x, TREE: gl.constexpr, rows: gl.constexpr):
+    """Of each row. In one chain, as gl.max has it, every number would wait for the one before it."""
+    if TREE:
+        STEPS: gl.constexpr = x.shape[1].bit_length() - 4
+        for _ in gl.static_range(STEPS):
+            a, b = _halves(x)
+            x = gl.maximum(a, b)
+        return gl.convert_layout(gl.max(x, 1), rows, assert_trivial=True)
+    else:
+        return gl.max(x, 1)
+
+
+@gluon.jit
+def _sums(x, TREE: gl.constexpr, rows: gl.constexpr):
+    if TREE:
+        STEPS: gl.constexpr = x.shape[1].bit_length() - 4
+        for _ in gl.static_range(STEPS):
+            a, b = _halves(x)
+            x = a + b
+        return gl.convert_layout(gl.sum(x, 1), rows, assert_trivial=True)
+    else:
+        return gl.sum(x, 1)
+
+
+@gluon.jit
+def _step(
+    half: gl.constexpr, q, k_buffers, v_buffers, full, empty, order, slot, turn, scale, y, p, peak, total, correction,
+    BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr,
+    LAZY: gl.constexpr, POLY: gl.constexpr, TREE: gl.constexpr, EARLY: gl.constexpr, LATE: gl.constexpr,
+):  # fmt: skip
+    """One block of keys, and the values of the block before it."""
+    x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, y_layout, 4)
+    x_rows: gl.constexpr = gl.SliceLayout(1, x_layout)
+    y_rows: gl.constexpr = gl.SliceLayout(1, y_layout)
+    sums: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
+    stage = slot % STAGES
+    phase = slot // STAGES & 1
+    mbarrier.wait(full.index(stage), phase)
+    if TURNS:
+        mbarrier.wait(order.index(half), turn)
+    k = k_buffers.index(stage).permute((1, 0))
+    v = v_buffers.index(stage).permute((1, 0))
+    x = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
+    if LATE:  # under way are the products with the keys
+        y = y * correction[:, None]
+        p = _packed(p, BN, p_layout)
+    if APART:
+        part = gl.zeros((64, D), gl.float32, y_layout)
+        part = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, part, use_acc=False, is_async=True)
+    else:
+        part = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, is_async=True)
+    if TURNS:
+        mbarrier.arrive(order.index(1 - half), count=1)
+    x = hopper.warpgroup_mma_wait(1, deps=(x,))
+    above = _largest(x, TREE, x_rows).to(gl.float32) * scale
+    if LAZY > 0:
+        above = gl.where(above > peak + LAZY, above, peak)
+        moved = gl.max((above > peak).to(gl.int32), 0)
+    else:
+        above = gl.maximum(peak, above)
+    next_p = _power(x.to(gl.float32) * scale[:, None] - (above - (TOP - LAZY))[:, None], POLY)
+    lower = gl.exp2(peak - above)
+    total = total * lower + _sums(next_p, TREE, x_rows)
+    if LATE:
+        packed = next_p
+    elif EARLY:
+        packed = _packed(next_p, BN, p_layout)
+    # This wait has nothing to wait for. But ptxas would have the next one before all that is above.
+    mbarrier.wait(full.index(stage), phase)
+    part = hopper.warpgroup_mma_wait(0, deps=(part,))
+    if APART:
+        y = y * correction[:, None] + part
+    else:
+        y = part
+    correction = gl.convert_layout(lower, y_rows, assert_trivial=True)
+    if LATE:
+        pass
+    elif LAZY > 0:
+        if moved > 0:
+            y = y * correction[:, None]
+    elif not APART:
+        y = y * correction[:, None]
+    mbarrier.arrive(empty.index(stage), count=1)
+    if not LATE and not EARLY:
+        packed = _packed(next_p, BN, p_layout)
+    return y, packed, above, total, correction
+
+
+@gluon.jit
 def _attend(
     half: gl.constexpr, ring, ending, sizes, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr, TREE: gl.constexpr, PAIR: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_bars, full, empty = ring
     y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, order = ending
@@ -163,60 +260,148 @@ def _attend(
         peak = gl.max(gl.where(past[None, :], float("-inf"), logits), 1) * scale
         first_p = gl.where(past[None, :], 0.0, gl.exp2(logits * scale[:, None] - (peak - (TOP - LAZY))[:, None]))
         total = gl.sum(first_p, 1)
-        p = _packed(first_p, BN, p_layout)
+        if LATE:
+            p = first_p
+        else:
+            p = _packed(first_p, BN, p_layout)
         correction = gl.full((64,), 0.0, gl.float32, y_rows)
         y = gl.zeros((64, D), gl.float32, y_layout)
-        for i in range(1, k_tiles):
-            k_scale = gl.load(k_scales + k_tiles - 1 - i)
-            mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
-            if TURNS:
-                mbarrier.wait(order.index(half), turn)
+        last = k_tiles - 1
+        if PAIR:
+            for i in range(1, last, 2):
+                scale = q_scale * gl.load(k_scales + last - i)
+                y, p2, peak, total, correction = _step(
+                    half,
+                    q,
+                    k_buffers,
+                    v_buffers,
+                    full,
+                    empty,
+                    order,
+                    slot,
+                    turn,
+                    scale,
+                    y,
+                    p,
+                    peak,
+                    total,
+                    correction,
+                    BN,
+                    D,
+                    STAGES,
+                    TURNS,
+                    APART,
+                    LAZY,
+                    POLY,
+                    TREE,
+                    True,
+                    LATE,
+                )
+                slot += 1
                 turn ^= 1
-            x = gl.zeros((64, BN), sums, x_layout)
-            k = k_buffers.index(slot % STAGES).permute((1, 0))
-            v = v_buffers.index(slot % STAGES).permute((1, 0))
-            x = hopper.warpgroup_mma(q, k, x, use_acc=False, is_async=True)
-            if APART:
-                part = gl.zeros((64, D), gl.float32, y_layout)
-                part = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, part, use_acc=False, is_async=True)
-            else:
-                y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, is_async=True)
-            if TURNS:
-                mbarrier.arrive(order.index(1 - half), count=1)
-            x = hopper.warpgroup_mma_wait(1, deps=(x,))
-            scale = q_scale * k_scale
-            above = gl.max(x, 1).to(gl.float32) * scale
-            if LAZY > 0:
-                above = gl.where(above > peak + LAZY, above, peak)
-                moved = gl.max((above > peak).to(gl.int32), 0)
-            else:
-                above = gl.maximum(peak, above)
-            next_p = _power(x.to(gl.float32) * scale[:, None] - (above - (TOP - LAZY))[:, None], POLY)
-            lower = gl.exp2(peak - above)
-            total = total * lower + gl.sum(next_p, 1)
-            peak = above
-            # This wait has nothing to wait for. But ptxas would have the next one before all that is above.
-            mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
-            if APART:
-                part = hopper.warpgroup_mma_wait(0, deps=(part,))
-                y = y * correction[:, None] + part
-            else:
-                y = hopper.warpgroup_mma_wait(0, deps=(y,))
-            correction = gl.convert_layout(lower, y_rows, assert_trivial=True)
-            if LAZY > 0:
-                if moved > 0:
-                    y = y * correction[:, None]
-            elif not APART:
-                y = y * correction[:, None]
-            mbarrier.arrive(empty.index(slot % STAGES), count=1)
-            p = _packed(next_p, BN, p_layout)
-            slot += 1
+                scale = q_scale * gl.load(k_scales + last - i - 1)
+                y, p, peak, total, correction = _step(
+                    half,
+                    q,
+                    k_buffers,
+                    v_buffers,
+                    full,
+                    empty,
+                    order,
+                    slot,
+                    turn,
+                    scale,
+                    y,
+                    p2,
+                    peak,
+                    total,
+                    correction,
+                    BN,
+                    D,
+                    STAGES,
+                    TURNS,
+                    APART,
+                    LAZY,
+                    POLY,
+                    TREE,
+                    True,
+                    LATE,
+                )
+                slot += 1
+                turn ^= 1
+            if last % 2 == 1:
+                scale = q_scale * gl.load(k_scales)
+                y, p, peak, total, correction = _step(
+                    half,
+                    q,
+                    k_buffers,
+                    v_buffers,
+                    full,
+                    empty,
+                    order,
+                    slot,
+                    turn,
+                    scale,
+                    y,
+                    p,
+                    peak,
+                    total,
+                    correction,
+                    BN,
+                    D,
+                    STAGES,
+                    TURNS,
+                    APART,
+                    LAZY,
+                    POLY,
+                    TREE,
+                    False,
+                    LATE,
+                )
+                slot += 1
+                turn ^= 1
+        else:
+            for i in range(1, k_tiles):
+                scale = q_scale * gl.load(k_scales + last - i)
+                y, p, peak, total, correction = _step(
+                    half,
+                    q,
+                    k_buffers,
+                    v_buffers,
+                    full,
+                    empty,
+                    order,
+                    slot,
+                    turn,
+                    scale,
+                    y,
+                    p,
+                    peak,
+                    total,
+                    correction,
+                    BN,
+                    D,
+                    STAGES,
+                    TURNS,
+                    APART,
+                    LAZY,
+                    POLY,
+                    TREE,
+                    False,
+                    LATE,
+                )
+                slot += 1
+                turn ^= 1
         mbarrier.arrive(q_bars.index(1), count=1)
         mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
         v = v_buffers.index(slot % STAGES).permute((1, 0))
-        if APART:
+        if APART or LATE:
             y = y * correction[:, None]
-        y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y)
+        if LATE:
+            last_p = _packed(p, BN, p_layout)
+        else:
+            last_p = p
+        y = hopper.warpgroup_mma(_operand(last_p, BN, p_layout), v, y)
         mbarrier.arrive(empty.index(slot % STAGES), count=1)
         slot += 1
         phase ^= 1
@@ -236,7 +421,7 @@ def _attend(
 def _attention8_hopper_kernel(
     q_desc, k_desc, v_desc, y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, M, L, H, q_tiles, k_tiles, tiles,
     BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, TURNS: gl.constexpr,
-    APART: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    APART: gl.constexpr, LAZY: gl.constexpr, POLY: gl.constexpr, TREE: gl.constexpr, PAIR: gl.constexpr, LATE: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
     k_buffers = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
@@ -258,8 +443,48 @@ def _attention8_hopper_kernel(
     sizes = (M, L, H, q_tiles, k_tiles, tiles)
     gl.warp_specialize(
         [
-            (_attend, (gl.constexpr(0), ring, ending, sizes, BN, D, OUT, STAGES, PROGRAMS, TURNS, APART, LAZY, POLY)),
-            (_attend, (gl.constexpr(1), ring, ending, sizes, BN, D, OUT, STAGES, PROGRAMS, TURNS, APART, LAZY, POLY)),
+            (
+                _attend,
+                (
+                    gl.constexpr(0),
+                    ring,
+                    ending,
+                    sizes,
+                    BN,
+                    D,
+                    OUT,
+                    STAGES,
+                    PROGRAMS,
+                    TURNS,
+                    APART,
+                    LAZY,
+                    POLY,
+                    TREE,
+                    PAIR,
+                    LATE,
+                ),
+            ),
+            (
+                _attend,
+                (
+                    gl.constexpr(1),
+                    ring,
+                    ending,
+                    sizes,
+                    BN,
+                    D,
+                    OUT,
+                    STAGES,
+                    PROGRAMS,
+                    TURNS,
+                    APART,
+                    LAZY,
+                    POLY,
+                    TREE,
+                    PAIR,
+                    LATE,
+                ),
+            ),
             (_load, (ring, sizes, BN, D, STAGES, PROGRAMS)),
         ],
         [4, 1],
@@ -286,6 +511,6 @@ def _launch(
     blocks = dict(q_desc=(64, channels), k_desc=(bn, channels), v_desc=(channels, bn))
     return Launch(
         _attention8_hopper_kernel, (min(programs, tiles),), blocks, M=rows, L=tokens, H=heads, q_tiles=q_tiles,
-        k_tiles=k_tiles, tiles=tiles, D=channels, OUT=width, PROGRAMS=programs, **{"LAZY": 0, "POLY": 0} | config,
+        k_tiles=k_tiles, tiles=tiles, D=channels, OUT=width, PROGRAMS=programs, **{"LAZY": 0, "POLY": 0, "TREE": True, "PAIR": False, "LATE": False} | config,
         COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

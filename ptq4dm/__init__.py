@@ -18,6 +18,8 @@ from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
+    from .attention.eight_bits import attention_in_8_bits
+    from .attention.measure import attention_errors
     from .caching.cached_embeddings import cached_embeddings
     from .caching.cached_text import cached_text
     from .calibration.collect import CalibrationConfig, collect
@@ -73,6 +75,8 @@ __all__ = [
     "ShiftQuantConfig",
     "SplitQuantConfig",
     "UserError",
+    "attention_errors",
+    "attention_in_8_bits",
     "cached_embeddings",
     "cached_text",
     "collect",
@@ -114,6 +118,8 @@ __getattr__, __dir__ = lazy_names(
         "SVDQuantConfig": "svdquant.method",
         "ShiftQuantConfig": "training.config",
         "SplitQuantConfig": "methods.splitquant",
+        "attention_errors": "attention.measure",
+        "attention_in_8_bits": "attention.eight_bits",
         "cached_embeddings": "caching.cached_embeddings",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
@@ -133,6 +139,7 @@ __getattr__, __dir__ = lazy_names(
         "verify": "quantization.verifying",
     },
     rooms=(
+        "attention",
         "budgets",
         "caching",
         "calibration",

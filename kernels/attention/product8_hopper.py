@@ -34,7 +34,7 @@ from ..runtime.settings import multiprocessors
 
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
-DEFAULT = {"BN": 128, "STAGES": 4}
+DEFAULT = {"BN": 128, "STAGES": 4, "AHEAD": True}
 # Four values that a thread has side by side to four bytes of e4m3; Triton by itself would move each byte.
 FOUR = gl.constexpr(
     "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
@@ -103,8 +103,8 @@ def _sums(x, rows: gl.constexpr):
 
 @gluon.jit
 def _step(
-    q, ring, slot, x, y, scale, peak, total, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    MORE: gl.constexpr,
+    q, ring, slot, more, x, y, scale, peak, total, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    MORE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One block: x are its sums, y the sums of the blocks before it; both may still be under way.
 
@@ -118,8 +118,8 @@ def _step(
     y_rows: gl.constexpr = gl.SliceLayout(1, y_layout)
     sums: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
     stage = slot % STAGES
-    phase = slot // STAGES & 1
-    mbarrier.wait(full.index(stage), phase)
+    if not AHEAD:
+        mbarrier.wait(full.index(stage), slot // STAGES & 1)
     k = k_buffers.index(stage).permute((1, 0))
     v = v_buffers.index(stage).permute((1, 0))
     if MORE:
@@ -132,8 +132,11 @@ def _step(
     p = gl.exp2(x.to(gl.float32) * scale[:, None] - (above - TOP)[:, None])
     lower = gl.exp2(peak - above)
     total = total * lower + _sums(p, x_rows)
-    # This wait has nothing to wait for. But ptxas would have the next one before all that is above.
-    mbarrier.wait(full.index(stage), phase)
+    # Without a wait here ptxas would have the next one before all that is above.
+    if MORE and AHEAD:
+        mbarrier.wait(full.index((slot + 1) % STAGES), (slot + 1) // STAGES & 1, pred=more)
+    else:
+        mbarrier.wait(full.index(stage), slot // STAGES & 1)
     y = hopper.warpgroup_mma_wait(1 if MORE else 0, deps=(y,))
     lower = gl.convert_layout(lower, y_rows, assert_trivial=True)
     y = y * lower[:, None]
@@ -148,7 +151,7 @@ def _step(
 @gluon.jit
 def _attend(
     half: gl.constexpr, loads, ending, sizes, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_bars, full, empty = loads
     y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr = ending
@@ -190,15 +193,17 @@ def _attend(
         y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, use_acc=False, is_async=True)
         mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
         slot += 1
+        if AHEAD:
+            mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1, pred=last > 0)
         for i in range(1, last, 2):
             scale = q_scale * gl.load(k_scales + last - i)
-            x, y, peak, total = _step(q, ring, slot, x2, y, scale, peak, total, BN, D, STAGES, True)
+            x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, peak, total, BN, D, STAGES, True, AHEAD)
             scale = q_scale * gl.load(k_scales + last - i - 1)
-            x2, y, peak, total = _step(q, ring, slot + 1, x, y, scale, peak, total, BN, D, STAGES, True)
+            x2, y, peak, total = _step(q, ring, slot + 1, i + 1 < last, x, y, scale, peak, total, BN, D, STAGES, True, AHEAD)
             slot += 2
         if last % 2 == 1:
             scale = q_scale * gl.load(k_scales)
-            y, peak, total = _step(q, ring, slot, x2, y, scale, peak, total, BN, D, STAGES, False)
+            y, peak, total = _step(q, ring, slot, False, x2, y, scale, peak, total, BN, D, STAGES, False, AHEAD)
             result = hopper.warpgroup_mma_wait(0, deps=(y,))
             slot += 1
         else:
@@ -222,7 +227,7 @@ def _attend(
 def _attention8_hopper_kernel(
     q_desc, k_desc, v_desc, y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, M, L, H, q_tiles, k_tiles,
     tiles, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
-    COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    AHEAD: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
     k_buffers = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
@@ -241,8 +246,8 @@ def _attention8_hopper_kernel(
     sizes = (M, L, H, q_tiles, k_tiles, tiles)
     gl.warp_specialize(
         [
-            (_attend, (gl.constexpr(0), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS)),
-            (_attend, (gl.constexpr(1), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS)),
+            (_attend, (gl.constexpr(0), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS, AHEAD)),
+            (_attend, (gl.constexpr(1), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS, AHEAD)),
             (_load, (loads, sizes, BN, D, STAGES, PROGRAMS)),
         ],
         [4, 1],

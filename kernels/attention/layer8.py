@@ -49,25 +49,31 @@ def attention8(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str) -> Tens
     Raises ValueError for shapes that do not fit together, or another kind.
     """
     check(q, k, v, kind)
-    batch, heads, rows, width = q.shape
-    dtype, tokens = formats.TYPES[kind], k.shape[2]
-    y = q.new_empty(batch, rows, heads, width)
-    if not y.numel():
-        return y.transpose(1, 2)
-    name = known_name(q.device, width)
+    if not q.numel():
+        return _laid_out(q).transpose(1, 2)
+    return through(known_name(q.device, q.shape[-1]), q, k, v, scale, kind)
+
+
+def through(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str) -> Tensor:
+    """What the op does, by the kernel of this name."""
+    y, dtype, tokens = _laid_out(q), formats.TYPES[kind], k.shape[2]
     if name == REFERENCE:
         codes = formats.quantize8(q, k, v, scale, dtype)
-        y.transpose(1, 2).copy_(reference8.attention(codes, rows, tokens, width, q.dtype))
-        return y.transpose(1, 2)
-    codes = codes8.quantize8(q, k, v, scale, dtype)
-    (product8_hopper if name == GLUON else product8).attention(codes, y, tokens)
+        y.transpose(1, 2).copy_(reference8.attention(codes, q.shape[2], tokens, q.shape[3], q.dtype))
+    else:
+        codes = codes8.quantize8(q, k, v, scale, dtype)
+        (product8_hopper if name == GLUON else product8).attention(codes, y, tokens)
     return y.transpose(1, 2)
 
 
 @attention8.register_fake
 def _(q, k, v, scale, kind):
+    return _laid_out(q).transpose(1, 2)
+
+
+def _laid_out(q: Tensor) -> Tensor:
     batch, heads, rows, width = q.shape
-    return q.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return q.new_empty(batch, rows, heads, width)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, kind: str) -> None:

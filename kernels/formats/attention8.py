@@ -68,10 +68,12 @@ def sizes(rows: int, tokens: int, width: int) -> tuple[int, int, int]:
     return -(-rows // BLOCK), -(-tokens // BLOCK), padded(width)
 
 
-def quantize8(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Codes8:
+def quantize8(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, centered: bool = True
+) -> Codes8:
     """q [B, H, M, d], k and v [B, H, L, d] float -> codes; queries and keys in `dtype`, int8 or torch.float8_e4m3fn.
 
-    scale: of the logits.
+    scale: of the logits. centered: False leaves the keys' mean in, for comparisons.
     """
     q_blocks, k_blocks, channels = sizes(q.shape[2], k.shape[2], q.shape[3])
     wide = (0, channels - q.shape[3])
@@ -79,6 +81,7 @@ def quantize8(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype)
     q_scales = q.abs().amax(-1) / top(dtype) + (q * 0).sum(-1)
     q_codes = _codes(q / _divisor(q_scales).unsqueeze(-1), dtype)
     k_mean, v_mean = (x.mean(-2, keepdim=True) for x in (k, v))
+    k_mean = k_mean if centered else k_mean * 0
     k = pad(k - k_mean, (0, 0, 0, k_blocks * BLOCK - k.shape[2])).unflatten(2, (k_blocks, BLOCK))
     k_scales = k.abs().amax((-1, -2)) / top(dtype) + (k_mean * 0).sum((-1, -2)).unsqueeze(-1)
     k_codes = _codes(k / _divisor(k_scales)[..., None, None], dtype).flatten(2, 3)

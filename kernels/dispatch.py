@@ -5,7 +5,7 @@
     time(Query("int8", "int8", rows=256), n=1152, k=1152)           microseconds
 
 KERNELS is the list of all of them; what its entries ask stands in serving.py, what is asked in query.py, timing in
-timing.py. The layers themselves ask `kernel_name` of their room, w8a8/layer.py, w4/layer.py, attention/layer.py or layer8.py,
+timing.py. The layers themselves ask `kernel_name` of their room, e.g. w8a8/layer.py, w4/layer.py, attention/layer.py,
 which decides from format and device; so does `find`. The last of the list is the reference: it serves everything and
 is the truth that the others are tested against. What no kernel serves is never called by another name.
 """
@@ -161,7 +161,7 @@ KERNELS: list[Kernel] = [
     ),
     Kernel(attention.TRITON, "attention that unpacks 4-bit keys and values tile by tile", attention_on_four_bits),
     Kernel(
-        attention8.GLUON, "attention on 8-bit operands, Hopper: loads and two halves of the queries in warps of their own",
+        attention8.GLUON, "attention on 8-bit operands, Hopper: loads and halves of queries in their own warps",
         attention_on_eight_bits(attention8.GLUON),
     ),
     Kernel(

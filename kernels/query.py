@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-WEIGHTS, ACTIVATIONS = ("int8", "fp8", "int4", "row-mix", "power", "kv4", "attention8", "bcq"), ("int8", "fp8", "int4", "none")
+WEIGHTS, ACTIVATIONS = (
+    ("int8", "fp8", "int4", "row-mix", "power", "kv4", "attention8", "bcq"),
+    ("int8", "fp8", "int4", "none"),
+)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,6 @@ def attention_on_eight_bits(name: str) -> Callable[[Query], bool]:
     return serves
 
 
-
 def sign_planes(name: str) -> Callable[[Query], bool]:
     """Whether a Linear layer has a weight of sign planes, under inputs that stay floats."""
 

@@ -20,6 +20,7 @@ from .version import __version__  # noqa: E402, F401
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .attention.eight_bits import attention_in_8_bits
     from .attention.measure import attention_errors
+    from .attention.planned import plan_attention
     from .caching.cached_embeddings import cached_embeddings
     from .caching.cached_text import cached_text
     from .calibration.collect import CalibrationConfig, collect
@@ -87,6 +88,7 @@ __all__ = [
     "load_pipeline",
     "load_reference",
     "personalize",
+    "plan_attention",
     "quantization_config",
     "quantize",
     "record",
@@ -129,6 +131,7 @@ __getattr__, __dir__ = lazy_names(
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
         "load_reference": "pipelines.load",
+        "plan_attention": "attention.planned",
         "personalize": "training.personalization.personalize",
         "quantization_config": "quantization.diffusers_bridge",
         "quantize": "quantization.quantize",

@@ -1,6 +1,7 @@
 """The op of attention on 8-bit operands, and which kernels serve it.
 
-gluon-attention8    Hopper, heads of 33 to 128 channels: warps that load, two halves that multiply (product8_hopper.py)
+gluon-attention8    Hopper, heads of 33 to 128 channels: loads and halves of queries in their own warps
+                    (product8_hopper.py)
 triton-attention8   other GPUs that multiply e4m3, from compute capability 8.9 on (product8.py)
 reference           everywhere: the formula in torch (formats/attention8.py, reference8.py); the truth
 

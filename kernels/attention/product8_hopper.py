@@ -1,6 +1,6 @@
 """Attention on 8-bit operands for Hopper in Gluon: loads, and two halves of 128 queries, in warps of their own.
 
-    x[m, n] = a[m] b[block of n] sum_j qc[m, j] kc[n, j]      a holds scale * log2(e);  sums exact in int32, or float32
+    x[m, n] = a[m] b[block of n] sum_j qc[m, j] kc[n, j]      a holds scale * log2(e)
     P[m, n] = e4m3(2^(x[m, n] - peak_m + 8)),   l_m = sum_n 2^(x[m, n] - peak_m + 8)
     y[m, j] = c[j] sum_n P[m, n] vc[n, j] / l_m + mean[j]
 
@@ -199,7 +199,9 @@ def _attend(
             scale = q_scale * gl.load(k_scales + last - i)
             x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, peak, total, BN, D, STAGES, True, AHEAD)
             scale = q_scale * gl.load(k_scales + last - i - 1)
-            x2, y, peak, total = _step(q, ring, slot + 1, i + 1 < last, x, y, scale, peak, total, BN, D, STAGES, True, AHEAD)
+            x2, y, peak, total = _step(
+                q, ring, slot + 1, i + 1 < last, x, y, scale, peak, total, BN, D, STAGES, True, AHEAD
+            )
             slot += 2
         if last % 2 == 1:
             scale = q_scale * gl.load(k_scales)
@@ -220,7 +222,9 @@ def _attend(
         rows = top + gl.arange(0, 64, gl.SliceLayout(1, out))
         columns = gl.arange(0, D, gl.SliceLayout(0, out))
         where = ((head // H * M + rows).to(gl.int64) * H + head % H) * OUT
-        gl.store(y_ptr + where[:, None] + columns[None, :], result, mask=(rows < M)[:, None] & (columns < OUT)[None, :])
+        gl.store(
+            y_ptr + where[:, None] + columns[None, :], result, mask=(rows < M)[:, None] & (columns < OUT)[None, :]
+        )
 
 
 @gluon.jit(do_not_specialize=["M", "L", "k_tiles", "tiles"])

@@ -7,9 +7,9 @@
              each head,                                               448 c_j = max_n |v_nj - mean_j|
 
 top is 127 for int8 and 448 for e4m3. int8 has the smaller error where the largest value is not far above the others,
-e4m3 where it is.  SageAttention (arXiv:2410.02367) takes the keys' mean out and has int8 by blocks, its second version
-(arXiv:2411.10958) adds P and values in e4m3 and the values' mean as a choice. Scales of queries by token are ours:
-they cost the softmax nothing, which has numbers of each query anyway.
+e4m3 where it is. SageAttention (arXiv:2410.02367) takes the keys' mean out and has int8 by blocks, its second version
+(arXiv:2411.10958) adds P and values in e4m3 and the values' mean as a choice. Scales of queries by token are our
+choice: they cost softmax nothing, which has numbers of each query anyway.
 
 Tokens are filled up with codes 0 to whole blocks, a head to W channels. Values lie transposed, [B, H, W, tokens], as
 tensor cores read them, and within each 16 tokens in the order ORDER: so a thread that holds sums of queries and keys
@@ -68,9 +68,7 @@ def sizes(rows: int, tokens: int, width: int) -> tuple[int, int, int]:
     return -(-rows // BLOCK), -(-tokens // BLOCK), padded(width)
 
 
-def quantize8(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, centered: bool = True
-) -> Codes8:
+def quantize8(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, centered: bool = True) -> Codes8:
     """q [B, H, M, d], k and v [B, H, L, d] float -> codes; queries and keys in `dtype`, int8 or torch.float8_e4m3fn.
 
     scale: of the logits. centered: False leaves the keys' mean in, for comparisons.

@@ -5,9 +5,9 @@
     print(attention)
 
 Queries and keys are rounded to int8 or e4m3 with scales of their own for each token and each 128 keys, the mean of
-the keys taken out; P and the values to e4m3 (kernels/formats/attention8.py). Scales are made anew in every call, from
-what is multiplied: no calibration, nothing to save. Where no kernel serves, the same formula is computed in torch, and
-the report says so: then it is slower than attention as it was.
+the keys taken out; P and the values to e4m3 (kernels/formats/attention8.py). Scales are made in every call, from what
+is multiplied: there is nothing to calibrate. Where no kernel serves, the same formula is computed in torch, and the
+report says so: then it is slower than attention as it was.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from ..checks import shown
 from ..errors import UserError
 from ..interrupts import uninterrupted
 from ..kernels.formats.attention8 import TYPES
+from ..layers.attention.planned import attention_modules
+from ..layers.attention.processors import in_8_bits, plain_processor
+from ..layers.attention.state import Attention8
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
-from .processors import in_8_bits, plain_processor
-from .state import Attention8
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -78,11 +79,6 @@ def attention_in_8_bits(
                     attn.processor = plain_processor(attn.processor)
 
 
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> attention of diffusers, known by a processor that computes it."""
-    return {name: part for name, part in model.named_modules() if callable(getattr(part, "processor", None))}
-
-
 def models_of(target: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
     """What stands before a layer's name -> denoiser."""
     if isinstance(target, nn.Module):
@@ -94,7 +90,9 @@ def models_of(target: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
 def _prepared(
     models: dict[str, nn.Module], kind: str, layers: Collection[str] | None
 ) -> tuple[Attention8, dict[str, nn.Module]]:
-    there = {prefix + name: part for prefix, model in models.items() for name, part in attention_modules(model).items()}
+    there = {
+        prefix + name: part for prefix, model in models.items() for name, part in attention_modules(model).items()
+    }
     state, found = Attention8(kind), {}
     if layers is not None and (unknown := [name for name in layers if name not in there]):
         known = f", e.g. '{next(iter(there))}'" if there else "; it has none"
@@ -132,8 +130,8 @@ def _span(timesteps: Any) -> tuple[float, float] | None:
     ends = [plain_number(end) for end in timesteps] if isinstance(timesteps, (tuple, list)) else []
     if len(ends) != 2 or not all(isinstance(end, (int, float)) for end in ends) or not ends[0] < ends[1]:
         raise UserError(
-            "attention_in_8_bits: timesteps are two numbers, the first and the one after the last, e.g. (0, 900); got "
-            f"{shown(timesteps)}."
+            "attention_in_8_bits: timesteps are two numbers, the first and the one after the last, (0, 900) "
+            f"for one; got {shown(timesteps)}."
         )
     return float(ends[0]), float(ends[1])
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..hooks import hooked
+from ..layers.attention.processors import Redirected
 from ..pipelines.denoiser import turn_at
 from .eight_bits import attention_in_8_bits, models_of, time_of
-from .processors import Redirected
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -104,9 +104,9 @@ class _Compared(Redirected):
         super().__init__(state, name)
         self.errors, self.now = errors, now
 
-    def _attend(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        y = function(*args, **kwargs)
-        off = super()._attend(function, *args, **kwargs).double() - y.double()
+    def _attend(self, function: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = function(query, key, value, *args, **kwargs)
+        off = super()._attend(function, query, key, value, *args, **kwargs).double() - y.double()
         pair = self.errors.squares[self.name].setdefault(self.now[0], [0.0, 0.0])
         pair[0] += float(off.square().sum())
         pair[1] += float(y.double().square().sum())

@@ -16,16 +16,18 @@ import argparse
 import json
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 import ptq4dm
-from ptq4dm.attention.eight_bits import attention_in_8_bits, attention_modules
+from ptq4dm.attention.eight_bits import attention_in_8_bits
 from ptq4dm.attention.measure import attention_errors
-from ptq4dm.attention.processors import Redirected
 from ptq4dm.evaluation.paired import image_errors, paired_psnr
 from ptq4dm.kernels.attention import reference8
 from ptq4dm.kernels.formats.attention8 import TYPES, quantize8
+from ptq4dm.layers.attention.planned import attention_modules
+from ptq4dm.layers.attention.processors import Redirected
 from ptq4dm.pipelines.denoiser import denoiser
 
 MEAN = 30.0  # planted into one channel of each head's keys, whose deviations are of the order of 1
@@ -41,8 +43,8 @@ def pictures(pipe, seeds: int, steps: int) -> torch.Tensor:
 class WithMean(Redirected):
     """The control: 8 bits without the mean of the keys taken out."""
 
-    def _attend(self, function, query, key, value, *_, scale=None, **__):
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+    def _attend(self, function, query, key, value, *args, **kwargs):
+        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
         codes = quantize8(query, key, value, scale, TYPES[self.state.kind], centered=False)
         return reference8.attention(codes, query.shape[2], key.shape[2], query.shape[3], query.dtype)
 
@@ -71,13 +73,14 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", help="file of lines of JSON; by default they are only printed")
     args = parser.parse_args()
-    out = open(args.output, "w") if args.output else None
+    if args.output:
+        Path(args.output).write_text("")
 
     def say(**row):
-        line = json.dumps(row)
-        print(line, flush=True)
-        if out:
-            print(line, file=out, flush=True)
+        print(json.dumps(row), flush=True)
+        if args.output:
+            with open(args.output, "a") as file:
+                print(json.dumps(row), file=file)
 
     pipe = ptq4dm.load_pipeline(args.model)
     model = denoiser(pipe)
@@ -98,15 +101,27 @@ def main():
             with attention_in_8_bits(pipe, "int8") as attention:
                 if control:
                     attention.redirected = lambda name, state=attention: WithMean(state, name)
-                compared("planted mean, " + ("left in: control" if control else "int8"), pictures(pipe, few, args.steps), same)
+                compared(
+                    "planted mean, " + ("left in: control" if control else "int8"),
+                    pictures(pipe, few, args.steps),
+                    same,
+                )
     errors = attention_errors(pipe, lambda: pictures(pipe, few, args.steps))
     print(errors, file=sys.stderr)
     for time in errors.timesteps:
         with attention_in_8_bits(pipe, "int8", timesteps=(time, time + 1)):
-            compared("only one timestep", pictures(pipe, few, args.steps), right[:few], timestep=time, error=errors.error(None, time))
+            compared(
+                "only one timestep",
+                pictures(pipe, few, args.steps),
+                right[:few],
+                timestep=time,
+                error=errors.error(None, time),
+            )
     for layer in errors.squares:
         with attention_in_8_bits(pipe, "int8", layers=[layer]):
-            compared("only one layer", pictures(pipe, few, args.steps), right[:few], layer=layer, error=errors.error(layer))
+            compared(
+                "only one layer", pictures(pipe, few, args.steps), right[:few], layer=layer, error=errors.error(layer)
+            )
 
 
 if __name__ == "__main__":

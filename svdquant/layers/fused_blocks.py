@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from ...attention.processors import plain_processor
+from ...layers.attention.processors import plain_processor
 from ...layers.fuse import FUSED
 from .fused_parts import (
     added_projections,

@@ -5,9 +5,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
-import ptq4dm
 from ptq4dm import UserError, attention_errors, attention_in_8_bits
-from ptq4dm.attention.processors import plain_processor
+from ptq4dm.layers.attention.processors import Redirected, plain_processor
+from ptq4dm.layers.attention.state import Attention8
 from tests.support import models
 
 
@@ -32,7 +32,9 @@ def test_a_transformer(kind):
     right, before = run(model), [part.processor for part in model.modules() if hasattr(part, "processor")]
     with attention_in_8_bits(model, kind) as attention:
         y = run(model)
-        assert all(isinstance(part.processor, AttnProcessor2_0) for part in model.modules() if hasattr(part, "processor"))
+        assert all(
+            isinstance(part.processor, AttnProcessor2_0) for part in model.modules() if hasattr(part, "processor")
+        )
     assert 0 < relative(y, right) < 0.01
     assert torch.equal(run(model), right)
     assert [part.processor for part in model.modules() if hasattr(part, "processor")] == before
@@ -47,9 +49,11 @@ def test_layers_by_name_and_another_backend():
         one = run(model)
     assert not torch.equal(one, right) and attention.kernels == {"reference": 1}
     assert attention.left == {"transformer_blocks.0.attn1": "not asked for"}
-    with pytest.raises(UserError, match="'nowhere' is no attention of this model, e.g. 'transformer_blocks.0.attn1'"):
-        with attention_in_8_bits(model, layers=["nowhere"]):
-            pass
+    said = pytest.raises(
+        UserError, match="'nowhere' is no attention of this model, e.g. 'transformer_blocks.0.attn1'"
+    )
+    with said, attention_in_8_bits(model, layers=["nowhere"]):
+        pass
 
 
 def test_timesteps():
@@ -67,9 +71,8 @@ def test_timesteps():
 def test_what_is_left_to_torch_is_counted():
     model = models.dit()
     x, labels = inputs()
-    with attention_in_8_bits(model) as attention:
-        with torch.enable_grad():
-            model(x, torch.full((2,), 4), class_labels=labels).sample.sum().backward()
+    with attention_in_8_bits(model) as attention, torch.enable_grad():
+        model(x, torch.full((2,), 4), class_labels=labels).sample.sum().backward()
     assert attention.sixteen == {"gradients are wanted": 2} and not attention.kernels
     assert "as it was 2 times: gradients are wanted" in str(attention)
     for part in model.modules():
@@ -91,10 +94,10 @@ def test_cross_attention_stays():
 
 
 def test_masks_and_shared_keys_are_left():
-    state = ptq4dm.attention.state.Attention8("int8")
+    state = Attention8("int8")
     q, few = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     mask = torch.ones(6, 6, dtype=torch.bool)
-    with ptq4dm.attention.processors.Redirected(state, "a"):
+    with Redirected(state, "a"):
         masked = scaled_dot_product_attention(q, q, q, attn_mask=mask)
         causal = scaled_dot_product_attention(q, q, q, is_causal=True)
         grouped = scaled_dot_product_attention(q, few, few, enable_gqa=True)
@@ -109,10 +112,13 @@ def test_masks_and_shared_keys_are_left():
 
 def test_twice_and_wrong():
     model = models.dit()
-    with attention_in_8_bits(model), pytest.raises(UserError, match="it is in 8 bits already"):
-        with attention_in_8_bits(model):
-            pass
-    with pytest.raises(UserError, match="kind must be 'int8' or 'e4m3'; got 'int4'"), attention_in_8_bits(model, "int4"):
+    again = pytest.raises(UserError, match="it is in 8 bits already")
+    with attention_in_8_bits(model), again, attention_in_8_bits(model):
+        pass
+    with (
+        pytest.raises(UserError, match="kind must be 'int8' or 'e4m3'; got 'int4'"),
+        attention_in_8_bits(model, "int4"),
+    ):
         pass
     with pytest.raises(UserError, match="UNet2DModel has no attention"), attention_in_8_bits(models.plain_unet()):
         pass
@@ -123,12 +129,15 @@ def test_twice_and_wrong():
 def test_errors_by_layer_and_timestep():
     model = models.dit()
     right = run(model)
+
     def call():
         assert torch.equal(run(model), right)
         run(model, 900)
 
     errors = attention_errors(model, call)
-    assert errors.timesteps == [900.0, 400.0] and list(errors.squares) == [f"transformer_blocks.{i}.attn1" for i in (0, 1)]
+    assert errors.timesteps == [900.0, 400.0] and list(errors.squares) == [
+        f"transformer_blocks.{i}.attn1" for i in (0, 1)
+    ]
     assert 0 < errors.error() < 0.02
     each = [errors.error(name, time) for name in errors.squares for time in errors.timesteps]
     assert min(each) <= errors.error() <= max(each)

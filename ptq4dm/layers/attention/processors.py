@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.attention.layer8 import attention8, kernel_name
+from ...kernels.attention.layer8 import attention8, kernel_name
 from .state import Attention8
 
 
@@ -37,7 +37,7 @@ def plain_processor(processor: Any) -> Any:
 
 
 @functools.cache
-def _derived(kind: type) -> type:
+def _derived(kind: Any) -> Any:
     @functools.wraps(kind.__call__)  # diffusers looks at the names of its arguments
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         state, name, _ = self._attention8
@@ -67,11 +67,11 @@ class Redirected(TorchFunctionMode):
             return function(*args, **kwargs)
         return self._attend(function, *args, **kwargs)
 
-    def _attend(
-        self, _: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, scale: float | None = None, **___: Any
-    ) -> Any:
+    def _attend(self, function: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.state.in_8(self.name, kernel_name(query.device, query.shape[-1]))
-        return attention8(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, self.state.kind)
+        scale = kwargs.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return attention8(query, key, value, scale, self.state.kinds.get(self.name, self.state.kind))
 
 
 def why_not(

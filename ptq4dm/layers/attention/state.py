@@ -12,7 +12,8 @@ import torch
 class Attention8:
     """Attention in 8 bits of some layers; `str()` of it is a report, also after the block.
 
-    kind: of the codes of queries and keys, "int8" or "e4m3". layers: names of the layers that are served. left: name
+    kind: of the codes of queries and keys, "int8" or "e4m3". layers: names of the layers that are served;
+    kinds: of those that have another kind. left: name
     of a layer that is not -> why. kernels: kernel -> calls in 8 bits. sixteen: why -> calls that were left as they
     were. active: whether calls are in 8 bits now. Calls of compiled code are not counted.
     """
@@ -20,6 +21,7 @@ class Attention8:
     def __init__(self, kind: str, layers: Iterable[str] = ()) -> None:
         self.kind, self.active = kind, True
         self.layers = list(layers)
+        self.kinds: dict[str, str] = {}
         self.left: dict[str, str] = {}
         self.kernels: Counter[str] = Counter()
         self.sixteen: Counter[str] = Counter()
@@ -47,7 +49,8 @@ class Attention8:
         return [name for name in self.layers if name in self._called - self._reached]
 
     def __str__(self) -> str:
-        lines = [f"attention of {len(self.layers)} layers with queries and keys in {self.kind}"]
+        kinds = Counter(self.kinds.get(name, self.kind) for name in self.layers)
+        lines = [f"attention of {count} layers with queries and keys in {kind}" for kind, count in kinds.items()]
         lines += [f"in 8 bits by {name}, {count} times" for name, count in self.kernels.items()]
         lines += [f"as it was {count} times: {why}" for why, count in self.sixteen.items()]
         if self.unreached:

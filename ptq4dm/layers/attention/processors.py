@@ -20,6 +20,9 @@ from ...kernels.attention.layer8 import attention8, kernel_name
 from .state import Attention8
 
 
+_DERIVED: dict[Any, Any] = {}  # class of processors -> the class made of it
+
+
 def in_8_bits(processor: Any, state: Attention8, name: str) -> Any:
     """A copy of a processor that hands its attention to `state`; its class is derived from the processor's.
 
@@ -36,8 +39,13 @@ def plain_processor(processor: Any) -> Any:
     return processor._attention8[2] if hasattr(processor, "_attention8") else processor
 
 
-@functools.cache
 def _derived(kind: Any) -> Any:
+    if kind not in _DERIVED:
+        _DERIVED[kind] = _made(kind)
+    return _DERIVED[kind]
+
+
+def _made(kind: Any) -> Any:
     @functools.wraps(kind.__call__)  # diffusers looks at the names of its arguments
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         state, name, _ = self._attention8

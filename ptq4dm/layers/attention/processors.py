@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from ...kernels.attention.layer8 import attention8, kernel_name
 from .state import Attention8
 
-
 _DERIVED: dict[Any, Any] = {}  # class of processors -> the class made of it
 
 

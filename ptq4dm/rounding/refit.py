@@ -11,7 +11,7 @@ best that it had. Alternating
 rounds are those of LUT-GEMM (arXiv:2206.09557, section 3.1), which counts errors of weights; that they count in M,
 with an offset for each group, is our addition. d is less than gptq's, by our measurement.
 
-A plane is one group's, and its zeros elsewhere are never written: M meets it in the columns of that group only, and of
+A plane is one group's, and its zeros elsewhere are never written: M meets it in the columns of that group only. Of
 the matrix of scales one triangle is worked out. Errors and scales are of float64; codes are chosen in float32, in
 blocks of inputs, whose changes reach the inputs to come in one product.
 """

@@ -8,7 +8,7 @@ and the sums of these, in registers: they are read once, where programs of one b
 
 Weights and scales come by asynchronous copies through a ring in shared memory, STAGES blocks ahead: so lines of
 memory are asked for whole, and far ahead, at no register. A lane that loads its own codes asks for 8 bytes of each of
-8 rows, a quarter of a line. Rows are swizzled by 32 bytes: a warp reads its codes without conflicts, two words a lane.
+8 rows, a quarter of a line. Rows are swizzled by 32 bytes: a warp reads codes without conflicts, two words a lane.
 
 The instruction of a product is written out, and so is unpacking. As in short_operands.py lane 4 r + t of a warp has
 outputs r and r + 8, and of each group inputs 8 t .. 8 t + 7 and 32 + 8 t .. 39 + 8 t. Tensors between memory and

@@ -18,6 +18,7 @@ from ..checks import check
 from ..errors import UserError
 from ..hooks import hooked
 from ..interrupts import Gate
+from ..layers.attention.planned import follow_attention
 from ..layers.base import holds_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.shift.norms import norms_of
@@ -123,6 +124,8 @@ def _put(model: nn.Module, layers: dict[str, nn.Module], plan: Plan, config: Qua
         replace_module(model, name, layer)
     link_layers(model.get_submodule, plan.layers)
     plan.norms = norms_of(model)
+    if plan.attention:
+        follow_attention(model, plan.attention)
     mark_quantized(model, resolved(config, plan))
 
 

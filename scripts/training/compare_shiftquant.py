@@ -4,10 +4,12 @@
     python scripts/training/compare_shiftquant.py --data ... --stage dit qat --device cuda:1 --graph
     python scripts/training/compare_shiftquant.py --data ... --stage times noise --device cuda:2
     python scripts/training/compare_shiftquant.py --data ... --rows "unet 6/6/6" "unet bf16" --steps 13000 --seeds 0
+    python scripts/training/compare_shiftquant.py --data ... --rows "unet 6/6/8 G=2 narrow" "dit 8/8/6" --graph
 
 Stages: `unet`, the UNet from scratch; `dit`, the embedded DiT trained on; `qat`, both trained on at W4A4, then
-quantized by RTNConfig; `times`, forward and backward of layers and norms; `noise`, what rounding adds to gradients,
-and how far these reach at each time. Each result is one line of JSON in --output, with card, commit and seed; rows
+quantized by RTNConfig; `times`, forward and backward of layers and norms, with --graph a whole step, too; `noise`,
+what rounding adds to gradients, whether it is without bias, and how far gradients reach at each time. What a row's
+name may say is in shiftquant_rows.py. Each result is one line of JSON in --output, with card, commit and seed; rows
 that are there are not made again, and several processes may write one file. With --minutes a row that is not done in
 time leaves a checkpoint beside the output, from which the same command goes on.
 

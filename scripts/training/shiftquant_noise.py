@@ -3,7 +3,7 @@
 Of stochastic rounding of dy to steps s the variance is f (1 - f) s^2, f the part of dy / s that is no whole number;
 that of dw = dy^T x is its sum over the batch, weighted by x^2. Steps: groups along rows and channels (ours; rows are
 samples, of Linear layers tokens), along samples or channels alone; exact ones for each sample, channel, and token or
-pixel, which no integer product could take back.
+pixel, which no integer product could take back. Rows of bias draw the gradients of some layers many times.
 """
 
 from __future__ import annotations

@@ -12,7 +12,11 @@ from .precision import precision_of
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "learning_rate")
-LATER = {"drop_captions": 0.1, "norm": "same"}  # options that runs of earlier versions lack, and what they did
+LATER = {
+    "drop_captions": 0.1,
+    "norm": "same",
+    "wide": False,
+}  # options that runs of earlier versions lack, and what they did
 MOST = 10**12  # images or steps
 
 
@@ -29,6 +33,8 @@ class ShiftQuantConfig:
         quantization-aware training.
     norm: "l1" puts L1 normalization on 8-bit codes in the place of GroupNorm and LayerNorm, with ratios measured on
         the first batch. The model is saved with it, and is another function under the same parameters; "same": not.
+    wide: whether the layers that lose most by so few bits have 8 for weights and inputs: measured on the first batch,
+        at most a tenth of them, until they have two thirds of the error. Not on grids as served.
     images: that the model learns from, in all, pictures counted as often as they are shown.
     minutes: of wall-clock time after which this call stops, wherever it is; None: no limit.
     batch_size: images of a step, over all processes.
@@ -53,6 +59,7 @@ class ShiftQuantConfig:
     gradient_bits: int | None = option(None, "of gradients alone", low=2, high=8)
     groups: int = option(4, "steps a power of two apart, along rows and columns; 1: one a tensor", low=1, high=7)
     served: bool = option(False, "on the grids of weights and inputs that quantize makes: quantization-aware")
+    wide: bool = option(True, "8 bits in the layers that lose most by fewer, at most a tenth of them")
     norm: str = option("same", "l1: norms by the mean magnitude, on codes", choices=("same", "l1"))
     images: int = option(500_000, "that the model learns from, in all", low=1, high=MOST)
     minutes: float | None = option(None, "stop this call after so many; resume it with --resume", finite=False)

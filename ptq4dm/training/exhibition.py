@@ -31,7 +31,7 @@ class Exhibition:
         g = torch.Generator(run.device).manual_seed(seed_of(run.config.seed, "held out"))
         for rows in torch.arange(len(held)).split(run.config.batch_size) if len(held) else ():
             part = held.part(rows)
-            batch = run.noisy(part.images, part.labels, g, shared=False)
+            batch = run.noisy(part.images, part.labels, g)
             batch.t = rows.to(run.device) * run.task.times // len(held)  # evenly spread, and not by chance
             self.held.append(batch)
 
@@ -92,7 +92,8 @@ class Exhibition:
             own = {parameter.untyped_storage().data_ptr() for parameter in one.parameters()}
             with run.accelerator.autocast():
                 kept[name] = kept_bytes(lambda one=one: run.task.loss(one, batch).mean(), own)  # type: ignore[misc]
-        run.log.write(stage="start", layers=len(run.networks.converted.layers), samples=len(batch.t), **kept)
+        layers, wide = run.networks.converted.layers, run.networks.wide
+        run.log.write(stage="start", layers=len(layers), wide=wide, samples=len(batch.t), **kept)
 
 
 def pipeline_with(pipe, net: nn.Module):

@@ -21,6 +21,7 @@ from ..files.checkpoint import load_checkpoint, progress_as, save_checkpoint
 from ..files.log import Log, read_lines
 from ..files.places import lying_in
 from ..layers.shift.norms import ratios
+from ..layers.shift.sensitive import most_sensitive
 from ..pipelines.denoiser import denoiser, evaluation_mode
 from ..pipelines.generate import fingerprint
 from ..progress import progress_bar
@@ -33,6 +34,7 @@ from .random_state import own_random_state
 from .task import Batch, Task, seed_of
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+MEASURED = 16  # rows of a batch, on which layers are measured
 AT_RISK = 300.0  # seconds of work that an interruption may cost
 
 
@@ -70,7 +72,7 @@ class Run:
         }
         if found.labels is not None and found.texts is not None:
             self.recipe["captions"] = seed_of(*found.texts, *found.labels.tolist())
-        self.networks = Networks(denoiser(pipe), config, self.accelerator, self._ratios(denoiser(pipe)))
+        self.networks = Networks(denoiser(pipe), config, self.accelerator, *self._measured(denoiser(pipe)))
         self.progress = self._start(resume)
         self.saved = copy.copy(self.progress) if resume else None
         self.log = Log(folder / LOG, self.progress.lines, self.main, read_lines)
@@ -78,14 +80,18 @@ class Run:
         self.loss, self.since, self.out_of_time = torch.zeros((), device=self.device), 0, False
         self.began = self.clock = self.kept = time.monotonic()
 
-    def _ratios(self, net: nn.Module) -> dict[str, float]:
-        """Of norms by the mean magnitude, on the first batch of all processes: the same in each of them, and whenever
-        the run goes on."""
-        if self.config.norm == "same":
-            return {}
-        batch = self.batch(0, shared=False)
+    def _measured(self, net: nn.Module) -> tuple[dict[str, float], list[str]]:
+        """Ratios of norms by the mean magnitude, and names of wide layers, on the first batch of all processes: the
+        same in each of them, and whenever the run goes on."""
+        config, batch = self.config, self.drawn(0)
+        few = batch.rows(slice(MEASURED))
+        found, wide = {}, []
         with evaluation_mode(net), self.accelerator.autocast():
-            return ratios(net, lambda: self.task.loss(net, batch))
+            if config.norm == "l1":
+                found = ratios(net, lambda: self.task.loss(net, batch))
+            if config.widths is not None and config.wide and not config.served:
+                wide = most_sensitive(net, lambda: self.task.prediction(net, few), config.widths)
+        return found, wide
 
     def _start(self, resume: bool) -> Progress:
         """Where the run begins; its folder must be new unless it goes on."""
@@ -139,9 +145,16 @@ class Run:
             if self.saved is None or self.saved.step != self.progress.step:
                 self.save()
 
-    def batch(self, step: int, shared: bool = True) -> Batch:
-        """This process's share of a step's batch, or all of it. Every process draws all, so that a run is the same on
-        any number of them; its step alone decides it."""
+    def batch(self, step: int) -> Batch:
+        """This process's share of a step's batch."""
+        batch = self.drawn(step)
+        part = len(batch.t) // self.accelerator.num_processes
+        first = self.accelerator.process_index * part
+        return batch.rows(slice(first, first + part))
+
+    def drawn(self, step: int) -> Batch:
+        """A step's batch, over all processes. Every process draws all of it, so that a run is the same on any number
+        of them; its step alone decides it."""
         config, g = self.config, torch.Generator(self.device).manual_seed(seed_of(self.config.seed, step))
         size, number = config.batch_size, len(self.pictures)
         rows = torch.randint(0, number, (size,), generator=g, device=self.device).cpu()
@@ -153,17 +166,14 @@ class Run:
         if self.pictures.texts is not None:
             empty = torch.rand(size, generator=g, device=self.device).cpu() < config.drop_captions
             labels = torch.where(empty, 0, labels)
-        return self.noisy(images, labels, g, shared)
+        return self.noisy(images, labels, g)
 
-    def noisy(self, images, labels, g: torch.Generator, shared: bool) -> Batch:
-        """A batch of images uint8: data, noise and times from a generator; shared: the part of this process."""
+    def noisy(self, images: torch.Tensor, labels: torch.Tensor | None, g: torch.Generator) -> Batch:
+        """A batch of images uint8: data, noise and times from a generator."""
         x0 = self.task.data(images, g)
         noise = torch.randn(x0.shape, generator=g, device=self.device)
         t = torch.randint(0, self.task.times, (len(x0),), generator=g, device=self.device)
-        batch = Batch(x0, noise, t, None if labels is None else labels.to(self.device))
-        part = len(x0) // self.accelerator.num_processes
-        first = self.accelerator.process_index * part
-        return batch.rows(slice(first, first + part)) if shared else batch
+        return Batch(x0, noise, t, None if labels is None else labels.to(self.device))
 
     def flush(self, bar: Any = None) -> None:
         """A line of the log with the mean loss since the last one, and a look at the clock.

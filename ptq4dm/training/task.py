@@ -92,15 +92,22 @@ class Task:
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error for each sample, float32 [B]."""
-        signal = self.alphas[batch.t].reshape(-1, *[1] * (batch.x0.ndim - 1))
-        alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
-        x = alpha * batch.x0 + sigma * batch.noise
-        extra = {} if batch.labels is None else {"class_labels": batch.labels}
-        extra = extra if self.prompted is None else self.prompted(batch.labels)
-        said = net(x, batch.t, return_dict=False, **extra)[0][:, : x.shape[1]].float()
+        alpha, sigma = self._levels(batch)
         target = {
             "epsilon": batch.noise,
             "v_prediction": alpha * batch.noise - sigma * batch.x0,
             "sample": batch.x0,
         }[self.target]
-        return (said - target).square().flatten(1).mean(1)
+        return (self.prediction(net, batch) - target).square().flatten(1).mean(1)
+
+    def prediction(self, net: nn.Module, batch: Batch) -> Tensor:
+        """What the network says of noisy data, float32; of a learned variance nothing."""
+        alpha, sigma = self._levels(batch)
+        x = alpha * batch.x0 + sigma * batch.noise
+        extra = {} if batch.labels is None else {"class_labels": batch.labels}
+        extra = extra if self.prompted is None else self.prompted(batch.labels)
+        return net(x, batch.t, return_dict=False, **extra)[0][:, : x.shape[1]].float()
+
+    def _levels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        signal = self.alphas[batch.t].reshape(-1, *[1] * (batch.x0.ndim - 1))
+        return signal.sqrt(), (1 - signal).sqrt()

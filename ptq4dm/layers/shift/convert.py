@@ -74,11 +74,14 @@ def to_integers(
     if not found.layers and not found.norms:
         raise UserError(f"{type(model).__name__} has no layer that trains on integers.")
     for name, chosen in found.layers.items():
-        layer = model.get_submodule(name)
-        new = ShiftConv2d(layer, chosen) if isinstance(layer, nn.Conv2d) else ShiftLinear(layer, chosen)
-        replace_module(model, name, new)
+        replace_module(model, name, on_integers(model.get_submodule(name), chosen))
     put_norms(model, {name: (ratios or {}).get(name, RATIO) for name in found.norms})
     return found
+
+
+def on_integers(layer: nn.Module, widths: Widths) -> nn.Module:
+    """A trainable layer on integers, with the same parameters."""
+    return ShiftConv2d(layer, widths) if isinstance(layer, nn.Conv2d) else ShiftLinear(layer, widths)
 
 
 def beside_the_ends(model: nn.Module) -> list[str]:

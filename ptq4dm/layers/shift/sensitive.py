@@ -34,7 +34,7 @@ def most_sensitive(model: nn.Module, call: Callable[[], Tensor], widths: Widths)
                 errors[view.name] = (call() - exact).double().square().sum().item()
             finally:
                 replace_module(model, view.name, view.module)
-    rest, chosen = sum(errors.values()), []
+    rest, chosen = sum(errors.values()), list[str]()
     aim = REST * rest
     for name in sorted(errors, key=lambda name: -errors[name]):
         if rest <= aim or len(chosen) >= MOST * len(errors):

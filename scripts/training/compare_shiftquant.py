@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = check_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     output = RowsFile(args.output, device)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..formats.int4 import GROUP
 from ..runtime.late import late
 from ..runtime.settings import best_config, capability, remembered
-from ..runtime.workspace import Workspace
+from ..runtime.workspace import Piece, Workspace
 
 if TYPE_CHECKING:
     from . import progressive_triton, tokens_triton
@@ -56,6 +56,16 @@ def _room(m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales
     return Workspace(*tokens, *tables, ((n if w8 else 0, wide), torch.int8))
 
 
+def room_of_two_widths(x: Tensor, n: int, high: int, config: dict) -> list[Piece]:
+    """Slots of n outputs, counts of tiles, and sums of so many rows of `high` halves, for x [M, K] and a product."""
+    return _wide_room(len(x), n, high, config.get("PARTS", 1)).take(x)
+
+
+@remembered
+def _wide_room(m: int, n: int, high: int, parts: int) -> Workspace:
+    return Workspace(((n,), INT32), ((m,), INT32), ((parts, high, -(-m // 16) * 16), FLOAT))
+
+
 def progressive_through(
     x: Tensor, qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, wscales: Tensor, bias: Tensor | None,
     config: dict | None = None,
@@ -72,29 +82,34 @@ def grouped_through(
     n, groups = wscales.shape
     if groups == 1:
         return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, "rows", 1, config)
-    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, None, config)
+    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, config)
 
 
 def row_mix_through(
-    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, bias: Tensor | None,
-    wide: int, config: dict | None = None,
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, wide: Tensor, bias: Tensor | None,
+    config: dict | None = None,
 ) -> Tensor:  # fmt: skip
-    """`row_mix.row_mix_grouped` of x [M, K], M and `wide` above 0; config: not the usual one."""
-    return _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide, config)
+    """`row_mix.row_mix_grouped` of x [M, K], M and the number of `wide` rows above 0; config: not the usual one."""
+    return _scaled_sums(x, qweight, wscales, wzeros, wide, bias, config)
 
 
-def _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide: int | None, config: dict | None) -> Tensor:
-    """The products whose sums of groups are whole numbers; places and wide: of rows of two widths alone."""
+def _scaled_sums(x, qweight, wscales, wzeros, wide: Tensor | None, bias, config: dict | None) -> Tensor:
+    """The products whose sums of groups are whole numbers; wide: of rows of two widths, else None."""
     x = _rows(x)
     (m, k), (n, groups) = x.shape, wscales.shape
     config = config or best_config("grouped.product", x.device, m, n, k)
     rows, offset = len(qweight), wide is not None or wzeros is not None
     codes, scale, _, factors, scales, _ = _room(m, rows, k, groups, False, offset, True, False).take(x)
-    qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
+    slots = ready = sums = None
+    if wide is not None:
+        slots, ready, sums = room_of_two_widths(x, n, rows - n, config)
+    qweight, wscales, wzeros, wide = (_contiguous(one) for one in (qweight, wscales, wzeros, wide))
     tables = (factors if offset else None), scales
     out = x.new_empty(m, n)
-    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), wide)
-    product_grouped.product((codes, scale), qweight, tables, places, bias, out, k // groups, config, wide or 0)
+    tokens_triton.prepare(
+        x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), (wide, slots, ready)
+    )
+    product_grouped.product((codes, scale), qweight, tables, (slots, ready, sums), bias, out, k // groups, config)
     return out
 
 

@@ -109,7 +109,7 @@ def _scaled_sums(x, qweight, wscales, wzeros, wide: Tensor | None, bias, config:
     tokens_triton.prepare(
         x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), (wide, slots, ready)
     )
-    product_grouped.product((codes, scale), qweight, tables, (slots, ready, sums), bias, out, k // groups, config)
+    product_grouped.product((codes, scale), qweight, tables, bias, out, k // groups, config, (slots, ready, sums))
     return out
 
 

@@ -128,10 +128,10 @@ def products(one: Set) -> dict:
     layer = steps.Parameters(codes, scale, bias, tokens[1], None)
     found = {
         "grouped alone": lambda: product_grouped.product(
-            tokens[:2], packed, (plain, scales), (None, None, None), bias, out, SIZE, after
+            tokens[:2], packed, (plain, scales), bias, out, SIZE, after
         ),
         "row-mix alone": lambda: product_grouped.product(
-            tokens[:2], mixed, tables, (slots, ready, sums), bias, out, SIZE, after
+            tokens[:2], mixed, tables, bias, out, SIZE, after, (slots, ready, sums)
         ),
         "int8 W8A8 alone": lambda: steps.multiply(tokens[0], same_window(m, 1, 1), layer, torch.bfloat16),
     }  # fmt: skip

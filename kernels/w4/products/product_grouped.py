@@ -130,8 +130,8 @@ def _grouped_kernel(
 
 
 def product(
-    tokens: tuple, qweight: Tensor, tables: tuple, wide: tuple, bias: Tensor | None, out: Tensor, size: int,
-    config: dict,
+    tokens: tuple, qweight: Tensor, tables: tuple, bias: Tensor | None, out: Tensor, size: int, config: dict,
+    wide: tuple = (None, None, None),
 ) -> None:  # fmt: skip
     """Fill out [M, N] (float, contiguous).
 
@@ -140,7 +140,7 @@ def product(
     64 or 128 inputs of a group.
 
     wide: of rows of two widths (slots int32 [N]: the row of an output's high halves, or -1; counts of zero; room for
-    their sums float32 [parts, rows, >= M]), else three None. Then qweight and tables have these rows before the N.
+    their sums float32 [parts, rows, >= M]). Then qweight and tables have these rows before the N.
 
     config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """

@@ -80,7 +80,7 @@ def _sums(
 @triton.jit
 def _grouped_kernel(
     x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, slots_ptr, ready_ptr, highs_ptr, bias_ptr, y_desc, y_ptr,
-    M, N, K, groups, high, stride,
+    M, N, K, groups, high, stored_rows, stride,
     SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -102,9 +102,10 @@ def _grouped_kernel(
             length = tl.cdiv(steps, PARTS)
             first = part * length
             last = tl.minimum(first + length, steps)
+        row = tl.where(is_high, left, high + left)
         y = _sums(
-            x_ptr, w_ptr, factors_ptr, scales_ptr, top, tl.where(is_high, left, high + left), M, high + N, K, groups,
-            first, last, SIZE, BM, BN, TMA, PACKED,
+            x_ptr, w_ptr, factors_ptr, scales_ptr, top, row, M, stored_rows, K, groups, first, last,
+            SIZE, BM, BN, TMA, PACKED,
         )  # fmt: skip
     rows = top + tl.arange(0, BM)
     columns = left + tl.arange(0, BN)
@@ -161,7 +162,7 @@ def _launch(config: dict, m: int, k: int, n: int, size: int, groups: int, highs:
     blocks = dict(x_ptr=(bm, size), w_ptr=(bn, max(size, 64) // 2), y_desc=(bm, bn)) if config["TMA"] else None
     return Launch(
         _grouped_kernel, (cdiv(m, bm) * (parts * cdiv(high, bn) + cdiv(n, bn)),), blocks,
-        M=m, N=n, K=k, groups=groups, high=high, stride=stride, PARTS=parts,
+        M=m, N=n, K=k, groups=groups, high=high, stored_rows=high + n, stride=stride, PARTS=parts,
         SIZE=size, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"], PACKED=packed(config, _grouped_kernel),
         num_warps=config["num_warps"], num_stages=config["num_stages"], maxnreg=config.get("maxnreg"),
     )  # fmt: skip

@@ -72,6 +72,21 @@ def kept_by_counts(scores, rows: dict[str, list[int]], most: float = 1.0) -> flo
     return left / gain if gain else None
 
 
+def largest(scores, rows: dict[str, list[int]], count: int = 3) -> list[dict]:
+    """The layers with the most salience: their share of all of it, and how many of their rows are wide."""
+    whole = sum(float(score.sum()) for score in scores.values()) or 1.0
+    order = sorted(scores, key=lambda name: -float(scores[name].sum()))[:count]
+    return [
+        {
+            "layer": name,
+            "share": float(scores[name].sum()) / whole,
+            "wide": len(rows[name]),
+            "rows": len(scores[name]),
+        }
+        for name in order
+    ]
+
+
 def curve(model, store, truth: HeldOut, importance: str, rounding: str, args) -> dict:
     """Predicted and measured errors of one score over all shares."""
     options = {"rounding": rounding, "clip": "output" if rounding == "gptq" else "none", "num_tuples": args.tuples}
@@ -90,6 +105,7 @@ def curve(model, store, truth: HeldOut, importance: str, rounding: str, args) ->
             "share": share, "predicted": predicted_error(scores, chosen), "measured": truth.error(quantized),
             "kept by counts": kept_by_counts(scores, chosen),
             "kept in layers at most half wide": kept_by_counts(scores, chosen, 0.5),
+            "largest": largest(scores, chosen),
         })  # fmt: skip
         print(importance, rounding, rows[-1], flush=True)
     predicted, measured = ([row[name] for row in rows] for name in ("predicted", "measured"))

@@ -612,6 +612,7 @@ def test_predicted_errors_stand_beside_measured_ones(tmp_path, monkeypatch, one_
     chosen = {"whole": [0, 1], "part": [0]}
     assert compare.kept_by_counts(scores, chosen) == pytest.approx((8 + 8 / 3) / (8 + 6))
     assert compare.kept_by_counts(scores, chosen, 0.5) == pytest.approx(8 / 3 / 6)
+    assert compare.largest(scores, chosen, 1) == [{"layer": "whole", "share": 0.5, "wide": 2, "rows": 2}]
     assert 0.2 < curves[0]["rows"][0]["predicted_error"] / curves[0]["rows"][0]["measured"] < 5
     for words in (["--shares", "0.5", "0.1"], ["--shares", "2"], ["--tuples", "0"]):
         with pytest.raises(UserError):

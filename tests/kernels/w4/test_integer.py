@@ -276,8 +276,9 @@ def test_rows_of_two_widths_are_exact_as_shipped(m):
     for groups in (9, 18, 36):
         operands = (*mixed(n, 130, k, groups, True)[1], None)
         wanted = row_mix.reference(x, *operands)
-        y = row_mix.row_mix_grouped(*there(x.to(torch.bfloat16), *operands))
-        assert torch.equal(y.cpu(), wanted.to(torch.bfloat16)), groups
+        operands = there(x.to(torch.bfloat16), *operands)
+        for _ in range(8):  # tiles wait for others, in another order every time
+            assert torch.equal(row_mix.row_mix_grouped(*operands).cpu(), wanted.to(torch.bfloat16)), groups
 
 
 def test_what_a_search_tries():

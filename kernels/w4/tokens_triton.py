@@ -109,7 +109,7 @@ def _tables(
         known = there & ((n < wide) | (n >= high))
         zero_row, zeroed = n - high - before, there & (n >= high) & (is_wide == 0)
         if block < tl.cdiv(N, BN):
-            tl.store(slots_ptr + n - high, tl.where(is_wide > 0, before, -1), mask=(n >= high) & (n < N))
+            tl.store(slots_ptr + n - high, 2 * before + is_wide, mask=(n >= high) & (n < N))
     source = row * GROUPS + g
     if scales_ptr is not None:
         scale = tl.load(wscales_ptr + source, mask=known, other=0.0).to(tl.float32)

@@ -78,6 +78,43 @@ def _sums(
 
 
 @triton.jit
+def _with_highs(
+    y, slots_ptr, ready_ptr, highs_ptr, left, rows, tiles, M, N, high, stride,
+    PARTS: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """y [BN, BM] of outputs from `left` on, and what their high halves sum up to once so many `tiles` have left it.
+
+    The wide outputs of a tile have slots one after the other. A product with ones and zeros puts their sums where
+    they belong, in registers as y is: in three parts of bfloat16, that hold all bits of a float32.
+    """
+    EXACT: tl.constexpr = tl.bfloat16 if PACKED else tl.float32  # which Triton's interpreter multiplies
+    columns = left + tl.arange(0, BN)
+    begin = tl.load(slots_ptr + left) >> 1
+    last = tl.load(slots_ptr + tl.minimum(left + BN, N) - 1)
+    end = (last >> 1) + (last & 1)
+    if end > begin:
+        slots = tl.load(slots_ptr + columns, mask=columns < N, other=0)
+        own = tl.where((slots & 1) == 1, slots >> 1, -1)
+        while tl.atomic_add(ready_ptr, 0, sem="acquire") < tiles:
+            pass
+        tl.debug_barrier()
+        for first in tl.range(begin, end, 16, num_stages=1):
+            j = first + tl.arange(0, 16)
+            ones = (own[:, None] == j[None, :]).to(EXACT)
+            for part in tl.static_range(PARTS):
+                where = highs_ptr + (part * high + j).to(tl.int64)[:, None] * stride + rows[None, :]
+                there = (j < end)[:, None] & (rows < M)[None, :]
+                sums = tl.load(where, mask=there, other=0.0, cache_modifier=".cg")
+                placed = tl.zeros(y.shape, tl.float32)
+                for _ in tl.static_range(3):
+                    some = sums.to(EXACT)
+                    placed = tl.dot(ones, some, placed, input_precision="ieee")
+                    sums -= some.to(tl.float32)
+                y += placed
+    return y
+
+
+@triton.jit
 def _grouped_kernel(
     x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, slots_ptr, ready_ptr, highs_ptr, bias_ptr, y_desc, y_ptr,
     M, N, K, groups, high, stored_rows, stride,
@@ -118,15 +155,10 @@ def _grouped_kernel(
         tl.debug_barrier()  # all of the program has stored before one thread says so
         tl.atomic_add(ready_ptr + top // BM, 1, sem="release")
     else:
-        slots = tl.load(slots_ptr + columns, mask=columns < N, other=-1)
-        if tl.max(slots, 0) >= 0:
-            while tl.atomic_add(ready_ptr + top // BM, 0, sem="acquire") < blocks * PARTS:
-                pass
-            tl.debug_barrier()
-            for i in tl.static_range(PARTS):
-                where = highs_ptr + (i * high + slots).to(tl.int64)[:, None] * stride + rows[None, :]
-                there = (slots >= 0)[:, None] & (rows < M)[None, :]
-                y += tl.load(where, mask=there, other=0.0, cache_modifier=".cg")
+        y = _with_highs(
+            y, slots_ptr, ready_ptr + top // BM, highs_ptr, left, rows, blocks * PARTS, M, N, high, stride,
+            PARTS, BN, PACKED,
+        )  # fmt: skip
         stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
 
 
@@ -140,8 +172,9 @@ def product(
     scales float32 [G, N], as `tokens_triton.prepare` fills them; qweight uint8 [N, K'/2]; bias [N] or None. size: 32,
     64 or 128 inputs of a group.
 
-    wide: of rows of two widths (slots int32 [N]: the row of an output's high halves, or -1; counts of zero; room for
-    their sums float32 [parts, rows, >= M]). Then qweight and tables have these rows before the N.
+    wide: of rows of two widths (slots int32 [N]: twice the number of wide outputs before each, and 1 more where it is
+    one; counts of zero; room for sums of high halves float32 [parts, rows, >= M]). Then qweight and tables have these
+    rows before the N.
 
     config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """

@@ -78,39 +78,42 @@ def _sums(
 
 
 @triton.jit
+def _slots_of(slots_ptr, left, N, BN: tl.constexpr):
+    """(first, end): rows of high halves that belong to outputs left .. + BN, which lie one after the other."""
+    last = tl.load(slots_ptr + tl.minimum(left + BN, N) - 1)
+    return tl.load(slots_ptr + left) >> 1, (last >> 1) + (last & 1)
+
+
+@triton.jit
 def _with_highs(
-    y, slots_ptr, ready_ptr, highs_ptr, left, rows, tiles, M, N, high, stride,
+    y, slots_ptr, ready_ptr, highs_ptr, begin, end, ready, left, rows, tiles, M, N, high, stride,
     PARTS: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """y [BN, BM] of outputs from `left` on, and what their high halves sum up to once so many `tiles` have left it.
+    """y [BN, BM] of outputs from `left` on, and sums of their high halves, once so many `tiles` have left them.
 
-    The wide outputs of a tile have slots one after the other. A product with ones and zeros puts their sums where
-    they belong, in registers as y is: in three parts of bfloat16, that hold all bits of a float32.
+    A product with ones and zeros puts these sums where they belong, in registers as y is: in three parts of bfloat16,
+    that hold all bits of a float32.
     """
     EXACT: tl.constexpr = tl.bfloat16 if PACKED else tl.float32  # which Triton's interpreter multiplies
     columns = left + tl.arange(0, BN)
-    begin = tl.load(slots_ptr + left) >> 1
-    last = tl.load(slots_ptr + tl.minimum(left + BN, N) - 1)
-    end = (last >> 1) + (last & 1)
-    if end > begin:
-        slots = tl.load(slots_ptr + columns, mask=columns < N, other=0)
-        own = tl.where((slots & 1) == 1, slots >> 1, -1)
-        while tl.atomic_add(ready_ptr, 0, sem="acquire") < tiles:
-            pass
-        tl.debug_barrier()
-        for first in tl.range(begin, end, 16, num_stages=1):
-            j = first + tl.arange(0, 16)
-            ones = (own[:, None] == j[None, :]).to(EXACT)
-            for part in tl.static_range(PARTS):
-                where = highs_ptr + (part * high + j).to(tl.int64)[:, None] * stride + rows[None, :]
-                there = (j < end)[:, None] & (rows < M)[None, :]
-                sums = tl.load(where, mask=there, other=0.0, cache_modifier=".cg")
-                placed = tl.zeros(y.shape, tl.float32)
-                for _ in tl.static_range(3):
-                    some = sums.to(EXACT)
-                    placed = tl.dot(ones, some, placed, input_precision="ieee")
-                    sums -= some.to(tl.float32)
-                y += placed
+    slots = tl.load(slots_ptr + columns, mask=columns < N, other=0)
+    own = tl.where((slots & 1) == 1, slots >> 1, -1)
+    while ready < tiles:
+        ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
+    tl.debug_barrier()
+    for first in tl.range(begin, end, 16, num_stages=1):
+        j = first + tl.arange(0, 16)
+        ones = (own[:, None] == j[None, :]).to(EXACT)
+        for part in tl.static_range(PARTS):
+            where = highs_ptr + (part * high + j).to(tl.int64)[:, None] * stride + rows[None, :]
+            there = (j < end)[:, None] & (rows < M)[None, :]
+            sums = tl.load(where, mask=there, other=0.0, cache_modifier=".cg")
+            placed = tl.zeros(y.shape, tl.float32)
+            for _ in tl.static_range(3):
+                some = sums.to(EXACT)
+                placed = tl.dot(ones, some, placed, input_precision="ieee")
+                sums -= some.to(tl.float32)
+            y += placed
     return y
 
 
@@ -139,6 +142,11 @@ def _grouped_kernel(
             length = tl.cdiv(steps, PARTS)
             first = part * length
             last = tl.minimum(first + length, steps)
+        begin, end, ready = 0, 0, 0
+        if not is_high:
+            begin, end = _slots_of(slots_ptr, left, N, BN)
+            if end > begin:  # most often they are there by now, and nothing need be asked at the end
+                ready = tl.atomic_add(ready_ptr + top // BM, 0, sem="acquire")
         row = tl.where(is_high, left, high + left)
         y = _sums(
             x_ptr, w_ptr, factors_ptr, scales_ptr, top, row, M, stored_rows, K, groups, first, last,
@@ -155,10 +163,11 @@ def _grouped_kernel(
         tl.debug_barrier()  # all of the program has stored before one thread says so
         tl.atomic_add(ready_ptr + top // BM, 1, sem="release")
     else:
-        y = _with_highs(
-            y, slots_ptr, ready_ptr + top // BM, highs_ptr, left, rows, blocks * PARTS, M, N, high, stride,
-            PARTS, BN, PACKED,
-        )  # fmt: skip
+        if end > begin:
+            y = _with_highs(
+                y, slots_ptr, ready_ptr + top // BM, highs_ptr, begin, end, ready, left, rows, blocks * PARTS, M, N,
+                high, stride, PARTS, BN, PACKED,
+            )  # fmt: skip
         stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
 
 

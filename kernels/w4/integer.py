@@ -37,6 +37,7 @@ REFERENCE, PROGRESSIVE, CHANNEL, GROUPED, ROW_MIX = (
     "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped", "triton-w4a8-row-mix",
 )  # fmt: skip
 INT32, FLOAT = torch.int32, torch.float32
+WIDEST = 256  # outputs that a tile may have
 
 
 def serves(device: torch.device) -> bool:
@@ -54,6 +55,11 @@ def _room(m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales
     tokens = [((m, wide), torch.int8), ((m,), FLOAT), ((m if sums else 0,), INT32)]
     tables = [((groups if factors else 0, n), INT32), ((groups if scales else 0, n), FLOAT)]
     return Workspace(*tokens, *tables, ((n if w8 else 0, wide), torch.int8))
+
+
+def table_width(n: int, rows: int) -> int:
+    """Numbers of a group in tables of n outputs in so many stored rows: where there are more, all tiles end in it."""
+    return n if rows == n else rows - n + -(-n // WIDEST) * WIDEST
 
 
 def room_of_two_widths(x: Tensor, n: int, high: int, config: dict) -> list[Piece]:
@@ -99,7 +105,9 @@ def _scaled_sums(x, qweight, wscales, wzeros, wide: Tensor | None, bias, config:
     (m, k), (n, groups) = x.shape, wscales.shape
     config = config or best_config("grouped.product", x.device, m, n, k)
     rows, offset = len(qweight), wide is not None or wzeros is not None
-    codes, scale, _, factors, scales, _ = _room(m, rows, k, groups, False, offset, True, False).take(x)
+    codes, scale, _, factors, scales, _ = _room(m, table_width(n, rows), k, groups, False, offset, True, False).take(
+        x
+    )
     slots = ready = sums = None
     if wide is not None:
         slots, ready, sums = room_of_two_widths(x, n, rows - n, config)

@@ -94,22 +94,23 @@ def _among(n, wide_ptr, wide, STEP: tl.constexpr):
 
 @triton.jit
 def _tables(
-    block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr, slots_ptr, N, wide, high, GROUPS,
-    BN: tl.constexpr, BG: tl.constexpr,
+    block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr, slots_ptr, N, width, wide, high,
+    GROUPS, BN: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """BN rows and BG groups, read along groups and written along rows."""
-    n = (block % tl.cdiv(N, BN) * BN + tl.arange(0, BN))[:, None]
-    g = (block // tl.cdiv(N, BN) * BG + tl.arange(0, BG))[None, :]
-    there = (n < N) & (g < GROUPS)
-    place = g * N + n
+    """BN rows and BG groups, read along groups and written along rows: `width` of them, of which N are known."""
+    n = (block % tl.cdiv(width, BN) * BN + tl.arange(0, BN))[:, None]
+    g = (block // tl.cdiv(width, BN) * BG + tl.arange(0, BG))[None, :]
+    there = (n < width) & (g < GROUPS)
+    place = g * width + n
     row, zero_row, known, zeroed = n, n, there, there
     if wide_ptr is not None:
         is_wide, before = _among(n - high, wide_ptr, wide, 16)
         row = tl.load(wide_ptr + n, mask=n < wide, other=0) + tl.where(n < high, 0, n - high)
-        known = there & ((n < wide) | (n >= high))
-        zero_row, zeroed = n - high - before, there & (n >= high) & (is_wide == 0)
-        if block < tl.cdiv(N, BN):
-            tl.store(slots_ptr + n - high, 2 * before + is_wide, mask=(n >= high) & (n < N))
+        low = (n >= high) & (n < N)
+        known = there & ((n < wide) | low)
+        zero_row, zeroed = n - high - before, there & low & (is_wide == 0)
+        if block < tl.cdiv(width, BN):
+            tl.store(slots_ptr + n - high, 2 * before + is_wide, mask=low)
     source = row * GROUPS + g
     if scales_ptr is not None:
         scale = tl.load(wscales_ptr + source, mask=known, other=0.0).to(tl.float32)
@@ -131,7 +132,7 @@ def _tables(
 @triton.jit
 def _prepare_kernel(
     x_ptr, q_ptr, scale_ptr, sum_ptr, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr,
-    slots_ptr, ready_ptr, M, K, KP, stride_m, N, wide, high, GROUPS, token_programs,
+    slots_ptr, ready_ptr, M, K, KP, stride_m, N, width, wide, high, GROUPS, token_programs,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, IN_REGISTERS: tl.constexpr, BN: tl.constexpr,
     BG: tl.constexpr,
 ):  # fmt: skip
@@ -143,8 +144,8 @@ def _prepare_kernel(
     else:
         block = program - token_programs
         _tables(
-            block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr, slots_ptr, N, wide, high,
-            GROUPS, BN, BG,
+            block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr, slots_ptr, N, width, wide,
+            high, GROUPS, BN, BG,
         )  # fmt: skip
 
 
@@ -162,23 +163,24 @@ def prepare(
 
     wsteps and wzeros int8 [N, G] or None, wscales [N, G] float; contiguous. groups: (N, G), G = 0 for no tables.
     wide: of rows of two widths the numbers int32 [w] of those of 8 bits, and room for what products.product_grouped
-    takes: slots int32 [outputs] and counts `ready` int32 [>= M]. N counts stored rows, wscales are [outputs, G], and
-    wzeros of the narrow ones alone.
+    takes: slots int32 [outputs] and counts `ready` int32 [>= M]. N counts stored rows, of which tables may have more;
+    wscales are [outputs, G], and wzeros of the narrow ones alone.
     """
-    launch = _plan(*x.shape, x.stride(0), *groups, 0 if wide[0] is None else len(wide[0]))
+    width = groups[0] if tables[1] is None else tables[1].shape[1]
+    launch = _plan(*x.shape, x.stride(0), *groups, width, 0 if wide[0] is None else len(wide[0]))
     launch(x, *tokens, wsteps, wzeros, wscales, *tables, *wide)
 
 
 @remembered
-def _plan(m: int, k: int, stride: int, n: int, groups: int, wide: int) -> Launch:
+def _plan(m: int, k: int, stride: int, n: int, groups: int, width: int, wide: int) -> Launch:
     kp = packed_inputs(k)
     filled = next_power_of_2(kp)
     step = min(filled, 1024 if kp % 1024 == 0 or kp > 4096 else 512)  # 16 or 8 bytes of x a thread
     rows = min(max(1, 1024 // filled), next_power_of_2(max(m, 1)))
     programs = cdiv(m, rows)
     return Launch(
-        _prepare_kernel, (programs + cdiv(n, BN) * cdiv(groups, BG),),
-        M=m, K=k, KP=kp, stride_m=stride, N=n, wide=wide, high=high_rows(wide), GROUPS=groups,
+        _prepare_kernel, (programs + cdiv(width, BN) * cdiv(groups, BG),),
+        M=m, K=k, KP=kp, stride_m=stride, N=n, width=width, wide=wide, high=high_rows(wide), GROUPS=groups,
         token_programs=programs,
         ROWS=rows, STEP=step, STEPS=cdiv(kp, step), IN_REGISTERS=kp <= HELD, BN=BN, BG=BG, num_warps=4,
     )  # fmt: skip

@@ -119,7 +119,8 @@ def products(one: Set) -> dict:
     plain = torch.empty_like(factors)
     tokens_triton.prepare(one.x, tokens, None, zeros, one.grouped[1], (plain, scales), (n, k // SIZE))
     mixed, mixed_scales, few, wide, _ = one.row_mix
-    tables = new(k // SIZE, len(mixed), dtype=torch.int32), new(k // SIZE, len(mixed))
+    width = integer.table_width(n, len(mixed))
+    tables = new(k // SIZE, width, dtype=torch.int32), new(k // SIZE, width)
     slots, ready, sums = integer.room_of_two_widths(one.x, n, len(mixed) - n, after)
     tokens_triton.prepare(
         one.x, tokens, None, few, mixed_scales, tables, (len(mixed), k // SIZE), (wide, slots, ready)

@@ -35,27 +35,38 @@ from .words import packed_rows, together, token_rows, whole
 
 
 @triton.jit
-def _offset(factors_ptr, g, columns, N):
+def _of_group(table_ptr, g, columns, N, width, BEYOND: tl.constexpr):
+    """[BN] of a table; BEYOND: it goes on past the last row, for a mask costs each step instructions."""
+    if BEYOND:
+        found = tl.load(table_ptr + g * width + columns)
+    else:
+        found = tl.load(table_ptr + g * width + columns, mask=columns < N, other=0)
+    return found
+
+
+@triton.jit
+def _offset(factors_ptr, g, columns, N, width, BEYOND: tl.constexpr):
     """a of a group, int32 [BN, 1, 1]; without zero points the same everywhere."""
     if factors_ptr is None:
         offset = tl.full((columns.shape[0], 1, 1), 120, tl.int32)
     else:
-        offset = tl.load(factors_ptr + g * N + columns, mask=columns < N, other=0)[:, None, None] >> 8
+        offset = _of_group(factors_ptr, g, columns, N, width, BEYOND)[:, None, None] >> 8
     return offset
 
 
 @triton.jit
-def _scaled(y, sums, scales_ptr, g, columns, N):
-    scale = tl.load(scales_ptr + g * N + columns, mask=columns < N, other=0.0)
-    return y + sums.to(tl.float32) * scale[:, None]
+def _scaled(y, sums, scales_ptr, g, columns, N, width, BEYOND: tl.constexpr):
+    return y + sums.to(tl.float32) * _of_group(scales_ptr, g, columns, N, width, BEYOND)[:, None]
 
 
 @triton.jit
 def _sums(
-    x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, first, last,
+    x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, width, first, last,
     SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
+    BEYOND: tl.constexpr,
 ):  # fmt: skip
-    """Scaled sums float32 [BN, BM] of a tile, over steps first .. last: groups, or pairs of 32; N: stored rows."""
+    """Scaled sums float32 [BN, BM] of a tile, over steps first .. last: groups, or pairs of 32; N: stored rows;
+    width: of a table."""
     columns = left + tl.arange(0, BN)
     y = tl.zeros((BN, BM), tl.float32)
     if SIZE == 32:
@@ -64,16 +75,17 @@ def _sums(
             for half in tl.static_range(2):
                 g = tl.minimum(2 * pair + half, groups - 1)  # past the last group inputs are 0
                 x = token_rows(x_ptr, top, pair * 64 + 32 * half, M, K, BM, 32, TMA)
-                w = tl.reshape(whole(raw, None, _offset(factors_ptr, g, columns, N), half, PACKED), (BN, 32))
-                y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N)
+                a = _offset(factors_ptr, g, columns, N, width, BEYOND)
+                w = tl.reshape(whole(raw, None, a, half, PACKED), (BN, 32))
+                y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, width, BEYOND)
     else:
         RUNS: tl.constexpr = SIZE // 64
         for g in range(first, last):
             raw = packed_rows(w_ptr, left, g * RUNS, N, K // 2, BN, RUNS, TMA)
             x = token_rows(x_ptr, top, g * SIZE, M, K, BM, SIZE, TMA)
-            a = _offset(factors_ptr, g, columns, N)
+            a = _offset(factors_ptr, g, columns, N, width, BEYOND)
             w = together(whole(raw, None, a, 0, PACKED), whole(raw, None, a, 1, PACKED))
-            y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N)
+            y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, width, BEYOND)
     return y
 
 
@@ -82,6 +94,18 @@ def _slots_of(slots_ptr, left, N, BN: tl.constexpr):
     """(first, end): rows of high halves that belong to outputs left .. + BN, which lie one after the other."""
     last = tl.load(slots_ptr + tl.minimum(left + BN, N) - 1)
     return tl.load(slots_ptr + left) >> 1, (last >> 1) + (last & 1)
+
+
+@triton.jit
+def _first_bits(x, EXACT: tl.constexpr):
+    """(the first 8 bits of float32 x in bfloat16, what is left of x); all bits if EXACT is float32."""
+    if tl.float32 == EXACT:
+        some, rest = x, tl.zeros_like(x)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        some = (bits >> 16).to(tl.int16).to(EXACT, bitcast=True)
+        rest = x - (bits & -65536).to(tl.float32, bitcast=True)
+    return some, rest
 
 
 @triton.jit
@@ -101,18 +125,18 @@ def _with_highs(
     while ready < tiles:
         ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
     tl.debug_barrier()
+    j = tl.arange(0, 16)
+    inside = j[:, None] * stride + rows[None, :]
     for first in tl.range(begin, end, 16, num_stages=1):
-        j = first + tl.arange(0, 16)
-        ones = (own[:, None] == j[None, :]).to(EXACT)
+        ones = (own[:, None] == first + j[None, :]).to(EXACT)
+        there = (first + j < end)[:, None] & (rows < M)[None, :]
         for part in tl.static_range(PARTS):
-            where = highs_ptr + (part * high + j).to(tl.int64)[:, None] * stride + rows[None, :]
-            there = (j < end)[:, None] & (rows < M)[None, :]
-            sums = tl.load(where, mask=there, other=0.0, cache_modifier=".cg")
+            where = highs_ptr + (part * high + first).to(tl.int64) * stride
+            sums = tl.load(where + inside, mask=there, other=0.0, cache_modifier=".cg")
             placed = tl.zeros(y.shape, tl.float32)
             for _ in tl.static_range(3):
-                some = sums.to(EXACT)
+                some, sums = _first_bits(sums, EXACT)
                 placed = tl.dot(ones, some, placed, input_precision="ieee")
-                sums -= some.to(tl.float32)
             y += placed
     return y
 
@@ -120,7 +144,7 @@ def _with_highs(
 @triton.jit
 def _grouped_kernel(
     x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, slots_ptr, ready_ptr, highs_ptr, bias_ptr, y_desc, y_ptr,
-    M, N, K, groups, high, stored_rows, stride,
+    M, N, K, groups, width, high, stored_rows, stride,
     SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -129,8 +153,9 @@ def _grouped_kernel(
     if slots_ptr is None:
         top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
         y = _sums(
-            x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, 0, steps, SIZE, BM, BN, TMA, PACKED
-        )
+            x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, width, 0, steps,
+            SIZE, BM, BN, TMA, PACKED, False,
+        )  # fmt: skip
     else:
         blocks = tl.cdiv(high, BN)
         top, left = tile_place(tl.program_id(0), M, blocks * PARTS * BN + N, BM, BN, BAND)
@@ -149,8 +174,8 @@ def _grouped_kernel(
                 ready = tl.atomic_add(ready_ptr + top // BM, 0, sem="acquire")
         row = tl.where(is_high, left, high + left)
         y = _sums(
-            x_ptr, w_ptr, factors_ptr, scales_ptr, top, row, M, stored_rows, K, groups, first, last,
-            SIZE, BM, BN, TMA, PACKED,
+            x_ptr, w_ptr, factors_ptr, scales_ptr, top, row, M, stored_rows, K, groups, width, first, last,
+            SIZE, BM, BN, TMA, PACKED, True,
         )  # fmt: skip
     rows = top + tl.arange(0, BM)
     columns = left + tl.arange(0, BN)
@@ -183,7 +208,7 @@ def product(
 
     wide: of rows of two widths (slots int32 [N]: twice the number of wide outputs before each, and 1 more where it is
     one; counts of zero; room for sums of high halves float32 [parts, rows, >= M]). Then qweight and tables have these
-    rows before the N.
+    rows before the N, and a row of a table is so long that all tiles end in it: `integer.table_width`.
 
     config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """
@@ -191,7 +216,7 @@ def product(
     slots, ready, sums = wide
     n = out.shape[1]
     high = (0, 0, 0) if sums is None else tuple(sums.shape)
-    launch = _launch(config, *codes.shape, n, size, scales.shape[0], high)
+    launch = _launch(config, *codes.shape, n, size, tuple(scales.shape), high)
     qweight = qweight.view(torch.int8)
     operands = (codes, aligned(qweight)) if config["TMA"] else (codes, qweight)
     stores = config["TMA"] and n * out.element_size() % 16 == 0
@@ -199,12 +224,12 @@ def product(
 
 
 @planned
-def _launch(config: dict, m: int, k: int, n: int, size: int, groups: int, highs: tuple[int, int, int]) -> Launch:
-    bm, bn, (parts, high, stride) = config["BM"], config["BN"], highs
+def _launch(config: dict, m: int, k: int, n: int, size: int, tables: tuple, highs: tuple) -> Launch:
+    bm, bn, (groups, width), (parts, high, stride) = config["BM"], config["BN"], tables, highs
     blocks = dict(x_ptr=(bm, size), w_ptr=(bn, max(size, 64) // 2), y_desc=(bm, bn)) if config["TMA"] else None
     return Launch(
         _grouped_kernel, (cdiv(m, bm) * (parts * cdiv(high, bn) + cdiv(n, bn)),), blocks,
-        M=m, N=n, K=k, groups=groups, high=high, stored_rows=high + n, stride=stride, PARTS=parts,
+        M=m, N=n, K=k, groups=groups, width=width, high=high, stored_rows=high + n, stride=stride, PARTS=parts,
         SIZE=size, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"], PACKED=packed(config, _grouped_kernel),
         num_warps=config["num_warps"], num_stages=config["num_stages"], maxnreg=config.get("maxnreg"),
     )  # fmt: skip

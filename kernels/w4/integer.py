@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..formats.int4 import GROUP
+from ..runtime.integers import cdiv
 from ..runtime.late import late
-from ..runtime.settings import best_config, capability, remembered
+from ..runtime.settings import best_config, capability, multiprocessors, remembered
 from ..runtime.workspace import Piece, Workspace
 
 if TYPE_CHECKING:
@@ -64,7 +65,19 @@ def table_width(n: int, rows: int) -> int:
 
 def room_of_two_widths(x: Tensor, n: int, high: int, config: dict) -> list[Piece]:
     """Slots of n outputs, counts of tiles, and sums of so many rows of `high` halves, for x [M, K] and a product."""
-    return _wide_room(len(x), n, high, config.get("PARTS", 1)).take(x)
+    return _wide_room(len(x), n, high, _parts(x.device, len(x), n, high, config)).take(x)
+
+
+def _parts(device: torch.device, m: int, n: int, high: int, config: dict) -> int:
+    """Tiles that each tile of high halves is split into.
+
+    Three where the others all run at once, of which three fit a multiprocessor, and whole ones were a second wave.
+    """
+    if "PARTS" in config:
+        return config["PARTS"]
+    down, at_once = cdiv(m, config["BM"]), 3 * multiprocessors(device)
+    others = down * cdiv(n, config["BN"])
+    return 3 if others <= at_once < others + down * cdiv(high, config["BN"]) else 1
 
 
 @remembered

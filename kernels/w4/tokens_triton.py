@@ -81,21 +81,24 @@ def _tokens(
 
 
 @triton.jit
-def _among(n, wide_ptr, wide, STEP: tl.constexpr):
-    """Of each n [BN, 1]: how many of the `wide` numbers at wide_ptr are it, and how many lie below."""
-    same, below = tl.zeros(n.shape, tl.int32), tl.zeros(n.shape, tl.int32)
-    for first in range(0, wide, STEP):
-        j = first + tl.arange(0, STEP)[None, :]
-        number = tl.load(wide_ptr + j, mask=j < wide, other=2147483647)
-        same += tl.sum((number == n).to(tl.int32), 1, keep_dims=True)
-        below += tl.sum((number < n).to(tl.int32), 1, keep_dims=True)
-    return same, below
+def _among(n, wide_ptr, wide, wide_bits):
+    """(1 where n [BN, 1] is one of the `wide` numbers at wide_ptr, which rise, else 0; how many of them lie below).
+
+    By halves: wide < 2^wide_bits.
+    """
+    below = tl.zeros(n.shape, tl.int32)
+    for bit in range(wide_bits):
+        further = below + (1 << (wide_bits - 1 - bit))
+        number = tl.load(wide_ptr + further - 1, mask=further <= wide, other=2147483647)
+        below = tl.where(number < n, further, below)
+    number = tl.load(wide_ptr + below, mask=below < wide, other=-1)
+    return (number == n).to(tl.int32), below
 
 
 @triton.jit
 def _tables(
-    block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr, slots_ptr, N, width, wide, high,
-    GROUPS, BN: tl.constexpr, BG: tl.constexpr,
+    block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr, slots_ptr, N, width, wide, wide_bits,
+    high, GROUPS, BN: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """BN rows and BG groups, read along groups and written along rows: `width` of them, of which N are known."""
     n = (block % tl.cdiv(width, BN) * BN + tl.arange(0, BN))[:, None]
@@ -104,7 +107,7 @@ def _tables(
     place = g * width + n
     row, zero_row, known, zeroed = n, n, there, there
     if wide_ptr is not None:
-        is_wide, before = _among(n - high, wide_ptr, wide, 16)
+        is_wide, before = _among(n - high, wide_ptr, wide, wide_bits)
         row = tl.load(wide_ptr + n, mask=n < wide, other=0) + tl.where(n < high, 0, n - high)
         low = (n >= high) & (n < N)
         known = there & ((n < wide) | low)
@@ -132,7 +135,7 @@ def _tables(
 @triton.jit
 def _prepare_kernel(
     x_ptr, q_ptr, scale_ptr, sum_ptr, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr,
-    slots_ptr, ready_ptr, M, K, KP, stride_m, N, width, wide, high, GROUPS, token_programs,
+    slots_ptr, ready_ptr, M, K, KP, stride_m, N, width, wide, wide_bits, high, GROUPS, token_programs,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, IN_REGISTERS: tl.constexpr, BN: tl.constexpr,
     BG: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +148,7 @@ def _prepare_kernel(
         block = program - token_programs
         _tables(
             block, steps_ptr, zeros_ptr, wscales_ptr, factors_ptr, scales_ptr, wide_ptr, slots_ptr, N, width, wide,
-            high, GROUPS, BN, BG,
+            wide_bits, high, GROUPS, BN, BG,
         )  # fmt: skip
 
 
@@ -180,7 +183,7 @@ def _plan(m: int, k: int, stride: int, n: int, groups: int, width: int, wide: in
     programs = cdiv(m, rows)
     return Launch(
         _prepare_kernel, (programs + cdiv(width, BN) * cdiv(groups, BG),),
-        M=m, K=k, KP=kp, stride_m=stride, N=n, width=width, wide=wide, high=high_rows(wide), GROUPS=groups,
-        token_programs=programs,
+        M=m, K=k, KP=kp, stride_m=stride, N=n, width=width, wide=wide, wide_bits=wide.bit_length(),
+        high=high_rows(wide), GROUPS=groups, token_programs=programs,
         ROWS=rows, STEP=step, STEPS=cdiv(kp, step), IN_REGISTERS=kp <= HELD, BN=BN, BG=BG, num_warps=4,
     )  # fmt: skip

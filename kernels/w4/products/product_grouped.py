@@ -130,14 +130,15 @@ def _with_highs(
     for first in tl.range(begin, end, 16, num_stages=1):
         ones = (own[:, None] == first + j[None, :]).to(EXACT)
         there = (first + j < end)[:, None] & (rows < M)[None, :]
+        sums = tl.zeros((16, rows.shape[0]), tl.float32)
         for part in tl.static_range(PARTS):
             where = highs_ptr + (part * high + first).to(tl.int64) * stride
-            sums = tl.load(where + inside, mask=there, other=0.0, cache_modifier=".cg")
-            placed = tl.zeros(y.shape, tl.float32)
-            for _ in tl.static_range(3):
-                some, sums = _first_bits(sums, EXACT)
-                placed = tl.dot(ones, some, placed, input_precision="ieee")
-            y += placed
+            sums += tl.load(where + inside, mask=there, other=0.0, cache_modifier=".cg")
+        placed = tl.zeros(y.shape, tl.float32)
+        for _ in tl.static_range(3):
+            some, sums = _first_bits(sums, EXACT)
+            placed = tl.dot(ones, some, placed, input_precision="ieee")
+        y += placed
     return y
 
 

@@ -179,10 +179,10 @@ def integer_calls(quick: bool) -> None:
             integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
             if groups[1] > 1:
-                wide, narrow = 192, n - 2 * 192
-                mixed = empty(wide + narrow, groups[1]), None if zeros is None else int8(narrow, groups[1])
-                places = empty(wide + narrow, dtype=torch.int32)
-                integer.row_mix_through(empty(rows, k), qweight, *mixed, places, empty(len(places)), wide)
+                outputs, wide = n - 192, 192
+                mixed = empty(outputs, groups[1]), None if zeros is None else int8(outputs - wide, groups[1])
+                index = empty(wide, dtype=torch.int32)
+                integer.row_mix_through(empty(rows, k), qweight, *mixed, index, empty(outputs))
         zeros = None if rows == 16 else int8(n, 1)
         integer.grouped_through(empty(rows, k), qweight, channel[:, None], zeros, None)
     progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))

@@ -7,7 +7,7 @@ Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes t
 blocks become W4A8 (or --activations int8, int4) with a branch of rank 32, adaLN weight-only; rounding is to nearest,
 which changes no time, and layers that share an input share smoothing and the branch's first half. "fused" is the
 quantized model after ptq4dm.fuse. Each form is timed as it is, with its blocks compiled by torch.compile, compiled in
-a CUDA graph, and as `ptq4dm.optimize` leaves it ("optimized": a graph too, inputs copied in and outputs out); medians.
+a CUDA graph, and as `ptq4dm.optimize` leaves it ("optimized": a graph, inputs copied in, outputs out); medians.
 "speedup_<way>" is of the same way of bf16; "speedup_over_compiled" of each form's graph over bf16 compiled. "profile"
 is where the GPU's time goes in a compiled step, in ms by kernel.
 """

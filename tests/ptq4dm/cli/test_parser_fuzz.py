@@ -14,6 +14,7 @@ import pytest
 
 from ptq4dm.cli import allocate, bench, collect, completion, distill, evaluate, generate, info, quantize, tune
 from ptq4dm.cli.main import main
+from ptq4dm.cli.training import personalize, train
 from ptq4dm.errors import UserError
 
 LINES, SEED = int(os.environ.get("FUZZ_LINES", 400)), int(os.environ.get("FUZZ_SEED", 0))
@@ -65,9 +66,10 @@ def no_work(monkeypatch, tmp_path):
         raise UserError(REACHED)
 
     monkeypatch.chdir(tmp_path)
-    for verb in (allocate, bench, collect, evaluate, generate, info, quantize):
+    for verb in (allocate, bench, collect, evaluate, generate, info, personalize, quantize):
         monkeypatch.setattr(verb, "load", reached)
-    monkeypatch.setattr(distill, "load_pipeline", reached)
+    for verb in (distill, train):
+        monkeypatch.setattr(verb, "load_pipeline", reached)
     for name in ("evaluate_images", "write_reference"):
         monkeypatch.setattr(evaluate, name, reached)
     monkeypatch.setattr(tune, "tune", reached)

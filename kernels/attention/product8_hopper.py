@@ -1,8 +1,8 @@
 """Attention on 8-bit operands for Hopper in Gluon: loads, and two halves of 128 queries, in warps of their own.
 
-    x[m, n] = a[m] b[block of n] sum_j qc[m, j] kc[n, j]      a holds scale * log2(e)
-    P[m, n] = e4m3(2^(x[m, n] - peak_m + 8)),   l_m = sum_n 2^(x[m, n] - peak_m + 8)
-    y[m, j] = c[j] sum_n P[m, n] vc[n, j] / l_m + mean[j]
+    x[m, n] = a[m] b[n] sum_j qc[m, j] kc[n, j]
+    p[m, n] = 2^(x[m, n] + log2 c[n] - peak_m + TOP),    l_m = sum_n p[m, n] / c[n]
+    y[m, j] = sum_n e4m3(p[m, n]) vc[n, j] / l_m + mean[j]
 
 As many programs as multiprocessors walk over tiles of 128 queries, each in three groups of warps:
 
@@ -103,7 +103,7 @@ def _sums(x, rows: gl.constexpr):
 
 @gluon.jit
 def _step(
-    q, ring, slot, more, x, y, scale, peak, total, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    q, ring, slot, more, x, y, scale, v_log, peak, total, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     MORE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One block: x are its sums, y the sums of the blocks before it; both may still be under way.
@@ -127,11 +127,10 @@ def _step(
         x = hopper.warpgroup_mma_wait(2, deps=(x,))
     else:
         x = hopper.warpgroup_mma_wait(1, deps=(x,))
-    above = _largest(x, x_rows).to(gl.float32) * scale
-    above = gl.maximum(peak, above)
-    p = gl.exp2(x.to(gl.float32) * scale[:, None] - (above - TOP)[:, None])
+    above = gl.maximum(peak, _largest(x, x_rows).to(gl.float32) * scale + v_log)
+    p = gl.exp2(x.to(gl.float32) * scale[:, None] - (above - (v_log + TOP))[:, None])
     lower = gl.exp2(peak - above)
-    total = total * lower + _sums(p, x_rows)
+    total = total * lower + _sums(p, x_rows) * gl.exp2(-v_log)
     # Without a wait here ptxas would have the next one before all that is above.
     if MORE and AHEAD:
         mbarrier.wait(full.index((slot + 1) % STAGES), (slot + 1) // STAGES & 1, pred=more)
@@ -154,7 +153,7 @@ def _attend(
     STAGES: gl.constexpr, PROGRAMS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_bars, full, empty = loads
-    y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr = ending
+    y_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr = ending
     M, L, H, q_tiles, k_tiles, tiles = sizes
     x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
@@ -173,7 +172,8 @@ def _attend(
         q_scale = gl.load(q_scale_ptr + head * q_tiles * 128 + top + gl.arange(0, 64, x_rows))
         k_scales = k_scale_ptr + head * k_tiles
         last = k_tiles - 1
-        scale = q_scale * gl.load(k_scales + last)
+        v_logs = v_log_ptr + head * k_tiles
+        k_scale, v_log = gl.load(k_scales + last), gl.load(v_logs + last)
         mbarrier.wait(q_bars.index(0), phase)
         mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
         k = k_buffers.index(slot % STAGES).permute((1, 0))
@@ -186,26 +186,36 @@ def _attend(
         x2 = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
         first = hopper.warpgroup_mma_wait(1, deps=(x,)).to(gl.float32)
         past = last * BN + gl.arange(0, BN, gl.SliceLayout(0, x_layout)) >= L
-        peak = _largest(gl.where(past[None, :], float("-inf"), first), x_rows) * scale
-        p = gl.where(past[None, :], 0.0, gl.exp2(first * scale[:, None] - (peak - TOP)[:, None]))
-        total = _sums(p, x_rows)
+        scale = q_scale * k_scale
+        peak = _largest(gl.where(past[None, :], float("-inf"), first), x_rows) * scale + v_log
+        p = gl.where(past[None, :], 0.0, gl.exp2(first * scale[:, None] - (peak - (v_log + TOP))[:, None]))
+        total = _sums(p, x_rows) * gl.exp2(-v_log)
+        before = gl.maximum(last - 1, 0)
+        k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
         y = gl.zeros((64, D), gl.float32, y_layout)
         y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, use_acc=False, is_async=True)
         mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
         slot += 1
         if AHEAD:
             mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1, pred=last > 0)
-        for i in range(1, last, 2):
-            scale = q_scale * gl.load(k_scales + last - i)
-            x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, peak, total, BN, D, STAGES, True, AHEAD)
-            scale = q_scale * gl.load(k_scales + last - i - 1)
+        for i in range(1, last, 2):  # scales are loaded a step before they are used
+            k_scale2, v_log2 = gl.load(k_scales + last - i - 1), gl.load(v_logs + last - i - 1)
+            scale = q_scale * k_scale
+            x, y, peak, total = _step(
+                q, ring, slot, True, x2, y, scale, v_log, peak, total, BN, D, STAGES, True, AHEAD
+            )
+            before = gl.maximum(last - i - 2, 0)
+            k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
+            scale = q_scale * k_scale2
             x2, y, peak, total = _step(
-                q, ring, slot + 1, i + 1 < last, x, y, scale, peak, total, BN, D, STAGES, True, AHEAD
+                q, ring, slot + 1, i + 1 < last, x, y, scale, v_log2, peak, total, BN, D, STAGES, True, AHEAD
             )
             slot += 2
         if last % 2 == 1:
-            scale = q_scale * gl.load(k_scales)
-            y, peak, total = _step(q, ring, slot, False, x2, y, scale, peak, total, BN, D, STAGES, False, AHEAD)
+            scale = q_scale * k_scale
+            y, peak, total = _step(
+                q, ring, slot, False, x2, y, scale, v_log, peak, total, BN, D, STAGES, False, AHEAD
+            )
             result = hopper.warpgroup_mma_wait(0, deps=(y,))
             slot += 1
         else:
@@ -214,10 +224,9 @@ def _attend(
         mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
         phase ^= 1
         columns = gl.arange(0, D, gl.SliceLayout(0, y_layout))
-        v_scale = gl.load(v_scale_ptr + head * D + columns)
         v_mean = gl.load(v_mean_ptr + head * D + columns)
         inverse = gl.convert_layout(1.0 / total, y_rows, assert_trivial=True)
-        result = result * inverse[:, None] * v_scale[None, :] + v_mean[None, :]
+        result = result * inverse[:, None] + v_mean[None, :]
         result = gl.convert_layout(result.to(y_ptr.dtype.element_ty), out)
         rows = top + gl.arange(0, 64, gl.SliceLayout(1, out))
         columns = gl.arange(0, D, gl.SliceLayout(0, out))
@@ -229,7 +238,7 @@ def _attend(
 
 @gluon.jit(do_not_specialize=["M", "L", "k_tiles", "tiles"])
 def _attention8_hopper_kernel(
-    q_desc, k_desc, v_desc, y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, M, L, H, q_tiles, k_tiles,
+    q_desc, k_desc, v_desc, y_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr, M, L, H, q_tiles, k_tiles,
     tiles, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
     AHEAD: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -246,7 +255,7 @@ def _attention8_hopper_kernel(
         mbarrier.init(empty.index(stage), count=2)
     hopper.fence_async_shared()
     loads = (q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_bars, full, empty)
-    ending = (y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr)
+    ending = (y_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr)
     sizes = (M, L, H, q_tiles, k_tiles, tiles)
     gl.warp_specialize(
         [
@@ -261,10 +270,10 @@ def _attention8_hopper_kernel(
 
 def attention(codes: Codes8, y: Tensor, tokens: int, config: dict | None = None) -> None:
     """codes as codes8.py makes them -> y [B, M, H, d] 16-bit, which is written. config: BN, STAGES."""
-    q, q_scales, k, k_scales, v, v_scales, v_means = codes
+    q, q_scales, k, k_scales, v, v_logs, v_means = codes
     batch, rows, heads, width = y.shape
     launch = _launch(config or DEFAULT, batch, heads, rows, tokens, width, q.dtype, y.device)
-    launch(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), y, q_scales, k_scales, v_scales, v_means)
+    launch(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), y, q_scales, k_scales, v_logs, v_means)
 
 
 @planned

@@ -1,4 +1,4 @@
-"""Codes of 8 bits for attention, in Triton: a look at some keys and values, and one pass over queries, keys and values.
+"""Codes of 8 bits for attention, in Triton: a look at some keys and values, and one pass over all that is multiplied.
 
     means    mean_k[j], mean_v[j] over SAMPLES tokens, from sums over SOME of them each
     queries  a[m] = max_j |q[m, j]| / top * scale * log2(e),          codes of q[m, j] / (max / top)

@@ -1,10 +1,10 @@
 """The 8-bit format of attention's operands: queries and keys to be multiplied in int8 or e4m3, values in e4m3.
 
-    queries  a scale for each token of each head,                     top a = max_j |q_j|
-    keys     a mean is taken out: it adds the same number to all logits of a query, which softmax does not see; then a
-             scale for each BLOCK tokens of each head,               top b = max_n max_j |k_nj - mean_j|
-    values   a mean is taken out as well, and comes back at the end, for the weights of a query sum to 1; then a scale
-             for each BLOCK tokens of each head,                     448 c = max_n max_j |v_nj - mean_j|
+    queries  a scale for each token of each head,               top a = max_j |q_j|
+    keys     a mean is taken out: it adds the same number to all logits of a query, which softmax does not see; then
+             a scale for each BLOCK tokens of each head,        top b = max_n max_j |k_nj - mean_j|
+    values   a mean is taken out as well, and comes back at the end, for the weights of a query sum to 1; then a
+             scale for each BLOCK tokens of each head,          448 c = max_n max_j |v_nj - mean_j|
 
 top is 127 for int8 and 448 for e4m3. int8 has the smaller error where the largest value is not far above the others,
 e4m3 where it is. SageAttention (arXiv:2410.02367) takes the keys' mean out and has int8 by blocks, its second version

@@ -13,9 +13,9 @@ As many programs as multiprocessors walk over tiles of 128 queries, each in thre
 
 A half queues the products with the next block's keys, makes P of this block while these run, then queues those of P
 with this block's values, and has no product to wait for that was not queued a whole block before. That takes two
-registers of x for one: the loop has two steps. P never leaves the registers: what a thread has of the sums is what it
-must hold of an operand, if keys are counted in the order that codes8.py gives to the values. Blocks are taken from the
-last one on, so that what lies past the end of the keys is seen in the first step alone.
+sets of registers for x: the loop has two steps. P never leaves the registers: what a thread has of the sums is what
+it must hold of an operand, if keys are counted in the order that codes8.py gives to the values. Blocks are taken from
+the last one on, so that what lies past the end of the keys is seen in the first step alone.
 
 A stage of the ring holds the keys of a block and the values of the block before it: it is read in one step.
 

@@ -9,9 +9,9 @@
 top is 127 for int8 and 448 for e4m3. int8 has the smaller error where the largest value is not far above the others,
 e4m3 where it is. SageAttention (arXiv:2410.02367) takes the keys' mean out and has int8 by blocks, its second version
 (arXiv:2411.10958) adds P and values in e4m3, and the values' mean as a choice. Ours are the scales of queries by token
-and those of values by block: they cost the products nothing, for softmax multiplies each query by a number anyway, and
-c goes into the exponent of P, as its logarithm. Any other vector would do for a mean, so it is that of SAMPLES tokens:
-keys and values are then read once, not twice.
+and those of values by block: they cost products nothing, for softmax multiplies each query by a number anyway, and c
+goes into the exponent of P, as its logarithm. Any vector would do for a mean: it is that of SAMPLES tokens, so that
+keys and values are read once, not twice.
 
 Tokens are filled up with codes 0 to whole blocks, a head to W channels. Values lie transposed, [B, H, W, tokens], as
 tensor cores read them, and within each 16 tokens in the order ORDER: so a thread that holds sums of queries and keys

@@ -8,8 +8,8 @@
 
 top is 127 for int8 and 448 for e4m3. int8 has the smaller error where the largest value is not far above the others,
 e4m3 where it is. SageAttention (arXiv:2410.02367) takes the keys' mean out and has int8 by blocks, its second version
-(arXiv:2411.10958) adds P and values in e4m3, and the values' mean as a choice. Ours are the scales of queries by token
-and those of values by block: they cost products nothing, for softmax multiplies each query by a number anyway, and c
+(arXiv:2411.10958) adds P and values in e4m3, and the values' mean as a choice. Ours are the scales of queries by
+token and of values by block: they cost products nothing, for softmax multiplies each query by a number anyway, and c
 goes into the exponent of P, as its logarithm. Any vector would do for a mean: it is that of SAMPLES tokens, so that
 keys and values are read once, not twice.
 

@@ -116,17 +116,26 @@ def test_codes_of_the_kernel(shape, kind):
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 300, 333, 128), (2, 3, 128, 128, 64), (2, 2, 77, 1, 96), (1, 30, 1111, 777, 128)], ids=str
-)
-def test_hoppers_kernel_is_the_formula(shape, kind):
+    "shape",
+    [
+        (1, 2, 300, 333, 128), (2, 3, 128, 128, 64), (2, 2, 77, 1, 96), (1, 30, 1111, 777, 128),
+        (1, 3, 1000, 1500, 128), (2, 10, 1111, 2000, 64),  # tiles of queries are shared by multiprocessors
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "shared"])
+def test_hoppers_kernel_is_the_formula(shape, kind, split):
     from ptq4dm.kernels.attention import product8_hopper
 
     q, k, v = operands(shape)
     codes = codes8.quantize8(q, k, v, shape[-1] ** -0.5, formats.TYPES[kind])
     right = reference8.attention(codes, q.shape[2], k.shape[2], q.shape[3], torch.float64)
     y = q.new_full((shape[0], shape[2], shape[1], shape[4]), torch.nan)
-    product8_hopper.attention(codes, y, k.shape[2])
+    product8_hopper.attention(codes, y, k.shape[2], product8_hopper.DEFAULT | {"SPLIT": split})
     assert error(y.transpose(1, 2), right) < 2 * ROUNDING
+    again = torch.empty_like(y)
+    product8_hopper.attention(codes, again, k.shape[2], product8_hopper.DEFAULT | {"SPLIT": split})
+    assert torch.equal(again, y)
 
 
 def test_a_mean_of_keys_costs_nothing():

@@ -353,6 +353,8 @@ def _plan(
 ) -> tuple[Launch, Launch | None, tuple[int, ...]]:
     """(the products, what joins tiles that were shared, the shape of what is handed over, () for nothing)."""
     bn, stages, channels = config["BN"], config["STAGES"], padded(width)
+    if stages < 3:  # a step reads one stage, has not yet given back the one before, and waits for the one after
+        raise ValueError(f"attention in 8 bits takes 3 stages or more; {stages} would wait for ever.")
     q_tiles, k_tiles = cdiv(rows, 128), cdiv(tokens, bn)
     tiles, programs = batch * heads * q_tiles, multiprocessors(device)
     whole, left = divmod(tiles, programs)

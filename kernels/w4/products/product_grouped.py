@@ -110,7 +110,7 @@ def _first_bits(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _with_highs(
-    y, slots_ptr, ready_ptr, highs_ptr, begin, end, ready, left, rows, tiles, M, N, high, stride,
+    y, slots_ptr, ready_ptr, highs_ptr, begin, end, ready, left, rows, tiles, N, high, stride,
     PARTS: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """y [BN, BM] of outputs from `left` on, and sums of their high halves, once so many `tiles` have left them.
@@ -120,20 +120,18 @@ def _with_highs(
     """
     EXACT: tl.constexpr = tl.bfloat16 if PACKED else tl.float32  # which Triton's interpreter multiplies
     columns = left + tl.arange(0, BN)
-    slots = tl.load(slots_ptr + columns, mask=columns < N, other=0)
-    own = tl.where((slots & 1) == 1, slots >> 1, -1)
     while ready < tiles:
         ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
     tl.debug_barrier()
     j = tl.arange(0, 16)
-    inside = j[:, None] * stride + rows[None, :]
     for first in tl.range(begin, end, 16, num_stages=1):
-        ones = (own[:, None] == first + j[None, :]).to(EXACT)
-        there = (first + j < end)[:, None] & (rows < M)[None, :]
+        row = tl.minimum(first + j, high - 1)  # what is not of this tile is finite, and goes nowhere
         sums = tl.zeros((16, rows.shape[0]), tl.float32)
         for part in tl.static_range(PARTS):
-            where = highs_ptr + (part * high + first).to(tl.int64) * stride
-            sums += tl.load(where + inside, mask=there, other=0.0, cache_modifier=".cg")
+            where = highs_ptr + (part * high + row).to(tl.int64)[:, None] * stride + rows[None, :]
+            sums += tl.load(where, cache_modifier=".cg")
+        slots = tl.load(slots_ptr + columns, mask=columns < N, other=0)
+        ones = (slots[:, None] == 2 * (first + j[None, :]) + 1).to(EXACT)
         placed = tl.zeros(y.shape, tl.float32)
         for _ in tl.static_range(3):
             some, sums = _first_bits(sums, EXACT)
@@ -185,13 +183,13 @@ def _grouped_kernel(
         stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
     elif is_high:
         where = highs_ptr + (part * high + columns).to(tl.int64)[:, None] * stride + rows[None, :]
-        tl.store(where, y, mask=(columns < high)[:, None] & (rows < M)[None, :])
+        tl.store(where, y, mask=(columns < high)[:, None])
         tl.debug_barrier()  # all of the program has stored before one thread says so
         tl.atomic_add(ready_ptr + top // BM, 1, sem="release")
     else:
         if end > begin:
             y = _with_highs(
-                y, slots_ptr, ready_ptr + top // BM, highs_ptr, begin, end, ready, left, rows, blocks * PARTS, M, N,
+                y, slots_ptr, ready_ptr + top // BM, highs_ptr, begin, end, ready, left, rows, blocks * PARTS, N,
                 high, stride, PARTS, BN, PACKED,
             )  # fmt: skip
         stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
@@ -209,7 +207,7 @@ def product(
 
     wide: of rows of two widths (slots int32 [N]: twice the number of wide outputs before each, and 1 more where it is
     one; counts of zero; room for sums of high halves float32 [parts, rows, >= M]). Then qweight and tables have these
-    rows before the N, and a row of a table is so long that all tiles end in it: `integer.table_width`.
+    rows before the N. Rows of tables and of this room are so long that all tiles end in them: `integer.table_width`.
 
     config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """

@@ -18,12 +18,16 @@ from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
+    from .attention.eight_bits import attention_in_8_bits
+    from .attention.measure import attention_errors
+    from .attention.planned import plan_attention
     from .caching.cached_embeddings import cached_embeddings
     from .caching.cached_text import cached_text
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
     from .calibration.store import CalibrationStore
     from .evaluation.evaluate import EvaluateConfig, evaluate
+    from .inference.optimize import optimize, unoptimize
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
@@ -73,6 +77,8 @@ __all__ = [
     "ShiftQuantConfig",
     "SplitQuantConfig",
     "UserError",
+    "attention_errors",
+    "attention_in_8_bits",
     "cached_embeddings",
     "cached_text",
     "collect",
@@ -82,13 +88,16 @@ __all__ = [
     "load_embedding",
     "load_pipeline",
     "load_reference",
+    "optimize",
     "personalize",
+    "plan_attention",
     "quantization_config",
     "quantize",
     "record",
     "sample",
     "train",
     "unfuse",
+    "unoptimize",
     "verify",
 ]
 
@@ -114,6 +123,8 @@ __getattr__, __dir__ = lazy_names(
         "SVDQuantConfig": "svdquant.method",
         "ShiftQuantConfig": "training.config",
         "SplitQuantConfig": "methods.splitquant",
+        "attention_errors": "attention.measure",
+        "attention_in_8_bits": "attention.eight_bits",
         "cached_embeddings": "caching.cached_embeddings",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
@@ -123,6 +134,8 @@ __getattr__, __dir__ = lazy_names(
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
         "load_reference": "pipelines.load",
+        "optimize": "inference.optimize",
+        "plan_attention": "attention.planned",
         "personalize": "training.personalization.personalize",
         "quantization_config": "quantization.diffusers_bridge",
         "quantize": "quantization.quantize",
@@ -130,14 +143,17 @@ __getattr__, __dir__ = lazy_names(
         "sample": "pipelines.sampling",
         "train": "training.train",
         "unfuse": "layers.fuse",
+        "unoptimize": "inference.optimize",
         "verify": "quantization.verifying",
     },
     rooms=(
+        "attention",
         "budgets",
         "caching",
         "calibration",
         "evaluation",
         "hardware",
+        "inference",
         "kernels",
         "layers",
         "methods",

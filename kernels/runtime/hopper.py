@@ -15,7 +15,7 @@ from .settings import capability, remembered
 
 TYPES = {
     torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16,
-    torch.float32: gl.float32,
+    torch.float32: gl.float32, torch.int8: gl.int8,
 }  # fmt: skip
 # Gluon is experimental: later versions of Triton have the first names, 3.6 the second.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..calibration.store import CalibrationStore, layer_fingerprint
 from ..checks import shown
 from ..errors import UserError
+from ..layers.attention.planned import follow_attention
 from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.registry import empty_quantized, needs_of
@@ -184,6 +185,8 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.store, self._unread, self._files, self._keys = None, None, [], []
         link_layers(model.get_submodule, self._plan.layers)
+        if self._plan.attention:
+            follow_attention(model, self._plan.attention)
         self.model = ModelRef(model)
         adopt(model)
         return model
@@ -202,6 +205,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         for name, layer in list(model.named_modules()):
             if is_quantized(layer):
                 replace_module(model, name, layer.dequantized())
+        follow_attention(model, {})
         before = model.config
         model._internal_dict = type(before)({k: v for k, v in before.items() if k != "quantization_config"})
         for key, value in vars(before).items():  # diffusers has no call that takes an entry out, and sets attributes

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
+from ..layers.attention.planned import check_attention
 from ..layers.choices import check_fit
 from ..layers.plan import Plan
 from ..layers.registry import FORMATS, needs_of
@@ -50,6 +51,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
         )
     plan.check()
+    check_attention(model, plan.attention)
     packing_of(plan.packing)
     check_trained(plan)
     for name, layer in plan.layers.items():

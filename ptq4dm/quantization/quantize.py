@@ -18,6 +18,7 @@ from ..checks import check
 from ..errors import UserError
 from ..hooks import hooked
 from ..interrupts import Gate
+from ..layers.attention.planned import follow_attention
 from ..layers.base import holds_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.view import find_layers
@@ -119,6 +120,8 @@ def _put(model: nn.Module, layers: dict[str, nn.Module], plan: Plan, config: Qua
     for name, layer in layers.items():
         replace_module(model, name, layer)
     link_layers(model.get_submodule, plan.layers)
+    if plan.attention:
+        follow_attention(model, plan.attention)
     mark_quantized(model, resolved(config, plan))
 
 

@@ -76,14 +76,14 @@ class ShiftQuantConfig:
             raise UserError(f"bits must be from 2 to 8, or 16 for floats; got {self.bits}.")
         for name in ("weight_bits", "activation_bits", "gradient_bits", "served"):
             if self.bits == 16 and getattr(self, name):
-                raise UserError(f"bits=16 trains in floats and leaves no place for {name}.")
+                raise UserError(f"bits=16 trains in floats and leaves no place for {name}={getattr(self, name)}.")
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"minutes must be positive; got {self.minutes:g}.")
         if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay lies in [0, 1); got {self.ema_decay:g}.")
+            raise UserError(f"ema_decay is at least 0 and below 1; got {self.ema_decay:g}.")
         if max(self.betas) >= 1:
             raise UserError(f"betas lie in [0, 1); got {self.betas[0]:g} and {self.betas[1]:g}.")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..pipelines.denoiser import denoiser
 from ..pipelines.picture_files import find_images, load_image
 from ..progress import progress_bar
 
@@ -64,6 +66,24 @@ def split(pictures: Pictures, held_out: int) -> tuple[Pictures, Pictures]:
     rest = torch.ones(len(pictures), dtype=torch.bool)
     rest[held] = False
     return pictures.part(rest.nonzero()[:, 0]), pictures.part(held)
+
+
+def image_size(pipe: Any) -> tuple[int, int]:
+    """(height, width) in pixels of what a pipeline makes when nobody says otherwise. Raises UserError."""
+    size = getattr(denoiser(pipe).config, "sample_size", None)
+    if size is None:
+        raise UserError(f"{type(denoiser(pipe)).__name__} does not say the size of its images (sample_size).")
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * (factor := _latent_factor(pipe)), width * factor
+
+
+def _latent_factor(pipe: Any) -> int:
+    """Pixels to a latent, along a side."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return 1
+    own = getattr(pipe, "vae_scale_factor", None)  # not every pipeline has it
+    return own if isinstance(own, int) else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def as_denoised(vae: nn.Module, latents: Tensor) -> Tensor:

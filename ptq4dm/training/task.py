@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layers.base import holds_quantized
 from ..pipelines.denoiser import class_count, denoiser, foreign_inputs
-from .pictures import as_denoised
+from .pictures import as_denoised, image_size
 
 TARGETS = ("epsilon", "v_prediction", "sample")
 
@@ -60,10 +60,7 @@ class Task:
             raise UserError(f"training needs a DDPM schedule and one of {', '.join(TARGETS)}; {name} has neither.")
         self.alphas = scheduler.alphas_cumprod.float().to(net.device)
         self.channels = 3 if self.vae is not None else net.config.in_channels
-        size = net.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.picture_size = height * factor, width * factor
+        self.picture_size = image_size(pipe)
         if self.channels not in (1, 3):
             raise UserError(f"{type(net).__name__} works on {self.channels} channels, and pictures have 1 or 3.")
 

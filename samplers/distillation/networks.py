@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...files.atomic import replacing
 from ...files.crc import checksum
 from ...files.outside import TensorFile, finite, read_tensors
 from ...files.places import make_parent
+from ...files.tensors import write_tensors
 from .config import DisBackConfig
 
 TRAINED = ("student", "fake")
@@ -84,10 +83,9 @@ class Networks:
         if self.accelerator.is_main_process:
             path = self._point(index)
             make_parent(path)
-            with replacing(path) as temporary:
-                weights = {k: v.cpu().contiguous() for k, v in self.nets["fake"].state_dict().items()}
-                checks = {name: checksum(tensor) for name, tensor in weights.items()}
-                save_file(weights, temporary, {"checks": json.dumps(checks)})
+            weights = {k: v.cpu().contiguous() for k, v in self.nets["fake"].state_dict().items()}
+            checks = {name: checksum(tensor) for name, tensor in weights.items()}
+            write_tensors(path, weights, {"checks": json.dumps(checks)})
 
     def aim(self, index: int) -> None:
         """Make a point of the path the target."""

@@ -30,6 +30,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ptq4dm.kernels.attention import layer8 as attention8
 from ptq4dm.kernels.attention import product as attention
 from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.lut import layer as lut
@@ -157,6 +158,15 @@ def attention_calls(quick: bool) -> None:
         attention.attention(empty(2, rows, 16, width).transpose(1, 2), kv, kv, mask, width**-0.5)
 
 
+def attention8_calls(capability: tuple[int, int], quick: bool) -> None:
+    """Attention on 8-bit operands of FLUX, and of smaller heads."""
+    if capability < (8, 9):
+        return
+    for kind, width in (("int8", 128),) if quick else (("int8", 128), ("e4m3", 128), ("int8", 64), ("e4m3", 40)):
+        q = empty(1, 4608, 24, width).transpose(1, 2)
+        attention8.through(attention8.kernel_name(torch.device("cuda"), width), q, q, q, width**-0.5, kind)
+
+
 def integer_calls(quick: bool) -> None:
     """Progressive and grouped weights, and rows of two widths, of few rows and of many; a scale a row, and groups."""
     n, k = 3072, 3072
@@ -169,10 +179,10 @@ def integer_calls(quick: bool) -> None:
             integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
             if groups[1] > 1:
-                wide, narrow = 192, n - 2 * 192
-                mixed = empty(wide + narrow, groups[1]), None if zeros is None else int8(narrow, groups[1])
-                places = empty(wide + narrow, dtype=torch.int32)
-                integer.row_mix_through(empty(rows, k), qweight, *mixed, places, empty(len(places)), wide)
+                outputs, wide = n - 192, 192
+                mixed = empty(outputs, groups[1]), None if zeros is None else int8(outputs - wide, groups[1])
+                index = empty(wide, dtype=torch.int32)
+                integer.row_mix_through(empty(rows, k), qweight, *mixed, index, empty(outputs))
         zeros = None if rows == 16 else int8(n, 1)
         integer.grouped_through(empty(rows, k), qweight, channel[:, None], zeros, None)
     progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))
@@ -260,6 +270,7 @@ def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[
         svdquant_calls(gpu.capability, rank, nonlinearity, quick)
         int4_calls(quick)
         attention_calls(quick)
+        attention8_calls(gpu.capability, quick)
         integer_calls(quick)
         lut_calls(quick)
         w8a8_calls(gpu.capability, quick)

@@ -18,14 +18,12 @@ Held-out losses are of the moving average, as it computes (`held_out`) and with 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import time
 from pathlib import Path
 
 import torch
 from cifar10 import Split, read_cifar10
 from reference_recipes import PEAK_LR, build_network
+from rows_file import RowsFile
 from shiftquant_measure import HeldOut
 from shiftquant_noise import noise_rows, range_row
 from shiftquant_rows import ROWS, Row
@@ -33,39 +31,12 @@ from shiftquant_times import rows as time_rows
 from shiftquant_train import train_row
 
 from ptq4dm.errors import UserError, run
-from ptq4dm.files.outside import parse_json
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.devices import check_device
 from ptq4dm.pipelines.load import load_pipeline
 
 STAGES = ("unet", "dit", "qat", "times", "noise")
 REFERENCE_BATCH = 512  # whose learning rates those of other batches follow, by the root
-
-
-class Output:
-    """Lines of JSON, each written whole; `done` looks at those of other processes, too."""
-
-    def __init__(self, path: Path, facts: dict) -> None:
-        self.path, self.facts = path, facts
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def done(self, key: dict) -> bool:
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        rows = [parse_json(line) for line in lines]
-        return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
-
-    def write(self, **row) -> None:
-        line = json.dumps({**row, **self.facts})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
-
-
-def facts_of(device: torch.device) -> dict:
-    """Card, versions and commit that figures are of."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"card": card, "torch": torch.__version__, "commit": commit, "when": time.strftime("%Y-%m-%d")}
 
 
 def embedded(network: str, device: torch.device) -> torch.nn.Module:
@@ -76,19 +47,19 @@ def embedded(network: str, device: torch.device) -> torch.nn.Module:
     return net.to(device)
 
 
-def train_stage(row: Row, args, output: Output, splits: tuple[Split, Split], held: HeldOut) -> None:
+def train_stage(row: Row, args, output: RowsFile, splits: tuple[Split, Split], held: HeldOut) -> None:
     steps = args.steps if not row.trained else args.fine_steps
     rate = args.learning_rate or PEAK_LR[row.network] * (args.batch_size / REFERENCE_BATCH) ** 0.5
     rate *= 0.1 if row.trained and args.learning_rate is None else 1
     for seed in args.seeds:
         key = {"row": row.name, "seed": seed, "steps": steps, "batch_size": args.batch_size}
-        if output.done(key):
+        if output.has(**key):
             continue
         torch.manual_seed(seed)
         net = embedded(row.network, held.device) if row.trained else build_network(row.network, args.tiny)
         found = train_row(row, net.to(held.device), splits[0], held, rate, seed, steps, args)
         if found is not None:
-            output.write(**key, learning_rate=rate, **found)
+            output.add(**key, learning_rate=rate, **found)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -98,11 +69,11 @@ def main(arguments: list[str] | None = None) -> None:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    output = Output(args.output, facts_of(device))
+    output = RowsFile(args.output, device)
     if "times" in args.stage and not args.rows:
         for compiled in (False,) if args.eager else (True,) if device.type == "cuda" else (False, True):
             for found in time_rows(device, compiled):
-                output.write(row="times", **found)
+                output.add(row="times", **found)
     chosen = [row for row in ROWS if (row.name in args.rows if args.rows else row.stage in args.stage)]
     if not chosen and "noise" not in args.stage:
         return
@@ -114,8 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
         for network in ("unet", "dit"):
             net = embedded(network, device).train()
             for found in noise_rows(net, splits[1], args.noise_batch):
-                output.write(row="noise", network=network, **found)
-            output.write(row="ranges", network=network, bins=range_row(net, splits[1], args.noise_batch))
+                output.add(row="noise", network=network, **found)
+            output.add(row="ranges", network=network, bins=range_row(net, splits[1], args.noise_batch))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

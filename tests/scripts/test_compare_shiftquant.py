@@ -84,3 +84,15 @@ def test_noise_of_gradients_by_layer(script, data):
         assert row["layers"] > 5 and 0 < row["groups"]["geometric_mean"] < 1
         assert row["groups over exact samples"]["geometric_mean"] < 1.3
         assert row["exact tokens"]["geometric_mean"] < row["exact samples"]["geometric_mean"] < 1
+
+
+def test_half_a_line_of_a_killed_process_is_no_row(script, tmp_path, capsys):
+    rows = importlib.import_module("rows_file")
+    path = tmp_path / "new" / "rows.jsonl"
+    output = rows.RowsFile(path, torch.device("cpu"))
+    assert not output.has(row="a")
+    output.add(row="a", seed=1)
+    path.write_text(path.read_text() + '{"row": "b", "se')
+    assert output.has(row="a", seed=1) and not output.has(row="a", seed=2) and not output.has(row="b")
+    (row,) = rows.read_rows(path)
+    assert row["commit"] and row["card"] == "cpu" and json.loads(capsys.readouterr().out) == row

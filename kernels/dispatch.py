@@ -5,7 +5,7 @@
     time(Query("int8", "int8", rows=256), n=1152, k=1152)           microseconds
 
 KERNELS is the list of all of them; what its entries ask stands in serving.py, what is asked in query.py, timing in
-timing.py. The layers themselves ask `kernel_name` of their room, w8a8/layer.py, w4/layer.py or attention/layer.py,
+timing.py. The layers themselves ask `kernel_name` of their room, e.g. w8a8/layer.py, w4/layer.py, attention/layer.py,
 which decides from format and device; so does `find`. The last of the list is the reference: it serves everything and
 is the truth that the others are tested against. What no kernel serves is never called by another name.
 """
@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, replace
 
 from . import timing
 from .attention import layer as attention
+from .attention import layer8 as attention8
 from .cpu import lut as cpu_lut
 from .cpu import w4a8 as cpu
 from .lut import layer as lut
 from .query import ACTIVATIONS, WEIGHTS, Query
 from .serving import (
+    attention_on_eight_bits,
     attention_on_four_bits,
     branched,
     compiled,
@@ -158,6 +160,14 @@ KERNELS: list[Kernel] = [
         sign_planes(cpu_lut.NAME),
     ),
     Kernel(attention.TRITON, "attention that unpacks 4-bit keys and values tile by tile", attention_on_four_bits),
+    Kernel(
+        attention8.GLUON, "attention on 8-bit operands, Hopper: loads and halves of queries in their own warps",
+        attention_on_eight_bits(attention8.GLUON),
+    ),
+    Kernel(
+        attention8.TRITON, "attention on 8-bit operands, where tensor cores know e4m3",
+        attention_on_eight_bits(attention8.TRITON),
+    ),
     Kernel(w8a8.REFERENCE, "the formula in torch, everywhere; all there is for power weights", lambda query: True),
 ]  # fmt: skip
 """The first that serves is used."""

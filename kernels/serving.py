@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .attention import layer as attention
+from .attention import layer8 as attention8
 from .cpu import w4a8 as cpu
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
@@ -136,6 +137,16 @@ def attention_on_four_bits(query: Query) -> bool:
     """Whether the kernel of attention serves keys and values in 4 bits."""
     served = query.weight == "kv4" and query.activation == "none"
     return served and attention.kernel_name(query.device) == attention.TRITON
+
+
+def attention_on_eight_bits(name: str) -> Callable[[Query], bool]:
+    """Whether the kernel of this name serves attention whose operands have 8 bits."""
+
+    def serves(query: Query) -> bool:
+        asked = query.weight == "attention8" and query.activation in ("int8", "fp8")
+        return asked and attention8.kernel_name(query.device, query.inputs or 128) == name
+
+    return serves
 
 
 def sign_planes(name: str) -> Callable[[Query], bool]:

@@ -18,6 +18,9 @@ from .lazy import lazy_names  # noqa: E402
 from .version import __version__  # noqa: E402, F401
 
 if TYPE_CHECKING:  # for editors; at run time, each when it is first used
+    from .attention.eight_bits import attention_in_8_bits
+    from .attention.measure import attention_errors
+    from .attention.planned import plan_attention
     from .caching.cached_embeddings import cached_embeddings
     from .caching.cached_text import cached_text
     from .calibration.collect import CalibrationConfig, collect
@@ -74,6 +77,8 @@ __all__ = [
     "ShiftQuantConfig",
     "SplitQuantConfig",
     "UserError",
+    "attention_errors",
+    "attention_in_8_bits",
     "cached_embeddings",
     "cached_text",
     "collect",
@@ -85,6 +90,7 @@ __all__ = [
     "load_reference",
     "optimize",
     "personalize",
+    "plan_attention",
     "quantization_config",
     "quantize",
     "record",
@@ -117,6 +123,8 @@ __getattr__, __dir__ = lazy_names(
         "SVDQuantConfig": "svdquant.method",
         "ShiftQuantConfig": "training.config",
         "SplitQuantConfig": "methods.splitquant",
+        "attention_errors": "attention.measure",
+        "attention_in_8_bits": "attention.eight_bits",
         "cached_embeddings": "caching.cached_embeddings",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
@@ -127,6 +135,7 @@ __getattr__, __dir__ = lazy_names(
         "load_pipeline": "pipelines.load",
         "load_reference": "pipelines.load",
         "optimize": "inference.optimize",
+        "plan_attention": "attention.planned",
         "personalize": "training.personalization.personalize",
         "quantization_config": "quantization.diffusers_bridge",
         "quantize": "quantization.quantize",
@@ -138,6 +147,7 @@ __getattr__, __dir__ = lazy_names(
         "verify": "quantization.verifying",
     },
     rooms=(
+        "attention",
         "budgets",
         "caching",
         "calibration",

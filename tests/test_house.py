@@ -32,13 +32,13 @@ ptq4dm/files
 ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
 ptq4dm/layers
-ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/shift
+ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/shift  ptq4dm/layers/attention
 ptq4dm/calibration
 ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation
-ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching
+ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching  ptq4dm/attention
 ptq4dm/training  ptq4dm/inference
 ptq4dm/training/personalization  ptq4dm/inference/openvino
 svdquant/layers

@@ -13,12 +13,15 @@ from ..quantization.saving import original_of
 from .flags import add_flags, given
 from .options import (
     BATCH_SIZE,
+    CONDITIONING,
     QUANTIZED_FIRST,
+    SAMPLER,
     add_conditioning,
     add_model,
     add_optimize,
     add_sampler,
     add_steps,
+    check_idle,
     conditioning_of,
     default_model,
     device_of,
@@ -55,6 +58,8 @@ def run(args) -> None:
     if args.write_reference and not args.images:
         raise UserError("--write-reference takes the statistics of a folder of images; give it with --images.")
     if args.images:
+        idle = ("model", "full_precision", "num_inference_steps", *SAMPLER, *CONDITIONING)
+        check_idle(args, idle, "the images of a folder are measured as they are")
         _run_images(args, config)
         return
     model = default_model(args)

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..files.pictures import opened_picture
 from ..files.places import picture_place
 from ..pipelines.generate import generate, save_grid
-from ..training.personalization.embedding_file import embedding_digest, load_embedding
+from ..training.personalization.embedding_file import check_used, embedding_digest, load_embedding
 from .options import (
     BATCH_SIZE,
     QUANTIZED_FIRST,
@@ -55,10 +55,11 @@ def run(args) -> None:
         raise UserError(f"{picture} would lie among the images, and count as one; give --picture another folder.")
     if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
         picture_place(picture)
+    given = conditioning_of(args)
     pipe = load(args, model)
     more: dict[str, object] = {}
     if args.embedding:
-        load_embedding(pipe, args.embedding)
+        check_used(pipe, args.embedding, load_embedding(pipe, args.embedding), given["conditioning"] or {}, seeds)
         more["embedding"] = embedding_digest(args.embedding)
     done = optimized(args, model, pipe)
     if done is not None:  # its pictures differ by rounding
@@ -70,7 +71,7 @@ def run(args) -> None:
         num_inference_steps=steps_of(args, pipe),
         batch_size=args.batch_size,
         metadata={"model": str(model), **more},
-        **conditioning_of(args),
+        **given,
     )
     if main_process():
         with opened_picture(paths[0]) as image:

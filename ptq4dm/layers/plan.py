@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..checks import check, checked, shown
 from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
 from ..files.outside import TensorFile, checked_object, described, naming, outside, read_json, read_tensors
+from ..files.tensors import write_tensors
+from ..kernels.formats import attention8
 from ..ranges.registry import objective_parameter
 from ..rounding.learned import Learning, learning_from
 from ..rounding.registry import ROUNDERS
@@ -27,6 +28,7 @@ from .registry import FORMATS
 
 BITS = range(2, 9)
 GROUP_SIZES = (None, 32, 64, 128)
+ATTENTION_KINDS = tuple(attention8.TYPES)
 FLOAT_INPUTS = 16  # bits of inputs that are not rounded
 
 
@@ -141,6 +143,31 @@ class Int4Plan(LayerPlan):
 
 
 @dataclass
+class AttentionPlan:
+    """How one attention is computed in 8 bits: kernels/formats/attention8.py.
+
+    kind: of queries and keys, "int8" or "e4m3". error: of its output beside attention as it was, as a share of its
+    norm, where it was measured.
+    """
+
+    kind: str = "int8"
+    error: float | None = None
+
+    def check(self) -> None:
+        """Raises ValueError where a choice is out of its range."""
+        if self.kind not in ATTENTION_KINDS:
+            raise ValueError(f"queries and keys are in {' or '.join(ATTENTION_KINDS)}, not {shown(self.kind)}")
+        if self.error is not None and not (type(self.error) in (int, float) and 0 <= self.error < float("inf")):
+            raise ValueError(f"its error is a number from 0 on, not {shown(self.error)}")
+
+
+def _attention_from(data: Any) -> AttentionPlan:
+    """The plan of a dict; ValueError where it is none."""
+    found = checked_object(data, {"kind": str, "error": (float, int, type(None))})
+    return AttentionPlan(found["kind"], found["error"])
+
+
+@dataclass
 class Plan:
     """What was decided for one model.
 
@@ -150,8 +177,11 @@ class Plan:
     transforms: changes of the model that keep its function, made in this order before anything is quantized.
     learning: how blocks of layers whose rounding is "learned" are trained; None where each layer is by itself.
     starts: of these layers, the static input grids [scale, zero point] that training began with; filled by packing.
+    attention: name of an attention -> how it is computed in 8 bits; attention that is not named stays as it is.
     packing: what codes depend on beside the calibration store (quantization.packing.PackingOptions), for plans whose
         formats, roundings or objectives look at it.
+    norms: GroupNorms and LayerNorms that the model has as L1 normalization (layers.shift.norms), by name, with the
+        ratio of each; they were trained so.
     """
 
     method: str
@@ -160,6 +190,8 @@ class Plan:
     learning: Learning | None = None
     starts: dict[str, list] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, AttentionPlan] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.method, str, "Plan: method")
@@ -167,6 +199,8 @@ class Plan:
         check(self.learning, Learning | None, "Plan: learning")
         check(self.starts, dict[str, Any], "Plan: starts")
         check(self.packing, dict[str, Any], "Plan: packing")
+        check(self.norms, dict[str, float], "Plan: norms")
+        check(self.attention, dict[str, AttentionPlan], "Plan: attention")
         for name, layer in check(self.layers, dict[str, Any], "Plan: layers").items():
             if isinstance(layer, type) or not is_dataclass(layer):  # each format has a class of plans of its own
                 raise UserError(f"Plan: layers must be plans of layers by name; '{name}' is {shown(layer)}.")
@@ -183,6 +217,10 @@ class Plan:
             data["learning"], data["starts"] = asdict(self.learning), self.starts
         if self.packing:
             data["packing"] = self.packing
+        if self.norms:
+            data["norms"] = self.norms
+        if self.attention:
+            data["attention"] = {name: asdict(one) for name, one in self.attention.items()}
         return data
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -223,8 +261,13 @@ class Plan:
                 for number, transform in enumerate(found)
             ]  # fmt: skip
             learning = None if data.get("learning") is None else learning_from(data["learning"])
-            starts, packing = (checked_object(data.get(name, {}), {}) for name in ("starts", "packing"))
-            return cls(data["method"], layers, transforms, learning, starts, packing)
+            starts, packing, norms = (
+                checked_object(data.get(name, {}), {}) for name in ("starts", "packing", "norms")
+            )
+            attention = {
+                name: _attention_from(one) for name, one in checked_object(data.get("attention", {}), {}).items()
+            }
+            return cls(data["method"], layers, transforms, learning, starts, packing, attention, norms)
 
     def check(self) -> None:
         """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds.
@@ -237,8 +280,16 @@ class Plan:
             check_choices(name, choices)
         if self.learning is not None:
             self.learning.check()
+        for name, ratio in self.norms.items():
+            if not 0.1 < ratio < 100:
+                raise DamagedFile(f"the plan is damaged: norm '{name}' has the ratio {ratio}.")
         for name, start in self.starts.items():
             self._check_start(name, start)
+        for name, one in self.attention.items():
+            try:
+                one.check()
+            except ValueError as error:
+                raise DamagedFile(f"the plan is damaged: of attention '{name}', {error}.") from None
         for name, choices in self.layers.items():
             leader = FORMATS.find(choices.format).leader(name, choices)
             lends = self.layers.get(leader)
@@ -271,8 +322,7 @@ class Plan:
         if any(tensor.is_meta for tensor in tensors.values()):
             raise UserError("the plan's transforms came without their tensors, as a loaded model has them.")
         if tensors:
-            with replacing(path.with_suffix(".safetensors")) as temporary:
-                save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+            write_tensors(path.with_suffix(".safetensors"), tensors)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=1))
 

@@ -23,6 +23,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+from ...layers.attention.processors import plain_processor
 from ...layers.fuse import FUSED
 from .fused_parts import (
     added_projections,
@@ -69,7 +70,7 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         query, mlp, out = projections(self.attn), self.proj_mlp, self.proj_out
         passed_over = [self.norm, self.norm.norm, self.act_mlp, self.attn]
-        plain = not self.training and type(self.attn.processor) is FluxAttnProcessor
+        plain = not self.training and type(plain_processor(self.attn.processor)) is FluxAttnProcessor
         if not (plain and runs_fused([*query, mlp, out], passed_over) and share(query)):
             return super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
@@ -102,7 +103,7 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
         norms = [self.norm1, self.norm1.norm, self.norm1_context, self.norm1_context.norm]
         parts = [self.norm2, self.norm2_context, self.attn, *before(self.ff), *before(self.ff_context)]
         layers = [*image, *text, first(self.ff), first(self.ff_context)]
-        plain = not self.training and type(self.attn.processor) is FluxAttnProcessor
+        plain = not self.training and type(plain_processor(self.attn.processor)) is FluxAttnProcessor
         if not (plain and runs_fused(layers, norms + parts) and share(image) and share(text)):
             return super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
@@ -141,7 +142,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
     ) -> Tensor:  # fmt: skip
         query = projections(self.attn1)
         passed_over = [self.norm1, self.norm1.norm, self.norm3, self.attn1, *before(self.ff)]
-        plain = type(self.attn1.processor) is AttnProcessor2_0 and not cross_attention_kwargs
+        plain = type(plain_processor(self.attn1.processor)) is AttnProcessor2_0 and not cross_attention_kwargs
         plain = plain and self._chunk_size is None and hidden_states.ndim == 3 and not self.training
         if not (plain and runs_fused([*query, first(self.ff)], passed_over) and share(query)):
             return super().forward(

@@ -5,6 +5,7 @@ import torch
 
 from ptq4dm.kernels import dispatch
 from ptq4dm.kernels.attention import layer as attention
+from ptq4dm.kernels.attention import layer8 as attention8
 from ptq4dm.kernels.cpu import lut as cpu_lut
 from ptq4dm.kernels.cpu import w4a8 as cpu
 from ptq4dm.kernels.dispatch import Query
@@ -182,6 +183,10 @@ def test_what_find_says_is_what_the_layers_ask():
                 found = dispatch.find(Query("kv4", "none", device=device)).name
                 assert found == attention.kernel_name(device)
                 assert dispatch.find(Query("kv4", "int8", device=device)).name == "reference"
+                for inputs in (None, 32, 512):
+                    found = dispatch.find(Query("attention8", "int8", device=device, inputs=inputs)).name
+                    assert found == attention8.kernel_name(device, inputs or 128)
+                assert dispatch.find(Query("attention8", "none", device=device)).name == "reference"
 
 
 def test_binary_coded_weights(monkeypatch):
@@ -210,6 +215,8 @@ def test_the_list():
         w8a8.TRITON_FP8,
         w8a8.ONEDNN,
         attention.TRITON,
+        attention8.GLUON,
+        attention8.TRITON,
     }
     modes = {mode for mode in dispatch.tunable().values() if mode}
     assert (
@@ -226,7 +233,7 @@ def test_the_list():
     [
         (
             dict(weight="int3", activation="int8"),
-            "weight is one of int8, fp8, int4, row-mix, power, kv4, bcq, not 'int3'",
+            "weight is one of int8, fp8, int4, row-mix, power, kv4, attention8, bcq, not 'int3'",
         ),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),

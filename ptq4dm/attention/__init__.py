@@ -1,0 +1,1 @@
+"""Attention whose operands have 8 bits, in a model of diffusers."""

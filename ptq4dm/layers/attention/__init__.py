@@ -1,0 +1,1 @@
+"""Attention of a model's layers in 8 bits: processors that compute it, and what they have done."""

@@ -1,0 +1,103 @@
+"""Processors of diffusers whose attention is computed in 8 bits: everything else in them stays as it is.
+
+All that such a processor computes around attention (projections, norms, rotary embeddings, joined texts) is done by
+its own code. Only where it calls torch's scaled_dot_product_attention, also by way of diffusers' attention backends
+that do so, the op of kernels/attention/layer8.py computes instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from ...kernels.attention.layer8 import attention8, kernel_name
+from .state import Attention8
+
+_DERIVED: dict[Any, Any] = {}  # class of processors -> the class made of it
+
+
+def in_8_bits(processor: Any, state: Attention8, name: str) -> Any:
+    """A copy of a processor that hands its attention to `state`; its class is derived from the processor's.
+
+    name: of its layer.
+    """
+    new = copy.copy(processor)
+    new.__class__ = _derived(type(processor))
+    new._attention8 = state, name, processor
+    return new
+
+
+def plain_processor(processor: Any) -> Any:
+    """The processor that another one was made of by `in_8_bits`; any other as it is."""
+    return processor._attention8[2] if hasattr(processor, "_attention8") else processor
+
+
+def _derived(kind: Any) -> Any:
+    if kind not in _DERIVED:
+        _DERIVED[kind] = _made(kind)
+    return _DERIVED[kind]
+
+
+def _made(kind: Any) -> Any:
+    @functools.wraps(kind.__call__)  # diffusers looks at the names of its arguments
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state, name, _ = self._attention8
+        if not state.active:
+            return kind.__call__(self, *args, **kwargs)
+        state.called(name)
+        with state.redirected(name) if state.redirected else Redirected(state, name):
+            return kind.__call__(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
+class Redirected(TorchFunctionMode):
+    """In this block scaled_dot_product_attention computes in 8 bits, where the op can; `state` counts both."""
+
+    def __init__(self, state: Attention8, name: str) -> None:
+        super().__init__()
+        self.state, self.name = state, name
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        why = why_not(*args, **kwargs)
+        if why:
+            self.state.in_16(self.name, why)
+            return function(*args, **kwargs)
+        return self._attend(function, *args, **kwargs)
+
+    def _attend(self, function: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.state.in_8(self.name, kernel_name(query.device, query.shape[-1]))
+        scale = kwargs.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return attention8(query, key, value, scale, self.state.kinds.get(self.name, self.state.kind))
+
+
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> str:
+    """Why a call of scaled_dot_product_attention stays as it is; "" where the op computes it."""
+    if attn_mask is not None or is_causal:
+        return "it has a mask"
+    if dropout_p:
+        return "it drops weights"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return "gradients are wanted"
+    if query.ndim != 4 or query.shape[:2] != key.shape[:2] or key.shape != value.shape:
+        return "its heads are of several sizes, or share keys"
+    return ""

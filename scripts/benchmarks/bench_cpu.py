@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -27,15 +28,13 @@ from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.load import load_reference
 
 CALIBRATED, HELD_OUT = 20, 50  # steps
-SEEDS, OTHER_SEEDS = list(range(1000, 1016)), list(range(4))
+SEEDS, OTHER_SEEDS = list(range(1000, 1004)), list(range(4))
 
 
-def singles(rows: list, every: int) -> list:
+def singles(rows: list) -> list:
     """Calls of one sample, from calls of several."""
-    alone = [
-        tuple(None if part is None else part[i : i + 1] for part in row) for row in rows for i in range(len(row[0]))
-    ]
-    return alone[::every]
+    parts = [(row, i) for row in rows for i in range(len(row[0]))]
+    return [tuple(None if part is None else part[i : i + 1] for part in row) for row, i in parts]
 
 
 def timed(call, inputs) -> float:
@@ -56,6 +55,7 @@ def main():
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--nncf-rows", type=int, default=64, help="calls of one sample that NNCF calibrates on")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--json", type=Path, help="a file to which a line for each candidate is added")
     args = parser.parse_args()
@@ -65,12 +65,17 @@ def main():
     pipe.set_progress_bar_config(disable=True)
     exact = copy.deepcopy(denoiser(pipe)).eval().to(memory_format=torch.channels_last)
     calibration = ptq4dm.CalibrationConfig(num_samples=32, num_inference_steps=CALIBRATED)
-    seen = singles(rows_of(pipe, SEEDS[:4], CALIBRATED), 1)[:: max(1, 4 * CALIBRATED // 64)][:64]
+    alone = singles(rows_of(pipe, SEEDS, CALIBRATED))
+    seen = alone[:: max(1, len(alone) // args.nncf_rows)][: args.nncf_rows]  # of all times
     times = torch.linspace(0, HELD_OUT - 1, 12).round().long().tolist()
-    held_out = [rows_of(pipe, OTHER_SEEDS, HELD_OUT)[i] for i in times]
+    sampled = rows_of(pipe, OTHER_SEEDS, HELD_OUT)
+    held_out = [sampled[i] for i in times]
     store = ptq4dm.collect(pipe, calibration)
     ptq4dm.quantize(pipe, ptq4dm.PTQ4DMConfig(), store)
-    runs = dict(candidates(exact, denoiser(pipe).eval(), seen, not args.no_compile))
+    runs = {}
+    for name, call in candidates(exact, denoiser(pipe).eval(), seen, not args.no_compile):
+        runs[name] = call
+        print(f"made: {name}", file=sys.stderr, flush=True)
     first = next(iter(runs.values()))
     found = {name: errors(call, first, held_out) for name, call in runs.items()}
 

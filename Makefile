@@ -15,8 +15,9 @@ demo: .venv/plot.stamp
 	$(BIN)/ptq4dm quantize --output out/demo/quantized
 	$(BIN)/ptq4dm evaluate --model out/demo/quantized --metric none --num-paired 16 --num-heldout 16 --output out/demo
 
+# A process for each core, one thread each.
 test: .venv/test.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.record import record
     from .calibration.store import CalibrationStore
     from .evaluation.evaluate import EvaluateConfig, evaluate
+    from .inference.optimize import optimize, unoptimize
     from .layers.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
@@ -87,6 +88,7 @@ __all__ = [
     "load_embedding",
     "load_pipeline",
     "load_reference",
+    "optimize",
     "personalize",
     "plan_attention",
     "quantization_config",
@@ -95,6 +97,7 @@ __all__ = [
     "sample",
     "train",
     "unfuse",
+    "unoptimize",
     "verify",
 ]
 
@@ -131,6 +134,7 @@ __getattr__, __dir__ = lazy_names(
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
         "load_reference": "pipelines.load",
+        "optimize": "inference.optimize",
         "plan_attention": "attention.planned",
         "personalize": "training.personalization.personalize",
         "quantization_config": "quantization.diffusers_bridge",
@@ -139,6 +143,7 @@ __getattr__, __dir__ = lazy_names(
         "sample": "pipelines.sampling",
         "train": "training.train",
         "unfuse": "layers.fuse",
+        "unoptimize": "inference.optimize",
         "verify": "quantization.verifying",
     },
     rooms=(
@@ -148,6 +153,7 @@ __getattr__, __dir__ = lazy_names(
         "calibration",
         "evaluation",
         "hardware",
+        "inference",
         "kernels",
         "layers",
         "methods",

@@ -39,7 +39,7 @@ ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation
 ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching  ptq4dm/attention
-ptq4dm/training
+ptq4dm/training  ptq4dm/inference
 ptq4dm/training/personalization
 svdquant/layers
 svdquant/nunchaku

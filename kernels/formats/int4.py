@@ -23,8 +23,8 @@ from .exact import over
 GROUP = 64
 """Inputs of a group that the 4-bit kernels take; packed runs have as many, whatever size groups of scales have."""
 
-EIGHT = 8
-"""Rows of high halves of 8-bit codes that lie together: of 16 rows a lane of a product has the i-th and i + 8-th."""
+HIGH_ROWS = 16
+"""Rows of high halves of 8-bit codes are filled up to a multiple of so many, so that rows after them are aligned."""
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """Code -> value, float32 [16]. Code 8, minus zero, is read but never written."""
@@ -79,22 +79,25 @@ def joined(high: Tensor, low: Tensor) -> Tensor:
     return high * 16 + (low + 8)
 
 
-def paired_rows(rows: int) -> int:
-    """Rows of 4 bits that so many of 8 are stored in by `paired`."""
-    return -(-rows // EIGHT) * 2 * EIGHT
+def high_rows(rows: int) -> int:
+    """Rows that the high halves of so many rows of 8 bits take."""
+    return -(-rows // HIGH_ROWS) * HIGH_ROWS
 
 
-def paired(codes: Tensor) -> Tensor:
-    """Codes int8 [n, K] of 8 bits -> [paired_rows(n), K] of 4: eight rows of high halves, then eight of low ones, and
-    so on; filled up with zeros."""
-    filled = F.pad(codes, (0, 0, 0, -len(codes) % EIGHT)).unflatten(0, (-1, EIGHT))
-    return torch.stack(halves(filled), 1).flatten(0, 2)
+def halved(codes: Tensor, wide: Tensor) -> Tensor:
+    """Codes int8 [N, K], of 8 bits in the rows `wide` [w] and of 4 in the others -> [high_rows(w) + N, K], all of 4.
+
+    High halves of the wide rows, filled up with rows of zeros; then all rows in their order, of the wide ones the low
+    halves.
+    """
+    high, low = halves(codes[wide])
+    return torch.cat([F.pad(high, (0, 0, 0, high_rows(len(wide)) - len(wide))), codes.index_copy(0, wide, low)])
 
 
-def unpaired(stored: Tensor, rows: int) -> Tensor:
-    """The inverse of `paired`: the codes of 8 bits [rows, K], int8."""
-    pairs = stored.unflatten(0, (-1, 2, EIGHT))
-    return joined(pairs[:, 0], pairs[:, 1]).flatten(0, 1)[:rows]
+def whole(stored: Tensor, wide: Tensor) -> Tensor:
+    """The inverse of `halved`: codes int8 [N, K]."""
+    high, low = stored[: len(wide)], stored[high_rows(len(wide)) :]
+    return low.index_copy(0, wide, joined(high, low[wide]))
 
 
 def pack_int4(codes: Tensor, group_size: int) -> Tensor:

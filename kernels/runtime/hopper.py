@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -19,6 +20,8 @@ TYPES = {
 # Gluon is experimental: later versions of Triton have the first names, 3.6 the second.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+copy_ahead = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 def blocks(tensor: Tensor | None, *size: int) -> TensorDescriptor | None:

@@ -21,12 +21,13 @@ import functools
 from collections.abc import Callable
 
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import settings
+from .recording import current
+from .step import Step, hooked
 from .workspace import Piece
 
 
@@ -56,17 +57,24 @@ class Launch:
         self.places = [names.index(name) for name in self.open]
         self.blocks = [(self.open.index(name), size) for name, size in (blocks or {}).items()]
         self.known = {}  # signature -> a compiled kernel's way to the driver, and its descriptors but for the tensors
+        self.compiled = {}  # signature -> the compiled kernel
 
     def __call__(self, *tensors: Tensor | Piece | None) -> None:
+        recording = current()
         if self.interpreted or settings.TARGET is not None:
             self.through_triton(tensors)
+            if recording is not None:
+                recording.launched(None, tensors)
             return
         device = driver.active.get_current_device()
         key, addresses = signature(device, tensors)
-        if key not in self.known or _hooked():
+        if recording is not None:
+            recording.launched(functools.partial(self.step, key, tensors) if key in self.known else None, tensors)
+        if key not in self.known or hooked():
             compiled, descriptors = self.through_triton(tensors)
             if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
                 self.known[key] = compiled.run, compiled.function, compiled.packed_metadata, descriptors
+                self.compiled[key] = compiled
             return
         run, function, metadata, descriptors = self.known[key]
         values = self.values.copy()
@@ -76,6 +84,14 @@ class Launch:
             tensor, values[self.places[i]] = tensors[i], (descriptor := object.__new__(kind))
             descriptor.__dict__.update(fields, base=tensor, shape=tensor.shape, strides=tensor.stride())
         run(*self.grid, driver.active.get_current_stream(device), function, metadata, None, None, None, *values)
+
+    def step(self, key: tuple, tensors, sources: list) -> Step:
+        """This launch on tensors of the signature `key`, to be repeated on others from these sources."""
+        descriptors = {}
+        for i, kind, fields in self.known[key][3]:
+            descriptors[i] = one = object.__new__(kind)
+            one.__dict__.update(fields, shape=tuple(tensors[i].shape), strides=tuple(tensors[i].stride()))
+        return Step(self.compiled[key], self.grid, self.values, self.places, descriptors, sources)
 
     def through_triton(self, tensors) -> tuple:
         """(compiled kernel, of each descriptor the number of its tensor, its class and its other fields)."""
@@ -117,7 +133,3 @@ def _descriptor(kernel, tensor: Tensor, size: tuple[int, ...]):
 
         return blocks(tensor, *size)
     return TensorDescriptor.from_tensor(tensor, list(size))
-
-
-def _hooked() -> bool:
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)

@@ -6,7 +6,8 @@ import itertools
 
 import torch
 
-from ..w4.layer import FP8, INT4, SHORT
+from ..formats.int4 import GROUP
+from ..w4.layer import FP8, INT4, SHORT, WEIGHT_ONLY
 
 
 def activation_settings(m: int, k: int) -> list[dict]:
@@ -67,15 +68,29 @@ def short_settings(m: int) -> list[dict]:
     return [one | dict(maxnreg=None) for one in tried] + [tried[0] | dict(maxnreg=56 if m <= 8 else 72)]
 
 
+def few_settings(m: int, k: int) -> list[dict]:
+    """The same in Gluon, for few rows: warps, stages, programs of a multiprocessor; none where it does not serve."""
+    from ..w4.products import product_short_hopper  # a Triton without Gluon has no such settings
+
+    if not product_short_hopper.serves(m, k // GROUP):
+        return []
+    tried = [(16, 1, 4), (16, 1, 6), (16, 1, 3), (16, 2, 3), (8, 1, 4), (8, 2, 2), (8, 2, 3), (8, 3, 2), (4, 3, 2)]
+    tried += [(8, 4, 1), (4, 4, 1), (4, 4, 2), (4, 6, 1)]
+    return [
+        dict(GLUON=True, num_warps=warps, PER_SM=programs, STAGES=stages, maxnreg=None)
+        for warps, programs, stages in tried
+    ]
+
+
 def settings_of(step: str, name: str, m: int, k: int) -> list[dict]:
     """All settings to try of one launch of the kernels called `name`, for m rows of k inputs."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     if step == "product":
-        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
         if name == INT4:
             return w4a4_settings() + w4a4_hopper_settings() * hopper
         return product_settings() + hopper_settings() * (hopper and name == FP8)
     if step == "unpack":
         return [dict(UNPACK_BYTES=size, num_warps=warps) for size in (2048, 4096, 8192, 16384) for warps in (4, 8)]
     if step == "short":
-        return short_settings(m)
+        return short_settings(m) + (few_settings(m, k) if hopper and name == WEIGHT_ONLY else [])
     return prepare_settings(m, k) if step == "prepare" else activation_settings(m, k)

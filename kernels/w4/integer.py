@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..formats.int4 import GROUP
+from ..runtime.integers import cdiv
 from ..runtime.late import late
-from ..runtime.settings import best_config, capability, remembered
-from ..runtime.workspace import Workspace
+from ..runtime.settings import best_config, capability, multiprocessors, remembered
+from ..runtime.workspace import Piece, Workspace
 
 if TYPE_CHECKING:
     from . import progressive_triton, tokens_triton
@@ -37,6 +38,7 @@ REFERENCE, PROGRESSIVE, CHANNEL, GROUPED, ROW_MIX = (
     "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped", "triton-w4a8-row-mix",
 )  # fmt: skip
 INT32, FLOAT = torch.int32, torch.float32
+WIDEST = 256  # rows, and outputs, that a tile may have
 
 
 def serves(device: torch.device) -> bool:
@@ -56,6 +58,33 @@ def _room(m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales
     return Workspace(*tokens, *tables, ((n if w8 else 0, wide), torch.int8))
 
 
+def table_width(n: int, rows: int) -> int:
+    """Numbers of a group in tables of n outputs in so many stored rows: where there are more, all tiles end in it."""
+    return n if rows == n else rows - n + cdiv(n, WIDEST) * WIDEST
+
+
+def room_of_two_widths(x: Tensor, n: int, high: int, config: dict) -> list[Piece]:
+    """Slots of n outputs, counts of tiles, and sums of so many rows of `high` halves, for x [M, K] and a product."""
+    return _wide_room(len(x), n, high, _parts(x.device, len(x), n, high, config)).take(x)
+
+
+def _parts(device: torch.device, m: int, n: int, high: int, config: dict) -> int:
+    """Tiles that each tile of high halves is split into.
+
+    Three where the others all run at once, of which three fit a multiprocessor, and whole ones were a second wave.
+    """
+    if "PARTS" in config:
+        return config["PARTS"]
+    down, at_once = cdiv(m, config["BM"]), 3 * multiprocessors(device)
+    others = down * cdiv(n, config["BN"])
+    return 3 if others <= at_once < others + down * cdiv(high, config["BN"]) else 1
+
+
+@remembered
+def _wide_room(m: int, n: int, high: int, parts: int) -> Workspace:
+    return Workspace(((n,), INT32), ((m,), INT32), ((parts, high, cdiv(m, WIDEST) * WIDEST), FLOAT))
+
+
 def progressive_through(
     x: Tensor, qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, wscales: Tensor, bias: Tensor | None,
     config: dict | None = None,
@@ -72,29 +101,36 @@ def grouped_through(
     n, groups = wscales.shape
     if groups == 1:
         return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, "rows", 1, config)
-    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, None, config)
+    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, config)
 
 
 def row_mix_through(
-    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, bias: Tensor | None,
-    wide: int, config: dict | None = None,
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, wide: Tensor, bias: Tensor | None,
+    config: dict | None = None,
 ) -> Tensor:  # fmt: skip
-    """`row_mix.row_mix_grouped` of x [M, K], M and `wide` above 0; config: not the usual one."""
-    return _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide, config)
+    """`row_mix.row_mix_grouped` of x [M, K], M and the number of `wide` rows above 0; config: not the usual one."""
+    return _scaled_sums(x, qweight, wscales, wzeros, wide, bias, config)
 
 
-def _scaled_sums(x, qweight, wscales, wzeros, places, bias, wide: int | None, config: dict | None) -> Tensor:
-    """The products whose sums of groups are whole numbers; places and wide: of rows of two widths alone."""
+def _scaled_sums(x, qweight, wscales, wzeros, wide: Tensor | None, bias, config: dict | None) -> Tensor:
+    """The products whose sums of groups are whole numbers; wide: of rows of two widths, else None."""
     x = _rows(x)
     (m, k), (n, groups) = x.shape, wscales.shape
     config = config or best_config("grouped.product", x.device, m, n, k)
     rows, offset = len(qweight), wide is not None or wzeros is not None
-    codes, scale, _, factors, scales, _ = _room(m, rows, k, groups, False, offset, True, False).take(x)
-    qweight, wscales, wzeros = (_contiguous(one) for one in (qweight, wscales, wzeros))
+    codes, scale, _, factors, scales, _ = _room(m, table_width(n, rows), k, groups, False, offset, True, False).take(
+        x
+    )
+    slots = ready = sums = None
+    if wide is not None:
+        slots, ready, sums = room_of_two_widths(x, n, rows - n, config)
+    qweight, wscales, wzeros, wide = (_contiguous(one) for one in (qweight, wscales, wzeros, wide))
     tables = (factors if offset else None), scales
     out = x.new_empty(m, n)
-    tokens_triton.prepare(x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), wide)
-    product_grouped.product((codes, scale), qweight, tables, places, bias, out, k // groups, config, wide or 0)
+    tokens_triton.prepare(
+        x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), (wide, slots, ready)
+    )
+    product_grouped.product((codes, scale), qweight, tables, bias, out, k // groups, config, (slots, ready, sums))
     return out
 
 

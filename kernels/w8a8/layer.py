@@ -3,8 +3,9 @@
     y[m, n] = s_x[m] * s_w[n] * sum_k (q_x[m, k] - z) * q_w[n, k]  +  b[n]  (+ residual[m, n])
 
 A convolution is the same with k running over (channel, ky, kx) and padded positions holding q_x = z. With
-`input_scale` the activation is quantized by a fixed (static) scale and, for int8, a zero point; without it,
-symmetrically by its own maximum: per token in Linear, per sample in Conv2d, where a window mixes pixels (dynamic).
+`input_scale` the activation is quantized by a fixed (static) scale, in Linear also one for each row, and, for int8, a
+zero point; without it, symmetrically by its own maximum: per token in Linear, per sample in Conv2d, where a window
+mixes pixels (dynamic).
 NaN has no int8 code: a static grid takes it for zero, a dynamic one makes the whole row NaN, as e4m3 does.
 
 Which kernel runs is decided by `kernel_name`, from format, shape and device alone:
@@ -58,7 +59,8 @@ def w8a8_linear(
     """x [..., K] float, qweight [N, K], weight_scale [N] float32, bias [N], residual [..., N] -> [..., N], x's dtype.
 
     input_scale (float32) and input_zero_point (int32) are one-element tensors, or None for dynamic per-token
-    quantization and, the zero point, for symmetric grids.
+    quantization and, the zero point, for symmetric grids. input_scale may have one element for each row of x, of a
+    grid that is fixed row by row.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     m, n = rows.shape[0], qweight.shape[0]

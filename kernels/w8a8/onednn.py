@@ -1,7 +1,7 @@
 """W8A8 Linear and Conv2d on x86 CPUs with VNNI: oneDNN's u8 x s8 kernels through PyTorch.
 
-They take unsigned activations: q_x + 128 with zero point z + 128. A dynamic grid is symmetric and differs from row to
-row, which they know nothing of: its scale is applied to what they give back.
+They take unsigned activations: q_x + 128 with zero point z + 128. They know nothing of scales that differ from row to
+row, as those of a dynamic grid: such a scale is applied to what they give back.
 """
 
 from __future__ import annotations
@@ -51,13 +51,18 @@ def conv2d(
 
 
 def _uint8_codes(x, input_scale, input_zero_point, bits, dims):
-    """(codes + 128 as uint8, scale, zero point + 128, dynamic scales to multiply the output by or None)."""
+    """(codes + 128 as uint8, scale, zero point + 128, scales of rows to multiply the output by or None)."""
     if input_scale is None:
         after = dynamic_scale(x, dims, bits)
         codes = quantize_activation_uint8(x * (1.0 / after), 1.0, 0)  # inside +-(2^(b-1)-1) by construction
         return codes, 1.0, 128, after
-    scale, zero_point = input_scale.item(), int(input_zero_point.item())
+    after, zero_point = None, int(input_zero_point.item())
+    if input_scale.numel() > 1:
+        after, scale = input_scale.view(-1, 1), 1.0
+        x = x * (1.0 / after)
+    else:
+        scale = input_scale.item()
     codes = quantize_activation_uint8(x, scale, zero_point)
     if bits < 8:
         codes = codes.clamp_(128 - 2 ** (bits - 1), 127 + 2 ** (bits - 1))
-    return codes, scale, zero_point + 128, None
+    return codes, scale, zero_point + 128, after

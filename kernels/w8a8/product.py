@@ -125,7 +125,7 @@ def conv2d(
     """Fill out [B, OH, OW, N] (contiguous) and return it.
 
     x: codes [rows, C'] as `quantize.quantize` leaves them; for mode "on-load", floats [B, H, W, C], contiguous.
-    weight: [N, taps * C'] of the codes' type. scale: one float32, or one per image, then without zero point.
+    weight: [N, taps * C'] of the codes' type. scale: one float32, or one per image.
     shift: [B, N]; residual: as out.
     """
     launch = _plan(

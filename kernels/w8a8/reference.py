@@ -17,6 +17,8 @@ from .window import Window
 
 def linear(x, qweight, weight_scale, bias, input_scale, input_zero_point, bits) -> Tensor:
     """x [M, K] float -> [M, N] float32."""
+    if input_scale is not None and input_scale.numel() != 1:
+        input_scale = input_scale.view(-1, 1)
     codes, scale = centred_codes(x, qweight.dtype, input_scale, input_zero_point, bits, dims=(1,))
     exact = _exact_dtype(qweight)
     total = codes.to(exact) @ qweight.to(exact).T

@@ -1,7 +1,7 @@
 """From tensors of a model to the launches of the Triton kernels: what is quantized where, and prepared once.
 
 static, 1x1, at most 128 outputs    one kernel: floats quantized as they are loaded
-static                              quantize; GEMM
+static, or a fixed scale a row      quantize; GEMM
 dynamic                             largest values; quantize; GEMM
 """
 
@@ -33,8 +33,8 @@ class Parameters(NamedTuple):
     """A layer beside its geometry, as the W8A8 ops take it; a dataclass would take four times as long to make.
 
     qweight [N, C, kh, kw] or [N, K] codes, weight_scale [N] float32, bias [N] or None. input_scale float32 and
-    input_zero_point int32, of one element; a scale of [B] elements is one for each image, without zero points; None
-    for a scale that is found in the call. bits: of the activation's codes.
+    input_zero_point int32, of one element; a scale of [B] elements is one for each image; None for a scale that is
+    found in the call. bits: of the activation's codes.
     """
 
     qweight: Tensor
@@ -71,7 +71,8 @@ def _windows(x: Tensor, window: Window, layer: Parameters, residual: Tensor | No
     if x.shape[1] != qweight.shape[1]:
         raise ValueError(f"the input has {x.shape[1]} channels where the layer needs {qweight.shape[1]}.")
     plain = window.taps == 1 and window.padding == (0, 0)
-    if input_scale is not None and plain and qweight.shape[0] <= ON_LOAD_OUTPUTS:
+    one_scale = input_scale is not None and input_scale.numel() == 1
+    if one_scale and plain and qweight.shape[0] <= ON_LOAD_OUTPUTS:
         return multiply(x.permute(0, 2, 3, 1).contiguous(), window, layer, x.dtype, None, residual)
     if input_scale is None:
         x = x if x.permute(0, 2, 3, 1).is_contiguous() else x.contiguous()

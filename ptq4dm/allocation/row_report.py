@@ -26,12 +26,14 @@ class ChosenRows:
     """Rows of 8 bits, and why.
 
     rows: layer -> their numbers, of all layers that were asked about. share: of all rows, as it was asked for.
-    bits: the mean width of the weights of these layers, without scales.
+    weights: the share of these layers' weights that lies in the chosen rows; rows of many inputs have larger scores,
+        so that it is the larger share where layers differ in inputs. bits: the mean width, without scales.
     """
 
     salience: Salience
     rows: dict[str, list[int]]
     share: float
+    weights: float
     bits: float
 
     def shares(self) -> dict[str, dict[str, Any]]:
@@ -59,8 +61,8 @@ class ChosenRows:
         wide = sum(map(len, self.rows.values()))
         by_type = ", ".join(f"{name} {one['share']:.0%}" for name, one in self.shares().items() if one["wide"])
         return (
-            f"rows of 8 bits: {wide} of {whole} ({wide / whole:.1%}), {self.bits:.2f} bits a weight, by "
-            f"{self.salience.importance}: {by_type or 'none'}"
+            f"rows of 8 bits: {wide} of {whole} ({wide / whole:.1%}), {self.weights:.1%} of the weights, "
+            f"{self.bits:.2f} bits a weight, by {self.salience.importance}: {by_type or 'none'}"
         )
 
     def found(self) -> dict[str, Any]:
@@ -68,6 +70,7 @@ class ChosenRows:
         return {
             "text": self.text(),
             "share": self.share,
+            "weights": self.weights,
             "bits": self.bits,
             "error_left": self.error_left,
             "types": self.shares(),

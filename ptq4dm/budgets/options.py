@@ -17,8 +17,8 @@ class BudgetOptions:
     """Budgets, candidates, and how they are measured.
 
     latency: budget of time, as a share of the model's own step in full precision on this device (float32 on a CPU,
-        bfloat16 on a GPU: the dtype that the model has); None for none.
-    bytes: budget of stored tensors, as a share of the model's in 16 bits; None for none.
+        bfloat16 on a GPU: the dtype that the model has), above 0 and at most 1; None for none.
+    bytes: budget of stored tensors, as a share of the model's in 16 bits, likewise.
     candidates: recipes, see candidates.py; full precision is one beside them.
     efficiency: weight of time and bytes in the objective beside the error, each as a share; 0: budgets alone.
     sensitivity: "masked", or "direct": see masking.py. scale: of formats beside masks, "weights" or "outputs".
@@ -50,8 +50,9 @@ class BudgetOptions:
         self.candidates = tuple(self.candidates)
         for name in ("latency", "bytes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} is a share of the full-precision model, above 0; got {value:g}.")
+            if value is not None and not 0 < value <= 1:
+                told = f"{name} is a share of the full-precision model, above 0 and at most 1"
+                raise UserError(f"{told}; got {value:g}.")
         if not 0 < self.share < 1:
             raise UserError(f"share is a part of a layer's weights, above 0 and below 1; got {self.share:g}.")
         if self.latency is None and self.bytes is None and not self.efficiency:

@@ -17,23 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.atomic import replacing
 from ..files.crc import checksum, checksums
 from ..files.outside import TensorFile, checked_object, read_tensors
+from ..files.tensors import write_tensors
 from .calls import Calls, Group, Part, signature
 from .structures import dtype_named, read_leaf, read_structure, write_leaf, write_structure
 
 AGAIN = "collect again into an empty folder"
 MOST = 1010.0  # the largest timestep of a model, unless its scheduler counts further
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that is whole at any time."""
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
 
 
 def save_calls(path: Path, recorded: dict[str, Calls], run: str = "") -> None:

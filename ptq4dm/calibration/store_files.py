@@ -14,7 +14,8 @@ from ..files.atomic import replacing
 from ..files.claim import digest
 from ..files.crc import checksum
 from ..files.outside import TensorFile, checked_object, described, outside, read_json, read_tensors
-from .call_files import AGAIN, MOST, check_run, load_calls, write_tensors
+from ..files.tensors import write_tensors
+from .call_files import AGAIN, MOST, check_run, load_calls
 from .calls import Calls
 from .input_statistics import HISTOGRAM_BINS, InputStatistics
 from .old_files import load_rows

@@ -18,12 +18,14 @@ from ..quantization.planning import make_plan
 from ..quantization.recipe import QuantConfig
 from .flags import add_flags, given, options_of
 from .options import (
+    CONDITIONING,
     add_calibration,
     add_component,
     add_conditioning,
     add_model,
     add_sampler,
     calibration_of,
+    check_idle,
     check_kept,
     conditioning_of,
     fitting,
@@ -53,6 +55,9 @@ def add(parser) -> None:
 
 def run(args) -> None:
     config, calibration = method()(**given(args, method())), calibration_of(args)
+    conditions = conditioning_of(args)
+    if args.calibration is not None:
+        check_idle(args, CONDITIONING, f"the calls in {args.calibration} were made already")
     one_process(args)
     file_place(args.output)
     if args.plot:
@@ -64,7 +69,7 @@ def run(args) -> None:
     model, name = component_of(pipe, args.component), args.component or denoiser_name(pipe)
     if store is None:
         fitted = fitting(calibration, args, pipe)
-        store = collect(pipe, fitted, component=args.component, **conditioning_of(args))
+        store = collect(pipe, fitted, component=args.component, **conditions)
     plan = make_plan(model, config, store.of(model, name))
     outcome: Any = config.outcome  # of the method that has budgets
     table, chosen = outcome.table, outcome.allocation

@@ -37,7 +37,7 @@ def add(parser) -> None:
 
 
 def run(args) -> None:
-    config = calibration_of(args)
+    config, conditions = calibration_of(args), conditioning_of(args)
     one_process(args)
     if args.plot_layer and not args.plot:
         raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
@@ -48,7 +48,7 @@ def run(args) -> None:
     if args.plot_layer and args.plot_layer not in {view.name for view in find_layers(network)}:
         raise UserError(f"the model has no layer '{args.plot_layer}' to draw; `ptq4dm info` lists them.")
     config = fitting(config, args, pipe)
-    store = collect(pipe, config, args.output, component=args.component, **conditioning_of(args))
+    store = collect(pipe, config, args.output, component=args.component, **conditions)
     sizes = {name: (len(one.recorded()), len(one.fingerprint)) for name, one in store.components.items()}
     for name, (tuples, layers) in sizes.items():
         say(f"{name}: {tuples} tuples, {layers} layers")

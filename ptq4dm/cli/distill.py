@@ -17,7 +17,7 @@ from ..samplers.distillation.log import read_log
 from ..samplers.distillation.run import alone_in, check_teacher
 from ..samplers.distillation.student import RECORD, save_student
 from .flags import add_flags, given, options_of
-from .options import add_model, device_of, dtype_of, settings_of
+from .options import add_model, device_of, settings_of, trained_dtype_of
 from .output import main_process, result, say
 
 GOES_ON = "the same command with --resume"
@@ -33,7 +33,7 @@ def add(parser) -> None:
 
 
 def run(args) -> None:
-    config = DisBackConfig(**given(args, DisBackConfig), precision=dtype_of(args))
+    config = DisBackConfig(**given(args, DisBackConfig), precision=trained_dtype_of(args))
     output = Path(args.output)
     make_parent(output)
     with claimed_whole(output, settings_of(args, "resume")) if main_process() else nullcontext():

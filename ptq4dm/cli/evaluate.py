@@ -8,16 +8,21 @@ from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ..evaluation.report import PICTURE, REPORT, format_report
 from ..files.places import file_place
+from ..inference.optimize import optimize
 from ..pipelines.picture_files import find_images
 from ..quantization.saving import original_of
 from .flags import add_flags, given
 from .options import (
     BATCH_SIZE,
+    CONDITIONING,
     QUANTIZED_FIRST,
+    SAMPLER,
     add_conditioning,
     add_model,
+    add_optimize,
     add_sampler,
     add_steps,
+    check_idle,
     conditioning_of,
     default_model,
     device_of,
@@ -37,6 +42,7 @@ def add(parser) -> None:
     add_steps(parser)
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--output", default="out/evaluation", help=f"folder of {REPORT} and {PICTURE}")
+    add_optimize(parser)
     add_sampler(parser)
     add_conditioning(parser)
 
@@ -47,9 +53,13 @@ def run(args) -> None:
         options["num_inference_steps"] = args.num_inference_steps
     config = EvaluateConfig(batch_size=args.batch_size, **options)
     config.check()
+    if args.optimize and args.images:
+        raise UserError("--optimize is for a model; images are measured as they are.")
     if args.write_reference and not args.images:
         raise UserError("--write-reference takes the statistics of a folder of images; give it with --images.")
     if args.images:
+        idle = ("model", "full_precision", "num_inference_steps", *SAMPLER, *CONDITIONING)
+        check_idle(args, idle, "the images of a folder are measured as they are")
         _run_images(args, config)
         return
     model = default_model(args)
@@ -58,6 +68,7 @@ def run(args) -> None:
     original, full_precision = _original(args, model)
     if full_precision is not None:  # the models are compared, not two samplers
         full_precision.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    optimized = [optimize(one) for one in (pipe, full_precision) if args.optimize and one is not None]
     sampler = f"{type(pipe.scheduler).__name__}" + (f" ({args.sampler})" if args.sampler else "")
     facts = {"model": model, "full_precision": original, "scheduler": type(pipe.scheduler).__name__}
 
@@ -67,6 +78,8 @@ def run(args) -> None:
         result(**report, **facts)
 
     evaluate(pipe, full_precision, config, args.output, show)
+    for name, done in zip((model, original), optimized, strict=False):
+        say(f"{name}, optimized:\n{done}")
     path, picture = Path(args.output) / REPORT, Path(args.output) / PICTURE
     say(f"report:  {path}")
     if picture.is_file():

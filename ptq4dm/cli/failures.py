@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
+from collections.abc import Mapping
 
 from ..errors import UserError, printable
 
@@ -48,6 +50,24 @@ def told(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(__package__.split(".")[0]):
         return FAILED, f"the package '{error.name}' is not installed here."
     return None
+
+
+def in_flags(sentence: str, flags: Mapping[str, str]) -> str:
+    """A sentence about an option of a recipe, in the words of the command line.
+
+        ShiftQuantConfig: weight_decay must not be negative; got -1.    --weight-decay must not be negative; got -1.
+        bits=16 trains in floats                                        --bits 16 trains in floats
+
+    flags: name of an option -> its flag. Other sentences stay as they are: a name in them may be the user's own.
+    """
+    names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
+    first = re.match(rf"(?:\w+Config: )?({names})\b(?= (?:must|lies|and|is|belongs?)\b)", sentence)
+    if first:
+        told = "|".join([first[1], *(re.escape(name) for name in flags if "_" in name)])
+        sentence = re.sub(rf"(?<![\w-])({told})\b(?![-=])", lambda found: flags[found[1]], sentence[first.start(1) :])
+        sentence = sentence.replace(" or None", "")
+    sentence = re.sub(rf"(?<![\w./-])({names})=True\b", lambda found: flags[found[1]], sentence)
+    return re.sub(rf"(?<![\w./-])({names})=(?=[\w.])", lambda found: f"{flags[found[1]]} ", sentence)
 
 
 def complain(text: str) -> None:

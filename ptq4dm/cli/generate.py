@@ -9,13 +9,15 @@ from ..checks import seeds_of
 from ..errors import UserError
 from ..files.pictures import opened_picture
 from ..files.places import picture_place
+from ..inference.optimize import optimize
 from ..pipelines.generate import generate, save_grid
-from ..training.personalization.embedding_file import embedding_digest, load_embedding
+from ..training.personalization.embedding_file import check_used, embedding_digest, load_embedding
 from .options import (
     BATCH_SIZE,
     QUANTIZED_FIRST,
     add_conditioning,
     add_model,
+    add_optimize,
     add_sampler,
     add_steps,
     conditioning_of,
@@ -38,6 +40,7 @@ def add(parser) -> None:
     parser.add_argument("--picture", metavar="PNG", help="all images on one picture; OUTPUT.png unless given")
     text = "of `personalize`, or a textual inversion of diffusers: its file, or the folder of it"
     parser.add_argument("--embedding", metavar="FILE", help=text)
+    add_optimize(parser)
     add_sampler(parser)
     add_conditioning(parser)
 
@@ -52,11 +55,16 @@ def run(args) -> None:
         raise UserError(f"{picture} would lie among the images, and count as one; give --picture another folder.")
     if args.picture or picture.parent.is_dir():  # else it is made with the folder of the images
         picture_place(picture)
+    given = conditioning_of(args)
     pipe = load(args, model)
-    more = {}
+    more: dict[str, object] = {}
     if args.embedding:
-        load_embedding(pipe, args.embedding)
-        more = {"embedding": embedding_digest(args.embedding)}
+        check_used(pipe, args.embedding, load_embedding(pipe, args.embedding), given["conditioning"] or {}, seeds)
+        more["embedding"] = embedding_digest(args.embedding)
+    optimized = None
+    if args.optimize:
+        optimized = optimize(pipe)
+        more["optimized"] = True  # its pictures differ by rounding
     paths = generate(
         pipe,
         seeds,
@@ -64,7 +72,7 @@ def run(args) -> None:
         num_inference_steps=steps_of(args, pipe),
         batch_size=args.batch_size,
         metadata={"model": str(model), **more},
-        **conditioning_of(args),
+        **given,
     )
     if main_process():
         with opened_picture(paths[0]) as image:
@@ -73,3 +81,6 @@ def run(args) -> None:
         say(f"{len(paths)} images of {model}: {args.output}")
         say(f"picture: {picture}")
         result(model=model, output=args.output, images=paths, picture=picture)
+        if optimized is not None:
+            say(str(optimized))
+            result(optimized=str(optimized).splitlines())

@@ -22,8 +22,17 @@ from ..hardware.table import NOTE, WORD, changes, plot, table
 from ..hardware.traced import scaled, works_of_pipeline
 from ..hardware.work import Work
 from ..pipelines.load import EMBEDDED
-from .flags import flag_of
-from .options import add_conditioning, add_model, add_steps, conditioning_of, load, one_process, steps_of
+from .options import (
+    CONDITIONING,
+    add_conditioning,
+    add_model,
+    add_steps,
+    check_idle,
+    conditioning_of,
+    load,
+    one_process,
+    steps_of,
+)
 from .output import plain, result, say
 
 MODELS = (*EMBEDDED, *KNOWN, *NETS)
@@ -79,9 +88,8 @@ def run(args) -> None:
 
 def _workload(args, name: str) -> tuple[Workload, dict]:
     """The layers to model, and what there is to say of them: images at once, steps of an image."""
-    given = [flag_of(one) for one in ("prompt", "class_labels", "guidance_scale") if getattr(args, one) is not None]
-    if given and name in (*KNOWN, *NETS):
-        raise UserError(f"'{name}' is modelled by its shapes alone: {', '.join(given)} would change nothing.")
+    if name in (*KNOWN, *NETS):
+        check_idle(args, CONDITIONING, f"'{name}' is modelled by its shapes alone")
     if name in NETS:
         if args.num_inference_steps is not None:
             raise UserError(f"'{name}' is a net of MixPE's results, which takes no steps.")

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig
 from ..pipelines.devices import DTYPES, check_device
 from ..pipelines.load import EMBEDDED, load_pipeline
+from ..pipelines.prompt_embeds import read_prompt_embeds
 from ..pipelines.sampling import default_steps
 from ..quantization.saving import RECORD
 from .flags import add_flags, flag_of, given
@@ -24,6 +25,10 @@ QUANTIZED = "out/quantized"  # where `quantize` writes and the others look first
 QUANTIZED_FIRST = f"{QUANTIZED} if `quantize` made it, else {EXAMPLE}"
 STEPS = EvaluateConfig.num_inference_steps  # but for models that were distilled to one
 BATCH_SIZE = 16
+SAMPLER = ("sampler", "order", "grid")
+SIZES = ("height", "width", "num_frames")
+CONDITIONING = ("prompt", "prompt_embeds", "class_labels", "guidance_scale", *SIZES)
+MOST_SIZE = 1_000_000  # beyond which nobody means what they say
 WITHOUT_EFFECT = ("batch_size",)  # on which calls a store holds
 
 
@@ -69,6 +74,11 @@ def add_sampler(parser) -> None:
     group.add_argument("--grid", help="timesteps: linear, quad, cubic, log, edm, beta, linspace, leading or trailing")
 
 
+def add_optimize(parser) -> None:
+    text = "what is fastest on this device: fused, blocks compiled, CUDA graphs; the first images take minutes"
+    parser.add_argument("--optimize", action="store_true", help=text)
+
+
 def add_calibration(parser) -> None:
     group = parser.add_argument_group("calibration")
     add_flags(group, CalibrationConfig)
@@ -79,8 +89,14 @@ def add_calibration(parser) -> None:
 def add_conditioning(parser) -> None:
     group = parser.add_argument_group("conditioning")
     group.add_argument("--prompt", nargs="+", metavar="TEXT", help="image k gets prompt k mod their number")
+    text = "safetensors file of prompts that were encoded elsewhere: prompt_embeds [K, L, D] and what else the "
+    text += "pipeline takes of its encode_prompt, such as pooled_prompt_embeds [K, D]; image k gets row k mod K"
+    group.add_argument("--prompt-embeds", metavar="FILE", help=text)
     group.add_argument("--class-labels", nargs="+", type=int, metavar="N", help="likewise; all classes otherwise")
     group.add_argument("--guidance-scale", type=float, help="for pipelines that take one")
+    group.add_argument("--height", type=int, help="of pictures or frames, in pixels; the pipeline's own otherwise")
+    group.add_argument("--width", type=int, help="likewise")
+    group.add_argument("--num-frames", type=int, help="of a video; the pipeline's own otherwise")
 
 
 def device_of(args) -> torch.device:
@@ -102,6 +118,13 @@ def one_process(args) -> None:
 def dtype_of(args) -> str:
     """The dtype asked for; else what is quickest on the device."""
     return args.dtype or ("bfloat16" if device_of(args).type == "cuda" else "float32")
+
+
+def trained_dtype_of(args) -> str:
+    """The same for training. Raises UserError for float16."""
+    if args.dtype == "float16":
+        raise UserError("float16 overflows where gradients are; give --dtype bfloat16 or float32.")
+    return dtype_of(args)
 
 
 def load(args, model):
@@ -126,7 +149,10 @@ def default_model(args) -> str:
 
 def calibration_of(args) -> CalibrationConfig:
     steps = {} if args.calibration_steps is None else {"num_inference_steps": args.calibration_steps}
-    return CalibrationConfig(**given(args, CalibrationConfig), **steps)
+    config = CalibrationConfig(**given(args, CalibrationConfig), **steps)
+    if config.collector != "ndtc":
+        check_idle(args, ("mu", "sigma"), f"the collector {config.collector} has no normal law, as ndtc has")
+    return config
 
 
 def check_kept(args, store: CalibrationStore, others: Collection[str] = ()) -> None:
@@ -163,5 +189,19 @@ def conditioning_of(args) -> dict:
     """The arguments `conditioning` and `pipeline_kwargs` of `sample`."""
     conditioning = {"prompt": args.prompt, "class_labels": args.class_labels}
     conditioning = {name: values for name, values in conditioning.items() if values}
-    kwargs = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    if args.prompt_embeds is not None:
+        if "prompt" in conditioning:
+            raise UserError("--prompt and --prompt-embeds are two ways to give prompts; give one.")
+        conditioning |= read_prompt_embeds(args.prompt_embeds)
+    for name in SIZES:
+        if (value := getattr(args, name)) is not None and not 1 <= value <= MOST_SIZE:
+            raise UserError(f"{flag_of(name)} must be from 1 to {MOST_SIZE}; got {value}.")
+    kwargs = {name: getattr(args, name) for name in ("guidance_scale", *SIZES) if getattr(args, name) is not None}
     return {"conditioning": conditioning or None, "pipeline_kwargs": kwargs or None}
+
+
+def check_idle(args, names: Collection[str], why: str) -> None:
+    """Raises UserError where any of these options was given, which would change nothing."""
+    if idle := [flag_of(name) for name in names if getattr(args, name, None) is not None]:
+        left = "them" if idle[1:] else "it"
+        raise UserError(f"{why}, so that {', '.join(idle)} would change nothing; leave {left} out.")

@@ -57,6 +57,18 @@ class Parser(argparse.ArgumentParser):
         return super()._get_value(action, text)
 
 
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Name of an option in Python -> its flag, of a parser and all that it leads to."""
+    found: dict[str, str] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= flags_of(command)
+        elif action.option_strings:
+            found[action.dest] = action.option_strings[0]
+    return found
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help with defaults, where there are any."""
 

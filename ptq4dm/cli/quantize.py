@@ -24,6 +24,7 @@ from ..quantization.report import QuantizationReport
 from ..quantization.saving import RECORD, bytes_at_least, save_quantized
 from .flags import add_union, flag_of, options_of
 from .options import (
+    CONDITIONING,
     QUANTIZED,
     add_calibration,
     add_component,
@@ -31,6 +32,7 @@ from .options import (
     add_model,
     add_sampler,
     calibration_of,
+    check_idle,
     check_kept,
     conditioning_of,
     fitting,
@@ -100,18 +102,19 @@ def recipes_of(args) -> dict[str, QuantConfig]:
 
 
 def run(args) -> None:
-    recipes, calibration = recipes_of(args), calibration_of(args)
+    recipes, calibration, conditions = recipes_of(args), calibration_of(args), conditioning_of(args)
     one_process(args)
     output = Path(args.output)
     if args.plot_layer and not args.plot:
         raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
+    _check_used(args, recipes)
     picture = picture_of(next(iter(recipes.values()))) if args.plot else None
     if picture and picture.whole and args.plot_layer:
         raise UserError(f"--plot draws {picture.shows}, of all layers; leave --plot-layer out.")
     make_parent(output)
     with claimed_whole(output, settings_of(args)):  # a second run of the same command waits, then finds all as it was
         check_replaceable(output, RECORD, "quantize")
-        _quantize(args, recipes, calibration, output, picture)
+        _quantize(args, recipes, calibration, conditions, output, picture)
 
 
 def _wants_store(config: QuantConfig) -> bool:
@@ -119,6 +122,18 @@ def _wants_store(config: QuantConfig) -> bool:
     if config.plan is None:
         return config.needs_calibration
     return any(needs_of(choice) for choice in config.plan.layers.values())
+
+
+def _check_used(args, recipes: dict[str, QuantConfig]) -> None:
+    """Raises UserError for options of a calibration that is not made."""
+    if args.calibration is not None:
+        check_idle(args, CONDITIONING, f"the calls in {args.calibration} were made already")
+    elif not any(map(_wants_store, recipes.values())):
+        own = {name for one in recipes.values() for name in options_of(type(one))}
+        names = [name for name in (*options_of(CalibrationConfig), "calibration_steps") if name not in own]
+        of = next(iter(recipes.values()))
+        why = f"{args.plan or type(of).__name__} looks at no calibration"
+        check_idle(args, [*names, *CONDITIONING], why if args.plan else f"this {why}")
 
 
 def _enough(calibration: CalibrationConfig, args, recipes: dict[str, QuantConfig]) -> CalibrationConfig:
@@ -142,7 +157,12 @@ def _enough(calibration: CalibrationConfig, args, recipes: dict[str, QuantConfig
 
 
 def _quantize(
-    args, recipes: dict[str, QuantConfig], calibration: CalibrationConfig, output: Path, picture: Any
+    args,
+    recipes: dict[str, QuantConfig],
+    calibration: CalibrationConfig,
+    conditions: dict,
+    output: Path,
+    picture: Any,
 ) -> None:
     config = next(iter(recipes.values()))
     if args.checkpoint:
@@ -160,7 +180,7 @@ def _quantize(
     narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
     if store is None and any(map(_wants_store, recipes.values())):
         fitted = fitting(_enough(calibration, args, recipes), args, pipe)
-        store = collect(pipe, fitted, component=args.component, **conditioning_of(args))
+        store = collect(pipe, fitted, component=args.component, **conditions)
     check_room(os.path.dirname(os.path.realpath(output)), bytes_at_least(pipe, recipes), "the quantized pipeline")
     weights = dict(model.named_parameters()) if picture else {}
     report = QuantizationReport.together(

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..starting import INTERRUPTED
 from ..version import __version__
-from .failures import complain, told
-from .parser import Parser, add_command, add_output
+from .failures import complain, in_flags, told
+from .parser import Parser, add_command, add_output, flags_of
 from .process import interrupted
 
 VERBS = {
@@ -51,16 +51,20 @@ def build_parser(verbs=tuple(VERBS)) -> Parser:
 
 
 def verb_module(name: str):
-    """The module of a verb: `add(parser)`, `run(args)`, and, if it can go on, `GOES_ON`, by which command."""
+    """The module of a verb: `add(parser)`, `run(args)`, and, if it can go on, `GOES_ON`, by which command;
+    `FLAGS`, name -> flag, of options whose flags have other names."""
     return import_module(f".{FOLDERS.get(name, '')}{name}", __package__)
 
 
 def run(arguments: list[str]) -> int:
     """Run a command; returns the exit status. Raises SystemExit where the parser ends it."""
     verb, going_on = next((text for text in arguments if not text.startswith("-")), None), ""
+    flags: dict[str, str] = {}
     try:
-        args = build_parser([verb]).parse_args(arguments)
+        parser = build_parser([verb])
+        args = parser.parse_args(arguments)
         module = verb_module(args.command)
+        flags = flags_of(parser) | getattr(module, "FLAGS", {})
         if hasattr(module, "GOES_ON"):
             going_on = f"; {module.GOES_ON} goes on where it stopped"
         _work(module, args)
@@ -75,7 +79,7 @@ def run(arguments: list[str]) -> int:
         if failure is None:
             raise
         status, sentence = failure
-        complain(f"ptq4dm {verb}: {sentence}")
+        complain(f"ptq4dm {verb}: {in_flags(sentence, flags)}")
         return status
     finally:
         leave_process_group()

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import UserError
-from .atomic import replacing
 from .crc import checksum
 from .outside import TensorFile, checked_object, described, finite, outside, read_tensors
+from .tensors import write_tensors
 
 ANEW = "bring back the file that was written, or start a new run in another folder"
 COUNTED = (torch.float32, torch.float64)  # an optimizer's steps
@@ -51,13 +50,12 @@ def save_checkpoint(
     for name, optimizer in optimizers.items():
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= _flat(f"{name}.{index}", state)
-    # Safetensors wants plain strides; load_checkpoint puts channels_last back.
+    # With plain strides, as they are written; load_checkpoint puts channels_last back.
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     checks = {name: checksum(tensor) for name, tensor in tensors.items()}
     values = {"progress": progress, "recipe": recipe, "checks": checks}
     metadata = {name: json.dumps(value, sort_keys=True) for name, value in values.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(

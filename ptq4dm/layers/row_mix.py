@@ -2,8 +2,8 @@
 
 Narrow rows are those of "int4", wide ones symmetric in 8 bits, those of "int8" where outputs have one scale: the same
 codes and scales, under the same codes of the input, so that each output is what a layer of its width gives. A wide
-code is stored as two nibbles, c = 16 h + (l + 8), so that all of the weight is one matrix of 4 bits. Rows of one
-width lie together, and an index says which outputs they are; its bytes are the layer's.
+code is stored as two nibbles, c = 16 h + (l + 8), so that all of the weight is one matrix of 4 bits: rows of high
+halves, and then all rows in the order of the outputs. An index says which are wide; its bytes are the layer's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
 from ..kernels.formats.grid import Grid
-from ..kernels.formats.int4 import paired, paired_rows
+from ..kernels.formats.int4 import halved, high_rows
 from ..kernels.w4.row_mix import codes_of
 from ..ranges.weights import weight_grid
 from . import int4_ops, row_mix_ops
@@ -84,10 +84,10 @@ class RowMixLayer(RoundedLayer):
     """What Linear and Conv2d with outputs of two widths share: n narrow and w wide ones, of K inputs in G groups.
 
     bias              [w + n] in the model's dtype, or None
-    qweight           [16 ceil(w / 8) + n, K'/2] uint8, as `Int4Layer` has it: wide rows in pairs, then narrow ones
-    wscales           [w + n, G], wide rows first, as `Int4Layer` has them
+    qweight           [16 ceil(w / 16) + n + w, K'/2] uint8, as `Int4Layer` has it: high halves, then all rows
+    wscales           [n + w, G], as `Int4Layer` has them
     wzeros            [n, G] int8, of the narrow rows; affine layers only
-    places            [w + n] int32: which output each of them is
+    wide              [w] int32: the wide outputs, rising
     input_scale       [] float32    static layers only
     input_zero_point  [] int32      static layers only
     """
@@ -97,20 +97,19 @@ class RowMixLayer(RoundedLayer):
     scales = ("wscales", "input_scale")
     wscales: Tensor
     wzeros: Tensor | None
-    places: Tensor
+    wide: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
     def _allocate(self, shape: tuple[int, ...], device: torch.device | str | None) -> None:
         outputs, inputs, wide = shape[0], math.prod(shape[1:]), len(self.plan.wide)
         packed = -(-inputs // PACKED) * PACKED
-        rows = paired_rows(wide) + outputs - wide
-        self.qweight = frozen(rows, packed // 2, dtype=torch.uint8, device=device)
+        self.qweight = frozen(high_rows(wide) + outputs, packed // 2, dtype=torch.uint8, device=device)
         groups = inputs // (self.plan.group_size or inputs)
         kind = torch.float32 if self.plan.group_size is None else torch.float16
         self.wscales = frozen(outputs, groups, dtype=kind, device=device)
         self.wzeros = frozen(outputs - wide, groups, dtype=torch.int8, device=device) if self.plan.affine else None
-        self.places = frozen(outputs, dtype=torch.int32, device=device)
+        self.wide = frozen(wide, dtype=torch.int32, device=device)
         allocate_input_grid(self, self.plan, True, device)
 
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -141,11 +140,10 @@ class RowMixLayer(RoundedLayer):
 
     def fill(self, codes: Tensor, grid: Grid) -> None:
         narrow, wide = (rows.to(codes.device) for rows in self.rows())
-        places = torch.cat([wide, narrow])
         self.put(
-            qweight=int4_ops.packed_rows(torch.cat([paired(codes[wide]), codes[narrow]])),
-            wscales=self.stored_scales(grid.scales[places]),
-            places=places.int(),
+            qweight=int4_ops.packed_rows(halved(codes, wide)),
+            wscales=self.stored_scales(grid.scales),
+            wide=wide.int(),
         )
         if grid.zeros is not None:
             self.put(wzeros=grid.zeros[narrow].to(torch.int8))
@@ -155,6 +153,9 @@ class RowMixLayer(RoundedLayer):
         grouped = name == "wscales" and self.plan.group_size is not None
         return (torch.float16, torch.bfloat16) if grouped else super().stored_dtypes(name)
 
+    def _inputs(self) -> int:
+        return math.prod(self.weight_shape[1:])
+
     def matrix(self, weight: Tensor) -> Tensor:
         return pixel_first(weight)
 
@@ -163,36 +164,36 @@ class RowMixLayer(RoundedLayer):
 
     def check_values(self, tensors: Mapping[str, Tensor]) -> None:
         check_input_grid(self.plan, tensors)
-        if not torch.equal(tensors["places"].cpu(), torch.cat(self.rows()[::-1]).int()):
-            raise ValueError("'places' has other outputs than the plan's 'wide'")
+        if tensors["wide"].tolist() != self.plan.wide:
+            raise ValueError("'wide' has other outputs than the plan's")
         if self.plan.affine:
             check_integers(tensors["wzeros"], "wzeros", -8, 7)
 
     def check_codes(self, tensors: Mapping[str, Tensor]) -> None:
-        wide, narrow = codes_of(tensors["qweight"], len(self.plan.wide), math.prod(self.weight_shape[1:]))
-        check_integers(wide, "qweight", -127, 127)
+        codes, (narrow, wide) = codes_of(tensors["qweight"], tensors["wide"], self._inputs()), self.rows()
+        check_integers(codes[wide.to(codes.device)], "qweight", -127, 127)
         if self.plan.weight_bits < 4:
             half = 2 ** (self.plan.weight_bits - 1)
-            check_integers(narrow, "qweight", -half if self.plan.affine else 1 - half, half - 1)
+            lowest = -half if self.plan.affine else 1 - half
+            check_integers(codes[narrow.to(codes.device)], "qweight", lowest, half - 1)
 
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
-        parts = (self.qweight, self.wscales, self.wzeros, self.places)
-        return self.shaped(row_mix_ops.weight_of(*parts, len(self.plan.wide), math.prod(self.weight_shape[1:])))
+        parts = (self.qweight, self.wscales, self.wzeros, self.wide)
+        return self.shaped(row_mix_ops.weight_of(*parts, self._inputs()))
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
-        plan, inputs = self.plan, math.prod(self.weight_shape[1:])
-        size = row_mix_ops.group_size(inputs, self.wscales.shape[1])
+        plan, size = self.plan, row_mix_ops.group_size(self._inputs(), self.wscales.shape[1])
         linear = len(self.weight_shape) == 2
         return row_mix_ops.kernel_name(self.qweight.device, linear, size, plan.static, plan.activation_bits)
 
     @property
     def operands(self) -> tuple:
-        """The arguments of the ops after x: rows of both widths, their grids and places, bias, the input's grid."""
+        """The arguments of the ops after x: rows, their grids, which are wide, bias, the input's grid."""
         return (
-            self.qweight, self.wscales, self.wzeros, self.places, len(self.plan.wide), self.bias,
-            self.input_scale, self.input_zero_point, self.plan.activation_bits,
+            self.qweight, self.wscales, self.wzeros, self.wide, self.bias, self.input_scale, self.input_zero_point,
+            self.plan.activation_bits,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ that of W8A8 layers: two products on fewer rows each would quantize x twice, and
 takes longer than a product.
 
     triton-w4a8-row-mix         CUDA, Linear, dynamic inputs, groups: rows of 4 bits, for wide ones two, in one launch
-                                that scales sums of groups and stores by the index (kernels/w4/row_mix.py)
+                                that scales sums of groups (kernels/w4/row_mix.py)
     unpack + triton-int8        CUDA, everything else: the rows as int8 in memory for one call, then the W8A8 kernel;
                                 scales of groups are folded into these, which rounds them (kernels/w4/int4_codes.py)
     onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.formats.grid import Grid
-from ..kernels.formats.int4 import paired_rows
+from ..kernels.formats.int4 import high_rows
 from ..kernels.runtime.ops import op
 from ..kernels.runtime.prepared import prepared
 from ..kernels.runtime.settings import remembered
 from ..kernels.w4 import integer
 from ..kernels.w4.int4_codes import int4_codes
-from ..kernels.w4.row_mix import codes_of, row_mix_grouped
+from ..kernels.w4.row_mix import codes_of, row_mix_grouped, zeros_of
 from ..kernels.w8a8 import layer as w8a8
 from . import int4_ops
 from .int4_ops import windows
@@ -55,8 +55,7 @@ def row_mix_linear(
     qweight: Tensor,
     wscales: Tensor,
     wzeros: Tensor | None,
-    places: Tensor,
-    wide: int,
+    wide: Tensor,
     bias: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
@@ -64,10 +63,10 @@ def row_mix_linear(
 ) -> Tensor:
     """x [..., K] float -> [..., N] in x's dtype.
 
-    qweight uint8, wscales, wzeros and places int32 [N] as in `RowMixLayer`, with so many `wide` rows; bias [N]; the
-    input's grid as in `w8a8_linear`.
+    qweight uint8, wscales, wzeros and wide int32 [w] as in `RowMixLayer`; bias [N]; the input's grid as in
+    `w8a8_linear`.
     """
-    rows, inputs = (qweight, wscales, wzeros, places, wide), x.shape[-1]
+    rows, inputs = (qweight, wscales, wzeros, wide), x.shape[-1]
     grid = (input_scale, input_zero_point, activation_bits)
     groups = wscales.shape[1]
     name = kernel_name(x.device, True, group_size(inputs, groups), input_scale is not None, activation_bits)
@@ -75,9 +74,9 @@ def row_mix_linear(
     if groups > 1 and (name == w8a8.REFERENCE or not x.numel()):
         exact = int4_ops.rounded(x.reshape(-1, inputs), *grid, (1,))
         y = F.linear(exact, weight_of(*rows, inputs), None if bias is None else bias.float())
-        return y.to(x.dtype).view(*x.shape[:-1], len(places))
+        return y.to(x.dtype).view(*x.shape[:-1], len(wscales))
     if name == integer.ROW_MIX:
-        return row_mix_grouped(x, qweight, wscales, wzeros, places, bias, wide)
+        return row_mix_grouped(x, *rows, bias)
     return w8a8.w8a8_linear(x, *_int8(*rows, inputs), bias, *grid)
 
 
@@ -92,8 +91,7 @@ def row_mix_conv2d(
     qweight: Tensor,
     wscales: Tensor,
     wzeros: Tensor | None,
-    places: Tensor,
-    wide: int,
+    wide: Tensor,
     bias: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
@@ -107,7 +105,7 @@ def row_mix_conv2d(
 
     K = kh kw C, in this order; zero padding; the rest as in `row_mix_linear`, with dynamic scales per sample.
     """
-    rows, inputs = (qweight, wscales, wzeros, places, wide), x.shape[1] * kernel[0] * kernel[1]
+    rows, inputs = (qweight, wscales, wzeros, wide), x.shape[1] * kernel[0] * kernel[1]
     grid, geometry = (
         (input_scale, input_zero_point, activation_bits),
         (list(stride), list(padding), list(dilation), 1),
@@ -132,33 +130,30 @@ def group_size(inputs: int, groups: int) -> int | None:
     return None if groups == 1 else inputs // groups
 
 
-def weight_of(
-    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, wide: int, inputs: int
-) -> Tensor:  # fmt: skip
+def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, wide: Tensor, inputs: int) -> Tensor:
     """The float32 weight [N, K] that the codes stand for."""
-    wides, narrow = codes_of(qweight, wide, inputs)
-    grids = Grid(wscales[:wide], None, -127, 127), Grid(wscales[wide:], wzeros, -8, 7)
-    return placed(torch.cat([grids[0].values(wides), grids[1].values(narrow)]), places)
+    zeros = None if wzeros is None else zeros_of(wzeros, wide)
+    return Grid(wscales, zeros, -127, 127).values(codes_of(qweight, wide, inputs))
 
 
 def _int8(
-    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, places: Tensor, wide: int, inputs: int,
-    kernel: Sequence[int] = (),
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, wide: Tensor, inputs: int, kernel: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """(int8 codes of all rows, [N, K] or `windows` of it, scales [N]): made for this call on a GPU, once on a CPU."""
 
     def build() -> tuple[Tensor, Tensor]:
-        narrow, scales = int4_codes(qweight[paired_rows(wide) :], wscales[wide:], wzeros, inputs)
-        wides, wider = codes_of(qweight, wide, inputs)[0], wscales[:wide].float()
+        index = wide.long()
+        zeros = None if wzeros is None else zeros_of(wzeros, wide)
+        codes, scales = int4_codes(qweight[high_rows(len(wide)) :], wscales, zeros, inputs)
+        wides, wider = codes_of(qweight, wide, inputs)[index], wscales[index].float()
         wides, wider = _folded(wides, wider) if wider.shape[1] > 1 else (wides, wider[:, 0])
-        codes = windows(placed(torch.cat([wides, narrow]), places), kernel)
-        return codes, placed(torch.cat([wider, scales]), places)
+        return windows(codes.index_copy(0, index, wides), kernel), scales.index_copy(0, index, wider)
 
     if qweight.is_cuda:
         return build()
     others = [] if wzeros is None else [wzeros]
     codes = prepared(qweight, ("rows", inputs, *kernel), lambda: build()[0], *others)
-    return codes, placed(wscales[:, 0].float(), places)
+    return codes, wscales[:, 0].float()
 
 
 def _folded(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +161,3 @@ def _folded(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     channel = scales.amax(1, keepdim=True)
     steps = codes.unflatten(1, (scales.shape[1], -1)) * (scales / channel)[:, :, None]
     return steps.round_().to(torch.int8).flatten(1), channel[:, 0]
-
-
-def placed(stored: Tensor, places: Tensor) -> Tensor:
-    """Rows as they are stored, in the order of the layer's outputs."""
-    return torch.empty_like(stored).index_copy_(0, places.long(), stored)

@@ -32,7 +32,7 @@ class W8A8Layer(RoundedLayer):
 
     plan: LayerPlan
     kept: tuple[str, ...] = ("weight_scale", "input_scale")
-    scales = ("weight_scale", "input_scale")
+    scales: tuple[str, ...] = ("weight_scale", "input_scale")
     code: torch.dtype = torch.int8
     weight_scale: Tensor
     input_scale: Tensor | None

@@ -23,7 +23,8 @@ from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
 from ..rounding.registry import ROUNDERS
-from ..seams.parts import PartedInput, check_split, parted_inputs
+from ..seams.first import Found
+from ..seams.measure import check_split, parted_inputs
 from .choices import ACTIVATIONS, FIRST_LAST, GRIDS, GROUP_SIZES, NUMBER_FORMATS, check_options
 
 
@@ -54,7 +55,8 @@ class IntegerConfig(QuantConfig):
         calibration never reached is "dynamic" in either case.
     symmetric: static activation grids without a zero point.
     split_inputs: inputs that the model concatenates (a UNet's hidden states and skips, for one) get a static grid for
-        each part, where that pays (seams/parts.py); calls of the store are made again to see them.
+        each part, and so does the first token of texts where it is far above the rest (of int8 weights), where that
+        pays (seams/parts.py, first.py); calls of the store are made again to see them.
     first_last: the layers that read the model's input channels and write its output channels: "int8" (at
         least 8 bits, PTQ4DM's rule), "same" (no exception) or "keep" (full precision).
     rounding: of weights: "nearest", or "gptq" and others of rounding.ROUNDERS that look at calibration inputs.
@@ -87,7 +89,7 @@ class IntegerConfig(QuantConfig):
     )
     activations: str = option("static", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     symmetric: bool = option(False, "static inputs without a zero point")
-    split_inputs: bool = option(False, "static grids for each part of concatenated inputs, where that pays")
+    split_inputs: bool = option(False, "grids for parts of concatenated inputs, and first tokens, where that pays")
     first_last: str = option("int8", "the layers at the model's ends", choices=FIRST_LAST)
     rounding: str = option("nearest", "how weights are rounded: nearest, or gptq by calibration inputs")
     num_tuples: int = option(32, "calibration tuples that roundings and objectives look at", low=1)
@@ -151,7 +153,7 @@ class IntegerConfig(QuantConfig):
         self, model: nn.Module, views: list[LayerView], store: CalibrationStore | None
     ) -> dict[str, LayerPlan]:
         """A plan for each layer; those at the model's ends as `first_last` says."""
-        parts: dict[str, PartedInput] = {}
+        parts: dict[str, Found] = {}
         if self.split_inputs:
             parts = parted_inputs(model, views, cast(CalibrationStore, store).recorded())
         if self._asks_model:
@@ -169,7 +171,7 @@ class IntegerConfig(QuantConfig):
         return with_wide_rows(plans, task, self.importance, self.average_bits)
 
     def _allocated(
-        self, views: list[LayerView], store: CalibrationStore | None, fed: Fed, parts: dict[str, PartedInput]
+        self, views: list[LayerView], store: CalibrationStore | None, fed: Fed, parts: dict[str, Found]
     ) -> dict[str, LayerPlan]:
         edge = None if self.first_last == "keep" else lambda view: self._plan(view, store, fed, parts, True)
         inner = lambda view: self._plan(view, store, fed, parts, False)  # noqa: E731
@@ -183,7 +185,7 @@ class IntegerConfig(QuantConfig):
         return captured_inputs(model, views, store, self.num_tuples, self.seed)
 
     def _plan(
-        self, view: LayerView, store: CalibrationStore | None, fed: Fed, parts: dict[str, PartedInput], edge: bool
+        self, view: LayerView, store: CalibrationStore | None, fed: Fed, parts: dict[str, Found], edge: bool
     ) -> LayerPlan:
         """One layer's plan; at an edge the weight has 8 bits where `first_last` says so."""
         if self.format == "fp8":

@@ -57,6 +57,13 @@ def check_folder(folder: Path, call: Mapping[str, Any]) -> None:
             _check_says_quantized(path)
 
 
+def absent_parts(folder: Path) -> dict[str, None]:
+    """Parts of a pipeline that its folder was saved without, such as text encoders: name -> None. diffusers has to be
+    told of those that its class cannot do without."""
+    index = read_object(folder / "model_index.json", {})
+    return {name: None for name, value in index.items() if value == [None, None]}
+
+
 def _check_says_quantized(path: Path) -> None:
     """Raises DamagedFile where codes lie beside a configuration that does not say what they are: diffusers would
     leave the layers as a new model has them."""

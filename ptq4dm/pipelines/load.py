@@ -18,7 +18,7 @@ from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to Diffusio
 from .denoiser import networks_of
 from .devices import check_device, dtype_of
 from .embedded import asset_path
-from .folder import check_folder
+from .folder import absent_parts, check_folder
 from .loading import loading
 
 EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep")
@@ -89,6 +89,7 @@ def load_pipeline(
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{folder} holds no model_index.json, so it is not a diffusers pipeline.")
         check_folder(folder, kw)
+        kw = absent_parts(folder) | kw
         source: str | Path = folder
     elif not isinstance(model, str) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(

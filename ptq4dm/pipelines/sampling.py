@@ -14,9 +14,10 @@ from ..errors import UserError
 from ..files.outside import reason
 from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown as bars_shown
-from .denoiser import check_sampled, class_count, denoiser_names, evaluation_mode, turn_at
+from .denoiser import check_sampled, class_count, denoiser, denoiser_names, evaluation_mode, turn_at
 from .loading import not_while_loading
 from .noise import float32_noise
+from .prompt_embeds import lacks_encoders
 
 MOST_STEPS, MOST_BATCH = 100_000, 1_000_000  # beyond which nobody means what they say
 OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "return_dict")
@@ -102,8 +103,14 @@ def choose_conditioning(
     if "class_labels" in parameters and "class_labels" not in conditioning:
         conditioning["class_labels"] = range(class_count(pipe) or 1)
     embedded = any(key.startswith("prompt_embed") for key in [*conditioning, *given])
-    if "prompt" in parameters and "prompt" not in conditioning and not embedded:
-        raise UserError(f"{name} needs a prompt: pass conditioning={{'prompt': [...]}} (--prompt).")
+    if "prompt" in parameters and not embedded:
+        if lacks_encoders(pipe):
+            raise UserError(
+                f"this {name} has no text encoder: give prompts as embeddings, "
+                "conditioning={'prompt_embeds': tensor, ...} (--prompt-embeds)."
+            )
+        if "prompt" not in conditioning:
+            raise UserError(f"{name} needs a prompt: pass conditioning={{'prompt': [...]}} (--prompt).")
     chosen = {}
     for key, values in conditioning.items():
         if key not in parameters:
@@ -115,8 +122,17 @@ def choose_conditioning(
             raise UserError(f"the conditioning '{key}' is empty; give at least one value.")
         rows = [s % len(values) for s in seeds]
         # Embeddings come as one tensor [K, ...]; prompts and labels as sequences.
-        chosen[key] = values[rows] if isinstance(values, torch.Tensor) else [values[r] for r in rows]
+        if isinstance(values, torch.Tensor):
+            chosen[key] = _placed(values[rows], pipe)
+        else:
+            chosen[key] = [values[r] for r in rows]
     return chosen
+
+
+def _placed(values: torch.Tensor, pipe) -> torch.Tensor:
+    """Embeddings where a pipeline computes and in its dtype, as those are that it makes itself; a mask as it is."""
+    dtype = denoiser(pipe).dtype if values.is_floating_point() else values.dtype
+    return values.to(pipe._execution_device, dtype)
 
 
 def _dimensionless(values: Any) -> bool:

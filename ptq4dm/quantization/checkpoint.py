@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import DamagedFile, UserError
@@ -21,6 +20,7 @@ from ..files.atomic import replacing
 from ..files.claim import claimed, is_claim
 from ..files.outside import TensorFile, checked_object, read_json, read_tensors, reason
 from ..files.places import output_folder
+from ..files.tensors import write_tensors
 from ..kernels.runtime.atomic import SUFFIX
 from ..layers.choices import check_choices, check_fit, choices_of
 from ..layers.registry import empty_quantized
@@ -115,8 +115,7 @@ class BlockCheckpoint:
             name: {"plan": asdict(one.plan), "stages": getattr(one, "stages", {})} for name, one in layers.items()
         }
         header = {"layers": json.dumps(about), "checksum": str(checksum(tensors, tensors))}
-        with replacing(self._path(block)) as temporary:
-            save_file(tensors, temporary, header)
+        write_tensors(self._path(block), tensors, header)
 
     def load(self, block: str, model: nn.Module) -> dict[str, nn.Module] | None:
         """The layers of a block by name; None if it is not there yet. Raises DamagedFile for a damaged file."""

@@ -18,12 +18,14 @@ from ..evidence import LayerEvidence
 from ..kernels.formats import fp8
 from ..layers.plan import LayerPlan
 from ..layers.split.choices import SplitChoices
+from ..layers.split.first import FirstTokenPlan
 from ..layers.view import LayerView
 from ..progress import progress_bar
 from ..ranges.inputs import activation_grid
 from ..ranges.registry import OBJECTIVES
 from ..reconstruction.prediction import PredictionDifference, batches_across
-from ..seams.parts import Histogram, PartedInput, mapped, split_where_it_pays
+from ..seams.first import FirstToken, Found, first_where_it_pays, scaled
+from ..seams.parts import Histogram, mapped, split_where_it_pays
 from ..walk.walk import Walks
 
 Fed = Callable[[LayerView, LayerPlan], LayerEvidence | None]
@@ -58,13 +60,19 @@ def with_input_grid(
     store: CalibrationStore,
     symmetric: bool,
     fed: Fed,
-    parts: Mapping[str, PartedInput],
+    parts: Mapping[str, Found],
 ) -> LayerPlan:
     """The plan with a static grid of the layer's input, under the plan's objective; with one for each part of it,
     where the layer is among `parts` and that pays."""
     statistics, found = None, parts.get(view.name)
-    if found is not None:
-        asks_model = "model" in OBJECTIVES.find(plan.objective).needs
+    asks_model = "model" in OBJECTIVES.find(plan.objective).needs
+    if isinstance(found, FirstToken):
+        plan = first_where_it_pays(plan, view, found, symmetric)
+        if isinstance(plan, FirstTokenPlan):
+            if not asks_model:
+                return plan
+            statistics = scaled(found, plan)
+    elif found is not None:
         plan = split_where_it_pays(plan, view, found, symmetric, None if asks_model else fed(view, plan))
         if isinstance(plan, SplitChoices):
             if not asks_model:

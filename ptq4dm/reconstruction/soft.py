@@ -4,7 +4,8 @@
 
 q is soft or rounded straight through (rounding/variables.py); s and b are trained where asked for, s as s_0 exp(u);
 a static input grid [l, h] as [l exp(a), h exp(c)]. Dynamic input grids are those of the layer's kernel. Each part
-of a split input (layers/split) has the layer's grid, finer by its factor and moved by its offset.
+of a split input (layers/split), and a first token that is apart, has the layer's grid, finer by its factor and moved
+by its offset.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ class SoftInput:
             return x + ((codes * scale).to(x.dtype) - x.detach())
         scale, zero = self.grid()
         zero = zero + self.offsets
-        codes = (straight_through(x.float() * self.factors / scale) + zero).clamp(self.low, self.high)
-        return ((codes - zero) * scale / self.factors).to(x.dtype)
+        factors = self.plan.token_factors(x) if hasattr(self.plan, "token_factors") else self.factors
+        codes = (straight_through(x.float() * factors / scale) + zero).clamp(self.low, self.high)
+        return ((codes - zero) * scale / factors).to(x.dtype)
 
     def found(self) -> tuple[float, int]:
         """The scale and zero point that training came to."""

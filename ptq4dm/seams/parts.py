@@ -8,31 +8,22 @@ share, and that channels count alike, are our assumptions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration.calls import Calls
-from ..calibration.input_statistics import InputStatistics
-from ..calibration.record import answers
-from ..errors import UserError
 from ..evidence import LayerEvidence
-from ..hooks import hooked, input_of
 from ..layers.plan import LayerPlan
-from ..layers.split.choices import MOST, SplitChoices, pads, parts_of
+from ..layers.split.choices import MOST, pads, parts_of
 from ..layers.split.formats import split_plan
 from ..layers.view import LayerView
-from ..pipelines.denoiser import evaluation_mode
-from ..progress import progress_bar
 from ..ranges.inputs import activation_grid
 from ..ranges.registry import OBJECTIVES, objective_parameter
-from .observe import Seams, observed_seams, one_of_each_kind
+from .observe import Seams
 
 SAVED = 0.05
-BATCH = 16  # calls of which parts are measured together
 
 Histogram = tuple[Tensor, float, float, float]  # counts, limit, low, high: see InputStatistics.merged
 Grid = tuple[float, int]
@@ -46,47 +37,6 @@ class PartedInput:
     parts: tuple[Histogram, ...]
 
 
-def parted_inputs(model: nn.Module, views: list[LayerView], calls: Calls) -> dict[str, PartedInput]:
-    """Layer name -> its input in parts, of those layers that read a concatenation.
-
-    Seams are observed on one call of each kind; what the parts hold is measured on all calls.
-
-    Raises UserError where no layer has a seam.
-    """
-    seams = observed_seams(model, views, one_of_each_kind(calls))
-    if not seams:
-        raise UserError(
-            "split_inputs=True splits inputs that the model concatenates, and none of the layers to quantize has "
-            "one; leave it out."
-        )
-    places, count = {}, 0
-    for name, cuts in seams.items():
-        places[name], count = count, count + len(cuts) + 1
-    statistics = InputStatistics(count, 1)
-    before = {name: _measuring(statistics, places[name], cuts, name) for name, cuts in seams.items()}
-    batches = list(calls.batches(BATCH))
-    with evaluation_mode(model), hooked(model, before):
-        for batch in progress_bar(batches, desc="measure parts", unit="batch"):
-            answers(model, batch)
-    return {
-        name: PartedInput(cuts, tuple(statistics.merged(places[name] + i) for i in range(len(cuts) + 1)))
-        for name, cuts in seams.items()
-    }
-
-
-def _measuring(statistics: InputStatistics, first: int, cuts: Seams, name: str) -> Callable:
-    def add(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = input_of(args, kwargs)
-        axis = x.ndim - (1 if isinstance(module, nn.Linear) else 3)
-        for i, (start, end) in enumerate(parts_of(cuts, x.shape[axis])):
-            try:
-                statistics.update(first + i, 0, x.narrow(axis, start, end - start))
-            except UserError as error:
-                raise UserError(f"layer '{name}', channels from {start} on: {error}") from None
-
-    return add
-
-
 def split_where_it_pays(
     plan: LayerPlan, view: LayerView, found: PartedInput, symmetric: bool, evidence: LayerEvidence | None
 ) -> LayerPlan:
@@ -96,7 +46,7 @@ def split_where_it_pays(
     """
     sizes = _sizes(found, view)
     grids = _grids(plan, view, found, symmetric, evidence)
-    whole, _ = _grid(plan, together(found.parts), symmetric, evidence, view.weight.detach().float())
+    whole, _ = part_grid(plan, together(found.parts), symmetric, evidence, view.weight.detach().float())
     noise = sum(size * scale**2 for size, (scale, _) in zip(sizes, grids, strict=True))
     if noise > (1 - SAVED) * sum(sizes) * whole**2:
         return plan
@@ -134,19 +84,10 @@ def split_at(
     if evidence is not None and evidence.rows is not None:
         seen = LayerEvidence(evidence.rows * columns.to(evidence.rows))
     weight = view.weight.detach().float() / columns
-    split.input_scale, split.input_zero_point = _grid(
+    split.input_scale, split.input_zero_point = part_grid(
         plan, together(found.parts, factors), symmetric, seen, weight
     )  # fmt: skip
     return split
-
-
-def check_split(plans: Iterable[Any], parts: Mapping[str, PartedInput]) -> None:
-    """Raises UserError where no plan has an input in parts."""
-    if not any(isinstance(plan, SplitChoices) for plan in plans):
-        raise UserError(
-            f"split_inputs=True would change nothing: {len(parts)} layers read a concatenation, and its parts are so "
-            f"alike that grids of their own save less than {SAVED:.0%} of the noise in each; leave it out."
-        )
 
 
 def together(
@@ -173,7 +114,9 @@ def mapped(found: PartedInput, plan: Any) -> Histogram:
     return together(found.parts, plan.input_factors, shifts)
 
 
-def _grid(plan: LayerPlan, part: Histogram, symmetric: bool, evidence: LayerEvidence | None, weight: Tensor) -> Grid:
+def part_grid(
+    plan: LayerPlan, part: Histogram, symmetric: bool, evidence: LayerEvidence | None, weight: Tensor
+) -> Grid:
     """The grid of a part under the plan's objective; of one that asks the model, under "mse"."""
     histogram, limit, low, high = part
     objective, parameter = plan.objective, plan.objective_parameter
@@ -195,7 +138,7 @@ def _grids(
     for part, (start, end) in zip(found.parts, parts_of(found.seams, view.module.weight.shape[1]), strict=True):
         own = slice(start * each, end * each)
         seen = None if evidence is None or evidence.rows is None else evidence.columns(own)
-        grids.append(_grid(plan, part, symmetric, seen, view.weight.detach()[:, own].float()))
+        grids.append(part_grid(plan, part, symmetric, seen, view.weight.detach()[:, own].float()))
     return grids
 
 

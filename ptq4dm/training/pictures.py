@@ -5,37 +5,45 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..pipelines.denoiser import denoiser
 from ..pipelines.picture_files import find_images, load_image
 from ..progress import progress_bar
+from .captions import read_captions
 
 
 @dataclass
 class Pictures:
-    """images: uint8 [N, C, H, W] on the CPU; labels: int64 [N], None where the model knows no classes."""
+    """images: uint8 [N, C, H, W] on the CPU; labels: int64 [N], of classes or of texts, None where there are neither;
+    texts: the captions that labels are the numbers of, the empty one first."""
 
     images: Tensor
     labels: Tensor | None
+    texts: list[str] | None = None
 
     def part(self, rows: Tensor) -> Pictures:
-        return Pictures(self.images[rows], None if self.labels is None else self.labels[rows])
+        return Pictures(self.images[rows], None if self.labels is None else self.labels[rows], self.texts)
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def read_pictures(folder: str | os.PathLike, size: tuple[int, int], channels: int, classes: int | None) -> Pictures:
+def read_pictures(
+    folder: str | os.PathLike, size: tuple[int, int], channels: int, classes: int | None, captions: bool = False
+) -> Pictures:
     """All pictures under a folder, cut to the middle and scaled to size (height, width); they stay in memory.
 
     classes: of the model; then each of so many sub-folders holds the pictures of one, in the order of their names.
+    captions: whether pictures have texts (captions.py).
 
     Raises:
-        UserError: no pictures, other than so many sub-folders, or a picture that cannot be read.
+        UserError: no pictures, other than so many sub-folders, pictures without captions, or one that cannot be read.
     """
     folder = Path(folder)
     found = find_images(folder)
@@ -48,9 +56,14 @@ def read_pictures(folder: str | os.PathLike, size: tuple[int, int], channels: in
                 f"the model knows {classes} classes, so {folder} needs {classes} sub-folders of pictures, one a "
                 f"class in the order of their names; it has {has}."
             )
+    told = read_captions(folder, found.paths) if captions else []
     images = torch.empty(len(found.paths), channels, *size, dtype=torch.uint8)
     for i, path in enumerate(progress_bar(found.paths, desc="pictures", unit="picture", leave=False)):
         images[i] = fitted(load_image(path), size)[:channels]
+    if captions:
+        texts = ["", *sorted({*told} - {""})]
+        numbers = {text: i for i, text in enumerate(texts)}
+        return Pictures(images, torch.tensor([numbers[text] for text in told]), texts)
     labels = None
     if classes is not None:
         labels = torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in found.paths])
@@ -64,6 +77,24 @@ def split(pictures: Pictures, held_out: int) -> tuple[Pictures, Pictures]:
     rest = torch.ones(len(pictures), dtype=torch.bool)
     rest[held] = False
     return pictures.part(rest.nonzero()[:, 0]), pictures.part(held)
+
+
+def image_size(pipe: Any) -> tuple[int, int]:
+    """(height, width) in pixels of what a pipeline makes when nobody says otherwise. Raises UserError."""
+    size = getattr(denoiser(pipe).config, "sample_size", None)
+    if size is None:
+        raise UserError(f"{type(denoiser(pipe)).__name__} does not say the size of its images (sample_size).")
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * (factor := _latent_factor(pipe)), width * factor
+
+
+def _latent_factor(pipe: Any) -> int:
+    """Pixels to a latent, along a side."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return 1
+    own = getattr(pipe, "vae_scale_factor", None)  # not every pipeline has it
+    return own if isinstance(own, int) else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def as_denoised(vae: nn.Module, latents: Tensor) -> Tensor:

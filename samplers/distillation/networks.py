@@ -10,14 +10,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...files.atomic import replacing
 from ...files.crc import checksum
 from ...files.outside import TensorFile, finite, read_tensors
 from ...files.places import make_parent
+from ...files.tensors import write_tensors
+from ...layers.shift.convert import to_floats, to_integers
+from ...layers.shift.widths import Widths
+from ...training.task import seed_of
 from .config import DisBackConfig
 
 TRAINED = ("student", "fake")
@@ -41,6 +43,9 @@ class Networks:
             role: copy.deepcopy(teacher).to(accelerator.device).eval().requires_grad_(role in TRAINED)
             for role in ("student", "average", "fake", "target")
         }
+        if config.bits < 16:
+            for role in ("student", "average"):
+                to_integers(self.nets[role], Widths(config.bits, config.bits, config.bits))
         self.optimizers = {
             f"{role}_optimizer": torch.optim.AdamW(
                 self.nets[role].parameters(), lr=0.0, betas=config.betas, weight_decay=0.0, fused=True
@@ -53,6 +58,14 @@ class Networks:
         }
         self.target_index = 0
 
+    def result(self) -> nn.Module:
+        """The average of the student's weights, in plain layers."""
+        if self.config.bits == 16:
+            return self.nets["average"]
+        plain = copy.deepcopy(self.nets["average"])
+        to_floats(plain)
+        return plain
+
     @property
     def kept(self) -> dict[str, nn.Module]:
         return {role: self.nets[role] for role in KEPT}
@@ -60,6 +73,8 @@ class Networks:
     def descend(self, role: str, step: int, parts: list, loss_of: Callable) -> Tensor:
         """One step of a role's optimizer down the mean of loss_of(part); returns this mean, still on the device."""
         net, optimizer, config = self.call[role], self.optimizers[f"{role}_optimizer"], self.config
+        if config.bits < 16:  # gradients are rounded at random, and the step alone decides how
+            torch.manual_seed(seed_of(config.seed, step, role, "rounding", self.accelerator.process_index))
         total = torch.zeros((), device=self.accelerator.device)
         for i, part in enumerate(parts):
             with nullcontext() if i + 1 == len(parts) else self.accelerator.no_sync(net):
@@ -84,10 +99,9 @@ class Networks:
         if self.accelerator.is_main_process:
             path = self._point(index)
             make_parent(path)
-            with replacing(path) as temporary:
-                weights = {k: v.cpu().contiguous() for k, v in self.nets["fake"].state_dict().items()}
-                checks = {name: checksum(tensor) for name, tensor in weights.items()}
-                save_file(weights, temporary, {"checks": json.dumps(checks)})
+            weights = {k: v.cpu().contiguous() for k, v in self.nets["fake"].state_dict().items()}
+            checks = {name: checksum(tensor) for name, tensor in weights.items()}
+            write_tensors(path, weights, {"checks": json.dumps(checks)})
 
     def aim(self, index: int) -> None:
         """Make a point of the path the target."""

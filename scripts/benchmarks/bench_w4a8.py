@@ -9,7 +9,7 @@ All but "... alone" include the quantization of inputs, bias and, where weights 
 
     progressive     4-bit weights under whole-number steps of a row, in groups of 128 (kernels/w4/progressive.py)
     grouped         scales and zero points in groups of 128, after the sums (kernels/w4/grouped.py)
-    row-mix         the same with every tenth output in 8 bits (kernels/w4/row_mix.py)
+    row-mix         the same with a tenth of the outputs, drawn at random, in 8 bits (kernels/w4/row_mix.py)
     channel         one scale and zero point an output
     ..., unpacked   the same weights as int8 in memory, made in every call; scales of groups are rounded into them
     int8 W8A8, fp8 W4A8, W4A16      our other kernels: weights of 8 bits; in groups of 64 under e4m3 inputs, without a
@@ -71,20 +71,12 @@ class Set:
         zeros = torch.zeros_like(scales, dtype=torch.int8)
         packed = int4.pack_int4(codes, int4.GROUP)
         self.grouped = packed, scales, zeros, self.bias
-        wide = torch.arange(n, device="cuda") % 10 == 0
-        groups = weight[wide].view(int(wide.sum()), k // SIZE, SIZE)
-        scales8 = (groups.abs().amax(2) / 127).bfloat16()
-        codes8 = (groups / scales8[:, :, None]).round().clamp(-127, 127).to(torch.int8).flatten(1)
-        places = torch.cat([wide.nonzero(), (~wide).nonzero()])[:, 0].int()
-        mixed = torch.cat([int4.pack_int4(int4.paired(codes8), int4.GROUP), packed[~wide]])
-        self.row_mix = (
-            mixed,
-            torch.cat([scales8, scales[~wide]]),
-            zeros[~wide].contiguous(),
-            places,
-            self.bias,
-            len(codes8),
-        )
+        wide = torch.randperm(n, generator=generator, device="cuda")[: n // 10].sort().values
+        mixed_scales, mixed = scales.clone(), codes.clone()
+        mixed_scales[wide] = (weight[wide].view(len(wide), -1, SIZE).abs().amax(2) / 127).bfloat16()
+        mixed[wide] = int4.quantize_codes(weight[wide], mixed_scales[wide], -127, 127)
+        few, mixed = zeros[: n - len(wide)].contiguous(), int4.pack_int4(int4.halved(mixed, wide), int4.GROUP)
+        self.row_mix = mixed, mixed_scales, few, wide.int(), self.bias
         row = scales.float().amax(1) / 16
         whole = (scales / row[:, None]).round().clamp(1, 16).to(torch.int8)
         self.progressive = packed, whole, zeros, row, self.bias
@@ -126,17 +118,21 @@ def products(one: Set) -> dict:
     tokens_triton.prepare(one.x, tokens, whole, zeros, None, (factors, None), (n, k // SIZE))
     plain = torch.empty_like(factors)
     tokens_triton.prepare(one.x, tokens, None, zeros, one.grouped[1], (plain, scales), (n, k // SIZE))
-    mixed, mixed_scales, few, places, _, wide = one.row_mix
-    tables = new(k // SIZE, len(mixed), dtype=torch.int32), new(k // SIZE, len(mixed))
-    tokens_triton.prepare(one.x, tokens, None, few, mixed_scales, tables, (len(mixed), k // SIZE), wide)
+    mixed, mixed_scales, few, wide, _ = one.row_mix
+    width = integer.table_width(n, len(mixed))
+    tables = new(k // SIZE, width, dtype=torch.int32), new(k // SIZE, width)
+    slots, ready, sums = integer.room_of_two_widths(one.x, n, len(mixed) - n, after)
+    tokens_triton.prepare(
+        one.x, tokens, None, few, mixed_scales, tables, (len(mixed), k // SIZE), (wide, slots, ready)
+    )
     codes, scale, *_ = one.int8
     layer = steps.Parameters(codes, scale, bias, tokens[1], None)
     found = {
         "grouped alone": lambda: product_grouped.product(
-            tokens[:2], packed, (plain, scales), None, bias, out, SIZE, after
+            tokens[:2], packed, (plain, scales), bias, out, SIZE, after
         ),
         "row-mix alone": lambda: product_grouped.product(
-            tokens[:2], mixed, tables, places, bias, out, SIZE, after, wide
+            tokens[:2], mixed, tables, bias, out, SIZE, after, (slots, ready, sums)
         ),
         "int8 W8A8 alone": lambda: steps.multiply(tokens[0], same_window(m, 1, 1), layer, torch.bfloat16),
     }  # fmt: skip

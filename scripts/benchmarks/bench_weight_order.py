@@ -128,7 +128,7 @@ class Operands:
         qweight, size = self.rows.view(torch.uint8), SIZE
         if self.kind == "grouped":
             tables = self.factors, self.scales
-            product_grouped.product(self.tokens[:2], qweight, tables, None, None, self.out, size, config)
+            product_grouped.product(self.tokens[:2], qweight, tables, None, self.out, size, config)
         else:
             config = config | {"BK": size}
             product_progressive.product(

@@ -6,7 +6,8 @@ For each score and rounding: what the scores of all rows that stay in 4 bits add
 beside the error of the model's prediction on tuples of other seeds; Spearman's rank correlation of the two, and
 whether the measured error falls from share to share. Of "gauss-newton" the ratio of measured to predicted error as
 well, both as a share of the prediction's square, for that is what it predicts: the error of nearest weights under
-exact inputs. With it, how the salience of layers and the rows that are chosen change over time.
+exact inputs. With it, how the salience of layers and the rows that are chosen change over time; and what of the
+predicted gain is how many rows a layer gets, not which.
 """
 
 from __future__ import annotations
@@ -58,6 +59,34 @@ def at_share(model, plan: Plan, scores, share: float) -> Plan:
     return plan
 
 
+def kept_by_counts(scores, rows: dict[str, list[int]], most: float = 1.0) -> float | None:
+    """The share of the predicted gain that is left, on average, where each layer has as many wide rows, drawn anew.
+
+    most: of layers in which at most this share of rows is wide. None where these gain nothing.
+    """
+    gain = left = 0.0
+    for name, own in rows.items():
+        if len(own) <= most * len(scores[name]):
+            gain += float(scores[name][own].sum())
+            left += len(own) * float(scores[name].mean())
+    return left / gain if gain else None
+
+
+def largest(scores, rows: dict[str, list[int]], count: int = 3) -> list[dict]:
+    """The layers with the most salience: their share of all of it, and how many of their rows are wide."""
+    whole = sum(float(score.sum()) for score in scores.values()) or 1.0
+    order = sorted(scores, key=lambda name: -float(scores[name].sum()))[:count]
+    return [
+        {
+            "layer": name,
+            "share": float(scores[name].sum()) / whole,
+            "wide": len(rows[name]),
+            "rows": len(scores[name]),
+        }
+        for name in order
+    ]
+
+
 def curve(model, store, truth: HeldOut, importance: str, rounding: str, args) -> dict:
     """Predicted and measured errors of one score over all shares."""
     options = {"rounding": rounding, "clip": "output" if rounding == "gptq" else "none", "num_tuples": args.tuples}
@@ -71,8 +100,13 @@ def curve(model, store, truth: HeldOut, importance: str, rounding: str, args) ->
         quantized = copy.deepcopy(model)
         plan = at_share(model, plain, scores, share)
         ptq4dm.quantize(quantized, ptq4dm.MixLLMConfig(plan=plan, **options), store)
-        predicted = predicted_error(scores, chosen_rows(scores, share))
-        rows.append({"share": share, "predicted": predicted, "measured": truth.error(quantized)})
+        chosen = chosen_rows(scores, share)
+        rows.append({
+            "share": share, "predicted": predicted_error(scores, chosen), "measured": truth.error(quantized),
+            "kept by counts": kept_by_counts(scores, chosen),
+            "kept in layers at most half wide": kept_by_counts(scores, chosen, 0.5),
+            "largest": largest(scores, chosen),
+        })  # fmt: skip
         print(importance, rounding, rows[-1], flush=True)
     predicted, measured = ([row[name] for row in rows] for name in ("predicted", "measured"))
     if importance == "gauss-newton" and rounding == "nearest":

@@ -1,41 +1,41 @@
-"""The table of compare_zoodip.py: means over seeds, as shares of what back-propagation (BP) in float32 reaches."""
+"""The tables of compare_zoodip.py: means over seeds, as shares of what back-propagation (BP) in float32 reaches."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from statistics import fmean, stdev
 
-BACK = "back-propagation"
+from zoodip_arms import BACK, MEMORY, START, init_of
+
+Groups = dict[tuple[str, str], list[dict]]  # rows of (model, arm)
 
 
 def report(lines: list[dict]) -> str:
     """A Markdown table of rows with a loss, and one of memory and speed."""
-    groups: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    groups: Groups = defaultdict(list)
     for line in lines:
         groups[line["model"], line["arm"]].append(line)
-    ceiling = [line["drop"] for line in groups["float32", BACK]]
     found = ["| model | arm | loss | share of BP's drop | least, in s.e. | accuracy | x start | steps/s | seeds |"]
     found += ["|---|---|---|---|---|---|---|---|---|"]
-    for (model, arm), rows in sorted(groups.items()):
-        if arm != "memory" and rows:
-            starts = [row for row in groups[model, "start"] if "accuracy" in row]
-            # Where no sample was of the class, as if one had been.
-            first = [max(row["accuracy"], 1 / row["settings"]["samples"]) for row in starts]
-            start = fmean(first) if first else 0.0
-            found.append(_line(model, arm, rows, ceiling, start))
-    found += ["", "| model | what | peak MB | a second |", "|---|---|---|---|"]
-    for (model, arm), rows in sorted(groups.items()):
-        for row in rows if arm == "memory" else ():
-            for what, facts in row.items():
-                if isinstance(facts, dict) and "peak_bytes" in facts:
-                    peak = "" if facts["peak_bytes"] is None else f"{facts['peak_bytes'] / 1e6:.1f}"
-                    found.append(f"| {model} | {what} | {peak} | {facts['per_second']} |")
+    found += [_line(*key, groups) for key in sorted(groups) if key[1] != MEMORY]
+    found += ["", "| model | what | peak MB | of sampling's | BP in float32 takes | a second |"]
+    found += ["|---|---|---|---|---|---|"]
+    backs = {what: facts for row in groups["float32", MEMORY] for what, facts in _works(row).items()}
+    for model, arm in sorted(groups):
+        for row in groups[model, arm] if arm == MEMORY else ():
+            found += _memory(model, _works(row), backs)
     changed = [line["row"] for line in lines if line.get("unchanged") is False]
     found += ["", f"model changed by tuning: {', '.join(changed) or 'none'}"]
     return "\n".join(found)
 
 
-def _line(model: str, arm: str, rows: list[dict], ceiling: list[float], start: float) -> str:
+def _line(model: str, arm: str, groups: Groups) -> str:
+    rows, init = groups[model, arm], init_of(arm)
+    ceiling = [row["drop"] for row in groups.get(("float32", BACK + init), ())]
+    starts = [row for row in groups.get((model, START + init), ()) if "accuracy" in row]
+    # Where no sample was of the class, as if one had been.
+    first = [max(row["accuracy"], 1 / row["settings"]["samples"]) for row in starts]
+    start = fmean(first) if first else 0.0
     shares = [row["drop"] / fmean(ceiling) for row in rows] if ceiling else []
     share = f"{fmean(shares):.1%}" + (f" ± {stdev(shares):.1%}" if len(shares) > 1 else "") if shares else ""
     errors = [row["drop"] / row["drop_error"] for row in rows if row["drop_error"]]
@@ -45,3 +45,20 @@ def _line(model: str, arm: str, rows: list[dict], ceiling: list[float], start: f
     cells += [f"{fmean(seen) / start:.1f}" if seen and start else ""]
     speeds = [row["steps_per_second"] for row in rows if "steps_per_second" in row]
     return "| " + " | ".join([*cells, f"{fmean(speeds):.1f}" if speeds else "", str(len(rows))]) + " |"
+
+
+def _works(row: dict) -> dict[str, dict]:
+    """{"one image: step": {"peak_bytes", "per_second"}, ...}"""
+    return {what: facts for what, facts in row.items() if isinstance(facts, dict) and "peak_bytes" in facts}
+
+
+def _memory(model: str, works: dict[str, dict], backs: dict[str, dict]) -> list[str]:
+    found = []
+    for what, facts in works.items():
+        batch, peak = what.split(":")[0], facts["peak_bytes"]
+        sampling, back = works.get(f"{batch}: sampling"), backs.get(f"{batch}: {BACK}")
+        cells = [model, what, "" if peak is None else f"{peak / 1e6:.1f}"]
+        cells.append(f"{peak / sampling['peak_bytes']:.2f}" if peak and sampling else "")
+        cells.append(f"{back['peak_bytes'] / peak:.2f}x" if peak and back else "")
+        found.append("| " + " | ".join([*cells, str(facts["per_second"])]) + " |")
+    return found

@@ -12,15 +12,14 @@ import textwrap
 import pytest
 import torch
 
-from ptq4dm.kernels.runtime import ops
-
 triton = pytest.importorskip("triton", reason="needs Triton")
 from triton import knobs  # noqa: E402
+from triton.backends.nvidia import driver  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from ptq4dm.kernels.runtime import launch  # noqa: E402
+from ptq4dm.kernels.runtime import launch, step  # noqa: E402
 
 
 def test_a_compiled_kernel_is_run_as_triton_itself_does():
@@ -41,7 +40,7 @@ def test_a_compiled_kernel_is_run_as_triton_itself_does():
 
 def test_hooks_are_lists():
     assert knobs.runtime.launch_enter_hook.calls == knobs.runtime.launch_exit_hook.calls == []
-    assert not launch._hooked()
+    assert not launch.hooked()
 
 
 def descriptors():
@@ -82,11 +81,38 @@ def test_triton_specializes_on_what_a_signature_holds():
     assert native(backend, None, False, True, True) == ("constexpr", None)
 
 
-def test_below_autograd_there_is_no_autograd():
-    """ops.op: what the autograd kernel hands on to has the devices' keys, and none that would come back to it."""
-    below, key = torch._C._after_autograd_keyset, torch._C.DispatchKey
-    assert all(below.has(k) for k in (key.CPU, key.CUDA, key.Meta, key.Python, key.Functionalize))
-    assert not any(below.has(k) for k in (key.AutogradCPU, key.AutogradCUDA, key.AutogradMeta, key.AutogradOther))
-    assert callable(torch._C._AutoDispatchBelowAutograd)
-    parameters = inspect.signature(ops.LIBRARY.impl).parameters
-    assert "with_keyset" in parameters and hasattr(torch._ops.OpOverload, "redispatch")
+def test_triton_s_launcher_in_c_is_called_as_triton_calls_it():
+    """step.in_c: of 3.6 the function behind `run`, whose arguments are these; of other versions none."""
+    described = {"swizzle": 0, "elem_size": 2, "elem_type": 6, "block_size": [16, 64], "fp4_padded": False}
+    run = object.__new__(driver.CudaLauncher)
+    run.global_scratch_size = run.profile_scratch_size = 0
+    if "kernel_signature" in inspect.getsource(driver.CudaLauncher.__init__):
+        run.kernel_signature = None
+        assert step.in_c(run) is None
+        return
+    run.launch = driver.wrap_handle_tensordesc(print, {0: "*fp16", 1: "tensordesc<fp16[16, 64]>"}, [described])
+    assert step.in_c(run) == (print, {1: described})
+    run.launch = driver.wrap_handle_tensordesc(print, {0: "*fp16"}, None)
+    assert step.in_c(run) == (print, {})
+    run.global_scratch_size = 4
+    assert step.in_c(run) is None
+    assert step.in_c(lambda *values: None) is None
+    tree = ast.parse(textwrap.dedent(inspect.getsource(driver.CudaLauncher.__call__)))
+    (call,) = (
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.launch"
+    )
+    assert [ast.unparse(argument) for argument in call.args] == [
+        "gridX", "gridY", "gridZ", "stream", "function", "self.launch_cooperative_grid", "self.launch_pdl",
+        "global_scratch", "profile_scratch", "*args",
+    ]  # fmt: skip
+    assert "return [cu_tensor_map, *shape, *strides]" in inspect.getsource(driver.make_tensordesc_arg)
+
+
+def test_pytorch_says_whether_somebody_looks():
+    """ops.observed and recording.Recording ask these."""
+    assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+    assert torch._C._functorch.maybe_current_level() is None is torch._C._get_tracing_state()
+    assert torch._C._autograd._profiler_enabled() is False
+    assert torch.ops.aten.view.default.is_view and torch.ops.aten.view.dtype.is_view
+    assert not torch.ops.aten.new_empty.default.is_view and not torch.ops.aten.add_.Tensor.is_view
+    assert callable(torch._C._AutoDispatchBelowAutograd) and callable(torch.library.fallthrough_kernel)

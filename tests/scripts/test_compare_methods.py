@@ -606,6 +606,13 @@ def test_predicted_errors_stand_beside_measured_ones(tmp_path, monkeypatch, one_
         assert [row["share"] for row in rows] == [0, 0.3, 1] and rows[2]["predicted"] == pytest.approx(0, abs=1e-12)
         assert rows[0]["measured"] > rows[1]["measured"] > rows[2]["measured"] > 0 and one["monotone"]
         assert one["spearman"] == pytest.approx(1)
+        assert rows[0]["kept by counts"] is None and 0.3 < rows[1]["kept by counts"] < 1
+        assert rows[2]["kept by counts"] == pytest.approx(1)
+    scores = {"whole": torch.tensor([4.0, 4.0]), "part": torch.tensor([6.0, 1.0, 1.0])}
+    chosen = {"whole": [0, 1], "part": [0]}
+    assert compare.kept_by_counts(scores, chosen) == pytest.approx((8 + 8 / 3) / (8 + 6))
+    assert compare.kept_by_counts(scores, chosen, 0.5) == pytest.approx(8 / 3 / 6)
+    assert compare.largest(scores, chosen, 1) == [{"layer": "whole", "share": 0.5, "wide": 2, "rows": 2}]
     assert 0.2 < curves[0]["rows"][0]["predicted_error"] / curves[0]["rows"][0]["measured"] < 5
     for words in (["--shares", "0.5", "0.1"], ["--shares", "2"], ["--tuples", "0"]):
         with pytest.raises(UserError):

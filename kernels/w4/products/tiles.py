@@ -10,10 +10,6 @@ from torch import Tensor
 from ...runtime.workspace import Piece
 from .nonlinearity import nonlinear
 
-# Where no dimension of addresses is known to lie side by side, Triton up to 3.6 deals the first to neighbouring
-# lanes, later versions the last. Results do not depend on it; the wrong way a layer takes two to six times as long.
-FIRST_LIES_SIDE_BY_SIDE = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
-
 
 @triton.jit
 def tile_place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
@@ -57,25 +53,6 @@ def stored(y, top, left, bias_ptr, y_desc, y_ptr, M, N, BM: tl.constexpr, BN: tl
     else:
         where = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
         tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
-
-
-@triton.jit
-def stored_by_index(
-    y, top, left, end, places_ptr, bias_ptr, y_ptr, M, N, BM: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
-    """Store y [BN, BM] + bias in columns places[left .. end] of y [M, N]; the index rises: most lie side by side."""
-    rows = top + tl.arange(0, BM)
-    columns = left + tl.arange(0, BN)
-    place = tl.load(places_ptr + columns, mask=columns < end, other=0)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + place, mask=columns < end, other=0.0).to(tl.float32)[:, None]
-    y = y.to(y_ptr.dtype.element_ty)
-    if FIRST_LIES_SIDE_BY_SIDE:
-        where = y_ptr + rows.to(tl.int64)[None, :] * N + place[:, None]
-        tl.store(where, y, mask=(rows < M)[None, :] & (columns < end)[:, None])
-    else:
-        where = y_ptr + rows.to(tl.int64)[:, None] * N + place[None, :]
-        tl.store(where, y.T, mask=(rows < M)[:, None] & (columns < end)[None, :])
 
 
 def aligned(rows: Tensor | Piece | None) -> Tensor | Piece | None:

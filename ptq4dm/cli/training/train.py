@@ -17,13 +17,14 @@ from ...training import run as training_run
 from ...training.config import ShiftQuantConfig
 from ...training.train import train
 from ..flags import add_flags, given, options_of
-from ..options import add_model, device_of, dtype_of, settings_of
+from ..options import add_model, device_of, settings_of, trained_dtype_of
 from ..output import main_process, result, say
 
 GOES_ON = "the same command with --resume"
+FLAGS = {"images": "--num-images"}  # --images is the folder of them
 RECORD = "training.json"  # beside model_index.json: the model that was trained, and settings
 BUDGET = ("images", "minutes")
-PRODUCTS = ("bits", "weight_bits", "activation_bits", "gradient_bits", "groups", "served")
+PRODUCTS = ("bits", "weight_bits", "activation_bits", "gradient_bits", "groups", "wide", "served", "norm")
 
 
 def add(parser) -> None:
@@ -47,7 +48,7 @@ def run(args) -> None:
     values = {name: value for name, value in given(args, ShiftQuantConfig).items() if name != "images"}
     if args.num_images is not None:
         values["images"] = args.num_images
-    config, output = ShiftQuantConfig(**values, precision=dtype_of(args)), Path(args.output)
+    config, output = ShiftQuantConfig(**values, precision=trained_dtype_of(args)), Path(args.output)
     if not Path(args.images).is_dir():
         raise UserError(f"{args.images} is not a folder of images.")
     make_parent(output)

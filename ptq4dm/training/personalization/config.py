@@ -10,6 +10,7 @@ from ...options import option
 
 MOST = 10_000_000
 SUBSPACES = ("paper", "released", "none")
+WEIGHTS = ("equal", "size")
 FREE = ("steps", "forward_batch", "log_every", "checkpoint_every")  # what may change when a run goes on
 
 
@@ -28,6 +29,9 @@ class PersonalizeConfig:
     perturbations: n, of each image; a step takes batch_size x (n + 1) forward passes, in one batch.
     first_time, last_time: T_L and T_U, as shares of the schedule: timesteps are uniform between them ("partial
         uniform"). None: as schedule.py has it for the model.
+    weights: "size": an image counts as much as perturbations change its loss, as in the paper, which has one image a
+        step; "equal": each image's changes are divided by their root mean square. Early timesteps of pixels have
+        large changes that say little.
     subspace: "paper": directions in which the last `buffer` embeddings hardly moved are taken out of the gradient;
         "released": the same as the authors' code has it, which also divides the gradient by sqrt((d + n - 1) / n),
         d the number of directions left; "none": the whole gradient.
@@ -47,6 +51,9 @@ class PersonalizeConfig:
     epsilon: float = option(1e-8, low=0)
     first_time: float | None = option(None, "share of the schedule where timesteps begin", low=0, high=1)
     last_time: float | None = option(None, "where they end (0.5 to 0.9; of pixels 0.1 to 0.5)", low=0, high=1)
+    weights: str = option(
+        "equal", "of a step's images: equal, or by the size of their losses' changes", choices=WEIGHTS
+    )
     subspace: str = option("paper", "directions taken out of the gradient", choices=SUBSPACES)
     buffer: int = option(128, "embeddings that the subspace is found from", low=2, high=MOST)
     variance: float = option(1e-3, "share of their variance taken for noise", low=0, high=1)
@@ -63,9 +70,9 @@ class PersonalizeConfig:
         if self.first_time is not None and self.last_time is not None and not self.first_time < self.last_time:
             raise UserError(f"first_time must be before last_time; got {self.first_time:g} and {self.last_time:g}.")
         if max(self.betas) >= 1:
-            raise UserError(f"betas lie in [0, 1); got {self.betas[0]:g} and {self.betas[1]:g}.")
+            raise UserError(f"betas are at least 0 and below 1; got {self.betas[0]:g} and {self.betas[1]:g}.")
         if not self.average < 1:
-            raise UserError(f"average lies in [0, 1); got {self.average:g}.")
+            raise UserError(f"average is at least 0 and below 1; got {self.average:g}.")
 
     def identity(self) -> dict:
         """Settings that have to be the same for a run to go on, as plain JSON values."""

@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...checks import checked
 from ...errors import UserError
-from ...files.atomic import replacing
 from ...files.outside import TensorFile, checked_object, finite, read_tensors
-from ...pipelines.denoiser import check_pipeline, turn_at
+from ...files.tensors import write_tensors
+from ...pipelines.denoiser import check_pipeline, class_count, turn_at
 from .targets import Target, check_token, class_tables, encoders_of
 
 NAMES = {"token": "learned_embeds.safetensors", "class row": "class_row.safetensors"}  # the first is diffusers' own
@@ -30,16 +30,14 @@ ADVICE = "give a file that ptq4dm personalize wrote, or a textual inversion of d
 
 def save_embedding(path: Path, target: Target, u: Tensor) -> None:
     """Write rows u [d] of a target; the file is whole at any time."""
-    rows = [row.cpu().contiguous().clone() for row in target.tables.rows(u)]
+    rows = [row.clone() for row in target.tables.rows(u)]
     if target.facts["kind"] == "class row":
         names = [table.name for table in target.tables.tables]
     elif len(rows) == 1:
         names = [target.facts["token"]]
     else:
         names = [_key(table.part, len(rows)) for table in target.tables.tables]
-    header = {"ptq4dm": json.dumps(target.facts, sort_keys=True)}  # one text: of two, safetensors has no fixed order
-    with replacing(path) as temporary:
-        save_file(dict(zip(names, rows, strict=True)), temporary, metadata=header)
+    write_tensors(path, dict(zip(names, rows, strict=True)), {"ptq4dm": json.dumps(target.facts, sort_keys=True)})
 
 
 def _key(part: str, number: int) -> str:
@@ -64,6 +62,22 @@ def load_embedding(pipe, path: str | os.PathLike) -> str:
         if facts["kind"] == "class row":
             return _put_class(pipe, path, facts, tensors)
         return _put_token(pipe, path, facts["token"], tensors)
+
+
+def check_used(pipe, path: str | os.PathLike, name: str, conditioning: dict, seeds: Sequence[int]) -> None:
+    """Raises UserError where no image that is asked for is made with an embedding.
+
+    name: what `load_embedding` returned. conditioning: as of `ptq4dm.generate`.
+    """
+    if name.isdecimal():
+        labels = list(conditioning.get("class_labels") or range(class_count(pipe) or 1))
+        if int(name) not in {labels[seed % len(labels)] for seed in seeds}:
+            raise UserError(
+                f"none of these images is of class {name}, so that {path} would change nothing; give --class-labels "
+                f"{name}."
+            )
+    elif not any(name in text for text in conditioning.get("prompt") or ()):
+        raise UserError(f"no prompt has '{name}' in it, so that {path} would change nothing; write it into --prompt.")
 
 
 def embedding_digest(path: str | os.PathLike) -> str:

@@ -23,8 +23,9 @@ from torch import Tensor
 from ...checks import checked
 from ...errors import UserError
 from ...pipelines.denoiser import check_sampled, turn_at
+from ..pictures import image_size
 from .config import PersonalizeConfig
-from .pictures import image_size, learned_from, pictures_of
+from .pictures import learned_from, pictures_of
 from .problem import Problem, ready
 from .run import Personalized, alone_in, identity_of, tune
 from .schedule import schedule_of
@@ -54,7 +55,8 @@ def personalize(
         folder: of result, checkpoint and log; new, or with `resume` that of an earlier call with the same settings,
             steps aside, which then goes on as if it had never stopped: on a CPU bit for bit.
         token: a new word, such as "<dog>"; `init` is the word that it starts as and that the model knows.
-        class_row: the class whose row is tuned; `init` is "mean", of the other rows (the default), or a class number.
+        class_row: the class whose row is tuned; `init` is "null", the row of no class, "mean", of the other
+            rows, or a class number; "null" where there is one.
         prompts: texts with {} in the place of the token; image k has prompt k mod their number. A caption for each
             image is what the paper has.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...pipelines.denoiser import denoiser
 from ...pipelines.picture_files import list_images, load_image
-from ..pictures import as_denoised, fitted
+from ..pictures import as_denoised, fitted, image_size
 
 MOST = 10_000  # images; each is kept as latents or pixels
 
@@ -33,24 +33,6 @@ def pictures_of(images: str | os.PathLike | Sequence[str | os.PathLike] | Tensor
     if not found:
         raise UserError("there are no images to learn from.")
     return found
-
-
-def image_size(pipe) -> tuple[int, int]:
-    """(height, width) in pixels of what a pipeline makes when nobody says otherwise. Raises UserError."""
-    size = getattr(denoiser(pipe).config, "sample_size", None)
-    if size is None:
-        raise UserError(f"{type(denoiser(pipe)).__name__} does not say the size of its images (sample_size).")
-    height, width = (size, size) if isinstance(size, int) else size
-    return height * (factor := _latent_factor(pipe)), width * factor
-
-
-def _latent_factor(pipe) -> int:
-    """Pixels to a latent, along a side."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        return 1
-    own = getattr(pipe, "vae_scale_factor", None)  # not every pipeline has it
-    return own if isinstance(own, int) else 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()

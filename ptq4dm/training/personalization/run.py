@@ -118,7 +118,7 @@ def tune(problem: Problem, folder: Path, identity: dict, resume: bool) -> Person
 def step_once(problem: Problem, state: Tuned) -> None:
     """One update of the embedding; its random choices depend on the number of the step alone."""
     losses, directions = problem.pairs(state.u, problem.draw("step", state.step))
-    g = gradient(losses, directions, problem.config.perturbation)
+    g = gradient(losses, directions, problem.config)
     take(state, change(state, g, problem.config), problem.config)
 
 

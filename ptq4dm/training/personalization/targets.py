@@ -14,7 +14,7 @@ from .conditions import Predict, of_class, of_prompts
 from .tables import Table, Tables
 
 PROMPTS = ("a photo of {}", "a picture of {}", "a close-up of {}", "{} in the picture", "one {}, photographed")
-MEAN = "mean"
+MEAN, NULL = "mean", "null"
 
 
 @dataclass
@@ -31,19 +31,28 @@ class Target:
 def class_target(pipe, row: int, init: str | None = None) -> Target:
     """The row of a class in all tables of a class-conditional model.
 
-    init: "mean" starts at the mean of the other classes' rows, a number at the row of that class; None is "mean".
+    init: "null" starts at the row of no class, which models that are sampled with guidance have, "mean" at the mean
+        of the other classes' rows, a number at the row of that class; None is "null" where there is one.
+        The mean lies where no class does: most of what is then learned is the way out of it.
 
-    Raises UserError where the model has no classes, or not this one.
+    Raises UserError where the model has no classes, not this one, or no row of no class.
     """
     tables = class_tables(pipe, row)
     classes = class_count(pipe) or 0
-    init = MEAN if init is None else init
+    has_null = all(table.weight.shape[0] > classes for table in tables.tables)
+    init = (NULL if has_null else MEAN) if init is None else init
     if init == MEAN:
         others = [k for k in range(classes) if k != row] or [row]
+    elif init == NULL:
+        if not has_null:
+            raise UserError(f"this model has no row of no class ('{NULL}'); start at '{MEAN}' or at a class.")
+        others = [classes]
     elif init.isdecimal() and int(init) < classes:
         others = [int(init)]
     else:
-        raise UserError(f"a class row starts at '{MEAN}' or at a class from 0 to {classes - 1}; got '{init}'.")
+        raise UserError(
+            f"a class row starts at '{MEAN}', at '{NULL}' or at a class from 0 to {classes - 1}; got '{init}'."
+        )
     start = tables.unit([table.weight[others].float().mean(0) for table in tables.tables])
     facts = {"kind": "class row", "class": row, "classes": classes, "init": init}
     return Target(tables, start, of_class(pipe, row), facts)
@@ -53,9 +62,10 @@ def class_tables(pipe, row: int) -> Tables:
     """The tables that a model looks classes up in. Raises UserError where it has none, or not this class."""
     classes, model = class_count(pipe), denoiser(pipe)
     if classes is None:
-        raise UserError(f"{type(model).__name__} has no classes; give a token, for a model of text.")
+        other = "; give a token, for a model of text" if encoders_of(pipe) else ", nor text: nothing to personalize"
+        raise UserError(f"{type(model).__name__} has no classes{other}.")
     if not 0 <= row < classes:
-        raise UserError(f"class {row} is outside [0, {classes}), the classes of this model.")
+        raise UserError(f"there is no class {row} in this model; it has classes 0 to {classes - 1}.")
     found = [  # one row more is the null class of guidance
         Table(denoiser_name(pipe), model, name, row)
         for name, module in model.named_modules()

@@ -1,11 +1,13 @@
 """Zeroth-order Adam of ZOODiP (arXiv:2503.14868, algorithm 1): an embedding tuned by losses alone.
 
     L_0, L_1, ..., L_n    losses of u, u + mu z_1, ..., u + mu z_n on one image, noise and timestep
-    g = mean over images and perturbations of (L_i - L_0) / mu z_i             eq. 3
+    s_i = (L_i - L_0) / mu, of each image; with equal weights over its root mean square
+    g = mean over images and perturbations of s_i z_i                           eq. 3
     g <- g - (g P') P                                                           subspace.py
     u <- u - lr m^ / (sqrt(v^) + epsilon)                                       Adam of g
 
-Each image has perturbations of its own (our assumption; the paper has one image a step): as many forward passes with
+Equal weights are our own: timesteps whose losses change most say least about the images. Each image has perturbations
+of its own (our assumption; the paper has one image a step): as many forward passes with
 the same perturbations for all images would give a noisier gradient. All of it is float32 on the embedding's device,
 and nothing waits for the device but the buffer's axes, once in tau steps.
 """
@@ -53,15 +55,17 @@ class Tuned:
         return Tuned(**parts | {"embeddings": list(parts["embeddings"])}, step=step)
 
 
-def gradient(losses: Tensor, directions: Tensor, size: float) -> Tensor:
+def gradient(losses: Tensor, directions: Tensor, config: PersonalizeConfig) -> Tensor:
     """The estimate g [d] of eq. 3.
 
     Args:
         losses: [b, 1 + n], of the embedding itself and of its perturbations.
         directions: [b, n, d], what was really added, divided by size: a model in 16 bits rounds its embeddings.
-        size: mu.
     """
-    slopes = (losses[:, 1:] - losses[:, :1]) / size
+    slopes = (losses[:, 1:] - losses[:, :1]) / config.perturbation
+    if config.weights == "equal":
+        tiny = torch.finfo(torch.float32).tiny  # where no loss of an image changed
+        slopes = slopes / slopes.square().mean(1, keepdim=True).sqrt().clamp_min(tiny)
     return torch.einsum("bn,bnd->d", slopes, directions) / slopes.numel()
 
 

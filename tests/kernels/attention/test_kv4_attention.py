@@ -81,7 +81,7 @@ SIXTEEN = [(kv4_attention, torch.float16), (kv4_attention, torch.bfloat16), (by_
 SIXTEEN += [(by_kernel, torch.bfloat16)] * CUDA
 
 
-@pytest.mark.parametrize(("run", "dtype"), SIXTEEN, ids=str)
+@pytest.mark.parametrize(("run", "dtype"), SIXTEEN, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
 def test_sixteen_bits(shape, dtype, run):
     given = operands(shape, dtype)

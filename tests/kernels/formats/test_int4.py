@@ -41,15 +41,21 @@ def test_every_code_of_8_bits_is_two_of_4():
     assert torch.equal(int4.joined(high, low), codes)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 8, 19])
-def test_rows_in_pairs_are_eight_high_halves_and_then_eight_low_ones(rows):
-    codes = torch.randint(-127, 128, (rows, 6), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    stored = int4.paired(codes)
-    assert stored.dtype == torch.int8 and stored.shape == (int4.paired_rows(rows), 6)
-    for row in range(rows):
-        at = row // 8 * 16 + row % 8
-        assert torch.equal(16 * stored[at].int() + stored[at + 8].int() + 8, codes[row].int())
-    assert torch.equal(int4.unpaired(stored, rows), codes)
+@pytest.mark.parametrize("wide", [[], [3], [*range(16)], [*range(0, 38, 2)], [*range(40)]])
+def test_high_halves_lie_before_all_rows(wide):
+    generator, index = torch.Generator().manual_seed(0), torch.tensor(wide, dtype=torch.int64)
+    codes = torch.randint(-8, 8, (40, 6), generator=generator).to(torch.int8)
+    codes[index] = torch.randint(-127, 128, (len(wide), 6), generator=generator).to(torch.int8)
+    before = codes.clone()
+    stored = int4.halved(codes, index)
+    filled = int4.high_rows(len(wide))
+    assert filled % 16 == 0 and 0 <= filled - len(wide) < 16
+    assert stored.dtype == torch.int8 and stored.shape == (filled + 40, 6)
+    assert stored.min() >= -8 and stored.max() <= 7 and not stored[len(wide) : filled].any()
+    for row in range(40):
+        high = 16 * stored[wide.index(row)].int() + 8 if row in wide else 0
+        assert torch.equal(high + stored[filled + row].int(), codes[row].int())
+    assert torch.equal(int4.whole(stored, index), codes) and torch.equal(codes, before)
 
 
 def test_packing_reads_views():

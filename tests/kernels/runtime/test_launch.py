@@ -9,7 +9,7 @@ launch = pytest.importorskip("ptq4dm.kernels.runtime.launch", reason="needs Trit
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from ptq4dm.kernels.runtime import settings, workspace  # noqa: E402
+from ptq4dm.kernels.runtime import settings, step, workspace  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -88,7 +88,7 @@ class Stub:
         monkeypatch.setattr(launch, "JITFunction", Stub)
         none = types.SimpleNamespace(calls=[])
         runtime = types.SimpleNamespace(launch_enter_hook=self.calls, launch_exit_hook=none)
-        monkeypatch.setattr(launch, "knobs", types.SimpleNamespace(runtime=runtime))
+        monkeypatch.setattr(step, "knobs", types.SimpleNamespace(runtime=runtime))
         self.arg_names = ["a_ptr", "b_ptr", "scale", "y_ptr", "N", "BLOCK"]
         self.backend = "cuda"
 

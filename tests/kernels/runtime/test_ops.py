@@ -1,9 +1,15 @@
 """What the ops do about gradients, torch.compile and fake tensors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import ptq4dm  # noqa: F401
+from ptq4dm.kernels.runtime import ops, replay
 from ptq4dm.kernels.w8a8.layer import w8a8_linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +64,58 @@ def test_shapes_of_fake_tensors():
     assert w8a8_linear(x, *rest).shape == (5, 8)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         w8a8_linear(x.requires_grad_(), *rest).sum().backward()
+
+
+def observers():
+    """name -> what is active while an op is called, or its arguments."""
+    x, *rest = operands()
+    return {
+        "fake": (FakeTensorMode(), (x, *rest)),
+        "dispatch": (FlopCounterMode(display=False), (x, *rest)),
+        "profiler": (torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), (x, *rest)),
+        "gradient": (nullcontext(), (x.clone().requires_grad_(), *rest)),
+        "subclass": (nullcontext(), (x.as_subclass(Own), *rest)),
+        "function": (torch.device("cpu"), (x, *rest)),
+    }
+
+
+class Own(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("name", ["fake", "dispatch", "profiler", "gradient", "subclass", "function"])
+def test_whoever_looks_sees_the_op(monkeypatch, name):
+    monkeypatch.setattr(replay, "on_gpu", lambda x: True)
+
+    def seen(args):
+        return replay.form_of(args) is None or ops.observed(args)
+
+    with torch.no_grad():
+        assert not seen(operands())
+    context, args = observers()[name]
+    with context:
+        assert seen(args)
+    assert not seen(operands())
+
+
+def test_a_transform_sees_the_op():
+    seen = []
+    torch.vmap(lambda x: (seen.append(ops.observed((x,))), x)[1])(torch.ones(3, 2))
+    assert seen == [True] and not ops.observed(operands()) and replay.form_of(operands()) is None
+
+
+def test_compiled_graphs_call_the_op_without_autograd():
+    x, *rest = operands()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: w8a8_linear(x, *rest), backend=aot_autograd(fw_compiler=backend))
+        assert torch.equal(compiled(x), w8a8_linear(x, *rest))
+    assert graphs == [["ptq4dm._w8a8_linear.default"]]
 
 
 @pytest.mark.gpu

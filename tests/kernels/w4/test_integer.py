@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import ptq4dm  # noqa: F401
-from ptq4dm.kernels.formats.int4 import pack_int4, paired
+from ptq4dm.kernels.formats.int4 import halved, pack_int4
+from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix
 from ptq4dm.kernels.w4.tokens import token_codes
 
@@ -139,19 +140,17 @@ def test_sums_of_groups_are_exact(m, n, k, config):
             assert torch.equal(y.cpu(), grouped.reference(x, *operands)), groups
 
 
-def rows_of_two_widths(codes, wide):
-    """As they are stored: wide rows in pairs, then narrow ones."""
-    return packed(torch.cat([paired(wide), codes]))
-
-
 def mixed(n, wide, k, groups, zeros, seed=0):
-    """(codes of n rows of 4 bits, of `wide` of 8), operands of their product; scales are powers of two."""
-    scales = 2.0 ** torch.cat([whole(-far, far, rows, groups, seed=seed + 2) for rows, far in ((wide, 1), (n, 3))])
-    places = torch.randperm(n + wide, generator=torch.Generator().manual_seed(seed))
-    places = torch.cat([places[:wide].sort().values, places[wide:].sort().values]).int()
+    """(narrow outputs [n], codes of all), operands of a product of n rows of 4 bits and `wide` of 8.
+
+    Scales are powers of two.
+    """
+    order = torch.randperm(n + wide, generator=torch.Generator().manual_seed(seed))
+    own, narrow = order[:wide].sort().values, order[wide:].sort().values
+    scales, codes = 2.0 ** whole(-3, 3, n + wide, groups, seed=seed + 2), whole(-8, 7, n + wide, k, seed=seed)
+    scales[own], codes[own] = 2.0 ** whole(-1, 1, wide, groups, seed=seed + 3), whole(-127, 127, wide, k, seed=seed)
     wzeros = whole(-8, 7, n, groups, seed=seed + 1) if zeros else None
-    codes = whole(-8, 7, n, k, seed=seed), whole(-127, 127, wide, k, seed=seed)
-    return codes, (rows_of_two_widths(*codes), scales, wzeros, places)
+    return (narrow, codes), (packed(halved(codes, own)), scales, wzeros, own.int())
 
 
 @pytest.mark.parametrize("config", [one for one in CONFIGS if one["BK"] == 128 or not one["TMA"]], ids=str)
@@ -161,8 +160,8 @@ def test_sums_of_rows_of_two_widths_are_exact(m, n, k, wide, config):
     x = tokens(m, k)
     for groups in groups_of(k)[1:]:
         for zeros in (False, True):
-            operands = (*mixed(n, wide, k, groups, zeros)[1], None, wide)
-            y = integer.row_mix_through(*there(x, *operands[:-1]), wide, config)
+            operands = (*mixed(n, wide, k, groups, zeros)[1], None)
+            y = integer.row_mix_through(*there(x, *operands), config)
             assert torch.equal(y.cpu(), row_mix.reference(x, *operands)), groups
 
 
@@ -170,41 +169,54 @@ def test_rows_of_two_widths_are_those_of_products_of_either():
     """Narrow rows are those of grouped weights to the bit, wide ones the sums of 8-bit codes; each in its place."""
     m, n, wide, k = 33, 40, 9, 256
     x, bias = normal(m, k), normal(n + wide)
-    (codes4, codes8), (qweight, scales, zeros, places) = mixed(n, wide, k, 2, True)
-    own, other = places.long()[wide:], places.long()[:wide]
-    y = integer.row_mix_through(*there(x, qweight, scales, zeros, places, None), wide, POINTERS).cpu()
-    four = integer.grouped_through(*there(x, packed(codes4), scales[wide:], zeros, None), POINTERS).cpu()
+    (own, codes), (qweight, scales, zeros, other) = mixed(n, wide, k, 2, True)
+    y = integer.row_mix_through(*there(x, qweight, scales, zeros, other, None), POINTERS).cpu()
+    four = integer.grouped_through(*there(x, packed(codes[own]), scales[own], zeros, None), POINTERS).cpu()
     assert torch.equal(y[:, own], four)  # a compiler may add a bias within a multiplication, or after it
-    y = integer.row_mix_through(*there(x, qweight, scales, zeros, places, bias), wide, POINTERS).cpu()
+    y = integer.row_mix_through(*there(x, qweight, scales, zeros, other, bias), POINTERS).cpu()
     assert (y[:, own] - four - bias[own]).abs().max() < 1e-5 * four.abs().max()
-    codes, scale = token_codes(x)
-    sums = torch.einsum("mgk,ngk->mng", codes.long().view(m, 2, 128), codes8.long().view(wide, 2, 128))
-    eight = (sums.double() * scales[:wide].double()).sum(2) * scale.double()[:, None] + bias[other].double()
+    (inputs, scale), other = token_codes(x), other.long()
+    sums = torch.einsum("mgk,ngk->mng", inputs.long().view(m, 2, 128), codes[other].long().view(wide, 2, 128))
+    eight = (sums.double() * scales[other].double()).sum(2) * scale.double()[:, None] + bias[other].double()
     assert (y[:, other] - eight).abs().max() < 1e-5 * eight.abs().max()
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5, 9])
+@pytest.mark.parametrize("size", [32, 64])
+def test_high_halves_may_be_summed_in_parts(parts, size):
+    """More parts than groups, too."""
+    m, k = 40, 320
+    x, operands = tokens(m, k), (*mixed(130, 70, k, k // size, True)[1], None)
+    y = integer.row_mix_through(*there(x, *operands), POINTERS | dict(PARTS=parts))
+    assert torch.equal(y.cpu(), row_mix.reference(x, *operands))
+
+
+@pytest.mark.parametrize(("m", "parts"), [(256, 1), (1024, 3), (1100, 1), (4096, 1)])
+def test_high_halves_are_split_where_they_would_run_in_a_second_wave(m, parts):
+    """Of 3072 outputs a tenth, in tiles of 128 x 64, of which a GPU of 132 multiprocessors runs 396 at once."""
+    config = dict(BM=128, BN=64)
+    with settings.target(settings.Target((9, 0), 132, pytest.fail)):
+        x = torch.empty(m, 0, device="meta")
+        sums = integer.room_of_two_widths(x, 3072, 320, config)[2]
+        assert sums.shape[:2] == (parts, 320) and sums.shape[2] >= m
+        assert integer.room_of_two_widths(x, 3072, 320, config | dict(PARTS=2))[2].shape[0] == 2
+
+
 def test_all_rows_may_be_wide():
-    x, places = tokens(5, 128), torch.arange(9, dtype=torch.int32)
-    operands = (
-        rows_of_two_widths(whole(-8, 7, 0, 128), whole(-127, 127, 9, 128)),
-        torch.ones(9, 2),
-        None,
-        places,
-        None,
-    )
-    y = integer.row_mix_through(*there(x, *operands), 9, POINTERS)
-    assert torch.equal(y.cpu(), row_mix.reference(x, *operands, 9))
+    x, wide = tokens(5, 128), torch.arange(9)
+    operands = (packed(halved(whole(-127, 127, 9, 128), wide)), torch.ones(9, 2), None, wide.int(), None)
+    y = integer.row_mix_through(*there(x, *operands), POINTERS)
+    assert torch.equal(y.cpu(), row_mix.reference(x, *operands))
 
 
 def test_the_largest_sums_of_eight_bits_are_exact():
     """Those of a half, 16 * 128 * 127 * 8, are below 2^22, too."""
     m, k, config = 16, 256, TMA if HOPPER else POINTERS
     assert 128 * 127 * 15 < 2**22
-    x, codes = torch.full((m, k), 127.0), torch.full((8, k), -127, dtype=torch.int8)
-    qweight = rows_of_two_widths(torch.full((8, k), 7, dtype=torch.int8), codes)
-    y = integer.row_mix_through(
-        *there(x, qweight, torch.ones(16, 2), None, torch.arange(16, dtype=torch.int32), None), 8, config
-    ).cpu()
+    x, codes, wide = torch.full((m, k), 127.0), torch.full((16, k), 7, dtype=torch.int8), torch.arange(8)
+    codes[:8] = -127
+    operands = packed(halved(codes, wide)), torch.ones(16, 2), None, wide.int(), None
+    y = integer.row_mix_through(*there(x, *operands), config).cpu()
     assert torch.equal(y[:, :8], torch.full((m, 8), -127.0 * 127 * k))
     assert torch.equal(y[:, 8:], torch.full((m, 8), 7.0 * 127 * k))
 
@@ -274,10 +286,11 @@ def test_rows_of_two_widths_are_exact_as_shipped(m):
     n, k = 1160, 1152
     x = tokens(m, k)
     for groups in (9, 18, 36):
-        operands = (*mixed(n, 130, k, groups, True)[1], None, 130)
+        operands = (*mixed(n, 130, k, groups, True)[1], None)
         wanted = row_mix.reference(x, *operands)
-        y = row_mix.row_mix_grouped(*there(x.to(torch.bfloat16), *operands[:-1]), 130)
-        assert torch.equal(y.cpu(), wanted.to(torch.bfloat16)), groups
+        operands = there(x.to(torch.bfloat16), *operands)
+        for _ in range(8):  # tiles wait for others, in another order every time
+            assert torch.equal(row_mix.row_mix_grouped(*operands).cpu(), wanted.to(torch.bfloat16)), groups
 
 
 def test_what_a_search_tries():

@@ -32,7 +32,10 @@ def operands(x, weight, mode, bits, seed=1):
         return codes, scale, bias, None, None
     low, high = (float(v) for v in torch.aminmax(x)) if x.numel() else (-1.0, 1.0)
     s, z = int8.affine_parameters(0.8 * low, 0.7 * high, bits, mode == "symmetric")
-    return codes, scale, bias, torch.tensor(s), torch.tensor(z, dtype=torch.int32)
+    scales = torch.tensor(s)
+    if mode == "a scale a row":
+        scales = s * (1 + torch.arange(len(x)) % 5)
+    return codes, scale, bias, scales, torch.tensor(z, dtype=torch.int32)
 
 
 def plain_codes(x, scale, zero_point, bits):
@@ -45,6 +48,7 @@ def expected_linear(x, codes, scale, bias, input_scale, input_zero, bits):
     if input_scale is None:
         input_scale = x.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
         input_zero = torch.zeros_like(input_scale)
+    input_scale = input_scale.view(-1, 1)
     q = plain_codes(x, input_scale, input_zero, bits) - input_zero
     return (q @ codes.double().T) * input_scale.double() * scale.double() + bias.double()
 
@@ -74,7 +78,7 @@ def to(device, *tensors):
 
 
 @pytest.mark.parametrize("bits", [8, 6])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "a scale a row"])
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 @pytest.mark.parametrize("kernel, device", kernels(w8a8._LINEAR))
 def test_linear(kernel, device, shape, mode, bits):
@@ -89,7 +93,7 @@ def test_linear(kernel, device, shape, mode, bits):
     assert y.shape == (m, n)
     if m:
         # one code may fall to the other side of a tie: at most one step of one input
-        step = 0 if mode == "dynamic" else float(given[3]) * float(weight.abs().max())
+        step = 0 if mode == "dynamic" else float(given[3].max()) * float(weight.abs().max())
         assert (y - expected).abs().max() <= 1e-6 * expected.abs().max() + step * (
             kernel is not w8a8.reference.linear
         )

@@ -91,7 +91,7 @@ def outcome():
     }  # fmt: skip
     scores = {name: score.double() for name, score in scores.items()}
     found = Salience("gauss-newton", [0.0, 0.5, 1.0], [3, 3], scores)
-    return ChosenRows(found, chosen_rows(found.total, 0.5), 0.5, 6.0)
+    return ChosenRows(found, chosen_rows(found.total, 0.5), 0.5, 0.5, 6.0)
 
 
 def test_shares_by_type_are_told():
@@ -103,7 +103,8 @@ def test_shares_by_type_are_told():
     }
     assert chosen.error_left == pytest.approx(4 / 22)
     assert chosen.text() == (
-        "rows of 8 bits: 3 of 6 (50.0%), 6.00 bits a weight, by gauss-newton: blocks.to_v 100%, blocks.to_q 25%"
+        "rows of 8 bits: 3 of 6 (50.0%), 50.0% of the weights, 6.00 bits a weight, by gauss-newton: blocks.to_v 100%"
+        ", blocks.to_q 25%"
     )
 
 

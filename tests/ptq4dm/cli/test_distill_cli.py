@@ -104,7 +104,7 @@ def test_a_student_takes_one_step_and_no_other_sampler(capsys):
     assert run("distill", "--model", "./teacher", "--output", "s", *SHORT, "--num-fid", 0, "--no-backtracking") == 0
     assert "degradation" not in {line["stage"] for line in log("s.run")}
     wrong = [
-        (["generate", "--steps", 2], "ask for num_inference_steps=1 (--steps 1), not 2"),
+        (["generate", "--steps", 2], "ask for --num-inference-steps 1 (--steps 1), not 2"),
         (["quantize", "--calibration-steps", 20], "ask for num_inference_steps=1"),
         (["evaluate", "--sampler", "deis"], "takes no sampler but its own, so not 'deis'"),
         (["distill"], "a one-step student already"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptq4dm.cli import info
-from ptq4dm.cli.failures import told
+from ptq4dm.cli.failures import in_flags, told
 from ptq4dm.cli.main import main
 from ptq4dm.errors import UserError, printable
 
@@ -18,6 +18,26 @@ def caught(action):
     except Exception as error:
         return error
     raise AssertionError("no error")
+
+
+FLAGS = {"bits": "--bits", "weight_bits": "--weight-bits", "images": "--num-images", "served": "--served"}
+
+
+@pytest.mark.parametrize(
+    "sentence, shown",
+    [
+        ("ShiftQuantConfig: images must be at least 1; got 0.", "--num-images must be at least 1; got 0."),
+        ("weight_bits must be 4 or None; got 5.", "--weight-bits must be 4; got 5."),
+        ("bits and weight_bits are given together.", "--bits and --weight-bits are given together."),
+        ("bits=16 leaves no place for served=True.", "--bits 16 leaves no place for --served."),
+        ("weight_bits holds no pictures.", "weight_bits holds no pictures."),  # a folder
+        ("images/bits=4 is not empty; see weight_bits.", "images/bits=4 is not empty; see weight_bits."),
+        ("group_size must be 64; got 3.", "group_size must be 64; got 3."),  # no option of this command
+        ("the images must be of one size.", "the images must be of one size."),
+    ],
+)
+def test_options_are_told_as_flags(sentence, shown):
+    assert in_flags(sentence, FLAGS) == shown
 
 
 TOLD = [

@@ -99,7 +99,7 @@ def test_costs_per_operation_change_energies_alone(desk, capsys):
         ("--model vit-b --num-inference-steps 5", "takes no steps"),
         (
             "--model flux --guidance-scale 5",
-            "'flux' is modelled by its shapes alone: --guidance-scale",
+            "'flux' is modelled by its shapes alone, so that --guidance-scale would",
         ),
         ("--model opt-6.7b --prompt x", "--prompt would change nothing"),
         ("--model sdxx", "; did you mean 'sdxl'?"),

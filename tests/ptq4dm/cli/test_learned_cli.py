@@ -143,7 +143,7 @@ def test_a_correction_collects_more_than_is_trained_on(models, monkeypatch, tmp_
     [
         (["--loss", "x"], "loss"),
         (["--steps", "0"], "steps"),
-        (["--learning-rate", "-1"], "learning_rate must be above zero"),
+        (["--learning-rate", "-1"], "--learning-rate must be above zero"),
         (["--variable", "spline"], "variable 'spline' is unknown"),
         (["--optimizer", "lion"], "optimizer 'lion' is unknown"),
         (["--train", "everything"], "train is some of"),

@@ -1,6 +1,6 @@
 """Command lines made at random from the parser's own words: no traceback, one line, status 2, nothing on stdout.
 
-LINES=5000 SEED=7 python -m pytest tests/ptq4dm/cli/test_parser_fuzz.py       a longer run
+FUZZ_LINES=5000 FUZZ_SEED=7 python -m pytest tests/ptq4dm/cli/test_parser_fuzz.py       a longer run
 """
 
 import contextlib
@@ -14,9 +14,10 @@ import pytest
 
 from ptq4dm.cli import allocate, bench, collect, completion, distill, evaluate, generate, info, quantize, tune
 from ptq4dm.cli.main import main
+from ptq4dm.cli.training import personalize, train
 from ptq4dm.errors import UserError
 
-LINES, SEED = int(os.environ.get("LINES", 400)), int(os.environ.get("SEED", 0))
+LINES, SEED = int(os.environ.get("FUZZ_LINES", 400)), int(os.environ.get("FUZZ_SEED", 0))
 WORDS = json.loads(completion.WORDS.read_text())
 REACHED = "the work would begin"
 VALUES = [
@@ -65,9 +66,10 @@ def no_work(monkeypatch, tmp_path):
         raise UserError(REACHED)
 
     monkeypatch.chdir(tmp_path)
-    for verb in (allocate, bench, collect, evaluate, generate, info, quantize):
+    for verb in (allocate, bench, collect, evaluate, generate, info, personalize, quantize):
         monkeypatch.setattr(verb, "load", reached)
-    monkeypatch.setattr(distill, "load_pipeline", reached)
+    for verb in (distill, train):
+        monkeypatch.setattr(verb, "load_pipeline", reached)
     for name in ("evaluate_images", "write_reference"):
         monkeypatch.setattr(evaluate, name, reached)
     monkeypatch.setattr(tune, "tune", reached)

@@ -53,6 +53,18 @@ def test_a_class_row_is_learned_and_generated(here, capsys):
     assert "other settings" in capsys.readouterr().err  # pictures of one embedding and none are not mixed
 
 
+def test_a_class_row_that_no_image_is_of_is_told(here, capsys):
+    personal.classes().save_pretrained("dit")
+    assert run("personalize", "--model", "dit", "--images", "dog", "--class-row", 3, "--output", "row", *SHORT) == 0
+    of_two_and_three = ["--num-images", 2, "--steps", 1, "--seed", 2, "--output", "all"]
+    assert run("generate", "--model", "dit", "--embedding", "row", *of_two_and_three) == 0
+    for more in (["--class-labels", 1, 2], []):
+        capsys.readouterr()
+        command = ["generate", "--model", "dit", "--num-images", 2, "--embedding", "row", "--output", "idle", *more]
+        assert run(*command) == 2
+        assert "none of these images is of class 3, so that row would change nothing" in capsys.readouterr().err
+
+
 def test_a_token_is_learned_and_generated(here, capsys):
     personal.text().save_pretrained("words")
     what = ["--token", "<dog>", "--init", "dog", "--prompts", "a photo of {}"]
@@ -61,13 +73,16 @@ def test_a_token_is_learned_and_generated(here, capsys):
     prompt = ["--prompt", "a photo of <dog>"]
     learned = generate("words", "new", *prompt, "--embedding", "token/learned_embeds.safetensors")
     assert not torch.equal(learned, generate("words", "old", "--prompt", "a photo of dog"))
+    idle = ["generate", "--model", "words", "--prompt", "a photo of dog", "--embedding", "token", "--output", "idle"]
+    assert run(*idle) == 2
+    assert "no prompt has '<dog>' in it, so that token would change nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "what, sentence",
     [
         ([], "give one"),
-        (["--class-row", "11"], "class 11 is outside [0, 10)"),
+        (["--class-row", "11"], "there is no class 11 in this model; it has classes 0 to 9"),
         (["--token", "<dog>", "--init", "dog"], "has no text encoder"),
         (["--class-row", "1", "--images", "nowhere"], "is not a folder of images"),
         (["--class-row", "1", "--subspace", "all"], "invalid choice"),

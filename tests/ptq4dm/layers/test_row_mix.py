@@ -82,9 +82,8 @@ def test_rows_of_groups_are_those_of_layers_of_one_width(name, size, affine):
     mixed = quantized_copy(layer, plan, "layer")
     four = quantized_copy(layer, Int4Plan(group_size=size, affine=affine), "layer")
     narrow = others(wide)
-    few = len(narrow)
-    assert torch.equal(mixed.qweight[-few:], four.qweight[narrow])
-    assert torch.equal(mixed.wscales[-few:], four.wscales[narrow])
+    assert torch.equal(mixed.qweight[-11:][narrow], four.qweight[narrow])
+    assert torch.equal(mixed.wscales[narrow], four.wscales[narrow])
     assert mixed.wscales.dtype == (torch.float32 if size is None else torch.float16)
     if affine:
         assert torch.equal(mixed.wzeros, four.wzeros[narrow])
@@ -133,8 +132,8 @@ def test_bytes_of_groups_count_scales_zero_points_and_the_index():
     layer, wide = nn.Linear(256, 11), WIDE["some"]
     found = stored_bytes(quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=wide), "layer"))
     n, w = 11 - len(wide), len(wide)
-    stored = -(-w // 8) * 16 + n  # of 4 bits
-    assert found == stored * 128 + w * 4 * 2 + n * 4 * (2 + 1) + 11 * (4 + 4)
+    stored = 16 + 11  # rows of 4 bits
+    assert found == stored * 128 + w * (4 * 2 + 4) + n * 4 * (2 + 1) + 11 * 4
 
 
 @pytest.mark.parametrize("name", GROUPED)
@@ -164,9 +163,9 @@ def test_rows_are_those_of_layers_of_one_width(name, static):
     mixed = quantized_copy(layer, RowMixPlan(wide=wide, objective="mse", **grid), "layer")
     four = quantized_copy(layer, Int4Plan(objective="mse", **grid), "layer")
     eight = quantized_copy(layer, LayerPlan(objective="mse", **grid), "layer")
-    codes = codes_of(mixed.qweight, len(wide), layer.weight[0].numel())
-    assert torch.equal(mixed.qweight[-len(narrow) :], four.qweight[narrow])
-    assert torch.equal(mixed.shaped(codes[0]), eight.qweight[wide])
+    codes = codes_of(mixed.qweight, mixed.wide, layer.weight[0].numel())
+    assert torch.equal(mixed.qweight[-11:][narrow], four.qweight[narrow])
+    assert torch.equal(mixed.shaped(codes)[wide], eight.qweight[wide])
     for rows, one in ((narrow, four), (wide, eight)):
         assert torch.equal(mixed.dequantized_weight()[rows], one.dequantized_weight()[rows])
         index = torch.tensor(rows)
@@ -179,9 +178,9 @@ def test_rows_are_those_of_layers_of_one_width(name, static):
 def test_bytes_are_those_of_each_row(wide):
     layer = nn.Linear(130, 11, bias=False)
     found = stored_bytes(quantized_copy(layer, RowMixPlan(wide=wide), "layer"))
-    like, scale, place = 4, 4, 4
-    stored = -(-len(wide) // 8) * 16 + 11 - len(wide)  # of 4 bits
-    assert found == stored * 192 // 2 + 11 * (scale + place) + like
+    like, scale, number = 4, 4, 4
+    stored = 16 + 11  # rows of 4 bits
+    assert found == stored * 192 // 2 + 11 * scale + len(wide) * number + like
 
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
@@ -286,7 +285,7 @@ def test_a_model_saves_and_loads_to_the_bit(unet, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(x, 10).sample, again(x, 10).sample)
     half = UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    kept = [module for module in half.modules() if hasattr(module, "places")]
+    kept = [module for module in half.modules() if hasattr(module, "wide")]
     assert kept and all(module.wscales.dtype == torch.float32 for module in kept)
     assert distance(half(x.bfloat16(), 10).sample.float(), model(x, 10).sample) < 0.1
 
@@ -306,8 +305,8 @@ def test_the_ops_are_whole():
     torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (x, *fully.operands))
     groups = quantized_copy(nn.Linear(64, 11), RowMixPlan(group_size=32, affine=True, wide=[3]), "layer")
     torch.library.opcheck(torch.ops.ptq4dm.row_mix_linear.default, (normal(3, 64), *groups.operands))
-    parts = (groups.qweight, groups.wscales, groups.wzeros, groups.places)
-    torch.library.opcheck(torch.ops.ptq4dm.row_mix_grouped.default, (normal(3, 64), *parts, groups.bias, 1))
+    parts = (groups.qweight, groups.wscales, groups.wzeros, groups.wide)
+    torch.library.opcheck(torch.ops.ptq4dm.row_mix_grouped.default, (normal(3, 64), *parts, groups.bias))
     window, x = layer_and_input("strided conv")
     window = quantized_copy(window, RowMixPlan(wide=WIDE["some"]), "layer")
     geometry = (list(window.weight_shape[2:]), list(window.stride), list(window.padding), list(window.dilation))
@@ -326,20 +325,20 @@ def test_empty_inputs_and_models_of_16_bits():
 
 
 def test_the_grouped_product_is_what_the_layer_gives():
-    """The op that a GPU's layers call, by its formula: scales after sums, outputs in their places."""
+    """The op that a GPU's layers call, by its formula: scales after sums."""
     torch.manual_seed(0)
     layer, x = nn.Linear(256, 11), normal(3, 5, 256)
     mixed = quantized_copy(layer, RowMixPlan(group_size=64, affine=True, wide=WIDE["some"]), "layer")
-    parts = (mixed.qweight, mixed.wscales, mixed.wzeros, mixed.places)
-    assert distance(row_mix_grouped(x, *parts, mixed.bias, 4), mixed(x)) < 1e-5
-    with pytest.raises(ValueError, match="11 outputs have a row of scales each"):
-        row_mix_grouped(x, mixed.qweight, mixed.wscales[1:], *parts[2:], mixed.bias, 4)
-    with pytest.raises(ValueError, match="4 outputs of 8 bits and 7 of 4 have 23 stored rows; got 46"):
-        row_mix_grouped(x, torch.cat([mixed.qweight] * 2), *parts[1:], mixed.bias, 4)
+    parts = (mixed.qweight, mixed.wscales, mixed.wzeros, mixed.wide)
+    assert distance(row_mix_grouped(x, *parts, mixed.bias), mixed(x)) < 1e-5
+    with pytest.raises(ValueError, match="10 outputs, 4 of 8 bits, have 26 stored rows; got 27"):
+        row_mix_grouped(x, mixed.qweight, mixed.wscales[1:], *parts[2:], mixed.bias)
+    with pytest.raises(ValueError, match="11 outputs, 4 of 8 bits, have 27 stored rows; got 54"):
+        row_mix_grouped(x, torch.cat([mixed.qweight] * 2), *parts[1:], mixed.bias)
     with pytest.raises(ValueError, match=r"packed as \[7, 128\] bytes"):
-        row_mix_grouped(x, mixed.qweight[:, 1:], *parts[1:], mixed.bias, 4)
+        row_mix_grouped(x, mixed.qweight[:, 1:], *parts[1:], mixed.bias)
     with pytest.raises(ValueError, match="12 of 11 outputs"):
-        row_mix_grouped(x, *parts, mixed.bias, 12)
+        row_mix_grouped(x, *parts[:3], torch.arange(12, dtype=torch.int32), mixed.bias)
 
 
 @pytest.mark.gpu

@@ -136,7 +136,11 @@ def test_convolutions_and_odd_widths(tmp_path, unet):
         if name in total and total[name]
     }
     assert report.found[""]["types"] == config.outcome.shares() and "rows of 8 bits: " in report.table()
-    assert report.to_dict()["found"][""]["share"] == 0.3
+    told = report.to_dict()["found"][""]
+    assert told["share"] == 0.3 and told["bits"] == 4 + 4 * told["weights"]
+    sizes = {name: exact.get_submodule(name).weight for name in total}
+    inside = sum(len(rows) * sizes[name][0].numel() for name, rows in total.items())
+    assert told["weights"] == inside / sum(weight.numel() for weight in sizes.values()) > 0.3  # long rows first
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert same(model, loaded)

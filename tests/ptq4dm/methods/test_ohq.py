@@ -180,7 +180,9 @@ def test_candidates_that_are_none(text, words):
     "options, words",
     [
         ({"bytes": None}, "give a budget"),
-        ({"bytes": 0.0}, "bytes is a share of the full-precision model, above 0; got 0"),
+        ({"bytes": 0.0}, "bytes is a share of the full-precision model, above 0 and at most 1; got 0"),
+        ({"bytes": 2.0}, "bytes is a share of the full-precision model, above 0 and at most 1; got 2"),
+        ({"latency": 1.01}, "latency is a share of the full-precision model, above 0 and at most 1; got 1.01"),
         ({"latency": -1.0}, "latency is a share"),
         ({"share": 1.0}, "above 0 and below 1"),
         ({"sensitivity": "hessian"}, "sensitivity must be one of masked, direct"),

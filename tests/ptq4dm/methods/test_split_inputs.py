@@ -16,7 +16,8 @@ from ptq4dm.layers.view import find_layers
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.sampling import sample
 from ptq4dm.quantization.report import stored_bytes
-from ptq4dm.seams.parts import SAVED, parted_inputs, together
+from ptq4dm.seams.measure import parted_inputs
+from ptq4dm.seams.parts import SAVED, together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

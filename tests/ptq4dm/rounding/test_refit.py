@@ -7,7 +7,7 @@ import torch
 
 from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
-from ptq4dm.kernels.formats.bcq import BinaryGrid, fit, from_uniform
+from ptq4dm.kernels.formats.bcq import BinaryGrid, fit, from_uniform, signs
 from ptq4dm.ranges.weights import weight_grid
 from ptq4dm.rounding.gptq import gptq
 from ptq4dm.rounding.refit import _metric, output_error, refitted
@@ -69,6 +69,21 @@ def test_no_row_is_worse_than_its_start(start, bits, size):
     assert torch.equal(errors[0], errors[1])  # of no rounds
     assert all((after <= before).all() for before, after in itertools.pairwise(errors))
     assert errors[-1].sum() < 0.8 * errors[0].sum()
+
+
+@pytest.mark.parametrize("bits, size", [(1, 32), (2, 32), (3, None)])
+def test_the_scales_are_the_best_for_the_codes(bits, size):
+    weight, evidence = problem(10, 96, 200, 96)
+    grid = starts(weight, bits, size)["uniform"]
+    codes, found = refitted(weight, grid.codes(weight), grid, evidence, 1)
+    metric = _metric(evidence.hessian)
+    half = torch.linalg.cholesky(metric, upper=True)
+    groups = found.alphas.shape[1]
+    for row, own, error in zip(weight, codes, output_error(weight, found.values(codes), metric), strict=True):
+        planes = torch.cat([signs(own, bits), torch.ones(96, 1)], 1).double()
+        basis = torch.block_diag(*planes.split(96 // groups))
+        left = torch.linalg.lstsq(half @ basis, half @ row.double()[:, None], driver="gelsd").residuals
+        torch.testing.assert_close(error, left[0], rtol=1e-5, atol=0)
 
 
 def test_rows_of_zeros_and_planes_that_are_alike():

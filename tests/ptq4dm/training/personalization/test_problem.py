@@ -127,10 +127,23 @@ def test_tables_that_share_a_weight_are_one():
     assert set(token_target(pipe, "<dog>", "dog").tables.tables[0].names) == {*names, "other"}
 
 
+def test_a_class_starts_at_the_row_of_no_class_where_there_is_one():
+    pipe = personal.classes()
+    table = pipe.transformer.transformer_blocks[1].norm1.emb.class_embedder.embedding_table
+    null = class_target(pipe, 9)
+    torch.testing.assert_close(null.tables.rows(null.start)[1], table.weight[10])
+    assert null.facts["init"] == "null" == class_target(pipe, 9, "null").facts["init"]
+    for block in pipe.transformer.transformer_blocks:  # as models have it that were trained without guidance
+        block.norm1.emb.class_embedder.embedding_table = torch.nn.Embedding(10, 16)
+    assert class_target(pipe, 9).facts["init"] == "mean"
+    with pytest.raises(UserError, match="has no row of no class"):
+        class_target(pipe, 9, "null")
+
+
 def test_the_start_of_a_class_is_the_mean_of_the_others_or_another_class():
     pipe = personal.classes()
     table = pipe.transformer.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight
-    mean = class_target(pipe, 9)
+    mean = class_target(pipe, 9, "mean")
     torch.testing.assert_close(mean.tables.rows(mean.start)[1], table[:9].mean(0))
     four = class_target(pipe, 9, "4")
     torch.testing.assert_close(four.tables.rows(four.start)[1], table[4])
@@ -203,7 +216,7 @@ def test_a_model_in_16_bits_does_not_make_the_embedding_drift(dtype):
     with ready(pipe):
         for _ in range(5):
             losses, directions = problem.pairs(state.u, problem.draw("step", state.step))
-            still = change(state, gradient(losses, directions, problem.config.perturbation), problem.config)
+            still = change(state, gradient(losses, directions, problem.config), problem.config)
             take(state, torch.zeros_like(still), problem.config)
     assert state.u.dtype == torch.float32 and torch.equal(state.u, problem.target.start)
     assert torch.equal(problem.target.tables.tables[0].weight, table)

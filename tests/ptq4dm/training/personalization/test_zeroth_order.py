@@ -20,7 +20,7 @@ def quadratic(u):
 def estimate(u, images, perturbations, seed, size=1e-3):
     z = normal(images, perturbations, D, seed=seed).double()
     losses = torch.cat([quadratic(u.expand(images, 1, D))[0], quadratic(u + size * z)[0]], 1)
-    return gradient(losses, z, size)
+    return gradient(losses, z, PersonalizeConfig(perturbation=size, weights="size"))
 
 
 def test_the_mean_of_many_estimates_is_the_gradient_and_their_variance_that_of_the_formula():
@@ -31,6 +31,17 @@ def test_the_mean_of_many_estimates_is_the_gradient_and_their_variance_that_of_t
     assert ((found.mean(0) - exact).abs() < 4 * error).all()
     expected = (D + 1) * exact.square().sum() / n  # E|zz'g - g|^2 of standard normal z
     assert float((found - exact).square().sum(1).mean()) == pytest.approx(float(expected), rel=0.05)
+
+
+def test_images_of_equal_weight_count_by_the_directions_of_their_losses_alone():
+    z, losses = normal(3, 4, D, seed=1), normal(3, 5, seed=2)
+    equal, size = (PersonalizeConfig(weights=weights) for weights in ("equal", "size"))
+    louder = losses * torch.tensor([[1.0], [50.0], [0.02]])
+    torch.testing.assert_close(gradient(louder, z, equal), gradient(losses, z, equal))
+    assert not torch.allclose(gradient(louder, z, size), gradient(losses, z, size), rtol=0.1)
+    one = gradient(losses[:1], z[:1], size)  # of one image the direction is the same
+    torch.testing.assert_close(one / one.norm(), (alone := gradient(losses[:1], z[:1], equal)) / alone.norm())
+    assert torch.equal(gradient(torch.ones(3, 5), z, equal), torch.zeros(D))
 
 
 def test_perturbations_of_each_image_are_averaged():

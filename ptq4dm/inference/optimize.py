@@ -1,0 +1,167 @@
+"""`optimize`: a loaded pipeline made as fast as it is known to get on its device, by one call.
+
+On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py), and each denoiser's calls replayed
+from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels and its own. On a CPU the
+blocks of transformers are compiled: that was measured to help, and with UNets not to (README.md of this folder).
+
+Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
+takes all of it back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ..annotations import plain_number
+from ..checks import shown
+from ..errors import UserError
+from ..layers.fuse import FUSED, fuse, unfuse
+from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
+from ..undo import whole_or_not
+from .blocks import compile_blocks, repeated_blocks, uncompile_blocks, why_not_on_cpu
+from .graphs import KEPT, Backend, Graphed, plain_forward
+from .report import Optimized, OptimizedModel
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+DONE: WeakKeyDictionary[nn.Module, OptimizedModel] = WeakKeyDictionary()
+
+
+def optimize(
+    target: DiffusionPipeline | nn.Module,
+    *,
+    fused: bool | None = None,
+    compiled: bool | None = None,
+    graphs: bool | None = None,
+    kept: int = KEPT,
+) -> Optimized:
+    """An `Optimized`, which says what was done to a pipeline's denoisers, or to a model, and undoes it (`.undo()`).
+
+    fused, compiled, graphs: True or False; None: what is known to be best on this device. kept: graphs of different
+        shapes that a denoiser keeps at most; each holds the memory of a forward pass, which they share.
+
+    The first calls are slow: the first of a shape compiles, the second captures. Pictures differ from those before by
+    rounding. A graph is captured anew when weights, adapters, their scales or attention's processors change, and
+    where a call must not come from a graph (hooks, gradients, training) the model runs as it is written.
+
+    Raises UserError for what is no pipeline or model, for graphs that are asked for where there is no GPU, and for a
+    model that torch.compile has taken whole.
+    """
+    for name, value in (("fused", fused), ("compiled", compiled), ("graphs", graphs)):
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"optimize: {name} is True, False or None (what is best here); got {shown(value)}.")
+    kept = plain_number(kept)
+    if type(kept) is not int or kept < 1:
+        raise UserError(f"optimize: kept is a whole number from 1 on; got {shown(kept)}.")
+    models = _models(target)
+    for name, model in models.items():
+        _check(name, model, graphs)
+    with turn_at(target):
+        return whole_or_not(models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept))
+
+
+def unoptimize(target: DiffusionPipeline | nn.Module) -> None:
+    """Take back what `optimize` did, and free its graphs' memory."""
+    models = _models(target)
+    with turn_at(target):
+        for model in models.values():
+            if found := DONE.pop(model, None):
+                found.undo()
+
+
+def _models(target: Any) -> dict[str, nn.Module]:
+    if isinstance(target, nn.Module):
+        return {"": target}
+    check_pipeline(target, "what is optimized")
+    return {name: getattr(target, name) for name in denoiser_names(target)}
+
+
+def _check(name: str, model: nn.Module, graphs: bool | None) -> None:
+    called = f"'{name}'" if name else "the model"
+    if hasattr(model, "_orig_mod"):
+        raise UserError(f"{called} is compiled as a whole; load it anew, and optimize it without.")
+    if graphs and not has_graphs(_device(model)):
+        raise UserError(
+            f"{called} is on {_device(model)}, and graphs are CUDA's; leave graphs out, or move it to a GPU."
+        )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((one.device for one in model.parameters()), torch.device("cpu"))
+
+
+def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int) -> Optimized:
+    report = Optimized(unoptimize)
+    for name, model in models.items():
+        if before := DONE.pop(model, None):
+            before.undo()
+        report.models[name] = one = OptimizedModel(model, _device(model))
+        on_gpu = one.device.type == "cuda"
+        if on_gpu if fused is None else fused:
+            _fuse(one)
+        why = "" if on_gpu or compiled is not None else why_not_on_cpu(model)
+        if why:
+            one.left["blocks"] = why
+        elif compiled is not False:
+            _compile(one)
+        if has_graphs(one.device) if graphs is None else graphs:
+            _graphs(one, kept)
+        elif graphs is None:
+            one.left["graphs"] = f"there are none on {one.device}"
+        DONE[model] = one
+    return report
+
+
+def _fuse(one: OptimizedModel) -> None:
+    if any(type(module) in FUSED.values() for module in one.model.modules()):
+        one.left["fusing"] = "it is fused already"
+        return
+    one.fused = fuse(one.model)
+    one.takes_back.append(lambda: unfuse(one.model))
+
+
+def _compile(one: OptimizedModel) -> None:
+    blocks = repeated_blocks(one.model)
+    if any(module._compiled_call_impl is not None for module in one.model.modules()):
+        one.left["blocks"] = "some are compiled already"
+    elif not blocks:
+        one.left["blocks"] = "no class of blocks is repeated"
+    else:
+        compile_blocks(blocks)
+        one.blocks = blocks
+        one.takes_back.append(lambda: uncompile_blocks(blocks))
+
+
+def _graphs(one: OptimizedModel, kept: int) -> None:
+    if vars(one.model).get("forward") == plain_forward(one.model):  # a copy of an optimized one has it
+        del one.model.forward
+    if "forward" in vars(one.model):
+        one.left["graphs"] = "its forward is another's already (a hook of accelerate)"
+        return
+    graphed = Graphed(one.model, backend(one.device), kept)
+    one.model.forward = graphed
+    one.graphed = graphed
+
+    def back() -> None:
+        if vars(one.model).get("forward") is graphed:
+            del one.model.forward
+        graphed.clear()
+
+    one.takes_back.append(back)
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether calls can be replayed there."""
+    return device.type == "cuda"
+
+
+def backend(device: torch.device) -> Backend:
+    """What captures graphs there."""
+    from .cuda_graphs import CudaGraphs
+
+    return CudaGraphs(device)

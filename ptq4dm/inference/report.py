@@ -1,0 +1,68 @@
+"""What `optimize` did, what it left and why, and how calls went since."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..layers.fuse_report import FuseReport
+from .graphs import Graphed
+
+
+@dataclass
+class OptimizedModel:
+    """One denoiser: what was done to it. left: what was not done -> why."""
+
+    model: nn.Module
+    device: torch.device
+    fused: FuseReport | None = None
+    blocks: list[nn.Module] = field(default_factory=list)
+    graphed: Graphed | None = None
+    left: dict[str, str] = field(default_factory=dict)
+    takes_back: list[Callable[[], None]] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """Take everything back, the last first."""
+        while self.takes_back:
+            self.takes_back.pop()()
+
+    def lines(self) -> list[str]:
+        """What is said of it."""
+        lines = [] if self.fused is None else str(self.fused).splitlines()
+        if kinds := Counter(type(block).__name__ for block in self.blocks):
+            what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            lines.append(f"blocks compiled by torch.compile when they are first called: {what}")
+        if self.graphed is not None:
+            lines += self._graph_lines(self.graphed)
+        return [*lines, *(f"{what}: left, for {why}" for what, why in self.left.items())]
+
+    def _graph_lines(self, graphed: Graphed) -> list[str]:
+        lines = [
+            f"graphs of at most {graphed.kept} forms of its arguments: {len(graphed.graphs)} now, "
+            f"{graphed.captures} captured, {graphed.dropped} dropped, {graphed.replays} calls replayed"
+        ]
+        return [*lines, *(f"{count} calls as they are: {why}" for why, count in graphed.plain.items())]
+
+
+class Optimized:
+    """models: name of a denoiser -> what was done to it; printed, a short table that grows with the calls."""
+
+    def __init__(self, undo: Callable[[nn.Module], None]) -> None:
+        self.models: dict[str, OptimizedModel] = {}
+        self._undo = undo
+
+    def undo(self) -> None:
+        """Take it all back; as `ptq4dm.unoptimize`."""
+        for one in self.models.values():
+            self._undo(one.model)
+
+    def __str__(self) -> str:
+        lines = []
+        for name, one in self.models.items():
+            lines.append(f"{f'{name}, ' if name else ''}{type(one.model).__name__} on {one.device}")
+            lines += [f"  {line}" for line in one.lines() or ["nothing is known to help here"]]
+        return "\n".join(lines)

@@ -1,0 +1,356 @@
+"""Calls that are repeated from a recording: what they compute, and when they are not repeated.
+
+Where there is no GPU, a "kernel" is a function of addresses that reads and writes the CPU's memory.
+"""
+
+import ctypes
+import gc
+import threading
+import types
+import weakref
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+launch = pytest.importorskip("ptq4dm.kernels.runtime.launch", reason="needs Triton", exc_type=ImportError)
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from ptq4dm.kernels.runtime import replay, settings, step  # noqa: E402
+from ptq4dm.kernels.runtime.prepared import CACHE, prepared  # noqa: E402
+from ptq4dm.kernels.runtime.workspace import Workspace  # noqa: E402
+
+
+def floats(address: int, count: int) -> Tensor:
+    """The memory there, float32, or what a descriptor of it stands for."""
+    at = address if isinstance(address, int) else address.base.data_ptr()
+    return torch.frombuffer((ctypes.c_float * count).from_address(at), dtype=torch.float32)
+
+
+class Kernel:
+    """y = a * factor + b, each float32 [count], on the CPU's memory; b may be None."""
+
+    arg_names = ("a_ptr", "b_ptr", "factor", "y_ptr", "count")
+
+    def __init__(self):
+        self.compiled, self.driven = 0, 0
+
+    def is_gluon(self):
+        return False
+
+    def compute(self, a, b, factor, y, count):
+        with _disable_current_modes():  # a GPU's kernel is no operation of torch
+            a, b = (None if one is None else floats(one, count) for one in (a, b))
+            floats(y, count).copy_(a * factor + (0 if b is None else b))
+
+    def __getitem__(self, grid):
+        def through_triton(a_ptr, b_ptr, factor, y_ptr, count):
+            self.compiled += 1
+            given = (None if one is None else getattr(one, "base", one).data_ptr() for one in (a_ptr, b_ptr, y_ptr))
+            a, b, y = given
+            self.compute(a, b, factor, y, count)
+            target = types.SimpleNamespace(backend="cuda")
+            return types.SimpleNamespace(
+                run=self.run, function="f", packed_metadata="p", metadata=types.SimpleNamespace(target=target)
+            )
+
+        return through_triton
+
+    def run(self, *values):
+        assert values[:3] == (1, 1, 1) and values[3] == "stream"
+        self.driven += 1
+        self.compute(*values[9:])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel, and all that stands between a call and a GPU on a machine without one."""
+    active = types.SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(launch, "driver", types.SimpleNamespace(active=active))
+    monkeypatch.setattr(launch, "CompiledKernel", types.SimpleNamespace)
+    monkeypatch.setattr(launch, "JITFunction", Kernel)
+    monkeypatch.setattr(replay, "on_gpu", lambda x: x.device.type == "cpu")
+    monkeypatch.setattr(replay, "raw_stream", lambda device: "stream")
+    monkeypatch.setattr(replay, "current_device", lambda: -1)
+    return Kernel()
+
+
+class Op:
+    """x [n] -> 3 (2 x + room) + more, where room = x * slope + offset; `slope` is prepared: 1 / given."""
+
+    def __init__(self, kernel: Kernel, n: int, blocks=None, **replaced):
+        self.calls, self.n = 0, n
+        self.first = launch.Launch(kernel, (1,), blocks, factor=2.0, count=n)
+        self.second = launch.Launch(kernel, (1,), factor=3.0, count=n)
+        self.extra = replaced.get("extra", lambda x, y: y)
+        self.repeated = replay.Replay(self.written)
+
+    def written(self, x: Tensor, given: Tensor, more: Tensor | None, name: str = "") -> Tensor:
+        self.calls += 1
+        inverse = prepared(given, "inverse", lambda: 1.0 / given)
+        (room,) = Workspace(((self.n,), torch.float32)).take(x)
+        y = x.new_empty(1, self.n)
+        self.first(x, inverse, room)
+        self.second(room, more, y)
+        return self.extra(x, y.view(self.n))
+
+
+def expected(x, given, more):
+    return 3 * (2 * x + 1.0 / given) + (0 if more is None else more)
+
+
+def rand(n=8, seed=0, offset=0):
+    return (torch.rand(n + offset, generator=torch.Generator().manual_seed(seed)) + 0.5)[offset:]
+
+
+def why(op):
+    return op.repeated.why()
+
+
+def test_the_third_call_of_a_form_is_repeated_on_other_tensors(kernel):
+    op, given = Op(kernel, 8), rand(seed=9)
+    results = []
+    for seed in range(6):
+        x, more = rand(seed=seed), rand(seed=seed + 20)
+        y = op.repeated(x, given, more)
+        results.append((y, expected(x, given, more)))
+        assert op.calls == min(seed + 1, 2)
+    assert all(torch.allclose(y, e) and y.shape == (8,) for y, e in results)  # the first are not written over
+    assert why(op) == {"repeated": 1} and kernel.driven >= 8
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_tensors_that_are_given_twice_are_followed_apart(kernel, again):
+    """Recorded with x in both places, and repeated with two; and the other way round."""
+    op, given, x, other = Op(kernel, 8), rand(seed=9), rand(seed=1), rand(seed=2)
+    for first, second in [(x, x if again else other)] * 3 + [(x, other if again else x), (other, x)]:
+        assert torch.allclose(op.repeated(first, given, second), expected(first, given, second))
+    assert why(op) == {"repeated": 1} and op.calls == 2
+
+
+def test_forms_are_apart(kernel):
+    op, given = Op(kernel, 8), rand(seed=9)
+    kinds = [
+        (rand(), given, None),
+        (rand(), given, rand(seed=3)),
+        (rand(offset=1), given, None),  # begins amid 16 bytes
+        (rand(16)[::2], given, None),
+        (rand(), given, None, "name"),
+    ]
+    for args in kinds * 3:
+        op.repeated(*args)
+    assert len(op.repeated.known) == len(kinds) and op.calls == 2 * len(kinds)
+
+
+def test_what_is_prepared_is_of_the_tensor_at_hand_and_of_today(kernel):
+    op, x = Op(kernel, 8), rand()
+    one, two = rand(seed=4), rand(seed=5)
+    for given in (one, one, one, two, two, one):
+        assert torch.allclose(op.repeated(x, given, None), expected(x, given, None))
+    assert op.calls == 3  # once more for `two`, of which nothing was prepared
+    two.mul_(2)
+    assert torch.allclose(op.repeated(x, two, None), expected(x, two, None)) and op.calls == 4
+    one.data = rand(seed=6)
+    assert torch.allclose(op.repeated(x, one, None), expected(x, one, None)) and op.calls == 5
+    assert torch.allclose(op.repeated(x, one, None), expected(x, one, None)) and op.calls == 5
+
+
+def test_what_is_a_view_of_a_weight_is_not_kept(kernel):
+    """Kept beside its weight, it would live for ever, and hold the weight's memory."""
+    op, held = Op(kernel, 8), weakref.WeakSet()
+
+    def written(x, given):
+        y = x.new_empty(8)
+        op.second(prepared(given, "as it is", lambda: given.view(2, 4).reshape(8)), x, y)
+        return y
+
+    repeated, given = replay.Replay(written), rand(16, seed=9)[8:]
+    for seed in range(4):
+        assert torch.allclose(repeated(rand(seed=seed), given), 3 * given + rand(seed=seed))
+    assert repeated.why() == {"repeated": 1} and CACHE[id(given)][1] == {}
+    held.add(given)
+    del given
+    gc.collect()
+    assert not held
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (lambda x, y: y[2:], "it returns what is not the whole"),
+        (lambda x, y: x, "it returns what is not the whole"),
+        (lambda x, y: (y, y), "it returns some memory twice"),
+        (lambda x, y: (x.mul_(1), y)[1], "it calls aten.mul_.Tensor"),
+        (lambda x, y: y.sort()[0], "it calls aten.sort"),
+        (lambda x, y: torch.cat([x, y]), "it calls aten.cat"),
+        (lambda x, y: y.view(torch.int32) + 0, "an operation of torch sees a tensor as one of another type"),
+        (lambda x, y: torch.full_like(x, float(x[0])), "it calls aten._local_scalar_dense"),
+    ],
+)
+def test_what_else_a_call_does_is_not_repeated(kernel, extra, said):
+    op, given = Op(kernel, 8, extra=extra), rand(seed=9)
+    for seed in range(6):
+        x = rand(seed=seed)
+        y = op.repeated(x, given, None)
+        right = extra(x, expected(x, given, None))
+        pairs = zip(y, right, strict=True) if isinstance(y, tuple) else [(y, right)]
+        assert all(a.dtype == b.dtype and torch.allclose(a, b) for a, b in pairs)
+    assert op.calls == 6
+    ((text, forms),) = why(op).items()
+    assert text.startswith(said) and forms == 1
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda x, y: y + 1,
+        lambda x, y: y.mul_(2),
+        lambda x, y: y.double(),
+        lambda x, y: torch.nn.functional.linear(x.view(2, 4), y.view(4, 2).t(), x[2:4]),
+        lambda x, y: (y.view(2, 4).t() * x[1]).addmm_(x.view(4, 2), y[:8].view(2, 4)[:, 2:]),
+        lambda x, y: (y, y + x, x.exp()),
+    ],
+)
+def test_operations_of_torch_are_repeated(kernel, extra):
+    op, given = Op(kernel, 8, extra=extra), rand(seed=9)
+    for seed in range(6):
+        x = rand(seed=seed)
+        y, right = op.repeated(x, given, None), extra(x, expected(x, given, None))
+        pairs = zip(y, right, strict=True) if isinstance(y, tuple) else [(y, right)]
+        assert all(a.stride() == b.stride() and torch.allclose(a, b) for a, b in pairs)
+    assert op.calls == 2 and why(op) == {"repeated": 1}
+    with torch.autocast("cpu", torch.bfloat16):  # which may change what they do
+        op.repeated(rand(), given, None)
+    assert op.calls == 3
+
+
+def test_operations_under_autocast_are_not_recorded(kernel):
+    op, given = Op(kernel, 8, extra=lambda x, y: y + 1), rand(seed=9)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(5):
+            op.repeated(rand(), given, None)
+    assert op.calls == 5 and why(op) == {"it calls operations of torch under autocast": 1}
+
+
+def test_a_kernel_on_memory_of_its_own_is_not_repeated(kernel):
+    held = rand(seed=7)
+    op = Op(kernel, 8)
+    op.extra = lambda x, y: (op.second(held, None, y), y)[1]
+    for _ in range(4):
+        assert torch.allclose(op.repeated(rand(), rand(seed=9), None), 3 * held)
+    assert why(op) == {"a kernel reads what is neither given nor taken": 1}
+
+
+def test_several_results_of_other_strides(kernel):
+    op, given = Op(kernel, 8), rand(seed=9)
+
+    def extra(x, y):
+        other = x.new_empty(4, 2).t()
+        op.second(x, None, other)
+        return other, y
+
+    op.extra = extra
+    for seed in range(4):
+        x = rand(seed=seed)
+        other, y = op.repeated(x, given, None)
+        assert other.shape == (2, 4) and other.stride() == (1, 2)
+        assert torch.allclose(other, 3 * x.view(4, 2).t()) and torch.allclose(y, expected(x, given, None))
+    assert op.calls == 2
+
+
+def test_settings_that_change_are_read_again(kernel):
+    op, given = Op(kernel, 8), rand(seed=9)
+    for _ in range(3):
+        op.repeated(rand(), given, None)
+    settings.forget()
+    assert why(op) == {}
+    op.repeated(rand(), given, None)
+    assert op.calls == 3
+
+
+def test_profilers_and_targets_see_what_is_written(kernel, monkeypatch):
+    op, given, x = Op(kernel, 8), rand(seed=9), rand()
+    for _ in range(3):
+        op.repeated(x, given, None)
+    hooks = types.SimpleNamespace(calls=[print])
+    runtime = types.SimpleNamespace(launch_enter_hook=hooks, launch_exit_hook=types.SimpleNamespace(calls=[]))
+    with monkeypatch.context() as watching:
+        watching.setattr(step, "knobs", types.SimpleNamespace(runtime=runtime))
+        before = kernel.compiled
+        assert torch.allclose(op.repeated(x, given, None), expected(x, given, None))
+        assert op.calls == 3 and kernel.compiled == before + 2
+    op.repeated(x, given, None)
+    assert op.calls == 3
+    seen = []
+    with settings.target(settings.Target((9, 0), 132, lambda *given: seen.append(given))):
+        for _ in range(3):
+            op.repeated(x, given, None)
+    assert len(seen) == 6 and why(op) == {}
+
+
+def test_forms_do_not_pile_up(kernel, monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 3)
+    op = Op(kernel, 8)
+    for i in range(10):
+        op.repeated(rand(), rand(seed=9), None, str(i))
+        assert len(op.repeated.known) <= 3
+
+
+def test_a_tensor_of_a_class_of_its_own_is_not_kept(kernel):
+    class Own(torch.Tensor):
+        pass
+
+    op, own = Op(kernel, 8), rand(seed=9).as_subclass(Own)
+    for _ in range(3):
+        op.repeated(rand(), own, None)
+    assert op.calls == 3 and not op.repeated.known
+
+
+def test_an_error_in_a_recorded_call_ends_the_recording(kernel):
+    op, given = Op(kernel, 8), rand(seed=9)
+    op.repeated(rand(), given, None)
+    op.extra = lambda x, y: 1 / 0
+    with suppress(ZeroDivisionError):
+        op.repeated(rand(), given, None)
+    op.extra = lambda x, y: y
+    for _ in range(2):
+        assert torch.allclose(op.repeated(rand(), given, None), expected(rand(), given, None))
+    assert why(op) == {"repeated": 1} and torch.ones(2).add(1).sum() == 4
+
+
+def test_descriptors_are_of_the_memory_at_hand(kernel):
+    op, given = Op(kernel, 8, blocks={"a_ptr": (8,)}), rand(seed=9)
+    held = [rand(seed=seed) for seed in range(5)]
+    for x in [*held, *held]:
+        assert torch.allclose(op.repeated(x, given, None), expected(x, given, None))
+    assert op.calls == 2
+    (repeated,) = op.repeated.known.values()
+    (make,) = (one for one in repeated.__globals__.values() if getattr(one, "__name__", "") == "make")
+    assert {x.data_ptr() for x in held[2:]} <= make.__self__.kept.keys()
+    one = make(held[0].data_ptr())
+    assert one is make.__self__.kept[held[0].data_ptr()]
+    right = TensorDescriptor.from_tensor(held[0], [8])
+    assert type(one) is TensorDescriptor
+    assert [list(getattr(one, name)) for name in ("shape", "strides", "block_shape")] == [
+        list(getattr(right, name)) for name in ("shape", "strides", "block_shape")
+    ]
+
+
+def test_threads(kernel):
+    """What one records is not disturbed by what others launch meanwhile."""
+    op, given, wrong = Op(kernel, 64), rand(64, seed=9), []
+
+    def work(seed):
+        for i in range(40):
+            x = rand(64, seed=100 * seed + i)
+            if not torch.allclose(op.repeated(x, given, None), expected(x, given, None)):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and why(op) == {"repeated": 1}

@@ -1,0 +1,53 @@
+"""--optimize: the same pictures but for rounding, in a folder of their own, and what was done is said."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from models import pixel_dit
+from ptq4dm import PixelDiTPipeline
+from ptq4dm.cli.main import main
+from ptq4dm.inference import optimize as verb
+from traced_graphs import TracedGraphs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verb, "has_graphs", lambda device: True)
+    monkeypatch.setattr(verb, "backend", TracedGraphs)
+    monkeypatch.setattr(verb, "why_not_on_cpu", lambda model: "it takes too long for a test")
+    PixelDiTPipeline(pixel_dit(sample_size=32), DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    return tmp_path / "dit"
+
+
+def pixels(folder):
+    from ptq4dm.pipelines.images import load_images
+
+    return torch.stack([torch.as_tensor(one).float() for one in load_images(sorted(folder.glob("*.png")))])
+
+
+def test_generate(model, tmp_path, capsys):
+    options = ["generate", "--model", str(model), "--num-images", "2", "--num-inference-steps", "3"]
+    assert main([*options, "--output", "plain"]) == 0
+    capsys.readouterr()
+    assert main([*options, "--output", "fast", "--optimize", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert any("1 captured" in line and "2 calls replayed" in line for line in facts["optimized"])
+    assert (pixels(tmp_path / "plain") - pixels(tmp_path / "fast")).abs().max() <= 1
+    assert main([*options, "--output", "plain", "--optimize"]) == 2
+    assert "differs in optimized" in capsys.readouterr().err
+
+
+def test_evaluate(model, capsys):
+    few = ["--num-images", "0", "--metric", "none", "--num-paired", "2", "--num-heldout", "2", "--batch-size", "2"]
+    few += ["--num-inference-steps", "2", "--full-precision", str(model)]
+    assert main(["evaluate", "--model", str(model), *few, "--optimize"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("DiTTransformer2DModel on cpu") == 2 and "calls replayed" in out
+    assert main(["evaluate", "--images", "x", "--optimize"]) == 2
+    assert "--optimize is for a model" in capsys.readouterr().err

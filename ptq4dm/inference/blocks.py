@@ -74,8 +74,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
         named = set(getattr(model, names, None) or ())
         if found := [one for one in modules if type(one).__name__ in named]:
             return _outermost(found)
-    listed = [child for module in modules if isinstance(module, nn.ModuleList) for child in module]
-    listed = [child for child in listed if not isinstance(child, nn.ModuleList) and len(list(child.modules())) > 3]
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
+    listed = [child for one in lists for child in one.children() if not isinstance(child, nn.ModuleList)]
+    listed = [child for child in listed if len(list(child.modules())) > 3]
     kinds = Counter(map(type, listed))
     return _outermost([child for child in listed if kinds[type(child)] > 1])
 

@@ -41,7 +41,7 @@ from ..registry import load_late
 from ..rounding.registry import ROUNDERS
 
 PLANES = ("fitted", "uniform")
-REFITS = 2
+REFITS = 4
 FITTED = 1  # bits up to which planes are fitted where nothing is said
 
 
@@ -59,7 +59,7 @@ class LUTGEMMConfig(QuantConfig):
     rounds: of the fit, after its greedy start.
     emphasis: in the fit squared errors count by |w|^emphasis; 0 is plain least squares.
     rounding: of codes on the grid: "gptq", by calibration inputs, or "nearest", the paper's.
-    refits: rounds after gptq in which scales, offsets and codes are fitted to what layers put out; left out, 2 after
+    refits: rounds after gptq in which scales, offsets and codes are fitted to what layers put out; left out, 4 after
         gptq and none after nearest.
     num_tuples: calibration tuples that rounding and refits look at; these layers get one row of each.
     rest: a recipe for the other layers, as text ("rtn activations=dynamic") or as a config; None keeps their
@@ -75,7 +75,7 @@ class LUTGEMMConfig(QuantConfig):
     rounds: int = option(ROUNDS, "of the fit of planes, after its greedy start", low=0)
     emphasis: float = option(1.0, "errors of weights count by |w| to this power", low=0, high=MOST_EMPHASIS)
     rounding: str = option("gptq", "how codes are chosen: nearest, or gptq by calibration inputs")
-    refits: int | None = option(None, "rounds that fit planes to outputs; 2 after gptq", low=0, parse=int)
+    refits: int | None = option(None, "rounds that fit planes to outputs; 4 after gptq", low=0, parse=int)
     num_tuples: int = option(256, "calibration tuples that roundings look at", low=1)
     rest: Any = option(None, "a recipe for all other layers, 'method option=value ...'", parse=str)
 

@@ -26,10 +26,18 @@ def gptq(weight: Tensor, grid: Grid | Fp8Grid | PowerGrid, evidence: LayerEviden
 
     Raises UserError where the rows hold NaN or infinity.
     """
-    columns = weight.shape[1]
-    hessian = evidence.hessian
+    return compensated(weight, grid, *ordered_factor(evidence.hessian, weight.dtype))
+
+
+def ordered_factor(hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(the columns in the order of their rounding [K], the factor of the inverse Hessian in this order [K, K])."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    upper = _inverse_factor(hessian[order][:, order]).to(weight.dtype)
+    return order, _inverse_factor(hessian[order][:, order]).to(dtype)
+
+
+def compensated(weight: Tensor, grid: Grid | Fp8Grid | PowerGrid, order: Tensor, upper: Tensor) -> Tensor:
+    """Codes [N, K] of a weight [N, K] float32, each column's error made up for by those after it."""
+    columns = weight.shape[1]
     work, grid_of = weight[:, order].clone(), grid.columns(order)
     values = torch.empty_like(work)
     for start in range(0, columns, BLOCK):

@@ -4,7 +4,8 @@ For each row w of a weight, with M = X^T X + d mean(diag X^T X) I of the rows X 
 
     scales    least (w - v)^T M (w - v), v = sum_i alpha_i b_i + z of each group: least squares in all scales and
               offsets of a row together, given the signs
-    codes     one input after the other takes the value that is best while the others stay, two times through
+    codes     one input after the other takes the value that is best while the others stay, two times through: once
+              from the codes at hand, once from those of gptq on the new scales; a row takes the better
 
 in turns, scales at the end once more. No step raises the error, but for scales stored in 16 bits; each row keeps the
 best that it had. Alternating
@@ -18,18 +19,31 @@ blocks of inputs, whose changes reach the inputs to come in one product.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
 from ..kernels.formats.bcq import BinaryGrid, signs
+from .gptq import compensated, ordered_factor
 
-DAMPING = 0.001
+DAMPING = 1e-4
 RIDGE = 1e-8  # of the mean of a row's own matrix: planes that are alike have a solution, too
 SWEEPS = 2  # through all inputs, of a round
 BLOCK = 64  # inputs whose changes reach the others together
 CHUNK = 1 << 25  # numbers that are worked on at a time
+
+
+class Task(NamedTuple):
+    """What all rows of a layer share: M [K, K] float64; inputs in the order of their choice [K], M in this order
+    float32, and gptq's factor."""
+
+    metric: Tensor
+    order: Tensor
+    ordered: Tensor
+    upper: Tensor
 
 
 def refitted(
@@ -40,15 +54,15 @@ def refitted(
     In the metric M no row's error is above that of the start. Raises UserError where the inputs hold NaN or infinity.
     """
     metric = _metric(evidence.hessian)
-    order = metric.diagonal().argsort(descending=True, stable=True)
-    ordered = metric.float()[order][:, order]
+    order, upper = ordered_factor(evidence.hessian, weight.dtype)
+    task = Task(metric, order, metric.float()[order][:, order], upper)
     (outputs, inputs), planes = weight.shape, grid.bits + 1
     step = max(1, CHUNK // (planes * max(2 * inputs, planes * grid.alphas.shape[1] ** 2)))
     parts = []
     for start in range(0, outputs, step):
         chosen = slice(start, start + step)
         rows = weight[chosen], codes[chosen], grid.rows(chosen)
-        parts.append(_refitted(*rows, metric, order, ordered, rounds))
+        parts.append(_refitted(*rows, task, rounds))
     return torch.cat([part for part, _ in parts]), BinaryGrid.stacked([part for _, part in parts])
 
 
@@ -72,18 +86,22 @@ def _metric(hessian: Tensor) -> Tensor:
     return hessian + DAMPING * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
 
 
-def _refitted(
-    weight: Tensor, codes: Tensor, grid: BinaryGrid, metric: Tensor, order: Tensor, ordered: Tensor, rounds: int
-) -> tuple[Tensor, BinaryGrid]:
+def _refitted(weight: Tensor, codes: Tensor, grid: BinaryGrid, task: Task, rounds: int) -> tuple[Tensor, BinaryGrid]:
     kind = grid.alphas.dtype
-    least, slope = _error(weight, grid.values(codes), metric)
+    least, slope = _error(weight, grid.values(codes), task.metric)
     best, kept = codes, grid
     for turn in range(rounds + (rounds > 0)):
-        codes, grid = _scales(slope, codes, grid, metric)
+        codes, grid = _scales(slope, codes, grid, task.metric)
         grid = BinaryGrid(grid.alphas.to(kind), grid.offsets.to(kind))
         if turn < rounds:
-            codes = _descent(weight, codes, grid, order, ordered)
-        error, slope = _error(weight, grid.values(codes), metric)
+            anew = _descent(weight, compensated(weight, grid, task.order, task.upper), grid, task)
+            codes = _descent(weight, codes, grid, task)
+        error, slope = _error(weight, grid.values(codes), task.metric)
+        if turn < rounds:
+            other, other_slope = _error(weight, grid.values(anew), task.metric)
+            better = (other < error)[:, None]
+            codes, slope = torch.where(better, anew, codes), torch.where(better, other_slope, slope)
+            error = error.minimum(other)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better[:, None], codes, best)
         kept = BinaryGrid(
@@ -123,9 +141,9 @@ def _gram(basis: Tensor, metric: Tensor) -> Tensor:
     return gram.view(count, groups * planes, groups * planes)
 
 
-def _descent(weight: Tensor, codes: Tensor, grid: BinaryGrid, order: Tensor, ordered: Tensor) -> Tensor:
-    """Codes of less error: each input in turn, the one that weighs most first, given all others. `ordered`: M of the
-    inputs in this order."""
+def _descent(weight: Tensor, codes: Tensor, grid: BinaryGrid, task: Task) -> Tensor:
+    """Codes of less error: each input in turn, the one that weighs most first, given all others."""
+    order, ordered = task.order, task.ordered
     size = weight.shape[1] // grid.alphas.shape[1]
     sums, kinds = grid.sums().transpose(0, 1).sort(stable=True)  # [G, N, 2^q]
     middles = ((sums[..., 1:] + sums[..., :-1]) / 2).contiguous()

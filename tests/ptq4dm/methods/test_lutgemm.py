@@ -90,7 +90,7 @@ def test_planes_are_uniform_above_one_bit_where_nothing_is_said(reference):
     assert kinds == {(1, None): {False}, (2, None): {True}, (4, "fitted"): {False}, (2, "uniform"): {True}}
 
 
-@pytest.mark.parametrize("rounding, refits, found", [("gptq", None, 2), ("gptq", 0, 0), ("nearest", None, 0)])
+@pytest.mark.parametrize("rounding, refits, found", [("gptq", None, 4), ("gptq", 0, 0), ("nearest", None, 0)])
 def test_refits_follow_the_rounding(rounding, refits, found):
     config = LUTGEMMConfig(rounding=rounding, refits=refits)
     assert config._plan(ptq4dm.layers.view.LayerView("x", torch.nn.Linear(128, 8))).refits == found

@@ -1,8 +1,8 @@
 """Attention on 8-bit codes in Triton; the formula is reference8.py's. For GPUs that multiply e4m3 (from 8.9 on).
 
-    x[m, n] = a[m] b[block of n] sum_j qc[m, j] kc[n, j]
-    P[m, n] = e4m3(2^(x[m, n] - peak_m + TOP)),    l_m = sum_n 2^(x[m, n] - peak_m + TOP)
-    y[m, j] = c[j] sum_n P[m, n] vc[n, j] / l_m + mean[j]
+    x[m, n] = a[m] b[n] sum_j qc[m, j] kc[n, j]
+    p[m, n] = 2^(x[m, n] + log2 c[n] - peak_m + TOP),    l_m = sum_n p[m, n] / c[n]
+    y[m, j] = sum_n e4m3(p[m, n]) vc[n, j] / l_m + mean[j]
 
 Keys are loaded in the order in which values lie (formats/attention8.py). Each block's part of y is summed by itself
 and then added in float32: in e4m3 a tensor core keeps few bits of a long sum. On Hopper product8_hopper.py is faster.
@@ -22,7 +22,7 @@ from .reference8 import TOP
 
 @triton.jit
 def _attention8_kernel(
-    q_ptr, qs_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr, vm_ptr, y_ptr, M, L, H, q_blocks, k_blocks, TOP: tl.constexpr,
+    q_ptr, qs_ptr, k_ptr, ks_ptr, v_ptr, vl_ptr, vm_ptr, y_ptr, M, L, H, q_blocks, k_blocks, TOP: tl.constexpr,
     D: tl.constexpr, W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head."""
@@ -45,17 +45,17 @@ def _attention8_kernel(
             x = tl.dot(q, tl.load(k_ptrs + block * BN * W), out_dtype=tl.int32).to(tl.float32)
         else:
             x = tl.dot(q, tl.load(k_ptrs + block * BN * W), out_dtype=tl.float32)
-        x *= (q_scale * tl.load(ks_ptr + head * k_blocks + block))[:, None]
+        v_log = tl.load(vl_ptr + head * k_blocks + block)
+        x = x * (q_scale * tl.load(ks_ptr + head * k_blocks + block))[:, None] + v_log
         x = tl.where((block * BN + n < L)[None, :], x, float("-inf"))
         above = tl.maximum(peak, tl.max(x, 1))
         p = tl.exp2(x - above[:, None] + TOP)
         correction = tl.exp2(peak - above)
-        total = total * correction + tl.sum(p, 1)
+        total = total * correction + tl.sum(p, 1) * tl.exp2(-v_log)
         part = tl.dot(p.to(v_ptr.dtype.element_ty), tl.load(v_ptrs + block * BN), out_dtype=tl.float32)
         y = y * correction[:, None] + part
         peak = above
-    v_scale, v_mean = tl.load(vs_ptr + head * W + j), tl.load(vm_ptr + head * W + j)
-    y = y / total[:, None] * v_scale[None, :] + v_mean[None, :]
+    y = y / total[:, None] + tl.load(vm_ptr + head * W + j)[None, :]
     y_ptrs = y_ptr + ((head // H * M + m) * H + head % H)[:, None] * D + j[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (j < D)[None, :])
 

@@ -1,25 +1,34 @@
 """Attention on 8-bit operands for Hopper in Gluon: loads, and two halves of 128 queries, in warps of their own.
 
-    x[m, n] = a[m] b[block of n] sum_j qc[m, j] kc[n, j]      a holds scale * log2(e)
-    P[m, n] = e4m3(2^(x[m, n] - peak_m + 8)),   l_m = sum_n 2^(x[m, n] - peak_m + 8)
-    y[m, j] = c[j] sum_n P[m, n] vc[n, j] / l_m + mean[j]
+    x[m, n] = a[m] b[n] sum_j qc[m, j] kc[n, j]
+    p[m, n] = 2^(x[m, n] + log2 c[n] - peak_m + TOP),    l_m = sum_n p[m, n] / c[n]
+    y[m, j] = sum_n e4m3(p[m, n]) vc[n, j] / l_m + mean[j]
 
 As many programs as multiprocessors walk over tiles of 128 queries, each in three groups of warps:
 
-    1 warp    loads by TMA: the queries of a tile, then blocks of 128 keys and values, each in a ring of STAGES
-    4 warps   64 queries:  products | exponentials |  products | ...
-    4 warps   64 queries:             products     | exponentials | ...
+    1 warp    loads by TMA: the queries of a tile, then blocks of 128 keys and values through a ring of STAGES
+    4 warps   64 queries   | products with keys of block 2, values of block 0 | ... of 3 and 1       | ...
+                           | exponentials of block 1                           | exponentials of 2    | ...
+    4 warps   64 queries, the same
 
-A half queues the products of its queries with the next keys, then those of its last P with their values, and lets the
-other half do so (`order`); while the second ones run it makes the next P. P never leaves the registers: what a thread
-has of the sums is what it must hold of an operand, if keys are counted in the order that codes8.py gives to the
-values. Blocks are taken from the last one on, so that what lies past the end of the keys is seen in the first step
-alone.
+A half queues the products with the next block's keys, makes P of this block while these run, then queues those of P
+with this block's values, and has no product to wait for that was not queued a whole block before. That takes two
+sets of registers for x: the loop has two steps. P never leaves the registers: what a thread has of the sums is what
+it must hold of an operand, if keys are counted in the order that codes8.py gives to the values. Blocks are taken from
+the last one on, so that what lies past the end of the keys is seen in the first step alone.
+
+A stage of the ring holds the keys of a block and the values of the block before it: it is read in one step.
+
+Tried on an H200 and left out: P's products on sums of their own, added in float32 (slower, and the error of the sums
+was below that of the codes without it), turns of the two halves, correcting y only where a peak rose by 2^3 (no
+faster), a quarter of the exponentials by arithmetic (slower).
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,7 +43,8 @@ from ..runtime.settings import multiprocessors
 
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
-DEFAULT = {"BN": 128, "STAGES": 4, "AHEAD": True}
+DEFAULT = {"BN": 128, "STAGES": 4, "SPLIT": True}
+FEWEST, ROWS = 6, 32  # blocks of keys that sharing a tile must save; queries that are joined at a time
 # Four values that a thread has side by side to four bytes of e4m3; Triton by itself would move each byte.
 FOUR = gl.constexpr(
     "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
@@ -43,29 +53,58 @@ FOUR = gl.constexpr(
 
 
 @gluon.jit
-def _load(ring, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr):
-    q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_bars, full, empty = ring
-    M, L, H, q_tiles, k_tiles, tiles = sizes
+def _count(sizes, PROGRAMS: gl.constexpr):
+    """How many items a program has: whole tiles, and parts of those that are left when all have as many."""
+    M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
+    program = gl.program_id(0)
+    if share == 0:
+        return (tiles - program + PROGRAMS - 1) // PROGRAMS
+    else:
+        left = (tiles - whole * PROGRAMS) * k_tiles
+        start = program * share
+        end = gl.minimum(start + share, left)
+        return whole + gl.where(start < end, (end - 1) // k_tiles - start // k_tiles + 1, 0)
+
+
+@gluon.jit
+def _item(i, sizes, PROGRAMS: gl.constexpr):
+    """(tile, its first block of keys, the one after its last) of a program's i-th item."""
+    M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
+    program = gl.program_id(0)
+    start = program * share
+    end = gl.minimum(start + share, (tiles - whole * PROGRAMS) * k_tiles)
+    part = (share > 0) & (i >= whole)
+    tile = start // k_tiles + i - whole
+    low = gl.maximum(start - tile * k_tiles, 0)
+    high = gl.minimum(end - tile * k_tiles, k_tiles)
+    tile = gl.where(part, whole * PROGRAMS + tile, program + i * PROGRAMS)
+    return tile, gl.where(part, low, 0), gl.where(part, high, k_tiles)
+
+
+@gluon.jit
+def _load(loads, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr):
+    q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
+    M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     slot = 0
-    phase = 1
-    for tile in range(gl.program_id(0), tiles, PROGRAMS):
+    for item in range(_count(sizes, PROGRAMS)):
+        tile, low, high = _item(item, sizes, PROGRAMS)
         head = tile // q_tiles
-        row = (head * q_tiles + tile % q_tiles) * 128
-        mbarrier.wait(q_bars.index(1), phase)
-        mbarrier.expect(q_bars.index(0), 2 * q_desc.block_type.nbytes)
-        async_load(q_desc, [row, 0], q_bars.index(0), q_buffers.index(0))
-        async_load(q_desc, [row + 64, 0], q_bars.index(0), q_buffers.index(1))
-        phase ^= 1
-        for i in range(k_tiles + 1):  # the keys of a block, and the values of the one before it
+        row = tile * 128
+        side = item & 1
+        mbarrier.wait(q_empty.index(side), item >> 1 & 1 ^ 1)
+        mbarrier.expect(q_full.index(side), 2 * q_desc.block_type.nbytes)
+        async_load(q_desc, [row, 0], q_full.index(side), q_buffers.index(2 * side))
+        async_load(q_desc, [row + 64, 0], q_full.index(side), q_buffers.index(2 * side + 1))
+        for i in range(high - low + 1):  # the keys of a block, and the values of the one before it
             stage = slot % STAGES
             bar = full.index(stage)
+            keys, values = i < high - low, i > 0
             mbarrier.wait(empty.index(stage), slot // STAGES & 1 ^ 1)
             mbarrier.expect(bar, k_desc.block_type.nbytes, pred=i == 0)
-            mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes, pred=(i > 0) & (i < k_tiles))
-            mbarrier.expect(bar, v_desc.block_type.nbytes, pred=i == k_tiles)
-            row = (head * k_tiles + k_tiles - 1 - i) * BN
-            async_load(k_desc, [row, 0], bar, k_buffers.index(stage), pred=i < k_tiles)
-            async_load(v_desc, [head * D, (k_tiles - i) * BN], bar, v_buffers.index(stage), pred=i > 0)
+            mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes, pred=keys & values)
+            mbarrier.expect(bar, v_desc.block_type.nbytes, pred=i == high - low)
+            async_load(k_desc, [(head * k_tiles + high - 1 - i) * BN, 0], bar, k_buffers.index(stage), pred=keys)
+            async_load(v_desc, [head * D, (high - i) * BN], bar, v_buffers.index(stage), pred=values)
             slot += 1
 
 
@@ -103,8 +142,8 @@ def _sums(x, rows: gl.constexpr):
 
 @gluon.jit
 def _step(
-    q, ring, slot, more, x, y, scale, peak, total, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    MORE: gl.constexpr, AHEAD: gl.constexpr,
+    q, ring, slot, more, x, y, scale, v_log, peak, total, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    MORE: gl.constexpr,
 ):  # fmt: skip
     """One block: x are its sums, y the sums of the blocks before it; both may still be under way.
 
@@ -118,8 +157,6 @@ def _step(
     y_rows: gl.constexpr = gl.SliceLayout(1, y_layout)
     sums: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
     stage = slot % STAGES
-    if not AHEAD:
-        mbarrier.wait(full.index(stage), slot // STAGES & 1)
     k = k_buffers.index(stage).permute((1, 0))
     v = v_buffers.index(stage).permute((1, 0))
     if MORE:
@@ -127,13 +164,12 @@ def _step(
         x = hopper.warpgroup_mma_wait(2, deps=(x,))
     else:
         x = hopper.warpgroup_mma_wait(1, deps=(x,))
-    above = _largest(x, x_rows).to(gl.float32) * scale
-    above = gl.maximum(peak, above)
-    p = gl.exp2(x.to(gl.float32) * scale[:, None] - (above - TOP)[:, None])
+    above = gl.maximum(peak, _largest(x, x_rows).to(gl.float32) * scale + v_log)
+    p = gl.exp2(x.to(gl.float32) * scale[:, None] - (above - (v_log + TOP))[:, None])
     lower = gl.exp2(peak - above)
-    total = total * lower + _sums(p, x_rows)
+    total = total * lower + _sums(p, x_rows) * gl.exp2(-v_log)
     # Without a wait here ptxas would have the next one before all that is above.
-    if MORE and AHEAD:
+    if MORE:
         mbarrier.wait(full.index((slot + 1) % STAGES), (slot + 1) // STAGES & 1, pred=more)
     else:
         mbarrier.wait(full.index(stage), slot // STAGES & 1)
@@ -151,11 +187,11 @@ def _step(
 @gluon.jit
 def _attend(
     half: gl.constexpr, loads, ending, sizes, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, AHEAD: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
-    q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_bars, full, empty = loads
-    y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr = ending
-    M, L, H, q_tiles, k_tiles, tiles = sizes
+    q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
+    y_ptr, part_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr = ending
+    M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, y_layout, 4)
@@ -163,95 +199,108 @@ def _attend(
     y_rows: gl.constexpr = gl.SliceLayout(1, y_layout)
     sums: gl.constexpr = gl.int32 if q_desc.dtype == gl.int8 else gl.float32
     out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    q = q_buffers.index(half)
     ring = (k_buffers, v_buffers, full, empty)
     slot = 0
-    phase = 0
-    for tile in range(gl.program_id(0), tiles, PROGRAMS):
+    for item in range(_count(sizes, PROGRAMS)):
+        tile, low, high = _item(item, sizes, PROGRAMS)
         head = tile // q_tiles
         top = tile % q_tiles * 128 + half * 64
+        last = high - low - 1
         q_scale = gl.load(q_scale_ptr + head * q_tiles * 128 + top + gl.arange(0, 64, x_rows))
-        k_scales = k_scale_ptr + head * k_tiles
-        last = k_tiles - 1
-        scale = q_scale * gl.load(k_scales + last)
-        mbarrier.wait(q_bars.index(0), phase)
+        k_scales, v_logs = k_scale_ptr + head * k_tiles + low, v_log_ptr + head * k_tiles + low
+        k_scale, v_log = gl.load(k_scales + last), gl.load(v_logs + last)
+        side = item & 1
+        q = q_buffers.index(2 * side + half)
+        mbarrier.wait(q_full.index(side), item >> 1 & 1)
         mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
         k = k_buffers.index(slot % STAGES).permute((1, 0))
         x = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
         slot += 1
         stage = slot % STAGES
         mbarrier.wait(full.index(stage), slot // STAGES & 1)
-        k = k_buffers.index(stage).permute((1, 0))
-        v = v_buffers.index(stage).permute((1, 0))  # of the only block, this is what lay there: it is not used
+        k = k_buffers.index(stage).permute((1, 0))  # of the only block, this is what lay there: it is not used
+        v = v_buffers.index(stage).permute((1, 0))
         x2 = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
         first = hopper.warpgroup_mma_wait(1, deps=(x,)).to(gl.float32)
-        past = last * BN + gl.arange(0, BN, gl.SliceLayout(0, x_layout)) >= L
-        peak = _largest(gl.where(past[None, :], float("-inf"), first), x_rows) * scale
-        p = gl.where(past[None, :], 0.0, gl.exp2(first * scale[:, None] - (peak - TOP)[:, None]))
-        total = _sums(p, x_rows)
+        past = (high - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, x_layout)) >= L
+        scale = q_scale * k_scale
+        peak = _largest(gl.where(past[None, :], float("-inf"), first), x_rows) * scale + v_log
+        p = gl.where(past[None, :], 0.0, gl.exp2(first * scale[:, None] - (peak - (v_log + TOP))[:, None]))
+        total = _sums(p, x_rows) * gl.exp2(-v_log)
+        before = gl.maximum(last - 1, 0)
+        k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
         y = gl.zeros((64, D), gl.float32, y_layout)
         y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, use_acc=False, is_async=True)
         mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
         slot += 1
-        if AHEAD:
-            mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1, pred=last > 0)
-        for i in range(1, last, 2):
-            scale = q_scale * gl.load(k_scales + last - i)
-            x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, peak, total, BN, D, STAGES, True, AHEAD)
-            scale = q_scale * gl.load(k_scales + last - i - 1)
-            x2, y, peak, total = _step(
-                q, ring, slot + 1, i + 1 < last, x, y, scale, peak, total, BN, D, STAGES, True, AHEAD
-            )
+        mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1, pred=last > 0)
+        for i in range(1, last, 2):  # scales are loaded a step before they are used
+            k_scale2, v_log2 = gl.load(k_scales + last - i - 1), gl.load(v_logs + last - i - 1)
+            scale = q_scale * k_scale
+            x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, v_log, peak, total, BN, D, STAGES, True)
+            before = gl.maximum(last - i - 2, 0)
+            k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
+            scale = q_scale * k_scale2
+            more = i + 1 < last
+            x2, y, peak, total = _step(q, ring, slot + 1, more, x, y, scale, v_log2, peak, total, BN, D, STAGES, True)
             slot += 2
         if last % 2 == 1:
-            scale = q_scale * gl.load(k_scales)
-            y, peak, total = _step(q, ring, slot, False, x2, y, scale, peak, total, BN, D, STAGES, False, AHEAD)
+            scale = q_scale * k_scale
+            y, peak, total = _step(q, ring, slot, False, x2, y, scale, v_log, peak, total, BN, D, STAGES, False)
             result = hopper.warpgroup_mma_wait(0, deps=(y,))
             slot += 1
         else:
             _, result = hopper.warpgroup_mma_wait(0, deps=(x2, y))
-        mbarrier.arrive(q_bars.index(1), count=1)
+        mbarrier.arrive(q_empty.index(side), count=1)
         mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
-        phase ^= 1
-        columns = gl.arange(0, D, gl.SliceLayout(0, y_layout))
-        v_scale = gl.load(v_scale_ptr + head * D + columns)
-        v_mean = gl.load(v_mean_ptr + head * D + columns)
-        inverse = gl.convert_layout(1.0 / total, y_rows, assert_trivial=True)
-        result = result * inverse[:, None] * v_scale[None, :] + v_mean[None, :]
-        result = gl.convert_layout(result.to(y_ptr.dtype.element_ty), out)
-        rows = top + gl.arange(0, 64, gl.SliceLayout(1, out))
-        columns = gl.arange(0, D, gl.SliceLayout(0, out))
-        where = ((head // H * M + rows).to(gl.int64) * H + head % H) * OUT
-        gl.store(
-            y_ptr + where[:, None] + columns[None, :], result, mask=(rows < M)[:, None] & (columns < OUT)[None, :]
-        )
+        if part_ptr is not None and item >= whole:
+            piece = part_ptr + ((gl.program_id(0) * 2 + item - whole) * 128 + half * 64) * (D + 2)
+            rows = gl.arange(0, 64, x_rows)
+            gl.store(piece + rows * (D + 2) + D, peak)
+            gl.store(piece + rows * (D + 2) + D + 1, total)
+            rows = gl.arange(0, 64, y_rows)
+            columns = gl.arange(0, D, gl.SliceLayout(0, y_layout))
+            gl.store(piece + rows[:, None] * (D + 2) + columns[None, :], result)
+        else:
+            columns = gl.arange(0, D, gl.SliceLayout(0, y_layout))
+            v_mean = gl.load(v_mean_ptr + head * D + columns)
+            inverse = gl.convert_layout(1.0 / total, y_rows, assert_trivial=True)
+            ended = result * inverse[:, None] + v_mean[None, :]
+            ended = gl.convert_layout(ended.to(y_ptr.dtype.element_ty), out)
+            rows_out = top + gl.arange(0, 64, gl.SliceLayout(1, out))
+            columns_out = gl.arange(0, D, gl.SliceLayout(0, out))
+            where = ((head // H * M + rows_out).to(gl.int64) * H + head % H) * OUT
+            inside = (rows_out < M)[:, None] & (columns_out < OUT)[None, :]
+            gl.store(y_ptr + where[:, None] + columns_out[None, :], ended, mask=inside)
 
 
-@gluon.jit(do_not_specialize=["M", "L", "k_tiles", "tiles"])
+@gluon.jit(do_not_specialize=["M", "L", "q_tiles", "k_tiles", "tiles", "whole", "share"])
 def _attention8_hopper_kernel(
-    q_desc, k_desc, v_desc, y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr, M, L, H, q_tiles, k_tiles,
-    tiles, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
-    AHEAD: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, y_ptr, part_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr, M, L, H, q_tiles,
+    k_tiles, tiles, whole, share, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr,
+    PROGRAMS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    q_buffers = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
+    q_buffers = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_type.shape, q_desc.layout)
     k_buffers = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_buffers = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_bars.index(0), count=1)
-    mbarrier.init(q_bars.index(1), count=2)
+    for side in gl.static_range(2):
+        mbarrier.init(q_full.index(side), count=1)
+        mbarrier.init(q_empty.index(side), count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     hopper.fence_async_shared()
-    loads = (q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_bars, full, empty)
-    ending = (y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, v_mean_ptr)
-    sizes = (M, L, H, q_tiles, k_tiles, tiles)
+    loads = (q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty)
+    ending = (y_ptr, part_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr)
+    sizes = (M, L, H, q_tiles, k_tiles, tiles, whole, share)
     gl.warp_specialize(
         [
-            (_attend, (gl.constexpr(0), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS, AHEAD)),
-            (_attend, (gl.constexpr(1), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS, AHEAD)),
+            (_attend, (gl.constexpr(0), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS)),
+            (_attend, (gl.constexpr(1), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS)),
             (_load, (loads, sizes, BN, D, STAGES, PROGRAMS)),
         ],
         [4, 1],
@@ -259,25 +308,70 @@ def _attention8_hopper_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["M", "q_tiles", "k_tiles", "first", "share"])
+def _join_kernel(
+    part_ptr, v_mean_ptr, y_ptr, M, H, q_tiles, k_tiles, first, share, D: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS queries of a tile whose blocks of keys were shared among programs; their sums are joined."""
+    left, tile = tl.program_id(0), first + tl.program_id(0)
+    head = tile // q_tiles
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, D)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total, y = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    for program in range(left * k_tiles // share, ((left + 1) * k_tiles - 1) // share + 1):
+        piece = part_ptr + ((program * 2 + left - program * share // k_tiles) * 128 + row) * (D + 2)
+        its_peak, its_total = tl.load(piece + D), tl.load(piece + D + 1)
+        above = tl.maximum(peak, its_peak)
+        old, new = tl.exp2(peak - above), tl.exp2(its_peak - above)
+        total = total * old + its_total * new
+        y = y * old[:, None] + tl.load(piece[:, None] + j[None, :]) * new[:, None]
+        peak = above
+    y = y / total[:, None] + tl.load(v_mean_ptr + head * D + j)[None, :]
+    m = tile % q_tiles * 128 + row
+    where = ((head // H * M + m).to(tl.int64) * H + head % H) * OUT
+    tl.store(
+        y_ptr + where[:, None] + j[None, :], y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (j < OUT)[None, :]
+    )
+
+
 def attention(codes: Codes8, y: Tensor, tokens: int, config: dict | None = None) -> None:
-    """codes as codes8.py makes them -> y [B, M, H, d] 16-bit, which is written. config: BN, STAGES."""
-    q, q_scales, k, k_scales, v, v_scales, v_means = codes
+    """codes as codes8.py makes them -> y [B, M, H, d], which is written. config: BN, STAGES, SPLIT."""
+    q, q_scales, k, k_scales, v, v_logs, v_means = codes
     batch, rows, heads, width = y.shape
-    launch = _launch(config or DEFAULT, batch, heads, rows, tokens, width, q.dtype, y.device)
-    launch(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), y, q_scales, k_scales, v_scales, v_means)
+    launch, join, pieces = _plan(config or DEFAULT, batch, heads, rows, tokens, width, q.dtype, y.device)
+    parts = y.new_empty(pieces, dtype=torch.float32) if pieces else None
+    launch(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), y, parts, q_scales, k_scales, v_logs, v_means)
+    if join is not None:
+        join(parts, v_means, y)
 
 
 @planned
-def _launch(
+def _plan(
     config: dict, batch: int, heads: int, rows: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device
-) -> Launch:
-    bn, channels = config["BN"], padded(width)
+) -> tuple[Launch, Launch | None, tuple[int, ...]]:
+    """(the products, what joins tiles that were shared, the shape of what is handed over, () for nothing)."""
+    bn, stages, channels = config["BN"], config["STAGES"], padded(width)
+    if stages < 3:  # a step reads one stage, has not yet given back the one before, and waits for the one after
+        raise ValueError(f"attention in 8 bits takes 3 stages or more; {stages} would wait for ever.")
     q_tiles, k_tiles = cdiv(rows, 128), cdiv(tokens, bn)
-    tiles = batch * heads * q_tiles
-    programs = multiprocessors(device)
+    tiles, programs = batch * heads * q_tiles, multiprocessors(device)
+    whole, left = divmod(tiles, programs)
+    share = cdiv(left * k_tiles, programs) if config["SPLIT"] else 0
+    if share + FEWEST > k_tiles:  # the last round is nearly full, or there are few keys: it stays as it is
+        share = 0
     blocks = dict(q_desc=(64, channels), k_desc=(bn, channels), v_desc=(channels, bn))
-    return Launch(
-        _attention8_hopper_kernel, (min(programs, tiles),), blocks, M=rows, L=tokens, H=heads, q_tiles=q_tiles,
-        k_tiles=k_tiles, tiles=tiles, D=channels, OUT=width, PROGRAMS=programs, **config,
-        COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
+    launch = Launch(
+        _attention8_hopper_kernel, (programs if share else min(programs, tiles),), blocks, M=rows, L=tokens, H=heads,
+        q_tiles=q_tiles, k_tiles=k_tiles, tiles=tiles, whole=whole, share=share, BN=bn, D=channels, OUT=width,
+        STAGES=stages, PROGRAMS=programs, COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS,
+        num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
+    if not share:
+        return launch, None, ()
+    join = Launch(
+        _join_kernel, (left, 128 // ROWS), M=rows, H=heads, q_tiles=q_tiles, k_tiles=k_tiles,
+        first=whole * programs, share=share, D=channels, OUT=width, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
+    return launch, join, (programs * 2, 128, channels + 2)

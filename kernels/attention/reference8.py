@@ -1,11 +1,11 @@
 """The formula of attention on 8-bit codes in torch, in blocks of tokens: the truth, and what a CPU runs.
 
-    x[m, n] = a[m] b[block of n] sum_j qc[m, j] kc[n, j]          (formats/attention8.py; a holds log2(e))
-    P[m, n] = e4m3(2^(x[m, n] - peak_m + TOP)),    l_m = sum_n 2^(x[m, n] - peak_m + TOP)
-    y[m, j] = c[j] sum_n P[m, n] vc[n, j] / l_m + mean[j]
+    x[m, n] = a[m] b[n] sum_j qc[m, j] kc[n, j]          (formats/attention8.py; a holds log2(e); b, c: of n's block)
+    p[m, n] = 2^(x[m, n] + log2 c[n] - peak_m + TOP),    l_m = sum_n p[m, n] / c[n]
+    y[m, j] = sum_n e4m3(p[m, n]) vc[n, j] / l_m + mean[j]
 
-Block by block from the last, with the largest x so far as peak_m, which is corrected where a later block has a larger
-one. P is at most 2^TOP = 256, of 448 that e4m3 has: what is 2^14 times smaller than the largest is a full code still.
+Block by block from the last, with the largest x + log2 c so far as peak_m, which is corrected where a later block has
+a larger one. p is at most 2^TOP = 256, of 448 that e4m3 has: what is 2^14 times smaller is a full code still.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ def attention(codes: Codes8, rows: int, tokens: int, width: int, dtype: torch.dt
         x = q @ k.mT
         if where.stop > tokens:
             x[..., tokens - where.stop :] = -torch.inf
+        v_log = codes.v_logs[..., block, None, None]
+        x = x + v_log
         above = torch.maximum(peak, x.amax(-1, keepdim=True))
         p, correction = torch.exp2(x - above + TOP), torch.exp2(peak - above)
-        total = total * correction + p.sum(-1, keepdim=True)
+        total = total * correction + p.sum(-1, keepdim=True) * torch.exp2(-v_log)
         y = y * correction + p.to(TYPES["e4m3"]).float() @ v.mT
         peak = above
-    y = y / total * codes.v_scales.unsqueeze(-2) + codes.v_means.unsqueeze(-2)
+    y = y / total + codes.v_means.unsqueeze(-2)
     return y[..., :rows, :width].to(dtype)

@@ -102,6 +102,8 @@ def powers(exponents: Tensor) -> Tensor:
 
 
 def _exponents(largest: Tensor, peaks: Tensor, groups: int) -> Tensor:
-    """The largest e <= G-1 with peak 2^e <= largest, int8."""
-    ratio = torch.log2(largest / peaks).floor().nan_to_num(0.0, groups - 1.0, 0.0)
-    return ratio.clamp(0, groups - 1).to(torch.int8)
+    """The largest e <= G-1 with peak 2^e <= largest, int8. (By comparisons, which are exact; logarithms are not.)"""
+    found = torch.zeros(peaks.shape, dtype=torch.int8, device=peaks.device)
+    for e in range(1, groups):
+        found += peaks * 2.0**e <= largest
+    return found

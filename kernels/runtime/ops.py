@@ -43,7 +43,11 @@ def op(function: Callable) -> Callable:
 
     It must return new tensors. torch.library reads its schema from the annotations. `.register_fake` takes a function
     of the same arguments that returns empty tensors, as with custom_op. In a backward pass RuntimeError, for there is
-    no formula. `.replay` is what repeats calls on a GPU.
+    no formula.
+
+    On a GPU calls are repeated from recordings (replay.py; `.replay` says which). So what a function chooses may
+    depend on shapes, strides, types and addresses modulo 16 of its tensors, on its other arguments, and on settings
+    that `settings.forget` drops; on nothing that changes otherwise, and on no tensor's values.
     """
     name = function.__name__
     replay = Replay(function)

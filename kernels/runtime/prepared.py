@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor
 
 from .recording import current
@@ -40,10 +41,16 @@ def _prepared(owner: Tensor, key, build, given: Tensor, others: tuple[Tensor, ..
         entry = CACHE[name] = (weakref.ref(owner, lambda _, drop=CACHE.pop: drop(name, None)), state), {}
     if key not in entry[1]:
         made = build()
-        if made is given or made._base is given or made._base is owner:
+        if made is given or _in_memory_of(owner, made):
             return made  # the weight is in that form already: kept here, it would live for ever
         entry[1][key] = made
     return entry[1][key]
+
+
+def _in_memory_of(owner: Tensor, made: Tensor) -> bool:
+    """Whether `made` is a view of the weight; in a recording, of an alias of it."""
+    plain = made.layout == torch.strided  # oneDNN's own form has no memory to ask for
+    return plain and made.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr()
 
 
 def kept(owner: Tensor, key, *others: Tensor) -> Tensor | None:

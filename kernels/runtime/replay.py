@@ -48,7 +48,8 @@ def _form_of(kinds: tuple[type, ...]) -> Callable | None:
     facts, addresses = [], []
     for i, kind in enumerate(kinds):
         if kind in TENSORS:
-            facts.append(f"a{i}.shape, a{i}.stride(), a{i}.dtype, a{i}.get_device(), (p{i} := a{i}.data_ptr()) & 15")
+            strides = f"a{i}.is_contiguous() or a{i}.stride()"
+            facts.append(f"a{i}.shape, {strides}, a{i}.dtype, a{i}.get_device(), (p{i} := a{i}.data_ptr()) & 15")
             addresses.append(f"p{i}")
         else:
             facts.append(f"tuple(a{i})" if kind is list else f"a{i}")

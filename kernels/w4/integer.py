@@ -38,7 +38,7 @@ REFERENCE, PROGRESSIVE, CHANNEL, GROUPED, ROW_MIX = (
     "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped", "triton-w4a8-row-mix",
 )  # fmt: skip
 INT32, FLOAT = torch.int32, torch.float32
-WIDEST = 256  # outputs that a tile may have
+WIDEST = 256  # rows, and outputs, that a tile may have
 
 
 def serves(device: torch.device) -> bool:
@@ -60,7 +60,7 @@ def _room(m: int, n: int, k: int, groups: int, sums: bool, factors: bool, scales
 
 def table_width(n: int, rows: int) -> int:
     """Numbers of a group in tables of n outputs in so many stored rows: where there are more, all tiles end in it."""
-    return n if rows == n else rows - n + -(-n // WIDEST) * WIDEST
+    return n if rows == n else rows - n + cdiv(n, WIDEST) * WIDEST
 
 
 def room_of_two_widths(x: Tensor, n: int, high: int, config: dict) -> list[Piece]:
@@ -82,7 +82,7 @@ def _parts(device: torch.device, m: int, n: int, high: int, config: dict) -> int
 
 @remembered
 def _wide_room(m: int, n: int, high: int, parts: int) -> Workspace:
-    return Workspace(((n,), INT32), ((m,), INT32), ((parts, high, -(-m // 16) * 16), FLOAT))
+    return Workspace(((n,), INT32), ((m,), INT32), ((parts, high, cdiv(m, WIDEST) * WIDEST), FLOAT))
 
 
 def progressive_through(

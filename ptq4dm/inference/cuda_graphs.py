@@ -52,3 +52,7 @@ class CudaGraphs:
                 torch.cuda.current_stream().wait_event(self.done)
             yield
             self.done.record()
+
+    def emptied(self) -> None:
+        """The memory of graphs that are gone is gone with them."""
+        self.pool = None

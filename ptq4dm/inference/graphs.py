@@ -8,8 +8,8 @@ for longest goes.
 
 A call is run as it is, and why is counted in `plain`, where a graph would do something else: with gradients, in
 training, while hooks wait for calls of layers (offloading, recorders, caches), or with arguments of unknown kinds.
-Where the model is not what it was (`Watch`), all its graphs are dropped and captured anew; a model that changes at
-every other step is left alone after a few times.
+Where the model is not what it was (`Watch`), all its graphs are dropped and captured anew. What changes before its
+graphs were of use has to be called twice as often before they are captured, each time that happens.
 
 `Backend` is what captures: CUDA's graphs (cuda_graphs.py), or what a test puts in their place.
 """
@@ -34,9 +34,9 @@ from ..pipelines.denoiser import time_names
 from .watch import Unwatched, Watch, hooked, watched
 
 KEPT = 8
-PATIENCE = 4  # changes of the model, none of which lasts for USES replays, before graphs are given up
-USES = 4
-MOST_SEEN = 256  # forms that were called once
+USES = 4  # replays of each graph before a change of the model, from which on they were worth it
+LONGEST = 10  # times that the number of calls before a capture doubles
+MOST_SEEN = 256  # forms whose calls are counted
 
 
 class Backend(Protocol):
@@ -53,6 +53,9 @@ class Backend(Protocol):
 
     def turn(self) -> AbstractContextManager[None]:
         """In which places are written, and the graph is replayed and read."""
+
+    def emptied(self) -> None:
+        """No graph of it is left."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Graphed:
     def __init__(self, model: nn.Module, backend: Backend, kept: int = KEPT) -> None:
         self.model, self.backend, self.kept = model, backend, kept
         self.graphs: OrderedDict[Any, Graph] = OrderedDict()
-        self.seen: OrderedDict[Any, None] = OrderedDict()
+        self.seen: OrderedDict[Any, int] = OrderedDict()
         self.refused: dict[Any, str] = {}
         self.plain: Counter[str] = Counter()
         self.captures = self.replays = self.dropped = self.in_vain = 0
@@ -96,9 +99,9 @@ class Graphed:
                 return self._as_it_is(self.refused[form], args, kwargs)
             graph = self.graphs.get(form)
             if graph is None:
-                if form not in self.seen:
-                    self._see(form)
-                    return self._as_it_is("the first call of a form", args, kwargs)
+                if self._seen(form) <= 1 << min(self.in_vain, LONGEST):
+                    why = "the model keeps changing" if self.in_vain else "the first call of a form"
+                    return self._as_it_is(why, args, kwargs)
                 graph = self._captured(form, leaves, structure)
                 if graph is None:
                     return self._as_it_is(self.refused[form], args, kwargs)
@@ -113,6 +116,7 @@ class Graphed:
             self.seen.clear()
             self.refused.clear()
             self.watch = None
+            self.backend.emptied()
 
     def __reduce__(self) -> tuple:
         """A copy of the network has a plain forward: graphs read the tensors of this one."""
@@ -125,8 +129,6 @@ class Graphed:
             return "the model is in training"
         if watched():
             return "operations of torch are looked at, or changed"
-        if self.in_vain >= PATIENCE:
-            return "the model changes too often"
         return ""
 
     def _as_it_is(self, why: str, args: tuple, kwargs: dict) -> Any:
@@ -144,10 +146,12 @@ class Graphed:
                 leaves[place] = torch.tensor(leaves[place], dtype=dtype)
         return leaves
 
-    def _see(self, form: Any) -> None:
-        self.seen[form] = None
+    def _seen(self, form: Any) -> int:
+        """How often this form was called, this time included."""
+        self.seen[form] = count = self.seen.pop(form, 0) + 1
         if len(self.seen) > MOST_SEEN:
             self.seen.popitem(last=False)
+        return count
 
     def _model_changed(self) -> None:
         used = sum(graph.replays for graph in self.graphs.values())
@@ -158,6 +162,8 @@ class Graphed:
         while len(self.graphs) >= self.kept:
             self.graphs.popitem(last=False)
             self.dropped += 1
+        if not self.graphs:
+            self.backend.emptied()
         inputs = [self.backend.place(leaf, strides(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
         rest = iter(inputs)
         args, kwargs = structure.unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves])

@@ -1,9 +1,8 @@
 """`optimize`: a loaded pipeline made as fast as it is known to get on its device, by one call.
 
 On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py), and each denoiser's calls replayed
-from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels and its own. On a CPU
-blocks are compiled only where that is asked for: it takes a minute or more, and what it gains was measured to depend
-on the model (README.md of this folder).
+from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels and its own. On a CPU the
+blocks of transformers are compiled: that was measured to help, and with UNets not to (README.md of this folder).
 
 Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
 takes all of it back.
@@ -23,7 +22,7 @@ from ..errors import UserError
 from ..layers.fuse import FUSED, fuse, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
-from .blocks import compile_blocks, repeated_blocks, uncompile_blocks
+from .blocks import compile_blocks, repeated_blocks, uncompile_blocks, why_not_on_cpu
 from .graphs import KEPT, Backend, Graphed, plain_forward
 from .report import Optimized, OptimizedModel
 
@@ -105,10 +104,11 @@ def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int)
         on_gpu = one.device.type == "cuda"
         if on_gpu if fused is None else fused:
             _fuse(one)
-        if on_gpu if compiled is None else compiled:
+        why = "" if on_gpu or compiled is not None else why_not_on_cpu(model)
+        if why:
+            one.left["blocks"] = why
+        elif compiled is not False:
             _compile(one)
-        elif compiled is None:
-            one.left["blocks"] = "compiling them takes a minute or more on a CPU; ask for it by compiled=True"
         if has_graphs(one.device) if graphs is None else graphs:
             _graphs(one, kept)
         elif graphs is None:

@@ -61,13 +61,14 @@ class Watch:
 
     def _look(self) -> None:
         modules = list(self.model.modules())
-        self.watched = [vars(module) for module in modules]
-        self.watched += [vars(module)[name] for module in modules for name in (*CONTENTS, *HOOKS)]
-        self.watched += [
+        inside = [
             value for module in modules for name, value in vars(module).items() if name[:1] != "_" and _shallow(value)
         ]
-        self.watched += [vars(one) for one in _parts(self.model)]
-        self.values = list(_values(self.watched))
+        self.dicts = [vars(module) for module in modules]
+        self.dicts += [vars(module)[name] for module in modules for name in (*CONTENTS, *HOOKS)]
+        self.dicts += [vars(one) for one in _parts(self.model)] + [one for one in inside if isinstance(one, dict)]
+        self.lists = [one for one in inside if isinstance(one, list)]
+        self.values = list(self._now())
         tensors = {id(value): value for value in self.values if isinstance(value, Tensor) and not value.is_meta}
         self.tensors = list(tensors.values())
         if any(map(Tensor.is_inference, self.tensors)):
@@ -77,17 +78,15 @@ class Watch:
 
     def untouched(self) -> bool:
         """Whether nothing was set, or written into, at all."""
-        values = list(_values(self.watched))
         return (
-            len(values) == len(self.values)
-            and all(map(operator.is_, values, self.values))
+            sum(map(len, chain(self.dicts, self.lists))) == len(self.values)
+            and all(map(operator.is_, self._now(), self.values))
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and list(map(version_of, self.tensors)) == self.versions
         )
 
-
-def _values(watched: list) -> Iterable[Any]:
-    return chain.from_iterable(one.values() if isinstance(one, dict) else one for one in watched)
+    def _now(self) -> Iterable[Any]:
+        return chain(chain.from_iterable(map(dict.values, self.dicts)), chain.from_iterable(self.lists))
 
 
 def _shallow(value: Any) -> bool:
@@ -97,8 +96,12 @@ def _shallow(value: Any) -> bool:
 
 def _parts(model: nn.Module) -> list[Any]:
     """Objects that modules compute by, and that are no modules: attention's processors."""
-    attributes = chain.from_iterable(vars(module).values() for module in model.modules())
-    found = {id(value): value for value in attributes if callable(value) and hasattr(value, "__dict__")}
+    attributes = chain.from_iterable(vars(module).items() for module in model.modules())
+    found = {
+        id(value): value
+        for name, value in attributes
+        if name[:1] != "_" and name != "forward" and callable(value) and hasattr(value, "__dict__")
+    }
     others = (nn.Module, type, types.FunctionType, types.MethodType)
     return [one for one in found.values() if not isinstance(one, others)]
 

@@ -180,6 +180,8 @@ class Plan:
     attention: name of an attention -> how it is computed in 8 bits; attention that is not named stays as it is.
     packing: what codes depend on beside the calibration store (quantization.packing.PackingOptions), for plans whose
         formats, roundings or objectives look at it.
+    norms: GroupNorms and LayerNorms that the model has as L1 normalization (layers.shift.norms), by name, with the
+        ratio of each; they were trained so.
     """
 
     method: str
@@ -189,6 +191,7 @@ class Plan:
     starts: dict[str, list] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
     attention: dict[str, AttentionPlan] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.method, str, "Plan: method")
@@ -196,6 +199,7 @@ class Plan:
         check(self.learning, Learning | None, "Plan: learning")
         check(self.starts, dict[str, Any], "Plan: starts")
         check(self.packing, dict[str, Any], "Plan: packing")
+        check(self.norms, dict[str, float], "Plan: norms")
         check(self.attention, dict[str, AttentionPlan], "Plan: attention")
         for name, layer in check(self.layers, dict[str, Any], "Plan: layers").items():
             if isinstance(layer, type) or not is_dataclass(layer):  # each format has a class of plans of its own
@@ -213,6 +217,8 @@ class Plan:
             data["learning"], data["starts"] = asdict(self.learning), self.starts
         if self.packing:
             data["packing"] = self.packing
+        if self.norms:
+            data["norms"] = self.norms
         if self.attention:
             data["attention"] = {name: asdict(one) for name, one in self.attention.items()}
         return data
@@ -255,11 +261,13 @@ class Plan:
                 for number, transform in enumerate(found)
             ]  # fmt: skip
             learning = None if data.get("learning") is None else learning_from(data["learning"])
-            starts, packing = (checked_object(data.get(name, {}), {}) for name in ("starts", "packing"))
+            starts, packing, norms = (
+                checked_object(data.get(name, {}), {}) for name in ("starts", "packing", "norms")
+            )
             attention = {
                 name: _attention_from(one) for name, one in checked_object(data.get("attention", {}), {}).items()
             }
-            return cls(data["method"], layers, transforms, learning, starts, packing, attention)
+            return cls(data["method"], layers, transforms, learning, starts, packing, attention, norms)
 
     def check(self) -> None:
         """Raises UserError, naming the layer, where choices are not of their type, out of range or at odds.
@@ -272,6 +280,9 @@ class Plan:
             check_choices(name, choices)
         if self.learning is not None:
             self.learning.check()
+        for name, ratio in self.norms.items():
+            if not 0.1 < ratio < 100:
+                raise DamagedFile(f"the plan is damaged: norm '{name}' has the ratio {ratio}.")
         for name, start in self.starts.items():
             self._check_start(name, start)
         for name, one in self.attention.items():

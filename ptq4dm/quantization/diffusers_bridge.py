@@ -21,6 +21,7 @@ from ..layers.attention.planned import follow_attention
 from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.registry import empty_quantized, needs_of
+from ..layers.shift.norms import norms_of, put_norms
 from ..pipelines.denoiser import turn_at
 from ..pipelines.loading import not_while_loading
 from ..undo import whole_or_not
@@ -29,7 +30,7 @@ from .opening import check_keys, check_layers, lacking, read_files
 from .own_calls import ModelRef, adopt, release
 from .packing import link_layers
 from .planning import check_plan, make_plan
-from .recipe import QuantConfig
+from .recipe import METHODS, QuantConfig
 from .refusals import bare, check_saving, fuse_as_in
 
 
@@ -82,6 +83,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
                 raise UserError("config.json names ptq4dm but holds no plan; save the model again.")
             fuse_as_in(config.plan.layers, model)
             check_plan(model, config.plan)
+            put_norms(model, config.plan.norms)
             for name, choice in config.plan.layers.items():
                 replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
             self._check_checkpoint(model)
@@ -199,7 +201,9 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
 
     def dequantize(self, model: nn.Module) -> nn.Module:
         with turn_at(model), not_while_loading():
-            return whole_or_not([model], lambda gate: super(PTQ4DMQuantizer, self).dequantize(model))
+            found = whole_or_not([model], lambda gate: super(PTQ4DMQuantizer, self).dequantize(model))
+            mark_norms(found)
+            return found
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for name, layer in list(model.named_modules()):
@@ -237,6 +241,13 @@ def mark_quantized(model: nn.Module, config: QuantConfig) -> None:
     model.is_quantized = True
     model.quantization_method = config.quant_method
     _set_entry(model, config)
+
+
+def mark_norms(model: nn.Module) -> None:
+    """Tell diffusers of a model's norms by the mean magnitude, if any, so that it saves and loads with them."""
+    if norms := norms_of(model):
+        kind = next(kind for _, kind in METHODS.items() if kind.norms_only)
+        mark_quantized(model, kind(plan=Plan(kind.method, norms=norms)))
 
 
 def _set_entry(model: nn.Module, config: QuantConfig) -> None:

@@ -10,6 +10,7 @@ from ..layers.attention.planned import check_attention
 from ..layers.choices import check_fit
 from ..layers.plan import Plan
 from ..layers.registry import FORMATS, needs_of
+from ..layers.shift.norms import is_norm
 from ..layers.view import find_layers
 from ..rounding.registry import ROUNDERS
 from .packing import packing_of
@@ -42,7 +43,7 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
 def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises UserError where a plan names layers that the model does not have, or its choices are not of their type,
     out of range, or not for the layer that they name."""
-    if not plan.layers:
+    if not plan.layers and not plan.norms:
         raise UserError("the plan names no layer, so there is nothing to quantize.")
     known = {view.name for view in find_layers(model)}
     missing = [name for name in plan.layers if name not in known]
@@ -50,6 +51,9 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         raise UserError(
             f"the plan is of another model: it names {len(missing)} layers that are not there (first '{missing[0]}')."
         )
+    modules = dict(model.named_modules())
+    if strange := [name for name in plan.norms if not is_norm(modules.get(name))]:
+        raise UserError(f"the plan is of another model: '{strange[0]}' is no norm of it.")
     plan.check()
     check_attention(model, plan.attention)
     packing_of(plan.packing)

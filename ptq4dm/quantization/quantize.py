@@ -21,6 +21,7 @@ from ..interrupts import Gate
 from ..layers.attention.planned import follow_attention
 from ..layers.base import holds_quantized, replace_module
 from ..layers.plan import Plan
+from ..layers.shift.norms import norms_of
 from ..layers.view import find_layers
 from ..pipelines.denoiser import evaluation_mode, turn_at
 from ..undo import whole_or_not
@@ -108,6 +109,8 @@ def _pack(
     transforms, store = transformed(model, kinds, plans, store)
     plan = config.plan or make_plan(model, config, store)
     check_plan(model, plan)
+    if config.plan is not None and plan.norms.keys() != norms_of(model).keys():
+        raise UserError("the plan is of a model with other norms: L1 normalization is in one of them alone.")
     layers, plan = config.pack(model, plan, store, checkpoint)
     plan.transforms = transforms
     if store is None:
@@ -120,6 +123,7 @@ def _put(model: nn.Module, layers: dict[str, nn.Module], plan: Plan, config: Qua
     for name, layer in layers.items():
         replace_module(model, name, layer)
     link_layers(model.get_submodule, plan.layers)
+    plan.norms = norms_of(model)
     if plan.attention:
         follow_attention(model, plan.attention)
     mark_quantized(model, resolved(config, plan))

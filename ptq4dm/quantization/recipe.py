@@ -68,7 +68,8 @@ class QuantConfig(QuantizationConfigMixin):
 
     method: ClassVar[str]
     packs_while_loading: ClassVar[bool] = True  # else a model must be there in full precision
-    loaded_only: ClassVar[bool] = False  # models of this method come from files of another library
+    loaded_only: ClassVar[bool] = False  # models of this method come from files of another library, or of training
+    norms_only: ClassVar[bool] = False  # what a model in floats is saved with whose norms are not its class's
     quant_method: ClassVar[QuantMethod] = QuantMethod.PTQ4DM
     modules_to_not_convert: tuple[str, ...] = option((), "names or patterns of layers to leave alone")
     calibration: str | None = option(None, "folder of a calibration store", flag=False)

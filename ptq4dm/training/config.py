@@ -12,6 +12,11 @@ from .precision import precision_of
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "learning_rate")
+LATER = {
+    "drop_captions": 0.1,
+    "norm": "same",
+    "wide": False,
+}  # options that runs of earlier versions lack, and what they did
 MOST = 10**12  # images or steps
 
 
@@ -26,6 +31,10 @@ class ShiftQuantConfig:
         Where bits and groups are more than 9 together, as many as go with the bits.
     served: weights and inputs have the grids that `RTNConfig(activations="dynamic")` of these widths serves:
         quantization-aware training.
+    norm: "l1" puts L1 normalization on 8-bit codes in the place of GroupNorm and LayerNorm, with ratios measured on
+        the first batch. The model is saved with it, and is another function under the same parameters; "same": not.
+    wide: whether the layers that lose most by so few bits have 8 for weights and inputs: measured on the first batch,
+        at most a tenth of them, until they have two thirds of the error. Not on grids as served.
     images: that the model learns from, in all, pictures counted as often as they are shown.
     minutes: of wall-clock time after which this call stops, wherever it is; None: no limit.
     batch_size: images of a step, over all processes.
@@ -33,6 +42,7 @@ class ShiftQuantConfig:
         warm-up.
     ema_decay: moving average of the weights, which is the result; reached slowly, (1 + step) / (10 + step) at first.
     flip: whether pictures are mirrored half of the time.
+    drop_captions: share of captions that are left empty, for models of text: what guidance needs.
     held_out: pictures that are not trained on, evenly from the folder, at most a tenth of them: their loss is logged.
     precision: "bf16" (autocast of what is not on integers) or "no"; torch.bfloat16, torch.float32 and their names
         mean the same.
@@ -49,6 +59,8 @@ class ShiftQuantConfig:
     gradient_bits: int | None = option(None, "of gradients alone", low=2, high=8)
     groups: int = option(4, "steps a power of two apart, along rows and columns; 1: one a tensor", low=1, high=7)
     served: bool = option(False, "on the grids of weights and inputs that quantize makes: quantization-aware")
+    wide: bool = option(True, "8 bits in the layers that lose most by fewer, at most a tenth of them")
+    norm: str = option("same", "l1: norms by the mean magnitude, on codes", choices=("same", "l1"))
     images: int = option(500_000, "that the model learns from, in all", low=1, high=MOST)
     minutes: float | None = option(None, "stop this call after so many; resume it with --resume", finite=False)
     batch_size: int = option(128, "over all processes", low=1, high=MOST)
@@ -59,6 +71,7 @@ class ShiftQuantConfig:
     gradient_clip: float = option(1.0, finite=False)
     ema_decay: float = option(0.999, "moving average of the weights")
     flip: bool = option(True, "mirror pictures half of the time")
+    drop_captions: float = option(0.1, "share of captions that are left empty, for guidance", low=0, high=1)
     held_out: int = option(256, "pictures that are not trained on", low=0, high=MOST)
     precision: str = "no"
     compile: bool = option(False, "torch.compile: pays in runs of many minutes")
@@ -101,4 +114,5 @@ class ShiftQuantConfig:
     def identity(self) -> dict:
         """Settings that have to be the same for a run to go on, as plain JSON values."""
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        values = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

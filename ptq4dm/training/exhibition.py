@@ -12,6 +12,7 @@ from ..layers.shift.convert import to_floats
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..pipelines.images import image_grid, save_picture, to_uint8
 from ..pipelines.sampling import sample
+from ..quantization.diffusers_bridge import mark_norms
 from .gradients import gradient_ranges
 from .memory import kept_bytes
 from .pictures import Pictures
@@ -30,7 +31,7 @@ class Exhibition:
         g = torch.Generator(run.device).manual_seed(seed_of(run.config.seed, "held out"))
         for rows in torch.arange(len(held)).split(run.config.batch_size) if len(held) else ():
             part = held.part(rows)
-            batch = run.noisy(part.images, part.labels, g, shared=False)
+            batch = run.noisy(part.images, part.labels, g)
             batch.t = rows.to(run.device) * run.task.times // len(held)  # evenly spread, and not by chance
             self.held.append(batch)
 
@@ -70,8 +71,10 @@ class Exhibition:
         with run.accelerator.autocast():
             seeds = range(MARGIN, MARGIN + GRID)
             batch = max(1, min(GRID, run.config.batch_size))
+            prompts = [] if run.pictures.texts is None else run.pictures.texts[1:] or [""]
+            given = {"prompt": prompts} if prompts else None
             parts = [
-                sample(pipe, seeds[i : i + batch], num_inference_steps=run.config.sample_steps)
+                sample(pipe, seeds[i : i + batch], num_inference_steps=run.config.sample_steps, conditioning=given)
                 for i in range(0, GRID, batch)
             ]
         pictures = to_uint8(torch.cat(parts))
@@ -89,7 +92,8 @@ class Exhibition:
             own = {parameter.untyped_storage().data_ptr() for parameter in one.parameters()}
             with run.accelerator.autocast():
                 kept[name] = kept_bytes(lambda one=one: run.task.loss(one, batch).mean(), own)  # type: ignore[misc]
-        run.log.write(stage="start", layers=len(run.networks.converted.layers), samples=len(batch.t), **kept)
+        layers, wide = run.networks.converted.layers, run.networks.wide
+        run.log.write(stage="start", layers=len(layers), wide=wide, samples=len(batch.t), **kept)
 
 
 def pipeline_with(pipe, net: nn.Module):
@@ -102,6 +106,7 @@ def result_of(pipe, average: nn.Module):
     plain = copy.deepcopy(average)
     to_floats(plain)
     plain.requires_grad_(True)
+    mark_norms(plain)
     return pipeline_with(pipe, plain.eval().to(denoiser(pipe).device))
 
 

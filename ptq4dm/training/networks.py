@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +17,22 @@ class Networks:
     """`net` is trained, `average` follows it; both are copies of a model, their layers on integers.
 
     `call` is the network as it is to be called: with autocast, compiled, and synchronized between processes.
+    ratios: of norms by the mean magnitude, by name. wide: layers that have 8 bits.
     """
 
-    def __init__(self, model: nn.Module, config: ShiftQuantConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ShiftQuantConfig,
+        accelerator: Accelerator,
+        ratios: Mapping[str, float] | None = None,
+        wide: Sequence[str] = (),
+    ) -> None:
         self.config, self.accelerator = config, accelerator
         self.net = copy.deepcopy(model).to(accelerator.device).train().requires_grad_(True)
-        self.converted = Converted() if config.widths is None else to_integers(self.net, config.widths)
+        self.converted, self.wide = Converted(), list(wide)
+        if config.widths is not None or config.norm == "l1":
+            self.converted = to_integers(self.net, config.widths, config.norm == "l1", ratios=ratios, wide=wide)
         self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay, fused=True

@@ -15,29 +15,35 @@ from ..errors import UserError
 from ..pipelines.denoiser import denoiser
 from ..pipelines.picture_files import find_images, load_image
 from ..progress import progress_bar
+from .captions import read_captions
 
 
 @dataclass
 class Pictures:
-    """images: uint8 [N, C, H, W] on the CPU; labels: int64 [N], None where the model knows no classes."""
+    """images: uint8 [N, C, H, W] on the CPU; labels: int64 [N], of classes or of texts, None where there are neither;
+    texts: the captions that labels are the numbers of, the empty one first."""
 
     images: Tensor
     labels: Tensor | None
+    texts: list[str] | None = None
 
     def part(self, rows: Tensor) -> Pictures:
-        return Pictures(self.images[rows], None if self.labels is None else self.labels[rows])
+        return Pictures(self.images[rows], None if self.labels is None else self.labels[rows], self.texts)
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def read_pictures(folder: str | os.PathLike, size: tuple[int, int], channels: int, classes: int | None) -> Pictures:
+def read_pictures(
+    folder: str | os.PathLike, size: tuple[int, int], channels: int, classes: int | None, captions: bool = False
+) -> Pictures:
     """All pictures under a folder, cut to the middle and scaled to size (height, width); they stay in memory.
 
     classes: of the model; then each of so many sub-folders holds the pictures of one, in the order of their names.
+    captions: whether pictures have texts (captions.py).
 
     Raises:
-        UserError: no pictures, other than so many sub-folders, or a picture that cannot be read.
+        UserError: no pictures, other than so many sub-folders, pictures without captions, or one that cannot be read.
     """
     folder = Path(folder)
     found = find_images(folder)
@@ -50,9 +56,14 @@ def read_pictures(folder: str | os.PathLike, size: tuple[int, int], channels: in
                 f"the model knows {classes} classes, so {folder} needs {classes} sub-folders of pictures, one a "
                 f"class in the order of their names; it has {has}."
             )
+    told = read_captions(folder, found.paths) if captions else []
     images = torch.empty(len(found.paths), channels, *size, dtype=torch.uint8)
     for i, path in enumerate(progress_bar(found.paths, desc="pictures", unit="picture", leave=False)):
         images[i] = fitted(load_image(path), size)[:channels]
+    if captions:
+        texts = ["", *sorted({*told} - {""})]
+        numbers = {text: i for i, text in enumerate(texts)}
+        return Pictures(images, torch.tensor([numbers[text] for text in told]), texts)
     labels = None
     if classes is not None:
         labels = torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in found.paths])

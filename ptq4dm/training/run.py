@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from torch import nn
 
 from ..errors import UserError
 from ..files.checkpoint import load_checkpoint, progress_as, save_checkpoint
 from ..files.log import Log, read_lines
 from ..files.places import lying_in
-from ..pipelines.denoiser import denoiser
+from ..layers.shift.norms import ratios
+from ..layers.shift.sensitive import most_sensitive
+from ..pipelines.denoiser import denoiser, evaluation_mode
 from ..pipelines.generate import fingerprint
 from ..progress import progress_bar
 from .accelerated import make_accelerator
@@ -29,9 +30,11 @@ from .config import ShiftQuantConfig
 from .exhibition import Exhibition
 from .networks import Networks
 from .pictures import read_pictures, split
+from .random_state import own_random_state
 from .task import Batch, Task, seed_of
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+MEASURED = 16  # rows of a batch, on which layers are measured
 AT_RISK = 300.0  # seconds of work that an interruption may cost
 
 
@@ -59,19 +62,36 @@ class Run:
             count = self.accelerator.num_processes
             raise UserError(f"batch_size {config.batch_size} does not divide into {count} equal parts.")
         task = self.task
-        found = read_pictures(pictures, task.picture_size, task.channels, task.classes)
+        found = read_pictures(pictures, task.picture_size, task.channels, task.classes, task.of_text)
+        if found.texts is not None:
+            task.learn(pipe, found.texts)
         self.pictures, held = split(found, config.held_out)
         self.recipe = {
             **identity_of(pipe, config),
             "pictures": [len(found), int(found.images.sum(dtype=torch.int64))],
         }
-        self.networks = Networks(denoiser(pipe), config, self.accelerator)
+        if found.labels is not None and found.texts is not None:
+            self.recipe["captions"] = seed_of(*found.texts, *found.labels.tolist())
+        self.networks = Networks(denoiser(pipe), config, self.accelerator, *self._measured(denoiser(pipe)))
         self.progress = self._start(resume)
         self.saved = copy.copy(self.progress) if resume else None
         self.log = Log(folder / LOG, self.progress.lines, self.main, read_lines)
         self.exhibition = Exhibition(self, held)
         self.loss, self.since, self.out_of_time = torch.zeros((), device=self.device), 0, False
         self.began = self.clock = self.kept = time.monotonic()
+
+    def _measured(self, net: nn.Module) -> tuple[dict[str, float], list[str]]:
+        """Ratios of norms by the mean magnitude, and names of wide layers, on the first batch of all processes: the
+        same in each of them, and whenever the run goes on."""
+        config, batch = self.config, self.drawn(0)
+        few = batch.rows(slice(MEASURED))
+        found, wide = {}, []
+        with evaluation_mode(net), self.accelerator.autocast():
+            if config.norm == "l1":
+                found = ratios(net, lambda: self.task.loss(net, batch))
+            if config.widths is not None and config.wide and not config.served:
+                wide = most_sensitive(net, lambda: self.task.prediction(net, few), config.widths)
+        return found, wide
 
     def _start(self, resume: bool) -> Progress:
         """Where the run begins; its folder must be new unless it goes on."""
@@ -97,7 +117,7 @@ class Run:
         hidden = not self.accelerator.is_local_main_process
         with (
             progress_bar(initial=self.progress.step, total=last, desc="training", unit="step", hidden=hidden) as bar,
-            _own_random_state(self.device),
+            own_random_state(self.device),
         ):
             if self.saved is None:
                 self.exhibition.report(self.batch(0))
@@ -126,8 +146,15 @@ class Run:
                 self.save()
 
     def batch(self, step: int) -> Batch:
-        """This process's share of a step's batch. Every process draws the whole of it, so that a run is the same on
-        any number of them; its step alone decides it."""
+        """This process's share of a step's batch."""
+        batch = self.drawn(step)
+        part = len(batch.t) // self.accelerator.num_processes
+        first = self.accelerator.process_index * part
+        return batch.rows(slice(first, first + part))
+
+    def drawn(self, step: int) -> Batch:
+        """A step's batch, over all processes. Every process draws all of it, so that a run is the same on any number
+        of them; its step alone decides it."""
         config, g = self.config, torch.Generator(self.device).manual_seed(seed_of(self.config.seed, step))
         size, number = config.batch_size, len(self.pictures)
         rows = torch.randint(0, number, (size,), generator=g, device=self.device).cpu()
@@ -135,17 +162,18 @@ class Run:
         images = self.pictures.images[rows]
         if config.flip:
             images = torch.where(flips[:, None, None, None], images.flip(3), images)
-        return self.noisy(images, None if self.pictures.labels is None else self.pictures.labels[rows], g, True)
+        labels = None if self.pictures.labels is None else self.pictures.labels[rows]
+        if self.pictures.texts is not None:
+            empty = torch.rand(size, generator=g, device=self.device).cpu() < config.drop_captions
+            labels = torch.where(empty, 0, labels)
+        return self.noisy(images, labels, g)
 
-    def noisy(self, images, labels, g: torch.Generator, shared: bool) -> Batch:
-        """A batch of images uint8: data, noise and times from a generator; shared: the part of this process."""
+    def noisy(self, images: torch.Tensor, labels: torch.Tensor | None, g: torch.Generator) -> Batch:
+        """A batch of images uint8: data, noise and times from a generator."""
         x0 = self.task.data(images, g)
         noise = torch.randn(x0.shape, generator=g, device=self.device)
         t = torch.randint(0, self.task.times, (len(x0),), generator=g, device=self.device)
-        batch = Batch(x0, noise, t, None if labels is None else labels.to(self.device))
-        part = len(x0) // self.accelerator.num_processes
-        first = self.accelerator.process_index * part
-        return batch.rows(slice(first, first + part)) if shared else batch
+        return Batch(x0, noise, t, None if labels is None else labels.to(self.device))
 
     def flush(self, bar: Any = None) -> None:
         """A line of the log with the mean loss since the last one, and a look at the clock.
@@ -201,11 +229,3 @@ class Run:
         if self.saved is not None and self.saved.step:
             advice = f"the checkpoint of step {self.saved.step} is kept: resume it with a lower --learning-rate"
         raise UserError(f"training came to NaN or infinity by step {self.progress.step}; {advice}.")
-
-
-@contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
-    """The process's generators are seeded anew for each step in this block, and afterwards as they were."""
-    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -1,8 +1,9 @@
-"""What a pipeline's denoiser is trained to say, and on what: pixels or latents, classes or none."""
+"""What a pipeline's denoiser is trained to say, and on what: pixels or latents, by class, by text or alone."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import UserError
 from ..layers.base import holds_quantized
 from ..pipelines.denoiser import class_count, denoiser, foreign_inputs
 from .pictures import as_denoised, image_size
+from .prompted import Prompted
 
 TARGETS = ("epsilon", "v_prediction", "sample")
 
@@ -24,7 +26,8 @@ def seed_of(*key: Any) -> int:
 
 @dataclass
 class Batch:
-    """x0 [B, C, H, W] float32 in [-1, 1] (latents: as scaled), noise alike, t [B] int64, labels [B] or None."""
+    """x0 [B, C, H, W] float32 in [-1, 1] (latents: as scaled), noise alike, t [B] int64, labels [B], of classes or of
+    texts, or None."""
 
     x0: Tensor
     noise: Tensor
@@ -50,10 +53,13 @@ class Task:
             raise UserError("the model is quantized; train it in full precision, then quantize it.")
         if net.dtype != torch.float32:
             raise UserError(f"the model is loaded in {net.dtype}; load it in float32, and choose precision 'bf16'.")
-        if foreign := foreign_inputs(pipe):
+        foreign = foreign_inputs(pipe)
+        self.of_text = bool(foreign) and "prompt" in inspect.signature(type(pipe).__call__).parameters
+        self.prompted: Prompted | None = None
+        if foreign and not self.of_text:
             raise UserError(
-                f"{type(net).__name__} needs {', '.join(foreign)}; training is for unconditional and "
-                "class-conditional models."
+                f"{type(net).__name__} needs {', '.join(foreign)}; training is for models of text, of classes, and "
+                "of neither."
             )
         self.target = scheduler.config.get("prediction_type", "epsilon")
         if self.target not in TARGETS or not hasattr(scheduler, "alphas_cumprod"):
@@ -63,6 +69,14 @@ class Task:
         self.picture_size = image_size(pipe)
         if self.channels not in (1, 3):
             raise UserError(f"{type(net).__name__} works on {self.channels} channels, and pictures have 1 or 3.")
+
+    def learn(self, pipe: Any, texts: list[str]) -> None:
+        """Work out what the network is given for each text. Raises UserError."""
+        net = denoiser(pipe)
+        size = net.config.sample_size
+        self.prompted = Prompted(
+            pipe, texts, (net.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        )
 
     @property
     def times(self) -> int:
@@ -78,14 +92,22 @@ class Task:
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error for each sample, float32 [B]."""
-        signal = self.alphas[batch.t].reshape(-1, *[1] * (batch.x0.ndim - 1))
-        alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
-        x = alpha * batch.x0 + sigma * batch.noise
-        extra = {} if batch.labels is None else {"class_labels": batch.labels}
-        said = net(x, batch.t, return_dict=False, **extra)[0][:, : x.shape[1]].float()
+        alpha, sigma = self._levels(batch)
         target = {
             "epsilon": batch.noise,
             "v_prediction": alpha * batch.noise - sigma * batch.x0,
             "sample": batch.x0,
         }[self.target]
-        return (said - target).square().flatten(1).mean(1)
+        return (self.prediction(net, batch) - target).square().flatten(1).mean(1)
+
+    def prediction(self, net: nn.Module, batch: Batch) -> Tensor:
+        """What the network says of noisy data, float32; of a learned variance nothing."""
+        alpha, sigma = self._levels(batch)
+        x = alpha * batch.x0 + sigma * batch.noise
+        extra = {} if batch.labels is None else {"class_labels": batch.labels}
+        extra = extra if self.prompted is None else self.prompted(batch.labels)
+        return net(x, batch.t, return_dict=False, **extra)[0][:, : x.shape[1]].float()
+
+    def _levels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        signal = self.alphas[batch.t].reshape(-1, *[1] * (batch.x0.ndim - 1))
+        return signal.sqrt(), (1 - signal).sqrt()

@@ -34,6 +34,9 @@ class DisBackConfig:
     student_lr, fake_lr, betas, warmup_steps, gradient_clip: AdamW without decay of weights, constant after a warm-up.
         Three times these rates leave feature-FID swinging on the embedded UNet: see the README.
     ema_decay: moving average of the student's weights; reached slowly, (1 + step) / (10 + step) at first.
+    bits: of the student's products, forward and backward, 2 to 8: it trains on integers (ShiftQuant), its layers at
+        the ends with 8 bits, and is saved with plain layers. 16: in floats, as the fake score and the target always
+        are: what rounding took from one of them alone would pull at the student.
     precision: "bf16" (autocast; weights and optimizers stay float32) or "no"; torch.bfloat16, torch.float32 and
         their names mean the same.
     compile: torch.compile the networks; they then take minutes to start and less time for each iteration.
@@ -60,6 +63,7 @@ class DisBackConfig:
     warmup_steps: int = option(100, low=1, high=MOST)
     gradient_clip: float = option(1.0, finite=False)
     ema_decay: float = option(0.999, "moving average of the student")
+    bits: int = option(16, "of the student's products: 2 to 8 trains it on integers; 16: in floats", low=2, high=16)
     precision: str = "no"
     compile: bool = option(False, "torch.compile: pays in runs of many minutes")
     log_every: int = option(50, low=1, high=MOST)
@@ -72,6 +76,8 @@ class DisBackConfig:
         check_fields(self, "DisBackConfig")
         if self.precision not in ("no", "bf16"):
             raise UserError(f"precision must be 'no' or 'bf16', not '{self.precision}': fp16 overflows.")
+        if 8 < self.bits < 16:
+            raise UserError(f"bits must be from 2 to 8, or 16 for floats; got {self.bits}.")
         for name in ("generator_sigma", "student_lr", "fake_lr", "gradient_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
@@ -94,4 +100,6 @@ class DisBackConfig:
     def identity(self) -> dict:
         """Settings that have to be the same for a run to go on, as plain JSON values."""
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        if self.bits == 16:  # as runs were before there was a choice
+            del values["bits"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

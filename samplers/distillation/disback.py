@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from ...checks import checked
-from ...pipelines.denoiser import check_pipeline
+from ...pipelines.denoiser import check_pipeline, denoiser
+from ...training.random_state import own_random_state
 from .config import DisBackConfig
 from .run import Run, alone_in, check_teacher
 
@@ -51,7 +52,7 @@ def distill(
     config, folder = config or DisBackConfig(), Path(folder)
     check_teacher(pipe, config)
     tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
-    with alone_in(folder, pipe, config, resume), tuned:
+    with alone_in(folder, pipe, config, resume), tuned, own_random_state(denoiser(pipe).device):
         run = Run(pipe, config, folder, resume)
         if run.config.backtracking:
             record_degradation(run)

@@ -17,6 +17,9 @@ from ...files.crc import checksum
 from ...files.outside import TensorFile, finite, read_tensors
 from ...files.places import make_parent
 from ...files.tensors import write_tensors
+from ...layers.shift.convert import to_floats, to_integers
+from ...layers.shift.widths import Widths
+from ...training.task import seed_of
 from .config import DisBackConfig
 
 TRAINED = ("student", "fake")
@@ -40,6 +43,9 @@ class Networks:
             role: copy.deepcopy(teacher).to(accelerator.device).eval().requires_grad_(role in TRAINED)
             for role in ("student", "average", "fake", "target")
         }
+        if config.bits < 16:
+            for role in ("student", "average"):
+                to_integers(self.nets[role], Widths(config.bits, config.bits, config.bits))
         self.optimizers = {
             f"{role}_optimizer": torch.optim.AdamW(
                 self.nets[role].parameters(), lr=0.0, betas=config.betas, weight_decay=0.0, fused=True
@@ -52,6 +58,14 @@ class Networks:
         }
         self.target_index = 0
 
+    def result(self) -> nn.Module:
+        """The average of the student's weights, in plain layers."""
+        if self.config.bits == 16:
+            return self.nets["average"]
+        plain = copy.deepcopy(self.nets["average"])
+        to_floats(plain)
+        return plain
+
     @property
     def kept(self) -> dict[str, nn.Module]:
         return {role: self.nets[role] for role in KEPT}
@@ -59,6 +73,8 @@ class Networks:
     def descend(self, role: str, step: int, parts: list, loss_of: Callable) -> Tensor:
         """One step of a role's optimizer down the mean of loss_of(part); returns this mean, still on the device."""
         net, optimizer, config = self.call[role], self.optimizers[f"{role}_optimizer"], self.config
+        if config.bits < 16:  # gradients are rounded at random, and the step alone decides how
+            torch.manual_seed(seed_of(config.seed, step, role, "rounding", self.accelerator.process_index))
         total = torch.zeros((), device=self.accelerator.device)
         for i, part in enumerate(parts):
             with nullcontext() if i + 1 == len(parts) else self.accelerator.no_sync(net):

@@ -263,4 +263,4 @@ class Run:
 
     def student(self):
         """A pipeline with the average of the student's weights."""
-        return student_pipeline(self.pipe, self.networks.nets["average"], self.scheduler)
+        return student_pipeline(self.pipe, self.networks.result(), self.scheduler)

@@ -36,7 +36,7 @@ from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.lut import unpack as bcq_unpack
 from ptq4dm.kernels.runtime import settings
-from ptq4dm.kernels.shift import weight_gradient
+from ptq4dm.kernels.shift import over_rows, rounding, turned, weight_gradient
 from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
 from ptq4dm.kernels.w4.int4_floats import FLOATS
@@ -48,7 +48,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes that one program may have
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
-    torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32",
+    torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 
@@ -234,7 +234,7 @@ def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
 
 
 def shift_calls(quick: bool) -> None:
-    """The gradient of a convolution and of a Linear layer by the weight."""
+    """Tensors in codes, of images and of tokens, and what is summed over rows: both ways to a weight's gradient."""
     for size, c, n, kernel in (
         [(32, 128, 128, 3)] if quick else [(32, 128, 128, 3), (16, 3, 128, 3), (1, 256, 1024, 1)]
     ):
@@ -242,6 +242,13 @@ def shift_calls(quick: bool) -> None:
         window = same_window(128, size, size, (kernel, kernel), (1, 1), padding, (1, 1))
         gradient, x = (empty(128, size, size, channels, dtype=torch.int8) for channels in (n, c))
         weight_gradient.weight_gradient(gradient, x, window)
+        inputs, seed = empty(128, size, size, c, dtype=torch.float32), empty((), dtype=torch.int64)
+        x = rounding.encode_images(inputs, 6, 3, padding, None)
+        d = rounding.encode_images(empty(128, size, size, n), 6, 3, padding, seed)
+        pixels = turned.turn_pixels(x.flat, x.h, x.g, 3, window)
+        gradient = turned.turn_gradient(d.flat, d.h, d.g, 3, window)
+        over_rows.weight_gradient(gradient, pixels, d.column_steps, x.column_steps, window)
+        rounding.encode_weight(empty(n, kernel, kernel, c, dtype=torch.float32), 6, 3)
 
 
 def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[tuple[str, str]]:

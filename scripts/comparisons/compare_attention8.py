@@ -30,7 +30,7 @@ from ptq4dm.layers.attention.planned import attention_modules
 from ptq4dm.layers.attention.processors import Redirected
 from ptq4dm.pipelines.denoiser import denoiser
 
-MEAN = 30.0  # planted into one channel of each head's keys, whose deviations are of the order of 1
+MEAN = 100.0  # planted into one channel of each head's keys, whose deviations are of the order of 1
 BATCH = 16
 
 

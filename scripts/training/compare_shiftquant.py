@@ -4,10 +4,12 @@
     python scripts/training/compare_shiftquant.py --data ... --stage dit qat --device cuda:1 --graph
     python scripts/training/compare_shiftquant.py --data ... --stage times noise --device cuda:2
     python scripts/training/compare_shiftquant.py --data ... --rows "unet 6/6/6" "unet bf16" --steps 13000 --seeds 0
+    python scripts/training/compare_shiftquant.py --data ... --rows "unet 6/6/8 G=2 narrow" "dit 8/8/6" --graph
 
 Stages: `unet`, the UNet from scratch; `dit`, the embedded DiT trained on; `qat`, both trained on at W4A4, then
-quantized by RTNConfig; `times`, forward and backward of layers and norms; `noise`, what rounding adds to gradients,
-and how far these reach at each time. Each result is one line of JSON in --output, with card, commit and seed; rows
+quantized by RTNConfig; `times`, forward and backward of layers and norms, with --graph a whole step, too; `noise`,
+what rounding adds to gradients, whether it is without bias, and how far gradients reach at each time. What a row's
+name may say is in shiftquant_rows.py. Each result is one line of JSON in --output, with card, commit and seed; rows
 that are there are not made again, and several processes may write one file. With --minutes a row that is not done in
 time leaves a checkpoint beside the output, from which the same command goes on.
 
@@ -25,8 +27,8 @@ from cifar10 import Split, read_cifar10
 from reference_recipes import PEAK_LR, build_network
 from rows_file import RowsFile
 from shiftquant_measure import HeldOut
-from shiftquant_noise import noise_rows, range_row
-from shiftquant_rows import ROWS, Row
+from shiftquant_noise import bias_rows, noise_rows, range_row
+from shiftquant_rows import ROWS, Row, row_of
 from shiftquant_times import rows as time_rows
 from shiftquant_train import train_row
 
@@ -66,15 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = check_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     output = RowsFile(args.output, device)
     if "times" in args.stage and not args.rows:
         for compiled in (False,) if args.eager else (True,) if device.type == "cuda" else (False, True):
-            for found in time_rows(device, compiled):
+            for found in time_rows(device, compiled, args.graph):
                 output.add(row="times", **found)
-    chosen = [row for row in ROWS if (row.name in args.rows if args.rows else row.stage in args.stage)]
+    chosen = [row for row in map(row_of, args.rows or ROWS) if args.rows or row.stage in args.stage]
     if not chosen and "noise" not in args.stage:
         return
     splits = read_cifar10(args.data)
@@ -87,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
             for found in noise_rows(net, splits[1], args.noise_batch):
                 output.add(row="noise", network=network, **found)
             output.add(row="ranges", network=network, bins=range_row(net, splits[1], args.noise_batch))
+            for found in bias_rows(net.eval(), splits[1], args.draws):
+                output.add(row="bias", network=network, **found)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -94,7 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder or .tar.xz with train/ and test/")
     parser.add_argument("--output", type=Path, default=Path("out/shiftquant.jsonl"))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows alone, by their names")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help='these rows alone, such as "unet 6/6/8 G=2"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=5000, help="from scratch (5000)")
     parser.add_argument("--fine-steps", type=int, default=2000, help="from the embedded model (2000)")
@@ -106,14 +110,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-fid", type=int, default=5000, help="samples of feature-FID; 0: none")
     parser.add_argument("--fid-steps", type=int, default=20)
     parser.add_argument("--noise-batch", type=int, default=64)
+    parser.add_argument("--draws", type=int, default=1000, help="of a gradient, in the rows of its bias")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="without torch.compile; a CPU never trains with it")
-    parser.add_argument("--graph", action="store_true", help="each training step as one CUDA graph")
+    parser.add_argument(
+        "--graph", action="store_true", help="each training step as one CUDA graph, and each timed call"
+    )
     parser.add_argument("--minutes", type=float, help="stop a row after so many, with a checkpoint")
     parser.add_argument("--tiny", action="store_true", help="a small UNet, to try the script out with")
     args = parser.parse_args(arguments)
-    if unknown := set(args.rows or ()) - {row.name for row in ROWS}:
-        raise UserError(f"no row is called '{min(unknown)}'; there are: {'; '.join(row.name for row in ROWS)}.")
+    for name in args.rows or ():
+        row_of(name)
     if args.graph and not args.device.startswith("cuda"):
         raise UserError("--graph needs a GPU; leave it out.")
     return args

@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from fast_steps import Recipe, Trainer
 from reference_output import autocast
+from reference_recipes import build_network, build_scheduler, diffusion_loss
 from torch import Tensor, nn
 
+from ptq4dm.layers.shift.convert import to_integers
 from ptq4dm.layers.shift.layers import ShiftConv2d, ShiftLinear
 from ptq4dm.layers.shift.norms import ShiftGroupNorm, ShiftLayerNorm
 from ptq4dm.layers.shift.widths import Widths
@@ -47,10 +50,11 @@ def cases(small: bool) -> Iterator[tuple[str, nn.Module, nn.Module, Tensor]]:
         yield f"LayerNorm {width}, {batch} x 256", norm, ShiftLayerNorm(norm), torch.randn(batch, 256, width)
 
 
-def rows(device: torch.device, compiled: bool) -> Iterator[dict]:
+def rows(device: torch.device, compiled: bool, graph: bool = False) -> Iterator[dict]:
     """Milliseconds of forward, and of forward and backward, of each case; ratio: float over integers.
 
-    On a GPU floats are bf16 under autocast and inputs bf16; on a CPU float32. compiled: both by torch.compile.
+    On a GPU floats are bf16 under autocast and inputs bf16; on a CPU float32. compiled: both by torch.compile. graph:
+    each timed in a CUDA graph, where the host has no part; then a whole training step of both networks, too.
     """
     gpu = device.type == "cuda"
     for name, plain, integer, x in cases(small=not gpu):
@@ -62,13 +66,48 @@ def rows(device: torch.device, compiled: bool) -> Iterator[dict]:
             calls = {kind: torch.compile(module, dynamic=False) for kind, module in calls.items()}
         with autocast(device):
             gradient = torch.randn_like(plain(x))
-        row = {"case": name, "compiled": compiled}
+        row = {"case": name, "compiled": compiled, "graph": graph}
         for what, call in (("forward", _forward), ("both", _both)):
             work = {kind: call(module, x, gradient, device) for kind, module in calls.items()}
-            times = race(work, device)
+            times = race({kind: _graphed(one) for kind, one in work.items()} if graph else work, device)
             row |= {f"{what}_{kind}_ms": round(value, 4) for kind, value in times.items()}
             row[f"{what}_ratio"] = round(times["float"] / times["integer"], 3)
         yield row
+    if graph:
+        yield from (_step(network, device) for network in ("unet", "dit"))
+
+
+def _step(network: str, device: torch.device) -> dict:
+    """Milliseconds of a training step at batch 64, optimizer and moving average in it, from scratch."""
+    images = torch.randn(512, 3, 32, 32, device=device)
+    labels = torch.randint(0, 10, (512,), device=device)
+    work = {}
+    for kind in ("float", "integer"):
+        net = build_network(network).to(device)
+        net = net.to(memory_format=torch.channels_last) if network == "unet" else net
+        if kind == "integer":
+            to_integers(net, Widths())
+        loss = diffusion_loss(network, build_scheduler(), device)
+        trainer = Trainer(net.train(), Recipe(1000, 64, 1e-5, 0.0), images, labels, loss, compiled=False, graph=True)
+        work[kind] = trainer.graph.replay
+    times = race(work, device)
+    row = {"case": f"training step of {network}, batch 64", "compiled": False, "graph": True}
+    row |= {f"both_{kind}_ms": round(value, 4) for kind, value in times.items()}
+    return row | {"both_ratio": round(times["float"] / times["integer"], 3)}
+
+
+def _graphed(call: Callable) -> Callable:
+    """The same as a CUDA graph; gradients add up in memory that stays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _forward(module: Callable, x: Tensor, gradient: Tensor, device: torch.device) -> Callable:

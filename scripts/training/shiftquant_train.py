@@ -8,8 +8,9 @@ import time
 import torch
 from cifar10 import Split, to_signed
 from fast_steps import Recipe, Trainer
-from reference_recipes import build_scheduler, diffusion_loss
-from shiftquant_measure import HeldOut, feature_fid, finite, in_floats
+from reference_output import autocast
+from reference_recipes import TRAIN_STEPS, build_scheduler, diffusion_loss
+from shiftquant_measure import HeldOut, conditions, feature_fid, finite, in_floats
 from shiftquant_rows import SERVED, Row
 from torch import nn
 
@@ -17,6 +18,7 @@ from ptq4dm import RTNConfig, quantize
 from ptq4dm.files import checkpoint
 from ptq4dm.layers.shift.convert import to_integers
 from ptq4dm.layers.shift.norms import ratios
+from ptq4dm.layers.shift.sensitive import most_sensitive
 
 LOOK = 250  # steps between two looks at the clock
 FIRST = 10  # steps until the first
@@ -32,10 +34,13 @@ def train_row(
     if row.network == "unet":
         net = net.to(memory_format=torch.channels_last)
     if row.widths is not None or row.norms:
-        measured = None
+        measured, wide = None, row.wide
+        if row.trained and row.widths is not None and wide is None and not row.widths.served:
+            wide = most_sensitive(net.eval(), lambda: first_predictions(net, split, device), row.widths)
+            found["wide"] = wide
         if row.norms and row.trained:  # on the held-out inputs, of which only the spread is used
             measured = ratios(net.eval(), lambda: held.predictions(net))
-        found["converted"] = str(to_integers(net, row.widths, row.norms, ratios=measured))
+        found["converted"] = str(to_integers(net, row.widths, row.norms, ratios=measured, wide=wide))
     recipe = Recipe(steps, args.batch_size, rate, 0.0 if row.network == "unet" else 0.01)
     images, labels = to_signed(split.images.to(device)), split.labels.to(device)
     loss = diffusion_loss(row.network, build_scheduler(), device)
@@ -76,6 +81,18 @@ def train_row(
     elif args.num_fid:
         found["feature_fid"] = feature_fid(average, args.num_fid, args.fid_steps, device)
     return found
+
+
+def first_predictions(net: nn.Module, split: Split, device: torch.device) -> torch.Tensor:
+    """epsilon_theta of 16 training images at evenly spread times, with noise of one seed."""
+    g, number = torch.Generator().manual_seed(23), 16
+    rows = torch.randperm(len(split.images), generator=g)[:number]
+    x0, t = to_signed(split.images[rows]), torch.arange(number) * TRAIN_STEPS // number
+    signal = build_scheduler().alphas_cumprod[t][:, None, None, None]
+    x = signal.sqrt() * x0 + (1 - signal).sqrt() * torch.randn(x0.shape, generator=g)
+    labels = split.labels[rows].to(device)
+    with autocast(device):
+        return net(x.to(device), t.to(device), **conditions(net, labels), return_dict=False)[0].float()
 
 
 def quantized(net: nn.Module, original: nn.Module, held: HeldOut, args, device: torch.device) -> dict:

@@ -54,8 +54,8 @@ def test_rows_are_lines_and_are_made_once(script, data, tmp_path, capsys):
     assert rows[0]["held_out"] == rows[0]["held_out_float"] and rows[1]["held_out"] != rows[1]["held_out_float"]
     script.main(command)
     assert len(output.read_text().splitlines()) == 2
-    with pytest.raises(UserError, match="no row is called 'unet 5/5/5'; there are: unet bf16; unet 6/6/6"):
-        script.main([*command, "--rows", "unet 5/5/5"])
+    with pytest.raises(UserError, match="no row is called 'unet 5/5'; there are: unet bf16; unet 6/6/6"):
+        script.main([*command, "--rows", "unet 5/5"])
     with pytest.raises(UserError, match="--graph needs a GPU"):
         script.main([*command, "--graph"])
 
@@ -84,6 +84,9 @@ def test_noise_of_gradients_by_layer(script, data):
         assert row["layers"] > 5 and 0 < row["groups"]["geometric_mean"] < 1
         assert row["groups over exact samples"]["geometric_mean"] < 1.3
         assert row["exact tokens"]["geometric_mean"] < row["exact samples"]["geometric_mean"] < 1
+    rows = noise.bias_rows(net.eval(), split, 200)
+    assert len(rows) == 8 and all(0.7 < row["z_rms"] < 1.4 and row["beyond_3"] < 0.03 for row in rows)
+    assert all(abs(row["along"]) < 4 and row["entries"] > 10 and row["draws"] == 200 for row in rows)
 
 
 def test_half_a_line_of_a_killed_process_is_no_row(script, tmp_path, capsys):
@@ -96,3 +99,16 @@ def test_half_a_line_of_a_killed_process_is_no_row(script, tmp_path, capsys):
     assert output.has(row="a", seed=1) and not output.has(row="a", seed=2) and not output.has(row="b")
     (row,) = rows.read_rows(path)
     assert row["commit"] and row["card"] == "cpu" and json.loads(capsys.readouterr().out) == row
+
+
+def test_rows_say_what_they_are(script):
+    rows = importlib.import_module("shiftquant_rows")
+    assert all(rows.row_of(name).name == name for name in rows.ROWS)
+    row = rows.row_of("dit 6/5/8 G=2 samples L1")
+    assert (row.network, row.norms, row.trained) == ("dit", True, True)
+    assert row.widths == rows.Widths(6, 5, 8, 2, tokens=False)
+    assert rows.row_of("unet L1").widths is None and rows.row_of("unet L1").norms
+    assert rows.row_of("unet 6/6/6 served").widths.served and not rows.row_of("unet bf16").norms
+    for name in ("unet", "unet 6/6", "unet 9/9/9", "unet 6/6/6 G=8", "unet 6/6/6 more", "unet bf16 L1", "net bf16"):
+        with pytest.raises(UserError, match=f"no row is called '{name}'"):
+            rows.row_of(name)

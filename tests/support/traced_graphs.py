@@ -45,3 +45,6 @@ class TracedGraphs:
     @contextmanager
     def turn(self):
         yield
+
+    def emptied(self):
+        pass

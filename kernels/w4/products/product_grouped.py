@@ -6,7 +6,8 @@ The operand q - z is an int8 made in registers (words.py with steps of 1), P is 
 float32, where the sums of groups add up. Each group costs two operations on every output beside its product, a
 conversion and a multiply-add: floor M N K / 64 of them for groups of 128. As in product_progressive.py the product is
 y^T = W x^T. Tiles are smaller, for each output takes two registers, so that programs on one multiprocessor multiply
-and scale in turns.
+and scale in turns. On an H200 loads, unpacking, products and scaling together take 0.4 of what they take one after
+the other, and scaling alone 0.8 of it (scripts/benchmarks/bench_overlap.py).
 
 Rows of 8 bits among those of 4 (row_mix.py) are two of 4 bits each, c = 16 h + l with h in [-8, 7], l in [0, 15]:
 
@@ -14,10 +15,10 @@ Rows of 8 bits among those of 4 (row_mix.py) are two of 4 bits each, c = 16 h + 
 
 High halves are rows of their own, before all others, with scales and offsets of their own in the tables, so that the
 loop knows nothing of them. Their tiles leave H in memory and count themselves. The others have outputs in order, and
-are stored as tiles of one width are; at its end one that has wide outputs waits for that count, and adds H.
-Tiles of high halves come first in each band: programs start in the order of their numbers, so that none waits for one
-that cannot start (as where CUTLASS splits K). PARTS of H, over a part of K each, are tiles of their own, and
-are added in order: the same sum every time.
+are stored as tiles of one width are; at its end one that has wide outputs waits for that count, and adds H. Tiles of
+high halves come first in each band: programs start in the order of their numbers, so that none waits for one that
+cannot start (as where CUTLASS splits K). PARTS of H, over a part of K each, are tiles of their own, and are added in
+order: the same sum every time.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _first_bits(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _with_highs(
-    y, slots_ptr, ready_ptr, highs_ptr, begin, end, ready, left, rows, tiles, M, N, high, stride,
+    y, slots_ptr, ready_ptr, highs_ptr, begin, end, ready, left, rows, tiles, N, high, stride,
     PARTS: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """y [BN, BM] of outputs from `left` on, and sums of their high halves, once so many `tiles` have left them.
@@ -120,20 +121,18 @@ def _with_highs(
     """
     EXACT: tl.constexpr = tl.bfloat16 if PACKED else tl.float32  # which Triton's interpreter multiplies
     columns = left + tl.arange(0, BN)
-    slots = tl.load(slots_ptr + columns, mask=columns < N, other=0)
-    own = tl.where((slots & 1) == 1, slots >> 1, -1)
     while ready < tiles:
         ready = tl.atomic_add(ready_ptr, 0, sem="acquire")
     tl.debug_barrier()
     j = tl.arange(0, 16)
-    inside = j[:, None] * stride + rows[None, :]
     for first in tl.range(begin, end, 16, num_stages=1):
-        ones = (own[:, None] == first + j[None, :]).to(EXACT)
-        there = (first + j < end)[:, None] & (rows < M)[None, :]
+        row = tl.minimum(first + j, high - 1)  # what is not of this tile is finite, and goes nowhere
         sums = tl.zeros((16, rows.shape[0]), tl.float32)
         for part in tl.static_range(PARTS):
-            where = highs_ptr + (part * high + first).to(tl.int64) * stride
-            sums += tl.load(where + inside, mask=there, other=0.0, cache_modifier=".cg")
+            where = highs_ptr + (part * high + row).to(tl.int64)[:, None] * stride + rows[None, :]
+            sums += tl.load(where, cache_modifier=".cg")
+        slots = tl.load(slots_ptr + columns, mask=columns < N, other=0)
+        ones = (slots[:, None] == 2 * (first + j[None, :]) + 1).to(EXACT)
         placed = tl.zeros(y.shape, tl.float32)
         for _ in tl.static_range(3):
             some, sums = _first_bits(sums, EXACT)
@@ -185,13 +184,13 @@ def _grouped_kernel(
         stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
     elif is_high:
         where = highs_ptr + (part * high + columns).to(tl.int64)[:, None] * stride + rows[None, :]
-        tl.store(where, y, mask=(columns < high)[:, None] & (rows < M)[None, :])
+        tl.store(where, y, mask=(columns < high)[:, None])
         tl.debug_barrier()  # all of the program has stored before one thread says so
         tl.atomic_add(ready_ptr + top // BM, 1, sem="release")
     else:
         if end > begin:
             y = _with_highs(
-                y, slots_ptr, ready_ptr + top // BM, highs_ptr, begin, end, ready, left, rows, blocks * PARTS, M, N,
+                y, slots_ptr, ready_ptr + top // BM, highs_ptr, begin, end, ready, left, rows, blocks * PARTS, N,
                 high, stride, PARTS, BN, PACKED,
             )  # fmt: skip
         stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
@@ -209,7 +208,7 @@ def product(
 
     wide: of rows of two widths (slots int32 [N]: twice the number of wide outputs before each, and 1 more where it is
     one; counts of zero; room for sums of high halves float32 [parts, rows, >= M]). Then qweight and tables have these
-    rows before the N, and a row of a table is so long that all tiles end in it: `integer.table_width`.
+    rows before the N. Rows of tables and of this room are so long that all tiles end in them: `integer.table_width`.
 
     config: TMA, BM, BN, BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False widens codes one by one.
     """

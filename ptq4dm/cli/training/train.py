@@ -24,7 +24,7 @@ GOES_ON = "the same command with --resume"
 FLAGS = {"images": "--num-images"}  # --images is the folder of them
 RECORD = "training.json"  # beside model_index.json: the model that was trained, and settings
 BUDGET = ("images", "minutes")
-PRODUCTS = ("bits", "weight_bits", "activation_bits", "gradient_bits", "groups", "served")
+PRODUCTS = ("bits", "weight_bits", "activation_bits", "gradient_bits", "groups", "wide", "served", "norm")
 
 
 def add(parser) -> None:

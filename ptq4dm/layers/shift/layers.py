@@ -7,7 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...kernels.shift.products import kernel_name
 from ...kernels.shift.transposed import takes
+from ...kernels.w8a8.layer import TRITON
+from .fused import FusedProduct
 from .product import Product
 from .served import ServedProduct
 from .widths import Widths
@@ -30,7 +33,7 @@ class ShiftLinear(nn.Linear):
         if self.widths.served or self.widths.tokens:  # a row a token
             rows = input.numel() // self.in_features
         images = input.reshape(rows, 1, -1, self.in_features)
-        y = _product(self.widths)(
+        y = _product(self.widths, input.device)(
             images, self.weight[:, None, None], self.bias, POINT, self.widths, output_dtype(input)
         )
         return y.view(*input.shape[:-1], self.out_features)
@@ -55,7 +58,9 @@ class ShiftConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """input [B, C, H, W] float -> [B, N, H', W'] channels_last, of its dtype, or of autocast's."""
         images, weight = input.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
-        y = _product(self.widths)(images, weight, self.bias, self.geometry, self.widths, output_dtype(input))
+        y = _product(self.widths, input.device)(
+            images, weight, self.bias, self.geometry, self.widths, output_dtype(input)
+        )
         return y.permute(0, 3, 1, 2)
 
     def plain(self) -> nn.Conv2d:
@@ -92,8 +97,10 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _product(widths: Widths) -> Any:
-    return (ServedProduct if widths.served else Product).apply
+def _product(widths: Widths, device: torch.device) -> Any:
+    if widths.served:
+        return ServedProduct.apply
+    return (FusedProduct if kernel_name(device, (1, 1)) == TRITON else Product).apply
 
 
 def _shape(layer: nn.Conv2d) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 from ...hooks import hooked, input_of
+from ..base import replace_module
 from .l1 import RATIO, L1Norm
 
 
@@ -47,6 +48,26 @@ class ShiftLayerNorm(nn.LayerNorm):
 def normalizes(module: nn.Module) -> bool:
     """Whether a module has a form by the mean magnitude: GroupNorm, LayerNorm, that in float32 of diffusers."""
     return type(module) in (nn.GroupNorm, nn.LayerNorm, FP32LayerNorm)
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    """Whether a module is such a norm, or has a form as one."""
+    return module is not None and (normalizes(module) or isinstance(module, (ShiftGroupNorm, ShiftLayerNorm)))
+
+
+def norms_of(model: nn.Module) -> dict[str, float]:
+    """The ratio of each norm by the mean magnitude in a model, by name."""
+    kinds = (ShiftGroupNorm, ShiftLayerNorm)
+    return {name: module.ratio for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def put_norms(model: nn.Module, chosen: Mapping[str, float]) -> None:
+    """Put norms by the mean magnitude with these ratios in the place of a model's own, whose parameters they take."""
+    for name, ratio in chosen.items():
+        norm = model.get_submodule(name)
+        if normalizes(norm):
+            kind = ShiftGroupNorm if isinstance(norm, nn.GroupNorm) else ShiftLayerNorm
+            replace_module(model, name, kind(norm, ratio))
 
 
 @torch.no_grad()

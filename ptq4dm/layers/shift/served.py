@@ -7,6 +7,9 @@ The forward pass has the codes that the layer of `quantize` will have: both scal
 that the ranges are learned with the weights. Such scales lie along what the gradients sum over, and an integer
 product has no place for them there: each goes into dy before dy is rounded, stochastically and in groups as ever.
 Rounding has the gradient 1 (straight through); nothing is clipped that would have another.
+
+Of fine inputs what the codes leave is rounded again, to steps 2 limit times as narrow, and multiplied in a product of
+its own: two products of 8-bit codes are one of 16 bits.
 """
 
 from __future__ import annotations
@@ -39,19 +42,27 @@ class ServedProduct(torch.autograd.Function):
     ) -> Tensor:
         x_scale = dynamic_scale(x, (1, 2, 3), widths.input)
         limit = weight_limit(widths.input)
-        codes = torch.round(x.float() * (1.0 / x_scale)).clamp_(-limit, limit).to(torch.int8)
+        steps = x.float() * (1.0 / x_scale)
+        whole = torch.round(steps).clamp_(-limit, limit)
+        codes = whole.to(torch.int8)
         w_scale = dynamic_scale(weight, (1, 2, 3), widths.weight).flatten()
         qweight = quantize_weight(weight, w_scale, widths.weight)
-        x_scale = x_scale.flatten()
-        ctx.save_for_backward(codes, x_scale, qweight, w_scale)
+        x_scale, finer = x_scale.flatten(), None
+        if widths.fine:
+            finer = torch.round((steps - whole) * (2 * limit)).clamp_(-limit, limit).to(torch.int8)
+        ctx.save_for_backward(codes, x_scale, qweight, w_scale, finer)
         ctx.geometry, ctx.widths = geometry, widths
         ctx.types = x.dtype, weight.dtype, None if bias is None else bias.dtype
         bias = None if bias is None else bias.float()
-        return shift_conv2d(codes, qweight, x_scale, w_scale, bias, *geometry, dtype)
+        if finer is None:
+            return shift_conv2d(codes, qweight, x_scale, w_scale, bias, *geometry, dtype)
+        y = shift_conv2d(codes, qweight, x_scale, w_scale, bias, *geometry, torch.float32)
+        rest = x_scale / (2 * limit)
+        return y.add_(shift_conv2d(finer, qweight, rest, w_scale, None, *geometry, torch.float32)).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        codes, x_scale, qweight, w_scale = ctx.saved_tensors
+        codes, x_scale, qweight, w_scale, finer = ctx.saved_tensors
         dy = gradients[0]
         by_input = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
@@ -62,7 +73,11 @@ class ServedProduct(torch.autograd.Function):
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
             d = encoded_gradient(dy * x_scale[:, None, None, None], ctx.widths)
-            sums = weight_sums(shift.across_rows(d).view(dy.shape), codes, qweight.shape, ctx.geometry)
+            across = shift.across_rows(d).view(dy.shape)
+            sums = weight_sums(across, codes, qweight.shape, ctx.geometry)
+            if finer is not None:
+                rest = weight_sums(across, finer, qweight.shape, ctx.geometry)
+                sums = sums + rest / (2.0 * weight_limit(ctx.widths.input))
             steps = shift.column_steps(d) * shift.shift_step(d.groups)
             by_weight = (sums * steps[:, None, None, None]).to(ctx.types[1])
         if ctx.needs_input_grad[2]:

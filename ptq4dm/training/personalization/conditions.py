@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UserError
-from ...hooks import hooked
-from ...pipelines.denoiser import TIMES, denoiser, denoiser_name
-from ...pipelines.sampling import refusals
+from ...pipelines.denoiser import TIMES, denoiser
+from ..prompted import first_call
 
 Predict = Callable[
     [Tensor, Tensor, Sequence[int]], Tensor
@@ -43,7 +42,7 @@ def of_prompts(pipe, prompts: Sequence[str]) -> Predict:
 
     def predict(x: Tensor, t: Tensor, images: Sequence[int]) -> Tensor:
         chosen = [prompts[k % len(prompts)] for k in images]
-        args, kwargs = _first_call(pipe, chosen)
+        args, kwargs = first_call(pipe, chosen)
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         time = next((name for name in TIMES if name in given), None)
@@ -62,35 +61,6 @@ def of_prompts(pipe, prompts: Sequence[str]) -> Predict:
         return _sample(model(**{**given, names[0]: x.to(given[names[0]].dtype), time: t}), x)
 
     return predict
-
-
-class _Called(BaseException):
-    """Ends a pipeline's call where its network is called for the first time."""
-
-    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.args_given, self.kwargs_given = args, kwargs
-
-
-def _first_call(pipe, prompts: list[str]) -> tuple[tuple, dict[str, Any]]:
-    parameters = inspect.signature(pipe.__call__).parameters
-    arguments: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 1}
-    arguments |= {"guidance_scale": 1.0} if "guidance_scale" in parameters else {}
-    # Images are of the model's own size, which needs no bin of sizes.
-    arguments |= {"use_resolution_binning": False} if "use_resolution_binning" in parameters else {}
-    # The pipeline draws noise that nobody uses: not from the generator of the process.
-    arguments |= {"generator": torch.Generator().manual_seed(0)} if "generator" in parameters else {}
-
-    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise _Called(args, kwargs)
-
-    model = getattr(pipe, denoiser_name(pipe))
-    try:
-        with hooked(model, before={"": stop}), refusals(pipe, {"prompt": prompts}, None):
-            pipe(**{name: value for name, value in arguments.items() if name in parameters})
-    except _Called as call:
-        return call.args_given, call.kwargs_given
-    raise UserError(f"{type(pipe).__name__} made a picture without a call of its {denoiser_name(pipe)}.")
 
 
 def _sample(output: Any, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ SHAPES = [  # B, H, M, L, d
 ]  # fmt: skip
 KINDS = ("int8", "e4m3")
 BOUND = {"int8": 0.045, "e4m3": 0.085}
-ROUNDING = 2e-3  # of a kernel beside the formula on the same codes
+ROUNDING = 8e-3 if CUDA else 2e-3  # of a kernel beside the formula: tensor cores keep few bits of sums in e4m3
 
 
 @pytest.fixture(autouse=True)
@@ -116,17 +116,26 @@ def test_codes_of_the_kernel(shape, kind):
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 300, 333, 128), (2, 3, 128, 128, 64), (2, 2, 77, 1, 96), (1, 30, 1111, 777, 128)], ids=str
-)
-def test_hoppers_kernel_is_the_formula(shape, kind):
+    "shape",
+    [
+        (1, 2, 300, 333, 128), (2, 3, 128, 128, 64), (2, 2, 77, 1, 96), (1, 30, 1111, 777, 128),
+        (1, 3, 1000, 1500, 128), (2, 10, 1111, 2000, 64),  # tiles of queries are shared by multiprocessors
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "shared"])
+def test_hoppers_kernel_is_the_formula(shape, kind, split):
     from ptq4dm.kernels.attention import product8_hopper
 
-    q, k, v = operands(shape, torch.bfloat16)
+    q, k, v = operands(shape)
     codes = codes8.quantize8(q, k, v, shape[-1] ** -0.5, formats.TYPES[kind])
     right = reference8.attention(codes, q.shape[2], k.shape[2], q.shape[3], torch.float64)
     y = q.new_full((shape[0], shape[2], shape[1], shape[4]), torch.nan)
-    product8_hopper.attention(codes, y, k.shape[2])
-    assert error(y.transpose(1, 2), right) < 8e-3
+    product8_hopper.attention(codes, y, k.shape[2], product8_hopper.DEFAULT | {"SPLIT": split})
+    assert error(y.transpose(1, 2), right) < 2 * ROUNDING
+    again = torch.empty_like(y)
+    product8_hopper.attention(codes, again, k.shape[2], product8_hopper.DEFAULT | {"SPLIT": split})
+    assert torch.equal(again, y)
 
 
 def test_a_mean_of_keys_costs_nothing():
@@ -137,6 +146,31 @@ def test_a_mean_of_keys_costs_nothing():
     assert (near - moved).norm() / near.norm() < 5e-3
     no_mean = formats.quantize8(q, far, v, 0.125, torch.int8)
     assert no_mean.k_scales.max() < 0.1  # not 64 / 127 and more
+
+
+def test_what_is_sampled_is_spread():
+    for tokens in (1, 5, 512, 513, 4608, 32760, 10**7):
+        some = formats.sampled(tokens)
+        assert len(some) == min(tokens, formats.SAMPLES) and some[0] == 0 and some[-1] < tokens
+        assert (some.diff() >= 0).all() and (some.diff() <= 2 * -(-tokens // len(some))).all()
+        part = torch.arange(len(some)) * tokens // len(some)
+        assert (some >= part).all() and (some <= part + -(-tokens // len(some))).all()
+
+
+@pytest.mark.parametrize("run", [attention8, by_triton], ids=["op", "kernel"])
+def test_a_block_of_values_may_be_far_larger_or_nothing(run):
+    """A scale of a block is in the exponent of P: it must come out of the sum of the weights."""
+    q, k, v = operands((1, 2, 20, 1024, 16), mean=0.0)
+    v = v.clone()
+    v[:, :, :128] *= 1000
+    v[:, :, 128:256] = 0
+    k = k - 3 * (torch.arange(1024, device=k.device) < 128)[:, None] * q.mean(-2, keepdim=True)
+    right = truth(q, k, v, 0.25)
+    y = run(q, k, v, 0.25, "int8")
+    assert ((y - right).norm() / right.norm()).item() < 0.05
+    only = v * 0 + 5
+    only[:, :, 128:] = 5
+    assert torch.allclose(run(q, k, only, 0.25, "int8"), torch.full_like(q, 5.0), atol=1e-3)
 
 
 @pytest.mark.parametrize("run", [attention8, by_triton], ids=["op", "kernel"])

@@ -4,8 +4,10 @@ Where there is no GPU, a "kernel" is a function of addresses that reads and writ
 """
 
 import ctypes
+import gc
 import threading
 import types
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -17,7 +19,7 @@ launch = pytest.importorskip("ptq4dm.kernels.runtime.launch", reason="needs Trit
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from ptq4dm.kernels.runtime import replay, settings, step  # noqa: E402
-from ptq4dm.kernels.runtime.prepared import prepared  # noqa: E402
+from ptq4dm.kernels.runtime.prepared import CACHE, prepared  # noqa: E402
 from ptq4dm.kernels.runtime.workspace import Workspace  # noqa: E402
 
 
@@ -153,6 +155,25 @@ def test_what_is_prepared_is_of_the_tensor_at_hand_and_of_today(kernel):
     one.data = rand(seed=6)
     assert torch.allclose(op.repeated(x, one, None), expected(x, one, None)) and op.calls == 5
     assert torch.allclose(op.repeated(x, one, None), expected(x, one, None)) and op.calls == 5
+
+
+def test_what_is_a_view_of_a_weight_is_not_kept(kernel):
+    """Kept beside its weight, it would live for ever, and hold the weight's memory."""
+    op, held = Op(kernel, 8), weakref.WeakSet()
+
+    def written(x, given):
+        y = x.new_empty(8)
+        op.second(prepared(given, "as it is", lambda: given.view(2, 4).reshape(8)), x, y)
+        return y
+
+    repeated, given = replay.Replay(written), rand(16, seed=9)[8:]
+    for seed in range(4):
+        assert torch.allclose(repeated(rand(seed=seed), given), 3 * given + rand(seed=seed))
+    assert repeated.why() == {"repeated": 1} and CACHE[id(given)][1] == {}
+    held.add(given)
+    del given
+    gc.collect()
+    assert not held
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 
 import ptq4dm  # noqa: F401
 from ptq4dm.kernels.formats.int4 import halved, pack_int4
+from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix
 from ptq4dm.kernels.w4.tokens import token_codes
 
@@ -188,6 +189,17 @@ def test_high_halves_may_be_summed_in_parts(parts, size):
     x, operands = tokens(m, k), (*mixed(130, 70, k, k // size, True)[1], None)
     y = integer.row_mix_through(*there(x, *operands), POINTERS | dict(PARTS=parts))
     assert torch.equal(y.cpu(), row_mix.reference(x, *operands))
+
+
+@pytest.mark.parametrize(("m", "parts"), [(256, 1), (1024, 3), (1100, 1), (4096, 1)])
+def test_high_halves_are_split_where_they_would_run_in_a_second_wave(m, parts):
+    """Of 3072 outputs a tenth, in tiles of 128 x 64, of which a GPU of 132 multiprocessors runs 396 at once."""
+    config = dict(BM=128, BN=64)
+    with settings.target(settings.Target((9, 0), 132, pytest.fail)):
+        x = torch.empty(m, 0, device="meta")
+        sums = integer.room_of_two_widths(x, 3072, 320, config)[2]
+        assert sums.shape[:2] == (parts, 320) and sums.shape[2] >= m
+        assert integer.room_of_two_widths(x, 3072, 320, config | dict(PARTS=2))[2].shape[0] == 2
 
 
 def test_all_rows_may_be_wide():

@@ -1,5 +1,6 @@
 """Attention of diffusers' models in 8 bits: who is served, what stays as it was, and what the report says."""
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -156,3 +157,47 @@ def test_compiled():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         again = run(compiled)
     assert relative(y, right) > 0 and relative(again, y) < 1e-5
+
+
+def flux():
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    given = dict(hidden_states=torch.randn(1, 16, 4), encoder_hidden_states=torch.randn(1, 5, 8))
+    places = dict(img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3))
+    return model, given | places | dict(pooled_projections=torch.randn(1, 8), timestep=torch.tensor([0.5]))
+
+
+def wan():
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, text_dim=8,
+        freq_dim=16, ffn_dim=32, rope_max_seq_len=32,
+    )  # fmt: skip
+    given = dict(hidden_states=torch.randn(1, 4, 2, 8, 8), encoder_hidden_states=torch.randn(1, 5, 8))
+    return model, given | dict(timestep=torch.tensor([500]))
+
+
+def sd3():
+    torch.manual_seed(0)
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
+    )  # fmt: skip
+    given = dict(hidden_states=torch.randn(1, 4, 8, 8), encoder_hidden_states=torch.randn(1, 5, 32))
+    return model, given | dict(pooled_projections=torch.randn(1, 64), timestep=torch.tensor([5]))
+
+
+@pytest.mark.parametrize("made", [flux, wan, sd3])
+@torch.no_grad()
+def test_models_with_rotary_embeddings_and_joined_texts(made):
+    model, given = made()
+    model.eval()
+    right = model(**given).sample
+    with attention_in_8_bits(model) as attention:
+        y = model(**given).sample
+    assert 0 < relative(y, right) < 0.01
+    assert sum(attention.kernels.values()) == len(attention.layers) == 2 and not attention.unreached
+    assert not attention.sixteen and torch.equal(model(**given).sample, right)

@@ -38,7 +38,7 @@ from ptq4dm.pipelines.sampling import sample
 
 COLLECT = importlib.import_module("ptq4dm.calibration.collect")  # ptq4dm.collect is the function
 MEASURE = importlib.import_module("ptq4dm.calibration.measure")
-FILES = importlib.import_module("ptq4dm.calibration.call_files")
+FILES = importlib.import_module("ptq4dm.files.tensors")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,6 +20,7 @@ def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(verb, "has_graphs", lambda device: True)
     monkeypatch.setattr(verb, "backend", TracedGraphs)
+    monkeypatch.setattr(verb, "why_not_on_cpu", lambda model: "it takes too long for a test")
     PixelDiTPipeline(pixel_dit(sample_size=32), DDIMScheduler()).save_pretrained(tmp_path / "dit")
     return tmp_path / "dit"
 

@@ -22,6 +22,9 @@ from ptq4dm.inference.graphs import Graphed
 from traced_graphs import TracedGraphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = dict(
+    block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+)  # fmt: skip
 
 
 def graphed(model, kept=graphs.KEPT):
@@ -58,7 +61,7 @@ def same(model, seed=0, **how):
 @pytest.fixture
 def unet():
     """A model with a graph of one form, captured."""
-    model = models.conditional_unet()
+    model = models.conditional_unet(**SMALL)
     graphed(model)
     for seed in range(3):
         assert same(model, seed)
@@ -75,7 +78,7 @@ def test_calls_are_replayed_and_their_outputs_stay(unet):
 
 @pytest.mark.parametrize("times", [(1, 2, 3, 4), (0.5, 0.25, 0.125, 0.3), (torch.tensor(7), 8, 9, torch.tensor(1))])
 def test_times_that_are_numbers_are_no_forms_of_their_own(times):
-    model = models.conditional_unet()
+    model = models.conditional_unet(**SMALL)
     seen = graphed(model)
     for time in times:
         assert same(model, 1, time=time)
@@ -90,11 +93,11 @@ def test_times_that_are_numbers_are_no_forms_of_their_own(times):
 
 
 def test_forms_have_graphs_of_their_own(unet):
-    forms = [dict(batch=2), dict(batch=1), dict(size=16), dict(batch=4, size=16)]
+    forms = [dict(batch=2), dict(batch=1), dict(size=16)]
     for how in forms * 3:
         assert same(unet, 3, **how)
     assert len(unet.forward.graphs) == len(forms) and unet.forward.captures == len(forms)
-    kwargs = [{}, {"scale": 0.5}, {"scale": 0.25}]
+    kwargs = [{"scale": 0.5}, {"scale": 0.25}]
     for _ in range(3):
         for one in kwargs:
             assert same(unet, 4, cross_attention_kwargs=one)
@@ -102,7 +105,7 @@ def test_forms_have_graphs_of_their_own(unet):
 
 
 def test_the_form_that_was_not_used_for_longest_goes():
-    model = models.conditional_unet()
+    model = models.conditional_unet(**SMALL)
     seen = graphed(model, kept=2)
     for batch in (1, 1, 2, 2, 1, 3, 3):  # 2 goes for 3
         assert same(model, batch=batch)
@@ -201,7 +204,7 @@ def test_adapters_that_come_change_and_go(unet):
         before = right(unet, 6)
         step()
         changed = not torch.allclose(right(unet, 6), before, atol=1e-5)
-        for seed in (6, 7, 8, 6, 7, 8):
+        for seed in (6, 7, 8):
             assert same(unet, seed), step
         assert changed or step in steps[5:7] or step is steps[0]
 
@@ -285,7 +288,7 @@ def test_autocast_and_inference_mode_are_forms(unet):
 
 
 def test_what_cannot_be_captured_runs_as_it_is():
-    model = models.conditional_unet()
+    model = models.conditional_unet(**SMALL)
     seen = graphed(model)
     seen.backend.fails = "operation not permitted when stream is capturing"
     for seed in range(4):
@@ -297,25 +300,28 @@ def test_what_cannot_be_captured_runs_as_it_is():
 
 
 def test_arguments_of_unknown_kinds():
-    model = models.conditional_unet()
+    model = models.conditional_unet(**SMALL)
     seen = graphed(model)
     for seed in range(3):
         assert same(model, seed, cross_attention_kwargs={"scale": 1.0, "other": object()})
     assert seen.plain == {"an argument is of the class object": 3}
 
 
-def test_a_model_that_changes_all_the_time_is_left():
-    model = models.conditional_unet()
+def test_a_model_that_changes_all_the_time_is_captured_ever_less_often():
+    model = models.conditional_unet(**SMALL)
     seen = graphed(model)
-    for seed in range(20):
+    for seed in range(40):
         written(model) if seed % 2 else None
         assert same(model, seed % 3)
-    assert seen.captures <= graphs.PATIENCE + 1 and "the model changes too often" in seen.plain
+    assert seen.captures <= 5 and seen.plain["the model keeps changing"] > 20
+    for seed in range(40):  # and it comes to rest
+        call(model, seed)
+    assert seen.replays > 8 and seen.captures <= 6
 
 
 def test_weights_of_inference_mode_are_left():
     with torch.inference_mode():
-        model = models.conditional_unet()
+        model = models.conditional_unet(**SMALL)
     seen = graphed(model)
     for seed in range(4):
         with torch.inference_mode():
@@ -324,7 +330,7 @@ def test_weights_of_inference_mode_are_left():
 
 
 def test_copies_are_plain_and_states_have_their_names(unet):
-    names = list(models.conditional_unet().state_dict())
+    names = list(models.conditional_unet(**SMALL).state_dict())
     assert list(unet.state_dict()) == names
     for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
         with torch.no_grad():

@@ -47,7 +47,7 @@ def parts(model):
 def test_three_lines_of_a_user(graphs):
     pipe = pipeline()
     expected, before = images(pipe), parts(pipe.transformer)
-    report = ptq4dm.optimize(pipe)
+    report = ptq4dm.optimize(pipe, compiled=False)
     for _ in range(2):
         assert torch.allclose(images(pipe), expected, atol=1e-5)
     graphed = pipe.transformer.forward
@@ -71,12 +71,29 @@ def test_blocks_compiled_and_graphs_of_them(graphs):
     assert all(one._compiled_call_impl is None for one in pipe.transformer.modules())
 
 
-def test_on_a_cpu_nothing_is_done_that_is_not_asked_for():
+def test_on_a_cpu_the_blocks_of_transformers_are_compiled(monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(blocks.torch, "compile", lambda call, **more: compiled(call, backend="eager", **more))
+    monkeypatch.setattr(blocks, "get_cpp_compiler", lambda: "c++")
     pipe = pipeline()
-    before = parts(pipe.transformer)
-    report = ptq4dm.optimize(pipe)
-    assert parts(pipe.transformer) == before
-    assert "graphs: left, for there are none on cpu" in str(report) and "compiled=True" in str(report)
+    expected = images(pipe)
+    said = str(ptq4dm.optimize(pipe))
+    assert "2 BasicTransformerBlock" in said and "graphs: left, for there are none on cpu" in said
+    assert torch.allclose(images(pipe), expected, atol=1e-5) and "forward" not in vars(pipe.transformer)
+    ptq4dm.unoptimize(pipe)
+
+
+def test_on_a_cpu_unets_are_left_and_what_has_no_compiler(monkeypatch):
+    model = models.conditional_unet()
+    before = parts(model)
+    assert "blocks: left, for that made a UNet's step no faster" in str(ptq4dm.optimize(model))
+    assert parts(model) == before
+
+    def none():
+        raise RuntimeError
+
+    monkeypatch.setattr(blocks, "get_cpp_compiler", none)
+    assert "finds no C++ compiler (RuntimeError)" in str(ptq4dm.optimize(models.dit()))
 
 
 def test_again_is_anew(graphs):
@@ -84,7 +101,7 @@ def test_again_is_anew(graphs):
     before = parts(pipe.transformer)
     ptq4dm.optimize(pipe, compiled=True)
     first = pipe.transformer.forward
-    ptq4dm.optimize(pipe, kept=2)
+    ptq4dm.optimize(pipe, compiled=False, kept=2)
     assert pipe.transformer.forward is not first and pipe.transformer.forward.kept == 2
     assert all(one._compiled_call_impl is None for one in pipe.transformer.modules())
     ptq4dm.unoptimize(pipe)
@@ -116,7 +133,7 @@ def test_quantized_and_optimized(graphs):
     pipe = pipeline()
     ptq4dm.quantize(pipe, ptq4dm.RTNConfig(activations="dynamic"))
     expected = images(pipe)
-    ptq4dm.optimize(pipe)
+    ptq4dm.optimize(pipe, compiled=False)
     assert torch.allclose(images(pipe), expected, atol=1e-4) and pipe.transformer.forward.replays
 
 

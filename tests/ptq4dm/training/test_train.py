@@ -109,6 +109,8 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, pictures, config, monkeypat
             ptq4dm.train(pipeline(), pictures, config, tmp_path / "parts")
     resumed = ptq4dm.train(pipeline(), pictures, config, tmp_path / "parts", resume=True)
     assert same(weights(whole), weights(resumed))
+    one, other = ((tmp_path / name / "checkpoint.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == other
     logs = [read_lines(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
     for line in logs[0] + logs[1]:
         line.pop("images_per_second", None)

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import ptq4dm
 from models import unet
 from ptq4dm.errors import UserError
-from ptq4dm.layers.shift.convert import to_floats, to_integers
+from ptq4dm.layers.shift.convert import beside_the_ends, to_floats, to_integers
 from ptq4dm.layers.shift.layers import ShiftConv2d, ShiftLinear
 from ptq4dm.layers.shift.norms import ShiftGroupNorm
 from ptq4dm.layers.shift.widths import Widths
@@ -30,7 +31,8 @@ def test_there_and_back():
     before, parameters = call(net), dict(net.named_parameters())
     converted = to_integers(net, Widths())
     ends = {name: str(widths) for name, widths in converted.layers.items() if name in ("conv_in", "conv_out")}
-    assert ends == dict.fromkeys(("conv_in", "conv_out"), "8/8/8, 4 groups, grids as served") and not converted.norms
+    served = "8/8/8, 4 groups, grids as served"
+    assert ends == {"conv_in": f"{served}, fine inputs", "conv_out": served} and not converted.norms
     assert {type(net.get_submodule(name)) for name in converted.layers} == {ShiftLinear, ShiftConv2d}
     assert str(converted) == f"{len(converted.layers)} layers on integers"
     assert 0 < distance(call(net), before) < 0.3
@@ -71,3 +73,22 @@ def test_what_is_left_and_what_is_refused():
         Widths(gradient=9)
     with pytest.raises(UserError, match="groups must be between 1 and 7, not 0"):
         Widths(groups=0)
+
+
+def test_layers_beside_the_ends_of_a_unet_have_eight_bits():
+    net = unet()
+    names = beside_the_ends(net)
+    assert names == [
+        "down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv1", "up_blocks.1.resnets.0.conv_shortcut",
+        "up_blocks.1.resnets.1.conv1", "up_blocks.1.resnets.1.conv_shortcut",
+    ]  # fmt: skip
+    found = to_integers(copy.deepcopy(net), Widths(6, 5, 4, 3)).layers
+    assert {name for name, widths in found.items() if str(widths) == "8/8/4, 3 groups"} == set(names)
+    assert str(found["down_blocks.0.resnets.0.conv2"]) == "6/5/4, 3 groups"
+    same = to_integers(copy.deepcopy(net), Widths(6, 5, 4, 3), wide=()).layers
+    assert str(same[names[0]]) == "6/5/4, 3 groups"
+    some = to_integers(copy.deepcopy(net), Widths(6, 5, 4, 3), wide=("*.conv2",)).layers
+    assert str(some[names[0]]) == "6/5/4, 3 groups" and str(some["down_blocks.0.resnets.0.conv2"])[:5] == "8/8/4"
+    served = to_integers(copy.deepcopy(net), Widths(4, 4, 6, served=True)).layers
+    assert str(served[names[0]]) == "4/4/6, 4 groups, grids as served"
+    assert beside_the_ends(nn.Sequential(nn.Linear(2, 2))) == []

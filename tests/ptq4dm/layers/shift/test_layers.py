@@ -227,3 +227,26 @@ def test_which_layers_have_a_form_on_integers():
     assert trainable(nn.Linear(4, 4)) and trainable(nn.Conv2d(4, 4, 3, padding="same"))
     assert not trainable(nn.Conv2d(4, 4, 3, groups=2)) and not trainable(nn.Conv2d(4, 4, 3, padding_mode="circular"))
     assert not trainable(nn.Conv2d(4, 4, 1, padding=1)) and not trainable(nn.Conv1d(4, 4, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fine_inputs_have_two_codes(kind):
+    """The output is as near as with sixteen bits; the gradient by the input is what it was."""
+    for bits, most in ((4, 0.01), (8, 0.001)):
+        layer, integer, x, gradient = pair(kind, Widths(8, bits, 8, served=True, fine=True))
+        rough = pair(kind, Widths(8, bits, 8, served=True))[1]
+        torch.manual_seed(1)
+        found = passes(integer, x, gradient)
+        torch.manual_seed(1)
+        other = passes(rough, x, gradient)
+        layer.weight.data = exact_weight(layer)
+        exact = layer(x).detach()
+        assert distance(found[0], exact) < most and distance(found[0], exact) < 0.1 * distance(other[0], exact)
+        assert torch.equal(found[1], other[1]) and not torch.equal(found[2], other[2])
+
+
+def exact_weight(layer):
+    """What 8-bit codes of a weight with one scale an output are worth."""
+    weight = layer.weight.detach()
+    step = weight.flatten(1).abs().amax(1).reshape(-1, *[1] * (weight.ndim - 1)) / 127
+    return torch.round(weight / step) * step

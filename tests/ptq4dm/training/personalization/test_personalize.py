@@ -65,6 +65,13 @@ def test_a_class_row_is_learned_written_and_used(tmp_path):
         assert torch.equal(pipe.transformer.get_parameter(f"{name}.weight")[3].detach(), row)
 
 
+def test_equal_runs_write_equal_files(tmp_path):
+    for name in ("one", "two"):
+        learn(tmp_path / name, personal.classes())
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1] and {"checkpoint.safetensors", "log.jsonl"} < files[0].keys()
+
+
 def test_the_loss_told_is_of_the_saved_embedding_on_the_fixed_rows(tmp_path):
     """The released code tells the loss of the last perturbation, on whatever the step drew."""
     pipe = personal.classes()

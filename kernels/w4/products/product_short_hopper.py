@@ -157,8 +157,8 @@ def _short_kernel(
             there = (group + row * 0 + t * 0 < GROUPS - i * WARPS)[:, :, :, None] & (pair >= 0)
             loaded += ((gl.load(x, mask=there, other=0), gl.load(x + 16, mask=there, other=0)),)
     first, step = gl.program_id(0), gl.num_programs(0)
-    # A loop that compilers do not unroll, for N >> 30 is 0, but they do not know: else they would wait for the inputs,
-    # and use them, before they begin to copy.
+    # N >> 30 is 0, but compilers do not know, and do not unroll the loop: else they would wait for the inputs and use
+    # them before they begin to copy.
     for i in range(STAGES + (N >> 30)):
         _fill(q_ptr, wscales_ptr, words, scales, first + i * step, i, N, GROUPS, SPREAD, THINLY)
     inputs, begin = (), ()

@@ -1,8 +1,9 @@
 """`optimize`: a loaded pipeline made as fast as it is known to get on its device, by one call.
 
-On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py), and each denoiser's calls replayed
-from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels and its own. On a CPU the
-blocks of transformers are compiled: that was measured to help, and with UNets not to (README.md of this folder).
+On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
+denoiser's calls replayed from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels
+and its own. On a CPU the blocks of transformers are compiled: that was measured to help, with UNets hardly (README.md
+of this folder).
 
 Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
 takes all of it back.
@@ -22,8 +23,16 @@ from ..errors import UserError
 from ..layers.fuse import FUSED, fuse, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
-from .blocks import compile_blocks, repeated_blocks, uncompile_blocks, why_not_on_cpu
-from .graphs import KEPT, Backend, Graphed, plain_forward
+from .blocks import (
+    as_a_whole,
+    compile_blocks,
+    compiled_whole,
+    plain_forward,
+    repeated_blocks,
+    uncompile_blocks,
+    why_not_on_cpu,
+)
+from .graphs import KEPT, Backend, Graphed
 from .report import Optimized, OptimizedModel
 
 if TYPE_CHECKING:
@@ -129,6 +138,10 @@ def _compile(one: OptimizedModel) -> None:
     blocks = repeated_blocks(one.model)
     if any(module._compiled_call_impl is not None for module in one.model.modules()):
         one.left["blocks"] = "some are compiled already"
+    elif as_a_whole(one.model):
+        if not _forward_is_taken(one, "compiling"):
+            one.whole = compiled_whole(one.model)
+            _put(one, one.whole)
     elif not blocks:
         one.left["blocks"] = "no class of blocks is repeated"
     else:
@@ -138,19 +151,34 @@ def _compile(one: OptimizedModel) -> None:
 
 
 def _graphs(one: OptimizedModel, kept: int) -> None:
-    if vars(one.model).get("forward") == plain_forward(one.model):  # a copy of an optimized one has it
-        del one.model.forward
-    if "forward" in vars(one.model):
-        one.left["graphs"] = "its forward is another's already (a hook of accelerate)"
+    if _forward_is_taken(one, "graphs"):
         return
-    graphed = Graphed(one.model, backend(one.device), kept)
-    one.model.forward = graphed
-    one.graphed = graphed
+    graphed = one.graphed = Graphed(one.model, backend(one.device), kept, one.whole)
+    _put(one, graphed)
+    one.takes_back.append(graphed.clear)
+
+
+def _forward_is_taken(one: OptimizedModel, what: str) -> bool:
+    """Whether somebody else has put a function in the place of the network's forward; then that is said."""
+    now = vars(one.model).get("forward")
+    if now == plain_forward(one.model):  # a copy of an optimized network has it
+        del one.model.forward
+    elif now is not None and now is not one.whole:
+        one.left[what] = "its forward is another's already (a hook of accelerate)"
+        return True
+    return False
+
+
+def _put(one: OptimizedModel, forward: Any) -> None:
+    """Let the network compute by this, until it is taken back."""
+    before = vars(one.model).get("forward")
+    one.model.forward = forward
 
     def back() -> None:
-        if vars(one.model).get("forward") is graphed:
+        if vars(one.model).get("forward") is forward:
             del one.model.forward
-        graphed.clear()
+            if before is not None:
+                one.model.forward = before
 
     one.takes_back.append(back)
 

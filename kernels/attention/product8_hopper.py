@@ -17,6 +17,9 @@ sets of registers for x: the loop has two steps. P never leaves the registers: w
 it must hold of an operand, if keys are counted in the order that codes8.py gives to the values. Blocks are taken from
 the last one on, so that what lies past the end of the keys is seen in the first step alone.
 
+With SPLIT the tiles of a last round that is not full are shared by all programs, by blocks of keys; their sums are
+joined by a second kernel. No GPU has measured that yet, so it is not the default.
+
 A stage of the ring holds the keys of a block and the values of the block before it: it is read in one step.
 
 Tried on an H200 and left out: P's products on sums of their own, added in float32 (slower, and the error of the sums
@@ -43,7 +46,7 @@ from ..runtime.settings import multiprocessors
 
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
-DEFAULT = {"BN": 128, "STAGES": 4, "SPLIT": True}
+DEFAULT = {"BN": 128, "STAGES": 4, "SPLIT": False}
 FEWEST, ROWS = 6, 32  # blocks of keys that sharing a tile must save; queries that are joined at a time
 # Four values that a thread has side by side to four bytes of e4m3; Triton by itself would move each byte.
 FOUR = gl.constexpr(

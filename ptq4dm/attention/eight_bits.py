@@ -21,7 +21,7 @@ from torch import nn
 
 from ..annotations import plain_number
 from ..calibration.calls import timestep_of
-from ..checks import shown
+from ..checks import checked, shown
 from ..errors import UserError
 from ..interrupts import uninterrupted
 from ..kernels.formats.attention8 import TYPES
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+@checked
 @contextmanager
 def attention_in_8_bits(
     target: DiffusionPipeline | nn.Module,

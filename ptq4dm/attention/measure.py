@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked
 from ..errors import UserError
 from ..hooks import hooked
 from ..layers.attention.processors import Redirected
-from ..pipelines.denoiser import turn_at
 from .eight_bits import attention_in_8_bits, models_of, time_of
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class AttentionErrors:
 
 
 @torch.no_grad()
+@checked
 def attention_errors(
     target: DiffusionPipeline | nn.Module, call: Callable[[], Any], kind: str = "int8"
 ) -> AttentionErrors:
@@ -80,7 +81,7 @@ def attention_errors(
     Raises UserError as attention_in_8_bits does, and where `call` reaches no attention of the model.
     """
     errors, now = AttentionErrors(kind), [0.0]
-    with turn_at(target), attention_in_8_bits(target, kind) as state, ExitStack() as stack:
+    with attention_in_8_bits(target, kind) as state, ExitStack() as stack:
         for model in models_of(target).values():
             stack.enter_context(hooked(model, before={"": _clock(now, time_of(model))}))
         state.redirected = lambda name: _Compared(errors, now, state, name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..annotations import plain_number
-from ..checks import shown
+from ..checks import checked, shown
 from ..errors import UserError
 from ..layers.attention.planned import attention_modules, check_attention, follow_attention
 from ..layers.attention.state import Attention8
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+@checked
 def plan_attention(
     target: DiffusionPipeline | nn.Module,
     kind: str | None = "int8",

@@ -1,16 +1,19 @@
-"""The repeated blocks of a model compiled by torch.compile: one of each kind takes the time, the rest share its code.
+"""A model's repeated blocks compiled by torch.compile: one of each kind takes the time, the rest share its code.
 
 Which they are diffusers says of most models (`_repeated_blocks`, as its `compile_repeated_blocks` does); of others it
-is the class that occurs most often among those which diffusers will not split, or else in lists of modules.
+is the class that occurs most often among those which diffusers will not split, or else in lists of modules. A UNet of
+which diffusers names none is compiled as a whole: its convolutions gain most by one layout of memory for all of it.
 
-torch.compile does not look for hooks that are set later, so a recorder would see nothing. A `CompiledBlock` looks,
-and runs its block as it is written while somebody waits for the calls of a module in it, or for operations of torch.
+torch.compile does not look for hooks that are set later, so a recorder would see nothing. A `Compiled` module looks,
+and runs as it is written while somebody waits for the calls of a module in it, or for operations of torch.
 """
 
 from __future__ import annotations
 
 import operator
+import types
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -21,31 +24,47 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from .watch import HOOKS, watched
 
 
-class CompiledBlock:
-    """What a block's call goes through: compiled code, or the block as it is while it has hooks."""
+class Compiled:
+    """What a module's calls go through: compiled code, or `call` as it is while the module has hooks.
 
-    def __init__(self, block: nn.Module, **options: Any) -> None:
-        self.block = block
-        self.compiled = torch.compile(block._call_impl, **options)
+    again: (function, arguments) that make what a copy of the module has in its place: it is as it was written, for
+    torch.compile's code is of one module.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable, again: tuple, **options: Any) -> None:
+        self.module, self.call, self.again = module, call, again
+        self.compiled = torch.compile(call, **options)
         self._look()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parts = list(chain.from_iterable(map(dict.values, self.children)))
         if len(parts) != len(self.parts) or not all(map(operator.is_, parts, self.parts)):
             self._look()  # an adapter, say, took a layer's place
-        if any(self.hooks) or watched():
-            return self.block._call_impl(*args, **kwargs)
-        return self.compiled(*args, **kwargs)
+        return (self.call if any(self.hooks) or watched() else self.compiled)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return self.again
 
     def _look(self) -> None:
-        modules = list(self.block.modules())
+        modules = list(self.module.modules())
         self.children = [module._modules for module in modules]
         self.parts = list(chain.from_iterable(map(dict.values, self.children)))
         self.hooks = [vars(module)[kind] for module in modules for kind in HOOKS]
 
-    def __reduce__(self) -> tuple:
-        """Copies are as they are written: torch.compile's code is of one block."""
-        return getattr, (self.block, "_call_impl")
+
+def plain_forward(model: nn.Module) -> types.MethodType:
+    """What a network computes by where nobody has put anything in its place."""
+    return types.MethodType(type(model).forward, model)
+
+
+def compiled_whole(model: nn.Module, **options: Any) -> Compiled:
+    """A network's forward, compiled when it is first called."""
+    return Compiled(model, plain_forward(model), (plain_forward, (model,)), **options)
+
+
+def as_a_whole(model: nn.Module) -> bool:
+    """Whether a network is one to compile as a whole."""
+    return "UNet" in type(model).__name__ and not getattr(model, "_repeated_blocks", None)
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -55,8 +74,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
         named = set(getattr(model, names, None) or ())
         if found := [one for one in modules if type(one).__name__ in named]:
             return _outermost(found)
-    listed = [child for module in modules if isinstance(module, nn.ModuleList) for child in module]
-    listed = [child for child in listed if not isinstance(child, nn.ModuleList) and len(list(child.modules())) > 3]
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
+    listed = [child for one in lists for child in one.children() if not isinstance(child, nn.ModuleList)]
+    listed = [child for child in listed if len(list(child.modules())) > 3]
     kinds = Counter(map(type, listed))
     return _outermost([child for child in listed if kinds[type(child)] > 1])
 
@@ -64,7 +84,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def why_not_on_cpu(model: nn.Module) -> str:
     """Why compiling a model's blocks is nothing for a CPU; "" where it was measured to help."""
     if "UNet" in type(model).__name__:
-        return "that made a UNet's step no faster on a CPU; compiled=True compiles them"
+        return "that made a UNet's step hardly faster on a CPU; compiled=True compiles it"
     try:
         get_cpp_compiler()
     except Exception as error:  # of a class that torch has renamed
@@ -80,11 +100,11 @@ def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
 def compile_blocks(blocks: list[nn.Module], **options: Any) -> None:
     """Compile these, when they are first called."""
     for block in blocks:
-        block._compiled_call_impl = CompiledBlock(block, **options)
+        block._compiled_call_impl = Compiled(block, block._call_impl, (getattr, (block, "_call_impl")), **options)
 
 
 def uncompile_blocks(blocks: list[nn.Module]) -> None:
     """Take that back."""
     for block in blocks:
-        if isinstance(block._compiled_call_impl, CompiledBlock):
+        if isinstance(block._compiled_call_impl, Compiled):
             del block._compiled_call_impl

@@ -16,7 +16,8 @@ from ..checks import shown
 from ..errors import UserError
 from ..layers.fuse import FUSED
 from ..registry import Registry
-from .graphs import Graphed, plain_forward
+from .blocks import plain_forward
+from .graphs import Graphed
 
 ENGINES: Registry = Registry("engine", late=True)
 PRECISIONS = ("float32", "bfloat16")

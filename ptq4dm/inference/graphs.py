@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from ..caching.state import PLAIN
 from ..pipelines.denoiser import time_names
+from .blocks import plain_forward
 from .watch import Unwatched, Watch, hooked, watched
 
 KEPT = 8
@@ -71,8 +71,10 @@ class Graph:
 class Graphed:
     """A network's forward through graphs. It takes the place of `forward` in the network's attributes."""
 
-    def __init__(self, model: nn.Module, backend: Backend, kept: int = KEPT) -> None:
+    def __init__(self, model: nn.Module, backend: Backend, kept: int = KEPT, compute: Callable | None = None) -> None:
+        """compute: what the network computes by; None: its class's forward."""
         self.model, self.backend, self.kept = model, backend, kept
+        self.compute = compute or plain_forward(model)
         self.graphs: OrderedDict[Any, Graph] = OrderedDict()
         self.seen: OrderedDict[Any, int] = OrderedDict()
         self.refused: dict[Any, str] = {}
@@ -85,20 +87,27 @@ class Graphed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.lock:
-            untouched = self.watch is not None and self.watch.untouched()
-            if why := self._why_plain() or ("" if untouched else hooked(self.model)):
+            if why := self._why_plain():
                 return self._as_it_is(why, args, kwargs)
             leaves, structure = pytree.tree_flatten((args, kwargs))
             leaves = self._times_as_tensors(leaves, structure)
             form = _form(leaves, structure)
+            graph = None if isinstance(form, str) else self.graphs.get(form)
+            watch, made = self.watch, None
+            in_place = watch is not None and watch.in_place()
+            if graph is not None and in_place:
+                made = self._replayed(graph, leaves)  # what is set in the model is looked at while the GPU computes
+            untouched = watch is not None and in_place and watch.nothing_set()
+            if not untouched and (why := hooked(self.model)):
+                return self._as_it_is(why, args, kwargs)
             if isinstance(form, str):
                 return self._as_it_is(form, args, kwargs)
-            if self.watch is not None and not (untouched or self.watch.unchanged()):
+            if watch is not None and not (untouched or watch.unchanged()):
                 self._model_changed()
-            if form in self.refused:
-                return self._as_it_is(self.refused[form], args, kwargs)
-            graph = self.graphs.get(form)
+                graph = made = None
             if graph is None:
+                if form in self.refused:
+                    return self._as_it_is(self.refused[form], args, kwargs)
                 if self._seen(form) <= 1 << min(self.in_vain, LONGEST):
                     why = "the model keeps changing" if self.in_vain else "the first call of a form"
                     return self._as_it_is(why, args, kwargs)
@@ -106,7 +115,9 @@ class Graphed:
                 if graph is None:
                     return self._as_it_is(self.refused[form], args, kwargs)
             self.graphs.move_to_end(form)
-            return self._replayed(graph, leaves)
+            graph.replays += 1
+            self.replays += 1
+            return self._replayed(graph, leaves) if made is None else made
 
     def clear(self) -> None:
         """Drop all graphs, and their memory."""
@@ -133,7 +144,7 @@ class Graphed:
 
     def _as_it_is(self, why: str, args: tuple, kwargs: dict) -> Any:
         self.plain[why] += 1
-        return type(self.model).forward(self.model, *args, **kwargs)
+        return self.compute(*args, **kwargs)
 
     def _times_as_tensors(self, leaves: list, structure: Any) -> list:
         """A time that is a number becomes a tensor: it differs in every step, and each would be a form of its own."""
@@ -171,7 +182,7 @@ class Graphed:
             self.watch = self.watch or Watch(
                 self.model, left=["forward"]
             )  # what a first call keeps in it is there now
-            replay, outputs = self.backend.capture(lambda: type(self.model).forward(self.model, *args, **kwargs))
+            replay, outputs = self.backend.capture(lambda: self.compute(*args, **kwargs))
         except Unwatched as error:
             self.refused[form] = str(error)
             return None
@@ -188,8 +199,6 @@ class Graphed:
             for place, tensor in zip(graph.inputs, given, strict=True):
                 place.copy_(tensor, non_blocking=True)
             graph.replay()
-            graph.replays += 1
-            self.replays += 1
             return pytree.tree_map_only(Tensor, torch.clone, graph.outputs)
 
 
@@ -199,11 +208,6 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
     if any(stride == 0 and size > 1 for stride, size in zip(own, tensor.shape, strict=True)):
         return tensor.new_empty(tensor.shape, device="meta").stride()
     return own
-
-
-def plain_forward(model: nn.Module) -> types.MethodType:
-    """What a network computes by where nobody has put anything in its place."""
-    return types.MethodType(type(model).forward, model)
 
 
 def _form(leaves: list, structure: Any) -> Any:

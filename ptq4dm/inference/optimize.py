@@ -1,8 +1,9 @@
 """`optimize`: a loaded pipeline made as fast as it is known to get on its device, by one call.
 
-On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py), and each denoiser's calls replayed
-from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels and its own. On a CPU the
-blocks of transformers are compiled: that was measured to help, and with UNets not to (README.md of this folder).
+On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
+denoiser's calls replayed from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels
+and its own. On a CPU the blocks of transformers are compiled: that was measured to help, with UNets hardly (README.md
+of this folder).
 
 Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
 takes all of it back.
@@ -11,7 +12,6 @@ takes all of it back.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -25,8 +25,16 @@ from ..layers.fuse import FUSED, fuse, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
 from . import engines
-from .blocks import compile_blocks, repeated_blocks, uncompile_blocks, why_not_on_cpu
-from .graphs import KEPT, Backend, Graphed, plain_forward
+from .blocks import (
+    as_a_whole,
+    compile_blocks,
+    compiled_whole,
+    plain_forward,
+    repeated_blocks,
+    uncompile_blocks,
+    why_not_on_cpu,
+)
+from .graphs import KEPT, Backend, Graphed
 from .report import Optimized, OptimizedModel
 
 if TYPE_CHECKING:
@@ -137,27 +145,12 @@ def _through(engine: str, models: dict[str, nn.Module], precision: str | None, c
         if before := DONE.pop(model, None):
             before.undo()
         report.models[name] = DONE[model] = one = OptimizedModel(model, _device(model))
-        _own_forward(model)
+        if _forward_is_taken(one, "the engine"):  # engines.check_model has refused all but a copy's own
+            continue
         one.through = through = engines.through(engine, model, precision, cache, kept)
-        one.takes_back.append(_placed(model, through))
+        _put(one, through)
+        one.takes_back.append(through.clear)
     return report
-
-
-def _own_forward(model: nn.Module) -> None:
-    if vars(model).get("forward") == plain_forward(model):  # a copy of an optimized one has it
-        del model.forward
-
-
-def _placed(model: nn.Module, graphed: Graphed) -> Callable[[], None]:
-    """Put it in the place of the model's forward; what takes it back."""
-    model.forward = graphed
-
-    def back() -> None:
-        if vars(model).get("forward") is graphed:
-            del model.forward
-        graphed.clear()
-
-    return back
 
 
 def _fuse(one: OptimizedModel) -> None:
@@ -172,6 +165,10 @@ def _compile(one: OptimizedModel) -> None:
     blocks = repeated_blocks(one.model)
     if any(module._compiled_call_impl is not None for module in one.model.modules()):
         one.left["blocks"] = "some are compiled already"
+    elif as_a_whole(one.model):
+        if not _forward_is_taken(one, "compiling"):
+            one.whole = compiled_whole(one.model)
+            _put(one, one.whole)
     elif not blocks:
         one.left["blocks"] = "no class of blocks is repeated"
     else:
@@ -181,12 +178,36 @@ def _compile(one: OptimizedModel) -> None:
 
 
 def _graphs(one: OptimizedModel, kept: int) -> None:
-    _own_forward(one.model)
-    if "forward" in vars(one.model):
-        one.left["graphs"] = "its forward is another's already (a hook of accelerate)"
+    if _forward_is_taken(one, "graphs"):
         return
-    one.graphed = Graphed(one.model, backend(one.device), kept)
-    one.takes_back.append(_placed(one.model, one.graphed))
+    graphed = one.graphed = Graphed(one.model, backend(one.device), kept, one.whole)
+    _put(one, graphed)
+    one.takes_back.append(graphed.clear)
+
+
+def _forward_is_taken(one: OptimizedModel, what: str) -> bool:
+    """Whether somebody else has put a function in the place of the network's forward; then that is said."""
+    now = vars(one.model).get("forward")
+    if now == plain_forward(one.model):  # a copy of an optimized network has it
+        del one.model.forward
+    elif now is not None and now is not one.whole:
+        one.left[what] = "its forward is another's already (a hook of accelerate)"
+        return True
+    return False
+
+
+def _put(one: OptimizedModel, forward: Any) -> None:
+    """Let the network compute by this, until it is taken back."""
+    before = vars(one.model).get("forward")
+    one.model.forward = forward
+
+    def back() -> None:
+        if vars(one.model).get("forward") is forward:
+            del one.model.forward
+            if before is not None:
+                one.model.forward = before
+
+    one.takes_back.append(back)
 
 
 def has_graphs(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..layers.fuse_report import FuseReport
+from .blocks import Compiled
 from .graphs import Graphed
 
 
@@ -22,6 +23,7 @@ class OptimizedModel:
     device: torch.device
     fused: FuseReport | None = None
     blocks: list[nn.Module] = field(default_factory=list)
+    whole: Compiled | None = None
     graphed: Graphed | None = None
     through: Any = None  # an engine's forward (engines.py), with lines() and products()
     left: dict[str, str] = field(default_factory=dict)
@@ -38,6 +40,8 @@ class OptimizedModel:
         if kinds := Counter(type(block).__name__ for block in self.blocks):
             what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             lines.append(f"blocks compiled by torch.compile when they are first called: {what}")
+        if self.whole is not None:
+            lines.append("compiled as a whole by torch.compile when it is first called")
         if self.graphed is not None:
             lines += self._graph_lines(self.graphed)
         if self.through is not None:

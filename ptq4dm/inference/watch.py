@@ -78,10 +78,18 @@ class Watch:
 
     def untouched(self) -> bool:
         """Whether nothing was set, or written into, at all."""
+        return self.in_place() and self.nothing_set()
+
+    def nothing_set(self) -> bool:
+        """Whether all attributes are the objects that they were."""
+        return sum(map(len, chain(self.dicts, self.lists))) == len(self.values) and all(
+            map(operator.is_, self._now(), self.values)
+        )
+
+    def in_place(self) -> bool:
+        """Whether the tensors that the model had are where they were, and not written into: a quick look."""
         return (
-            sum(map(len, chain(self.dicts, self.lists))) == len(self.values)
-            and all(map(operator.is_, self._now(), self.values))
-            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+            list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and list(map(version_of, self.tensors)) == self.versions
         )
 

@@ -26,18 +26,8 @@ def gptq(weight: Tensor, grid: Grid | Fp8Grid | PowerGrid, evidence: LayerEviden
 
     Raises UserError where the rows hold NaN or infinity.
     """
-    return compensated(weight, grid, *ordered_factor(evidence.hessian, weight.dtype))
-
-
-def ordered_factor(hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(the columns in the order of their rounding [K], the factor of the inverse Hessian in this order [K, K])."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    return order, _inverse_factor(hessian[order][:, order]).to(dtype)
-
-
-def compensated(weight: Tensor, grid: Grid | Fp8Grid | PowerGrid, order: Tensor, upper: Tensor) -> Tensor:
-    """Codes [N, K] of a weight [N, K] float32, each column's error made up for by those after it."""
     columns = weight.shape[1]
+    order, upper = ordered_factor(evidence.hessian, weight.dtype)
     work, grid_of = weight[:, order].clone(), grid.columns(order)
     values = torch.empty_like(work)
     for start in range(0, columns, BLOCK):
@@ -52,6 +42,12 @@ def compensated(weight: Tensor, grid: Grid | Fp8Grid | PowerGrid, order: Tensor,
     result = torch.empty_like(values)
     result[:, order] = values
     return grid.codes(result)  # of values that are on the grid: exact
+
+
+def ordered_factor(hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(the columns in the order of their rounding [K], the factor of the inverse Hessian in this order [K, K])."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    return order, _inverse_factor(hessian[order][:, order]).to(dtype)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..evidence import LayerEvidence
 from ..kernels.formats.bcq import BinaryGrid, signs
-from .gptq import compensated, ordered_factor
+from .gptq import ordered_factor
 
 DAMPING = 1e-4
 RIDGE = 1e-8  # of the mean of a row's own matrix: planes that are alike have a solution, too
@@ -94,7 +94,7 @@ def _refitted(weight: Tensor, codes: Tensor, grid: BinaryGrid, task: Task, round
         codes, grid = _scales(slope, codes, grid, task.metric)
         grid = BinaryGrid(grid.alphas.to(kind), grid.offsets.to(kind))
         if turn < rounds:
-            anew = _descent(weight, compensated(weight, grid, task.order, task.upper), grid, task)
+            anew = _descent(weight, _anew(weight, grid, task), grid, task)
             codes = _descent(weight, codes, grid, task)
         error, slope = _error(weight, grid.values(codes), task.metric)
         if turn < rounds:
@@ -141,16 +141,53 @@ def _gram(basis: Tensor, metric: Tensor) -> Tensor:
     return gram.view(count, groups * planes, groups * planes)
 
 
+class Choices:
+    """The values that inputs can take under a grid, of all rows at once; inputs in the order `order`."""
+
+    def __init__(self, grid: BinaryGrid, order: Tensor) -> None:
+        sums, kinds = grid.sums().transpose(0, 1).sort(stable=True)  # [G, N, 2^q]
+        self.sums, self.kinds, self.groups = sums.contiguous(), kinds, order // (len(order) // len(sums))
+        self.middles = ((sums[..., 1:] + sums[..., :-1]) / 2).contiguous()
+        self.group, self.order = self.groups.tolist(), order
+
+    def nearest(self, wanted: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """(place among the sums, value) that is nearest to what a column wants [N]."""
+        group = self.group[column]
+        place = torch.searchsorted(self.middles[group], wanted[:, None])
+        return place[:, 0], self.sums[group].gather(1, place)[:, 0]
+
+    def places(self, codes: Tensor) -> Tensor:
+        """Codes [N, K] as places [K, N]."""
+        return self.kinds.argsort()[self.groups].gather(2, codes.T[self.order, :, None].long())[..., 0]
+
+    def codes(self, places: Tensor) -> Tensor:
+        """The inverse of `places`: int8."""
+        codes = torch.empty(places.shape[::-1], dtype=torch.int8, device=places.device)
+        codes[:, self.order] = self.kinds[self.groups].gather(2, places[..., None])[..., 0].T.to(torch.int8)
+        return codes
+
+
+def _anew(weight: Tensor, grid: BinaryGrid, task: Task) -> Tensor:
+    """The codes of gptq: each input's rounding error is made up for by those after it."""
+    choices, upper = Choices(grid, task.order), task.upper
+    work = weight[:, task.order].T.contiguous()
+    places = torch.empty_like(work, dtype=torch.int64)
+    for start in range(0, len(work), BLOCK):
+        block = slice(start, min(start + BLOCK, len(work)))
+        inner, errors = upper[block, block], torch.empty_like(work[block])
+        for j, column in enumerate(range(block.start, block.stop)):
+            places[column], value = choices.nearest(work[column], column)
+            errors[j] = (work[column] - value) / inner[j, j]
+            work[column + 1 : block.stop].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
+        work[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
+    return choices.codes(places)
+
+
 def _descent(weight: Tensor, codes: Tensor, grid: BinaryGrid, task: Task) -> Tensor:
     """Codes of less error: each input in turn, the one that weighs most first, given all others."""
-    order, ordered = task.order, task.ordered
-    size = weight.shape[1] // grid.alphas.shape[1]
-    sums, kinds = grid.sums().transpose(0, 1).sort(stable=True)  # [G, N, 2^q]
-    middles = ((sums[..., 1:] + sums[..., :-1]) / 2).contiguous()
-    group = (order // size).tolist()
+    order, ordered, choices = task.order, task.ordered, Choices(grid, task.order)
     weight, values = weight[:, order].T.contiguous(), grid.values(codes)[:, order].T.contiguous()
-    places = kinds.argsort()[order // size].gather(2, codes.T[order, :, None].long())[..., 0]
-    weights = ordered.diagonal()[:, None]
+    places, weights = choices.places(codes), ordered.diagonal()[:, None]
     for _ in range(SWEEPS):
         slope, before = ordered @ (weight - values), places.clone()
         for start in range(0, len(order), BLOCK):
@@ -158,13 +195,10 @@ def _descent(weight: Tensor, codes: Tensor, grid: BinaryGrid, task: Task) -> Ten
             better, old = values[block] + slope[block] / weights[block], values[block].clone()
             shares = ordered[block, block] / weights[block]
             for j, column in enumerate(range(block.start, block.stop)):
-                place = torch.searchsorted(middles[group[column]], better[j, :, None])
-                value = sums[group[column]].gather(1, place)[:, 0]
+                places[column], value = choices.nearest(better[j], column)
                 better[j + 1 :].addr_(shares[j + 1 :, j], value - values[column], alpha=-1)
-                values[column], places[column] = value, place[:, 0]
+                values[column] = value
             slope[block.stop :].addmm_(ordered[block.stop :, block], old - values[block])
         if torch.equal(places, before):
             break
-    codes = torch.empty_like(codes)
-    codes[:, order] = kinds[order // size].gather(2, places[..., None])[..., 0].T.to(codes.dtype)
-    return codes
+    return choices.codes(places)

@@ -109,7 +109,8 @@ def test_triton_s_launcher_in_c_is_called_as_triton_calls_it():
 
 
 def test_pytorch_says_whether_somebody_looks():
-    """ops.observed and recording.Recording ask these."""
+    """ops.observed and recording.Recording ask these; written.py takes memory as torch.compile's code does."""
+    assert callable(torch._C._dynamo.guards._empty_strided_cuda)
     assert torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
     assert torch._C._functorch.maybe_current_level() is None is torch._C._get_tracing_state()
     assert torch._C._autograd._profiler_enabled() is False

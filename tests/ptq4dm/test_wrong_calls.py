@@ -34,6 +34,7 @@ WRONG = [
 ]
 ROOMS = (ptq4dm, ptq4dm.samplers, ptq4dm.svdquant)
 ERRORS = ("UserError", "DamagedFile")
+CALLED = ("show", "call")
 NAMES = sorted({(room.__name__, name) for room in ROOMS for name in room.__all__ if name not in ERRORS})
 
 
@@ -51,6 +52,8 @@ def right(name: str, folder: Path) -> dict:
         "CalibrationStore": {"config": {}, "fingerprint": {}, "num_train_timesteps": 1000},
         "PixelDiTPipeline": {"transformer": None, "scheduler": None},
         "Plan": {"method": "rtn"},
+        "attention_errors": {"target": models.conditional_unet(), "call": lambda: None},
+        "attention_in_8_bits": {"target": models.conditional_unet()},
         "cached_text": {"target": models.conditional_unet()},
         "collect": {"pipe": pipe, "config": few},
         "distill": {"pipe": pipe, "config": ptq4dm.samplers.DisBackConfig(**tiny), "folder": folder},
@@ -64,6 +67,7 @@ def right(name: str, folder: Path) -> dict:
         "load_nunchaku_lite": {"source": folder / "file"},
         "load_pipeline": {"model": folder},
         "load_reference": {"name": "no model"},
+        "optimize": {"target": unet},
         "personalize": {
             "pipe": ptq4dm.PixelDiTPipeline(models.pixel_dit(), DDIMScheduler()),
             "images": torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
@@ -71,6 +75,7 @@ def right(name: str, folder: Path) -> dict:
             "folder": folder / "personalized",
             "class_row": 1,
         },
+        "plan_attention": {"target": unet},
         "quantization_config": {"model": unet},
         "quantize": {"target": torch.nn.Linear(2, 2), "config": ptq4dm.SVDQuantConfig()},
         "record": {"target": unet},
@@ -83,6 +88,7 @@ def right(name: str, folder: Path) -> dict:
             "folder": folder / "trained",
         },
         "unfuse": {"target": unet},
+        "unoptimize": {"target": unet},
         "unfuse_lora": {"target": unet},
     }
     return arguments.get(name, {})
@@ -112,8 +118,8 @@ def test_no_wrong_value_is_a_traceback(room, name, tmp_path, monkeypatch, one_th
     call = getattr(ptq4dm if room == "ptq4dm" else getattr(ptq4dm, room.rpartition(".")[2]), name)
     given, results = right(name, tmp_path), []
     for parameter in inspect.signature(call).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name == "show":
-            continue  # show: a function of the caller's, whose errors are the caller's
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name in CALLED:
+            continue  # a function of the caller's, whose errors are the caller's
         for wrong in WRONG:
             if wrong is not None or parameter.default is not None:  # else it is the default
                 results.append(refused(call, {**given, parameter.name: wrong}))

@@ -90,8 +90,9 @@ def _halves(x, ONE: gl.constexpr):
 
 
 @gluon.jit
-def _inputs(pairs, ONE: gl.constexpr):
-    """Of each thread 8 inputs in twos [warps, 8, 4, 4] -> registers of two products."""
+def _inputs(x, there, ONE: gl.constexpr):
+    """Of each thread 8 inputs at x [warps, 8, 4, 4], in twos: registers of two products."""
+    pairs = gl.load(x, mask=there, other=0)
     even, odd = gl.split(gl.reshape(pairs, [pairs.shape[0], 8, 4, 2, 2]))
     first, third = _halves(even, ONE)
     second, fourth = _halves(odd, ONE)
@@ -140,6 +141,9 @@ def _short_kernel(
         words += (gl.allocate_shared_memory(gl.int32, [STAGES, 16, WARPS * 8], swizzled),)
         scales += (gl.allocate_shared_memory(wscales_ptr.dtype.element_ty, [STAGES, 16, WARPS], plain),)
     meeting = gl.allocate_shared_memory(gl.float32, [WARPS, 16 * BM], plain)
+    first, step = gl.program_id(0), gl.num_programs(0)
+    for i in gl.static_range(STAGES):
+        _fill(q_ptr, wscales_ptr, words, scales, first + i * step, i, N, GROUPS, SPREAD, THINLY)
     each: gl.constexpr = gl.SliceLayout(3, FOUR)
     group = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, each)))[:, None, None]
     row = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, each)))[None, :, None]
@@ -149,23 +153,14 @@ def _short_kernel(
     none = (zero, zero, zero, zero)
     minus = gl.full([WARPS, 8, 4], -0x407F4080 if bf16 else -0x43FF4400, gl.int32, ONE)  # -1, twice
     magic = gl.full([WARPS, 8, 4], magic, gl.int32, ONE)
-    loaded = ()  # asked for before the copies of weights, behind which they would come late
+    inputs, begin = (), ()
     for i in gl.static_range(PER):
         for j in gl.static_range(COLUMNS):
             there = gl.minimum(row + 8 * j, M - 1)  # past the last row it repeats, and is not stored
             x = x_ptr + ((there * stride_m + (group + i * WARPS) * 32 + t * 4)[:, :, :, None] + pair)
             there = (group + row * 0 + t * 0 < GROUPS - i * WARPS)[:, :, :, None] & (pair >= 0)
-            loaded += ((gl.load(x, mask=there, other=0), gl.load(x + 16, mask=there, other=0)),)
-    first, step = gl.program_id(0), gl.num_programs(0)
-    # A loop that compilers do not unroll, for N >> 30 is 0, but they do not know: else they would wait for the inputs,
-    # and use them, before they begin to copy.
-    for i in range(STAGES + (N >> 30)):
-        _fill(q_ptr, wscales_ptr, words, scales, first + i * step, i, N, GROUPS, SPREAD, THINLY)
-    inputs, begin = (), ()
-    for i in gl.static_range(PER):
-        for j in gl.static_range(COLUMNS):
-            pairs = loaded[i * COLUMNS + j]
-            inputs += ((_inputs(pairs[0], ONE), _inputs(pairs[1], ONE)),)
+            low, high = _inputs(x, there, ONE), _inputs(x + 16, there, ONE)
+            inputs += ((low, high),)
             sums = none
             for half in gl.static_range(2):
                 part = inputs[i * COLUMNS + j][half]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...errors import UserError
+from ..blocks import plain_forward
 from ..engines import ENGINES, Engine
-from ..graphs import KEPT, Graphed, plain_forward
+from ..graphs import KEPT, Graphed
 from ..watch import Unwatched, Watch, hooked
 from .call_form import batch_of, form_of_call, tensors_in
 from .compiled import Compiled, has_bfloat16, installed, product_lines
@@ -76,8 +77,11 @@ class ThroughOpenVINO(Graphed):
             return pytree.tree_unflatten(found.compiled(tensors_in(leaves)), found.outputs)
 
     def clear(self) -> None:
-        super().clear()
-        self.conversions.clear()
+        with self.lock:
+            self.dropped += len(self.graphs)
+            for kept in (self.graphs, self.seen, self.refused, self.conversions):
+                kept.clear()
+            self.watch = None
 
     def _made(self, key: Any, leaves: list, structure: Any) -> Served:
         while len(self.graphs) >= self.kept:

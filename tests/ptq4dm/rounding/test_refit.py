@@ -9,8 +9,8 @@ from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
 from ptq4dm.kernels.formats.bcq import BinaryGrid, fit, from_uniform, signs
 from ptq4dm.ranges.weights import weight_grid
-from ptq4dm.rounding.gptq import gptq
-from ptq4dm.rounding.refit import _metric, output_error, refitted
+from ptq4dm.rounding.gptq import gptq, ordered_factor
+from ptq4dm.rounding.refit import Task, _anew, _metric, output_error, refitted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,6 +84,17 @@ def test_the_scales_are_the_best_for_the_codes(bits, size):
         basis = torch.block_diag(*planes.split(96 // groups))
         left = torch.linalg.lstsq(half @ basis, half @ row.double()[:, None], driver="gelsd").residuals
         torch.testing.assert_close(error, left[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits, size", [(1, 32), (2, None), (4, 32)])
+def test_codes_of_gptq_are_gptqs(bits, size):
+    """More inputs than a block of them has."""
+    weight, evidence = problem(30, 96, 40, 24)
+    grid = starts(weight, bits, size)["fitted"]
+    order, upper = ordered_factor(evidence.hessian, weight.dtype)
+    found = _anew(weight, grid, Task(evidence.hessian, order, evidence.hessian.float(), upper))
+    assert found.dtype == torch.int8
+    assert (grid.values(found) == grid.values(gptq(weight, grid, evidence))).float().mean() > 0.99
 
 
 def test_rows_of_zeros_and_planes_that_are_alike():

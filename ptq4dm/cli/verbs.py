@@ -23,7 +23,7 @@ VERBS = {
     "generate": "Make images: one PNG per seed.",
     "evaluate": "Measure a model: Frechet distance, errors against full precision, speed, bytes.",
     "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",
-    "train": "Train a model on the pictures of a folder, its products on integers (ShiftQuant).",
+    "train": "Train a model on the pictures of a folder, its products on integers.",
     "personalize": "Learn a token or a class from a few images, by forward passes of a packed model.",
     "bench": "Compare samplers; find the kernels' fastest settings on a GPU; model an accelerator.",
     "info": "What a model is: layers, formats, kernels, bytes.",

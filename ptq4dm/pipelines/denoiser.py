@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -27,6 +28,14 @@ def components_of(pipe) -> dict[str, Any]:
     if not isinstance(registered, Mapping):
         registered = parts
     return {name: parts[name] for name in registered if str(name)[:1] != "_" and name in parts}
+
+
+def device_of(pipe) -> torch.device:
+    """Where a pipeline computes: of one whose networks are offloaded, where each is brought for its call."""
+    try:
+        return pipe._execution_device
+    except ValueError:  # its class registers other parts than it takes, and diffusers will not list them
+        return denoiser(pipe).device
 
 
 def check_pipeline(pipe: Any, what: str = "pipe") -> None:

@@ -23,7 +23,7 @@ from ..files.claim import claimed
 from ..files.places import check_writable, output_folder
 from ..progress import progress_bar
 from ..version import __version__
-from .denoiser import check_sampled, denoiser, networks_of, turn_at
+from .denoiser import check_sampled, denoiser, device_of, networks_of, turn_at
 from .images import image_grid, load_images, read_metadata, save_picture, save_png, to_uint8
 from .sampling import MOST_BATCH, check_arguments, check_steps, choose_conditioning, sample
 
@@ -185,7 +185,7 @@ def _generate(pipe, seeds, output, num_inference_steps, batch_size, conditioning
         return json.loads(json.dumps({**shared, "seed": seed, "conditioning": one, "versions": versions}))
 
     # A model on the CPU must not take up a GPU. (If the caller has made a PartialState, this is that one.)
-    state = PartialState(cpu=pipe._execution_device.type == "cpu")
+    state = PartialState(cpu=device_of(pipe).type == "cpu")
     state.wait_for_everyone()
     todo = _missing(output, sorted(set(seeds)), expected)
     if todo:

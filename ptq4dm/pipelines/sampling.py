@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files.outside import reason
 from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown as bars_shown
-from .denoiser import check_sampled, class_count, denoiser, denoiser_names, evaluation_mode, turn_at
+from .denoiser import check_sampled, class_count, denoiser, denoiser_names, device_of, evaluation_mode, turn_at
 from .loading import not_while_loading
 from .noise import float32_noise
 from .prompt_embeds import lacks_encoders
@@ -132,7 +132,7 @@ def choose_conditioning(
 def _placed(values: torch.Tensor, pipe) -> torch.Tensor:
     """Embeddings where a pipeline computes and in its dtype, as those are that it makes itself; a mask as it is."""
     dtype = denoiser(pipe).dtype if values.is_floating_point() else values.dtype
-    return values.to(pipe._execution_device, dtype)
+    return values.to(device_of(pipe), dtype)
 
 
 def _dimensionless(values: Any) -> bool:

@@ -21,7 +21,8 @@ from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.split.choices import SplitChoices, parts_of
 from ptq4dm.layers.split.formats import SPLIT
 from ptq4dm.layers.view import LayerView
-from ptq4dm.seams.parts import BATCH, PartedInput, split_at
+from ptq4dm.seams.measure import BATCH
+from ptq4dm.seams.parts import PartedInput, split_at
 
 
 class Permuted(nn.Module):

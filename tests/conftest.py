@@ -33,6 +33,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def new_accelerate():
+    """accelerate knows one precision in a process; tests try several."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
 @pytest.fixture(autouse=True)
 def torch_stays_as_it_was():
     """No test may leave the process with other settings: the next would fail far from the cause."""

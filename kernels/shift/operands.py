@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import shift
-from ..runtime.integers import cdiv
 from ..runtime.late import late
 from ..runtime.ops import op
 from ..w8a8 import steps
 from ..w8a8.reference import images
-from ..w8a8.window import Window, same_window
+from ..w8a8.window import Window, gradient_window, same_window, stored_channels
 from .noise import noise_of
 from .products import _multiplied, _windows
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 else:
     late(globals(), "over_rows", "rounding", "turned")
 
-CHANNELS = 32  # codes have so many channels, or a multiple
 POINT = (1, 1)
 
 
@@ -55,7 +53,7 @@ def shift_images(
 @shift_images.register_fake
 def _(x, bits, groups, padding, seed):
     window, c = same_window(len(x), *x.shape[1:3], padding=tuple(padding)), x.shape[3]
-    flat = x.new_empty(window.rows, _wide(c), dtype=torch.int8)
+    flat = x.new_empty(window.rows, stored_channels(c), dtype=torch.int8)
     shifts, floats = ([x.new_empty(n, dtype=d) for n in (len(x), c)] for d in (torch.int8, torch.float32))
     return flat, *shifts, *floats, x.new_empty(c, dtype=torch.int32)
 
@@ -72,15 +70,15 @@ def shift_weight(weight: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor
     found = shift.encode(weight.reshape(len(weight), -1, weight.shape[3]), bits, groups)
     turned = shift.across_rows(found).view(weight.shape).flip(1, 2).permute(3, 1, 2, 0)
     codes = shift.across_columns(found).view(weight.shape)
-    codes, turned = (F.pad(one, (0, _wide(one.shape[3]) - one.shape[3])).flatten(1) for one in (codes, turned))
+    codes, turned = (_filled_up(one).flatten(1) for one in (codes, turned))
     return codes, turned.contiguous(), *_steps(found)
 
 
 @shift_weight.register_fake
 def _(weight, bits, groups):
     n, kh, kw, c = weight.shape
-    codes = weight.new_empty(n, kh * kw * _wide(c), dtype=torch.int8)
-    turned = weight.new_empty(c, kh * kw * _wide(n), dtype=torch.int8)
+    codes = weight.new_empty(n, kh * kw * stored_channels(c), dtype=torch.int8)
+    turned = weight.new_empty(c, kh * kw * stored_channels(n), dtype=torch.int8)
     return codes, turned, *(weight.new_empty(size, dtype=torch.float32) for size in (n, c))
 
 
@@ -145,8 +143,7 @@ def shift_over_rows(
     Raises ValueError for operands that do not belong together.
     """
     window = _window(size, kernel, POINT, padding, dilation)
-    around = tuple(a * (k - 1) - p for k, p, a in zip(kernel, padding, dilation, strict=True))
-    output = same_window(window.batch, *window.output, padding=around)
+    output = gradient_window(window)
     if (len(d), len(x)) != (output.rows, window.rows):
         raise ValueError(f"codes {list(d.shape)} and {list(x.shape)} do not belong to {window}.")
     if x.is_cuda:
@@ -172,7 +169,7 @@ def images_in_torch(x: Tensor, bits: int, groups: int, padding: tuple[int, int],
     rows = x.reshape(len(x), -1, c)
     noise = None if seed is None else noise_of(seed, x.numel()).view(rows.shape)
     found = shift.encode(rows, bits, groups, noise)
-    flat = torch.zeros(window.rows, _wide(c), dtype=torch.int8, device=x.device)
+    flat = torch.zeros(window.rows, stored_channels(c), dtype=torch.int8, device=x.device)
     images(flat, window, c).copy_(shift.across_columns(found).view(x.shape).permute(0, 3, 1, 2))
     sums = shift.across_rows(found).sum((0, 1), dtype=torch.int32)
     return flat, found.rows, found.columns, *_steps(found), sums if seed is not None else torch.zeros_like(sums)
@@ -184,6 +181,11 @@ def _with_rows_shifts(flat: Tensor, h: Tensor, g: Tensor, groups: int, window: W
     return codes << (groups - 1 - h)[:, None, None, None]
 
 
+def _filled_up(codes: Tensor) -> Tensor:
+    """[N, kh, kw, C] -> [N, kh, kw, C'], with zeros."""
+    return F.pad(codes, (0, stored_channels(codes.shape[3]) - codes.shape[3]))
+
+
 def _steps(found: shift.ShiftCodes) -> tuple[Tensor, Tensor]:
     one = shift.shift_step(found.groups)
     return shift.row_steps(found) * one, shift.column_steps(found) * one
@@ -191,7 +193,3 @@ def _steps(found: shift.ShiftCodes) -> tuple[Tensor, Tensor]:
 
 def _window(size, kernel, stride, padding, dilation) -> Window:
     return same_window(*size, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-
-
-def _wide(channels: int) -> int:
-    return cdiv(channels, CHANNELS) * CHANNELS

@@ -23,8 +23,7 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.rounding import ROUND
 from ..runtime.settings import remembered
-from ..w8a8.quantize import stored_channels
-from ..w8a8.window import Window, same_window
+from ..w8a8.window import Window, same_window, stored_channels
 from .noise import ONE, TWO
 from .peaks import exponents, peaks, power
 

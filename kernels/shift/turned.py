@@ -18,7 +18,7 @@ from torch import Tensor
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.settings import remembered
-from ..w8a8.window import Window, same_window
+from ..w8a8.window import Window, gradient_window
 
 STEP = 128  # rows of pixels and gradient are multiples of it
 
@@ -31,12 +31,6 @@ def line_of(window: Window) -> int:
 def length_of(window: Window) -> int:
     """Of a row of pixels, and of the gradient."""
     return cdiv(window.batch * window.padded[0] * line_of(window), STEP) * STEP
-
-
-def gradient_window(window: Window) -> Window:
-    """The images of the gradient by the output, padded as the gradient by the input wants them; the stride is 1."""
-    around = tuple(d * (k - 1) - p for k, p, d in zip(window.kernel, window.padding, window.dilation, strict=True))
-    return same_window(window.batch, *window.output, padding=around)
 
 
 @triton.jit(do_not_specialize=["batch", "H", "W", "HL", "WL", "HP", "WP", "PH", "PW", "top", "left", "step", "width"])

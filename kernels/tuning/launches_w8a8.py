@@ -12,8 +12,8 @@ import triton
 from ..runtime.integers import next_power_of_2
 from ..w8a8.configs import Config, choose, shape_class
 from ..w8a8.layer import REFERENCE, kernel_name
-from ..w8a8.quantize import stored_channels
 from ..w8a8.steps import ON_LOAD_OUTPUTS, Parameters, multiply
+from ..w8a8.window import stored_channels
 from .cases import CODES, Case, Operands, encoded
 
 DEVICE = "cuda"

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.settings import remembered
-from .quantize import encode, stored_channels
-from .window import same_window
+from .quantize import encode
+from .window import same_window, stored_channels
 
 WHOLE = 32768  # values that a program of 16 warps can hold
 PART = 32  # channels of a program, about: 64 bytes of each pixel

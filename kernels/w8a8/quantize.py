@@ -22,9 +22,7 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.rounding import ROUND
 from ..runtime.settings import remembered
-from .window import Window
-
-CHANNELS = 32  # the least K of an 8-bit tensor-core product
+from .window import Window, stored_channels
 
 
 @triton.jit
@@ -159,7 +157,3 @@ def _plan(
         LOW=-limit, HIGH=limit - 1, FP8=dtype != torch.int8, BR=br, BC=bc, num_warps=4,
     )  # fmt: skip
     return launch, (window.rows, wide)
-
-
-def stored_channels(channels: int) -> int:
-    return cdiv(channels, CHANNELS) * CHANNELS

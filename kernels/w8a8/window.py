@@ -17,6 +17,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from ..runtime.integers import cdiv
+
+CHANNELS = 32  # the least K of an 8-bit tensor-core product
+
 
 @dataclass(frozen=True)
 class Window:
@@ -52,4 +56,20 @@ class Window:
         return (self.batch * hp + self.padding[0]) * wp + self.padding[1]
 
 
+def turned_padding(kernel: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+    """The padding with which a convolution by the turned weight is the gradient by the input."""
+    return tuple(d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True))
+
+
 same_window = functools.lru_cache(maxsize=4096)(Window)  # the same object for the same numbers: no work for each call
+
+
+def gradient_window(window: Window) -> Window:
+    """The images of the gradient by the output, padded as the gradient by the input wants them; the stride is 1."""
+    around = turned_padding(window.kernel, window.padding, window.dilation)
+    return same_window(window.batch, *window.output, padding=around)
+
+
+def stored_channels(channels: int) -> int:
+    """Channels of a row of the flat layout: zeros fill it up to what a product takes."""
+    return cdiv(channels, CHANNELS) * CHANNELS

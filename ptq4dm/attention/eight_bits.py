@@ -28,7 +28,7 @@ from ..kernels.formats.attention8 import TYPES
 from ..layers.attention.planned import attention_modules
 from ..layers.attention.processors import in_8_bits, plain_processor
 from ..layers.attention.state import Attention8
-from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
+from ..pipelines.denoiser import denoisers_by_prefix, turn_at
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,10 +58,8 @@ def attention_in_8_bits(
     if kind not in TYPES:
         raise UserError(f"attention_in_8_bits: kind must be {' or '.join(map(repr, TYPES))}; got {shown(kind)}.")
     span = _span(timesteps)
-    if not isinstance(target, nn.Module):
-        check_pipeline(target, "what is sampled with attention in 8 bits")
+    models = denoisers_by_prefix(target, "what is sampled with attention in 8 bits")
     with turn_at(target):
-        models = models_of(target)
         state, found = _prepared(models, kind, layers)
         hooks: list[Any] = []
         try:
@@ -78,14 +76,6 @@ def attention_in_8_bits(
                     hook.remove()
                 for attn in found.values():
                     attn.processor = plain_processor(attn.processor)
-
-
-def models_of(target: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
-    """What stands before a layer's name -> denoiser."""
-    if isinstance(target, nn.Module):
-        return {"": target}
-    names = denoiser_names(target)
-    return {f"{name}." if len(names) > 1 else "": getattr(target, name) for name in names}
 
 
 def _prepared(

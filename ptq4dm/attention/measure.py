@@ -25,7 +25,8 @@ from ..checks import checked
 from ..errors import UserError
 from ..hooks import hooked
 from ..layers.attention.processors import Redirected
-from .eight_bits import attention_in_8_bits, models_of, time_of
+from ..pipelines.denoiser import denoisers_by_prefix
+from .eight_bits import attention_in_8_bits, time_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -82,7 +83,7 @@ def attention_errors(
     """
     errors, now = AttentionErrors(kind), [0.0]
     with attention_in_8_bits(target, kind) as state, ExitStack() as stack:
-        for model in models_of(target).values():
+        for model in denoisers_by_prefix(target, "what is measured").values():
             stack.enter_context(hooked(model, before={"": _clock(now, time_of(model))}))
         state.redirected = lambda name: _Compared(errors, now, state, name)
         call()

@@ -31,7 +31,7 @@ from ..annotations import plain_number
 from ..checks import shown
 from ..errors import UserError
 from ..interrupts import uninterrupted
-from ..pipelines.denoiser import check_pipeline, denoiser_names, pipelines_in, schedulers_of, turn_at
+from ..pipelines.denoiser import denoisers_by_prefix, pipelines_in, schedulers_of, turn_at
 from .processors import CachedText, why_not
 from .text_cache import TextCache
 
@@ -60,10 +60,9 @@ def cached_text(target: DiffusionPipeline | nn.Module, bits: int | None = 4) -> 
     bits = plain_number(bits)
     if bits is not None and not (type(bits) is int and bits in BITS):
         raise UserError(f"cached_text: bits must be 4, 16 or None (as computed); got {shown(bits)}.")
-    if not isinstance(target, nn.Module):
-        check_pipeline(target, "what is sampled with cached_text")
+    models = denoisers_by_prefix(target, "what is sampled with cached_text")
     with turn_at(target):
-        cache, found = _prepared(target, bits)
+        cache, found = _prepared(target, models, bits)
         try:
             with uninterrupted():
                 for attn in found:
@@ -77,13 +76,12 @@ def cached_text(target: DiffusionPipeline | nn.Module, bits: int | None = 4) -> 
                 cache.clear()
 
 
-def _prepared(target: DiffusionPipeline | nn.Module, bits: int | None) -> tuple[TextCache, list[nn.Module]]:
+def _prepared(
+    target: DiffusionPipeline | nn.Module, models: dict[str, nn.Module], bits: int | None
+) -> tuple[TextCache, list[nn.Module]]:
     """An empty cache, with names of what it serves and leaves, and the attention modules that it will serve."""
-    if isinstance(target, nn.Module):
-        models, clocks = {"": target}, []
-    else:
-        names = denoiser_names(target)
-        models = {f"{name}." if len(names) > 1 else "": getattr(target, name) for name in names}
+    clocks = []
+    if not isinstance(target, nn.Module):
         clocks = [clock for one in pipelines_in(target) for clock in schedulers_of(one).values()]
     cache, found = TextCache(bits, clocks), []
     for prefix, model in models.items():

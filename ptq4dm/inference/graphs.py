@@ -179,9 +179,8 @@ class Graphed:
         rest = iter(inputs)
         args, kwargs = structure.unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
         try:
-            self.watch = self.watch or Watch(
-                self.model, left=["forward"]
-            )  # what a first call keeps in it is there now
+            if self.watch is None:  # what a first call keeps in the model is there now
+                self.watch = Watch(self.model, left=["forward"])
             replay, outputs = self.backend.capture(lambda: self.compute(*args, **kwargs))
         except Unwatched as error:
             self.refused[form] = str(error)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
-from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
+from ..pipelines.denoiser import denoisers_by_prefix, turn_at
 from ..undo import whole_or_not
 from .fuse_report import FuseReport, why_left
 from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
@@ -42,7 +42,7 @@ def fuse(target: DiffusionPipeline | nn.Module) -> FuseReport:
 
     Returns the names of the modules, as a list that also says what was left and why: `print(ptq4dm.fuse(pipe))`.
     """
-    models = _models(target)
+    models = denoisers_by_prefix(target, "what is fused")
     with turn_at(target):
         return whole_or_not(models.values(), lambda gate: _fuse_all(models))
 
@@ -59,15 +59,6 @@ def _fuse_all(models: dict[str, nn.Module]) -> FuseReport:
             on_kernels = first is not None and _on_kernels(first)
             report.note(model, [name for name, part in parts.items() if not unhooked(*part)], on_kernels)
     return report
-
-
-def _models(target: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
-    """What goes before the names of modules -> model: nothing, but where a pipeline has several denoisers."""
-    if isinstance(target, nn.Module):
-        return {"": target}
-    check_pipeline(target, "what is fused")
-    names = denoiser_names(target)
-    return {f"{name}." if len(names) > 1 else "": getattr(target, name) for name in names}
 
 
 def _fuse(module: nn.Module, name: str, report: FuseReport) -> None:
@@ -98,7 +89,7 @@ def _fuse(module: nn.Module, name: str, report: FuseReport) -> None:
 
 def unfuse(target: DiffusionPipeline | nn.Module) -> None:
     """Take back what `fuse` did."""
-    models = _models(target)
+    models = denoisers_by_prefix(target, "what is fused")
     with turn_at(target):
         whole_or_not(models.values(), lambda gate: _unfuse_all(models))
 

@@ -95,6 +95,18 @@ def denoiser(pipe) -> nn.Module:
     return getattr(pipe, denoiser_name(pipe))
 
 
+def denoisers_by_prefix(target: Any, what: str) -> dict[str, nn.Module]:
+    """What stands before a layer's name -> denoiser: nothing, but where a pipeline has several; a model by itself.
+
+    Raises UserError for what is neither; what: as in `check_pipeline`.
+    """
+    if isinstance(target, nn.Module):
+        return {"": target}
+    check_pipeline(target, what)
+    names = denoiser_names(target)
+    return {f"{name}." if len(names) > 1 else "": getattr(target, name) for name in names}
+
+
 def networks_of(pipe) -> dict[str, nn.Module]:
     """Name -> network of a pipeline."""
     return {name: part for name, part in components_of(pipe).items() if isinstance(part, nn.Module)}

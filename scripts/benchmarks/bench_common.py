@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptq4dm.files.atomic import replacing
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
+from conditions import commit  # noqa: E402
+
+from ptq4dm.cli.tune import check_gpu  # noqa: E402
+from ptq4dm.errors import UserError  # noqa: E402
+from ptq4dm.files.atomic import replacing  # noqa: E402
 
 
 def over(sets: list, function) -> list:
@@ -49,6 +56,23 @@ def libraries(sets: list) -> dict[str, list]:
     if sets[0].down is not None:
         found["fp8+quant+branch"] = over(sets, with_branch)
     return found
+
+
+def made_with() -> dict:
+    """The card, the commit and versions that figures are of."""
+    facts = {"card": torch.cuda.get_device_name(), "commit": commit()}
+    return facts | {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def layers_on_hopper(texts: list[str]) -> list[tuple[int, ...]]:
+    """N and K of layers "N,K". Raises UserError without a Hopper GPU, and for layers that are not of whole tiles."""
+    check_gpu()
+    layers = [tuple(map(int, text.split(","))) for text in texts]
+    if any(n % 128 or k % 128 for n, k in layers):
+        raise UserError("N and K are multiples of 128 here.")
+    if torch.cuda.get_device_capability() < (9, 0):
+        raise UserError("the kernels here load by Hopper's copy engine, which this GPU has not.")
+    return layers
 
 
 class Lines:

@@ -23,29 +23,24 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import triton
-from bench_common import Lines, error
+from bench_common import Lines, error, made_with
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
-from conditions import commit  # noqa: E402
-
-from ptq4dm.caching.four_bits import keys_in_4_bits, values_in_4_bits  # noqa: E402
-from ptq4dm.cli.tune import check_gpu, tune  # noqa: E402
-from ptq4dm.errors import UserError, run  # noqa: E402
-from ptq4dm.kernels.attention import reference  # noqa: E402
-from ptq4dm.kernels.attention.layer import kv4_attention  # noqa: E402
-from ptq4dm.kernels.formats.kv4 import KV4, dequantize_kv4, quantize_kv4  # noqa: E402
-from ptq4dm.kernels.runtime.settings import best_config, tuned_file  # noqa: E402
-from ptq4dm.kernels.tuning.launches_attention import AttentionLaunch, operands, sets_of  # noqa: E402
-from ptq4dm.kernels.tuning.stopwatch import launched, race  # noqa: E402
+from ptq4dm.caching.four_bits import keys_in_4_bits, values_in_4_bits
+from ptq4dm.cli.tune import check_gpu, tune
+from ptq4dm.errors import UserError, run
+from ptq4dm.kernels.attention import reference
+from ptq4dm.kernels.attention.layer import kv4_attention
+from ptq4dm.kernels.formats.kv4 import KV4, dequantize_kv4, quantize_kv4
+from ptq4dm.kernels.runtime.settings import best_config, tuned_file
+from ptq4dm.kernels.tuning.launches_attention import AttentionLaunch, operands, sets_of
+from ptq4dm.kernels.tuning.stopwatch import launched, race
 
 SHAPES = {  # of one picture with guidance
     "sdxl-4096": AttentionLaunch(2, 10, 4096, 77, 64),
@@ -146,9 +141,7 @@ def main() -> None:
         tune(list(wanted), None, args.tune)
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / tuned_file().name).write_text(tuned_file().read_text())
-    made_with = {"card": torch.cuda.get_device_name(), "commit": commit()}
-    made_with |= {"torch": torch.__version__, "triton": triton.__version__}
-    lines = Lines(args.output / "bench_kv4.jsonl", made_with)
+    lines = Lines(args.output / "bench_kv4.jsonl", made_with())
     for name in args.shapes:
         for images in args.images:
             launch = replace(SHAPES[name], batch=SHAPES[name].batch * images)

@@ -22,28 +22,23 @@ with 16 rows, an eighth, that needs its results.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
-from bench_common import Lines
+from bench_common import Lines, layers_on_hopper, made_with
 from bench_weight_order import BYTES, MANY, SIZE, Operands
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
-from conditions import commit  # noqa: E402
-
-from ptq4dm.cli.tune import check_gpu  # noqa: E402
-from ptq4dm.errors import UserError, run  # noqa: E402
-from ptq4dm.kernels.runtime.integers import cdiv  # noqa: E402
-from ptq4dm.kernels.runtime.launch import Launch  # noqa: E402
-from ptq4dm.kernels.runtime.settings import best_config  # noqa: E402
-from ptq4dm.kernels.tuning.stopwatch import race  # noqa: E402
-from ptq4dm.kernels.w4.products.product_progressive import packed  # noqa: E402
-from ptq4dm.kernels.w4.products.tiles import stored, tile_place  # noqa: E402
-from ptq4dm.kernels.w4.products.words import together, whole  # noqa: E402
+from ptq4dm.errors import UserError, run
+from ptq4dm.kernels.runtime.integers import cdiv
+from ptq4dm.kernels.runtime.launch import Launch
+from ptq4dm.kernels.runtime.settings import best_config
+from ptq4dm.kernels.tuning.stopwatch import race
+from ptq4dm.kernels.w4.products.product_progressive import packed
+from ptq4dm.kernels.w4.products.tiles import stored, tile_place
+from ptq4dm.kernels.w4.products.words import together, whole
 
 PARTS = ("loads", "unpacking", "products", "scaling")
 FORMS = {"all": PARTS, **{part: (part,) for part in PARTS}}
@@ -150,15 +145,8 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=["3072,3072", "3072,12288"], help="N,K: multiples of 128")
     parser.add_argument("--output", type=Path, default=Path("out/bench-overlap"))
     args = parser.parse_args()
-    check_gpu()
-    layers = [tuple(map(int, layer.split(","))) for layer in args.layers]
-    if any(n % 128 or k % 128 for n, k in layers):
-        raise UserError("N and K are multiples of 128 here.")
-    if torch.cuda.get_device_capability() < (9, 0):
-        raise UserError("the loop here loads by Hopper's copy engine, which this GPU has not.")
-    made_with = {"card": torch.cuda.get_device_name(), "commit": commit()}
-    made_with |= {"torch": torch.__version__, "triton": triton.__version__}
-    lines = Lines(args.output / "bench_overlap.jsonl", made_with)
+    layers = layers_on_hopper(args.layers)
+    lines = Lines(args.output / "bench_overlap.jsonl", made_with())
     for n, k in layers:
         for m in args.rows:
             key = {"M": m, "N": n, "K": k}

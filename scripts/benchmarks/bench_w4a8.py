@@ -25,30 +25,25 @@ import argparse
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
-import triton
-from bench_common import error
+from bench_common import error, made_with
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
-from conditions import commit  # noqa: E402
-
-from ptq4dm.cli.tune import check_gpu, linear_cases, tune  # noqa: E402
-from ptq4dm.errors import UserError, run  # noqa: E402
-from ptq4dm.kernels.formats import int4, int8  # noqa: E402
-from ptq4dm.kernels.runtime.settings import best_config, tuned_file  # noqa: E402
-from ptq4dm.kernels.tuning import launches_integer, launches_w8a8  # noqa: E402
-from ptq4dm.kernels.tuning.stopwatch import COLD, race  # noqa: E402
-from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix, tokens_triton  # noqa: E402
-from ptq4dm.kernels.w4 import layer as w4  # noqa: E402
-from ptq4dm.kernels.w4.int4_codes import int4_codes  # noqa: E402
-from ptq4dm.kernels.w4.products import product_grouped, product_progressive  # noqa: E402
-from ptq4dm.kernels.w8a8 import layer as w8a8  # noqa: E402
-from ptq4dm.kernels.w8a8 import steps  # noqa: E402
-from ptq4dm.kernels.w8a8.window import same_window  # noqa: E402
+from ptq4dm.cli.tune import check_gpu, linear_cases, tune
+from ptq4dm.errors import UserError, run
+from ptq4dm.kernels.formats import int4, int8
+from ptq4dm.kernels.runtime.settings import best_config, tuned_file
+from ptq4dm.kernels.tuning import launches_integer, launches_w8a8
+from ptq4dm.kernels.tuning.stopwatch import COLD, race
+from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix, tokens_triton
+from ptq4dm.kernels.w4 import layer as w4
+from ptq4dm.kernels.w4.int4_codes import int4_codes
+from ptq4dm.kernels.w4.products import product_grouped, product_progressive
+from ptq4dm.kernels.w8a8 import layer as w8a8
+from ptq4dm.kernels.w8a8 import steps
+from ptq4dm.kernels.w8a8.window import same_window
 
 LAYERS = ["3072,3072", "12288,3072", "3072,12288", "1152,1152"]  # N, K
 SIZE = 128
@@ -193,11 +188,10 @@ def main():
         four = [one for shape in shapes for mode in modes for one in launches_integer.launches(*shape, mode)]
         tune(four + eight, None, args.tune)
         (args.output / tuned_file().name).write_text(tuned_file().read_text())
-    made_with = {"card": torch.cuda.get_device_name(), "commit": commit()}
-    made_with |= {"torch": torch.__version__, "triton": triton.__version__}
+    facts = made_with()
     with open(args.output / "bench_w4a8.jsonl", "w") as lines:
         for shape in shapes:
-            line = json.dumps(measure(*shape) | made_with)
+            line = json.dumps(measure(*shape) | facts)
             print(line, flush=True)
             lines.write(line + "\n")
             lines.flush()

@@ -24,31 +24,26 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
-from bench_common import Lines
+from bench_common import Lines, layers_on_hopper, made_with
 from bench_w4a8 import LAYERS
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
-from conditions import commit  # noqa: E402
-
-from ptq4dm.cli.tune import check_gpu  # noqa: E402
-from ptq4dm.errors import UserError, run  # noqa: E402
-from ptq4dm.kernels.runtime.integers import cdiv  # noqa: E402
-from ptq4dm.kernels.runtime.launch import Launch  # noqa: E402
-from ptq4dm.kernels.tuning.stopwatch import COLD, race  # noqa: E402
-from ptq4dm.kernels.w4 import tokens_triton  # noqa: E402
-from ptq4dm.kernels.w4.products import product_grouped, product_progressive  # noqa: E402
-from ptq4dm.kernels.w4.products.product_progressive import packed  # noqa: E402
-from ptq4dm.kernels.w4.products.tiles import stored, tile_place  # noqa: E402
-from ptq4dm.kernels.w4.products.words import together, token_rows, whole  # noqa: E402
-from ptq4dm.kernels.w4.progressive import progressive_codes  # noqa: E402
+from ptq4dm.errors import UserError, run
+from ptq4dm.kernels.runtime.integers import cdiv
+from ptq4dm.kernels.runtime.launch import Launch
+from ptq4dm.kernels.tuning.stopwatch import COLD, race
+from ptq4dm.kernels.w4 import tokens_triton
+from ptq4dm.kernels.w4.products import product_grouped, product_progressive
+from ptq4dm.kernels.w4.products.product_progressive import packed
+from ptq4dm.kernels.w4.products.tiles import stored, tile_place
+from ptq4dm.kernels.w4.products.words import together, token_rows, whole
+from ptq4dm.kernels.w4.progressive import progressive_codes
 
 SIZE, BYTES = 128, 64  # inputs of a group, which is a step of the loop, and their bytes
 KINDS = ("progressive", "grouped")
@@ -192,15 +187,8 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=LAYERS[:3], help="N,K: both multiples of 128")
     parser.add_argument("--output", type=Path, default=Path("out/bench-weight-order"))
     args = parser.parse_args()
-    check_gpu()
-    layers = [tuple(map(int, layer.split(","))) for layer in args.layers]
-    if any(n % 128 or k % 128 for n, k in layers):
-        raise UserError("N and K are multiples of 128 here.")
-    if torch.cuda.get_device_capability() < (9, 0):
-        raise UserError("weights are loaded by Hopper's copy engine here, which this GPU has not.")
-    made_with = {"card": torch.cuda.get_device_name(), "commit": commit()}
-    made_with |= {"torch": torch.__version__, "triton": triton.__version__}
-    lines = Lines(args.output / "bench_weight_order.jsonl", made_with)
+    layers = layers_on_hopper(args.layers)
+    lines = Lines(args.output / "bench_weight_order.jsonl", made_with())
     for kind in KINDS:
         for n, k in layers:
             for m in args.rows:

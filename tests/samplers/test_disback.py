@@ -15,24 +15,18 @@ from safetensors.torch import load_file
 import points
 import ptq4dm
 from helpers import same
+from points import weights
 from ptq4dm.errors import UserError
 from ptq4dm.samplers import DisBackConfig, OneStepScheduler, distill
 from ptq4dm.samplers.distillation import disback
 from ptq4dm.samplers.distillation.disback import target_of
 from ptq4dm.samplers.distillation.scores import Chance, Diffusion
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
 SHORT = dict(
     images=20 * 32, batch_size=32, degradation_steps=6, path_points=3, switch_every=3, log_every=2,
     evaluate_every=4 * 32, student_lr=1e-3, fake_lr=1e-3, warmup_steps=2,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def new_accelerate():
-    """accelerate knows one precision in a process; tests try several."""
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +39,7 @@ def teacher():
 
 @pytest.fixture
 def untrained():
-    """A teacher for what does not depend on what it knows."""
-    torch.manual_seed(0)
-    return DDPMPipeline(points.PointNet(width=16).eval(), DDIMScheduler())
-
-
-def weights(pipe):
-    return {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    return points.untrained()
 
 
 def log(folder):
@@ -178,7 +166,8 @@ def test_out_of_time_and_more_images(untrained, tmp_path):
     distill(untrained, few, tmp_path / "parts", resume=True)
     assert log(tmp_path / "parts")[-1]["step"] == 9
     assert same(
-        weights(distill(untrained, DisBackConfig(**SHORT), tmp_path / "parts", resume=True)), weights(straight)
+        weights(distill(untrained, DisBackConfig(**SHORT), tmp_path / "parts", resume=True)),
+        weights(straight),
     )
 
 

@@ -6,8 +6,6 @@ import os
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler, DDPMPipeline
 from safetensors.torch import load_file, save_file
 
 import points
@@ -18,23 +16,16 @@ from ptq4dm.samplers import DisBackConfig, distill
 from ptq4dm.samplers.distillation import disback
 from ptq4dm.samplers.distillation.log import read_log
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
 CONFIG = DisBackConfig(
     images=6 * 32, batch_size=32, degradation_steps=4, path_points=2, switch_every=2, log_every=2,
     evaluate_every=4 * 32, student_lr=1e-3, fake_lr=1e-3, warmup_steps=2, num_fid=0,
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def new_accelerate():
-    yield
-    AcceleratorState._reset_state()
-
-
 @pytest.fixture
 def teacher():
-    torch.manual_seed(0)
-    return DDPMPipeline(points.PointNet(width=16).eval(), DDIMScheduler())
+    return points.untrained()
 
 
 def stopped(teacher, folder, monkeypatch, name, count, config=CONFIG):

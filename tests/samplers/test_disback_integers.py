@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler, DDPMPipeline
 from torch import nn
 
 import points
 from helpers import same
+from points import weights
 from ptq4dm.errors import UserError
 from ptq4dm.layers.shift.layers import ShiftLinear
 from ptq4dm.samplers import DisBackConfig, distill
@@ -15,27 +14,16 @@ from ptq4dm.samplers.distillation import networks
 from ptq4dm.samplers.distillation import run as run_module
 from ptq4dm.samplers.distillation.scores import Diffusion
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
 SHORT = {
     "images": 6 * 8, "batch_size": 8, "degradation_steps": 2, "path_points": 1, "log_every": 2, "student_lr": 1e-3,
     "evaluate_every": 3 * 8, "warmup_steps": 2, "bits": 6,
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def new_accelerate():
-    yield
-    AcceleratorState._reset_state()
-
-
 @pytest.fixture
 def untrained():
-    torch.manual_seed(0)
-    return DDPMPipeline(points.PointNet(width=16).eval(), DDIMScheduler())
-
-
-def weights(pipe):
-    return {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    return points.untrained()
 
 
 def test_the_student_alone_is_on_integers(untrained, tmp_path, monkeypatch):

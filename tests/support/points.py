@@ -62,3 +62,14 @@ def train_teacher(steps=2000, batch=512, seed=0):
         optimizer.step()
         schedule.step()
     return DDPMPipeline(net.eval(), scheduler)
+
+
+def untrained():
+    """A teacher for what does not depend on what it knows: the same at each call."""
+    torch.manual_seed(0)
+    return DDPMPipeline(PointNet(width=16).eval(), DDIMScheduler())
+
+
+def weights(pipe):
+    """A copy of the network's tensors by name."""
+    return {name: value.clone() for name, value in pipe.unet.state_dict().items()}

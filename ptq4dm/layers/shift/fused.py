@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.shift.operands import shift_flat_conv2d, shift_images, shift_over_rows, shift_weight
-from ...kernels.w8a8.window import same_window
+from ...kernels.shift.transposed import spread
+from ...kernels.w8a8.window import same_window, turned_padding
 from .product import Geometry
 from .widths import Widths
 
@@ -45,7 +46,7 @@ class FusedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         *inputs, turned, w_columns = ctx.saved_tensors
         widths, kernel, (stride, padding, dilation) = ctx.widths, ctx.kernel, ctx.geometry
-        around = tuple(d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True))
+        around = turned_padding(kernel, padding, dilation)
         dy = gradients[0]
         if stride != ONE:
             dy = spread(dy, stride, same_window(*ctx.size, kernel, ONE, padding, dilation).output)
@@ -71,10 +72,3 @@ class FusedProduct(torch.autograd.Function):
 def new_seed(device: torch.device) -> Tensor:
     """int64 [], from torch's generator of the device as dropout's noise is: another at each replay of a graph."""
     return torch.randint(2**62, (), device=device)
-
-
-def spread(x: Tensor, stride: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """x [B, H, W, C] with zeros between its pixels, and after them up to so many lines and pixels."""
-    wide = x.new_zeros(len(x), *size, x.shape[3])
-    wide[:, :: stride[0], :: stride[1]][:, : x.shape[1], : x.shape[2]] = x
-    return wide

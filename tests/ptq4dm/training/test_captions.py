@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 import personal
@@ -19,15 +18,9 @@ from ptq4dm.training.pictures import read_pictures
 from ptq4dm.training.prompted import Prompted
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
 SHORT = {"images": 16, "batch_size": 4, "log_every": 2, "evaluate_every": 8, "held_out": 1, "sample_steps": 0}
 TEXTS = ("a photo of a dog", "a cat", "", "a dog", "a cat")
-
-
-@pytest.fixture(autouse=True)
-def a_process_of_its_own():
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture

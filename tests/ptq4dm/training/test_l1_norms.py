@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
@@ -15,14 +14,8 @@ from ptq4dm import Plan, ShiftQuantConfig, UserError
 from ptq4dm.layers.shift.norms import RATIO, norms_of
 from ptq4dm.training import run as run_module
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
 SHORT = {"images": 16, "batch_size": 4, "log_every": 2, "evaluate_every": 8, "held_out": 1, "sample_steps": 1}
-
-
-@pytest.fixture(autouse=True)
-def a_process_of_its_own():
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
@@ -28,14 +27,8 @@ from ptq4dm.training.networks import Networks
 from ptq4dm.training.pictures import read_pictures, split
 from ptq4dm.training.task import Task, seed_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
 SHORT = {"images": 24, "batch_size": 4, "log_every": 2, "evaluate_every": 12, "held_out": 2, "sample_steps": 0}
-
-
-@pytest.fixture(autouse=True)
-def a_process_of_its_own():
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="module")

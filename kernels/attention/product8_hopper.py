@@ -18,7 +18,7 @@ it must hold of an operand, if keys are counted in the order that codes8.py give
 the last one on, so that what lies past the end of the keys is seen in the first step alone.
 
 With SPLIT the tiles of a last round that is not full are shared by all programs, by blocks of keys; their sums are
-joined by a second kernel. No GPU has measured that yet, so it is not the default.
+joined by a second kernel (join8.py). No GPU has measured that yet, so it is not the default.
 
 A stage of the ring holds the keys of a block and the values of the block before it: it is read in one step.
 
@@ -30,8 +30,6 @@ faster), a quarter of the exponentials by arithmetic (slower).
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,11 +41,12 @@ from ..runtime.hopper import async_load
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
 from ..runtime.settings import multiprocessors
+from .join8 import joining
 
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
 DEFAULT = {"BN": 128, "STAGES": 4, "SPLIT": False}
-FEWEST, ROWS = 6, 32  # blocks of keys that sharing a tile must save; queries that are joined at a time
+FEWEST = 6  # blocks of keys that sharing a tile must save
 # Four values that a thread has side by side to four bytes of e4m3; Triton by itself would move each byte.
 FOUR = gl.constexpr(
     "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
@@ -311,34 +310,6 @@ def _attention8_hopper_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M", "q_tiles", "k_tiles", "first", "share"])
-def _join_kernel(
-    part_ptr, v_mean_ptr, y_ptr, M, H, q_tiles, k_tiles, first, share, D: tl.constexpr, OUT: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """One program: ROWS queries of a tile whose blocks of keys were shared among programs; their sums are joined."""
-    left, tile = tl.program_id(0), first + tl.program_id(0)
-    head = tile // q_tiles
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    j = tl.arange(0, D)
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total, y = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D), tl.float32)
-    for program in range(left * k_tiles // share, ((left + 1) * k_tiles - 1) // share + 1):
-        piece = part_ptr + ((program * 2 + left - program * share // k_tiles) * 128 + row) * (D + 2)
-        its_peak, its_total = tl.load(piece + D), tl.load(piece + D + 1)
-        above = tl.maximum(peak, its_peak)
-        old, new = tl.exp2(peak - above), tl.exp2(its_peak - above)
-        total = total * old + its_total * new
-        y = y * old[:, None] + tl.load(piece[:, None] + j[None, :]) * new[:, None]
-        peak = above
-    y = y / total[:, None] + tl.load(v_mean_ptr + head * D + j)[None, :]
-    m = tile % q_tiles * 128 + row
-    where = ((head // H * M + m).to(tl.int64) * H + head % H) * OUT
-    tl.store(
-        y_ptr + where[:, None] + j[None, :], y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (j < OUT)[None, :]
-    )
-
-
 def attention(codes: Codes8, y: Tensor, tokens: int, config: dict | None = None) -> None:
     """codes as codes8.py makes them -> y [B, M, H, d], which is written. config: BN, STAGES, SPLIT."""
     q, q_scales, k, k_scales, v, v_logs, v_means = codes
@@ -373,8 +344,5 @@ def _plan(
     )  # fmt: skip
     if not share:
         return launch, None, ()
-    join = Launch(
-        _join_kernel, (left, 128 // ROWS), M=rows, H=heads, q_tiles=q_tiles, k_tiles=k_tiles,
-        first=whole * programs, share=share, D=channels, OUT=width, ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
+    join = joining(left, whole * programs, share, rows, heads, q_tiles, k_tiles, channels, width)
     return launch, join, (programs * 2, 128, channels + 2)

@@ -93,7 +93,6 @@ def test_a_gpu_gives_what_the_reference_gives(name, plan, seams):
     assert distance(quantized(x.cuda()).cpu(), right.double()) < 2e-3
 
 
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_weight_is_rounded_in_the_scale_of_its_part(name):
     """Of a row, the part that is fed small inputs has the coarser step, as it matters less."""

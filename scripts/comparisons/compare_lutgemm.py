@@ -3,11 +3,11 @@
     python scripts/comparisons/compare_lutgemm.py [--model dit-cifar10] [--rows "LUT-GEMM q2 g128" ...]
         [--steps 20] [--num-paired 32] [--output out/lutgemm.json]
 
-Layers of time and class embeddings look at no picture: on one schedule they are fed as many rows as there are pairs
-of a time and a class, 200 for 20 steps of a model of ten classes. In compare_methods.py calibration draws pairs at
-random, 256 tuples have 72 % of these, and what is not among them errs the most. Here the model is recorded on noise
-with each pair once; errors of the predicted noise are those of held-out tuples of the sampler, whose pairs calibration
-has had.
+Layers of time and class embeddings look at no picture: on one schedule they are fed as many rows as there are
+pairs of a time and a class, 200 for 20 steps of a model of ten classes. In compare_methods.py calibration draws pairs
+at random, 256 tuples have 72 % of these, and what is not among them errs the most. Here the model is recorded on
+noise with each pair once; errors of the predicted noise are those of held-out tuples of the sampler, whose pairs
+calibration has had.
 
 A row of rows/sign_planes.py at a time; its bytes are those of all tensors in float16. Rows in the output are not made
 again.

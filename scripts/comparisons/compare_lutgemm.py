@@ -1,4 +1,4 @@
-"""LUT-GEMM's rows where calibration has seen all that its layers are ever fed: each time of a schedule with each class.
+"""LUT-GEMM's rows where calibration has all that its layers are ever fed: each time of a schedule with each class.
 
     python scripts/comparisons/compare_lutgemm.py [--model dit-cifar10] [--rows "LUT-GEMM q2 g128" ...]
         [--steps 20] [--num-paired 32] [--output out/lutgemm.json]

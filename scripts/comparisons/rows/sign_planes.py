@@ -21,18 +21,13 @@ def sign_planes() -> list[Row]:
         rows += [
             *(
                 Row(f"{name}, uniform g{size}{mark}", "baseline", partial(even, group_size=size, **more), name)
-                for mark, more in (
-                    ("", {}),
-                    (", 1024 tuples", {"num_tuples": 1024}),
-                    (", nearest", {"rounding": "nearest"}),
-                )
+                for mark, more in (("", {}), (", nearest", {"rounding": "nearest"}))
                 for size in others
             ),
             Row(name, "method", recipe),
             Row(f"{name}, not refitted", "ablation", fitted, name),
             Row(f"{name}, refitted from fitted", "ablation", partial(recipe, planes="fitted"), name),
             Row(f"{name}, 32 tuples", "ablation", partial(recipe, num_tuples=32), name),
-            Row(f"{name}, 1024 tuples", "ablation", partial(recipe, num_tuples=1024), name),
             Row(f"{name}, nearest", "ablation", near, name),
             Row(f"{name}, nearest, greedy", "ablation", partial(near, rounds=0), name),
             Row(f"{name}, nearest, plain least squares", "ablation", partial(near, emphasis=0.0), name),

@@ -56,25 +56,15 @@ def _offset(factors_ptr, g, columns, N, width, BEYOND: tl.constexpr):
 
 
 @triton.jit
-def _product(w, x, FAST: tl.constexpr):
-    if FAST:
-        sums = tl.dot(w, x, tl.full((w.shape[0], x.shape[1]), 0x4B400000, tl.int32), out_dtype=tl.int32)
-        found = sums.to(tl.float32, bitcast=True) - 12582912.0
-    else:
-        found = tl.dot(w, x, out_dtype=tl.int32).to(tl.float32)
-    return found
-
-
-@triton.jit
 def _scaled(y, sums, scales_ptr, g, columns, N, width, BEYOND: tl.constexpr):
-    return y + sums * _of_group(scales_ptr, g, columns, N, width, BEYOND)[:, None]
+    return y + sums.to(tl.float32) * _of_group(scales_ptr, g, columns, N, width, BEYOND)[:, None]
 
 
 @triton.jit
 def _sums(
     x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, width, first, last,
     SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
-    BEYOND: tl.constexpr, FAST: tl.constexpr,
+    BEYOND: tl.constexpr,
 ):  # fmt: skip
     """Scaled sums float32 [BN, BM] of a tile, over steps first .. last: groups, or pairs of 32; N: stored rows;
     width: of a table."""
@@ -88,7 +78,7 @@ def _sums(
                 x = token_rows(x_ptr, top, pair * 64 + 32 * half, M, K, BM, 32, TMA)
                 a = _offset(factors_ptr, g, columns, N, width, BEYOND)
                 w = tl.reshape(whole(raw, None, a, half, PACKED), (BN, 32))
-                y = _scaled(y, _product(w, x, FAST), scales_ptr, g, columns, N, width, BEYOND)
+                y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, width, BEYOND)
     else:
         RUNS: tl.constexpr = SIZE // 64
         for g in range(first, last):
@@ -96,7 +86,7 @@ def _sums(
             x = token_rows(x_ptr, top, g * SIZE, M, K, BM, SIZE, TMA)
             a = _offset(factors_ptr, g, columns, N, width, BEYOND)
             w = together(whole(raw, None, a, 0, PACKED), whole(raw, None, a, 1, PACKED))
-            y = _scaled(y, _product(w, x, FAST), scales_ptr, g, columns, N, width, BEYOND)
+            y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, width, BEYOND)
     return y
 
 
@@ -151,31 +141,12 @@ def _with_highs(
     return y
 
 
-@triton.jit
-def _mixed_place(tile, m_blocks, highs, others, BAND: tl.constexpr):
-    """(block of rows, block of columns, whether it is of `highs` columns of high halves, not of `others`).
-
-    The high halves of BAND blocks of rows come before the others of the band above: one band ahead of their own
-    others, which then find them ready, and need not wait.
-    """
-    last, each, ahead = (m_blocks - 1) // BAND, BAND * (highs + others), tile - BAND * highs
-    rest = ahead - last * each + ((last + 1) * BAND - m_blocks) * highs  # from the first of the last band's others on
-    band = tl.where(ahead < 0, -1, ahead // each)
-    index = tl.where(ahead < 0, tile, ahead - band * each)
-    below = tl.minimum(m_blocks - (band + 1) * BAND, BAND) * highs
-    is_high = (rest < 0) & (index < below)
-    index = tl.where(rest < 0, tl.where(is_high, index, index - below), rest)
-    band = tl.where(rest < 0, band + is_high.to(tl.int32), last)
-    height = tl.minimum(m_blocks - band * BAND, BAND)
-    return band * BAND + index % height, index // height, is_high
-
-
 @triton.jit(do_not_specialize=["parts"])
 def _grouped_kernel(
     x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, slots_ptr, ready_ptr, highs_ptr, bias_ptr, y_desc, y_ptr,
     M, N, K, groups, width, high, stored_rows, stride, parts,
     SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, PACKED: tl.constexpr, LEAD: tl.constexpr, FAST: tl.constexpr,
+    TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """N: outputs; `high` rows of high halves lie before theirs, whose sums have rows of `stride`.
 
@@ -186,21 +157,14 @@ def _grouped_kernel(
         top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
         y = _sums(
             x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, width, 0, steps,
-            SIZE, BM, BN, TMA, PACKED, False, FAST,
+            SIZE, BM, BN, TMA, PACKED, False,
         )  # fmt: skip
     else:
         blocks = tl.cdiv(high, BN)
-        if LEAD:
-            down, across, is_high = _mixed_place(
-                tl.program_id(0), tl.cdiv(M, BM), blocks * PARTS, tl.cdiv(N, BN), BAND
-            )
-            top, part = down * BM, across // blocks
-            left = tl.where(is_high, across % blocks, across) * BN  # of a tile among rows of its kind
-        else:
-            top, left = tile_place(tl.program_id(0), M, blocks * PARTS * BN + N, BM, BN, BAND)
-            part = left // BN // blocks
-            is_high = part < PARTS
-            left -= tl.minimum(part, PARTS) * blocks * BN  # the first row of a tile among rows of its kind
+        top, left = tile_place(tl.program_id(0), M, blocks * PARTS * BN + N, BM, BN, BAND)
+        part = left // BN // blocks
+        is_high = part < PARTS
+        left -= tl.minimum(part, PARTS) * blocks * BN  # the first row of a tile among rows of its kind
         first, last = 0, steps
         if is_high:
             length = tl.cdiv(steps, parts)
@@ -214,7 +178,7 @@ def _grouped_kernel(
         row = tl.where(is_high, left, high + left)
         y = _sums(
             x_ptr, w_ptr, factors_ptr, scales_ptr, top, row, M, stored_rows, K, groups, width, first, last,
-            SIZE, BM, BN, TMA, PACKED, True, FAST,
+            SIZE, BM, BN, TMA, PACKED, True,
         )  # fmt: skip
     rows = top + tl.arange(0, BM)
     columns = left + tl.arange(0, BN)
@@ -270,7 +234,6 @@ def _launch(config: dict, m: int, k: int, n: int, size: int, tables: tuple, high
         _grouped_kernel, (cdiv(m, bm) * (parts * cdiv(high, bn) + cdiv(n, bn)),), blocks,
         M=m, N=n, K=k, groups=groups, width=width, high=high, stored_rows=high + n, stride=stride, parts=parts,
         PARTS=parts, SIZE=size, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
-        PACKED=packed(config, _grouped_kernel), LEAD=config.get("LEAD", True), FAST=config.get("FAST", False),
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        PACKED=packed(config, _grouped_kernel), num_warps=config["num_warps"], num_stages=config["num_stages"],
         maxnreg=config.get("maxnreg"),
     )  # fmt: skip

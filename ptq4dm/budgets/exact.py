@@ -72,10 +72,15 @@ def least(table: Table, costs: np.ndarray) -> np.ndarray:
 
 def told(table: Table, picks: np.ndarray) -> Allocation:
     """Picks with what is predicted of them."""
-    notes = []
+    notes, here = [], table.device or "this device"
     if table.eight_bits_fastest:
         notes.append(
-            f"8 bits are the fastest on {table.device or 'this device'}: fewer save {table.narrow_gain:.1%} of a "
+            f"8 bits are the fastest on {here}: fewer save {table.narrow_gain:.1%} of a step at most; it is a budget of "
+            "bytes that asks for them."
+        )
+    if table.full_precision_fastest:
+        notes.append(
+            f"No format in all layers is faster than full precision on {here}: mixed, they save {table.gain:.1%} of a "
             "step at most; it is a budget of bytes that asks for them."
         )
     return Allocation(picks, table.latency(picks), table.size(picks), table.error(picks), notes)

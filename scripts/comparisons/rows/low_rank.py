@@ -41,6 +41,8 @@ def low_rank() -> list[Row]:
             Row(f"{name}, nearest, branch at random", "shuffled", make(**turn), name, packed=controls.random_branch),
             Row(f"{name}, no data", "method", alone()),
             Row(f"{name}, no data, one turn", "ablation", alone(refinements=0), f"{name}, no data"),
+            Row(f"{name}, no data, branch at random", "shuffled", alone(refinements=0), f"{name}, no data",
+                packed=controls.random_branch),
             Row(f"{name}, no data, no branch", "ablation", alone(rank=0), f"{name}, no data"),
             Row(f"RTN in the bytes of {name}, no data", "baseline", alone(rank=0), f"{name}, no data",
                 plan=at_bytes_of(alone(), RTNConfig)),

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...kernels import dispatch
-from ...kernels.formats.int4 import dequantize_groups, unpack_int4
+from ...kernels.formats.int4 import dequantize_groups, pack_int4, unpack_int4
 from ...kernels.w4 import from_codes as svdq_codes
 from ...kernels.w4 import layer as svdq_linear
 from ...kernels.w4 import reference as svdq
 from ...layers.base import QuantizedLayer, frozen
+from ...layers.registry import finite
+from .data_free import decompose
 from .plan import SVDQPlan
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -85,10 +87,19 @@ class _SVDQLayer(QuantizedLayer):
         self._lender = (lender,)
 
     def pack(self, weight: Tensor, name: str, evidence=None) -> None:
-        raise UserError(
-            f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
-            "precision, then call ptq4dm.quantize with SVDQuantConfig."
-        )
+        """Codes and branch from the weight alone, by a plan without evidence: decompose(weight, plan, dtype)."""
+        if self.plan.evidence != "none":
+            raise UserError(
+                f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
+                "precision, then call ptq4dm.quantize with SVDQuantConfig."
+            )
+        dtype = weight.dtype if weight.dtype in HALVES else torch.float16
+        split = decompose(finite(weight, name).flatten(1), self.plan, dtype)
+        self.put(qweight=pack_int4(split.codes, self.plan.group_size), wscales=split.scales)
+        if self.smooth is not None:
+            self.put(smooth=torch.ones_like(self.smooth, dtype=dtype, device=weight.device))
+        if split.down is not None and split.up is not None:
+            self.put(down=split.down, up=split.up)
 
     @property
     def branch(self) -> tuple[Tensor | None, Tensor | None]:

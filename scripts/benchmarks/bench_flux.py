@@ -11,6 +11,7 @@ Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes t
     quantized  all of them W4A8 (or --activations int8, int4) with a branch of rank 32, adaLN weight-only; rounding
                is to nearest, which changes no time; layers that share an input share smoothing and half the branch
     fused      the same after ptq4dm.fuse
+    cached     the same with weights kept in 8 bits (--weight-cache), as ptq4dm.optimize(weight_cache=) does it
 
 Each is timed as it is, with its blocks compiled by torch.compile, compiled in a CUDA graph, and as `ptq4dm.optimize`
 leaves it ("optimized": a graph, inputs copied in, outputs out); medians of steps, a line of JSON each as it comes. A
@@ -39,6 +40,8 @@ import ptq4dm
 from ptq4dm.calibration.calls import Call
 from ptq4dm.calibration.record import ready
 from ptq4dm.errors import run
+from ptq4dm.inference.weight_cache import bytes_of as bytes_of_text
+from ptq4dm.inference.weight_cache import keep_weights
 from ptq4dm.kernels.tuning import stopwatch
 from ptq4dm.layers.base import replace_module
 from ptq4dm.svdquant.group import Group, split_weight
@@ -46,7 +49,7 @@ from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.packing import build_layer
 
 GROUP_SIZE = 64
-FORMS = ("bf16", "torchao", "quantized", "fused")
+FORMS = ("bf16", "torchao", "quantized", "fused", "cached")
 WAYS = ("eager", "compiled", "graph", "optimized")
 
 
@@ -127,13 +130,20 @@ def measure(forms: list[str], lines: Lines, args) -> None:
         by_torchao(model)
     elif forms != ["bf16"]:
         facts["kernels"] = quantize_blocks(model, args.activations, args.rank)
+    size = bytes_of(model)
     for form in forms:
-        if form == "fused":
-            uncompiled(model)
+        uncompiled(model)
+        if form in ("fused", "cached") and "modules_fused" not in facts:
             facts["modules_fused"] = len(ptq4dm.fuse(model))
+        if form == "cached":
+            before = model(*call.args, **call.kwargs)[0]
+            cache = keep_weights({"": model}, bytes_of_text(args.weight_cache)).get("")
+            size += 0 if cache is None else cache.nbytes
+            facts |= {"cache": [] if cache is None else cache.lines()}
+            facts["same_bits"] = torch.equal(model(*call.args, **call.kwargs)[0], before)
         for row in timed(model, call, args):
             if not lines.has(form=form, way=row["way"]):
-                lines.add({"form": form, "bytes": bytes_of(model)} | row | facts)
+                lines.add({"form": form, "bytes": size} | row | facts)
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -219,6 +229,7 @@ def main():
     parser.add_argument("--activations", choices=("fp8", "int8", "int4"), default="fp8")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--weight-cache", default="13GB", help="of the form cached")
     parser.add_argument("--no-compile", action="store_true", help="eager only")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--output", type=Path, default=Path("out/bench-flux.jsonl"))
@@ -231,7 +242,7 @@ def main():
     lines = Lines(args.output, made_on(args.device) | versions | sizes)
     last = "eager" if args.no_compile else "profile" if torch.cuda.is_available() else "compiled"
     left = [form for form in args.forms if not lines.has(form=form, way=last) and (form != "torchao" or there)]
-    for forms in [("bf16",), ("torchao",), ("quantized", "fused")]:
+    for forms in [("bf16",), ("torchao",), ("quantized", "fused", "cached")]:
         if wanted := [form for form in forms if form in left]:
             measure(wanted, lines, args)
             torch._dynamo.reset()

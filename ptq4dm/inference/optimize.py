@@ -2,8 +2,8 @@
 
 On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
 denoiser's calls replayed from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels
-and its own. On a CPU the blocks of transformers are compiled: that was measured to help, with UNets hardly (README.md
-of this folder).
+and its own, unless it is asked for in 8 bits where that is faster. On a CPU the blocks of transformers are compiled:
+that was measured to help, with UNets hardly (README.md of this folder).
 
 Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
 takes all of it back.
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..annotations import plain_number
+from ..attention.faster import FasterAttention
 from ..checks import shown
 from ..errors import UserError
 from ..layers.fuse import FUSED, fuse, unfuse
@@ -52,6 +53,7 @@ def optimize(
     graphs: bool | None = None,
     kept: int = KEPT,
     weight_cache: str | int | None = None,
+    attention: str | None = None,
     engine: str | None = None,
     precision: str | None = None,
     cache: str | os.PathLike | None = None,
@@ -62,6 +64,8 @@ def optimize(
         shapes that a denoiser keeps at most; each holds the memory of a forward pass, which they share.
     weight_cache: memory such as "4GB" for weights of 4 bits that are kept in 8, so that calls need not unpack them:
         as many layers as fit, those first that save most for their bytes (weight_cache.py). The same results.
+    attention: "auto": self-attention in 8 bits where that is faster on this GPU, as the first call of a size tells;
+        pictures change by more than rounding (kernels/attention/README.md). None: as it is.
     engine: "openvino": each denoiser runs through OpenVINO, on a CPU, in place of all that (openvino/engine.py).
         precision: "float32" or "bfloat16" of what is not quantized there; None: bfloat16 where the processor has it.
         cache: a folder in which converted models are saved, and found again.
@@ -79,8 +83,10 @@ def optimize(
     kept = plain_number(kept)
     if type(kept) is not int or kept < 1:
         raise UserError(f"optimize: kept is a whole number from 1 on; got {shown(kept)}.")
-    engines.check(engine, precision, cache, fused or compiled or graphs or weight_cache is not None)
+    engines.check(engine, precision, cache, fused or compiled or graphs or weight_cache is not None or attention)
     budget = None if weight_cache is None else bytes_of(weight_cache)
+    if attention not in (None, "auto"):
+        raise UserError(f'optimize: attention is "auto", or None for attention as it is; got {shown(attention)}.')
     models = _models(target)
     for name, model in models.items():
         _check(name, model, graphs)
@@ -89,7 +95,9 @@ def optimize(
     with turn_at(target):
         if engine is not None:
             return whole_or_not(models.values(), lambda gate: _through(engine, models, precision, cache, kept))
-        return whole_or_not(models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept, budget))
+        return whole_or_not(
+            models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept, budget, attention)
+        )
 
 
 def unoptimize(target: DiffusionPipeline | nn.Module) -> None:
@@ -122,7 +130,9 @@ def _device(model: nn.Module) -> torch.device:
     return next((one.device for one in model.parameters()), torch.device("cpu"))
 
 
-def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int, budget: int | None) -> Optimized:
+def _optimized(
+    models: dict[str, nn.Module], fused, compiled, graphs, kept: int, budget: int | None, attention: str | None
+) -> Optimized:
     report = Optimized(unoptimize)
     for model in models.values():
         if before := DONE.pop(model, None):
@@ -133,6 +143,8 @@ def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int,
         on_gpu = one.device.type == "cuda"
         if on_gpu if fused is None else fused:
             _fuse(one)
+        if attention is not None:
+            _attention(one)
         why = "" if on_gpu or compiled is not None else why_not_on_cpu(model)
         if why:
             one.left["blocks"] = why
@@ -168,6 +180,15 @@ def _fuse(one: OptimizedModel) -> None:
         return
     one.fused = fuse(one.model)
     one.takes_back.append(lambda: unfuse(one.model))
+
+
+def _attention(one: OptimizedModel) -> None:
+    try:
+        one.attention = FasterAttention(one.model)
+    except ValueError as error:
+        one.left["attention"] = str(error)
+    else:
+        one.takes_back.append(one.attention.undo)
 
 
 def _compile(one: OptimizedModel) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.faster import FasterAttention
 from ..layers.fuse_report import FuseReport
 from .blocks import Compiled
 from .graphs import Graphed
@@ -26,6 +27,7 @@ class OptimizedModel:
     blocks: list[nn.Module] = field(default_factory=list)
     whole: Compiled | None = None
     cache: WeightCache | None = None
+    attention: FasterAttention | None = None
     compute: Any = None
     graphed: Graphed | None = None
     through: Any = None  # an engine's forward (engines.py), with lines() and products()
@@ -45,6 +47,8 @@ class OptimizedModel:
             lines.append(f"blocks compiled by torch.compile when they are first called: {what}")
         if self.whole is not None:
             lines.append("compiled as a whole by torch.compile when it is first called")
+        if self.attention is not None:
+            lines += self.attention.lines()
         if self.cache is not None:
             lines += self.cache.lines()
         if self.graphed is not None:

@@ -12,6 +12,7 @@ Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes t
                is to nearest, which changes no time; layers that share an input share smoothing and half the branch
     fused      the same after ptq4dm.fuse
     cached     the same with weights kept in 8 bits (--weight-cache), as ptq4dm.optimize(weight_cache=) does it
+    attention  the same with attention in 8 bits where that is faster, as ptq4dm.optimize(attention="auto") does it
 
 Each is timed as it is, with its blocks compiled by torch.compile, compiled in a CUDA graph, and as `ptq4dm.optimize`
 leaves it ("optimized": a graph, inputs copied in, outputs out); medians of steps, a line of JSON each as it comes. A
@@ -37,6 +38,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import ptq4dm
+from ptq4dm.attention.faster import FasterAttention
 from ptq4dm.calibration.calls import Call
 from ptq4dm.calibration.record import ready
 from ptq4dm.errors import run
@@ -49,7 +51,7 @@ from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.packing import build_layer
 
 GROUP_SIZE = 64
-FORMS = ("bf16", "torchao", "quantized", "fused", "cached")
+FORMS = ("bf16", "torchao", "quantized", "fused", "cached", "attention")
 WAYS = ("eager", "compiled", "graph", "optimized")
 
 
@@ -133,15 +135,17 @@ def measure(forms: list[str], lines: Lines, args) -> None:
     size = bytes_of(model)
     for form in forms:
         uncompiled(model)
-        if form in ("fused", "cached") and "modules_fused" not in facts:
+        if form != "quantized" and "modules_fused" not in facts and forms[0] in FORMS[2:]:
             facts["modules_fused"] = len(ptq4dm.fuse(model))
-        if form == "cached":
+        if form in ("cached", "attention") and "cache" not in facts:
             before = model(*call.args, **call.kwargs)[0]
             cache = keep_weights({"": model}, bytes_of_text(args.weight_cache)).get("")
             size += 0 if cache is None else cache.nbytes
             facts |= {"cache": [] if cache is None else cache.lines()}
             facts["same_bits"] = torch.equal(model(*call.args, **call.kwargs)[0], before)
+        faster = FasterAttention(model) if form == "attention" else None
         for row in timed(model, call, args):
+            facts |= {} if faster is None else {"attention": faster.lines()}
             if not lines.has(form=form, way=row["way"]):
                 lines.add({"form": form, "bytes": size} | row | facts)
 
@@ -241,8 +245,10 @@ def main():
     versions = {"torch": torch.__version__, "torchao": importlib.metadata.version("torchao") if there else None}
     lines = Lines(args.output, made_on(args.device) | versions | sizes)
     last = "eager" if args.no_compile else "profile" if torch.cuda.is_available() else "compiled"
+    if args.device == "cpu":  # no kernel of 8-bit attention
+        args.forms = [form for form in args.forms if form != "attention"]
     left = [form for form in args.forms if not lines.has(form=form, way=last) and (form != "torchao" or there)]
-    for forms in [("bf16",), ("torchao",), ("quantized", "fused", "cached")]:
+    for forms in [("bf16",), ("torchao",), FORMS[2:]]:
         if wanted := [form for form in forms if form in left]:
             measure(wanted, lines, args)
             torch._dynamo.reset()

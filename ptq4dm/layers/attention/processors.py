@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ...kernels.attention.layer8 import attention8, kernel_name
+from .faster import attention_faster
 from .state import Attention8
 
 _DERIVED: dict[Any, Any] = {}  # class of processors -> the class made of it
@@ -75,10 +76,12 @@ class Redirected(TorchFunctionMode):
         return self._attend(function, *args, **kwargs)
 
     def _attend(self, function: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.state.in_8(self.name, kernel_name(query.device, query.shape[-1]))
+        faster, kernel = self.state.faster, kernel_name(query.device, query.shape[-1])
+        self.state.in_8(self.name, f"{kernel}, or in 16 where that is faster" if faster else kernel)
         scale = kwargs.get("scale")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return attention8(query, key, value, scale, self.state.kinds.get(self.name, self.state.kind))
+        compute = attention_faster if faster else attention8
+        return compute(query, key, value, scale, self.state.kinds.get(self.name, self.state.kind))
 
 
 def why_not(

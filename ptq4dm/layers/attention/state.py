@@ -15,11 +15,12 @@ class Attention8:
     kind: of the codes of queries and keys, "int8" or "e4m3". layers: names of the layers that are served;
     kinds: of those that have another kind. left: name
     of a layer that is not -> why. kernels: kernel -> calls in 8 bits. sixteen: why -> calls that were left as they
-    were. active: whether calls are in 8 bits now. Calls of compiled code are not counted.
+    were. active: whether calls are in 8 bits now. faster: whether only calls are that were measured to be faster so
+    (faster.py). Calls of compiled code are not counted.
     """
 
     def __init__(self, kind: str, layers: Iterable[str] = ()) -> None:
-        self.kind, self.active = kind, True
+        self.kind, self.active, self.faster = kind, True, False
         self.layers = list(layers)
         self.kinds: dict[str, str] = {}
         self.left: dict[str, str] = {}

@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -58,26 +57,25 @@ def checked(tool: str, args) -> dict:
     """What one tool of compute-sanitizer says of the tests."""
     command = [
         args.sanitizer, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", sys.executable, "-m",
-        "pytest", "-p", "sanitize", "-p", "no:cacheprovider", "-q", *(f"tests/kernels/{room}" for room in ROOMS),
+        "pytest", "-p", "sanitize", "-p", "no:cacheprovider", "-q", *args.tests,
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        passed = Path(folder, "passed")
-        passed.touch()
-        here = {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
-            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", EACH: str(args.each), ONLY: args.only, PASSED: str(passed),
-        }  # fmt: skip
-        log = Path(folder, "log")
-        with log.open("w") as file:
-            options = {"cwd": REPOSITORY, "env": os.environ | here, "stdout": file, "stderr": file}
-            tests = subprocess.Popen(command, start_new_session=True, **options)
-            try:
-                status: int | str = tests.wait(args.seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(tests.pid, signal.SIGKILL)  # the tool, and the tests that it has started
-                tests.wait()
-                status = f"stopped after {args.seconds:g} s"
-        text, names = log.read_text(errors="replace"), passed.read_text().splitlines()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    passed, log = (args.output.with_name(f"{args.output.stem}-{tool}.{kind}") for kind in ("passed", "log"))
+    passed.write_text("")
+    here = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", EACH: str(args.each), ONLY: args.only, PASSED: str(passed.resolve()),
+    }  # fmt: skip
+    with log.open("w") as file:
+        options = {"cwd": REPOSITORY, "env": os.environ | here, "stdout": file, "stderr": file}
+        tests = subprocess.Popen(command, start_new_session=True, **options)
+        try:
+            status: int | str = tests.wait(args.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(tests.pid, signal.SIGKILL)  # the tool, and the tests that it has started
+            tests.wait()
+            status = f"stopped after {args.seconds:g} s"
+    text, names = log.read_text(errors="replace"), passed.read_text().splitlines()
     found = [line for line in text.splitlines() if line.startswith("=========")]
     if status != 0:
         print("\n".join([*text.splitlines()[-30:], *found[:60]]), file=sys.stderr)
@@ -91,6 +89,8 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=("memcheck", "racecheck", "initcheck"), default=["memcheck"])
     parser.add_argument("--each", type=int, default=2, help="cases of each test")
     parser.add_argument("--only", default="", help="tests whose name holds this")
+    rooms = [f"tests/kernels/{room}" for room in ROOMS]
+    parser.add_argument("--tests", nargs="+", default=rooms, help="files or folders of tests; all rooms with kernels")
     parser.add_argument("--seconds", type=float, default=600, help="that a tool may take")
     parser.add_argument(
         "--sanitizer", default=shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

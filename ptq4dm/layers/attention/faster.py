@@ -53,7 +53,7 @@ def attention_faster(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str) -
 
 
 @attention_faster.register_fake
-def _(q, k, v, scale, kind):
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str) -> Tensor:
     batch, heads, rows, width = q.shape
     return q.new_empty(batch, rows, heads, width).transpose(1, 2)
 

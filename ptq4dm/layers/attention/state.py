@@ -30,6 +30,10 @@ class Attention8:
         self._called: set[str] = set()
         self._reached: set[str] = set()
 
+    def kind_of(self, name: str) -> str:
+        """Of a layer."""
+        return self.kinds.get(name, self.kind)
+
     def called(self, name: str) -> None:
         if not torch.compiler.is_compiling():
             self._called.add(name)
@@ -50,7 +54,7 @@ class Attention8:
         return [name for name in self.layers if name in self._called - self._reached]
 
     def __str__(self) -> str:
-        kinds = Counter(self.kinds.get(name, self.kind) for name in self.layers)
+        kinds = Counter(self.kind_of(name) for name in self.layers)
         lines = [f"attention of {count} layers with queries and keys in {kind}" for kind, count in kinds.items()]
         lines += [f"in 8 bits by {name}, {count} times" for name, count in self.kernels.items()]
         lines += [f"as it was {count} times: {why}" for why, count in self.sixteen.items()]

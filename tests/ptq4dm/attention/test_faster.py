@@ -27,7 +27,7 @@ def timed(monkeypatch):
     """A kernel that serves this device (it computes the formula), faster than 16 bits from 40 keys on."""
     asked = []
 
-    def times_of(name, q, k, v, scale, kind):
+    def times_of(name, q, k, v, scale, kind, rotary):
         asked.append((name, k.shape[2]))
         return Times(name, 1.0 if k.shape[2] >= 40 else 3.0, 2.0)
 

@@ -8,6 +8,8 @@ A line of JSON for each shape: milliseconds, TFLOP/s and errors of
     int8, e4m3          the op, codes included (kernels/attention/layer8.py)
     int8 codes, ...     of it the codes alone
     int8 products, ...  and the products alone; with --settings each number of stages, tiles shared or not (SPLIT)
+    sdpa turned, ...    of FLUX with what comes before: norms of queries and keys, a text's tokens before an image's,
+                        rotary embedding; by torch.compile before torch's attention, and in the kernel of the codes
 
 Every time is the median over replays of a CUDA graph; the candidates of a shape take turns. Errors are of the first
 queries, on normal operands with a common mean of keys, beside float32. What one kernel cannot do is told beside the
@@ -30,8 +32,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from ptq4dm.errors import UserError, run
 from ptq4dm.kernels.attention import codes8, product8
 from ptq4dm.kernels.attention.layer8 import GLUON, REFERENCE, attention8, kernel_name
+from ptq4dm.kernels.attention.rotary import Rotary
 from ptq4dm.kernels.formats.attention8 import TYPES
 from ptq4dm.kernels.tuning.stopwatch import graph_of, race
+from ptq4dm.layers.attention.faster import in_sixteen_bits
 
 SHAPES = {  # B, H, tokens, d
     "flux": (1, 24, 4608, 128),
@@ -89,10 +93,30 @@ def candidates(given: tuple, scale: float, settings: bool) -> dict[str, Callable
     return calls
 
 
+def turned(given: tuple) -> dict[str, Callable]:
+    """The same operands of which the first 512 tokens are a text's, before norms and rotary embedding."""
+    words, width = 512, given[0].shape[-1]
+    text, image = (tuple(x[:, :, part] for x in given) for part in (slice(words), slice(words, None)))
+    angles = torch.rand(given[0].shape[2], width // 2, device="cuda") * 6
+    places = (x.repeat_interleave(2, 1).contiguous() for x in (angles.cos(), angles.sin()))
+    norms = [torch.ones(width, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    rotary = Rotary(*norms[:2], *places, 1e-6, (*text, *norms[2:]))
+    scale = width**-0.5
+    calls = {"sdpa turned": functools.partial(in_sixteen_bits, *image, scale, "", rotary)}
+    for warps in (4, 8, 16):
+        setting = {"warps": warps}
+        quantized = functools.partial(codes8.quantize8, *image, scale, torch.int8, setting, rotary)
+        calls[f"int8 codes turned, {warps} warps"] = quantized
+    for kind in TYPES:
+        calls[f"{kind} turned"] = functools.partial(attention8, *image, scale, kind, *rotary[:5], *rotary.words)
+    return calls
+
+
 def measured(shape: tuple[int, int, int, int], settings: bool) -> dict:
     given, scale = operands(*shape), shape[-1] ** -0.5
     calls, problems = {}, {}
-    for name, call in candidates(given, scale, settings).items():
+    every = candidates(given, scale, settings) | (turned(given) if shape == SHAPES["flux"] else {})
+    for name, call in every.items():
         try:
             graph_of([call])
         except Exception as problem:
@@ -107,6 +131,7 @@ def measured(shape: tuple[int, int, int, int], settings: bool) -> dict:
     for name, call in calls.items():
         if "codes" not in name:
             rows[name]["tflops"] = round(operations / times[name] / 1e6, 1)
+        if "codes" not in name and "turned" not in name:
             rows[name]["error"] = round(error(call()[:, :, :CHECKED].float(), right), 5)
     return rows | ({"problems": problems} if problems else {})
 

@@ -104,17 +104,19 @@ def uncompiled(model: nn.Module) -> None:
     torch._dynamo.reset()
 
 
-def seconds(model: nn.Module, call: Call, repeats: int) -> float:
-    """Median time of a step."""
+def step(model: nn.Module, call: Call, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a step, and of them until the call returned: what the host takes to queue it."""
 
-    def once() -> float:
+    def once() -> tuple[float, float]:
         start = clock()
         model(*call.args, **call.kwargs)
-        return clock() - start
+        queued = time.perf_counter()
+        return clock() - start, queued - start
 
     for _ in range(3):
         once()
-    return statistics.median(once() for _ in range(repeats))
+    whole, host = zip(*(once() for _ in range(repeats)), strict=True)
+    return {"ms": 1e3 * statistics.median(whole), "host_ms": 1e3 * statistics.median(host)}
 
 
 def clock() -> float:
@@ -164,25 +166,21 @@ def bytes_of(model: nn.Module) -> int:
 
 def timed(model: nn.Module, call: Call, args) -> Iterator[dict]:
     """A row for each way, as it is measured: those that need no compiling first."""
-    yield {"way": "eager", "ms": 1e3 * seconds(model, call, args.repeats)}
+    yield {"way": "eager"} | step(model, call, args.repeats)
     if args.no_compile:
         return
     start = time.perf_counter()
     model.compile_repeated_blocks(fullgraph=True)
     model(*call.args, **call.kwargs)
     compiling = time.perf_counter() - start
-    yield {
-        "way": "compiled",
-        "ms": 1e3 * seconds(model, call, args.repeats),
-        "compiling_seconds": round(compiling, 1),
-    }
+    yield {"way": "compiled", "compiling_seconds": round(compiling, 1)} | step(model, call, args.repeats)
     if torch.cuda.is_available():
         graph, _ = stopwatch.graph_of([lambda: model(*call.args, **call.kwargs)])
         times = [stopwatch.elapsed(graph.replay) / 1e3 for _ in range(args.repeats)]
         yield {"way": "graph", "ms": statistics.median(times)}
         del graph
         done = ptq4dm.optimize(model, fused=False, compiled=False)  # which they are, where the form is so
-        yield {"way": "optimized", "ms": 1e3 * seconds(model, call, args.repeats)}
+        yield {"way": "optimized"} | step(model, call, args.repeats)
         done.undo()
         yield {"way": "profile", "profile": profile(model, call)}
 

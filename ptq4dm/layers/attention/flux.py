@@ -45,9 +45,8 @@ def attend(
 ) -> Any:
     """What the processor gives, its attention by one of the ops that take a rotary embedding."""
     given = transformer_flux._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-    heads: list[Any] = [None if x is None else x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in given]
-    q, k, v, *words = heads
-    joint = encoder_hidden_states is not None
+    joint = encoder_hidden_states is not None  # without a text diffusers has (None,) or None in the place of its own
+    q, k, v, *words = (x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in given[: 6 if joint else 3])
     norms = (attn.norm_added_q.weight, attn.norm_added_k.weight) if joint else (None, None)
     cos, sin = (x.to(q.device) for x in places)
     y = compute(

@@ -206,9 +206,12 @@ def test_models_with_rotary_embeddings_and_joined_texts(made):
     assert not attention.sixteen and torch.equal(model(**given).sample, right)
 
 
-def test_fluxs_norms_and_rotary_embedding_go_into_the_op(monkeypatch):
-    """With a text and without; and with a mask, another backend or a hook on a norm by its own processor."""
+@pytest.mark.parametrize("joined", [False, True], ids=["", "one layer for q, k and v"])
+def test_fluxs_norms_and_rotary_embedding_go_into_the_op(monkeypatch, joined):
+    """With a text and without; with a hook on a norm by its own processor."""
     model, store = denoisers.pair("flux")
+    if joined:
+        model.fuse_qkv_projections()
     call, ops = ready(store.calls, model), []
     plain = processors.attention8
 

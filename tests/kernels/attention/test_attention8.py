@@ -155,7 +155,9 @@ def test_the_op_with_a_rotary_embedding(words):
     whole = joined(q, k, v, rotary)
     assert y.shape == (2, 3, 60 + words, 24) and y.transpose(1, 2).is_contiguous()
     assert error(y, truth(*whole, 0.3)) < BOUND["int8"]
-    assert torch.ops.ptq4dm.attention8(*(x.to("meta") for x in (q, k, v)), 0.3, "int8").shape == q.shape
+    far = [x if x is None or isinstance(x, float) else x.to("meta") for x in (*rotary[:5], *text)]
+    traced = torch.ops.ptq4dm.attention8(*(x.to("meta") for x in (q, k, v)), 0.3, "int8", *far)
+    assert traced.shape == y.shape and traced.stride() == y.stride()
     with pytest.raises(ValueError, match="has cos and sin"):
         attention8(q, k, v, 0.3, "int8", *rotary[:2], rotary.cos[1:], rotary.sin, 1e-6, *text)
 

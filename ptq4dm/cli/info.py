@@ -64,9 +64,11 @@ def run(args) -> None:
 def attention_in_8_bits_of(network: nn.Module) -> list[dict]:
     """A row for each attention that the plan has in 8 bits: layer, kind of its codes, and the kernel that serves."""
     state = attention_of(network)
+    if state is None:
+        return []
     modules = attention_modules(network)
     rows = []
-    for name in [] if state is None else state.layers:
+    for name in state.layers:
         heads = getattr(modules[name], "heads", 1) or 1
         width = getattr(modules[name], "inner_dim", WIDTH * heads) // heads
         kernel = kernel_name(next(network.parameters()).device, width)

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = RowsFile(args.output, device)
     if "times" in args.stage and not args.rows:
         for compiled in (False,) if args.eager else (True,) if device.type == "cuda" else (False, True):
-            for found in time_rows(device, compiled, args.graph):
+            for found in time_rows(device, compiled, args.graph, args.cases):
                 output.add(row="times", **found)
     chosen = [row for row in map(row_of, args.rows or ROWS) if args.rows or row.stage in args.stage]
     if not chosen and "noise" not in args.stage:
@@ -98,6 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder or .tar.xz with train/ and test/")
     parser.add_argument("--output", type=Path, default=Path("out/shiftquant.jsonl"))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--cases", nargs="+", default=["*"], help='of "times", such as "GroupNorm*" "step of unet*"')
     parser.add_argument("--rows", nargs="+", metavar="NAME", help='these rows alone, such as "unet 6/6/8 G=2"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=5000, help="from scratch (5000)")

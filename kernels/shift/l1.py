@@ -12,8 +12,8 @@ Backward, dy has codes p of steps t, by stochastic rounding; per channel the sum
 
     dx = (gamma t p - mean(gamma t p) - c/L T (sign(q - m) - mean sign)) / D,   T = sum gamma t (s/D) (B - m A)
 
-with L values in a group, and no T where eps is D. The ops are what a GPU runs, where l1_groups.py and l1_rows.py have
-their kernels; the formulas below are the truth for them, and how a CPU trains.
+with L values in a group, and no T where eps is D. Kernels: l1_groups.py and l1_rows.py for a GPU, cpu/l1.cpp; the
+formulas below are the truth for them, and what runs where there is none.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cpu import l1 as compiled
 from ..formats.int8 import weight_limit
 from ..formats.shift import TERMS
 from ..runtime.late import late
@@ -64,14 +65,15 @@ class Groups(NamedTuple):
 def shift_l1_norm(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, number: int, eps: float, ratio: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [R, P, C] float, normalized over P and each of `number` groups of C; gamma and beta [C] float, both or neither;
-    ratio: c -> (y of x's dtype, codes int8 [R, P, C], stats float32 [5, R, number]).
+    """x [R, P, C] float -> (y of x's dtype, codes int8 [R, P, C], stats float32 [5, R, number]).
+
+    Normalized over P and each of `number` groups of C; gamma and beta [C] float, both or neither; ratio: c.
 
     Raises ValueError for groups whose integer sums may pass an int32.
     """
-    check(x, number)
-    if served(x, number):
-        kernels = l1_rows if x.shape[1] == number == 1 else l1_groups
+    if x.shape[1] * (x.shape[2] // number) > TERMS:
+        raise ValueError(f"sums over {x.shape[1]} x {x.shape[2] // number} codes of 8 bits may pass an int32.")
+    if (kernels := kernels_for(x, number)) is not None:
         return kernels.normalize(x.contiguous(), gamma, beta, number, math.sqrt(eps), ratio)
     return normalized(x, gamma, beta, number, eps, ratio)
 
@@ -88,9 +90,7 @@ def shift_l1_gradient(
 ) -> tuple[Tensor, Tensor]:
     """dy [R, P, C] float, codes and stats of the forward pass, seed int64 [] of the rounding
     -> (dx of dy's dtype, by gamma and by beta float32 [2, C], zeros without gamma)."""
-    number = stats.shape[2]
-    if served(dy, number):
-        kernels = l1_rows if dy.shape[1] == number == 1 else l1_groups
+    if (kernels := kernels_for(dy, stats.shape[2])) is not None:
         return kernels.gradient(dy.contiguous(), codes, stats, gamma, seed)
     return gradient(dy, codes, stats, gamma, noise_of(seed, dy.numel()).view(dy.shape))
 
@@ -101,15 +101,11 @@ def _(dy, codes, stats, gamma, seed):
     return torch.empty_like(dy, memory_format=torch.contiguous_format), sums
 
 
-def check(x: Tensor, number: int) -> None:
-    """Raises ValueError for groups whose integer sums may pass an int32."""
-    if x.shape[1] * (x.shape[2] // number) > TERMS:
-        raise ValueError(f"sums over {x.shape[1]} x {x.shape[2] // number} codes of 8 bits may pass an int32.")
-
-
-def served(x: Tensor, number: int) -> bool:
-    """Whether kernels do it; without them a GPU computes the formulas, operation by operation."""
-    return x.is_cuda and x.shape[2] // number <= WIDEST
+def kernels_for(x: Tensor, number: int) -> Any:
+    """The module whose kernels serve x [R, P, C] in so many groups; None: the formulas, operation by operation."""
+    if x.is_cuda and x.shape[2] // number <= WIDEST:
+        return l1_rows if x.shape[1] == number == 1 else l1_groups
+    return compiled if x.numel() and compiled.serves(x.device) else None
 
 
 def codes_of(x: Tensor, groups: Groups, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""L1 normalization of rows (l1.py), a layer norm's, in Triton: a program has whole rows at once, and reads them once."""
+"""L1 normalization of rows (l1.py), a layer norm's, in Triton: a program has whole rows, and reads them once."""
 
 from __future__ import annotations
 

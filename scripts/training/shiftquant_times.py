@@ -57,8 +57,8 @@ def rows(
     """Milliseconds of forward, and of forward and backward, of each case; ratio: float over integers.
 
     On a GPU floats are bf16 under autocast and inputs bf16; on a CPU float32. compiled: both by torch.compile. graph:
-    each timed in a CUDA graph, where the host has no part; then a whole training step of both networks, too. patterns:
-    of the names of cases.
+    each timed in a CUDA graph, where the host has no part; then a whole training step of both networks, too.
+    patterns: of the names of cases.
     """
     gpu = device.type == "cuda"
 

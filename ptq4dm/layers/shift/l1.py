@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.shift.l1 import check, gradient, normalized, shift_l1_gradient, shift_l1_norm
+from ...kernels.shift.l1 import shift_l1_gradient, shift_l1_norm
 from .fused import new_seed
-from .noise import uniform
 
 RATIO = math.sqrt(math.pi / 2)
 
@@ -35,22 +34,15 @@ class L1Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, number: int, eps: float, ratio: float
     ) -> Tensor:
-        if x.is_cuda:
-            y, codes, stats = shift_l1_norm(x, gamma, beta, number, eps, ratio)
-        else:
-            check(x, number)
-            y, codes, stats = normalized(x, gamma, beta, number, eps, ratio)
+        y, codes, stats = shift_l1_norm(x, gamma, beta, number, eps, ratio)
         ctx.save_for_backward(codes, stats, gamma)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         codes, stats, gamma = ctx.saved_tensors
-        dy = gradients[0]
-        if dy.is_cuda:
-            dx, sums = shift_l1_gradient(dy, codes, stats, gamma, new_seed(dy.device))
-        else:
-            dx, sums = gradient(dy, codes, stats, gamma, uniform(dy))
+        (dy,) = gradients
+        dx, sums = shift_l1_gradient(dy, codes, stats, gamma, new_seed(dy.device))
         if gamma is None:
             return dx, None, None, None, None, None
         return dx, *sums.to(gamma.dtype), None, None, None

@@ -1,4 +1,4 @@
-// L1 normalization on codes on a CPU, forward and backward. What is computed stands in shift/l1.py. Built by library.py.
+// L1 normalization on codes on a CPU, forward and backward. What is computed stands in shift/l1_formula.py. Built by library.py.
 //
 // A row [P, C] is gone over again and again while it lies in a core's cache: for its peaks, the sums of its codes, the
 // sums of those above the mean, and the result. What is done to one pixel's channels are functions of their own, for

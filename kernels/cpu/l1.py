@@ -1,4 +1,4 @@
-"""L1 normalization on a CPU (shift/l1.py), compiled: a row stays in a core's cache from its peaks to its result.
+"""L1 normalization on a CPU (shift/l1_formula.py), compiled: a row stays in a core's cache to its result.
 
 Codes and what stochastic rounding draws are those of the formula; floats are off by their own rounding. The same bits
 come whatever the number of threads: sums over rows are of parts that the shape alone decides.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import library
 
-STATS = 5
+STATS = 5  # as l1_formula.py has them
 PARTS = 64  # of rows, whose gradients by gamma and beta are added up apart
 
 

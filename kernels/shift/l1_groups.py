@@ -1,4 +1,4 @@
-"""L1 normalization of groups of channels (l1.py) in Triton: a program has all pixels of some groups of one row.
+"""L1 normalization of groups of channels in Triton (l1_formula.py): a program has all pixels of some groups of a row.
 
 It goes over them for the peak, the sum of codes, that of codes above the mean, and the result: the first time from
 memory, then from the processor's cache; codes are made anew each time, for that costs less than to read them.
@@ -16,7 +16,7 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.settings import remembered
 from .coding import bits_of, code, noise_at, scale_of
-from .l1 import LIMIT, STATS
+from .l1_formula import LIMIT, STATS
 from .noise import ONE, TWO
 
 VALUES = 4096  # of a tile

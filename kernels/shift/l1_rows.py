@@ -1,4 +1,4 @@
-"""L1 normalization of rows (l1.py), a layer norm's, in Triton: a program has whole rows, and reads them once."""
+"""L1 normalization of rows, a layer norm's, in Triton (l1_formula.py): a program has whole rows, read once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.settings import multiprocessors, remembered
 from .coding import bits_of, code, noise_at, scale_of
-from .l1 import LIMIT, STATS
+from .l1_formula import LIMIT, STATS
 from .noise import ONE, TWO
 
 VALUES = 2048  # of a tile

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ptq4dm.kernels.shift import l1
+from ptq4dm.kernels.shift import l1_formula
 from ptq4dm.kernels.shift.noise import noise_of
 
 RATIO, EPS = math.sqrt(math.pi / 2), 1e-5
@@ -36,14 +36,14 @@ def compare(kernels, case, dtype, affine, device="cpu"):
     given = made(case, dtype, affine)
     x, gamma, beta, dy = made(case, dtype, affine, device)
     y, codes, stats = kernels.normalize(x, gamma, beta, number, math.sqrt(EPS), RATIO)
-    expected = l1.normalized(*given[:3], number, EPS, RATIO)
+    expected = l1_formula.normalized(*given[:3], number, EPS, RATIO)
     assert torch.equal(codes.cpu(), expected[1]) and y.dtype == dtype
     torch.testing.assert_close(stats.cpu(), expected[2], rtol=1e-5, atol=1e-6)
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3
     torch.testing.assert_close(y.cpu(), expected[0], rtol=tolerance, atol=tolerance)
     dx, sums = kernels.gradient(dy, codes, stats, gamma, seed.to(device))
     noise = noise_of(seed, dy.numel()).view(dy.shape)
-    by_input, by_affine = l1.gradient(given[3], *expected[1:], given[1], noise)
+    by_input, by_affine = l1_formula.gradient(given[3], *expected[1:], given[1], noise)
     for one, other in ((dx, by_input), (sums, by_affine)):
         assert one.dtype == other.dtype and one.shape == other.shape
         close = tolerance * other.float().abs().max().item()

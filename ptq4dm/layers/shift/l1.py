@@ -1,4 +1,4 @@
-"""L1 normalization on codes, forward and backward, as autograd sees it; kernels/shift/l1.py has the formulas.
+"""L1 normalization on codes, forward and backward, as autograd sees it; kernels/shift/l1_formula.py has the formula.
 
     y = gamma (x - mean x) / (c mean |x - mean x|) + beta,   c = sqrt(pi / 2)
 

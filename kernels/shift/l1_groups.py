@@ -36,6 +36,16 @@ def _wide(figures, NG: tl.constexpr, CG: tl.constexpr):
 
 
 @triton.jit
+def _program(P, C, per, NG: tl.constexpr, CG: tl.constexpr):
+    """(row, groups [NG], channels [NG CG], which there are, number of the row's first value)."""
+    row = tl.program_id(0)
+    k = tl.arange(0, NG * CG)
+    g = tl.program_id(1) * NG + tl.arange(0, NG)
+    c = (tl.program_id(1) * NG + k // CG) * per + k % CG
+    return row, g, c, (k % CG < per) & (c < C), row.to(tl.int64) * P * C
+
+
+@triton.jit
 def _tile(first, P, C, c, here, BP: tl.constexpr):
     """(places of values in the row, which there are) of BP pixels from the first on."""
     p = first + tl.arange(0, BP)
@@ -65,12 +75,7 @@ def _norm_kernel(
     TINY: tl.constexpr, AFFINE: tl.constexpr, NG: tl.constexpr, CG: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """NG groups of a row, each of `per` channels, in CG columns of a tile."""
-    row = tl.program_id(0)
-    k = tl.arange(0, NG * CG)
-    g = tl.program_id(1) * NG + tl.arange(0, NG)
-    c = (tl.program_id(1) * NG + k // CG) * per + k % CG
-    here = (k % CG < per) & (c < C)
-    base = row.to(tl.int64) * P * C
+    row, g, c, here, base = _program(P, C, per, NG, CG)
     x_ptr, y_ptr, codes_ptr = x_ptr + base, y_ptr + base, codes_ptr + base
     step = scale_of(_peaks(x_ptr, P, C, c, here, NG, CG, BP), limit, TINY)
     inverse = _wide(tl.div_rn(1.0, step), NG, CG)
@@ -121,12 +126,7 @@ def _gradient_kernel(
     CG: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The same groups; sums [2, R, C]: what a row gives to the gradients by gamma and beta."""
-    row = tl.program_id(0)
-    k = tl.arange(0, NG * CG)
-    g = tl.program_id(1) * NG + tl.arange(0, NG)
-    c = (tl.program_id(1) * NG + k // CG) * per + k % CG
-    here = (k % CG < per) & (c < C)
-    base = row.to(tl.int64) * P * C
+    row, g, c, here, base = _program(P, C, per, NG, CG)
     dy_ptr, dx_ptr, codes_ptr = dy_ptr + base, dx_ptr + base, codes_ptr + base
     place, figures = row * number + g, R * number
     mean = tl.load(stats_ptr + place, mask=g < number, other=0.0)

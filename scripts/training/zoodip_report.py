@@ -14,8 +14,8 @@ def report(lines: list[dict]) -> str:
     """The tables of each class that rows are of."""
     classes: dict[str, list[dict]] = defaultdict(list)
     for line in lines:
-        classes[line["settings"]["class_name"]].append(line)
-    return "\n\n".join(f"class {name}\n\n{_tables(of)}" for name, of in classes.items())
+        classes[line.get("settings", {}).get("class_name", "")].append(line)
+    return "\n\n".join((f"class {name}\n\n" if name else "") + _tables(of) for name, of in classes.items())
 
 
 def _tables(lines: list[dict]) -> str:

@@ -102,6 +102,29 @@ APART void go_back(const int8_t* __restrict codes, const int8_t* __restrict q, c
   }
 }
 
+struct Pair {
+  float centre, pull;
+};
+
+// A group's sums of gamma t A and gamma t (s/D) (B - m A); without gamma they are added to by_gamma and by_beta.
+APART Pair weigh(const int32_t* __restrict a, const int32_t* __restrict b, const float* __restrict gamma, float mean,
+                 float step, float unit, float* __restrict by_gamma, float* __restrict by_beta, int64_t n) {
+  constexpr int LANES = 8;  // side by side, for sums of floats have an order
+  float centre[LANES] = {}, pull[LANES] = {};
+  const auto add = [&](int64_t c, int lane) {
+    const float beta = a[c] * step, slope = (b[c] - mean * a[c]) * (unit * step);
+    by_gamma[c] += slope, by_beta[c] += beta;
+    centre[lane] += gamma[c] * beta, pull[lane] += gamma[c] * slope;
+  };
+  int64_t c = 0;
+  for (; c + LANES <= n; c += LANES)
+    for (int lane = 0; lane < LANES; lane++) add(c + lane, lane);
+  for (int lane = 0; c < n; c++, lane++) add(c, lane);
+  Pair found{0, 0};
+  for (int lane = 0; lane < LANES; lane++) found.centre += centre[lane], found.pull += pull[lane];
+  return found;
+}
+
 // Steps of a row's groups, and their inverses for each channel.
 void steps_of(const float* x, const Shape& s, int32_t* peaks, float* steps, float* inverse) {
   const int64_t channels = s.channels, per = s.per();
@@ -167,8 +190,8 @@ void normalize(const float* x, const float* gamma, const float* beta, const Shap
     stats[3 * between + g] = higher / s.size();
     stats[4 * between + g] = spread == width ? ratio / s.size() : 0.0f;
     for (int64_t c = g * per; c < (g + 1) * per; c++) {
-      factor[c] = gamma ? unit * gamma[c] : unit;
-      shift[c] = (beta ? beta[c] : 0.0f) - mean * factor[c];
+      factor[c] = unit * gamma[c];
+      shift[c] = beta[c] - mean * factor[c];
     }
   }
   for (int64_t p = 0; p < s.pixels; p++)
@@ -194,17 +217,13 @@ void gradient(const float* dy, const int8_t* codes, const float* stats, int64_t 
                rounded + p * channels, first, second, channels);
   for (int64_t g = 0; g < s.groups; g++) {
     const float mean = stats[g], unit = stats[between + g], width = stats[2 * between + g];
-    float centre = 0, pull = 0;
-    for (int64_t c = g * per; c < (g + 1) * per; c++) {
-      const float by_beta = first[c] * steps[g], weight = gamma ? gamma[c] : 1.0f;
-      const float by_gamma = (second[c] - mean * first[c]) * (unit * steps[g]);
-      if (gamma) sums[c] += by_gamma, sums[channels + c] += by_beta;
-      centre += weight * by_beta, pull += weight * by_gamma;
-      middle[c] = mean, factor[c] = steps[g] / width * weight;
-    }
-    centre /= s.size(), pull *= stats[4 * between + g];
-    std::fill(everywhere + g * per, everywhere + (g + 1) * per, (2 * stats[3 * between + g] * pull - centre) / width);
-    std::fill(more + g * per, more + (g + 1) * per, 2 * pull / width);
+    const int64_t c = g * per;
+    const Pair found = weigh(first + c, second + c, gamma + c, mean, steps[g], unit, sums + c, sums + channels + c, per);
+    const float centre = found.centre / s.size(), pull = found.pull * stats[4 * between + g];
+    std::fill(middle + c, middle + c + per, mean);
+    for (int64_t i = c; i < c + per; i++) factor[i] = steps[g] / width * gamma[i];
+    std::fill(everywhere + c, everywhere + c + per, (2 * stats[3 * between + g] * pull - centre) / width);
+    std::fill(more + c, more + c + per, 2 * pull / width);
   }
   for (int64_t p = 0; p < s.pixels; p++)
     go_back(rounded + p * channels, codes + p * channels, factor, middle, everywhere, more, dx + p * channels, channels);
@@ -212,7 +231,7 @@ void gradient(const float* dy, const int8_t* codes, const float* stats, int64_t 
 
 }  // namespace
 
-// x, y [R, P, C], gamma and beta [C] or null, stats [5, R, groups]: float32; codes int8 [R, P, C]. All contiguous, no size
+// x, y [R, P, C], gamma and beta [C], stats [5, R, groups]: float32; codes int8 [R, P, C]. All contiguous, no size
 // 0. Returns 0, or 1 where there was no memory.
 extern "C" int ptq4dm_l1_norm(const float* x, const float* gamma, const float* beta, float* y, int8_t* codes, float* stats,
                               int64_t rows, int64_t pixels, int64_t channels, int64_t groups, float floor, float ratio) {
@@ -231,7 +250,7 @@ extern "C" int ptq4dm_l1_norm(const float* x, const float* gamma, const float* b
   return 0;
 }
 
-// dy, dx [R, P, C], sums [parts, 2, C] of zeros: float32; each part has R / parts rows, rounded up.
+// dy, dx [R, P, C], gamma [C], sums [parts, 2, C] of zeros: float32; each part has R / parts rows, rounded up.
 extern "C" int ptq4dm_l1_gradient(const float* dy, const int8_t* codes, const float* stats, const float* gamma, int64_t seed,
                                   float* dx, float* sums, int64_t rows, int64_t pixels, int64_t channels, int64_t groups,
                                   int64_t parts) {

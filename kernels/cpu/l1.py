@@ -25,11 +25,12 @@ def normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What shift_l1_norm returns of x [R, P, C], not empty; floor: eps's root."""
     given = x.float().contiguous()
-    gamma, beta = (None if one is None else one.float().contiguous() for one in (gamma, beta))
+    gamma = given.new_ones(x.shape[2]) if gamma is None else gamma.float().contiguous()
+    beta = given.new_zeros(x.shape[2]) if beta is None else beta.float().contiguous()
     y, codes = torch.empty_like(given), torch.empty_like(given, dtype=torch.int8)
     stats = given.new_empty(STATS, len(x), number)
     if library.found().library.ptq4dm_l1_norm(
-        given.data_ptr(), _address(gamma), _address(beta), y.data_ptr(), codes.data_ptr(), stats.data_ptr(),
+        given.data_ptr(), gamma.data_ptr(), beta.data_ptr(), y.data_ptr(), codes.data_ptr(), stats.data_ptr(),
         *x.shape, number, floor, ratio,
     ):  # fmt: skip
         raise MemoryError(f"no memory for sums of {x.shape[2]} channels.")
@@ -39,15 +40,11 @@ def normalize(
 def gradient(dy: Tensor, codes: Tensor, stats: Tensor, gamma: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
     """What shift_l1_gradient returns of dy [R, P, C], not empty."""
     given, parts = dy.float().contiguous(), min(len(dy), PARTS)
-    gamma = None if gamma is None else gamma.float().contiguous()
+    factors = given.new_ones(dy.shape[2]) if gamma is None else gamma.float().contiguous()
     dx, sums = torch.empty_like(given), given.new_zeros(parts, 2, dy.shape[2])
     if library.found().library.ptq4dm_l1_gradient(
-        given.data_ptr(), codes.data_ptr(), stats.data_ptr(), _address(gamma), int(seed), dx.data_ptr(),
+        given.data_ptr(), codes.data_ptr(), stats.data_ptr(), factors.data_ptr(), int(seed), dx.data_ptr(),
         sums.data_ptr(), *dy.shape, stats.shape[2], parts,
     ):  # fmt: skip
         raise MemoryError(f"no memory for the codes of a row of {dy.shape[1]} x {dy.shape[2]}.")
-    return dx.to(dy.dtype), sums.sum(0)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    return dx.to(dy.dtype), given.new_zeros(2, dy.shape[2]) if gamma is None else sums.sum(0)

@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows, where nothing is built
     fcntl = None  # type: ignore[assignment]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("lut.cpp", "w4a8.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("l1.cpp", "lut.cpp", "w4a8.cpp"))
 HEADER = Path(__file__).with_name("room.h")
 SWITCH = "PTQ4DM_CPU_KERNELS"
 FLAGS = {
@@ -105,7 +105,7 @@ def build(instructions: str, folder: Path | None = None) -> Path:
     Raises what a failed build raises: OSError, RuntimeError, ImportError and others.
     """
     folder = _folder() if folder is None else folder
-    flags = ["-O3", *FLAGS[instructions].split()]
+    flags = ["-O3", "-fno-trapping-math", *FLAGS[instructions].split()]
     made_of = [source.read_bytes() for source in (*SOURCES, HEADER)]
     made_of += [torch.__version__.encode(), " ".join(flags).encode()]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
@@ -140,6 +140,10 @@ def load(path: Path) -> ctypes.CDLL:
     library.ptq4dm_w4a8_conv.restype = ctypes.c_int
     library.ptq4dm_lut.argtypes = [pointer] * 4 + [ctypes.c_int] + [pointer] * 2 + [size] * 5
     library.ptq4dm_lut.restype = ctypes.c_int
+    library.ptq4dm_l1_norm.argtypes = [pointer] * 6 + [size] * 4 + [ctypes.c_float] * 2
+    library.ptq4dm_l1_norm.restype = ctypes.c_int
+    library.ptq4dm_l1_gradient.argtypes = [pointer] * 4 + [size] + [pointer] * 2 + [size] * 5
+    library.ptq4dm_l1_gradient.restype = ctypes.c_int
     return library
 
 

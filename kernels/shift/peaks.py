@@ -19,6 +19,7 @@ from torch import Tensor
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.settings import multiprocessors, remembered
+from .coding import bits_of
 
 
 class Peaks(NamedTuple):
@@ -45,11 +46,6 @@ def power(e):
     return ((e + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _bits(x):
-    return tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
-
-
 @triton.jit(do_not_specialize=["P", "chunk"])
 def _pixels_kernel(x_ptr, peaks_ptr, rows_ptr, top_ptr, P, C, chunk, BP: tl.constexpr, BC: tl.constexpr):
     """`chunk` pixels of a row, on a block of columns -> maxima of the pair, the row, and all."""
@@ -61,7 +57,7 @@ def _pixels_kernel(x_ptr, peaks_ptr, rows_ptr, top_ptr, P, C, chunk, BP: tl.cons
         p = first + tl.arange(0, BP)
         at = (row.to(tl.int64) * P + p)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + at, mask=(p < P)[:, None] & (c < C)[None, :], other=0.0)
-        largest = tl.maximum(largest, _bits(x))
+        largest = tl.maximum(largest, bits_of(x))
     peaks = tl.max(largest, 0)
     tl.atomic_max(peaks_ptr + row * C + c, peaks, mask=c < C, sem="relaxed")
     tl.atomic_max(rows_ptr + row, tl.max(peaks, 0), sem="relaxed")
@@ -76,7 +72,9 @@ def _rows_kernel(x_ptr, rows_ptr, top_ptr, R, C, BR: tl.constexpr, BC: tl.conste
     for first in range(0, C, BC):
         c = first + tl.arange(0, BC)
         at = r.to(tl.int64)[:, None] * C + c[None, :]
-        largest = tl.maximum(largest, _bits(tl.load(x_ptr + at, mask=(r < R)[:, None] & (c < C)[None, :], other=0.0)))
+        largest = tl.maximum(
+            largest, bits_of(tl.load(x_ptr + at, mask=(r < R)[:, None] & (c < C)[None, :], other=0.0))
+        )
     rows = tl.max(largest, 1)
     tl.store(rows_ptr + r, rows, mask=r < R)
     tl.atomic_max(top_ptr, tl.max(rows, 0), sem="relaxed")
@@ -98,7 +96,7 @@ def _columns_kernel(
             x_ptr + r.to(tl.int64)[:, None] * C + c[None, :], mask=(r < R)[:, None] & (c < C)[None, :], other=0
         )
         x = x.to(tl.float32, bitcast=True) if x.dtype == tl.int32 else x.to(tl.float32)
-        largest = tl.maximum(largest, _bits(x * power(exponents(row, top, G))[:, None]))
+        largest = tl.maximum(largest, bits_of(x * power(exponents(row, top, G))[:, None]))
     tl.atomic_max(columns_ptr + c, tl.max(largest, 0), mask=c < C, sem="relaxed")
 
 

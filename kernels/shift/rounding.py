@@ -21,9 +21,9 @@ from torch import Tensor
 from ..formats.int8 import weight_limit
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
-from ..runtime.rounding import ROUND
 from ..runtime.settings import remembered
 from ..w8a8.window import Window, same_window, stored_channels
+from .coding import code, noise_at, scale_of
 from .noise import ONE, TWO
 from .peaks import exponents, peaks, power
 
@@ -44,29 +44,12 @@ class ImageCodes(NamedTuple):
 def _scale(top_ptr, limit, TINY: tl.constexpr):
     """(largest magnitude, scale)."""
     top = tl.load(top_ptr).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(top, limit)
-    return top, tl.where(top < TINY * limit, 1.0, scale)
+    return top, scale_of(top, limit, TINY)
 
 
 @triton.jit
 def _group(peaks_ptr, at, mask, top, G: tl.constexpr):
     return exponents(tl.load(peaks_ptr + at, mask=mask, other=0).to(tl.float32, bitcast=True), top, G)
-
-
-@triton.jit
-def _mix(x, ONE: tl.constexpr, TWO: tl.constexpr):
-    x = (x ^ (x >> 16)) * ONE
-    x = (x ^ (x >> 15)) * TWO
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _code(v, noise, limit, NOISE: tl.constexpr):
-    """v float32, NaN as 0 -> int32 in [-limit, limit]."""
-    v = tl.where(v == v, v, 0.0)
-    v = tl.minimum(tl.maximum(v, -1024.0), 1024.0)  # see runtime/rounding.py
-    whole = tl.floor(v + noise) if NOISE else (v + ROUND) - ROUND
-    return tl.minimum(tl.maximum(whole, -limit), limit).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["rows", "batch", "H", "W", "HP", "WP", "PH", "PW"])
@@ -91,16 +74,11 @@ def _images_kernel(
     v = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     v = v * (power(h)[:, None] * power(g)[None, :] * tl.div_rn(1.0, scale))
     if NOISE:
-        seed = tl.load(seed_ptr)
-        low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        first = _mix(low + _mix(high, ONE, TWO), ONE, TWO)
-        second = _mix(first + high, ONE, TWO)
-        bits = _mix(_mix(at.to(tl.uint32) ^ first, ONE, TWO) + second, ONE, TWO) >> 16
-        q = _code(v, (bits.to(tl.float32) + 0.5) * 0.0000152587890625, limit, True)
+        q = code(v, noise_at(at, seed_ptr, ONE, TWO), limit, True)
         q = tl.where(mask, q, 0)
         tl.atomic_add(sums_ptr + c, tl.sum(q << (G - 1 - h)[:, None], 0), mask=c < C, sem="relaxed")
     else:
-        q = _code(v, v, limit, False)
+        q = code(v, v, limit, False)
     at = r.to(tl.int64)[:, None] * CP + c[None, :]
     tl.store(flat_ptr + at, (q << (G - 1 - g)[None, :]).to(tl.int8), mask=(r < rows)[:, None] & (c < CP)[None, :])
     if tl.program_id(1) == 0:
@@ -126,7 +104,7 @@ def _weight_kernel(
     at = (n.to(tl.int64) * TAPS + tap)[:, None] * C + c[None, :]
     v = tl.load(w_ptr + at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
     v = v * (power(h)[:, None] * power(g)[None, :] * tl.div_rn(1.0, scale))
-    q = _code(v, v, limit, False)
+    q = code(v, v, limit, False)
     at = (n.to(tl.int64) * TAPS + tap)[:, None] * CP + c[None, :]
     mask = (n < N)[:, None] & (c < CP)[None, :]
     tl.store(codes_ptr + at, (q << (G - 1 - g)[None, :]).to(tl.int8), mask=mask)

@@ -11,7 +11,7 @@ from ..options import option
 from .precision import precision_of
 
 # These may change when a run is resumed, and nothing else.
-FREE = ("images", "minutes", "learning_rate")
+FREE = ("images", "minutes", "learning_rate", "graph")
 LATER = {
     "drop_captions": 0.1,
     "norm": "same",
@@ -47,6 +47,8 @@ class ShiftQuantConfig:
     precision: "bf16" (autocast of what is not on integers) or "no"; torch.bfloat16, torch.float32 and their names
         mean the same.
     compile: torch.compile the network; it then takes minutes to start and less time for each step.
+    graph: whether a step is one CUDA graph, which takes the host's part out of it: on one GPU, for models that are
+        not compiled and not of text.
     log_every: steps between two lines of the log, at which the loss is looked at.
     evaluate_every: images between two checkpoints, sample grids and held-out losses.
     sample_steps: of the model's own sampler for the grids; 0: no grids.
@@ -75,6 +77,7 @@ class ShiftQuantConfig:
     held_out: int = option(256, "pictures that are not trained on", low=0, high=MOST)
     precision: str = "no"
     compile: bool = option(False, "torch.compile: pays in runs of many minutes")
+    graph: bool = option(False, "each step as one CUDA graph, on one GPU; not for models of text")
     log_every: int = option(50, low=1, high=MOST)
     evaluate_every: int = option(50_000, "images between checkpoints and grids", low=1, high=MOST)
     sample_steps: int = option(20, "of the sampler for grids; 0: no grids", low=0, high=1000)
@@ -93,6 +96,8 @@ class ShiftQuantConfig:
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+        if self.graph and self.compile:
+            raise UserError("graph and compile do not go together; choose one of them.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"minutes must be positive; got {self.minutes:g}.")
         if not 0 <= self.ema_decay < 1:

@@ -30,8 +30,7 @@ class Exhibition:
         self.run, self.held = run, []
         g = torch.Generator(run.device).manual_seed(seed_of(run.config.seed, "held out"))
         for rows in torch.arange(len(held)).split(run.config.batch_size) if len(held) else ():
-            part = held.part(rows)
-            batch = run.noisy(part.images, part.labels, g)
+            batch = run.noisy(held.images[rows], None if held.labels is None else held.labels[rows], g)
             batch.t = rows.to(run.device) * run.task.times // len(held)  # evenly spread, and not by chance
             self.held.append(batch)
 

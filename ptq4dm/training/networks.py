@@ -44,16 +44,27 @@ class Networks:
         """What a checkpoint holds."""
         return {"net": self.net, "average": self.average}
 
-    def descend(self, step: int, loss: Tensor) -> None:
-        """One step of the optimizer, and of the average after it."""
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.config.learning_rate * min(1.0, (step + 1) / self.config.warmup_steps)
+
+    def keep(self, step: int) -> float:
+        """The share of the average that stays at a step."""
+        return min(self.config.ema_decay, (1 + step) / (10 + step))
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss, clipped."""
         self.accelerator.backward(loss)
         nn.utils.clip_grad_norm_(self.net.parameters(), self.config.gradient_clip)
+
+    def descend(self, step: int, loss: Tensor) -> None:
+        """One step of the optimizer, and of the average after it."""
+        self.backward(loss)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * min(1.0, (step + 1) / self.config.warmup_steps)
+            group["lr"] = self.rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        keep = min(self.config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - keep)
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - self.keep(step))
 
     def finite(self) -> bool:
         """True if all weights are free of NaN and infinity; waits for the device."""

@@ -8,27 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..pipelines.denoiser import denoiser
 from ..pipelines.picture_files import find_images, load_image
 from ..progress import progress_bar
+from . import shelf
 from .captions import read_captions
+from .fitting import fitted
 
 
 @dataclass
 class Pictures:
-    """images: uint8 [N, C, H, W] on the CPU; labels: int64 [N], of classes or of texts, None where there are neither;
-    texts: the captions that labels are the numbers of, the empty one first."""
+    """images: uint8 [N, C, H, W] on the CPU, or a shelf that gives such where they have no room; labels: int64 [N],
+    of classes or of texts, None where there are neither; texts: the captions that labels are the numbers of, the
+    empty one first."""
 
-    images: Tensor
+    images: Tensor | shelf.Shelf
     labels: Tensor | None
     texts: list[str] | None = None
 
     def part(self, rows: Tensor) -> Pictures:
-        return Pictures(self.images[rows], None if self.labels is None else self.labels[rows], self.texts)
+        images = self.images[rows] if isinstance(self.images, Tensor) else self.images.part(rows)
+        return Pictures(images, None if self.labels is None else self.labels[rows], self.texts)
+
+    def identity(self) -> list[int]:
+        """What tells these pictures from others: their number, and the sum of their pixels, on a shelf of their bytes
+        on disk."""
+        if isinstance(self.images, Tensor):
+            return [len(self), int(self.images.sum(dtype=torch.int64))]
+        return [len(self), self.images.bytes_on_disk()]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -37,7 +47,9 @@ class Pictures:
 def read_pictures(
     folder: str | os.PathLike, size: tuple[int, int], channels: int, classes: int | None, captions: bool = False
 ) -> Pictures:
-    """All pictures under a folder, cut to the middle and scaled to size (height, width); they stay in memory.
+    """All pictures under a folder, cut to the middle and scaled to size (height, width).
+
+    They are read now and stay in memory, up to `shelf.ROOM` bytes in all; more are read as they are asked for.
 
     classes: of the model; then each of so many sub-folders holds the pictures of one, in the order of their names.
     captions: whether pictures have texts (captions.py).
@@ -57,9 +69,7 @@ def read_pictures(
                 f"class in the order of their names; it has {has}."
             )
     told = read_captions(folder, found.paths) if captions else []
-    images = torch.empty(len(found.paths), channels, *size, dtype=torch.uint8)
-    for i, path in enumerate(progress_bar(found.paths, desc="pictures", unit="picture", leave=False)):
-        images[i] = fitted(load_image(path), size)[:channels]
+    images = _all(found.paths, size, channels)
     if captions:
         texts = ["", *sorted({*told} - {""})]
         numbers = {text: i for i, text in enumerate(texts)}
@@ -68,6 +78,15 @@ def read_pictures(
     if classes is not None:
         labels = torch.tensor([names.index(path.relative_to(folder).parts[0]) for path in found.paths])
     return Pictures(images, labels)
+
+
+def _all(paths: list[Path], size: tuple[int, int], channels: int) -> Tensor | shelf.Shelf:
+    if len(paths) * channels * size[0] * size[1] > shelf.ROOM:
+        return shelf.Shelf(paths, size, channels, shelf.ROOM)
+    images = torch.empty(len(paths), channels, *size, dtype=torch.uint8)
+    for i, path in enumerate(progress_bar(paths, desc="pictures", unit="picture", leave=False)):
+        images[i] = fitted(load_image(path), size)[:channels]
+    return images
 
 
 def split(pictures: Pictures, held_out: int) -> tuple[Pictures, Pictures]:
@@ -101,16 +120,3 @@ def as_denoised(vae: nn.Module, latents: Tensor) -> Tensor:
     """Latents as a VAE gives them -> as the denoiser has them, float32."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents.float() - shift) * vae.config.scaling_factor
-
-
-def fitted(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The largest middle part of uint8 [3, H, W] with the right ratio, resized, without aliases: uint8 [3, *size]."""
-    (h, w), (height, width) = image.shape[1:], size
-    if (h, w) == (height, width):
-        return image
-    side = min(h / height, w / width)
-    tall, wide = max(1, round(height * side)), max(1, round(width * side))
-    top, left = (h - tall) // 2, (w - wide) // 2
-    middle = image[None, :, top : top + tall, left : left + wide].float()
-    scaled = F.interpolate(middle, size=size, mode="bicubic", antialias=True)
-    return scaled[0].round().clamp(0, 255).to(torch.uint8)

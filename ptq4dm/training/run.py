@@ -28,9 +28,11 @@ from ..progress import progress_bar
 from .accelerated import make_accelerator
 from .config import ShiftQuantConfig
 from .exhibition import Exhibition
+from .graphed import GraphedStep
 from .networks import Networks
 from .pictures import read_pictures, split
 from .random_state import own_random_state
+from .shelf import Shelf
 from .task import Batch, Task, seed_of
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -62,14 +64,13 @@ class Run:
             count = self.accelerator.num_processes
             raise UserError(f"batch_size {config.batch_size} does not divide into {count} equal parts.")
         task = self.task
+        if config.graph and (self.device.type != "cuda" or self.accelerator.num_processes > 1 or task.of_text):
+            raise UserError("a step is one CUDA graph on one GPU alone, and not for models of text; leave graph out.")
         found = read_pictures(pictures, task.picture_size, task.channels, task.classes, task.of_text)
         if found.texts is not None:
             task.learn(pipe, found.texts)
         self.pictures, held = split(found, config.held_out)
-        self.recipe = {
-            **identity_of(pipe, config),
-            "pictures": [len(found), int(found.images.sum(dtype=torch.int64))],
-        }
+        self.recipe = {**identity_of(pipe, config), "pictures": found.identity()}
         if found.labels is not None and found.texts is not None:
             self.recipe["captions"] = seed_of(*found.texts, *found.labels.tolist())
         self.networks = Networks(denoiser(pipe), config, self.accelerator, *self._measured(denoiser(pipe)))
@@ -78,6 +79,7 @@ class Run:
         self.log = Log(folder / LOG, self.progress.lines, self.main, read_lines)
         self.exhibition = Exhibition(self, held)
         self.loss, self.since, self.out_of_time = torch.zeros((), device=self.device), 0, False
+        self.step: GraphedStep | None = None
         self.began = self.clock = self.kept = time.monotonic()
 
     def _measured(self, net: nn.Module) -> tuple[dict[str, float], list[str]]:
@@ -126,10 +128,7 @@ class Run:
                 step = self.progress.step
                 batch = self.batch(step)
                 torch.manual_seed(seed_of(config.seed, step, "rounding", self.accelerator.process_index))
-                with self.accelerator.autocast():
-                    loss = self.task.loss(self.networks.call, batch).mean()
-                self.networks.descend(step, loss)
-                self.loss += loss.detach()
+                self.loss += self.learn(step, batch)
                 self.since += 1
                 self.progress.step += 1
                 bar.update()
@@ -145,6 +144,21 @@ class Run:
             if self.saved is None or self.saved.step != self.progress.step:
                 self.save()
 
+    def learn(self, step: int, batch: Batch) -> torch.Tensor:
+        """One step; its loss."""
+        if self.config.graph:
+            if self.step is None:
+                self.step = GraphedStep(self.networks, self.loss_of, batch)
+                torch.manual_seed(seed_of(self.config.seed, step, "rounding", 0))
+            return self.step(step, batch)
+        loss = self.loss_of(batch)
+        self.networks.descend(step, loss)
+        return loss.detach()
+
+    def loss_of(self, batch: Batch) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.task.loss(self.networks.call, batch).mean()
+
     def batch(self, step: int) -> Batch:
         """This process's share of a step's batch."""
         batch = self.drawn(step)
@@ -155,11 +169,12 @@ class Run:
     def drawn(self, step: int) -> Batch:
         """A step's batch, over all processes. Every process draws all of it, so that a run is the same on any number
         of them; its step alone decides it."""
-        config, g = self.config, torch.Generator(self.device).manual_seed(seed_of(self.config.seed, step))
-        size, number = config.batch_size, len(self.pictures)
-        rows = torch.randint(0, number, (size,), generator=g, device=self.device).cpu()
+        config, size = self.config, self.config.batch_size
+        rows, g = self.rows_of(step)
         flips = torch.rand(size, generator=g, device=self.device).cpu() < 0.5
         images = self.pictures.images[rows]
+        if isinstance(self.pictures.images, Shelf):
+            self.pictures.images.expect(self.rows_of(step + 1)[0])
         if config.flip:
             images = torch.where(flips[:, None, None, None], images.flip(3), images)
         labels = None if self.pictures.labels is None else self.pictures.labels[rows]
@@ -167,6 +182,12 @@ class Run:
             empty = torch.rand(size, generator=g, device=self.device).cpu() < config.drop_captions
             labels = torch.where(empty, 0, labels)
         return self.noisy(images, labels, g)
+
+    def rows_of(self, step: int) -> tuple[torch.Tensor, torch.Generator]:
+        """Which pictures a step sees [batch size], and the generator of all else in it."""
+        g = torch.Generator(self.device).manual_seed(seed_of(self.config.seed, step))
+        number = len(self.pictures)
+        return torch.randint(0, number, (self.config.batch_size,), generator=g, device=self.device).cpu(), g
 
     def noisy(self, images: torch.Tensor, labels: torch.Tensor | None, g: torch.Generator) -> Batch:
         """A batch of images uint8: data, noise and times from a generator."""

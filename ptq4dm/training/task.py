@@ -34,6 +34,9 @@ class Batch:
     t: Tensor
     labels: Tensor | None
 
+    def copy(self) -> Batch:
+        return Batch(*(None if one is None else one.clone() for one in vars(self).values()))
+
     def rows(self, rows: slice) -> Batch:
         return Batch(
             self.x0[rows], self.noise[rows], self.t[rows], None if self.labels is None else self.labels[rows]

@@ -38,7 +38,7 @@ from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.lut import unpack as bcq_unpack
 from ptq4dm.kernels.runtime import settings
-from ptq4dm.kernels.shift import over_rows, rounding, turned, weight_gradient
+from ptq4dm.kernels.shift import l1_groups, l1_rows, over_rows, rounding, turned, weight_gradient
 from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
 from ptq4dm.kernels.w4.int4_floats import FLOATS
@@ -254,6 +254,12 @@ def shift_calls(quick: bool) -> None:
         gradient = turned.turn_gradient(d.flat, d.h, d.g, 3, window)
         over_rows.weight_gradient(gradient, pixels, d.column_steps, x.column_steps, window)
         rounding.encode_weight(empty(n, kernel, kernel, c, dtype=torch.float32), 6, 3)
+    for kernels, shape, number in [(l1_groups, (128, 1024, 128), 32), (l1_rows, (32768, 1, 256), 1)] + (
+        [] if quick else [(l1_groups, (8, 4096, 320), 32), (l1_rows, (4096, 1, 3072), 1)]
+    ):
+        x, gamma, seed = empty(*shape), empty(shape[2], dtype=torch.float32), empty((), dtype=torch.int64)
+        _, codes, stats = kernels.normalize(x, gamma, gamma, number, 1e-3, 1.25)
+        kernels.gradient(x, codes, stats, gamma, seed)
 
 
 def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[tuple[str, str]]:

@@ -49,19 +49,18 @@ def embedded(network: str, device: torch.device) -> torch.nn.Module:
     return net.to(device)
 
 
-def train_stage(row: Row, args, output: RowsFile, splits: tuple[Split, Split], held: HeldOut) -> None:
+def train_stage(row: Row, seed: int, args, output: RowsFile, splits: tuple[Split, Split], held: HeldOut) -> None:
     steps = args.steps if not row.trained else args.fine_steps
     rate = args.learning_rate or PEAK_LR[row.network] * (args.batch_size / REFERENCE_BATCH) ** 0.5
     rate *= 0.1 if row.trained and args.learning_rate is None else 1
-    for seed in args.seeds:
-        key = {"row": row.name, "seed": seed, "steps": steps, "batch_size": args.batch_size}
-        if output.has(**key):
-            continue
-        torch.manual_seed(seed)
-        net = embedded(row.network, held.device) if row.trained else build_network(row.network, args.tiny)
-        found = train_row(row, net.to(held.device), splits[0], held, rate, seed, steps, args)
-        if found is not None:
-            output.add(**key, learning_rate=rate, **found)
+    key = {"row": row.name, "seed": seed, "steps": steps, "batch_size": args.batch_size}
+    if output.has(**key):
+        return
+    torch.manual_seed(seed)
+    net = embedded(row.network, held.device) if row.trained else build_network(row.network, args.tiny)
+    found = train_row(row, net.to(held.device), splits[0], held, rate, seed, steps, args)
+    if found is not None:
+        output.add(**key, learning_rate=rate, **found)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,15 +73,16 @@ def main(arguments: list[str] | None = None) -> None:
     output = RowsFile(args.output, device)
     if "times" in args.stage and not args.rows:
         for compiled in (False,) if args.eager else (True,) if device.type == "cuda" else (False, True):
-            for found in time_rows(device, compiled, args.graph):
+            for found in time_rows(device, compiled, args.graph, args.cases):
                 output.add(row="times", **found)
     chosen = [row for row in map(row_of, args.rows or ROWS) if args.rows or row.stage in args.stage]
     if not chosen and "noise" not in args.stage:
         return
     splits = read_cifar10(args.data)
     held = HeldOut(splits[1], args.held_out, device)
-    for row in chosen:
-        train_stage(row, args, output, splits, held)
+    for seed in args.seeds:  # rows that are compared lie side by side, wherever it is interrupted
+        for row in chosen:
+            train_stage(row, seed, args, output, splits, held)
     if "noise" in args.stage and not args.rows:
         for network in ("unet", "dit"):
             net = embedded(network, device).train()
@@ -98,6 +98,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder or .tar.xz with train/ and test/")
     parser.add_argument("--output", type=Path, default=Path("out/shiftquant.jsonl"))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--cases", nargs="+", default=["*"], help='of "times", such as "GroupNorm*" "step of unet*"')
     parser.add_argument("--rows", nargs="+", metavar="NAME", help='these rows alone, such as "unet 6/6/8 G=2"')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=5000, help="from scratch (5000)")

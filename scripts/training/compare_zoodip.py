@@ -19,6 +19,7 @@ processes may write one file, each its --share.
     MODEL equal SEED                       both, and each image of a step counts alike
     MODEL walk SEED                        control: steps of "both", of equal length, in random directions
     MODEL shuffled SEED                    control: losses of "both" dealt to other perturbations
+    MODEL equal, shuffled SEED             the same of "equal", whose steps do not grow by it
     MODEL both, near SEED | MODEL both, null SEED | ...   all of these from the other starts
     MODEL memory                           peak memory of a step, of sampling, of back-propagation; steps a second
 """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from fast_steps import Recipe, Trainer
@@ -50,14 +51,23 @@ def cases(small: bool) -> Iterator[tuple[str, nn.Module, nn.Module, Tensor]]:
         yield f"LayerNorm {width}, {batch} x 256", norm, ShiftLayerNorm(norm), torch.randn(batch, 256, width)
 
 
-def rows(device: torch.device, compiled: bool, graph: bool = False) -> Iterator[dict]:
+def rows(
+    device: torch.device, compiled: bool, graph: bool = False, patterns: Sequence[str] = ("*",)
+) -> Iterator[dict]:
     """Milliseconds of forward, and of forward and backward, of each case; ratio: float over integers.
 
     On a GPU floats are bf16 under autocast and inputs bf16; on a CPU float32. compiled: both by torch.compile. graph:
     each timed in a CUDA graph, where the host has no part; then a whole training step of both networks, too.
+    patterns: of the names of cases.
     """
     gpu = device.type == "cuda"
+
+    def wanted(name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
     for name, plain, integer, x in cases(small=not gpu):
+        if not wanted(name):
+            continue
         plain, integer = copy.deepcopy(plain).to(device), copy.deepcopy(integer).to(device)
         x = x.to(device, torch.bfloat16 if gpu else torch.float32).requires_grad_()
         calls = {"float": plain, "integer": integer}
@@ -74,24 +84,26 @@ def rows(device: torch.device, compiled: bool, graph: bool = False) -> Iterator[
             row[f"{what}_ratio"] = round(times["float"] / times["integer"], 3)
         yield row
     if graph:
-        yield from (_step(network, device) for network in ("unet", "dit"))
+        yield from (
+            _step(name, device) for name in ("unet", "dit", "unet with L1 norms") if wanted(f"step of {name}")
+        )
 
 
-def _step(network: str, device: torch.device) -> dict:
+def _step(name: str, device: torch.device) -> dict:
     """Milliseconds of a training step at batch 64, optimizer and moving average in it, from scratch."""
     images = torch.randn(512, 3, 32, 32, device=device)
     labels = torch.randint(0, 10, (512,), device=device)
-    work = {}
+    work, network = {}, name.split()[0]
     for kind in ("float", "integer"):
         net = build_network(network).to(device)
         net = net.to(memory_format=torch.channels_last) if network == "unet" else net
         if kind == "integer":
-            to_integers(net, Widths())
+            to_integers(net, Widths(), norms="L1" in name)
         loss = diffusion_loss(network, build_scheduler(), device)
         trainer = Trainer(net.train(), Recipe(1000, 64, 1e-5, 0.0), images, labels, loss, compiled=False, graph=True)
         work[kind] = trainer.graph.replay
     times = race(work, device)
-    row = {"case": f"training step of {network}, batch 64", "compiled": False, "graph": True}
+    row = {"case": f"training step of {name}, batch 64", "compiled": False, "graph": True}
     row |= {f"both_{kind}_ms": round(value, 4) for kind, value in times.items()}
     return row | {"both_ratio": round(times["float"] / times["integer"], 3)}
 
@@ -128,18 +140,20 @@ def _both(module: Callable, x: Tensor, gradient: Tensor, device: torch.device) -
 
 
 def race(work: dict[str, Callable], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each, taking turns."""
+    """Median milliseconds of each, taking turns; of one thread of a CPU by its own clock, for others use it, too."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     times: dict[str, list[float]] = {kind: [] for kind in work}
     for turn in range(ROUNDS + 3):
         for kind, call in work.items():
             _wait(device)
-            began = time.perf_counter()
+            began = clock()
             repeats = 10 if device.type == "cuda" else 1
             for _ in range(repeats):
                 call()
             _wait(device)
             if turn >= 3:
-                times[kind].append((time.perf_counter() - began) * 1e3 / repeats)
+                times[kind].append((clock() - began) * 1e3 / repeats)
     return {kind: statistics.median(values) for kind, values in times.items()}
 
 

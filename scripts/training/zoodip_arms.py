@@ -44,6 +44,7 @@ IDEAS = {
     "equal": Arm({"weights": "equal"}),
     "walk": Arm(by="walk"),
     "shuffled": Arm(by="shuffled"),
+    "equal, shuffled": Arm({"weights": "equal"}, by="shuffled"),
 }
 BACKS = {BACK: Arm(WHOLE, BACK)}
 INITS = ("", ", near", ", null")  # ends of names: where an arm starts

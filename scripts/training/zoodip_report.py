@@ -1,4 +1,4 @@
-"""The tables of compare_zoodip.py: means over seeds, as shares of what back-propagation (BP) in float32 reaches."""
+"""The tables of compare_zoodip.py, by class: means over seeds, and shares of what back-propagation (BP) reaches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ Groups = dict[tuple[str, str], list[dict]]  # rows of (model, arm)
 
 
 def report(lines: list[dict]) -> str:
+    """The tables of each class that rows are of."""
+    classes: dict[str, list[dict]] = defaultdict(list)
+    for line in lines:
+        classes[line.get("settings", {}).get("class_name", "")].append(line)
+    return "\n\n".join((f"class {name}\n\n" if name else "") + _tables(of) for name, of in classes.items())
+
+
+def _tables(lines: list[dict]) -> str:
     """A Markdown table of rows with a loss, and one of memory and speed."""
     groups: Groups = defaultdict(list)
     for line in lines:
@@ -18,8 +26,9 @@ def report(lines: list[dict]) -> str:
     found = ["| model | arm | loss | share of BP's drop | least, in s.e. | accuracy | x start | steps/s | seeds |"]
     found += ["|---|---|---|---|---|---|---|---|---|"]
     found += [_line(*key, groups) for key in sorted(groups) if key[1] != MEMORY]
-    found += ["", "| model | what | peak MB | of sampling's | BP in float32 takes | a second |"]
-    found += ["|---|---|---|---|---|---|"]
+    if any(arm == MEMORY for _, arm in groups):
+        found += ["", "| model | what | peak MB | of sampling's | BP in float32 takes | a second |"]
+        found += ["|---|---|---|---|---|---|"]
     backs = {what: facts for row in groups["float32", MEMORY] for what, facts in _works(row).items()}
     for model, arm in sorted(groups):
         for row in groups[model, arm] if arm == MEMORY else ():

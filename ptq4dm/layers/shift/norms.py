@@ -23,11 +23,12 @@ class ShiftGroupNorm(nn.GroupNorm):
         self.ratio = ratio
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [B, C, ...] float -> the same shape and dtype."""
+        """input [B, C, ...] float -> the same shape, dtype and memory layout."""
         last = input.movedim(1, -1)
         x = last.reshape(len(input), -1, self.num_channels)
         y = L1Norm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.ratio)
-        return y.reshape(last.shape).movedim(-1, 1)
+        y = y.reshape(last.shape).movedim(-1, 1)
+        return y if last.is_contiguous() else y.contiguous()
 
 
 class ShiftLayerNorm(nn.LayerNorm):

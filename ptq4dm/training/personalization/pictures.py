@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ...pipelines.denoiser import denoiser
 from ...pipelines.picture_files import list_images, load_image
-from ..pictures import as_denoised, fitted, image_size
+from ..fitting import fitted
+from ..pictures import as_denoised, image_size
 
 MOST = 10_000  # images; each is kept as latents or pixels
 

@@ -115,7 +115,7 @@ def _quantized_rows(
         where = columns_of(x_rows, more_rows, more, k)
         rows = rows + (tl.load(where, mask=inside & (k < K)[None, :], other=0.0),)
     if norm is not None:
-        mean, rstd = row_statistics(rows, columns, K, norm[5])
+        mean, rstd = row_statistics(rows, columns, K, norm[5], norm[7])
         values = ()
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
@@ -167,7 +167,7 @@ def activation_program(
     """First the programs of the branch, of BM rows each, if R > 0 (the rank, padded); then those that quantize.
 
     more: (pointer, columns of x, stride of rows) or None;
-    norm: (scale, shift, strides of their samples, rows of a sample, eps) or None.
+    norm: as in norm.py, or None.
     """
     branches = blocks_of(M, norm, BM) if R > 0 else 0
     if program < branches:
@@ -192,10 +192,10 @@ def activation_kernel(
     more_ptr, x_columns, stride_more, gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ONE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     more = None if more_ptr is None else (more_ptr, x_columns, stride_more)
-    norm = None if gain_ptr is None else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps)
+    norm = None if gain_ptr is None else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps, ONE, CENTRED)
     activation_program(
         tl.program_id(0), x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
         more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,

@@ -1,6 +1,6 @@
 """An SVDQuant layer in two ops, for what comes before it to hand over codes (formulas: reference.py):
 
-    svdq_codes     [layer norm ->] codes and x D^T      once for all layers that share an input, smoothing and D
+    svdq_codes     [norm ->] codes and x D^T            once for all layers that share an input, smoothing and D
     svdq_product   codes, x D^T -> y                    once for each of them
 
 Nothing is rounded between the norm and the codes. Layers with 8- and 4-bit activations in groups of 64; on devices
@@ -51,27 +51,29 @@ def svdq_codes(
     norm_scale: Tensor | None,
     norm_shift: Tensor | None,
     eps: float,
+    form: str = "adaptive",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., K] float -> codes [M, K] (e4m3 or int8), float32 scales [M] ("int4": [K / 64, M]), x D^T [M, R].
 
     more [..., K'] holds further columns of x, of which K is the sum then: nothing is concatenated in memory. With
     norm_scale and norm_shift [B, K] x [B, ..., K] is LayerNorm(x) (1 + norm_scale[b]) + norm_shift[b], with this eps,
-    first. smooth [K], down [r, K]. R is r, padded where kernels want it so. activation: "fp8", "int8" or "int4".
+    first; under the form "layer" LayerNorm(x) norm_scale[b] + norm_shift[b], under "rms" RMSNorm(x) in its place. Then
+    norm_shift may be None, and both may have one row for all samples. smooth [K], down [r, K]. R is r, padded where kernels want it so. activation: "fp8", "int8" or "int4".
 
     Raises ValueError for sizes that do not fit.
     """
-    _check_inputs(x, more, norm_scale, norm_shift)
+    _check_inputs(x, more, norm_scale, norm_shift, form)
     name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
-    norm = None if norm_scale is None else (norm_scale, norm_shift, eps)
+    norm = None if norm_scale is None else (norm_scale, norm_shift, eps, form)
     if name == REFERENCE:
         return reference.codes(x, more, smooth, down, activation, shift, norm)
     return codes_through(name, x, more, smooth, down, shift, norm)
 
 
 @svdq_codes.register_fake
-def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps):
-    _check_inputs(x, more, norm_scale, norm_shift)
+def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps, form="adaptive"):
+    _check_inputs(x, more, norm_scale, norm_shift, form)
     name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
     k = x.shape[1] + (0 if more is None else more.shape[1])
@@ -179,12 +181,16 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _check_inputs(x, more, norm_scale, norm_shift) -> None:
+def _check_inputs(x, more, norm_scale, norm_shift, form) -> None:
     if more is not None and more.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"inputs {tuple(x.shape)} and their further columns {tuple(more.shape)} differ in rows.")
     if norm_scale is None:
         return
-    wanted = (x.shape[0], x.shape[-1] + (0 if more is None else more.shape[-1]))
-    if not norm_scale.shape == norm_shift.shape == wanted:
-        sizes = tuple(norm_scale.shape), tuple(norm_shift.shape)
+    if form not in reference.NORMS:
+        raise ValueError(f"a norm is one of {', '.join(reference.NORMS)}, not '{form}'.")
+    wanted = x.shape[0], x.shape[-1] + (0 if more is None else more.shape[-1])
+    one = form != "adaptive"  # row for all samples, and no shift: what norms with weights have
+    fits = norm_scale.shape == wanted or (one and norm_scale.shape == (1, wanted[1]))
+    if not fits or (norm_scale.shape != norm_shift.shape if norm_shift is not None else not one):
+        sizes = tuple(norm_scale.shape), None if norm_shift is None else tuple(norm_shift.shape)
         raise ValueError(f"a norm's scale and shift {sizes} are not of {wanted[0]} samples and {wanted[1]} inputs.")

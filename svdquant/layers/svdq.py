@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import safe_open
@@ -16,6 +16,7 @@ from ...kernels.w4 import from_codes as svdq_codes
 from ...kernels.w4 import layer as svdq_linear
 from ...kernels.w4 import reference as svdq
 from ...layers.base import QuantizedLayer, frozen
+from ...layers.handed.value import Handed
 from .plan import SVDQPlan
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -153,21 +154,37 @@ class _SVDQLayer(QuantizedLayer):
         find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name
         return find(device, self.plan.activation, self.plan.group_size)
 
+    takes_norms = True
+
+    def codes_key(self) -> nn.Module | Tensor | None:
+        """The layer whose smoothing and branch it uses; under adapters, theirs."""
+        if self.plan.activation == "none" or self.plan.group_size != 64:
+            return None
+        if self.lora_down is not None:
+            return self.lora_down
+        return self._lender[0] if self._lender else self
+
+    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype) -> Codes:
+        return replace(self.codes(x, norm=norm), dtype=dtype)
+
     def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> Codes:
         """x [..., K], quantized for this layer and for those that share its smoothing and its branch.
 
         more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)
-        of an adaptive layer norm that x [B, ..., K] goes through first.
+        of an adaptive layer norm that x [B, ..., K] goes through first, or with a form of norm as fourth.
         """
-        scale, shift, eps = norm or (None, None, 0.0)
+        norm = norm or (None, None, 0.0)
         plan, (*rows, columns) = self.plan, x.shape
-        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, scale, shift, eps)
+        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, *norm)
         columns += 0 if more is None else more.shape[-1]
         return Codes(*svdq_codes.svdq_codes(x, more, *operands), (*rows, columns), x.dtype)
 
-    def multiply(self, x: Tensor | Codes, nonlinearity: str = "") -> Tensor:
+    def multiply(self, x: Tensor | Codes | Handed, nonlinearity: str = "") -> Tensor:
         """The layer, and one of `svdq.NONLINEARITIES` on its sums."""
         plan = self.plan
+        if isinstance(x, Handed):
+            codes = x.codes_for(self)
+            x = x.tensor() if codes is None else codes
         if isinstance(x, Codes):
             y = svdq_codes.svdq_product(
                 x.codes, x.scales, x.branch, self.qweight, self.wscales, self._branch_up(), self.bias,

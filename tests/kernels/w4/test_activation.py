@@ -51,9 +51,14 @@ class Case:
         v = v.double().cpu()
         if self.norm is None or not v.numel():
             return v
-        scale, shift = (t.double().cpu().repeat_interleave(len(v) // len(t), 0) for t in self.norm[:2])
-        v = v - v.mean(1, keepdim=True)
-        return v / (v.square().mean(1, keepdim=True) + self.norm[2]).sqrt() * (1 + scale) + shift
+        scale, shift = (
+            torch.zeros(1, 1) if t is None else t.double().cpu().repeat_interleave(len(v) // len(t), 0)
+            for t in self.norm[:2]
+        )
+        form = self.norm[3] if len(self.norm) > 3 else "adaptive"
+        v = v if form == "rms" else v - v.mean(1, keepdim=True)
+        gain = 1 + scale if form == "adaptive" else scale
+        return v / (v.square().mean(1, keepdim=True) + self.norm[2]).sqrt() * gain + shift
 
     def quantized(self, mode, setting):
         """What the kernel leaves; all of it poisoned first."""
@@ -99,6 +104,19 @@ class Case:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_inputs(sizes, setting, mode, dtype):
     Case(*sizes, dtype=dtype).check(mode, setting)
+
+
+@pytest.mark.parametrize("mode", list(CODES))
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("form", ["layer", "rms"])
+@pytest.mark.parametrize("sizes", SIZES[1:5], ids=str)
+def test_norms_with_weights(sizes, form, shifted, mode):
+    """Weights, or weights of one sample; RMSNorm keeps a mean; a norm without a bias has no shift."""
+    case = Case(*sizes, mean=0.5)
+    scale, shift, eps = case.norm
+    case.norm = scale + 1, shift if shifted else None, eps, form
+    case.check(mode, SMALL)
+    case.check(mode, WIDE)
 
 
 @pytest.mark.parametrize("mode", list(CODES))
@@ -169,6 +187,7 @@ def test_what_does_not_fit_is_said():
     refused("columns of more are not contiguous", more=fine.more.T.contiguous().T)
     refused(r"give both \[B, 128\]", norm=(scale[:, :64], shift[:, :64], eps))
     refused("B divides 6", norm=(scale.repeat(2, 1), shift.repeat(2, 1), eps))
+    refused("one of adaptive, layer, rms", norm=(scale, shift, eps, "group"))
     refused("scale and shift are not contiguous", norm=(scale.T.contiguous().T, shift, eps))
 
 

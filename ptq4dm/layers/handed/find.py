@@ -1,0 +1,102 @@
+"""Finding norms that quantized layers may read, and modules whose layers share an input, by a model's structure.
+
+    norm       its width is the number of inputs of layers in the same block that take codes
+    sharing    two or more layers of its own would make the same codes of one input
+
+A block is the smallest module around a norm, below the model itself, that has such layers. Which of them really read
+it is seen at the first call (notes.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..base import QuantizedLayer
+from ..fuse_report import FuseReport
+from .norms import NORMS, width
+from .notes import Notes
+from .shared import Sharing, sharing_class
+
+NORM = "quantized with what reads it"
+SHARED = "its input quantized once for the layers that share it"
+
+
+def hand_over(model: nn.Module, prefix: str, report: FuseReport) -> None:
+    """Let the norms of a model hand on what they read, and modules share codes, but for those that are fused already."""
+    modules = dict(model.named_modules())
+    layers = {name: one for name, one in modules.items() if isinstance(one, nn.Linear) and _takes_codes(one)}
+    for name, module in modules.items():
+        if not name or _inside(f"{prefix}{name}", report):
+            continue
+        kind = type(module)
+        if kind in NORMS.values() or issubclass(kind, Sharing):
+            report.leave(f"{prefix}{name}", kind.__mro__[1].__name__, "it is fused already")
+        elif kind in NORMS:
+            if notes := _of_norm(name, modules, layers):
+                module.notes = notes
+                module.__class__ = NORMS[kind]
+                report.hand(f"{prefix}{name}", f"{kind.__name__}, {NORM}", notes)
+        elif shared := _shared(module):
+            module.sharing = Notes(2, (), {layer: (layer,) for layer in shared})
+            module.widths = tuple({layer.in_features for layer in shared})
+            module.__class__ = sharing_class(kind)
+            report.hand(f"{prefix}{name}", f"{kind.__name__}, {SHARED}", module.sharing)
+
+
+def take_back(model: nn.Module) -> None:
+    """Undo `hand_over`."""
+    back = {kind: plain for plain, kind in NORMS.items()}
+    for module in model.modules():
+        kind = type(module)
+        if kind in back:
+            del module.notes
+            module.__class__ = back[kind]
+        elif issubclass(kind, Sharing):
+            del module.sharing, module.widths
+            module.__class__ = kind.__mro__[2]
+
+
+def _takes_codes(layer: Any) -> bool:
+    return isinstance(layer, QuantizedLayer) and layer.codes_key() is not None
+
+
+def _inside(name: str, report: FuseReport) -> bool:
+    """Whether a module is, or is part of, one that is fused as a whole, and not by handing on."""
+    wholes = (one for one in report if one not in report.handed)
+    return any(name == one or name.startswith(f"{one}.") for one in wholes)
+
+
+def _of_norm(name: str, modules: dict[str, nn.Module], layers: dict[str, Any]) -> Notes | None:
+    """Notes of a norm with the layers that may read it, None where there are none."""
+    inputs, block = width(modules[name]), name
+    if inputs is None:
+        return None
+    while block := block.rpartition(".")[0]:
+        readers = [one for one in layers if one.startswith(f"{block}.") and layers[one].in_features == inputs]
+        if readers:
+            around = {one: _below(one, block, modules) for one in readers}
+            return Notes(1, _below(name, block, modules), {layers[one]: around[one] for one in readers})
+    return None
+
+
+def _below(name: str, block: str, modules: dict[str, nn.Module]) -> tuple[nn.Module, ...]:
+    """A module and those around it, below a block."""
+    found = []
+    while name != block:
+        found.append(modules[name])
+        name = name.rpartition(".")[0]
+    return tuple(found)
+
+
+def _shared(module: nn.Module) -> list[Any]:
+    """A module's own layers that have another of the same inputs and key."""
+    own = [layer for layer in module.children() if isinstance(layer, nn.Linear) and _takes_codes(layer)]
+
+    def fits(one: Any, other: Any) -> bool:
+        mine, its = one.codes_key(), other.codes_key()
+        same = mine is its or (isinstance(mine, tuple) and mine == its)
+        return one is not other and same and one.in_features == other.in_features
+
+    return [one for one in own if any(fits(one, other) for other in own)]

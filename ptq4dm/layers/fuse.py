@@ -56,7 +56,7 @@ def _fuse_all(models: dict[str, nn.Module]) -> FuseReport:
         fused = len(report)
         for name, module in model.named_modules():
             _fuse(module, f"{prefix}{name}", report)
-        hand_over(model, prefix, report)
+        hand_over(model, prefix, [name for name, one in model.named_modules() if _is_whole(one)], report)
         if names := report[fused:]:
             parts = {name: model.get_submodule(name.removeprefix(prefix)).modules() for name in names}
             first = next(model.parameters(), None)
@@ -89,6 +89,11 @@ def _fuse(module: nn.Module, name: str, report: FuseReport) -> None:
             report.add(norm, kind)
         else:
             report.leave(norm, kind, why_left(module.conv_out, LAYERS))
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a module is fused with all that is inside."""
+    return type(module) in FUSED.values() or isinstance(getattr(module, "processor", None), FusedAttnProcessor)
 
 
 def unfuse(target: DiffusionPipeline | nn.Module) -> None:

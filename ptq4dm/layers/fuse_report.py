@@ -60,8 +60,9 @@ class FuseReport(list):
         lines = [f"{'fused':<6} {count:>4} {kind}" for kind, count in kinds.items()]
         for kind, count in Counter(self.kinds[name] for name in unread).items():
             first = next(name for name in unread if self.kinds[name] == kind)
-            plain = kind.partition(",")[0]
-            lines.append(f"{'left':<6} {count:>4} {plain}: no quantized layers share what it gives or has ('{first}')")
+            plain, _, what = kind.partition(", ")
+            why = "its layers share nothing, or what a norm hands on" if "share" in what else "no quantized layer reads it"
+            lines.append(f"{'left':<6} {count:>4} {plain}: {why} ('{first}')")
         if unseen := [name for name, notes in self.handed.items() if notes.settled() is None]:
             lines.append(f"of {len(unseen)} of these a first call that is not compiled will tell whether they are read")
         for (kind, why), count in Counter(self.left.values()).items():

@@ -9,6 +9,7 @@ it is seen at the first call (notes.py).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -23,12 +24,15 @@ NORM = "quantized with what reads it"
 SHARED = "its input quantized once for the layers that share it"
 
 
-def hand_over(model: nn.Module, prefix: str, report: FuseReport) -> None:
-    """Let the norms of a model hand on what they read, and modules share codes, but for those that are fused already."""
+def hand_over(model: nn.Module, prefix: str, wholes: Collection[str], report: FuseReport) -> None:
+    """Let the norms of a model hand on what they read, and modules share codes.
+
+    wholes: names of modules that are fused as a whole: what is inside of them stays.
+    """
     modules = dict(model.named_modules())
     layers = {name: one for name, one in modules.items() if isinstance(one, nn.Linear) and _takes_codes(one)}
     for name, module in modules.items():
-        if not name or _inside(f"{prefix}{name}", report):
+        if not name or any(name == one or name.startswith(f"{one}.") for one in wholes):
             continue
         kind = type(module)
         if kind in NORMS.values() or issubclass(kind, Sharing):
@@ -60,12 +64,6 @@ def take_back(model: nn.Module) -> None:
 
 def _takes_codes(layer: Any) -> bool:
     return isinstance(layer, QuantizedLayer) and layer.codes_key() is not None
-
-
-def _inside(name: str, report: FuseReport) -> bool:
-    """Whether a module is, or is part of, one that is fused as a whole, and not by handing on."""
-    wholes = (one for one in report if one not in report.handed)
-    return any(name == one or name.startswith(f"{one}.") for one in wholes)
 
 
 def _of_norm(name: str, modules: dict[str, nn.Module], layers: dict[str, Any]) -> Notes | None:

@@ -172,6 +172,12 @@ class Handed:
     def __sub__(self, other: Any) -> Tensor:
         return self.tensor() - plain(other)
 
+    def __rsub__(self, other: Any) -> Tensor:
+        return other - self.tensor()
+
+    def __rtruediv__(self, other: Any) -> Tensor:
+        return other / self.tensor()
+
     def __truediv__(self, other: Any) -> Tensor:
         return self.tensor() / plain(other)
 

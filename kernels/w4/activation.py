@@ -81,7 +81,9 @@ def _launch(config: dict, k: int, samples: int, joined: tuple, modulated: tuple,
     """k: of (x | more); joined: columns of x, stride of more; modulated: strides of the norm's vectors, rows, eps."""
     programs, fixed = activation_launch(config, mode, m, k, *sizes, samples)
     fixed |= dict(zip(("x_columns", "stride_more"), joined, strict=True))
-    fixed |= dict(zip(("stride_gain", "stride_offset", "sample_rows", "eps", "ONE", "CENTRED"), modulated, strict=True))
+    fixed |= dict(
+        zip(("stride_gain", "stride_offset", "sample_rows", "eps", "ONE", "CENTRED"), modulated, strict=True)
+    )
     return Launch(activation_kernel, (programs,), **fixed)
 
 

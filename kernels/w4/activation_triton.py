@@ -195,7 +195,11 @@ def activation_kernel(
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ONE: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
     more = None if more_ptr is None else (more_ptr, x_columns, stride_more)
-    norm = None if gain_ptr is None else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps, ONE, CENTRED)
+    norm = (
+        None
+        if gain_ptr is None
+        else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps, ONE, CENTRED)
+    )
     activation_program(
         tl.program_id(0), x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
         more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,

@@ -74,8 +74,8 @@ def codes(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Quantize x [B T, K] for the products that read it: (codes [B T, K], scales, x D^T [B T, r]), in groups of 64.
 
-    more [B T, K']: further columns of x. norm: (n [B, K], m [B, K] or None, eps, one of NORMS), by which x is normalized
-    first; "adaptive" where it has no fourth.
+    more [B T, K']: further columns of x. norm: (n [B, K], m [B, K] or None, eps, one of NORMS), by which x is
+    normalized first; "adaptive" where it has no fourth.
     Codes are e4m3 or int8 (4-bit ones too) with float32 scales [B T], or [K / 64, B T] for "int4".
     """
     exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)

@@ -141,7 +141,8 @@ def w8a8_conv2d_codes(
 ) -> Tensor:
     """codes [rows, C'], qweight [N, C, kh, kw] or [N, C] -> [B, N, H', W'] channels_last; image: (B, H, W).
 
-    scale: one, or one for each image. shift [B, N] and residual [B, N, H', W'] are added before the one rounding to `dtype`.
+    scale: one, or one for each image. shift [B, N] and residual [B, N, H', W'] are added before the one rounding to
+    `dtype`.
     """
     window = _window(image, qweight, stride, padding, dilation, same_window)
     if _triton(codes.device, qweight.dtype) and window.batch:

@@ -140,8 +140,10 @@ class QuantizedLayer:
         return None
 
     def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype) -> Any:
-        """Codes of x [..., K], or of a norm of it as kernels/w4/from_codes.py has it, which `read` multiplies. dtype: of
-        the outputs."""
+        """Codes of x [..., K], or of a norm of it as kernels/w4/from_codes.py has it, for layers of the same key.
+
+        dtype: of their outputs.
+        """
         raise NotImplementedError
 
     def _float_layer(self) -> nn.Module:

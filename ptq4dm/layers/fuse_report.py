@@ -61,10 +61,16 @@ class FuseReport(list):
         for kind, count in Counter(self.kinds[name] for name in unread).items():
             first = next(name for name in unread if self.kinds[name] == kind)
             plain, _, what = kind.partition(", ")
-            why = "its layers share nothing, or what a norm hands on" if "share" in what else "no quantized layer reads it"
+            why = (
+                "its layers share nothing, or what a norm hands on"
+                if "share" in what
+                else "no quantized layer reads it"
+            )
             lines.append(f"{'left':<6} {count:>4} {plain}: {why} ('{first}')")
         if unseen := [name for name, notes in self.handed.items() if notes.settled() is None]:
-            lines.append(f"of {len(unseen)} of these a first call that is not compiled will tell whether they are read")
+            lines.append(
+                f"of {len(unseen)} of these a first call that is not compiled will tell whether they are read"
+            )
         for (kind, why), count in Counter(self.left.values()).items():
             first = next(name for name, seen in self.left.items() if seen == (kind, why))
             lines.append(f"{'left':<6} {count:>4} {kind}: {why} ('{first}')")

@@ -219,8 +219,9 @@ class ProgressiveLinear(ProgressiveLayer, QuantizedLinear):
     def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype) -> RowCodes:
         """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
         if norm is None:
-            return RowCodes(*from_tokens.w4a8_tokens(x.reshape(-1, x.shape[-1])), x.shape, dtype)
-        codes, scale, _ = from_codes.svdq_codes(x, None, None, None, "int8", 0.0, *norm)
+            codes, scale = from_tokens.w4a8_tokens(x.reshape(-1, x.shape[-1]))
+        else:
+            codes, scale, _ = from_codes.svdq_codes(x, None, None, None, "int8", 0.0, *norm)
         return RowCodes(codes, scale, x.shape, dtype)
 
     def forward(self, input: Tensor | Handed) -> Tensor:

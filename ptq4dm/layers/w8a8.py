@@ -129,7 +129,8 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
             return RowCodes(codes, scale, shape, dtype)
         rows = x.reshape(-1, shape[-1])
         if not self.plan.static:
-            return RowCodes(*from_codes.w8a8_tokens(rows, bits, self.code), shape, dtype)
+            codes, scale = from_codes.w8a8_tokens(rows, bits, self.code)
+            return RowCodes(codes, scale, shape, dtype)
         grid = (self.input_scale, self.input_zero_point, bits)
         return RowCodes(from_codes.static_codes(rows, self.code, *grid), self.input_scale, shape, dtype)
 

@@ -154,7 +154,9 @@ def in_torchao(block: nn.Module, groups: list[list[str]]) -> nn.Module:
 
 def answer(out):
     """The tensors that a block gives, as one."""
-    return torch.cat([one.flatten().float() for one in (out if isinstance(out, tuple) else (out,)) if one is not None])
+    return torch.cat(
+        [one.flatten().float() for one in (out if isinstance(out, tuple) else (out,)) if one is not None]
+    )
 
 
 def wall(call, repeats: int) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Size:
-    """heads: of attention, None for those of the model; side: rows and columns of image tokens; frames: of a video."""
+    """heads: of attention, None for those of the model; side: rows of image tokens; frames: of a video."""
 
     heads: int | None = None
     side: int | None = None

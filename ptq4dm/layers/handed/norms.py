@@ -39,7 +39,7 @@ class _Handing:
     def forward(self, x: Any) -> Any:
         x = plain(x)
         own = self.weight is None or self.any_weight or self.weight.dtype == x.dtype
-        if not (own and x.ndim > 1 and hands_on(self, x) and self.notes.open()):  # type: ignore[arg-type]
+        if not (own and x.ndim > 1 and hands_on(self, x) and self.notes.open()):
             return self.computed(x)
         norm = (self.computed, self.weight, getattr(self, "bias", None), self.eps, self.form)
         return Handed(x, norm, notes=self.notes, slot="norm")
@@ -83,5 +83,5 @@ NORMS: dict[type, type] = {
 
 def width(norm: nn.Module) -> int | None:
     """K of a norm over the last axis, None of any other."""
-    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", ())
+    shape: Any = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", ())
     return shape[0] if len(shape) == 1 and isinstance(norm.eps, float) else None

@@ -24,7 +24,9 @@ class Notes:
     modules around that, below where both are.
     """
 
-    def __init__(self, least: int, own: Iterable[nn.Module], paths: Mapping[nn.Module, tuple[nn.Module, ...]]) -> None:
+    def __init__(
+        self, least: int, own: Iterable[nn.Module], paths: Mapping[nn.Module, tuple[nn.Module, ...]]
+    ) -> None:
         self.least, self.own, self.paths = least, tuple(own), dict(paths)
         self.calls = 0
         self.readers: dict[Any, list[tuple[Any, nn.Module]]] = {}  # of each slot: keys and layers
@@ -67,8 +69,8 @@ class Notes:
                 if len(layers) >= self.least:
                     kept[slot] = reads
         self.wanted = tuple(kept)
-        layers = [layer for reads in kept.values() for _, layer in reads]
-        self.watched = self._on_the_way({layer: self.paths.get(layer, (layer,)) for layer in layers})
+        found = [layer for reads in kept.values() for _, layer in reads]
+        self.watched = self._on_the_way({layer: self.paths.get(layer, (layer,)) for layer in found})
 
     def _on_the_way(self, paths: Mapping[nn.Module, tuple[nn.Module, ...]]) -> tuple[nn.Module, ...]:
         modules = [*self.own, *(module for path in paths.values() for module in path)]

@@ -3,10 +3,10 @@
     Handed = ops(norm(x))     a norm that is not computed yet, and what was multiplied by it and added to it since
     Handed = x                a tensor as it is
 
-A quantized layer that takes codes makes them of x in one launch, norm and modulation with it, and leaves them here for
-the next layer of the same key: query, key and value read one input. Whoever else looks is given the tensor, which is
-then computed as the model has it, to the bit: this class has `__torch_function__`, so that functions of torch take it
-wherever they take a tensor. Nothing is kept beyond the call in which it was made, so nothing is stale. torch.compile
+A quantized layer that takes codes makes them of x in one launch, norm and modulation with it, and leaves them here
+for the next layer of the same key: query, key and value read one input. Whoever else looks is given the tensor, which
+is then computed as the model has it, to the bit: this class has `__torch_function__`, so that functions of torch take
+it wherever they take a tensor. Nothing is kept beyond the call in which it was made, so nothing is stale. torch.compile
 traces all of it: in compiled code the class is gone.
 """
 
@@ -22,7 +22,9 @@ from torch import Tensor
 
 PRODUCTS = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, operator.mul)
 SUMS = (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add, operator.add)
-Norm = tuple[Tensor, "Tensor | None", float, str]  # scale [B, K], shift, eps, form: as kernels/w4/from_codes.py has it
+Norm = tuple[
+    Tensor, "Tensor | None", float, str
+]  # scale [B, K], shift, eps, form: as kernels/w4/from_codes.py has it
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Handed:
     """x [B, ..., K] or a norm of it; `tensor()` computes it.
 
     norm: (what computes it from x, weight [K] or None, bias [K] or None, eps, "layer" or "rms"), or None. ops: what
-    came after, of ("mul" | "add", tensor) and ("to", dtype). dtype: of the result. notes: who learns which layers read
-    it, see notes.py; slot: which of its inputs or outputs this is.
+    came after, of ("mul" | "add", tensor) and ("to", dtype). dtype: of the result. notes: who learns which layers
+    read it, see notes.py; slot: which of its inputs or outputs this is.
     """
 
     def __init__(

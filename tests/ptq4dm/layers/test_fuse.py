@@ -192,7 +192,10 @@ def test_it_says_what_it_left_and_why(quantized, unet):
     assert left["mid_block.resnets.0"] == ("ResnetBlock2D", "none of its layers is quantized")
     model = quantized(activations="dynamic", modules_to_not_convert=("mid_block.resnets.0.conv2", "up_blocks"))
     report = ptq4dm.fuse(model)
-    assert set(report) == set(report.handed) and "'conv1' has dynamic inputs" in report.left["down_blocks.0.resnets.0"][1]
+    assert (
+        set(report) == set(report.handed)
+        and "'conv1' has dynamic inputs" in report.left["down_blocks.0.resnets.0"][1]
+    )
     assert "it has dynamic inputs" in report.left["conv_norm_out"][1]
     assert report.left["up_blocks.0.resnets.0"][1] == "none of its layers is quantized"
     assert "ResnetBlock2D" in str(report) and "('down_blocks.0.resnets.0')" in str(report)

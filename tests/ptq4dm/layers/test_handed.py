@@ -16,6 +16,7 @@ from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.progressive import ProgressiveLinear, ProgressivePlan
 from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear
 
+CUDA = torch.cuda.is_available()
 K = 64
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMATS = {
@@ -203,8 +204,10 @@ def test_hooks_see_tensors(where, here):
         if already:
             answers(model, *args)
         seen = []
-        handle = model.blocks[0].get_submodule(where).register_forward_hook(
-            lambda module, given, out, seen=seen: seen.append((type(given[0]), type(out)))
+        handle = (
+            model.blocks[0]
+            .get_submodule(where)
+            .register_forward_hook(lambda module, given, out, seen=seen: seen.append((type(given[0]), type(out))))
         )
         here.clear()
         assert torch.equal(answers(model, *args), before)
@@ -264,3 +267,30 @@ def test_the_op_says_what_does_not_fit():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             codes(scale, shift, form)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", list(FORMATS))
+@pytest.mark.parametrize("device", range(max(1, torch.cuda.device_count())))
+def test_on_a_gpu(device, kind):
+    """Beside the unfused model, the same bits each time; compiled whole; in a CUDA graph; on any GPU there is."""
+    place = torch.device("cuda", device)
+    model = Net(*(Block(norm, kind) for norm in norms().values())).to(place, torch.bfloat16)
+    args = [one.to(place, torch.bfloat16) for one in inputs(2, 70)]
+    before = answers(model, *args).float()
+    report = ptq4dm.fuse(model)
+    answer = answers(model, *args)
+    assert torch.equal(answers(model, *args), answer) and "quantized with what reads it" in str(report)
+    assert (answer - before).norm() < 0.05 * before.norm()
+    compiled = answers(torch.compile(model, fullgraph=True), *args)
+    assert (compiled - answer).norm() < 0.05 * before.norm()
+    torch._dynamo.reset()
+    with torch.cuda.device(place), torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = model(*args)
+        for _ in range(2):
+            args[0].add_(1)  # what a graph is fed changes: codes are made anew in it
+            graph.replay()
+            assert torch.equal(output, model(*args))

@@ -57,9 +57,9 @@ def svdq_codes(
 
     more [..., K'] holds further columns of x, of which K is the sum then: nothing is concatenated in memory. With
     norm_scale and norm_shift [B, K] x [B, ..., K] is LayerNorm(x) (1 + norm_scale[b]) + norm_shift[b], with this eps,
-    first; under the form "layer" LayerNorm(x) norm_scale[b] + norm_shift[b], under "rms" RMSNorm(x) in its place: then
-    norm_shift may be None, and both may have one row for all samples. smooth [K], down [r, K]. R is r, padded where
-    kernels want it so. activation: "fp8", "int8" or "int4".
+    first; under the form "layer" LayerNorm(x) norm_scale[b] + norm_shift[b], under "rms" RMSNorm(x) in its place:
+    then norm_shift may be None, and both may have one row for all samples. smooth [K], down [r, K]. R is r, padded
+    where kernels want it so. activation: "fp8", "int8" or "int4".
 
     Raises ValueError for sizes that do not fit.
     """

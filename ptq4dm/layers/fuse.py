@@ -1,7 +1,7 @@
 """Fused forward passes of a quantized model: what lies between two products runs inside the kernels beside it.
 
-Of any model: norms that quantized layers read, and inputs that several of them share (handed/). Of UNets with W8A8
-layers, here; other rooms add theirs to FUSED.
+Of any model: norms that quantized layers read, and inputs that several of them share (ptq4dm/handed/). Of UNets with
+W8A8 layers, here; other rooms add theirs to FUSED.
 
     ResnetBlock2D   norm + SiLU + quantize | conv1 + time embedding | norm + SiLU + quantize | conv2 + shortcut
     Attention       norm + quantize, once for query, key and value | ... | output product + residual
@@ -25,13 +25,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from ..handed.find import hand_over, take_back
 from ..hooks import unhooked
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
 from ..pipelines.denoiser import denoisers_by_prefix, turn_at
 from ..undo import whole_or_not
 from .fuse_report import FuseReport, why_left
-from .handed.find import hand_over, take_back
 from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 
 if TYPE_CHECKING:

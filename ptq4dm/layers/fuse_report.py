@@ -6,8 +6,8 @@ from collections import Counter
 
 from torch import nn
 
+from ..handed.notes import Notes
 from .base import QuantizedLayer
-from .handed.notes import Notes
 
 FORM = "it is built otherwise than those that are fused"
 

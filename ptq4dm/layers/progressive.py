@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
+from ..handed.value import Handed, RowCodes
 from ..kernels.formats import hadamard
 from ..kernels.formats.int8 import dynamic_scale
 from ..kernels.formats.progressive import MOST, ProgressiveGrid, leaves_int8
@@ -21,7 +22,6 @@ from ..ranges.progressive import progressive_grid
 from . import int4_ops, progressive_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
 from .choices import check_groups
-from .handed.value import Handed, RowCodes
 from .int4 import channel_first, pixel_first
 from .int4_ops import PACKED
 from .plan import LayerPlan, check_group_size

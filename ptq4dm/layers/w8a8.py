@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
+from ..handed.value import Handed, RowCodes
 from ..kernels.formats import fp8
 from ..kernels.formats.grid import Fp8Grid, Grid
 from ..kernels.formats.int8 import dequantize_weight, weight_limit
@@ -15,7 +16,6 @@ from ..kernels.w4 import from_codes as w4_from_codes
 from ..kernels.w8a8 import from_codes, layer
 from ..ranges.weights import weight_grid
 from .base import QuantizedConv2d, QuantizedLinear, frozen
-from .handed.value import Handed, RowCodes
 from .plan import LayerPlan
 from .registry import register_format
 from .rounded import RoundedLayer

@@ -162,7 +162,7 @@ def answer(out):
 def wall(call, repeats: int) -> float:
     """Median microseconds of calls, one after the other, until the GPU is done."""
     times = []
-    for turn in range(repeats + 3):
+    for _ in range(repeats + 3):
         synchronize()
         start = time.perf_counter()
         call()

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 scripts/benchmarks/bench_parallel.py --output out/parallel.jsonl
 
-Of each form (bf16, and W4A8 by SVDQuant, fused) the slice runs on one GPU; then its tokens are split among all of them
-by diffusers' `enable_parallelism`, as Ulysses and as ring; then, in the first process, its layers are split by
+Of each form (bf16, and W4A8 by SVDQuant, fused) the slice runs on one GPU; then its tokens are split among all of
+them by diffusers' `enable_parallelism`, as Ulysses and as ring; then, in the first process, its layers are split by
 accelerate's `infer_auto_device_map` and `dispatch_model`. `error`: of the output beside that on one GPU, as a share
 of its norm. Milliseconds of a step, median; "compiled": with blocks compiled by torch.compile.
 With --device cpu two processes of gloo compare Ulysses alone.

@@ -10,13 +10,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...handed.value import Handed
 from ...kernels import dispatch
 from ...kernels.formats.int4 import dequantize_groups, unpack_int4
 from ...kernels.w4 import from_codes as svdq_codes
 from ...kernels.w4 import layer as svdq_linear
 from ...kernels.w4 import reference as svdq
 from ...layers.base import QuantizedLayer, frozen
-from ...layers.handed.value import Handed
 from .plan import SVDQPlan
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import ptq4dm
+from ptq4dm.handed import norms as NORMS
+from ptq4dm.handed.value import Handed
 from ptq4dm.kernels.w4 import from_codes as w4_codes
-from ptq4dm.layers.handed import norms as NORMS
-from ptq4dm.layers.handed.value import Handed
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.progressive import ProgressiveLinear, ProgressivePlan
 from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear

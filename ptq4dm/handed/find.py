@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from ..base import QuantizedLayer
-from ..fuse_report import FuseReport
 from .norms import NORMS, width
 from .notes import Notes
 from .shared import Sharing, sharing_class
@@ -24,10 +22,10 @@ NORM = "quantized with what reads it"
 SHARED = "its input quantized once for the layers that share it"
 
 
-def hand_over(model: nn.Module, prefix: str, wholes: Collection[str], report: FuseReport) -> None:
+def hand_over(model: nn.Module, prefix: str, wholes: Collection[str], report: Any) -> None:
     """Let the norms of a model hand on what they read, and modules share codes.
 
-    wholes: names of modules that are fused as a whole: what is inside of them stays.
+    wholes: names of modules that are fused as a whole: what is inside of them stays. report: a FuseReport.
     """
     modules = dict(model.named_modules())
     layers = {name: one for name, one in modules.items() if isinstance(one, nn.Linear) and _takes_codes(one)}
@@ -63,7 +61,7 @@ def take_back(model: nn.Module) -> None:
 
 
 def _takes_codes(layer: Any) -> bool:
-    return isinstance(layer, QuantizedLayer) and layer.codes_key() is not None
+    return hasattr(layer, "codes_key") and layer.codes_key() is not None
 
 
 def _of_norm(name: str, modules: dict[str, nn.Module], layers: dict[str, Any]) -> Notes | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...hooks import unhooked
+from ..hooks import unhooked
 
 
 class Notes:

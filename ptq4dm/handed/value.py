@@ -6,8 +6,8 @@
 A quantized layer that takes codes makes them of x in one launch, norm and modulation with it, and leaves them here
 for the next layer of the same key: query, key and value read one input. Whoever else looks is given the tensor, which
 is then computed as the model has it, to the bit: this class has `__torch_function__`, so that functions of torch take
-it wherever they take a tensor. Nothing is kept beyond the call in which it was made, so nothing is stale. torch.compile
-traces all of it: in compiled code the class is gone.
+it wherever they take a tensor. Nothing is kept beyond the call in which it was made, so nothing is stale.
+torch.compile traces all of it: in compiled code the class is gone.
 """
 
 from __future__ import annotations

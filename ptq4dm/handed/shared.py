@@ -33,12 +33,14 @@ def sharing_class(kind: type) -> type:
 
 
 def _made(kind: Any) -> type:
-    @functools.wraps(kind.forward)  # diffusers looks at the names of its arguments
+    plain = kind.forward  # torch.compile knows some of diffusers' classes by their names alone, not this
+
+    @functools.wraps(plain)  # diffusers looks at the names of its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training and self.sharing.open():
             args = tuple(_handed(self, slot, one) for slot, one in enumerate(args))
             kwargs = {name: _handed(self, name, one) for name, one in kwargs.items()}
-        return kind.forward(self, *args, **kwargs)
+        return plain(self, *args, **kwargs)
 
     return type(kind.__name__, (Sharing, kind), {"forward": forward, "__module__": kind.__module__})
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..formats.int4 import GROUP
 from ..runtime.ops import op
+from ..runtime.prepared import prepared
 from . import integer, progressive
 from .tokens import token_codes
 
@@ -47,6 +48,8 @@ def progressive_product(
 ) -> Tensor:
     """Outputs [M, N] of dtype from codes [M, K'] and scales [M]; K = inputs, the rest as in `progressive_linear`.
 
+    wscales may be of any float type.
+
     Raises ValueError for sizes that do not belong together.
     """
     progressive.check(qweight.shape, wsteps.shape, wsteps.dtype, None if wzeros is None else wzeros.shape, inputs)
@@ -54,6 +57,8 @@ def progressive_product(
         raise ValueError(
             f"codes {list(codes.shape)} and their scales {list(scale.shape)} are not of a layer with {inputs} inputs."
         )
+    if wscales.dtype != torch.float32:
+        wscales = prepared(wscales, torch.float32, wscales.float)  # once
     operands = (qweight, wsteps, wzeros, wscales, bias)
     if integer.known_to_serve(codes.device) and codes.numel() and len(qweight):
         return integer.progressive_of_tokens(codes, scale, *operands, inputs, dtype)

@@ -1,6 +1,7 @@
-"""Steps that the activation kernel takes over from layers before it: a second tensor, a norm.
+"""Steps that the activation kernel takes over from layers before it: a second tensor, a gate, a norm.
 
     x = (x | more)                                     the columns of `more` follow those of x
+    x = x f(more)                                      or more is a gate (GEGLU, SwiGLU: arXiv:2002.05202)
     v = (x - mean) rstd g[b] + shift[b]                mean and rstd = 1 / sqrt(variance + eps) of a row of sample b
     v D^T = rstd (x D'^T - mean sum_k D'[:, k]) + shift[b] D^T,    D'[j, k] = g[b, k] D[j, k]
 
@@ -8,9 +9,10 @@
     "layer"     g = scale: LayerNorm with weight and bias, and any modulation of them
     "rms"       g = scale, mean = 0: RMSNorm (arXiv:1910.07467)
 
-In float32 from end to end: neither the norm's output nor v is rounded, as kernels of their own would round them. The
-tensor cores take 16 bits, x as it is and D' rounded to them; the sum over D' is of what they took, so that a mean far
-from zero cancels. Thus x streams through once, for the statistics too. A block of rows belongs to one sample.
+f(more) and x f(more) are rounded to x's type, as two operations of a model round them. The rest is in float32 from
+end to end: neither the norm's output nor v is rounded, as kernels of their own would round them. The tensor cores
+take 16 bits, x as it is and D' rounded to them; the sum over D' is of what they took, so that a mean far from zero
+cancels. Thus x streams through once, for the statistics too. A block of rows belongs to one sample.
 
 `norm` is (scale, shift, strides of their samples, rows of a sample, eps, 1 to add to scale or 0, whether a mean is
 taken off); shift may be None.
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .products.nonlinearity import nonlinear
 
 
 @triton.jit
@@ -59,6 +63,18 @@ def columns_of(x_rows, more_rows, more, k):
         return x_rows + k[None, :]
     else:
         return tl.where((k < more[1])[None, :], x_rows + k[None, :], more_rows + (k - more[1])[None, :])
+
+
+@triton.jit
+def values_of(x_rows, more_rows, more, k, mask, GATE: tl.constexpr):
+    """The input's columns k, 0 where there are none."""
+    if GATE == "":
+        return tl.load(columns_of(x_rows, more_rows, more, k), mask=mask, other=0.0)
+    else:
+        x = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
+        gate = tl.load(more_rows + k[None, :], mask=mask, other=0.0)
+        gate = nonlinear(gate.to(tl.float32), GATE).to(x.dtype)
+        return (x.to(tl.float32) * gate.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit

@@ -70,15 +70,18 @@ def svdq_linear(
 
 def codes(
     x: Tensor, more: Tensor | None, smooth: Tensor | None, down: Tensor | None, activation: str, shift: float,
-    norm: tuple | None,
+    norm: tuple | None, gate: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Quantize x [B T, K] for the products that read it: (codes [B T, K], scales, x D^T [B T, r]), in groups of 64.
 
     more [B T, K']: further columns of x. norm: (n [B, K], m [B, K] or None, eps, one of NORMS), by which x is
-    normalized first; "adaptive" where it has no fourth.
+    normalized first; "adaptive" where it has no fourth. gate: of NONLINEARITIES; x is multiplied by that of `more`.
     Codes are e4m3 or int8 (4-bit ones too) with float32 scales [B T], or [K / 64, B T] for "int4".
     """
-    exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)
+    if gate:
+        exact = (x * nonlinear(more, gate)).float()
+    else:
+        exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)
     if norm is not None:
         exact = normed(exact, *norm)
     branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())

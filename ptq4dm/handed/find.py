@@ -1,10 +1,11 @@
-"""Finding norms that quantized layers may read, and modules whose layers share an input, by a model's structure.
+"""Finding what quantized layers may read, and modules whose layers share an input, by a model's structure.
 
     norm       its width is the number of inputs of layers in the same block that take codes
+    gate       as a norm
     sharing    two or more layers of its own would make the same codes of one input
 
-A block is the smallest module around a norm, below the model itself, that has such layers. Which of them really read
-it is seen at the first call (notes.py).
+A block is the smallest module around a norm or a gate, below the model itself, that has such layers. Which of them
+really read it is seen at the first call (notes.py).
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 
 from torch import nn
 
+from .gates import GATES, gated_width
 from .norms import NORMS, width
 from .notes import Notes
 from .shared import Sharing, sharing_class
 
+MADE = NORMS | GATES  # plain class -> the one that hands on
 NORM = "quantized with what reads it"
 SHARED = "its input quantized once for the layers that share it"
 
@@ -33,12 +36,14 @@ def hand_over(model: nn.Module, prefix: str, wholes: Collection[str], report: An
         if not name or any(name == one or name.startswith(f"{one}.") for one in wholes):
             continue
         kind = type(module)
-        if kind in NORMS.values() or issubclass(kind, Sharing):
+        if kind in MADE.values() or issubclass(kind, Sharing):
             report.leave(f"{prefix}{name}", kind.__mro__[1].__name__, "it is fused already")
-        elif kind in NORMS:
-            if notes := _of_norm(name, modules, layers):
+        elif kind in MADE:
+            inputs = width(module) if kind in NORMS else gated_width(module)
+            notes = _read(name, inputs, modules, layers) if inputs or kind in GATES else None
+            if notes:
                 module.notes = notes
-                module.__class__ = NORMS[kind]
+                module.__class__ = MADE[kind]
                 report.hand(f"{prefix}{name}", f"{kind.__name__}, {NORM}", notes)
         elif shared := _shared(module):
             module.sharing = Notes(2, (), {layer: (layer,) for layer in shared})
@@ -49,7 +54,7 @@ def hand_over(model: nn.Module, prefix: str, wholes: Collection[str], report: An
 
 def take_back(model: nn.Module) -> None:
     """Undo `hand_over`."""
-    back = {kind: plain for plain, kind in NORMS.items()}
+    back = {kind: plain for plain, kind in MADE.items()}
     for module in model.modules():
         kind = type(module)
         if kind in back:
@@ -64,16 +69,15 @@ def _takes_codes(layer: Any) -> bool:
     return hasattr(layer, "codes_key") and layer.codes_key() is not None
 
 
-def _of_norm(name: str, modules: dict[str, nn.Module], layers: dict[str, Any]) -> Notes | None:
-    """Notes of a norm with the layers that may read it, None where there are none."""
-    inputs, block = width(modules[name]), name
-    if inputs is None:
-        return None
+def _read(name: str, inputs: int | None, modules: dict[str, nn.Module], layers: dict[str, Any]) -> Notes | None:
+    """Notes of a module with the layers of so many inputs, or any, that may read it; None where there are none."""
+    own, block = f"{name}.", name
     while block := block.rpartition(".")[0]:
-        readers = [one for one in layers if one.startswith(f"{block}.") and layers[one].in_features == inputs]
+        around = [one for one in layers if one.startswith(f"{block}.") and not one.startswith(own)]
+        readers = [one for one in around if inputs in (None, layers[one].in_features)]
         if readers:
-            around = {one: _below(one, block, modules) for one in readers}
-            return Notes(1, _below(name, block, modules), {layers[one]: around[one] for one in readers})
+            paths = {layers[one]: _below(one, block, modules) for one in readers}
+            return Notes(1, _below(name, block, modules), paths)
     return None
 
 

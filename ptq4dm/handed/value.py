@@ -1,6 +1,7 @@
 """What stands for a tensor between a norm and the layers that read it, or between layers that read the same.
 
     Handed = ops(norm(x))     a norm that is not computed yet, and what was multiplied by it and added to it since
+    Handed = x f(gate)        a gated activation that is not computed yet
     Handed = x                a tensor as it is
 
 A quantized layer that takes codes makes them of x in one launch, norm and modulation with it, and leaves them here
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 PRODUCTS = (Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul, operator.mul)
 SUMS = (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add, operator.add)
@@ -40,16 +42,17 @@ class RowCodes:
 class Handed:
     """x [B, ..., K] or a norm of it; `tensor()` computes it.
 
-    norm: (what computes it from x, weight [K] or None, bias [K] or None, eps, "layer" or "rms"), or None. ops: what
+    norm: (what computes it from x, weight [K] or None, bias [K] or None, eps, "layer" or "rms"), or None. gate: (a
+    tensor like x, the name of f, what computes the product from both), or None. ops: what
     came after, of ("mul" | "add", tensor) and ("to", dtype). dtype: of the result. notes: who learns which layers
     read it, see notes.py; slot: which of its inputs or outputs this is.
     """
 
     def __init__(
         self, x: Tensor, norm: tuple | None = None, ops: tuple = (), dtype: torch.dtype | None = None,
-        notes: Any = None, slot: Any = None,
+        notes: Any = None, slot: Any = None, gate: tuple | None = None,
     ) -> None:  # fmt: skip
-        self.x, self.norm, self.ops = x, norm, ops
+        self.x, self.norm, self.ops, self.gate = x, norm, ops, gate
         self.dtype = x.dtype if dtype is None else dtype
         self.notes, self.slot = notes, slot
         self.made: list[tuple[Any, Any]] = []
@@ -71,6 +74,10 @@ class Handed:
     def is_cuda(self) -> bool:
         return self.x.is_cuda
 
+    @property
+    def requires_grad(self) -> bool:
+        return self.x.requires_grad
+
     def size(self, *axis: Any) -> Any:
         return self.x.size(*axis)
 
@@ -79,10 +86,10 @@ class Handed:
 
     def tensor(self) -> Tensor:
         """What the model would have had here."""
-        if self.norm is None:
+        if self.norm is None and self.gate is None:
             return self.x
         if self.computed is None:
-            y = self.norm[0](self.x)
+            y = self.norm[0](self.x) if self.norm is not None else self.gate[2](self.x, self.gate[0])  # type: ignore
             for kind, other in self.ops:
                 y = y * other if kind == "mul" else y + other if kind == "add" else y.to(other)
             self.computed = y
@@ -98,7 +105,9 @@ class Handed:
         for other, codes in self.made:
             if other is key or (isinstance(key, tuple) and other == key):
                 return codes
-        if self.norm is not None and layer.takes_norms:
+        if self.gate is not None and layer.takes_norms:
+            codes = layer.encode(self.x, None, self.dtype, self.gate[:2])
+        elif self.norm is not None and layer.takes_norms:
             codes = layer.encode(self.x, self.normal_form(), self.dtype)
         else:
             codes = layer.encode(self.tensor(), None, self.dtype)
@@ -149,7 +158,7 @@ class Handed:
             if dtype == self.dtype or not dtype.is_floating_point:
                 return self if dtype == self.dtype else self.tensor().to(dtype)
             if self.norm is None:
-                return self.x.to(dtype)
+                return self.tensor().to(dtype)
             return Handed(self.x, self.norm, (*self.ops, ("to", dtype)), dtype, self.notes, self.slot)
         return self.tensor().to(*args, **kwargs)
 
@@ -212,6 +221,8 @@ class Handed:
                 return mine.after("mul", other)
             if function in SUMS:
                 return mine.after("add", other)
+        if function is F.dropout and not (kwargs or {}).get("training", args[2] if len(args) > 2 else True):
+            return args[0]
         given = {name: plain(value) for name, value in (kwargs or {}).items()}
         return function(*[plain(one) for one in args], **given)
 

@@ -216,12 +216,14 @@ class ProgressiveLinear(ProgressiveLayer, QuantizedLinear):
             return None
         return ("tokens",) if not on_gpu or self.kernel_name() == integer.PROGRESSIVE else None
 
-    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype) -> RowCodes:
+    def encode(
+        self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None
+    ) -> RowCodes:  # fmt: skip
         """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
-        if norm is None:
+        if norm is None and gate is None:
             codes, scale = from_tokens.w4a8_tokens(x.reshape(-1, x.shape[-1]))
         else:
-            codes, scale, _ = from_codes.svdq_codes(x, None, None, None, "int8", 0.0, *norm)
+            codes, scale = from_codes.row_codes(x, "int8", norm, gate)
         return RowCodes(codes, scale, x.shape, dtype)
 
     def forward(self, input: Tensor | Handed) -> Tensor:
@@ -233,7 +235,7 @@ class ProgressiveLinear(ProgressiveLayer, QuantizedLinear):
         return progressive_ops.stepped_linear(input, *self.operands)
 
     def _of_codes(self, given: RowCodes) -> Tensor:
-        weight = (self.qweight, self.wsteps, self.wzeros, progressive_ops.wide(self.wscales), self.added)
+        weight = (self.qweight, self.wsteps, self.wzeros, self.wscales, self.added)
         y = from_tokens.progressive_product(given.codes, given.scale, *weight, self.in_features, given.dtype)
         return y.reshape(*given.shape[:-1], self.out_features)
 

@@ -63,12 +63,12 @@ def stepped_linear(
     x, inputs = turned(x, rotation), x.shape[-1]
     name = kernel_name(x.device, True, inputs, wsteps.shape[1], input_scale is not None, activation_bits, 1)
     if name == integer.PROGRESSIVE:
-        return progressive_linear(x, qweight, wsteps, wzeros, wide(wscales), bias)
+        return progressive_linear(x, qweight, wsteps, wzeros, _wide(wscales), bias)
     grid = (input_scale, input_zero_point, activation_bits)
     if name == cpu.NAME:
         return cpu.cpu_w4a8_linear(x, qweight, wscales, wzeros, wsteps, bias, *grid)
     codes = _int8(qweight, wsteps, wzeros, inputs)
-    return w8a8.w8a8_linear(x, codes, wide(wscales), bias, *grid)
+    return w8a8.w8a8_linear(x, codes, _wide(wscales), bias, *grid)
 
 
 @stepped_linear.register_fake
@@ -108,7 +108,7 @@ def stepped_conv2d(
         weight = (qweight, wscales, wzeros, wsteps)
         return cpu_w4a8_conv2d(x, *weight, bias, *grid, list(kernel), *geometry[:3])
     codes = _int8(qweight, wsteps, wzeros, inputs, kernel)
-    return w8a8.w8a8_conv2d(x, codes, wide(wscales), bias, *grid, *geometry)
+    return w8a8.w8a8_conv2d(x, codes, _wide(wscales), bias, *grid, *geometry)
 
 
 @stepped_conv2d.register_fake
@@ -123,6 +123,6 @@ def _int8(qweight: Tensor, wsteps: Tensor, wzeros: Tensor, inputs: int, kernel: 
     return make() if qweight.is_cuda else prepared(qweight, ("progressive", inputs, *kernel), make, wsteps, wzeros)
 
 
-def wide(wscales: Tensor) -> Tensor:
+def _wide(wscales: Tensor) -> Tensor:
     """Scales of the rows in float32, made once."""
     return prepared(wscales, torch.float32, wscales.float)

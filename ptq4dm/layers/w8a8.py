@@ -120,12 +120,14 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
             return None
         return self.code, self.plan.activation_bits, self.plan.input_scale, self.plan.input_zero_point
 
-    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype) -> RowCodes:
+    def encode(
+        self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None
+    ) -> RowCodes:  # fmt: skip
         """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
         shape, bits = x.shape, self.plan.activation_bits
-        if norm is not None:
+        if norm is not None or gate is not None:
             mode = "fp8" if self.code == fp8.DTYPE else "int8"
-            codes, scale, _ = w4_from_codes.svdq_codes(x, None, None, None, mode, 0.0, *norm)
+            codes, scale = w4_from_codes.row_codes(x, mode, norm, gate)
             return RowCodes(codes, scale, shape, dtype)
         rows = x.reshape(-1, shape[-1])
         if not self.plan.static:

@@ -29,6 +29,9 @@ from conditions import commit
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sweep import subject  # noqa: E402
+from sweep.classes.catalogue import CASES  # noqa: E402
+
 import ptq4dm  # noqa: E402
 from ptq4dm.errors import run  # noqa: E402
 from ptq4dm.files.atomic import replacing  # noqa: E402
@@ -36,8 +39,6 @@ from ptq4dm.handed import norms, value  # noqa: E402
 from ptq4dm.inference.blocks import repeated_blocks  # noqa: E402
 from ptq4dm.layers.base import is_quantized  # noqa: E402
 from ptq4dm.svdquant.layers import fused_parts  # noqa: E402
-from sweep import subject  # noqa: E402
-from sweep.classes.catalogue import CASES  # noqa: E402
 
 CLASSES = {  # label of the sweep -> models that are of it
     "PixArtTransformer2DModel": "PixArt",
@@ -106,22 +107,25 @@ def measure(label: str, form: str) -> dict:
         with Counted(count=False):
             compiled = compiles(one, model, answer)
     found = {name: notes for name, notes in report.handed.items() if notes.settled()}
-    readers = {name: {layer for reads in notes.readers.values() for _, layer in reads} for name, notes in found.items()}
+    readers = {
+        name: {layer for reads in notes.readers.values() for _, layer in reads} for name, notes in found.items()
+    }
     under = [name for name in found if type(model.get_submodule(name)) in norms.NORMS.values()]
     normed = {layer for name in under for layer in readers[name]}
     shared = {layer for name in found if name not in under for layer in readers[name]} - normed
     whole = Counter(kind for name, kind in report.kinds.items() if name not in report.handed)
     linear = [one for one in model.modules() if isinstance(one, nn.Linear) and is_quantized(one)]
+    differences = zip(answer, plain, exact, strict=True)
     return {
         "class": label, "model": CLASSES.get(label, ""), "form": form, "linear": len(linear), "norms": len(under),
         "normed": len(normed), "shared": len(shared), "whole": dict(whole), "made": count.made, "read": count.reads,
-        "difference": max(float((a - b).norm() / (b - c).norm()) for a, b, c in zip(answer, plain, exact, strict=True)),
+        "difference": max(float((a - b).norm() / (b - c).norm()) for a, b, c in differences),
         "compiled": compiled,
     }  # fmt: skip
 
 
 def compiles(one, model: nn.Module, answer: list) -> str:
-    """"yes", or the first words of what went wrong."""
+    """ "yes", or the first words of what went wrong."""
     torch._dynamo.reset()
     blocks = repeated_blocks(model) or [model]
     try:
@@ -139,12 +143,24 @@ def compiles(one, model: nn.Module, answer: list) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| model | class | linear | norms | shared | whole | made | compiled |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model | class | linear | norms | shared | whole | made | compiled |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         whole = ", ".join(f"{count} {kind}" for kind, count in row["whole"].items()) or "-"
         norm = f"{row['norms']} for {row['normed']}" if row["norms"] else "-"
         made = f"{row['made']} of {row['read']}" if row["read"] else "-"
-        cells = [row["model"], f"`{row['class']}`", row["linear"], norm, row["shared"] or "-", whole, made, row["compiled"]]
+        cells = [
+            row["model"],
+            f"`{row['class']}`",
+            row["linear"],
+            norm,
+            row["shared"] or "-",
+            whole,
+            made,
+            row["compiled"],
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

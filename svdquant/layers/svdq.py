@@ -164,19 +164,25 @@ class _SVDQLayer(QuantizedLayer):
             return self.lora_down
         return self._lender[0] if self._lender else self
 
-    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype) -> Codes:
+    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> Codes:
+        if gate is not None:
+            return replace(self.codes(x, gate[0], gate=gate[1]), dtype=dtype)
         return replace(self.codes(x, norm=norm), dtype=dtype)
 
-    def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> Codes:
+    def codes(
+        self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None, gate: str = ""
+    ) -> Codes:  # fmt: skip
         """x [..., K], quantized for this layer and for those that share its smoothing and its branch.
 
         more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)
-        of an adaptive layer norm that x [B, ..., K] goes through first, or with a form of norm as fourth.
+        of an adaptive layer norm that x [B, ..., K] goes through first, or with a form of norm as fourth. gate: of
+        `svdq.NONLINEARITIES`; x is multiplied by that of `more` first.
         """
         norm = norm or (None, None, 0.0)
+        more_than = () if not gate else ("adaptive", gate)
         plan, (*rows, columns) = self.plan, x.shape
-        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, *norm)
-        columns += 0 if more is None else more.shape[-1]
+        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, *norm, *more_than)
+        columns += 0 if more is None or gate else more.shape[-1]
         return Codes(*svdq_codes.svdq_codes(x, more, *operands), (*rows, columns), x.dtype)
 
     def multiply(self, x: Tensor | Codes | Handed, nonlinearity: str = "") -> Tensor:

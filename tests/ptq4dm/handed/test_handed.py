@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,6 +14,7 @@ import ptq4dm
 from ptq4dm.handed import norms as NORMS
 from ptq4dm.handed.value import Handed
 from ptq4dm.kernels.w4 import from_codes as w4_codes
+from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.progressive import ProgressiveLinear, ProgressivePlan
 from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear
@@ -109,9 +112,9 @@ def here(monkeypatch):
     for kind in (Int8Linear, Fp8Linear, ProgressiveLinear):
         encode = kind.encode
 
-        def counted(self, x, norm, dtype, encode=encode):
-            seen.append(None if norm is None else norm[3])
-            return encode(self, x, norm, dtype)
+        def counted(self, x, norm, dtype, gate=None, encode=encode):
+            seen.append("gate" if gate else None if norm is None else norm[3])
+            return encode(self, x, norm, dtype, gate)
 
         monkeypatch.setattr(kind, "encode", counted)
     return seen
@@ -164,6 +167,51 @@ def test_cross_attention_shares_the_text_alone(here):
     assert here == [None, None, None]  # at the first call for the query too; then for key and value
     assert model.blocks[0].attn.sharing.settled() == (1,)
     assert "fused     1 Attend, its input quantized once" in str(report)
+
+
+class Gated(nn.Module):
+    """A feed-forward of this kind, its layers quantized; a norm before it."""
+
+    def __init__(self, kind, act):
+        super().__init__()
+        torch.manual_seed(4)
+        self.norm = nn.LayerNorm(K)
+        if act == "flux2":
+            self.ff = Flux2FeedForward(K, mult=2.0)
+            names = ("linear_in", "linear_out")
+        else:
+            self.ff = FeedForward(K, mult=2, activation_fn=act)
+            names = ("net.0.proj", "net.2")
+        made, plan = FORMATS[kind]
+        for name in names:
+            linear = self.ff.get_submodule(name)
+            layer = made(linear, plan())
+            layer.pack(linear.weight.detach(), name)
+            if linear.bias is not None:
+                layer.put(bias=linear.bias)
+            replace_module(self.ff, name, layer)
+
+    def forward(self, x, scale, shift, other=None):
+        return x + self.ff(self.norm(x))
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+@pytest.mark.parametrize("act", ["geglu", "swiglu", "flux2"])
+def test_gates_are_quantized_with_what_reads_them(act, kind, here):
+    model, args = Net(Gated(kind, act)), inputs()
+    before = answers(model, *args)
+    report = ptq4dm.fuse(model)
+    answer = answers(model, *args)
+    assert here == ([None] * 2 if kind == "static" else ["layer", "gate"])
+    assert (answer - before).abs().max() < 3e-2 * before.abs().max()
+    assert torch.equal(answers(model, *args), answer)
+    assert "GLU, quantized with what reads it" in str(report)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert (answers(compiled, *args) - answer).abs().max() < 1e-2 * answer.abs().max()
+    torch._dynamo.reset()
+    ptq4dm.unfuse(model)
+    assert torch.equal(answers(model, *args), before)
 
 
 def test_what_is_of_rows_is_computed(here):

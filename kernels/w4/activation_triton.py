@@ -83,18 +83,23 @@ def _plain_branch(
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     GATE: tl.constexpr,
 ):  # fmt: skip
-    """x D^T of rows block * BM .. + BM, float32 [BM, R]."""
+    """x D^T of rows block * BM .. + BM, float32 [BM, R].
+
+    A gated x is made in registers: as the first operand of Hopper's matrix instructions it would have each of them
+    wait for the one before, so there the product is taken as D x^T.
+    """
     m, inside, _ = rows_of(block, M, None, BM)
     ranks, columns = tl.arange(0, R), tl.arange(0, BK)
     x_rows, more_rows = starts_of(x_ptr, stride_m, more, m)
     down_rows = down_ptr + ranks[:, None] * K
-    branch = tl.zeros((BM, R), tl.float32)
+    branch = tl.zeros((BM, R), tl.float32) if GATE == "" else tl.zeros((R, BM), tl.float32)
     for first in tl.range(0, K, BK, num_stages=STAGES):
         k = first + columns
         x = values_of(x_rows, more_rows, more, k, inside[:, None] & (k < K)[None, :], GATE)
         down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
-        branch = tl.dot(x, down.to(x.dtype).T, branch)
-    return branch
+        down = down.to(x.dtype)
+        branch = tl.dot(x, down.T, branch) if GATE == "" else tl.dot(down, x.T, branch)
+    return branch if GATE == "" else branch.T
 
 
 @triton.jit

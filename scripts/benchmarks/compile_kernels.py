@@ -182,9 +182,10 @@ def integer_calls(quick: bool) -> None:
         for size in (128,) if quick else (k, 128, 64, 32):
             groups = n, k // size
             zeros = None if size == 64 else int8(*groups)
-            integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
             tokens = integer.tokens_through(empty(rows, k))
-            integer.progressive_of_tokens(*tokens, qweight, int8(*groups), zeros, channel, empty(n), k, torch.bfloat16)
+            operands = qweight, int8(*groups), zeros, channel, empty(n)
+            integer.progressive_through(empty(rows, k), *operands)
+            integer.progressive_of_tokens(*tokens, *operands, k, torch.bfloat16)
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
             if groups[1] > 1:
                 outputs, wide = n - 192, 192

@@ -8,7 +8,8 @@ first call finds out who reads what. Kernels are taken to be there, and the ops 
 
     linear      quantized Linear layers
     norms       norms that are quantized with what reads them, and how many layers that is
-    shared      layers beside these that read codes which another layer made
+    gates       layers that are quantized with the gated activation before them
+    shared      layers beside these whose input is quantized once for several
     whole       modules fused as a whole, such as GELU in the product before it, or FLUX's blocks
     made        codes made in a step, of those that are made without fusing: one for each of these layers
     difference  from the unfused model, as a share of what quantizing costs
@@ -35,7 +36,7 @@ from sweep.classes.catalogue import CASES  # noqa: E402
 import ptq4dm  # noqa: E402
 from ptq4dm.errors import run  # noqa: E402
 from ptq4dm.files.atomic import replacing  # noqa: E402
-from ptq4dm.handed import norms, value  # noqa: E402
+from ptq4dm.handed import gates, norms, value  # noqa: E402
 from ptq4dm.inference.blocks import repeated_blocks  # noqa: E402
 from ptq4dm.layers.base import is_quantized  # noqa: E402
 from ptq4dm.svdquant.layers import fused_parts  # noqa: E402
@@ -111,14 +112,15 @@ def measure(label: str, form: str) -> dict:
         name: {layer for reads in notes.readers.values() for _, layer in reads} for name, notes in found.items()
     }
     under = [name for name in found if type(model.get_submodule(name)) in norms.NORMS.values()]
-    normed = {layer for name in under for layer in readers[name]}
-    shared = {layer for name in found if name not in under for layer in readers[name]} - normed
+    halves = [name for name in found if type(model.get_submodule(name)) in gates.GATES.values()]
+    normed, gated = ({layer for name in names for layer in readers[name]} for names in (under, halves))
+    shared = {layer for name in found if name not in (*under, *halves) for layer in readers[name]} - normed - gated
     whole = Counter(kind for name, kind in report.kinds.items() if name not in report.handed)
     linear = [one for one in model.modules() if isinstance(one, nn.Linear) and is_quantized(one)]
     differences = zip(answer, plain, exact, strict=True)
     return {
         "class": label, "model": CLASSES.get(label, ""), "form": form, "linear": len(linear), "norms": len(under),
-        "normed": len(normed), "shared": len(shared), "whole": dict(whole), "made": count.made, "read": count.reads,
+        "normed": len(normed), "gates": len(gated), "shared": len(shared), "whole": dict(whole), "made": count.made, "read": count.reads,
         "difference": max(float((a - b).norm() / (b - c).norm()) for a, b, c in differences),
         "compiled": compiled,
     }  # fmt: skip

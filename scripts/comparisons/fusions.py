@@ -120,7 +120,8 @@ def measure(label: str, form: str) -> dict:
     differences = zip(answer, plain, exact, strict=True)
     return {
         "class": label, "model": CLASSES.get(label, ""), "form": form, "linear": len(linear), "norms": len(under),
-        "normed": len(normed), "gates": len(gated), "shared": len(shared), "whole": dict(whole), "made": count.made, "read": count.reads,
+        "normed": len(normed), "gates": len(gated), "shared": len(shared), "whole": dict(whole),
+        "made": count.made, "read": count.reads,
         "difference": max(float((a - b).norm() / (b - c).norm()) for a, b, c in differences),
         "compiled": compiled,
     }  # fmt: skip
@@ -144,26 +145,17 @@ def compiles(one, model: nn.Module, answer: list) -> str:
     return "yes" if same else "another answer"
 
 
+COLUMNS = ("model", "class", "linear", "norms", "gates", "shared", "whole", "made", "compiled")
+
+
 def table(rows: list[dict]) -> str:
-    lines = [
-        "| model | class | linear | norms | shared | whole | made | compiled |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         whole = ", ".join(f"{count} {kind}" for kind, count in row["whole"].items()) or "-"
         norm = f"{row['norms']} for {row['normed']}" if row["norms"] else "-"
         made = f"{row['made']} of {row['read']}" if row["read"] else "-"
-        cells = [
-            row["model"],
-            f"`{row['class']}`",
-            row["linear"],
-            norm,
-            row["shared"] or "-",
-            whole,
-            made,
-            row["compiled"],
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        cells = [row["model"], f"`{row['class']}`", row["linear"], norm, row["gates"] or "-", row["shared"] or "-"]
+        lines.append("| " + " | ".join(map(str, [*cells, whole, made, row["compiled"]])) + " |")
     return "\n".join(lines)
 
 

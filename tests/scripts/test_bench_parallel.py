@@ -22,7 +22,8 @@ def test_two_processes_give_the_image_of_one(tmp_path):
     ways = ("--device", "cpu", "--no-compile", "--forms", "svdq-fused", "--ways", "one", "ulysses")
     done = subprocess.run(
         [*torchrun, str(SCRIPT), *SMALL, *ways, "--output", str(rows)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, 
+        capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = {row["way"]: row for row in map(json.loads, rows.read_text().splitlines())}

@@ -49,15 +49,9 @@ CLASSES = {  # label of the sweep -> models that are of it
     "Flux2Transformer2DModel": "FLUX.2",
     "QwenImageTransformer2DModel": "Qwen-Image",
     "ZImageTransformer2DModel": "Z-Image",
-    "Lumina2Transformer2DModel": "Lumina 2",
-    "SanaTransformer2DModel": "Sana",
-    "CogView4Transformer2DModel": "CogView 4",
     "WanTransformer3DModel": "Wan 2.1",
     "WanTransformer3DModel (a time for each token)": "Wan 2.2, 5 B",
     "LTXVideoTransformer3DModel": "LTX-Video",
-    "HunyuanVideoTransformer3DModel": "HunyuanVideo",
-    "CogVideoXTransformer3DModel": "CogVideoX",
-    "MochiTransformer3DModel": "Mochi",
 }
 FORMS = {
     "svdq": lambda: ptq4dm.SVDQuantConfig(activations="int8", rank=8, num_tuples=2, smoothing=0.5, refinements=0,

@@ -30,7 +30,7 @@ ptq4dm/checks  ptq4dm/interrupts
 ptq4dm/registry  ptq4dm/evidence  ptq4dm/options  ptq4dm/hooks  ptq4dm/undo  ptq4dm/progress
 ptq4dm/files
 ptq4dm/pipelines
-ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms
+ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms  ptq4dm/handed
 ptq4dm/layers
 ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/shift  ptq4dm/layers/attention
 ptq4dm/calibration

@@ -10,6 +10,7 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch, planned
 from ..runtime.prepared import prepared
 from .activation_triton import activation_kernel
+from .reference import NONLINEARITIES, NORMS
 
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
 
@@ -76,45 +77,57 @@ def activation_tensors(x: Tensor, smooth: Tensor | None, down: Tensor | None) ->
 
 
 @planned
-def _launch(config: dict, k: int, samples: int, joined: tuple, modulated: tuple, mode, m, _, *sizes) -> Launch:
+def _launch(
+    config: dict, k: int, samples: int, joined: tuple, modulated: tuple, gate: str, mode, m, _, *sizes
+) -> Launch:  # fmt: skip
     """k: of (x | more); joined: columns of x, stride of more; modulated: strides of the norm's vectors, rows, eps."""
     programs, fixed = activation_launch(config, mode, m, k, *sizes, samples)
     fixed |= dict(zip(("x_columns", "stride_more"), joined, strict=True))
-    fixed |= dict(zip(("stride_gain", "stride_offset", "sample_rows", "eps"), modulated, strict=True))
-    return Launch(activation_kernel, (programs,), **fixed)
+    fixed |= dict(
+        zip(("stride_gain", "stride_offset", "sample_rows", "eps", "ONE", "CENTRED"), modulated, strict=True)
+    )
+    return Launch(activation_kernel, (programs,), GATE=gate, **fixed)
 
 
 def quantize_activation(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, out: tuple, config: dict,
-    more: Tensor | None = None, norm: tuple[Tensor, Tensor, float] | None = None,
+    more: Tensor | None = None, norm: tuple | None = None, gate: str = "",
 ) -> None:  # fmt: skip
     """Fill `out`, made by `empty_activation`, from x [M, K] (bf16 or fp16, columns contiguous).
 
     smooth [K] divisors, down [r, K] contiguous; mode "fp8", "int8" or "int4"; config has SETTINGS, those of
     "<mode>.prepare" too. more [M, K2], like x: its columns follow those of x, and K is their sum. norm
-    (scale [B, K], shift [B, K], eps): x and more are normalised over K, scaled by 1 + scale and shifted first, M / B
-    rows with each row of scale and shift; see norm.py.
+    (scale [B, K], shift [B, K] or None, eps, one of NORMS): x and more are normalised over K, scaled and shifted
+    first, M / B rows with each row of scale and shift; see norm.py. Without the last it is "adaptive". gate: one of
+    NONLINEARITIES: x is multiplied by that of `more` [M, K] first.
 
-    Raises ValueError for a `more` or a `norm` of other sizes or types.
+    Raises ValueError for a `more` or a `norm` of other sizes or types, and for a norm beside a gate.
     """
     m, k = x.shape
-    joined, samples, modulated = (None, None), 1, (None,) * 4
+    joined, samples, modulated = (None, None), 1, (None,) * 6
     gain = offset = None
     if more is not None:
-        _check_more(x, more)
+        _check_more(x, more, gate)
         joined = k, more.stride(0)
-        k += more.shape[1]
+        k += 0 if gate else more.shape[1]
     if norm is not None:
-        gain, offset, eps = norm
-        _check_norm(gain, offset, m, k)
-        samples = len(gain)
-        modulated = gain.stride(0), offset.stride(0), m // samples, eps
-    launch = _launch(config, k, samples, joined, modulated, *activation_sizes(x, smooth, down, mode, shift))
+        gain, offset, eps, *form = norm
+        form = form[0] if form else "adaptive"
+        if gate:
+            raise ValueError("an input is normalised or multiplied by a gate, not both.")
+        _check_norm(gain, offset, form, m, k)
+        samples, one, centred = len(gain), form == "adaptive", form != "rms"
+        modulated = gain.stride(0), 0 if offset is None else offset.stride(0), m // samples, eps, one, centred
+    launch = _launch(config, k, samples, joined, modulated, gate, *activation_sizes(x, smooth, down, mode, shift))
     launch(*activation_tensors(x, smooth, down), *out, more, gain, offset)
 
 
-def _check_more(x: Tensor, more: Tensor) -> None:
-    if more.dtype != x.dtype or len(more) != len(x) or x.shape[1] % GROUP or more.shape[1] % GROUP:
+def _check_more(x: Tensor, more: Tensor, gate: str) -> None:
+    if gate not in NONLINEARITIES:
+        raise ValueError(f"a gate is one of {', '.join(filter(None, NONLINEARITIES))}, not '{gate}'.")
+    if gate and (more.dtype != x.dtype or more.shape != x.shape):
+        raise ValueError(f"x is {x.dtype} {list(x.shape)} and its gate {more.dtype} {list(more.shape)}.")
+    if not gate and (more.dtype != x.dtype or len(more) != len(x) or x.shape[1] % GROUP or more.shape[1] % GROUP):
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} and more {more.dtype} {list(more.shape)}; "
             f"give both the same dtype and rows, and numbers of columns that are multiples of {GROUP}."
@@ -123,7 +136,10 @@ def _check_more(x: Tensor, more: Tensor) -> None:
         raise ValueError("the columns of more are not contiguous; call .contiguous() on it first.")
 
 
-def _check_norm(scale: Tensor, shift: Tensor, m: int, k: int) -> None:
+def _check_norm(scale: Tensor, shift: Tensor | None, form: str, m: int, k: int) -> None:
+    if form not in NORMS:
+        raise ValueError(f"a norm is one of {', '.join(NORMS)}, not '{form}'.")
+    shift = scale if shift is None else shift
     if scale.shape != shift.shape or scale.ndim != 2 or scale.shape[1] != k or not len(scale) or m % len(scale):
         raise ValueError(
             f"scale {list(scale.shape)} and shift {list(shift.shape)} of the norm do not fit {m} rows of {k}; "

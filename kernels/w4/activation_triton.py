@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ..runtime.rounding import ROUND
-from .norm import blocks_of, columns_of, normed, normed_branch, row_statistics, rows_of, starts_of
+from .norm import blocks_of, normed, normed_branch, row_statistics, rows_of, starts_of, values_of
 
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
 
@@ -81,26 +81,32 @@ def _smoothed(x, inverse_ptr, k, K, shift, SHIFTED: tl.constexpr, SMOOTHED: tl.c
 def _plain_branch(
     block, x_ptr, down_ptr, M, K, stride_m, more,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
-    """x D^T of rows block * BM .. + BM, float32 [BM, R]."""
+    """x D^T of rows block * BM .. + BM, float32 [BM, R].
+
+    A gated x is made in registers: as the first operand of Hopper's matrix instructions it would have each of them
+    wait for the one before, so there the product is taken as D x^T.
+    """
     m, inside, _ = rows_of(block, M, None, BM)
     ranks, columns = tl.arange(0, R), tl.arange(0, BK)
     x_rows, more_rows = starts_of(x_ptr, stride_m, more, m)
     down_rows = down_ptr + ranks[:, None] * K
-    branch = tl.zeros((BM, R), tl.float32)
+    branch = tl.zeros((BM, R), tl.float32) if GATE == "" else tl.zeros((R, BM), tl.float32)
     for first in tl.range(0, K, BK, num_stages=STAGES):
         k = first + columns
-        x = tl.load(columns_of(x_rows, more_rows, more, k), mask=inside[:, None] & (k < K)[None, :], other=0.0)
+        x = values_of(x_rows, more_rows, more, k, inside[:, None] & (k < K)[None, :], GATE)
         down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
-        branch = tl.dot(x, down.to(x.dtype).T, branch)
-    return branch
+        down = down.to(x.dtype)
+        branch = tl.dot(x, down.T, branch) if GATE == "" else tl.dot(down, x.T, branch)
+    return branch if GATE == "" else branch.T
 
 
 @triton.jit
 def _quantized_rows(
     block, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
     GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """codes and scales of a block of ROWS rows; STEPS * STEP columns hold K."""
     m, there, sample = rows_of(block, M, norm, ROWS)
@@ -112,10 +118,9 @@ def _quantized_rows(
     rows = ()
     for i in tl.static_range(STEPS):
         k = i * STEP + columns
-        where = columns_of(x_rows, more_rows, more, k)
-        rows = rows + (tl.load(where, mask=inside & (k < K)[None, :], other=0.0),)
+        rows = rows + (values_of(x_rows, more_rows, more, k, inside & (k < K)[None, :], GATE),)
     if norm is not None:
-        mean, rstd = row_statistics(rows, columns, K, norm[5])
+        mean, rstd = row_statistics(rows, columns, K, norm[5], norm[7])
         values = ()
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
@@ -162,18 +167,18 @@ def activation_program(
     program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m, more, norm,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr = "",
 ):  # fmt: skip
     """First the programs of the branch, of BM rows each, if R > 0 (the rank, padded); then those that quantize.
 
-    more: (pointer, columns of x, stride of rows) or None;
-    norm: (scale, shift, strides of their samples, rows of a sample, eps) or None.
+    more: (pointer, columns of x, stride of rows) or None; with a GATE what x is multiplied by, after that function.
+    norm: as in norm.py, or None.
     """
     branches = blocks_of(M, norm, BM) if R > 0 else 0
     if program < branches:
         if R > 0:
             if norm is None:
-                branch = _plain_branch(program, x_ptr, down_ptr, M, K, stride_m, more, RANK, R, BM, BK, STAGES)
+                branch = _plain_branch(program, x_ptr, down_ptr, M, K, stride_m, more, RANK, R, BM, BK, STAGES, GATE)
             else:
                 branch = normed_branch(program, x_ptr, down_ptr, M, K, stride_m, more, norm, RANK, R, BM, BK, STAGES)
             m, inside, _ = rows_of(program, M, norm, BM)
@@ -182,7 +187,7 @@ def activation_program(
     else:
         _quantized_rows(
             program - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
-            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS,
+            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS, GATE,
         )  # fmt: skip
 
 
@@ -192,11 +197,16 @@ def activation_kernel(
     more_ptr, x_columns, stride_more, gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ONE: tl.constexpr, CENTRED: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
     more = None if more_ptr is None else (more_ptr, x_columns, stride_more)
-    norm = None if gain_ptr is None else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps)
+    norm = (
+        None
+        if gain_ptr is None
+        else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps, ONE, CENTRED)
+    )
     activation_program(
         tl.program_id(0), x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-        more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
+        more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS, GATE,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """An SVDQuant layer in two ops, for what comes before it to hand over codes (formulas: reference.py):
 
-    svdq_codes     [layer norm ->] codes and x D^T      once for all layers that share an input, smoothing and D
+    svdq_codes     [norm ->] codes and x D^T            once for all layers that share an input, smoothing and D
     svdq_product   codes, x D^T -> y                    once for each of them
 
 Nothing is rounded between the norm and the codes. Layers with 8- and 4-bit activations in groups of 64; on devices
@@ -51,32 +51,50 @@ def svdq_codes(
     norm_scale: Tensor | None,
     norm_shift: Tensor | None,
     eps: float,
+    form: str = "adaptive",
+    gate: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., K] float -> codes [M, K] (e4m3 or int8), float32 scales [M] ("int4": [K / 64, M]), x D^T [M, R].
 
     more [..., K'] holds further columns of x, of which K is the sum then: nothing is concatenated in memory. With
     norm_scale and norm_shift [B, K] x [B, ..., K] is LayerNorm(x) (1 + norm_scale[b]) + norm_shift[b], with this eps,
-    first. smooth [K], down [r, K]. R is r, padded where kernels want it so. activation: "fp8", "int8" or "int4".
+    first; under the form "layer" LayerNorm(x) norm_scale[b] + norm_shift[b], under "rms" RMSNorm(x) in its place:
+    then norm_shift may be None, and both may have one row for all samples. smooth [K], down [r, K]. R is r, padded
+    where kernels want it so. activation: "fp8", "int8" or "int4". gate: "gelu", "gelu_tanh" or "silu"; then `more` is
+    of x's shape, and x is multiplied by that function of it first.
 
     Raises ValueError for sizes that do not fit.
     """
-    _check_inputs(x, more, norm_scale, norm_shift)
+    _check_inputs(x, more, norm_scale, norm_shift, form, gate)
     name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
-    norm = None if norm_scale is None else (norm_scale, norm_shift, eps)
+    norm = None if norm_scale is None else (norm_scale, norm_shift, eps, form)
     if name == REFERENCE:
-        return reference.codes(x, more, smooth, down, activation, shift, norm)
-    return codes_through(name, x, more, smooth, down, shift, norm)
+        return reference.codes(x, more, smooth, down, activation, shift, norm, gate)
+    return codes_through(name, x, more, smooth, down, shift, norm, gate)
 
 
 @svdq_codes.register_fake
-def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps):
-    _check_inputs(x, more, norm_scale, norm_shift)
+def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps, form="adaptive", gate=""):
+    _check_inputs(x, more, norm_scale, norm_shift, form, gate)
     name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
-    k = x.shape[1] + (0 if more is None else more.shape[1])
+    k = x.shape[1] + (0 if more is None or gate else more.shape[1])
     shapes = _shapes(name, x.device, x.shape[0], k, 0 if down is None else down.shape[0], x.dtype, activation)
     return tuple(x.new_empty(shape, dtype=kind) for shape, kind in shapes)
+
+
+def row_codes(x: Tensor, activation: str, norm: tuple | None, gate: tuple | None) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] and scales [M] of x [..., K] for layers without smoothing or a branch.
+
+    norm: (scale, shift, eps, form) and gate: (tensor like x, function of it) as `svdq_codes` has them; one is None.
+    """
+    if gate is None:
+        codes, scale, _ = svdq_codes(x, None, None, None, activation, 0.0, *norm)
+    else:
+        more, function = gate
+        codes, scale, _ = svdq_codes(x, more, None, None, activation, 0.0, None, None, 0.0, "adaptive", function)
+    return codes, scale
 
 
 @op
@@ -130,19 +148,19 @@ def _codes_plan(
     return best_config(f"{mode}.{step}", device, rows, None, k), _shapes(name, device, m, k, rank, dtype, mode)
 
 
-def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift: float, norm) -> tuple:
+def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift: float, norm, gate="") -> tuple:
     """`reference.codes` by the kernels called `name`; the branch in bf16 or fp16, its columns padded with zeros."""
     x = short_floats(x)
     dtype, (m, k) = x.dtype, x.shape
     if more is not None:
         more = short_floats(more if more.dtype == dtype else more.to(dtype))
-        k += more.shape[1]
+        k += 0 if gate else more.shape[1]
     rank, samples = 0 if down is None else down.shape[0], 0 if norm is None else norm[0].shape[0]
     config, ((_, code), (scales, _), (branch, _)) = _codes_plan(name, x.device, m, k, rank, dtype, samples)
     out = x.new_empty(m, k, dtype=code), x.new_empty(scales, dtype=torch.float32), x.new_empty(branch)
     if m:
         down = None if down is None else in_type(down, dtype)
-        activation_launches.quantize_activation(x, smooth, down, MODES[name], shift, out, config, more, norm)
+        activation_launches.quantize_activation(x, smooth, down, MODES[name], shift, out, config, more, norm, gate)
     return out
 
 
@@ -189,12 +207,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _check_inputs(x, more, norm_scale, norm_shift) -> None:
+def _check_inputs(x, more, norm_scale, norm_shift, form, gate) -> None:
+    check(gate)
+    if gate and (more is None or more.shape != x.shape or norm_scale is not None):
+        raise ValueError(f"a gate is of the inputs' shape {tuple(x.shape)}, and no norm is beside it.")
     if more is not None and more.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"inputs {tuple(x.shape)} and their further columns {tuple(more.shape)} differ in rows.")
     if norm_scale is None:
         return
-    wanted = (x.shape[0], x.shape[-1] + (0 if more is None else more.shape[-1]))
-    if not norm_scale.shape == norm_shift.shape == wanted:
-        sizes = tuple(norm_scale.shape), tuple(norm_shift.shape)
+    if form not in reference.NORMS:
+        raise ValueError(f"a norm is one of {', '.join(reference.NORMS)}, not '{form}'.")
+    wanted = x.shape[0], x.shape[-1] + (0 if more is None else more.shape[-1])
+    one = form != "adaptive"  # row for all samples, and no shift: what norms with weights have
+    fits = norm_scale.shape == wanted or (one and norm_scale.shape == (1, wanted[1]))
+    if not fits or (norm_scale.shape != norm_shift.shape if norm_shift is not None else not one):
+        sizes = tuple(norm_scale.shape), None if norm_shift is None else tuple(norm_shift.shape)
         raise ValueError(f"a norm's scale and shift {sizes} are not of {wanted[0]} samples and {wanted[1]} inputs.")

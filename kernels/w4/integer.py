@@ -146,14 +146,49 @@ def _exact_sums(x, qweight, wsteps, wzeros, wscales, bias, kind: str, groups: in
     out = x.new_empty(m, n)
     if unpacks:
         tokens_triton.prepare(x, (codes, scale, None), None, None, None, (None, None), (n, 0))
-        progressive_triton.codes(qweight, wsteps, wzeros, groups, k, w8)
-        product_w4a8.product((codes, scale, out[:, :0]), (w8, wscales), None, bias, out, config)
-        return out
+    else:
+        tokens = codes, scale, (sums if summed else None)
+        tokens_triton.prepare(x, tokens, wsteps, wzeros, None, (factors, None), (n, groups))
     tokens = codes, scale, (sums if summed else None)
-    tokens_triton.prepare(x, tokens, wsteps, wzeros, None, (factors, None), (n, groups))
+    return _product(tokens, (qweight, wsteps, wzeros, wscales), (factors, w8), bias, out, kind, (groups, k), config)
+
+
+def _product(tokens, weight, made, bias, out, kind: str, sizes: tuple[int, int], config: dict) -> Tensor:
+    """made: tables of factors, filled, and room for int8 weights; sizes: groups of K inputs, and K."""
+    (qweight, wsteps, wzeros, wscales), (factors, w8), (groups, k) = weight, made, sizes
+    if config.get("UNPACK", False):
+        progressive_triton.codes(qweight, wsteps, wzeros, groups, k, w8)
+        product_w4a8.product((*tokens[:2], out[:, :0]), (w8, wscales), None, bias, out, config)
+        return out
     size = k // groups if groups > 1 else 0
     product_progressive.product(tokens, qweight, factors, wscales, bias, out, kind, size, config)
     return out
+
+
+def tokens_through(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`from_tokens.w4a8_tokens` of x [M, K], M above 0."""
+    x = _rows(x)
+    m, k = x.shape
+    codes = x.new_empty(m, -(-k // GROUP) * GROUP, dtype=torch.int8)
+    scale = x.new_empty(m, dtype=FLOAT)
+    tokens_triton.prepare(x, (codes, scale, None), None, None, None, (None, None), (0, 0))
+    return codes, scale
+
+
+def progressive_of_tokens(
+    codes: Tensor, scale: Tensor, qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, wscales: Tensor,
+    bias: Tensor | None, k: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`from_tokens.progressive_product` of codes [M, K'], M and N above 0."""
+    m, (n, groups) = len(codes), wsteps.shape
+    config = best_config("progressive.product", codes.device, m, n, k)
+    unpacks = config.get("UNPACK", False)
+    *_, factors, _, w8 = _room(0, n, k, groups, False, not unpacks, False, unpacks).take(codes)
+    weight = tuple(_contiguous(one) for one in (qweight, wsteps, wzeros, wscales))
+    if not unpacks:
+        tokens_triton.factors(codes, scale, *weight[1:3], factors)
+    out = codes.new_empty(m, n, dtype=dtype)
+    return _product((codes, scale, None), weight, (factors, w8), bias, out, "steps", (groups, k), config)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,19 +1,29 @@
-"""Steps that the activation kernel takes over from layers before it: a second tensor, an adaptive LayerNorm.
+"""Steps that the activation kernel takes over from layers before it: a second tensor, a gate, a norm.
 
     x = (x | more)                                     the columns of `more` follow those of x
-    v = (x - mean) rstd (1 + scale[b]) + shift[b]      mean and rstd = 1 / sqrt(variance + eps) of a row of sample b
-    v D^T = rstd (x D'^T - mean sum_k D'[:, k]) + shift[b] D^T,    D'[j, k] = (1 + scale[b, k]) D[j, k]
+    x = x f(more)                                      or more is a gate (GEGLU, SwiGLU: arXiv:2002.05202)
+    v = (x - mean) rstd g[b] + shift[b]                mean and rstd = 1 / sqrt(variance + eps) of a row of sample b
+    v D^T = rstd (x D'^T - mean sum_k D'[:, k]) + shift[b] D^T,    D'[j, k] = g[b, k] D[j, k]
 
-(adaLN-Zero of DiT, arXiv:2212.09748, section 3.2, in FLUX's order.) In float32 from end to end: neither the norm's
-output nor v is rounded, as kernels of their own would round them. The tensor cores take 16 bits, x as it is and D'
-rounded to them; the sum over D' is of what they took, so that a mean far from zero cancels. Thus x streams through
-once, for the statistics too. A block of rows belongs to one sample.
+    "adaptive"  g = 1 + scale: adaLN-Zero of DiT (arXiv:2212.09748, section 3.2), in FLUX's order
+    "layer"     g = scale: LayerNorm with weight and bias, and any modulation of them
+    "rms"       g = scale, mean = 0: RMSNorm (arXiv:1910.07467)
+
+f(more) and x f(more) are rounded to x's type, as two operations of a model round them. The rest is in float32 from
+end to end: neither the norm's output nor v is rounded, as kernels of their own would round them. The tensor cores
+take 16 bits, x as it is and D' rounded to them; the sum over D' is of what they took, so that a mean far from zero
+cancels. Thus x streams through once, for the statistics too. A block of rows belongs to one sample.
+
+`norm` is (scale, shift, strides of their samples, rows of a sample, eps, 1 to add to scale or 0, whether a mean is
+taken off); shift may be None.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .products.nonlinearity import nonlinear
 
 
 @triton.jit
@@ -56,20 +66,39 @@ def columns_of(x_rows, more_rows, more, k):
 
 
 @triton.jit
+def values_of(x_rows, more_rows, more, k, mask, GATE: tl.constexpr):
+    """The input's columns k, 0 where there are none."""
+    if GATE == "":
+        return tl.load(columns_of(x_rows, more_rows, more, k), mask=mask, other=0.0)
+    else:
+        x = tl.load(x_rows + k[None, :], mask=mask, other=0.0)
+        gate = tl.load(more_rows + k[None, :], mask=mask, other=0.0)
+        gate = nonlinear(gate.to(tl.float32), GATE).to(x.dtype)
+        return (x.to(tl.float32) * gate.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
 def modulation(norm, sample, k, K, like):
     """(scale, shift) of columns k in the shape of `like`; 0 beyond K."""
     mask = (k < K)[None, :]
     scale = tl.load(tl.broadcast_to(norm[0] + sample * norm[2] + k[None, :], like.shape), mask=mask, other=0.0)
-    shift = tl.load(tl.broadcast_to(norm[1] + sample * norm[3] + k[None, :], like.shape), mask=mask, other=0.0)
-    return scale, shift
+    if norm[1] is None:
+        return scale, scale
+    else:
+        where = tl.broadcast_to(norm[1] + sample * norm[3] + k[None, :], like.shape)
+        return scale, tl.load(where, mask=mask, other=0.0)
 
 
 @triton.jit
 def normed(x, mean, rstd, inverse_ptr, c, norm, sample, k, K, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr):
     """(v + c) / s; without a c, 0 beyond K. What belongs to columns is made once for all rows."""
     mask = (k < K)[None, :]
-    gain = 1.0 + tl.load(norm[0] + sample * norm[2] + k[None, :], mask=mask, other=-1.0).to(tl.float32)
-    offset = tl.load(norm[1] + sample * norm[3] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    gain = tl.load(norm[0] + sample * norm[2] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    if norm[6]:
+        gain = tl.where(mask, 1.0 + gain, 0.0)
+    offset = tl.zeros(gain.shape, tl.float32)
+    if norm[1] is not None:
+        offset = tl.load(norm[1] + sample * norm[3] + k[None, :], mask=mask, other=0.0).to(tl.float32)
     if SHIFTED:
         offset += c
     if SMOOTHED:
@@ -88,12 +117,13 @@ def by_eight(d, first, K):
 
 
 @triton.jit
-def row_statistics(rows, columns, K, eps):
+def row_statistics(rows, columns, K, eps, CENTRED: tl.constexpr):
     """(mean, rstd), [ROWS, 1], of whole rows held as a tuple of [ROWS, STEP]: two passes over registers."""
     STEP: tl.constexpr = rows[0].shape[1]
     total = tl.zeros(rows[0].shape, tl.float32)
-    for i in tl.static_range(len(rows)):
-        total += rows[i].to(tl.float32)
+    if CENTRED:
+        for i in tl.static_range(len(rows)):
+            total += rows[i].to(tl.float32)
     mean = (tl.sum(total, 1) / K)[:, None]
     squares = tl.zeros(rows[0].shape, tl.float32)
     for i in tl.static_range(len(rows)):
@@ -118,7 +148,9 @@ def normed_branch(
     ranks, columns = tl.arange(0, R), tl.arange(0, BK)
     x_rows, more_rows = starts_of(x_ptr, stride_m, more, m)
     down_rows = down_ptr + ranks[:, None] * K
-    first = tl.load(x_rows, mask=inside[:, None], other=0.0).to(tl.float32)
+    first = tl.zeros((BM, 1), tl.float32)
+    if norm[7]:
+        first = tl.load(x_rows, mask=inside[:, None], other=0.0).to(tl.float32)
     sums, squares = tl.zeros((BM, BK // 8), tl.float32), tl.zeros((BM, BK // 8), tl.float32)
     down_sums, offsets = tl.zeros((R, BK // 8), tl.float32), tl.zeros((R, BK // 8), tl.float32)
     product = tl.zeros((BM, R), tl.float32)
@@ -130,12 +162,17 @@ def normed_branch(
         x = tl.load(columns_of(x_rows, more_rows, more, k), mask=inside[:, None] & (k < K)[None, :], other=0.0)
         down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
         down = down.to(tl.float32)
-        scaled = (down * gain.to(tl.float32) + down).to(x.dtype)
+        scaled = down * gain.to(tl.float32)
+        if norm[6]:
+            scaled += down
+        scaled = scaled.to(x.dtype)
         product = tl.dot(x, scaled.T, product)
-        down_sums += by_eight(scaled.to(tl.float32), start, K)
-        offsets += by_eight(down * offset.to(tl.float32), start, K)
+        if norm[1] is not None:
+            offsets += by_eight(down * offset.to(tl.float32), start, K)
         d = x.to(tl.float32) - first
-        sums += by_eight(d, start, K)
+        if norm[7]:
+            down_sums += by_eight(scaled.to(tl.float32), start, K)
+            sums += by_eight(d, start, K)
         squares += by_eight(d * d, start, K)
         gain, offset = next_gain, next_offset
     away = (tl.sum(sums, 1) / K)[:, None]

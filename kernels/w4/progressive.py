@@ -99,7 +99,11 @@ def reference_codes(qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, inpu
 
 def reference(x, qweight, wsteps, wzeros, wscales, bias) -> Tensor:
     """x [M, K] float -> float32 [M, N] by the formula, on any device: the truth."""
-    codes, scale = token_codes(x)
-    total = integer_product(codes, reference_codes(qweight, wsteps, wzeros, x.shape[1]))
+    return reference_product(*token_codes(x), qweight, wsteps, wzeros, wscales, bias)
+
+
+def reference_product(codes, scale, qweight, wsteps, wzeros, wscales, bias) -> Tensor:
+    """The same from codes int8 [M, K] and scales [M]."""
+    total = integer_product(codes, reference_codes(qweight, wsteps, wzeros, codes.shape[1]))
     y = total * (scale.double()[:, None] * wscales.double())
     return (y if bias is None else y + bias.double()).float()

@@ -11,7 +11,9 @@
 What c adds is in b. The torch reference here is the truth: it multiplies the dequantized codes in float32. `codes`
 and `product` are its two halves, for layers that share an input and for inputs that come from a norm:
 
-    x[b, t] = LayerNorm(h[b, t]) (1 + n[b]) + m[b]          adaptive layer norm (DiT, arXiv:2212.09748)
+    x[b, t] = LayerNorm(h[b, t]) (1 + n[b]) + m[b]          "adaptive" layer norm (DiT, arXiv:2212.09748)
+    x[b, t] = LayerNorm(h[b, t]) n[b] + m[b]                "layer": a norm with weights, or what is made of them
+    x[b, t] = RMSNorm(h[b, t]) n[b] + m[b]                  "rms" (arXiv:1910.07467)
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..formats.int4 import GROUP, dequantize_groups, quantize_activation_groups,
 from ..formats.int8 import dynamic_scale
 from .gradient import without_gradient
 
+NORMS = ("adaptive", "layer", "rms")
 ACTIVATIONS = ("int4", "int8", "fp8", "none")
 NONLINEARITIES = {
     "": lambda y: y,
@@ -67,18 +70,20 @@ def svdq_linear(
 
 def codes(
     x: Tensor, more: Tensor | None, smooth: Tensor | None, down: Tensor | None, activation: str, shift: float,
-    norm: tuple[Tensor, Tensor, float] | None,
+    norm: tuple | None, gate: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Quantize x [B T, K] for the products that read it: (codes [B T, K], scales, x D^T [B T, r]), in groups of 64.
 
-    more [B T, K']: further columns of x. norm: (n [B, K], m [B, K], eps), by which x is normalized first.
+    more [B T, K']: further columns of x. norm: (n [B, K], m [B, K] or None, eps, one of NORMS), by which x is
+    normalized first; "adaptive" where it has no fourth. gate: of NONLINEARITIES; x is multiplied by that of `more`.
     Codes are e4m3 or int8 (4-bit ones too) with float32 scales [B T], or [K / 64, B T] for "int4".
     """
-    exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)
+    if gate:
+        exact = (x * nonlinear(more, gate)).float()
+    else:
+        exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)
     if norm is not None:
-        scale, offset, eps = norm
-        exact = F.layer_norm(exact, exact.shape[1:], eps=eps).unflatten(0, (len(scale), -1))
-        exact = (exact * (1 + scale.float())[:, None] + offset.float()[:, None]).flatten(0, 1)
+        exact = normed(exact, *norm)
     branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())
     inputs = _smoothed(exact, smooth, shift)
     if activation == "int4":
@@ -88,6 +93,15 @@ def codes(
     rounded = inputs / scales
     rounded = rounded.to(fp8.DTYPE) if activation == "fp8" else torch.round(rounded).to(torch.int8)
     return rounded, scales[:, 0].contiguous(), branch
+
+
+def normed(x: Tensor, scale: Tensor, offset: Tensor | None, eps: float, form: str = "adaptive") -> Tensor:
+    """x [B T, K] float32 under the norm of this form."""
+    size = x.shape[1:]
+    x = F.rms_norm(x, size, eps=eps) if form == "rms" else F.layer_norm(x, size, eps=eps)
+    gain = scale.float() + 1 if form == "adaptive" else scale.float()
+    x = x.unflatten(0, (len(scale), -1)) * gain[:, None]
+    return (x if offset is None else x + offset.float()[:, None]).flatten(0, 1)
 
 
 def product(

@@ -174,6 +174,13 @@ def prepare(
     launch(x, *tokens, wsteps, wzeros, wscales, *tables, *wide)
 
 
+def factors(codes: Tensor, scale: Tensor, wsteps: Tensor, wzeros: Tensor | None, table: Tensor) -> None:
+    """Fill the table of factors int32 [G, N] alone, where codes [M, K'] and scales [M] are there already."""
+    n, groups = wsteps.shape
+    launch = _plan(0, codes.shape[1], codes.stride(0), n, groups, n, 0)
+    launch(codes, codes, scale, None, wsteps, wzeros, None, table, None, None, None, None)
+
+
 @remembered
 def _plan(m: int, k: int, stride: int, n: int, groups: int, width: int, wide: int) -> Launch:
     kp = packed_inputs(k)

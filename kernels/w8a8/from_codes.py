@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..formats import fp8
+from ..formats.int8 import dynamic_scale, weight_limit
 from ..runtime.late import late
 from ..runtime.ops import op
 from . import layer, reference, steps
@@ -98,6 +100,30 @@ def _(x, gamma, beta, groups, eps, silu):
 
 
 @op
+def w8a8_tokens(x: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, K] float -> codes [M, C'] of the dtype int8 or e4m3, and float32 scales [M]: symmetric, by its rows.
+
+    C' = K up to a multiple of 32, filled with codes of 0.
+    """
+    m, k = x.shape
+    image = x.reshape(m, k, 1, 1)
+    if _triton(x.device, dtype) and x.numel():
+        scale = quantize.scales(x.contiguous(), weight_limit(bits) if dtype == torch.int8 else fp8.LIMIT)
+        return quantize.quantize(image, scale, None, bits, dtype), scale
+    dims = (1, 2, 3)
+    scale = fp8.scale_of(image, dims) if dtype == fp8.DTYPE else dynamic_scale(image, dims, bits)
+    codes = x.new_zeros(m, -(-k // 32) * 32, dtype=dtype)
+    codes[:, :k] = reference.encode(image, dtype, scale, None, bits)[:, :, 0, 0]
+    return codes, scale.flatten()
+
+
+@w8a8_tokens.register_fake
+def _(x, bits, dtype):
+    m, k = x.shape
+    return x.new_empty(m, -(-k // 32) * 32, dtype=dtype), x.new_empty(m, dtype=torch.float32)
+
+
+@op
 def w8a8_conv2d_codes(
     codes: Tensor,
     image: Sequence[int],
@@ -115,7 +141,8 @@ def w8a8_conv2d_codes(
 ) -> Tensor:
     """codes [rows, C'], qweight [N, C, kh, kw] or [N, C] -> [B, N, H', W'] channels_last; image: (B, H, W).
 
-    shift [B, N] and residual [B, N, H', W'] are added before the one rounding to `dtype`.
+    scale: one, or one for each image. shift [B, N] and residual [B, N, H', W'] are added before the one rounding to
+    `dtype`.
     """
     window = _window(image, qweight, stride, padding, dilation, same_window)
     if _triton(codes.device, qweight.dtype) and window.batch:
@@ -124,6 +151,7 @@ def w8a8_conv2d_codes(
         y = steps.multiply(codes, window, parameters, dtype, shift, added)
         return y.permute(0, 3, 1, 2)
     weight = qweight if qweight.ndim == 4 else qweight[:, :, None, None]
+    scale = scale if scale.numel() == 1 else scale.view(-1, 1, 1, 1)
     y = reference.conv2d_codes(codes, window, weight, weight_scale, bias, scale, zero_point)
     y = y if shift is None else y + shift[:, :, None, None]
     y = y if residual is None else y + residual
@@ -155,15 +183,28 @@ def linear(
     if not (torch.compiler.is_compiling() and takes_codes(x, qweight, input_scale)):
         return layer.w8a8_linear(x, qweight, weight_scale, bias, input_scale, input_zero_point, activation_bits)
     rows = x.reshape(-1, x.shape[-1])
-    codes = reference.encode(rows, qweight.dtype, input_scale, input_zero_point, activation_bits).contiguous()
+    codes = static_codes(rows, qweight.dtype, input_scale, input_zero_point, activation_bits)
     operands = (qweight, weight_scale, bias, input_scale, input_zero_point)
     y = w8a8_conv2d_codes(codes, [len(rows), 1, 1], *operands, [1, 1], [0, 0], [1, 1], None, None, x.dtype)
     return y.reshape(*x.shape[:-1], len(qweight))
 
 
+def static_codes(
+    rows: Tensor, dtype: torch.dtype, scale: Tensor, zero_point: Tensor | None, bits: int
+) -> Tensor:  # fmt: skip
+    """Return codes [M, C'] of rows [M, K] on a static grid; under torch.compile by operations that it sees."""
+    if torch.compiler.is_compiling() and _codes_fit(rows, dtype):
+        return reference.encode(rows, dtype, scale, zero_point, bits).contiguous()
+    return w8a8_quantize(rows[:, :, None, None], scale, zero_point, bits, dtype, [0, 0], 1)
+
+
 def takes_codes(x: Tensor, qweight: Tensor, input_scale: Tensor | None) -> bool:
     """Say whether a Linear's kernel multiplies codes that need no largest value first and no channels to fill up."""
-    return input_scale is not None and x.shape[-1] % 32 == 0 and _triton(x.device, qweight.dtype)
+    return input_scale is not None and _codes_fit(x, qweight.dtype)
+
+
+def _codes_fit(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.shape[-1] % 32 == 0 and _triton(x.device, dtype)
 
 
 def _window(image, qweight, stride, padding, dilation, make=Window) -> Window:

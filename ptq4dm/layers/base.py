@@ -132,6 +132,20 @@ class QuantizedLayer:
         """Why fused forward passes (fuse.py) cannot have the layer, as the end of a sentence; "" where they can."""
         return f"is {self.plan}, for which there are no fused kernels"
 
+    takes_norms = False  # whether `encode` takes over a norm, or a gate, that lies before the layer
+
+    def codes_key(self) -> Any:
+        """What decides about the codes of an input: layers of one key, a layer or a tuple, read the same codes. None
+        where the layer takes none."""
+        return None
+
+    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> Any:
+        """Codes of x [..., K], or of a norm of it as kernels/w4/from_codes.py has it, for layers of the same key.
+
+        dtype: of their outputs. gate: (tensor like x, name of the function of it) that x is multiplied by, or None.
+        """
+        raise NotImplementedError
+
     def _float_layer(self) -> nn.Module:
         """A float layer of the same shape, without tensors."""
         raise NotImplementedError

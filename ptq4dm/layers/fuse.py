@@ -1,6 +1,7 @@
 """Fused forward passes of a quantized model: what lies between two products runs inside the kernels beside it.
 
-Of UNets with W8A8 layers, here; other rooms add theirs to FUSED.
+Of any model: norms that quantized layers read, and inputs that several of them share (ptq4dm/handed/). Of UNets with
+W8A8 layers, here; other rooms add theirs to FUSED.
 
     ResnetBlock2D   norm + SiLU + quantize | conv1 + time embedding | norm + SiLU + quantize | conv2 + shortcut
     Attention       norm + quantize, once for query, key and value | ... | output product + residual
@@ -24,6 +25,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from ..handed.find import hand_over, take_back
+from ..hooks import unhooked
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
 from ..pipelines.denoiser import denoisers_by_prefix, turn_at
@@ -53,6 +56,7 @@ def _fuse_all(models: dict[str, nn.Module]) -> FuseReport:
         fused = len(report)
         for name, module in model.named_modules():
             _fuse(module, f"{prefix}{name}", report)
+        hand_over(model, prefix, [name for name, one in model.named_modules() if _is_whole(one)], report)
         if names := report[fused:]:
             parts = {name: model.get_submodule(name.removeprefix(prefix)).modules() for name in names}
             first = next(model.parameters(), None)
@@ -87,6 +91,11 @@ def _fuse(module: nn.Module, name: str, report: FuseReport) -> None:
             report.leave(norm, kind, why_left(module.conv_out, LAYERS))
 
 
+def _is_whole(module: nn.Module) -> bool:
+    """Whether a module is fused with all that is inside."""
+    return type(module) in FUSED.values() or isinstance(getattr(module, "processor", None), FusedAttnProcessor)
+
+
 def unfuse(target: DiffusionPipeline | nn.Module) -> None:
     """Take back what `fuse` did."""
     models = denoisers_by_prefix(target, "what is fused")
@@ -103,6 +112,8 @@ def _unfuse_all(models: dict[str, nn.Module]) -> None:
             module.set_processor(AttnProcessor2_0())
         if isinstance(getattr(module, "conv_norm_out", None), GroupNormSiLU):
             module.conv_norm_out.__class__, module.conv_act = nn.GroupNorm, nn.SiLU()
+    for model in models.values():
+        take_back(model)
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -226,20 +237,6 @@ def _on_kernels(x: Tensor) -> bool:
 def _runs_fused(x: Tensor, *layers: nn.Module) -> bool:
     """Whether nothing hangs on the layers that expects their own forward pass to be called."""
     return _on_kernels(x) and all(type(layer) in LAYERS for layer in layers) and unhooked(*layers)
-
-
-def unhooked(*modules: nn.Module) -> bool:
-    """Whether no recorder, offloading or cache of torch, accelerate or diffusers waits for the modules' calls."""
-    for module in modules:
-        state = module.__dict__  # hasattr of a module without it takes ten times as long
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or "_hf_hook" in state
-            or "_diffusers_hook" in state
-        ):
-            return False
-    return True
 
 
 def _grid(layer: nn.Module) -> tuple[Tensor, Tensor | None, int, torch.dtype]:

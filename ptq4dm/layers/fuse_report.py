@@ -6,6 +6,7 @@ from collections import Counter
 
 from torch import nn
 
+from ..handed.notes import Notes
 from .base import QuantizedLayer
 
 FORM = "it is built otherwise than those that are fused"
@@ -23,11 +24,17 @@ class FuseReport(list):
         self.kinds: dict[str, str] = {}
         self.left: dict[str, tuple[str, str]] = {}
         self.notes: list[str] = []
+        self.handed: dict[str, Notes] = {}
 
     def add(self, name: str, kind: str) -> None:
         """Note a module that was fused."""
         self.append(name)
         self.kinds[name] = kind
+
+    def hand(self, name: str, kind: str, notes: Notes) -> None:
+        """Note a module that hands on what it has."""
+        self.add(name, kind)
+        self.handed[name] = notes
 
     def leave(self, name: str, kind: str, why: str) -> None:
         """Note a module that was left, but for parts of one that is fused as a whole."""
@@ -48,7 +55,22 @@ class FuseReport(list):
         self.notes = list(dict.fromkeys(self.notes))
 
     def __str__(self) -> str:
-        lines = [f"{'fused':<6} {count:>4} {kind}" for kind, count in Counter(self.kinds.values()).items()]
+        unread = [name for name, notes in self.handed.items() if notes.settled() == ()]
+        kinds = Counter(kind for name, kind in self.kinds.items() if name not in unread)
+        lines = [f"{'fused':<6} {count:>4} {kind}" for kind, count in kinds.items()]
+        for kind, count in Counter(self.kinds[name] for name in unread).items():
+            first = next(name for name in unread if self.kinds[name] == kind)
+            plain, _, what = kind.partition(", ")
+            why = (
+                "its layers share nothing, or what a norm hands on"
+                if "share" in what
+                else "no quantized layer reads it"
+            )
+            lines.append(f"{'left':<6} {count:>4} {plain}: {why} ('{first}')")
+        if unseen := [name for name, notes in self.handed.items() if notes.settled() is None]:
+            lines.append(
+                f"of {len(unseen)} of these a first call that is not compiled will tell whether they are read"
+            )
         for (kind, why), count in Counter(self.left.values()).items():
             first = next(name for name, seen in self.left.items() if seen == (kind, why))
             lines.append(f"{'left':<6} {count:>4} {kind}: {why} ('{first}')")

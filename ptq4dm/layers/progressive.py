@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
+from ..handed.value import Handed, RowCodes
 from ..kernels.formats import hadamard
 from ..kernels.formats.int8 import dynamic_scale
 from ..kernels.formats.progressive import MOST, ProgressiveGrid, leaves_int8
+from ..kernels.w4 import from_codes, from_tokens, integer
 from ..kernels.w4.progressive import progressive_codes
 from ..ranges.progressive import progressive_grid
 from . import int4_ops, progressive_ops
@@ -205,8 +207,37 @@ class ProgressiveLayer(RoundedLayer):
 class ProgressiveLinear(ProgressiveLayer, QuantizedLinear):
     """y = x W^T + b, W of 4 bits and x of 8: x [..., K] float -> [..., N] in x's dtype."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    takes_norms = True
+
+    def codes_key(self) -> tuple | None:
+        """Tokens in 8 bits are the same for every layer of this kind, but where they are turned first."""
+        plan, on_gpu = self.plan, self.qweight.is_cuda
+        if plan.rotation or plan.static or plan.activation_bits != 8 or self.in_features % PACKED:
+            return None
+        return ("tokens",) if not on_gpu or self.kernel_name() == integer.PROGRESSIVE else None
+
+    def encode(
+        self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None
+    ) -> RowCodes:  # fmt: skip
+        """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
+        if norm is None and gate is None:
+            codes, scale = from_tokens.w4a8_tokens(x.reshape(-1, x.shape[-1]))
+        else:
+            codes, scale = from_codes.row_codes(x, "int8", norm, gate)
+        return RowCodes(codes, scale, x.shape, dtype)
+
+    def forward(self, input: Tensor | Handed) -> Tensor:
+        if isinstance(input, Handed):
+            given = input.codes_for(self)
+            if given is not None:
+                return self._of_codes(given)
+            input = input.tensor()
         return progressive_ops.stepped_linear(input, *self.operands)
+
+    def _of_codes(self, given: RowCodes) -> Tensor:
+        weight = (self.qweight, self.wsteps, self.wzeros, self.wscales, self.added)
+        y = from_tokens.progressive_product(given.codes, given.scale, *weight, self.in_features, given.dtype)
+        return y.reshape(*given.shape[:-1], self.out_features)
 
 
 class ProgressiveConv2d(ProgressiveLayer, QuantizedConv2d):

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
+from ..handed.value import Handed, RowCodes
 from ..kernels.formats import fp8
 from ..kernels.formats.grid import Fp8Grid, Grid
 from ..kernels.formats.int8 import dequantize_weight, weight_limit
+from ..kernels.w4 import from_codes as w4_from_codes
 from ..kernels.w8a8 import from_codes, layer
 from ..ranges.weights import weight_grid
 from .base import QuantizedConv2d, QuantizedLinear, frozen
@@ -107,8 +109,46 @@ def check_input_grid(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
 class W8A8Linear(W8A8Layer, QuantizedLinear):
     """y = x W^T + b on 8-bit codes: x [..., K] float -> [..., N] in x's dtype."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    @property
+    def takes_norms(self) -> bool:  # type: ignore[override]
+        """Dynamic codes of 8 bits are made by the kernel that takes norms over, of whole runs of 32 inputs."""
+        return not self.plan.static and self.plan.activation_bits == 8 and self.in_features % 32 == 0
+
+    def codes_key(self) -> tuple | None:
+        """The grid of its inputs."""
+        if self.qweight.is_cuda and self.kernel_name() == layer.REFERENCE:
+            return None
+        return self.code, self.plan.activation_bits, self.plan.input_scale, self.plan.input_zero_point
+
+    def encode(
+        self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None
+    ) -> RowCodes:  # fmt: skip
+        """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
+        shape, bits = x.shape, self.plan.activation_bits
+        if norm is not None or gate is not None:
+            mode = "fp8" if self.code == fp8.DTYPE else "int8"
+            codes, scale = w4_from_codes.row_codes(x, mode, norm, gate)
+            return RowCodes(codes, scale, shape, dtype)
+        rows = x.reshape(-1, shape[-1])
+        if not self.plan.static:
+            codes, scale = from_codes.w8a8_tokens(rows, bits, self.code)
+            return RowCodes(codes, scale, shape, dtype)
+        grid = (self.input_scale, self.input_zero_point, bits)
+        return RowCodes(from_codes.static_codes(rows, self.code, *grid), self.input_scale, shape, dtype)
+
+    def forward(self, input: Tensor | Handed) -> Tensor:
+        if isinstance(input, Handed):
+            given = input.codes_for(self)
+            if given is not None:
+                return self._of_codes(given)
+            input = input.tensor()
         return from_codes.linear(input, *self.operands)
+
+    def _of_codes(self, given: RowCodes) -> Tensor:
+        image, one = [len(given.codes), 1, 1], [1, 1]
+        operands = (self.qweight, self.weight_scale, self.added, given.scale, self.input_zero_point)
+        y = from_codes.w8a8_conv2d_codes(given.codes, image, *operands, one, [0, 0], one, None, None, given.dtype)
+        return y.reshape(*given.shape[:-1], self.out_features)
 
 
 class W8A8Conv2d(W8A8Layer, QuantizedConv2d):

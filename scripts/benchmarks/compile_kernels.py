@@ -128,6 +128,12 @@ def svdquant_calls(capability: tuple[int, int], rank: int, nonlinearity: str, qu
         if name != layer.WEIGHT_ONLY:
             scale = (empty(1, k), empty(1, k), 1e-6)
             codes = from_codes.codes_through(name, empty(rows, k), None, weight[2], branch[0], 0.0, scale)
+            for form, shift in (("rms", None),) if quick else (("rms", None), ("rms", scale[1]), ("layer", scale[1])):
+                norm = (empty(1, k), shift, 1e-6, form)
+                from_codes.codes_through(name, empty(rows, k), None, weight[2], branch[0], 0.0, norm)
+            for gate in ("gelu",) if quick else ("gelu", "silu"):
+                halves = empty(rows, k), empty(rows, k)
+                from_codes.codes_through(name, *halves, weight[2], branch[0], 0.0, None, gate)
             if not quick:
                 from_codes.product_through(name, *codes, *weight[:2], branch[1], empty(n), nonlinearity)
                 down = empty(rank, 5 * k) if rank else None
@@ -181,7 +187,10 @@ def integer_calls(quick: bool) -> None:
         for size in (128,) if quick else (k, 128, 64, 32):
             groups = n, k // size
             zeros = None if size == 64 else int8(*groups)
-            integer.progressive_through(empty(rows, k), qweight, int8(*groups), zeros, channel, empty(n))
+            tokens = integer.tokens_through(empty(rows, k))
+            operands = qweight, int8(*groups), zeros, channel, empty(n)
+            integer.progressive_through(empty(rows, k), *operands)
+            integer.progressive_of_tokens(*tokens, *operands, k, torch.bfloat16)
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
             if groups[1] > 1:
                 outputs, wide = n - 192, 192

@@ -8,8 +8,8 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
+from ...hooks import unhooked
 from ...kernels.w4 import layer as svdq_linear
-from ...layers.fuse import unhooked
 from .svdq import SVDQLinear
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...handed.value import Handed
 from ...inference.unpacked import KeepsUnpacked
 from ...kernels import dispatch
 from ...kernels.formats.int4 import dequantize_groups, pack_int4, unpack_int4
@@ -165,21 +166,43 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
         find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name
         return find(device, self.plan.activation, self.plan.group_size)
 
-    def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> Codes:
+    takes_norms = True
+
+    def codes_key(self) -> nn.Module | Tensor | None:
+        """The layer whose smoothing and branch it uses; under adapters, theirs."""
+        if self.plan.activation == "none" or self.plan.group_size != 64:
+            return None
+        if self.lora_down is not None:
+            return self.lora_down
+        return self._lender[0] if self._lender else self
+
+    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> Codes:
+        if gate is not None:
+            return replace(self.codes(x, gate[0], gate=gate[1]), dtype=dtype)
+        return replace(self.codes(x, norm=norm), dtype=dtype)
+
+    def codes(
+        self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None, gate: str = ""
+    ) -> Codes:  # fmt: skip
         """x [..., K], quantized for this layer and for those that share its smoothing and its branch.
 
         more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)
-        of an adaptive layer norm that x [B, ..., K] goes through first.
+        of an adaptive layer norm that x [B, ..., K] goes through first, or with a form of norm as fourth. gate: of
+        `svdq.NONLINEARITIES`; x is multiplied by that of `more` first.
         """
-        scale, shift, eps = norm or (None, None, 0.0)
+        norm = norm or (None, None, 0.0)
+        more_than = () if not gate else ("adaptive", gate)
         plan, (*rows, columns) = self.plan, x.shape
-        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, scale, shift, eps)
-        columns += 0 if more is None else more.shape[-1]
+        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, *norm, *more_than)
+        columns += 0 if more is None or gate else more.shape[-1]
         return Codes(*svdq_codes.svdq_codes(x, more, *operands), (*rows, columns), x.dtype)
 
-    def multiply(self, x: Tensor | Codes, nonlinearity: str = "") -> Tensor:
+    def multiply(self, x: Tensor | Codes | Handed, nonlinearity: str = "") -> Tensor:
         """The layer, and one of `svdq.NONLINEARITIES` on its sums."""
         plan, eight = self.plan, self.eight_bits()
+        if isinstance(x, Handed):
+            codes = x.codes_for(self)
+            x = x.tensor() if codes is None else codes
         if isinstance(x, Codes):
             y = svdq_codes.svdq_product(
                 x.codes, x.scales, x.branch, self.qweight, self.wscales, self._branch_up(), self.bias,

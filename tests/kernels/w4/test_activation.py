@@ -5,6 +5,7 @@ The interpreter's limits are those of test_products.py: fp16 only, and up to 4% 
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ptq4dm  # noqa: F401
 
@@ -40,29 +41,38 @@ class Case:
         self.more = torch.cat([joined, joined], 1)[:, k : k + k2] if k2 else None
         self.smooth = (0.5 + torch.rand(wide, generator=generator)).to(DEVICE, dtype)
         self.down = (normal(rank, wide) / wide**0.5).to(DEVICE, dtype) if rank else None
-        self.shift, self.norm = shift, None
+        self.shift, self.norm, self.gate = shift, None, ""
         if samples:
             chunks = (0.5 * normal(samples, 3 * wide)).to(DEVICE, dtype)
             self.norm = (chunks[:, :wide], chunks[:, 2 * wide :], 1e-6)
 
     def value(self):
         """v in float64."""
+        if self.gate:
+            function = {"gelu": F.gelu, "silu": F.silu}[self.gate]
+            return (self.x * function(self.more.float()).to(self.x.dtype)).double().cpu()
         v = self.x if self.more is None else torch.cat([self.x, self.more], 1)
         v = v.double().cpu()
         if self.norm is None or not v.numel():
             return v
-        scale, shift = (t.double().cpu().repeat_interleave(len(v) // len(t), 0) for t in self.norm[:2])
-        v = v - v.mean(1, keepdim=True)
-        return v / (v.square().mean(1, keepdim=True) + self.norm[2]).sqrt() * (1 + scale) + shift
+        scale, shift = (
+            torch.zeros(1, 1) if t is None else t.double().cpu().repeat_interleave(len(v) // len(t), 0)
+            for t in self.norm[:2]
+        )
+        form = self.norm[3] if len(self.norm) > 3 else "adaptive"
+        v = v if form == "rms" else v - v.mean(1, keepdim=True)
+        gain = 1 + scale if form == "adaptive" else scale
+        return v / (v.square().mean(1, keepdim=True) + self.norm[2]).sqrt() * gain + shift
 
     def quantized(self, mode, setting):
         """What the kernel leaves; all of it poisoned first."""
         rank = 0 if self.down is None else len(self.down)
-        out = svdq_activation.empty_activation(self.x, mode, rank, CODES[mode], self.more)
+        more = None if self.gate else self.more
+        out = svdq_activation.empty_activation(self.x, mode, rank, CODES[mode], more)
         for tensor in out:
             tensor.view(torch.uint8).fill_(0x7F)
         svdq_activation.quantize_activation(
-            self.x, self.smooth, self.down, mode, self.shift, out, setting, self.more, self.norm
+            self.x, self.smooth, self.down, mode, self.shift, out, setting, self.more, self.norm, self.gate
         )
         return out
 
@@ -99,6 +109,35 @@ class Case:
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_inputs(sizes, setting, mode, dtype):
     Case(*sizes, dtype=dtype).check(mode, setting)
+
+
+@pytest.mark.parametrize("mode", list(CODES))
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("form", ["layer", "rms"])
+@pytest.mark.parametrize("sizes", SIZES[1:5], ids=str)
+def test_norms_with_weights(sizes, form, shifted, mode):
+    """Weights, or weights of one sample; RMSNorm keeps a mean; a norm without a bias has no shift."""
+    case = Case(*sizes, mean=0.5)
+    scale, shift, eps = case.norm
+    case.norm = scale + 1, shift if shifted else None, eps, form
+    case.check(mode, SMALL)
+    case.check(mode, WIDE)
+
+
+def gated(m, k, gate, rank=12, **options):
+    """Two halves of rows that are twice as long, as a projection leaves them."""
+    case = Case(m, k, k, 0, rank, **options)
+    case.gate, case.smooth = gate, case.smooth[:k]
+    case.down = case.down[:, :k].contiguous() if rank else None
+    return case
+
+
+@pytest.mark.parametrize("mode", list(CODES))
+@pytest.mark.parametrize("gate", ["gelu", "silu"])
+@pytest.mark.parametrize("m, k, rank", [(1, 64, 12), (35, 192, 0), (130, 320, 16)])
+def test_gated_inputs(m, k, rank, gate, mode):
+    gated(m, k, gate, rank).check(mode, SMALL)
+    gated(m, k, gate, rank).check(mode, WIDE)
 
 
 @pytest.mark.parametrize("mode", list(CODES))
@@ -169,6 +208,10 @@ def test_what_does_not_fit_is_said():
     refused("columns of more are not contiguous", more=fine.more.T.contiguous().T)
     refused(r"give both \[B, 128\]", norm=(scale[:, :64], shift[:, :64], eps))
     refused("B divides 6", norm=(scale.repeat(2, 1), shift.repeat(2, 1), eps))
+    refused("a gate is one of gelu", gate="relu")
+    refused("and its gate", gate="silu", more=fine.more[:5])
+    refused("not both", gate="silu", more=fine.x)
+    refused("one of adaptive, layer, rms", norm=(scale, shift, eps, "group"))
     refused("scale and shift are not contiguous", norm=(scale.T.contiguous().T, shift, eps))
 
 

@@ -4,34 +4,10 @@ import pytest
 import torch
 
 import ptq4dm  # noqa: F401
-from ptq4dm.kernels.formats.int4 import pack_int4
+from helpers import normal
+from packed_layers import packed, progressive_weight, whole
 from ptq4dm.kernels.w4 import grouped, progressive
 from ptq4dm.kernels.w4.tokens import integer_product, token_codes
-
-
-def normal(*size, seed=0):
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-def whole(low, high, *size, seed=0, dtype=torch.int8):
-    """Whole numbers in [low, high]."""
-    return torch.randint(low, high + 1, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def packed(codes):
-    return pack_int4(torch.nn.functional.pad(codes, (0, -codes.shape[1] % 64)), 64)
-
-
-def progressive_weight(n, k, groups, seed=0):
-    """(codes, wsteps, wzeros) of rows whose 8-bit codes reach both ends of [-119, 119]."""
-    w8 = (normal(n, groups, k // groups, seed=seed) * 30).round().clamp(-119, 119)
-    w8[:, 0, 0], w8[:, -1, -1] = 119, -119
-    low, high = w8.amin(-1), w8.amax(-1)
-    steps = ((high - low) / 15).round().clamp(1, 16)
-    zeros = (-low / steps).round().clamp(0, 15) - 8
-    codes = ((w8 / steps[..., None]).round() + zeros[..., None]).clamp(-8, 7)
-    assert ((codes - zeros[..., None]) * steps[..., None]).abs().max() <= 127
-    return codes.view(n, k).to(torch.int8), steps.to(torch.int8), zeros.to(torch.int8)
 
 
 def test_sums_of_codes_are_exact_whatever_their_number():

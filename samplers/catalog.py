@@ -15,13 +15,13 @@ import re
 import diffusers
 
 from ..errors import UserError
+from .choices import DEFAULTS
 from .configs import class_of, refuse_foreign
 from .ddim import DDIMScheduler
 from .deis import DEISScheduler
 from .kinds import REFUSED
 from .maths.coefficients import RUNGE_KUTTA
 from .maths.grids import GRIDS
-from .plan import DEFAULTS
 
 DIFFUSERS = {
     "ddim": ("DDIMScheduler", {}),

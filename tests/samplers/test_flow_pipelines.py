@@ -3,10 +3,13 @@
 import importlib
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
+import models
 import ptq4dm
+from ptq4dm.cli.main import main
 from ptq4dm.samplers import DEISScheduler
 
 SWEEP = Path(__file__).resolve().parents[2] / "scripts" / "sweep"
@@ -57,3 +60,12 @@ def test_calibration_sees_the_samplers_own_times(solver, catalogue, one_thread):
     assert len(grid) == 3 * case.pipe.scheduler.order
     seen = torch.as_tensor(store.recorded().time).flatten()
     assert len(seen) == 2 and (seen[:, None] - grid).abs().amin(1).max() < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["deis", "ddim", "ipndm", "t_ab2/quad", "diffusers/unipc"])
+def test_generate_takes_our_samplers_for_a_flow(sampler, tmp_path, one_thread):
+    pipe = ptq4dm.PixelDiTPipeline(models.pixel_dit(), diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0))
+    pipe.save_pretrained(tmp_path / "model")
+    pictures = ["--num-images", "2", "--steps", "3", "--output", str(tmp_path / "out"), "--sampler", sampler]
+    assert main(["generate", "--model", str(tmp_path / "model"), "--quiet", *pictures]) in (0, None)
+    assert len(list((tmp_path / "out").glob("*.png"))) >= 2

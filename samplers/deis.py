@@ -142,8 +142,9 @@ class DEISScheduler(TakesConfigs, Noising, Remembering, Beginning, SchedulerMixi
         self.register_to_config(algorithm_type="deis", solver_type="logrho", **left_open(self.config))
         self._choice = choose(self.config)
         self.schedule, betas = noise_schedule(self.config)
-        self.betas = torch.from_numpy(betas).float()
-        self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()
+        if len(betas):  # flows and EDM's models have none
+            self.betas = torch.from_numpy(betas).float()
+            self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()
         self.num_inference_steps: int | None = None
         self.timesteps, self.sigmas = before_any_steps(self.config, self.schedule)
         self.init_noise_sigma = 1.0 if sigma_data is None else (self.config.sigma_max**2 + 1) ** 0.5

@@ -64,7 +64,7 @@ class DEISScheduler(TakesConfigs, Noising, Remembering, Beginning, SchedulerMixi
             Of a flow: "linear" (None), "quad" or "cubic" before the model's shift, which also take the place of even
             sigmas that a pipeline passes; "log", "edm" or "beta" after it; "diffusers": as its Euler.
         integrand: of a flow, what the polynomials are of: "epsilon" (DEIS, in rho) or "velocity" (the model's output,
-            in s: then "t_ab" and "rho_ab" are Adams-Bashforth, and "rho_rk" is Runge-Kutta on the flow's own ODE).
+            in s: then "t_ab" and "rho_ab" are Adams-Bashforth, "rho_rk" is Runge-Kutta on the flow's own ODE).
             None: the solver's best, see choices.py.
         final_denoise: the last step ends at clean data (rho = 0) instead of the last time of the grid (t = 0, where
             sigma is 0.01 in DDPM's schedule). Either costs the same evaluations. Off, as in the DEIS authors' code

@@ -76,7 +76,7 @@ def _flow_share(share: float) -> float:
 
 
 def schedule_of(pipe, device: torch.device) -> Schedule:
-    """The schedule of a pipeline's scheduler: alpha_bar at whole timesteps, or a flow's (FlowMatchEuler's, our DEIS').
+    """The schedule of a pipeline's scheduler: alpha_bar at whole timesteps, or a flow's (FlowMatchEuler or our DEIS).
 
     Raises UserError for others (EDM and what else has noise levels only), and for predictions of something else.
     """

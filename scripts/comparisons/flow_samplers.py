@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), help="as of `ptq4dm generate --sampler`")
     parser.add_argument("--budgets", nargs="+", type=int, default=[5, 8, 10, 20], help="evaluations of the model")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--truth", type=int, default=40, help="steps of the solution, three evaluations each")
+    parser.add_argument("--truth", type=int, default=32, help="steps of the solution, three evaluations each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("out/flow_samplers.json"))
     return parser.parse_args(argv)
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> Rows:
     classes = class_count(pipe)
     labels = None if classes is None else (torch.arange(args.images) % classes).to(args.device)
     x = x.to(args.device)
-    exact = make_sampler("rho_rk-3heun/quad", config)
+    exact = make_sampler("rho_rk-3heun/linear", config)
     exact.set_timesteps(args.truth, device=args.device)
     truth = solve(model, exact, x, labels)
     for name in args.samplers:

@@ -22,6 +22,7 @@ from ...files.rows import Rows
 from ...options import option
 from ...pipelines.denoiser import class_count, denoiser, evaluation_mode
 from ...pipelines.sampling import MOST_BATCH, MOST_STEPS
+from ...pipelines.stepping import model_input, noise_scale, set_steps
 from ...progress import progress_bar
 from ..catalog import make_sampler
 
@@ -77,7 +78,7 @@ class SamplerBench:
 def set_budget(scheduler, evaluations: int, device) -> int:
     """set_timesteps with the most steps that need at most so many evaluations; returns how many they need."""
     for steps in range(evaluations, 0, -1):
-        scheduler.set_timesteps(steps, device=device)
+        set_steps(scheduler, steps, device)
         if len(scheduler.timesteps) <= evaluations:
             return len(scheduler.timesteps)
     return len(scheduler.timesteps)
@@ -87,9 +88,9 @@ def set_budget(scheduler, evaluations: int, device) -> int:
 def solve(model, scheduler, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """Noise [B,C,H,W] to images, in the noise's dtype, on the timesteps that are set."""
     extra = {} if labels is None else {"class_labels": labels}
-    x = noise * scheduler.init_noise_sigma
+    x = noise * noise_scale(scheduler)
     for t in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(x, t).to(model.dtype)
+        inputs = model_input(scheduler, x, t).to(model.dtype)
         output = model(inputs, t.to(torch.float32).expand(len(x)), **extra).sample[:, : x.shape[1]]
         x = scheduler.step(output.to(x.dtype), t, x).prev_sample
     return x

@@ -2,9 +2,9 @@
 
     x' = scale x + sum_j weights[j] y_j
 
-y_j is what the model gave at the newest evaluation (j = 0) and at those before it, whatever it was trained to predict:
-noise, velocity or data. Times, scale and weights stand in the table, one for each number of evaluations it was fitted
-for.
+y_j is what the model gave at the newest evaluation (j = 0) and at those before it, whatever it was trained to
+predict: noise, velocity or data. Times, scale and weights stand in the table, one for each number of evaluations it
+was fitted for.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             one number for each output from the newest back}, and beside them what was measured when it was fitted.
         num_train_timesteps, prediction_type: of the model; the tables hold all that follows from them.
         start: what unit noise is multiplied with.
+        origin: what the tables were fitted to, for who reads them; nothing depends on it.
 
     Whole generations only: image to image and a refiner begin in the middle, where no table was fitted.
 
@@ -50,8 +51,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         prediction_type: str = "epsilon",
         start: float = 1.0,
+        origin: dict[str, Any] | None = None,
     ):
         check(tables, dict[str, Any] | None, "FittedScheduler: tables")
+        check(origin, dict[str, Any] | None, "FittedScheduler: origin")
+        check(num_train_timesteps, int, "FittedScheduler: num_train_timesteps", 1, 1_000_000)
+        check(prediction_type, str, "FittedScheduler: prediction_type")
+        check(start, float, "FittedScheduler: start", 0)
         for steps, table in (tables or {}).items():
             check_table(steps, table)
         self.init_noise_sigma = start

@@ -85,7 +85,7 @@ def fit(
     config = config or FitConfig()
     check_sampled(pipe)
     check_arguments(conditioning, pipeline_kwargs)
-    source = teacher or pipe
+    source = pipe if teacher is None else teacher
     check_sampled(source, "teacher")
     scheduler = make_sampler(config.teacher, source.scheduler.config)
     options = {"conditioning": conditioning, "pipeline_kwargs": pipeline_kwargs}

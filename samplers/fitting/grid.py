@@ -50,7 +50,7 @@ def inner_products(teacher: Trajectories) -> Inner:
 
 
 def contraction(noise: np.ndarray, deviation: float = 0.3) -> np.ndarray:
-    """The share of an error that is left at the end of the trajectory, for errors at times with so much noise [T + 1].
+    """The share of an error that is left at the end, for errors at times with so much noise [T + 1].
 
     That of Gaussian data of this deviation s, whose states deviate by sqrt(s^2 (1 - noise^2) + noise^2): the flow
     keeps errors in proportion to it.

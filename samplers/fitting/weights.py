@@ -1,8 +1,8 @@
 """Scale and weights of each step, by least squares, on the states that the few steps themselves come to.
 
-All trajectories go through the few evaluations together. After each the step is fitted to the teacher's state at the
-next time, from the state and the outputs that are there: so what earlier steps, or a quantized model, did wrong is put
-right as far as a scale and weights can.
+All trajectories go through the few evaluations together. After each the step is fitted to the teacher's state at
+the next time, from the state and the outputs that are there: so what earlier steps, or a quantized model, did wrong
+is put right as far as a scale and weights can.
 """
 
 from __future__ import annotations

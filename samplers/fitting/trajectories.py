@@ -11,7 +11,8 @@ import torch
 
 from ...interrupts import uninterrupted
 from ...pipelines.denoiser import turn_at
-from ...pipelines.sampling import call_pipeline, own_step
+from ...pipelines.sampling import call_pipeline
+from ...pipelines.stepping import own_step
 from ..maths.outputs import without_variance
 
 

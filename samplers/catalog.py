@@ -18,6 +18,7 @@ import diffusers
 
 from ..errors import UserError
 from ..files.outside import naming, read_json
+from .choices import DEFAULTS
 from .configs import class_of, refuse_foreign
 from .ddim import DDIMScheduler
 from .deis import DEISScheduler
@@ -25,7 +26,6 @@ from .fitted import FittedScheduler
 from .kinds import REFUSED
 from .maths.coefficients import RUNGE_KUTTA
 from .maths.grids import GRIDS
-from .plan import DEFAULTS
 
 DIFFUSERS = {
     "ddim": ("DDIMScheduler", {}),

@@ -1,5 +1,7 @@
 """Which schedulers' configs these samplers take: those of models trained on x_t = sqrt(a) x_0 + sqrt(1 - a) n.
 
+DEISScheduler and DDIMScheduler take those of flow-matching models too, and DEISScheduler EDM's.
+
 diffusers makes any scheduler from any config: it drops the fields that a class does not know, and takes defaults for
 those that it misses. From the config of a flow-matching model comes a schedule that the model never saw, and noise.
 So a config is looked at as a whole, before fields are dropped: by the class that wrote it, and by its fields.
@@ -18,7 +20,7 @@ import numpy as np
 from ..checks import annotations_of, check, plain_number, shown
 from ..errors import UserError
 from ..files.outside import reason
-from .kinds import BETAS, FIELDS, KEEP, KINDS, NAMES, REFUSED, SHIFTED, TAKEN
+from .kinds import BETAS, EDM, FIELDS, FLOW, KEEP, KINDS, NAMES, REFUSED, SHIFTED, TAKEN
 
 
 def check_choice(name: str, value, allowed: tuple) -> None:
@@ -38,41 +40,56 @@ def class_of(config: Mapping) -> str | None:
         return name
     if config.get("algorithm_type") == "deis" and "solver" not in config:
         return "DEISMultistepScheduler"
-    return _parameters_of_refused().get(frozenset(key for key in config if not str(key).startswith("_")))
+    return _by_parameters().get(frozenset(key for key in config if not str(key).startswith("_")))
 
 
 @functools.cache
-def _parameters_of_refused() -> dict[frozenset[str], str]:
-    """Names of REFUSED classes by the parameters that each takes."""
+def _by_parameters() -> dict[frozenset[str], str]:
+    """Names of classes without betas by the parameters that each takes; of two with the same, one that is refused."""
     found = {}
-    for name in sorted(REFUSED):
+    for name in (*sorted(FLOW | EDM), *sorted(REFUSED)):
         kind = getattr(diffusers, name, None)
         if kind is not None and issubclass(kind, diffusers.ConfigMixin):  # without their libraries, some are dummies
             found[frozenset(inspect.signature(kind.__init__).parameters) - {"self"}] = name
     return found
 
 
-def refuse_foreign(config: Mapping, ours: str, name: str | None = None) -> None:
-    """Raises UserError where `ours`, a sampler, cannot sample the model that a config was written for.
+def kind_of(config: Mapping, name: str | None = None) -> tuple[str | None, str]:
+    """(which of KINDS a config was written for, None for a model with alpha_bar; what tells so).
 
     Args:
         name: the class that wrote the config, by `class_of`, where it is whole.
     """
+    if name in REFUSED:
+        return REFUSED[name], name
+    if name in SHIFTED and config.get("snr_shift_scale", 3.0) != 1:
+        return "shifted", name
+    for field, kind, tells in FIELDS:
+        if field in config and tells(config[field], config):
+            return kind, f"{field}={config[field]!r}"
+    if name in FLOW | EDM:
+        return ("flow" if name in FLOW else "edm"), name
+    if name is not None and name not in TAKEN | SHIFTED:
+        return next((k for k, pattern in NAMES.items() if pattern.search(name)), None), name
+    return None, name or ""
+
+
+def refuse_foreign(config: Mapping, ours: str, name: str | None = None, takes: frozenset[str] = frozenset()) -> None:
+    """Raises UserError where `ours`, a sampler, cannot sample the model that a config was written for.
+
+    Args:
+        name: the class that wrote the config, by `class_of`, where it is whole.
+        takes: KINDS that this sampler knows beside models with alpha_bar.
+    """
     if "generator_timestep" in config and ours != "OneStepScheduler":
         raise UserError(f"the model was distilled to one step and takes no sampler but its own, so not '{ours}'.")
-    kind, cause = REFUSED.get(name or ""), name
-    if name in SHIFTED and config.get("snr_shift_scale", 3.0) != 1:
-        kind = "shifted"
-    if kind is None:
-        for field, its_kind, tells in FIELDS:
-            if field in config and tells(config[field], config):
-                kind, cause = its_kind, f"{field}={config[field]!r}"
-                break
-    if kind is None and name is not None and name not in TAKEN | SHIFTED:
-        kind = next((k for k, pattern in NAMES.items() if pattern.search(name)), None)
-        if kind is None and not any(field in config for field in BETAS):
-            raise UserError(f"the config of {name} names no betas, without which {ours} cannot sample: {KEEP}.")
-    if kind is not None:
+    kind, cause = kind_of(config, name)
+    unknown = name is not None and name not in TAKEN | SHIFTED | FLOW | EDM and name not in REFUSED
+    if kind is None and unknown and not any(field in config for field in BETAS):
+        raise UserError(f"the config of {name} names no betas, without which {ours} cannot sample: {KEEP}.")
+    # A class that diffusers does not have may mean anything by its fields.
+    foreign = unknown and not (kind == "flow" and config.get("prediction_type") == "flow_prediction")
+    if kind is not None and (kind not in takes or foreign):
         what, instead = KINDS[kind]
         raise UserError(f"{ours} cannot sample this model: {cause} is for {what}; {instead}.")
 
@@ -121,7 +138,7 @@ def refusing(init: Callable) -> Callable:
     def checked(self, *args, **kwargs):
         args, kwargs = tuple(map(plain_number, args)), {name: plain_number(one) for name, one in kwargs.items()}
         ours = type(self).__name__
-        refuse_foreign(kwargs, ours, kwargs.get("_class_name"))
+        refuse_foreign(kwargs, ours, kwargs.get("_class_name"), self.takes)
         check_values(init, {**dict(zip(names, args, strict=False)), **kwargs}, ours)
         init(self, *args, **kwargs)
 
@@ -134,12 +151,20 @@ _FACTS = frozenset(
         *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
         *("rescale_betas_zero_snr", "clip_sample", "clip_sample_range"),
         *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+        *("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+        *("invert_sigmas", "shift_terminal", "time_shift_type"),
+        *("sigma_data", "sigma_min", "sigma_max", "sigma_schedule", "rho", "final_sigmas_type"),
     }
 )
 
 
 class TakesConfigs:
-    """The `from_config` of our samplers; stands before diffusers' ConfigMixin among the bases."""
+    """The `from_config` of our samplers; stands before diffusers' ConfigMixin among the bases.
+
+    takes: KINDS of models that the sampler knows beside those with alpha_bar.
+    """
+
+    takes: frozenset[str] = frozenset()
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
@@ -158,7 +183,7 @@ class TakesConfigs:
                 f"{cls.__name__}: config must be that of a scheduler, or its folder; got {shown(config)}."
             )
         config = {str(name): value for name, value in config.items()}
-        refuse_foreign({**config, **kwargs}, cls.__name__, class_of(config))
+        refuse_foreign({**config, **kwargs}, cls.__name__, class_of(config), cls.takes)
         # diffusers drops what was a default of the other class: its betas, say, where ours has others.
         ours = inspect.signature(cls.__init__).parameters
         # Betas may be an array, which has no one answer to "!=".

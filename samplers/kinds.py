@@ -14,13 +14,25 @@ KEEP = "keep the pipeline's own scheduler"
 KINDS = {
     "flow": (
         "flow matching, which has no alpha_bar",
-        f"{KEEP}, or take diffusers' UniPCMultistepScheduler or DPMSolverMultistepScheduler with "
-        "use_flow_sigmas=True and prediction_type='flow_prediction'",
+        f"{KEEP}, or take DEISScheduler, to which a config of a class that is not diffusers' has to say "
+        "prediction_type='flow_prediction'",
     ),
     "edm": (
         "EDM's preconditioned models, which have noise levels and no alpha_bar",
-        f"{KEEP}, or take diffusers' EDMDPMSolverMultistepScheduler",
+        f"{KEEP}, or take DEISScheduler",
     ),
+    "arctan": ("models that are called with the arctangent of sigma for a timestep", KEEP),
+    "stages": ("flow matching in stages, from small pictures to large ones", KEEP),
+    "jumps": (
+        "models that are told where a step is to end",
+        f"{KEEP}; to a config of FlowMatchHeunDiscreteScheduler, which has the same fields, add its _class_name",
+    ),
+    "turned": ("velocities that point to the data, with times counted from the data", KEEP),
+    "stochastic": (
+        "flow matching with new noise after each step",
+        f"{KEEP}; for a model that can do without it give the config with stochastic_sampling=False",
+    ),
+    "protein": ("proteins, with a noise schedule of its own for each part", KEEP),
     "trigflow": ("TrigFlow models, which have no alpha_bar", KEEP),
     "consistency": (
         "models distilled to a few steps, which jump to the end from wherever they are",
@@ -51,7 +63,10 @@ BLIND = (
     "trained for (v_prediction or sample), or for an epsilon model the betas that it was trained with."
 )
 
-# Classes of diffusers whose models have alpha_bar at whole timesteps, and ours.
+# Classes of diffusers that sample flow-matching models, or EDM's: DEISScheduler takes their configs.
+FLOW = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"})
+EDM = frozenset({"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"})
+# Classes of diffusers whose models have alpha_bar at whole timesteps, and ours. Some serve flow matching, too.
 TAKEN = frozenset(
     {
         *("DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
@@ -69,25 +84,21 @@ REFUSED = {
     "BlockRefinementScheduler": "tokens",
     "CMStochasticIterativeScheduler": "consistency",
     "ConsistencyDecoderScheduler": "decoder",
-    "CosineDPMSolverMultistepScheduler": "edm",
+    "CosineDPMSolverMultistepScheduler": "arctan",
     "DDPMWuerstchenScheduler": "ratios",
     "DiscreteDDIMScheduler": "tokens",
-    "EDMDPMSolverMultistepScheduler": "edm",
-    "EDMEulerScheduler": "edm",
     "EntropyBoundScheduler": "tokens",
-    "FlowMapEulerDiscreteScheduler": "flow",
-    "FlowMatchEulerDiscreteScheduler": "flow",
-    "FlowMatchHeunDiscreteScheduler": "flow",
-    "FlowMatchLCMScheduler": "flow",
-    "HeliosDMDScheduler": "flow",
-    "HeliosScheduler": "flow",
+    "FlowMapEulerDiscreteScheduler": "jumps",
+    "FlowMatchLCMScheduler": "consistency",
+    "HeliosDMDScheduler": "stages",
+    "HeliosScheduler": "stages",
     "IPNDMScheduler": "sine",
     "KarrasVeScheduler": "exploding",
     "LCMScheduler": "consistency",
-    "LTXEulerAncestralRFScheduler": "flow",
-    "MiniMaxH3Scheduler": "flow",
-    "PiflowScheduler": "flow",
-    "RFD4ProteinaScheduler": "flow",
+    "LTXEulerAncestralRFScheduler": "stochastic",
+    "MiniMaxH3Scheduler": "turned",
+    "PiflowScheduler": "consistency",
+    "RFD4ProteinaScheduler": "protein",
     "RePaintScheduler": "repaint",
     "SCMScheduler": "trigflow",
     "ScoreSdeVeScheduler": "exploding",
@@ -120,12 +131,21 @@ def _alone(value, config) -> bool:
     return value is not None and not any(name in config for name in BETAS)
 
 
+def _decoder(value, config) -> bool:
+    """Whether sigma_data is all that a config says of noise levels."""
+    return value is not None and "sigma_max" not in config
+
+
 # Fields that tell the kind whatever class stands beside them: conversions of diffusers carry them along.
 FIELDS: tuple[tuple[str, str, Callable], ...] = (
+    ("stage_range", "stages", _given),
+    ("tsr_k", "protein", _given),
+    ("stochastic_sampling", "stochastic", _given),
     ("prediction_type", "flow", _is("flow_prediction", "flow", "velocity")),
     ("prediction_type", "trigflow", _is("trigflow")),
     *((name, "flow", _given) for name in ("use_flow_sigmas", "use_dynamic_shifting", "shift", "shift_terminal")),
-    *((name, "flow", _given) for name in ("base_shift", "max_shift", "stage_range", "tsr_k", "stochastic_sampling")),
+    *((name, "flow", _given) for name in ("base_shift", "max_shift")),
+    ("sigma_data", "decoder", _decoder),
     *((name, "edm", _given) for name in ("sigma_data", "sigma_schedule")),
     *((name, "consistency", _given) for name in ("original_inference_steps", "timestep_scaling")),
     ("snr_shift_scale", "shifted", lambda value, config: value not in (None, 1)),

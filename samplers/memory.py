@@ -39,9 +39,9 @@ def state_for(
 
     Args:
         sample, model_output: what the caller gave; `base` and history[0] may be these tensors themselves.
-        history: noise predictions, the latest first.
+        history: what the model said, the latest first.
     """
-    past = history[: len(following.weights[-1]) - 1]
+    past = history[: following.past]
     # The caller may write the next sample and output over these two (static buffers of a CUDA graph).
     if past and past[0] is model_output:
         past = (model_output.clone(), *past[1:])

@@ -1,99 +1,36 @@
-"""What DEISScheduler works out before the first step: order and grid from its config, then times and evaluations."""
+"""What DEISScheduler works out before the first step: times and evaluations, from its config and what it is asked."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
+import torch
 from diffusers import DEISMultistepScheduler
 
+from ..checks import MOST, check, whole
 from ..errors import UserError
-from .configs import check_choice
+from .choices import DIFFUSERS, FLOW, Choice
+from .flow import Plan, Request, first_levels, plan_flow
 from .kinds import BLIND
-from .maths.coefficients import RUNGE_KUTTA, log_rho_weights, multistep_weights, steady
-from .maths.evaluations import Evaluation, multistep, runge_kutta
-from .maths.grids import EVEN_IN_NOISE, GRIDS, SPACINGS, make_grid
-from .maths.schedule import (
-    ContinuousVP,
-    DiscreteVP,
-    Schedule,
-    discrete_betas,
-    ends_in_noise,
-    rho_of,
-    zero_terminal_snr,
-)
-
-# Order and grid of each solver where the user names none: the best of the README's tables.
-DEFAULTS = {
-    "t_ab": (3, "quad"),
-    "ipndm": (2, "linear"),
-    "rho_ab": (2, "quad"),
-    "log_rho": (1, "edm"),
-    "rho_rk": (None, "edm"),
-}
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-DIFFUSERS = "diffusers"  # the timestep_grid of diffusers' DEIS, by its own names
-# How many times |sum w| the sum of |w| may be in a step, before its degree is lowered. An order that the user names
-# is kept up to 24: diffusers' DEIS is below, and what is above multiplies errors of epsilon by hundreds. A solver's
-# best order was found on its best grid; on grids that use_karras_sigmas and the like bring in, what is above 3
-# (degree 3, and most of degree 2) wins less than errors of 2 % in epsilon take away.
-CANCELS, CANCELS_UNASKED = 24.0, 3.0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a config comes to, where it leaves things open."""
-
-    order: int  # degree of the polynomial; "rho_rk" has its own
-    grid: str
-    cancels: float  # the bound of `steady`
-    of_diffusers: bool  # whether diffusers' samplers have a grid like this by the same config
-
-
-def choose(config) -> Choice:
-    """The choice of order and grid from a DEISScheduler's config.
-
-    Raises:
-        UserError: a value that does not exist, or two that exclude each other.
-    """
-    check_choice("solver", config.solver, tuple(DEFAULTS))
-    check_choice("prediction_type", config.prediction_type, PREDICTIONS)
-    check_choice("rk_method", config.rk_method, tuple(RUNGE_KUTTA))
-    if config.timestep_grid is not None:
-        check_choice("timestep_grid", config.timestep_grid, (*GRIDS, DIFFUSERS))
-    if config.order is not None:
-        check_choice("order", config.order, (0, 1, 2, 3))
-    if config.timestep_grid == DIFFUSERS:
-        check_choice("timestep_spacing", config.timestep_spacing, SPACINGS)
-        if config.solver != "log_rho" or config.beta_schedule == "continuous":
-            raise UserError("timestep_grid 'diffusers' goes with solver 'log_rho' on discrete timesteps.")
-    named = {
-        "edm": config.use_karras_sigmas,
-        "log": config.use_exponential_sigmas,
-        "beta": config.use_beta_sigmas,
-    }
-    asked = [grid for grid, flag in named.items() if flag]
-    if config.solver == "log_rho" and config.order is None:
-        check_choice("solver_order", config.solver_order, (1, 2, 3, 4))
-    if len(asked) > 1:
-        raise UserError("use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas exclude each other.")
-    best_order, best_grid = DEFAULTS[config.solver]
-    grid, order = config.timestep_grid or (asked or [best_grid])[0], config.order
-    if order is None:
-        order = config.solver_order - 1 if config.solver == "log_rho" else best_order or 0
-    # ipndm's weights are the same on all grids.
-    unasked = config.order is None and config.solver != "ipndm" and grid in EVEN_IN_NOISE and grid != best_grid
-    of_diffusers = grid == DIFFUSERS or (bool(asked) and config.timestep_grid is None)
-    return Choice(order, grid, CANCELS_UNASKED if unasked else CANCELS, of_diffusers)
+from .maths.coefficients import log_rho_weights, multistep_weights, steady
+from .maths.evaluations import multistep, row_in_rho, runge_kutta
+from .maths.flow_grids import check_levels
+from .maths.grids import between, make_grid
+from .maths.paths import EDM, Flow, Schedule
+from .maths.schedule import ContinuousVP, DiscreteVP, discrete_betas, ends_in_noise, zero_terminal_snr
 
 
 def noise_schedule(config) -> tuple[Schedule, np.ndarray]:
-    """The schedule of a config, and its betas [N] in float64.
+    """The schedule of a config, and its betas [N] in float64; [0] for flow-matching and EDM models, which have none.
 
     Raises:
         UserError: an unknown beta_schedule, or epsilon prediction where the last timestep is pure noise.
     """
+    if config.prediction_type == FLOW:
+        return Flow(), np.zeros(0)
+    if config.sigma_data is not None:
+        return EDM(config.sigma_min, config.sigma_max), np.zeros(0)
     if config.beta_schedule == "continuous":
         schedule = ContinuousVP(config.beta_start, config.beta_end)
         a = schedule.alpha_bar(np.linspace(0, 1, config.num_train_timesteps + 1))
@@ -106,30 +43,105 @@ def noise_schedule(config) -> tuple[Schedule, np.ndarray]:
     return DiscreteVP(np.cumprod(1 - betas)), betas
 
 
-def plan(config, choice: Choice, schedule: Schedule, steps: int) -> tuple[list[float], list[Evaluation]]:
+def before_any_steps(config, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(`timesteps` [N], `sigmas` [N + 1] if it has them) of a scheduler that has not been told how many steps."""
+    number = config.num_train_timesteps
+    if isinstance(schedule, Flow):
+        levels = first_levels(config)
+        times = number * (1 - levels if config.invert_sigmas else levels)
+        return torch.from_numpy(times).float(), torch.from_numpy(levels).float()
+    if isinstance(schedule, EDM):
+        sigmas = between("edm", config.sigma_max, config.sigma_min, number, config.rho)
+        return torch.from_numpy(schedule.time(sigmas)).float(), torch.from_numpy(np.append(sigmas, 0.0)).float()
+    return torch.arange(number - 1, -1, -1), None
+
+
+def asked(steps: int | None, sigmas, mu: float | None, timesteps) -> Request:
+    """What set_timesteps was given. Raises UserError for a number of steps that it is not, or for none."""
+    given = [one for one in (sigmas, timesteps) if one is not None]
+    if steps is None and not given:
+        raise UserError("set_timesteps needs num_inference_steps, or sigmas or timesteps.")
+    try:
+        lengths = [len(one) for one in given]
+    except TypeError as error:
+        raise UserError("sigmas and timesteps must be lists of numbers.") from error
+    if steps is not None:
+        steps = whole(steps, "num_inference_steps", -MOST, 1_000_000)
+        if any(length != steps for length in lengths):
+            raise UserError(
+                f"num_inference_steps is {steps}, and {lengths[0]} sigmas or timesteps are given; leave it out."
+            )
+    if mu is not None:
+        check(mu, float, "mu")
+    return Request(lengths[0] if lengths else steps, sigmas, timesteps, mu)
+
+
+def plan(config, choice: Choice, schedule: Schedule, request: Request) -> Plan:
     """The times at which the model is called, decreasing, and what is done after each call.
 
-    steps of them, and for "rho_rk" as many for each of its stages.
+    As many as there are steps, and for "rho_rk" as many for each of its stages.
 
     Raises:
-        UserError: no steps, or more than the schedule has timesteps.
+        UserError: no steps, or more than the schedule has timesteps; levels or times that do not fit the model.
     """
-    theirs = choice.grid == DIFFUSERS
-    grid = make_grid(schedule, config.timestep_spacing if theirs else choice.grid, steps, config.steps_offset)
-    rho = rho_of(schedule, grid)
-    if theirs:
-        grid, rho = _grid_of_diffusers(config, steps) or (grid, rho)
-    if config.final_denoise:
-        rho[-1] = 0.0
+    if isinstance(schedule, Flow):
+        return plan_flow(config, choice, request)
+    theirs, sigmas = choice.grid == DIFFUSERS and request.timesteps is None, None
+    if isinstance(schedule, EDM):
+        rho = edm_levels(config, choice.grid, request)
+        grid, sigmas = schedule.time(rho), rho.tolist()
+    else:
+        grid = _times(config, choice, schedule, request)
+        rho = schedule.rho(grid)
+        if theirs:
+            grid, rho = _grid_of_diffusers(config, request.steps) or (grid, rho)
+        if config.final_denoise:
+            rho[-1] = 0.0
+    row = row_in_rho(schedule)
     if config.solver == "rho_rk":
-        return runge_kutta(config.rk_method, schedule, grid, rho)
+        return Plan(*runge_kutta(config.rk_method, rho, row, schedule.time, grid), sigmas)
     if theirs:
         table = log_rho_weights(rho, choice.order)
     else:
         weights = multistep_weights(config.solver, schedule, grid[:-1], float(rho[-1]), choice.order)
         table = steady(weights, choice.cancels)
     early = config.solver == "log_rho" and config.lower_order_final and len(grid) <= 15
-    return grid[:-1].tolist(), multistep(table, rho, early)
+    return Plan(grid[:-1].tolist(), multistep(table, rho, row, early), sigmas)
+
+
+def _times(config, choice: Choice, schedule: DiscreteVP | ContinuousVP, request: Request) -> np.ndarray:
+    """The grid [n + 1] of a schedule with alpha_bar: by its name, or the times that were given, and its end."""
+    if request.sigmas is not None:
+        raise UserError("sigmas are of flow-matching and EDM models; give this one timesteps=[...].")
+    if request.timesteps is not None:
+        times = check_levels(request.timesteps, "timesteps", schedule.first)
+        if schedule.discrete and (times != times.round()).any():
+            raise UserError("timesteps of this model must be whole numbers.")
+        return np.append(times, 0.0 if schedule.discrete else schedule.last)
+    grid = config.timestep_spacing if choice.grid == DIFFUSERS else choice.grid
+    return make_grid(schedule, grid, request.steps, config.steps_offset)
+
+
+def edm_levels(config, grid: str, request: Request) -> np.ndarray:
+    """Noise levels [n + 1] of an EDM model as diffusers has them: n from sigma_max to sigma_min, and where it ends.
+
+    With final_sigmas_type "sigma_min" the last step leads to sigma_min (where diffusers' stands still).
+    """
+    if request.timesteps is not None:
+        raise UserError("an EDM model's timesteps follow from its noise levels; give sigmas=[...].")
+    ends_at_zero = config.final_sigmas_type == "zero"
+    if request.sigmas is not None:
+        sigmas = check_levels(request.sigmas, "sigmas", config.sigma_max)
+        if not ends_at_zero and sigmas[-1] <= config.sigma_min:
+            raise UserError(
+                f"the last of sigmas must be above sigma_min, {config.sigma_min:g}, where the last step ends."
+            )
+        return np.append(sigmas, 0.0 if ends_at_zero else config.sigma_min)
+    if request.steps < 1:
+        raise UserError(f"num_inference_steps must be 1 or more, not {request.steps}.")
+    number = request.steps + (not ends_at_zero)
+    sigmas = between(grid, config.sigma_max, config.sigma_min, number, config.rho)
+    return np.append(sigmas, 0.0) if ends_at_zero else sigmas
 
 
 def _grid_of_diffusers(config, steps: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -5,17 +5,24 @@ algorithm 1 (t_ab, rho_ab), section 4 (rho_rk); `ipndm` has the weights of Adams
 whatever the grid; `log_rho` interpolates in log rho, as diffusers' DEIS does. All in float64, all exact: Lagrange
 polynomials in rho and log rho are integrated in closed form or by a Gauss rule that is exact for them, those in t by
 a converged one.
+
+A flow-matching model begins where rho is infinite. As a node goes there, the polynomials in rho and log rho through
+it become those through the other nodes, and its own weight goes to 0: it is left out. In t it is a node as any other.
+The first step, from there, has no weight in drho: velocities.py has its finite form.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import factorial
 
 import numpy as np
 
-from .schedule import Schedule, integrate, rho_of
+from .paths import EDM, Schedule
+from .schedule import integrate
 
+Weights = Callable[[np.ndarray, tuple[float, float]], np.ndarray]
 MULTISTEP = ("t_ab", "rho_ab", "ipndm", "log_rho")
 
 # Newest evaluation first.
@@ -46,34 +53,48 @@ def multistep_weights(
         times: decreasing times, one per evaluation, float64 [n].
         rho_end: the rho that the last step reaches.
     """
-    rho = np.append(rho_of(schedule, times), rho_end)
-    if solver == "log_rho":
+    rho = np.append(schedule.rho(times), rho_end)
+    if solver == "log_rho" or (solver == "t_ab" and isinstance(schedule, EDM)):  # there t is log(rho) / 4
         return log_rho_weights(rho, order)
-    table = []
-    for i in range(len(times)):
-        step = (float(rho[i]), float(rho[i + 1]))
-        table.append([])
-        for k in range(min(i, order) + 1):
-            past = slice(i - k, i + 1)
-            if k == 0 or solver == "ipndm":
-                weights = ADAMS_BASHFORTH[k] * (step[1] - step[0])
-            elif solver == "rho_ab":
-                weights = _rho_weights(rho[past][::-1], step)
-            else:
-                weights = _t_weights(schedule, times[past][::-1], step)
-            table[-1].append(weights)
-    return table
+    if solver in ("ipndm", "rho_ab"):
+        return plain_weights(rho, order, even=solver == "ipndm")
+    return _table(times, rho, order, partial(_t_weights, schedule))
 
 
 def log_rho_weights(rho: np.ndarray, order: int) -> list[list[np.ndarray]]:
     """The table of `multistep_weights` for "log_rho", from rho at the evaluations and at the end, float64 [n + 1]."""
+    return _table(rho[:-1], rho, order, _finite(_log_rho_weights))
+
+
+def plain_weights(levels: np.ndarray, order: int, even: bool) -> list[list[np.ndarray]]:
+    """Adams and Bashforth's weights in the levels themselves, float64 [n + 1]: at the evaluations, and at the end.
+
+    even: those of even steps, whatever the levels.
+    """
+    weights = _even_weights if even else _finite(_rho_weights)
+    return _table(levels[:-1], levels, order, weights)
+
+
+def _table(nodes: np.ndarray, levels: np.ndarray, order: int, weights: Weights) -> list[list[np.ndarray]]:
+    """weights(the last k + 1 nodes, newest first; start and end of step i) for all steps and history lengths."""
+    steps = [(float(start), float(end)) for start, end in zip(levels[:-1], levels[1:], strict=True)]
     return [
         [
-            _log_rho_weights(rho[i - k : i + 1][::-1], (float(rho[i]), float(rho[i + 1])))
+            weights(nodes[i - k : i + 1][::-1], step) if k else np.array([step[1] - step[0]])
             for k in range(min(i, order) + 1)
         ]
-        for i in range(len(rho) - 1)
+        for i, step in enumerate(steps)
     ]
+
+
+def _finite(weights: Weights) -> Weights:
+    """The same weights, with those of nodes at infinity, which are 0."""
+
+    def limit(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
+        near = np.isfinite(nodes)  # the newest ones
+        return np.append(weights(nodes[near], step), np.zeros(len(nodes) - near.sum()))
+
+    return limit
 
 
 def steady(table: list[list[np.ndarray]], most: float) -> list[list[np.ndarray]]:
@@ -88,6 +109,10 @@ def steady(table: list[list[np.ndarray]], most: float) -> list[list[np.ndarray]]
             degree += 1
         kept.append(row[:degree])
     return kept
+
+
+def _even_weights(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
+    return ADAMS_BASHFORTH[len(nodes) - 1] * (step[1] - step[0])
 
 
 def _lagrange(nodes: np.ndarray, j: int, x: np.ndarray) -> np.ndarray:

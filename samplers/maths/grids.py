@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 from ...errors import UserError
-from .schedule import Schedule, rho_of
+from .schedule import ContinuousVP, DiscreteVP
 
 POWERS = {"linear": 1, "quad": 2, "cubic": 3}
 EDM_POWER = 7
@@ -20,7 +20,7 @@ EVEN_IN_NOISE = ("log", "edm", "beta")
 GRIDS = (*POWERS, *EVEN_IN_NOISE, *SPACINGS)
 
 
-def make_grid(schedule: Schedule, grid: str, num_steps: int, steps_offset: int = 0) -> np.ndarray:
+def make_grid(schedule: DiscreteVP | ContinuousVP, grid: str, num_steps: int, steps_offset: int = 0) -> np.ndarray:
     """float64 [num_steps + 1] decreasing times; whole numbers on a discrete schedule.
 
     Raises:
@@ -45,16 +45,18 @@ def make_grid(schedule: Schedule, grid: str, num_steps: int, steps_offset: int =
         k = POWERS[grid]
         times = np.linspace(first ** (1 / k), last ** (1 / k), num_steps + 1) ** k
     else:
-        top, bottom = rho_of(schedule, first), rho_of(schedule, last)
-        if grid == "log":
-            rho = np.geomspace(top, bottom, num_steps + 1)
-        elif grid == "beta":
-            rho = bottom + (top - bottom) * betaincinv(0.6, 0.6, np.linspace(1, 0, num_steps + 1))
-        else:
-            rho = np.linspace(top ** (1 / EDM_POWER), bottom ** (1 / EDM_POWER), num_steps + 1) ** EDM_POWER
-        times = schedule.time(rho)
+        times = schedule.time(between(grid, schedule.rho(first), schedule.rho(last), num_steps + 1))
         times[0], times[-1] = first, last
     return _whole(times, first) if schedule.discrete else times
+
+
+def between(grid: str, top: float, bottom: float, number: int, power: float = EDM_POWER) -> np.ndarray:
+    """float64 [number] noise levels from top down to bottom: a grid of EVEN_IN_NOISE."""
+    if grid == "log":
+        return np.geomspace(top, bottom, number)
+    if grid == "beta":
+        return bottom + (top - bottom) * betaincinv(0.6, 0.6, np.linspace(1, 0, number))
+    return np.linspace(top ** (1 / power), bottom ** (1 / power), number) ** power
 
 
 def _whole(times: np.ndarray, first: float) -> np.ndarray:

@@ -32,4 +32,6 @@ def noise_in(output: torch.Tensor, x: torch.Tensor, alpha: float, sigma: float, 
         return alpha * output + sigma * x
     if prediction_type == "sample":
         return (x - alpha * output) / sigma
+    if prediction_type == "flow_prediction":
+        return x + alpha * output  # alpha + sigma = 1
     return output

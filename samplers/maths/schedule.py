@@ -1,5 +1,7 @@
 """Variance-preserving noise schedules in float64: x_t = sqrt(a(t)) x_0 + sqrt(1 - a(t)) n, a = alpha_bar.
 
+Those of flow matching and of EDM, in paths.py, answer to the same names: rho, alpha, levels, time, panels.
+
 rho(t) = sqrt((1 - a(t)) / a(t)) is the time in which the probability-flow ODE is plain: with v = x / sqrt(a),
 dv / drho = epsilon (DEIS, arXiv:2204.13902, proposition 3). Solvers here integrate in rho; models are called at t.
 """
@@ -19,8 +21,25 @@ ALPHA_MIN = 1e-7  # the clip of the DEIS authors: keeps rho finite where a sched
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 
 
+class VariancePreserving:
+    """What follows from alpha_bar(t) alone."""
+
+    def levels(self, t) -> tuple[np.ndarray, np.ndarray]:
+        """The shares of data and of noise in x_t: sqrt(a), sqrt(1 - a)."""
+        a = self.alpha_bar(t)
+        return np.sqrt(a), np.sqrt(1 - a)
+
+    def rho(self, t) -> np.ndarray:
+        a = self.alpha_bar(t)
+        return np.sqrt((1 - a) / a)
+
+    def alpha(self, rho) -> np.ndarray:
+        """The share of data at a rho."""
+        return (1 + np.square(rho)) ** -0.5
+
+
 @dataclass(frozen=True)
-class DiscreteVP:
+class DiscreteVP(VariancePreserving):
     """A DDPM schedule of N timesteps; between them alpha_bar is linear in t.
 
     alphas_cumprod: float64 [N], decreasing. Times run from N - 1 down to `last`, as the DEIS authors have it.
@@ -50,7 +69,7 @@ class DiscreteVP:
 
 
 @dataclass(frozen=True)
-class ContinuousVP:
+class ContinuousVP(VariancePreserving):
     """The VP-SDE, beta linear in t: a(t) = exp(-t beta_min - t^2 (beta_max - beta_min) / 2); t from 1 to `last`."""
 
     beta_min: float = 0.1
@@ -73,27 +92,12 @@ class ContinuousVP:
         return np.geomspace(start, max(end, 1e-12), 33)
 
 
-Schedule = DiscreteVP | ContinuousVP
-
-
-def rho_of(schedule: Schedule, t) -> np.ndarray:
-    a = schedule.alpha_bar(t)
-    return np.sqrt((1 - a) / a)
-
-
-def alpha_sigma(schedule: Schedule, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sqrt(a), sqrt(1 - a) at timesteps [B], as [B, 1, ...] that broadcast over `like`, in its dtype and place."""
-    a = torch.from_numpy(schedule.alpha_bar(timesteps.double().cpu().numpy())).to(like.device)
-    a = a.reshape(-1, *[1] * (like.ndim - 1))
-    return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
-
-
-def integrate(schedule: Schedule, f: Callable[[np.ndarray], np.ndarray], start: float, end: float) -> float:
+def integrate(schedule, f: Callable[[np.ndarray], np.ndarray], start: float, end: float) -> float:
     """The integral of f(t(rho)) drho between two values of rho, by Gauss-Legendre on panels where t(rho) is smooth.
 
     Below rho(0) of a discrete schedule f is held at t = 0. 8 nodes a panel reach rounding error.
     """
-    edges = rho_of(schedule, schedule.panels(float(schedule.time(start)), float(schedule.time(end))))
+    edges = schedule.rho(schedule.panels(float(schedule.time(start)), float(schedule.time(end))))
     edges = np.concatenate([[start], edges[1:], [end]])
     middle, half = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
     rho = middle[:, None] + half[:, None] * _NODES

@@ -4,10 +4,12 @@ import diffusers
 import pytest
 import torch
 
-from ptq4dm.samplers import DEISScheduler, plan
+from ptq4dm.samplers import DEISScheduler, choices, plan
 from ptq4dm.samplers.maths.coefficients import RUNGE_KUTTA
 
-SOLVERS = {f"{name}{k}": {"solver": name, "order": k} for name in plan.DEFAULTS if name != "rho_rk" for k in range(4)}
+SOLVERS = {
+    f"{name}{k}": {"solver": name, "order": k} for name in choices.DEFAULTS if name != "rho_rk" for k in range(4)
+}
 SOLVERS |= {f"rho_rk-{name}": {"solver": "rho_rk", "rk_method": name} for name in RUNGE_KUTTA}
 ORDER_0 = ["t_ab0", "rho_ab0", "ipndm0", "log_rho0", "rho_rk-1euler"]
 
@@ -48,7 +50,7 @@ def predict_as(kind, scheduler):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_prediction_types_agree(name, clean):
     outputs = {}
-    for kind in plan.PREDICTIONS:
+    for kind in choices.PREDICTIONS:
         scheduler = DEISScheduler(prediction_type=kind, final_denoise=clean, **SOLVERS[name])
         outputs[kind] = generate(scheduler, 6, noise(2, 3), predict_as(kind, scheduler))
     assert relative(outputs["v_prediction"], outputs["epsilon"]) < 1e-9
@@ -130,7 +132,7 @@ def test_coefficients_are_worked_out_in_set_timesteps(monkeypatch):
         scheduler = DEISScheduler(**SOLVERS[name])
         expected = generate(scheduler, 5, noise(2, 3))
         with monkeypatch.context() as patch:
-            for function in ("multistep_weights", "make_grid", "rho_of", "multistep", "runge_kutta"):
+            for function in ("multistep_weights", "make_grid", "multistep", "runge_kutta"):
                 patch.setattr(plan, function, fail)
             x = noise(2, 3)
             for t in scheduler.timesteps:
@@ -197,9 +199,9 @@ def test_the_rest_of_the_interface_is_diffusers():
     assert torch.equal(result, scheduler.step(x, scheduler.timesteps[0], x).prev_sample)
 
 
-@pytest.mark.parametrize("solver", plan.DEFAULTS)
+@pytest.mark.parametrize("solver", choices.DEFAULTS)
 def test_defaults_are_the_solvers_best(solver):
-    order, grid = plan.DEFAULTS[solver]
+    order, grid = choices.DEFAULTS[solver]
     order = {} if order is None else {"order": order}
     named = DEISScheduler(solver=solver, timestep_grid=grid, **order)
     assert torch.equal(generate(DEISScheduler(solver=solver), 7, noise(2, 3)), generate(named, 7, noise(2, 3)))

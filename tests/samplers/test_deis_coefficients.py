@@ -5,7 +5,7 @@ import pytest
 from scipy.integrate import quad
 
 from ptq4dm.samplers.maths.coefficients import ADAMS_BASHFORTH, RUNGE_KUTTA, multistep_weights
-from ptq4dm.samplers.maths.schedule import ContinuousVP, DiscreteVP, discrete_betas, rho_of
+from ptq4dm.samplers.maths.schedule import ContinuousVP, DiscreteVP, discrete_betas
 
 SCHEDULES = {
     "continuous": ContinuousVP(),
@@ -31,7 +31,7 @@ def integral(solver, schedule, power, start, end, rho_start, rho_end):
     middle, half = (edges[1:] + edges[:-1]) / 2, np.diff(edges) / 2
     nodes, weights = np.polynomial.legendre.leggauss(20)
     s = middle[:, None] + half[:, None] * nodes
-    inner = (2 * power * s ** (2 * power - 1) * rho_of(schedule, s * s) * weights * half[:, None]).sum()
+    inner = (2 * power * s ** (2 * power - 1) * schedule.rho(s * s) * weights * half[:, None]).sum()
     return end**power * rho_end - start**power * rho_start - inner
 
 
@@ -42,7 +42,7 @@ def test_exact_for_polynomials(name, solver, clean):
     schedule = SCHEDULES[name]
     times = np.array(TIMES["discrete" if schedule.discrete else name])
     last = 0.0 if schedule.discrete or clean else schedule.last
-    rho = np.append(rho_of(schedule, times), 0.0 if clean else rho_of(schedule, last))
+    rho = np.append(schedule.rho(times), 0.0 if clean else schedule.rho(last))
     nodes = {"t_ab": times, "rho_ab": rho[:-1], "log_rho": np.log(rho[:-1])}[solver]
     table = multistep_weights(solver, schedule, times, rho[-1], 3)
     assert [len(row) for row in table] == [1, 2, 3, 4, 4]
@@ -65,7 +65,7 @@ def test_ipndm_has_the_weights_for_even_steps():
     schedule = SCHEDULES["linear"]
     times = np.array(TIMES["discrete"])
     table = multistep_weights("ipndm", schedule, times, 0.0, 2)
-    step = np.diff(np.append(rho_of(schedule, times), 0.0))
+    step = np.diff(np.append(schedule.rho(times), 0.0))
     assert np.allclose(table[4][2], np.array([23, -16, 5]) / 12 * step[4]) and np.allclose(table[2][0], step[2])
 
 

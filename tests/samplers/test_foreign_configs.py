@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from ptq4dm.errors import UserError
 from ptq4dm.samplers import DDIMScheduler, DEISScheduler, OneStepScheduler
 from ptq4dm.samplers.catalog import make_sampler
-from ptq4dm.samplers.kinds import REFUSED, SHIFTED, TAKEN
+from ptq4dm.samplers.kinds import EDM, FLOW, REFUSED, SHIFTED, TAKEN
 
 NEEDED = {
     "AmusedScheduler": {"mask_token_id": 9},
@@ -72,8 +72,8 @@ def distance_from_the_data(sampler, alphas_cumprod, steps=100):
 
 
 def test_every_class_is_decided_on():
-    assert set(SCHEDULERS) == (TAKEN | SHIFTED | set(REFUSED)) & set(SCHEDULERS) and len(SCHEDULERS) > 40
-    assert not TAKEN & set(REFUSED)
+    assert set(SCHEDULERS) == (TAKEN | FLOW | EDM | SHIFTED | set(REFUSED)) & set(SCHEDULERS) and len(SCHEDULERS) > 40
+    assert not (TAKEN | FLOW | EDM) & set(REFUSED)
 
 
 @pytest.mark.parametrize("name", sorted(TAKEN & set(SCHEDULERS)))
@@ -109,12 +109,7 @@ def test_what_is_refused_says_why_and_what_to_take(name):
     ("name", "options"),
     [
         ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
-        ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}),
-        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0}),
-        ("DEISMultistepScheduler", {"use_flow_sigmas": True}),
-        ("SASolverScheduler", {"use_flow_sigmas": True}),
-        ("UniPCMultistepScheduler", {"use_dynamic_shifting": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
         ("CogVideoXDDIMScheduler", {}),
         ("CogVideoXDPMScheduler", {"snr_shift_scale": 2.0}),
         ("UnCLIPScheduler", {"variance_type": "learned_range"}),
@@ -130,7 +125,7 @@ def test_fields_tell_where_the_class_does_not(name, options):
 
 @pytest.mark.parametrize("field", [{"shift": 3.0}, {"sigma_data": 0.5}, {"prediction_type": "flow_prediction"}])
 def test_init_refuses_what_it_sees(field):
-    for kind in (DEISScheduler, DDIMScheduler, OneStepScheduler):
+    for kind in (DDIMScheduler, OneStepScheduler):
         with pytest.raises(UserError, match="cannot sample this model"):
             kind(num_train_timesteps=1000, **field)
     with pytest.raises(TypeError, match="colour"):
@@ -141,7 +136,7 @@ def test_a_detour_over_another_scheduler_hides_nothing():
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     for config in forms(flow):
         detour = diffusers.DDIMScheduler.from_config(config)
-        with pytest.raises(UserError, match="shift=3.0 is for flow matching"):
+        with pytest.raises(UserError, match="fields of flow matching beside prediction_type 'epsilon'"):
             DEISScheduler.from_config(detour.config)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import analytic
 from ptq4dm.errors import UserError
-from ptq4dm.samplers import DDIMScheduler, DEISScheduler, plan
+from ptq4dm.samplers import DDIMScheduler, DEISScheduler, choices
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 IMG2IMG = diffusers.StableDiffusionXLImg2ImgPipeline
@@ -31,7 +31,7 @@ def test_strength_means_the_time_that_it_means_in_diffusers(strength):
     ours = {
         "ddim": DDIMScheduler(**SD, timestep_spacing="linspace"),
         "ipndm": DEISScheduler(**SD, solver="ipndm"),
-        **{name: DEISScheduler(**SD, solver=name, timestep_grid="linear") for name in plan.DEFAULTS},
+        **{name: DEISScheduler(**SD, solver=name, timestep_grid="linear") for name in choices.DEFAULTS},
         **{grid: DEISScheduler(**SD, timestep_grid=grid) for grid in ("linspace", "leading", "trailing")},
     }
     for name, scheduler in ours.items():

@@ -14,7 +14,7 @@ import torch
 import ptq4dm
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.sampling import sample
-from ptq4dm.samplers import DDIMScheduler, DEISScheduler, plan
+from ptq4dm.samplers import DDIMScheduler, DEISScheduler, choices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {
@@ -157,7 +157,7 @@ def test_a_saved_pipeline_loads_by_itself_in_a_fresh_process(pipe, tmp_path):
     assert [float(printed[i]) for i in (3, 7)] == pytest.approx([expected[i] for i in (3, 7)], rel=1e-6)
 
 
-@pytest.mark.parametrize("solver", plan.DEFAULTS)
+@pytest.mark.parametrize("solver", choices.DEFAULTS)
 def test_a_plain_pipeline_call_is_what_ptq4dm_samples(solver, pipe):
     pipe.scheduler = DEISScheduler.from_config(pipe.scheduler.config, solver=solver)
     images = sample(pipe, [3], num_inference_steps=4)

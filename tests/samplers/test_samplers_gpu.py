@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ptq4dm.samplers import DDIMScheduler, DEISScheduler
+from ptq4dm.samplers.choices import DEFAULTS
 from ptq4dm.samplers.maths.coefficients import RUNGE_KUTTA
-from ptq4dm.samplers.plan import DEFAULTS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import analytic
-from ptq4dm.samplers import DEISScheduler, plan
+from ptq4dm.samplers import DEISScheduler, choices
 from ptq4dm.samplers.maths.coefficients import steady
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -53,9 +53,9 @@ def test_steady_keeps_degrees_below_the_first_that_cancels():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("solver", [name for name in plan.DEFAULTS if name != "rho_rk"])
+@pytest.mark.parametrize("solver", [name for name in choices.DEFAULTS if name != "rho_rk"])
 def test_no_solver_loses_a_degree_in_its_default_setting(solver, schedule):
-    order, _ = plan.DEFAULTS[solver]
+    order, _ = choices.DEFAULTS[solver]
     scheduler = DEISScheduler(solver=solver, **SCHEDULES[schedule])
     for steps in (1, 2, 3, 5, 8, 10, 20, 50, 100, 1000):
         scheduler.set_timesteps(steps)
@@ -71,7 +71,7 @@ def test_grids_that_a_config_brings_in_take_steady_weights(flag, schedule):
         for steps in (5, 8, 10, 20, 50):
             scheduler.set_timesteps(steps)
             own = solver == "log_rho" and flag == "use_karras_sigmas"  # the grid that its degree was chosen on
-            assert cancelling(scheduler) <= (plan.CANCELS if own else plan.CANCELS_UNASKED)
+            assert cancelling(scheduler) <= (choices.CANCELS if own else choices.CANCELS_UNASKED)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -81,7 +81,7 @@ def test_a_named_order_is_kept_until_its_weights_cancel(schedule):
             scheduler = DEISScheduler(solver=solver, order=3, timestep_grid=grid, **SCHEDULES[schedule])
             for steps in (5, 10, 20):
                 scheduler.set_timesteps(steps)
-                assert cancelling(scheduler) <= plan.CANCELS
+                assert cancelling(scheduler) <= choices.CANCELS
     scheduler = DEISScheduler(solver="t_ab", order=3, timestep_grid="quad", **SCHEDULES[schedule])
     scheduler.set_timesteps(10)
     assert max(degrees(scheduler)) == 3

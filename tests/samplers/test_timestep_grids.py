@@ -9,7 +9,7 @@ from scipy.stats import beta
 from ptq4dm.errors import UserError
 from ptq4dm.samplers import DEISScheduler
 from ptq4dm.samplers.maths.grids import GRIDS, SPACINGS, make_grid
-from ptq4dm.samplers.maths.schedule import ContinuousVP, rho_of
+from ptq4dm.samplers.maths.schedule import ContinuousVP
 
 STEPS = (1, 2, 3, 5, 7, 9, 10, 20, 50, 100, 250, 500, 700, 998, 999, 1000)
 SMOOTH = [grid for grid in GRIDS if grid not in SPACINGS]
@@ -45,7 +45,7 @@ def test_a_short_schedule_can_be_used_up(grid):
 def test_continuous_times_are_even_in_what_the_grid_names(grid):
     schedule = ContinuousVP()
     times = make_grid(schedule, grid, 20)
-    rho = rho_of(schedule, times)
+    rho = schedule.rho(times)
     top, bottom = rho[0], rho[-1]
     even = {
         "linear": lambda: times,

@@ -9,40 +9,44 @@ predictions counts for more than the whole, and that c comes out where u is c.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checks import check
 from ..errors import UserError
 from ..hooks import computing, input_of
-from .denoiser import denoiser, denoiser_names
+from .denoiser import denoiser_names
 from .stepping import own_step
 
 UNKNOWN = "ptq4dm does not know how {} guides, so guidance_interval must be left out"
-NOT_LINEAR = 0.2  # the share of what goes to the scheduler that may be no sum of the two predictions
+NOT_LINEAR = 0.5  # the share of what goes to the scheduler that may be no sum of the two predictions: some rescale it
+INEXACT = 0.02  # that by which it may miss the conditional prediction where that stands for both, by rounding
 
 
 class Finished(Exception):
     """Raised after the last step of a look."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Way:
     """How a pipeline guides.
 
     together: both predictions come from one call, as halves of its rows; else from two calls a step.
     conditional: which half, or which call, has the condition: 0 or 1.
+    sign: -1 where the pipeline turns predictions around before the scheduler gets them.
     times: what the scheduler is given at each step.
     """
 
     together: bool
     conditional: int
-    times: list[float] = field(default_factory=list)
+    sign: int = 1
+    times: tuple[float, ...] = ()
 
 
 def check_interval(value: Any) -> tuple[float, float]:
@@ -67,46 +71,65 @@ def look(pipe: Any, run: Callable[[], Any]) -> Way:
     Raises:
         UserError: no guidance in these arguments, or one of a kind that is not known.
     """
-    network, step, forward = denoiser(pipe), pipe.scheduler.step, denoiser(pipe).forward
-    kept: list[torch.Tensor] = []  # what the first step's calls gave
-    answers: list[Any] = []
-    expected: list[torch.Tensor] = []
-    way: list[Way] = []
-    times: list[float] = []
-    called = 0
+    seen, step = _Seen(pipe), pipe.scheduler.step
 
-    def computed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal called
-        called += 1
-        if not times:
-            answers.append(forward(*args, **kwargs))
-            kept.append(prediction(answers[-1], pipe))
-            return answers[-1]
-        if len(times) == 1 and way[0].together:
-            output = doubled(forward(*halved(args, way[0], args, kwargs), **halved(kwargs, way[0], args, kwargs)))
-            expected.append(prediction(output, pipe).chunk(2)[0])
-            return output
-        return answers[way[0].conditional if len(times) == 1 else (called - 1) % len(answers)]
-
-    def watched(output: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal called
-        if not times:
-            way.append(_way(pipe, kept, output))
-            expected.extend([] if way[0].together else [kept[way[0].conditional]])
-        elif len(times) == 1 and not torch.allclose(output, fitting(expected[0], output, pipe), rtol=0.05, atol=0.02):
-            raise UserError(f"{UNKNOWN.format(type(pipe).__name__)}.")
-        times.append(float(timestep))
-        called = 0
-        if len(times) == len(pipe.scheduler.timesteps):
+    @wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output, timestep, *_ = inspect.signature(step).bind(*args, **kwargs).arguments.values()
+        seen.stepped(output, timestep)
+        if len(seen.times) == len(pipe.scheduler.timesteps):
             raise Finished
-        return step(output, timestep, *args, **kwargs)
+        return step(*args, **kwargs)
 
-    with computing(network, {"": computed}), own_step(pipe.scheduler, watched), suppress(Finished):
+    with _computing(pipe, seen.computed), own_step(pipe.scheduler, watched), suppress(Finished):
         run()
-    if not way:
+    if seen.way is None:
         raise UserError(f"{UNKNOWN.format(type(pipe).__name__)}.")
-    way[0].times = times
-    return way[0]
+    return replace(seen.way, times=tuple(seen.times))
+
+
+class _Seen:
+    """What comes to light while a pipeline runs: its first step as it is, its second without guidance."""
+
+    def __init__(self, pipe: Any):
+        self.pipe, self.called = pipe, 0
+        self.answers: list[Any] = []  # of the calls of the first step; later steps are given them again
+        self.right: torch.Tensor | None = None  # what the second step must come to
+        self.times: list[float] = []
+        self.way: Way | None = None
+
+    def computed(self, forward: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        self.called += 1
+        if self.way is None:
+            self.answers.append(forward(*args, **kwargs))
+            return self.answers[-1]
+        if len(self.times) > 1:
+            return self.answers[(self.called - 1) % len(self.answers)]
+        if not self.way.together:
+            return self.answers[self.way.conditional]
+        apart = f"{UNKNOWN.format(type(self.pipe).__name__)}: its rows are not computed each by itself."
+        try:
+            output = conditional_alone(forward, self.way, args, kwargs)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(apart) from error
+        self.right = prediction(output, self.pipe).chunk(2)[0]
+        whole = prediction(forward(*args, **kwargs), self.pipe).chunk(2)[self.way.conditional]
+        if whole.shape != self.right.shape or (whole - self.right).norm() > INEXACT * whole.norm():
+            raise UserError(apart)
+        return output
+
+    def stepped(self, output: torch.Tensor, timestep: Any) -> None:
+        found = once(output)
+        if self.way is None:
+            kept = [prediction(answer, self.pipe) for answer in self.answers]
+            self.way = _way(self.pipe, kept, found)
+            self.right = None if self.way.together else kept[self.way.conditional]
+        elif len(self.times) == 1:
+            right = None if self.right is None else self.way.sign * fitting(self.right, found, self.pipe)
+            if right is None or (found - right).norm() > INEXACT * right.norm():
+                raise UserError(f"{UNKNOWN.format(type(self.pipe).__name__)}.")
+        self.times.append(float(torch.as_tensor(timestep).flatten()[0]))
+        self.called = 0
 
 
 def _way(pipe: Any, kept: list[torch.Tensor], output: torch.Tensor) -> Way:
@@ -126,12 +149,12 @@ def _way(pipe: Any, kept: list[torch.Tensor], output: torch.Tensor) -> Way:
     left = (whole - pair @ torch.tensor([a, b], dtype=whole.dtype)).norm() / whole.norm()
     if not (left < NOT_LINEAR and a * b < 0):
         raise UserError(f"{UNKNOWN.format(type(pipe).__name__)}.")
-    conditional = 0 if a > b else 1
+    conditional = 0 if abs(a) > abs(b) else 1  # w and 1 - w, with w above 1
     if not together and conditional == 1:
         raise UserError(
             f"{UNKNOWN.format(type(pipe).__name__)}: it asks for the prediction without the condition first."
         )
-    return Way(together, conditional)
+    return Way(together, conditional, 1 if a + b > 0 else -1)
 
 
 @contextmanager
@@ -142,29 +165,41 @@ def guided_within(pipe: Any, way: Way, interval: tuple[float, float]) -> Iterato
     guided = [low <= t / total <= high for t in way.times]
     step, taken, kept = pipe.scheduler.step, 0, []
 
+    @wraps(step)
     def watched(*args: Any, **kwargs: Any) -> Any:
         nonlocal taken
         taken += 1
         kept.clear()
         return step(*args, **kwargs)
 
-    def instead(forward: Callable) -> Callable:
-        def computed(*args: Any, **kwargs: Any) -> Any:
-            if guided[taken]:
-                return forward(*args, **kwargs)
-            if way.together:
-                return doubled(forward(*halved(args, way, args, kwargs), **halved(kwargs, way, args, kwargs)))
-            if not kept:
-                kept.append(forward(*args, **kwargs))
-            return kept[0]
+    def computed(forward: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        if guided[taken]:
+            return forward(*args, **kwargs)
+        if way.together:
+            return conditional_alone(forward, way, args, kwargs)
+        if not kept:
+            kept.append(forward(*args, **kwargs))
+        return kept[0]
 
-        return computed
+    with _computing(pipe, computed), own_step(pipe.scheduler, watched):
+        yield
+
+
+@contextmanager
+def _computing(pipe: Any, computed: Callable) -> Iterator[None]:
+    """All denoisers of a pipeline answer by computed(their own forward, args, kwargs)."""
+
+    def instead(forward: Callable) -> Callable:
+        @wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return computed(forward, args, kwargs)
+
+        return called
 
     with ExitStack() as stack:
         for name in denoiser_names(pipe):
-            network: nn.Module = getattr(pipe, name)
+            network = getattr(pipe, name)
             stack.enter_context(computing(network, {"": instead(network.forward)}))
-        stack.enter_context(own_step(pipe.scheduler, watched))
         yield
 
 
@@ -178,6 +213,12 @@ def prediction(output: Any, pipe: Any) -> torch.Tensor:
     return found
 
 
+def once(output: torch.Tensor) -> torch.Tensor:
+    """What goes to the scheduler [B, ...]; of one that comes twice, as DiTPipeline has it, the first half."""
+    first, *rest = output.chunk(2)
+    return first if rest and torch.equal(first, rest[0]) else output
+
+
 def fitting(part: torch.Tensor, output: torch.Tensor, pipe: Any) -> torch.Tensor:
     """A prediction [B, C, ...] without the variance behind it, in the dtype of what went to the scheduler."""
     if part.ndim == output.ndim and part.ndim > 1:
@@ -187,15 +228,15 @@ def fitting(part: torch.Tensor, output: torch.Tensor, pipe: Any) -> torch.Tensor
     return part.to(output.dtype)
 
 
-def halved(value: Any, way: Way, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """The same arguments with the conditional half of all rows."""
+def conditional_alone(forward: Callable, way: Way, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """The output for the conditional half of all rows, twice."""
     rows = len(input_of(args, kwargs))
-    return _mapped(value, lambda t: t.chunk(2)[way.conditional] if t.ndim and len(t) == rows else t)
 
+    def half(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(2)[way.conditional] if tensor.ndim and len(tensor) == rows else tensor
 
-def doubled(output: Any) -> Any:
-    """The same output with all rows twice."""
-    return _mapped(output, lambda t: torch.cat([t, t]) if t.ndim else t)
+    output = forward(*_mapped(args, half), **_mapped(dict(kwargs), half))
+    return _mapped(output, lambda tensor: torch.cat([tensor, tensor]) if tensor.ndim else tensor)
 
 
 def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -251,8 +251,8 @@ def sample(
 
     Raises:
         UserError: no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a way to
-            guide that guidance_interval does not know, a scheduler the pipeline cannot drive, or NaN or infinity in an
-            image (names the seeds).
+            guide that guidance_interval does not know, a scheduler the pipeline cannot drive, or NaN or infinity in
+            an image (names the seeds).
     """
     seeds = seeds_of(seeds)
     with refusals(pipe, conditioning, pipeline_kwargs):

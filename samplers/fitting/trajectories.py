@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def run(pipe: Any, scheduler: Any, seeds: Sequence[int], steps: int, options: di
     """
     step, taken = scheduler.step, 0
 
+    @wraps(step)
     def watched(model_output, timestep, sample, *args, return_dict=True, **kwargs):
         nonlocal taken
         result = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)

@@ -4,7 +4,8 @@ ddim, deis                                  ours, with their defaults
 ipndm, t_ab, rho_ab, log_rho, rho_rk        the solvers of DEIS, each with its best order and grid
 ipndm2/edm, t_ab3/quad, rho_rk-3heun/edm    solver and order (or Runge-Kutta method) / timestep grid
 .../clean                                   any of the latter, ending at clean data (final_denoise)
-diffusers/dpm++2m, ...                      diffusers' own; with -karras where they know that grid
+diffusers/dpm++2m, ...                      diffusers' own, of a flow-matching or EDM model those that know it; with
+                                            -karras where they know that grid
 a folder                                    a schedule fitted to the model, as `bench samplers --fit` writes it
 """
 
@@ -19,13 +20,13 @@ import diffusers
 from ..errors import UserError
 from ..files.outside import naming, read_json
 from .choices import DEFAULTS
-from .configs import class_of, refuse_foreign
+from .configs import class_of, kind_of, refuse_foreign
 from .ddim import DDIMScheduler
 from .deis import DEISScheduler
 from .fitted import FittedScheduler
-from .kinds import REFUSED
 from .maths.coefficients import RUNGE_KUTTA
 from .maths.grids import GRIDS
+from .translation import flow_fields
 
 DIFFUSERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -36,6 +37,17 @@ DIFFUSERS = {
     "unipc3": ("UniPCMultistepScheduler", {"solver_order": 3}),
     "euler": ("EulerDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
+}
+# Of flow-matching and EDM models, diffusers has other classes by these names.
+OF_FLOWS = {
+    **{name: DIFFUSERS[name] for name in ("deis", "dpm++2m", "dpm++3m", "unipc", "unipc3")},
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}),
+}
+OF_EDM = {
+    "euler": ("EDMEulerScheduler", {}),
+    "dpm++2m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 2}),
+    "dpm++3m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
 }
 _OURS = re.compile(r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?")
 
@@ -107,12 +119,21 @@ def _diffusers(name: str, config):
     short = short.removesuffix("-karras")
     if short not in DIFFUSERS or (karras and short == "ddim"):
         raise UserError(f"unknown sampler '{name}'; diffusers/ goes with {', '.join(DIFFUSERS)}.")
-    kind, options = DIFFUSERS[short]
+    written = class_of(config)
+    model, _ = kind_of(config, written)
+    known = {"flow": OF_FLOWS, "edm": OF_EDM}.get(model or "", DIFFUSERS)
+    if short not in known:
+        refuse_foreign(config, f"diffusers' {DIFFUSERS[short][0]}", written)
+    kind, options = known[short]
+    refuse_foreign(config, f"diffusers' {kind}", written, frozenset({"flow", "edm"}))
     parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    name = class_of(config)
-    own_flow = config.get("use_flow_sigmas") and "use_flow_sigmas" in parameters and name not in REFUSED
-    if not own_flow:  # else it does as the config says
-        refuse_foreign(config, f"diffusers' {kind}", name)
+    if model == "flow":
+        fields = flow_fields(config, written)
+        flows = {"use_flow_sigmas": True, "flow_shift": fields["shift"], "use_karras_sigmas": False}
+        options = {**options, **fields, **{field: value for field, value in flows.items() if field in parameters}}
+        options = {field: value for field, value in options.items() if field in parameters}
+    if karras and ("use_karras_sigmas" not in parameters or model == "edm" or "use_flow_sigmas" in options):
+        raise UserError(f"'{name}' does not know Karras' levels for this model; leave -karras out.")
     if karras:
         options = {**options, "use_karras_sigmas": True}
     return getattr(diffusers, kind).from_config(config, **options)

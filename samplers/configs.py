@@ -162,9 +162,11 @@ class TakesConfigs:
     """The `from_config` of our samplers; stands before diffusers' ConfigMixin among the bases.
 
     takes: KINDS of models that the sampler knows beside those with alpha_bar.
+    elsewhere: KINDS for which another class is this sampler, which `_elsewhere` makes.
     """
 
     takes: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
@@ -183,6 +185,8 @@ class TakesConfigs:
                 f"{cls.__name__}: config must be that of a scheduler, or its folder; got {shown(config)}."
             )
         config = {str(name): value for name, value in config.items()}
+        if kind_of({**config, **kwargs}, class_of(config))[0] in cls.elsewhere:
+            return cls._elsewhere(config, return_unused_kwargs, kwargs)
         refuse_foreign({**config, **kwargs}, cls.__name__, class_of(config), cls.takes)
         # diffusers drops what was a default of the other class: its betas, say, where ours has others.
         ours = inspect.signature(cls.__init__).parameters

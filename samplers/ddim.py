@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..checks import MOST, whole
 from ..errors import UserError
 from .configs import TakesConfigs, check_choice, class_of, refusing
+from .deis import DEISScheduler
 from .kinds import BLIND, CLIPS
 from .maths.grids import GRIDS, make_grid
 from .maths.outputs import without_variance
@@ -43,12 +44,15 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
             image leave it None or take "linear": on other grids a `strength` of 0.5 is not half of the timesteps.
         clip_sample: `from_config` switches it on only where the config has it on.
 
-    All else as in diffusers: `set_alpha_to_one` ends the last step at clean data.
+    All else as in diffusers: `set_alpha_to_one` ends the last step at clean data. Of the config of a flow-matching or an
+    EDM model, `from_config` makes a `DEISScheduler` of order 0, which is DDIM on their path: Euler's step of the flow.
 
     Raises:
-        UserError: a choice that does not exist; the config of a model without alpha_bar (flow matching, EDM, ...), or
-            distilled to a few steps; epsilon prediction from a last timestep of pure noise (zero terminal SNR).
+        UserError: a choice that does not exist; the config of another model without alpha_bar, or of one distilled to
+            a few steps; epsilon prediction from a last timestep of pure noise (zero terminal SNR).
     """
+
+    elsewhere = DEISScheduler.takes
 
     @refusing
     @register_to_config
@@ -84,6 +88,10 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
         # A "leading" grid begins below the last timestep, and clipping bounds what epsilon of a trained model gives.
         if self._blind and not ((clip_sample or thresholding) and "leading" in (timestep_grid or timestep_spacing)):
             raise UserError(BLIND)
+
+    @classmethod
+    def _elsewhere(cls, config: dict, return_unused_kwargs: bool, kwargs: dict):
+        return DEISScheduler.from_config(config, return_unused_kwargs, **{**kwargs, "solver": "t_ab", "order": 0})
 
     @classmethod
     def _translated(cls, config: dict, kwargs: dict) -> dict:

@@ -80,8 +80,8 @@ class DEISScheduler(TakesConfigs, Noising, SchedulerMixin, ConfigMixin):
         timestep_spacing: read by timestep_grid "diffusers" alone.
         algorithm_type, solver_type: have one value each, as in diffusers' DEIS, whose configs carry them.
         shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len, shift_terminal,
-            time_shift_type, invert_sigmas: of flow matching, as in diffusers' FlowMatchEulerDiscreteScheduler; its
-            stochastic_sampling is refused.
+            time_shift_type, invert_sigmas: of flow matching, as in diffusers' FlowMatchEulerDiscreteScheduler;
+            stochastic_sampling, new noise after each step, is refused.
         sigma_data, sigma_min, sigma_max, sigma_schedule, rho, final_sigmas_type: of EDM's preconditioned models, as
             in diffusers' EDMEulerScheduler; sigma_data is what makes a config one of theirs.
 
@@ -132,6 +132,7 @@ class DEISScheduler(TakesConfigs, Noising, SchedulerMixin, ConfigMixin):
         invert_sigmas: bool = False,
         shift_terminal: float | None = None,
         time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
         sigma_data: float | None = None,
         sigma_min: float | None = None,
         sigma_max: float | None = None,

@@ -73,16 +73,15 @@ def flow_levels(config, grid: str, relaid: str, request: Request) -> tuple[np.nd
         even = check_levels(request.sigmas, "sigmas", 1.0)
         if grid in POWERS and is_even(even):
             even = even_levels(grid, len(even))
-    elif times is not None:
-        return times / most, times
-    else:
+    elif times is None:
         even = law.of_diffusers(request.steps) if grid == "diffusers" else even_levels(grid, request.steps)
-    levels = law.levels(even, relaid, request.mu)
+    alone = times is not None and request.sigmas is None
+    levels = times / most if alone else law.levels(even, relaid, request.mu)
     if times is not None and len(times) != len(levels):
         raise UserError(f"{len(levels)} sigmas do not go with {len(times)} timesteps; give as many.")
-    if times is None:
-        times = most * (1 - levels if config.invert_sigmas else levels)
-    return levels, times
+    if config.invert_sigmas:  # as in diffusers, whatever timesteps were given
+        times = most * (1 - levels)
+    return levels, most * levels if times is None else times
 
 
 def plan_flow(config, choice, request: Request) -> Plan:

@@ -27,6 +27,7 @@ KINDS = {
         "models that are told where a step is to end",
         f"{KEEP}; to a config of FlowMatchHeunDiscreteScheduler, which has the same fields, add its _class_name",
     ),
+    "mixed": ("flow matching at EDM's noise levels, which its pipeline works out between the steps", KEEP),
     "turned": ("velocities that point to the data, with times counted from the data", KEEP),
     "stochastic": (
         "flow matching with new noise after each step",
@@ -141,6 +142,7 @@ FIELDS: tuple[tuple[str, str, Callable], ...] = (
     ("stage_range", "stages", _given),
     ("tsr_k", "protein", _given),
     ("stochastic_sampling", "stochastic", _given),
+    ("sigma_data", "mixed", lambda value, config: value is not None and config.get("shift") is not None),
     ("prediction_type", "flow", _is("flow_prediction", "flow", "velocity")),
     ("prediction_type", "trigflow", _is("trigflow")),
     *((name, "flow", _given) for name in ("use_flow_sigmas", "use_dynamic_shifting", "shift", "shift_terminal")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..errors import UserError
 from .answers import input_scale
 from .choices import FLOW
 from .maths.paths import alpha_sigma, shares
@@ -22,7 +23,11 @@ class Noising:
         """
         if self.config.sigma_data is None:
             return sample
-        return sample * input_scale(self.config, self._evaluations[self.index_for_timestep(timestep)].sigma)
+        if self._evaluations:
+            sigma = self._evaluations[self.index_for_timestep(timestep)].sigma
+        else:  # no steps are chosen yet
+            sigma = float(self.schedule.rho(float(timestep)))
+        return sample * input_scale(self.config, sigma)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """alpha x_0 + sigma n at timesteps [B]; shape and dtype of original_samples.
@@ -51,7 +56,12 @@ class Noising:
         """The place of a time in `timesteps`: of two equal ones that at which a step begins.
 
         A time that is not there has the place of the nearest.
+
+        Raises:
+            UserError: no steps are chosen.
         """
+        if not self._evaluations:
+            raise UserError("call set_timesteps(num_inference_steps) first: no timesteps are chosen.")
         index = own_index(timestep, self._own_timesteps)
         return likely_index(timestep, self._times, self._evaluations, None, None) if index is None else index
 

@@ -36,13 +36,18 @@ def in_our_words(config: Mapping, kwargs: dict) -> dict:
         grid = {} if kind == "flow" else {"timestep_grid": DIFFUSERS}
         kwargs = {"solver": "log_rho", "order": order, **grid, **kwargs}
     if kind == "flow":
-        kwargs = {**_flow(whole_config, name), **kwargs}
+        kwargs = {**flow_fields(whole_config, name), **kwargs}
     if kind == "edm" and whole_config.get("sigma_data") is None:
         kwargs = {"sigma_data": 0.5, **kwargs}
     return kwargs
 
 
-def _flow(config: Mapping, name: str | None) -> dict:
+def flow_fields(config: Mapping, name: str | None) -> dict:
+    """prediction_type and shift of a flow-matching config, whatever class of diffusers wrote it (`name`).
+
+    Raises:
+        UserError: it speaks of another prediction, too.
+    """
     prediction = FLOW if name in FLOW_CLASSES else config.get("prediction_type")
     if prediction != FLOW:
         raise UserError(

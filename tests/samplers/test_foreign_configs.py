@@ -160,15 +160,19 @@ def test_cogvideox_without_a_shift_is_an_ordinary_schedule():
         assert distance_from_the_data(ours, theirs.alphas_cumprod.double().numpy()) < 0.02
 
 
-def test_diffusers_own_samplers_keep_the_flow_that_they_understand():
+def test_diffusers_own_samplers_of_flows():
     theirs = diffusers.UniPCMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
     )
     for config in forms(theirs):
         ours = make_sampler("diffusers/dpm++2m", config)
         assert ours.config.use_flow_sigmas and ours.config.prediction_type == "flow_prediction"
-        with pytest.raises(UserError, match="EulerDiscreteScheduler cannot sample"):
-            make_sampler("diffusers/euler", config)
+        euler = make_sampler("diffusers/euler", config)
+        assert isinstance(euler, diffusers.FlowMatchEulerDiscreteScheduler) and euler.config.shift == 3.0
+        with pytest.raises(UserError, match="DDIMScheduler cannot sample"):
+            make_sampler("diffusers/ddim", config)
+        with pytest.raises(UserError, match="leave -karras out"):
+            make_sampler("diffusers/unipc-karras", config)
 
 
 # ---- clipping

@@ -1,6 +1,7 @@
 """Diffusion problems with known solutions, and a solver that is exact for them; all float64.
 
-x_t = sqrt(a) x_0 + sqrt(1 - a) n. A problem's epsilon(x, a) is what a perfect model predicts for x [B, D].
+x_t = sqrt(a) x_0 + sqrt(1 - a) n. A problem's epsilon(x, a) is what a perfect model predicts for x [B, D]. Of flow
+matching, x_s = (1 - s) x_0 + s n, its velocity(x, s) is that.
 """
 
 import math
@@ -19,14 +20,26 @@ class Gaussian:
     vectors: torch.Tensor
 
     def epsilon(self, x, a):
-        y = (x - a**0.5 * self.mean) @ self.vectors
-        return (1 - a) ** 0.5 * (y / (a * self.variances + 1 - a)) @ self.vectors.T
+        return self.parts(x, a**0.5, (1 - a) ** 0.5)[1]
+
+    def velocity(self, x, s):
+        x0, eps = self.parts(x, 1 - s, s)
+        return eps - x0
+
+    def parts(self, x, alpha, sigma):
+        """The expected x_0 and epsilon in x = alpha x_0 + sigma epsilon."""
+        y = (x - alpha * self.mean) @ self.vectors / (alpha**2 * self.variances + sigma**2)
+        return self.mean + alpha * (self.variances * y) @ self.vectors.T, sigma * y @ self.vectors.T
 
     def flow(self, x, a, a_end):
-        """Where the ODE takes x from noise level a to a_end: along each axis in proportion to the deviation there."""
-        ratio = (a_end * self.variances + 1 - a_end) / (a * self.variances + 1 - a)
-        y = (x - a**0.5 * self.mean) @ self.vectors * ratio.sqrt()
-        return a_end**0.5 * self.mean + y @ self.vectors.T
+        """Where the ODE takes x from noise level a to a_end."""
+        return self.carried(x, (a**0.5, (1 - a) ** 0.5), (a_end**0.5, (1 - a_end) ** 0.5))
+
+    def carried(self, x, start, end):
+        """The same between two (alpha, sigma): along each axis in proportion to the deviation there."""
+        before, after = (alpha**2 * self.variances + sigma**2 for alpha, sigma in (start, end))
+        y = (x - start[0] * self.mean) @ self.vectors * (after / before).sqrt()
+        return end[0] * self.mean + y @ self.vectors.T
 
 
 @dataclass(frozen=True)
@@ -38,11 +51,21 @@ class Mixture:
     covs: torch.Tensor
 
     def epsilon(self, x, a):
-        cov = a * self.covs + (1 - a) * torch.eye(x.shape[1], dtype=x.dtype)
-        away = x[:, None] - a**0.5 * self.means
+        return self.parts(x, a**0.5, (1 - a) ** 0.5)[1]
+
+    def velocity(self, x, s):
+        x0, eps = self.parts(x, 1 - s, s)
+        return eps - x0
+
+    def parts(self, x, alpha, sigma):
+        """The expected x_0 and epsilon in x = alpha x_0 + sigma epsilon."""
+        cov = alpha**2 * self.covs + sigma**2 * torch.eye(x.shape[1], dtype=x.dtype)
+        away = x[:, None] - alpha * self.means
         scaled = torch.einsum("kij,nkj->nki", torch.linalg.inv(cov), away)
         log_weight = self.weights.log() - (away * scaled).sum(-1) / 2 - torch.logdet(cov) / 2
-        return (1 - a) ** 0.5 * (log_weight.softmax(1)[..., None] * scaled).sum(1)
+        share = log_weight.softmax(1)[..., None]
+        x0 = self.means + alpha * torch.einsum("kij,nkj->nki", self.covs, scaled)
+        return (share * x0).sum(1), sigma * (share * scaled).sum(1)
 
 
 def gaussian(dim=16, seed=0):
@@ -91,6 +114,21 @@ def solve(scheduler, problem, alpha_bar, x):
     for t in scheduler.timesteps:
         x = scheduler.step(problem.epsilon(x, alpha_bar(float(t))), t, x).prev_sample
     return x
+
+
+def solve_flow(scheduler, problem, x):
+    """The answer of a flow-matching scheduler, diffusers' or ours, for a model that is told 1000 s."""
+    for t in scheduler.timesteps:
+        x = scheduler.step(problem.velocity(x, float(t) / 1000), t, x, return_dict=False)[0]
+    return x
+
+
+def mixture(number=12, dim=16, seed=0):
+    """Equal Gaussians with random means and axis-parallel spreads."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(number, dim, generator=generator, dtype=torch.float64)
+    spread = torch.rand(number, dim, generator=generator, dtype=torch.float64) * 0.15 + 0.002
+    return Mixture(means, torch.full((number,), 1 / number, dtype=torch.float64), torch.diag_embed(spread))
 
 
 def rms(error):

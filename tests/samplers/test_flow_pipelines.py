@@ -1,0 +1,71 @@
+"""Pipelines of flow-matching models, tiny, of diffusers' own classes: `from_config(pipe.scheduler.config)` samples them."""
+
+import importlib
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import models
+import ptq4dm
+from ptq4dm.cli.main import main
+from ptq4dm.samplers import DEISScheduler
+
+SWEEP = Path(__file__).resolve().parents[2] / "scripts" / "sweep"
+TEXT = [
+    *("FluxPipeline", "Flux2Pipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline"),
+    *("SanaPipeline", "LuminaPipeline", "Lumina2Pipeline", "AuraFlowPipeline", "CogView4Pipeline"),
+    *("WanPipeline", "LTXPipeline", "HunyuanVideoPipeline", "MochiPipeline"),
+]
+IMAGE = ["FluxImg2ImgPipeline", "FluxInpaintPipeline", "StableDiffusion3Img2ImgPipeline"]
+
+
+@pytest.fixture
+def catalogue(monkeypatch):
+    monkeypatch.syspath_prepend(str(SWEEP))
+    found = importlib.import_module("pipelines")
+    monkeypatch.setattr(found, "STEPS", 3)
+    return found
+
+
+def pictures(output):
+    """What a pipeline gave, as one tensor."""
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
+    return output.float()
+
+
+@pytest.mark.parametrize("name", [*TEXT, *IMAGE])
+def test_order_0_is_the_pipelines_own_sampler_and_higher_orders_run(name, catalogue, one_thread):
+    case = catalogue.PIPELINES[name]()
+    own = case.pipe.scheduler
+    expected = pictures(catalogue.run(case, [0]))
+    case.pipe.scheduler = DEISScheduler.from_config(own.config, order=0, timestep_grid="diffusers")
+    found = pictures(catalogue.run(case, [0]))
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+    case.pipe.scheduler = DEISScheduler.from_config(own.config)
+    higher = pictures(catalogue.run(case, [0]))
+    assert higher.isfinite().all() and (higher - expected).abs().max() > 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("solver", ["t_ab", "rho_rk"])
+def test_calibration_sees_the_samplers_own_times(solver, catalogue, one_thread):
+    """The law of times is that of the scheduler's range, 0 to 1000, and a recorded call is at a step of its grid."""
+    case = catalogue.PIPELINES["FluxPipeline"]()
+    case.pipe.scheduler = DEISScheduler.from_config(case.pipe.scheduler.config, solver=solver)
+    config = ptq4dm.CalibrationConfig(num_samples=2, num_inference_steps=3)
+    store = ptq4dm.collect(case.pipe, config, conditioning=case.conditioning, pipeline_kwargs=case.pipeline_kwargs)
+    grid = case.pipe.scheduler.timesteps.double() / 1000
+    assert len(grid) == 3 * case.pipe.scheduler.order
+    seen = torch.as_tensor(store.recorded().time).flatten()
+    assert len(seen) == 2 and (seen[:, None] - grid).abs().amin(1).max() < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["deis", "ddim", "ipndm", "t_ab2/quad", "diffusers/unipc"])
+def test_generate_takes_our_samplers_for_a_flow(sampler, tmp_path, one_thread):
+    pipe = ptq4dm.PixelDiTPipeline(models.pixel_dit(), diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0))
+    pipe.save_pretrained(tmp_path / "model")
+    pictures = ["--num-images", "2", "--steps", "3", "--output", str(tmp_path / "out"), "--sampler", sampler]
+    assert main(["generate", "--model", str(tmp_path / "model"), "--quiet", *pictures]) in (0, None)
+    assert len(list((tmp_path / "out").glob("*.png"))) >= 2

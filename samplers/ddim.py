@@ -44,8 +44,8 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
             image leave it None or take "linear": on other grids a `strength` of 0.5 is not half of the timesteps.
         clip_sample: `from_config` switches it on only where the config has it on.
 
-    All else as in diffusers: `set_alpha_to_one` ends the last step at clean data. Of the config of a flow-matching or an
-    EDM model, `from_config` makes a `DEISScheduler` of order 0, which is DDIM on their path: Euler's step of the flow.
+    All else as in diffusers: `set_alpha_to_one` ends the last step at clean data. Of the config of a flow-matching or
+    an EDM model, `from_config` makes a `DEISScheduler` of order 0, which is DDIM on its path: Euler's step of a flow.
 
     Raises:
         UserError: a choice that does not exist; the config of another model without alpha_bar, or of one distilled to

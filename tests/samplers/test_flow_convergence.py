@@ -22,10 +22,8 @@ def flow(**options):
 def error(request):
     """error(scheduler, steps, sigmas): median over samples of the rms distance from the solution."""
     problem, x = PROBLEMS[request.param](), analytic.noise(32)
-    if request.param == "gaussian":
-        solution = problem.carried(x, (0, 1), (1, 0))
-    else:
-        solution = finest(problem, x)
+    known = request.param == "gaussian"
+    solution = problem.carried(x, (0, 1), (1, 0)) if known else finest(problem, x)
 
     def measure(scheduler, steps, **given):
         scheduler.set_timesteps(steps, **given)

@@ -1,4 +1,4 @@
-"""Pipelines of flow-matching models, tiny, of diffusers' own classes: `from_config(pipe.scheduler.config)` samples them."""
+"""Tiny pipelines of flow models, of diffusers' own classes: `from_config(pipe.scheduler.config)` samples them."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What diffusers' own suites ask of a scheduler, of flow-matching and EDM models: steps, copies, starts, noise, places."""
+"""What diffusers' suites ask of a scheduler, for flow and EDM models: steps, copies, starts, noise, places."""
 
 import copy
 import pickle
@@ -129,10 +129,7 @@ def test_image_to_image_begins_where_diffusers_does(strength):
 
 
 def test_a_start_in_the_middle_is_of_lower_order_first(scheduler):
-    if scheduler.order > 1:
-        start = scheduler.order
-    else:
-        start = 2
+    start = max(2, scheduler.order)
     x = advance(scheduler, noise(), scheduler.timesteps[start:])
     scheduler.set_begin_index(start)
     assert scheduler.begin_index == start

@@ -163,7 +163,8 @@ def guided_within(pipe: Any, way: Way, interval: tuple[float, float]) -> Iterato
     low, high = interval
     total = pipe.scheduler.config.num_train_timesteps if max(way.times) > 1 else 1.0
     guided = [low <= t / total <= high for t in way.times]
-    step, taken, kept = pipe.scheduler.step, 0, []
+    step, taken = pipe.scheduler.step, 0
+    kept: list[Any] = []
 
     @wraps(step)
     def watched(*args: Any, **kwargs: Any) -> Any:

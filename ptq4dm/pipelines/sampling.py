@@ -211,11 +211,11 @@ def call_pipeline(
     within: AbstractContextManager = nullcontext()
     if interval is not None:
         interval, few = check_interval(interval), seeds[:2]
-        options = {"conditioning": conditioning, "pipeline_kwargs": pipeline_kwargs, "bare": bare}
+        run = partial(call_pipeline, pipe, few, num_inference_steps=num_inference_steps, conditioning=conditioning)
         with turn_at(pipe):
-            way = look(pipe, partial(call_pipeline, pipe, few, num_inference_steps=num_inference_steps, **options))
+            way = look(pipe, partial(run, pipeline_kwargs=pipeline_kwargs, bare=bare))
         within = guided_within(pipe, way, interval)
-    with turn_at(pipe), not_while_loading(), within, one_interrupt(opened=False) as gate, _ready(pipe, progress):
+    with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress), within:
         try:
             gate.open = True  # while the pipeline is made ready, and put back, an interrupt waits
             with scheduler_refusals(not pipeline_kwargs):

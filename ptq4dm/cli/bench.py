@@ -68,7 +68,7 @@ def _run_samplers(args) -> None:
     settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
     own = {}
     if args.fit:
-        config.samplers = [*config.samplers, "fitted"]
+        config.samplers = ["fitted", *config.samplers]
         config.check(pipe, {"fitted": None})
         settings["teacher"] = str(args.teacher or args.model)
         teacher = load(args, args.teacher) if args.teacher else None

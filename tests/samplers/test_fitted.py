@@ -245,7 +245,7 @@ def test_bench_fits_a_schedule_which_generate_takes(tmp_path, capsys):
     few = ["--num-images", "4", "--batch-size", "4", "--evaluations", "2", "--samplers", "deis"]
     assert main(["bench", "samplers", *model, *few, "--fit", "--output", str(out)]) == 0
     rows = json.loads((out / "samplers.json").read_text())["rows"]
-    assert [(row["sampler"], row["evaluations"]) for row in rows] == [("deis", 2), ("fitted", 2)]
+    assert [(row["sampler"], row["evaluations"]) for row in rows] == [("fitted", 2), ("deis", 2)]
     folder = out / "fitted"
     config = json.loads((folder / "scheduler_config.json").read_text())
     assert set(config["tables"]) == {"2"} and config["origin"]["model"] == str(tmp_path / "m")

@@ -4,6 +4,7 @@ ddim, deis                                  ours, with their defaults
 ipndm, t_ab, rho_ab, log_rho, rho_rk        the solvers of DEIS, each with its best order and grid
 ipndm2/edm, t_ab3/quad, rho_rk-3heun/edm    solver and order (or Runge-Kutta method) / timestep grid
 .../clean                                   any of the latter, ending at clean data (final_denoise)
+.../epsilon, .../velocity                   of flow-matching models: what the solver's polynomials are of (integrand)
 diffusers/dpm++2m, ...                      diffusers' own, of a flow-matching or EDM model those that know it; with
                                             -karras where they know that grid
 a folder                                    a schedule fitted to the model, as `bench samplers --fit` writes it
@@ -49,7 +50,7 @@ OF_EDM = {
     "dpm++2m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 2}),
     "dpm++3m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
 }
-_OURS = re.compile(r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?")
+_OURS = re.compile(r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?(?:/(epsilon|velocity))?")
 
 
 def make_sampler(name: str, config, order: int | None = None, grid: str | None = None):
@@ -90,6 +91,8 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
             f"t_ab3/quad or rho_rk-3heun/edm, or diffusers/ with {', '.join(DIFFUSERS)}."
         )
     solver = {"solver": match[1], "order": int(match[2])} if match[1] else {"solver": "rho_rk", "rk_method": match[3]}
+    if match[6]:
+        solver["integrand"] = match[6]
     return DEISScheduler.from_config(config, timestep_grid=match[4], final_denoise=bool(match[5]), **solver)
 
 

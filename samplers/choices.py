@@ -18,11 +18,11 @@ DEFAULTS = {
     "log_rho": (1, "edm"),
     "rho_rk": (None, "edm"),
 }
-# Of flow-matching models: order, and what the polynomials are of. The grid is the model's own.
+# Of flow-matching models, whose grid is their own: order, and what the polynomials are of.
 FLOW_DEFAULTS = {
-    "t_ab": (2, "epsilon"),
+    "t_ab": (1, "velocity"),
     "ipndm": (1, "velocity"),
-    "rho_ab": (2, "velocity"),
+    "rho_ab": (1, "velocity"),
     "log_rho": (1, "epsilon"),
     "rho_rk": (None, "velocity"),
 }

@@ -12,7 +12,6 @@ maths/velocities.py, which are finite at s = 1; EDM's take 1 and sigma.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,19 +22,18 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 
 from ..errors import UserError
 from .answers import said
-from .choices import FLOW, choose
+from .choices import choose
 from .configs import TakesConfigs, refusing
 from .maths.coefficients import RUNGE_KUTTA
 from .maths.outputs import without_variance
-from .maths.timesteps import likely_index, own_index
-from .memory import State, States, state_for
+from .memory import Remembering, state_for
 from .noising import Noising
 from .plan import asked, before_any_steps, noise_schedule, plan
-from .starts import beside_strength, check_start, inside
+from .starts import Beginning, inside
 from .translation import in_our_words, left_open
 
 
-class DEISScheduler(TakesConfigs, Noising, SchedulerMixin, ConfigMixin):
+class DEISScheduler(TakesConfigs, Noising, Remembering, Beginning, SchedulerMixin, ConfigMixin):
     """Exponential-integrator solvers for diffusion models with alpha_bar, flow-matching models and EDM's.
 
     `DEISScheduler.from_config(pipe.scheduler.config)` fits any diffusers pipeline of such a model.
@@ -66,7 +64,7 @@ class DEISScheduler(TakesConfigs, Noising, SchedulerMixin, ConfigMixin):
             Of a flow: "linear" (None), "quad" or "cubic" before the model's shift, which also take the place of even
             sigmas that a pipeline passes; "log", "edm" or "beta" after it; "diffusers": as its Euler.
         integrand: of a flow, what the polynomials are of: "epsilon" (DEIS, in rho) or "velocity" (the model's output,
-            in s: then "t_ab" and "rho_ab" are Adams-Bashforth, and "rho_rk" is Runge-Kutta on the flow's own ODE).
+            in s: then "t_ab" and "rho_ab" are Adams-Bashforth, "rho_rk" is Runge-Kutta on the flow's own ODE).
             None: the solver's best, see choices.py.
         final_denoise: the last step ends at clean data (rho = 0) instead of the last time of the grid (t = 0, where
             sigma is 0.01 in DDPM's schedule). Either costs the same evaluations. Off, as in the DEIS authors' code
@@ -144,8 +142,9 @@ class DEISScheduler(TakesConfigs, Noising, SchedulerMixin, ConfigMixin):
         self.register_to_config(algorithm_type="deis", solver_type="logrho", **left_open(self.config))
         self._choice = choose(self.config)
         self.schedule, betas = noise_schedule(self.config)
-        self.betas = torch.from_numpy(betas).float()
-        self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()
+        if len(betas):  # flows and EDM's models have none
+            self.betas = torch.from_numpy(betas).float()
+            self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()
         self.num_inference_steps: int | None = None
         self.timesteps, self.sigmas = before_any_steps(self.config, self.schedule)
         self.init_noise_sigma = 1.0 if sigma_data is None else (self.config.sigma_max**2 + 1) ** 0.5
@@ -255,40 +254,6 @@ class DEISScheduler(TakesConfigs, Noising, SchedulerMixin, ConfigMixin):
             state = state_for(self._evaluations[following], following, sample, model_output, base, (kept, *past))
             self._latest = self._states[result] = state
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
-
-    def _state_for(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> tuple[int, State | None]:
-        """(index of the evaluation at `timestep`, the state that led to it: of this sample or the latest, if any)."""
-        state = self._states.get(sample, self._latest)
-        if state is not None and state.shape != sample.shape:
-            state = None
-        expected = None if state is None else state.index
-        index = own_index(timestep, self._own_timesteps)
-        if index is None:
-            index = likely_index(timestep, self._times, self._evaluations, expected, self._begin_index)
-        return index, state if index == expected else None
-
-    def _forget(self) -> None:
-        self._states, self._latest = States(), None
-
-    @property
-    def begin_index(self) -> int | None:
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Where in `timesteps` the first step will be, for pipelines that start in the middle (img2img).
-
-        It counts only where a timestep is not an entry of `timesteps` itself, which tells its own place. A warning
-        says so where the timestep there is not the one that `strength` means to diffusers.
-
-        Raises:
-            UserError: nothing is left to sample there, or it is inside a Runge-Kutta step.
-        """
-        check_start(begin_index, self._times, self._evaluations, self.order, self._num_discrete)
-        noise = self.config.num_train_timesteps if self.config.prediction_type == FLOW else self.schedule.first
-        warning = beside_strength(begin_index, self._times, noise, self._choice.grid)
-        if warning and not self._choice.of_diffusers:
-            warnings.warn(warning, stacklevel=2)
-        self._begin_index = begin_index
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -8,6 +8,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .maths.evaluations import Evaluation
+from .maths.timesteps import likely_index, own_index
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,21 @@ def state_for(
         past = (model_output.clone(), *past[1:])
     kept = None if following.starts else base.clone() if base is sample else base
     return State(index, sample.shape, kept, past)
+
+
+class Remembering:
+    """Of a DEISScheduler: finds, and forgets, what it remembers of the sample at hand."""
+
+    def _state_for(self, timestep: int | float | torch.Tensor, sample: torch.Tensor) -> tuple[int, State | None]:
+        """(index of the evaluation at `timestep`, the state that led to it: of this sample or the latest, if any)."""
+        state = self._states.get(sample, self._latest)
+        if state is not None and state.shape != sample.shape:
+            state = None
+        expected = None if state is None else state.index
+        index = own_index(timestep, self._own_timesteps)
+        if index is None:
+            index = likely_index(timestep, self._times, self._evaluations, expected, self._begin_index)
+        return index, state if index == expected else None
+
+    def _forget(self) -> None:
+        self._states, self._latest = States(), None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 from ..errors import UserError
+from .choices import FLOW
 from .maths.evaluations import Evaluation
 
 
@@ -66,3 +68,27 @@ def beside_strength(index: int, times: Sequence[float], first: float, grid: str)
         f"a strength of {strength:.2g}, take timestep_grid='linear' to begin at {strength:.0%} as with diffusers' "
         "samplers."
     )
+
+
+class Beginning:
+    """Of a DEISScheduler: where in its timesteps a pipeline says that it begins."""
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Where in `timesteps` the first step will be, for pipelines that start in the middle (img2img).
+
+        It counts only where a timestep is not an entry of `timesteps` itself, which tells its own place. A warning
+        says so where the timestep there is not the one that `strength` means to diffusers.
+
+        Raises:
+            UserError: nothing is left to sample there, or it is inside a Runge-Kutta step.
+        """
+        check_start(begin_index, self._times, self._evaluations, self.order, self._num_discrete)
+        noise = self.config.num_train_timesteps if self.config.prediction_type == FLOW else self.schedule.first
+        warning = beside_strength(begin_index, self._times, noise, self._choice.grid)
+        if warning and not self._choice.of_diffusers:
+            warnings.warn(warning, stacklevel=2)
+        self._begin_index = begin_index

@@ -130,6 +130,15 @@ def test_a_flow_that_predicts_epsilon_is_refused(name, options):
                 kind.from_config(config)
 
 
+def test_names_say_what_the_polynomials_are_of():
+    config = EULER(shift=2.0).config
+    for integrand in ("epsilon", "velocity"):
+        ours = make_sampler(f"ipndm2/quad/{integrand}", config)
+        assert (ours.config.integrand, ours.config.order, ours.config.timestep_grid) == (integrand, 2, "quad")
+    with pytest.raises(UserError, match="integrand 'velocity' is of flow-matching models"):
+        make_sampler("ipndm2/quad/velocity", diffusers.DDIMScheduler().config)
+
+
 def test_saved_and_loaded(tmp_path):
     for config in (in_file(EULER(shift=3.0)), in_file(diffusers.EDMEulerScheduler())):
         ours = DEISScheduler.from_config(config, solver="ipndm", order=1)

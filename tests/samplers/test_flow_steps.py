@@ -70,6 +70,16 @@ def test_two_generations_in_turn_do_not_know_of_each_other(scheduler):
     assert torch.equal(x, alone[0]) and torch.equal(y, alone[1])
 
 
+def test_static_buffers(scheduler):
+    """One tensor for every sample and one for every output, as in a loop over a CUDA graph."""
+    expected = advance(scheduler, noise(), scheduler.timesteps)
+    x, output = noise(), torch.empty(2, 3, 4, 4)
+    for t in scheduler.timesteps:
+        output.copy_(model(scheduler.scale_model_input(x, t), t))
+        x.copy_(scheduler.step(output, t, x).prev_sample)
+    assert torch.equal(x, expected)
+
+
 @pytest.mark.parametrize("form", [float, lambda t: t.clone(), lambda t: t.reshape(1)], ids=["number", "copy", "[1]"])
 def test_any_form_of_timestep(scheduler, form):
     expected, x = advance(scheduler, noise(), scheduler.timesteps), noise()

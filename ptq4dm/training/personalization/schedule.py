@@ -76,14 +76,15 @@ def _flow_share(share: float) -> float:
 
 
 def schedule_of(pipe, device: torch.device) -> Schedule:
-    """The schedule that a pipeline's scheduler stands for: alpha_bar at whole timesteps, or FlowMatchEuler's.
+    """The schedule of a pipeline's scheduler: alpha_bar at whole timesteps, or a flow's (FlowMatchEuler or our DEIS).
 
     Raises UserError for others (EDM and what else has noise levels only), and for predictions of something else.
     """
     scheduler = getattr(pipe, "scheduler", None)
     config = getattr(scheduler, "config", {})
     bars, prediction = getattr(scheduler, "alphas_cumprod", None), config.get("prediction_type", "epsilon")
-    if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+    ours = type(scheduler).__name__ == "DEISScheduler" and prediction == "flow_prediction"
+    if ours or type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
         number = config["num_train_timesteps"]
         sigma = torch.arange(1, number + 1, dtype=torch.float64) / number
         parts, prediction = (1 - sigma, sigma, number * sigma), FLOW

@@ -10,6 +10,7 @@ from diffusers.utils import logging
 import personal
 from helpers import normal
 from ptq4dm.errors import UserError
+from ptq4dm.samplers import DEISScheduler
 from ptq4dm.training.personalization.config import PersonalizeConfig
 from ptq4dm.training.personalization.pictures import learned_from, pictures_of
 from ptq4dm.training.personalization.problem import Problem, ready
@@ -52,9 +53,10 @@ def test_timesteps_are_those_of_the_range_and_of_no_other():
     assert int(fixed[0]) == 500 and int(fixed[-1]) < 900 and len(set(fixed.tolist())) == len(fixed)
 
 
-def test_a_flow_goes_straight_from_images_to_noise():
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_flow_goes_straight_from_images_to_noise(ours):
     pipe = personal.classes()
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.scheduler = DEISScheduler(prediction_type="flow_prediction") if ours else FlowMatchEulerDiscreteScheduler()
     schedule = schedule_of(pipe, torch.device("cpu"))
     x, noise, t = normal(4, 3, 8, 8), normal(4, 3, 8, 8, seed=1), torch.tensor([0, 10, 500, 999])
     told = schedule.told[t]

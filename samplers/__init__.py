@@ -1,4 +1,4 @@
-"""Few-step samplers: DDIM and the DEIS family as diffusers schedulers; DisBack, distillation to one step."""
+"""Few-step samplers: DDIM, the DEIS family, schedules fitted to a model; DisBack, distillation to one step."""
 
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,20 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .deis import DEISScheduler
     from .distillation.config import DisBackConfig
     from .distillation.disback import distill
+    from .fitted import FittedScheduler
+    from .fitting.fit import FitConfig, fit
     from .one_step import OneStepScheduler
 
-__all__ = ["DDIMScheduler", "DEISScheduler", "DisBackConfig", "OneStepScheduler", "distill"]
+__all__ = [
+    "DDIMScheduler",
+    "DEISScheduler",
+    "DisBackConfig",
+    "FitConfig",
+    "FittedScheduler",
+    "OneStepScheduler",
+    "distill",
+    "fit",
+]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -19,8 +30,11 @@ __getattr__, __dir__ = lazy_names(
         "DDIMScheduler": "ddim",
         "DEISScheduler": "deis",
         "DisBackConfig": "distillation.config",
+        "FitConfig": "fitting.fit",
+        "FittedScheduler": "fitted",
         "OneStepScheduler": "one_step",
         "distill": "distillation.disback",
+        "fit": "fitting.fit",
     },
-    rooms=("comparison", "distillation", "maths"),
+    rooms=("comparison", "distillation", "fitting", "maths"),
 )

@@ -7,20 +7,24 @@ ipndm2/edm, t_ab3/quad, rho_rk-3heun/edm    solver and order (or Runge-Kutta met
 .../epsilon, .../velocity                   of flow-matching models: what the solver's polynomials are of (integrand)
 diffusers/dpm++2m, ...                      diffusers' own, of a flow-matching or EDM model those that know it; with
                                             -karras where they know that grid
+a folder                                    a schedule fitted to the model, as `bench samplers --fit` writes it
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 
 import diffusers
 
 from ..errors import UserError
+from ..files.outside import naming, read_json
 from .choices import DEFAULTS
 from .configs import class_of, kind_of, refuse_foreign
 from .ddim import DDIMScheduler
 from .deis import DEISScheduler
+from .fitted import FittedScheduler
 from .maths.coefficients import RUNGE_KUTTA
 from .maths.grids import GRIDS
 from .translation import flow_fields
@@ -78,6 +82,8 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
         )
     if name.startswith("diffusers/"):
         return _diffusers(name, config)
+    if Path(name, "scheduler_config.json").is_file():
+        return fitted_in(Path(name), config)
     match = _OURS.fullmatch(name)
     if not match or match[4] not in GRIDS or (match[3] and match[3] not in RUNGE_KUTTA):
         raise UserError(
@@ -88,6 +94,26 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
     if match[6]:
         solver["integrand"] = match[6]
     return DEISScheduler.from_config(config, timestep_grid=match[4], final_denoise=bool(match[5]), **solver)
+
+
+def fitted_in(folder: Path, config) -> FittedScheduler:
+    """The fitted schedule that a folder holds.
+
+    Raises:
+        UserError: another scheduler's config, a damaged one, or one fitted to a model that predicts something else
+            than that of `config`.
+    """
+    file = folder / "scheduler_config.json"
+    found = read_json(file)
+    if not isinstance(found, dict) or found.get("_class_name") != "FittedScheduler":
+        raise UserError(f"{file} is not a fitted schedule; fit one by `ptq4dm bench samplers --fit`.")
+    with naming(file):
+        scheduler = FittedScheduler.from_config(found)
+    for field in ("prediction_type", "num_train_timesteps"):
+        mine, its = scheduler.config[field], config.get(field)
+        if its is not None and its != mine:
+            raise UserError(f"{folder} was fitted to a model of {field} {mine}, not {its}; fit one to this model.")
+    return scheduler
 
 
 def _diffusers(name: str, config):

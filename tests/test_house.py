@@ -45,7 +45,7 @@ svdquant/layers
 svdquant/nunchaku
 svdquant  samplers/maths
 samplers
-samplers/distillation  samplers/comparison
+samplers/distillation  samplers/comparison  samplers/fitting
 ptq4dm/cli
 ptq4dm/cli/training
 ptq4dm

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..pipelines.denoiser import schedulers_of
-from ..pipelines.sampling import own_step
+from ..pipelines.stepping import own_step
 
 NEAR = 0.005  # of a time: what rounding to bfloat16 changes
 

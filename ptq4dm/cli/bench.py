@@ -15,6 +15,8 @@ from ..pipelines.denoiser import denoiser
 from ..pipelines.load import EMBEDDED
 from ..samplers.comparison.compare import SamplerBench, bench_samplers
 from ..samplers.comparison.table import plot_rows, table
+from ..samplers.fitting.fit import FitConfig
+from ..samplers.fitting.saved import fitted_to
 from . import hardware, tune
 from .options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
 from .output import result, say
@@ -40,22 +42,38 @@ def _add_samplers(parser) -> None:
     text = "as for --sampler of generate; the usual ones otherwise"
     parser.add_argument("--samplers", nargs="+", metavar="NAME", help=text)
     usual = " ".join(map(str, SamplerBench.evaluations))
-    parser.add_argument("--evaluations", nargs="+", type=int, metavar="N", help=f"budgets; {usual}")
+    few = " ".join(map(str, FitConfig.evaluations))
+    parser.add_argument("--evaluations", nargs="+", type=int, metavar="N", help=f"budgets; {usual}; with --fit {few}")
     parser.add_argument("--num-images", type=int, default=SamplerBench.num_images)
     parser.add_argument("--batch-size", type=int, default=SamplerBench.batch_size)
     parser.add_argument("--seed", type=int, default=SamplerBench.seed)
+    text = "fit a schedule to the model, a row 'fitted', and write it into OUTPUT/fitted, which --sampler takes then"
+    parser.add_argument("--fit", action="store_true", help=text)
+    text = "of --fit: the model that is followed, such as the full-precision one of a quantized --model; itself"
+    parser.add_argument("--teacher", metavar="MODEL", help=text)
     parser.add_argument("--output", default="out/bench", help="folder of samplers.json and samplers.png; resumed")
 
 
 def _run_samplers(args) -> None:
     one_process(args)
     given = {name: getattr(args, name) for name in ("samplers", "evaluations") if getattr(args, name)}
+    if args.fit:
+        given.setdefault("evaluations", FitConfig.evaluations)
     config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **given)
     output = Path(args.output) / "samplers.json"
     file_place(output)
+    if args.teacher and not args.fit:
+        raise UserError("--teacher goes with --fit.")
     pipe = load(args, args.model)
     settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
-    rows = bench_samplers(pipe, config, output, settings)
+    own = {}
+    if args.fit:
+        config.samplers = ["fitted", *config.samplers]
+        config.check(pipe, {"fitted": None})
+        settings["teacher"] = str(args.teacher or args.model)
+        teacher = load(args, args.teacher) if args.teacher else None
+        own["fitted"] = fitted_to(pipe, teacher, config.evaluations, output.parent / "fitted", settings)
+    rows = bench_samplers(pipe, config, output, settings, own)
     say(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
     say(table(rows))
     say(f"figures: {output}")

@@ -30,7 +30,7 @@ STEPS = EvaluateConfig.num_inference_steps  # but for models that were distilled
 BATCH_SIZE = 16
 SAMPLER = ("sampler", "order", "grid")
 SIZES = ("height", "width", "num_frames")
-CONDITIONING = ("prompt", "prompt_embeds", "class_labels", "guidance_scale", *SIZES)
+CONDITIONING = ("prompt", "prompt_embeds", "class_labels", "guidance_scale", "guidance_interval", *SIZES)
 MOST_SIZE = 1_000_000  # beyond which nobody means what they say
 WITHOUT_EFFECT = ("batch_size",)  # on which calls a store holds
 
@@ -120,6 +120,8 @@ def add_conditioning(parser) -> None:
     group.add_argument("--prompt-embeds", metavar="FILE", help=text)
     group.add_argument("--class-labels", nargs="+", type=int, metavar="N", help="likewise; all classes otherwise")
     group.add_argument("--guidance-scale", type=float, help="for pipelines that take one")
+    text = "guidance only here, in shares of the schedule (0 is data, 1 noise); elsewhere half of the work"
+    group.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     group.add_argument("--height", type=int, help="of pictures or frames, in pixels; the pipeline's own otherwise")
     group.add_argument("--width", type=int, help="likewise")
     group.add_argument("--num-frames", type=int, help="of a video; the pipeline's own otherwise")
@@ -222,7 +224,11 @@ def conditioning_of(args) -> dict:
     for name in SIZES:
         if (value := getattr(args, name)) is not None and not 1 <= value <= MOST_SIZE:
             raise UserError(f"{flag_of(name)} must be from 1 to {MOST_SIZE}; got {value}.")
-    kwargs = {name: getattr(args, name) for name in ("guidance_scale", *SIZES) if getattr(args, name) is not None}
+    kwargs = {
+        name: getattr(args, name)
+        for name in ("guidance_scale", "guidance_interval", *SIZES)
+        if getattr(args, name) is not None
+    }
     return {"conditioning": conditioning or None, "pipeline_kwargs": kwargs or None}
 
 

@@ -21,7 +21,7 @@ from .embedded import asset_path
 from .folder import absent_parts, check_folder
 from .loading import loading
 
-EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep")
+EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep", "flow-dit-cifar10")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -127,6 +127,7 @@ def load_reference(
 
     `unet-cifar10`: unconditional UNet (DDPMPipeline); `dit-cifar10`: class-conditional PixelDiTPipeline; both
     with a DDIMScheduler. `unet-cifar10-onestep`: that UNet distilled to one step, with its OneStepScheduler.
+    `flow-dit-cifar10`: a small PixelDiTPipeline of flow matching, trained for guidance, too.
 
     Raises:
         UserError: the name is none of these.

@@ -1,7 +1,7 @@
 """A class-conditional diffusion transformer in pixel space (DiT, arXiv:2212.09748) as a diffusers pipeline.
 
 diffusers' own DiTPipeline denoises the latents of a VAE, with classifier-free guidance. This one denoises
-pixels and has no guidance: one forward pass per step.
+pixels; without guidance, as by default, it takes one forward pass per step.
 """
 
 # No `from __future__ import annotations` here: diffusers compares loaded parts with the annotations of
@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..checks import shown
 from ..errors import UserError
+from .stepping import model_input, noise_scale, set_steps
 
 
 class PixelDiTPipeline(DiffusionPipeline):
@@ -62,6 +63,7 @@ class PixelDiTPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 50,
         eta: float = 0.0,
+        guidance_scale: float = 1.0,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -71,6 +73,9 @@ class PixelDiTPipeline(DiffusionPipeline):
             class_labels: [B] labels in [0, num_classes).
             generator: one generator, or a list with one for every image.
             eta: noise of DDIM (0: deterministic); used only by schedulers whose step takes it.
+            guidance_scale: w of classifier-free guidance (arXiv:2207.12598), u + w (c - u) of the predictions without
+                and with the class, from one forward pass of twice the rows; 1: without. For models that were trained
+                on images without their class, too.
             output_type: "pil", "np" (float32 [B,H,W,3]) or "pt" (float [B,3,H,W]), the latter two in [0, 1].
 
         Raises:
@@ -86,15 +91,22 @@ class PixelDiTPipeline(DiffusionPipeline):
         channels, size = model.config.in_channels, model.config.sample_size
         shape = (len(labels), channels, size, size)
         x = randn_tensor(shape, generator=generator, device=device, dtype=model.dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        x = x * self.scheduler.init_noise_sigma
+        set_steps(self.scheduler, num_inference_steps, device)
+        x = x * noise_scale(self.scheduler)
+        guided = guidance_scale != 1
+        if guided:
+            labels = torch.cat([torch.full_like(labels, self.num_classes), labels])
 
         taken = inspect.signature(self.scheduler.step).parameters
         extra = {k: v for k, v in {"generator": generator, "eta": eta}.items() if k in taken}
         for t in self.progress_bar(self.scheduler.timesteps):
-            inputs = self.scheduler.scale_model_input(x, t).to(model.dtype)
-            eps = model(inputs, timestep=t.expand(len(labels)), class_labels=labels).sample
-            x = self.scheduler.step(eps[:, :channels], t, x, **extra).prev_sample
+            inputs = model_input(self.scheduler, x, t).to(model.dtype)
+            inputs = torch.cat([inputs, inputs]) if guided else inputs
+            output = model(inputs, timestep=t.expand(len(labels)), class_labels=labels).sample[:, :channels]
+            if guided:
+                without, given = output.chunk(2)
+                output = without + guidance_scale * (given - without)
+            x = self.scheduler.step(output, t, x, **extra).prev_sample
 
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":

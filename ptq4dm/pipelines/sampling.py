@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from ..files.outside import reason
 from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown as bars_shown
 from .denoiser import check_sampled, class_count, denoiser, denoiser_names, device_of, evaluation_mode, turn_at
+from .guidance import check_interval, guided_within, look
 from .loading import not_while_loading
 from .noise import float32_noise
 from .prompt_embeds import lacks_encoders
+from .stepping import scheduler_fit
 
 MOST_STEPS, MOST_BATCH = 100_000, 1_000_000  # beyond which nobody means what they say
 OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "return_dict")
@@ -140,47 +143,6 @@ def _dimensionless(values: Any) -> bool:
 
 
 @contextmanager
-def own_step(scheduler, step: Callable) -> Iterator[None]:
-    """Let `scheduler.step` be another function, of this one scheduler; afterwards it is what it was."""
-    before = vars(scheduler).get("step")
-    try:
-        scheduler.step = step
-        yield
-    finally:
-        with uninterrupted():
-            vars(scheduler).pop("step", None)
-            if before is not None:
-                scheduler.step = before
-
-
-@contextmanager
-def _scheduler_fit(pipe) -> Iterator[None]:
-    """Let stock DDPMPipeline run with any scheduler that starts from unit noise.
-
-    DDPMPipeline passes generator= to scheduler.step, which deterministic solvers (DEIS, UniPC, ...) do not
-    take, and it never calls scale_model_input, so sigma-space schedulers (Euler, Heun, EDM) would silently
-    give wrong pictures: those are refused.
-    """
-    from diffusers import DDPMPipeline
-
-    if not isinstance(pipe, DDPMPipeline):
-        yield
-        return
-    scheduler = pipe.scheduler
-    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
-        raise UserError(
-            f"{type(pipe).__name__} does not scale its input as {type(scheduler).__name__} needs; "
-            "use a sampler that starts from unit noise, such as deis, ddim or diffusers/unipc."
-        )
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        yield
-        return
-    step = scheduler.step
-    with own_step(scheduler, lambda *a, generator=None, **k: step(*a, **k)):
-        yield
-
-
-@contextmanager
 def _quiet(pipe, progress: bool) -> Iterator[None]:
     """Evaluation mode (dropout draws from the global generator), no inner progress bar; restores both."""
     with ExitStack() as stack:
@@ -200,7 +162,7 @@ def _quiet(pipe, progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _ready(pipe, progress: bool) -> Iterator[None]:
-    with _quiet(pipe, progress), float32_noise(pipe), _scheduler_fit(pipe), torch.no_grad():
+    with _quiet(pipe, progress), float32_noise(pipe), scheduler_fit(pipe), torch.no_grad():
         yield
 
 
@@ -222,9 +184,11 @@ def call_pipeline(
     seeds = seeds_of(seeds)
     check_arguments(conditioning, pipeline_kwargs)
     num_inference_steps = check_steps(pipe, num_inference_steps)
+    pipeline_kwargs = dict(pipeline_kwargs or {})
+    interval = pipeline_kwargs.pop("guidance_interval", None)
     parameters = inspect.signature(pipe.__call__).parameters
-    arguments = choose_conditioning(pipe, seeds, conditioning, pipeline_kwargs or ())
-    for key, value in (pipeline_kwargs or {}).items():
+    arguments = choose_conditioning(pipe, seeds, conditioning, pipeline_kwargs)
+    for key, value in pipeline_kwargs.items():
         if key in OWNED or key in arguments or key in ("prompt", "class_labels"):
             raise UserError(f"'{key}' cannot be set through pipeline_kwargs; sample has its own way to set it.")
         if key not in parameters:
@@ -244,7 +208,14 @@ def call_pipeline(
     if bare:
         strings = [key for key in arguments if key in (conditioning or ()) and isinstance(arguments[key][0], str)]
         arguments |= {key: arguments[key][0] for key in strings}
-    with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress):
+    within: AbstractContextManager = nullcontext()
+    if interval is not None:
+        interval, few = check_interval(interval), seeds[:2]
+        run = partial(call_pipeline, pipe, few, num_inference_steps=num_inference_steps, conditioning=conditioning)
+        with turn_at(pipe):
+            way = look(pipe, partial(run, pipeline_kwargs=pipeline_kwargs, bare=bare))
+        within = guided_within(pipe, way, interval)
+    with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress), within:
         try:
             gate.open = True  # while the pipeline is made ready, and put back, an interrupt waits
             with scheduler_refusals(not pipeline_kwargs):
@@ -273,12 +244,15 @@ def sample(
         conditioning: for seed s, values[s % len(values)] of every entry, e.g. {"prompt": [...]} or
             {"class_labels": [...]} or {"prompt_embeds": tensor [K,L,D]}. A pipeline that takes class_labels
             gets s % (number of classes) by default.
-        pipeline_kwargs: further arguments of the pipeline's call, the same for all, e.g. guidance_scale.
+        pipeline_kwargs: further arguments of the pipeline's call, the same for all, e.g. guidance_scale. Beside that
+            one may stand guidance_interval, two shares of the schedule (0 is data, 1 noise): guidance from the lower
+            to the higher of them alone, and one forward pass of half the rows elsewhere (guidance.py).
         progress: show the pipeline's own bar over the steps.
 
     Raises:
-        UserError: no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a
-            scheduler the pipeline cannot drive, or NaN or infinity in an image (names the seeds).
+        UserError: no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a way to
+            guide that guidance_interval does not know, a scheduler the pipeline cannot drive, or NaN or infinity in
+            an image (names the seeds).
     """
     seeds = seeds_of(seeds)
     with refusals(pipe, conditioning, pipeline_kwargs):

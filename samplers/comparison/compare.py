@@ -7,9 +7,11 @@ the model, so a sampler that needs several a step takes fewer steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ from ...files.rows import Rows
 from ...options import option
 from ...pipelines.denoiser import class_count, denoiser, evaluation_mode
 from ...pipelines.sampling import MOST_BATCH, MOST_STEPS
+from ...pipelines.stepping import model_input, noise_scale, set_steps
 from ...progress import progress_bar
 from ..catalog import make_sampler
 
@@ -63,13 +66,17 @@ class SamplerBench:
         check_fields(self, "SamplerBench")
         check_seeds(self.seed, max(self.num_images, 1))
 
-    def check(self, pipe) -> None:
-        """Raises UserError for a name that is no sampler, figures that measure nothing, and latent or text models."""
+    def check(self, pipe, own: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Raises UserError for a name that is no sampler, figures that measure nothing, and latent or text models.
+
+        own: schedulers by the names that stand for them here.
+        """
         config = denoiser(pipe).config
         if config.in_channels != 3 or config.sample_size != 32 or getattr(pipe, "vae", None) is not None:
             raise UserError("the bench compares samplers on 32x32 pixel models such as unet-cifar10 and dit-cifar10.")
         for name in self.samplers:
-            make_sampler(name, pipe.scheduler.config)
+            if name not in own:
+                make_sampler(name, pipe.scheduler.config)
         if self.num_images < 2 or self.batch_size < 1 or not self.evaluations or min(self.evaluations) < 1:
             raise UserError("the bench needs 2 images or more, a batch size and budgets of 1 or more.")
 
@@ -77,7 +84,7 @@ class SamplerBench:
 def set_budget(scheduler, evaluations: int, device) -> int:
     """set_timesteps with the most steps that need at most so many evaluations; returns how many they need."""
     for steps in range(evaluations, 0, -1):
-        scheduler.set_timesteps(steps, device=device)
+        set_steps(scheduler, steps, device)
         if len(scheduler.timesteps) <= evaluations:
             return len(scheduler.timesteps)
     return len(scheduler.timesteps)
@@ -87,18 +94,21 @@ def set_budget(scheduler, evaluations: int, device) -> int:
 def solve(model, scheduler, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """Noise [B,C,H,W] to images, in the noise's dtype, on the timesteps that are set."""
     extra = {} if labels is None else {"class_labels": labels}
-    x = noise * scheduler.init_noise_sigma
+    x = noise * noise_scale(scheduler)
     for t in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(x, t).to(model.dtype)
+        inputs = model_input(scheduler, x, t).to(model.dtype)
         output = model(inputs, t.to(torch.float32).expand(len(x)), **extra).sample[:, : x.shape[1]]
         x = scheduler.step(output.to(x.dtype), t, x).prev_sample
     return x
 
 
-def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> list[dict]:
+def bench_samplers(
+    pipe, config: SamplerBench, output: Path, settings: dict, own: Mapping[str, Any] = MappingProxyType({})
+) -> list[dict]:
     """Measure what is missing in the JSON file `output`; returns the rows asked for, in the order asked.
 
     Args:
+        own: schedulers by name that are in no catalog, such as fitted ones.
         settings: what else decides a figure (model, dtype); a file made with other settings is refused.
 
     A second call with the same settings waits for the end of the first.
@@ -107,7 +117,7 @@ def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> 
         UserError: other settings in the file, or of a run that writes it now; an unknown sampler, or figures that
             measure nothing.
     """
-    config.check(pipe)
+    config.check(pipe, own)
     settings = {**settings, "num_images": config.num_images, "seed": config.seed, "metric": "feature-fid"}
 
     def looked() -> tuple[Rows, list[tuple[str, int]]]:
@@ -121,12 +131,12 @@ def bench_samplers(pipe, config: SamplerBench, output: Path, settings: dict) -> 
         with claimed_whole(output, settings):
             rows, todo = looked()  # another run may have added some
             if todo:
-                _measure(pipe, config, todo, rows)
+                _measure(pipe, config, todo, rows, own)
     found = {(row["sampler"], row["budget"]): row for row in rows}
     return [found[s, b] for s in config.samplers for b in config.evaluations]
 
 
-def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: Rows) -> None:
+def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: Rows, own: Mapping[str, Any]) -> None:
     """Add a row for each (sampler, budget)."""
     model = denoiser(pipe)
     device = model.device
@@ -147,7 +157,8 @@ def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: Rows
     with evaluation_mode(model), tuned, progress_bar(todo, desc="samplers", unit="row") as bar:
         for name, budget in bar:
             bar.set_postfix_str(f"{name} {budget}")
-            scheduler, start = make_sampler(name, pipe.scheduler.config), time.time()
+            scheduler = own[name] if name in own else make_sampler(name, pipe.scheduler.config)
+            start = time.time()
             used = set_budget(scheduler, budget, device)
             rows.add(
                 {

@@ -38,8 +38,8 @@ def distill(
     teacher on its own device; the batch is shared out and the result is the same up to rounding.
 
     Args:
-        pipe: a pixel-space pipeline whose unet or transformer predicts epsilon, unconditional or class-conditional,
-            in float32. Its denoiser is not changed.
+        pipe: a pixel-space pipeline whose unet or transformer predicts noise, data, or a velocity (of diffusion or of
+            flow matching), unconditional or class-conditional, in float32. Its denoiser is not changed.
         folder: of checkpoint, path, log and sample grids; new, or with `resume` that of an earlier call with the same
             config, budgets and learning rates aside, which then goes on as if it had never stopped: on a CPU bit for
             bit, on a GPU as far as its kernels repeat themselves.

@@ -126,9 +126,11 @@ class Run:
         self.num_parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         if config.batch_size % self.num_parts:
             raise UserError(f"batch_size {config.batch_size} does not divide into {self.num_parts} equal parts.")
-        self.diffusion = Diffusion(self.scheduler.alphas_cumprod, self.scheduler.config.generator_timestep, device)
+        ours = self.scheduler
+        levels = (ours.alphas, ours.sigmas, ours.config.generator_timestep, ours.config.prediction_type)
+        self.diffusion = Diffusion(*levels, device)
         shape, classes = image_shape(pipe), class_count(pipe)
-        first, last = (nearest_timestep(self.scheduler.alphas_cumprod.numpy(), s) for s in config.sigma_range)
+        first, last = (nearest_timestep(self.scheduler.shares(), s) for s in config.sigma_range)
         self.chance = Chance(config.seed, shape, classes, (first, last + 1), device)
         self.exhibition = Exhibition(self.diffusion, shape, classes, config, device)
         self.networks = Networks(denoiser(pipe), config, self.accelerator, self.folder)

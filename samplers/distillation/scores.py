@@ -1,6 +1,6 @@
 """Parts of score distillation: a one-step generator, noise, and two denoisers that disagree about it.
 
-    generator     x_0 = G(z) = (z - sigma_* eps_G(z, t_*)) / alpha_*             z ~ N(0, I), t_* fixed
+    generator     x_0 = G(z) = (x - sigma_* eps_G(x, t_*)) / alpha_*             x = s z, z ~ N(0, I), t_* fixed
     noise         x_t = alpha_t x_0 + sigma_t n
     denoised      D_net(x_t) = (x_t - sigma_t eps_net(x_t, t)) / alpha_t
     fake score    min over phi of |eps_phi(x_t, t) - n|^2 on generated x_0       (denoising score matching)
@@ -9,6 +9,9 @@
 The last line is the gradient of KL(generated || target) over noise levels up to a weight: Diff-Instruct
 (arXiv:2305.18455, eq. 3.3), with the weight of DMD (arXiv:2311.18828, eq. 8), which gives every image and noise
 level the same say. Networks are called in whatever precision they are wrapped in; all else is float32.
+
+s^2 = alpha_*^2 + sigma_*^2 is 1 where noise preserves variance; of a flow, alpha = 1 - sigma, it is less. eps_net is
+the noise that follows from what a network predicts: itself, the velocity of diffusion (v) or of a flow, or the data.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...training.task import seed_of
+from ..maths.outputs import noise_in
 
 
 @dataclass
@@ -64,16 +68,16 @@ class Chance:
 
 
 class Diffusion:
-    """A variance-preserving schedule, and how networks of diffusers are asked on it.
+    """The noise levels of a model, and how networks of diffusers are asked at them.
 
-    alphas_cumprod: float [T]; generator_timestep: t_* above.
+    alpha, sigma: float64 [T] at whole times; generator_timestep: t_* above; prediction_type: what networks predict.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, generator_timestep: int, device) -> None:
-        a = alphas_cumprod.double()
-        self.alpha, self.sigma = a.sqrt().float().to(device), (1 - a).sqrt().float().to(device)
-        self.t = generator_timestep
-        self.alpha_t, self.sigma_t = float(a[self.t] ** 0.5), float((1 - a[self.t]) ** 0.5)
+    def __init__(self, alpha: Tensor, sigma: Tensor, generator_timestep: int, prediction_type: str, device) -> None:
+        self.alpha, self.sigma = alpha.float().to(device), sigma.float().to(device)
+        self.t, self.prediction_type = generator_timestep, prediction_type
+        self.alpha_t, self.sigma_t = float(alpha[self.t]), float(sigma[self.t])
+        self.scale = (self.alpha_t**2 + self.sigma_t**2) ** 0.5
 
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at t [B], shaped to be multiplied with x [B, ...]."""
@@ -84,12 +88,13 @@ class Diffusion:
         """The noise that a network sees in x [B, C, ...], float32; a learned variance is left out."""
         extra = {} if labels is None else {"class_labels": labels}
         # In one memory layout, whatever the network's: for each other one torch.compile would compile again.
-        return net(x, t, return_dict=False, **extra)[0][:, : x.shape[1]].float().contiguous()
+        output = net(x, t, return_dict=False, **extra)[0][:, : x.shape[1]].float().contiguous()
+        return noise_in(output, x, *self.levels(t, x), self.prediction_type)
 
     def generate(self, net: nn.Module, z: Tensor, labels: Tensor | None) -> Tensor:
         """G(z): clean data, not clipped."""
-        t = torch.full((len(z),), self.t, device=z.device)
-        return (z - self.sigma_t * self.epsilon(net, z, t, labels)) / self.alpha_t
+        t, x = torch.full((len(z),), self.t, device=z.device), self.scale * z
+        return (x - self.sigma_t * self.epsilon(net, x, t, labels)) / self.alpha_t
 
     def denoising_loss(self, net: nn.Module, x0: Tensor, batch: Batch) -> Tensor:
         """Scalar mean |eps_net(x_t, t) - n|^2."""

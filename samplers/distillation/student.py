@@ -12,7 +12,8 @@ from ...errors import UserError
 from ...files.result_folder import result_folder
 from ...layers.base import holds_quantized
 from ...pipelines.denoiser import denoiser, denoiser_name, foreign_inputs
-from ..configs import refuse_foreign
+from ..choices import FLOW
+from ..configs import kind_of, refuse_foreign
 from ..one_step import OneStepScheduler, nearest_timestep
 
 RECORD = "distillation.json"  # beside model_index.json: teacher and settings
@@ -44,22 +45,24 @@ def one_step_scheduler(pipe, generator_sigma: float) -> OneStepScheduler:
     """The scheduler of a student of this pipeline, whose generator runs where sigma / alpha is nearest to that.
 
     Raises:
-        UserError: the teacher predicts something else than epsilon, is a student itself, or has no discrete
-            variance-preserving noise schedule that its config describes.
+        UserError: the teacher is a student itself, has no discrete variance-preserving noise schedule that its config
+            describes and does no flow matching either, or its pipeline does not scale what a flow's student is given.
     """
     scheduler, config = pipe.scheduler, pipe.scheduler.config
     name = type(scheduler).__name__
     if "generator_timestep" in config:
         raise UserError("this model is a one-step student already; distil its teacher.")
-    if config.get("prediction_type") != "epsilon":
-        raise UserError(
-            f"distillation needs a teacher that predicts epsilon; {name} says '{config.get('prediction_type')}'."
-        )
-    refuse_foreign(config, "OneStepScheduler", name)
+    refuse_foreign(config, "OneStepScheduler", name, OneStepScheduler.takes)
+    if kind_of(config, name)[0] == "flow":
+        if isinstance(pipe, DDPMPipeline | DDIMPipeline):
+            raise UserError(f"{type(pipe).__name__} does not scale its input as a flow's student needs it.")
+        ours = OneStepScheduler(num_train_timesteps=config["num_train_timesteps"], prediction_type=FLOW)
+        t = nearest_timestep(ours.shares(), generator_sigma)
+        return OneStepScheduler.from_config(ours.config, generator_timestep=t)
     if config.get("beta_schedule") == "continuous" or not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(f"distillation needs a teacher with discrete DDPM timesteps; {name} has none here.")
     a = scheduler.alphas_cumprod.double().numpy()
-    known = {key: config[key] for key in SCHEDULE if key in config}
+    known = {key: config[key] for key in (*SCHEDULE, "prediction_type") if key in config}
     ours = OneStepScheduler(**known, generator_timestep=nearest_timestep(a, generator_sigma))
     if ours.alphas_cumprod.shape != scheduler.alphas_cumprod.shape or not torch.allclose(
         ours.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6
@@ -75,7 +78,7 @@ def one_step_scheduler(pipe, generator_sigma: float) -> OneStepScheduler:
 
 
 def check_network(pipe) -> None:
-    """Raises UserError unless the denoiser maps pixels, a timestep and perhaps a class label to noise."""
+    """Raises UserError unless the denoiser maps pixels, a timestep and perhaps a class label to a prediction."""
     net, name = denoiser(pipe), type(pipe).__name__
     if getattr(pipe, "vae", None) is not None:
         raise UserError(f"{name} works on latents; distillation here is for pixel models such as unet-cifar10.")

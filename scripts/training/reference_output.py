@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDIMScheduler, DDPMPipeline
 from PIL import Image
 from reference_recipes import build_scheduler
 from reference_statistics import feature_statistics
@@ -39,9 +39,9 @@ def save_pipeline(kind: str, net: nn.Module, folder: Path) -> None:
     """Write a diffusers pipeline folder with fp16 weights in one file; each file appears only when whole."""
     net = copy.deepcopy(net).to(memory_format=torch.contiguous_format).half().cpu()
     if kind == "unet":
-        pipe = DDPMPipeline(unet=net, scheduler=build_scheduler())
+        pipe = DDPMPipeline(unet=net, scheduler=build_scheduler(kind))
     else:
-        pipe = PixelDiTPipeline(transformer=net, scheduler=build_scheduler())
+        pipe = PixelDiTPipeline(transformer=net, scheduler=build_scheduler(kind))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         pipe.save_pretrained(temporary)
@@ -65,6 +65,7 @@ def evaluate_pipeline(
     net = load_features(device)
     real = feature_statistics(net, train_images)
     pipe = load_pipeline(folder, torch.float32, device)
+    sampler = "DDIM" if isinstance(pipe.scheduler, DDIMScheduler) else "Euler"
     distances = {}
     for steps in EVALUATED_STEPS:
         batches = []
@@ -74,7 +75,7 @@ def evaluate_pipeline(
                 batches.append(to_uint8(sample(pipe, seeds, num_inference_steps=steps)))
         images = torch.cat(batches)
         fake = feature_statistics(net, images)
-        distances[f"DDIM {steps} steps"] = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
+        distances[f"{sampler} {steps} steps"] = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
     return distances, image_grid(images[:PICTURES], columns=8, scale=3)
 
 

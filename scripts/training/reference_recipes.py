@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 from cifar10 import random_flip, random_shift
-from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,14 +16,26 @@ from ptq4dm.evaluation.features import Features
 
 FEATURES_EPOCHS = 60
 FEATURES_PEAK_LR = 0.4
-MINUTES = {"unet": 14.0, "dit": 8.6}
-PEAK_LR = {"unet": 6e-4, "dit": 1e-3}
+MINUTES = {"unet": 14.0, "dit": 8.6, "flow-dit": 7.0, "flow-dit-large": 8.6}
+PEAK_LR = {"unet": 6e-4, "dit": 1e-3, "flow-dit": 2e-3, "flow-dit-large": 1e-3}
+SMALL = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32}  # flow-dit: 2.1 million parameters
+# Of log(sigma / (1 - sigma)) while a flow model is trained: a logit-normal law (Esser et al. 2024, arXiv:2403.03206,
+# section 3.1), moved from its middle towards little noise, where pixels are decided (Karras et al. 2022, table 1).
+LOGIT_MEAN, LOGIT_DEVIATION = -0.5, 1.2
+LABELS_DROPPED = 0.1  # the share of images that a flow model sees without their class, for guidance
 WARMUP_STEPS = 1000
 TRAIN_STEPS = 1000  # of the diffusion, not of the optimizer
 
 
-def build_scheduler() -> DDIMScheduler:
-    """The noise schedule of both models: beta linear from 1e-4 to 0.02 in 1000 steps, epsilon prediction."""
+def is_flow(kind: str) -> bool:
+    return kind.startswith("flow-")
+
+
+def build_scheduler(kind: str = "dit") -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """The noise schedule: of unet and dit beta linear from 1e-4 to 0.02 in 1000 steps, epsilon prediction; of the
+    flow models the straight path x_t = (1 - sigma) x_0 + sigma n, not shifted."""
+    if is_flow(kind):
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS, shift=1.0)
     return DDIMScheduler(
         num_train_timesteps=TRAIN_STEPS,
         beta_start=1e-4,
@@ -53,17 +66,17 @@ def build_network(kind: str, tiny: bool = False) -> nn.Module:
             up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
             dropout=0.1,
         )
-    return DiTTransformer2DModel(
-        num_attention_heads=2 if tiny else 4,
-        attention_head_dim=16 if tiny else 64,
-        in_channels=3,
-        out_channels=3,
-        num_layers=1 if tiny else 8,
-        sample_size=32,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        dropout=0.0,
+    size = SMALL if kind == "flow-dit" else {"num_layers": 8, "num_attention_heads": 4, "attention_head_dim": 64}
+    if tiny:
+        size = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    net = DiTTransformer2DModel(
+        in_channels=3, out_channels=3, sample_size=32, patch_size=2, num_embeds_ada_norm=10, dropout=0.0, **size
     )
+    if is_flow(kind):  # diffusers drops labels in each block by itself; guidance needs them dropped in all at once
+        for part in net.modules():
+            if isinstance(part, LabelEmbedding):
+                part.dropout_prob = 0.0
+    return net
 
 
 def build_optimizer(kind: str, net: nn.Module) -> torch.optim.Optimizer:
@@ -95,7 +108,25 @@ def features_loss(net: Callable, images: torch.Tensor, labels: torch.Tensor) -> 
     return F.cross_entropy(net(images), labels, label_smoothing=0.1)
 
 
-def diffusion_loss(kind: str, scheduler: DDIMScheduler, device: torch.device) -> Callable:
+def diffusion_loss(kind: str, device: torch.device) -> Callable:
+    """The loss of a diffusion model: a function of (net, images [N, 3, 32, 32] in [-1, 1], labels [N]) -> scalar."""
+    return flow_loss if is_flow(kind) else epsilon_loss(kind, build_scheduler(kind), device)
+
+
+def flow_loss(net: Callable, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """||n - x_0 - v_theta(x_t, 1000 sigma)||^2 at x_t = (1 - sigma) x_0 + sigma n (Lipman et al. 2022,
+    arXiv:2210.02747, eq. 23, with noise at sigma = 1); log(sigma / (1 - sigma)) is normal."""
+    x0 = random_flip(images)
+    noise = torch.randn_like(x0)
+    sigma = torch.sigmoid(LOGIT_MEAN + LOGIT_DEVIATION * torch.randn(len(x0), device=x0.device))
+    null = int(net.config.num_embeds_ada_norm)
+    labels = torch.where(torch.rand(len(x0), device=x0.device) < LABELS_DROPPED, null, labels)
+    xt = torch.lerp(x0, noise, sigma[:, None, None, None])
+    velocity = net(xt, TRAIN_STEPS * sigma, class_labels=labels, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - x0)
+
+
+def epsilon_loss(kind: str, scheduler: DDIMScheduler, device: torch.device) -> Callable:
     """The loss ||epsilon - epsilon_theta(x_t, t)||^2 of DDPM (Ho et al. 2020, eq. 14), t uniform.
 
     Returns a function of (net, images [N, 3, 32, 32] in [-1, 1], labels [N]) that gives a scalar, float32.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from fast_steps import Recipe, Trainer
 from reference_output import autocast
-from reference_recipes import build_network, build_scheduler, diffusion_loss
+from reference_recipes import build_network, diffusion_loss
 from torch import Tensor, nn
 
 from ptq4dm.layers.shift.convert import to_integers
@@ -99,7 +99,7 @@ def _step(name: str, device: torch.device) -> dict:
         net = net.to(memory_format=torch.channels_last) if network == "unet" else net
         if kind == "integer":
             to_integers(net, Widths(), norms="L1" in name)
-        loss = diffusion_loss(network, build_scheduler(), device)
+        loss = diffusion_loss(network, device)
         trainer = Trainer(net.train(), Recipe(1000, 64, 1e-5, 0.0), images, labels, loss, compiled=False, graph=True)
         work[kind] = trainer.graph.replay
     times = race(work, device)

@@ -43,7 +43,7 @@ def train_row(
         found["converted"] = str(to_integers(net, row.widths, row.norms, ratios=measured, wide=wide))
     recipe = Recipe(steps, args.batch_size, rate, 0.0 if row.network == "unet" else 0.01)
     images, labels = to_signed(split.images.to(device)), split.labels.to(device)
-    loss = diffusion_loss(row.network, build_scheduler(), device)
+    loss = diffusion_loss(row.network, device)
     compiled = device.type == "cuda" and not args.eager
     if compiled:
         torch._dynamo.reset()  # the graphs of the last row count against a limit

@@ -1,9 +1,12 @@
-"""Train the three reference models on CIFAR-10: the feature network, the UNet and the DiT.
+"""Train the reference models on CIFAR-10: the feature network, the UNet, the DiT and the flow-matching DiT.
 
     python scripts/training/train_reference.py features --data cifar10-jpeg.tar.xz --output out
     python scripts/training/train_reference.py unet --data cifar10-jpeg.tar.xz --minutes 14 --output out
     python scripts/training/train_reference.py dit --data cifar10-jpeg.tar.xz --minutes 8.6 --output out
+    python scripts/training/train_reference.py dit --flow --data cifar10-jpeg.tar.xz --output out
+    python scripts/training/train_reference.py dit --flow --large --data cifar10-jpeg.tar.xz --output out
 
+--flow trains a DiT that predicts the velocity, `flow-dit`: a small one, or with --large one of the size of `dit`.
 Each writes out/<model>/ in the layout of assets/<model>/ and out/<model>.json with what it measured; the
 diffusion models also leave a picture of samples. --resume goes on from out/<model>.checkpoint.safetensors.
 The package must be importable: `pip install -e .` once, or PYTHONPATH=. at the top of the checkout.
@@ -26,7 +29,6 @@ from reference_recipes import (
     MINUTES,
     build_network,
     build_optimizer,
-    build_scheduler,
     diffusion_loss,
     features_loss,
     set_schedule,
@@ -50,7 +52,7 @@ def train(options: argparse.Namespace, data: Split, checkpoint: Path) -> tuple[n
     kind, device = options.kind, check_device(options.device)
     torch.manual_seed(options.seed)
     net = build_network(kind, options.tiny).to(device)
-    if kind != "dit":
+    if kind in ("features", "unet"):
         net = net.to(memory_format=torch.channels_last)
     average = None if kind == "features" else copy.deepcopy(net).requires_grad_(False)
     nets = {"net": net} if average is None else {"net": net, "ema": average}
@@ -62,7 +64,7 @@ def train(options: argparse.Namespace, data: Split, checkpoint: Path) -> tuple[n
         progress = load_checkpoint(checkpoint, nets, optimizer, recipe, device)
 
     total_steps = FEATURES_EPOCHS * (len(data.images) // options.batch_size) if kind == "features" else None
-    loss_of = features_loss if kind == "features" else diffusion_loss(kind, build_scheduler(), device)
+    loss_of = features_loss if kind == "features" else diffusion_loss(kind, device)
     run = torch.compile(net) if device.type == "cuda" else net
     images, labels = to_signed(data.images.to(device)), data.labels.to(device)
 
@@ -109,7 +111,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("kind", choices=("features", "unet", "dit"))
     parser.add_argument("--data", required=True, help="folder or .tar.xz with train/<class>/ and test/<class>/")
     parser.add_argument("--output", required=True, type=Path, help="folder that the model's folder goes into")
-    parser.add_argument("--minutes", type=float, help="training time: unet 14, dit 8.6; features trains 60 epochs")
+    parser.add_argument("--minutes", type=float, help="training time; features trains 60 epochs")
+    parser.add_argument("--flow", action="store_true", help="of dit: predict the velocity of flow matching")
+    parser.add_argument("--large", action="store_true", help="of dit --flow: as many parameters as dit has")
     parser.add_argument("--max-steps", type=int, help="stop after so many optimizer steps in all")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--num-fid", type=int, default=10_000, help="samples for feature-FID; 0 to leave it out")
@@ -118,6 +122,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     parser.add_argument("--tiny", action="store_true", help="a small diffusion network, to try the script out")
     options = parser.parse_args(arguments)
+    if options.flow and options.kind != "dit":
+        raise UserError(f"--flow goes with dit, not with {options.kind}.")
+    if options.large and not options.flow:
+        raise UserError("--large goes with dit --flow.")
+    if options.flow:
+        options.kind = "flow-dit-large" if options.large else "flow-dit"
     if options.kind == "features" and options.minutes is not None:
         raise UserError(f"features trains {FEATURES_EPOCHS} epochs; leave --minutes out.")
     if options.kind != "features" and options.minutes is None:

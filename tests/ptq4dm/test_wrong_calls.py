@@ -59,6 +59,11 @@ def right(name: str, folder: Path) -> dict:
         "distill": {"pipe": pipe, "config": ptq4dm.samplers.DisBackConfig(**tiny), "folder": folder},
         "evaluate": {"pipe": pipe, "full_precision": pipe, "config": ptq4dm.EvaluateConfig(**quick)},
         "export_nunchaku_lite": {"model": unet, "folder": folder / "lite"},
+        "fit": {
+            "pipe": pipe,
+            "config": ptq4dm.samplers.FitConfig(evaluations=[1], num_trajectories=2, teacher_steps=2),
+            "teacher": pipe,
+        },
         "fuse": {"target": unet},
         "fuse_lora": {"target": unet},
         "generate": {"pipe": pipe, "seeds": [0], "output": folder / "images", "num_inference_steps": 1},

@@ -59,7 +59,7 @@ def test_bench_measures_resumes_and_refuses_other_settings(folder, tmp_path, cap
 
 
 def test_two_at_once_lose_no_rows(tmp_path, monkeypatch):
-    def measure(pipe, config, todo, rows):
+    def measure(pipe, config, todo, rows, own):
         time.sleep(0.2)  # while the other would begin with the same rows
         for sampler, budget in todo:
             rows.add({"sampler": sampler, "budget": budget, **FIGURES})

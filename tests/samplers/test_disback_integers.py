@@ -73,7 +73,7 @@ def test_it_learns(tmp_path):
     student = distill(teacher, config, tmp_path / "run")
     scheduler, data = student.scheduler, points.draw_points(2000, 1)
     z = torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(5))
-    diffusion = Diffusion(scheduler.alphas_cumprod, scheduler.config.generator_timestep, "cpu")
+    diffusion = Diffusion(scheduler.alphas, scheduler.sigmas, scheduler.config.generator_timestep, "epsilon", "cpu")
     with torch.no_grad():
         before, after = (
             points.energy_distance(diffusion.generate(pipe.unet, z, None), data) for pipe in (teacher, student)

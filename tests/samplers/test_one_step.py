@@ -128,8 +128,8 @@ def test_what_it_refuses(unet):
     scheduler = OneStepScheduler()
     with pytest.raises(UserError, match="distilled to one step; ask for num_inference_steps=1"):
         scheduler.set_timesteps(50)
-    with pytest.raises(UserError, match="predict epsilon; this config says 'v_prediction'"):
-        OneStepScheduler(prediction_type="v_prediction")
+    with pytest.raises(UserError, match="unknown prediction_type 'trigflow'|TrigFlow"):
+        OneStepScheduler(prediction_type="trigflow")
     with pytest.raises(UserError, match="from 0 to 999, not 1000"):
         OneStepScheduler(generator_timestep=1000)
     with pytest.raises(UserError, match="nothing but noise is left"):

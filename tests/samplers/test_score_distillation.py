@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+import ptq4dm
+from models import pixel_dit
+from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
+from ptq4dm.samplers import DisBackConfig, distill
 from ptq4dm.samplers.distillation.scores import Chance, Diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,7 +32,9 @@ class GaussianNet(nn.Module):
 
 def problem(classes=None, number=6):
     chance = Chance(0, (3, 4, 4), classes, (20, 800), "cpu")
-    return Diffusion(ALPHAS_CUMPROD, 440, "cpu"), chance.draw(number, "test")
+    return Diffusion(ALPHAS_CUMPROD.sqrt(), (1 - ALPHAS_CUMPROD).sqrt(), 440, "epsilon", "cpu"), chance.draw(
+        number, "test"
+    )
 
 
 @pytest.mark.parametrize("classes", [None, 5])
@@ -95,3 +102,82 @@ def test_chance_goes_by_its_key_alone():
     assert set(one.labels.tolist()) == {0, 1, 2, 3} and int(one.t.min()) >= 100 and int(one.t.max()) < 200
     part = one.rows(slice(10, 20))
     assert torch.equal(part.t, one.t[10:20]) and torch.equal(part.labels, one.labels[10:20]) and len(part.z) == 10
+
+
+class Predicting(nn.Module):
+    """The exact answer for N(mean, deviation^2) at alpha and sigma [T], in the terms of a prediction type."""
+
+    def __init__(self, mean, deviation, alpha, sigma, kind):
+        super().__init__()
+        self.mean, self.deviation, self.alpha, self.sigma, self.kind = mean, deviation, alpha, sigma, kind
+
+    def forward(self, x, t, return_dict=True):
+        alpha, sigma = (levels[t].reshape(-1, 1, 1, 1) for levels in (self.alpha, self.sigma))
+        variance = alpha**2 * self.deviation**2 + sigma**2
+        noise = sigma * (x.double() - alpha * self.mean) / variance
+        data = (alpha * self.deviation**2 * x.double() + sigma**2 * self.mean) / variance
+        known = {
+            "epsilon": noise,
+            "v_prediction": alpha * noise - sigma * data,
+            "sample": data,
+            "flow_prediction": noise - data,
+        }
+        return (known[self.kind].float(),)
+
+
+FLOW_SIGMA = torch.arange(1001, dtype=torch.float64) / 1000
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_whatever_a_teacher_predicts(kind):
+    """The pull is the difference of posterior means, the least denoising loss is at the true score, and a generator
+    that answers for N(m, s^2) gives its posterior mean."""
+    flow = kind == "flow_prediction"
+    sigma = FLOW_SIGMA if flow else (1 - ALPHAS_CUMPROD).sqrt()
+    alpha = 1 - FLOW_SIGMA if flow else ALPHAS_CUMPROD.sqrt()
+    diffusion = Diffusion(alpha, sigma, 714 if flow else 440, kind, "cpu")
+    fake, target = (Predicting(m, s, alpha, sigma, kind) for m, s in ((0.5, 0.4), (-0.3, 0.7)))
+    batch = Chance(0, (3, 4, 4), None, (100, 900), "cpu").draw(6, "test")
+    x0 = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    a, b = (levels[batch.t].reshape(-1, 1, 1, 1) for levels in (alpha, sigma))
+    x = a * x0 + b * batch.noise
+    means = [(a * s**2 * x + b**2 * m) / (a**2 * s**2 + b**2) for m, s in ((0.5, 0.4), (-0.3, 0.7))]
+    want = (means[0] - means[1]) / (x0 - means[1]).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(
+        diffusion.score_difference(fake, target, x0, batch).double(), want, rtol=1e-3, atol=1e-4
+    )
+
+    many = Chance(0, (3, 4, 4), None, (100, 900), "cpu").draw(4000, "many")
+    data = 0.5 + 0.4 * torch.randn(4000, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    others = [Predicting(m, s, alpha, sigma, kind) for m, s in ((0.6, 0.4), (0.5, 0.5), (0.4, 0.3))]
+    assert all(diffusion.denoising_loss(fake, data, many) < diffusion.denoising_loss(o, data, many) for o in others)
+
+    a, b = diffusion.alpha_t, diffusion.sigma_t
+    z = batch.z * (a**2 + b**2) ** 0.5
+    mean = (a * 0.4**2 * z + b**2 * 0.5) / (a**2 * 0.4**2 + b**2)
+    torch.testing.assert_close(diffusion.generate(fake, batch.z, None), mean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchEulerDiscreteScheduler(shift=3.0), DDIMScheduler(prediction_type="v_prediction")],
+    ids=["flow", "v"],
+)
+def test_teachers_of_velocities_are_distilled(scheduler, tmp_path):
+    teacher = PixelDiTPipeline(pixel_dit(), scheduler)
+    config = DisBackConfig(images=8, batch_size=4, degradation_steps=2, path_points=1, num_fid=0, student_lr=1e-3)
+    student = distill(teacher, config, tmp_path / "run")
+    student.save_pretrained(tmp_path / "student")
+    loaded = ptq4dm.load_pipeline(tmp_path / "student")
+    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    assert loaded.scheduler.config.prediction_type == ("flow_prediction" if flow else "v_prediction")
+    assert loaded.scheduler.config.generator_timestep == (714 if flow else 440)
+    image = ptq4dm.sample(loaded, [3], num_inference_steps=1)
+    # The same by the mathematics of the distillation, from the same noise and class.
+    t, shares = loaded.scheduler.config.generator_timestep, loaded.scheduler
+    diffusion = Diffusion(shares.alphas, shares.sigmas, t, loaded.scheduler.config.prediction_type, "cpu")
+    z = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        right = diffusion.generate(loaded.transformer, z, torch.tensor([3]))
+    torch.testing.assert_close(image, (right / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+    assert not torch.equal(teacher.transformer.proj_out_2.weight, student.transformer.proj_out_2.weight)

@@ -54,11 +54,11 @@ def data(tmp_path_factory):
     return root
 
 
-def run(scripts, data, output, kind, steps, *more):
+def run(scripts, data, output, kind, steps, *more, name=None):
     arguments = [kind, "--data", str(data), "--output", str(output), "--max-steps", str(steps)]
     arguments += ["--batch-size", "4", "--device", "cpu", "--tiny", *more]
     scripts("train_reference").main(arguments)
-    return json.loads((output / f"{kind}-cifar10.json").read_text())
+    return json.loads((output / f"{name or kind}-cifar10.json").read_text())
 
 
 def files(folder):
@@ -92,6 +92,50 @@ def test_diffusion_model_is_saved_measured_and_resumed(scripts, data, tmp_path, 
     assert all(torch.equal(resumed[k], weights[k]) for k in weights)
     assert not all(torch.equal(two_steps[k], weights[k]) for k in weights)
     assert not [p for p in tmp_path.rglob("*") if "tmp" in p.name or p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("more", [(), ("--large",)])
+def test_flow_model_is_saved_measured_and_resumed(scripts, data, tmp_path, more):
+    name = "flow-dit-large" if more else "flow-dit"
+
+    def go(folder, steps, *others):
+        run(scripts, data, tmp_path / folder, "dit", steps, "--flow", *more, *others, name=name)
+        return load_file(tmp_path / folder / f"{name}-cifar10/transformer/diffusion_pytorch_model.safetensors")
+
+    weights = go("straight", 4, "--num-fid", "3")
+    result = json.loads((tmp_path / "straight" / f"{name}-cifar10.json").read_text())
+    assert set(result["feature-FID"]) == {"Euler 50 steps", "Euler 10 steps"}
+    pipe = load_pipeline(tmp_path / "straight" / f"{name}-cifar10")
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" and pipe.scheduler.shift == 1
+    go("halves", 2, "--num-fid", "0")
+    resumed = go("halves", 4, "--num-fid", "0", "--resume")
+    assert all(torch.equal(resumed[k], weights[k]) for k in weights)
+
+
+def test_velocity_is_learned_where_it_is_known(scripts):
+    """The loss is zero for the exact velocity of one picture, n - x_0 = (x - x_0) / sigma at time 1000 sigma, and
+    a tenth of the labels are the null class of guidance, in all blocks at once."""
+    recipes = scripts("reference_recipes")
+    torch.manual_seed(0)
+    picture, seen = torch.rand(3, 32, 32) * 2 - 1, []
+    picture = (picture + picture.flip(2)) / 2  # the same when mirrored
+
+    class Exact:
+        config = recipes.build_network("flow-dit", tiny=True).config
+
+        def __call__(self, x, t, class_labels, return_dict):
+            seen.append((t, class_labels))
+            return (((x - picture) / (t / 1000)[:, None, None, None]),)
+
+    labels = torch.full((4000,), 3)
+    loss = recipes.diffusion_loss("flow-dit", torch.device("cpu"))(Exact(), picture.expand(4000, -1, -1, -1), labels)
+    assert loss < 1e-6
+    ((times, given),) = seen
+    logit = torch.logit(times / 1000)
+    assert logit.mean().item() == pytest.approx(-0.5, abs=0.1) and logit.std().item() == pytest.approx(1.2, abs=0.1)
+    assert set(given.tolist()) == {3, 10} and (given == 10).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    drops = [part.dropout_prob for part in recipes.build_network("flow-dit").modules() if hasattr(part, "token_drop")]
+    assert len(drops) == 6 and not any(drops)
 
 
 def test_feature_network_is_saved_measured_and_resumed(scripts, data, tmp_path):
@@ -250,6 +294,8 @@ def test_wrong_data_is_a_user_error(scripts, data, tmp_path):
     [
         (["features", "--minutes", "1"], "leave --minutes out"),
         (["unet", "--minutes", "0"], "must be positive"),
+        (["unet", "--flow"], "--flow goes with dit"),
+        (["dit", "--large"], "--large goes with dit --flow"),
         (["dit", "--num-fid", "1"], "--num-fid"),
         (["dit", "--batch-size", "13", "--device", "cpu"], "12 training images"),
     ],

@@ -1,0 +1,187 @@
+"""A sampler that steps through a table fitted to a model: `ptq4dm.samplers.fit` makes it, the config holds it.
+
+    x' = scale x + sum_j weights[j] y_j
+
+y_j is what the model gave at the newest evaluation (j = 0) and at those before it, whatever it was trained to
+predict: noise, velocity or data. Times, scale and weights stand in the table, one for each number of evaluations it
+was fitted for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from ..checks import MOST, check, whole
+from ..errors import UserError
+from .maths.outputs import without_variance
+from .maths.timesteps import own_index
+from .memory import State, States
+
+FIELDS = ("timesteps", "scale", "weights")
+
+
+class FittedScheduler(SchedulerMixin, ConfigMixin):
+    """Multistep sampling by tables that were fitted to one model, saved with its pipeline.
+
+    Args:
+        tables: number of evaluations, as text, -> {"timesteps": [n] decreasing, "scale": [n], "weights": n lists, of
+            one number for each output from the newest back}, and beside them what was measured when it was fitted.
+        num_train_timesteps, prediction_type: of the model; the tables hold all that follows from them.
+        start: what unit noise is multiplied with.
+        origin: what the tables were fitted to, for who reads them; nothing depends on it.
+
+    Whole generations only: image to image and a refiner begin in the middle, where no table was fitted.
+
+    Raises:
+        UserError: tables that are not as above.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        tables: dict[str, Any] | None = None,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        start: float = 1.0,
+        origin: dict[str, Any] | None = None,
+    ):
+        check(tables, dict[str, Any] | None, "FittedScheduler: tables")
+        check(origin, dict[str, Any] | None, "FittedScheduler: origin")
+        check(num_train_timesteps, int, "FittedScheduler: num_train_timesteps", 1, 1_000_000)
+        check(prediction_type, str, "FittedScheduler: prediction_type")
+        check(start, float, "FittedScheduler: start", 0)
+        for steps, table in (tables or {}).items():
+            check_table(steps, table)
+        self.init_noise_sigma = start
+        self.num_inference_steps: int | None = None
+        self.timesteps = self._own_timesteps = torch.empty(0)
+        self._rows: list[tuple[float, list[float]]] = []
+        self._states, self._latest = States(), None
+
+    @property
+    def fitted_for(self) -> list[int]:
+        """The numbers of evaluations that there are tables for."""
+        return sorted(map(int, self.config.tables or {}))
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Take the table of so many evaluations.
+
+        Args:
+            sigmas: what pipelines of flow-matching models pass: only how many they are is read, and mu not at all,
+                for the table was fitted to a pipeline that passed its own.
+
+        Raises:
+            UserError: no table was fitted for so many.
+        """
+        steps = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
+        steps = whole(steps, "num_inference_steps", -MOST)
+        if steps not in self.fitted_for:
+            known = ", ".join(map(str, self.fitted_for)) or "none"
+            raise UserError(f"this schedule was not fitted for {steps} evaluations, but for: {known}; fit it anew.")
+        table = self.config.tables[str(steps)]
+        self._begin(table["timesteps"], list(zip(table["scale"], map(list, table["weights"]), strict=True)), device)
+
+    def _begin(self, times: Sequence[float], rows: list[tuple[float, list[float]]], device) -> None:
+        counted = all(float(t).is_integer() for t in times) and self.config.prediction_type != "flow_prediction"
+        self.timesteps = torch.tensor(times, dtype=torch.int64 if counted else torch.float32, device=device)
+        self._own_timesteps, self._rows, self.num_inference_steps = self.timesteps, rows, len(times)
+        self._states, self._latest = States(), None
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | float | torch.Tensor,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> SchedulerOutput | tuple:
+        """Move the sample [B, ...] to the next time of the table; float32 at least, returned in the sample's dtype.
+
+        A learned variance behind the prediction (twice the channels) is left out. Earlier outputs are remembered
+        with the tensor that was returned; where a pipeline hands back another, the latest are used.
+
+        Args:
+            timestep: an entry of `timesteps`. generator: not used, no noise is added.
+
+        Raises:
+            UserError: set_timesteps has not been called, a time that is not in the table, or a start in its middle.
+        """
+        if not len(self.timesteps):
+            raise UserError("call set_timesteps(num_inference_steps) before the first step.")
+        state = self._states.get(sample, self._latest)
+        if state is not None and state.shape != sample.shape:
+            state = None
+        index = self._index(timestep, state)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        # A copy: the caller may write the next output over this one (static buffers of a CUDA graph).
+        output = without_variance(model_output, sample).to(dtype, copy=True)
+        past = state.history if index and state is not None else ()
+        result = self._moved(index, sample.to(dtype), (output, *past)).to(sample.dtype)
+        self._latest = None
+        if index + 1 < len(self.timesteps):
+            kept = self._kept(index + 1)
+            self._latest = State(index + 1, sample.shape, None, (output, *past)[:kept])
+            self._states[result] = self._latest
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def _kept(self, index: int) -> int:
+        """How many earlier outputs evaluation `index` needs."""
+        return len(self._rows[index][1]) - 1
+
+    def _moved(self, index: int, x: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        scale, weights = self._rows[index]
+        result = x * scale
+        for weight, output in zip(weights, outputs, strict=True):
+            result.add_(output, alpha=weight)
+        return result
+
+    def _index(self, timestep, state: State | None) -> int:
+        index = own_index(timestep, self._own_timesteps)
+        if index is None and state is not None:
+            index = state.index
+        if index is None:
+            index = 0
+        if index and (state is None or state.index != index):
+            raise UserError(
+                "a fitted schedule begins at its first timestep: for image to image or a refiner take DEISScheduler."
+            )
+        return index
+
+    def scale_model_input(self, sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The sample itself."""
+        return sample
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def check_table(steps: str, table: Any) -> None:
+    """Raises UserError unless this is a table for `steps` evaluations: see FittedScheduler."""
+    what = f"FittedScheduler: the table of {steps} evaluations"
+    check(table, dict[str, Any], what)
+    if missing := [name for name in FIELDS if name not in table]:
+        raise UserError(f"{what} lacks its {missing[0]}.")
+    check(list(table["timesteps"]), list[float], f"{what}: timesteps")
+    check(list(table["scale"]), list[float], f"{what}: scale")
+    check([list(row) for row in table["weights"]], list[list[float]], f"{what}: weights")
+    times, rows = table["timesteps"], table["weights"]
+    if not (str(len(times)) == str(steps) and len(times) == len(table["scale"]) == len(rows)):
+        raise UserError(f"{what} must have {steps} timesteps, and as many scales and rows of weights.")
+    if any(a <= b for a, b in zip(times, times[1:], strict=False)):
+        raise UserError(f"{what}: timesteps must decrease.")
+    if any(not 1 <= len(row) <= i + 1 for i, row in enumerate(rows)):
+        raise UserError(f"{what}: evaluation i can weigh its own output and the i before it.")

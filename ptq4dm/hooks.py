@@ -70,3 +70,17 @@ def of_this_thread(call: Callable, otherwise: Callable = lambda *_, **__: None) 
 def input_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """The first argument of a call, by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def unhooked(*modules: nn.Module) -> bool:
+    """Whether no recorder, offloading or cache of torch, accelerate or diffusers waits for the modules' calls."""
+    for module in modules:
+        state = module.__dict__  # hasattr of a module without it takes ten times as long
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or "_hf_hook" in state
+            or "_diffusers_hook" in state
+        ):
+            return False
+    return True

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..errors import UserError
 from ..hooks import hooked
-from ..layers.fuse import unhooked
+from ..hooks import unhooked
 from .dependence import Dependence
 from .state import PLAIN, State
 

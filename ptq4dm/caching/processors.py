@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels.attention.layer import kernel_name, kv4_attention
-from ..layers.fuse import unhooked
+from ..hooks import unhooked
 from ..transforms.attention import PLAIN, WAN, class_of, passes_norms_by
 from .text_cache import TextCache
 

@@ -21,7 +21,8 @@ from torch import nn
 from ..annotations import plain_number
 from ..checks import shown
 from ..errors import UserError
-from ..layers.fuse import FUSED, fuse, unfuse
+from ..layers.fuse import fuse, is_fused, unfuse
+from ..layers.fuse_cpu import has_bfloat16
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
 from . import engines
@@ -58,8 +59,9 @@ def optimize(
 
     fused, compiled, graphs: True or False; None: what is known to be best on this device. kept: graphs of different
         shapes that a denoiser keeps at most; each holds the memory of a forward pass, which they share.
+    precision: "float32" or "bfloat16", on a CPU, of what passes from one kernel to the next inside fused modules, and,
+        with an engine, of what is not quantized; None: bfloat16 where the processor multiplies in it.
     engine: "openvino": each denoiser runs through OpenVINO, on a CPU, in place of all that (openvino/engine.py).
-        precision: "float32" or "bfloat16" of what is not quantized there; None: bfloat16 where the processor has it.
         cache: a folder in which converted models are saved, and found again.
 
     The first calls are slow: the first of a shape compiles, the second captures. Pictures differ from those before by
@@ -78,13 +80,13 @@ def optimize(
     engines.check(engine, precision, cache, fused or compiled or graphs)
     models = _models(target)
     for name, model in models.items():
-        _check(name, model, graphs)
+        _check(name, model, graphs, None if engine else precision)
         if engine is not None:
             engines.check_model(f"'{name}'" if name else "the model", model)
     with turn_at(target):
         if engine is not None:
             return whole_or_not(models.values(), lambda gate: _through(engine, models, precision, cache, kept))
-        return whole_or_not(models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept))
+        return whole_or_not(models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept, precision))
 
 
 def unoptimize(target: DiffusionPipeline | nn.Module) -> None:
@@ -103,7 +105,7 @@ def _models(target: Any) -> dict[str, nn.Module]:
     return {name: getattr(target, name) for name in denoiser_names(target)}
 
 
-def _check(name: str, model: nn.Module, graphs: bool | None) -> None:
+def _check(name: str, model: nn.Module, graphs: bool | None, precision: str | None) -> None:
     called = f"'{name}'" if name else "the model"
     if hasattr(model, "_orig_mod"):
         raise UserError(f"{called} is compiled as a whole; load it anew, and optimize it without.")
@@ -111,21 +113,23 @@ def _check(name: str, model: nn.Module, graphs: bool | None) -> None:
         raise UserError(
             f"{called} is on {_device(model)}, and graphs are CUDA's; leave graphs out, or move it to a GPU."
         )
+    if precision is not None and _device(model).type != "cpu":
+        raise UserError(f"{called} is on {_device(model)}, and precision is for a CPU; load the model in the dtype.")
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((one.device for one in model.parameters()), torch.device("cpu"))
 
 
-def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int) -> Optimized:
+def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int, precision: str | None) -> Optimized:
     report = Optimized(unoptimize)
     for name, model in models.items():
         if before := DONE.pop(model, None):
             before.undo()
         report.models[name] = one = OptimizedModel(model, _device(model))
         on_gpu = one.device.type == "cuda"
-        if on_gpu if fused is None else fused:
-            _fuse(one)
+        if fused is not False:
+            _fuse(one, precision)
         why = "" if on_gpu or compiled is not None else why_not_on_cpu(model)
         if why:
             one.left["blocks"] = why
@@ -153,11 +157,15 @@ def _through(engine: str, models: dict[str, nn.Module], precision: str | None, c
     return report
 
 
-def _fuse(one: OptimizedModel) -> None:
-    if any(type(module) in FUSED.values() for module in one.model.modules()):
+def _fuse(one: OptimizedModel, precision: str | None) -> None:
+    if any(is_fused(module) for module in one.model.modules()):
         one.left["fusing"] = "it is fused already"
         return
-    one.fused = fuse(one.model)
+    if precision is None:
+        precision = "bfloat16" if one.device.type == "cpu" and has_bfloat16() else "float32"
+    one.fused = fuse(one.model, precision)
+    if one.device.type == "cpu" and one.fused:
+        one.precision = precision
     one.takes_back.append(lambda: unfuse(one.model))
 
 

@@ -22,6 +22,7 @@ class OptimizedModel:
     model: nn.Module
     device: torch.device
     fused: FuseReport | None = None
+    precision: str = ""  # of what lies between the products of fused modules, on a CPU
     blocks: list[nn.Module] = field(default_factory=list)
     whole: Compiled | None = None
     graphed: Graphed | None = None
@@ -37,6 +38,8 @@ class OptimizedModel:
     def lines(self) -> list[str]:
         """What is said of it."""
         lines = [] if self.fused is None else str(self.fused).splitlines()
+        if self.precision:
+            lines.append(f"between the products of fused modules values are in {self.precision}")
         if kinds := Counter(type(block).__name__ for block in self.blocks):
             what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             lines.append(f"blocks compiled by torch.compile when they are first called: {what}")

@@ -9,8 +9,9 @@ Of UNets with W8A8 layers, here; other rooms add theirs to FUSED.
 
 Only forward passes change: modules, parameters and their names stay, so a fused model saves, loads and takes adapters
 as before, and a loaded one is fused again by calling `fuse`. A fused module computes unfused wherever fusing does not
-apply: on a CPU, in training, when one of its layers has an adapter or a hook. Results differ from the unfused ones by
-rounding alone: fused steps are in float32, unfused ones round to the model's dtype after each.
+apply: on a CPU without the kernels (fuse_cpu.py), in training, when one of its layers has an adapter or a hook. Results
+differ from the unfused ones by rounding alone: on a GPU fused steps are in float32, unfused ones round to the model's
+dtype after each; on a CPU what lies between is in `precision`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from ..checks import shown
+from ..errors import UserError
+from ..kernels.cpu.codes import cpu_group_norm
 from ..kernels.w8a8.from_codes import group_norm_silu, w8a8_conv2d_codes, w8a8_group_norm, w8a8_quantize
 from ..kernels.w8a8.layer import w8a8_linear
+from ..hooks import unhooked
 from ..pipelines.denoiser import denoisers_by_prefix, turn_at
 from ..undo import whole_or_not
+from . import fuse_cpu
 from .fuse_report import FuseReport, why_left
+from .fuse_transformer import FusedInt8TransformerBlock
 from .w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 
 if TYPE_CHECKING:
@@ -37,43 +45,54 @@ if TYPE_CHECKING:
 LAYERS = (Int8Conv2d, Int8Linear, Fp8Conv2d, Fp8Linear)
 
 
-def fuse(target: DiffusionPipeline | nn.Module) -> FuseReport:
+def fuse(target: DiffusionPipeline | nn.Module, precision: str = "float32") -> FuseReport:
     """Fuse what can be fused in a pipeline's denoisers, or a model, in place.
 
+    precision: "float32" or "bfloat16", in which values pass from one kernel to the next in a module on a CPU.
+
     Returns the names of the modules, as a list that also says what was left and why: `print(ptq4dm.fuse(pipe))`.
+    Raises UserError for another precision, and for what is no pipeline or model.
     """
+    if precision not in BETWEEN:
+        raise UserError(f"precision is one of {', '.join(BETWEEN)}; got {shown(precision)}.")
     models = denoisers_by_prefix(target, "what is fused")
     with turn_at(target):
-        return whole_or_not(models.values(), lambda gate: _fuse_all(models))
+        return whole_or_not(models.values(), lambda gate: _fuse_all(models, BETWEEN[precision]))
 
 
-def _fuse_all(models: dict[str, nn.Module]) -> FuseReport:
+def _fuse_all(models: dict[str, nn.Module], between: torch.dtype) -> FuseReport:
     report = FuseReport()
     for prefix, model in models.items():
         fused = len(report)
         for name, module in model.named_modules():
-            _fuse(module, f"{prefix}{name}", report)
+            _fuse(module, f"{prefix}{name}", report, between)
         if names := report[fused:]:
             parts = {name: model.get_submodule(name.removeprefix(prefix)).modules() for name in names}
             first = next(model.parameters(), None)
-            on_kernels = first is not None and _on_kernels(first)
+            on_kernels = first is not None and (_on_kernels(first) or fuse_cpu.kernels_for(first.device))
             report.note(model, [name for name, part in parts.items() if not unhooked(*part)], on_kernels)
     return report
 
 
-def _fuse(module: nn.Module, name: str, report: FuseReport) -> None:
+def _fuse(module: nn.Module, name: str, report: FuseReport, between: torch.dtype) -> None:
     plain = type(module)
-    if plain in FUSED:
+    on_cpu = ON_CPU.get(plain)
+    if on_cpu is not None and fuse_cpu.kernels_for(_device(module)) and on_cpu.fits(module):
+        module.__class__, module.between = on_cpu, between
+        report.add(name, plain.__name__)
+    elif plain in FUSED:
         if FUSED[plain].fits(module):
             module.__class__ = FUSED[plain]
+            if hasattr(module, "between"):
+                module.between = between
             report.add(name, plain.__name__)
         else:
             report.leave(name, plain.__name__, why_left(module, FUSED[plain].serves))
-    elif plain in FUSED.values():
+    elif is_fused(module):
         report.leave(name, plain.__mro__[1].__name__, "it is fused already")
     elif isinstance(module, Attention) and module.group_norm is not None and module.residual_connection:
         if FusedAttnProcessor.fits(module):
-            module.set_processor(FusedAttnProcessor())
+            module.set_processor(FusedAttnProcessor(between))
             report.add(name, "Attention")
         else:
             report.leave(name, "Attention", _why_attention(module))
@@ -95,10 +114,11 @@ def unfuse(target: DiffusionPipeline | nn.Module) -> None:
 
 
 def _unfuse_all(models: dict[str, nn.Module]) -> None:
-    back = {kind: plain for plain, kind in FUSED.items()}
+    back = {kind: plain for plain, kind in (*FUSED.items(), *ON_CPU.items())}
     for module in (module for model in models.values() for module in model.modules()):
         if type(module) in back:
             module.__class__ = back[type(module)]
+            vars(module).pop("between", None)
         if isinstance(module, Attention) and isinstance(module.processor, FusedAttnProcessor):
             module.set_processor(AttnProcessor2_0())
         if isinstance(getattr(module, "conv_norm_out", None), GroupNormSiLU):
@@ -107,6 +127,7 @@ def _unfuse_all(models: dict[str, nn.Module]) -> None:
 
 class FusedResnetBlock2D(ResnetBlock2D):
     serves = LAYERS
+    between = torch.float32
 
     @staticmethod
     def fits(block: ResnetBlock2D) -> bool:
@@ -118,6 +139,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.training or not _runs_fused(input_tensor, self.conv1, self.conv2):
             return super().forward(input_tensor, temb, *args, **kwargs)
+        if fuse_cpu.runs_fused(input_tensor, self.conv1, self.conv2):
+            return fuse_cpu.resnet(self, input_tensor, temb, self.between)
         shift = None
         if self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
@@ -137,6 +160,8 @@ class FusedUpsample2D(Upsample2D):
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if output_size is not None or not _runs_fused(hidden_states, self.conv):
             return super().forward(hidden_states, output_size, *args, **kwargs)
+        if fuse_cpu.runs_fused(hidden_states, self.conv):
+            return fuse_cpu.upsampled(self.conv, hidden_states)
         conv, (batch, _, h, w) = self.conv, hidden_states.shape
         codes = w8a8_quantize(hidden_states, *_grid(conv), conv.padding, 2)
         return _conv(codes, (batch, 2 * h, 2 * w), conv, None, None, hidden_states.dtype)
@@ -146,6 +171,9 @@ class GroupNormSiLU(nn.GroupNorm):
     """The last norm with the activation after it; `conv_act` passes on what it gives."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuse_cpu.runs_fused(x):
+            parameters = (self.weight, self.bias, self.num_groups, self.eps)
+            return cpu_group_norm(x, None, *parameters, True, x.dtype, 1.0, 0, 8)
         if not _on_kernels(x):
             return F.silu(super().forward(x))
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, True)
@@ -153,6 +181,10 @@ class GroupNormSiLU(nn.GroupNorm):
 
 class FusedAttnProcessor(AttnProcessor2_0):
     """Self-attention over the pixels of an image. Query, key and value read the same codes."""
+
+    def __init__(self, between: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.between = between
 
     @staticmethod
     def fits(attn: Attention) -> bool:
@@ -180,6 +212,8 @@ class FusedAttnProcessor(AttnProcessor2_0):
         layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
         if given or attn.training or not _runs_fused(hidden_states, *layers):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        if fuse_cpu.runs_fused(hidden_states, *layers):
+            return fuse_cpu.self_attention(attn, hidden_states, self.between)
         batch, channels, h, w = hidden_states.shape
         norm, out = attn.group_norm, attn.to_out[0]
         codes = w8a8_group_norm(
@@ -200,6 +234,17 @@ class FusedAttnProcessor(AttnProcessor2_0):
 # plain class -> its fused one, with `fits(module)`: whether what the module is made of allows it, and `serves`: the
 # classes of layers that it is fused around
 FUSED: dict[type, Any] = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D}
+ON_CPU: dict[type, Any] = {BasicTransformerBlock: FusedInt8TransformerBlock}  # where a CPU has the kernels, before FUSED
+BETWEEN = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module is one that `fuse` has fused as a whole."""
+    return type(module) in (*FUSED.values(), *ON_CPU.values())
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def _norm_before_output(module: nn.Module) -> bool:
@@ -225,21 +270,8 @@ def _on_kernels(x: Tensor) -> bool:
 
 def _runs_fused(x: Tensor, *layers: nn.Module) -> bool:
     """Whether nothing hangs on the layers that expects their own forward pass to be called."""
-    return _on_kernels(x) and all(type(layer) in LAYERS for layer in layers) and unhooked(*layers)
-
-
-def unhooked(*modules: nn.Module) -> bool:
-    """Whether no recorder, offloading or cache of torch, accelerate or diffusers waits for the modules' calls."""
-    for module in modules:
-        state = module.__dict__  # hasattr of a module without it takes ten times as long
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or "_hf_hook" in state
-            or "_diffusers_hook" in state
-        ):
-            return False
-    return True
+    served = _on_kernels(x) and all(type(layer) in LAYERS for layer in layers) or fuse_cpu.runs_fused(x, *layers)
+    return served and unhooked(*layers)
 
 
 def _grid(layer: nn.Module) -> tuple[Tensor, Tensor | None, int, torch.dtype]:

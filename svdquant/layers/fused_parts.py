@@ -9,7 +9,7 @@ from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSin
 from torch import Tensor, nn
 
 from ...kernels.w4 import layer as svdq_linear
-from ...layers.fuse import unhooked
+from ...hooks import unhooked
 from .svdq import SVDQLinear
 
 

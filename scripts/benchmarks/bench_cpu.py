@@ -109,7 +109,7 @@ def table(rows: list[dict]) -> str:
     lines = []
     for batch in dict.fromkeys(row["batch"] for row in rounds):
         times = [row["ms"] for row in rounds if row["batch"] == batch]
-        lines += ["", f"batch {batch} ({len(times)} rounds) | ms | x | median error | mean | low times", "|---" * 6]
+        lines += ["", f"batch {batch} ({len(times)} rounds) | ms | x | median error | mean | low times", "|---" * 6 + "|"]
         base = statistics.median(one[FIRST] for one in times)
         for name in times[0]:
             spent = statistics.median(one[name] for one in times if name in one)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..errors import UserError
-from ..hooks import hooked
-from ..hooks import unhooked
+from ..hooks import hooked, unhooked
 from .dependence import Dependence
 from .state import PLAIN, State
 

@@ -10,8 +10,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..kernels.attention.layer import kernel_name, kv4_attention
 from ..hooks import unhooked
+from ..kernels.attention.layer import kernel_name, kv4_attention
 from ..transforms.attention import PLAIN, WAN, class_of, passes_norms_by
 from .text_cache import TextCache
 

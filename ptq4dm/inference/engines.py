@@ -15,12 +15,12 @@ from torch import nn
 from ..checks import shown
 from ..errors import UserError
 from ..layers.fuse import is_fused
+from ..layers.fusing.cpu import dtype_between
 from ..registry import Registry
 from .blocks import plain_forward
 from .graphs import Graphed
 
 ENGINES: Registry = Registry("engine", late=True)
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Engine:
 
 def check(engine: Any, precision: Any, cache: Any, others: Any) -> None:
     """Raises UserError for an engine that nobody knows or has, and for options that do not go together."""
-    if precision is not None and precision not in PRECISIONS:
-        raise UserError(f"precision is one of {', '.join(PRECISIONS)}, or None; got {shown(precision)}.")
+    if precision is not None:
+        dtype_between(precision)
     if engine is None:
         if cache is not None:
             raise UserError("cache is an engine's; give engine='openvino' with it.")

@@ -22,10 +22,10 @@ from ..annotations import plain_number
 from ..checks import shown
 from ..errors import UserError
 from ..layers.fuse import fuse, is_fused, unfuse
-from ..layers.fuse_cpu import has_bfloat16
+from ..layers.fusing.cpu import has_bfloat16
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
-from . import engines
+from . import engines, kept_memory
 from .blocks import (
     as_a_whole,
     compile_blocks,
@@ -59,8 +59,8 @@ def optimize(
 
     fused, compiled, graphs: True or False; None: what is known to be best on this device. kept: graphs of different
         shapes that a denoiser keeps at most; each holds the memory of a forward pass, which they share.
-    precision: "float32" or "bfloat16", on a CPU, of what passes from one kernel to the next inside fused modules, and,
-        with an engine, of what is not quantized; None: bfloat16 where the processor multiplies in it.
+    precision: on a CPU "float32" or "bfloat16", of what passes from one kernel to the next in fused modules; with an
+        engine, of what is not quantized. None: bfloat16 where the processor multiplies in it.
     engine: "openvino": each denoiser runs through OpenVINO, on a CPU, in place of all that (openvino/engine.py).
         cache: a folder in which converted models are saved, and found again.
 
@@ -86,7 +86,9 @@ def optimize(
     with turn_at(target):
         if engine is not None:
             return whole_or_not(models.values(), lambda gate: _through(engine, models, precision, cache, kept))
-        return whole_or_not(models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept, precision))
+        return whole_or_not(
+            models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept, precision)
+        )
 
 
 def unoptimize(target: DiffusionPipeline | nn.Module) -> None:
@@ -130,6 +132,10 @@ def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int,
         on_gpu = one.device.type == "cuda"
         if fused is not False:
             _fuse(one, precision)
+        if one.device.type == "cpu" and kept_memory.can_keep():
+            kept_memory.keep()
+            one.takes_back.append(kept_memory.release)
+            one.keeps_memory = True
         why = "" if on_gpu or compiled is not None else why_not_on_cpu(model)
         if why:
             one.left["blocks"] = why

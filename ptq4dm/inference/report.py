@@ -23,6 +23,7 @@ class OptimizedModel:
     device: torch.device
     fused: FuseReport | None = None
     precision: str = ""  # of what lies between the products of fused modules, on a CPU
+    keeps_memory: bool = False
     blocks: list[nn.Module] = field(default_factory=list)
     whole: Compiled | None = None
     graphed: Graphed | None = None
@@ -40,6 +41,8 @@ class OptimizedModel:
         lines = [] if self.fused is None else str(self.fused).splitlines()
         if self.precision:
             lines.append(f"between the products of fused modules values are in {self.precision}")
+        if self.keeps_memory:
+            lines.append("memory that a call leaves is kept for the next, up to a GiB")
         if kinds := Counter(type(block).__name__ for block in self.blocks):
             what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             lines.append(f"blocks compiled by torch.compile when they are first called: {what}")

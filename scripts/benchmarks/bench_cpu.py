@@ -48,7 +48,9 @@ def main():
     begin = time.monotonic()
     torch.set_num_threads(args.threads)
     settings = {"model": args.model, "threads": args.threads, "cpu": processor(), "nncf_rows": args.nncf_rows}
-    settings |= {"commit": args.commit or commit()} | {name: version_of(name) for name in ("torch", "openvino", "nncf")}
+    settings |= {"commit": args.commit or commit()} | {
+        name: version_of(name) for name in ("torch", "openvino", "nncf")
+    }
     rows = Rows(args.output, settings, {"kind": str})
 
     subject = subject_of(args.model, args.nncf_rows)
@@ -109,12 +111,18 @@ def table(rows: list[dict]) -> str:
     lines = []
     for batch in dict.fromkeys(row["batch"] for row in rounds):
         times = [row["ms"] for row in rounds if row["batch"] == batch]
-        lines += ["", f"batch {batch} ({len(times)} rounds) | ms | x | median error | mean | low times", "|---" * 6 + "|"]
+        lines += [
+            "",
+            f"batch {batch} ({len(times)} rounds) | ms | x | median error | mean | low times",
+            "|---" * 6 + "|",
+        ]
         base = statistics.median(one[FIRST] for one in times)
         for name in times[0]:
             spent = statistics.median(one[name] for one in times if name in one)
             found = error_of.get(name)
-            parts = [f"{found[key]:.1e}" for key in ("median", "mean", "low")] if found and name != FIRST else [""] * 3
+            parts = (
+                [f"{found[key]:.1e}" for key in ("median", "mean", "low")] if found and name != FIRST else [""] * 3
+            )
             lines.append(" | ".join([name, f"{spent:.1f}", f"{base / spent:.2f}", *parts]))
     return "\n".join(f"| {line} |" if line and line[0] != "|" else f"{line}" for line in lines)
 

@@ -20,7 +20,7 @@ ERRORS_AT = 12  # of the held-out steps, the first and the last among them
 LATENT_UNET = "latent-unet"
 
 Row = tuple[Tensor, ...]
-"""What a denoiser is called with: x [B, C, H, W], t [B], and the class labels [B] or the text [B, L, D], if it has any."""
+"""What a denoiser is called with: x [B, C, H, W], t [B], and class labels [B] or a text [B, L, D], if it has any."""
 
 METHODS = {
     "W8A8": ptq4dm.PTQ4DMConfig(),

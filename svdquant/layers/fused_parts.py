@@ -8,8 +8,8 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
-from ...kernels.w4 import layer as svdq_linear
 from ...hooks import unhooked
+from ...kernels.w4 import layer as svdq_linear
 from .svdq import SVDQLinear
 
 

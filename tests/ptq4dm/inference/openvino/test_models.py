@@ -166,7 +166,7 @@ def test_svdquant_keeps_smoothing_and_branch(options):
 WRONG = {
     "openvinos": (dict(engine="openvinos"), "engine 'openvinos' is unknown; choose from"),
     "precision": (dict(engine="openvino", precision="int8"), "precision is one of float32, bfloat16"),
-    "alone": (dict(precision="float32"), "precision and cache are an engine's"),
+    "alone": (dict(cache="folder"), "cache is an engine's"),
     "both": (dict(engine="openvino", fused=True), "leave them out with an engine"),
     "cache": (dict(engine="openvino", cache=3), "cache is a folder"),
 }

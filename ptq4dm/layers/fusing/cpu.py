@@ -4,9 +4,9 @@
     Attention       norm + codes, once | one product for query, key and value | attention | codes | product + residual
     Upsample2D      codes | nearest neighbour of them | conv
 
-Norms and codes are kernels/cpu/codes.py's, products oneDNN's. `between` is the dtype in which the rest passes from one
-kernel to the next inside a module: float32, or bfloat16 where the processor multiplies in it. A module takes and gives
-what it did before, so modules beside it need not know.
+Norms and codes are kernels/cpu/codes.py's, products oneDNN's. `between` is the dtype in which the rest passes from
+one kernel to the next inside a module: float32, or bfloat16 where the processor multiplies in it. A module takes and
+gives what it did before, so modules beside it need not know.
 """
 
 from __future__ import annotations
@@ -17,13 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.cpu import library
-from ..kernels.cpu.codes import cpu_codes, cpu_group_norm
-from ..kernels.w8a8 import layer as w8a8
-from ..kernels.w8a8.onednn import conv2d_of_codes, linear_of_codes
-from .w8a8 import Int8Conv2d, Int8Linear
+from ...checks import shown
+from ...errors import UserError
+from ...kernels.cpu import library
+from ...kernels.cpu.codes import cpu_codes, cpu_group_norm
+from ...kernels.w8a8 import layer as w8a8
+from ...kernels.w8a8.onednn import conv2d_of_codes, linear_of_codes
+from ..w8a8 import Int8Conv2d, Int8Linear
 
-FLOATS = (torch.float32, torch.bfloat16)
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_between(precision: Any) -> torch.dtype:
+    """The dtype of this name, of `PRECISIONS`. Raises UserError for others."""
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise UserError(f"precision is one of {', '.join(PRECISIONS)}; got {shown(precision)}.")
+    return PRECISIONS[precision]
 
 
 def has_bfloat16() -> bool:
@@ -38,7 +47,9 @@ def kernels_for(device: torch.device) -> bool:
 
 def runs_fused(x: Tensor, *layers: nn.Module) -> bool:
     """Whether these layers can compute on codes of x by the kernels here."""
-    plain = x.dtype in FLOATS and x.numel() and not (torch.is_grad_enabled() and x.requires_grad)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler sees into the plain modules
+        return False
+    plain = x.dtype in PRECISIONS.values() and x.numel() > 0 and not (torch.is_grad_enabled() and x.requires_grad)
     return plain and all(type(layer) in (Int8Conv2d, Int8Linear) for layer in layers) and kernels_for(x.device)
 
 

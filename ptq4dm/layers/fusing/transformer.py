@@ -1,4 +1,4 @@
-"""Fused transformer blocks on a CPU: a BasicTransformerBlock under adaLN-Zero, as DiT has (fuse.py, fuse_cpu.py).
+"""Fused transformer blocks on a CPU: a BasicTransformerBlock under adaLN-Zero, as DiT has (cpu.py).
 
     norm + modulation + codes | one grid for query, key and value | attention | codes | product
     | gated sum + norm + modulation + codes | product + GELU, as codes | product | gated sum
@@ -17,10 +17,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
-from ..hooks import unhooked
-from ..kernels.cpu.codes import cpu_gated_sum, cpu_layer_norm
-from .fuse_cpu import attention_of_codes, grid_of, product, runs_fused
-from .w8a8 import Int8Linear
+from ...hooks import unhooked
+from ...kernels.cpu.codes import cpu_gated_sum, cpu_layer_norm
+from ..w8a8 import Int8Linear
+from .cpu import attention_of_codes, grid_of, product, runs_fused
 
 
 class FusedInt8TransformerBlock(BasicTransformerBlock):

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..checks import shown
 from ..errors import UserError
-from ..layers.fuse import is_fused
 from ..layers.fusing.cpu import dtype_between
+from ..layers.fusing.fuse import is_fused
 from ..registry import Registry
 from .blocks import plain_forward
 from .graphs import Graphed

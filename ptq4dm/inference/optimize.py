@@ -1,6 +1,6 @@
 """`optimize`: a loaded pipeline made as fast as it is known to get on its device, by one call.
 
-On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
+On an NVIDIA GPU: fused (layers/fusing), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
 denoiser's calls replayed from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels
 and its own. On a CPU the blocks of transformers are compiled: that was measured to help, with UNets hardly (README.md
 of this folder).
@@ -21,8 +21,8 @@ from torch import nn
 from ..annotations import plain_number
 from ..checks import shown
 from ..errors import UserError
-from ..layers.fuse import fuse, is_fused, unfuse
 from ..layers.fusing.cpu import has_bfloat16
+from ..layers.fusing.fuse import fuse, is_fused, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
 from . import engines, kept_memory

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.fuse_report import FuseReport
+from ..layers.fusing.report import FuseReport
 from .blocks import Compiled
 from .graphs import Graphed
 

@@ -14,8 +14,8 @@ import ptq4dm
 from helpers import run
 from ptq4dm import RTNConfig
 from ptq4dm.kernels.w8a8 import layer as w8a8
-from ptq4dm.layers import fuse as FUSE
 from ptq4dm.layers.base import is_quantized
+from ptq4dm.layers.fusing import fuse as FUSE
 
 CUDA = torch.cuda.is_available()
 NAMES = {

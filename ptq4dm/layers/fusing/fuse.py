@@ -9,7 +9,7 @@ Of UNets with W8A8 layers, here; other rooms add theirs to FUSED.
 
 Only forward passes change: modules, parameters and their names stay, so a fused model saves, loads and takes adapters
 as before, and a loaded one is fused again by calling `fuse`. A fused module computes unfused wherever fusing does not
-apply: on a CPU without the kernels (fusing/cpu.py), in training, when one of its layers has an adapter or a hook.
+apply: on a CPU without the kernels (cpu.py), in training, when one of its layers has an adapter or a hook.
 Results differ from the unfused ones by rounding alone: on a GPU fused steps are in float32, unfused ones round to the
 model's dtype after each; on a CPU what lies between is in `precision`.
 """
@@ -25,13 +25,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from ..hooks import unhooked
-from ..pipelines.denoiser import denoisers_by_prefix, turn_at
-from ..undo import whole_or_not
-from .fuse_report import FuseReport, why_left
-from .fusing import cpu, unet
-from .fusing.transformer import FusedInt8TransformerBlock
-from .fusing.unet import (
+from ...hooks import unhooked
+from ...pipelines.denoiser import denoisers_by_prefix, turn_at
+from ...undo import whole_or_not
+from . import cpu, unet
+from .report import FuseReport, why_left
+from .transformer import FusedInt8TransformerBlock
+from .unet import (
     LAYERS,
     FusedAttnProcessor,
     FusedResnetBlock2D,

@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import nn
 
-from .base import QuantizedLayer
+from ..base import QuantizedLayer
 
 FORM = "it is built otherwise than those that are fused"
 

@@ -43,3 +43,11 @@ def test_evaluate(model, capsys):
     few += ["--num-inference-steps", "2", "--full-precision", str(model)]
     assert main(["evaluate", "--model", str(model), *few, "--engine", "openvino"]) == 0
     assert "quantized layers in products of int8" in capsys.readouterr().out
+
+
+def test_info_names_what_each_product_runs_in(model, capsys):
+    assert main(["info", "--model", str(model), "--engine", "openvino", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert len(layers) > 10 and all(row["kernel"].startswith(("openvino i8 ", "openvino u8 ")) for row in layers)
+    assert main(["info", "--model", str(model), "--engine", "openvin"]) == 2
+    assert "engine 'openvin' is unknown" in capsys.readouterr().err

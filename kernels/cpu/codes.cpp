@@ -18,38 +18,59 @@
 
 namespace {
 
-constexpr int64_t PIXELS = 32;  // summed in float32, before float64 takes over
+constexpr int64_t PIXELS = 64;   // summed in float32, before float64 takes over
+constexpr int64_t VECTORS = 4;   // of channels, whose sums stay in registers
+constexpr int64_t LEAST = 64;    // channels of a task: a cache line of codes
 
 struct Group {
   const void* x;
-  int32_t kind;
   const float *added, *gamma, *beta;
   void* y;
   int64_t pixels, channels, group;
   float eps;
 };
 
+// Adds the sums over pixels `begin` to `end` of N vectors of channels, differences from `base`, and of their squares.
+template <int32_t GIVEN, int N>
+void add_sums(const void* x, int64_t start, int64_t stride, int64_t begin, int64_t end, int64_t some, const float* base,
+              double* total, double* squares) {
+  Reals from[N], s[N], s2[N];
+  for (int v = 0; v < N; v++) {
+    from[v] = load(base, FLOAT32, v * LANES, some);
+    s[v] = s2[v] = Reals{};
+  }
+  for (int64_t p = begin; p < end; p++)
+    for (int v = 0; v < N; v++) {
+      const Reals d = load(x, GIVEN, start + p * stride + v * LANES, some) - from[v];
+      s[v] += d;
+      s2[v] += d * d;
+    }
+  for (int v = 0; v < N; v++)
+    for (int64_t i = 0; i < some; i++) {
+      total[v * LANES + i] += s[v][i];
+      squares[v * LANES + i] += s2[v][i];
+    }
+}
+
 // Factors a and b of `count` channels from `first` on, whole groups: the norm is x a + b.
+template <int32_t GIVEN>
 void group_factors(const Group& o, int64_t image, int64_t first, int64_t count, float* a, float* b, double* sums) {
   double *total = sums, *squares = sums + count;
   std::fill(sums, sums + 2 * count, 0.0);
-  const int64_t start = image * o.pixels * o.channels + first;
+  const int64_t start = image * o.pixels * o.channels + first, whole = count / LANES * LANES;
   for (int64_t c = 0; c < count; c += LANES) {
     const int64_t some = std::min(LANES, count - c);
-    const Reals base = load(o.x, o.kind, start + c, some);
-    for (int64_t p0 = 0; p0 < o.pixels; p0 += PIXELS) {
-      Reals s{}, s2{};
-      for (int64_t p = p0; p < std::min(o.pixels, p0 + PIXELS); p++) {
-        const Reals d = load(o.x, o.kind, start + p * o.channels + c, some) - base;
-        s += d;
-        s2 += d * d;
-      }
-      for (int64_t i = 0; i < some; i++) {
-        total[c + i] += s[i];
-        squares[c + i] += s2[i];
-      }
-    }
-    for (int64_t i = 0; i < some; i++) a[c + i] = base[i];
+    store<FLOAT32>(load(o.x, GIVEN, start + c, some), a, c, some, {});
+  }
+  for (int64_t begin = 0; begin < o.pixels; begin += PIXELS) {
+    const int64_t end = std::min(o.pixels, begin + PIXELS);
+    int64_t c = 0;
+    const auto add = [&](auto vectors, int64_t some) {
+      add_sums<GIVEN, vectors.value>(o.x, start + c, o.channels, begin, end, some, a + c, total + c, squares + c);
+    };
+    for (; c + VECTORS * LANES <= whole; c += VECTORS * LANES) add(std::integral_constant<int, VECTORS>{}, LANES);
+    for (; c < whole; c += LANES) add(std::integral_constant<int, 1>{}, LANES);
+    if (c < count) add(std::integral_constant<int, 1>{}, count - c);
   }
   const double size = static_cast<double>(o.pixels);
   for (int64_t g = 0; g < count; g += o.group) {
@@ -74,23 +95,29 @@ void group_factors(const Group& o, int64_t image, int64_t first, int64_t count, 
   }
 }
 
-template <int32_t KIND, bool SILU>
+template <int32_t GIVEN, int32_t KIND, bool SILU>
 void group_apply(const Group& o, int64_t image, int64_t first, int64_t count, const float* a, const float* b,
                  const Grid& grid) {
+  const int64_t whole = count / LANES * LANES;
   for (int64_t p = 0; p < o.pixels; p++) {
     const int64_t at = (image * o.pixels + p) * o.channels + first;
-    for (int64_t c = 0; c < count; c += LANES) {
-      const int64_t some = std::min(LANES, count - c);
-      Reals v = load(o.x, o.kind, at + c, some) * load(a, FLOAT32, c, some) + load(b, FLOAT32, c, some);
+    const auto apply = [&](int64_t c, int64_t some) {
+      Reals v = load(o.x, GIVEN, at + c, some) * load(a, FLOAT32, c, some) + load(b, FLOAT32, c, some);
       if constexpr (SILU) v = silu(v);
       store<KIND>(v, o.y, at + c, some, grid);
-    }
+    };
+    for (int64_t c = 0; c < whole; c += LANES) apply(c, LANES);
+    if (whole < count) apply(whole, count - whole);
   }
 }
 
+template <int32_t GIVEN>
 void group_norm(const Group& o, int64_t batch, bool with_silu, const Grid& grid) {
-  // A task takes whole groups of one image: 64 channels or more, a cache line of codes.
-  const int64_t part = o.group * std::max<int64_t>(1, (64 + o.group - 1) / o.group);
+  // A task takes whole groups of one image, all of them where there are images enough: its pixels are then read in
+  // their order, and once more while they are in the cache.
+  const int64_t groups = o.channels / o.group, least = (LEAST + o.group - 1) / o.group;
+  const int64_t shares = std::clamp<int64_t>((2 * at::get_num_threads() + batch - 1) / batch, 1, groups);
+  const int64_t part = o.group * std::min(groups, std::max(least, (groups + shares - 1) / shares));
   const int64_t parts = (o.channels + part - 1) / part;
   at::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
     const Room<float> factors(2 * part);
@@ -98,12 +125,12 @@ void group_norm(const Group& o, int64_t batch, bool with_silu, const Grid& grid)
     for (int64_t task = begin; task < end; task++) {
       const int64_t image = task / parts, first = task % parts * part, count = std::min(part, o.channels - first);
       float *a = factors.at, *b = factors.at + part;
-      group_factors(o, image, first, count, a, b, sums.at);
+      group_factors<GIVEN>(o, image, first, count, a, b, sums.at);
       by_kind(grid.kind, [&](auto kind) {
         if (with_silu)
-          group_apply<kind.value, true>(o, image, first, count, a, b, grid);
+          group_apply<GIVEN, kind.value, true>(o, image, first, count, a, b, grid);
         else
-          group_apply<kind.value, false>(o, image, first, count, a, b, grid);
+          group_apply<GIVEN, kind.value, false>(o, image, first, count, a, b, grid);
       });
     }
   });
@@ -171,8 +198,10 @@ extern "C" int ptq4dm_group_norm(
     int64_t pixels, int64_t channels, int64_t groups, float eps, int32_t with_silu, int32_t stored, float inverse,
     float zero, float low, float high) {
   try {
-    group_norm({x, kind, added, gamma, beta, y, pixels, channels, channels / groups, eps}, batch, with_silu != 0,
-               {stored, inverse, zero, low, high});
+    const Group o{x, added, gamma, beta, y, pixels, channels, channels / groups, eps};
+    const Grid grid{stored, inverse, zero, low, high};
+    kind == FLOAT32 ? group_norm<FLOAT32>(o, batch, with_silu != 0, grid)
+                    : group_norm<BFLOAT16>(o, batch, with_silu != 0, grid);
   } catch (const std::bad_alloc&) {
     return 1;
   }

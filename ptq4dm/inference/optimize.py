@@ -21,7 +21,7 @@ from torch import nn
 from ..annotations import plain_number
 from ..checks import shown
 from ..errors import UserError
-from ..layers.fusing.cpu import has_bfloat16
+from ..layers.fusing.cpu import has_bfloat16, runs_fused_on_cpu
 from ..layers.fusing.fuse import fuse, is_fused, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
@@ -167,10 +167,17 @@ def _fuse(one: OptimizedModel, precision: str | None) -> None:
     if any(is_fused(module) for module in one.model.modules()):
         one.left["fusing"] = "it is fused already"
         return
+    asked = precision
     if precision is None:
         precision = "bfloat16" if one.device.type == "cpu" and has_bfloat16() else "float32"
     one.fused = fuse(one.model, precision)
-    if one.device.type == "cpu" and one.fused:
+    if one.device.type == "cpu":
+        if not runs_fused_on_cpu(one.model):  # of kinds that are fused on a GPU alone
+            unfuse(one.model)
+            one.fused = None
+            if asked is not None:
+                one.left["precision"] = "no module of it is fused on this CPU"
+            return
         one.precision = precision
     one.takes_back.append(lambda: unfuse(one.model))
 

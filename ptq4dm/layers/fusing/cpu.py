@@ -1,7 +1,7 @@
 """What fused modules compute on a CPU: codes from one product to the next, in a CPU's own kernels.
 
     ResnetBlock2D   norm + SiLU + codes | conv1 | time embedding + norm + SiLU + codes | conv2 + shortcut
-    Attention       norm + codes, once | one product for query, key and value | attention | codes | product + residual
+    Attention       norm + codes, once for query, key and value | products | attention | codes | product + residual
     Upsample2D      codes | nearest neighbour of them | conv
 
 Norms and codes are kernels/cpu/codes.py's, products oneDNN's. `between` is the dtype in which the rest passes from
@@ -23,6 +23,7 @@ from ...kernels.cpu import library
 from ...kernels.cpu.codes import cpu_codes, cpu_group_norm
 from ...kernels.w8a8 import layer as w8a8
 from ...kernels.w8a8.onednn import conv2d_of_codes, linear_of_codes
+from ..base import QuantizedLayer
 from ..w8a8 import Int8Conv2d, Int8Linear
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,6 +39,18 @@ def dtype_between(precision: Any) -> torch.dtype:
 def has_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def runs_fused_on_cpu(model: nn.Module) -> bool:
+    """Whether some of a model's modules are fused for the kernels here."""
+    return any("between" in vars(module) for module in model.modules())
+
+
+def serves(module: nn.Module) -> bool:
+    """Whether the kernels here are for where a module is, and for all of its quantized layers."""
+    first = next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("meta"))
+    layers = [one for one in module.modules() if isinstance(one, QuantizedLayer)]
+    return all(type(one) in (Int8Conv2d, Int8Linear) for one in layers) and kernels_for(first)
 
 
 def kernels_for(device: torch.device) -> bool:

@@ -67,7 +67,7 @@ def _fuse_all(models: dict[str, nn.Module], between: torch.dtype) -> FuseReport:
         if names := report[fused:]:
             parts = {name: model.get_submodule(name.removeprefix(prefix)).modules() for name in names}
             first = next(model.parameters(), None)
-            on_kernels = first is not None and (unet.on_kernels(first) or cpu.kernels_for(first.device))
+            on_kernels = first is not None and unet.on_kernels(first) or cpu.runs_fused_on_cpu(model)
             report.note(model, [name for name, part in parts.items() if not unhooked(*part)], on_kernels)
     return report
 
@@ -75,13 +75,13 @@ def _fuse_all(models: dict[str, nn.Module], between: torch.dtype) -> FuseReport:
 def _fuse(module: nn.Module, name: str, report: FuseReport, between: torch.dtype) -> None:
     plain = type(module)
     on_cpu = ON_CPU.get(plain)
-    if on_cpu is not None and cpu.kernels_for(_device(module)) and on_cpu.fits(module):
+    if on_cpu is not None and cpu.serves(module) and on_cpu.fits(module):
         module.__class__, module.between = on_cpu, between
         report.add(name, plain.__name__)
     elif plain in FUSED:
         if FUSED[plain].fits(module):
             module.__class__ = FUSED[plain]
-            if hasattr(module, "between"):
+            if hasattr(module, "between") and cpu.serves(module):
                 module.between = between
             report.add(name, plain.__name__)
         else:
@@ -134,10 +134,6 @@ ON_CPU: dict[type, Any] = {
 def is_fused(module: nn.Module) -> bool:
     """Whether a module is one that `fuse` has fused as a whole."""
     return type(module) in (*FUSED.values(), *ON_CPU.values())
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def _norm_before_output(module: nn.Module) -> bool:

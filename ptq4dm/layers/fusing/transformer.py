@@ -1,6 +1,6 @@
 """Fused transformer blocks on a CPU: a BasicTransformerBlock under adaLN-Zero, as DiT has (cpu.py).
 
-    norm + modulation + codes | one grid for query, key and value | attention | codes | product
+    norm + modulation + codes, once for query, key and value | products | attention | codes | product
     | gated sum + norm + modulation + codes | product + GELU, as codes | product | gated sum
 
 On a GPU the same is done by torch.compile, which sees the formula of codes (kernels/w8a8/from_codes.py).

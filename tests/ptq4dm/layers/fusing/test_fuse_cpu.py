@@ -124,3 +124,21 @@ def test_optimize_fuses_and_says_in_what_precision(pair):
     report = ptq4dm.optimize(model)
     assert f"values are in {chosen}" in str(report)
     report.undo()
+
+
+def test_the_compiler_sees_the_plain_modules(pair):
+    """torch.compile cannot see into the kernels: a fused model that it takes computes as it did before."""
+    _, model = pair
+    before = run(model)
+    ptq4dm.fuse(model)
+    torch._dynamo.reset()
+    assert torch.equal(run(torch.compile(model, fullgraph=True, backend="eager")), before)
+    torch._dynamo.reset()
+
+
+def test_what_has_no_kernels_on_a_cpu_is_not_fused_there():
+    model = denoisers.quantized("dit")[0]  # SVDQuant, whose fused kernels are a GPU's
+    kinds = [type(module) for module in model.modules()]
+    report = ptq4dm.optimize(model, compiled=False)
+    assert [type(module) for module in model.modules()] == kinds and "fused" not in str(report)
+    report.undo()

@@ -22,8 +22,8 @@ from ..kernels.formats.int4 import dequantize_groups, quantize_groups
 from ..kernels.w4.reference import round_activation
 from ..rounding.registry import ROUNDERS
 from ..transforms.smooth import candidates, divisors
+from .layers.lowrank import top_factors
 from .layers.plan import SVDQPlan
-from .lowrank import top_factors
 
 SEARCH_ROWS = 1024
 FINALISTS = 3

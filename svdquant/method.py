@@ -5,16 +5,19 @@
 3. Layers that are no matrix product over tokens, or do not divide into groups, stay at 8 bits or in full precision.
 
 No model is named: roles come from the calls and from shapes, and `roles` overrides them.
+
+With evidence="none" there are no calls: roles are estimated from the model's structure (allocation/structure.py), and
+each layer is quantized from its weight alone (layers/data_free.py), also while a model loads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import nn
 
 from ..allocation.roles import ROLES, BlockRoles, allocate
+from ..allocation.structure import estimate
 from ..calibration.trace import trace
 from ..errors import UserError
 from ..kernels.w4.reference import ACTIVATIONS
@@ -25,7 +28,7 @@ from ..quantization.input_grids import int8_grid
 from ..quantization.recipe import QuantConfig, register
 from ..rounding import ROUNDERS
 from . import packing  # noqa: F401, registers the format
-from .layers.plan import SVDQPlan
+from .layers.plan import EVIDENCE, SVDQPlan
 
 GROUP_SIZES = (16, 32, 64, 128)
 
@@ -48,6 +51,8 @@ class SVDQuantConfig(QuantConfig):
     unsigned: lift inputs that are the outputs of GELU or SiLU above zero and round them to 0..15 (int4 only), as the
         authors do. Off: on dit-cifar10 it costs 4 dB of same-seed PSNR (zeros then lie between two codes), and
         Nunchaku Lite checkpoints cannot hold such layers.
+    evidence: "store", what layers are fed in calibration; or "none", weights alone: no calibration, no smoothing,
+        rounding to nearest, "weight-only" layers in 8 bits; found in seconds.
     roles: shell pattern of layer names -> "w4", "weight-only" (4-bit codes, inputs as they are), "int8", "keep"; the
         first that fits counts. Otherwise: token-wise Linear and 1x1 Conv2d layers of repeated blocks are "w4"; layers
         of blocks that are fed an embedding and widen it at least twice (adaLN) "weight-only"; other layers of blocks
@@ -62,6 +67,7 @@ class SVDQuantConfig(QuantConfig):
     refinements: int = option(10, "most turns of branch and rounding", low=0, high=100_000)
     num_tuples: int = option(32, "calibration tuples used", low=1)
     unsigned: bool = option(False, "lift the outputs of GELU and SiLU above zero (int4)")
+    evidence: str = option("store", "what codes are found by: a calibration store, or none", choices=EVIDENCE)
     roles: dict[str, str] = option({}, "layer pattern -> role", flag=False)
     seed: int = option(0, "of the rows that are kept", flag=False, low=0)
 
@@ -73,6 +79,11 @@ class SVDQuantConfig(QuantConfig):
                 "it out, or take activations='int4'."
             )
         ROUNDERS.find(self.rounding)
+        if self.plan is None and self.evidence == "none" and self._asks_inputs:
+            raise UserError(
+                "evidence='none' rounds to nearest and smooths nothing: unsigned, other values of smoothing and "
+                "other roundings look at what layers are fed; take evidence='store' for them."
+            )
         number = isinstance(self.smoothing, (int, float)) and 0 <= self.smoothing <= 1
         if not number and self.smoothing not in ("search", "exhaustive", "none"):
             raise UserError(
@@ -81,50 +92,76 @@ class SVDQuantConfig(QuantConfig):
         if wrong := set(self.roles.values()) - set(ROLES):
             raise UserError(f"unknown role '{min(wrong)}'; choose from {', '.join(ROLES)}.")
 
-    packs_while_loading: ClassVar[bool] = False
+    @property
+    def _asks_inputs(self) -> bool:
+        """Whether choices are made that look at what layers are fed. Without data, the defaults of rounding and
+        smoothing mean what is left of them: nearest, and none."""
+        return self.unsigned or self.smoothing not in ("search", "none") or self.rounding not in ("gptq", "nearest")
+
+    @property
+    def packs_while_loading(self) -> bool:  # type: ignore[override]  # here an option decides
+        """Whether each layer can be packed as its weight arrives."""
+        return self.evidence == "none"
 
     @property
     def needs_calibration(self) -> bool:
-        return True
+        return self.evidence == "store" or super().needs_calibration
+
+    @property
+    def looks_at_tuples(self) -> bool:
+        return self.evidence == "store"
+
+    def otherwise(self) -> str:
+        return "" if self._asks_inputs or super().needs_calibration else ", or choose evidence='none'"
 
     def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, object]:
         """Roles from how the layers are called, and a plan for each: SVDQPlan, or LayerPlan in 8 bits."""
-        roles = BlockRoles(trace(model, views, store.calls), self.group_size, self.roles)
+        alone = self.evidence == "none"
+        called = estimate(model, views) if alone else trace(model, views, store.calls)
+        roles = BlockRoles(called, self.group_size, self.roles)
         roles.check(views)
         four: dict[str, SVDQPlan] = {}
 
         def w4(view: LayerView) -> SVDQPlan:
-            lender = next((name for name in four if name in roles.traced[view.name].shares), "")
+            lender = next((name for name in four if name in called[view.name].shares), "")
             four[view.name] = self._w4(lender)
             return four[view.name]
 
         def int8(view: LayerView) -> LayerPlan:
-            seen = roles.traced.get(view.name)
-            if seen is None or not seen.tokens:
+            seen = called.get(view.name)
+            if alone or seen is None or not seen.tokens:
                 return LayerPlan()
             scale, zero = int8_grid(view, store, 8, "lp", 2.4)
             return LayerPlan("int8", 8, 8, "lp", 2.4, scale, zero)
 
-        plans = allocate(views, {"w4": w4, "weight-only": lambda _: self._weight_only(), "int8": int8}, roles)
+        def weight_only(view: LayerView) -> object:
+            # Rounded to nearest, 4 bits of what makes scales and shifts cost more than all other layers together.
+            return int8(view) if alone and not view.matches(tuple(self.roles)) else self._weight_only()
+
+        plans = allocate(views, {"w4": w4, "weight-only": weight_only, "int8": int8}, roles)
         if not any(isinstance(plan, SVDQPlan) for plan in plans.values()):
             raise UserError(f"no layer of the model can take 4 bits in groups of {self.group_size}; see `roles`.")
         return plans
 
     def _weight_only(self) -> SVDQPlan:
         return SVDQPlan(
-            rank=0, group_size=self.group_size, activation="none", alpha=0.0, beta=0.0, rounding=self.rounding,
-            seed=self.seed,
+            rank=0, group_size=self.group_size, activation="none", alpha=0.0, beta=0.0, rounding=self._rounding,
+            seed=self.seed, evidence=self.evidence,
         )  # fmt: skip
 
     def _w4(self, lender: str) -> SVDQPlan:
         alpha = beta = None
-        if self.smoothing == "none":
+        if self.smoothing == "none" or self.evidence == "none":
             alpha = beta = 0.0
         elif not isinstance(self.smoothing, str):
             alpha, beta = float(self.smoothing), 1 - float(self.smoothing)
         return SVDQPlan(
             rank=self.rank, group_size=self.group_size, activation=self.activations, alpha=alpha, beta=beta,
-            lender=lender, rounding=self.rounding, refinements=self.refinements,
+            lender=lender, rounding=self._rounding, refinements=self.refinements,
             shift=None if self.unsigned and self.activations == "int4" else 0.0, seed=self.seed,
-            search="exhaustive" if self.smoothing == "exhaustive" else "finalists",
+            search="exhaustive" if self.smoothing == "exhaustive" else "finalists", evidence=self.evidence,
         )  # fmt: skip
+
+    @property
+    def _rounding(self) -> str:
+        return "nearest" if self.evidence == "none" else self.rounding

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DamagedFile
 from ..kernels.formats.int4 import pack_int4
-from ..layers.registry import Problem, empty_quantized, register_format
+from ..layers.registry import Problem, build_each, empty_quantized, register_format
 from ..quantization.report import Ratio
 from .group import Decomposition, Group, output, refine, round_rest, search, split_weight
 from .layers.plan import SVDQPlan
@@ -23,6 +23,8 @@ SHIFTS = (0.171875, 0.28125)
 @torch.no_grad()
 def quantize_group(problem: Problem) -> dict[str, nn.Module]:
     """The quantized layers of one group, by name, their plans completed by what was searched."""
+    if problem.plans[problem.leader].evidence == "none":
+        return build_each(problem)
     leader, layers = problem.leader, list(problem.layers.values())
     fed = problem.evidence.of(leader)
     weights = [layer.weight.detach().flatten(1).float() for layer in layers]
@@ -137,6 +139,8 @@ def _link(find: Callable[[str], nn.Module], name: str, plan: SVDQPlan) -> None:
 
 
 def _needs(plan: SVDQPlan) -> frozenset[str]:
+    if plan.evidence == "none":
+        return frozenset()
     return frozenset({"rows"} if plan.alpha is not None else {"rows", "module"})
 
 

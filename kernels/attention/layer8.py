@@ -20,6 +20,7 @@ from ..runtime.late import late
 from ..runtime.ops import op
 from ..runtime.settings import capability, remembered
 from . import reference8
+from .rotary import Rotary, joined, rotary_of
 
 if TYPE_CHECKING:
     from . import codes8, product8, product8_hopper
@@ -42,42 +43,75 @@ known_name = remembered(kernel_name)
 
 
 @op
-def attention8(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str) -> Tensor:
+def attention8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    kind: str,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 0.0,
+    words_q: Tensor | None = None,
+    words_k: Tensor | None = None,
+    words_v: Tensor | None = None,
+    words_q_norm: Tensor | None = None,
+    words_k_norm: Tensor | None = None,
+) -> Tensor:
     """q [B, H, M, d], k and v [B, H, L, d] float -> [B, H, M, d] in q's dtype, laid out as [B, M, H, d].
 
     scale: of the logits. kind: "int8" or "e4m3", of the codes of queries and keys; P and values are in e4m3.
+    q_norm to eps: queries and keys go through a norm and a rotary embedding first; words_...: of a text [B, H, T, d],
+    whose tokens come before the image's (rotary.py). Then L is M, and all are T + M together.
 
     Raises ValueError for shapes that do not fit together, or another kind.
     """
-    check(q, k, v, kind)
+    rotary = rotary_of(
+        q_norm, k_norm, cos, sin, eps, words_q, words_k, words_v, words_q_norm, words_k_norm
+    )  # fmt: skip
+    check(q, k, v, kind, rotary)
     if not q.numel():
-        return _laid_out(q).transpose(1, 2)
-    return through(known_name(q.device, q.shape[-1]), q, k, v, scale, kind)
+        return laid_out(q, rotary).transpose(1, 2)
+    return through(known_name(q.device, q.shape[-1]), q, k, v, scale, kind, rotary)
 
 
-def through(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str) -> Tensor:
+def through(
+    name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str, rotary: Rotary | None = None
+) -> Tensor:  # fmt: skip
     """What the op does, by the kernel of this name."""
-    y, dtype, tokens = _laid_out(q), formats.TYPES[kind], k.shape[2]
+    y, dtype = laid_out(q, rotary), formats.TYPES[kind]
+    tokens = k.shape[2] + (0 if rotary is None else rotary.tokens)
     if name == REFERENCE:
+        q, k, v = (q, k, v) if rotary is None else joined(q, k, v, rotary)
         codes = formats.quantize8(q, k, v, scale, dtype)
         y.transpose(1, 2).copy_(reference8.attention(codes, q.shape[2], tokens, q.shape[3], q.dtype))
     else:
-        codes = codes8.quantize8(q, k, v, scale, dtype)
+        codes = codes8.quantize8(q, k, v, scale, dtype, rotary=rotary)
         (product8_hopper if name == GLUON else product8).attention(codes, y, tokens)
     return y.transpose(1, 2)
 
 
 @attention8.register_fake
-def _(q, k, v, scale, kind):
-    return _laid_out(q).transpose(1, 2)
+def _(q, k, v, scale, kind, q_norm=None, k_norm=None, cos=None, sin=None, eps=0.0, words_q=None, *words):
+    return empty_like_result(q, words_q)
 
 
-def _laid_out(q: Tensor) -> Tensor:
+def empty_like_result(q: Tensor, words_q: Tensor | None) -> Tensor:
+    """[B, H, T + M, d] laid out as [B, T + M, H, d], of nothing."""
     batch, heads, rows, width = q.shape
-    return q.new_empty(batch, rows, heads, width)
+    rows += 0 if words_q is None else words_q.shape[2]
+    return q.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, kind: str) -> None:
+def laid_out(q: Tensor, rotary: Rotary | None) -> Tensor:
+    """Room for the result, [B, T + M, H, d]."""
+    return empty_like_result(q, None if rotary is None or rotary.words is None else rotary.words[0]).transpose(1, 2)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, kind: str, rotary: Rotary | None = None) -> None:
+    """Raises ValueError as the op does."""
     if kind not in formats.TYPES:
         known = " or ".join(f"'{name}'" for name in formats.TYPES)
         raise ValueError(f"codes of queries and keys are {known}, not '{kind}'.")
@@ -88,3 +122,5 @@ def check(q: Tensor, k: Tensor, v: Tensor, kind: str) -> None:
             f"keys and values for queries {list(q.shape)} are [{batch}, {heads}, 1 or more, {width}]; got "
             f"{list(k.shape)} and {list(v.shape)}."
         )
+    if rotary is not None:
+        rotary.check(q, k)

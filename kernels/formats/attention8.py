@@ -112,9 +112,9 @@ def _in_blocks(x: Tensor, blocks: int) -> Tensor:
     return pad(x, (0, 0, 0, blocks * BLOCK - x.shape[2])).unflatten(2, (blocks, BLOCK))
 
 
-def empty_codes(like: Tensor, tokens: int, dtype: torch.dtype) -> Codes8:
-    """Room for the codes of queries like these and of so many keys."""
-    batch, heads, rows, width = like.shape
+def empty_codes(like: Tensor, rows: int, tokens: int, dtype: torch.dtype) -> Codes8:
+    """Room for the codes of so many queries, with heads like these, and of so many keys."""
+    batch, heads, _, width = like.shape
     q_blocks, k_blocks, channels = sizes(rows, tokens, width)
     forms = [
         ((q_blocks * BLOCK, channels), dtype), ((q_blocks * BLOCK,), torch.float32),

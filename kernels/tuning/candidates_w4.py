@@ -74,8 +74,8 @@ def few_settings(m: int, k: int) -> list[dict]:
 
     if not product_short_hopper.serves(m, k // GROUP):
         return []
-    tried = [(16, 1, 4), (16, 1, 6), (16, 1, 3), (16, 2, 3), (8, 1, 4), (8, 2, 2), (8, 2, 3), (8, 3, 2), (4, 3, 2)]
-    tried += [(8, 4, 1), (4, 4, 1), (4, 4, 2), (4, 6, 1)]
+    tried = [(16, 1, 2), (16, 1, 3), (8, 1, 2), (8, 1, 3), (8, 2, 1), (8, 2, 2), (8, 2, 3), (8, 3, 1), (8, 3, 2)]
+    tried += [(4, 2, 2), (4, 2, 3), (4, 3, 2), (4, 4, 1), (4, 4, 2), (4, 6, 1)]
     return [
         dict(GLUON=True, num_warps=warps, PER_SM=programs, STAGES=stages, maxnreg=None)
         for warps, programs, stages in tried

@@ -91,19 +91,27 @@ def svdq_product(
     activation: str,
     nonlinearity: str,
     dtype: torch.dtype,
+    weight8: Tensor | None = None,
+    scales8: Tensor | None = None,
 ) -> Tensor:
-    """Outputs [M, N] of dtype from what `svdq_codes` gives; the nonlinearity is applied to float32."""
+    """Outputs [M, N] of dtype from what `svdq_codes` gives; the nonlinearity is applied to float32.
+
+    weight8, scales8: what `layer.unpacked` made of qweight and wscales, or None.
+    """
     check(nonlinearity)
     name = known_name(codes.device, activation, GROUP)
     if name == REFERENCE:
         y = reference.product(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity)
     else:
-        y = product_through(name, codes, scales, branch, qweight, wscales, up, bias, nonlinearity)
+        eight = () if weight8 is None else (weight8, scales8)
+        y = product_through(name, codes, scales, branch, qweight, wscales, up, bias, nonlinearity, eight)
     return y if y.dtype == dtype else y.to(dtype)
 
 
 @svdq_product.register_fake
-def _(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity, dtype):
+def _(
+    codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity, dtype, weight8=None, scales8=None
+):  # fmt: skip
     return codes.new_empty(codes.shape[0], qweight.shape[0], dtype=dtype)
 
 
@@ -147,8 +155,10 @@ def _product_plan(name: str, device: torch.device, m: int, n: int, k: int) -> tu
     return launches, settings, Workspace(*shapes)
 
 
-def product_through(name: str, codes, scales, branch, qweight, wscales, up, bias, nonlinearity: str) -> Tensor:
-    """`reference.product` by the kernels called `name`, in the branch's dtype."""
+def product_through(
+    name: str, codes, scales, branch, qweight, wscales, up, bias, nonlinearity: str, eight: tuple = ()
+) -> Tensor:
+    """`reference.product` by the kernels called `name`, in the branch's dtype; eight: what `unpacked` made, or ()."""
     (m, k), n = codes.shape, qweight.shape[0]
     out = branch.new_empty(m, n)
     if not (m and n):
@@ -156,8 +166,8 @@ def product_through(name: str, codes, scales, branch, qweight, wscales, up, bias
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
     up = None if up is None else in_type(up, out.dtype)
     launches, (first, second), room = _product_plan(name, codes.device, m, n, k)
-    weight = ()
-    if launches[1] == "product":
+    weight = eight if launches[1] == "product" else ()
+    if launches[1] == "product" and not eight:
         weight = room.take(codes)
         unpack.unpack(qweight, wscales, weight, MODES[name], first)
     multiply(name, (codes, scales, branch), qweight, wscales, weight, up, bias, out, second, nonlinearity)

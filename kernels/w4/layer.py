@@ -70,8 +70,12 @@ def svdq_linear(
     activation: str,
     shift: float,
     nonlinearity: str = "",
+    weight8: Tensor | None = None,
+    scales8: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] float on a GPU -> [..., N] in x's dtype; the arguments of `svdq.svdq_linear`, groups of 64.
+
+    weight8, scales8: what `unpacked` made of qweight and wscales; then calls of many rows do not unpack them again.
 
     Raises ValueError where no Triton kernel serves them (`kernel_name` says), or for an unknown nonlinearity.
     """
@@ -80,13 +84,16 @@ def svdq_linear(
     if name == REFERENCE:
         raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y = rows_through(name, rows, qweight, wscales, smooth, down, up, bias, shift, nonlinearity)
+    eight = () if weight8 is None else (weight8, scales8)
+    y = rows_through(name, rows, qweight, wscales, smooth, down, up, bias, shift, nonlinearity, eight)
     y = y if y.dtype == x.dtype else y.to(x.dtype)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], qweight.shape[0])
 
 
 @svdq_linear.register_fake
-def _(x, qweight, wscales, smooth, down, up, bias, activation, shift, nonlinearity=""):
+def _(
+    x, qweight, wscales, smooth, down, up, bias, activation, shift, nonlinearity="", weight8=None, scales8=None
+):  # fmt: skip
     return x.new_empty(*x.shape[:-1], len(qweight))
 
 
@@ -103,6 +110,20 @@ def steps(name: str, rows: int) -> tuple[str, ...]:
     return ("activation", "short") if name != INT4 and rows <= SHORT else ("prepare", "product")
 
 
+def unpacked(qweight: Tensor, wscales: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(weight8 [N, K] of 8 bits, float32 scales8) as a call on many rows makes them of a weight on a GPU.
+
+    Raises ValueError where no kernel of that activation unpacks to 8 bits.
+    """
+    name = known_name(qweight.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
+    if name in (REFERENCE, WEIGHT_ONLY):
+        raise ValueError(f"no kernel for {activation} activations on {qweight.device} unpacks to 8 bits.")
+    made = unpack.empty_weight(qweight, code_dtype(name, qweight.device), MODES[name])
+    config = best_config(f"{MODES[name]}.prepare", qweight.device, SHORT + 1, len(qweight), 2 * qweight.shape[1])
+    unpack.unpack(qweight.contiguous(), wscales.contiguous(), made, MODES[name], config)
+    return made
+
+
 def code_dtype(name: str, device: torch.device) -> torch.dtype:
     """Type of the product's operands: 4-bit codes are exact in e4m3 too, which Hopper multiplies faster than int8."""
     fp8 = name == FP8 or (name == INT4 and capability(device) >= (8, 9))
@@ -110,13 +131,15 @@ def code_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @remembered
-def _plan(name: str, device: torch.device, m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
+def _plan(
+    name: str, device: torch.device, m: int, n: int, k: int, rank: int, dtype: torch.dtype, is_unpacked: bool
+) -> tuple:
     """(launches, their settings, room for what the first leaves to the second)."""
     mode, launches = MODES[name], steps(name, m)
     settings = [best_config(f"{mode}.{step}", device, m, n, k) for step in launches if step != "cublas"]
     codes = code_dtype(name, device)
     rows = () if mode == "none" else activation_launches.activation_shapes(m, k, dtype, mode, rank, codes)
-    weight = unpack.weight_shapes(n, k, codes, mode) if launches[0] == "prepare" else ()
+    weight = unpack.weight_shapes(n, k, codes, mode) if launches[0] == "prepare" and not is_unpacked else ()
     return launches, settings, Workspace(*rows, *weight)
 
 
@@ -128,9 +151,9 @@ def short_floats(x: Tensor) -> Tensor:
 
 
 def rows_through(
-    name: str, x, qweight, wscales, smooth, down, up, bias, shift: float, nonlinearity: str = ""
+    name: str, x, qweight, wscales, smooth, down, up, bias, shift: float, nonlinearity: str = "", eight: tuple = ()
 ) -> Tensor:
-    """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`."""
+    """x [M, K] -> [M, N] in bf16 or fp16 by the kernels called `name`; eight: what `unpacked` made, or ()."""
     x = short_floats(x)
     (m, k), n = x.shape, qweight.shape[0]
     out = x.new_empty(m, n)
@@ -139,10 +162,10 @@ def rows_through(
     if down is not None:
         down, up = in_type(down, x.dtype), in_type(up, x.dtype)
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
-    plan = _plan(name, x.device, m, n, k, 0 if down is None else down.shape[0], x.dtype)
+    plan = _plan(name, x.device, m, n, k, 0 if down is None else down.shape[0], x.dtype, bool(eight))
     if name == WEIGHT_ONLY:
         return _weight_only(plan, x, qweight, wscales, down, up, bias, out, nonlinearity)
-    _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity)
+    _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity, eight)
     return out
 
 
@@ -177,11 +200,13 @@ def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
-def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity) -> None:
+def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity, eight) -> None:
     mode, (launches, (first, second), room) = MODES[name], plan
     pieces = room.take(x)
     codes, weight = pieces[:3], pieces[3:]
-    if launches[0] == "activation":
+    if eight and launches[1] == "product":
+        weight = eight
+    if launches[0] == "activation" or weight is eight:
         activation_launches.quantize_activation(x, smooth, down, mode, shift, codes, first)
     else:
         unpack.prepare(x, smooth, down, mode, shift, codes, qweight, wscales, weight, first)

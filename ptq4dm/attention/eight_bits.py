@@ -91,7 +91,7 @@ def _prepared(
     for name, part in there.items():
         if layers is not None and name not in layers:
             state.left[name] = "not asked for"
-        elif why := _why_not(part, layers is not None):
+        elif why := why_left(part, layers is not None):
             state.left[name] = why
         else:
             found[name] = part
@@ -105,7 +105,8 @@ def _prepared(
     return state, found
 
 
-def _why_not(attn: nn.Module, asked: bool) -> str:
+def why_left(attn: nn.Module, asked: bool) -> str:
+    """Why a layer stays as it is; "" for none. asked: it was named."""
     if isinstance(attn.processor, nn.Module):
         return "its processor has weights of its own"
     if hasattr(attn.processor, "_attention8"):

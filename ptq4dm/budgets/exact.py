@@ -72,12 +72,13 @@ def least(table: Table, costs: np.ndarray) -> np.ndarray:
 
 def told(table: Table, picks: np.ndarray) -> Allocation:
     """Picks with what is predicted of them."""
-    notes = []
+    notes, here = [], table.device or "this device"
+    rest = "of a step at most; it is a budget of bytes that asks for them."
     if table.eight_bits_fastest:
-        notes.append(
-            f"8 bits are the fastest on {table.device or 'this device'}: fewer save {table.narrow_gain:.1%} of a "
-            "step at most; it is a budget of bytes that asks for them."
-        )
+        notes.append(f"8 bits are the fastest on {here}: fewer save {table.narrow_gain:.1%} {rest}")
+    if table.full_precision_fastest:
+        slower = f"No format in all layers is faster than full precision on {here}"
+        notes.append(f"{slower}: mixed, they save {table.gain:.1%} {rest}")
     return Allocation(picks, table.latency(picks), table.size(picks), table.error(picks), notes)
 
 

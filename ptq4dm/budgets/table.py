@@ -110,8 +110,20 @@ class Table:
         return float((wide.min(1) - times.min(1)).sum() / self.step)
 
     @property
+    def gain(self) -> float:
+        """What formats can save of a step, as a share of it: each layer in its quickest, or in full precision."""
+        times = np.where(self.allowed, self.times, np.inf)
+        return float((self.times[:, 0] - times.min(1)).sum() / self.step)
+
+    @property
     def eight_bits_fastest(self) -> bool:
-        """Whether fewer than 8 bits save next to nothing of a step, and 8 bits do."""
-        eight = np.where(self.allowed & (self.widths == 8), self.times, np.inf)
-        saved = np.maximum(self.times[:, 0] - eight.min(1), 0).sum() / self.step
+        """Whether 8 bits in all layers that can have them save some of a step, and fewer next to nothing more."""
+        eight = np.where(self.allowed & (self.widths == 8), self.times, np.inf).min(1)
+        saved = np.where(np.isfinite(eight), self.times[:, 0] - eight, 0).sum() / self.step
         return bool((self.allowed & (self.widths < 8)).any() and self.narrow_gain <= NOTHING < saved)
+
+    @property
+    def full_precision_fastest(self) -> bool:
+        """Whether no format in all layers makes a step shorter."""
+        formats = self.labels[1:]
+        return bool(formats) and all(self.latency(self.uniform(label)) >= 1 for label in formats)

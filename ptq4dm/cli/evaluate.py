@@ -53,7 +53,7 @@ def run(args) -> None:
         options["num_inference_steps"] = args.num_inference_steps
     config = EvaluateConfig(batch_size=args.batch_size, **options)
     config.check()
-    if (args.optimize or args.engine) and args.images:
+    if (args.optimize or args.engine or args.weight_cache or args.attention) and args.images:
         raise UserError("--optimize and --engine are for a model; images are measured as they are.")
     if args.write_reference and not args.images:
         raise UserError("--write-reference takes the statistics of a folder of images; give it with --images.")

@@ -62,8 +62,9 @@ def run(args) -> None:
         check_used(pipe, args.embedding, load_embedding(pipe, args.embedding), given["conditioning"] or {}, seeds)
         more["embedding"] = embedding_digest(args.embedding)
     done = optimized(args, model, pipe)
-    if done is not None:  # its pictures differ by rounding
+    if done is not None:  # its pictures differ by rounding, and with another attention by more
         more |= {"engine": args.engine} if args.engine else {"optimized": True}
+        more |= {"attention": args.attention} if args.attention else {}
     paths = generate(
         pipe,
         seeds,

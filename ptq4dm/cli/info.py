@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..inference.optimize import optimize
+from ..kernels.attention.layer8 import kernel_name
 from ..kernels.cpu import library
+from ..layers.attention.planned import attention_modules, attention_of
 from ..layers.base import holds_quantized, is_quantized
 from ..layers.plan import FLOAT_INPUTS
 from ..layers.view import find_layers, in_ip_adapter
@@ -22,6 +25,7 @@ from ..quantization.verifying import verify
 from .options import QUANTIZED_FIRST, add_model, default_model, load
 from .output import result, say
 
+WIDTH = 128  # of heads, where an attention does not say
 COMPILED = ("int4", "progressive")  # formats that kernels/cpu serves
 
 
@@ -53,6 +57,7 @@ def run(args) -> None:
         "bytes": stored_bytes(network),
         "layers": layers,
         "left": left_layers(network, config),
+        "attention": attention_in_8_bits_of(network),
         "adapters": adapters_of(network),
         "networks": other_networks(pipe),
         "compiled": compiled_kernels(network),
@@ -77,6 +82,21 @@ def name_products(layers: list[dict], pipe: Any, engine: str) -> None:
     for row in layers:
         runs_in, kernel = found.get(row["layer"], ("", ""))
         row["kernel"] = f"{engine} {runs_in} {kernel}" if kernel else f"{engine}, not named in its graph"
+
+
+def attention_in_8_bits_of(network: nn.Module) -> list[dict]:
+    """A row for each attention that the plan has in 8 bits: layer, kind of its codes, and the kernel that serves."""
+    state = attention_of(network)
+    if state is None:
+        return []
+    modules = attention_modules(network)
+    rows = []
+    for name in state.layers:
+        heads = getattr(modules[name], "heads", 1) or 1
+        width = getattr(modules[name], "inner_dim", WIDTH * heads) // heads
+        kernel = kernel_name(next(network.parameters()).device, width)
+        rows.append({"layer": name, "kind": state.kind_of(name), "kernel": kernel})
+    return rows
 
 
 def compiled_kernels(network: nn.Module) -> str | None:
@@ -160,6 +180,9 @@ def _text(facts: dict[str, Any]) -> str:
         where = [f"beside {one['layers']} layers"] if one["layers"] else []
         where += [f"fused into {one['fused']}"] if one["fused"] else []
         lines.append(f"{'adapter':<13} {name}, {state}, {' and '.join(where)}")
+    kinds = Counter((row["kind"], row["kernel"]) for row in facts["attention"])
+    for (kind, kernel), count in kinds.items():
+        lines.append(f"{'attention':<13} of {count} layers in 8 bits ({kind}), by {kernel}")
     if facts["compiled"]:
         lines.append(f"{'CPU kernels':<13} {facts['compiled']}")
     wide = max([13, *(len(row["kernel"]) for row in facts["layers"])])

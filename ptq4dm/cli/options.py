@@ -80,6 +80,12 @@ def add_sampler(parser) -> None:
 def add_optimize(parser) -> None:
     text = "what is fastest on this device: fused, blocks compiled, CUDA graphs; the first images take minutes"
     parser.add_argument("--optimize", action="store_true", help=text)
+    text = (
+        "with --optimize: memory such as 4GB for weights of 4 bits that are kept in 8, so that no call unpacks them"
+    )
+    parser.add_argument("--weight-cache", metavar="SIZE", help=text)
+    text = "with --optimize: auto, self-attention in 8 bits where that is measured to be faster on this GPU"
+    parser.add_argument("--attention", choices=("auto",), help=text)
     text = "run the denoiser on the CPU through another library: openvino (pip install 'ptq4dm[openvino]')"
     parser.add_argument("--engine", help=text)
 
@@ -87,8 +93,11 @@ def add_optimize(parser) -> None:
 def optimized(args, model, pipe) -> Optimized | None:
     """What `--optimize` and `--engine` make of a pipeline; None without them. An engine's conversions are saved in
     the model's folder, if it is a user's own."""
+    more = {"weight_cache": args.weight_cache, "attention": args.attention}
+    if not args.optimize and (name := next((name for name, value in more.items() if value is not None), "")):
+        raise UserError(f"--{name.replace('_', '-')} is a part of --optimize; give both.")
     if args.engine is None:
-        return optimize(pipe) if args.optimize else None
+        return optimize(pipe, **more) if args.optimize else None
     if args.optimize:
         raise UserError("--optimize is for PyTorch's own kernels; leave it out with --engine.")
     folder = folder_of(model)

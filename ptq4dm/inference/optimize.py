@@ -2,8 +2,9 @@
 
 On an NVIDIA GPU: fused (layers/fusing), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
 denoiser's calls replayed from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels
-and its own. On a CPU: fused where it is in static W8A8, what lies between products in bfloat16 where the processor
-has it, memory kept for the next call (kept_memory.py); other transformers have their blocks compiled (README.md).
+and its own, unless it is asked for in 8 bits where that is faster. On a CPU: fused where it is in static W8A8, what
+lies between products in bfloat16 where the processor has it, memory kept for the next call (kept_memory.py); other
+transformers have their blocks compiled (README.md).
 
 Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
 takes all of it back.
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from ..annotations import plain_number
+from ..attention.faster import FasterAttention
 from ..checks import shown
 from ..errors import UserError
 from ..layers.fusing.cpu import has_bfloat16, runs_fused_on_cpu
@@ -37,6 +39,7 @@ from .blocks import (
 )
 from .graphs import KEPT, Backend, Graphed
 from .report import Optimized, OptimizedModel
+from .weight_cache import Refreshed, WeightCache, bytes_of, keep_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,6 +54,8 @@ def optimize(
     compiled: bool | None = None,
     graphs: bool | None = None,
     kept: int = KEPT,
+    weight_cache: str | int | None = None,
+    attention: str | None = None,
     engine: str | None = None,
     precision: str | None = None,
     cache: str | os.PathLike | None = None,
@@ -61,6 +66,10 @@ def optimize(
         shapes that a denoiser keeps at most; each holds the memory of a forward pass, which they share.
     precision: on a CPU "float32" or "bfloat16", of what passes from one kernel to the next in fused modules; with an
         engine, of what is not quantized. None: bfloat16 where the processor multiplies in it.
+    weight_cache: memory such as "4GB" for weights of 4 bits that are kept in 8, so that calls need not unpack them:
+        as many layers as fit, those first that save most for their bytes (weight_cache.py). The same results.
+    attention: "auto": self-attention in 8 bits where that is faster on this GPU, as the first call of a size tells;
+        pictures change by more than rounding (kernels/attention/README.md). None: as it is.
     engine: "openvino": each denoiser runs through OpenVINO, on a CPU, in place of all that (openvino/engine.py).
         cache: a folder in which converted models are saved, and found again.
 
@@ -77,7 +86,12 @@ def optimize(
     kept = plain_number(kept)
     if type(kept) is not int or kept < 1:
         raise UserError(f"optimize: kept is a whole number from 1 on; got {shown(kept)}.")
-    engines.check(engine, precision, cache, fused or compiled or graphs)
+    engines.check(
+        engine, precision, cache, fused or compiled or graphs or weight_cache is not None or attention is not None
+    )
+    budget = None if weight_cache is None else bytes_of(weight_cache)
+    if attention is not None and not (isinstance(attention, str) and attention == "auto"):
+        raise UserError(f'optimize: attention is "auto", or None for attention as it is; got {shown(attention)}.')
     models = _models(target)
     for name, model in models.items():
         _check(name, model, graphs, None if engine else precision)
@@ -87,7 +101,8 @@ def optimize(
         if engine is not None:
             return whole_or_not(models.values(), lambda gate: _through(engine, models, precision, cache, kept))
         return whole_or_not(
-            models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept, precision)
+            models.values(),
+            lambda gate: _optimized(models, fused, compiled, graphs, kept, budget, attention, precision),
         )
 
 
@@ -123,11 +138,16 @@ def _device(model: nn.Module) -> torch.device:
     return next((one.device for one in model.parameters()), torch.device("cpu"))
 
 
-def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int, precision: str | None) -> Optimized:
+def _optimized(
+    models: dict[str, nn.Module], fused, compiled, graphs, kept: int, budget: int | None, attention: str | None,
+    precision: str | None,
+) -> Optimized:  # fmt: skip
     report = Optimized(unoptimize)
-    for name, model in models.items():
+    for model in models.values():
         if before := DONE.pop(model, None):
             before.undo()
+    caches = {} if budget is None else keep_weights(models, budget)
+    for name, model in models.items():
         report.models[name] = one = OptimizedModel(model, _device(model))
         on_gpu = one.device.type == "cuda"
         if fused is not False:
@@ -136,11 +156,15 @@ def _optimized(models: dict[str, nn.Module], fused, compiled, graphs, kept: int,
             kept_memory.keep()
             one.takes_back.append(kept_memory.release)
             one.keeps_memory = True
+        if attention is not None:
+            _attention(one)
         why = "" if on_gpu or compiled is not None else why_not_on_cpu(model)
         if why:
             one.left["blocks"] = why
         elif compiled is not False:
             _compile(one)
+        if budget is not None:
+            _keep(one, caches.get(name))
         if has_graphs(one.device) if graphs is None else graphs:
             _graphs(one, kept)
         elif graphs is None:
@@ -182,6 +206,15 @@ def _fuse(one: OptimizedModel, precision: str | None) -> None:
     one.takes_back.append(lambda: unfuse(one.model))
 
 
+def _attention(one: OptimizedModel) -> None:
+    try:
+        one.attention = FasterAttention(one.model)
+    except ValueError as error:
+        one.left["attention"] = str(error)
+    else:
+        one.takes_back.append(one.attention.undo)
+
+
 def _compile(one: OptimizedModel) -> None:
     blocks = repeated_blocks(one.model)
     if any(module._compiled_call_impl is not None for module in one.model.modules()):
@@ -198,10 +231,21 @@ def _compile(one: OptimizedModel) -> None:
         one.takes_back.append(lambda: uncompile_blocks(blocks))
 
 
+def _keep(one: OptimizedModel, cache: WeightCache | None) -> None:
+    if cache is None:
+        one.left["weight_cache"] = "no layer unpacks a weight to 8 bits in its calls"
+    elif _forward_is_taken(one, "weight_cache"):
+        cache.clear()
+    else:
+        one.cache = cache
+        one.takes_back.append(cache.clear)
+        _put(one, Refreshed(one.model, cache, one.compute))
+
+
 def _graphs(one: OptimizedModel, kept: int) -> None:
     if _forward_is_taken(one, "graphs"):
         return
-    graphed = one.graphed = Graphed(one.model, backend(one.device), kept, one.whole)
+    graphed = one.graphed = Graphed(one.model, backend(one.device), kept, one.compute)
     _put(one, graphed)
     one.takes_back.append(graphed.clear)
 
@@ -211,7 +255,7 @@ def _forward_is_taken(one: OptimizedModel, what: str) -> bool:
     now = vars(one.model).get("forward")
     if now == plain_forward(one.model):  # a copy of an optimized network has it
         del one.model.forward
-    elif now is not None and now is not one.whole:
+    elif now is not None and now is not one.compute:
         one.left[what] = "its forward is another's already (a hook of accelerate)"
         return True
     return False
@@ -220,7 +264,7 @@ def _forward_is_taken(one: OptimizedModel, what: str) -> bool:
 def _put(one: OptimizedModel, forward: Any) -> None:
     """Let the network compute by this, until it is taken back."""
     before = vars(one.model).get("forward")
-    one.model.forward = forward
+    one.model.forward = one.compute = forward
 
     def back() -> None:
         if vars(one.model).get("forward") is forward:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.faster import FasterAttention
 from ..layers.fusing.report import FuseReport
 from .blocks import Compiled
 from .graphs import Graphed
+from .weight_cache import WeightCache
 
 
 @dataclass
 class OptimizedModel:
-    """One denoiser: what was done to it. left: what was not done -> why."""
+    """One denoiser: what was done to it. left: what was not done -> why. compute: what was put as its forward."""
 
     model: nn.Module
     device: torch.device
@@ -26,6 +28,9 @@ class OptimizedModel:
     keeps_memory: bool = False
     blocks: list[nn.Module] = field(default_factory=list)
     whole: Compiled | None = None
+    cache: WeightCache | None = None
+    attention: FasterAttention | None = None
+    compute: Any = None
     graphed: Graphed | None = None
     through: Any = None  # an engine's forward (engines.py), with lines() and products()
     left: dict[str, str] = field(default_factory=dict)
@@ -48,6 +53,10 @@ class OptimizedModel:
             lines.append(f"blocks compiled by torch.compile when they are first called: {what}")
         if self.whole is not None:
             lines.append("compiled as a whole by torch.compile when it is first called")
+        if self.attention is not None:
+            lines += self.attention.lines()
+        if self.cache is not None:
+            lines += self.cache.lines()
         if self.graphed is not None:
             lines += self._graph_lines(self.graphed)
         if self.through is not None:

@@ -1,44 +1,57 @@
-"""A FLUX-sized transformer in 4 bits against bfloat16: time of a step, and bytes of the weights.
+"""A FLUX-sized transformer in 4 bits against bfloat16 and torchao's fp8: time of a step, and bytes of the weights.
 
-    python scripts/benchmarks/bench_flux.py --output out/bench-flux.json  # one GPU with 60 GB
+    python scripts/benchmarks/bench_flux.py [--output out/bench-flux.jsonl] [--forms bf16 torchao fused]
+        # one GPU with 60 GB; torchao is a row where it is installed
 
 19 double and 38 single blocks with random weights (12 B parameters), one image of 4096 tokens and 512 text tokens.
-Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes them, for bfloat16 too. All layers of
-blocks become W4A8 (or --activations int8, int4) with a branch of rank 32, adaLN weight-only; rounding is to nearest,
-which changes no time, and layers that share an input share smoothing and the branch's first half. "fused" is the
-quantized model after ptq4dm.fuse. Each form is timed as it is, with its blocks compiled by torch.compile, compiled in
-a CUDA graph, and as `ptq4dm.optimize` leaves it ("optimized": a graph, inputs copied in, outputs out); medians.
-"speedup_<way>" is of the same way of bf16; "speedup_over_compiled" of each form's graph over bf16 compiled. "profile"
-is where the GPU's time goes in a compiled step, in ms by kernel.
+Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes them, for all. The forms:
+
+    bf16       as it is
+    torchao    all Linear layers of blocks in fp8, a scale a row, inputs quantized in the call
+    quantized  all of them W4A8 (or --activations int8, int4) with a branch of rank 32, adaLN weight-only; rounding
+               is to nearest, which changes no time; layers that share an input share smoothing and half the branch
+    fused      the same after ptq4dm.fuse
+    cached     the same with weights kept in 8 bits (--weight-cache), as ptq4dm.optimize(weight_cache=) does it
+    attention  the same with attention in 8 bits where that is faster, as ptq4dm.optimize(attention="auto") does it
+
+Each is timed as it is, with its blocks compiled by torch.compile, compiled in a CUDA graph, and as `ptq4dm.optimize`
+leaves it ("optimized": a graph, inputs copied in, outputs out); medians of steps, a line of JSON each as it comes. A
+"profile" is where the GPU's time goes in a compiled step, in ms by kernel. A file is gone on with where it ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.metadata
+import importlib.util
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from bench_common import Lines
+from conditions import free_memory, made_on
 from flux_slice import BLOCKS, build, tuples
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import ptq4dm
+from ptq4dm.attention.faster import FasterAttention
 from ptq4dm.calibration.calls import Call
 from ptq4dm.calibration.record import ready
 from ptq4dm.errors import run
-from ptq4dm.files.atomic import replacing
+from ptq4dm.inference.weight_cache import bytes_of as bytes_of_text
+from ptq4dm.inference.weight_cache import keep_weights
 from ptq4dm.kernels.tuning import stopwatch
 from ptq4dm.layers.base import replace_module
-from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.svdquant.group import Group, split_weight
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.packing import build_layer
 
 GROUP_SIZE = 64
-FORMS = ("bf16", "quantized", "fused")
+FORMS = ("bf16", "torchao", "quantized", "fused", "cached", "attention")
 WAYS = ("eager", "compiled", "graph", "optimized")
 
 
@@ -91,17 +104,19 @@ def uncompiled(model: nn.Module) -> None:
     torch._dynamo.reset()
 
 
-def seconds(model: nn.Module, call: Call, repeats: int) -> float:
-    """Median time of a step."""
+def step(model: nn.Module, call: Call, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a step, and of them until the call returned: what the host takes to queue it."""
 
-    def once() -> float:
+    def once() -> tuple[float, float]:
         start = clock()
         model(*call.args, **call.kwargs)
-        return clock() - start
+        queued = time.perf_counter()
+        return clock() - start, queued - start
 
     for _ in range(3):
         once()
-    return statistics.median(once() for _ in range(repeats))
+    whole, host = zip(*(once() for _ in range(repeats)), strict=True)
+    return {"ms": 1e3 * statistics.median(whole), "host_ms": 1e3 * statistics.median(host)}
 
 
 def clock() -> float:
@@ -110,20 +125,64 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def measure(model: nn.Module, call: Call, args) -> dict:
-    figures = {"bytes": stored_bytes(model), "eager_ms": 1e3 * seconds(model, call, args.repeats)}
-    if not args.no_compile:
-        model.compile_repeated_blocks(fullgraph=True)
-        figures["compiled_ms"] = 1e3 * seconds(model, call, args.repeats)
+def measure(forms: list[str], lines: Lines, args) -> None:
+    """Add the lines of one model's forms."""
+    model = fused_model(args)
+    call = ready(tuples(model, args).recorded(), model)  # on the device, as a pipeline hands it over
+    facts: dict = {}
+    if forms == ["torchao"]:
+        by_torchao(model)
+    elif forms != ["bf16"]:
+        facts["kernels"] = quantize_blocks(model, args.activations, args.rank)
+    size = bytes_of(model)
+    for form in forms:
+        uncompiled(model)
+        if form != "quantized" and "modules_fused" not in facts and forms[0] in FORMS[2:]:
+            facts["modules_fused"] = len(ptq4dm.fuse(model))
+        if form in ("cached", "attention") and "cache" not in facts:
+            before = model(*call.args, **call.kwargs)[0]
+            cache = keep_weights({"": model}, bytes_of_text(args.weight_cache)).get("")
+            size += 0 if cache is None else cache.nbytes
+            facts |= {"cache": [] if cache is None else cache.lines()}
+            facts["same_bits"] = torch.equal(model(*call.args, **call.kwargs)[0], before)
+        faster = FasterAttention(model) if form == "attention" else None
+        for row in timed(model, call, args):
+            facts |= {} if faster is None else {"attention": faster.lines()}
+            if not lines.has(form=form, way=row["way"]):
+                lines.add({"form": form, "bytes": size} | row | facts)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Of all tensors; those of torchao hold tensors of their own."""
+    inner = [
+        getattr(one, name)
+        for one in model.parameters()
+        if is_traceable_wrapper_subclass(one)
+        for name in one.__tensor_flatten__()[0]
+    ]
+    plain = [one for one in model.parameters() if not is_traceable_wrapper_subclass(one)]
+    return sum(one.nbytes for one in [*inner, *plain, *model.buffers()])
+
+
+def timed(model: nn.Module, call: Call, args) -> Iterator[dict]:
+    """A row for each way, as it is measured: those that need no compiling first."""
+    yield {"way": "eager"} | step(model, call, args.repeats)
+    if args.no_compile:
+        return
+    start = time.perf_counter()
+    model.compile_repeated_blocks(fullgraph=True)
+    model(*call.args, **call.kwargs)
+    compiling = time.perf_counter() - start
+    yield {"way": "compiled", "compiling_seconds": round(compiling, 1)} | step(model, call, args.repeats)
     if torch.cuda.is_available():
-        figures["profile"] = profile(model, call)
         graph, _ = stopwatch.graph_of([lambda: model(*call.args, **call.kwargs)])
-        figures["graph_ms"] = statistics.median(stopwatch.elapsed(graph.replay) for _ in range(args.repeats)) / 1e3
+        times = [stopwatch.elapsed(graph.replay) / 1e3 for _ in range(args.repeats)]
+        yield {"way": "graph", "ms": statistics.median(times)}
         del graph
         done = ptq4dm.optimize(model, fused=False, compiled=False)  # which they are, where the form is so
-        figures["optimized_ms"] = 1e3 * seconds(model, call, args.repeats)
+        yield {"way": "optimized"} | step(model, call, args.repeats)
         done.undo()
-    return figures
+        yield {"way": "profile", "profile": profile(model, call)}
 
 
 def profile(model: nn.Module, call: Call, most: int = 16) -> dict[str, float]:
@@ -135,22 +194,30 @@ def profile(model: nn.Module, call: Call, most: int = 16) -> dict[str, float]:
     return {f"{e.count} x {e.key[:80]}": round(e.self_device_time_total / 1e3, 3) for e in events[:most]}
 
 
-def table(result: dict) -> str:
-    """Milliseconds of a step by form and way; how many times faster a form's graph is than bf16 compiled, and in one.
+def by_torchao(model: nn.Module) -> None:
+    """All Linear layers of the blocks in torchao's fp8, a scale a row, in place."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(model, config, lambda layer, name: type(layer) is nn.Linear and "blocks." in name)
+
+
+def table(rows: list[dict]) -> str:
+    """Milliseconds of a step by form and way; how many times faster a form's graph is than others'; bytes.
 
     Whatever was not measured is "-".
     """
-    widths, lines = (10, 10, 10, 12, 17, 14), []
+    ms = {(row["form"], row["way"]): row.get("ms") for row in rows}
+    size = {row["form"]: row["bytes"] for row in rows}
+    widths, lines = (10, 10, 10, 12, 17, 14, 17, 8), []
     for form in FORMS:
-        times = [result[form].get(f"{way}_ms") for way in WAYS]
-        bf16 = [result["bf16"].get(f"{way}_ms") for way in ("compiled", "graph")]
-        cells = ["-" if time is None else f"{time:.1f}" for time in times]
-        graph = times[WAYS.index("graph")]
-        cells += ["-" if None in (time, graph) else f"{time / graph:.2f}" for time in bf16]
-        lines.append((form, *cells))
-    head = ("ms of a step", *WAYS, "x bf16 compiled", "x bf16 graph")
-    rows = [f"{name:12}" + "".join(map("{:>{}}".format, cells, widths)) for name, *cells in [head, *lines]]
-    return "\n".join([*rows, f"bytes of the quantized model: {result['bytes_ratio']:.3f} of bf16's"])
+        cells = ["-" if ms.get((form, way)) is None else f"{ms[form, way]:.1f}" for way in WAYS]
+        others = [ms.get(pair) for pair in (("bf16", "compiled"), ("bf16", "graph"), ("torchao", "graph"))]
+        graph = ms.get((form, "graph"))
+        cells += ["-" if None in (time, graph) else f"{time / graph:.2f}" for time in others]
+        lines.append((form, *cells, f"{size[form] / 1e9:.2f}" if form in size else "-"))
+    head = ("ms of a step", *WAYS, "x bf16 compiled", "x bf16 graph", "x torchao graph", "GB")
+    return "\n".join(f"{name:12}" + "".join(map("{:>{}}".format, cells, widths)) for name, *cells in [head, *lines])
 
 
 @torch.no_grad()
@@ -164,37 +231,27 @@ def main():
     parser.add_argument("--activations", choices=("fp8", "int8", "int4"), default="fp8")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--weight-cache", default="13GB", help="of the form cached")
     parser.add_argument("--no-compile", action="store_true", help="eager only")
-    parser.add_argument("--output", type=Path, default=Path("out/bench-flux.json"))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--output", type=Path, default=Path("out/bench-flux.jsonl"))
     args = parser.parse_args()
     args.num_tuples = 1
     names = ("blocks", "heads", "tokens", "text_tokens", "activations", "rank")
-    result = {name: getattr(args, name) for name in names}
-    result["device"] = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-    model = fused_model(args)
-    call = ready(tuples(model, args).recorded(), model)  # on the device, as a pipeline hands it over
-    result["bf16"] = measure(model, call, args)
-    del model  # compiled for its layers; and two would take twice the memory
-    torch._dynamo.reset()
-    model = fused_model(args)
-    result["kernels"] = quantize_blocks(model, args.activations, args.rank)
-    result["quantized"] = measure(model, call, args)
-    uncompiled(model)
-    result["modules_fused"] = len(ptq4dm.fuse(model))
-    result["fused"] = measure(model, call, args)
-    result["bytes_ratio"] = result["quantized"]["bytes"] / result["bf16"]["bytes"]
-    for way in WAYS:
-        if f"{way}_ms" in result["bf16"]:
-            for form, name in (("quantized", "speedup"), ("fused", "speedup_fused")):
-                result[f"{name}_{way}"] = result["bf16"][f"{way}_ms"] / result[form][f"{way}_ms"]
-    if "graph_ms" in result["bf16"] and "compiled_ms" in result["bf16"]:
-        result["speedup_over_compiled"] = {
-            form: result["bf16"]["compiled_ms"] / result[form]["graph_ms"] for form in FORMS
-        }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.output) as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
-    print(table(result))
+    sizes = {name: list(value) if name == "blocks" else value for name in names for value in [getattr(args, name)]}
+    there = importlib.util.find_spec("torchao") is not None
+    versions = {"torch": torch.__version__, "torchao": importlib.metadata.version("torchao") if there else None}
+    lines = Lines(args.output, made_on(args.device) | versions | sizes)
+    last = "eager" if args.no_compile else "profile" if torch.cuda.is_available() else "compiled"
+    if args.device == "cpu":  # no kernel of 8-bit attention
+        args.forms = [form for form in args.forms if form != "attention"]
+    left = [form for form in args.forms if not lines.has(form=form, way=last) and (form != "torchao" or there)]
+    for forms in [("bf16",), ("torchao",), FORMS[2:]]:
+        if wanted := [form for form in forms if form in left]:
+            measure(wanted, lines, args)
+            torch._dynamo.reset()
+            free_memory(args.device)
+    print(table(lines.rows))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from ohq_bench.steps import by_themselves, measured_costs, mixtures, read_costs,
 from ohq_bench.subject import Subject, name_of, subject_of
 from ohq_bench.ways import WAYS, correlations, found_by, weight_errors
 
+from ptq4dm.budgets.costs import device_words
 from ptq4dm.budgets.measure import table_of
 from ptq4dm.budgets.table import Table
 from ptq4dm.errors import UserError, run
@@ -111,12 +112,18 @@ def check(args) -> None:
         raise UserError("--thread-time counts what one thread computes: give --threads 1.")
 
 
+def settings(args) -> dict:
+    """The options and the devices: no comparison is half of one card, half of another."""
+    on = {"timed_on": device_words(torch.device(args.device)), "measured_on": name_of(torch.device(args.errors_on))}
+    return {name: getattr(args, name) for name in SETTINGS} | on
+
+
 class Comparison:
     """One model and what is found of it, stage by stage; a stage that is kept is not done again."""
 
     def __init__(self, args):
         self.args, self.clock = args, time.thread_time if args.thread_time else time.perf_counter
-        self.kept = Kept(args.output.with_suffix(".kept.json"), {name: getattr(args, name) for name in SETTINGS})
+        self.kept = Kept(args.output.with_suffix(".kept.json"), settings(args))
         timed_on_cpu = torch.device(args.device).type == "cpu"
         exact = "float32" if timed_on_cpu else "bfloat16"
         self.errors = subject_of(args, args.errors_on, exact, args.tuples, args.steps)

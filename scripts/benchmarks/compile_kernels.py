@@ -30,8 +30,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ptq4dm.kernels.attention import codes8
 from ptq4dm.kernels.attention import layer8 as attention8
 from ptq4dm.kernels.attention import product as attention
+from ptq4dm.kernels.attention.rotary import Rotary
 from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.lut import unpack as bcq_unpack
@@ -165,6 +167,9 @@ def attention8_calls(capability: tuple[int, int], quick: bool) -> None:
     for kind, width in (("int8", 128),) if quick else (("int8", 128), ("e4m3", 128), ("int8", 64), ("e4m3", 40)):
         q = empty(1, 4608, 24, width).transpose(1, 2)
         attention8.through(attention8.kernel_name(torch.device("cuda"), width), q, q, q, width**-0.5, kind)
+        norm, places = empty(width), empty(9216, width, dtype=torch.float32)
+        for words in (None, (q, q, q, norm, norm)):
+            codes8.quantize8(q, q, q, 0.1, torch.int8, rotary=Rotary(norm, norm, places, places, 1e-6, words))
 
 
 def integer_calls(quick: bool) -> None:

@@ -29,7 +29,7 @@ from ptq4dm.ranges.prediction import Prediction
 from ptq4dm.ranges.weights import weight_scale
 from ptq4dm.rounding import register_rounder
 from ptq4dm.rounding.gptq import gptq
-from ptq4dm.svdquant.lowrank import top_factors
+from ptq4dm.svdquant.layers.lowrank import top_factors
 
 DRAWS = {"seed": 0}  # of objectives and rounders here, which get no seed
 

@@ -12,6 +12,7 @@ from ...layers.choices import check_groups
 from ...rounding.registry import ROUNDERS
 
 SEARCHES = ("finalists", "exhaustive")
+EVIDENCE = ("store", "none")
 
 
 @dataclass
@@ -25,6 +26,8 @@ class SVDQPlan:
     shift: constant added to the input before it is rounded as unsigned; 0 for signed, None until calibration tells.
     rounding: a name in rounding.ROUNDERS; seed: of the random projections in large decompositions.
     search: how alpha and beta are found: "finalists" or "exhaustive" (see group.search).
+    evidence: "store", what layers are fed in calibration; or "none": from the weight alone (data_free.py), each layer
+        by itself, rounded to nearest and not smoothed.
     adapters: LoRA adapters that the layer has taken in: name -> [rank, strength]. Nothing that is decided before
         quantizing: a plan with adapters can be loaded, and not followed.
     """
@@ -41,6 +44,7 @@ class SVDQPlan:
     refinements: int = 10
     seed: int = 0
     search: str = "finalists"
+    evidence: str = "store"
     adapters: dict[str, list] = field(default_factory=dict)
 
     simulated = False
@@ -55,6 +59,10 @@ class SVDQPlan:
             raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, not '{self.activation}'")
         if self.search not in SEARCHES:
             raise ValueError(f"search is one of {', '.join(SEARCHES)}, not '{self.search}'")
+        if self.evidence not in EVIDENCE:
+            raise ValueError(f"evidence is one of {', '.join(EVIDENCE)}, not '{self.evidence}'")
+        if self.evidence == "none" and (self.lender or self.shift or self.alpha or self.beta):
+            raise ValueError("without evidence a layer is by itself, and neither smoothed nor lifted")
         if self.shift is not None and self.shift < 0:
             raise ValueError(f"shift is 0 or more, not {self.shift}")
         for name, adapter in self.adapters.items():

@@ -10,12 +10,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...inference.unpacked import KeepsUnpacked
 from ...kernels import dispatch
-from ...kernels.formats.int4 import dequantize_groups, unpack_int4
+from ...kernels.formats.int4 import dequantize_groups, pack_int4, unpack_int4
 from ...kernels.w4 import from_codes as svdq_codes
 from ...kernels.w4 import layer as svdq_linear
 from ...kernels.w4 import reference as svdq
 from ...layers.base import QuantizedLayer, frozen
+from ...layers.registry import finite
+from .data_free import decompose
 from .plan import SVDQPlan
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -39,7 +42,7 @@ class Codes:
         return len(self.shape)
 
 
-class _SVDQLayer(QuantizedLayer):
+class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
     """Common part of SVDQLinear and SVDQConv2d (1x1); K inputs, N outputs.
 
     bias     [N] in the model's dtype, or None
@@ -85,10 +88,19 @@ class _SVDQLayer(QuantizedLayer):
         self._lender = (lender,)
 
     def pack(self, weight: Tensor, name: str, evidence=None) -> None:
-        raise UserError(
-            f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
-            "precision, then call ptq4dm.quantize with SVDQuantConfig."
-        )
+        """Codes and branch from the weight alone, by a plan without evidence: decompose(weight, plan, dtype)."""
+        if self.plan.evidence != "none":
+            raise UserError(
+                f"layer '{name}' of the plan is SVDQuant's, which looks at layers together; load the model in full "
+                "precision, then call ptq4dm.quantize with SVDQuantConfig."
+            )
+        dtype = weight.dtype if weight.dtype in HALVES else torch.float16
+        split = decompose(finite(weight, name).flatten(1), self.plan, dtype)
+        self.put(qweight=pack_int4(split.codes, self.plan.group_size), wscales=split.scales)
+        if self.smooth is not None:
+            self.put(smooth=torch.ones_like(self.smooth, dtype=dtype, device=weight.device))
+        if split.down is not None and split.up is not None:
+            self.put(down=split.down, up=split.up)
 
     @property
     def branch(self) -> tuple[Tensor | None, Tensor | None]:
@@ -167,19 +179,20 @@ class _SVDQLayer(QuantizedLayer):
 
     def multiply(self, x: Tensor | Codes, nonlinearity: str = "") -> Tensor:
         """The layer, and one of `svdq.NONLINEARITIES` on its sums."""
-        plan = self.plan
+        plan, eight = self.plan, self.eight_bits()
         if isinstance(x, Codes):
             y = svdq_codes.svdq_product(
                 x.codes, x.scales, x.branch, self.qweight, self.wscales, self._branch_up(), self.bias,
-                plan.activation, nonlinearity, x.dtype,
+                plan.activation, nonlinearity, x.dtype, *eight,
             )  # fmt: skip
             return y.view(*x.shape[:-1], y.shape[1])
-        reference = self._kernel_name(x.device) == svdq_linear.REFERENCE
-        multiply = svdq.svdq_linear if reference else svdq_linear.svdq_linear
-        return multiply(
+        operands = (
             x, self.qweight, self.wscales, self.smooth, *self.branch, self.bias, plan.activation, plan.shift,
             nonlinearity,
         )  # fmt: skip
+        if self._kernel_name(x.device) == svdq_linear.REFERENCE:
+            return svdq.svdq_linear(*operands)
+        return svdq_linear.svdq_linear(*operands, *eight)
 
 
 class SVDQLinear(_SVDQLayer, nn.Linear):

@@ -63,6 +63,9 @@ def test_all_stages_have_their_figures_and_are_kept(compare, monkeypatch, capsys
     assert {**again, "seconds": 0} == {**facts, "seconds": 0}
     with pytest.raises(UserError, match="made with other settings"):
         compare.main([*SMALL, "--seed", "1"])
+    monkeypatch.setattr(compare, "device_words", lambda device: "another card")
+    with pytest.raises(UserError, match="made with other settings"):
+        compare.main(SMALL)
 
 
 def test_held_out_errors_are_those_of_the_mixed_model(compare):

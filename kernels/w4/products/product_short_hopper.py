@@ -11,13 +11,13 @@ memory are asked for whole, and far ahead, at no register. A lane that loads its
 8 rows, a quarter of a line. Rows are swizzled by 32 bytes: a warp reads codes without conflicts, two words a lane.
 
 The instruction of a product is written out, and so is unpacking. As in short_operands.py lane 4 r + t of a warp has
-outputs r and r + 8, and of each group inputs 8 t .. 8 t + 7 and 32 + 8 t .. 39 + 8 t. Tensors between memory and
-memory are of one element a thread, [warps, 8, 4]. The sums of all warps meet in shared memory, in a fixed order.
+of each group inputs 8 t .. 8 t + 7 and 32 + 8 t .. 39 + 8 t, but outputs 2 r and 2 r + 1: it writes its sums by two.
+Tensors between memory and memory are of one element a thread, [warps, 8, 4] (short_layouts.py). The sums of all
+warps meet in shared memory, are added up in a fixed order, and leave as whole sectors. Stored each by itself, 256
+requests for a block of 16 rows, they took an eighth of the time.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from ...runtime.hopper import barrier, copy_ahead
 from ...runtime.integers import cdiv
 from ...runtime.launch import Launch, planned
 from ...runtime.settings import capability, multiprocessors, remembered
+from .short_layouts import layouts
 from .short_operands import MAGIC
 
 ROWS = 16  # of x at most
@@ -127,20 +128,21 @@ def _short_kernel(
     x_ptr, q_ptr, wscales_ptr, bias_ptr, y_ptr, M, N, stride_m, magic,
     GROUPS: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr, PER: gl.constexpr, STAGES: gl.constexpr,
     SPREAD: gl.constexpr, THINLY: gl.constexpr, READ: gl.constexpr, ONE: gl.constexpr, TWO: gl.constexpr,
-    FOUR: gl.constexpr, MEET: gl.constexpr,
+    FOUR: gl.constexpr, GATHER: gl.constexpr, MEET: gl.constexpr,
 ):  # fmt: skip
     """Blocks of 16 outputs in turn, for COLUMNS times 8 rows of x; PER groups of each warp."""
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     bf16: gl.constexpr = dtype == gl.bfloat16
     c: gl.constexpr = 136.0 if bf16 else 72.0
     BM: gl.constexpr = 8 * COLUMNS
-    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     words, scales = (), ()
     for _ in gl.static_range(PER):
         words += (gl.allocate_shared_memory(gl.int32, [STAGES, 16, WARPS * 8], swizzled),)
         scales += (gl.allocate_shared_memory(wscales_ptr.dtype.element_ty, [STAGES, 16, WARPS], plain),)
-    meeting = gl.allocate_shared_memory(gl.float32, [WARPS, 16 * BM], plain)
+    crossed: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
+    meeting = gl.allocate_shared_memory(gl.float32, [WARPS * BM // 2, 32], crossed)
     first, step = gl.program_id(0), gl.num_programs(0)
     for i in gl.static_range(STAGES):
         _fill(q_ptr, wscales_ptr, words, scales, first + i * step, i, N, GROUPS, SPREAD, THINLY)
@@ -167,24 +169,25 @@ def _short_kernel(
                 sums = _multiply((minus, minus, minus, minus), part[0], part[1], sums, dtype)
                 sums = _multiply((minus, minus, minus, minus), part[2], part[3], sums, dtype)
             begin += ((sums[0] * c, sums[1] * c),)
-    place = gl.arange(0, 16 * BM, gl.SliceLayout(0, MEET))
+    place = gl.arange(0, BM, gl.SliceLayout(1, gl.SliceLayout(0, MEET)))[:, None]
+    m = (place & 8) + (place & 3) * 2 + (place >> 2 & 1)  # as `_side_by_side` has them
     stage = 0
     for block in range(first, (N + 15) // 16, step):
         async_copy.wait_group(STAGES - 1)
         barrier()
-        n = block * 16 + place // BM
+        n = block * 16 + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(0, MEET)))[None, :]
         bias = 0.0
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
         total = (none,) * COLUMNS
         for i in gl.static_range(PER):
-            codes = gl.permute(gl.reshape(words[i].index(stage).load(READ), [2, 8, WARPS, 4, 2]), [2, 1, 3, 0, 4])
+            codes = gl.permute(gl.reshape(words[i].index(stage).load(READ), [8, 2, WARPS, 4, 2]), [2, 0, 3, 1, 4])
             early, late = gl.split(codes)
             early, early8 = _halves(early, ONE)
             late, late8 = _halves(late, ONE)
             early, early8 = _codes(early, magic, dtype), _codes(early8, magic, dtype)
             late, late8 = _codes(late, magic, dtype), _codes(late8, magic, dtype)
-            scale = scales[i].index(stage).reshape([2, 8, WARPS]).permute([2, 1, 0]).load(gl.SliceLayout(2, TWO))
+            scale = scales[i].index(stage).reshape([8, 2, WARPS]).permute([2, 0, 1]).load(gl.SliceLayout(2, TWO))
             scale = gl.expand_dims(scale.to(gl.float32), 2) + gl.zeros([WARPS, 8, 4, 2], gl.float32, TWO)
             scale, scale8 = _halves(scale, ONE)
             after = ()
@@ -203,8 +206,7 @@ def _short_kernel(
         meeting.store(_side_by_side(total, COLUMNS))
         barrier()  # all have read the stage, too
         _fill(q_ptr, wscales_ptr, words, scales, block + STAGES * step, stage, N, GROUPS, SPREAD, THINLY)
-        y = gl.sum(meeting.load(MEET), 0) + bias
-        m = place % BM
+        y = gl.sum(_of_warps(meeting.load(GATHER), WARPS, BM, MEET), 0) + bias
         gl.store(y_ptr + m.to(gl.int64) * N + n, y.to(dtype), mask=(m < M) & (n < N))
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     async_copy.wait_group(0)
@@ -212,16 +214,24 @@ def _short_kernel(
 
 @gluon.jit
 def _side_by_side(total, COLUMNS: gl.constexpr):
-    """The sums of each warp [warps, 16 outputs x rows of x]."""
+    """The sums of each warp in the order of shared memory: [columns, odd rows, warps, t / 2, (t % 2, outputs)]."""
+    warps: gl.constexpr = total[0][0].shape[0]
     both = ()
     for j in gl.static_range(COLUMNS):
         sums = total[j]
-        both += (gl.join(gl.join(sums[0], sums[1]), gl.join(sums[2], sums[3])),)  # ..., r, t, column, r + 8
-    warps: gl.constexpr = total[0][0].shape[0]
+        pairs = gl.join(gl.join(sums[0], sums[1]), gl.join(sums[2], sums[3]))  # warp, r, t, odd row, second output
+        both += (gl.reshape(pairs, [warps, 8, 2, 2, 2, 2]),)
     if COLUMNS == 1:
-        return gl.reshape(gl.permute(both[0], [0, 4, 1, 2, 3]), [warps, 128])
+        return gl.reshape(gl.permute(both[0], [4, 0, 2, 3, 1, 5]), [warps * 4, 32])
     else:
-        return gl.reshape(gl.permute(gl.join(both[0], both[1]), [0, 4, 1, 5, 2, 3]), [warps, 256])
+        return gl.reshape(gl.permute(gl.join(both[0], both[1]), [6, 4, 0, 2, 3, 1, 5]), [warps * 8, 32])
+
+
+@gluon.jit
+def _of_warps(sums, WARPS: gl.constexpr, BM: gl.constexpr, MEET: gl.constexpr):
+    """What `_side_by_side` gave -> [warps, BM, 16]."""
+    parts = gl.permute(gl.reshape(sums, [BM // 4, WARPS, 2, 2, 16]), [1, 0, 2, 3, 4])
+    return gl.convert_layout(gl.reshape(parts, [WARPS, BM, 16]), MEET, assert_trivial=True)
 
 
 def serves(m: int, groups: int) -> bool:
@@ -266,35 +276,6 @@ def _launch(
     programs = min(config["PER_SM"] * multiprocessors(device), cdiv(n, OUTPUTS))
     return Launch(
         _short_kernel, (programs,), M=m, N=n, stride_m=stride, magic=MAGIC[dtype], GROUPS=groups, COLUMNS=columns,
-        WARPS=warps, PER=per, STAGES=stages, **_layouts(warps, columns, 8 if groups % 8 == 0 else 2),
+        WARPS=warps, PER=per, STAGES=stages, **layouts(warps, columns, 8 if groups % 8 == 0 else 2),
         num_warps=warps, maxnreg=config.get("maxnreg"),
-    )  # fmt: skip
-
-
-@functools.cache
-def _layouts(warps: int, columns: int, scales: int) -> dict:
-    """Where elements of tensors lie: ONE, TWO, FOUR of a thread; READ, words in shared memory; SPREAD and THINLY,
-    copies of words and of scales; MEET, the sums of all warps."""
-    lanes = [(0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 2, 0), (0, 4, 0)]
-    powers = [1 << i for i in range(warps.bit_length() - 1)]
-
-    def threads(*registers: int) -> gl.DistributedLinearLayout:
-        more = [0] * bool(registers)
-        size = 2 ** len(registers)
-        return gl.DistributedLinearLayout(
-            [[0, 0, 0, one] for one in registers], [[*lane, *more] for lane in lanes],
-            [[power, 0, 0, *more] for power in powers], [], [warps, 8, 4, *([size] * bool(registers))],
-        )  # fmt: skip
-
-    read = gl.DistributedLinearLayout(
-        [[0, 1], [8, 0]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[0, 8 * power] for power in powers], [],
-        [16, 8 * warps],
-    )  # fmt: skip
-    across, thin = min(32, 2 * warps), min(32, max(1, warps // scales))
-    share = max(1, warps * 2 // (8 * columns))  # threads for each sum
-    return dict(
-        ONE=threads(), TWO=threads(1), FOUR=threads(1, 2), READ=read,
-        SPREAD=gl.BlockedLayout([1, 4], [32 // across, across], [warps, 1], [1, 0]),
-        THINLY=gl.BlockedLayout([1, min(scales, warps)], [32 // thin, thin], [warps, 1], [1, 0]),
-        MEET=gl.BlockedLayout([warps // share, 1], [share, 32 // share], [1, warps], [1, 0]),
     )  # fmt: skip

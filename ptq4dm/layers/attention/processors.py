@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from ...kernels.attention.layer8 import attention8, kernel_name
+from . import flux
+from .faster import attention_faster
 from .state import Attention8
 
 _DERIVED: dict[Any, Any] = {}  # class of processors -> the class made of it
@@ -51,6 +54,10 @@ def _made(kind: Any) -> Any:
         if not state.active:
             return kind.__call__(self, *args, **kwargs)
         state.called(name)
+        if kind is flux.PROCESSOR and state.redirected is None and (found := _of_flux(self, *args, **kwargs)):
+            attn = args[0] if args else kwargs["attn"]
+            compute = _op(state, name, kernel_name(attn.norm_q.weight.device, attn.head_dim))
+            return flux.attend(attn, compute, state.kind_of(name), *found)
         with state.redirected(name) if state.redirected else Redirected(state, name):
             return kind.__call__(self, *args, **kwargs)
 
@@ -75,10 +82,26 @@ class Redirected(TorchFunctionMode):
         return self._attend(function, *args, **kwargs)
 
     def _attend(self, function: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.state.in_8(self.name, kernel_name(query.device, query.shape[-1]))
+        compute = _op(self.state, self.name, kernel_name(query.device, query.shape[-1]))
         scale = kwargs.get("scale")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return attention8(query, key, value, scale, self.state.kinds.get(self.name, self.state.kind))
+        return compute(query, key, value, scale, self.state.kind_of(self.name))
+
+
+def _op(state: Attention8, name: str, kernel: str) -> Callable[..., Tensor]:
+    """The op that computes a layer's attention; the call is counted."""
+    state.in_8(name, f"{kernel}, or in 16 where that is faster" if state.faster else kernel)
+    return attention_faster if state.faster else attention8
+
+
+def _of_flux(
+    processor: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None,
+    image_rotary_emb: Any = None,
+) -> tuple | None:  # fmt: skip
+    """(hidden states, those of the text, rotary embedding) of a call whose norms the codes' kernel can compute."""
+    if flux.serves(processor, attn, encoder_hidden_states, attention_mask, image_rotary_emb):
+        return hidden_states, encoder_hidden_states, image_rotary_emb
+    return None
 
 
 def why_not(

@@ -15,11 +15,12 @@ class Attention8:
     kind: of the codes of queries and keys, "int8" or "e4m3". layers: names of the layers that are served;
     kinds: of those that have another kind. left: name
     of a layer that is not -> why. kernels: kernel -> calls in 8 bits. sixteen: why -> calls that were left as they
-    were. active: whether calls are in 8 bits now. Calls of compiled code are not counted.
+    were. active: whether calls are in 8 bits now. faster: whether only calls are that were measured to be faster so
+    (faster.py). Calls of compiled code are not counted.
     """
 
     def __init__(self, kind: str, layers: Iterable[str] = ()) -> None:
-        self.kind, self.active = kind, True
+        self.kind, self.active, self.faster = kind, True, False
         self.layers = list(layers)
         self.kinds: dict[str, str] = {}
         self.left: dict[str, str] = {}
@@ -28,6 +29,10 @@ class Attention8:
         self.redirected: Callable[[str], Any] | None = None  # what stands in the way of a layer's calls, if another
         self._called: set[str] = set()
         self._reached: set[str] = set()
+
+    def kind_of(self, name: str) -> str:
+        """Of a layer."""
+        return self.kinds.get(name, self.kind)
 
     def called(self, name: str) -> None:
         if not torch.compiler.is_compiling():
@@ -49,7 +54,7 @@ class Attention8:
         return [name for name in self.layers if name in self._called - self._reached]
 
     def __str__(self) -> str:
-        kinds = Counter(self.kinds.get(name, self.kind) for name in self.layers)
+        kinds = Counter(self.kind_of(name) for name in self.layers)
         lines = [f"attention of {count} layers with queries and keys in {kind}" for kind, count in kinds.items()]
         lines += [f"in 8 bits by {name}, {count} times" for name, count in self.kernels.items()]
         lines += [f"as it was {count} times: {why}" for why, count in self.sixteen.items()]

@@ -26,6 +26,7 @@ def low_rank() -> list[Row]:
         plain = {"rank": 0, "smoothing": "none", "rounding": "nearest"}
         turn = {"rounding": "nearest", "refinements": 0}
         fill = at_bytes_of(make(), RTNConfig)
+        alone = partial(make, evidence="none")
         rows += [
             Row(f"RTN as {name}", "baseline", make(**plain), name),
             Row(f"RTN in the bytes of {name}", "baseline", make(**plain), name, plan=fill),
@@ -38,5 +39,12 @@ def low_rank() -> list[Row]:
             Row(f"{name}, nearest, smoothing shuffled", "shuffled", make(**turn), name,
                 packed=controls.shuffle_smoothing),
             Row(f"{name}, nearest, branch at random", "shuffled", make(**turn), name, packed=controls.random_branch),
+            Row(f"{name}, no data", "method", alone()),
+            Row(f"{name}, no data, one turn", "ablation", alone(refinements=0), f"{name}, no data"),
+            Row(f"{name}, no data, branch at random", "shuffled", alone(refinements=0), f"{name}, no data",
+                packed=controls.random_branch),
+            Row(f"{name}, no data, no branch", "ablation", alone(rank=0), f"{name}, no data"),
+            Row(f"RTN in the bytes of {name}, no data", "baseline", alone(rank=0), f"{name}, no data",
+                plan=at_bytes_of(alone(), RTNConfig)),
         ]  # fmt: skip
     return rows

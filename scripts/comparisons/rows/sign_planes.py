@@ -27,7 +27,6 @@ def sign_planes() -> list[Row]:
             Row(name, "method", recipe),
             Row(f"{name}, not refitted", "ablation", fitted, name),
             Row(f"{name}, refitted from fitted", "ablation", partial(recipe, planes="fitted"), name),
-            Row(f"{name}, refitted from uniform", "ablation", partial(recipe, planes="uniform"), name),
             Row(f"{name}, 32 tuples", "ablation", partial(recipe, num_tuples=32), name),
             Row(f"{name}, nearest", "ablation", near, name),
             Row(f"{name}, nearest, greedy", "ablation", partial(near, rounds=0), name),

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ptq4dm.kernels.attention import layer8, reference8
 from ptq4dm.kernels.attention.layer8 import attention8, kernel_name
+from ptq4dm.kernels.attention.rotary import Rotary, joined
 from ptq4dm.kernels.formats import attention8 as formats
 from ptq4dm.kernels.runtime import settings
 
@@ -111,6 +112,54 @@ def test_codes_of_the_kernel(shape, kind):
             assert differ.float().mean() < 0.005, name
         else:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def turning(q, words, seed=3):
+    """A rotary embedding for queries [B, H, M, d], with a text of so many words."""
+    batch, heads, rows, width = q.shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator).to(q.device)
+
+    angles = normal(rows + words, width // 2)
+    cos, sin = (x.repeat_interleave(2, 1).contiguous() for x in (angles.cos(), angles.sin()))
+    norms = [1 + 0.2 * normal(width).to(q.dtype) for _ in range(4)]
+    text = [normal(batch, words, heads, width).to(q.dtype).transpose(1, 2) for _ in range(3)]
+    return Rotary(*norms[:2], cos, sin, 1e-6, (*text, *norms[2:]) if words else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("words", [0, 20, 150])
+@pytest.mark.parametrize("shape", [(2, 3, 130, 130, 24), (1, 2, 40, 40, 128)], ids=str)
+def test_codes_of_what_is_normed_and_turned(shape, words, kind):
+    """In the kernel that makes the codes, as by torch before it."""
+    q, k, v = operands(shape)
+    rotary, dtype = turning(q, words), formats.TYPES[kind]
+    right = formats.quantize8(*joined(q, k, v, rotary), 0.1, dtype)
+    found = codes8.quantize8(q, k, v, 0.1, dtype, rotary=rotary)
+    for name, one, other in zip(found._fields, found, right, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype and one.is_contiguous(), name
+        if name in ("q", "k", "v"):
+            assert (one.float() != other.float()).float().mean() < 0.005, name
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", [0, 20])
+def test_the_op_with_a_rotary_embedding(words):
+    q, k, v = operands((2, 3, 60, 60, 24))
+    rotary = turning(q, words)
+    text = (None,) * 5 if rotary.words is None else rotary.words
+    y = attention8(q, k, v, 0.3, "int8", *rotary[:5], *text)
+    whole = joined(q, k, v, rotary)
+    assert y.shape == (2, 3, 60 + words, 24) and y.transpose(1, 2).is_contiguous()
+    assert error(y, truth(*whole, 0.3)) < BOUND["int8"]
+    far = [x if x is None or isinstance(x, float) else x.to("meta") for x in (*rotary[:5], *text)]
+    traced = torch.ops.ptq4dm.attention8(*(x.to("meta") for x in (q, k, v)), 0.3, "int8", *far)
+    assert traced.shape == y.shape and traced.stride() == y.stride()
+    with pytest.raises(ValueError, match="has cos and sin"):
+        attention8(q, k, v, 0.3, "int8", *rotary[:2], rotary.cos[1:], rotary.sin, 1e-6, *text)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")

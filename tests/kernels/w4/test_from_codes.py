@@ -194,3 +194,30 @@ def test_wrong_inputs():
     codes = svdq_codes.svdq_codes(x, None, *rest)
     with pytest.raises(ValueError, match="not 'relu'"):
         svdq_codes.svdq_product(*codes, *layer.product("int8", "relu"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [70, 5])
+def test_a_weight_that_is_kept_in_eight_bits_gives_the_same_bits(name, rows, monkeypatch):
+    """In one op and in two; up to 32 rows 8-bit inputs are multiplied by the 4 bits as ever."""
+    layer = Layer(1, rows, 24, 8)
+    mode = svdq_linear.MODES[name]
+    monkeypatch.setattr(svdq_linear, "known_name", lambda *_: name)
+    eight = svdq_linear.unpacked(layer.qweight, layer.wscales, mode)
+    operands = (layer.qweight, layer.wscales, layer.smooth, layer.down, layer.up, layer.bias, 0.0, "gelu_tanh")
+    whole = svdq_linear.rows_through(name, layer.x[0], *operands)
+    assert torch.equal(svdq_linear.rows_through(name, layer.x[0], *operands, eight), whole)
+    codes = svdq_codes.codes_through(name, layer.x[0], None, layer.smooth, layer.down, 0.0, None)
+    operands = (layer.qweight, layer.wscales, layer.up, layer.bias, "")
+    made = svdq_codes.product_through(name, *codes, *operands)
+    assert torch.equal(svdq_codes.product_through(name, *codes, *operands, eight), made)
+    used = {}
+    monkeypatch.setattr(svdq_linear, "multiply", lambda *args: used.update(weight=args[4]))
+    svdq_linear.rows_through(name, layer.x[0], layer.qweight, layer.wscales, None, None, None, None, 0.0, "", eight)
+    assert (used["weight"] is eight) == (rows == 70 or name == svdq_linear.INT4)
+
+
+def test_what_no_kernel_unpacks_cannot_be_kept():
+    layer = Layer(1, 2, 24, 0, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="unpacks to 8 bits"):
+        svdq_linear.unpacked(layer.qweight, layer.wscales, "none")

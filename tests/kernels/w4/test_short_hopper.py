@@ -12,6 +12,7 @@ hopper = pytest.importorskip(
     "ptq4dm.kernels.w4.products.product_short_hopper", reason="needs Gluon", exc_type=ImportError
 )
 
+layouts = pytest.importorskip("ptq4dm.kernels.w4.products.short_layouts", exc_type=ImportError).layouts
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 GLUON = dict(GLUON=True, num_warps=8, STAGES=4, PER_SM=1, maxnreg=None)
 
@@ -81,8 +82,9 @@ def test_launches_hold_all_inputs_and_fit(m, k, warps, programs):
 @pytest.mark.parametrize("columns", [1, 2])
 def test_each_element_has_a_thread_and_each_thread_one(warps, columns):
     """Layouts cover their tensors: bases of registers, lanes and warps span every place once."""
-    made = hopper._layouts(warps, columns, 8)
-    for name, size in (("ONE", 1), ("TWO", 2), ("FOUR", 4), ("READ", 4)):
+    made = layouts(warps, columns, 8)
+    sums = 4 * columns
+    for name, size in (("ONE", 1), ("TWO", 2), ("FOUR", 4), ("READ", 4), ("GATHER", sums), ("MEET", sums)):
         layout = made[name]
         bases = [*layout.reg_bases, *layout.lane_bases, *layout.warp_bases]
         places = {tuple(0 for _ in layout.shape)}
@@ -90,6 +92,20 @@ def test_each_element_has_a_thread_and_each_thread_one(warps, columns):
             places |= {tuple(a ^ b for a, b in zip(place, basis, strict=True)) for place in places}
         assert len(places) == 2 ** len(bases) == 32 * warps * size
         assert all(0 <= p < s for place in places for p, s in zip(place, layout.shape, strict=True))
+
+
+@pytest.mark.parametrize("warps", [4, 8, 16])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_sums_are_read_where_they_were_stored_and_leave_side_by_side(warps, columns):
+    """Shared memory has [columns, odd rows, warps, t / 2, (t % 2, outputs)]; rows are counted in this order."""
+    made = layouts(warps, columns, 8)
+    gather, meet = made["GATHER"], made["MEET"]
+    for part in ("reg_bases", "lane_bases", "warp_bases"):
+        for (line, place), there in zip(getattr(gather, part), getattr(meet, part), strict=True):
+            half, rest = line % 2, line // 2
+            warp, quad = rest % warps, rest // warps
+            assert [warp, 4 * quad + 2 * half + place // 16, place % 16] == there
+    assert meet.lane_bases[:3] == [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
 
 
 @pytest.mark.gpu

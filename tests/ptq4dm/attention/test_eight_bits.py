@@ -7,9 +7,11 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
 from ptq4dm import UserError, attention_errors, attention_in_8_bits
+from ptq4dm.calibration.record import ready
+from ptq4dm.layers.attention import processors
 from ptq4dm.layers.attention.processors import Redirected, plain_processor
 from ptq4dm.layers.attention.state import Attention8
-from tests.support import models
+from tests.support import denoisers, models
 
 
 def inputs(seed=1):
@@ -202,3 +204,33 @@ def test_models_with_rotary_embeddings_and_joined_texts(made):
     assert 0 < relative(y, right) < 0.01
     assert sum(attention.kernels.values()) == len(attention.layers) == 2 and not attention.unreached
     assert not attention.sixteen and torch.equal(model(**given).sample, right)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["", "one layer for q, k and v"])
+def test_fluxs_norms_and_rotary_embedding_go_into_the_op(monkeypatch, joined):
+    """With a text and without; with a hook on a norm by its own processor."""
+    model, store = denoisers.pair("flux")
+    if joined:
+        model.fuse_qkv_projections()
+    call, ops = ready(store.calls, model), []
+    plain = processors.attention8
+
+    def seen(*args):
+        ops.append(len(args))
+        return plain(*args)
+
+    monkeypatch.setattr(processors, "attention8", seen)
+    with torch.no_grad(), attention_in_8_bits(model) as attention:
+        together = model(*call.args, **call.kwargs)[0]
+        layers = len(attention.layers)
+        assert layers > 1 and ops == [15] * layers and attention.kernels == {"reference": layers}
+        handle = model.transformer_blocks[0].attn.norm_k.register_forward_hook(lambda *_: None)
+        by_hook = model(*call.args, **call.kwargs)[0]
+        assert sorted(ops[layers:]) == [5] + [15] * (layers - 1)
+        handle.remove()
+        monkeypatch.setattr(processors.flux, "serves", lambda *_: False)
+        apart = model(*call.args, **call.kwargs)[0]
+        assert ops[2 * layers :] == [5] * layers
+    assert relative(together, apart) < 2e-5 and relative(by_hook, apart) < 2e-5
+    with torch.no_grad():
+        assert 0 < relative(together, model(*call.args, **call.kwargs)[0]) < 0.02

@@ -130,6 +130,18 @@ def test_where_8_bits_are_the_fastest_that_is_said_and_4_come_of_bytes_alone():
     assert not table.eight_bits_fastest and not allocate(table, 0.8, None).notes
 
 
+def test_where_no_format_in_all_layers_is_faster_that_is_said_and_8_bits_are_not_called_the_fastest():
+    """Even if they are in one layer, and fewer bits in none."""
+    table = drawn_table(seed=6)
+    table.times[:, 1:] = table.times[:, :1] + 0.05 * table.step
+    table.times[0, 1] = table.times[0, 0] - 0.02 * table.step
+    notes = allocate(table, None, 0.5).notes
+    assert not table.eight_bits_fastest and len(notes) == 1
+    assert "No format in all layers is faster than full precision on here: mixed, they save 2.0% of" in notes[0]
+    table.times[:, 2] = table.times[:, 0] - 0.01 * table.step
+    assert not table.full_precision_fastest and not allocate(table, None, 0.5).notes
+
+
 def test_times_and_errors_of_other_layers_give_another_choice():
     """Else what was measured decides nothing."""
     table = drawn_table(layers=12, seed=9)

@@ -47,6 +47,14 @@ def test_kinds_that_are_not_quantized():
     assert why["proj_out_1"].startswith("svdquant chose no format for it")
 
 
+def test_attention_in_8_bits():
+    model = copy.deepcopy(denoisers.quantized("dit")[0])
+    assert info.attention_in_8_bits_of(model) == []
+    ptq4dm.plan_attention(model, "e4m3", layers=["transformer_blocks.1.attn1"])
+    rows = info.attention_in_8_bits_of(model)
+    assert rows == [{"layer": "transformer_blocks.1.attn1", "kind": "e4m3", "kernel": "reference"}]
+
+
 def test_adapters():
     model = copy.deepcopy(denoisers.quantized("flux")[0])
     for name in ("one", "two"):

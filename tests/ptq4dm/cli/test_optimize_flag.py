@@ -41,6 +41,13 @@ def test_generate(model, tmp_path, capsys):
     assert (pixels(tmp_path / "plain") - pixels(tmp_path / "fast")).abs().max() <= 1
     assert main([*options, "--output", "plain", "--optimize"]) == 2
     assert "differs in optimized" in capsys.readouterr().err
+    for flag, value, said in [
+        ("--weight-cache", "1GB", "--weight-cache is a part of --optimize; give both"),
+        ("--attention", "auto", "--attention is a part of --optimize; give both"),
+        ("--optimize", "--weight-cache=much", "weight_cache is memory such as"),
+    ]:
+        assert main([*options, "--output", "new", flag, value]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_evaluate(model, capsys):

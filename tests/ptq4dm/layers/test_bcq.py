@@ -49,6 +49,20 @@ def test_output_is_that_of_the_dequantized_weight(name):
     assert int(made.codes().max()) < 2**bits and grid.alphas.shape == (70, 1 if group is None else 128 // group, bits)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 16, 40])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_gpu_gives_the_product_with_the_dequantized_weight(name, rows, dtype):
+    made = quantized_copy(layer(), copy.deepcopy(PLANS[name]), "layer").to(dtype)
+    x = normal(rows, 128).to(dtype)
+    right = x.double() @ made.dequantized_weight().double().T + made.bias.double()
+    found = made.cuda()(x.cuda())
+    assert found.dtype == dtype and "reference" not in str(made.kernel_name())
+    assert (found.cpu().double() - right).norm() <= 6e-3 * right.norm()
+
+
 def test_uniform_is_the_affine_grid():
     linear = layer()
     made = quantized_copy(linear, copy.deepcopy(PLANS["uniform"]), "layer")

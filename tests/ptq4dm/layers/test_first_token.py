@@ -50,6 +50,24 @@ def test_each_token_is_on_its_own_grid(shape, bias, bits):
     assert torch.allclose(SoftInput(plan, layer, False)(x).double(), rounded(x, plan), atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (2, 77), (4, 300)], ids=str)
+def test_on_a_gpu_each_token_is_on_its_own_grid(shape, dtype):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 72), text(*shape).to(dtype)
+    quantized = quantized_copy(layer, PLAN, "layer")
+    exact = copy.deepcopy(layer).double()
+    exact.weight.data = quantized.dequantized_weight().double()
+    right = exact(rounded(x, PLAN))
+    quantized = quantized.cuda()
+    assert quantized.kernel_name() == "triton-int8"
+    found = quantized(x.cuda())
+    assert found.dtype == dtype
+    assert distance(found.cpu(), right) < (1e-3 if dtype == torch.float32 else 5e-3)
+
+
 def test_words_gain_and_the_first_token_loses_little():
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 11, bias=False), text(2, 9)

@@ -79,6 +79,20 @@ def test_each_part_is_on_its_own_grid(name, plan, seams):
     assert distance(quantized(x), exact(x.double())) < 0.2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seams", SEAMS.values(), ids=SEAMS)
+@pytest.mark.parametrize("plan", ["int8", "W8A6", "progressive"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gpu_gives_what_the_reference_gives(name, plan, seams):
+    layer, x, plan = case(name, PLANS[plan], seams)
+    quantized = quantized_copy(layer, plan, "layer")
+    right = quantized(x)
+    quantized = quantized.cuda()
+    assert quantized.kernel_name() != "reference"
+    assert distance(quantized(x.cuda()).cpu(), right.double()) < 2e-3
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_weight_is_rounded_in_the_scale_of_its_part(name):
     """Of a row, the part that is fed small inputs has the coarser step, as it matters less."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import normal
-from ptq4dm.svdquant import lowrank
+from ptq4dm.svdquant.layers import lowrank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -38,3 +38,11 @@ def top_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tenso
     left = q @ vectors[:, -rank:].flip(1).to(matrix.dtype)
     down = torch.linalg.qr((left.T @ matrix).T).Q.T
     return matrix @ down.T, down.contiguous()
+
+
+def moved(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """(up, down) as `top_factors` gives them for a matrix [N, K] near to one whose `down` [r, K] is known: by one
+    step of subspace iteration from there."""
+    q = torch.linalg.qr(matrix @ down.T).Q
+    down = torch.linalg.qr((q.T @ matrix).T).Q.T
+    return matrix @ down.T, down.contiguous()

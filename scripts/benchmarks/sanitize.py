@@ -1,0 +1,112 @@
+"""Run the kernels' GPU tests under compute-sanitizer: no access out of bounds, and no race, in any kernel.
+
+    python scripts/benchmarks/sanitize.py [--tools memcheck racecheck] [--each 2] [--only hopper] [--output FILE]
+
+Of each test of `tests/kernels/` that needs a GPU so many cases run, spread over its parameters; those of Gluon's
+kernels come first. torch's allocator is told to keep nothing, so that what lies behind a tensor is nobody's. A line
+of JSON a tool: the tests that passed, and what it found. Exit status 1 where it found anything, or no test ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from bench_common import Lines, made_with
+
+from ptq4dm.errors import UserError, run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROOMS = ("w4", "w8a8", "lut", "attention", "shift")  # of tests/kernels: those with kernels in Triton or Gluon
+EACH, ONLY, PASSED = "PTQ4DM_SANITIZE_EACH", "PTQ4DM_SANITIZE_ONLY", "PTQ4DM_SANITIZE_PASSED"
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """As a plugin of pytest: keep some cases of each test that needs a GPU, Gluon's first."""
+    of_each = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("gpu") and os.environ[ONLY] in item.nodeid:
+            of_each[item.nodeid.split("[")[0]].append(item)
+    each = int(os.environ[EACH])
+    kept = [case for cases in of_each.values() for case in _spread(cases, each)]
+    items[:] = sorted(kept, key=lambda item: "hopper" not in item.nodeid)
+
+
+def pytest_runtest_logreport(report) -> None:
+    """As a plugin: note what passed at once, for a tool may take longer than it is given."""
+    if report.when == "call" and report.passed:
+        with Path(os.environ[PASSED]).open("a") as file:
+            print(report.nodeid, file=file)
+
+
+def _spread(cases: list, count: int) -> list:
+    """`count` of them, the middle one of as many equal parts: parameters at the ends are often the trivial ones."""
+    count = min(count, len(cases))
+    return [cases[(2 * i + 1) * len(cases) // (2 * count)] for i in range(count)]
+
+
+def checked(tool: str, args) -> dict:
+    """What one tool of compute-sanitizer says of the tests."""
+    command = [
+        args.sanitizer, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", sys.executable, "-m",
+        "pytest", "-p", "sanitize", "-p", "no:cacheprovider", "-q", *args.tests,
+    ]  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    passed, log = (args.output.with_name(f"{args.output.stem}-{tool}.{kind}") for kind in ("passed", "log"))
+    passed.write_text("")
+    here = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", EACH: str(args.each), ONLY: args.only, PASSED: str(passed.resolve()),
+    }  # fmt: skip
+    with log.open("w") as file:
+        options = {"cwd": REPOSITORY, "env": os.environ | here, "stdout": file, "stderr": file}
+        tests = subprocess.Popen(command, start_new_session=True, **options)
+        try:
+            status: int | str = tests.wait(args.seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(tests.pid, signal.SIGKILL)  # the tool, and the tests that it has started
+            tests.wait()
+            status = f"stopped after {args.seconds:g} s"
+    text, names = log.read_text(errors="replace"), passed.read_text().splitlines()
+    found = [line for line in text.splitlines() if line.startswith("=========")]
+    if status != 0:
+        print("\n".join([*text.splitlines()[-30:], *found[:60]]), file=sys.stderr)
+    summary = SUMMARY.findall(text)
+    problems = sum("Invalid" in line or "hazard" in line for line in found)
+    return {"summary": summary[-1] if summary else None, "problems": problems, "status": status, "passed": names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tools", nargs="+", choices=("memcheck", "racecheck", "initcheck"), default=["memcheck"])
+    parser.add_argument("--each", type=int, default=2, help="cases of each test")
+    parser.add_argument("--only", default="", help="tests whose name holds this")
+    rooms = [f"tests/kernels/{room}" for room in ROOMS]
+    parser.add_argument("--tests", nargs="+", default=rooms, help="files or folders of tests; all rooms with kernels")
+    parser.add_argument("--seconds", type=float, default=600, help="that a tool may take")
+    parser.add_argument(
+        "--sanitizer", default=shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    )
+    parser.add_argument("--output", type=Path, default=Path("out/sanitize.jsonl"))
+    args = parser.parse_args()
+    if not shutil.which(args.sanitizer):
+        raise UserError(f"there is no {args.sanitizer}; it comes with CUDA's toolkit (--sanitizer says where it is).")
+    facts = made_with()
+    lines, wrong = Lines(args.output, facts), False
+    for tool in args.tools:
+        row = checked(tool, args)
+        lines.add({"tool": tool, "each": args.each, "only": args.only} | row)
+        wrong |= bool(row["problems"]) or not row["passed"] or row["status"] == 86
+    sys.exit(wrong)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,99 @@
+"""LUT-GEMM's rows where calibration has all that its layers are ever fed: each time of a schedule with each class.
+
+    python scripts/comparisons/compare_lutgemm.py [--model dit-cifar10] [--rows "LUT-GEMM q2 g128" ...]
+        [--steps 20] [--num-paired 32] [--output out/lutgemm.json]
+
+Layers of time and class embeddings look at no picture: on one schedule they are fed as many rows as there are
+pairs of a time and a class, 200 for 20 steps of a model of ten classes. In compare_methods.py calibration draws pairs
+at random, 256 tuples have 72 % of these, and what is not among them errs the most. Here the model is recorded on
+noise with each pair once; errors of the predicted noise are those of held-out tuples of the sampler, whose pairs
+calibration has had.
+
+A row of rows/sign_planes.py at a time; its bytes are those of all tensors in float16. Rows in the output are not made
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from conditions import bytes_of_float16, made_on
+from long_runs import named
+from paired import Paired, held_out
+from rows.row import Row
+from rows.sign_planes import sign_planes
+
+import ptq4dm
+from ptq4dm.calibration.calls import Calls
+from ptq4dm.errors import UserError, run
+from ptq4dm.files.rows import Rows
+from ptq4dm.pipelines.denoiser import denoiser
+
+SETTINGS = ("steps", "num_paired")
+USUAL = ("LUT-GEMM q2 g128", "LUT-GEMM q2 g128, uniform g128", "LUT-GEMM q2 g128, uniform g32")
+
+
+def pairs(pipe, steps: int) -> Iterator[dict]:
+    """Calls of one row of noise: each time of the schedule, with each class where the model has classes."""
+    model, generator = denoiser(pipe), torch.Generator().manual_seed(0)
+    pipe.scheduler.set_timesteps(steps)
+    classes = getattr(model.config, "num_embeds_ada_norm", None)
+    for step in pipe.scheduler.timesteps:
+        for label in range(classes or 1):
+            size = model.config.sample_size
+            noise = torch.randn(1, model.config.in_channels, size, size, generator=generator)
+            call = {"timestep": step[None], "return_dict": False}
+            yield call | ({"sample": noise} if classes is None else
+                          {"hidden_states": noise, "class_labels": torch.tensor([label])})  # fmt: skip
+
+
+@torch.no_grad()
+def recorded(pipe, steps: int) -> Calls:
+    model = denoiser(pipe).eval()
+    with ptq4dm.record(model) as calls:
+        for call in pairs(pipe, steps):
+            model(**call)
+    return calls
+
+
+def measured(row: Row, truth: Paired, calls: Calls) -> dict:
+    start, model = time.perf_counter(), copy.deepcopy(truth.exact)
+    ptq4dm.quantize(model, row.recipe(), calls)
+    seconds = time.perf_counter() - start
+    size, whole = bytes_of_float16(model), bytes_of_float16(truth.exact)
+    return truth.predicted(model) | {
+        "recipe": row.recipe().summary(), "tuples": len(calls), "bytes": size, "bytes_share": size / whole,
+        "seconds_to_quantize": round(seconds, 1), "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="dit-cifar10", help="an embedded model")
+    parser.add_argument("--rows", nargs="+", default=list(USUAL), metavar="NAME", help="names or patterns of rows")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
+    parser.add_argument("--num-paired", type=int, default=32, help="held-out tuples")
+    parser.add_argument("--output", type=Path, default=Path("out/lutgemm.json"))
+    args = parser.parse_args(words)
+    if args.steps < 1 or args.num_paired < 1:
+        raise UserError("--steps and --num-paired are 1 or more.")
+    rows = named([row for row in sign_planes() if row.packed is None], args.rows)
+    results = Rows(args.output, {name: getattr(args, name) for name in SETTINGS})
+    done = {(row["model"], row["row"]) for row in results}
+    rows = [row for row in rows if (args.model, row.name) not in done]
+    if rows:
+        pipe = ptq4dm.load_reference(args.model)
+        calls, truth = recorded(pipe, args.steps), held_out(pipe, args.num_paired, args.steps, 16)
+    for row in rows:
+        found = {"model": args.model, "row": row.name, **measured(row, truth, calls), **made_on("cpu")}
+        results.add(found)
+        print(f"{row.name}: {found['eps_error']:.3e}, {found['bytes']:,} bytes, {found['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

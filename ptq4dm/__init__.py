@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.store import CalibrationStore
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .inference.optimize import optimize, unoptimize
-    from .layers.fuse import fuse, unfuse
+    from .layers.fusing.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
     from .methods.lutgemm import LUTGEMMConfig
@@ -129,7 +129,7 @@ __getattr__, __dir__ = lazy_names(
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",
-        "fuse": "layers.fuse",
+        "fuse": "layers.fusing.fuse",
         "generate": "pipelines.generate",
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
@@ -142,7 +142,7 @@ __getattr__, __dir__ = lazy_names(
         "record": "calibration.record",
         "sample": "pipelines.sampling",
         "train": "training.train",
-        "unfuse": "layers.fuse",
+        "unfuse": "layers.fusing.fuse",
         "unoptimize": "inference.optimize",
         "verify": "quantization.verifying",
     },

@@ -33,8 +33,8 @@ try:
 except ImportError:  # Windows, where nothing is built
     fcntl = None  # type: ignore[assignment]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("l1.cpp", "lut.cpp", "w4a8.cpp"))
-HEADER = Path(__file__).with_name("room.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("codes.cpp", "l1.cpp", "lut.cpp", "w4a8.cpp"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("room.h", "vectors.h"))
 SWITCH = "PTQ4DM_CPU_KERNELS"
 FLAGS = {
     "avx512-vnni": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c",
@@ -106,7 +106,7 @@ def build(instructions: str, folder: Path | None = None) -> Path:
     """
     folder = _folder() if folder is None else folder
     flags = ["-O3", "-fno-trapping-math", *FLAGS[instructions].split()]
-    made_of = [source.read_bytes() for source in (*SOURCES, HEADER)]
+    made_of = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
     made_of += [torch.__version__.encode(), " ".join(flags).encode()]
     key = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     name = f"kernels_{instructions.replace('-', '_')}_{key}"
@@ -144,6 +144,13 @@ def load(path: Path) -> ctypes.CDLL:
     library.ptq4dm_l1_norm.restype = ctypes.c_int
     library.ptq4dm_l1_gradient.argtypes = [pointer] * 4 + [size] + [pointer] * 2 + [size] * 5
     library.ptq4dm_l1_gradient.restype = ctypes.c_int
+    real, grid = ctypes.c_float, [number] + [ctypes.c_float] * 4
+    library.ptq4dm_group_norm.argtypes = [pointer, number] + [pointer] * 4 + [size] * 4 + [real, number, *grid]
+    library.ptq4dm_group_norm.restype = ctypes.c_int
+    library.ptq4dm_layer_norm.argtypes = [pointer] * 2 + [number] + [pointer] * 5 + [size] * 3 + [real, *grid]
+    library.ptq4dm_layer_norm.restype = ctypes.c_int
+    library.ptq4dm_codes.argtypes = [pointer, number, pointer, size] + [real] * 4
+    library.ptq4dm_codes.restype = None
     return library
 
 

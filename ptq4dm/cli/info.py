@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..inference.optimize import optimize
 from ..kernels.attention.layer8 import kernel_name
 from ..kernels.cpu import library
 from ..layers.attention.planned import attention_modules, attention_of
@@ -16,6 +17,7 @@ from ..layers.plan import FLOAT_INPUTS
 from ..layers.view import find_layers, in_ip_adapter
 from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
 from ..pipelines.load import folder_of
+from ..pipelines.sampling import sample
 from ..quantization.diffusers_bridge import quantization_config
 from ..quantization.recipe import QuantConfig
 from ..quantization.report import kernel_report, stored_bytes
@@ -29,6 +31,8 @@ COMPILED = ("int4", "progressive")  # formats that kernels/cpu serves
 
 def add(parser) -> None:
     add_model(parser, None, QUANTIZED_FIRST)
+    text = "what each layer's product runs in through another library: openvino. One step is sampled for it"
+    parser.add_argument("--engine", help=text)
     parser.add_argument("--verify", action="store_true", help="read all tensors and compare their checksums")
 
 
@@ -41,6 +45,9 @@ def run(args) -> None:
     if args.verify and not local:
         verified = verify(Path(network.config["_name_or_path"]).parent)
     config = quantization_config(network)
+    layers = kernel_report(network)
+    if args.engine:
+        name_products(layers, pipe, args.engine)
     facts = {
         "model": str(model),
         "pipeline": type(pipe).__name__,
@@ -48,7 +55,7 @@ def run(args) -> None:
         "scheduler": type(pipe.scheduler).__name__,
         "quantization": None if config is None else config.summary(),
         "bytes": stored_bytes(network),
-        "layers": kernel_report(network),
+        "layers": layers,
         "left": left_layers(network, config),
         "attention": attention_in_8_bits_of(network),
         "adapters": adapters_of(network),
@@ -59,6 +66,22 @@ def run(args) -> None:
         facts["verified"] = verified
     say(_text(facts))
     result(**facts)
+
+
+def name_products(layers: list[dict], pipe: Any, engine: str) -> None:
+    """Put the engine's kernel of each layer's product in the place of our own, as its graph that is executed says.
+
+    OpenVINO names no products that unpack weights of 4 bits.
+    """
+    done = optimize(pipe, engine=engine)
+    try:
+        sample(pipe, [0], num_inference_steps=1)
+        found = denoiser(pipe).forward.products()
+    finally:
+        done.undo()
+    for row in layers:
+        runs_in, kernel = found.get(row["layer"], ("", ""))
+        row["kernel"] = f"{engine} {runs_in} {kernel}" if kernel else f"{engine}, not named in its graph"
 
 
 def attention_in_8_bits_of(network: nn.Module) -> list[dict]:
@@ -162,10 +185,11 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"{'attention':<13} of {count} layers in 8 bits ({kind}), by {kernel}")
     if facts["compiled"]:
         lines.append(f"{'CPU kernels':<13} {facts['compiled']}")
-    lines.append(f"\n{'bytes':>12}  {'format':<24} {'kernel':<13} {'shape':<20} layer")
+    wide = max([13, *(len(row["kernel"]) for row in facts["layers"])])
+    lines.append(f"\n{'bytes':>12}  {'format':<24} {'kernel':<{wide}} {'shape':<20} layer")
     for row in facts["layers"]:
         shape = "x".join(map(str, row["shape"]))
-        lines.append(f"{row['bytes']:>12,}  {row['format']:<24} {row['kernel']:<13} {shape:<20} {row['layer']}")
+        lines.append(f"{row['bytes']:>12,}  {row['format']:<24} {row['kernel']:<{wide}} {shape:<20} {row['layer']}")
     if facts["left"]:
         lines.append(f"\n{'bytes':>12}  in full precision, and why")
     lines += [f"{row['bytes']:>12,}  {row['layer']}: {row['why']}" for row in facts["left"]]

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 
+from ..layers.fusing.cpu import runs_fused_on_cpu
 from .watch import HOOKS, watched
 
 
@@ -83,6 +84,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 def why_not_on_cpu(model: nn.Module) -> str:
     """Why compiling a model's blocks is nothing for a CPU; "" where it was measured to help."""
+    if runs_fused_on_cpu(model):
+        return "they are fused, by kernels that torch.compile cannot see into"
     if "UNet" in type(model).__name__:
         return "that made a UNet's step hardly faster on a CPU; compiled=True compiles it"
     try:

@@ -14,13 +14,13 @@ from torch import nn
 
 from ..checks import shown
 from ..errors import UserError
-from ..layers.fuse import FUSED
+from ..layers.fusing.cpu import dtype_between
+from ..layers.fusing.fuse import is_fused
 from ..registry import Registry
 from .blocks import plain_forward
 from .graphs import Graphed
 
 ENGINES: Registry = Registry("engine", late=True)
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Engine:
 
 def check(engine: Any, precision: Any, cache: Any, others: Any) -> None:
     """Raises UserError for an engine that nobody knows or has, and for options that do not go together."""
+    if precision is not None:
+        dtype_between(precision)
     if engine is None:
-        if precision is not None or cache is not None:
-            raise UserError("precision and cache are an engine's; give engine='openvino' with them.")
+        if cache is not None:
+            raise UserError("cache is an engine's; give engine='openvino' with it.")
         return
     library = ENGINES.find(engine).library
-    if precision is not None and precision not in PRECISIONS:
-        raise UserError(f"precision is one of {', '.join(PRECISIONS)}, or None; got {shown(precision)}.")
     if cache is not None and not isinstance(cache, (str, os.PathLike)):
         raise UserError(f"cache is a folder, or None; got {shown(cache)}.")
     if others:
@@ -64,7 +64,7 @@ def check_model(called: str, model: nn.Module) -> None:
             f"{called} has weights of {min(map(str, halves))}; load it in float32: engines compute in bfloat16 by "
             "themselves."
         )
-    if any(type(one) in FUSED.values() for one in model.modules()):
+    if any(is_fused(one) for one in model.modules()):
         raise UserError(f"{called} is fused, which engines do by themselves; call ptq4dm.unfuse first.")
     if any(one._compiled_call_impl is not None for one in model.modules()):
         raise UserError(f"{called} has compiled blocks; load it anew, or take that back first.")

@@ -1,9 +1,10 @@
 """`optimize`: a loaded pipeline made as fast as it is known to get on its device, by one call.
 
-On an NVIDIA GPU: fused (layers/fuse.py), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
+On an NVIDIA GPU: fused (layers/fusing), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
 denoiser's calls replayed from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels
-and its own, unless it is asked for in 8 bits where that is faster. On a CPU the blocks of transformers are compiled:
-that was measured to help, with UNets hardly (README.md of this folder).
+and its own, unless it is asked for in 8 bits where that is faster. On a CPU: fused where it is in static W8A8, what
+lies between products in bfloat16 where the processor has it, memory kept for the next call (kept_memory.py); other
+transformers have their blocks compiled (README.md).
 
 Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
 takes all of it back.
@@ -22,10 +23,11 @@ from ..annotations import plain_number
 from ..attention.faster import FasterAttention
 from ..checks import shown
 from ..errors import UserError
-from ..layers.fuse import FUSED, fuse, unfuse
+from ..layers.fusing.cpu import has_bfloat16, runs_fused_on_cpu
+from ..layers.fusing.fuse import fuse, is_fused, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
-from . import engines
+from . import engines, kept_memory
 from .blocks import (
     as_a_whole,
     compile_blocks,
@@ -62,12 +64,13 @@ def optimize(
 
     fused, compiled, graphs: True or False; None: what is known to be best on this device. kept: graphs of different
         shapes that a denoiser keeps at most; each holds the memory of a forward pass, which they share.
+    precision: on a CPU "float32" or "bfloat16", of what passes from one kernel to the next in fused modules; with an
+        engine, of what is not quantized. None: bfloat16 where the processor multiplies in it.
     weight_cache: memory such as "4GB" for weights of 4 bits that are kept in 8, so that calls need not unpack them:
         as many layers as fit, those first that save most for their bytes (weight_cache.py). The same results.
     attention: "auto": self-attention in 8 bits where that is faster on this GPU, as the first call of a size tells;
         pictures change by more than rounding (kernels/attention/README.md). None: as it is.
     engine: "openvino": each denoiser runs through OpenVINO, on a CPU, in place of all that (openvino/engine.py).
-        precision: "float32" or "bfloat16" of what is not quantized there; None: bfloat16 where the processor has it.
         cache: a folder in which converted models are saved, and found again.
 
     The first calls are slow: the first of a shape compiles, the second captures. Pictures differ from those before by
@@ -91,14 +94,15 @@ def optimize(
         raise UserError(f'optimize: attention is "auto", or None for attention as it is; got {shown(attention)}.')
     models = _models(target)
     for name, model in models.items():
-        _check(name, model, graphs)
+        _check(name, model, graphs, None if engine else precision)
         if engine is not None:
             engines.check_model(f"'{name}'" if name else "the model", model)
     with turn_at(target):
         if engine is not None:
             return whole_or_not(models.values(), lambda gate: _through(engine, models, precision, cache, kept))
         return whole_or_not(
-            models.values(), lambda gate: _optimized(models, fused, compiled, graphs, kept, budget, attention)
+            models.values(),
+            lambda gate: _optimized(models, fused, compiled, graphs, kept, budget, attention, precision),
         )
 
 
@@ -118,7 +122,7 @@ def _models(target: Any) -> dict[str, nn.Module]:
     return {name: getattr(target, name) for name in denoiser_names(target)}
 
 
-def _check(name: str, model: nn.Module, graphs: bool | None) -> None:
+def _check(name: str, model: nn.Module, graphs: bool | None, precision: str | None) -> None:
     called = f"'{name}'" if name else "the model"
     if hasattr(model, "_orig_mod"):
         raise UserError(f"{called} is compiled as a whole; load it anew, and optimize it without.")
@@ -126,6 +130,8 @@ def _check(name: str, model: nn.Module, graphs: bool | None) -> None:
         raise UserError(
             f"{called} is on {_device(model)}, and graphs are CUDA's; leave graphs out, or move it to a GPU."
         )
+    if precision is not None and _device(model).type != "cpu":
+        raise UserError(f"{called} is on {_device(model)}, and precision is for a CPU; load the model in the dtype.")
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -133,8 +139,9 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _optimized(
-    models: dict[str, nn.Module], fused, compiled, graphs, kept: int, budget: int | None, attention: str | None
-) -> Optimized:
+    models: dict[str, nn.Module], fused, compiled, graphs, kept: int, budget: int | None, attention: str | None,
+    precision: str | None,
+) -> Optimized:  # fmt: skip
     report = Optimized(unoptimize)
     for model in models.values():
         if before := DONE.pop(model, None):
@@ -143,8 +150,12 @@ def _optimized(
     for name, model in models.items():
         report.models[name] = one = OptimizedModel(model, _device(model))
         on_gpu = one.device.type == "cuda"
-        if on_gpu if fused is None else fused:
-            _fuse(one)
+        if fused is not False:
+            _fuse(one, precision)
+        if one.device.type == "cpu" and kept_memory.can_keep():
+            kept_memory.keep()
+            one.takes_back.append(kept_memory.release)
+            one.keeps_memory = True
         if attention is not None:
             _attention(one)
         why = "" if on_gpu or compiled is not None else why_not_on_cpu(model)
@@ -176,11 +187,22 @@ def _through(engine: str, models: dict[str, nn.Module], precision: str | None, c
     return report
 
 
-def _fuse(one: OptimizedModel) -> None:
-    if any(type(module) in FUSED.values() for module in one.model.modules()):
+def _fuse(one: OptimizedModel, precision: str | None) -> None:
+    if any(is_fused(module) for module in one.model.modules()):
         one.left["fusing"] = "it is fused already"
         return
-    one.fused = fuse(one.model)
+    asked = precision
+    if precision is None:
+        precision = "bfloat16" if one.device.type == "cpu" and has_bfloat16() else "float32"
+    one.fused = fuse(one.model, precision)
+    if one.device.type == "cpu":
+        if not runs_fused_on_cpu(one.model):  # of kinds that are fused on a GPU alone
+            unfuse(one.model)
+            one.fused = None
+            if asked is not None:
+                one.left["precision"] = "no module of it is fused on this CPU"
+            return
+        one.precision = precision
     one.takes_back.append(lambda: unfuse(one.model))
 
 

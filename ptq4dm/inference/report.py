@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..attention.faster import FasterAttention
-from ..layers.fuse_report import FuseReport
+from ..layers.fusing.report import FuseReport
 from .blocks import Compiled
 from .graphs import Graphed
 from .weight_cache import WeightCache
@@ -24,6 +24,8 @@ class OptimizedModel:
     model: nn.Module
     device: torch.device
     fused: FuseReport | None = None
+    precision: str = ""  # of what lies between the products of fused modules, on a CPU
+    keeps_memory: bool = False
     blocks: list[nn.Module] = field(default_factory=list)
     whole: Compiled | None = None
     cache: WeightCache | None = None
@@ -42,6 +44,10 @@ class OptimizedModel:
     def lines(self) -> list[str]:
         """What is said of it."""
         lines = [] if self.fused is None else str(self.fused).splitlines()
+        if self.precision:
+            lines.append(f"between the products of fused modules values are in {self.precision}")
+        if self.keeps_memory:
+            lines.append("memory that a call leaves is kept for the next, up to a GiB")
         if kinds := Counter(type(block).__name__ for block in self.blocks):
             what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             lines.append(f"blocks compiled by torch.compile when they are first called: {what}")

@@ -1,102 +1,137 @@
-"""One forward of the denoiser on a CPU by all that it can be run by, in one process: time and error.
+"""One forward of a denoiser on a CPU by all that it can be run by, in one process: time and error.
 
-    python scripts/benchmarks/bench_cpu.py [--model unet-cifar10] [--batch-sizes 16 1] [--threads 2] [--no-compile]
+    python scripts/benchmarks/bench_cpu.py [--model unet-cifar10] [--batch-sizes 16 1] --output cpu-unet.json
 
 Candidates take turns, so that whatever else the machine does falls on all of them; a ratio is that of medians. NNCF
 and OpenVINO are candidates where they are installed. Errors are |e_q - e|^2 / |e|^2, to the float32 model's output e,
-on calls of held-out seeds in more steps than those of calibration: so some lie below its lowest timestep.
+on calls of held-out seeds in more steps than those of calibration; "low" is the mean of those below the lowest
+timestep that calibration saw. Every error and every round is written when it is known: a run that is stopped goes on
+where it was, and a table is printed of what there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import os
 import platform
 import statistics
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-from cpu_candidates import candidates, labels_of, rows_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
 
-import ptq4dm
-from ptq4dm.errors import run
-from ptq4dm.pipelines.denoiser import denoiser
-from ptq4dm.pipelines.load import load_reference
+import torch  # noqa: E402
+from conditions import commit  # noqa: E402
+from cpu_candidates import FIRST, Run, candidates  # noqa: E402
+from cpu_subjects import Row, Subject, subject_of  # noqa: E402
 
-CALIBRATED, HELD_OUT = 20, 50  # steps
-SEEDS, OTHER_SEEDS = list(range(1000, 1004)), list(range(4))
+from ptq4dm.errors import UserError, run  # noqa: E402
+from ptq4dm.files.rows import Rows  # noqa: E402
 
-
-def singles(rows: list) -> list:
-    """Calls of one sample, from calls of several."""
-    parts = [(row, i) for row in rows for i in range(len(row[0]))]
-    return [tuple(None if part is None else part[i : i + 1] for part in row) for row, i in parts]
-
-
-def timed(call, inputs) -> float:
-    begin = time.perf_counter()
-    call(*inputs)
-    return (time.perf_counter() - begin) * 1e3
-
-
-def errors(call, exact, rows) -> list[float]:
-    pairs = [(call(*row), exact(*row)) for row in rows]
-    return [float((a - b).square().sum() / b.square().sum()) for a, b in pairs]
+GROUPS = ["compiled", "openvino", "nncf", "W8A8", "SVDQuant", "QoQ"]
 
 
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="unet-cifar10")
+    parser.add_argument("--model", default="unet-cifar10", help="unet-cifar10, dit-cifar10 or latent-unet")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 1])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--groups", nargs="*", default=GROUPS, choices=GROUPS, help="candidates beside PyTorch's own")
     parser.add_argument("--nncf-rows", type=int, default=64, help="calls of one sample that NNCF calibrates on")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--json", type=Path, help="a file to which a line for each candidate is added")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no round starts later than that")
+    parser.add_argument("--commit", default=None, help="of the code, where it is not in a git repository")
+    parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
+    begin = time.monotonic()
     torch.set_num_threads(args.threads)
+    settings = {"model": args.model, "threads": args.threads, "cpu": processor(), "nncf_rows": args.nncf_rows}
+    settings |= {"commit": args.commit or commit()} | {
+        name: version_of(name) for name in ("torch", "openvino", "nncf")
+    }
+    rows = Rows(args.output, settings, {"kind": str})
 
-    pipe = load_reference(args.model)
-    pipe.set_progress_bar_config(disable=True)
-    exact = copy.deepcopy(denoiser(pipe)).eval().to(memory_format=torch.channels_last)
-    calibration = ptq4dm.CalibrationConfig(num_samples=32, num_inference_steps=CALIBRATED)
-    alone = singles(rows_of(pipe, SEEDS, CALIBRATED))
-    seen = alone[:: max(1, len(alone) // args.nncf_rows)][: args.nncf_rows]  # of all times
-    times = torch.linspace(0, HELD_OUT - 1, 12).round().long().tolist()
-    sampled = rows_of(pipe, OTHER_SEEDS, HELD_OUT)
-    held_out = [sampled[i] for i in times]
-    store = ptq4dm.collect(pipe, calibration)
-    ptq4dm.quantize(pipe, ptq4dm.PTQ4DMConfig(), store)
-    runs = {}
-    for name, call in candidates(exact, denoiser(pipe).eval(), seen, not args.no_compile):
-        runs[name] = call
-        print(f"made: {name}", file=sys.stderr, flush=True)
-    first = next(iter(runs.values()))
-    found = {name: errors(call, first, held_out) for name, call in runs.items()}
+    subject = subject_of(args.model, args.nncf_rows)
+    runs = made(subject, args.groups)
+    for name, call in runs.items():
+        known = any(row["kind"] == "error" and row["candidate"] == name for row in rows)
+        if not known and "compiled" not in name:  # compiled for each shape anew, and what it computes is the same
+            rows.add({"kind": "error", "candidate": name, **errors(call, runs[FIRST], subject)})
+    warm = set()
+    for i in range(args.rounds):
+        for batch in args.batch_sizes:
+            done = sum(row["kind"] == "round" and row["batch"] == batch for row in rows)
+            if i < done or time.monotonic() - begin > args.seconds:
+                continue
+            row = subject.batch(batch)
+            for call in list(runs.values()) * (0 if batch in warm else 3):
+                call(row)
+            warm.add(batch)
+            rows.add({"kind": "round", "batch": batch, "ms": {name: timed(call, row) for name, call in runs.items()}})
+    print(table(rows))
 
-    facts = {"model": args.model, "threads": args.threads, "cpu": processor(), "load": os.getloadavg()[0]}
-    print(json.dumps(facts))
-    for batch in args.batch_sizes:
-        x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        inputs = (x, torch.full((batch,), 500), labels_of(pipe, batch))
-        for call in list(runs.values()) * 3:
-            timed(call, inputs)
-        rounds = [{name: timed(call, inputs) for name, call in runs.items()} for _ in range(args.rounds)]
-        print(f"\nbatch {batch:<31} {'ms':>8} {'x':>6} {'median error':>13} {'mean':>9}")
-        base = statistics.median(one[next(iter(runs))] for one in rounds)
-        for name in runs:
-            spent = statistics.median(one[name] for one in rounds)
-            middle, mean = statistics.median(found[name]), statistics.mean(found[name])
-            print(f"{name:<37} {spent:8.2f} {base / spent:6.2f} {middle:13.1e} {mean:9.1e}", flush=True)
-            row = {"batch": batch, "candidate": name, "ms": spent, "ratio": base / spent}
-            if args.json:
-                with args.json.open("a") as file:
-                    file.write(json.dumps(facts | row | {"median_error": middle, "mean_error": mean}) + "\n")
+
+def made(subject: Subject, groups: list[str]) -> dict[str, Run]:
+    """The candidates that can be made; what cannot is named on stderr."""
+    runs: dict[str, Run] = {}
+    for name, make in candidates(subject, groups):
+        begin = time.monotonic()
+        try:
+            runs[name] = make()
+            runs[name](subject.held_out[0])
+        except UserError as error:
+            runs.pop(name, None)
+            print(f"left out: {name}: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"made in {time.monotonic() - begin:.0f} s: {name}", file=sys.stderr, flush=True)
+    return runs
+
+
+def timed(call: Run, row: Row) -> float:
+    begin = time.perf_counter()
+    call(row)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def errors(call: Run, exact: Run, subject: Subject) -> dict[str, float]:
+    """The median and the mean over held-out calls, and the mean over those below the lowest calibrated time."""
+    pairs = [(call(row), exact(row), float(row[1].max())) for row in subject.held_out]
+    found = [(float((a - b).square().sum() / b.square().sum()), at) for a, b, at in pairs]
+    every = [error for error, _ in found]
+    low = [error for error, at in found if at < subject.lowest]
+    return {"median": statistics.median(every), "mean": statistics.mean(every), "low": statistics.mean(low)}
+
+
+def table(rows: list[dict]) -> str:
+    """A line for each batch and candidate: the median time, how many times as fast as `FIRST`, and the errors."""
+    error_of = {row["candidate"]: row for row in rows if row["kind"] == "error"}
+    rounds = [row for row in rows if row["kind"] == "round"]
+    lines = []
+    for batch in dict.fromkeys(row["batch"] for row in rounds):
+        times = [row["ms"] for row in rounds if row["batch"] == batch]
+        lines += [
+            "",
+            f"batch {batch} ({len(times)} rounds) | ms | x | median error | mean | low times",
+            "|---" * 6 + "|",
+        ]
+        base = statistics.median(one[FIRST] for one in times)
+        for name in times[0]:
+            spent = statistics.median(one[name] for one in times if name in one)
+            found = error_of.get(name)
+            parts = (
+                [f"{found[key]:.1e}" for key in ("median", "mean", "low")] if found and name != FIRST else [""] * 3
+            )
+            lines.append(" | ".join([name, f"{spent:.1f}", f"{base / spent:.2f}", *parts]))
+    return "\n".join(f"| {line} |" if line and line[0] != "|" else f"{line}" for line in lines)
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def processor() -> str:

@@ -4,7 +4,7 @@
 
 Calls alternate between the two models, so that whatever else the machine does falls on both; the figure is the
 ratio of the medians. On a GPU the baseline is bfloat16, on a CPU float32; both run channels_last. A profile of the
-int8 model by operator then says what limits it, and one quantized layer is checked against the torch reference.
+int8 model by operator then says what limits it. What else a CPU can run a model by is in bench_cpu.py.
 """
 
 from __future__ import annotations

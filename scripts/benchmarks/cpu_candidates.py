@@ -1,58 +1,51 @@
-"""What a denoiser can run on a CPU by, each as a function (x, t, labels or None) -> the predicted noise, float32."""
+"""What a denoiser can run on a CPU by, each as a function of one call -> the predicted noise, float32."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 from collections.abc import Callable, Iterator
 
 import torch
+from cpu_subjects import Row, Subject
 from torch import Tensor, nn
 
 import ptq4dm
-from ptq4dm.pipelines.denoiser import class_count, denoiser
 
-Row = tuple[Tensor, Tensor, Tensor | None]
-Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Run = Callable[[Row], Tensor]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 HAS_NNCF = HAS_OPENVINO and importlib.util.find_spec("nncf") is not None
-
-
-def rows_of(pipe, seeds: list[int], steps: int) -> list[Row]:
-    """The calls of a pipeline's denoiser while it samples, one row for each step, of all seeds."""
-    found: list[Row] = []
-    model = denoiser(pipe)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-
-    def look(_, args, kwargs):
-        given = dict(zip(names, args, strict=False)) | kwargs
-        x = given[names[0]]
-        time = torch.as_tensor(given["timestep"]).reshape(-1).expand(len(x))
-        found.append((x.clone(), time.clone(), given.get("class_labels")))
-
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        ptq4dm.sample(pipe, seeds, num_inference_steps=steps)
-    finally:
-        handle.remove()
-    return found
+FIRST = "PyTorch float32"
+"""What times are ratios of, and whose outputs the errors are to."""
 
 
 def torch_run(model: nn.Module, dtype: torch.dtype = torch.float32) -> Run:
     """A model called by PyTorch, in this dtype."""
 
-    def run(x, t, labels):
-        more = {} if labels is None else {"class_labels": labels}
-        return model(x.to(dtype), t, **more, return_dict=False)[0].float()
+    def run(row: Row) -> Tensor:
+        x, time, *rest = row
+        rest = [one.to(dtype) if one.is_floating_point() else one for one in rest]
+        return model(x.to(dtype), time, *rest, return_dict=False)[0].float()
 
     return run
+
+
+def compiled(model: nn.Module, dtype: torch.dtype) -> Run:
+    """A copy of a model compiled by torch.compile, its weights folded into the code as constants."""
+    torch._inductor.config.freezing = True
+    return torch_run(torch.compile(copy.deepcopy(model)), dtype)
 
 
 def through(model: nn.Module, precision: str) -> nn.Module:
     """The model, run through OpenVINO."""
     ptq4dm.optimize(model, engine="openvino", precision=precision)
     return model
+
+
+def optimized(model: nn.Module, precision: str) -> Run:
+    """The model by our own kernels, as `optimize` leaves it."""
+    print(ptq4dm.optimize(model, precision=precision))
+    return torch_run(model)
 
 
 def nncf_run(model: nn.Module, rows: list[Row], options: dict) -> Run:
@@ -62,50 +55,58 @@ def nncf_run(model: nn.Module, rows: list[Row], options: dict) -> Run:
     from ptq4dm.inference.openvino.compiled import Compiled
 
     served = through(copy.deepcopy(model), "float32")
-    torch_run(served)(*rows[0])
+    torch_run(served)(rows[0])
     (made,) = served.forward.conversions.values()
     made = made.clone()
     made.reshape({port: [-1, *port.get_partial_shape()[1:]] for port in made.inputs})
-    inputs = [[one for one in row if one is not None] for row in rows]
-    dataset = nncf.Dataset([[tensor.numpy() for tensor in row] for row in inputs])
+    dataset = nncf.Dataset([[tensor.numpy() for tensor in row] for row in rows])
     quantized = nncf.quantize(made, dataset, subset_size=len(rows), **options)
-    compiled: dict[int, Compiled] = {}
+    of_batch: dict[int, Compiled] = {}
 
-    def run(x, t, labels):
-        tensors = [x, t] if labels is None else [x, t, labels]
-        if len(x) not in compiled:
-            compiled[len(x)] = Compiled(quantized, "bfloat16", tensors)
-        return compiled[len(x)](tensors)[0]
+    def run(row: Row) -> Tensor:
+        batch = len(row[0])
+        if batch not in of_batch:
+            of_batch[batch] = Compiled(quantized, "bfloat16", list(row))
+        return of_batch[batch](list(row))[0]
 
     return run
 
 
-def candidates(exact: nn.Module, int8: nn.Module, rows: list[Row], compiling: bool) -> Iterator[tuple[str, Run]]:
-    """(name, run), the float32 model first; those of libraries that are not installed are left out."""
-    last = {"memory_format": torch.channels_last}
-    half = copy.deepcopy(exact).to(torch.bfloat16)
-    yield "PyTorch float32", torch_run(exact)
-    yield "PyTorch bfloat16", torch_run(half, torch.bfloat16)
-    if compiling:
-        yield "PyTorch float32, compiled", torch_run(torch.compile(copy.deepcopy(exact)))
-        yield "PyTorch bfloat16, compiled", torch_run(torch.compile(copy.deepcopy(half)), torch.bfloat16)
-    if HAS_OPENVINO:
+def candidates(subject: Subject, groups: list[str]) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """(name, what makes it), the float32 model first; those of libraries that are not installed are left out."""
+    exact, half = subject.exact, torch.bfloat16
+    yield FIRST, lambda: torch_run(exact)
+    yield "PyTorch bfloat16", lambda: torch_run(copy.deepcopy(exact).to(half), half)
+    if "compiled" in groups:
+        yield "PyTorch float32, compiled", lambda: compiled(exact, torch.float32)
+        yield "PyTorch bfloat16, compiled", lambda: compiled(copy.deepcopy(exact).to(half), half)
+    if "openvino" in groups and HAS_OPENVINO:
         for precision in ("float32", "bfloat16"):
-            yield f"OpenVINO {precision}", torch_run(through(copy.deepcopy(exact), precision))
-    if HAS_NNCF:
+            yield f"OpenVINO {precision}", lambda p=precision: torch_run(through(copy.deepcopy(exact), p))
+    if "nncf" in groups and HAS_NNCF:
         import nncf
 
-        yield "OpenVINO, NNCF int8", nncf_run(exact, rows, {"model_type": nncf.ModelType.TRANSFORMER})
+        smooth = {"model_type": nncf.ModelType.TRANSFORMER}
         plain = {"advanced_parameters": nncf.AdvancedQuantizationParameters(smooth_quant_alpha=-1)}
-        yield "OpenVINO, NNCF int8, plain ranges", nncf_run(exact, rows, plain)
-    yield "ptq4dm W8A8", torch_run(copy.deepcopy(int8).to(**last))
+        yield "OpenVINO, NNCF int8", lambda: nncf_run(exact, subject.seen, smooth)
+        yield "OpenVINO, NNCF int8, plain ranges", lambda: nncf_run(exact, subject.seen, plain)
+    for method, config in subject.methods.items():
+        if method.partition(" ")[0] in groups:
+            yield from _ours(subject, method, config)
+
+
+def _ours(subject: Subject, method: str, config: ptq4dm.QuantConfig) -> Iterator[tuple[str, Callable[[], Run]]]:
+    made: list[nn.Module] = []
+
+    def model() -> nn.Module:
+        if not made:
+            made.append(subject.quantized(config).to(memory_format=torch.channels_last))
+        return copy.deepcopy(made[0])
+
+    yield f"ptq4dm {method}", lambda: torch_run(model())
+    for precision in ("float32", "bfloat16"):
+        yield f"ptq4dm {method}, optimized, {precision}", lambda p=precision: optimized(model(), p)
     if HAS_OPENVINO:
         for precision in ("float32", "bfloat16"):
-            name = f"ptq4dm W8A8 through OpenVINO, {precision}"
-            yield name, torch_run(through(copy.deepcopy(int8), precision))
-
-
-def labels_of(pipe, batch: int) -> Tensor | None:
-    """A class for each of a batch; None for a model without."""
-    count = class_count(pipe)
-    return None if count is None else torch.arange(batch) % count
+            name = f"ptq4dm {method} through OpenVINO, {precision}"
+            yield name, lambda p=precision: torch_run(through(model(), p))

@@ -7,7 +7,7 @@
     BasicTransformerBlock (DiT)
 
 Attention keeps its processor, which is handed `Codes` in place of a tensor. Modules, parameters and names stay, and a
-block computes unfused where fusing does not apply, as in ptq4dm/layers/fuse.py.
+block computes unfused where fusing does not apply, as in ptq4dm/layers/fusing/fuse.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from ...layers.attention.processors import plain_processor
-from ...layers.fuse import FUSED
+from ...layers.fusing.fuse import FUSED
 from .fused_parts import (
     added_projections,
     before,

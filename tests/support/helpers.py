@@ -1,5 +1,6 @@
 """What tests of many rooms share: random numbers, the answers of models, and how far apart two answers are."""
 
+import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
@@ -49,3 +50,9 @@ def same(one, other):
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
+
+
+# Before VNNI two products of 8-bit integers are added in 16 bits.
+needs_vnni = pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported(), reason="OpenVINO's products of 8-bit integers overflow on a CPU without VNNI"
+)

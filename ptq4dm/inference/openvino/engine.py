@@ -108,9 +108,12 @@ class ThroughOpenVINO(Graphed):
                 made = self._convert(call, tensors)
                 compiled, difference = self._compared(made, tensors, expected)
         if not difference <= FAR:
+            vnni = (
+                "" if torch.cpu._is_vnni_supported() else "; products of 8-bit integers overflow there without VNNI"
+            )
             raise UserError(
                 f"what OpenVINO made of {type(self.model).__name__} gives something else than the model itself "
-                f"(|difference|^2 is {difference:.1e} of |output|^2); run it by its own kernels."
+                f"(|difference|^2 is {difference:.1e} of |output|^2{vnni}); run it by its own kernels."
             )
         self.conversions[form] = made
         self.captures += 1
@@ -160,15 +163,17 @@ class ThroughOpenVINO(Graphed):
     def lines(self) -> list[str]:
         """What is said of it."""
         lines = [f"served by OpenVINO {installed()}, what is not quantized in {self.precision}"]
-        if not self.graphs:
-            return [*lines, "converted at its first call"]
         served: Any = list(self.graphs.values())
-        if self.layers:
+        if served and self.layers:
             lines += product_lines(self.layers, served[-1].compiled)
-        lines.append(
-            f"{self.converted} conversions, {self.loaded} loaded, compiled for {len(served)} shapes, {self.replays} "
-            f"calls; the first differed from the model's own by {max(one.difference for one in served):.1e} of |e|^2"
-        )
+        if served:
+            most = max(one.difference for one in served)
+            lines.append(
+                f"{self.converted} conversions, {self.loaded} loaded, compiled for {len(served)} shapes, "
+                f"{self.replays} calls; the first differed from the model's own by {most:.1e} of |e|^2"
+            )
+        else:
+            lines.append("converted at its first call")
         return [*lines, *(f"{count} calls as they are: {why}" for why, count in self.plain.items())]
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
-from ..fuse import unhooked
+from ...hooks import unhooked
 
 PROCESSOR = transformer_flux.FluxAttnProcessor
 

@@ -6,6 +6,7 @@ import pytest
 from diffusers import DDIMScheduler
 
 import ptq4dm
+from helpers import needs_vnni
 from models import pixel_dit
 from ptq4dm import PixelDiTPipeline
 from ptq4dm.cli.main import main
@@ -23,6 +24,7 @@ def model(tmp_path, monkeypatch):
     return tmp_path / "dit"
 
 
+@needs_vnni
 def test_generate(model, capsys):
     options = ["generate", "--model", str(model), "--num-images", "2", "--num-inference-steps", "3", "--json"]
     assert main([*options, "--output", "one", "--engine", "openvino"]) == 0
@@ -38,8 +40,18 @@ def test_generate(model, capsys):
     assert "leave it out with --engine" in capsys.readouterr().err
 
 
+@needs_vnni
 def test_evaluate(model, capsys):
     few = ["--num-images", "0", "--metric", "none", "--num-paired", "2", "--num-heldout", "2", "--batch-size", "2"]
     few += ["--num-inference-steps", "2", "--full-precision", str(model)]
     assert main(["evaluate", "--model", str(model), *few, "--engine", "openvino"]) == 0
     assert "quantized layers in products of int8" in capsys.readouterr().out
+
+
+@needs_vnni
+def test_info_names_what_each_product_runs_in(model, capsys):
+    assert main(["info", "--model", str(model), "--engine", "openvino", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert len(layers) > 10 and all(row["kernel"].startswith(("openvino i8 ", "openvino u8 ")) for row in layers)
+    assert main(["info", "--model", str(model), "--engine", "openvin"]) == 2
+    assert "engine 'openvin' is unknown" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from torch import nn
 from helpers import distance, normal
 from ptq4dm.errors import UserError
 from ptq4dm.layers.choices import check_choices, choices_of
-from ptq4dm.layers.fuse_report import why_left
+from ptq4dm.layers.fusing.report import why_left
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.split.first import FirstTokenPlan

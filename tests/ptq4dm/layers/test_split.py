@@ -12,7 +12,7 @@ from helpers import correlated, distance, normal
 from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
 from ptq4dm.layers.choices import check_choices, check_fit, choices_of
-from ptq4dm.layers.fuse_report import why_left
+from ptq4dm.layers.fusing.report import why_left
 from ptq4dm.layers.plan import Int4Plan, LayerPlan, Plan
 from ptq4dm.layers.power import PowerPlan
 from ptq4dm.layers.progressive import ProgressivePlan

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMPipeline
 import ptq4dm
 from models import dit, plain_unet, unet
 from ptq4dm.layers.base import holds_quantized
-from ptq4dm.layers.fuse import unfuse
+from ptq4dm.layers.fusing.fuse import unfuse
 from ptq4dm.pipelines.sampling import sample
 from states import interrupted_at, lines_of, state_of
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import needs_vnni
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.layers.progressive import ProgressivePlan
 from ptq4dm.layers.registry import quantized_copy
@@ -87,6 +88,7 @@ def close(a, b):
     return float((a - b).abs().max()) <= 2e-5 * float(b.abs().max())
 
 
+@needs_vnni
 @pytest.mark.parametrize("plan", LINEAR)
 def test_linear_layers_in_integers(plan):
     layer, x = linear(LINEAR[plan])
@@ -95,6 +97,7 @@ def test_linear_layers_in_integers(plan):
     assert engine.products()["layer"][0] in ("i8", "u8")
 
 
+@needs_vnni
 @pytest.mark.parametrize("plan", CONV)
 @pytest.mark.parametrize("stride", (1, 2))
 def test_convolutions_in_integers(plan, stride):
@@ -115,6 +118,7 @@ def test_layers_in_floats_are_told_by_name(plan):
     assert "1 products unpack weights of 4 bits" in said
 
 
+@needs_vnni
 def test_grouped_convolutions():
     layer, x = conv(LayerPlan(**STATIC), groups=4)
     y, _ = through(layer, x)
@@ -129,6 +133,7 @@ def test_narrower_grids(bits):
     assert close(through(layer, x)[0], truth(layer, x))
 
 
+@needs_vnni
 @pytest.mark.parametrize("plan", [*LINEAR.values(), *GROUPED.values()], ids=[*LINEAR, *GROUPED])
 def test_nothing_is_rounded_anew(plan):
     """The constants of the converted model are the codes and scales of the layer."""

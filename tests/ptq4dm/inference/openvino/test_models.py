@@ -7,6 +7,7 @@ import torch
 
 import models
 import ptq4dm
+from helpers import needs_vnni
 from ptq4dm.quantization.quantize import quantize
 
 pytest.importorskip("openvino")
@@ -56,6 +57,7 @@ def far(given, expected):
     return float((given - expected).square().sum() / expected.square().sum())
 
 
+@needs_vnni
 @pytest.mark.parametrize("kind", ("dit", "unet"))
 @pytest.mark.parametrize("made", (static, dynamic))
 def test_quantized_denoisers(kind, made):
@@ -86,6 +88,7 @@ def test_outputs_are_of_the_class_of_diffusers():
     assert isinstance(call(model, 2), tuple)
 
 
+@needs_vnni
 def test_a_pipeline_samples_as_before():
     pipe = static(pipeline())
     before = ptq4dm.sample(pipe, (0, 1, 2), num_inference_steps=4)
@@ -104,6 +107,7 @@ def test_plain_models_in_bfloat16():
     assert "what is not quantized in bfloat16" in str(report) and "quantized layers" not in str(report)
 
 
+@needs_vnni
 @torch.no_grad()
 def test_written_weights_are_noticed():
     pipe = dynamic(pipeline())
@@ -131,6 +135,7 @@ def test_as_they_are_with_hooks_gradients_and_in_training():
     assert dict(model.forward.plain) == {"'transformer_blocks.0' has a hook": 1, "gradients are enabled": 1}
 
 
+@needs_vnni
 def test_conversions_are_saved_and_found(tmp_path):
     model = network(dynamic(pipeline()))
     expected = call(model, 2)[0]
@@ -151,6 +156,7 @@ def test_conversions_are_saved_and_found(tmp_path):
     assert far(call(model, 2)[0], expected) < 1e-3 and model.forward.converted == 1
 
 
+@needs_vnni
 @pytest.mark.parametrize("options", (dict(), dict(activations="int8"), dict(unsigned=True)), ids=str)
 def test_svdquant_keeps_smoothing_and_branch(options):
     pipe = pipeline()
@@ -166,7 +172,7 @@ def test_svdquant_keeps_smoothing_and_branch(options):
 WRONG = {
     "openvinos": (dict(engine="openvinos"), "engine 'openvinos' is unknown; choose from"),
     "precision": (dict(engine="openvino", precision="int8"), "precision is one of float32, bfloat16"),
-    "alone": (dict(precision="float32"), "precision and cache are an engine's"),
+    "alone": (dict(cache="folder"), "cache is an engine's"),
     "both": (dict(engine="openvino", fused=True), "leave them out with an engine"),
     "cache": (dict(engine="openvino", cache=3), "cache is a folder"),
 }

@@ -14,8 +14,8 @@ import ptq4dm
 from helpers import run
 from ptq4dm import RTNConfig
 from ptq4dm.kernels.w8a8 import layer as w8a8
-from ptq4dm.layers import fuse as FUSE
 from ptq4dm.layers.base import is_quantized
+from ptq4dm.layers.fusing import fuse as FUSE
 
 CUDA = torch.cuda.is_available()
 NAMES = {
@@ -53,11 +53,17 @@ def quantized(unet, store):
     return build
 
 
+@pytest.fixture(autouse=True)
+def no_cpu_kernels(monkeypatch):
+    """As on a CPU without kernels for fused modules; test_fuse_cpu.py has them."""
+    monkeypatch.setattr(FUSE.cpu, "kernels_for", lambda device: False)
+
+
 @contextlib.contextmanager
 def fused_here(monkeypatch, kernel=None):
     """Take this device for one that fused passes run on; kernel: the one to run there."""
     with monkeypatch.context() as patch:
-        patch.setattr(FUSE, "_on_kernels", lambda _: True)
+        patch.setattr(FUSE.unet, "on_kernels", lambda _: True)
         if kernel:
             patch.setattr(w8a8, "kernel_name", lambda *_: kernel)
         yield

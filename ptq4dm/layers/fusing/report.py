@@ -6,9 +6,10 @@ from collections import Counter
 
 from torch import nn
 
-from ..handed.notes import Notes
-from .base import QuantizedLayer
+from ...handed.notes import Notes
+from ..base import QuantizedLayer
 
+KERNELS = "fused kernels are for NVIDIA GPUs, and in static int8 for CPUs with VNNI and a C++ compiler"
 FORM = "it is built otherwise than those that are fused"
 
 
@@ -44,7 +45,7 @@ class FuseReport(list):
     def note(self, model: nn.Module, hooked: list[str], on_kernels: bool) -> None:
         """Say when the fused modules of a model compute as before. hooked: those that have hooks."""
         if not on_kernels:
-            self.notes.append("on this device every module computes as before: fused kernels are for NVIDIA GPUs")
+            self.notes.append(f"on this device every module computes as before: {KERNELS}")
         if model.training:
             self.notes.append("in training modules compute as before; call eval()")
         if hooked:

@@ -1,0 +1,1 @@
+"""What fused modules compute: of UNets, of transformers, and by a CPU's kernels."""

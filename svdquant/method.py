@@ -44,15 +44,16 @@ class SVDQuantConfig(QuantConfig):
     rank: of the low-rank branch; 0 leaves it out.
     group_size: inputs per weight scale (and per activation scale of int4).
     activations: "int4" (per token and group), "int8" or "fp8" (per token).
-    smoothing: "search"; "exhaustive" (the authors' whole grid on the enclosing module's output: slow); "none"; or a
-        number, alpha, with beta = 1 - alpha.
-    rounding: "gptq", "nearest" or another of rounding.ROUNDERS. refinements: most turns of branch and rounding.
+    smoothing: "search", where nothing is said; "exhaustive" (the authors' whole grid on the enclosing module's
+        output: slow); "none"; or a number, alpha, with beta = 1 - alpha.
+    rounding: "gptq", where nothing is said; "nearest" or another of rounding.ROUNDERS. refinements: most turns of
+        branch and rounding.
     num_tuples: calibration tuples used, evenly from the store.
     unsigned: lift inputs that are the outputs of GELU or SiLU above zero and round them to 0..15 (int4 only), as the
         authors do. Off: on dit-cifar10 it costs 4 dB of same-seed PSNR (zeros then lie between two codes), and
         Nunchaku Lite checkpoints cannot hold such layers.
     evidence: "store", what layers are fed in calibration; or "none", weights alone: no calibration, no smoothing,
-        rounding to nearest, "weight-only" layers in 8 bits; found in seconds.
+        rounding to nearest, "weight-only" layers in 8 bits; found in seconds. A store then only measures errors.
     roles: shell pattern of layer names -> "w4", "weight-only" (4-bit codes, inputs as they are), "int8", "keep"; the
         first that fits counts. Otherwise: token-wise Linear and 1x1 Conv2d layers of repeated blocks are "w4"; layers
         of blocks that are fed an embedding and widen it at least twice (adaLN) "weight-only"; other layers of blocks
@@ -62,8 +63,10 @@ class SVDQuantConfig(QuantConfig):
     rank: int = option(32, "of the low-rank branch", low=0, high=1024)
     group_size: int = option(64, "inputs per scale", choices=GROUP_SIZES)
     activations: str = option("int4", "format of inputs", choices=ACTIVATIONS[:3])
-    smoothing: str | float = option("search", "search, exhaustive, none, or alpha", parse=number_or_word)
-    rounding: str = option("gptq", "how weights are rounded")
+    smoothing: str | float | None = option(
+        None, "search, exhaustive, none, or alpha; left out, search, and none without evidence", parse=number_or_word
+    )
+    rounding: str | None = option(None, "how weights are rounded; left out, gptq, and nearest without evidence")
     refinements: int = option(10, "most turns of branch and rounding", low=0, high=100_000)
     num_tuples: int = option(32, "calibration tuples used", low=1)
     unsigned: bool = option(False, "lift the outputs of GELU and SiLU above zero (int4)")
@@ -78,11 +81,16 @@ class SVDQuantConfig(QuantConfig):
                 f"unsigned lifts int4 inputs, and with activations='{self.activations}' would change nothing; leave "
                 "it out, or take activations='int4'."
             )
+        alone = self.evidence == "none"
+        if self.smoothing is None:
+            self.smoothing = "none" if alone else "search"
+        if self.rounding is None:
+            self.rounding = "nearest" if alone else "gptq"
         ROUNDERS.find(self.rounding)
-        if self.plan is None and self.evidence == "none" and self._asks_inputs:
+        if self.plan is None and alone and self._asks_inputs:
             raise UserError(
-                "evidence='none' rounds to nearest and smooths nothing: unsigned, other values of smoothing and "
-                "other roundings look at what layers are fed; take evidence='store' for them."
+                "evidence='none' rounds to nearest, and smooths and lifts nothing; leave out rounding, smoothing and "
+                "unsigned, or take evidence='store', which knows what layers are fed."
             )
         number = isinstance(self.smoothing, (int, float)) and 0 <= self.smoothing <= 1
         if not number and self.smoothing not in ("search", "exhaustive", "none"):
@@ -94,9 +102,8 @@ class SVDQuantConfig(QuantConfig):
 
     @property
     def _asks_inputs(self) -> bool:
-        """Whether choices are made that look at what layers are fed. Without data, the defaults of rounding and
-        smoothing mean what is left of them: nearest, and none."""
-        return self.unsigned or self.smoothing not in ("search", "none") or self.rounding not in ("gptq", "nearest")
+        """Whether choices are made that look at what layers are fed."""
+        return self.unsigned or self.smoothing != "none" or self.rounding != "nearest"
 
     @property
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here an option decides
@@ -112,7 +119,8 @@ class SVDQuantConfig(QuantConfig):
         return self.evidence == "store"
 
     def otherwise(self) -> str:
-        return "" if self._asks_inputs or super().needs_calibration else ", or choose evidence='none'"
+        needed = self.unsigned or self.smoothing not in ("search", "none") or self.rounding not in ("gptq", "nearest")
+        return "" if needed or super().needs_calibration else ", or choose evidence='none'"
 
     def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, object]:
         """Roles from how the layers are called, and a plan for each: SVDQPlan, or LayerPlan in 8 bits."""
@@ -145,23 +153,19 @@ class SVDQuantConfig(QuantConfig):
 
     def _weight_only(self) -> SVDQPlan:
         return SVDQPlan(
-            rank=0, group_size=self.group_size, activation="none", alpha=0.0, beta=0.0, rounding=self._rounding,
+            rank=0, group_size=self.group_size, activation="none", alpha=0.0, beta=0.0, rounding=self.rounding,
             seed=self.seed, evidence=self.evidence,
         )  # fmt: skip
 
     def _w4(self, lender: str) -> SVDQPlan:
         alpha = beta = None
-        if self.smoothing == "none" or self.evidence == "none":
+        if self.smoothing == "none":
             alpha = beta = 0.0
         elif not isinstance(self.smoothing, str):
             alpha, beta = float(self.smoothing), 1 - float(self.smoothing)
         return SVDQPlan(
             rank=self.rank, group_size=self.group_size, activation=self.activations, alpha=alpha, beta=beta,
-            lender=lender, rounding=self._rounding, refinements=self.refinements,
+            lender=lender, rounding=self.rounding, refinements=self.refinements,
             shift=None if self.unsigned and self.activations == "int4" else 0.0, seed=self.seed,
             search="exhaustive" if self.smoothing == "exhaustive" else "finalists", evidence=self.evidence,
         )  # fmt: skip
-
-    @property
-    def _rounding(self) -> str:
-        return "nearest" if self.evidence == "none" else self.rounding

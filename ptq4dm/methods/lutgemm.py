@@ -71,7 +71,9 @@ class LUTGEMMConfig(QuantConfig):
     packs_while_loading: ClassVar[bool] = False
     bits: int = option(3, "sign planes of a weight", low=1, high=MOST_BITS)
     group_size: int | None = option(128, "inputs that share scales: 32, 64 or 128", parse=int)
-    planes: str | None = option(None, "fitted, or uniform: those of a uniform grid; fitted at 1 bit alone")
+    planes: str | None = option(
+        None, "fitted, or uniform: those of a uniform grid; left out, fitted at 1 bit and uniform above"
+    )
     rounds: int = option(ROUNDS, "of the fit of planes, after its greedy start", low=0)
     emphasis: float = option(1.0, "errors of weights count by |w| to this power", low=0, high=MOST_EMPHASIS)
     rounding: str = option("gptq", "how codes are chosen: nearest, or gptq by calibration inputs")

@@ -113,12 +113,31 @@ def test_a_plan_is_followed_to_the_bit():
     assert same(model.state_dict(), other.state_dict())
 
 
-@pytest.mark.parametrize(
-    "choice", [{"unsigned": True, "activations": "int4"}, {"smoothing": 0.5}, {"smoothing": "exhaustive"}]
-)
+ASKING = [
+    {"unsigned": True, "activations": "int4"},
+    {"smoothing": 0.5},
+    {"smoothing": "exhaustive"},
+    {"smoothing": "search"},
+    {"rounding": "gptq"},
+]
+
+
+@pytest.mark.parametrize("choice", ASKING)
 def test_refuses_what_looks_at_inputs(choice):
     with pytest.raises(UserError, match="evidence='store'"):
         SVDQuantConfig(evidence="none", **choice)
+
+
+def test_says_what_is_done():
+    assert (CONFIG.rounding, CONFIG.smoothing) == ("nearest", "none")
+    assert (SVDQuantConfig().rounding, SVDQuantConfig().smoothing) == ("gptq", "search")
+
+
+def test_a_model_that_loads_is_told_of_the_way_without(tmp_path):
+    model = dit(num_attention_heads=2, attention_head_dim=32)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="while a model loads.*evidence='none'"):
+        type(model).from_pretrained(tmp_path, quantization_config=SVDQuantConfig())
 
 
 def test_needs_no_store_and_says_that_there_is_a_way_without():

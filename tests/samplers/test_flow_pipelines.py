@@ -36,6 +36,10 @@ def pictures(output):
     return output.float()
 
 
+# Whose random networks give a velocity that hardly changes: its polynomials are nearly constant, of any order.
+STILL = ("HunyuanVideoPipeline", "MochiPipeline")
+
+
 @pytest.mark.parametrize("name", [*TEXT, *IMAGE])
 def test_order_0_is_the_pipelines_own_sampler_and_higher_orders_run(name, catalogue, one_thread):
     case = catalogue.PIPELINES[name]()
@@ -46,8 +50,8 @@ def test_order_0_is_the_pipelines_own_sampler_and_higher_orders_run(name, catalo
     assert (found - expected).abs().max() < 1e-4 * expected.std()
     case.pipe.scheduler = DEISScheduler.from_config(own.config)
     higher = pictures(catalogue.run(case, [0]))
-    # Not far, where a random network's velocity hardly changes: polynomials of it are then nearly constant.
-    assert higher.isfinite().all() and (higher - expected).abs().max() > 1e-6 * expected.std()
+    least = 1e-6 if name in STILL else 1e-3
+    assert higher.isfinite().all() and (higher - expected).abs().max() > least * expected.std()
 
 
 @pytest.mark.parametrize("solver", ["t_ab", "rho_rk"])

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from PIL import Image
 
 from models import plain_unet
@@ -462,7 +468,7 @@ WRONG = [
     ([*DISTILL, "--output", "file/s"], "cannot write file/s: "),
     ([*DISTILL, "--output", "taken"], "taken.run is not empty; go on with the run in it (--resume)"),
     (["distill", "--model", "static"], "the teacher is quantized"),
-    (["distill", "--model", "velocity"], "needs a teacher that predicts epsilon; DDIMScheduler says 'v_prediction'"),
+    (["distill", "--model", "flow", "--images", "1"], "DDPMPipeline does not scale its input"),
 ]  # fmt: skip
 
 
@@ -476,7 +482,7 @@ def desk(here, models):
         ("torn", "store"),
         ("orphan", "static"),
         ("confused", "static"),
-        ("velocity", "unet"),
+        ("flow", "unet"),
     ):
         shutil.copytree(models / source, here / name)
     for path in ("broken/unet/diffusion_pytorch_model.safetensors", "torn/statistics.safetensors"):
@@ -484,8 +490,9 @@ def desk(here, models):
     record = json.loads(Path("orphan/quantization.json").read_text())
     Path("orphan/quantization.json").write_text(json.dumps({**record, "model": "gone"}))
     Path("confused/quantization.json").write_text("[]")
-    path = Path("velocity/scheduler/scheduler_config.json")
-    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+    FlowMatchEulerDiscreteScheduler().save_pretrained("flow/scheduler")
+    path = Path("flow/model_index.json")
+    path.write_text(path.read_text().replace("DDIMScheduler", "FlowMatchEulerDiscreteScheduler"))
     (here / "file").write_text("mine")
     (here / "taken.run").mkdir()
     (here / "taken.run" / "thesis.txt").write_text("mine")

@@ -83,7 +83,7 @@ def _launch(
 ) -> Launch:  # fmt: skip
     """k: of (x | more); joined: columns of x, stride of more; modulated: strides of the norm's vectors, rows, eps."""
     if rotated:  # by runs
-        config = config | {"STEP": max(config["STEP"], RUN)}
+        config = config | {"STEP": max(config["STEP"], RUN), "maxnreg": None}  # v of float32 take more registers
     programs, fixed = activation_launch(config, mode, m, k, *sizes, samples)
     fixed |= dict(zip(("x_columns", "stride_more"), joined, strict=True))
     fixed |= dict(

@@ -1,4 +1,4 @@
-"""Rows of rotated inputs (ConvRot, arXiv 2512.03673), and of a branch of the inputs' directions (DiRotQ, 2605.16732)."""
+"""Rows of rotated inputs (ConvRot, arXiv 2512.03673), and of a branch of inputs (DiRotQ, arXiv 2605.16732)."""
 
 from __future__ import annotations
 

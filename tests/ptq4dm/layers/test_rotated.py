@@ -138,6 +138,45 @@ def test_outliers_of_a_channel_cost_less(name, dtype, plan):
         assert distance(y, exact) < 0.9 * distance(plain(x), exact)
 
 
+TOKENS = {
+    "int8": LayerPlan(),
+    "fp8": LayerPlan("fp8"),
+    "int4 g64": Int4Plan(group_size=64),
+    "progressive": ProgressivePlan(group_size=64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", TOKENS.values(), ids=TOKENS)
+def test_codes_and_their_product_are_the_layer(plan, dtype):
+    """In two steps, as kernels on a GPU take them: the same as in one, but for where bfloat16 is rounded."""
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 24).to(dtype)
+    packed = quantized_copy(layer, rotated_plan(plan, 64, "regular"), "layer")
+    x = normal(3, 7, 128, dtype=dtype)
+    y = packed._of_codes(packed.encode(x, None, dtype))
+    assert y.dtype == dtype and y.shape == (3, 7, 24)
+    assert distance(y, packed(x)) < (1e-3 if dtype == torch.float32 else 6e-3)
+    assert packed.codes_key() is None and not packed.rotates_in_codes  # without a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plan", TOKENS.values(), ids=TOKENS)
+def test_one_kernel_rotates_and_quantizes_on_a_gpu(plan, dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 96).to(dtype)
+    packed = quantized_copy(layer, rotated_plan(plan, 64, "regular"), "layer")
+    x = normal(3, 70, 512, dtype=dtype)
+    x[..., 5] *= 40
+    due = packed(x.float())
+    moved = packed.cuda()
+    assert moved.rotates_in_codes and "rotation" not in moved.kernels_text()
+    assert distance(moved(x.cuda()), due) < (0.02 if plan.format == "fp8" else 0.012)
+    assert distance(moved(x.float().cuda()), due) < 0.012  # of floats the rotation is a product of torch
+
+
 def test_rounding_sees_rotated_inputs():
     """GPTQ on inputs near a plane takes more off than rounding to nearest leaves."""
     torch.manual_seed(0)

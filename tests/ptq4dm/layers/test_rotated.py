@@ -12,6 +12,7 @@ from torch import nn
 
 import ptq4dm
 from helpers import correlated, distance, normal, run, same
+from models import dit
 from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
 from ptq4dm.hooks import hooked
@@ -359,3 +360,25 @@ def test_wrong_plans_are_refused(choices, words):
         check_choices("layer", choices_of("layer", data))
     with pytest.raises(UserError, match="100 inputs do not divide into groups of 32"):
         check_fit("layer", plan, nn.Linear(100, 8))
+
+
+@pytest.mark.parametrize("make", [ptq4dm.RTNConfig, lambda **more: ptq4dm.SVDQuantConfig(evidence="none", **more)])
+def test_layers_are_rotated_while_a_model_loads(make, tmp_path):
+    """Nothing of the float model changes, so each layer can be packed as its weight arrives."""
+    options = {"transforms": ("hadamard:16",)}
+    options |= {} if make is not ptq4dm.RTNConfig else {"activations": "dynamic", "weight_bits": 4}
+    model = dit()
+    model.save_pretrained(tmp_path / "float")
+    ptq4dm.quantize(model, make(**options))
+    loaded = type(model).from_pretrained(tmp_path / "float", quantization_config=make(**options))
+    assert same(loaded, model) and torch.equal(run(loaded), run(model))
+    assert any("hadamard 16" in str(layer.plan) for layer in loaded.modules() if is_quantized(layer))
+
+
+def test_changed_models_and_static_grids_are_not_loaded_so(tmp_path):
+    model = dit()
+    model.save_pretrained(tmp_path / "float")
+    for transforms in (("rotate",), ("hadamard:16", "rotate")):
+        with pytest.raises(UserError, match="load it in full precision"):
+            config = ptq4dm.RTNConfig(activations="dynamic", transforms=transforms)
+            type(model).from_pretrained(tmp_path / "float", quantization_config=config)

@@ -131,6 +131,11 @@ def svdquant_calls(capability: tuple[int, int], rank: int, nonlinearity: str, qu
             for form, shift in (("rms", None),) if quick else (("rms", None), ("rms", scale[1]), ("layer", scale[1])):
                 norm = (empty(1, k), shift, 1e-6, form)
                 from_codes.codes_through(name, empty(rows, k), None, weight[2], branch[0], 0.0, norm)
+            for group in (64,) if quick else (64, 256):  # rotated, too
+                rotated = (None, weight[2], branch[0], 0.0, None, "", group)
+                from_codes.codes_through(name, empty(rows, k), *rotated)
+                if not quick:
+                    from_codes.codes_through(name, empty(rows, k), None, weight[2], None, 0.0, scale, "", group)
             for gate in ("gelu",) if quick else ("gelu", "silu"):
                 halves = empty(rows, k), empty(rows, k)
                 from_codes.codes_through(name, *halves, weight[2], branch[0], 0.0, None, gate)

@@ -32,7 +32,7 @@ class Int4Layer(RoundedLayer):
     qweight           [N, K'/2] uint8, K' = K up to a multiple of 64; of a convolution K counts kernel, then channel
     wscales           [N, G] float32 where G = 1, else float16, or bfloat16 where scales are too small for it
     wzeros            [N, G] int8, affine layers only
-    levels            None; of a codebook, levels in the place of a uniform grid (codebook/layers.py)
+    levels            None; of a codebook, levels in the place of a uniform grid (codebook.py)
     input_scale       [] float32    static layers only
     input_zero_point  [] int32      static layers only
     """

@@ -13,7 +13,7 @@ from ..allocation.mixed_rows import with_wide_rows
 from ..allocation.roles import allocate, edge_role
 from ..calibration.evidence import chosen_calls
 from ..calibration.store import CalibrationStore
-from ..layers.codebook.layers import TABLES, CodebookPlan
+from ..layers.codebook import TABLES, CodebookPlan
 from ..layers.plan import Int4Plan, LayerPlan
 from ..layers.power import PowerPlan
 from ..layers.progressive import ProgressivePlan
@@ -42,7 +42,7 @@ class IntegerConfig(QuantConfig):
         do not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
     affine: weights in 4 bits with zero points.
     weight_grid: "uniform"; "codebook", 16 levels of 4 bits that are fitted to the weight, and to what layers are fed
-        where rounding or objective look at that (layers/codebook/layers.py); "progressive", of 4 bits with zero points, with scales that are whole steps of an 8-bit
+        where rounding or objective look at that (layers/codebook.py); "progressive", of 4 bits with zero points, with scales that are whole steps of an 8-bit
         weight, so that an 8-bit product has it exactly (layers/progressive.py); or "power", whose steps grow with the
         weight (layers/power.py): `simulated`, for it is computed through a codebook. Layers that `first_last` gives 8
         bits stay uniform.

@@ -11,7 +11,7 @@ from helpers import correlated, same
 from ptq4dm import PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.evidence import LayerEvidence
 from ptq4dm.layers.choices import check_choices
-from ptq4dm.layers.codebook.layers import CodebookPlan
+from ptq4dm.layers.codebook import CodebookPlan
 from ptq4dm.layers.plan import Int4Plan, Plan
 from ptq4dm.layers.registry import empty_quantized, needs_of, quantized_copy
 from ptq4dm.layers.stored import check_stored

@@ -13,17 +13,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...evidence import LayerEvidence
-from ...kernels.formats.codebook import LEVELS, LIMIT, CodebookGrid
-from ...ranges.codebook import codebook_grid
-from .. import int4_ops
-from ..base import frozen
-from ..choices import check_groups
-from ..int4 import Int4Conv2d, Int4Layer, Int4Linear
-from ..plan import BITS, FLOAT_INPUTS, LayerPlan, check_group_size
-from ..registry import register_format
-from ..stored import check_integers
-from ..w8a8 import check_input_grid, put_input_grid
+from ..evidence import LayerEvidence
+from ..kernels.formats.codebook import LEVELS, LIMIT, CodebookGrid
+from ..ranges.codebook import codebook_grid
+from . import int4_ops
+from .base import frozen
+from .choices import check_groups
+from .int4 import Int4Conv2d, Int4Layer, Int4Linear
+from .plan import BITS, FLOAT_INPUTS, LayerPlan, check_group_size
+from .registry import register_format
+from .stored import check_integers
+from .w8a8 import check_input_grid, put_input_grid
 
 TABLES = ("tensor", "row")
 

@@ -33,6 +33,8 @@ class CodebookGrid:
     scales: Tensor
     levels: Tensor
     kind: ClassVar[str] = "codebook"
+    low: ClassVar[int] = FIRST
+    high: ClassVar[int] = FIRST + LEVELS - 1
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes int8 [N, K] of the levels nearest to weight [N, K] float; halves go down."""

@@ -30,22 +30,30 @@ NORMAL = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326)
 
 
 def codebook_grid(
-    weight: Tensor, group_size: int | None = None, by_row: bool = False, evidence: LayerEvidence | None = None
+    weight: Tensor,
+    group_size: int | None = None,
+    by_row: bool = False,
+    evidence: LayerEvidence | None = None,
+    levels: Tensor | None = None,
 ) -> CodebookGrid:
     """The codebook grid of least error of a weight [N, K] float.
 
     group_size: inputs per scale; None gives each output one. by_row: levels of each output, else of the whole weight.
     evidence: what the layer is fed, with rows; then the error of each weight counts by the mean square of its input.
+    levels: int8 [1, 16] or, by row, [N, 16], rising: these, and scales alone are fitted.
     """
     weight = weight.float()
     n, k = weight.shape
     groups = 1 if group_size is None else k // group_size
     share = _share(evidence, weight)
     fit = _Fit(weight.view(n, groups, -1), share.view(1, groups, -1), n if by_row else 1)
-    for number in range(ROUNDS):
-        fit.fit_levels()
-        fit.search_scales() if number == SEARCHED else fit.fit_scales()
-    fit.round_levels()
+    if levels is None:
+        for number in range(ROUNDS):
+            fit.fit_levels()
+            fit.search_scales() if number == SEARCHED else fit.fit_scales()
+        fit.round_levels()
+    else:
+        fit.levels = levels.float()
     fit.search_scales()
     for _ in range(LAST):
         fit.fit_scales()

@@ -154,7 +154,7 @@ KERNELS: list[Kernel] = [
         compiled,
     ),
     Kernel(
-        COPY, "4-bit weights, progressive or one scale a row, of a codebook or among rows of 8 bits too; the copy is kept",
+        COPY, "4-bit weights, progressive or one scale a row, of a codebook or mixed rows too; the copy is kept",
         either(unpacked(w8a8.ONEDNN), two_widths(w8a8.ONEDNN)),
     ),
     Kernel(

@@ -44,7 +44,8 @@ def int4_codes(
 
     qweight: uint8 [N, K' / 2], contiguous, from `formats.int4.pack_int4(codes, 64)`, K' = K up to a multiple of 64,
     filled with codes 0. wscales [N, G] float, wzeros int8 [N, G] in [-8, 7] or None, G = 1 or K / 32, / 64 or / 128.
-    levels: int8 [1, 16] or [N, 16] of a codebook, which has no zero points, or None. A row with a scale that is no finite number gets the scale NaN where G > 1, as it has where G = 1.
+    levels: int8 [1, 16] or [N, 16] of a codebook, which has no zero points, or None. A row with a scale that is no
+    finite number gets the scale NaN where G > 1, as it has where G = 1.
 
     Raises ValueError for sizes that do not belong together.
     """
@@ -116,7 +117,9 @@ def reference(
     finite = scales.isfinite().all(1)
     used = (steps != 0).any(-1)
     channel = torch.where(used & finite[:, None], scales, 0.0).amax(1)
-    channel = channel / torch.full_like(channel, peak(wzeros, levels))  # a quotient: by a number CUDA multiplies by 1 / P
+    channel = channel / torch.full_like(
+        channel, peak(wzeros, levels)
+    )  # a quotient: by a number CUDA multiplies by 1 / P
     channel = torch.where(channel > 0, channel, 1.0)
     ratio = torch.where(finite[:, None], scales / channel[:, None], 0.0)
     codes = torch.where(used[:, :, None], steps * ratio[:, :, None], 0.0).round_().clamp_(-127, 127).to(torch.int8)

@@ -26,7 +26,8 @@ def _half(
     raw, wscales_ptr, wzeros_ptr, levels_ptr, n, start, in_row, N, K, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     STRIDE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One half of packed runs, `raw` [R, B, 32] of rows n whose inputs begin at `start` [B]: (q - z or t[q], s [R, B]).
+    """One half of packed runs, `raw` [R, B, 32] of rows n whose inputs begin at `start` [B]: (q - z, s [R, B]);
+    t[q] in the place of q - z where there are levels.
 
     A half lies in one group. Where it lies outside the weight both are 0.
     """
@@ -46,7 +47,8 @@ def _half(
 @triton.jit
 def _int4_codes_kernel(
     q_ptr, wscales_ptr, wzeros_ptr, levels_ptr, codes_ptr, scales_ptr, N, K, RUNS,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PEAK: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PEAK: tl.constexpr, R: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
     """RUNS: packed runs of a row; R rows and B runs are at hand at a time. GROUPS of SIZE inputs. Levels of a row
     lie STRIDE apart.

@@ -5,9 +5,8 @@
                                 8-bit product of them
     triton-w4a8-channel         one scale an output: the same
     triton-w4a8-grouped         scales of groups: prepare, then the product that scales the sums of groups
-    triton-w4a8-codebook        levels of a codebook in the place of codes: the product of one scale an output, or that
-                                of groups
-    triton-w4a8-row-mix         the same with rows of 8 bits among those of 4, two nibbles a code, in one launch
+    triton-w4a8-codebook        levels of a codebook for codes: the product of one scale an output, or that of groups
+    triton-w4a8-row-mix         that of groups with rows of 8 bits among those of 4, two nibbles a code, in one launch
     reference                   without a GPU: the formulas of progressive.py, grouped.py and row_mix.py; the truth
 
 Sums of codes are exact, and the same in all of them. Settings in tuned/: "progressive.product", for one scale an

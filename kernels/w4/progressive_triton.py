@@ -1,6 +1,6 @@
-"""`progressive_codes` in Triton: w8 = s1 (q - z), q - z, or t[q] of a codebook, as int8 in memory. A program does whole runs of inputs.
+"""`progressive_codes` in Triton: w8 = s1 (q - z), q - z, or t[q] of a codebook, as int8 in memory.
 
-Floor in bytes: N K / 2 read, N K written.
+A program does whole runs of inputs. Floor in bytes: N K / 2 read, N K written.
 """
 
 from __future__ import annotations

@@ -200,7 +200,15 @@ def int4_conv2d(
     static = input_scale is not None
     affine = wzeros is not None
     name = kernel_name(
-        x.device, False, inputs, wscales.shape[1], affine, static, activation_bits, groups, codebook=levels is not None
+        x.device,
+        False,
+        inputs,
+        wscales.shape[1],
+        affine,
+        static,
+        activation_bits,
+        groups,
+        codebook=levels is not None,
     )
     grid = (input_scale, input_zero_point, activation_bits)
     geometry = (list(stride), list(padding), list(dilation), groups)
@@ -246,7 +254,12 @@ def _floats(x: Tensor) -> Tensor:
 
 
 def _float_weight(
-    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None, inputs: int,
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wzeros: Tensor | None,
+    bias: Tensor | None,
+    inputs: int,
     levels: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """(weight [N, K], bias) in the type of `_floats(x)`, made for this call."""

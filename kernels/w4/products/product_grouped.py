@@ -158,7 +158,8 @@ def _with_highs(
 
 @triton.jit(do_not_specialize=["parts"])
 def _grouped_kernel(
-    x_ptr, w_ptr, factors_ptr, scales_ptr, levels_ptr, row_scale_ptr, slots_ptr, ready_ptr, highs_ptr, bias_ptr, y_desc, y_ptr,
+    x_ptr, w_ptr, factors_ptr, scales_ptr, levels_ptr, row_scale_ptr, slots_ptr, ready_ptr, highs_ptr, bias_ptr,
+    y_desc, y_ptr,
     M, N, K, groups, width, high, stored_rows, stride, parts,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr,
     PARTS: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,

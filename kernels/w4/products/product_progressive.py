@@ -49,8 +49,8 @@ def _factors(factors_ptr, run, half, columns, N, groups, SIZE: tl.constexpr, RUN
 def _progressive_kernel(
     x_ptr, w_ptr, factors_ptr, levels_ptr, row_scale_ptr, row_sum_ptr, column_scale_ptr, bias_ptr, y_desc, y_ptr,
     M, N, K, groups, steps,
-    KIND: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, RUNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BAND: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
+    KIND: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, RUNS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BAND: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """K: codes of a row in memory, a multiple of 64. SIZE: inputs of a group; 0 for one group a row. STRIDE: words
     from the levels of a row to those of the next."""

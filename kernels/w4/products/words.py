@@ -82,7 +82,7 @@ _LOOKED_UP = tl.constexpr(
 
 @triton.jit
 def codebook(levels_ptr, columns, N, STRIDE: tl.constexpr):
-    """The 16 levels of outputs `columns` [BN] as four words each, int32 [BN, 1, 1]: level i is byte i % 4 of word i / 4.
+    """The 16 levels of outputs `columns` [BN] in four words, int32 [BN, 1, 1]: level i is byte i % 4 of word i / 4.
 
     levels_ptr: to int32; STRIDE: words from one output to the next, 0 where all have the same.
     """

@@ -158,7 +158,7 @@ def test_sums_of_levels_are_exact(m, n, k, config, by_row):
         operands = (packed(codes), scales, None, None)
         y = integer.grouped_through(*there(x, *operands), config, levels=there(levels)[0])
         assert torch.equal(y.cpu(), grouped.reference(x, *operands, levels)), groups
-        exact = (levels.expand(n, -1).gather(1, codes.long() + 8).double().view(n, groups, -1) * scales[:, :, None])
+        exact = levels.expand(n, -1).gather(1, codes.long() + 8).double().view(n, groups, -1) * scales[:, :, None]
         q, s = token_codes(x)
         assert torch.equal(y.cpu().double(), (q.double() * s[:, None]) @ exact.view(n, k).T)
 

@@ -10,7 +10,6 @@ import ptq4dm  # noqa: F401
 words = pytest.importorskip("ptq4dm.kernels.w4.products.words", reason="needs Triton", exc_type=ImportError)
 
 
-
 def permuted(low, high, selector):
     """PRMT: byte i of the result is byte (nibble i of the selector & 7) of low and then high; no sign is spread."""
     assert not (selector & 0x8888).any()

@@ -17,7 +17,9 @@ def normal(*size, seed=0):
 
 
 def error(grid, weight, share=1.0):
-    return float(((weight - grid.values(grid.codes(weight))).square() * share).sum() / (weight.square() * share).sum())
+    return float(
+        ((weight - grid.values(grid.codes(weight))).square() * share).sum() / (weight.square() * share).sum()
+    )
 
 
 def test_a_normal_weight_gets_the_error_of_lloyd_and_max():
@@ -32,7 +34,9 @@ def test_levels_that_were_there_are_found(by_row):
     levels = torch.tensor([-127, -90, -71, -55, -40, -27, -15, -4, 3, 14, 26, 39, 54, 70, 91, 127.0])
     scales = torch.rand(12, 2, 1, generator=generator) + 0.5
     weight = (levels[torch.randint(16, (12, 2, 64), generator=generator)] * scales).view(12, 128)
-    assert error(codebook_grid(weight, 64, by_row), weight) < 0.3 * error(weight_grid(weight, 4, "mse", None, 64), weight)
+    assert error(codebook_grid(weight, 64, by_row), weight) < 0.3 * error(
+        weight_grid(weight, 4, "mse", None, 64), weight
+    )
 
 
 @pytest.mark.parametrize("size", [None, 64])

@@ -80,13 +80,13 @@ class CodebookLayer(Int4Layer):
         rows = self.plan.levels == "row" or getattr(self, "groups", 1) > 1
         self.levels = frozen(shape[0] if rows else 1, LEVELS, dtype=torch.int8, device=device)
 
-    def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> CodebookGrid:  # type: ignore[override]
+    def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> CodebookGrid:
         """The grid of a float32 weight [N, K], by the plan, with scales as they are stored."""
         grid = codebook_grid(matrix, self.plan.group_size, self.plan.levels == "row", evidence)
         grid.scales = self.stored_scales(grid.scales)
         return grid
 
-    def fill(self, codes: Tensor, grid: CodebookGrid) -> None:  # type: ignore[override]
+    def fill(self, codes: Tensor, grid: CodebookGrid) -> None:
         levels = grid.levels.expand_as(self.levels).contiguous()
         scales = self.stored_scales(grid.scales)
         self.put(qweight=int4_ops.packed_rows(codes), wscales=scales, levels=levels)

@@ -44,9 +44,8 @@ class IntegerConfig(QuantConfig):
     weight_grid: "uniform"; "codebook", 16 levels of 4 bits that are fitted to the weight, and to what layers are fed
         where rounding or objective look at that (layers/codebook.py); "progressive", of 4 bits with zero points, with
         scales that are whole steps of an 8-bit weight, so that an 8-bit product has it exactly
-        (layers/progressive.py); or "power", whose steps grow with the weight
-        (layers/power.py): `simulated`, for its levels are floats. Layers that `first_last` gives 8
-        bits stay uniform.
+        (layers/progressive.py); or "power", whose steps grow with the weight (layers/power.py): `simulated`, for its
+        levels are floats. Layers that `first_last` gives 8 bits stay uniform.
     codebook_of: whose levels a codebook has: of the whole "tensor", or of each "row", with 16 bytes an output more.
     rotate_inputs: of progressive weights: inputs are turned by Hadamard matrices in every call, in layers whose
         output on calibration inputs has a smaller error for it. Inputs are "dynamic" then.

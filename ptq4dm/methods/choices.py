@@ -17,7 +17,7 @@ NUMBER_FORMATS = ("int8", "fp8")
 FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
-GRIDS = ("uniform", "power", "progressive")
+GRIDS = ("uniform", "power", "progressive", "codebook")
 
 
 def check_options(config: Any) -> None:
@@ -102,7 +102,12 @@ def _check_grid(config: Any) -> None:
     turned = {"format": "int8", "weight_bits": 4, "affine": False, "weight_grid": "progressive"}
     if config.rotate_inputs and (wanted := _other(config, activations="dynamic", **turned)):
         raise UserError(f"rotate_inputs goes with other options; give {wanted} with it, or leave it out.")
+    if config.codebook_of != type(config).codebook_of and config.weight_grid != "codebook":
+        raise UserError("codebook_of says whose levels a codebook has; give weight_grid='codebook', or leave it out.")
     if config.weight_grid == "uniform":
+        return
+    if config.weight_grid == "codebook":
+        _check_codebook(config)
         return
     if config.weight_grid == "progressive":
         _check_progressive(config)
@@ -116,6 +121,17 @@ def _check_grid(config: Any) -> None:
         raise UserError(
             f"weight_grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
             f"nothing; take {other}."
+        )
+
+
+def _check_codebook(config: Any) -> None:
+    if wanted := _other(config, format="int8", weight_bits=4, affine=False, split_inputs=False):
+        raise UserError(f"weight_grid='codebook' goes with other options; give {wanted} with it.")
+    if "codebook" not in ROUNDERS.find(config.rounding).grids:
+        serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if "codebook" in one.grids)
+        raise UserError(
+            f"rounding '{config.rounding}' does not serve levels of a codebook; take one of {serve}, or another "
+            "weight_grid."
         )
 
 

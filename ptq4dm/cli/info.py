@@ -21,7 +21,7 @@ from ..pipelines.sampling import sample
 from ..quantization.diffusers_bridge import quantization_config
 from ..quantization.recipe import QuantConfig
 from ..quantization.report import kernel_report, stored_bytes
-from ..quantization.verifying import verify
+from ..quantization.saving import verify
 from .options import QUANTIZED_FIRST, add_model, default_model, load
 from .output import result, say
 

@@ -49,8 +49,7 @@ def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
     views = [
         LayerView(name, module)
         for name, module in model.named_modules()
-        if name not in heads
-        and (type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module)))
+        if name not in heads and (type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module)))
     ]
     _mark_edges(getattr(model, "config", None), views)
     unmatched = [pattern for pattern in skip if not any(view.matches([pattern]) for view in views)]

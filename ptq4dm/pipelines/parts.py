@@ -19,8 +19,8 @@ def of_transformers(network: nn.Module) -> bool:
 def kind_of(pipe: Any, name: str) -> str:
     """What a pipeline's network of this name is for: DENOISER, ENCODER or AUTOENCODER.
 
-    What steers a denoiser (a ControlNet) runs at every step and counts as one. An encoder is any model of transformers;
-    an autoencoder decodes.
+    What steers a denoiser (a ControlNet) runs at every step and counts as one. An encoder is any model of
+    transformers; an autoencoder decodes.
     """
     network = getattr(pipe, name)
     if of_transformers(network):

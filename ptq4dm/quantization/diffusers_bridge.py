@@ -225,7 +225,7 @@ def resolved(config: QuantConfig, plan: Plan) -> QuantConfig:
 
 
 def mark_quantized(model: nn.Module, config: QuantConfig) -> None:
-    """Tell diffusers, or transformers, that a model was quantized after loading, so that it saves and loads as such."""
+    """Tell diffusers, or transformers, that a model was quantized after loading: it saves and loads as such."""
     if of_transformers(model):
         from .transformers_bridge import mark
 
@@ -261,8 +261,8 @@ def quantization_config(model: nn.Module) -> QuantConfig | None:
         raise UserError(f"model must be a network, such as pipe.unet; got {shown(model)}.")
     config = getattr(model, "config", None)
     # transformers' configs have attributes, and diffusers' are mappings
-    mapped = isinstance(config, Mapping)
-    found = config.get("quantization_config") if mapped else getattr(config, "quantization_config", None)
+    name = "quantization_config"
+    found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
     if isinstance(found, dict):  # diffusers leaves one when it saves; the loader has the recipe with all its tensors
         kept = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
         if isinstance(kept, QuantConfig):

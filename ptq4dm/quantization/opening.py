@@ -76,7 +76,9 @@ def check_keys(model: nn.Module, keys: Sequence[str]) -> None:
     if known == set(keys):
         return
     known |= model.state_dict().keys()
-    spared = {key for pair in getattr(model, "all_tied_weights_keys", {}).items() if {*pair} & {*keys} for key in pair}
+    spared = {
+        key for pair in getattr(model, "all_tied_weights_keys", {}).items() if {*pair} & {*keys} for key in pair
+    }
     spared.update(getattr(model, "_keys_to_ignore_on_save", None) or ())
     if missing := [key for key in known - {*keys} - spared if not (key.endswith(".like") or key == "like")]:
         raise lacking(missing)

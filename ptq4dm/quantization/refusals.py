@@ -31,7 +31,9 @@ def check_model(model: nn.Module, config: Any = None) -> None:
     if hasattr(model, "_orig_mod"):
         raise UserError("the model is compiled; quantize it first and compile it then.")
     if of_transformers(model) and not hasattr(model, "all_tied_weights_keys"):
-        raise UserError(f"{kind} is of a transformers that would not load it again; update transformers to 5 or later.")
+        raise UserError(
+            f"{kind} is of a transformers that would not load it again; update transformers to 5 or later."
+        )
     _check_adapters(model, "quantize", "load them again afterwards")
     for module in model.modules():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})

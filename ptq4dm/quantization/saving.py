@@ -1,5 +1,5 @@
-"""The folder that `ptq4dm quantize` leaves, a diffusers pipeline with its plan, its report and a card; and whether it is
-still what was saved: every bit of its quantized networks."""
+"""The folder that `ptq4dm quantize` leaves, a diffusers pipeline with its plan, its report and a card; and whether it
+is still what was saved: every bit of its quantized networks."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class TransformersQuantizer(HfQuantizer):
         return cast(Plan, self.quantization_config.plan)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """True; transformers asks before it saves, so what would be lost is refused here (UserError), and the checksums
+        """True; transformers asks before it saves, so what would be lost is refused here (UserError), and checksums
         of what will be saved go into the config that it writes next."""
         model = None if self.model is None else self.model.of()
         if model is not None:
@@ -59,15 +59,16 @@ class TransformersQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise UserError(
-                "models of transformers are not packed while they load; load the pipeline in full precision, then call "
-                "ptq4dm.quantize(pipe, components=[...])."
+                "models of transformers are not packed while they load; load the pipeline in full precision, then "
+                "call ptq4dm.quantize(pipe, components=[...])."
             )
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[Any] | None = None, **kwargs: Any
     ) -> None:
         put_empty(model, self.quantization_config)
-        files, tensors = [path for path in checkpoint_files or () if str(path).endswith(".safetensors")], {}
+        files = [path for path in checkpoint_files or () if str(path).endswith(".safetensors")]
+        tensors: dict[str, Tensor] = {}
         for path in files:
             tensors |= read_files([path], ())
         if not files:
@@ -86,7 +87,7 @@ class TransformersQuantizer(HfQuantizer):
             for name in layer.kept:
                 if (dtype := self._kept.get(f"{place}.{name}")) is not None:  # T5's `wo` was made float32 as a whole
                     layer.put(**{name: getattr(layer, name).to(dtype)})
-            for parameter in layer.parameters(recurse=False):
+            for parameter in cast(nn.Module, layer).parameters(recurse=False):
                 parameter.requires_grad_(False)
         link_layers(model.get_submodule, self._plan.layers)
         self._kept = {}

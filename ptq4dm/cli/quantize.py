@@ -100,8 +100,8 @@ def chosen_recipes(
 ) -> dict[str, QuantConfig]:
     """Network -> recipe, of what --components names: its own, `config` of denoisers, or that of its kind.
 
-    Raises UserError where there is no such network, where --method is of none of them, or where one wants calls that a
-    pipeline's sampler does not make by itself.
+    Raises UserError where there is no such network, where --method is of none of them, or where one wants calls that
+    a pipeline's sampler does not make by itself.
     """
     networks = networks_to_quantize(pipe, None, components=own)
     shared = [name for name, one in own.items() if one is None and kind_of(pipe, name) == DENOISER]
@@ -152,8 +152,8 @@ def recipes_of(args) -> dict[str, QuantConfig]:
 
 
 def run(args) -> None:
-    recipes, calibration, conditions = recipes_of(args), calibration_of(args), conditioning_of(args)
     own = components_of(args)
+    recipes, calibration, conditions = recipes_of(args), calibration_of(args), conditioning_of(args)
     one_process(args)
     output = Path(args.output)
     if args.plot_layer and not args.plot:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..calibration.calls import Calls
 from ..calibration.measure import store_of
-from ..calibration.record import answers
+from ..calibration.record import answers, decoding
 from ..calibration.store import CalibrationStore
 from ..checks import check
 from ..errors import UserError
@@ -114,7 +115,11 @@ def quantize(
         report.recipes = {} if components is None else {name: one.summary() for name, one in recipes.items()}
         return report
 
-    with turn_at(target, *networks.values()):
+    with ExitStack() as stack:
+        stack.enter_context(turn_at(target, *networks.values()))
+        if isinstance(store, Calls):
+            for model in networks.values():
+                stack.enter_context(decoding(model))
         return whole_or_not(networks.values(), work, values=changed)
 
 

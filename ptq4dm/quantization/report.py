@@ -39,6 +39,13 @@ def float_bytes(network: nn.Module) -> int:
     return stored_bytes(network) - inside + weights + biases
 
 
+def memory_beside_floats(pipe: Any, original: Any = None) -> dict[str, list[int]]:
+    """Name -> bytes of every network of a pipeline, [as floats, as it is]: floats of an original pipeline, where that is
+    given, else as `float_bytes` counts."""
+    floats = {} if original is None else memory_of(original)
+    return {name: [floats.get(name, float_bytes(one)), stored_bytes(one)] for name, one in networks_of(pipe).items()}
+
+
 def memory_lines(memory: Mapping[str, Sequence[int]]) -> list[str]:
     """A line for each network of a pipeline, [bytes before, bytes after], and their sum."""
     if len(memory) < 2:

@@ -66,8 +66,12 @@ class TransformersQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[Any] | None = None, **kwargs: Any
     ) -> None:
+        with torch.device("cpu"):  # transformers builds its models with "meta" as the default, and plans have values
+            self._put_empty(model, [path for path in checkpoint_files or () if str(path).endswith(".safetensors")])
+
+    def _put_empty(self, model: nn.Module, files: Sequence[Any]) -> None:
+        """Put empty layers into a new model, and compare its files with them."""
         put_empty(model, self.quantization_config)
-        files = [path for path in checkpoint_files or () if str(path).endswith(".safetensors")]
         tensors: dict[str, Tensor] = {}
         for path in files:
             tensors |= read_files([path], ())

@@ -40,8 +40,8 @@ def float_bytes(network: nn.Module) -> int:
 
 
 def memory_beside_floats(pipe: Any, original: Any = None) -> dict[str, list[int]]:
-    """Name -> bytes of every network of a pipeline, [as floats, as it is]: floats of an original pipeline, where that is
-    given, else as `float_bytes` counts."""
+    """Name -> bytes of every network of a pipeline, [as floats, as it is]; as floats those of an original where one
+    is given, else as `float_bytes` counts."""
     floats = {} if original is None else memory_of(original)
     return {name: [floats.get(name, float_bytes(one)), stored_bytes(one)] for name, one in networks_of(pipe).items()}
 

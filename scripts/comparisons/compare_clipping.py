@@ -180,11 +180,12 @@ def recipe(static: bool, bits: int):
     return ptq4dm.RTNConfig(activation_bits=bits, activations="dynamic")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, pipe=None) -> None:
+    """pipe: the model's pipeline, where it is there already."""
     args = parse(arguments)
     rows = Rows(args.output, {name: getattr(args, name) for name in SETTINGS}, {"inputs": str, "bits": int})
     done = {(row["inputs"], row["bits"], row["kind"]) for row in rows}
-    pipe = ptq4dm.load_reference(args.model, device=args.device)
+    pipe = pipe or ptq4dm.load_reference(args.model, device=args.device)
     config = ptq4dm.CalibrationConfig("solver", args.calibration_samples, args.steps, seed=args.seed)
     store = ptq4dm.collect(pipe, config, calibration_folder(args, args.model, "solver", config))
     truth = held_out(pipe, args.num_paired, args.steps, args.batch_size)

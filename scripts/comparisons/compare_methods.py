@@ -15,8 +15,8 @@ Columns: PSNR of same-seed images with its 95 % interval, and noise prediction e
 seeds that calibration never saw; feature-FID (--num-fid); bytes of all tensors in float16 and their share of the
 unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and, on a
 GPU with --compiled, compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not
-made again. Processes that share the rows (--workers) time no steps; their seconds are those of a busy machine. With --no-images there
-are no PSNR and no times.
+made again. Processes that share the rows (--workers) time no steps; their seconds are those of a busy machine. With
+--no-images there are no PSNR and no times.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
         [--rounding nearest] [--output out/rotations.json]
 
 The layers are SVDQuant's groups, layers that share an input; of them so many, evenly from all. What a layer is fed on
-calibration calls is halved: one half decides (smoothing, branch, rounding), the other is judged. `hadamard` says the
-group of a regular rotation; `inputs` a branch of the directions in which inputs are largest, `dealt` one of directions
-dealt at random, its control; `smooth` divisors with alpha = beta = 1/2. Rows in the output are not made again.
+calibration calls is halved: one half decides (smoothing, branch, rounding), the other is judged. "hadamard" gives the
+group of a regular rotation; "inputs" is a branch of the directions in which inputs are largest, "dealt" one of
+directions dealt at random, its control; "smooth" divides with alpha = beta = 1/2. Rows in the output are not made
+again.
 """
 
 from __future__ import annotations

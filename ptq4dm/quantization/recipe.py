@@ -35,6 +35,8 @@ from .packing import PackingOptions, pack_plan, packing_of
 _Config = TypeVar("_Config", bound="QuantConfig")
 
 METHODS: Registry = Registry("quantization method", late=True)
+DEFAULTS: Registry = Registry("kind of network", late=True)
+"""Kind of network (pipelines/parts.py) -> the recipe of such a network for which a user names none."""
 
 
 class QuantMethod(str, Enum):

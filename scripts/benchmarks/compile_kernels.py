@@ -205,6 +205,20 @@ def integer_calls(quick: bool) -> None:
         zeros = None if rows == 16 else int8(n, 1)
         integer.grouped_through(empty(rows, k), qweight, channel[:, None], zeros, None)
     progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))
+    codebook_calls(quick)
+
+
+def codebook_calls(quick: bool) -> None:
+    """Levels of a codebook, of the whole weight and of each output: looked up in the products, and unpacked."""
+    n, k = 3072, 3072
+    qweight = empty(n, k // 2, dtype=torch.uint8)
+    for tables, size in [(1, 128), (n, k)] if quick else [(t, size) for t in (1, n) for size in (k, 128, 64, 32)]:
+        levels, scales = empty(tables, 16, dtype=torch.int8), empty(n, k // size)
+        for rows in (16, 4608):
+            integer.grouped_through(empty(rows, k), qweight, scales, None, empty(n), levels=levels)
+        progressive_triton.codes(qweight, None, None, 1, k, empty(n, k, dtype=torch.int8), levels)
+        int4_codes_triton.int4_codes(qweight, scales, None, k, 1.0, levels)
+        int4_codes_triton.int4_floats(qweight, scales, None, k, torch.bfloat16, levels)
 
 
 def lut_calls(quick: bool) -> None:

@@ -1,4 +1,5 @@
-"""The formats of rotated inputs: "int8-rotated", "fp8-rotated", "int4-rotated", "progressive-rotated"."""
+"""The formats of rotated inputs: "int8-rotated", "fp8-rotated", "int4-rotated", "codebook-rotated" and
+"progressive-rotated"."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..codebook import CodebookConv2d, CodebookLinear, CodebookPlan
 from ..int4 import Int4Conv2d, Int4Linear
 from ..plan import Int4Plan, LayerPlan
 from ..progressive import ProgressiveConv2d, ProgressiveLinear, ProgressivePlan
@@ -30,6 +32,13 @@ class RotatedInt4Plan(RotatedChoices, Int4Plan):
     """Int4Plan of a rotated input."""
 
     format: str = "int4-rotated"
+
+
+@dataclass
+class RotatedCodebookPlan(RotatedChoices, CodebookPlan):
+    """CodebookPlan of a rotated input."""
+
+    format: str = "codebook-rotated"
 
 
 @dataclass
@@ -70,6 +79,14 @@ class RotatedInt4Conv2d(RotatedLayer, Int4Conv2d):
     """Int4Conv2d of a rotated input."""
 
 
+class RotatedCodebookLinear(RotatedLayer, CodebookLinear):
+    """CodebookLinear of a rotated input."""
+
+
+class RotatedCodebookConv2d(RotatedLayer, CodebookConv2d):
+    """CodebookConv2d of a rotated input."""
+
+
 class RotatedProgressiveLinear(RotatedTokens, ProgressiveLinear):  # type: ignore[override]
     """ProgressiveLinear of a rotated input."""
 
@@ -86,6 +103,7 @@ def _as(kind: type, plan: Any, group: int, name: str) -> Any:
 ROTATED |= {
     LayerPlan: partial(_as, RotatedInt8Plan),
     Int4Plan: partial(_as, RotatedInt4Plan),
+    CodebookPlan: partial(_as, RotatedCodebookPlan),
     ProgressivePlan: partial(_as, RotatedProgressivePlan),
 }
 
@@ -100,6 +118,12 @@ register_format(
 )
 register_format(
     "int4-rotated", plan=RotatedInt4Plan, layers={nn.Linear: RotatedInt4Linear, nn.Conv2d: RotatedInt4Conv2d}
+)
+register_format(
+    "codebook-rotated",
+    plan=RotatedCodebookPlan,
+    layers={nn.Linear: RotatedCodebookLinear, nn.Conv2d: RotatedCodebookConv2d},
+    grid="codebook",
 )
 register_format(
     "progressive-rotated",

@@ -20,6 +20,7 @@ from ptq4dm.kernels.formats.int8 import dynamic_scale
 from ptq4dm.kernels.formats.rotation import rotate
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.choices import check_choices, check_fit, choices_of
+from ptq4dm.layers.codebook import CodebookPlan
 from ptq4dm.layers.plan import Int4Plan, LayerPlan, Plan
 from ptq4dm.layers.progressive import ProgressivePlan
 from ptq4dm.layers.registry import empty_quantized, quantized_copy
@@ -44,6 +45,7 @@ PLANS = {
     "int4": Int4Plan(),
     "int4 g32 affine": Int4Plan(group_size=32, affine=True),
     "progressive": ProgressivePlan(group_size=32),
+    "codebook": CodebookPlan(group_size=32),
 }
 KINDS = [(32, "sylvester"), (16, "regular")]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 WEIGHTS, ACTIVATIONS = (
-    ("int8", "fp8", "int4", "row-mix", "power", "kv4", "attention8", "bcq"),
+    ("int8", "fp8", "int4", "row-mix", "power", "kv4", "attention8", "bcq", "blocks"),
     ("int8", "fp8", "int4", "none"),
 )
 
@@ -17,7 +17,8 @@ class Query:
     """A quantized layer in a few words.
 
     weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, with zero points in these or
-        not; "power", levels of a codebook; "bcq", sums of `planes` sign planes; or what stands in a weight's place in
+        not; "power", levels of a codebook; "bcq", sums of `planes` sign planes; "blocks", codes under the scales and
+        offsets of other tools' files (formats/blocks.py); or what stands in a weight's place in
         attention: "kv4", keys and values in 4 bits under queries of 16, "attention8", keys and values in 8 bits under
         queries in "int8" or "fp8", heads of `inputs` channels, None for 128.
     activation: "int8", "fp8", "int4", or "none" for 16-bit inputs.

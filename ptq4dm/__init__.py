@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.store import CalibrationStore
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .inference.optimize import optimize, unoptimize
+    from .interchange.load import load_quantized_file
     from .layers.fusing.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
@@ -87,6 +88,7 @@ __all__ = [
     "generate",
     "load_embedding",
     "load_pipeline",
+    "load_quantized_file",
     "load_reference",
     "optimize",
     "personalize",
@@ -133,6 +135,7 @@ __getattr__, __dir__ = lazy_names(
         "generate": "pipelines.generate",
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
+        "load_quantized_file": "interchange.load",
         "load_reference": "pipelines.load",
         "optimize": "inference.optimize",
         "plan_attention": "attention.planned",
@@ -154,6 +157,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluation",
         "hardware",
         "inference",
+        "interchange",
         "kernels",
         "layers",
         "methods",
@@ -169,4 +173,9 @@ __getattr__, __dir__ = lazy_names(
 )
 
 diffusers_hook.install()
-registry.LATE += [f"{__name__}.methods", f"{__name__}.inference.openvino.engine", f"{__name__}.svdquant.registered"]
+registry.LATE += [
+    f"{__name__}.methods",
+    f"{__name__}.inference.openvino.engine",
+    f"{__name__}.svdquant.registered",
+    f"{__name__}.interchange.imported",
+]

@@ -7,6 +7,7 @@ done with codes and scales.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -102,3 +103,39 @@ def _picked(found: Found, sources: list[tuple[str, int]], numbers: Tensor, name:
         return Rows.joined([found.weights[source].pick(rows) for source, rows in runs_of(sources, numbers)])
     except ValueError as error:
         raise UserError(f"'{name}' of {found.where} cannot be loaded: {error}.") from None
+
+
+def in_names_of_file(
+    model: nn.Module, state: Mapping[str, Tensor], outputs: dict[str, int], where: str
+) -> dict[str, list[tuple[str, Tensor]]]:
+    """How tensors of a file are made of those of a model: the inverse of `in_names_of`.
+
+    state: the model's, as it would be in full precision. outputs: names in the file -> rows of each. Returns name in the file -> (name in the model, rows of it [m]) one
+    after the other. Raises UserError where a tensor of the model is in none, or one of the file is not made whole.
+    """
+    numbers, sources = number_rows(outputs)
+    converted = numbers if outputs.keys() <= state.keys() else convert(model, numbers, where)
+    names = list(state)
+    owner = torch.full((sum(outputs.values()),), -1)
+    row = torch.zeros_like(owner)
+    for index, name in enumerate(names):
+        found = converted.get(name)
+        if found is None or not is_numbers(found) or len(found) != (len(state[name]) if state[name].ndim else 1):
+            raise UserError(
+                f"'{name}' of the model has no tensor of as many rows in {where}: it is of another model."
+            )
+        owner[found[:, 0]], row[found[:, 0]] = index, torch.arange(len(found))
+    made = {}
+    for name, first in sources:
+        own, rows = owner[first : first + outputs[name]], row[first : first + outputs[name]]
+        if bool((own >= 0).any()):
+            made[name] = _runs(own, rows, names, f"'{name}' of {where}")
+    return made
+
+
+def _runs(own: Tensor, rows: Tensor, names: list[str], what: str) -> list[tuple[str, Tensor]]:
+    if bool((own < 0).any()):
+        raise UserError(f"{what} has rows that the model has not: it is of another model.")
+    which, counts = torch.unique_consecutive(own, return_counts=True)
+    parts = rows.split(counts.tolist())
+    return [(names[index], part) for index, part in zip(which.tolist(), parts, strict=True)]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.store import CalibrationStore
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .inference.optimize import optimize, unoptimize
+    from .interchange.export import export_comfy
     from .interchange.load import load_quantized_file
     from .layers.fusing.fuse import fuse, unfuse
     from .layers.plan import Plan
@@ -84,6 +85,7 @@ __all__ = [
     "cached_text",
     "collect",
     "evaluate",
+    "export_comfy",
     "fuse",
     "generate",
     "load_embedding",
@@ -131,6 +133,7 @@ __getattr__, __dir__ = lazy_names(
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",
+        "export_comfy": "interchange.export",
         "fuse": "layers.fusing.fuse",
         "generate": "pipelines.generate",
         "load_embedding": "training.personalization.embedding_file",

@@ -32,11 +32,11 @@ def groups_of(kind: str) -> tuple[int, ...]:
     return tuple(size for size in GROUPS if kind == "sylvester" or size.bit_length() % 2)
 
 
-def check_rotation(group: int, kind: str) -> None:
+def check_rotation(group: float, kind: str) -> None:
     """Raises ValueError for a group or a kind that there is not."""
     if group not in groups_of(kind):
         sizes = [str(size) for size in groups_of(kind)]
-        raise ValueError(f"a {kind} rotation has groups of {', '.join(sizes[:-1])} or {sizes[-1]}, not {group}.")
+        raise ValueError(f"a {kind} rotation has groups of {', '.join(sizes[:-1])} or {sizes[-1]}, not {group:g}.")
 
 
 def matrix(group: int, kind: str) -> Tensor:

@@ -48,8 +48,8 @@ def export_comfy(
         component: which network of the pipeline, its denoiser if not given.
 
     Raises:
-        UserError: nothing is quantized, a layer that no format of ComfyUI holds, by name, or layers that `names` joins
-            and that are not of one format. Nothing is written then.
+        UserError: nothing is quantized; a layer that no format of ComfyUI holds, by name; layers of several formats
+            that `names` joins. Nothing is written then.
     """
     model = component_of(target, component)
     layers = {name: one for name, one in model.named_modules() if is_quantized(one)}

@@ -22,12 +22,15 @@ from torch import Tensor
 
 from ..kernels.formats.blocks import pack
 from ..layers.blocks.layer import BlocksPlan
+from ..layers.int4_ops import packed_rows
 from ..layers.plan import LayerPlan
+from ..layers.rotated.formats import RotatedInt4Plan, RotatedInt8Plan
 from ..svdquant.layers.nvfp4 import GROUP, NVFP4Plan, pack_e2m1
 from .rows import Rows
 from .stored_layer import FLOATS, StoredLayer, UnknownFormatError
 
 E4M3 = torch.float8_e4m3fn
+TURNED = 256  # inputs that ConvRot turns together where a file does not say
 TILE = (128, 4)  # rows and columns of scales that lie together
 
 
@@ -43,10 +46,22 @@ def float8(layer: StoredLayer) -> Rows:
 
 
 def int8(layer: StoredLayer) -> Rows:
-    if layer.option("convrot", False):
-        raise UnknownFormatError("int8 of rotated inputs")
     weight = layer.matrix(torch.int8)
-    return Rows(LayerPlan(), weight.shape[1], {"qweight": weight, "weight_scale": layer.scales(len(weight))})
+    plan = LayerPlan()
+    if layer.option("convrot", False):
+        plan = RotatedInt8Plan(hadamard_group=layer.option("convrot_groupsize", TURNED))
+    return Rows(plan, weight.shape[1], {"qweight": weight, "weight_scale": layer.scales(len(weight))})
+
+
+def int4(layer: StoredLayer) -> Rows:
+    """Inputs get 8 bits, whatever `linear_dtype` says: those of 4 lose more, and take no less time here."""
+    if layer.option("linear_dtype", "int4") not in ("int4", "int8"):
+        raise ValueError(f"its linear_dtype is {layer.config['linear_dtype']!r}")
+    weight = layer.matrix(torch.int8, torch.uint8)
+    codes = nibbles(weight, even_first=True).view(torch.int8)
+    codes = packed_rows((codes ^ 8) - 8)  # two's complement of 4 bits
+    plan = RotatedInt4Plan(hadamard_group=layer.option("convrot_groupsize", TURNED))
+    return Rows(plan, 2 * weight.shape[1], {"qweight": codes, "wscales": layer.scales(len(weight))[:, None]})
 
 
 def awq(layer: StoredLayer) -> Rows:
@@ -93,6 +108,7 @@ def _nvfp4(layer: StoredLayer, codes: Tensor, scales: Tensor) -> Rows:
 READERS: dict[str, Callable[[StoredLayer], Rows]] = {
     "float8_e4m3fn": float8,
     "int8_tensorwise": int8,
+    "convrot_w4a4": int4,
     "nvfp4": comfy_nvfp4,
     "awq_w4a16": awq,
 }

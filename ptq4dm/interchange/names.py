@@ -110,8 +110,9 @@ def in_names_of_file(
 ) -> dict[str, list[tuple[str, Tensor]]]:
     """How tensors of a file are made of those of a model: the inverse of `in_names_of`.
 
-    state: the model's, as it would be in full precision. outputs: names in the file -> rows of each. Returns name in the file -> (name in the model, rows of it [m]) one
-    after the other. Raises UserError where a tensor of the model is in none, or one of the file is not made whole.
+    state: the model's, as it would be in full precision. outputs: names in the file -> rows of each. Returns name in
+    the file -> (name in the model, rows of it [m]) one after the other. Raises UserError where a tensor of the model
+    is in none, or one of the file is not made whole.
     """
     numbers, sources = number_rows(outputs)
     converted = numbers if outputs.keys() <= state.keys() else convert(model, numbers, where)

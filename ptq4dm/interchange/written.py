@@ -49,7 +49,7 @@ ONE_SCALE = ("float8_e4m3fn",)
 
 def _rows(layer: nn.Module, config: dict[str, Any], **tensors: Tensor) -> Rows:
     found = {name: one.detach().cpu() for name, one in tensors.items()}
-    return Rows(config, layer.in_features, found)  # type: ignore[arg-type]
+    return Rows(config, layer.in_features, found)
 
 
 def _float8(layer: nn.Module) -> Rows:
@@ -63,6 +63,27 @@ def _int8(layer: nn.Module) -> Rows:
     if layer.plan.static:
         raise ValueError(f"is {layer.plan}, and ComfyUI's int8 has dynamic inputs alone: take activations='dynamic'")
     return _rows(layer, {"format": "int8_tensorwise"}, weight=layer.qweight, weight_scale=layer.weight_scale[:, None])
+
+
+def _turned(layer: nn.Module) -> dict[str, int]:
+    if layer.plan.hadamard_kind != "regular":
+        raise ValueError(f"is {layer.plan}, and ComfyUI rotates by regular Hadamard matrices alone")
+    return {"convrot_groupsize": layer.plan.hadamard_group}
+
+
+def _int8_rotated(layer: nn.Module) -> Rows:
+    rows = _int8(layer)
+    rows.plan |= {"convrot": True, **_turned(layer)}
+    return rows
+
+
+def _int4_rotated(layer: nn.Module) -> Rows:
+    plan = layer.plan
+    if plan.group_size is not None or plan.affine or plan.static or plan.activation_bits != 8:
+        raise ValueError(f"is {plan}, and ComfyUI's convrot_w4a4 has one scale a row, and dynamic inputs")
+    weight = in_bytes(layer.codes().cpu() & 15, even_first=True).view(torch.int8)
+    config = {"format": "convrot_w4a4", "linear_dtype": "int8", **_turned(layer)}
+    return _rows(layer, config, weight=weight, weight_scale=layer.wscales[:, 0])
 
 
 def _blocks(layer: nn.Module) -> Rows:
@@ -84,4 +105,11 @@ def _nvfp4(layer: nn.Module) -> Rows:
     return _rows(layer, {"format": "nvfp4"}, weight=weight, weight_scale=layer.wscales, weight_scale_2=layer.outer)
 
 
-WRITERS: dict[str, Callable[[Any], Rows]] = {"fp8": _float8, "int8": _int8, "blocks": _blocks, "nvfp4": _nvfp4}
+WRITERS: dict[str, Callable[[Any], Rows]] = {
+    "fp8": _float8,
+    "int8": _int8,
+    "int8-rotated": _int8_rotated,
+    "int4-rotated": _int4_rotated,
+    "blocks": _blocks,
+    "nvfp4": _nvfp4,
+}

@@ -35,9 +35,31 @@ def check_options(config: Any) -> None:
     _check_grid(config)
     _check_average_bits(config)
     _check_split(config)
+    _check_rotated(config)
     PackingOptions(config.num_tuples, config.seed, config.prefix)  # refuses what is none
     if config.plan is None:  # of a plan that is there, options tell how it was made
         _check_idle(config)
+
+
+def _check_rotated(config: Any) -> None:
+    """Raises UserError where inputs are rotated in every call, and another option knows nothing of it."""
+    if not config.rotates or config.plan is not None:  # of a plan that is there, options tell how it was made
+        return
+    objective = config.ranges()[0]
+    if config.activations == "static" and config.format == "int8" and OBJECTIVES.find(objective).needs:
+        raise UserError(
+            f"transforms rotate inputs, and the objective '{objective}' chooses static grids by inputs that are not; "
+            "take activations='dynamic', or an objective that looks at ranges alone."
+        )
+    other = {
+        "blocks that are trained": config.learning() is not None,
+        "split_inputs=True": config.split_inputs,
+        "rotate_inputs=True, which rotates too": config.rotate_inputs,
+        "rows of two widths": config.ranks_rows or bool(getattr(config, "rows", 0)),
+        "weight_grid='power'": config.weight_grid == "power",
+    }
+    if found := next((what for what, there in other.items() if there), None):
+        raise UserError(f"transforms that rotate inputs do not go with {found}; leave one of them out.")
 
 
 def _check_idle(config: Any) -> None:

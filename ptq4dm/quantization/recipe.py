@@ -113,6 +113,11 @@ class QuantConfig(QuantizationConfigMixin):
         return self.transforms
 
     @property
+    def rotates(self) -> bool:
+        """Whether a transform rotates what layers are fed, in every call."""
+        return any(getattr(named(text)[0], "online", False) for text in self.changes)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a store is needed to resolve the recipe: for its transforms, if for nothing else."""
         return any(named(text)[0].needs for text in self.changes)

@@ -98,9 +98,11 @@ class Evidence(Protocol):
 class Transform(Protocol):
     """A kind of change. `needs` names the evidence that `find` reads: "peaks", "output_peaks"; empty for none.
 
-    It may have `check_plan(plan)`, which raises UserError where a plan can be of no model; whoever loads or follows
-    one calls it. Tensors may be on the meta device. Options of `find` are its keywords, all of them numbers;
-    `check_options(**options)`, where it has one, raises UserError for those out of range, before any work.
+    It may have `online`: True where nothing of the float model changes, and what layers are fed is rotated in every
+    call instead, by the layers that a plan gets (layers/rotated). It may have `check_plan(plan)`, which raises
+    UserError where a plan can be of no model; whoever loads or follows one calls it. Tensors may be on the meta
+    device. Options of `find` are its keywords, all of them numbers; `check_options(**options)`, where it has one,
+    raises UserError for those out of range, before any work.
     """
 
     name: str

@@ -101,8 +101,7 @@ class Bench:
         """The row's plan, changed; its control sees the model after the transforms of the recipe."""
         model = copy.deepcopy(self.truth.exact)
         transforms, store = transformed(model, config.changes, None, self.store)
-        plan = make_plan(model, config, store)
-        plan.transforms = transforms
+        plan = make_plan(model, config, store, transforms)
         return row.plan(model, plan, store, self.args.seed)
 
     def _times(self, model) -> dict:

@@ -99,6 +99,33 @@ def comfy_int8(w):
     return stored, codes * scale.astype(float), {"format": "int8_tensorwise"}
 
 
+def regular_hadamard(size):
+    first = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    H = first
+    while len(H) < size:
+        H = np.kron(H, first)
+    return H
+
+
+def turned(w, size):
+    return (w.reshape(len(w), -1, size) @ regular_hadamard(size)).reshape(w.shape)
+
+
+def comfy_int8_convrot(w, size=64):
+    stored, values, config = comfy_int8(turned(w, size).astype(np.float32))
+    return stored, turned(values, size), config | {"convrot": True, "convrot_groupsize": size}
+
+
+def comfy_int4_convrot(w):
+    """Codes of 4 bits, two's complement, the even input in the low half; groups of 256 go without saying."""
+    w = turned(w, 256)
+    scale = (np.abs(w).max(1) / 7).astype(np.float32)
+    codes = np.rint(w / scale[:, None]).clip(-7, 7).astype(int)
+    packed = (codes[:, 0::2] & 15 | (codes[:, 1::2] & 15) << 4).astype(np.uint8).view(np.int8)
+    stored = {"weight": torch.from_numpy(packed), "weight_scale": torch.from_numpy(scale)}
+    return stored, turned(codes * scale[:, None].astype(float), 256), {"format": "convrot_w4a4"}
+
+
 def e2m1_groups(w):
     """(codes [N, K], scales e4m3 [N, K/16], outer, the float64 weight)."""
     n, k = w.shape

@@ -17,6 +17,8 @@ PACKERS = {
     "comfy fp8": (files.comfy_fp8, "FP8 dynamic", 0.05),
     "bfl fp8r": (files.bfl_fp8r, "FP8 dynamic", 0.05),
     "comfy int8": (files.comfy_int8, "W8A8 dynamic", 0.02),
+    "comfy int8 convrot": (files.comfy_int8_convrot, "W8A8 hadamard 64 dynamic", 0.02),
+    "comfy int4 convrot": (files.comfy_int4_convrot, "W4A8 hadamard 256 dynamic", 0.02),
     "comfy nvfp4": (files.comfy_nvfp4, "W4A4 nvfp4", 0.3),
     "bfl nvfp4": (files.bfl_nvfp4, "W4A4 nvfp4", 0.3),
     "comfy awq": (files.comfy_awq, "W4A16 blocks g64 offsets", 1e-5),

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..quantization.recipe import QuantConfig, register
 
 
-@register("imported")
+@register("loaded-file")
 @dataclass(repr=False)
 class ImportedConfig(QuantConfig):
     """Mark of such a model; it cannot quantize anything itself."""
@@ -18,4 +18,4 @@ class ImportedConfig(QuantConfig):
     loaded_only: ClassVar[bool] = True
 
     def resolve(self, model: Any, views: Any, store: Any) -> dict[str, Any]:
-        raise UserError("the method 'imported' stands for layers read from a file; quantize with another.")
+        raise UserError("the method 'loaded-file' stands for layers read from a file; quantize with another.")

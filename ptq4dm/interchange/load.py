@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ..checks import checked
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 WEIGHT = ".weight"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @checked
@@ -63,16 +61,14 @@ def load_quantized_file(
     layers: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     for name, rows in found.weights.items():
-        linear = modules.get(name.removesuffix(WEIGHT))
-        if name.endswith(WEIGHT) and type(linear) is nn.Linear:
-            layers[name.removesuffix(WEIGHT)] = layer_of(linear, rows, name.removesuffix(WEIGHT), found.where)
+        stem = name.removesuffix(WEIGHT)
+        linear = modules.get(stem)
+        if name.endswith(WEIGHT) and linear is not None and type(linear) is nn.Linear:
+            bias = None if linear.bias is None else found.tensors.pop(f"{stem}.bias", None)
+            layers[stem] = layer_of(linear, rows, bias, stem, found.where)
         else:
             found.tensors[name] = floats_of(rows, name, found.where)
     checkpoint = Checkpoint(found.where, found.tensors)
-    for name, layer in layers.items():
-        if layer.bias is not None:
-            bias = checkpoint.take(f"{name}.bias", tuple(layer.bias.shape), FLOATS)
-            layer.put(bias=bias.to(layer.qweight.device, layer.bias.dtype, copy=True))
     whole_or_not([model], lambda gate: install(model, layers, checkpoint, ImportedConfig))
     return model
 

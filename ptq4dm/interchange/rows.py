@@ -73,8 +73,8 @@ class Found:
     tensors: dict[str, Tensor]
 
 
-def layer_of(linear: nn.Linear, rows: Rows, name: str, where: str) -> nn.Module:
-    """The quantized layer that takes the place of a Linear, on its device, without its bias.
+def layer_of(linear: nn.Linear, rows: Rows, bias: Tensor | None, name: str, where: str) -> nn.Module:
+    """The quantized layer that takes the place of a Linear, on its device and with a bias of its dtype.
 
     Raises UserError where the file's tensors are not what the layer takes.
     """
@@ -88,10 +88,11 @@ def layer_of(linear: nn.Linear, rows: Rows, name: str, where: str) -> nn.Module:
         check_choices(name, rows.plan)
         check_fit(name, rows.plan, linear)
     layer = empty_quantized(linear, rows.plan, "meta")
-    values = {**rows.tensors, **rows.shared}
-    given = values if linear.bias is None else {**values, "bias": layer.bias}
+    values = {**rows.tensors, **rows.shared, **({} if bias is None else {"bias": bias})}
     with outside(where):
-        check_stored(layer, given, prefix=f"{name}.")
+        check_stored(layer, values, prefix=f"{name}.")
+    if bias is not None:
+        values["bias"] = bias.to(layer.bias.dtype)
     device = "cpu" if linear.weight.is_meta else linear.weight.device
     # Copies: rows of one tensor of a file would be memory that safetensors refuses to save.
     layer.put(**{
@@ -105,4 +106,4 @@ def layer_of(linear: nn.Linear, rows: Rows, name: str, where: str) -> nn.Module:
 def floats_of(rows: Rows, name: str, where: str) -> Tensor:
     """The weight [N, K] float32 that the codes stand for. Raises UserError as `layer_of` does."""
     like = nn.Linear(rows.inputs, rows.outputs, bias=False, device="meta", dtype=torch.float32)
-    return layer_of(like, rows, name, where).dequantized_weight()
+    return layer_of(like, rows, None, name, where).dequantized_weight()

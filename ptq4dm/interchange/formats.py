@@ -40,9 +40,10 @@ def float8(layer: StoredLayer) -> Rows:
     n, k = weight.shape
     scales = layer.scales(n) if layer.has("weight_scale") else torch.ones(n)
     given = layer.one("input_scale") if layer.has("input_scale") else None
+    shared = {} if given is None else {"input_scale": torch.tensor(given)}
     if layer.option("full_precision_matrix_mult", False):
         return Rows(BlocksPlan(codes="e4m3", size=None), k, {"qweight": weight, "wscales": scales[:, None]})
-    return Rows(LayerPlan(format="fp8", input_scale=given), k, {"qweight": weight, "weight_scale": scales})
+    return Rows(LayerPlan(format="fp8", input_scale=given), k, {"qweight": weight, "weight_scale": scales}, shared)
 
 
 def int8(layer: StoredLayer) -> Rows:

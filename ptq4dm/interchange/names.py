@@ -77,14 +77,19 @@ def convert(model: nn.Module, checkpoint: dict[str, Tensor], where: str) -> dict
             f"{where} has other names than {type(model).__name__}, for which diffusers has no converter: give a file "
             "in the names of diffusers."
         )
-    first = next(iter(checkpoint))
-    try:
-        return kinds[name]["checkpoint_mapping_fn"](checkpoint=dict(checkpoint), config=dict(model.config))
-    except Exception as error:  # converters fail in every way on names that are not those they know
-        raise UserError(
-            f"the names in {where} ('{first}' ...) are not those of a {name}, in diffusers or in its original "
-            f"({reason(error)})."
-        ) from error
+    first, why = next(iter(checkpoint)), ""
+    for prefix in ("", PREFIXES[0]):  # that of UNets wants one, others do without
+        given = {prefix + key: one for key, one in checkpoint.items()}
+        try:
+            made = kinds[name]["checkpoint_mapping_fn"](checkpoint=given, config=dict(model.config))
+        except Exception as error:  # converters fail in every way on names that are not those they know
+            why = why or reason(error)
+            continue
+        if made:
+            return made
+    raise UserError(
+        f"the names in {where} ('{first}' ...) are not those of a {name}, in diffusers or in its original ({why})."
+    )
 
 
 def _without_prefix(found: Found) -> Found:

@@ -1,11 +1,16 @@
 """Names: diffusers' converters do with rows of quantized weights what they do with float weights."""
 
+import re
+
 import diffusers
 import pytest
 import torch
 from torch import nn
 
-from ptq4dm import UserError
+import foreign_files as files
+from helpers import run
+from models import conditional_unet
+from ptq4dm import UserError, load_quantized_file
 from ptq4dm.interchange.names import in_names_of, in_names_of_file
 from ptq4dm.interchange.rows import Found, Rows
 from ptq4dm.layers.plan import LayerPlan
@@ -105,3 +110,45 @@ def test_rows_of_several_formats_are_not_joined():
         Rows.joined([one, other])
     picked = one.pick(torch.tensor([1, 0]))
     assert picked.tensors["weight_scale"].tolist() == [1, 0]
+
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+PLACES = {
+    "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
+    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2", "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.attentions.0": "output_blocks.0.1", "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}  # fmt: skip
+
+
+def unet(seed=0):
+    """A UNet of one level with attention to a text, 32 wide."""
+    return conditional_unet(
+        seed, block_out_channels=(32,), cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=8,
+    )  # fmt: skip
+
+
+def ldm_name(name):
+    """The name of a tensor of `unet` in the files of Stable Diffusion."""
+    place = next(one for one in PLACES if name.startswith(f"{one}."))
+    rest = name.removeprefix(f"{place}.")
+    if "resnets" in place:
+        rest = re.sub(r"^\w+", lambda found: RESNET[found[0]], rest)
+    return f"{PLACES[place]}.{rest}"
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_unets_of_stable_diffusion(prefix, tmp_path):
+    """Their converter wants the prefix that files of a UNet alone do not have."""
+    state = {prefix + ldm_name(name): one.detach().numpy() for name, one in unet().state_dict().items()}
+    chosen = lambda name, value: value.ndim == 2 and value.shape[1] % 32 == 0  # noqa: E731
+    files.save_gguf_state(tmp_path / "file", state, files.Q8_0, files.q8_0, chosen)
+    model = load_quantized_file(unet(seed=3), tmp_path / "file")
+    assert str(model.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.plan) == "W8A16 blocks g32"
+    error = (run(model) - run(unet())).norm() / run(unet()).norm()
+    assert 0 < error < 0.01

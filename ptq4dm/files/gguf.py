@@ -27,6 +27,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 8
 ALIGNMENT = "general.alignment"
+MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class GGUFTensor:
     shape: tuple[int, ...]
     kind: int
     start: int
+
+
+def is_gguf(path: str | os.PathLike, advice: str = "") -> bool:
+    """Whether a file begins as GGUF files do. Raises DamagedFile where it cannot be read."""
+    with outside(path, advice), open(path, "rb") as file:
+        return file.read(4) == MAGIC
 
 
 class GGUFFile:
@@ -103,7 +110,7 @@ class _Reader:
         return self.number(SCALARS[kind])
 
     def header(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-        if self.take(4) != b"GGUF":
+        if self.take(4) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         version = self.number("I")
         if version not in VERSIONS:

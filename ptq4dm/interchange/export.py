@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checks import checked
 from ..errors import UserError
 from ..files.atomic import replacing
-from ..files.gguf import GGUFFile
+from ..files.gguf import GGUFFile, is_gguf
 from ..files.outside import read_tensors
 from ..files.places import file_place
 from ..layers.base import is_quantized
@@ -76,7 +76,7 @@ def export_comfy(
 
 def outputs_in(file: Path) -> dict[str, int]:
     """Names of a file's tensors, without prefix and without scales beside weights -> rows of each."""
-    if file.is_file() and file.open("rb").read(4) == b"GGUF":
+    if is_gguf(file, ADVICE):
         shapes = {name: one.shape for name, one in GGUFFile(file).tensors.items()}
     else:
         shapes = read_tensors(file, lambda opened: {name: opened.shape(name) for name in opened.names}, ADVICE)

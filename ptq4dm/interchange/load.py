@@ -10,12 +10,13 @@ from torch import nn
 
 from ..checks import checked
 from ..errors import UserError
+from ..files.gguf import is_gguf
 from ..layers.base import holds_quantized
 from ..pipelines.loading import loading
 from ..quantization.components import component_of
 from ..svdquant.nunchaku.model import Checkpoint, install
 from ..undo import whole_or_not
-from .comfy import read_comfy
+from .comfy import ADVICE, read_comfy
 from .gguf import read_gguf
 from .imported import ImportedConfig
 from .names import in_names_of
@@ -75,9 +76,4 @@ def load_quantized_file(
 
 def read(file: Path) -> Found:
     """What a file holds, by its first bytes. Raises UserError."""
-    try:
-        with open(file, "rb") as opened:
-            start = opened.read(4)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
-    return read_gguf(file) if start == b"GGUF" else read_comfy(file)
+    return read_gguf(file) if is_gguf(file, ADVICE) else read_comfy(file)

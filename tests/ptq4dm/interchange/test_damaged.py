@@ -1,6 +1,7 @@
 """What cannot be loaded is refused in one sentence, and the model is as it was."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -161,6 +162,9 @@ def test_files_that_are_none(tmp_path):
     for name in ("text", "empty", "nowhere", "."):
         with pytest.raises(UserError, match=f"{tmp_path}.*(cannot be read|is missing)"):
             load_quantized_file(dit(), tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")  # which would keep a reader waiting
+    with pytest.raises(UserError, match="pipe cannot be read .it is no plain file."):
+        load_quantized_file(dit(), tmp_path / "pipe")
     save_file({name: torch.from_numpy(np.array(one)) for name, one in state().items()}, tmp_path / "floats")
     with pytest.raises(UserError, match="holds floats alone; load it with diffusers"):
         load_quantized_file(dit(), tmp_path / "floats")

@@ -233,7 +233,7 @@ def test_the_list():
     [
         (
             dict(weight="int3", activation="int8"),
-            "weight is one of int8, fp8, int4, row-mix, power, kv4, attention8, bcq, not 'int3'",
+            "weight is one of int8, fp8, int4, row-mix, power, kv4, attention8, bcq, blocks, not 'int3'",
         ),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),

@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .quantization.diffusers_bridge import quantization_config
     from .quantization.quantize import quantize
     from .quantization.recipe import QuantConfig
-    from .quantization.verifying import verify
+    from .quantization.saving import verify
     from .svdquant import SVDQuantConfig
     from .training.config import ShiftQuantConfig
     from .training.personalization.config import PersonalizeConfig
@@ -150,7 +150,7 @@ __getattr__, __dir__ = lazy_names(
         "train": "training.train",
         "unfuse": "layers.fusing.fuse",
         "unoptimize": "inference.optimize",
-        "verify": "quantization.verifying",
+        "verify": "quantization.saving",
     },
     rooms=(
         "attention",

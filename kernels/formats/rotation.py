@@ -45,11 +45,24 @@ def matrix(group: int, kind: str) -> Tensor:
     Raises ValueError for a group or a kind that there is not.
     """
     check_rotation(group, kind)
+    return _power(group, kind)
+
+
+def factors(group: int, kind: str) -> tuple[Tensor, Tensor]:
+    """(H [group / 16, group / 16], H [16, 16]) float64, whose Kronecker product is the matrix of a group.
+
+    Raises ValueError for a group or a kind that there is not.
+    """
+    check_rotation(group, kind)
+    return _power(group // 16, kind), _power(16, kind)
+
+
+def _power(size: int, kind: str) -> Tensor:
     if kind == "sylvester":
-        return hadamard(group)
+        return hadamard(size)
     first = (1 - 2 * torch.eye(4, dtype=torch.float64).flip(0)) / 2
-    H = first
-    while len(H) < group:
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < size:
         H = torch.kron(H, first)
     return H
 

@@ -23,6 +23,7 @@ from ..pipelines.generate import fingerprint, settings
 from ..pipelines.sampling import MOST_BATCH, MOST_STEPS, check_arguments, refusals, sample
 from ..progress import progress_bar
 from ..quantization.components import left_out, quantized_plans
+from ..quantization.report import memory_beside_floats
 from .compare import compare_denoisers, denoiser_bytes
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
 from .frechet import write_statistics
@@ -100,7 +101,7 @@ def evaluate(
             written is printed.
 
     Returns:
-        {"frechet", "paired", "epsilon_error", "bytes", "step_time", "warnings"}, without what was left out;
+        {"frechet", "paired", "epsilon_error", "bytes", "memory", "step_time", "warnings"}, without what was left out;
         plain numbers and strings, as in report.json. `format_report` prints it.
 
     Raises:
@@ -207,6 +208,7 @@ def _measure(pipe, full_precision, config: EvaluateConfig) -> tuple[dict, tuple[
         report |= compare_denoisers(pipe, full_precision, config)
     else:
         report["bytes"] = {"model": denoiser_bytes(pipe)}
+    report["memory"] = memory_beside_floats(pipe, full_precision)
     return report, pictures.shown
 
 

@@ -14,6 +14,7 @@ from ..files.atomic import replacing
 from ..files.outside import read_json
 from ..files.places import file_place, picture_place
 from ..pipelines.images import image_grid, save_picture, to_uint8
+from ..quantization.report import memory_lines
 
 REPORT, PICTURE = "report.json", "samples.png"
 CELL = 96  # pixels a side, about, of one picture in samples.png
@@ -53,6 +54,7 @@ def format_report(report: dict) -> str:
             lines.append(f"    {b['from']:>5} to {b['to']:<5} {error:>10}   ({b['rows']} calls)")
     if b := report.get("bytes"):
         lines.append(f"{'bytes of the denoiser':<22} {b['model']:,}" + _against(b))
+    lines += [f"    {line}" for line in memory_lines(report.get("memory", {}))]
     if n := report.get("networks"):
         names = {kind: ", ".join(some) or "none" for kind, some in n.items()}
         lines.append(f"    quantized: {names['quantized']}; in full precision: {names['full_precision']}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..allocation.importance import IMPORTANCE
 from ..errors import UserError
-from ..layers.plan import FLOAT_INPUTS
+from ..layers.plan import BITS, FLOAT_INPUTS
 from ..layers.registry import FORMATS
 from ..options import has_option
 from ..quantization.packing import PackingOptions
@@ -17,7 +17,8 @@ NUMBER_FORMATS = ("int8", "fp8")
 FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
-GRIDS = ("uniform", "power", "progressive")
+GRIDS = ("uniform", "power", "progressive", "codebook")
+INPUT_WIDTHS = (*BITS, FLOAT_INPUTS)
 
 
 def check_options(config: Any) -> None:
@@ -32,6 +33,7 @@ def check_options(config: Any) -> None:
         raise UserError(
             "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
         )
+    _check_float_inputs(config)
     _check_grid(config)
     _check_average_bits(config)
     _check_split(config)
@@ -77,6 +79,18 @@ def _check_idle(config: Any) -> None:
         )
 
 
+def _check_float_inputs(config: Any) -> None:
+    """Raises UserError where inputs stay floats and an option says something else of them, or of their weights."""
+    if config.activation_bits != FLOAT_INPUTS:
+        return
+    plain = {"weight_grid": "uniform", "rotate_inputs": False, "average_bits": None, "activations": "dynamic"}
+    if wanted := _other(config, format="int8", weight_bits=min(config.weight_bits, 4), **plain):
+        raise UserError(
+            "inputs of 16 bits stay floats and have no grid, and all weights have 4 bits and less on a uniform one; "
+            f"give {wanted} with activation_bits=16."
+        )
+
+
 def _check_rounding(config: Any) -> None:
     grid = FORMATS.find(config.format).grid
     if grid in ROUNDERS.find(config.rounding).grids:
@@ -102,7 +116,12 @@ def _check_grid(config: Any) -> None:
     turned = {"format": "int8", "weight_bits": 4, "affine": False, "weight_grid": "progressive"}
     if config.rotate_inputs and (wanted := _other(config, activations="dynamic", **turned)):
         raise UserError(f"rotate_inputs goes with other options; give {wanted} with it, or leave it out.")
+    if config.codebook_of != type(config).codebook_of and config.weight_grid != "codebook":
+        raise UserError("codebook_of says whose levels a codebook has; give weight_grid='codebook', or leave it out.")
     if config.weight_grid == "uniform":
+        return
+    if config.weight_grid == "codebook":
+        _check_codebook(config)
         return
     if config.weight_grid == "progressive":
         _check_progressive(config)
@@ -116,6 +135,17 @@ def _check_grid(config: Any) -> None:
         raise UserError(
             f"weight_grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
             f"nothing; take {other}."
+        )
+
+
+def _check_codebook(config: Any) -> None:
+    if wanted := _other(config, format="int8", weight_bits=4, affine=False, split_inputs=False):
+        raise UserError(f"weight_grid='codebook' goes with other options; give {wanted} with it.")
+    if "codebook" not in ROUNDERS.find(config.rounding).grids:
+        serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if "codebook" in one.grids)
+        raise UserError(
+            f"rounding '{config.rounding}' does not serve levels of a codebook; take one of {serve}, or another "
+            "weight_grid."
         )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..files.atomic import replacing
 from ..layers.base import is_quantized
 from ..layers.view import find_layers
+from ..pipelines.denoiser import networks_of
 
 BLOCK_ERRORS = ("block_error", "block_error_nearest", "block_error_start")  # of a trained layer's row: of its block
 
@@ -20,6 +23,40 @@ def stored_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, scales and biases included, each tensor once."""
     tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def memory_of(pipe: Any) -> dict[str, int]:
+    """Name -> bytes of every network of a pipeline, as `stored_bytes` counts; {} of a model by itself."""
+    return {} if isinstance(pipe, nn.Module) else {name: stored_bytes(one) for name, one in networks_of(pipe).items()}
+
+
+def float_bytes(network: nn.Module) -> int:
+    """Bytes of a network, were its quantized layers floats of the dtype that they had."""
+    layers = [one for one in network.modules() if is_quantized(one)]
+    inside = sum(stored_bytes(one) for one in layers)
+    weights = sum(math.prod(one.weight_shape) * one.model_dtype.itemsize for one in layers)
+    biases = sum(one.bias.nbytes for one in layers if one.bias is not None)
+    return stored_bytes(network) - inside + weights + biases
+
+
+def memory_beside_floats(pipe: Any, original: Any = None) -> dict[str, list[int]]:
+    """Name -> bytes of every network of a pipeline, [as floats, as it is]; as floats those of an original where one
+    is given, else as `float_bytes` counts."""
+    floats = {} if original is None else memory_of(original)
+    return {name: [floats.get(name, float_bytes(one)), stored_bytes(one)] for name, one in networks_of(pipe).items()}
+
+
+def memory_lines(memory: Mapping[str, Sequence[int]]) -> list[str]:
+    """A line for each network of a pipeline, [bytes before, bytes after], and their sum."""
+    if len(memory) < 2:
+        return []
+    sums = [sum(column) for column in zip(*memory.values(), strict=True)]
+    wide = max(map(len, [*memory, "all networks"]))
+    return [
+        f"{name:<{wide}}  {before / 1e6:>10.2f} MB -> {after / 1e6:>10.2f} MB"
+        + ("" if before == after else f"  ({after / max(before, 1):.1%} of it)")
+        for name, (before, after) in {**memory, "all networks": sums}.items()
+    ]
 
 
 def kernel_report(model: nn.Module) -> list[dict]:
@@ -82,6 +119,8 @@ class QuantizationReport:
     networks: the names of the pipeline's networks that were quantized; left: those that are in full precision.
     found: network -> what its recipe found, where that is anything; "text" of it is a line of the table.
     kept: layers of these networks that are in full precision.
+    memory: network of the pipeline -> its bytes [before, after].
+    recipes: network -> its options, where `components` named networks.
     """
 
     method: dict
@@ -92,6 +131,8 @@ class QuantizationReport:
     left: list[str] = field(default_factory=list)
     found: dict[str, dict] = field(default_factory=dict)
     kept: int = 0
+    memory: dict[str, list[int]] = field(default_factory=dict)
+    recipes: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
     def together(cls, reports: list[QuantizationReport]) -> QuantizationReport:
@@ -106,7 +147,9 @@ class QuantizationReport:
         names = [n for one in reports for n in one.networks]
         found = {name: told for one in reports for name, told in one.found.items()}
         kept = sum(one.kept for one in reports)
-        return cls(reports[0].method, before, after, rows, names, reports[-1].left, found, kept)
+        first, last = reports[0], reports[-1]
+        memory = {name: [first.memory[name][0], after] for name, (_, after) in last.memory.items()}
+        return cls(first.method, before, after, rows, names, last.left, found, kept, memory)
 
     def to_dict(self) -> dict:
         """Plain JSON values, which know no infinity and no NaN: the sqnr of a layer without any error is null, and
@@ -145,7 +188,7 @@ class QuantizationReport:
             count = f" ({len(self.layers)} of {len(self.layers) + self.kept} layers)" if self.kept else ""
             left = f"other networks in full precision: {', '.join(self.left) or 'none'}"
             lines.append(f"quantized: {', '.join(self.networks)}{count}; {left}")
-        return "\n".join(lines)
+        return "\n".join(lines + memory_lines(self.memory))
 
     def trained(self) -> dict[str, float | None] | None:
         """What training of blocks did; None where there was none.

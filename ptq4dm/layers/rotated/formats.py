@@ -1,4 +1,5 @@
-"""The formats of rotated inputs: "int8-rotated", "fp8-rotated", "int4-rotated", "progressive-rotated"."""
+"""The formats of rotated inputs: "int8-rotated", "fp8-rotated", "int4-rotated", "codebook-rotated" and
+"progressive-rotated"."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..codebook import CodebookConv2d, CodebookLinear, CodebookPlan
 from ..int4 import Int4Conv2d, Int4Linear
 from ..plan import Int4Plan, LayerPlan
 from ..progressive import ProgressiveConv2d, ProgressiveLinear, ProgressivePlan
@@ -15,6 +17,7 @@ from ..registry import register_format
 from ..w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 from .choices import ROTATED, RotatedChoices
 from .layer import RotatedLayer
+from .tokens import GroupedTokens, RotatedTokens
 
 
 @dataclass
@@ -32,6 +35,13 @@ class RotatedInt4Plan(RotatedChoices, Int4Plan):
 
 
 @dataclass
+class RotatedCodebookPlan(RotatedChoices, CodebookPlan):
+    """CodebookPlan of a rotated input."""
+
+    format: str = "codebook-rotated"
+
+
+@dataclass
 class RotatedProgressivePlan(RotatedChoices, ProgressivePlan):
     """ProgressivePlan of a rotated input: by the kind and group that a transform says, and not by its own choice."""
 
@@ -43,7 +53,7 @@ class RotatedProgressivePlan(RotatedChoices, ProgressivePlan):
             raise ValueError("an input is rotated once: rotation is 0 beside hadamard_group")
 
 
-class RotatedInt8Linear(RotatedLayer, Int8Linear):
+class RotatedInt8Linear(RotatedTokens, Int8Linear):
     """Int8Linear of a rotated input."""
 
 
@@ -51,15 +61,17 @@ class RotatedInt8Conv2d(RotatedLayer, Int8Conv2d):
     """Int8Conv2d of a rotated input."""
 
 
-class RotatedFp8Linear(RotatedLayer, Fp8Linear):
+class RotatedFp8Linear(RotatedTokens, Fp8Linear):
     """Fp8Linear of a rotated input."""
+
+    mode = "fp8"
 
 
 class RotatedFp8Conv2d(RotatedLayer, Fp8Conv2d):
     """Fp8Conv2d of a rotated input."""
 
 
-class RotatedInt4Linear(RotatedLayer, Int4Linear):
+class RotatedInt4Linear(GroupedTokens, Int4Linear):
     """Int4Linear of a rotated input."""
 
 
@@ -67,7 +79,15 @@ class RotatedInt4Conv2d(RotatedLayer, Int4Conv2d):
     """Int4Conv2d of a rotated input."""
 
 
-class RotatedProgressiveLinear(RotatedLayer, ProgressiveLinear):
+class RotatedCodebookLinear(RotatedLayer, CodebookLinear):
+    """CodebookLinear of a rotated input."""
+
+
+class RotatedCodebookConv2d(RotatedLayer, CodebookConv2d):
+    """CodebookConv2d of a rotated input."""
+
+
+class RotatedProgressiveLinear(RotatedTokens, ProgressiveLinear):  # type: ignore[override]
     """ProgressiveLinear of a rotated input."""
 
 
@@ -83,6 +103,7 @@ def _as(kind: type, plan: Any, group: int, name: str) -> Any:
 ROTATED |= {
     LayerPlan: partial(_as, RotatedInt8Plan),
     Int4Plan: partial(_as, RotatedInt4Plan),
+    CodebookPlan: partial(_as, RotatedCodebookPlan),
     ProgressivePlan: partial(_as, RotatedProgressivePlan),
 }
 
@@ -97,6 +118,12 @@ register_format(
 )
 register_format(
     "int4-rotated", plan=RotatedInt4Plan, layers={nn.Linear: RotatedInt4Linear, nn.Conv2d: RotatedInt4Conv2d}
+)
+register_format(
+    "codebook-rotated",
+    plan=RotatedCodebookPlan,
+    layers={nn.Linear: RotatedCodebookLinear, nn.Conv2d: RotatedCodebookConv2d},
+    grid="codebook",
 )
 register_format(
     "progressive-rotated",

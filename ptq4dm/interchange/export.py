@@ -18,6 +18,7 @@ from ..files.outside import read_tensors
 from ..files.places import file_place
 from ..layers.base import is_quantized
 from ..quantization.components import component_of
+from ..quantization.refusals import check_saving
 from .comfy import ADVICE, CONFIG, OLD, SCALED
 from .names import in_names_of_file
 from .rows import PREFIXES, Rows
@@ -55,6 +56,7 @@ def export_comfy(
     layers = {name: one for name, one in model.named_modules() if is_quantized(one)}
     if not layers:
         raise UserError(f"the {type(model).__name__} has no quantized layers; quantize it first.")
+    check_saving(model, layers)
     file_place(file)
     weights = {f"{name}.weight": _written(name, layer) for name, layer in layers.items()}
     plain = _floats(model, tuple(f"{name}." for name in layers))

@@ -14,6 +14,7 @@ from ..files.gguf import is_gguf
 from ..layers.base import holds_quantized
 from ..pipelines.loading import loading
 from ..quantization.components import component_of
+from ..quantization.refusals import check_model
 from ..svdquant.nunchaku.model import Checkpoint, install
 from ..undo import whole_or_not
 from .comfy import ADVICE, read_comfy
@@ -55,6 +56,8 @@ def load_quantized_file(
     model, file = component_of(target, component), Path(file).expanduser()
     if holds_quantized(model):
         raise UserError(f"the {type(model).__name__} has quantized layers; load into one in full precision.")
+    if not all(one.is_meta for one in model.parameters()):
+        check_model(model)  # adapters, offloading: what quantizing refuses, too
     found = read(file)
     if not found.weights:
         raise UserError(f"{file} holds floats alone; load it with diffusers' from_single_file, and quantize it.")

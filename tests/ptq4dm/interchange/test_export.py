@@ -90,3 +90,18 @@ def test_layers_that_a_file_joins_are_of_one_format(tmp_path):
         files.save_file(small, tmp_path / "small")
         export_comfy(model, tmp_path / "out", names=tmp_path / "small")
     assert not (tmp_path / "out").exists()
+
+
+def test_models_with_adapters_are_refused(tmp_path):
+    """Their layers have other names, and the adapter would be lost."""
+    peft = pytest.importorskip("peft")
+    files.save_comfy(tmp_path / "in", files.original_names(files.flux2()), files.comfy_int8, files.matrices)
+    for model in (files.flux2(), load_quantized_file(files.flux2(), tmp_path / "in")):
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+        with pytest.raises(UserError, match="adapter"):
+            export_comfy(model, tmp_path / "out") if is_loaded(model) else load_quantized_file(model, tmp_path / "in")
+    assert not (tmp_path / "out").exists()
+
+
+def is_loaded(model):
+    return any(is_quantized(one) for one in model.modules())

@@ -12,6 +12,7 @@ import torch
 
 from .attention import layer as attention
 from .attention import layer8 as attention8
+from .blocks import layer as blocks
 from .cpu import w4a8 as cpu
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
@@ -166,6 +167,12 @@ def sign_planes(name: str) -> Callable[[Query], bool]:
         return served and lut.kernel_name(query.device, query.rows) == name
 
     return serves
+
+
+def in_blocks(query: Query) -> bool:
+    """Whether a weight in blocks is made floats for the product after it."""
+    served = query.weight == "blocks" and query.activation == "none" and query.linear
+    return served and blocks.kernel_name(query.device) == blocks.CUBLAS
 
 
 def either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.store import CalibrationStore
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .inference.optimize import optimize, unoptimize
+    from .interchange.export import export_comfy
+    from .interchange.load import load_quantized_file
     from .layers.fusing.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
@@ -83,10 +85,12 @@ __all__ = [
     "cached_text",
     "collect",
     "evaluate",
+    "export_comfy",
     "fuse",
     "generate",
     "load_embedding",
     "load_pipeline",
+    "load_quantized_file",
     "load_reference",
     "optimize",
     "personalize",
@@ -129,10 +133,12 @@ __getattr__, __dir__ = lazy_names(
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",
+        "export_comfy": "interchange.export",
         "fuse": "layers.fusing.fuse",
         "generate": "pipelines.generate",
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
+        "load_quantized_file": "interchange.load",
         "load_reference": "pipelines.load",
         "optimize": "inference.optimize",
         "plan_attention": "attention.planned",
@@ -154,6 +160,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluation",
         "hardware",
         "inference",
+        "interchange",
         "kernels",
         "layers",
         "methods",
@@ -169,4 +176,9 @@ __getattr__, __dir__ = lazy_names(
 )
 
 diffusers_hook.install()
-registry.LATE += [f"{__name__}.methods", f"{__name__}.inference.openvino.engine", f"{__name__}.svdquant.registered"]
+registry.LATE += [
+    f"{__name__}.methods",
+    f"{__name__}.inference.openvino.engine",
+    f"{__name__}.svdquant.registered",
+    f"{__name__}.interchange.imported",
+]

@@ -22,7 +22,7 @@ kernels/runtime
 kernels/cpu
 kernels/w4/products
 kernels/w8a8  kernels/w4  kernels/attention  kernels/lut
-kernels/shift  kernels/tuning
+kernels/shift  kernels/tuning  kernels/blocks
 kernels
 ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
 ptq4dm/annotations
@@ -33,7 +33,7 @@ ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms  ptq4dm/handed
 ptq4dm/layers
 ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/rotated  ptq4dm/layers/shift  ptq4dm/layers/attention
-ptq4dm/layers/fusing
+ptq4dm/layers/fusing  ptq4dm/layers/blocks
 ptq4dm/calibration
 ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
 ptq4dm/reconstruction
@@ -44,11 +44,11 @@ ptq4dm/training  ptq4dm/inference
 ptq4dm/training/personalization  ptq4dm/inference/openvino
 svdquant/layers
 svdquant/nunchaku
-svdquant  samplers/maths
+svdquant  samplers/maths  ptq4dm/interchange
 samplers
 samplers/distillation  samplers/comparison  samplers/fitting
 ptq4dm/cli
-ptq4dm/cli/training
+ptq4dm/cli/training  ptq4dm/cli/conversion
 ptq4dm
 """
 LEVEL = {folder: i for i, line in enumerate(FLOORS.split("\n")) for folder in line.split()}

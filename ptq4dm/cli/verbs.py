@@ -20,6 +20,7 @@ VERBS = {
     "collect": "Record what a model sees while it samples, and measure its layers' inputs.",
     "quantize": "Quantize a model and save it as a diffusers pipeline.",
     "allocate": "Choose each layer's format under budgets of measured time and bytes; a plan for quantize.",
+    "convert": "Load a file that another tool quantized (GGUF, ComfyUI), or write one for ComfyUI.",
     "generate": "Make images: one PNG per seed.",
     "evaluate": "Measure a model: Frechet distance, errors against full precision, speed, bytes.",
     "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",
@@ -29,7 +30,11 @@ VERBS = {
     "info": "What a model is: layers, formats, kernels, bytes.",
     "completion": "Print a script that completes commands in a shell: bash, zsh or fish.",
 }
-FOLDERS = {"personalize": "training.", "train": "training."}  # whose file is not in this one
+FOLDERS = {
+    "convert": "conversion.",
+    "personalize": "training.",
+    "train": "training.",
+}  # whose file is not in this one
 STATUSES = (
     "Exit status: 0 done, 1 out of memory, 2 wrong input or a place that cannot be written, 130 interrupted, "
     "141 nobody read the output."

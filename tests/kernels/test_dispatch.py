@@ -6,6 +6,7 @@ import torch
 from ptq4dm.kernels import dispatch
 from ptq4dm.kernels.attention import layer as attention
 from ptq4dm.kernels.attention import layer8 as attention8
+from ptq4dm.kernels.blocks import layer as blocks
 from ptq4dm.kernels.cpu import lut as cpu_lut
 from ptq4dm.kernels.cpu import w4a8 as cpu
 from ptq4dm.kernels.dispatch import Query
@@ -191,6 +192,8 @@ def test_what_find_says_is_what_the_layers_ask():
                 for rows in (1, 2, 16, 17, None):
                     found = dispatch.find(Query("bcq", "none", 128, rows=rows, device=device)).name
                     assert found == lut.kernel_name(device, rows)
+                assert dispatch.find(Query("blocks", "none", device=device)).name == blocks.kernel_name(device)
+                assert dispatch.find(Query("blocks", "int8", device=device)).name == "reference"
                 found = dispatch.find(Query("kv4", "none", device=device)).name
                 assert found == attention.kernel_name(device)
                 assert dispatch.find(Query("kv4", "int8", device=device)).name == "reference"
@@ -244,7 +247,7 @@ def test_the_list():
     [
         (
             dict(weight="int3", activation="int8"),
-            "weight is one of int8, fp8, int4, row-mix, codebook, power, kv4, attention8, bcq, not 'int3'",
+            "weight is one of int8, fp8, int4, row-mix, codebook, power, kv4, attention8, bcq, blocks, not 'int3'",
         ),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),

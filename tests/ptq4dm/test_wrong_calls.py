@@ -58,6 +58,7 @@ def right(name: str, folder: Path) -> dict:
         "collect": {"pipe": pipe, "config": few},
         "distill": {"pipe": pipe, "config": ptq4dm.samplers.DisBackConfig(**tiny), "folder": folder},
         "evaluate": {"pipe": pipe, "full_precision": pipe, "config": ptq4dm.EvaluateConfig(**quick)},
+        "export_comfy": {"target": unet, "file": folder / "comfy.safetensors"},
         "export_nunchaku_lite": {"model": unet, "folder": folder / "lite"},
         "fit": {
             "pipe": pipe,
@@ -71,6 +72,7 @@ def right(name: str, folder: Path) -> dict:
         "load_nunchaku_flux": {"file": folder / "file"},
         "load_nunchaku_lite": {"source": folder / "file"},
         "load_pipeline": {"model": folder},
+        "load_quantized_file": {"target": unet, "file": folder / "file"},
         "load_reference": {"name": "no model"},
         "optimize": {"target": unet},
         "personalize": {

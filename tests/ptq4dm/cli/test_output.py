@@ -95,7 +95,7 @@ def test_json_and_quiet_of_every_verb(verb, desk, monkeypatch, capfd):
 
 
 def test_every_verb_is_tried():
-    others = {"distill", "train", "personalize", "bench tune"}  # below and in files of their own
+    others = {"convert", "distill", "train", "personalize", "bench tune"}  # below and in files of their own
     assert {verb.split()[0] for verb in [*TYPED, *others]} == set(VERBS)
 
 

@@ -155,6 +155,15 @@ def cached_models(target: Any) -> tuple[str, dict[str, nn.Module]]:
     return names[0], models
 
 
+def reuse_of(model: nn.Module) -> tuple[int, bool] | None:
+    """Which kept deep part the call that is under way reads or writes, and whether it reuses it; None for neither.
+    Calls that differ in it do not share a graph."""
+    one = ACTIVE.get(model)
+    if one is None or one.part.kept is None:
+        return None
+    return one.part.kept.number, one.part.reuses
+
+
 def _through(one: CachedModel, forward: Callable) -> Callable:
     return of_this_thread(lambda *args, **kwargs: one.call(forward, args, kwargs), forward)
 

@@ -79,6 +79,9 @@ class DeepPart:
     def computed(self, kept: Kept, step: int, call: Callable[[], Any]) -> Any:
         """call(), and what the deep part gives is kept. step: of the sampler."""
         before, kept.steps = kept.steps, []
+        for part in kept.parts.values():  # not in the call: who captures a graph of it may run it more than once
+            for older in range(self.history - 1, 0, -1):
+                part[older].copy_(part[older - 1])
         output = self._within(kept, False, call)
         kept.steps = [step, *before][: self.history]
         return output
@@ -136,8 +139,6 @@ class DeepPart:
                 place = kept.parts[k] = value.new_zeros((self.history, *value.shape))
                 if self.history > 1:
                     kept.weights = torch.zeros(self.history, device=value.device)
-            for older in range(self.history - 1, 0, -1):
-                place[older].copy_(place[older - 1])
             place[0].copy_(value)
             kept.added[k] = key
 

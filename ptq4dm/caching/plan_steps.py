@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PUSH = 1e-3  # of an output, when the scheduler is asked how far it moves the end: small enough to be clipped nowhere
+MOST_REUSE = 0.9  # of evaluations
 EXACT = 0.02  # how far a network may be from itself when its own deep part is put in its place, by rounding
 
 
@@ -61,7 +62,7 @@ class StepPlanConfig:
     """
 
     num_inference_steps: int = option(20, low=1, high=100_000)
-    reuse: float = option(0.5, low=0.0, high=0.99)
+    reuse: float = option(0.4, low=0.0, high=MOST_REUSE)
     depth: int | None = option(None, low=0, high=100_000)
     history: int = option(3, low=1, high=MOST_KEPT)
     num_samples: int = option(8, low=1, high=100_000)

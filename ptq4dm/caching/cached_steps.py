@@ -55,7 +55,9 @@ class CachedModel:
     def call(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of the network."""
         if torch.is_grad_enabled():
-            raise UserError("cached steps are for sampling, and have no gradient: call the model under torch.no_grad().")
+            raise UserError(
+                "cached steps are for sampling, and have no gradient: call the model under torch.no_grad()."
+            )
         evaluation, plan = self.clock.read(lambda: named(self.model, args, kwargs)), self.cache.plan
         if evaluation is None or evaluation >= plan.evaluations:
             return forward(*args, **kwargs)
@@ -141,7 +143,7 @@ def cached_steps(target: DiffusionPipeline, plan: StepPlan) -> Iterator[StepCach
 
 
 def cached_models(target: Any) -> tuple[str, dict[str, nn.Module]]:
-    """(the scheduler's name, denoiser's name -> denoiser) of a pipeline whose steps can be cached. Raises UserError."""
+    """(the scheduler's name, denoiser's name -> denoiser) of a pipeline. UserError where steps cannot be cached."""
     check_pipeline(target, "what is sampled with cached steps")
     names = list(schedulers_of(target))
     if len(names) != 1:
@@ -150,6 +152,8 @@ def cached_models(target: Any) -> tuple[str, dict[str, nn.Module]]:
     for name, model in models.items():
         if hasattr(model, "_orig_mod"):
             raise UserError(f"'{name}' is compiled as a whole, so no part of it can be reused; compile its blocks.")
+        if getattr(model, "is_cache_enabled", False):
+            raise UserError(f"'{name}' has a cache of diffusers already; end that with its disable_cache().")
         if model in ACTIVE:
             raise UserError(f"'{name}' has cached steps already; one plan at a time.")
     return names[0], models

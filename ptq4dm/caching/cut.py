@@ -46,8 +46,8 @@ def cut(model: nn.Module, depth: int, what: str = "the model") -> Cut:
     found = _unet(model, depth) if all(hasattr(model, name) for name in parts) else _transformer(model, depth)
     if found is None:
         raise UserError(
-            f"{what}, {type(model).__name__}, has no deep part that ptq4dm knows: it is neither a UNet whose layers on "
-            "the way up are those on the way down and one more, nor has it a list of blocks."
+            f"{what}, {type(model).__name__}, has no deep part that ptq4dm knows: it is neither a UNet whose layers "
+            "on the way up are those on the way down and one more, nor has it a list of blocks."
         )
     if depth > found.deepest:
         raise UserError(f"{what} can be cut at a depth from 0 to {found.deepest}, not at {depth}.")
@@ -55,9 +55,9 @@ def cut(model: nn.Module, depth: int, what: str = "the model") -> Cut:
 
 
 def default_depth(model: nn.Module) -> int:
-    """The depth where none is named, measured in scripts/results: of a UNet the first layer, of a transformer one
-    block in eight."""
-    return 1 if hasattr(model, "up_blocks") else max(1, round(len(_blocks(model)) / 8))
+    """The depth where none is named: of a UNet the first layer, of a transformer one block in eight."""
+    wanted = 1 if hasattr(model, "up_blocks") else max(1, round(len(_blocks(model)) / 8))
+    return min(wanted, cut(model, 0).deepest)
 
 
 def _unet(model: nn.Module, depth: int) -> Cut | None:

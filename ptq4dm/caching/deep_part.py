@@ -116,7 +116,9 @@ class DeepPart:
         if place == 0:
             self._given = _tensors(args, kwargs)
         if self.reuses:
-            return self._put_together(kept) if last else pytree.tree_map_only(_Form, _Form.stand_in, kept.forms[place])
+            return (
+                self._put_together(kept) if last else pytree.tree_map_only(_Form, _Form.stand_in, kept.forms[place])
+            )
         if place == 1:
             self._next = _tensors(args, kwargs)
         output = inner(*args, **kwargs)

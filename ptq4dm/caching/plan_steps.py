@@ -2,19 +2,16 @@
 
 The pipeline samples some seeds as it always does. At each evaluation its network is called twice: whole, and with the
 deep part of the evaluation before, which tells how far an error of the deep part moves the output (g_j in
-step_search.py). How far an error of an output moves the end of sampling (s_j) the scheduler tells: beside the samples
-it steps small numbers, of which the k-th was pushed at evaluation k alone.
+step_search.py). How far an error of an output moves the end of sampling (s_j) the scheduler tells
+(step_ends.py).
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,24 +26,19 @@ from ..hooks import computing, of_this_thread
 from ..options import option
 from ..pipelines.denoiser import turn_at
 from ..pipelines.sampling import call_pipeline, check_arguments, check_steps
-from ..pipelines.stepping import own_step
 from .cached_steps import cached_models, named
 from .cut import cut, default_depth
 from .deep_part import DeepPart, Kept
 from .step_clock import StepClock
+from .step_ends import Ends, Finished
 from .step_plan import MOST_KEPT, StepPlan
 from .step_search import Costs, best_steps, best_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PUSH = 1e-3  # of an output, when the scheduler is asked how far it moves the end: small enough to be clipped nowhere
 MOST_REUSE = 0.9  # of evaluations
 EXACT = 0.02  # how far a network may be from itself when its own deep part is put in its place, by rounding
-
-
-class Finished(Exception):
-    """Raised after the last step: what a pipeline does then need not be done."""
 
 
 @named_options
@@ -136,7 +128,7 @@ def measured(
     first = next(iter(models.values()))
     depth = default_depth(first) if config.depth is None else config.depth
     seeds = range(config.seed, config.seed + config.num_samples)
-    watched, ends = _Watched(StepClock(pipe, name)), _Ends()
+    watched, ends = _Watched(StepClock(pipe, name)), Ends()
     with turn_at(pipe), ExitStack() as stack:
         for called, model in models.items():
             part = DeepPart(model, cut(model, depth, f"'{called}'"))
@@ -144,14 +136,12 @@ def measured(
             stack.enter_context(computing(model, {"": watched.through(called, part, model.forward)}))
         for start in range(0, len(seeds), config.batch_size):
             some = list(seeds[start : start + config.batch_size])
-            with ends.watching(getattr(pipe, name)), counted({name: watched.clock.track}, lambda _: None):
-                try:
-                    call_pipeline(
-                        pipe, some, num_inference_steps=config.num_inference_steps, conditioning=conditioning,
-                        pipeline_kwargs=pipeline_kwargs,
-                    )  # fmt: skip
-                except Finished:
-                    pass
+            counting = counted({name: watched.clock.track}, lambda _: None)
+            with suppress(Finished), ends.watching(getattr(pipe, name)), counting:
+                call_pipeline(
+                    pipe, some, num_inference_steps=config.num_inference_steps, conditioning=conditioning,
+                    pipeline_kwargs=pipeline_kwargs,
+                )  # fmt: skip
             watched.add()
     return Measured(depth, tuple(watched.clock.times), watched.products, watched.factors(), ends.moved())
 
@@ -225,52 +215,3 @@ def _square(one: Any, other: Any) -> float:
     """The sum of squares of a difference of outputs."""
     pairs = zip(tensors_of(one), tensors_of(other), strict=True)
     return sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
-
-
-class _Ends:
-    """How far the end of sampling moves where an output moves, by evaluation: as the scheduler steps small numbers."""
-
-    def __init__(self) -> None:
-        self.found: Tensor | None = None
-
-    @contextmanager
-    def watching(self, scheduler: Any) -> Iterator[None]:
-        step = scheduler.step
-        others: list[Any] = []
-        states: list[Tensor] = []
-        taken = 0
-
-        @wraps(step)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            nonlocal taken
-            count = len(scheduler.timesteps)
-            if not others:
-                own = vars(scheduler).pop("step")
-                others.extend(copy.deepcopy(scheduler) for _ in range(2))
-                scheduler.step = own
-            bound = inspect.signature(step).bind(*args, **kwargs).arguments
-            sample = bound["sample"]
-            for k, one in enumerate(others):
-                if len(states) < 2:
-                    states.append(torch.zeros((1,) * (sample.ndim - 1) + (count,), device=sample.device))
-                output = torch.zeros_like(states[k])
-                output[..., taken] = PUSH * (k == 0)
-                given = {**bound, "model_output": output, "sample": states[k], "return_dict": False}
-                if "generator" in inspect.signature(type(one).step).parameters:
-                    given["generator"] = torch.Generator("cpu").manual_seed(taken)
-                states[k] = type(one).step(one, **given)[0]
-            result = step(*args, **kwargs)
-            taken += 1
-            if taken == count:
-                self.found = (states[0] - states[1]).flatten() / PUSH
-                raise Finished
-            return result
-
-        with own_step(scheduler, watched):
-            yield
-
-    def moved(self) -> np.ndarray:
-        assert self.found is not None
-        return self.found.abs().double().cpu().numpy()
-
-

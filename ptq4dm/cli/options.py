@@ -108,7 +108,9 @@ def optimized(args, model, pipe) -> Optimized | None:
 
 
 def add_reuse(parser) -> None:
-    text = "steps that reuse the deep part of the network: the share of them, such as 0.4, planned for this model and "
+    text = (
+        "steps that reuse the deep part of the network: the share of them, such as 0.4, planned for this model and "
+    )
     text += "sampler first; or the JSON file of a plan"
     parser.add_argument("--reuse", metavar="SHARE|JSON", help=text)
 

@@ -1,12 +1,12 @@
 """Steps that reuse a deep part (`ptq4dm.cached_steps`) against fewer evaluations of the same sampler, and controls.
 
-    python scripts/comparisons/compare_reuse.py --model dit-cifar10 --images 16 --output out/reuse-dit.json   # on a CPU
+    python scripts/comparisons/compare_reuse.py --model dit-cifar10 --images 16 --output out/reuse-dit.json  # a CPU
     python scripts/comparisons/compare_reuse.py --model unet-cifar10 --device cuda --optimize --images 10000 \\
         --batch-size 500 --feature-fid --output out/reuse-unet.json
 
-The sampler with --evaluations makes the pictures that all others are compared with, from the same seeds: "psnr" is the
-mean over images in dB. Ways: the sampler with fewer evaluations; plans (`ptq4dm.plan_cached_steps`) for numbers of
-evaluations that are computed, with each history; and controls with the weights of the first history: as many spread
+The sampler with --evaluations makes the pictures that all others are compared with, from the same seeds: "psnr" is
+the mean over images in dB. Ways: the sampler with fewer evaluations; plans (`ptq4dm.plan_cached_steps`) for numbers
+of evaluations that are computed, with each history; and controls with the weights of the first history: as many spread
 evenly, and drawn at random, of which the median is given. "time" is that of a way in the time of the full sampler. On
 a GPU both are timed, over all images. On a CPU it is reckoned from the share that a reused call takes of a whole one,
 in seconds of the process, the two timed in turns: a busy machine disturbs that least. With --feature-fid also the
@@ -36,7 +36,18 @@ from ptq4dm.files.rows import Rows
 from ptq4dm.progress import progress_bar
 from ptq4dm.samplers.catalog import make_sampler
 
-SETTINGS = ("model", "sampler", "evaluations", "images", "batch_size", "samples", "device", "dtype", "optimize", "feature_fid")
+SETTINGS = (
+    "model",
+    "sampler",
+    "evaluations",
+    "images",
+    "batch_size",
+    "samples",
+    "device",
+    "dtype",
+    "optimize",
+    "feature_fid",
+)
 ROW: dict = {"way": str, "computed": int, "psnr": (int, float), "time": (int, float), "seconds": (int, float)}
 PAIRS = 5
 FIRST = 2_000_000  # seed of the images; plans are made from others

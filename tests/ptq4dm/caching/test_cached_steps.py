@@ -1,4 +1,4 @@
-"""Steps that reuse a deep part: what they compute, what they leave out, and that nothing of another call is reused."""
+"""Steps that reuse a deep part: what they compute, what they leave out, and never what is of another call."""
 
 import copy
 import pickle
@@ -77,7 +77,7 @@ def test_a_network_is_itself_with_its_own_deep_part_at_every_depth(kind):
         part, kept, ran = DeepPart(model, cut(model, depth)), Kept(), []
         with torch.no_grad(), part.put_in():
             right = part.computed(kept, 0, lambda: model(x, torch.tensor([5, 9]), **more).sample)
-            counting = {name: lambda *_: ran.append(1) for name in part.cut.units}
+            counting = {name: lambda *_, ran=ran: ran.append(1) for name in part.cut.units}
             with hooked(model, before=counting):
                 found = part.reused(kept, [1.0], lambda: model(x, torch.tensor([5, 9]), **more).sample)
         assert not ran, depth
@@ -140,7 +140,7 @@ def test_a_block_that_was_compiled_stays_so():
     assert all("_compiled_call_impl" in vars(block) for block in pipe.transformer.transformer_blocks)
 
 
-# ------------------------------------------------------------------------------------------------- never of another call
+# -------------------------------------------------------------------------------------------- never of another call
 
 
 def test_each_call_of_the_pipeline_is_as_in_a_block_of_its_own():
@@ -225,7 +225,8 @@ def test_tensors_of_another_size_reuse_nothing_of_the_first():
 
 def test_a_guidance_interval_goes_with_it():
     pipe = diffusers.DiTPipeline(
-        models.dit(num_layers=4, num_embeds_ada_norm=1000), diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=1),
+        models.dit(num_layers=4, num_embeds_ada_norm=1000),
+        diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=1),
         diffusers.DDIMScheduler(),
     )  # fmt: skip
     more = {"conditioning": {"class_labels": [1, 2]}, "pipeline_kwargs": {"guidance_interval": (0.3, 0.6)}}

@@ -11,7 +11,8 @@ import torch
 import models
 import ptq4dm
 from ptq4dm import DamagedFile, StepPlan, StepPlanConfig, UserError
-from ptq4dm.caching.plan_steps import PUSH, Finished, _Ends, measured
+from ptq4dm.caching.plan_steps import measured
+from ptq4dm.caching.step_ends import PUSH, Ends, Finished
 from ptq4dm.caching.step_plan import even_steps, plain_plan
 from ptq4dm.caching.step_search import Costs, best_steps, best_weights
 from ptq4dm.samplers import DEISScheduler
@@ -77,7 +78,8 @@ def test_evaluations_of_another_network_are_never_reused():
 
 @pytest.mark.parametrize(
     "scheduler",
-    [DEISScheduler(), diffusers.DDIMScheduler(), diffusers.DDPMScheduler(clip_sample=False), diffusers.UniPCMultistepScheduler(),
+    [DEISScheduler(), diffusers.DDIMScheduler(), diffusers.DDPMScheduler(clip_sample=False),
+     diffusers.UniPCMultistepScheduler(),
      diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EulerAncestralDiscreteScheduler()],
     ids=lambda one: type(one).__name__,
 )  # fmt: skip
@@ -97,7 +99,7 @@ def test_how_far_an_output_moves_the_end_is_what_the_scheduler_does(scheduler):
 
     plain = run()
     right = [float(((run(k) - plain) / PUSH).mean().abs()) for k in range(6)]
-    ends = _Ends()
+    ends = Ends()
     with pytest.raises(Finished), ends.watching(scheduler):
         run()
     np.testing.assert_allclose(ends.moved(), right, rtol=2e-2, atol=1e-3 * max(right))

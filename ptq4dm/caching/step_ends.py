@@ -2,8 +2,8 @@
 
 Beside the samples two copies of the scheduler step small numbers: zeros, and as many numbers as there are
 evaluations, of which the k-th is pushed at evaluation k alone. What they differ in at the end is the answer:
-schedulers are linear in what they are given, but for clipping, and nothing so small is clipped. Noise that they add is
-the same in both.
+schedulers are linear in what they are given, but for clipping, and nothing so small is clipped. Noise that they add
+is the same in both.
 """
 
 from __future__ import annotations

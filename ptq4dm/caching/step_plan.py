@@ -17,7 +17,9 @@ from ..options import option
 
 MOST_STEPS = 100_000
 MOST_KEPT = 4  # deep parts that a sum may have
-KEYS = {"weights": list, "depth": int, "times": list, "error": (int, float, type(None))}
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "weights": list, "depth": int, "times": list, "error": (int, float, type(None))
+}  # fmt: skip
 
 
 @named_options

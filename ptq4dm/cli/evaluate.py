@@ -87,7 +87,7 @@ def run(args) -> None:
     plan = reused(args, pipe, conditioning_of(args))
     with nullcontext() if plan is None else cached_steps(pipe, plan) as cache:
         evaluate(pipe, full_precision, config, args.output, show)
-    if plan is not None:
+    if cache is not None:
         say(f"{model}, with steps cached:\n{cache}")
         result(calls_computed=cache.computed, calls_reused=cache.reused)
     for name, done in zip((model, original), ways, strict=False):

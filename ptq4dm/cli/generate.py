@@ -90,7 +90,7 @@ def run(args) -> None:
         say(f"{len(paths)} images of {model}: {args.output}")
         say(f"picture: {picture}")
         result(model=model, output=args.output, images=paths, picture=picture)
-        if plan is not None:
+        if plan is not None and cache is not None:
             plan.save(kept := Path(f"{args.output}.reuse.json"))
             say(f"{cache}\nplan: {kept}")
             result(reuse=kept, calls_computed=cache.computed, calls_reused=cache.reused)

@@ -6,11 +6,11 @@
 
 The sampler with --evaluations makes the pictures that all others are compared with, from the same seeds: "psnr" is
 the mean over images in dB. Ways: the sampler with fewer evaluations; plans (`ptq4dm.plan_cached_steps`) for numbers
-of evaluations that are computed, with each history; and controls with the weights of the first history: as many spread
-evenly, and drawn at random, of which the median is given. "time" is that of a way in the time of the full sampler. On
-a GPU both are timed, over all images. On a CPU it is reckoned from the share that a reused call takes of a whole one,
-in seconds of the process, the two timed in turns: a busy machine disturbs that least. With --feature-fid also the
-feature-FID of each. --model may be a quantized folder. Resumed where it stopped.
+of evaluations that are computed, with each history; and controls with the weights of the first history: as many
+spread evenly, and drawn at random, of which the median is given. "time" is that of a way in the time of the full
+sampler. On a GPU both are timed, over all images. On a CPU it is reckoned from the share that a reused call takes of
+a whole one, in seconds of the process, the two timed in turns: a busy machine disturbs that least. With --feature-fid
+also the feature-FID of each. --model may be a quantized folder. Resumed where it stopped.
 """
 
 from __future__ import annotations

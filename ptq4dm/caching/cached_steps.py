@@ -41,6 +41,7 @@ from .step_plan import StepPlan
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+MOST_FORMS = 16  # of calls that a network keeps deep parts of: what came first goes first
 ACTIVE: WeakKeyDictionary[nn.Module, CachedModel] = WeakKeyDictionary()
 
 
@@ -62,7 +63,7 @@ class CachedModel:
         if evaluation is None or evaluation >= plan.evaluations:
             return forward(*args, **kwargs)
         self._begin(evaluation)
-        kept = self.kept.setdefault((self._calls, _shapes(args, kwargs)), Kept())
+        kept = self._kept(_form(args, kwargs))
         self._calls += 1
         sources = plan.sources(evaluation)
         if sources and kept.steps[: len(sources)] == sources:
@@ -74,16 +75,24 @@ class CachedModel:
         self.cache.most_bytes = max(self.cache.most_bytes, sum(one.bytes for one in self.kept.values()))
         return output
 
+    def _kept(self, form: tuple) -> Kept:
+        """What is kept of calls of this form at this place within an evaluation."""
+        key = self._calls, form
+        if key not in self.kept:
+            while len(self.kept) >= MOST_FORMS:
+                del self.kept[next(iter(self.kept))]
+            self.kept[key] = Kept()
+        return self.kept[key]
+
     def _begin(self, evaluation: int) -> None:
         """Count calls within an evaluation; forget what was kept where a generation begins."""
         if self._run != self.clock.runs:
-            self._run = self.clock.runs
-            self._evaluation = -1
             if len(self.clock.times) != self.cache.plan.evaluations:
                 raise UserError(
                     f"the plan of cached steps is for {self.cache.plan.evaluations} evaluations, and the sampler has "
                     f"{len(self.clock.times)}; sample with as many, or make another plan."
                 )
+            self._run, self._evaluation = self.clock.runs, -1
             for one in self.kept.values():
                 one.steps = []
         if evaluation != self._evaluation:
@@ -177,7 +186,11 @@ def named(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, An
     return dict(inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments)
 
 
-def _shapes(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """What decides whether a call may reuse what another one kept: the forms of all tensors that it is given."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    return tuple((tuple(one.shape), one.dtype, one.device) for one in leaves if isinstance(one, Tensor))
+def _form(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """What decides whether a call may reuse what another one kept: the forms of all tensors that it is given, and the
+    modes of torch that change those of its results."""
+    tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    forms = tuple((tuple(one.shape), one.dtype, one.device) for one in tensors)
+    kinds = {one.device.type for one in tensors}
+    casts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
+    return forms, casts, torch.is_inference_mode_enabled()

@@ -152,7 +152,7 @@ class _Watched:
     def __init__(self, clock: StepClock) -> None:
         self.clock = clock
         self.deep: dict[int, dict[Any, Tensor]] = {}  # evaluation -> (network, call in it) -> [all numbers]
-        self.batches = 0
+        self.batches = self.run = 0
         self.products = np.zeros((0, 0))
         self.moves: dict[int, list[float]] = {}
 
@@ -166,6 +166,8 @@ class _Watched:
         return of_this_thread(call, forward)
 
     def call(self, name: str, part: DeepPart, evaluation: int, forward: Callable[[], Any]) -> Any:
+        if self.run != self.clock.runs:  # another generation: guidance_interval takes a look before it
+            self.run, self.deep = self.clock.runs, {}
         mine = self.deep.setdefault(evaluation, {})
         key = name, sum(one == name for one, _ in mine)
         kept = Kept()

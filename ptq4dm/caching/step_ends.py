@@ -39,12 +39,17 @@ class Ends:
         step = scheduler.step
         others: list[Any] = []
         states: list[Tensor] = []
+        begun: Any = None  # the timesteps of a generation
         taken = 0
 
         @wraps(step)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            nonlocal taken
+            nonlocal begun, taken
             count = len(scheduler.timesteps)
+            if scheduler.timesteps is not begun:
+                begun, taken = scheduler.timesteps, 0
+                others.clear()
+                states.clear()
             if not others:
                 own = vars(scheduler).pop("step")
                 others.extend(copy.deepcopy(scheduler) for _ in range(2))

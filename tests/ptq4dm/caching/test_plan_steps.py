@@ -145,6 +145,21 @@ def test_the_same_seeds_give_the_same_plan_and_leave_the_pipeline_as_it_was():
     assert (cache.computed, cache.reused) == (3, 3)
 
 
+def test_a_guidance_interval_is_planned_around():
+    """Guided and unguided calls have tensors of different shapes: none is planned to reuse the other kind's."""
+    pipe = diffusers.DiTPipeline(
+        models.dit(num_layers=4, num_embeds_ada_norm=1000),
+        diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=1),
+        diffusers.DDIMScheduler(),
+    )
+    more = {"conditioning": {"class_labels": [1, 2]}, "pipeline_kwargs": {"guidance_interval": (0.3, 0.7)}}
+    config = StepPlanConfig(num_inference_steps=8, reuse=0.25, num_samples=2, batch_size=2, history=1)
+    plan = ptq4dm.plan_cached_steps(pipe, config, **more)
+    with ptq4dm.cached_steps(pipe, plan) as cache:
+        ptq4dm.sample(pipe, range(2), num_inference_steps=8, **more)
+    assert cache.reused == 2 and cache.unplanned == 0
+
+
 # ------------------------------------------------------------------------------------------------- the file
 
 

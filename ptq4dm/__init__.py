@@ -22,7 +22,10 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .attention.measure import attention_errors
     from .attention.planned import plan_attention
     from .caching.cached_embeddings import cached_embeddings
+    from .caching.cached_steps import cached_steps
     from .caching.cached_text import cached_text
+    from .caching.plan_steps import StepPlanConfig, plan_cached_steps
+    from .caching.step_plan import StepPlan
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
     from .calibration.store import CalibrationStore
@@ -78,10 +81,13 @@ __all__ = [
     "SVDQuantConfig",
     "ShiftQuantConfig",
     "SplitQuantConfig",
+    "StepPlan",
+    "StepPlanConfig",
     "UserError",
     "attention_errors",
     "attention_in_8_bits",
     "cached_embeddings",
+    "cached_steps",
     "cached_text",
     "collect",
     "evaluate",
@@ -95,6 +101,7 @@ __all__ = [
     "optimize",
     "personalize",
     "plan_attention",
+    "plan_cached_steps",
     "quantization_config",
     "quantize",
     "record",
@@ -127,9 +134,12 @@ __getattr__, __dir__ = lazy_names(
         "SVDQuantConfig": "svdquant.method",
         "ShiftQuantConfig": "training.config",
         "SplitQuantConfig": "methods.splitquant",
+        "StepPlan": "caching.step_plan",
+        "StepPlanConfig": "caching.plan_steps",
         "attention_errors": "attention.measure",
         "attention_in_8_bits": "attention.eight_bits",
         "cached_embeddings": "caching.cached_embeddings",
+        "cached_steps": "caching.cached_steps",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
         "evaluate": "evaluation.evaluate",
@@ -142,6 +152,7 @@ __getattr__, __dir__ = lazy_names(
         "load_reference": "pipelines.load",
         "optimize": "inference.optimize",
         "plan_attention": "attention.planned",
+        "plan_cached_steps": "caching.plan_steps",
         "personalize": "training.personalization.personalize",
         "quantization_config": "quantization.diffusers_bridge",
         "quantize": "quantization.quantize",

@@ -54,6 +54,7 @@ def right(name: str, folder: Path) -> dict:
         "Plan": {"method": "rtn"},
         "attention_errors": {"target": models.conditional_unet(), "call": lambda: None},
         "attention_in_8_bits": {"target": models.conditional_unet()},
+        "cached_steps": {"target": pipe, "plan": ptq4dm.StepPlan(depth=0)},
         "cached_text": {"target": models.conditional_unet()},
         "collect": {"pipe": pipe, "config": few},
         "distill": {"pipe": pipe, "config": ptq4dm.samplers.DisBackConfig(**tiny), "folder": folder},
@@ -83,6 +84,10 @@ def right(name: str, folder: Path) -> dict:
             "class_row": 1,
         },
         "plan_attention": {"target": unet},
+        "plan_cached_steps": {
+            "pipe": pipe,
+            "config": ptq4dm.StepPlanConfig(num_inference_steps=2, reuse=0.5, num_samples=1),
+        },
         "quantization_config": {"model": unet},
         "quantize": {"target": torch.nn.Linear(2, 2), "config": ptq4dm.SVDQuantConfig()},
         "record": {"target": unet},

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
     from .calibration.store import CalibrationStore
+    from .comparing.compare import compare
+    from .comparing.config import CompareConfig
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .inference.optimize import optimize, unoptimize
     from .layers.fusing.fuse import fuse, unfuse
@@ -58,6 +60,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
 __all__ = [
     "CalibrationConfig",
     "CalibrationStore",
+    "CompareConfig",
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
@@ -82,6 +85,7 @@ __all__ = [
     "cached_embeddings",
     "cached_text",
     "collect",
+    "compare",
     "evaluate",
     "fuse",
     "generate",
@@ -106,6 +110,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "CalibrationConfig": "calibration.collect",
         "CalibrationStore": "calibration.store",
+        "CompareConfig": "comparing.config",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
         "LUTGEMMConfig": "methods.lutgemm",
@@ -128,6 +133,7 @@ __getattr__, __dir__ = lazy_names(
         "cached_embeddings": "caching.cached_embeddings",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
+        "compare": "comparing.compare",
         "evaluate": "evaluation.evaluate",
         "fuse": "layers.fusing.fuse",
         "generate": "pipelines.generate",

@@ -22,6 +22,7 @@ VERBS = {
     "allocate": "Choose each layer's format under budgets of measured time and bytes; a plan for quantize.",
     "generate": "Make images: one PNG per seed.",
     "evaluate": "Measure a model: Frechet distance, errors against full precision, speed, bytes.",
+    "compare": "Put several quantized models in one table, one picture and one page with a slider.",
     "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",
     "train": "Train a model on the pictures of a folder, its products on integers.",
     "personalize": "Learn a token or a class from a few images, by forward passes of a packed model.",

@@ -27,7 +27,7 @@ from .frechet import write_statistics
 from .inception import MODES
 from .measures import MeasureOptions, load_measures
 from .pictures import Pictures
-from .report import check_places, format_report, write_report, write_samples
+from .report import PICTURE, check_places, format_report, write_report, write_samples
 
 MOST_IMAGES = 10_000_000
 
@@ -144,7 +144,7 @@ def _write(report: dict, shown: tuple[list, list[int]] | None, folder: Path, tol
     try:
         write_report(report, folder)
         if shown:
-            write_samples(*shown, folder)
+            write_samples(*shown, folder / PICTURE)
     except UserError:
         if not told:  # hours of measuring are not lost because a disk is full
             print(format_report(report), flush=True)

@@ -121,8 +121,8 @@ def _json(report: dict) -> str:
     return json.dumps(report, indent=2, allow_nan=False)
 
 
-def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], folder: Path) -> None:
-    """samples.png in `folder`: one labelled row per model, one column per seed (the first eight).
+def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], path: Path) -> None:
+    """Write a PNG: one labelled row per model, one column per seed (the first eight).
 
     Args:
         rows: (label, images float [N,3,H,W] in [0,1]), the same N and H, W for all.
@@ -143,4 +143,4 @@ def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], folder: Path
         draw.text((6, top + (k + 0.5) * grid.height / len(rows)), label, "black", anchor="lm")
     for k, seed in enumerate(seeds[:columns]):
         draw.text((left + (k + 0.5) * grid.width / columns, top / 2), f"seed {seed}", "black", anchor="mm")
-    save_picture(canvas, folder / PICTURE)
+    save_picture(canvas, path)

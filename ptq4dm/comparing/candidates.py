@@ -13,7 +13,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.outside import checked_object, outside, read_object
-from ..pipelines.denoiser import check_sampled, denoiser
+from ..pipelines.denoiser import check_sampled, denoiser, denoiser_name
+from ..pipelines.folder import INDEX
+from ..pipelines.load import folder_of
 from ..quantization.saving import RECORD, original_of
 
 WORST = 10  # layers that are told of each model
@@ -36,7 +38,7 @@ def labelled(models: Sequence[str | os.PathLike]) -> list[Candidate]:
     names = [os.fspath(model) for model in models]
     parts = [Path(name).absolute().parts if os.path.isdir(name) else Path(name).parts for name in names]
     for length in (1, 2, 3):
-        labels = [re.sub(r"[^\w.+-]", "-", "-".join(part[-length:])).lstrip(".-") or "model" for part in parts]
+        labels = [re.sub(r"[^\w.+-]", "-", "-".join(part[-length:])).lstrip(".-")[:100] or "model" for part in parts]
         twice = [label for label, count in Counter(map(str.lower, labels)).items() if count > 1]
         if not twice:
             return [Candidate(*pair) for pair in zip(names, labels, strict=True)]
@@ -63,24 +65,38 @@ def original(models: Sequence[str | os.PathLike], full_precision: str | os.PathL
     return one
 
 
+def check_saved(model: str, reference: Any, name: str) -> None:
+    """`check_same` of a local folder by its configurations alone, before any work; of what is no folder, nothing."""
+    folder, part = folder_of(model), denoiser_name(reference)
+    if not (folder / INDEX).is_file() or not (folder / part / "config.json").is_file():
+        return
+    _check_kind(model, read_object(folder / INDEX, {"_class_name": str})["_class_name"], reference, name)
+    saved, theirs = _plain(read_object(folder / part / "config.json", {})), _layout(reference)
+    _check_layout(model, {key: value for key, value in saved.items() if key in theirs}, theirs, name)
+
+
 def check_same(pipe: Any, reference: Any, model: str, name: str) -> None:
     """Raises UserError where a pipeline is not of the layout of the one in full precision, or takes other steps."""
     check_sampled(pipe, model)
-    if type(pipe) is not type(reference):
-        raise UserError(
-            f"{model} is a {type(pipe).__name__} and {name} a {type(reference).__name__}: different models cannot be "
-            "compared."
-        )
-    ours, theirs = (_layout(one) for one in (pipe, reference))
-    if other := sorted(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)):
+    _check_kind(model, type(pipe).__name__, reference, name)
+    _check_layout(model, _layout(pipe), _layout(reference), name)
+    ours, theirs = (getattr(one.scheduler, "fixed_steps", None) for one in (pipe, reference))
+    if ours != theirs:
+        told = ["any number of steps" if steps is None else f"{steps} and no other" for steps in (ours, theirs)]
+        raise UserError(f"{model} takes {told[0]}, and {name} {told[1]}; they cannot be compared.")
+
+
+def _check_kind(model: str, kind: str, reference: Any, name: str) -> None:
+    if kind != type(reference).__name__:
+        kinds = f"{model} is a {kind} and {name} a {type(reference).__name__}"
+        raise UserError(f"{kinds}: different models cannot be compared.")
+
+
+def _check_layout(model: str, ours: dict, theirs: dict, name: str) -> None:
+    compared = theirs if ours.keys() >= theirs.keys() else ours  # a folder need not say all that has a default
+    if other := sorted(key for key in compared if ours.get(key) != theirs.get(key)):
         raise UserError(
             f"{model} is another model than {name}: their configurations differ in {', '.join(other[:5])}."
-        )
-    steps = [getattr(one.scheduler, "fixed_steps", None) for one in (pipe, reference)]
-    if steps[0] != steps[1]:
-        raise UserError(
-            f"{model} takes {steps[0] or 'any number of'} steps and {name} {steps[1] or 'any number'}; only models "
-            "of the same steps can be compared."
         )
 
 
@@ -101,5 +117,11 @@ def worst_layers(model: str) -> list[dict[str, Any]]:
 
 def _layout(pipe: Any) -> dict[str, Any]:
     """What a denoiser is built of, as JSON values, without how it was quantized and where it lay."""
-    config = {k: v for k, v in denoiser(pipe).config.items() if k[0] != "_" and k != "quantization_config"}
-    return json.loads(json.dumps({"class": type(denoiser(pipe)).__name__, **config}, default=str))
+    network = denoiser(pipe)
+    return _plain({**network.config, "_class_name": type(network).__name__})
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    plain = {"class": config.get("_class_name")}
+    plain |= {key: v for key, v in config.items() if key[0] != "_" and key != "quantization_config"}
+    return json.loads(json.dumps(plain, default=str))

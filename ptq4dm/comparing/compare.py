@@ -22,7 +22,7 @@ from ..pipelines.generate import fingerprint, generate, settings
 from ..pipelines.load import load_pipeline
 from ..pipelines.sampling import check_steps, refusals
 from ..quantization.diffusers_bridge import quantization_config
-from .candidates import Candidate, check_same, labelled, original, worst_layers
+from .candidates import Candidate, check_same, check_saved, labelled, original, worst_layers
 from .config import CompareConfig
 from .figures import add_figures
 from .report import check_places, format_comparison, write_comparison
@@ -75,6 +75,8 @@ def compare(
         worst = {one.label: worst_layers(one.model) for one in others}
         reference = load(first.model)
         check_sampled(reference, first.model)
+        for one in others:
+            check_saved(one.model, reference, name)
         steps = check_steps(reference, config.num_inference_steps)
         with claimed(folder, [[one.model for one in (first, *others)], _settings(reference, config, steps)]):
             report = _report(reference, first, config, steps)

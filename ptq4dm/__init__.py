@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
     from .calibration.store import CalibrationStore
+    from .comparing.compare import compare
+    from .comparing.config import CompareConfig
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .inference.optimize import optimize, unoptimize
     from .interchange.export import export_comfy
@@ -63,6 +65,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
 __all__ = [
     "CalibrationConfig",
     "CalibrationStore",
+    "CompareConfig",
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
@@ -90,6 +93,7 @@ __all__ = [
     "cached_steps",
     "cached_text",
     "collect",
+    "compare",
     "evaluate",
     "export_comfy",
     "fuse",
@@ -117,6 +121,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "CalibrationConfig": "calibration.collect",
         "CalibrationStore": "calibration.store",
+        "CompareConfig": "comparing.config",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
         "LUTGEMMConfig": "methods.lutgemm",
@@ -142,6 +147,7 @@ __getattr__, __dir__ = lazy_names(
         "cached_steps": "caching.cached_steps",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
+        "compare": "comparing.compare",
         "evaluate": "evaluation.evaluate",
         "export_comfy": "interchange.export",
         "fuse": "layers.fusing.fuse",

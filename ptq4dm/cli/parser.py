@@ -10,7 +10,15 @@ from .failures import WRONG_INPUT, complain
 
 LONGEST = 200  # characters of a wrong value that are repeated
 PATHS = ("MODEL", "DIR", "PNG", "JSON", "NPZ", "FILE")  # what stands for a file or a folder in the help
-PATH_FLAGS = ("model", "output", "reference")  # which say by their names what they are
+PATH_FLAGS = (
+    "model",
+    "output",
+    "reference",
+    "inception_weights",
+    "lpips_weights",
+    "clip",
+    "image_reward",
+)  # which say by their names what they are
 
 
 def names_file(action: argparse.Action) -> bool:

@@ -23,6 +23,7 @@ VERBS = {
     "convert": "Load a file that another tool quantized (GGUF, ComfyUI), or write one for ComfyUI.",
     "generate": "Make images: one PNG per seed.",
     "evaluate": "Measure a model: Frechet distance, errors against full precision, speed, bytes.",
+    "compare": "Put several quantized models in one table, one picture and one page with a slider.",
     "distill": "Distil a model to one step (DisBack), and save it as a diffusers pipeline.",
     "train": "Train a model on the pictures of a folder, its products on integers.",
     "personalize": "Learn a token or a class from a few images, by forward passes of a packed model.",

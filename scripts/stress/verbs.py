@@ -64,6 +64,11 @@ VERBS = {
         f"evaluate --model INPUT/q --full-precision INPUT/m --metric none --num-paired 4 --num-heldout 4 {SAMPLING} "
         "--output evaluation"
     ),
+    "compare": Verb(
+        f"compare INPUT/q --full-precision INPUT/m --num-images 4 --num-heldout 4 --timed-steps 0 {SAMPLING} "
+        "--output comparison",
+        other="--num-inference-steps 3",
+    ),
     "distill": Verb(
         f"distill --model INPUT/m {STUDENT} --output student",
         again="--resume",

@@ -36,6 +36,10 @@ TYPED = {
         f"--model q {PAIRS} {STEPS} --output e",
         {"model", "full_precision", "scheduler", "paired", "epsilon_error", "bytes", "networks", "report", "picture"},
     ),
+    "compare": (
+        f"q --num-images 1 --num-heldout 0 --timed-steps 0 {STEPS} --output c",
+        {"full_precision", "sampler", "seeds", "models", "not_measured", "warnings", "page", "picture", "report"},
+    ),
     "info": (
         "--model q",
         {"model", "pipeline", "denoiser", "scheduler", "quantization", "bytes", "layers", "left", "adapters"},

@@ -32,7 +32,8 @@ ptq4dm/files
 ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms  ptq4dm/handed
 ptq4dm/layers
-ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/shift  ptq4dm/layers/attention  ptq4dm/layers/fusing
+ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/rotated  ptq4dm/layers/shift  ptq4dm/layers/attention
+ptq4dm/layers/fusing
 ptq4dm/calibration
 ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
 ptq4dm/reconstruction

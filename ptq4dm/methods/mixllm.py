@@ -66,6 +66,7 @@ class MixLLMConfig(IntegerConfig):
     affine: bool = option(True, fixed=True)
     weight_grid: str = option("uniform", fixed=True)
     rotate_inputs: bool = option(False, fixed=True)
+    codebook_of: str = option("tensor", fixed=True)
     average_bits: float | None = option(None, fixed=True)
     importance: str = option("gauss-newton", "how rows are ranked: gauss-newton, fisher or another")
     time_bins: int = option(10, "parts of the time for which salience is told apart", low=1, high=1000)

@@ -40,6 +40,7 @@ class MixPEConfig(IntegerConfig):
     affine: bool = option(True, fixed=True)
     weight_grid: str = option("uniform", fixed=True)
     rotate_inputs: bool = option(False, fixed=True)
+    codebook_of: str = option("tensor", fixed=True)
     average_bits: float | None = option(None, fixed=True)
     importance: str = option("integrated", fixed=True)
     activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)

@@ -25,6 +25,8 @@ from ..layers.shift.norms import norms_of
 from ..pipelines.denoiser import turn_at
 from ..pipelines.loading import not_while_loading
 from ..pipelines.parts import of_transformers
+from ..transforms.base import is_online
+from ..transforms.named import named
 from ..undo import whole_or_not
 from .checksums import checksums_of
 from .opening import check_keys, check_layers, lacking, put_dequantized, put_empty, read_files
@@ -33,6 +35,7 @@ from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import METHODS, QuantConfig
 from .refusals import bare, check_saving
+from .transforming import transformed
 
 
 class PTQ4DMQuantizer(DiffusersQuantizer):
@@ -82,17 +85,21 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             put_empty(model, config)
             self._check_checkpoint(model)
-        elif not config.packs_while_loading or config.changes:
+        elif not config.packs_while_loading or not all(is_online(named(text)[0].name) for text in config.changes):
             raise _not_while_loading(config)
         else:
             if config.calibration is not None:
                 self.store = CalibrationStore.load(config.calibration)
+            if self.store is not None and config.rotates:  # static grids are measured behind rotations
+                raise _not_while_loading(config)
             try:
-                plan = config.plan or make_plan(model, config, self.store)
+                transforms = [] if config.plan else transformed(model, config.changes, None, None)[0]
+                plan = config.plan or make_plan(model, config, self.store, transforms)
             except (RuntimeError, NotImplementedError) as error:  # of tensors without values
                 raise _not_while_loading(config) from error
             check_plan(model, plan)
-            if plan.transforms or any(needs_of(one) for one in plan.layers.values()):
+            changed = any(not is_online(one.kind) for one in plan.transforms)
+            if changed or any(needs_of(one) for one in plan.layers.values()):
                 raise _not_while_loading(config)
             self.quantization_config = resolved(config, plan)
         _set_entry(model, self.quantization_config)

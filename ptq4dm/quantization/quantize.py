@@ -129,7 +129,7 @@ def _pack(
     """(quantized layers, completed plan, errors of the layers, what they were measured on)."""
     kinds, plans = config.changes, None if config.plan is None else config.plan.transforms
     transforms, store = transformed(model, kinds, plans, store)
-    plan = config.plan or make_plan(model, config, store)
+    plan = config.plan or make_plan(model, config, store, transforms)
     check_plan(model, plan)
     if config.plan is not None and plan.norms.keys() != norms_of(model).keys():
         raise UserError("the plan is of a model with other norms: L1 normalization is in one of them alone.")

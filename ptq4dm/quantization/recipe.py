@@ -27,6 +27,7 @@ from ..layers.view import LayerView
 from ..options import has_option, no_choice, option
 from ..registry import Registry
 from ..rounding.learned import Learning
+from ..transforms.base import is_online
 from ..transforms.named import named
 from .checksums import checked_sums
 from .packing import PackingOptions, pack_plan, packing_of
@@ -77,7 +78,7 @@ class QuantConfig(QuantizationConfigMixin):
     calibration: str | None = option(None, "folder of a calibration store", flag=False)
     plan: Plan | None = option(None, "choices to follow", flag=False)
     transforms: tuple[str, ...] = option(
-        (), "changes that keep the model's function, made first (smooth, rotate, ...)"
+        (), "changes that keep the model's function (smooth, rotate, hadamard:64, ...)"
     )
 
     def __post_init__(self) -> None:
@@ -113,6 +114,11 @@ class QuantConfig(QuantizationConfigMixin):
     def changes(self) -> tuple[str, ...]:
         """The transforms that are made, those of the method itself among them, in their order."""
         return self.transforms
+
+    @property
+    def rotates(self) -> bool:
+        """Whether a transform rotates what layers are fed, in every call."""
+        return any(is_online(named(text)[0].name) for text in self.changes)
 
     @property
     def needs_calibration(self) -> bool:

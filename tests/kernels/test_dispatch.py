@@ -154,6 +154,17 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
         for weight, activation in (("row-mix", "int4"), ("row-mix", "none"), ("power", "int8"), ("power", "none")):
             assert on_gpu(capability, weight=weight, activation=activation) == {"all rows": "reference"}
     assert dispatch.find(Query("power", "int8", device=CPU)).name == "reference"
+    for size in (None, 64):
+        query = dict(weight="codebook", group_size=size)
+        assert dispatch.find(Query(**query, activation="int8", device=CPU)).name == ("reference" if size else copy)
+        assert dispatch.find(Query(**query, activation="none", device=CPU)).name == "reference"
+        for capability in [(8, 0), (9, 0)]:
+            assert on_gpu(capability, **query, activation="int8") == {"all rows": "triton-w4a8-codebook"}
+            assert on_gpu(capability, **query, activation="none") == {"all rows": "unpack + cublas"}
+            for more in (dict(static=True), dict(linear=False)):
+                assert on_gpu(capability, **query, activation="int8", **more) == {"all rows": "unpack + triton-int8"}
+            assert on_gpu(capability, **query, activation="none", linear=False) == {"all rows": "unpack + cudnn"}
+        assert on_gpu((7, 5), **query, activation="int8") == {"all rows": "reference"}
 
 
 def test_rows_of_two_widths_go_through_the_kernel_that_is_named(monkeypatch):
@@ -233,7 +244,7 @@ def test_the_list():
     [
         (
             dict(weight="int3", activation="int8"),
-            "weight is one of int8, fp8, int4, row-mix, power, kv4, attention8, bcq, not 'int3'",
+            "weight is one of int8, fp8, int4, row-mix, codebook, power, kv4, attention8, bcq, not 'int3'",
         ),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),

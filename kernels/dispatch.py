@@ -153,7 +153,7 @@ KERNELS: list[Kernel] = [
         either(unpacked(w8a8.TRITON), two_widths(w8a8.TRITON)),
     ),
     Kernel(
-        cpu.NAME, "4-bit weights, plain or progressive, unpacked part by part in the product; x86 CPU",
+        cpu.NAME, "4-bit weights, plain, progressive, or among rows of 8 bits, unpacked part by part; x86 CPU",
         compiled,
     ),
     Kernel(

@@ -138,6 +138,8 @@ def compiled(query: Query) -> bool:
     oneDNN's copy, where there is one, takes less time."""
     inputs = query.inputs or 0
     fits = query.groups == 1 and inputs <= cpu.MOST
+    if (query.weight, query.activation) == ("row-mix", "int8"):  # under one scale a row gives what W8A8 layers give
+        return fits and bool(query.group_size) and cpu.serves(query.device)
     large = query.progressive and not query.linear and inputs >= LARGE_WINDOWS
     slower = large and _eight_bit(query) == w8a8.ONEDNN
     return _plain(query) and fits and not slower and cpu.serves(query.device)

@@ -24,7 +24,7 @@ kernels/w4/products
 kernels/w8a8  kernels/w4  kernels/attention  kernels/lut
 kernels/shift  kernels/tuning  kernels/blocks
 kernels
-ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
+ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting  ptq4dm/tables
 ptq4dm/annotations
 ptq4dm/checks  ptq4dm/interrupts
 ptq4dm/registry  ptq4dm/evidence  ptq4dm/options  ptq4dm/hooks  ptq4dm/undo  ptq4dm/progress
@@ -169,7 +169,7 @@ MAY_READ = {
     "ptq4dm.files.pictures",
     "ptq4dm.kernels.runtime.settings",  # says it in a sentence of its own
     "ptq4dm.pipelines.load",  # asks each file of weights for its header, before diffusers reads it
-    "ptq4dm.cli.completion",  # a file of the package's own, before PyTorch is there
+    "ptq4dm.cli.parser",  # a file of the package's own, before PyTorch is there
     "ptq4dm.pipelines.generate",  # a round trip through JSON, of our own values; the next two as well
     "ptq4dm.quantization.packing",
     "ptq4dm.svdquant.nunchaku.export",

@@ -142,8 +142,10 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
     """Rows of two widths are operands of the 8-bit product, and what it is called says so; codebooks have none."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    compiled = "cpu-w4a8" if cpu.serves(CPU) else "reference"
     copy = "onednn-int8 on an int8 copy" if vnni else "reference"
-    assert row_mix_ops.kernel_name(CPU, True) == dispatch.find(Query("row-mix", "int8", device=CPU)).name == copy
+    assert row_mix_ops.kernel_name(CPU, True, 64) == dispatch.find(Query("row-mix", "int8", device=CPU)).name == copy
+    assert dispatch.find(Query("row-mix", "int8", 64, device=CPU, inputs=1 << 16)).name == "reference"
     for capability in [(8, 0), (9, 0)]:
         assert on_gpu(capability, weight="row-mix", activation="int8") == {"all rows": "unpack + triton-int8"}
         for size in (32, 64, 128):
@@ -151,7 +153,7 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
             assert on_gpu(capability, **query) == {"all rows": "triton-w4a8-row-mix"}
             for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu(capability, **query, **more) == {"all rows": "unpack + triton-int8"}
-            assert dispatch.find(Query(**query, device=CPU)).name == "reference"
+            assert dispatch.find(Query(**query, device=CPU)).name == compiled
         for weight, activation in (("row-mix", "int4"), ("row-mix", "none"), ("power", "int8"), ("power", "none")):
             assert on_gpu(capability, weight=weight, activation=activation) == {"all rows": "reference"}
     assert dispatch.find(Query("power", "int8", device=CPU)).name == "reference"

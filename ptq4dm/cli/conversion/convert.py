@@ -13,10 +13,11 @@ from ...files.result_folder import check_replaceable
 from ...interchange.export import export_comfy
 from ...interchange.load import load_quantized_file
 from ...layers.base import is_quantized
+from ...layers.sizes import stored_bytes
 from ...quantization.components import component_of
 from ...quantization.diffusers_bridge import quantization_config
 from ...quantization.recipe import QuantConfig
-from ...quantization.report import kernel_report, stored_bytes
+from ...quantization.report import kernel_report
 from ...quantization.saving import RECORD, save_quantized
 from ..options import QUANTIZED, add_component, add_model, default_model, load, one_process, settings_of
 from ..output import result, say

@@ -17,9 +17,9 @@ from ptq4dm.comparing.candidates import labelled, worst_layers
 from ptq4dm.comparing.report import format_comparison
 from ptq4dm.errors import DamagedFile
 from ptq4dm.evaluation.compare import compare_denoisers
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.images import load_images, to_uint8
 from ptq4dm.pipelines.sampling import sample
-from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.quantization.saving import save_quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")

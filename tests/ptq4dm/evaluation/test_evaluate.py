@@ -28,9 +28,9 @@ from ptq4dm.evaluation.feature_fid import FeatureFID
 from ptq4dm.evaluation.frechet import read_statistics
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr, psnr
 from ptq4dm.evaluation.report import check_places, format_report
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.images import save_png, to_uint8
 from ptq4dm.pipelines.sampling import sample
-from ptq4dm.quantization.report import stored_bytes
 
 SMALL = {"num_images": 6, "num_inference_steps": 2, "batch_size": 4, "num_paired": 3, "num_heldout": 6}
 SMALL |= {"num_bins": 2, "warmup_steps": 0, "timed_steps": 1}

@@ -67,8 +67,8 @@ def test_one_step_samples_approach_the_data(teacher, tmp_path, backtracking):
     data = points.draw_points(2000, 1)
     z = torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(5))
     config = DisBackConfig(
-        backtracking=backtracking, images=600 * 256, degradation_steps=150, switch_every=30, student_lr=1e-3,
-        fake_lr=4e-3, warmup_steps=20, ema_decay=0.98, evaluate_every=10**9,
+        backtracking=backtracking, images=300 * 128, batch_size=128, degradation_steps=80, switch_every=16,
+        student_lr=1e-3, fake_lr=4e-3, warmup_steps=20, ema_decay=0.98, evaluate_every=10**9,
     )  # fmt: skip
     student = distill(teacher, config, tmp_path / "run")
 

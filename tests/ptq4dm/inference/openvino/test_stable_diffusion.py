@@ -5,9 +5,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 
-import models
 import ptq4dm
 from helpers import distance, needs_vnni
+from trained import KINDS
 
 pytest.importorskip("openvino")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 @pytest.fixture
 def pipe():
-    unet = models.conditional_unet()
+    unet = KINDS["sd"]()
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
     parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
     pipe = StableDiffusionPipeline(vae, unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False, **parts)

@@ -42,12 +42,18 @@ def affine_parameters(low: float, high: float, bits: int = 8, symmetric: bool = 
 
     A range of nothing but zeros gets scale 1: every code is then exact.
     """
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max(-low, high) / weight_limit(bits) if symmetric else (high - low) / (2**bits - 1)
-    scale = torch.tensor(scale, dtype=torch.float32).item()
-    if scale < torch.finfo(torch.float32).tiny:
-        return 1.0, 0
-    return scale, 0 if symmetric else int(round(-low / scale)) - 2 ** (bits - 1)
+    scale, zero = affine_grids(*torch.tensor([[low], [high]], dtype=torch.float64), bits, symmetric)
+    return float(scale), int(zero)
+
+
+def affine_grids(low: Tensor, high: Tensor, bits: int = 8, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """The same of many ranges: ends [R] float64 -> (scales, zero points), [R] float64 each."""
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (-low).maximum(high) / weight_limit(bits) if symmetric else (high - low) / (2**bits - 1)
+    scale = scale.float().double()
+    nothing = scale < torch.finfo(torch.float32).tiny
+    zero = torch.zeros_like(scale) if symmetric else (-low / scale).round_() - 2 ** (bits - 1)
+    return scale.masked_fill(nothing, 1.0), zero.masked_fill(nothing, 0.0)
 
 
 def quantize_activation(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 8) -> Tensor:

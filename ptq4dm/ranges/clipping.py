@@ -22,6 +22,7 @@ from .search import TIE, least_of, ranges_of
 from .weights import WeightRows
 
 ACTIVATION_STEPS = 48  # grid points of the search for each end of the range
+CHUNK = 2**16  # values that are scored at a time: what a core's own cache holds
 QUANTILE_SIZE = 2**23  # older torch.quantile takes no more than 2^24 values at once
 
 
@@ -85,15 +86,17 @@ class Lp:
         """Both ends of the range on a grid of fractions (one fraction for both if symmetric): PTQ4DM's search."""
         centres, counts = inputs.values
         shares = counts / counts.sum()
-        grids = [inputs.grid(low, high) for low, high in ranges_of(inputs, ACTIVATION_STEPS)]
-        scale, zero = torch.tensor(grids, dtype=torch.float64, device=centres.device).T[:, :, None]
+        scales, zeros = inputs.grids(*ranges_of(inputs, ACTIVATION_STEPS))
+        scale, zero = (part.to(centres.device)[:, None] for part in (scales, zeros))
         limit = 2 ** (inputs.bits - 1)
         errors = []
-        for s, z in zip(scale.split(256), zero.split(256), strict=True):
+        rows = max(1, CHUNK // len(centres))
+        for s, z in zip(scale.split(rows), zero.split(rows), strict=True):
             codes = ((centres / s).round_() + z).clamp_(-limit, limit - 1) - z
             errors.append((centres - codes * s).abs_().pow_(parameter) @ shares)
         found = torch.cat(errors)
-        return grids[int((found <= found.min() * TIE).nonzero()[0])]
+        best = int((found <= found.min() * TIE).nonzero()[0])
+        return float(scales[best]), int(zeros[best])
 
 
 @register_objective("mse", parameter=2.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
-from ..kernels.formats.int8 import affine_parameters
+from ..kernels.formats.int8 import affine_grids, affine_parameters
 from .registry import OBJECTIVES, objective_parameter
 
 
@@ -38,6 +38,10 @@ class InputValues:
     def grid(self, low: float, high: float) -> tuple[float, int]:
         """The scale and zero point of the grid over [low, high]."""
         return affine_parameters(low, high, self.bits, self.symmetric)
+
+    def grids(self, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+        """The scales and zero points of the grids over ranges whose ends are [R] float64 each; both [R] float64."""
+        return affine_grids(lows, highs, self.bits, self.symmetric)
 
     def rounded(self, x: Tensor, scale: float, zero: int) -> Tensor:
         """What the codes of x stand for on a grid, in the type of x."""

@@ -31,12 +31,13 @@ def least_of(
     return best
 
 
-def ranges_of(inputs: InputValues, steps: int) -> list[tuple[float, float]]:
-    """(low, high) of all ranges whose ends are fractions of the full one; of symmetric grids, one for both."""
+def ranges_of(inputs: InputValues, steps: int) -> tuple[Tensor, Tensor]:
+    """(lows [R], highs [R]), float64, of all ranges whose ends are fractions of the full one; of symmetric grids, one
+    fraction for both."""
     fractions = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     low, high = inputs.low, inputs.high
-    lows = fractions if low < 0 and not inputs.symmetric else fractions[-1:]
-    highs = fractions if high > 0 or inputs.symmetric else fractions[-1:]
-    bound = max(-low, high)
-    ends = [(-bound * b, bound * b) if inputs.symmetric else (low * a, high * b) for a in lows for b in highs]
-    return [(float(a), float(b)) for a, b in ends]
+    if inputs.symmetric:
+        ends = max(-low, high) * fractions
+        return -ends, ends
+    lows, highs = (end * (fractions if end else fractions[-1:]) for end in (low, high))
+    return lows.repeat_interleave(len(highs)), highs.repeat(len(lows))

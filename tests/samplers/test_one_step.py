@@ -1,15 +1,9 @@
 """The one-step scheduler: its formula, the pipelines that it has to fit, and what it refuses."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
-import ptq4dm
 from models import pixel_dit
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.load import load_reference
@@ -84,25 +78,6 @@ def test_the_embedded_student_repeats_itself():
     assert torch.equal(sample(pipe, [0, 1], num_inference_steps=1), images)
     torch.testing.assert_close(images, by_formula(pipe.unet, noise([0, 1], 32), 440), atol=1e-4, rtol=0)
     assert (images[0] - images[1]).square().mean() > 0.01  # of values in [0, 1]: two seeds are two pictures
-
-
-def test_a_saved_student_loads_in_a_new_process(unet, tmp_path):
-    pipe = DDPMPipeline(unet(), OneStepScheduler(generator_timestep=400))
-    pipe.save_pretrained(tmp_path / "student")
-    want = sample(pipe, [7], num_inference_steps=1)
-    script = (
-        "import sys, torch, ptq4dm\nfrom diffusers import DiffusionPipeline\n"
-        "from ptq4dm.pipelines.sampling import sample\n"
-        "torch.set_num_threads(1)\n"
-        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        "assert pipe.scheduler.config.generator_timestep == 400\n"
-        "torch.save(sample(pipe, [7], num_inference_steps=1), sys.argv[2])\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(Path(ptq4dm.__file__).parents[1])}
-    arguments = [sys.executable, "-c", script, tmp_path / "student", tmp_path / "image.pt"]
-    done = subprocess.run(arguments, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "image.pt"), want, atol=1e-6, rtol=0)
 
 
 def test_round_trip_of_the_config(tmp_path):

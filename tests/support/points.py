@@ -47,7 +47,7 @@ class PointNet(ModelMixin, ConfigMixin):
         return {"sample": out} if return_dict else (out,)
 
 
-def train_teacher(steps=2000, batch=512, seed=0):
+def train_teacher(steps=1000, batch=256, seed=0):
     """A pipeline that has learnt draw_points."""
     torch.manual_seed(seed)
     net, scheduler = PointNet(), DDIMScheduler(timestep_spacing="trailing", clip_sample=False)

@@ -121,7 +121,7 @@ def test_the_embedded_student_is_quantized_and_sampled_but_not_distilled(capsys)
     assert run("distill", "--model", name, "--output", "s") == 2
     assert "this model is a one-step student already; distil its teacher" in capsys.readouterr().err
     assert not Path("s").exists() and not Path("s.run").exists()
-    assert run("quantize", "--model", name, "--num-samples", 2, "--batch-size", 2) == 0
+    assert run("quantize", "--model", name, "--num-samples", 2, "--batch-size", 2, "--objective", "max") == 0
     assert run("generate", "--num-images", 2) == 0  # finds what quantize made
     assert run("generate", "--model", name, "--num-images", 2, "--output", "full") == 0
     full, quantized = (load_images(sorted(Path(f).iterdir())).float() for f in ("full", "out/images"))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +28,7 @@ from ptq4dm.evaluation.report import check_places, format_report
 from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.images import save_png, to_uint8
 from ptq4dm.pipelines.sampling import sample
+from two_processes import two_ranks
 
 SMALL = {"num_images": 6, "num_inference_steps": 2, "batch_size": 4, "num_paired": 3, "num_heldout": 6}
 SMALL |= {"num_bins": 2, "warmup_steps": 0, "timed_steps": 1}
@@ -297,30 +295,7 @@ state.destroy_process_group()
 
 def test_two_processes_give_the_figures_of_one(tmp_path):
     (tmp_path / "launched.py").write_text(LAUNCHED)
-    command = [sys.executable, str(tmp_path / "launched.py"), str(Path(__file__).parent), str(tmp_path)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What torchrun would set; its own process would cost another import of torch.
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    paths = [Path(ptq4dm.__file__).parent.parent, Path(models.__file__).parent]
-    world |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            _, complaints = rank.communicate(timeout=300)
-            assert rank.returncode == 0, complaints[-2000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    two_ranks(tmp_path / "launched.py", Path(__file__).parent, tmp_path)
     first, second, written = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("rank0", "rank1", "report")
     )

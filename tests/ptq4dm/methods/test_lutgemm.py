@@ -4,49 +4,68 @@ import copy
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMPipeline
 
+import models
 import ptq4dm
 from ptq4dm import LUTGEMMConfig, RTNConfig
 from ptq4dm.errors import UserError
 from ptq4dm.layers.base import is_quantized
 from ptq4dm.layers.binary.bcq import BCQLinear
 from ptq4dm.quantization.recipe import QuantConfig
+from trained import spread
 
 CALIBRATION = ptq4dm.CalibrationConfig(num_samples=2, num_inference_steps=2)
 
 
-@pytest.fixture(scope="module", params=["dit-cifar10", "unet-cifar10"])
+@pytest.fixture(scope="module", params=["dit", "unet"])
 def reference(request):
-    pipe = ptq4dm.load_reference(request.param)
-    return pipe, ptq4dm.collect(pipe, CALIBRATION), request.param
+    """(a tiny pipeline, its calibration, a group size that all its layers of few rows have)."""
+    if request.param == "dit":
+        model = spread(models.pixel_dit(num_attention_heads=2, attention_head_dim=64))
+        pipe, size = ptq4dm.PixelDiTPipeline(model, DDIMScheduler(clip_sample=False)), 128
+    else:
+        model = models.plain_unet(block_out_channels=(32,), norm_num_groups=8)
+        pipe, size = DDPMPipeline(model, DDIMScheduler(clip_sample=False)), 32
+    return pipe, ptq4dm.collect(pipe, CALIBRATION), size
 
 
 def fresh(pipe):
     return copy.deepcopy(getattr(pipe, "transformer", None) or pipe.unet)
 
 
-def test_layers_are_those_of_one_row_a_sample(reference):
+@pytest.mark.parametrize("name", ["dit-cifar10", "unet-cifar10"])
+def test_layers_are_those_of_one_row_a_sample(name):
     """Modulation and embeddings of the DiT; time projections and embeddings of the UNet; and nothing of tokens."""
-    pipe, store, name = reference
-    model = fresh(pipe)
-    report = ptq4dm.quantize(model, LUTGEMMConfig(bits=2), store)
-    layers = {row["layer"] for row in report.layers}
+    pipe = ptq4dm.load_reference(name)
+    model, store = fresh(pipe), ptq4dm.collect(pipe, CALIBRATION)
+    plan = LUTGEMMConfig(bits=2).resolve(model, ptq4dm.layers.view.find_layers(model), store)
     parts = ("norm1.linear", "timestep_embedder", "proj_out_1") if name == "dit-cifar10" else ("time_emb",)
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and any(p in n for p in parts)}
-    assert layers == linears and len(layers) > 15
-    assert all(type(model.get_submodule(layer)) is BCQLinear for layer in layers)
-    assert {row["format"] for row in report.layers} == {"W2A16 bcq g128 uniform refitted"}
+    assert set(plan) == linears and len(plan) > 15
+    assert {str(choice) for choice in plan.values()} == {"W2A16 bcq g128 uniform refitted"}
+
+
+def test_they_are_packed_and_the_others_kept(reference):
+    pipe, store, size = reference
+    model = fresh(pipe)
+    report = ptq4dm.quantize(model, LUTGEMMConfig(bits=2, group_size=size), store)
+    layers = {row["layer"] for row in report.layers}
+    assert layers and all(type(model.get_submodule(layer)) is BCQLinear for layer in layers)
+    assert {name for name, one in model.named_modules() if is_quantized(one)} == layers
+    assert {row["format"] for row in report.layers} == {f"W2A16 bcq g{size} uniform refitted"}
 
 
 @pytest.mark.parametrize("rest", ["rtn activations=dynamic", RTNConfig(activations="dynamic")])
 def test_a_recipe_for_the_rest(reference, rest, tmp_path):
-    pipe, store, _ = reference
+    pipe, store, size = reference
     model = fresh(pipe)
-    config = LUTGEMMConfig(rest=rest)
+    config = LUTGEMMConfig(rest=rest, group_size=size)
     report = ptq4dm.quantize(model, config, store)
     formats = {row["format"] for row in report.layers}
-    assert formats == {"W3A16 bcq g128 uniform refitted", "W8A8 dynamic"}
-    assert report.method == {"method": "lutgemm", "rest": {"method": "rtn", "activations": "dynamic"}}
+    assert formats == {f"W3A16 bcq g{size} uniform refitted", "W8A8 dynamic"}
+    told = {"method": "lutgemm", "rest": {"method": "rtn", "activations": "dynamic"}}
+    assert report.method == (told if size == LUTGEMMConfig.group_size else told | {"group_size": size})
     saved = ptq4dm.quantization_config(model)
     again = QuantConfig.from_dict(saved.to_dict())
     assert again.rest.summary() == config.rest.summary() and again.plan == saved.plan
@@ -69,8 +88,7 @@ def test_saved_and_loaded(reference, tmp_path):
     ptq4dm.verify(tmp_path)
 
 
-def test_groups_that_do_not_fit_are_smaller(reference):
-    pipe, store, name = reference
+def test_groups_that_do_not_fit_are_smaller():
     from ptq4dm.layers.view import LayerView
 
     plan = lambda inputs, size: LUTGEMMConfig(group_size=size)._plan(  # noqa: E731
@@ -130,4 +148,4 @@ def test_wrong_options(options, text):
 
 def test_a_store_is_needed():
     with pytest.raises(UserError, match="LUTGEMMConfig needs calibration"):
-        ptq4dm.quantize(ptq4dm.load_reference("dit-cifar10").transformer, LUTGEMMConfig())
+        ptq4dm.quantize(models.pixel_dit(), LUTGEMMConfig())

@@ -170,9 +170,9 @@ def test_the_embedded_unet_loses_less_than_half_of_its_error():
     pipe = ptq4dm.load_reference("unet-cifar10")
     exact = denoiser(pipe)
     recorded = []
-    for seeds in ([0, 1], [2, 3]):
+    for seed in (0, 2):
         with ptq4dm.record(pipe) as found:
-            sample(pipe, seeds, num_inference_steps=4)
+            sample(pipe, [seed], num_inference_steps=4)
         recorded.append(found)
     errors, sizes = [], []
     for split in (False, True):

@@ -1,8 +1,6 @@
 """Seed-named PNGs: the same for any batch size and number of processes, resumed, never mixed."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from ptq4dm.files.claim import CLAIM
 from ptq4dm.pipelines.generate import fingerprint, generate, save_grid
 from ptq4dm.pipelines.images import load_images, read_metadata
 from ptq4dm.pipelines.picture_files import find_images
+from two_processes import two_ranks
 
 SEEDS = [7, 0, 123, 3, 4]
 
@@ -71,12 +70,7 @@ def test_two_processes_give_the_same_files(tmp_path, whole):
         "assert state.num_processes == 2 and len(paths) == 5 and all(p.exists() for p in paths)\n"
         "state.destroy_process_group()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(Path(ptq4dm.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, script, tmp_path / "model", tmp_path / "two"], env=env, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    two_ranks(script, tmp_path / "model", tmp_path / "two")
     assert files(tmp_path / "two") == whole
 
 

@@ -16,18 +16,18 @@ from trained import FEW, calls_of, codes, model_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECIPES = {
-    "gptq": ptq4dm.PTQ4DMConfig(weight_bits=4, rounding="gptq", num_tuples=6, objective="mse"),
+    "gptq": ptq4dm.PTQ4DMConfig(weight_bits=4, rounding="gptq", num_tuples=4, objective="mse"),
     "gptq behind quantized": ptq4dm.PTQ4DMConfig(
-        weight_bits=4, rounding="gptq", num_tuples=6, objective="mse", prefix="quantized", first_last="same"
+        weight_bits=4, rounding="gptq", num_tuples=4, objective="mse", prefix="quantized", first_last="same"
     ),
-    "output error": ptq4dm.PTQ4DMConfig(activations="static", objective="output", num_tuples=6),
+    "output error": ptq4dm.PTQ4DMConfig(activations="static", objective="output", num_tuples=4),
     "gradptq fisher": ptq4dm.GradPTQConfig(
-        **FEW | {"steps": 4, "start": "gptq"}, loss="fisher", augmentation="qdrop"
+        **FEW | {"num_tuples": 4, "steps": 2, "start": "gptq"}, loss="fisher", augmentation="qdrop"
     ),
-    "gradptq": ptq4dm.GradPTQConfig(**FEW | {"steps": 2}),
-    "gradptq by layers": ptq4dm.GradPTQConfig(**FEW | {"steps": 2}, unit="layer", prefix="exact"),
+    "gradptq": ptq4dm.GradPTQConfig(**FEW | {"num_tuples": 4, "steps": 2}),
+    "gradptq by layers": ptq4dm.GradPTQConfig(**FEW | {"num_tuples": 4, "steps": 2}, unit="layer", prefix="exact"),
     "pdquant": ptq4dm.PDQuantConfig(
-        **FEW | {"steps": 4, "num_tuples": 4},
+        **FEW | {"num_tuples": 4, "steps": 2},
         weight_bits=4,
         rounding="learned",
         activations="dynamic",

@@ -9,7 +9,13 @@ from helpers import correlated
 from ptq4dm.calibration.input_statistics import InputStatistics
 from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
-from ptq4dm.kernels.formats.int8 import affine_parameters, dequantize_weight, quantize_weight, weight_limit
+from ptq4dm.kernels.formats.int8 import (
+    affine_grids,
+    affine_parameters,
+    dequantize_weight,
+    quantize_weight,
+    weight_limit,
+)
 from ptq4dm.ranges.inputs import activation_grid
 from ptq4dm.ranges.registry import OBJECTIVES, objective_parameter
 from ptq4dm.ranges.weights import weight_grid, weight_scale
@@ -130,6 +136,21 @@ def test_activation_search_against_brute_force(shape, objective, exponent, bits,
     )
     best = min(grid_error(values, *affine_parameters(a, b, bits, symmetric), bits, exponent) for a, b in ends)
     assert error <= 1.05 * best
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_grids_of_many_ranges_are_those_of_each(bits, symmetric):
+    """The formula one range after the other, in Python's float64: the same scales and zero points to the bit."""
+    lows = [0.0, -1.5, -0.7, -3e4, 0.2, -1e-44, -1.0]
+    highs = [0.3, 1e-9, 2.3, 1e-3, 5.0, 0.0, 1.0]
+    scales, zeros = affine_grids(torch.tensor(lows).double(), torch.tensor(highs).double(), bits, symmetric)
+    for number, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        low, high = (float(torch.tensor(end)) for end in (min(low, 0.0), max(high, 0.0)))
+        wide = max(-low, high) / (2 ** (bits - 1) - 1) if symmetric else (high - low) / (2**bits - 1)
+        scale = torch.tensor(wide, dtype=torch.float32).item()
+        zero = 0 if symmetric else round(-low / scale) - 2 ** (bits - 1) if scale > 1e-37 else 0
+        assert (scales[number], zeros[number]) == ((scale, zero) if scale > 1e-37 else (1.0, 0))
 
 
 def test_max_is_exact_and_contains_zero():

@@ -79,8 +79,7 @@ def test_quantized_denoisers(kind, made):
 
 
 def test_outputs_are_of_the_class_of_diffusers():
-    pipe = pipeline("unet")
-    model = network(pipe)
+    model = models.plain_unet()
     expected = call(model, 2, return_dict=True)
     ptq4dm.optimize(model, engine="openvino", precision="float32")
     found = call(model, 2, return_dict=True)

@@ -13,9 +13,15 @@ pytest.importorskip("openvino")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 
+SMALL = {
+    "block_out_channels": (12,), "down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None,
+    "up_block_types": ("UpBlock2D",),
+}  # fmt: skip
+
+
 @pytest.fixture
 def pipe():
-    unet = models.conditional_unet()
+    unet = models.conditional_unet(**SMALL)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
     parts = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
     pipe = StableDiffusionPipeline(vae, unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False, **parts)
@@ -56,6 +62,7 @@ def test_guided_pictures_and_adapters(pipe):
 
 @needs_vnni
 def test_quantized_with_an_adapter(pipe):
+    pipe.unet = models.conditional_unet()
     with ptq4dm.record(pipe) as calls:
         latents(pipe)
     ptq4dm.quantize(pipe, ptq4dm.PTQ4DMConfig(), calls)

@@ -173,7 +173,7 @@ MAY_READ = {
     "ptq4dm.pipelines.generate",  # a round trip through JSON, of our own values; the next two as well
     "ptq4dm.quantization.packing",
     "ptq4dm.svdquant.nunchaku.export",
-    "ptq4dm.svdquant.layers.svdq",  # what accelerate has just offloaded
+    "ptq4dm.svdquant.layers.lender",  # what accelerate has just offloaded
 }
 
 

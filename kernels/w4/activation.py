@@ -11,7 +11,7 @@ from ..runtime.launch import Launch, planned
 from ..runtime.prepared import prepared
 from .activation_triton import activation_kernel
 from .reference import NONLINEARITIES, NORMS
-from .rotation_triton import RUN, matrices
+from ..runtime.rotation import RUN, matrices
 
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
 

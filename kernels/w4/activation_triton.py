@@ -25,9 +25,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..runtime.rotation import rotated
 from ..runtime.rounding import ROUND
 from .norm import blocks_of, normed, normed_branch, row_statistics, rows_of, starts_of, values_of
-from ..runtime.rotation import rotated
 
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
 

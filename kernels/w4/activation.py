@@ -9,8 +9,8 @@ from ..formats.int4 import GROUP
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch, planned
 from ..runtime.prepared import prepared
+from ..runtime.rotation import RUN, matrices
 from .activation_triton import activation_kernel
-from .products.rotation_triton import RUN, matrices
 from .reference import NONLINEARITIES, NORMS
 
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")

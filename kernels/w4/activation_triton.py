@@ -6,7 +6,7 @@
     branch[m, j] = sum_k x[m, k] D[j, k]
 
 x may come in two tensors side by side, and may be normalised first, in the codes and in the branch: norm.py. In the
-codes it may be rotated after that, x H in place of x: rotation_triton.py.
+codes it may be rotated after that, x H in place of x: kernels/runtime/rotation.py.
 Divisions are products with reciprocals, of s taken once per layer and of scales once per row, so that a value within
 2^-21 of a tie may get the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its
 scale is NaN.
@@ -25,9 +25,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..runtime.rotation import rotated
 from ..runtime.rounding import ROUND
 from .norm import blocks_of, normed, normed_branch, row_statistics, rows_of, starts_of, values_of
-from .products.rotation_triton import rotated
 
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
 

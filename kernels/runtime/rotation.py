@@ -1,4 +1,4 @@
-"""The rotation of what is quantized, in the kernel that quantizes it, in Triton (formulas: formats/rotation.py).
+"""A rotation of what is quantized, for kernels that quantize, in Triton (formulas: formats/rotation.py).
 
     v -> v diag(A (x) B) over runs of 256 inputs,    A = I (x) H_(G/16),  B = H_16        [16, 16] both
 

@@ -10,8 +10,8 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch, planned
 from ..runtime.prepared import prepared
 from .activation_triton import activation_kernel
+from .products.rotation_triton import RUN, matrices
 from .reference import NONLINEARITIES, NORMS
-from .rotation_triton import RUN, matrices
 
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
 
@@ -83,7 +83,7 @@ def _launch(
 ) -> Launch:  # fmt: skip
     """k: of (x | more); joined: columns of x, stride of more; modulated: strides of the norm's vectors, rows, eps."""
     if rotated:  # by runs
-        config = config | {"STEP": max(config["STEP"], RUN)}
+        config = config | {"STEP": max(config["STEP"], RUN), "maxnreg": None}  # v of float32 take more registers
     programs, fixed = activation_launch(config, mode, m, k, *sizes, samples)
     fixed |= dict(zip(("x_columns", "stride_more"), joined, strict=True))
     fixed |= dict(

@@ -158,7 +158,7 @@ def int4_linear(
         y = F.linear(_floats(x), *_float_weight(x, *weight, bias, inputs, levels))
         return y.to(x.dtype)
     if name == w4.INT8:
-        spread = prepared(wscales, PACKED, lambda: _per_packed(wscales, inputs))
+        spread = prepared(wscales, PACKED, lambda: per_packed(wscales, inputs))
         return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
     if name in (integer.GROUPED, integer.CHANNEL, integer.CODEBOOK):
         return grouped_linear(x, *weight, bias, levels)
@@ -268,7 +268,7 @@ def _float_weight(
     return weight, None if bias is None else bias.to(kind)
 
 
-def _per_packed(wscales: Tensor, inputs: int) -> Tensor:
+def per_packed(wscales: Tensor, inputs: int) -> Tensor:
     """Scales [N, K / 64] of scales [N, G] that reach at least as far."""
     return wscales.repeat_interleave(inputs // PACKED // wscales.shape[1], 1).contiguous()
 

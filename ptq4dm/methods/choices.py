@@ -6,7 +6,7 @@ from typing import Any
 
 from ..allocation.importance import IMPORTANCE
 from ..errors import UserError
-from ..layers.plan import FLOAT_INPUTS
+from ..layers.plan import BITS, FLOAT_INPUTS
 from ..layers.registry import FORMATS
 from ..options import has_option
 from ..quantization.packing import PackingOptions
@@ -18,6 +18,7 @@ FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
 GRIDS = ("uniform", "power", "progressive", "codebook")
+INPUT_WIDTHS = (*BITS, FLOAT_INPUTS)
 
 
 def check_options(config: Any) -> None:
@@ -32,6 +33,7 @@ def check_options(config: Any) -> None:
         raise UserError(
             "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
         )
+    _check_float_inputs(config)
     _check_grid(config)
     _check_average_bits(config)
     _check_split(config)
@@ -74,6 +76,18 @@ def _check_idle(config: Any) -> None:
         raise UserError(
             f"nothing looks at what blocks are fed where rounding='{config.rounding}', so that prefix would change "
             "nothing; leave it out, or take rounding='gptq'."
+        )
+
+
+def _check_float_inputs(config: Any) -> None:
+    """Raises UserError where inputs stay floats and an option says something else of them, or of their weights."""
+    if config.activation_bits != FLOAT_INPUTS:
+        return
+    plain = {"weight_grid": "uniform", "rotate_inputs": False, "average_bits": None, "activations": "dynamic"}
+    if wanted := _other(config, format="int8", weight_bits=min(config.weight_bits, 4), **plain):
+        raise UserError(
+            "inputs of 16 bits stay floats and have no grid, and all weights have 4 bits and less on a uniform one; "
+            f"give {wanted} with activation_bits=16."
         )
 
 

@@ -19,7 +19,7 @@ from ..calibration.store import CalibrationStore, fingerprint
 from ..errors import UserError
 from ..kernels.formats.rotation import rotate
 from ..pipelines.denoiser import evaluation_mode
-from ..transforms.base import TransformPlan, apply_all, transform_named
+from ..transforms.base import TransformPlan, apply_all, is_online
 from ..transforms.named import named
 from ..transforms.peaks import watch_peaks
 
@@ -67,7 +67,7 @@ def turns_of(model: nn.Module, plans: Sequence[TransformPlan]) -> dict[str, Turn
     """Layer -> the rotation of its input that plans of online transforms say: what static grids have to hold."""
     turns: dict[str, Turn] = {}
     for plan in plans:
-        if not getattr(transform_named(plan.kind), "online", False):
+        if not is_online(plan.kind):
             continue
         turn = partial(rotate, group=plan.options["group"], kind=plan.options["kind"])
         for name in plan.modules:

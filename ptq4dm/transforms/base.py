@@ -152,6 +152,11 @@ def transform_named(name: str) -> Transform:
     return TRANSFORMS.find(name)
 
 
+def is_online(kind: str) -> bool:
+    """Whether a transform leaves the float model alone, and rotates what layers are fed in every call."""
+    return getattr(transform_named(kind), "online", False)
+
+
 def apply_all(model: nn.Module, plans: Iterable[TransformPlan]) -> None:
     """Apply plans in their order, in place, to a model in full precision.
 

@@ -32,6 +32,7 @@ from long_runs import add_options, named, shard_of
 from method_rows import KINDS, Row, all_rows
 from methods_report import draw, markdown
 from paired import held_out
+from planted import pipeline
 from workers import Task, check_workers, join_shards, measure_rows
 
 import ptq4dm
@@ -54,7 +55,7 @@ class Bench:
         """pipe: the model's pipeline, where it is there already."""
         self.model, self.args = model, args
         self.cuda = torch.device(args.device).type == "cuda"
-        self.pipe = pipe or ptq4dm.load_reference(model, device=args.device)
+        self.pipe = pipe or pipeline(model, args.device)
         if self.cuda:
             denoiser(self.pipe).to(memory_format=torch.channels_last)
         config = ptq4dm.CalibrationConfig(
@@ -179,7 +180,12 @@ def measure(bench, name: str, known) -> dict:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", default=list(MODELS), help="embedded models")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=list(MODELS),
+        help="embedded models; dit-cifar10-outliers is one with planted outliers",
+    )
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="NAME", help="names or patterns of rows")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -19,6 +19,7 @@ from rows.low_rank import low_rank
 from rows.post_group import post_group
 from rows.prediction import prediction_difference, trained_prediction
 from rows.progressive import progressive_bits
+from rows.rotations import rotations
 from rows.row import KINDS, Row
 from rows.sign_planes import sign_planes
 from rows.splits import split_inputs, split_values
@@ -28,7 +29,7 @@ from rows.two_widths import important_rows, salient_rows
 __all__ = ["FAMILIES", "KINDS", "Row", "all_rows"]
 
 FAMILIES = (
-    eight_bits, hessian_rounding, four_bits, important_rows, salient_rows, low_rank, prediction_difference,
+    eight_bits, hessian_rounding, four_bits, important_rows, salient_rows, low_rank, rotations, prediction_difference,
     trained_blocks, trained_prediction, progressive_bits, post_group, sign_planes, measured_allocation, split_inputs,
     split_values, codebooks,
 )  # fmt: skip

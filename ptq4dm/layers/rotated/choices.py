@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import UserError
 from ...kernels.formats.rotation import check_rotation
-from ...transforms.base import TransformPlan, transform_named
+from ...transforms.base import TransformPlan, is_online
 from ..choices import check_groups
 
 Rotated = Callable[[Any, int, str], Any]
@@ -58,7 +58,7 @@ def with_rotations(plans: Mapping[str, Any], transforms: Iterable[TransformPlan]
     """
     made = dict(plans)
     for transform in transforms:
-        if not getattr(transform_named(transform.kind), "online", False):
+        if not is_online(transform.kind):
             continue
         group, kind = transform.options["group"], transform.options["kind"]
         for name in transform.modules:

@@ -17,6 +17,7 @@ from ..registry import register_format
 from ..w8a8 import Fp8Conv2d, Fp8Linear, Int8Conv2d, Int8Linear
 from .choices import ROTATED, RotatedChoices
 from .layer import RotatedLayer
+from .tokens import GroupedTokens, RotatedTokens
 
 
 @dataclass
@@ -52,7 +53,7 @@ class RotatedProgressivePlan(RotatedChoices, ProgressivePlan):
             raise ValueError("an input is rotated once: rotation is 0 beside hadamard_group")
 
 
-class RotatedInt8Linear(RotatedLayer, Int8Linear):
+class RotatedInt8Linear(RotatedTokens, Int8Linear):
     """Int8Linear of a rotated input."""
 
 
@@ -60,15 +61,17 @@ class RotatedInt8Conv2d(RotatedLayer, Int8Conv2d):
     """Int8Conv2d of a rotated input."""
 
 
-class RotatedFp8Linear(RotatedLayer, Fp8Linear):
+class RotatedFp8Linear(RotatedTokens, Fp8Linear):
     """Fp8Linear of a rotated input."""
+
+    mode = "fp8"
 
 
 class RotatedFp8Conv2d(RotatedLayer, Fp8Conv2d):
     """Fp8Conv2d of a rotated input."""
 
 
-class RotatedInt4Linear(RotatedLayer, Int4Linear):
+class RotatedInt4Linear(GroupedTokens, Int4Linear):
     """Int4Linear of a rotated input."""
 
 
@@ -84,7 +87,7 @@ class RotatedCodebookConv2d(RotatedLayer, CodebookConv2d):
     """CodebookConv2d of a rotated input."""
 
 
-class RotatedProgressiveLinear(RotatedLayer, ProgressiveLinear):
+class RotatedProgressiveLinear(RotatedTokens, ProgressiveLinear):  # type: ignore[override]
     """ProgressiveLinear of a rotated input."""
 
 

@@ -56,7 +56,7 @@ class RotatedLayer(RoundedLayer):
             return super().kernels()
         return {rows: f"rotation + {name}" for rows, name in super().kernels().items()}
 
-    rotates_in_codes = False  # whether one kernel rotates and quantizes
+    rotates_in_codes = False  # whether one kernel rotates and quantizes: tokens.py
 
     def codes_key(self) -> Any:
         return None

@@ -12,6 +12,7 @@ from torch import nn
 
 import ptq4dm
 from helpers import correlated, distance, normal, run, same
+from models import dit
 from ptq4dm.errors import UserError
 from ptq4dm.evidence import LayerEvidence
 from ptq4dm.hooks import hooked
@@ -138,6 +139,45 @@ def test_outliers_of_a_channel_cost_less(name, dtype, plan):
     assert y.dtype == dtype and y.shape == exact.shape
     if plan.format == "int8":  # steps of fp8 grow with the value; of uniform weights 4 bits lose by a rotation
         assert distance(y, exact) < 0.9 * distance(plain(x), exact)
+
+
+TOKENS = {
+    "int8": LayerPlan(),
+    "fp8": LayerPlan("fp8"),
+    "int4 g64": Int4Plan(group_size=64),
+    "progressive": ProgressivePlan(group_size=64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", TOKENS.values(), ids=TOKENS)
+def test_codes_and_their_product_are_the_layer(plan, dtype):
+    """In two steps, as kernels on a GPU take them: the same as in one, but for where bfloat16 is rounded."""
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 24).to(dtype)
+    packed = quantized_copy(layer, rotated_plan(plan, 64, "regular"), "layer")
+    x = normal(3, 7, 128, dtype=dtype)
+    y = packed._of_codes(packed.encode(x, None, dtype))
+    assert y.dtype == dtype and y.shape == (3, 7, 24)
+    assert distance(y, packed(x)) < (1e-3 if dtype == torch.float32 else 6e-3)
+    assert packed.codes_key() is None and not packed.rotates_in_codes  # without a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plan", TOKENS.values(), ids=TOKENS)
+def test_one_kernel_rotates_and_quantizes_on_a_gpu(plan, dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 96).to(dtype)
+    packed = quantized_copy(layer, rotated_plan(plan, 64, "regular"), "layer")
+    x = normal(3, 70, 512, dtype=dtype)
+    x[..., 5] *= 40
+    due = packed(x.float())
+    moved = packed.cuda()
+    assert moved.rotates_in_codes and "rotation" not in moved.kernels_text()
+    assert distance(moved(x.cuda()), due) < (0.02 if plan.format == "fp8" else 0.012)
+    assert distance(moved(x.float().cuda()), due) < 0.012  # of floats the rotation is a product of torch
 
 
 def test_rounding_sees_rotated_inputs():
@@ -322,3 +362,25 @@ def test_wrong_plans_are_refused(choices, words):
         check_choices("layer", choices_of("layer", data))
     with pytest.raises(UserError, match="100 inputs do not divide into groups of 32"):
         check_fit("layer", plan, nn.Linear(100, 8))
+
+
+@pytest.mark.parametrize("make", [ptq4dm.RTNConfig, lambda **more: ptq4dm.SVDQuantConfig(evidence="none", **more)])
+def test_layers_are_rotated_while_a_model_loads(make, tmp_path):
+    """Nothing of the float model changes, so each layer can be packed as its weight arrives."""
+    options = {"transforms": ("hadamard:16",)}
+    options |= {} if make is not ptq4dm.RTNConfig else {"activations": "dynamic", "weight_bits": 4}
+    model = dit()
+    model.save_pretrained(tmp_path / "float")
+    ptq4dm.quantize(model, make(**options))
+    loaded = type(model).from_pretrained(tmp_path / "float", quantization_config=make(**options))
+    assert same(loaded, model) and torch.equal(run(loaded), run(model))
+    assert any("hadamard 16" in str(layer.plan) for layer in loaded.modules() if is_quantized(layer))
+
+
+def test_changed_models_and_static_grids_are_not_loaded_so(tmp_path):
+    model = dit()
+    model.save_pretrained(tmp_path / "float")
+    for transforms in (("rotate",), ("hadamard:16", "rotate")):
+        with pytest.raises(UserError, match="load it in full precision"):
+            config = ptq4dm.RTNConfig(activations="dynamic", transforms=transforms)
+            type(model).from_pretrained(tmp_path / "float", quantization_config=config)

@@ -180,7 +180,9 @@ MAY_READ = {
 LOOKED_THROUGH = ("calibration", "files", "evaluation", "pipelines", "samplers", "kernels", "cli", "layers")
 
 
-@pytest.mark.parametrize("room", [*LOOKED_THROUGH, "hardware", "quantization", "svdquant", "transforms"])
+@pytest.mark.parametrize(
+    "room", [*LOOKED_THROUGH, "hardware", "interchange", "quantization", "svdquant", "transforms"]
+)
 def test_data_from_outside_is_read_in_one_place(room):
     """Its errors are sentences, and its size is looked at first: so no file decodes data by itself."""
     wrong = []

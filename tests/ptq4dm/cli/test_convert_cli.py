@@ -81,7 +81,7 @@ def test_a_folder_becomes_a_file(here, capsys):
         ("--from file.gguf", "name the model that it is of with --model"),
         ("--from file.gguf --model ./model --names file.gguf", "--names is a part of --to"),
         ("--to x --model ./model --output y", "--output is a part of --from"),
-        ("--from nowhere.gguf --model ./model", "nowhere.gguf cannot be read"),
+        ("--from nowhere.gguf --model ./model", "nowhere.gguf is missing"),
         ("--from model --model ./model", "cannot be read"),
         ("--to out --model ./model", "has no quantized layers"),
         ("--from file.gguf --model ./model --component vae", "has no network 'vae'"),

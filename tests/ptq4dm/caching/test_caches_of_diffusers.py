@@ -29,7 +29,7 @@ CACHES = {
         current_timestep_callback=lambda: now["time"],
     ),
 }  # fmt: skip
-KINDS = {"first block": ["flux", "wan"], "magnitudes": ["flux", "wan"], "taylor": ["flux"], "pyramid": ["flux", "wan"]}  # fmt: skip
+KINDS = {name: ["flux", "wan"] for name in ("first block", "magnitudes", "pyramid")} | {"taylor": ["flux"]}
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ from .serving import (
     either,
     few_floats,
     floats,
+    in_blocks,
+    looked_up,
     of_eight_bits,
     sign_planes,
     two_widths,
@@ -112,8 +114,10 @@ KERNELS: list[Kernel] = [
         either(branched(w4.WEIGHT_ONLY, False), few_floats), "w4a16", "none",
     ),
     Kernel(
-        CUBLAS, "4-bit or binary-coded weights unpacked to 16 bits, many rows; without a branch to the inputs' type",
-        either(branched(w4.WEIGHT_ONLY, True), floats(True), sign_planes(CUBLAS)),
+        CUBLAS,
+        "4-bit or binary-coded weights, or those in blocks, unpacked to 16 bits, many rows; without a branch to the "
+        "inputs' type",
+        either(branched(w4.WEIGHT_ONLY, True), floats(True), sign_planes(CUBLAS), in_blocks),
     ),
     Kernel(CUDNN, "4-bit weights of convolutions unpacked to the type of inputs that stay floats", floats(False)),
     Kernel(
@@ -124,6 +128,7 @@ KERNELS: list[Kernel] = [
         integer.CHANNEL, "plain 4-bit weights, one scale a row, widened in the product",
         whole_numbers(integer.CHANNEL),
     ),
+    Kernel(integer.CODEBOOK, "4-bit codes of 16 int8 levels, looked up in the product", looked_up),
     Kernel(
         integer.ROW_MIX, "rows of 4 bits and of 8, as two of 4, in groups: scales after the sums of a group",
         two_widths_in_sums,
@@ -144,15 +149,15 @@ KERNELS: list[Kernel] = [
     Kernel(w8a8.TRITON_FP8, "e4m3 weights and activations", of_eight_bits(w8a8.TRITON_FP8), "w8a8"),
     Kernel(w8a8.ONEDNN, "int8 weights and activations, x86 CPU with VNNI", of_eight_bits(w8a8.ONEDNN)),
     Kernel(
-        UNPACK, "4-bit weights, also among rows of 8 bits, unpacked to int8 in every call",
+        UNPACK, "4-bit weights, of a codebook or among rows of 8 bits too, unpacked to int8 in every call",
         either(unpacked(w8a8.TRITON), two_widths(w8a8.TRITON)),
     ),
     Kernel(
-        cpu.NAME, "4-bit weights, plain or progressive, unpacked part by part in the product; x86 CPU",
+        cpu.NAME, "4-bit weights, plain, progressive, or among rows of 8 bits, unpacked part by part; x86 CPU",
         compiled,
     ),
     Kernel(
-        COPY, "4-bit weights, progressive or one scale a row, also among rows of 8 bits; the copy is kept in memory",
+        COPY, "4-bit weights, progressive or one scale a row, of a codebook or mixed rows too; the copy is kept",
         either(unpacked(w8a8.ONEDNN), two_widths(w8a8.ONEDNN)),
     ),
     Kernel(

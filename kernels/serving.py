@@ -12,6 +12,7 @@ import torch
 
 from .attention import layer as attention
 from .attention import layer8 as attention8
+from .blocks import layer as blocks
 from .cpu import w4a8 as cpu
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
@@ -58,6 +59,12 @@ def two_widths(product: str) -> Callable[[Query], bool]:
     return serves
 
 
+def looked_up(query: Query) -> bool:
+    """Whether levels of a codebook are looked up in the product: dynamic inputs of a Linear layer."""
+    asked = (query.weight, query.activation) == ("codebook", "int8")
+    return asked and query.linear and query.groups == 1 and not query.static and integer.serves(query.device)
+
+
 def two_widths_in_sums(query: Query) -> bool:
     """Whether sums of groups of rows of both widths are whole numbers, and scaled after."""
     asked = (query.weight, query.activation) == ("row-mix", "int8") and query.group_size
@@ -70,11 +77,12 @@ def _plain(query: Query) -> bool:
 
 
 def unpacked(product: str) -> Callable[[Query], bool]:
-    """Whether a plain 4-bit weight becomes the int8 operand of a product of 8-bit codes."""
+    """Whether a plain 4-bit weight, or one of a codebook, becomes the int8 operand of a product of 8-bit codes."""
 
     def serves(query: Query) -> bool:
         held = query.device.type == "cuda" or query.progressive or not query.group_size
-        return _plain(query) and held and _eight_bit(query) == product
+        plain = _plain(query) or (query.weight, query.activation) == ("codebook", "int8")
+        return plain and held and _eight_bit(query) == product
 
     return serves
 
@@ -109,15 +117,17 @@ def few_floats(query: Query) -> bool:
     """Whether few rows of 16-bit inputs are multiplied by a plain weight as it is packed: in groups of whole runs."""
     size, inputs = query.group_size or 1, query.inputs or GROUP
     whole = size % GROUP == 0 and inputs % GROUP == 0 and query.groups == 1
-    few = query.rows is not None and query.rows <= w4.SHORT
+    few = query.rows is not None and query.rows <= w4.SHORT and query.weight == "int4"
     return few and whole and floats(True)(query) and w4.kernel_name(query.device, "none", GROUP) == w4.WEIGHT_ONLY
 
 
 def floats(linear: bool) -> Callable[[Query], bool]:
-    """Whether inputs stay floats, and a plain weight is made floats of their type for the product after it."""
+    """Whether inputs stay floats, and a plain weight, or one of a codebook, is made floats of their type for the
+    product after it."""
 
     def serves(query: Query) -> bool:
-        plain = (query.weight, query.activation) == ("int4", "none") and not (query.branch or query.progressive)
+        asked = query.weight in ("int4", "codebook") and query.activation == "none"
+        plain = asked and not (query.branch or query.progressive)
         return plain and query.linear == linear and integer.serves(query.device)
 
     return serves
@@ -128,6 +138,8 @@ def compiled(query: Query) -> bool:
     oneDNN's copy, where there is one, takes less time."""
     inputs = query.inputs or 0
     fits = query.groups == 1 and inputs <= cpu.MOST
+    if (query.weight, query.activation) == ("row-mix", "int8"):  # under one scale a row gives what W8A8 layers give
+        return fits and bool(query.group_size) and cpu.serves(query.device)
     large = query.progressive and not query.linear and inputs >= LARGE_WINDOWS
     slower = large and _eight_bit(query) == w8a8.ONEDNN
     return _plain(query) and fits and not slower and cpu.serves(query.device)
@@ -157,6 +169,12 @@ def sign_planes(name: str) -> Callable[[Query], bool]:
         return served and lut.kernel_name(query.device, query.rows) == name
 
     return serves
+
+
+def in_blocks(query: Query) -> bool:
+    """Whether a weight in blocks is made floats for the product after it."""
+    served = query.weight == "blocks" and query.activation == "none" and query.linear
+    return served and blocks.kernel_name(query.device) == blocks.CUBLAS
 
 
 def either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:

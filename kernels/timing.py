@@ -43,9 +43,11 @@ def microseconds(query: Query, name: str, n: int, k: int) -> float:
             raise ValueError(f"no layer has progressive weights and {query.activation} activations.")
         widened = name == integer.PROGRESSIVE
         make, arguments = latency.progressive_linear, (query.group_size, query.zeros, query.static, widened)
-    elif name in (integer.CHANNEL, integer.GROUPED):
-        make, arguments = latency.grouped_linear, (query.group_size, query.zeros)
-    elif name in (lut.CUBLAS, w4.WEIGHT_ONLY):
+    elif name in (integer.CHANNEL, integer.GROUPED, integer.CODEBOOK):
+        make, arguments = latency.grouped_linear, (query.group_size, query.zeros, name == integer.CODEBOOK)
+    elif query.weight == "codebook":
+        raise ValueError(f"a codebook is timed in {integer.CODEBOOK} alone.")
+    elif query.weight == "int4" and name in (lut.CUBLAS, w4.WEIGHT_ONLY):
         make, arguments = latency.float_linear, (query.group_size, query.zeros, name == w4.WEIGHT_ONLY)
     elif query.weight == "int4":
         make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)
@@ -55,6 +57,6 @@ def microseconds(query: Query, name: str, n: int, k: int) -> float:
         make, arguments = latency.w8a8_linear, (query.weight, query.static)
     else:
         raise ValueError(f"no layer of {query.weight} weights and {query.activation} activations is timed here.")
-    bits = {"int4": 4, "bcq": query.planes}.get(query.weight, 8)
+    bits = {"int4": 4, "codebook": 4, "bcq": query.planes}.get(query.weight, 8)
     moved = 2 * query.rows * (n + k) + n * k * bits // 8
     return latency.microseconds(lambda seed: make(*sizes, *arguments, seed), moved, query.device)

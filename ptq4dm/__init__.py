@@ -29,8 +29,12 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
     from .calibration.store import CalibrationStore
+    from .comparing.compare import compare
+    from .comparing.config import CompareConfig
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .inference.optimize import optimize, unoptimize
+    from .interchange.export import export_comfy
+    from .interchange.load import load_quantized_file
     from .layers.fusing.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
@@ -50,7 +54,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .quantization.diffusers_bridge import quantization_config
     from .quantization.quantize import quantize
     from .quantization.recipe import QuantConfig
-    from .quantization.verifying import verify
+    from .quantization.saving import verify
     from .svdquant import SVDQuantConfig
     from .training.config import ShiftQuantConfig
     from .training.personalization.config import PersonalizeConfig
@@ -61,6 +65,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
 __all__ = [
     "CalibrationConfig",
     "CalibrationStore",
+    "CompareConfig",
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
@@ -88,11 +93,14 @@ __all__ = [
     "cached_steps",
     "cached_text",
     "collect",
+    "compare",
     "evaluate",
+    "export_comfy",
     "fuse",
     "generate",
     "load_embedding",
     "load_pipeline",
+    "load_quantized_file",
     "load_reference",
     "optimize",
     "personalize",
@@ -113,6 +121,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "CalibrationConfig": "calibration.collect",
         "CalibrationStore": "calibration.store",
+        "CompareConfig": "comparing.config",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
         "LUTGEMMConfig": "methods.lutgemm",
@@ -138,11 +147,14 @@ __getattr__, __dir__ = lazy_names(
         "cached_steps": "caching.cached_steps",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
+        "compare": "comparing.compare",
         "evaluate": "evaluation.evaluate",
+        "export_comfy": "interchange.export",
         "fuse": "layers.fusing.fuse",
         "generate": "pipelines.generate",
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
+        "load_quantized_file": "interchange.load",
         "load_reference": "pipelines.load",
         "optimize": "inference.optimize",
         "plan_attention": "attention.planned",
@@ -155,7 +167,7 @@ __getattr__, __dir__ = lazy_names(
         "train": "training.train",
         "unfuse": "layers.fusing.fuse",
         "unoptimize": "inference.optimize",
-        "verify": "quantization.verifying",
+        "verify": "quantization.saving",
     },
     rooms=(
         "attention",
@@ -165,6 +177,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluation",
         "hardware",
         "inference",
+        "interchange",
         "kernels",
         "layers",
         "methods",
@@ -180,4 +193,9 @@ __getattr__, __dir__ = lazy_names(
 )
 
 diffusers_hook.install()
-registry.LATE += [f"{__name__}.methods", f"{__name__}.inference.openvino.engine", f"{__name__}.svdquant.registered"]
+registry.LATE += [
+    f"{__name__}.methods",
+    f"{__name__}.inference.openvino.engine",
+    f"{__name__}.svdquant.registered",
+    f"{__name__}.interchange.imported",
+]

@@ -1,9 +1,9 @@
-"""How diffusers learns of ptq4dm, whichever of the two is imported first. Nothing here imports diffusers or torch.
+"""How diffusers and transformers learn of ptq4dm, whichever is imported first. Nothing here imports them, or torch.
 
 diffusers has no entry points for other libraries. It finds quantizers in two tables of its own, pipelines among its
 own names, and the class of a saved scheduler only in a module that has been imported already. So we wait for two of
 its modules: when the one with the tables has run, we put our quantizer into them; when the one that loads pipelines
-has run, we import our pipelines and schedulers.
+has run, we import our pipelines and schedulers. transformers has the same two tables for text encoders.
 
 peft asks a layer under an adapter for `qweight` where it means its weight: codes, for models that cast their inputs
 to `layer.weight.dtype`. When it has run, it asks our layers for `weight`.
@@ -53,11 +53,13 @@ class _Watch:
 
 
 class _Later(type):
-    """The type of a class that stands for the class of the same name in our bridge, which it imports when it is used:
-    when diffusers' tables are filled, diffusers is only half imported, and the bridge could not be."""
+    """The type of a class that stands for the class of the same name in the file `home`, which it imports when it is
+    used: when diffusers' tables are filled, diffusers is only half imported, and our bridge could not be."""
+
+    home: str
 
     def _real(cls):
-        return getattr(import_module(f"{PACKAGE}.quantization.diffusers_bridge"), cls.__name__)
+        return getattr(import_module(f"{PACKAGE}.quantization.{cls.home}"), cls.__name__)
 
     def __call__(cls, *args, **kwargs):
         return cls._real()(*args, **kwargs)
@@ -72,9 +74,17 @@ class _Later(type):
 
 
 def _fill_tables() -> None:
-    auto = sys.modules["diffusers.quantizers.auto"]
-    auto.AUTO_QUANTIZER_MAPPING.setdefault("ptq4dm", _Later("PTQ4DMQuantizer", (), {}))
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("ptq4dm", _Later("QuantConfig", (), {}))
+    _fill("diffusers.quantizers.auto", "PTQ4DMQuantizer", "diffusers_bridge")
+
+
+def _fill_tables_of_transformers() -> None:
+    _fill("transformers.quantizers.auto", "TransformersQuantizer", "transformers_bridge")
+
+
+def _fill(tables: str, quantizer: str, home: str) -> None:
+    auto = sys.modules[tables]
+    auto.AUTO_QUANTIZER_MAPPING.setdefault("ptq4dm", _Later(quantizer, (), {"home": home}))
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault("ptq4dm", _Later("QuantConfig", (), {"home": "recipe"}))
 
 
 def _import_saved_classes() -> None:
@@ -94,7 +104,8 @@ def _ask_for_weight() -> None:
 
 
 def install() -> None:
-    """Register with diffusers and peft: now, or when they are imported."""
+    """Register with diffusers, transformers and peft: now, or when they are imported."""
     when_imported("diffusers.quantizers.auto", _fill_tables)
     when_imported("diffusers.pipelines.pipeline_utils", _import_saved_classes)
+    when_imported("transformers.quantizers.auto", _fill_tables_of_transformers)
     when_imported("peft.tuners.tuners_utils", _ask_for_weight)

@@ -57,6 +57,28 @@ def computing(model: nn.Module, forwards: Mapping[str, Callable]) -> Iterator[No
                     module.forward = own[name]
 
 
+@contextmanager
+def watched(owner: Any, name: str, before: Callable) -> Iterator[None]:
+    """before(args, kwargs) is called ahead of each call of a method that this thread makes; afterwards all is as
+    it was."""
+    own, method = vars(owner).get(name), getattr(owner, name)
+    look = of_this_thread(before)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        look(args, kwargs)
+        return method(*args, **kwargs)
+
+    try:
+        with uninterrupted():
+            setattr(owner, name, call)
+        yield
+    finally:
+        with uninterrupted():
+            vars(owner).pop(name, None)
+            if own is not None:
+                setattr(owner, name, own)
+
+
 def of_this_thread(call: Callable, otherwise: Callable = lambda *_, **__: None) -> Callable:
     """A function that is `call` in the thread that made it, and `otherwise` in all others."""
     owner = threading.get_ident()

@@ -5,6 +5,16 @@ SVDQuant (arXiv:2411.05007) as its authors run it. With X~ = (X + c) / s and W~ 
     1. choose s:     the candidate whose quantized layers disturb the output least
     2. split         W~ = L + R,  L = SVD_r(W~ - Q(R)), R = W~ - L, in turn while the output error falls
     3. round         R to 4 bits, to nearest or with GPTQ
+
+Of a plan that rotates, all of it is rotated: weight, rows, and the branch's `down`.
+
+With subspace "inputs" the branch holds the r directions D in which inputs are largest (their principal components,
+about 0) instead, in the precision of the branch, and 4 bits hold the rest of both operands; in floats it is exact for
+any D and V = W D^T:
+
+    W x = R (I - D^T D) x + U D x,    R = W - V D,  U = V + V (I - D D^T)
+
+That a subspace of the inputs is kept is of "DiRotQ" (arXiv:2605.16732), which rotates into the whole basis.
 """
 
 from __future__ import annotations
@@ -31,13 +41,39 @@ FINALISTS = 3
 
 @dataclass
 class Group:
-    """weight: [N, K] float32, the layers' weights stacked; rows: [R, K] float32 inputs; peak: [K] largest |input|."""
+    """weight: [N, K] float32, the layers' weights stacked; rows: [R, K] float32 inputs; peak: [K] largest |input|.
+
+    subspace: D [r, K] as it is stored, where the branch holds directions of the inputs.
+    """
 
     weight: Tensor
     rows: Tensor
     peak: Tensor
     plan: SVDQPlan
     dtype: torch.dtype  # of scales, divisors and branch
+    subspace: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, rows: Tensor, peak: Tensor, plan: SVDQPlan, dtype: torch.dtype) -> Group:
+        """The group of a weight, rows and their peaks as layers have them."""
+        if not (plan.rotation or plan.projects):
+            return cls(weight, rows, peak, plan, dtype)
+        weight, rows = plan.turned(weight), plan.turned(rows)
+        subspace = plan.stored(top_factors(rows, plan.rank, plan.seed)[1], dtype) if plan.projects else None
+        group = cls(weight, rows, peak, plan, dtype, subspace)
+        group.peak = group.rest_of(rows).abs().amax(0)
+        return group
+
+    def rest_of(self, rows: Tensor) -> Tensor:
+        """What is rounded of rows [R, K]."""
+        return rows if self.subspace is None else rows - (rows @ self.subspace.T) @ self.subspace
+
+    def smoothed_rest(self, up: Tensor | None, down: Tensor | None, smooth: Tensor) -> Tensor:
+        """What is rounded of the weight [N, K], smoothed."""
+        if self.subspace is not None:
+            return (self.weight - (self.weight @ self.subspace.T) @ self.subspace) * smooth
+        rest = self.weight * smooth
+        return rest if up is None else rest - up @ (down * smooth)
 
     def divisors(self, alpha: float, beta: float) -> Tensor:
         """s [K] for the shifted input, as stored."""
@@ -68,7 +104,9 @@ class Decomposition:
 def rounded_inputs(group: Group, smooth: Tensor, rows: Tensor) -> Tensor:
     """What the codes of rows [R, K] stand for, float32; the same for all splits under one `smooth`."""
     plan = group.plan
-    return round_activation((rows + plan.shift) / smooth, plan.activation, plan.group_size, bool(plan.shift))
+    return round_activation(
+        (group.rest_of(rows) + plan.shift) / smooth, plan.activation, plan.group_size, bool(plan.shift)
+    )
 
 
 def output(group: Group, split: Decomposition, rows: Tensor, inputs: Tensor | None = None) -> Tensor:
@@ -85,13 +123,14 @@ def split_weight(group: Group, smooth: Tensor, residual: Tensor | None = None) -
     """Branch and codes of the smoothed weight; `residual` is what 4 bits hold already (step 2), 0 at first."""
     plan, smoothed = group.plan, group.weight * smooth
     up = down = None
-    rest = smoothed
-    if plan.rank:
+    if group.subspace is not None:
+        down, held = group.subspace, group.weight @ group.subspace.T
+        up = (held + held - held @ (down @ down.T)).to(group.dtype).float()
+    elif plan.rank:
         up, down = top_factors(smoothed if residual is None else smoothed - residual, plan.rank, plan.seed)
-        down = (down / smooth).to(group.dtype).float()
+        down = plan.stored(down / smooth, group.dtype)
         up = up.to(group.dtype).float()
-        rest = smoothed - up @ (down * smooth)
-    codes, scales = quantize_groups(rest, plan.group_size, group.dtype)
+    codes, scales = quantize_groups(group.smoothed_rest(up, down, smooth), plan.group_size, group.dtype)
     return Decomposition(codes, scales.float(), down, up, smooth)
 
 
@@ -127,7 +166,7 @@ def refine(group: Group, smooth: Tensor) -> Decomposition:
     exact = rows @ group.weight.T
     best = split_weight(group, smooth)
     least = squared_error(output(group, best, rows, inputs), exact)
-    for _ in range(group.plan.refinements if group.plan.rank else 0):
+    for _ in range(group.plan.refinements if group.plan.rank and group.subspace is None else 0):
         split = split_weight(group, smooth, residual=best.residual())
         error = squared_error(output(group, split, rows, inputs), exact)
         if error >= least:
@@ -138,12 +177,12 @@ def refine(group: Group, smooth: Tensor) -> Decomposition:
 
 def round_rest(group: Group, split: Decomposition) -> Decomposition:
     """Step 3: the codes of the rest, W~ minus the branch, under the scales that are there."""
-    rest = group.weight * split.smooth
-    if split.down is not None:
-        rest = rest - split.up @ (split.down * split.smooth)
+    rest = group.smoothed_rest(split.up, split.down, split.smooth)
     # The bias takes back what the rounded weight makes of the shift: rounders see the unshifted inputs.
     rounder = ROUNDERS.find(group.plan.rounding)
-    split.codes = rounder(rest, Grid(split.scales, None, -7, 7), LayerEvidence(group.rows / split.smooth))
+    split.codes = rounder(
+        rest, Grid(split.scales, None, -7, 7), LayerEvidence(group.rest_of(group.rows) / split.smooth)
+    )
     return split
 
 

@@ -27,8 +27,9 @@ from ..options import number_or_word, option
 from ..quantization.input_grids import int8_grid
 from ..quantization.recipe import QuantConfig, register
 from ..rounding import ROUNDERS
+from ..transforms.named import named
 from . import packing  # noqa: F401, registers the format
-from .layers.plan import EVIDENCE, SVDQPlan
+from .layers.plan import EVIDENCE, SUBSPACES, SVDQPlan
 
 GROUP_SIZES = (16, 32, 64, 128)
 
@@ -54,6 +55,8 @@ class SVDQuantConfig(QuantConfig):
         Nunchaku Lite checkpoints cannot hold such layers.
     evidence: "store", what layers are fed in calibration; or "none", weights alone: no calibration, no smoothing,
         rounding to nearest, "weight-only" layers in 8 bits; found in seconds. A store then only measures errors.
+    subspace: what the branch holds: "weight", the paper's; or "inputs", the directions in which inputs are largest,
+        which are left out of what is rounded (group.py).
     roles: shell pattern of layer names -> "w4", "weight-only" (4-bit codes, inputs as they are), "int8", "keep"; the
         first that fits counts. Otherwise: token-wise Linear and 1x1 Conv2d layers of repeated blocks are "w4"; layers
         of blocks that are fed an embedding and widen it at least twice (adaLN) "weight-only"; other layers of blocks
@@ -71,6 +74,7 @@ class SVDQuantConfig(QuantConfig):
     num_tuples: int = option(32, "calibration tuples used", low=1)
     unsigned: bool = option(False, "lift the outputs of GELU and SiLU above zero (int4)")
     evidence: str = option("store", "what codes are found by: a calibration store, or none", choices=EVIDENCE)
+    subspace: str = option("weight", "what the branch holds: of the weight, or of the inputs", choices=SUBSPACES)
     roles: dict[str, str] = option({}, "layer pattern -> role", flag=False)
     seed: int = option(0, "of the rows that are kept", flag=False, low=0)
 
@@ -81,7 +85,17 @@ class SVDQuantConfig(QuantConfig):
                 f"unsigned lifts int4 inputs, and with activations='{self.activations}' would change nothing; leave "
                 "it out, or take activations='int4'."
             )
+        if self.plan is None and self.unsigned and (self.rotates or self.subspace == "inputs"):
+            raise UserError(
+                "unsigned lifts the outputs of GELU and SiLU, and inputs that are rotated or left without their "
+                "largest directions are none; leave it out, or transforms and subspace."
+            )
         alone = self.evidence == "none"
+        if self.plan is None and self.subspace == "inputs" and (alone or not self.rank):
+            raise UserError(
+                "subspace='inputs' keeps directions of inputs in the branch: it looks at what layers are fed, and "
+                "needs a rank; take evidence='store' and rank=32, or leave it out."
+            )
         if self.smoothing is None:
             self.smoothing = "none" if alone else "search"
         if self.rounding is None:
@@ -91,6 +105,12 @@ class SVDQuantConfig(QuantConfig):
             raise UserError(
                 "evidence='none' rounds to nearest, and smooths and lifts nothing; leave out rounding, smoothing and "
                 "unsigned, or take evidence='store', which knows what layers are fed."
+            )
+        looking = [text for text in self.transforms if named(text)[0].needs]
+        if self.plan is None and alone and looking:
+            raise UserError(
+                f"evidence='none' looks at no calibration, and the transform '{looking[0]}' does; leave it out, or "
+                "take evidence='store'."
             )
         number = isinstance(self.smoothing, (int, float)) and 0 <= self.smoothing <= 1
         if not number and self.smoothing not in ("search", "exhaustive", "none"):
@@ -168,4 +188,5 @@ class SVDQuantConfig(QuantConfig):
             lender=lender, rounding=self.rounding, refinements=self.refinements,
             shift=None if self.unsigned and self.activations == "int4" else 0.0, seed=self.seed,
             search="exhaustive" if self.smoothing == "exhaustive" else "finalists", evidence=self.evidence,
+            subspace=self.subspace,
         )  # fmt: skip

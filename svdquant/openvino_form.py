@@ -22,6 +22,8 @@ def _form(layer: Any) -> Form:
     plan = layer.plan
     if plan.activation == "fp8":
         raise ValueError("has inputs in FP8, which OpenVINO has no products for")
+    if plan.projects:
+        raise ValueError("leaves the branch's directions out of its inputs, which OpenVINO has no products for")
     codes = unpack_int4(layer.qweight, plan.group_size)
     down, up = (None if one is None else one.detach().float() for one in layer.branch)
     smooth = None if layer.smooth is None else layer.smooth.detach().float()
@@ -38,7 +40,7 @@ def _form(layer: Any) -> Form:
         return scaled(groups, groups.abs(), 7, 7, grid).flatten(-2)
 
     def rows(x: Tensor, grid: Grid, product: Product) -> Tensor:
-        lifted = x + plan.shift if plan.shift else x
+        lifted = plan.turned(x + plan.shift if plan.shift else x)  # no plan has both
         inputs = lifted if smooth is None else lifted / smooth
         y = product(rounded(inputs, grid))
         if down is not None:

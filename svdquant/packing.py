@@ -34,7 +34,7 @@ def quantize_group(problem: Problem) -> dict[str, nn.Module]:
         choice = replace(choice, shift=_shift(fed.low, float(fed.peak.max())))
     original = layers[0].weight.dtype
     dtype = original if original in (torch.float16, torch.bfloat16) else torch.float16
-    group = Group(stacked, fed.rows, fed.peak, choice, dtype)
+    group = Group.of(stacked, fed.rows, fed.peak, choice, dtype)
     if choice.alpha is None:
         judge = None if problem.enclosing is None else _module_error(problem, group)
         alpha, beta = search(group, choice.search == "exhaustive", judge)
@@ -59,7 +59,7 @@ def quantize_group(problem: Problem) -> dict[str, nn.Module]:
 
 def _stages(group: Group, smooth: Tensor) -> dict[str, Decomposition]:
     """What each part of the method is worth: rounding alone; with smoothing; with smoothing and branch, at once."""
-    plain = replace(group, plan=replace(group.plan, rank=0))
+    plain = replace(group, plan=replace(group.plan, rank=0, subspace="weight"), subspace=None)
     ones = torch.ones_like(smooth)
     return {
         "rounded": split_weight(plain, ones),
@@ -81,7 +81,7 @@ def build_layer(
     put("wscales", split.scales[rows].to(dtype))
     put("smooth", split.smooth.to(dtype))
     if split.up is not None:
-        put("down", split.down.to(dtype))
+        put("down", plan.turned(split.down).to(dtype))
         put("up", split.up[rows].to(dtype))
     if new.bias is not None:
         bias = torch.zeros(len(split.codes[rows])) if layer.bias is None else layer.bias.detach().float()
@@ -105,7 +105,7 @@ def _module_error(problem: Problem, group: Group) -> Callable[[Decomposition], f
 
         def forward(x: Tensor) -> Tensor:
             flat = x.permute(0, 2, 3, 1) if conv else x
-            y = output(group, part, flat.reshape(-1, flat.shape[-1]).float())
+            y = output(group, part, group.plan.turned(flat.reshape(-1, flat.shape[-1]).float()))
             y = (y if bias is None else y + bias.float()).to(x.dtype).unflatten(0, flat.shape[:-1])
             return y.permute(0, 3, 1, 2) if conv else y
 
@@ -133,7 +133,8 @@ def _link(find: Callable[[str], nn.Module], name: str, plan: SVDQPlan) -> None:
     if plan.lender:
         layer, lender = find(name), find(plan.lender)
         lent, taken = (0 if one is None else one.shape[axis] for axis, one in ((0, lender.down), (1, layer.up)))
-        if lent != taken or layer.weight_shape[1] != lender.weight_shape[1]:
+        own = [(one.plan.rotation, one.plan.rotation_kind, one.plan.subspace) for one in (layer, lender)]
+        if own[0] != own[1] or lent != taken or layer.weight_shape[1] != lender.weight_shape[1]:
             raise DamagedFile(f"layer '{name}' of the plan borrows from '{plan.lender}', which has another branch.")
         layer.borrow_from(lender)
 

@@ -20,6 +20,7 @@ def singular_values(weight: Tensor, layer: _SVDQLayer) -> tuple[Tensor, Tensor]:
     down, up = layer.branch
     if down is not None:
         rest = smoothed - up.float() @ down.float()
+    smoothed, rest = layer.plan.turned(smoothed), layer.plan.turned(rest)
     if layer.smooth is not None:
         smoothed, rest = smoothed * layer.smooth.float(), rest * layer.smooth.float()
     return torch.linalg.svdvals(smoothed).cpu(), torch.linalg.svdvals(rest).cpu()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import analytic
+import interpreting
 import memory
 
 # Without a GPU, kernels run in Triton's interpreter; it must be told before Triton is first imported.
@@ -63,6 +64,7 @@ def kernels_stay_in_their_tensors():
 
     with pytest.MonkeyPatch.context() as patch:
         memory.watch(interpreter, patch)
+        interpreting.hasten(interpreter, patch)
         yield
 
 

@@ -109,11 +109,12 @@ def bcq_linear(
 
 
 def grouped_linear(
-    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, seed: int
+    m: int, n: int, k: int, device: torch.device, group_size: int | None, zeros: bool, levels: bool, seed: int
 ) -> Call:  # fmt: skip
-    """A plain 4-bit weight, its scales after the sums of groups, or of rows."""
+    """A plain 4-bit weight, its scales after the sums of groups, or of rows; levels: each output has a codebook."""
     x, weight, bias = _float_layer(m, n, k, device, seed)
-    return functools.partial(grouped, x, *_packed(weight, group_size, zeros), bias)
+    book = torch.arange(-120, 121, 16, dtype=torch.int8, device=device).repeat(n, 1) if levels else None
+    return functools.partial(grouped, x, *_packed(weight, group_size, zeros), bias, book)
 
 
 def progressive_linear(

@@ -10,6 +10,7 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch, planned
 from ..runtime.prepared import prepared
 from .activation_triton import activation_kernel
+from .products.rotation_triton import RUN, matrices
 from .reference import NONLINEARITIES, NORMS
 
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
@@ -78,9 +79,11 @@ def activation_tensors(x: Tensor, smooth: Tensor | None, down: Tensor | None) ->
 
 @planned
 def _launch(
-    config: dict, k: int, samples: int, joined: tuple, modulated: tuple, gate: str, mode, m, _, *sizes
+    config: dict, k: int, samples: int, joined: tuple, modulated: tuple, gate: str, rotated: bool, mode, m, _, *sizes
 ) -> Launch:  # fmt: skip
     """k: of (x | more); joined: columns of x, stride of more; modulated: strides of the norm's vectors, rows, eps."""
+    if rotated:  # by runs
+        config = config | {"STEP": max(config["STEP"], RUN), "maxnreg": None}  # v of float32 take more registers
     programs, fixed = activation_launch(config, mode, m, k, *sizes, samples)
     fixed |= dict(zip(("x_columns", "stride_more"), joined, strict=True))
     fixed |= dict(
@@ -91,7 +94,7 @@ def _launch(
 
 def quantize_activation(
     x: Tensor, smooth: Tensor | None, down: Tensor | None, mode: str, shift: float, out: tuple, config: dict,
-    more: Tensor | None = None, norm: tuple | None = None, gate: str = "",
+    more: Tensor | None = None, norm: tuple | None = None, gate: str = "", rotation: tuple[int, str] | None = None,
 ) -> None:  # fmt: skip
     """Fill `out`, made by `empty_activation`, from x [M, K] (bf16 or fp16, columns contiguous).
 
@@ -99,7 +102,7 @@ def quantize_activation(
     "<mode>.prepare" too. more [M, K2], like x: its columns follow those of x, and K is their sum. norm
     (scale [B, K], shift [B, K] or None, eps, one of NORMS): x and more are normalised over K, scaled and shifted
     first, M / B rows with each row of scale and shift; see norm.py. Without the last it is "adaptive". gate: one of
-    NONLINEARITIES: x is multiplied by that of `more` [M, K] first.
+    NONLINEARITIES: x is multiplied by that of `more` [M, K] first. rotation: (group, kind) of codes, or None.
 
     Raises ValueError for a `more` or a `norm` of other sizes or types, and for a norm beside a gate.
     """
@@ -118,8 +121,10 @@ def quantize_activation(
         _check_norm(gain, offset, form, m, k)
         samples, one, centred = len(gain), form == "adaptive", form != "rms"
         modulated = gain.stride(0), 0 if offset is None else offset.stride(0), m // samples, eps, one, centred
-    launch = _launch(config, k, samples, joined, modulated, gate, *activation_sizes(x, smooth, down, mode, shift))
-    launch(*activation_tensors(x, smooth, down), *out, more, gain, offset)
+    turn = None if rotation is None else matrices(*rotation, x.device)
+    sizes = activation_sizes(x, smooth, down, mode, shift)
+    launch = _launch(config, k, samples, joined, modulated, gate, turn is not None, *sizes)
+    launch(*activation_tensors(x, smooth, down), *out, more, gain, offset, turn)
 
 
 def _check_more(x: Tensor, more: Tensor, gate: str) -> None:

@@ -5,7 +5,8 @@
     group    scale[g, m] = max |v| / 7 over 64 inputs, or max v / 15 where c > 0,   q = round(v / scale)
     branch[m, j] = sum_k x[m, k] D[j, k]
 
-x may come in two tensors side by side, and may be normalised first, in the codes and in the branch: norm.py.
+x may come in two tensors side by side, and may be normalised first, in the codes and in the branch: norm.py. In the
+codes it may be rotated after that, x H in place of x: rotation_triton.py.
 Divisions are products with reciprocals, of s taken once per layer and of scales once per row, so that a value within
 2^-21 of a tie may get the other neighbour than in `svdq.round_activation`. Nothing that is not finite has a code: its
 scale is NaN.
@@ -26,6 +27,7 @@ import triton.language as tl
 
 from ..runtime.rounding import ROUND
 from .norm import blocks_of, normed, normed_branch, row_statistics, rows_of, starts_of, values_of
+from .products.rotation_triton import rotated
 
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
 
@@ -106,7 +108,7 @@ def _plain_branch(
 def _quantized_rows(
     block, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
     GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr, turn,
 ):  # fmt: skip
     """codes and scales of a block of ROWS rows; STEPS * STEP columns hold K."""
     m, there, sample = rows_of(block, M, norm, ROWS)
@@ -124,11 +126,20 @@ def _quantized_rows(
         values = ()
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            v = normed(rows[i], mean, rstd, inverse_ptr, shift, norm, sample, k, K, SHIFTED, SMOOTHED)
+            LATER: tl.constexpr = turn is not None
+            v = normed(
+                rows[i], mean, rstd, inverse_ptr, shift, norm, sample, k, K, SHIFTED and not LATER,
+                SMOOTHED and not LATER,
+            )  # fmt: skip
             values = values + (v,)
         rows = values
-    LIFT: tl.constexpr = SHIFTED and norm is None
-    SMOOTH: tl.constexpr = SMOOTHED and norm is None
+    if turn is not None:
+        values = ()
+        for i in tl.static_range(STEPS):
+            values = values + (rotated(rows[i].to(tl.float32), turn),)
+        rows = values
+    LIFT: tl.constexpr = SHIFTED and (norm is None or turn is not None)
+    SMOOTH: tl.constexpr = SMOOTHED and (norm is None or turn is not None)
     if GROUPED:
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
@@ -167,12 +178,12 @@ def activation_program(
     program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m, more, norm,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr = "",
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr = "", turn=None,
 ):  # fmt: skip
     """First the programs of the branch, of BM rows each, if R > 0 (the rank, padded); then those that quantize.
 
     more: (pointer, columns of x, stride of rows) or None; with a GATE what x is multiplied by, after that function.
-    norm: as in norm.py, or None.
+    norm: as in norm.py, or None. turn: the matrices of a rotation, or None.
     """
     branches = blocks_of(M, norm, BM) if R > 0 else 0
     if program < branches:
@@ -187,14 +198,14 @@ def activation_program(
     else:
         _quantized_rows(
             program - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
-            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS, GATE,
+            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS, GATE, turn,
         )  # fmt: skip
 
 
 @triton.jit
 def activation_kernel(
     x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-    more_ptr, x_columns, stride_more, gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps,
+    more_ptr, x_columns, stride_more, gain_ptr, offset_ptr, turn_ptr, stride_gain, stride_offset, sample_rows, eps,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, ONE: tl.constexpr, CENTRED: tl.constexpr,
@@ -208,5 +219,5 @@ def activation_kernel(
     )
     activation_program(
         tl.program_id(0), x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-        more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS, GATE,
+        more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS, GATE, turn_ptr,
     )  # fmt: skip

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..formats import fp8
 from ..formats.int4 import GROUP
+from ..formats.rotation import check_rotation
 from ..runtime.late import late
 from ..runtime.ops import op
 from ..runtime.settings import best_config, remembered
@@ -53,6 +55,8 @@ def svdq_codes(
     eps: float,
     form: str = "adaptive",
     gate: str = "",
+    rotation: int = 0,
+    rotation_kind: str = "regular",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., K] float -> codes [M, K] (e4m3 or int8), float32 scales [M] ("int4": [K / 64, M]), x D^T [M, R].
 
@@ -61,21 +65,24 @@ def svdq_codes(
     first; under the form "layer" LayerNorm(x) norm_scale[b] + norm_shift[b], under "rms" RMSNorm(x) in its place:
     then norm_shift may be None, and both may have one row for all samples. smooth [K], down [r, K]. R is r, padded
     where kernels want it so. activation: "fp8", "int8" or "int4". gate: "gelu", "gelu_tanh" or "silu"; then `more` is
-    of x's shape, and x is multiplied by that function of it first.
+    of x's shape, and x is multiplied by that function of it first. rotation: the group of inputs that is rotated
+    before smoothing (formats/rotation.py), 0 for none; x D^T is of the input as it comes.
 
     Raises ValueError for sizes that do not fit.
     """
     _check_inputs(x, more, norm_scale, norm_shift, form, gate)
+    if rotation:
+        check_rotation(rotation, rotation_kind)
     name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
     norm = None if norm_scale is None else (norm_scale, norm_shift, eps, form)
     if name == REFERENCE:
-        return reference.codes(x, more, smooth, down, activation, shift, norm, gate)
-    return codes_through(name, x, more, smooth, down, shift, norm, gate)
+        return reference.codes(x, more, smooth, down, activation, shift, norm, gate, rotation, rotation_kind)
+    return codes_through(name, x, more, smooth, down, shift, norm, gate, rotation, rotation_kind)
 
 
 @svdq_codes.register_fake
-def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps, form="adaptive", gate=""):
+def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps, form="adaptive", gate="", *_):
     _check_inputs(x, more, norm_scale, norm_shift, form, gate)
     name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
@@ -84,16 +91,18 @@ def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps, for
     return tuple(x.new_empty(shape, dtype=kind) for shape, kind in shapes)
 
 
-def row_codes(x: Tensor, activation: str, norm: tuple | None, gate: tuple | None) -> tuple[Tensor, Tensor]:
+def row_codes(
+    x: Tensor, activation: str, norm: tuple | None, gate: tuple | None, rotation: tuple[int, str] = (0, "regular")
+) -> tuple[Tensor, Tensor]:
     """Codes [M, K] and scales [M] of x [..., K] for layers without smoothing or a branch.
 
-    norm: (scale, shift, eps, form) and gate: (tensor like x, function of it) as `svdq_codes` has them; one is None.
+    norm: (scale, shift, eps, form) and gate: (tensor like x, function of it) as `svdq_codes` has them, or None;
+    rotation: (group, kind).
     """
-    if gate is None:
-        codes, scale, _ = svdq_codes(x, None, None, None, activation, 0.0, *norm)
-    else:
-        more, function = gate
-        codes, scale, _ = svdq_codes(x, more, None, None, activation, 0.0, None, None, 0.0, "adaptive", function)
+    gain, offset, eps, *form = norm or (None, None, 0.0)
+    more, function = gate or (None, "")
+    after = (gain, offset, eps, *(form or ["adaptive"]), function, *rotation)
+    codes, scale, _ = svdq_codes(x, more, None, None, activation, 0.0, *after)
     return codes, scale
 
 
@@ -148,7 +157,16 @@ def _codes_plan(
     return best_config(f"{mode}.{step}", device, rows, None, k), _shapes(name, device, m, k, rank, dtype, mode)
 
 
-def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift: float, norm, gate="") -> tuple:
+def padded_branch(branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """x D^T [M, r] that was made apart as kernels take it: [M, R], in 16 bits."""
+    wide = activation_launches.padded_rank(branch.shape[1])
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    return F.pad(branch, (0, wide - branch.shape[1])).to(half)
+
+
+def codes_through(
+    name: str, x: Tensor, more: Tensor | None, smooth, down, shift: float, norm, gate="", rotation=0, kind="regular"
+) -> tuple:
     """`reference.codes` by the kernels called `name`; the branch in bf16 or fp16, its columns padded with zeros."""
     x = short_floats(x)
     dtype, (m, k) = x.dtype, x.shape
@@ -160,7 +178,9 @@ def codes_through(name: str, x: Tensor, more: Tensor | None, smooth, down, shift
     out = x.new_empty(m, k, dtype=code), x.new_empty(scales, dtype=torch.float32), x.new_empty(branch)
     if m:
         down = None if down is None else in_type(down, dtype)
-        activation_launches.quantize_activation(x, smooth, down, MODES[name], shift, out, config, more, norm, gate)
+        turn = (rotation, kind) if rotation else None
+        how = (MODES[name], shift, out, config, more, norm, gate, turn)
+        activation_launches.quantize_activation(x, smooth, down, *how)
     return out
 
 

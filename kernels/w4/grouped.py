@@ -6,6 +6,8 @@ Codes q and zero points z lie in [-8, 7], so that the operand q - z has 5 bits a
 whole number that float32 has. No weight is rounded; its scales cost one multiply-add for each output and group, and
 not one for each weight. Inputs are quantized symmetrically by token (tokens.py).
 
+Of a codebook (formats/codebook.py) the operand is an int8 level t[q] in the place of q - z: |P| <= 128 * 127 * 127.
+
 With one scale a row, whatever K is, the zero point moves out of the sum: P = sum_k q_x q - z sum_k q_x.
 
 "MixPE: Quantization and Hardware Co-design for Efficient LLM Inference" (arXiv 2411.16158) puts the scale after the
@@ -17,7 +19,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.int4 import GROUP, unpack_int4
 from ..runtime.ops import op
 from . import int4_codes, integer
 from .tokens import integer_product, token_codes
@@ -25,36 +26,35 @@ from .tokens import integer_product, token_codes
 
 @op
 def grouped_linear(
-    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None,
+    levels: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [..., K] float -> [..., N] in x's dtype.
 
     qweight: uint8 [N, K' / 2], contiguous, from `formats.int4.pack_int4(codes, 64)`, K' = K up to a multiple of 64,
     filled with codes 0. wscales [N, G] float, wzeros int8 [N, G] in [-8, 7] or None, G = 1 or K / 32, / 64 or / 128;
-    bias [N] float or None.
+    bias [N] float or None; levels: int8 [1, 16] or [N, 16] of a codebook, which has no zero points, or None.
 
     Raises ValueError for sizes that do not belong together.
     """
     int4_codes.check(qweight.shape, wscales.shape, None if wzeros is None else wzeros.shape, x.shape[-1])
+    int4_codes.check_levels(qweight, wzeros, levels)
     rows = x.reshape(-1, x.shape[-1])
-    kernel = (
-        integer.grouped_through if integer.known_to_serve(x.device) and rows.numel() and len(qweight) else reference
-    )
-    y = kernel(rows, qweight, wscales, wzeros, bias)
+    served = integer.known_to_serve(x.device) and rows.numel() and len(qweight)
+    kernel = integer.grouped_through if served else reference
+    y = kernel(rows, qweight, wscales, wzeros, bias, levels=levels)
     return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
 
 
 @grouped_linear.register_fake
-def _(x, qweight, wscales, wzeros, bias):
+def _(x, qweight, wscales, wzeros, bias, levels=None):
     return x.new_empty(*x.shape[:-1], len(qweight))
 
 
-def reference(x, qweight, wscales, wzeros, bias) -> Tensor:
+def reference(x, qweight, wscales, wzeros, bias, levels=None) -> Tensor:
     """x [M, K] float -> float32 [M, N] by the formula, on any device: the truth."""
     codes, scale = token_codes(x)
-    groups, inputs = wscales.shape[1], x.shape[1]
-    steps = unpack_int4(qweight, GROUP)[:, :inputs]
-    steps = steps if wzeros is None else steps - wzeros.repeat_interleave(inputs // groups, 1)
+    steps = int4_codes.steps_of(qweight, wzeros, levels, x.shape[1], wscales.shape[1]).flatten(1)
     y = scaled_sums(codes, steps, wscales) * scale.double()[:, None]
     return (y if bias is None else y + bias.double()).float()
 

@@ -23,17 +23,22 @@ MOST_ROWS = 16
 
 @triton.jit
 def _half(
-    raw, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    HALF: tl.constexpr,
+    raw, wscales_ptr, wzeros_ptr, levels_ptr, n, start, in_row, N, K, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One half of packed runs, `raw` [R, B, 32] of rows n whose inputs begin at `start` [B]: (q - z, s [R, B]).
+    """One half of packed runs, `raw` [R, B, 32] of rows n whose inputs begin at `start` [B]: (q - z, s [R, B]);
+    t[q] in the place of q - z where there are levels.
 
     A half lies in one group. Where it lies outside the weight both are 0.
     """
     inside = in_row[:, None] & (start < K)[None, :]
     place = n.to(tl.int64)[:, None] * GROUPS + (start // SIZE)[None, :]
     scale = tl.load(wscales_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    steps = ((raw >> (4 * HALF)) & 15).to(tl.int32) - 8
+    steps = ((raw >> (4 * HALF)) & 15).to(tl.int32)
+    if levels_ptr is None:
+        steps -= 8
+    else:
+        steps = tl.load(levels_ptr + n[:, None, None] * STRIDE + steps, mask=inside[:, :, None], other=0).to(tl.int32)
     if wzeros_ptr is not None:
         steps -= tl.load(wzeros_ptr + place, mask=inside, other=0).to(tl.int32)[:, :, None]
     return tl.where(inside[:, :, None], steps, 0), scale
@@ -41,10 +46,12 @@ def _half(
 
 @triton.jit
 def _int4_codes_kernel(
-    q_ptr, wscales_ptr, wzeros_ptr, codes_ptr, scales_ptr, N, K, RUNS,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, PEAK: tl.constexpr, R: tl.constexpr, B: tl.constexpr,
+    q_ptr, wscales_ptr, wzeros_ptr, levels_ptr, codes_ptr, scales_ptr, N, K, RUNS,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, PEAK: tl.constexpr, R: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
-    """RUNS: packed runs of a row; R rows and B runs are at hand at a time. GROUPS of SIZE inputs.
+    """RUNS: packed runs of a row; R rows and B runs are at hand at a time. GROUPS of SIZE inputs. Levels of a row
+    lie STRIDE apart.
 
     codes_ptr: int8, or floats, which are weights whole: nothing is left for scales_ptr.
     """
@@ -70,8 +77,9 @@ def _int4_codes_kernel(
             raw = tl.load(where, mask=mask[:, :, None], other=0x88)
             for half in tl.static_range(2):
                 steps, scale = _half(
-                    raw, wscales_ptr, wzeros_ptr, n, run * 64 + 32 * half, in_row, N, K, GROUPS, SIZE, half
-                )
+                    raw, wscales_ptr, wzeros_ptr, levels_ptr, n, run * 64 + 32 * half, in_row, N, K, GROUPS, SIZE,
+                    STRIDE, half,
+                )  # fmt: skip
                 used = tl.max((steps != 0).to(tl.int32), 2) != 0
                 finite = tl.abs(scale) < float("inf")
                 peak = tl.maximum(peak, tl.max(tl.where(used & finite, scale, 0.0), 1))
@@ -87,7 +95,9 @@ def _int4_codes_kernel(
         raw = tl.load(where, mask=mask[:, :, None], other=0x88)
         for half in tl.static_range(2):
             start = run * 64 + 32 * half
-            steps, scale = _half(raw, wscales_ptr, wzeros_ptr, n, start, in_row, N, K, GROUPS, SIZE, half)
+            steps, scale = _half(
+                raw, wscales_ptr, wzeros_ptr, levels_ptr, n, start, in_row, N, K, GROUPS, SIZE, STRIDE, half
+            )
             if whole:
                 steps = steps.to(tl.float32) * scale[:, :, None]
             elif GROUPS > 1:
@@ -103,39 +113,41 @@ def _int4_codes_kernel(
 
 
 def int4_codes(
-    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, peak: float
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, peak: float, levels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The codes and scales of the op of this name; shapes were checked there, and N > 0. peak: P."""
     codes = qweight.new_empty(len(qweight), inputs, dtype=torch.int8)
     scales = qweight.new_empty(len(qweight), dtype=torch.float32)
-    _unpack(qweight, wscales, wzeros, codes, scales, peak)
+    _unpack(qweight, wscales, wzeros, levels, codes, scales, peak)
     return codes, scales
 
 
 def int4_floats(
-    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, dtype: torch.dtype
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, dtype: torch.dtype,
+    levels: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The weight of the op of this name; shapes were checked there, and N > 0."""
     weight = qweight.new_empty(len(qweight), inputs, dtype=dtype)
-    _unpack(qweight, wscales, wzeros, weight, None, 1.0)
+    _unpack(qweight, wscales, wzeros, levels, weight, None, 1.0)
     return weight
 
 
 def _unpack(
-    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, out: Tensor, scales: Tensor | None, peak
-) -> None:
-    launch = _plan(*wscales.shape, out.shape[1], peak)
-    wzeros = None if wzeros is None else wzeros.contiguous()
-    launch(qweight.contiguous(), wscales.contiguous(), wzeros, out, scales)
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, levels: Tensor | None, out: Tensor,
+    scales: Tensor | None, peak: float,
+) -> None:  # fmt: skip
+    launch = _plan(*wscales.shape, out.shape[1], peak, 16 if levels is not None and len(levels) > 1 else 0)
+    wzeros, levels = (None if one is None else one.contiguous() for one in (wzeros, levels))
+    launch(qweight.contiguous(), wscales.contiguous(), wzeros, levels, out, scales)
 
 
 @remembered
-def _plan(n: int, groups: int, k: int, peak: float) -> Launch:
+def _plan(n: int, groups: int, k: int, peak: float, stride: int) -> Launch:
     runs = cdiv(k, GROUP)
     at_hand = min(next_power_of_2(runs), BYTES // 32)
     rows = min(MOST_ROWS, BYTES // 32 // at_hand)
     size = k // groups if groups > 1 else runs * GROUP
     return Launch(
         _int4_codes_kernel, (cdiv(n, rows),), N=n, K=k, RUNS=runs,
-        GROUPS=groups, SIZE=size, PEAK=peak, R=rows, B=at_hand, num_warps=4,
+        GROUPS=groups, SIZE=size, STRIDE=stride, PEAK=peak, R=rows, B=at_hand, num_warps=4,
     )  # fmt: skip

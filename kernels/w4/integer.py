@@ -5,7 +5,8 @@
                                 8-bit product of them
     triton-w4a8-channel         one scale an output: the same
     triton-w4a8-grouped         scales of groups: prepare, then the product that scales the sums of groups
-    triton-w4a8-row-mix         the same with rows of 8 bits among those of 4, two nibbles a code, in one launch
+    triton-w4a8-codebook        levels of a codebook for codes: the product of one scale an output, or that of groups
+    triton-w4a8-row-mix         that of groups with rows of 8 bits among those of 4, two nibbles a code, in one launch
     reference                   without a GPU: the formulas of progressive.py, grouped.py and row_mix.py; the truth
 
 Sums of codes are exact, and the same in all of them. Settings in tuned/: "progressive.product", for one scale an
@@ -34,8 +35,9 @@ else:
         product_progressive="products.product_progressive", product_w4a8="products.product_w4a8",
     )  # fmt: skip
 
-REFERENCE, PROGRESSIVE, CHANNEL, GROUPED, ROW_MIX = (
+REFERENCE, PROGRESSIVE, CHANNEL, GROUPED, ROW_MIX, CODEBOOK = (
     "reference", "triton-w4a8-progressive", "triton-w4a8-channel", "triton-w4a8-grouped", "triton-w4a8-row-mix",
+    "triton-w4a8-codebook",
 )  # fmt: skip
 INT32, FLOAT = torch.int32, torch.float32
 WIDEST = 256  # rows, and outputs, that a tile may have
@@ -95,13 +97,15 @@ def progressive_through(
 
 def grouped_through(
     x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None,
-    config: dict | None = None,
+    config: dict | None = None, levels: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`grouped.grouped_linear` of x [M, K], M and N above 0; config: not the usual one."""
     n, groups = wscales.shape
+    levels = _contiguous(levels)
     if groups == 1:
-        return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, "rows", 1, config)
-    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, config)
+        kind = "rows" if levels is None else "levels"
+        return _exact_sums(x, qweight, None, wzeros, wscales.reshape(n), bias, kind, 1, config, levels)
+    return _scaled_sums(x, qweight, wscales, wzeros, None, bias, config, levels)
 
 
 def row_mix_through(
@@ -112,7 +116,9 @@ def row_mix_through(
     return _scaled_sums(x, qweight, wscales, wzeros, wide, bias, config)
 
 
-def _scaled_sums(x, qweight, wscales, wzeros, wide: Tensor | None, bias, config: dict | None) -> Tensor:
+def _scaled_sums(
+    x, qweight, wscales, wzeros, wide: Tensor | None, bias, config: dict | None, levels: Tensor | None = None
+) -> Tensor:
     """The products whose sums of groups are whole numbers; wide: of rows of two widths, else None."""
     x = _rows(x)
     (m, k), (n, groups) = x.shape, wscales.shape
@@ -130,38 +136,46 @@ def _scaled_sums(x, qweight, wscales, wzeros, wide: Tensor | None, bias, config:
     tokens_triton.prepare(
         x, (codes, scale, None), None, wzeros, wscales, tables, (rows, groups), (wide, slots, ready)
     )
-    product_grouped.product((codes, scale), qweight, tables, bias, out, k // groups, config, (slots, ready, sums))
+    wide_rows = slots, ready, sums
+    product_grouped.product((codes, scale), qweight, tables, bias, out, k // groups, config, wide_rows, levels)
     return out
 
 
-def _exact_sums(x, qweight, wsteps, wzeros, wscales, bias, kind: str, groups: int, config: dict | None) -> Tensor:
+def _exact_sums(
+    x, qweight, wsteps, wzeros, wscales, bias, kind: str, groups: int, config: dict | None,
+    levels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The products whose sums over all of K are whole numbers; kind: as in product_progressive.py."""
     x = _rows(x)
     (m, k), n = x.shape, len(qweight)
     config = config or best_config("progressive.product", x.device, m, n, k)
     unpacks, summed = config.get("UNPACK", False), kind == "rows"
-    pieces = _room(m, n, k, groups, summed and not unpacks, not unpacks, False, unpacks).take(x)
+    factored = not unpacks and levels is None
+    pieces = _room(m, n, k, groups, summed and not unpacks, factored, False, unpacks).take(x)
     codes, scale, sums, factors, _, w8 = pieces
     qweight, wsteps, wzeros, wscales = (_contiguous(one) for one in (qweight, wsteps, wzeros, wscales))
     out = x.new_empty(m, n)
-    if unpacks:
+    if not factored:
         tokens_triton.prepare(x, (codes, scale, None), None, None, None, (None, None), (n, 0))
     else:
         tokens = codes, scale, (sums if summed else None)
         tokens_triton.prepare(x, tokens, wsteps, wzeros, None, (factors, None), (n, groups))
     tokens = codes, scale, (sums if summed else None)
-    return _product(tokens, (qweight, wsteps, wzeros, wscales), (factors, w8), bias, out, kind, (groups, k), config)
+    weight, made = (qweight, wsteps, wzeros, wscales), ((factors if factored else None), w8)
+    return _product(tokens, weight, made, bias, out, kind, (groups, k), config, levels)
 
 
-def _product(tokens, weight, made, bias, out, kind: str, sizes: tuple[int, int], config: dict) -> Tensor:
+def _product(
+    tokens, weight, made, bias, out, kind: str, sizes: tuple[int, int], config: dict, levels: Tensor | None = None
+) -> Tensor:
     """made: tables of factors, filled, and room for int8 weights; sizes: groups of K inputs, and K."""
     (qweight, wsteps, wzeros, wscales), (factors, w8), (groups, k) = weight, made, sizes
     if config.get("UNPACK", False):
-        progressive_triton.codes(qweight, wsteps, wzeros, groups, k, w8)
+        progressive_triton.codes(qweight, wsteps, wzeros, groups, k, w8, levels)
         product_w4a8.product((*tokens[:2], out[:, :0]), (w8, wscales), None, bias, out, config)
         return out
     size = k // groups if groups > 1 else 0
-    product_progressive.product(tokens, qweight, factors, wscales, bias, out, kind, size, config)
+    product_progressive.product(tokens, qweight, factors, wscales, bias, out, kind, size, config, levels)
     return out
 
 

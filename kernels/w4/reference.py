@@ -8,6 +8,9 @@
     Q_a        per token and group "int4" (unsigned where c > 0); per token "int8" or "fp8" (e4m3); or "none"
     f          the nonlinearity that follows the layer, "gelu", "gelu_tanh" or "silu", or "" for none
 
+In Q_a x may be rotated first, x H, for a weight W H; and what a branch of orthonormal D holds may be left out of it,
+x - (x D^T) D. The branch reads x as it comes in either case.
+
 What c adds is in b. The torch reference here is the truth: it multiplies the dequantized codes in float32. `codes`
 and `product` are its two halves, for layers that share an input and for inputs that come from a norm:
 
@@ -25,6 +28,7 @@ from torch.nn import functional as F
 from ..formats import fp8
 from ..formats.int4 import GROUP, dequantize_groups, quantize_activation_groups, unpack_int4
 from ..formats.int8 import dynamic_scale
+from ..formats.rotation import rotate
 from .gradient import without_gradient
 
 NORMS = ("adaptive", "layer", "rms")
@@ -49,15 +53,21 @@ def svdq_linear(
     activation: str,
     shift: float = 0.0,
     nonlinearity: str = "",
+    rotation: int = 0,
+    rotation_kind: str = "regular",
+    left_out: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] float -> [..., N] in x's dtype.
 
     qweight uint8 [N, K/2] as `int4.pack_int4` has it, wscales [N, K/G], smooth [K], down [r, K], up [N, r], bias [N];
-    any float dtypes. Without a branch down and up are None, without smoothing smooth is. All by position.
+    any float dtypes. Without a branch down and up are None, without smoothing smooth is. rotation: the group of
+    inputs that is rotated, 0 for none; left_out: D [r, K], orthonormal rows that are taken out of what is rounded.
+    All by position.
     RuntimeError in a backward pass.
     """
     exact = x.float()
-    inputs = _smoothed(exact, smooth, shift)
+    rest = exact if left_out is None else exact - F.linear(F.linear(exact, left_out.float()), left_out.float().T)
+    inputs = _smoothed(turned(rest, rotation, rotation_kind), smooth, shift)
     group_size = 2 * qweight.shape[1] // wscales.shape[1]
     weight = dequantize_groups(unpack_int4(qweight, group_size), wscales)
     y = F.linear(round_activation(inputs, activation, group_size, bool(shift)), weight)
@@ -70,12 +80,13 @@ def svdq_linear(
 
 def codes(
     x: Tensor, more: Tensor | None, smooth: Tensor | None, down: Tensor | None, activation: str, shift: float,
-    norm: tuple | None, gate: str = "",
+    norm: tuple | None, gate: str = "", rotation: int = 0, rotation_kind: str = "regular",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Quantize x [B T, K] for the products that read it: (codes [B T, K], scales, x D^T [B T, r]), in groups of 64.
 
     more [B T, K']: further columns of x. norm: (n [B, K], m [B, K] or None, eps, one of NORMS), by which x is
     normalized first; "adaptive" where it has no fourth. gate: of NONLINEARITIES; x is multiplied by that of `more`.
+    rotation: the group of inputs that is rotated before smoothing, 0 for none.
     Codes are e4m3 or int8 (4-bit ones too) with float32 scales [B T], or [K / 64, B T] for "int4".
     """
     if gate:
@@ -85,7 +96,7 @@ def codes(
     if norm is not None:
         exact = normed(exact, *norm)
     branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())
-    inputs = _smoothed(exact, smooth, shift)
+    inputs = _smoothed(turned(exact, rotation, rotation_kind), smooth, shift)
     if activation == "int4":
         rounded, scales = quantize_activation_groups(inputs, GROUP, bool(shift))
         return rounded, scales.T.contiguous(), branch
@@ -93,6 +104,11 @@ def codes(
     rounded = inputs / scales
     rounded = rounded.to(fp8.DTYPE) if activation == "fp8" else torch.round(rounded).to(torch.int8)
     return rounded, scales[:, 0].contiguous(), branch
+
+
+def turned(x: Tensor, rotation: int, kind: str) -> Tensor:
+    """x [..., K] rotated in groups of so many; as it is for 0."""
+    return rotate(x, rotation, kind) if rotation else x
 
 
 def normed(x: Tensor, scale: Tensor, offset: Tensor | None, eps: float, form: str = "adaptive") -> Tensor:

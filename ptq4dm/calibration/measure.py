@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,12 +19,17 @@ from .store import CalibrationStore, fingerprint, source_of
 BINS, BATCH = 10, 16  # of calls that somebody recorded
 
 
-def measured(model: nn.Module, store: CalibrationStore) -> InputStatistics:
-    """Statistics of a model's layers on the calls of a store, as `collect` measures them."""
+def measured(
+    model: nn.Module, store: CalibrationStore, turns: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+) -> InputStatistics:
+    """Statistics of a model's layers on the calls of a store, as `collect` measures them.
+
+    turns: layer -> what becomes of its input before it is quantized; such layers are measured behind it.
+    """
     config, layers = store.config, list(store.fingerprint)
     batches = binned_batches(store.recorded(), config["num_bins"], config["batch_size"])
     statistics = InputStatistics(len(layers), config["num_bins"])
-    update(statistics, model, layers, list(batches))
+    update(statistics, model, layers, list(batches), turns=turns or {})
     return statistics
 
 
@@ -52,9 +57,10 @@ def update(
     batches: list[tuple[int, Calls]],
     progress: int = 0,
     after: Callable[[int], None] = lambda done: None,
+    turns: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> None:
     """Replay batches but for the first `progress`, and add what the layers are fed; after(number of batches done)."""
-    watch = _Measured(statistics)
+    watch = _Measured(statistics, turns or {})
     before = {name: watch.hook(index, name) for index, name in enumerate(layers)}
     with evaluation_mode(model), hooked(model, before):  # in this order: no other thread's calls reach the hooks
         for done, (bin_index, batch) in enumerate(progress_bar(batches, desc="measure", unit="batch")):
@@ -70,12 +76,14 @@ class _Measured:
     """Statistics, and the timestep bin of the batch that is being replayed."""
 
     statistics: InputStatistics
+    turns: Mapping[str, Callable[[Tensor], Tensor]]
     bin_index: int = 0
 
     def hook(self, layer: int, name: str) -> Callable:
         def add_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
             try:
-                self.statistics.update(layer, self.bin_index, input_of(args, kwargs))
+                x = input_of(args, kwargs)
+                self.statistics.update(layer, self.bin_index, self.turns[name](x) if name in self.turns else x)
             except UserError as error:
                 raise UserError(f"layer '{name}', timestep bin {self.bin_index}: {error}") from None
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UserError
-from ..hooks import hooked
+from ..hooks import computing, hooked, watched
 from ..pipelines.denoiser import denoiser_names, model_of, time_names
 from ..pipelines.loading import not_while_loading
 from .calls import Call, Calls, parameter_place, timestep_of, whole_call
@@ -31,7 +31,8 @@ def record(target: Any) -> Iterator[Calls]:
             my_own_loop(model)
         ptq4dm.quantize(model, ptq4dm.PTQ4DMConfig(), calls)
 
-    Any module will do: a bare model, a ControlNet, a prior, a second transformer. Each call is a unit; its tensors
+    Any module will do: a bare model, a ControlNet, a prior, a second transformer, a text encoder. Of an autoencoder
+    (`pipe.vae`) it is the calls of `decode` that are recorded, which pipelines make. Each call is a unit; its tensors
     are kept on the CPU. Calls that other threads make are not recorded. A call's `time` is its timestep as it is
     where all lie in [0, 1], else as a share of the next power of ten (1000 for times up to 1000), or between the
     least and the largest where some are negative.
@@ -47,8 +48,24 @@ def record(target: Any) -> Iterator[Calls]:
         calls.add(*whole_call(call, timestep_of(named(module, call)) or 0.0, 0.0))
         calls.time = _shares(calls.timestep)
 
-    with hooked(model, {"": keep}):
+    def keep_latents(args: tuple, kwargs: dict[str, Any]) -> None:
+        call = kept(Call(args, {name: value for name, value in kwargs.items() if name != "generator"}))
+        calls.add(*whole_call(call, 0.0, 0.0))
+        calls.time = torch.zeros_like(calls.timestep)
+
+    with watched(model, "decode", keep_latents) if decodes(model) else hooked(model, {"": keep}):
         yield calls
+
+
+def decoding(model: nn.Module) -> AbstractContextManager[None]:
+    """In the block a call of an autoencoder decodes, so that what was recorded of it can be made again; other modules
+    are as they are."""
+    return computing(model, {"": cast(Any, model).decode}) if decodes(model) else nullcontext()
+
+
+def decodes(model: nn.Module) -> bool:
+    """Whether a module is an autoencoder: what pipelines call of it is `decode`."""
+    return callable(getattr(model, "decode", None)) and callable(getattr(model, "encode", None))
 
 
 @torch.no_grad()

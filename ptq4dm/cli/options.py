@@ -41,6 +41,10 @@ def add_model(parser, default: str | None = EXAMPLE, note: str = "") -> None:
     text = f"hub id, diffusers folder, or embedded name ({', '.join(EMBEDDED)})"
     text = f"{text}; {note}" if note else text
     parser.add_argument("--model", default=default, help=text).known = EMBEDDED  # for completion
+    add_device(parser)
+
+
+def add_device(parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
     parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
 

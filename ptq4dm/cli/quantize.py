@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..budgets.candidates import recipe_of
 from ..calibration.collect import CalibrationConfig, collect
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
@@ -14,9 +15,11 @@ from ..files.claim import claimed_whole
 from ..files.places import check_room, make_parent, picture_place
 from ..files.result_folder import check_replaceable
 from ..layers.registry import needs_of
+from ..pipelines.parts import DENOISER, kind_of
 from ..quantization import recipe
 from ..quantization.checkpoint import check_folder, folder_of
 from ..quantization.components import component_of, load_plans, narrowed, networks_to_quantize
+from ..quantization.components import recipes_of as recipes_of_networks
 from ..quantization.pictures import PICTURES, picture_of
 from ..quantization.quantize import quantize
 from ..quantization.recipe import QuantConfig
@@ -63,6 +66,11 @@ def add(parser) -> None:
         "--checkpoint", metavar="DIR", help="keep each block here as it is done: the same command then goes on"
     )
     add_component(parser)
+    text = (
+        "several networks, such as text_encoder vae transformer: text encoders get 4-bit weights, autoencoders 8 and "
+    )
+    text += "8 bits, denoisers --method; or NAME='METHOD option=value ...', a recipe of its own"
+    parser.add_argument("--components", nargs="+", metavar="NAME", help=text)
     parser.add_argument("--output", default=QUANTIZED, help="folder of the quantized pipeline")
     parser.add_argument("--plot", metavar="PNG", help=f"draw of one layer (needs matplotlib): {drawn}")
     parser.add_argument("--plot-layer", metavar="NAME", help="which layer; the worst otherwise")
@@ -70,6 +78,48 @@ def add(parser) -> None:
     add_calibration(parser)
     add_sampler(parser)
     add_conditioning(parser)
+
+
+def components_of(args) -> dict[str, QuantConfig | None] | None:
+    """What --components says: network -> recipe, None where it says none. Raises UserError, also beside --plan."""
+    if args.components is None:
+        return None
+    others = {"--component": args.component, "--plan": args.plan, "--plot": args.plot}
+    if other := next((flag for flag, value in others.items() if value is not None), ""):
+        raise UserError(
+            f"{other} is of all networks alike, and --components has a choice for each; give one of them."
+        )
+    parts = [text.partition("=") for text in args.components]
+    if twice := next((name for name, *_ in parts if [one for one, *_ in parts].count(name) > 1), None):
+        raise UserError(f"--components names '{twice}' twice.")
+    return {name: recipe_of(text, "recipe") if equals else None for name, equals, text in parts}
+
+
+def chosen_recipes(
+    args, pipe: Any, config: QuantConfig, own: dict[str, QuantConfig | None]
+) -> dict[str, QuantConfig]:
+    """Network -> recipe, of what --components names: its own, `config` of denoisers, or that of its kind.
+
+    Raises UserError where there is no such network, where --method is of none of them, or where one wants calls that
+    a pipeline's sampler does not make by itself.
+    """
+    networks = networks_to_quantize(pipe, None, components=own)
+    shared = [name for name, one in own.items() if one is None and kind_of(pipe, name) == DENOISER]
+    said = [name for name in options_of(type(config)) if hasattr(args, name)]
+    if not shared and (args.method or said):
+        given = "--method" if args.method else flag_of(said[0])
+        raise UserError(
+            f"{given} is of denoisers without a recipe of their own, and --components names none; leave it out, or "
+            "write NAME='METHOD option=value ...'."
+        )
+    found = recipes_of_networks(pipe, networks, config if shared else None, own)
+    for name, one in found.items():
+        if kind_of(pipe, name) != DENOISER and _wants_store(one):
+            raise UserError(
+                f"the recipe of '{name}' wants calibration, which `ptq4dm collect` makes of denoisers alone; choose "
+                "activations=dynamic and rounding=nearest, or record its calls in Python (ptq4dm.record)."
+            )
+    return found
 
 
 def recipes_of(args) -> dict[str, QuantConfig]:
@@ -102,19 +152,20 @@ def recipes_of(args) -> dict[str, QuantConfig]:
 
 
 def run(args) -> None:
+    own = components_of(args)
     recipes, calibration, conditions = recipes_of(args), calibration_of(args), conditioning_of(args)
     one_process(args)
     output = Path(args.output)
     if args.plot_layer and not args.plot:
         raise UserError("--plot-layer names the layer of a picture; give --plot PNG too.")
-    _check_used(args, recipes)
+    _check_used(args, recipes if own is None else recipes | {name: one for name, one in own.items() if one})
     picture = picture_of(next(iter(recipes.values()))) if args.plot else None
     if picture and picture.whole and args.plot_layer:
         raise UserError(f"--plot draws {picture.shows}, of all layers; leave --plot-layer out.")
     make_parent(output)
     with claimed_whole(output, settings_of(args)):  # a second run of the same command waits, then finds all as it was
         check_replaceable(output, RECORD, "quantize")
-        _quantize(args, recipes, calibration, conditions, output, picture)
+        _quantize(args, recipes, own, calibration, conditions, output, picture)
 
 
 def _wants_store(config: QuantConfig) -> bool:
@@ -159,6 +210,7 @@ def _enough(calibration: CalibrationConfig, args, recipes: dict[str, QuantConfig
 def _quantize(
     args,
     recipes: dict[str, QuantConfig],
+    own: dict[str, QuantConfig | None] | None,
     calibration: CalibrationConfig,
     conditions: dict,
     output: Path,
@@ -177,18 +229,25 @@ def _quantize(
     calibrated = () if store is None else store.components
     if picture and picture.whole and len(networks_to_quantize(pipe, args.component, calibrated)) > 1:
         raise UserError(f"--plot draws {picture.shows}, of one network; name it with --component.")
-    narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
-    if store is None and any(map(_wants_store, recipes.values())):
+    if own is not None:
+        recipes = chosen_recipes(args, pipe, config, own)
+    else:
+        narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
+    wanting = [name for name, one in recipes.items() if _wants_store(one)]
+    if store is None and wanting:
         fitted = fitting(_enough(calibration, args, recipes), args, pipe)
-        store = collect(pipe, fitted, component=args.component, **conditions)
+        store = collect(pipe, fitted, component=wanting if own is not None else args.component, **conditions)
     check_room(os.path.dirname(os.path.realpath(output)), bytes_at_least(pipe, recipes), "the quantized pipeline")
     weights = dict(model.named_parameters()) if picture else {}
-    report = QuantizationReport.together(
-        [
-            quantize(pipe, one, store, component=name or None, checkpoint=folder_of(args.checkpoint, name, recipes))
-            for name, one in recipes.items()
-        ]
-    )
+    if own is not None:
+        report = quantize(pipe, None, store, components=recipes, checkpoint=args.checkpoint)
+    else:
+        report = QuantizationReport.together(
+            [
+                quantize(pipe, one, store, component=n or None, checkpoint=folder_of(args.checkpoint, n, recipes))
+                for n, one in recipes.items()
+            ]
+        )
     say(report.table())  # before anything is written: no full disk loses it
     if picture and picture.whole:
         picture.whole(config, args.plot)

@@ -32,6 +32,7 @@ class Int4Layer(RoundedLayer):
     qweight           [N, K'/2] uint8, K' = K up to a multiple of 64; of a convolution K counts kernel, then channel
     wscales           [N, G] float32 where G = 1, else float16, or bfloat16 where scales are too small for it
     wzeros            [N, G] int8, affine layers only
+    levels            None; of a codebook, levels in the place of a uniform grid (codebook.py)
     input_scale       [] float32    static layers only
     input_zero_point  [] int32      static layers only
     """
@@ -41,6 +42,7 @@ class Int4Layer(RoundedLayer):
     scales = ("wscales", "input_scale")
     wscales: Tensor
     wzeros: Tensor | None
+    levels: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
@@ -52,6 +54,7 @@ class Int4Layer(RoundedLayer):
         kind = torch.float32 if self.plan.group_size is None else torch.float16
         self.wscales = frozen(outputs, scales, dtype=kind, device=device)
         self.wzeros = frozen(outputs, scales, dtype=torch.int8, device=device) if self.plan.affine else None
+        self.levels = None
         allocate_input_grid(self, self.plan, True, device)
 
     def grid(self, matrix: Tensor, evidence: LayerEvidence | None) -> Grid:
@@ -100,7 +103,7 @@ class Int4Layer(RoundedLayer):
     def dequantized_weight(self) -> Tensor:
         """The float32 weight [N, ...] that the codes stand for, made anew in each call."""
         inputs = math.prod(self.weight_shape[1:])
-        return self.shaped(int4_ops.weight_of(self.qweight, self.wscales, self.wzeros, inputs))
+        return self.shaped(int4_ops.weight_of(self.qweight, self.wscales, self.wzeros, inputs, self.levels))
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now; of many rows where few have their own."""
@@ -116,7 +119,7 @@ class Int4Layer(RoundedLayer):
         plan, shape = self.plan, self.weight_shape
         return int4_ops.kernel_name(
             self.qweight.device, len(shape) == 2, math.prod(shape[1:]), self.wscales.shape[1], plan.affine,
-            plan.static, plan.activation_bits, getattr(self, "groups", 1), False, few,
+            plan.static, plan.activation_bits, getattr(self, "groups", 1), False, few, self.levels is not None,
         )  # fmt: skip
 
     @property
@@ -132,14 +135,14 @@ class Int4Linear(Int4Layer, QuantizedLinear):
     """y = x W^T + b, W of 4 bits and x of 8: x [..., K] float -> [..., N] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return int4_ops.int4_linear(input, *self.operands)
+        return int4_ops.int4_linear(input, *self.operands, self.levels)
 
 
 class Int4Conv2d(Int4Layer, QuantizedConv2d):
     """Zero-padded convolution with weights of 4 bits: x [B, C, H, W] float -> [B, N, H', W'] in x's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return int4_ops.int4_conv2d(input, *self.operands, *self.geometry)
+        return int4_ops.int4_conv2d(input, *self.operands, *self.geometry, self.levels)
 
 
 def pixel_first(weight: Tensor) -> Tensor:

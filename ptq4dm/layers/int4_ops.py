@@ -2,9 +2,12 @@
 
     y[m, n] = s_x[m] sum_g s_w[n, g] sum_{k in g} (q_x[m, k] - z_x) (q_w[n, k] - z_w[n, g])  +  b[n]
 
+Of a codebook a level t[q_w[n, k]] stands in the place of q_w - z_w.
+
     triton-w4a8-int8            CUDA, Linear, dynamic inputs, symmetric groups of 64 or 128
     triton-w4a8-grouped         CUDA, Linear, dynamic inputs, groups with zero points
     triton-w4a8-channel         CUDA, Linear, dynamic inputs, one scale an output
+    triton-w4a8-codebook        CUDA, Linear, dynamic inputs, a codebook
     triton-w4a16                CUDA, Linear, up to 32 rows of bf16 or fp16 that are taken as they are, groups of 64
                                 or 128: unpacked in the product
     unpack + cublas, + cudnn    CUDA, other inputs that are taken as they are: weights as floats of their type in
@@ -34,6 +37,7 @@ from torch import Tensor
 from ..kernels import dispatch
 from ..kernels.cpu import w4a8 as cpu
 from ..kernels.cpu.w4a8_conv import cpu_w4a8_conv2d
+from ..kernels.formats.codebook import CodebookGrid
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import GROUP, pack_int4, unpack_int4
 from ..kernels.runtime.ops import op
@@ -64,13 +68,14 @@ def kernel_name(
     groups: int,
     progressive: bool = False,
     few: bool = False,
+    codebook: bool = False,
 ) -> str:
     """The kernel that serves a layer of K = `inputs` with `scales` per output; groups: those of a convolution.
 
     few: for up to SHORT rows of bf16 or fp16, where inputs are taken as they are.
     """
     query = dispatch.Query(
-        "int4",
+        "codebook" if codebook else "int4",
         "none" if bits == FLOAT_INPUTS else "int8",
         None if scales == 1 else inputs // scales,
         groups,
@@ -96,9 +101,12 @@ def unpacked_rows(packed: Tensor, inputs: int) -> Tensor:
     return unpack_int4(packed, PACKED)[:, :inputs]
 
 
-def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int) -> Tensor:
+def weight_of(
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, levels: Tensor | None = None
+) -> Tensor:
     """The float32 weight [N, K] that the codes stand for."""
-    return Grid(wscales, wzeros, -8, 7).values(unpacked_rows(qweight, inputs))
+    grid = Grid(wscales, wzeros, -8, 7) if levels is None else CodebookGrid(wscales, levels)
+    return grid.values(unpacked_rows(qweight, inputs))
 
 
 def windows(matrix: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -122,35 +130,41 @@ def int4_linear(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     activation_bits: int,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] float -> [..., N] in x's dtype.
 
     qweight uint8 [N, K'/2], K' = K up to a multiple of 64, as `int4.pack_int4` has it in groups of 64; wscales [N, G]
-    float, wzeros [N, G] int8 or None; bias [N]; the input's grid as in `w8a8_linear`.
+    float, wzeros [N, G] int8 or None; bias [N]; the input's grid as in `w8a8_linear`; levels int8 [1, 16] or [N, 16]
+    of a codebook, or None.
     """
     inputs, scales = x.shape[-1], wscales.shape[1]
     static = input_scale is not None
     few = activation_bits == FLOAT_INPUTS and x.dtype in HALVES and x.numel() <= w4.SHORT * inputs
-    name = kernel_name(x.device, True, inputs, scales, wzeros is not None, static, activation_bits, 1, False, few)
+    books = levels is not None
+    name = kernel_name(
+        x.device, True, inputs, scales, wzeros is not None, static, activation_bits, 1, False, few, books
+    )
+    weight = (qweight, wscales, wzeros)
     grid = (input_scale, input_zero_point, activation_bits)
     if name == w8a8.REFERENCE or not x.numel():
         rows = rounded(x.reshape(-1, inputs), *grid, (1,))
-        y = F.linear(rows, weight_of(qweight, wscales, wzeros, inputs), None if bias is None else bias.float())
+        y = F.linear(rows, weight_of(*weight, inputs, levels), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
     if name == w4.WEIGHT_ONLY:
-        y = w4.few_rows(x.reshape(-1, inputs), qweight, wscales, wzeros, bias)
+        y = w4.few_rows(x.reshape(-1, inputs), *weight, bias)
         return y.view(*x.shape[:-1], len(qweight))
     if name == dispatch.CUBLAS:
-        y = F.linear(_floats(x), *_float_weight(x, qweight, wscales, wzeros, bias, inputs))
+        y = F.linear(_floats(x), *_float_weight(x, *weight, bias, inputs, levels))
         return y.to(x.dtype)
     if name == w4.INT8:
-        spread = prepared(wscales, PACKED, lambda: _per_packed(wscales, inputs))
+        spread = prepared(wscales, PACKED, lambda: per_packed(wscales, inputs))
         return w4.svdq_linear(x, qweight, spread, None, None, None, bias, "int8", 0.0)
-    if name in (integer.GROUPED, integer.CHANNEL):
-        return grouped_linear(x, qweight, wscales, wzeros, bias)
+    if name in (integer.GROUPED, integer.CHANNEL, integer.CODEBOOK):
+        return grouped_linear(x, *weight, bias, levels)
     if name == cpu.NAME:
-        return cpu.cpu_w4a8_linear(x, qweight, wscales, wzeros, None, bias, *grid)
-    codes, scale = _int8(qweight, wscales, wzeros, inputs)
+        return cpu.cpu_w4a8_linear(x, *weight, None, bias, *grid)
+    codes, scale = _int8(*weight, inputs, (), levels)
     return w8a8.w8a8_linear(x, codes, scale, bias, *grid)
 
 
@@ -174,6 +188,7 @@ def int4_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """x [B, C, H, W] float -> [B, N, H', W'] channels_last in x's dtype.
 
@@ -184,11 +199,21 @@ def int4_conv2d(
     inputs = channels * kernel[0] * kernel[1]
     static = input_scale is not None
     affine = wzeros is not None
-    name = kernel_name(x.device, False, inputs, wscales.shape[1], affine, static, activation_bits, groups)
+    name = kernel_name(
+        x.device,
+        False,
+        inputs,
+        wscales.shape[1],
+        affine,
+        static,
+        activation_bits,
+        groups,
+        codebook=levels is not None,
+    )
     grid = (input_scale, input_zero_point, activation_bits)
     geometry = (list(stride), list(padding), list(dilation), groups)
     if name == w8a8.REFERENCE or not x.numel():
-        weight = windows(weight_of(qweight, wscales, wzeros, inputs), kernel)
+        weight = windows(weight_of(qweight, wscales, wzeros, inputs, levels), kernel)
         pixels = rounded(x, *grid, (1, 2, 3))
         y = F.conv2d(pixels, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -196,29 +221,31 @@ def int4_conv2d(
         weight = (qweight, wscales, wzeros, None)
         return cpu_w4a8_conv2d(x, *weight, bias, *grid, list(kernel), *geometry[:3])
     if name == dispatch.CUDNN:
-        matrix, bias = _float_weight(x, qweight, wscales, wzeros, bias, inputs)
+        matrix, bias = _float_weight(x, qweight, wscales, wzeros, bias, inputs, levels)
         y = F.conv2d(_floats(x), windows(matrix, kernel), bias, *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    codes, scale = _int8(qweight, wscales, wzeros, inputs, kernel)
+    codes, scale = _int8(qweight, wscales, wzeros, inputs, kernel, levels)
     return w8a8.w8a8_conv2d(x, codes, scale, bias, *grid, *geometry)
 
 
 @int4_conv2d.register_fake
 def _(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
-    *_, kernel, stride, padding, dilation, _ = rest
+    kernel, stride, padding, dilation = rest[6:10]
     return w8a8.empty_images(x, len(qweight), kernel, stride, padding, dilation)
 
 
 def _int8(
-    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, kernel: Sequence[int] = ()
-) -> tuple[Tensor, Tensor]:
+    qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, inputs: int, kernel: Sequence[int] = (),
+    levels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(int8 weight, [N, K] or `windows` of it, scales [N]): made for this call on a GPU, once on a CPU (one scale an
     output)."""
     if qweight.is_cuda:
-        codes, scales = int4_codes(qweight, wscales, wzeros, inputs)
+        codes, scales = int4_codes(qweight, wscales, wzeros, inputs, levels)
         return windows(codes, kernel), scales
-    make = lambda: windows(int4_codes(qweight, wscales, wzeros, inputs)[0], kernel)  # noqa: E731
-    return prepared(qweight, (inputs, *kernel), make), wscales[:, 0].float()
+    make = lambda: windows(int4_codes(qweight, wscales, wzeros, inputs, levels)[0], kernel)  # noqa: E731
+    others = () if levels is None else (levels,)
+    return prepared(qweight, (inputs, *kernel), make, *others), wscales[:, 0].float()
 
 
 def _floats(x: Tensor) -> Tensor:
@@ -227,14 +254,21 @@ def _floats(x: Tensor) -> Tensor:
 
 
 def _float_weight(
-    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None, inputs: int
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wzeros: Tensor | None,
+    bias: Tensor | None,
+    inputs: int,
+    levels: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """(weight [N, K], bias) in the type of `_floats(x)`, made for this call."""
     kind = x.dtype if x.dtype in FLOATS else torch.float32
-    return int4_floats(qweight, wscales, wzeros, inputs, kind), None if bias is None else bias.to(kind)
+    weight = int4_floats(qweight, wscales, wzeros, inputs, kind, levels)
+    return weight, None if bias is None else bias.to(kind)
 
 
-def _per_packed(wscales: Tensor, inputs: int) -> Tensor:
+def per_packed(wscales: Tensor, inputs: int) -> Tensor:
     """Scales [N, K / 64] of scales [N, G] that reach at least as far."""
     return wscales.repeat_interleave(inputs // PACKED // wscales.shape[1], 1).contiguous()
 

@@ -90,7 +90,8 @@ class LayerPlan:
 
     def __str__(self) -> str:
         kind = "static" if self.static else "dynamic"
-        name = "FP8" if self.format == "fp8" else f"W{self.weight_bits}A{self.activation_bits}{self.groups_text}"
+        bits = "FP8" if FORMATS.find(self.format).grid == "e4m3" else f"W{self.weight_bits}A{self.activation_bits}"
+        name = f"{bits}{self.groups_text}"
         name = name if self.activation_bits == FLOAT_INPUTS else f"{name} {kind}"
         return f"{name} (simulated)" if self.simulated else name
 

@@ -54,7 +54,7 @@ class Format:
     build: Problem -> quantized layers by name; their plans are complete.
     needs: plan -> the evidence it takes to pack the layer: "rows"; "module" for the calls of the enclosing module.
     leader: (name, plan) -> the layer whose input it shares; itself where it shares none.
-    grid: the kind of grid that rounders get, "uniform", "e4m3" or "power".
+    grid: the kind of grid that rounders get, "uniform", "e4m3", "power", "binary" or "codebook".
     link: (find, name, plan) ties a layer to others, which find(name) gives, where its tensors do not say so; called
         after loading, too.
     """

@@ -40,20 +40,38 @@ class LayerView:
 
 
 def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[LayerView]:
-    """The layers that can be quantized, in the model's own order; those of an IP-Adapter are not the model's own.
+    """The layers that can be quantized, in the model's own order; those of an IP-Adapter are not the model's own, and
+    a language model's head stays as it is (`heads_of`).
 
     skip: names or shell patterns (`*.to_q`) of modules to leave out, with everything below them.
     """
+    heads = heads_of(model)
     views = [
         LayerView(name, module)
         for name, module in model.named_modules()
-        if type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module))
+        if name not in heads and (type(module) is nn.Linear or (type(module) is nn.Conv2d and _zero_padded(module)))
     ]
     _mark_edges(getattr(model, "config", None), views)
     unmatched = [pattern for pattern in skip if not any(view.matches([pattern]) for view in views)]
     if unmatched:
         raise UserError(f"'{unmatched[0]}' in modules_to_not_convert names no layer of the model; see `ptq4dm info`.")
     return [view for view in views if not (view.matches(skip) or in_ip_adapter(view.name))]
+
+
+def heads_of(model: nn.Module) -> set[str]:
+    """Names of the Linear layers that stay as they are: a language model's head, which a text encoder does not even
+    run, and layers whose weight is that of another module, such as a table of embeddings."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    owners: dict[int, int] = {}
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        weight = module._parameters.get("weight")
+        owners[id(weight)] = owners.get(id(weight), 0) + 1
+    return {
+        name
+        for name, module in modules.items()
+        if type(module) is nn.Linear and (module is head or owners[id(module._parameters.get("weight"))] > 1)
+    }
 
 
 def in_ip_adapter(name: str) -> bool:

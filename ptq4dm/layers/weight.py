@@ -33,6 +33,7 @@ class QuantizedWeight(Tensor):
     """Shape, dtype and device of a quantized layer's float weight; it has no memory and cannot be changed."""
 
     layer: Any  # a QuantizedLayer
+    _is_hf_initialized = True  # transformers asks which weights of a loaded model have no values yet
 
     @staticmethod
     def __new__(cls, layer: Any) -> QuantizedWeight:

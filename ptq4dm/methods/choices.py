@@ -6,7 +6,7 @@ from typing import Any
 
 from ..allocation.importance import IMPORTANCE
 from ..errors import UserError
-from ..layers.plan import FLOAT_INPUTS
+from ..layers.plan import BITS, FLOAT_INPUTS
 from ..layers.registry import FORMATS
 from ..options import has_option
 from ..quantization.packing import PackingOptions
@@ -17,7 +17,8 @@ NUMBER_FORMATS = ("int8", "fp8")
 FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
-GRIDS = ("uniform", "power", "progressive")
+GRIDS = ("uniform", "power", "progressive", "codebook")
+INPUT_WIDTHS = (*BITS, FLOAT_INPUTS)
 
 
 def check_options(config: Any) -> None:
@@ -32,12 +33,35 @@ def check_options(config: Any) -> None:
         raise UserError(
             "group_size and affine are choices of weights in 4 bits; give weight_bits=4 (or 2, 3) with them."
         )
+    _check_float_inputs(config)
     _check_grid(config)
     _check_average_bits(config)
     _check_split(config)
+    _check_rotated(config)
     PackingOptions(config.num_tuples, config.seed, config.prefix)  # refuses what is none
     if config.plan is None:  # of a plan that is there, options tell how it was made
         _check_idle(config)
+
+
+def _check_rotated(config: Any) -> None:
+    """Raises UserError where inputs are rotated in every call, and another option knows nothing of it."""
+    if not config.rotates or config.plan is not None:  # of a plan that is there, options tell how it was made
+        return
+    objective = config.ranges()[0]
+    if config.activations == "static" and config.format == "int8" and OBJECTIVES.find(objective).needs:
+        raise UserError(
+            f"transforms rotate inputs, and the objective '{objective}' chooses static grids by inputs that are not; "
+            "take activations='dynamic', or an objective that looks at ranges alone."
+        )
+    other = {
+        "blocks that are trained": config.learning() is not None,
+        "split_inputs=True": config.split_inputs,
+        "rotate_inputs=True, which rotates too": config.rotate_inputs,
+        "rows of two widths": config.ranks_rows or bool(getattr(config, "rows", 0)),
+        "weight_grid='power'": config.weight_grid == "power",
+    }
+    if found := next((what for what, there in other.items() if there), None):
+        raise UserError(f"transforms that rotate inputs do not go with {found}; leave one of them out.")
 
 
 def _check_idle(config: Any) -> None:
@@ -52,6 +76,18 @@ def _check_idle(config: Any) -> None:
         raise UserError(
             f"nothing looks at what blocks are fed where rounding='{config.rounding}', so that prefix would change "
             "nothing; leave it out, or take rounding='gptq'."
+        )
+
+
+def _check_float_inputs(config: Any) -> None:
+    """Raises UserError where inputs stay floats and an option says something else of them, or of their weights."""
+    if config.activation_bits != FLOAT_INPUTS:
+        return
+    plain = {"weight_grid": "uniform", "rotate_inputs": False, "average_bits": None, "activations": "dynamic"}
+    if wanted := _other(config, format="int8", weight_bits=min(config.weight_bits, 4), **plain):
+        raise UserError(
+            "inputs of 16 bits stay floats and have no grid, and all weights have 4 bits and less on a uniform one; "
+            f"give {wanted} with activation_bits=16."
         )
 
 
@@ -80,7 +116,12 @@ def _check_grid(config: Any) -> None:
     turned = {"format": "int8", "weight_bits": 4, "affine": False, "weight_grid": "progressive"}
     if config.rotate_inputs and (wanted := _other(config, activations="dynamic", **turned)):
         raise UserError(f"rotate_inputs goes with other options; give {wanted} with it, or leave it out.")
+    if config.codebook_of != type(config).codebook_of and config.weight_grid != "codebook":
+        raise UserError("codebook_of says whose levels a codebook has; give weight_grid='codebook', or leave it out.")
     if config.weight_grid == "uniform":
+        return
+    if config.weight_grid == "codebook":
+        _check_codebook(config)
         return
     if config.weight_grid == "progressive":
         _check_progressive(config)
@@ -94,6 +135,17 @@ def _check_grid(config: Any) -> None:
         raise UserError(
             f"weight_grid='power' has scales of transformed weights, of which the objective '{objective}' knows "
             f"nothing; take {other}."
+        )
+
+
+def _check_codebook(config: Any) -> None:
+    if wanted := _other(config, format="int8", weight_bits=4, affine=False, split_inputs=False):
+        raise UserError(f"weight_grid='codebook' goes with other options; give {wanted} with it.")
+    if "codebook" not in ROUNDERS.find(config.rounding).grids:
+        serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if "codebook" in one.grids)
+        raise UserError(
+            f"rounding '{config.rounding}' does not serve levels of a codebook; take one of {serve}, or another "
+            "weight_grid."
         )
 
 

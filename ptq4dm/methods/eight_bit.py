@@ -13,6 +13,7 @@ from ..allocation.mixed_rows import with_wide_rows
 from ..allocation.roles import allocate, edge_role
 from ..calibration.evidence import chosen_calls
 from ..calibration.store import CalibrationStore
+from ..layers.codebook import TABLES, CodebookPlan
 from ..layers.plan import Int4Plan, LayerPlan
 from ..layers.power import PowerPlan
 from ..layers.progressive import ProgressivePlan
@@ -40,10 +41,12 @@ class IntegerConfig(QuantConfig):
     group_size: of weights in 4 bits: 32, 64 or 128 inputs per scale; None gives each output one. Layers whose inputs
         do not divide into groups (of a convolution, its channels) have one scale an output; the report says so.
     affine: weights in 4 bits with zero points.
-    weight_grid: "uniform"; "progressive", of 4 bits with zero points, with scales that are whole steps of an 8-bit
-        weight, so that an 8-bit product has it exactly (layers/progressive.py); or "power", whose steps grow with the
-        weight (layers/power.py): `simulated`, for it is computed through a codebook. Layers that `first_last` gives 8
-        bits stay uniform.
+    weight_grid: "uniform"; "codebook", 16 levels of 4 bits that are fitted to the weight, and to what layers are fed
+        where rounding or objective look at that (layers/codebook.py); "progressive", of 4 bits with zero points, with
+        scales that are whole steps of an 8-bit weight, so that an 8-bit product has it exactly
+        (layers/progressive.py); or "power", whose steps grow with the weight (layers/power.py): `simulated`, for its
+        levels are floats. Layers that `first_last` gives 8 bits stay uniform.
+    codebook_of: whose levels a codebook has: of the whole "tensor", or of each "row", with 16 bytes an output more.
     rotate_inputs: of progressive weights: inputs are turned by Hadamard matrices in every call, in layers whose
         output on calibration inputs has a smaller error for it. Inputs are "dynamic" then.
     average_bits: rows of weights get 8 bits, the most important first, until the mean width of all weights that
@@ -75,8 +78,11 @@ class IntegerConfig(QuantConfig):
     )
     affine: bool = option(False, "4-bit weights with zero points")
     weight_grid: str = option(
-        "uniform", "of weights: uniform; progressive, 4 bits in 8; or power, which is simulated", choices=GRIDS
+        "uniform",
+        "of weights: uniform; codebook, 16 fitted levels; progressive, 4 bits in 8; or power, which is simulated",
+        choices=GRIDS,
     )
+    codebook_of: str = option("tensor", "levels of a codebook: of the whole tensor, or of each row", choices=TABLES)
     rotate_inputs: bool = option(False, "turn inputs of progressive weights by Hadamard matrices where that helps")
     average_bits: float | None = option(
         None,
@@ -199,6 +205,10 @@ class IntegerConfig(QuantConfig):
         elif self.weight_grid == "progressive" and weight_bits <= 4:
             turn = None if self.rotate_inputs else 0
             plan = ProgressivePlan(activation_bits=activation_bits, group_size=self._groups(view), rotation=turn)
+        elif self.weight_grid == "codebook" and weight_bits <= 4:
+            plan = CodebookPlan(
+                activation_bits=activation_bits, group_size=self._groups(view), levels=self.codebook_of
+            )
         elif weight_bits <= 4:
             plan = Int4Plan(
                 weight_bits=weight_bits, activation_bits=activation_bits, group_size=self._groups(view),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UserError
 from ..layers.plan import FLOAT_INPUTS
 from ..options import option
 from ..quantization.recipe import register
@@ -41,11 +40,7 @@ class MixPEConfig(IntegerConfig):
     affine: bool = option(True, fixed=True)
     weight_grid: str = option("uniform", fixed=True)
     rotate_inputs: bool = option(False, fixed=True)
+    codebook_of: str = option("tensor", fixed=True)
     average_bits: float | None = option(None, fixed=True)
     importance: str = option("integrated", fixed=True)
     activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.activation_bits == FLOAT_INPUTS and self.activations == "static":
-            raise UserError("inputs of 16 bits have no grid; leave activations at 'dynamic'.")

@@ -39,6 +39,7 @@ class PDQuantConfig(TrainedConfig):
     format: str = option("int8", fixed=True)
     weight_grid: str = option("uniform", "of weights: uniform; or progressive, 4 bits in 8", choices=WEIGHT_GRIDS)
     rotate_inputs: bool = option(False, fixed=True)
+    codebook_of: str = option("tensor", fixed=True)
     rounding: str = option("nearest", "nearest, or gptq, chooses scales only; learned trains blocks")
     prefix: str = option("quantized", "what blocks are fed: by quantized blocks before them, or exact")
     prediction: float = option(1.0, "weight of the error in the model's prediction", low=0.0)

@@ -57,6 +57,7 @@ class QoQConfig(IntegerConfig):
     affine: bool = option(False, flag=False)
     weight_grid: str = option("progressive", flag=False)
     rotate_inputs: bool = option(False, flag=False)
+    codebook_of: str = option("tensor", fixed=True)
     activations: str = option("dynamic", "input grids from calibration, or dynamic", choices=ACTIVATIONS)
     rounding: str = option("gptq", "how weights are rounded: nearest, or gptq by calibration inputs")
     rotation: str | None = option(

@@ -53,9 +53,21 @@ def parts(names: Iterable[str], layers: Iterable[str]) -> dict[str, tuple[list[s
     return found
 
 
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a model saves, by name: without peft's wrappers, and what has two names once, by the name that
+    transformers calls the source."""
+    tensors = {bare(name): tensor for name, tensor in model.state_dict().items()}
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        tensors.pop(name, None)
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if {name, source} <= tensors.keys() and tensors[name].data_ptr() == tensors[source].data_ptr():
+            del tensors[name]
+    return tensors
+
+
 def checksums_of(model: nn.Module, plan: Plan) -> dict | None:
     """The checksums of a model as it would be saved now; None where tensors are not in memory."""
-    tensors = {bare(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = saved_tensors(model)
     if any(tensor.is_meta for tensor in tensors.values()):
         return None
     split = parts(tensors, plan.layers)

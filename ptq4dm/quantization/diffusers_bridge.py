@@ -21,17 +21,21 @@ from ..layers.attention.planned import follow_attention
 from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.registry import empty_quantized, needs_of
-from ..layers.shift.norms import norms_of, put_norms
+from ..layers.shift.norms import norms_of
 from ..pipelines.denoiser import turn_at
 from ..pipelines.loading import not_while_loading
+from ..pipelines.parts import of_transformers
+from ..transforms.base import is_online
+from ..transforms.named import named
 from ..undo import whole_or_not
 from .checksums import checksums_of
-from .opening import check_keys, check_layers, lacking, read_files
+from .opening import check_keys, check_layers, lacking, put_dequantized, put_empty, read_files
 from .own_calls import ModelRef, adopt, release
 from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import METHODS, QuantConfig
-from .refusals import bare, check_saving, fuse_as_in
+from .refusals import bare, check_saving
+from .transforming import transformed
 
 
 class PTQ4DMQuantizer(DiffusersQuantizer):
@@ -79,25 +83,23 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
     ) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            if config.plan is None:
-                raise UserError("config.json names ptq4dm but holds no plan; save the model again.")
-            fuse_as_in(config.plan.layers, model)
-            check_plan(model, config.plan)
-            put_norms(model, config.plan.norms)
-            for name, choice in config.plan.layers.items():
-                replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
+            put_empty(model, config)
             self._check_checkpoint(model)
-        elif not config.packs_while_loading or config.changes:
+        elif not config.packs_while_loading or not all(is_online(named(text)[0].name) for text in config.changes):
             raise _not_while_loading(config)
         else:
             if config.calibration is not None:
                 self.store = CalibrationStore.load(config.calibration)
+            if self.store is not None and config.rotates:  # static grids are measured behind rotations
+                raise _not_while_loading(config)
             try:
-                plan = config.plan or make_plan(model, config, self.store)
+                transforms = [] if config.plan else transformed(model, config.changes, None, None)[0]
+                plan = config.plan or make_plan(model, config, self.store, transforms)
             except (RuntimeError, NotImplementedError) as error:  # of tensors without values
                 raise _not_while_loading(config) from error
             check_plan(model, plan)
-            if plan.transforms or any(needs_of(one) for one in plan.layers.values()):
+            changed = any(not is_online(one.kind) for one in plan.transforms)
+            if changed or any(needs_of(one) for one in plan.layers.values()):
                 raise _not_while_loading(config)
             self.quantization_config = resolved(config, plan)
         _set_entry(model, self.quantization_config)
@@ -206,9 +208,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             return found
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        for name, layer in list(model.named_modules()):
-            if is_quantized(layer):
-                replace_module(model, name, layer.dequantized())
+        put_dequantized(model)
         follow_attention(model, {})
         before = model.config
         model._internal_dict = type(before)({k: v for k, v in before.items() if k != "quantization_config"})
@@ -232,7 +232,12 @@ def resolved(config: QuantConfig, plan: Plan) -> QuantConfig:
 
 
 def mark_quantized(model: nn.Module, config: QuantConfig) -> None:
-    """Tell diffusers that a model was quantized after loading, so that it saves and loads as such."""
+    """Tell diffusers, or transformers, that a model was quantized after loading: it saves and loads as such."""
+    if of_transformers(model):
+        from .transformers_bridge import mark
+
+        mark(model, config)
+        return
     if not hasattr(model, "register_to_config"):
         return  # a plain nn.Module: nothing saves it by configuration
     model.hf_quantizer = PTQ4DMQuantizer(config, pre_quantized=True)
@@ -263,7 +268,8 @@ def quantization_config(model: nn.Module) -> QuantConfig | None:
         raise UserError(f"model must be a network, such as pipe.unet; got {shown(model)}.")
     config = getattr(model, "config", None)
     # transformers' configs have attributes, and diffusers' are mappings
-    found = config.get("quantization_config") if isinstance(config, Mapping) else None
+    name = "quantization_config"
+    found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
     if isinstance(found, dict):  # diffusers leaves one when it saves; the loader has the recipe with all its tensors
         kept = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
         if isinstance(kept, QuantConfig):

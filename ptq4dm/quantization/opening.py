@@ -15,14 +15,41 @@ from torch import Tensor, nn
 
 from ..errors import DamagedFile
 from ..files.outside import TensorFile, read_tensors, reason
+from ..layers.base import is_quantized, replace_module
 from ..layers.plan import Plan
+from ..layers.registry import empty_quantized
+from ..layers.shift.norms import put_norms
 from ..layers.stored import check_stored
 from .checksums import REST, changed, told
+from .planning import check_plan
+from .recipe import QuantConfig
+from .refusals import fuse_as_in
 
 # Bytes for each tensor of a file, and bytes of a file in any case. diffusers takes about 0.15 ms for a tensor, and
 # CRC-32, with all the rest, less than a twentieth of that for these: 2 to 3 % of loading, as measured; 5 to 8 % where
 # everything is read.
 READ_AT_LOAD = (16 << 10, 1 << 20)
+
+
+def put_empty(model: nn.Module, config: QuantConfig) -> None:
+    """Put empty quantized layers, by a config's plan, into a model whose tensors are still to come.
+
+    Raises DamagedFile where the config has no plan, or one that does not fit.
+    """
+    if config.plan is None:
+        raise DamagedFile("config.json names ptq4dm but holds no plan; save the model again.")
+    fuse_as_in(config.plan.layers, model)
+    check_plan(model, config.plan)
+    put_norms(model, config.plan.norms)
+    for name, choice in config.plan.layers.items():
+        replace_module(model, name, empty_quantized(model.get_submodule(name), choice, "meta"))
+
+
+def put_dequantized(model: nn.Module) -> None:
+    """Put float layers in the place of a model's quantized ones."""
+    for name, layer in list(model.named_modules()):
+        if is_quantized(layer):
+            replace_module(model, name, layer.dequantized())
 
 
 def read_files(paths: Sequence[Any], keys: Sequence[str]) -> dict[str, Tensor]:
@@ -49,7 +76,11 @@ def check_keys(model: nn.Module, keys: Sequence[str]) -> None:
     if known == set(keys):
         return
     known |= model.state_dict().keys()
-    if missing := [key for key in known - set(keys) if not (key.endswith(".like") or key == "like")]:
+    spared = {
+        key for pair in getattr(model, "all_tied_weights_keys", {}).items() if {*pair} & {*keys} for key in pair
+    }
+    spared.update(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    if missing := [key for key in known - {*keys} - spared if not (key.endswith(".like") or key == "like")]:
         raise lacking(missing)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     left = sorted(set(keys) - known)

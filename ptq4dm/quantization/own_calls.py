@@ -22,7 +22,7 @@ def adopt(model: nn.Module) -> None:
         model._register_state_dict_hook(answer_for_weights)
     for names, kind in STANDINS.items():
         for name in names:
-            if hasattr(model, name):
+            if hasattr(model, name) and (name != "to" or hasattr(model, "decode")):
                 setattr(model, name, kind(model, name))
 
 
@@ -81,7 +81,8 @@ class Parting(ModelRef):
 
 class Converting(ModelRef):
     """A call of a quantized model in which diffusers calls `model.to` with the dtype that the model has, or
-    none, and a quantized model would refuse both."""
+    none, and a quantized model would refuse both; of an autoencoder `to` itself, for pipelines decode in float32 what
+    overflows in float16. Codes and scales stay what they are."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = cast(Any, self.of())
@@ -93,7 +94,7 @@ class Converting(ModelRef):
 
 
 STANDINS: dict[tuple[str, ...], type[ModelRef]] = {
-    ("_load_ip_adapter_weights", "load_attn_procs", "save_lora_adapter"): Converting,
+    ("_load_ip_adapter_weights", "load_attn_procs", "save_lora_adapter", "to"): Converting,
     ("unload_lora", "delete_adapters"): Parting,
 }
 OWN_CALLS = {

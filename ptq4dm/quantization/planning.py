@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from ..calibration.store import CalibrationStore
@@ -10,16 +12,25 @@ from ..layers.attention.planned import check_attention
 from ..layers.choices import check_fit
 from ..layers.plan import Plan
 from ..layers.registry import FORMATS, needs_of
+from ..layers.rotated.choices import with_rotations
 from ..layers.shift.norms import is_norm
 from ..layers.view import find_layers
 from ..rounding.registry import ROUNDERS
+from ..transforms.base import TransformPlan
 from .packing import packing_of
 from .recipe import QuantConfig
 from .training import check_trained
 
 
-def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | None = None) -> Plan:
+def make_plan(
+    model: nn.Module,
+    config: QuantConfig,
+    store: CalibrationStore | None = None,
+    transforms: Sequence[TransformPlan] = (),
+) -> Plan:
     """Resolve a recipe against a model in full precision; the caller loads `config.calibration`.
+
+    transforms: those that the model went through; layers whose inputs they rotate are planned so.
 
     Raises:
         UserError: the recipe needs calibration that is not there, the store is of another model, or no layer
@@ -32,7 +43,8 @@ def make_plan(model: nn.Module, config: QuantConfig, store: CalibrationStore | N
     if store is not None:
         store.check_model(model)
     views = find_layers(model, config.modules_to_not_convert)
-    plan = Plan(config.method, config.resolve(model, views, store), learning=config.learning())
+    layers = with_rotations(config.resolve(model, views, store), transforms)
+    plan = Plan(config.method, layers, list(transforms), learning=config.learning())
     if any(needs_of(choice) for choice in plan.layers.values()):
         plan.packing = config.packing_options()
     if not plan.layers:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..calibration.calls import Calls
 from ..calibration.measure import store_of
-from ..calibration.record import answers
+from ..calibration.record import answers, decoding
 from ..calibration.store import CalibrationStore
 from ..checks import check
 from ..errors import UserError
@@ -22,17 +23,19 @@ from ..layers.attention.planned import follow_attention
 from ..layers.base import holds_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.shift.norms import norms_of
+from ..layers.sizes import bytes_in_16_bits, stored_bytes
 from ..layers.view import find_layers
 from ..pipelines.denoiser import evaluation_mode, turn_at
+from ..pipelines.parts import DENOISER, kind_of
 from ..undo import whole_or_not
 from .checkpoint import folder_of
-from .components import left_out, narrowed, networks_to_quantize
+from .components import Components, left_out, networks_to_quantize, recipes_of
 from .diffusers_bridge import mark_quantized, resolved
 from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 from .refusals import check_model
-from .report import QuantizationReport, Ratio, badness, stored_bytes
+from .report import QuantizationReport, Ratio, badness, memory_of
 from .transforming import transformed
 
 if TYPE_CHECKING:
@@ -43,13 +46,14 @@ ERROR_SAMPLES, ERROR_BATCH = 32, 16  # tuples on which layer errors are measured
 
 def quantize(
     target: DiffusionPipeline | nn.Module,
-    config: QuantConfig,
+    config: QuantConfig | None = None,
     store: CalibrationStore | Calls | None = None,
     *,
     component: str | None = None,
+    components: Components | None = None,
     checkpoint: str | os.PathLike | None = None,
 ) -> QuantizationReport:
-    """Quantize a pipeline's denoisers, or a model, in place.
+    """Quantize a pipeline's denoisers, a model, or what `components` names of a pipeline, in place.
 
     Where it fails or is interrupted, all networks are as they were. Other threads wait at them.
 
@@ -57,47 +61,69 @@ def quantize(
         target: a diffusers pipeline or an nn.Module in full precision. Of a pipeline all networks are quantized that
             the store covers; without a store, all its denoisers (unet or transformer, transformer_2, prior, ...).
         config: a recipe (PTQ4DMConfig, RTNConfig, ...). With `config.plan` set, that plan is followed and the
-            same plan gives the same codes, bit for bit.
+            same plan gives the same codes, bit for bit. May be left out beside `components` alone.
         store: from `collect`, or calls from `record`; needed for static activations, for roundings and objectives
             that look at what layers are fed, and for layer errors measured on outputs.
         component: the name of the one network of the pipeline to quantize ("transformer_2", "controlnet").
+        components: the names of the networks to quantize ("text_encoder", "vae", "transformer"), or name -> recipe.
+            Where none is named, denoisers get `config`; text encoders weights of 4 bits in groups of 64, under inputs
+            as they are; autoencoders 8 and 8 bits but at their ends; denoisers 8 and 8 bits where there is no config.
+            A store is used where it covers a network.
         checkpoint: a folder that keeps each block of the model as it is packed; the same call with it goes on where
             it was interrupted, with the same codes.
 
     Returns:
         A report: bytes, kernels, the SQNR of each layer's output on calibration tuples (of its weight when
-        there is no store), worst first, and the networks left in full precision. `print(report.table())`.
+        there is no store), worst first, the networks left in full precision, and the bytes of every network of the
+        pipeline before and after. `print(report.table())`.
     """
-    _check_types(config, store, component, checkpoint)
-    if store is None and config.calibration is not None:
+    _check_types(config, store, component, components, checkpoint)
+    if store is None and config is not None and config.calibration is not None:
         store = CalibrationStore.load(config.calibration)
-    networks = networks_to_quantize(
-        target, component, store.components if isinstance(store, CalibrationStore) else ()
-    )
-    changed = bool(config.changes or (config.plan is not None and config.plan.transforms))  # weights, in place
+    calibrated = tuple(store.components) if isinstance(store, CalibrationStore) else ()
+    networks = networks_to_quantize(target, component, calibrated, components)
+    own = list(components.values()) if isinstance(components, Mapping) else []
+    changed = any(map(_changes_weights, [config, *own]))
 
     def work(gate: Gate) -> QuantizationReport:
-        _check_networks(networks, config, store)
-        recipes = narrowed(networks, config)
+        _check_float(networks)
+        recipes = recipes_of(target, networks, config, components)
+        _check_networks(networks, recipes, store)
+        stores = {
+            name: _store_for(store, name, model, recipes[name], idle=_is_beside(target, name, components))
+            for name, model in networks.items()
+        }
+        held = memory_of(target)
         made = {
-            name: _pack(model, recipes[name], _store_for(store, name, model), folder_of(checkpoint, name, networks))
+            name: _pack(model, recipes[name], stores[name], folder_of(checkpoint, name, networks))
             for name, model in networks.items()
         }
         gate.open = False  # from here on it is a matter of moments
-        rows, before, after = [], 0, 0
+        rows, sizes = [], [0, 0, 0, 0]
         for name, model in networks.items():
             layers, plan, errors, basis = made[name]
-            before += stored_bytes(model)
+            before, full = stored_bytes(model), bytes_in_16_bits(model)
             _put(model, layers, plan, recipes[name])
-            after += stored_bytes(model)
+            own = before, stored_bytes(model), bytes_in_16_bits(model), full
+            sizes = [total + one for total, one in zip(sizes, own, strict=True)]
             rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
         rows.sort(key=badness)
         kept = sum(len(find_layers(model)) for model in networks.values())
         found = {name: told for name, recipe in recipes.items() if (told := recipe.found())}
         names = [name for name in networks if name]
-        return QuantizationReport(config.summary(), before, after, rows, names, left_out(target), found, kept)
+        method = (config or next(iter(recipes.values()))).summary()
+        was, after, now, whole = sizes
+        left = left_out(target)
+        report = QuantizationReport(method, was, after, rows, names, left, found, kept, now, whole)
+        report.memory = {name: [count, memory_of(target)[name]] for name, count in held.items()}
+        report.recipes = {} if components is None else {name: one.summary() for name, one in recipes.items()}
+        return report
 
-    with turn_at(target, *networks.values()):
+    with ExitStack() as stack:
+        stack.enter_context(turn_at(target, *networks.values()))
+        if isinstance(store, Calls):
+            for model in networks.values():
+                stack.enter_context(decoding(model))
         return whole_or_not(networks.values(), work, values=changed)
 
 
@@ -107,7 +133,7 @@ def _pack(
     """(quantized layers, completed plan, errors of the layers, what they were measured on)."""
     kinds, plans = config.changes, None if config.plan is None else config.plan.transforms
     transforms, store = transformed(model, kinds, plans, store)
-    plan = config.plan or make_plan(model, config, store)
+    plan = config.plan or make_plan(model, config, store, transforms)
     check_plan(model, plan)
     if config.plan is not None and plan.norms.keys() != norms_of(model).keys():
         raise UserError("the plan is of a model with other norms: L1 normalization is in one of them alone.")
@@ -139,31 +165,61 @@ def _rows(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis: str, pr
             "bytes": stored_bytes(layer),
             "sqnr": errors[name].decibel,
             "basis": basis,
+            **({"parts": layer.plan.input_parts} if hasattr(layer.plan, "input_parts") else {}),
             **getattr(layer, "stages", {}),
         }
         for name, layer in layers.items()
     ]
 
 
-def _check_networks(networks: dict[str, nn.Module], config: QuantConfig, store: object) -> None:
+def _changes_weights(config: QuantConfig | None) -> bool:
+    """Whether a recipe changes the float weights in place."""
+    return config is not None and bool(config.changes or (config.plan is not None and config.plan.transforms))
+
+
+def _called(name: str) -> str:
+    """A network's name in a sentence; a model by itself has none."""
+    return f"'{name}'" if name else "the model"
+
+
+def _check_float(networks: dict[str, nn.Module]) -> None:
     for name, model in networks.items():
         if holds_quantized(model):
-            which = f"'{name}'" if len(networks) > 1 else "the model"
-            raise UserError(f"{which} is quantized already; load it in full precision to quantize it again.")
-        check_model(model, config)
-    one = "a plan is" if config.plan is not None else "recorded calls are" if isinstance(store, Calls) else ""
+            raise UserError(f"{_called(name)} is quantized already; load it in full precision to quantize it again.")
+
+
+def _check_networks(networks: dict[str, nn.Module], recipes: dict[str, QuantConfig], store: object) -> None:
+    """Raises UserError where a network cannot be quantized, or a plan, or recorded calls, would be for several."""
+    for name, model in networks.items():
+        check_model(model, recipes[name])
+        if not find_layers(model):
+            raise UserError(f"{_called(name)} has no Linear or Conv2d that can be quantized; leave it out.")
+    plans = [id(one.plan) for one in recipes.values() if one.plan is not None]
+    one = "a plan is" if len(plans) > len(set(plans)) else "recorded calls are" if isinstance(store, Calls) else ""
     if one and len(networks) > 1:
         raise UserError(f"{one} of one network, and there are {', '.join(networks)}; name it with component=.")
 
 
-def _store_for(store: CalibrationStore | Calls | None, name: str, model: nn.Module) -> CalibrationStore | None:
+def _is_beside(target: object, name: str, components: Components | None) -> bool:
+    """Whether a store of a pipeline's denoisers need not know a network: encoders and autoencoders, named as such."""
+    return components is not None and kind_of(target, name) != DENOISER
+
+
+def _store_for(
+    store: CalibrationStore | Calls | None, name: str, model: nn.Module, config: QuantConfig, idle: bool
+) -> CalibrationStore | None:
+    """The store of one network. idle: whether one that does not know it counts as none."""
+    if config.calibration is not None and (store is None or idle):
+        store = CalibrationStore.load(config.calibration)
     if isinstance(store, Calls):
         return store_of(model, store)
-    return None if store is None else store.of(model, name)
+    if store is None or (idle and not any(one.fits(model) for one in store.components.values())):
+        return None
+    return store.of(model, name)
 
 
-def _check_types(config: object, store: object, component: object, checkpoint: object) -> None:
-    if not isinstance(config, QuantConfig):
+def _check_types(config: object, store: object, component: object, components: object, checkpoint: object) -> None:
+    if not (isinstance(config, QuantConfig) or (config is None and components is not None)):
         raise UserError(f"config is a recipe, such as PTQ4DMConfig(); got {type(config).__name__}.")
     if not (store is None or isinstance(store, (CalibrationStore, Calls))):
         raise UserError(

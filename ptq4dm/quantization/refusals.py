@@ -6,6 +6,7 @@ of its config has not; saved, it could not be loaded again.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Container, Iterable
@@ -16,6 +17,7 @@ from torch import nn
 from ..errors import UserError
 from ..layers.base import is_quantized
 from ..layers.view import in_ip_adapter
+from ..pipelines.parts import of_transformers
 
 FUSED = re.compile(r"\.(to_qkv|to_kv|to_added_qkv)(?=\.|$)")  # what diffusers' fuse_qkv_projections makes
 
@@ -28,10 +30,9 @@ def check_model(model: nn.Module, config: Any = None) -> None:
     kind = type(model).__name__
     if hasattr(model, "_orig_mod"):
         raise UserError("the model is compiled; quantize it first and compile it then.")
-    if any(base.__module__.startswith("transformers.") for base in type(model).__mro__):
+    if of_transformers(model) and not hasattr(model, "all_tied_weights_keys"):
         raise UserError(
-            f"{kind} is a model of transformers, which could not load it again as it would be saved; quantize "
-            "networks of diffusers."
+            f"{kind} is of a transformers that would not load it again; update transformers to 5 or later."
         )
     _check_adapters(model, "quantize", "load them again afterwards")
     for module in model.modules():
@@ -119,14 +120,13 @@ def bare(name: str) -> str:
 
 def _foreign(model: nn.Module) -> str | None:
     """The first tensor that is not as in a new model of the same config; None, too, where none can be made."""
-    if not hasattr(model, "register_to_config"):
+    if not (of_transformers(model) or hasattr(model, "register_to_config")):
         return None  # a plain module, which nothing loads
     from accelerate import init_empty_weights
 
-    config = {key: value for key, value in model.config.items() if key != "_use_default_values"}
     try:
         with init_empty_weights(include_buffers=False):
-            fresh = type(model).from_config(config)
+            fresh = _as_built(model)
             fuse_as_in(map(bare, model.state_dict()), fresh)
     except Exception:  # whatever a model's constructor raises: it cannot be loaded in full precision either
         return None
@@ -137,6 +137,13 @@ def _foreign(model: nn.Module) -> str | None:
         if have.get(name) != expected.get(name):
             return name
     return None
+
+
+def _as_built(model: Any) -> nn.Module:
+    """A new model of a model's config."""
+    if of_transformers(model):
+        return type(model)(copy.deepcopy(model.config))
+    return type(model).from_config({key: one for key, one in model.config.items() if key != "_use_default_values"})
 
 
 def _shapes(model: nn.Module, quantized: Container[str]) -> dict[str, tuple[int, ...]]:

@@ -4,22 +4,59 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..files.atomic import replacing
+from ..kernels.w8a8 import layer as w8a8
 from ..layers.base import is_quantized
+from ..layers.sizes import stored_bytes, text_of
 from ..layers.view import find_layers
+from ..pipelines.denoiser import networks_of
+from ..tables import aligned
 
+SIZES = ("bytes_before", "bytes_after", "in_16_bits", "full_in_16_bits")
+REFERENCE = w8a8.REFERENCE
 BLOCK_ERRORS = ("block_error", "block_error_nearest", "block_error_start")  # of a trained layer's row: of its block
 
 
-def stored_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, scales and biases included, each tensor once."""
-    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def memory_of(pipe: Any) -> dict[str, int]:
+    """Name -> bytes of every network of a pipeline, as `stored_bytes` counts; {} of a model by itself."""
+    return {} if isinstance(pipe, nn.Module) else {name: stored_bytes(one) for name, one in networks_of(pipe).items()}
+
+
+def float_bytes(network: nn.Module) -> int:
+    """Bytes of a network, were its quantized layers floats of the dtype that they had."""
+    layers = [one for one in network.modules() if is_quantized(one)]
+    inside = sum(stored_bytes(one) for one in layers)
+    weights = sum(math.prod(one.weight_shape) * one.model_dtype.itemsize for one in layers)
+    biases = sum(one.bias.nbytes for one in layers if one.bias is not None)
+    return stored_bytes(network) - inside + weights + biases
+
+
+def memory_beside_floats(pipe: Any, original: Any = None) -> dict[str, list[int]]:
+    """Name -> bytes of every network of a pipeline, [as floats, as it is]; as floats those of an original where one
+    is given, else as `float_bytes` counts."""
+    floats = {} if original is None else memory_of(original)
+    return {name: [floats.get(name, float_bytes(one)), stored_bytes(one)] for name, one in networks_of(pipe).items()}
+
+
+def memory_lines(memory: Mapping[str, Sequence[int]]) -> list[str]:
+    """A line for each network of a pipeline, [bytes before, bytes after], and their sum."""
+    if len(memory) < 2:
+        return []
+    sums = [sum(column) for column in zip(*memory.values(), strict=True)]
+    wide = max(map(len, [*memory, "all networks"]))
+    return [
+        f"{name:<{wide}}  {before / 1e6:>10.2f} MB -> {after / 1e6:>10.2f} MB"
+        + ("" if before == after else f"  ({after / max(before, 1):.1%} of it)")
+        for name, (before, after) in {**memory, "all networks": sums}.items()
+    ]
 
 
 def kernel_report(model: nn.Module) -> list[dict]:
@@ -41,6 +78,20 @@ def kernel_report(model: nn.Module) -> list[dict]:
             }
         )
     return rows
+
+
+def without_kernel(rows: list[dict]) -> str:
+    """A sentence on the layers that no kernel serves here, which is slower than full precision; "" for none.
+
+    rows: of "layer", "format" and "kernel".
+    """
+    mine = [row for row in rows if REFERENCE in row["kernel"].split(" (")[0]]
+    if not mine:
+        return ""
+    return (
+        f"no kernel serves {len(mine)} of {len(rows)} layers on this device ({mine[0]['format']}, the first "
+        f"{mine[0]['layer']}): the formula in torch computes them, slower than full precision does"
+    )
 
 
 class Ratio:
@@ -82,6 +133,10 @@ class QuantizationReport:
     networks: the names of the pipeline's networks that were quantized; left: those that are in full precision.
     found: network -> what its recipe found, where that is anything; "text" of it is a line of the table.
     kept: layers of these networks that are in full precision.
+    bytes_before, bytes_after: of the tensors of a file, in the types that the networks have. in_16_bits: of those
+        after, with floats in 16 bits; full_in_16_bits: likewise before. Budgets of bytes are the share of the two.
+    memory: network of the pipeline -> its bytes [before, after].
+    recipes: network -> its options, where `components` named networks.
     """
 
     method: dict
@@ -92,6 +147,10 @@ class QuantizationReport:
     left: list[str] = field(default_factory=list)
     found: dict[str, dict] = field(default_factory=dict)
     kept: int = 0
+    in_16_bits: int = 0
+    full_in_16_bits: int = 0
+    memory: dict[str, list[int]] = field(default_factory=dict)
+    recipes: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
     def together(cls, reports: list[QuantizationReport]) -> QuantizationReport:
@@ -102,11 +161,13 @@ class QuantizationReport:
             {**row, "layer": f"{report.networks[0]}.{row['layer']}"} for report in reports for row in report.layers
         ]
         rows.sort(key=badness)
-        before, after = (sum(getattr(one, name) for one in reports) for name in ("bytes_before", "bytes_after"))
         names = [n for one in reports for n in one.networks]
         found = {name: told for one in reports for name, told in one.found.items()}
         kept = sum(one.kept for one in reports)
-        return cls(reports[0].method, before, after, rows, names, reports[-1].left, found, kept)
+        before, after, now, full = (sum(getattr(one, name) for one in reports) for name in SIZES)
+        first, last = reports[0], reports[-1]
+        memory = {name: [first.memory[name][0], size] for name, (_, size) in last.memory.items()}
+        return cls(first.method, before, after, rows, names, last.left, found, kept, now, full, memory)
 
     def to_dict(self) -> dict:
         """Plain JSON values, which know no infinity and no NaN: the sqnr of a layer without any error is null, and
@@ -123,19 +184,23 @@ class QuantizationReport:
         """The worst layers, then totals."""
         basis = {row["basis"] for row in self.layers}
         what = "layer output" if basis == {"output"} else "weight"
-        lines = [f"{'SQNR':>8}  {'format':<22} {'kernel':<14} layer   ({what}, dB, worst {worst} first)"]
-        for row in self.layers[:worst]:
-            lines.append(f"{row['sqnr']:8.2f}  {row['format']:<22} {row['kernel']:<14} {row['layer']}")
+        lines = aligned(
+            [
+                ["    SQNR", "format", "kernel", f"layer   ({what}, dB, worst {worst} first)"],
+                *([f"{r['sqnr']:8.2f}", r["format"], r["kernel"], r["layer"]] for r in self.layers[:worst]),
+            ]
+        )
         if broken := [row["layer"] for row in self.layers if math.isnan(row["sqnr"])]:
             lines.append(f"{len(broken)} of {len(self.layers)} layers give NaN or infinity, the first {broken[0]}")
         kernels: dict[str, int] = {}
         for row in self.layers:
             kernels[row["kernel"]] = kernels.get(row["kernel"], 0) + 1
         served = ", ".join(f"{count} layers on {name}" for name, count in sorted(kernels.items()))
-        share = self.bytes_after / self.bytes_before
         lines.append(f"{served}")
+        lines += [text for text in (without_kernel(self.layers), self._split_text()) if text]
         lines.append(
-            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.1%} of it)"
+            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> "
+            f"{text_of(self.bytes_after, self.in_16_bits, self.full_in_16_bits)}"
         )
         if trained := self._trained_text():
             lines.append(trained)
@@ -145,7 +210,15 @@ class QuantizationReport:
             count = f" ({len(self.layers)} of {len(self.layers) + self.kept} layers)" if self.kept else ""
             left = f"other networks in full precision: {', '.join(self.left) or 'none'}"
             lines.append(f"quantized: {', '.join(self.networks)}{count}; {left}")
-        return "\n".join(lines)
+        return "\n".join(lines + memory_lines(self.memory))
+
+    def _split_text(self) -> str:
+        counts = [row["parts"] for row in self.layers if "parts" in row]
+        if not counts:
+            return ""
+        kinds = Counter(counts)
+        most = ", ".join(f"{count} in {parts}" for parts, count in sorted(kinds.items()))
+        return f"inputs with a grid for each part: of {len(counts)} of {len(self.layers)} layers ({most} parts)"
 
     def trained(self) -> dict[str, float | None] | None:
         """What training of blocks did; None where there was none.

@@ -1,7 +1,8 @@
 """The slot of rounders: which of the codes near a weight stands for it.
 
 A rounder is a function (weight [N, K] float32, grid, evidence) -> codes [N, K] of the grid's type. Grids are those of
-kernels/formats/grid.py and power.py; `evidence` is a LayerEvidence, or None where the rounder needs nothing.
+kernels/formats/grid.py, power.py and codebook.py; `evidence` is a LayerEvidence, or None where the rounder needs
+nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ ROUNDERS: Registry = Registry("rounding")
 
 
 def register_rounder(
-    name: str, needs: frozenset[str] = frozenset(), grids: tuple[str, ...] = ("uniform", "e4m3", "power", "binary")
+    name: str,
+    needs: frozenset[str] = frozenset(),
+    grids: tuple[str, ...] = ("uniform", "e4m3", "power", "binary", "codebook"),
 ) -> Callable:
     """Return a decorator that makes a rounder known under a name.
 

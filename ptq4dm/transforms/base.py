@@ -98,9 +98,11 @@ class Evidence(Protocol):
 class Transform(Protocol):
     """A kind of change. `needs` names the evidence that `find` reads: "peaks", "output_peaks"; empty for none.
 
-    It may have `check_plan(plan)`, which raises UserError where a plan can be of no model; whoever loads or follows
-    one calls it. Tensors may be on the meta device. Options of `find` are its keywords, all of them numbers;
-    `check_options(**options)`, where it has one, raises UserError for those out of range, before any work.
+    It may have `online`: True where nothing of the float model changes, and what layers are fed is rotated in every
+    call instead, by the layers that a plan gets (layers/rotated). It may have `check_plan(plan)`, which raises
+    UserError where a plan can be of no model; whoever loads or follows one calls it. Tensors may be on the meta
+    device. Options of `find` are its keywords, all of them numbers; `check_options(**options)`, where it has one,
+    raises UserError for those out of range, before any work.
     """
 
     name: str
@@ -148,6 +150,11 @@ def register_transform(name: str) -> Callable:
 def transform_named(name: str) -> Transform:
     """The registered transform of a name; UserError if there is none."""
     return TRANSFORMS.find(name)
+
+
+def is_online(kind: str) -> bool:
+    """Whether a transform leaves the float model alone, and rotates what layers are fed in every call."""
+    return getattr(transform_named(kind), "online", False)
 
 
 def apply_all(model: nn.Module, plans: Iterable[TransformPlan]) -> None:

@@ -1,4 +1,6 @@
-"""Transforms as recipes name them: "reorder", or "smooth:alpha=0.3", a name and an option of its `find`."""
+"""Transforms as recipes name them: "reorder", or "smooth:alpha=0.3", a name and an option of its `find`.
+
+Where there is one option, its name may be left out: "hadamard:64"."""
 
 from __future__ import annotations
 
@@ -19,14 +21,15 @@ def named(text: str) -> tuple[Transform, dict[str, float]]:
     if not colon:
         return transform, {}
     known = options_of(transform)
-    name, _, number = rest.partition("=")
+    name, equals, number = rest.partition("=")
+    if not equals and len(known) == 1 and _is_number(rest):
+        name, number = known[0], rest
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise UserError(f"the transform '{kind}' has no option '{name}'; {has}.")
-    try:
-        value = float(number)
-    except ValueError:
-        raise UserError(f"'{text}' gives {name} no number; write '{kind}:{name}=0.5', for one.") from None
+    if not _is_number(number):
+        raise UserError(f"'{text}' gives {name} no number; write '{kind}:{name}=0.5', for one.")
+    value = float(number)
     getattr(transform, "check_options", lambda **_: None)(**{name: value})
     return transform, {name: value}
 
@@ -35,3 +38,11 @@ def options_of(transform: Any) -> list[str]:
     """The names of the options of a transform: what its `find` takes by keyword alone."""
     parameters = inspect.signature(transform.find).parameters.values()
     return [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -10,6 +10,8 @@ All but "... alone" include the quantization of inputs, bias and, where weights 
     progressive     4-bit weights under whole-number steps of a row, in groups of 128 (kernels/w4/progressive.py)
     grouped         scales and zero points in groups of 128, after the sums (kernels/w4/grouped.py)
     row-mix         the same with a tenth of the outputs, drawn at random, in 8 bits (kernels/w4/row_mix.py)
+    codebook        16 int8 levels for the codes, of the whole weight, in groups of 128; "by row": of each output
+    codebook row    the same with one scale an output, of the whole weight
     channel         one scale and zero point an output
     ..., unpacked   the same weights as int8 in memory, made in every call; scales of groups are rounded into them
     int8 W8A8, fp8 W4A8, W4A16      our other kernels: weights of 8 bits; in groups of 64 under e4m3 inputs, without a
@@ -75,6 +77,10 @@ class Set:
         row = scales.float().amax(1) / 16
         whole = (scales / row[:, None]).round().clamp(1, 16).to(torch.int8)
         self.progressive = packed, whole, zeros, row, self.bias
+        levels = torch.arange(-128, 128, 16, dtype=torch.int8, device="cuda").clamp(-127)[None]
+        self.codebook = packed, scales, None, self.bias, levels
+        self.codebook_by_row = packed, scales, None, self.bias, levels.repeat(n, 1)
+        self.codebook_channel = packed, row[:, None].contiguous(), None, self.bias, levels
         self.channel = packed, row[:, None].contiguous(), zeros[:, :1].contiguous(), self.bias
 
     def progressive_unpacked(self) -> torch.Tensor:
@@ -96,6 +102,9 @@ CANDIDATES = {
     "progressive, unpacked": Set.progressive_unpacked,
     "channel": lambda one: grouped.grouped_linear(one.x, *one.channel),
     "grouped": lambda one: grouped.grouped_linear(one.x, *one.grouped),
+    "codebook": lambda one: grouped.grouped_linear(one.x, *one.codebook),
+    "codebook by row": lambda one: grouped.grouped_linear(one.x, *one.codebook_by_row),
+    "codebook row": lambda one: grouped.grouped_linear(one.x, *one.codebook_channel),
     "row-mix": lambda one: row_mix.row_mix_grouped(one.x, *one.row_mix),
     "grouped, unpacked": Set.grouped_unpacked,
 }
@@ -145,6 +154,9 @@ def checked(one: Set) -> dict[str, float]:
         ("progressive", progressive.progressive_linear, progressive.reference, one.progressive),
         ("channel", grouped.grouped_linear, grouped.reference, one.channel),
         ("grouped", grouped.grouped_linear, grouped.reference, one.grouped),
+        ("codebook", grouped.grouped_linear, grouped.reference, one.codebook),
+        ("codebook by row", grouped.grouped_linear, grouped.reference, one.codebook_by_row),
+        ("codebook row", grouped.grouped_linear, grouped.reference, one.codebook_channel),
         ("row-mix", row_mix.row_mix_grouped, row_mix.reference, one.row_mix),
     ):
         found[name] = error(op(one.x, *operands)[:CHECKED], reference(few, *operands))

@@ -34,6 +34,7 @@ from ptq4dm.kernels.attention import codes8
 from ptq4dm.kernels.attention import layer8 as attention8
 from ptq4dm.kernels.attention import product as attention
 from ptq4dm.kernels.attention.rotary import Rotary
+from ptq4dm.kernels.blocks import floats_triton
 from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.lut import unpack as bcq_unpack
@@ -131,6 +132,11 @@ def svdquant_calls(capability: tuple[int, int], rank: int, nonlinearity: str, qu
             for form, shift in (("rms", None),) if quick else (("rms", None), ("rms", scale[1]), ("layer", scale[1])):
                 norm = (empty(1, k), shift, 1e-6, form)
                 from_codes.codes_through(name, empty(rows, k), None, weight[2], branch[0], 0.0, norm)
+            for group in (64,) if quick else (64, 256):  # rotated, too
+                rotated = (None, weight[2], branch[0], 0.0, None, "", group)
+                from_codes.codes_through(name, empty(rows, k), *rotated)
+                if not quick:
+                    from_codes.codes_through(name, empty(rows, k), None, weight[2], None, 0.0, scale, "", group)
             for gate in ("gelu",) if quick else ("gelu", "silu"):
                 halves = empty(rows, k), empty(rows, k)
                 from_codes.codes_through(name, *halves, weight[2], branch[0], 0.0, None, gate)
@@ -153,6 +159,16 @@ def int4_calls(quick: bool) -> None:
         int4_codes_triton.int4_codes(*packed, peak(wzeros))
         for dtype in (torch.bfloat16,) if quick else FLOATS:
             int4_codes_triton.int4_floats(*packed, dtype)
+
+
+def block_calls(quick: bool) -> None:
+    """Weights in blocks: of 4 bits with offsets, and of 8 without."""
+    n, k = 1152, 1152
+    for packed in (True, False):
+        codes = empty(n, k // 2, dtype=torch.uint8) if packed else empty(n, k, dtype=torch.int8)
+        scales = empty(n, k // 32, dtype=torch.float32)
+        for dtype in (torch.bfloat16,) if quick else FLOATS:
+            floats_triton.floats(codes, scales, scales if packed else None, 0, k, dtype)
 
 
 def attention_calls(quick: bool) -> None:
@@ -200,6 +216,20 @@ def integer_calls(quick: bool) -> None:
         zeros = None if rows == 16 else int8(n, 1)
         integer.grouped_through(empty(rows, k), qweight, channel[:, None], zeros, None)
     progressive_triton.codes(qweight, int8(n, k // 128), int8(n, k // 128), k // 128, k, int8(n, k))
+    codebook_calls(quick)
+
+
+def codebook_calls(quick: bool) -> None:
+    """Levels of a codebook, of the whole weight and of each output: looked up in the products, and unpacked."""
+    n, k = 3072, 3072
+    qweight = empty(n, k // 2, dtype=torch.uint8)
+    for tables, size in [(1, 128), (n, k)] if quick else [(t, size) for t in (1, n) for size in (k, 128, 64, 32)]:
+        levels, scales = empty(tables, 16, dtype=torch.int8), empty(n, k // size)
+        for rows in (16, 4608):
+            integer.grouped_through(empty(rows, k), qweight, scales, None, empty(n), levels=levels)
+        progressive_triton.codes(qweight, None, None, 1, k, empty(n, k, dtype=torch.int8), levels)
+        int4_codes_triton.int4_codes(qweight, scales, None, k, 1.0, levels)
+        int4_codes_triton.int4_floats(qweight, scales, None, k, torch.bfloat16, levels)
 
 
 def lut_calls(quick: bool) -> None:
@@ -296,6 +326,7 @@ def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[
     with settings.target(gpu):
         svdquant_calls(gpu.capability, rank, nonlinearity, quick)
         int4_calls(quick)
+        block_calls(quick)
         attention_calls(quick)
         attention8_calls(gpu.capability, quick)
         integer_calls(quick)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ptq4dm.allocation.mixed_rows import mixed_plan
 from ptq4dm.allocation.salient_rows import chosen_rows
 from ptq4dm.errors import UserError
+from ptq4dm.kernels.formats.codebook import LIMIT, CodebookGrid
 from ptq4dm.kernels.formats.hadamard import block_of
 from ptq4dm.layers.plan import Int4Plan, Plan
 from ptq4dm.quantization.packing import pack_plan, packing_of
 from ptq4dm.quantization.planning import make_plan
 from ptq4dm.quantization.recipe import QuantConfig
+from ptq4dm.ranges.codebook import NORMAL, codebook_grid
 from ptq4dm.transforms.attention import value_streams
 from ptq4dm.transforms.feedforward import hidden_streams
 
@@ -92,6 +94,35 @@ def shuffle_scales(model: nn.Module, exact: nn.Module, store, seed: int) -> None
         grid = layer.grid(matrix, None)
         order = torch.randperm(grid.alphas[..., 0].numel(), generator=generator(seed, place)).to(grid.alphas.device)
         grid.alphas = grid.alphas.flatten(0, 1)[order].view_as(grid.alphas)
+        layer.fill(grid.codes(matrix), grid)
+
+
+def shuffle_levels(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """Distances between neighbouring levels of each codebook are permuted; scales and codes are fitted under them."""
+
+    def dealt(grid: CodebookGrid, draw: torch.Generator) -> Tensor:
+        levels = grid.levels.int().cpu()
+        order = torch.randperm(levels.shape[1] - 1, generator=draw)
+        return torch.cat([levels[:, :1], levels[:, :1] + levels.diff(dim=1)[:, order].cumsum(1)], 1)
+
+    _under_levels(model, exact, seed, dealt)
+
+
+def normal_levels(model: nn.Module, exact: nn.Module, store, seed: int) -> None:
+    """Levels of every codebook are those of a normal distribution; scales and codes are fitted under them."""
+    half = (torch.tensor(NORMAL) / NORMAL[-1] * LIMIT).round().int()
+    both = torch.cat([-half.flip(0), half])[None]
+    _under_levels(model, exact, seed, lambda grid, draw: both.expand(grid.levels.shape))
+
+
+def _under_levels(model: nn.Module, exact: nn.Module, seed: int, levels_of: Callable) -> None:
+    layers = [(name, m) for name, m in model.named_modules() if getattr(m, "levels", None) is not None]
+    if not layers:
+        raise UserError("no layer of the model has a codebook whose levels could be changed.")
+    for place, (name, layer) in enumerate(layers):
+        matrix = layer.matrix(exact.get_submodule(name).weight.detach().float())
+        levels = levels_of(layer.grid(matrix, None), generator(seed, place)).to(matrix.device, torch.int8)
+        grid = codebook_grid(matrix, layer.plan.group_size, len(levels) > 1, None, levels)
         layer.fill(grid.codes(matrix), grid)
 
 

@@ -12,12 +12,14 @@ bytes (for W8A8 those are one row).
 from __future__ import annotations
 
 from rows.allocated import measured_allocation
+from rows.codebooks import codebooks
 from rows.eight_bits import eight_bits, hessian_rounding
 from rows.four_bits import four_bits
 from rows.low_rank import low_rank
 from rows.post_group import post_group
 from rows.prediction import prediction_difference, trained_prediction
 from rows.progressive import progressive_bits
+from rows.rotations import rotations
 from rows.row import KINDS, Row
 from rows.sign_planes import sign_planes
 from rows.splits import split_inputs, split_values
@@ -27,9 +29,9 @@ from rows.two_widths import important_rows, salient_rows
 __all__ = ["FAMILIES", "KINDS", "Row", "all_rows"]
 
 FAMILIES = (
-    eight_bits, hessian_rounding, four_bits, important_rows, salient_rows, low_rank, prediction_difference,
+    eight_bits, hessian_rounding, four_bits, important_rows, salient_rows, low_rank, rotations, prediction_difference,
     trained_blocks, trained_prediction, progressive_bits, post_group, sign_planes, measured_allocation, split_inputs,
-    split_values,
+    split_values, codebooks,
 )  # fmt: skip
 """In the order in which they are printed."""
 

@@ -9,7 +9,8 @@ Branch and rounded rest take turns, as in svdquant/group.py, but are judged by t
 which minimises what is left of the weight and so, for inputs of which nothing is known, of the output. Each turn goes
 on from the subspace of the turn before: one step of subspace iteration (Halko et al., arXiv:0909.4061, algorithm 4.4)
 where a first decomposition takes several. That the result of the rounding comes back into the decomposition is
-LoftQ's alternation (Li et al., arXiv:2310.08659, algorithm 1). No smoothing: it needs the inputs' peaks.
+LoftQ's alternation (Li et al., arXiv:2310.08659, algorithm 1). No smoothing: it needs the inputs' peaks. Of a plan
+that rotates inputs, the weight that comes here is rotated, and `down` is what rotated inputs are multiplied by.
 """
 
 from __future__ import annotations
@@ -63,5 +64,5 @@ def decompose(weight: Tensor, plan: SVDQPlan, dtype: torch.dtype) -> Split:
 
 def _rounded(weight: Tensor, factors: tuple[Tensor, Tensor], plan: SVDQPlan, dtype: torch.dtype) -> Split:
     """The branch as it is stored, and the rest rounded to nearest."""
-    up, down = (one.to(dtype) for one in factors)
-    return Split(*quantize_groups(weight - up.float() @ down.float(), plan.group_size, dtype), down, up)
+    up, down = factors[0].to(dtype), plan.stored(factors[1], dtype)
+    return Split(*quantize_groups(weight - up.float() @ down, plan.group_size, dtype), down, up)

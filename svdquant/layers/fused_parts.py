@@ -60,10 +60,7 @@ def widens(ff: nn.Module) -> bool:
 
 
 def read_codes(*layers: nn.Module) -> bool:
-    return all(
-        type(layer) is SVDQLinear and layer.plan.activation != "none" and layer.plan.group_size == 64
-        for layer in layers
-    )
+    return all(type(layer) is SVDQLinear and not layer.why_not_fused() for layer in layers)
 
 
 def share(layers: list[nn.Module]) -> bool:

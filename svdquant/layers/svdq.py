@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...handed.value import Handed
+from ...handed.value import Handed, encoded
 from ...inference.unpacked import KeepsUnpacked
 from ...kernels import dispatch
 from ...kernels.formats.int4 import dequantize_groups, pack_int4, unpack_int4
@@ -20,7 +19,9 @@ from ...kernels.w4 import reference as svdq
 from ...layers.base import QuantizedLayer, frozen
 from ...layers.registry import finite
 from .data_free import decompose
+from .lender import fetched_down
 from .plan import SVDQPlan
+from .projected import projected_codes
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -96,20 +97,24 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
                 "precision, then call ptq4dm.quantize with SVDQuantConfig."
             )
         dtype = weight.dtype if weight.dtype in HALVES else torch.float16
-        split = decompose(finite(weight, name).flatten(1), self.plan, dtype)
+        split = decompose(self.plan.turned(finite(weight, name).flatten(1)), self.plan, dtype)
         self.put(qweight=pack_int4(split.codes, self.plan.group_size), wscales=split.scales)
         if self.smooth is not None:
             self.put(smooth=torch.ones_like(self.smooth, dtype=dtype, device=weight.device))
         if split.down is not None and split.up is not None:
-            self.put(down=split.down, up=split.up)
+            self.put(down=self.plan.turned(split.down).to(dtype), up=split.up)
 
     @property
     def branch(self) -> tuple[Tensor | None, Tensor | None]:
         """(down [r, K], up [N, r]), the ranks of fused LoRA adapters among them; or (None, None)."""
         return self._branch_down(), self._branch_up()
 
+    def _own_down(self) -> Tensor | None:
+        """The down projection of the branch, without that of adapters."""
+        return fetched_down(self._lender[0], self.qweight.device) if self._lender else self.down
+
     def _branch_down(self) -> Tensor | None:
-        down = _fetched(self._lender[0], self.qweight.device) if self._lender else self.down
+        down = self._own_down()
         if self.lora_down is None:
             return down
         return self.lora_down if down is None else torch.cat([down, self.lora_down])
@@ -132,6 +137,10 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
         weight = dequantize_groups(unpack_int4(self.qweight, self.plan.group_size), self.wscales)
         if self.smooth is not None:
             weight = weight / self.smooth.float()
+        weight = self.plan.turned(weight)
+        if self.plan.projects:
+            own = self._own_down().float()
+            weight = weight - (weight @ own.T) @ own
         down, up = self.branch
         if down is not None:
             weight = weight + up.float() @ down.float()
@@ -150,6 +159,8 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
     def why_not_fused(self) -> str:
         if self.plan.activation == "none":
             return "quantizes its weight alone"
+        if self.plan.projects:
+            return "leaves the branch's directions out of its inputs, which fused kernels do not"
         return "" if self.plan.group_size == 64 else f"has groups of {self.plan.group_size}: fused kernels take 64"
 
     def kernel_name(self) -> str:
@@ -166,7 +177,10 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
         find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name
         return find(device, self.plan.activation, self.plan.group_size)
 
-    takes_norms = True
+    @property
+    def takes_norms(self) -> bool:  # type: ignore[override]
+        """A norm goes into the kernel that makes the codes, where that reads the input as it comes."""
+        return not self.plan.projects
 
     def codes_key(self) -> nn.Module | Tensor | None:
         """The layer whose smoothing and branch it uses; under adapters, theirs."""
@@ -190,19 +204,22 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
         of an adaptive layer norm that x [B, ..., K] goes through first, or with a form of norm as fourth. gate: of
         `svdq.NONLINEARITIES`; x is multiplied by that of `more` first.
         """
-        norm = norm or (None, None, 0.0)
-        more_than = () if not gate else ("adaptive", gate)
         plan, (*rows, columns) = self.plan, x.shape
-        operands = (self.smooth, self._branch_down(), plan.activation, plan.shift, *norm, *more_than)
+        if plan.projects:
+            branches = self._branch_down(), self._own_down()
+            on_kernels = self._kernel_name(x.device) != svdq_linear.REFERENCE
+            return Codes(*projected_codes(x, *branches, self.smooth, plan, on_kernels), tuple(x.shape), x.dtype)
+        gain, offset, eps, *form = norm or (None, None, 0.0)
+        after = (gain, offset, eps, *(form or ["adaptive"]), gate, plan.rotation, plan.rotation_kind)
         columns += 0 if more is None or gate else more.shape[-1]
-        return Codes(*svdq_codes.svdq_codes(x, more, *operands), (*rows, columns), x.dtype)
+        made = svdq_codes.svdq_codes(x, more, self.smooth, self._branch_down(), plan.activation, plan.shift, *after)
+        return Codes(*made, (*rows, columns), x.dtype)
 
     def multiply(self, x: Tensor | Codes | Handed, nonlinearity: str = "") -> Tensor:
         """The layer, and one of `svdq.NONLINEARITIES` on its sums."""
         plan, eight = self.plan, self.eight_bits()
-        if isinstance(x, Handed):
-            codes = x.codes_for(self)
-            x = x.tensor() if codes is None else codes
+        codes, x = encoded(self, x)
+        x = x if codes is None else codes
         if isinstance(x, Codes):
             y = svdq_codes.svdq_product(
                 x.codes, x.scales, x.branch, self.qweight, self.wscales, self._branch_up(), self.bias,
@@ -214,7 +231,10 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
             nonlinearity,
         )  # fmt: skip
         if self._kernel_name(x.device) == svdq_linear.REFERENCE:
-            return svdq.svdq_linear(*operands)
+            own = self._own_down() if plan.projects else None
+            return svdq.svdq_linear(*operands, plan.rotation, plan.rotation_kind, own)
+        if plan.projects or plan.rotation:
+            return self.multiply(self.codes(x), nonlinearity)
         return svdq_linear.svdq_linear(*operands, *eight)
 
 
@@ -266,22 +286,3 @@ def check_divisors(tensors: Mapping[str, Tensor], name: str) -> None:
     """Raises ValueError where a file's smoothing divisors, if there are any, hold a zero."""
     if name in tensors and not bool((tensors[name] != 0).all()):
         raise ValueError(f"'{name}' holds 0, and inputs are divided by it")
-
-
-def _fetched(lender: nn.Module, device: torch.device) -> Tensor | None:
-    """Another layer's down projection, back from where offloading layer by layer has put it away in the meantime."""
-    down = lender.down
-    if down is None:
-        return None
-    if "_diffusers_hook" in vars(lender):
-        hook = lender._diffusers_hook.get_hook("group_offloading")
-        if hook is not None and getattr(hook.group, "_is_offloaded_to_disk", False):  # what is in memory is noise
-            with safe_open(hook.group.safetensors_file_path, "pt", device=str(device)) as file:
-                return file.get_tensor(hook.group.tensor_to_key[down])
-    if down.device == device:
-        return down
-    if down.is_meta:  # accelerate's; the values are in its hook
-        hook = lender._hf_hook
-        hooks = getattr(hook, "hooks", [hook])
-        down = next(one.weights_map["down"] for one in hooks if getattr(one, "weights_map", None) is not None)
-    return down.to(device)

@@ -82,6 +82,10 @@ def _check(name: str, layer: nn.Module) -> None:
         raise UserError(
             f"'{name}' is {plan}; nunchaku_lite holds W4A4 g64 with a low-rank branch and W4A16 g64 without one."
         )
+    if plan.rotation or plan.projects:
+        raise UserError(
+            f"'{name}' is {plan}; nunchaku_lite rounds inputs as they come: leave out transforms, subspace."
+        )
     if plan.shift:
         raise UserError(f"'{name}' rounds its inputs as unsigned; nunchaku_lite holds signed ones (unsigned=False).")
     rows, columns = (4, GROUP) if weight_only else (128, 128)

@@ -9,6 +9,8 @@ y^T = W x^T. Tiles are smaller, for each output takes two registers, so that pro
 and scale in turns. On an H200 loads, unpacking, products and scaling together take 0.4 of what they take one after
 the other, and scaling alone 0.8 of it (scripts/benchmarks/bench_overlap.py).
 
+Of a codebook the operand is t[q], looked up in registers (words.py): |P| <= 128 * 127 * 127 < 2^22.
+
 Rows of 8 bits among those of 4 (row_mix.py) are two of 4 bits each, c = 16 h + l with h in [-8, 7], l in [0, 15]:
 
     y[m, n] = s_x[m] (sum_g s[n, g] P_l[m, n, g]  +  H[m, n])  +  b[n],    H[m, n] = sum_g 16 s[n, g] P_h[m, n, g]
@@ -32,7 +34,7 @@ from ...runtime.integers import cdiv
 from ...runtime.launch import Launch, planned
 from .product_progressive import packed
 from .tiles import aligned, stored, tile_place
-from .words import packed_rows, together, token_rows, whole
+from .words import codebook, looked_up, packed_rows, together, token_rows, whole
 
 
 @triton.jit
@@ -62,30 +64,43 @@ def _scaled(y, sums, scales_ptr, g, columns, N, width, BEYOND: tl.constexpr):
 
 @triton.jit
 def _sums(
-    x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, width, first, last,
-    SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
-    BEYOND: tl.constexpr,
+    x_ptr, w_ptr, factors_ptr, scales_ptr, levels_ptr, top, left, M, N, K, groups, width, first, last,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    PACKED: tl.constexpr, BEYOND: tl.constexpr,
 ):  # fmt: skip
     """Scaled sums float32 [BN, BM] of a tile, over steps first .. last: groups, or pairs of 32; N: stored rows;
     width: of a table."""
     columns = left + tl.arange(0, BN)
     y = tl.zeros((BN, BM), tl.float32)
+    if levels_ptr is not None:
+        levels = codebook(levels_ptr, columns, N, STRIDE)
     if SIZE == 32:
         for pair in range(first, last):
             raw = packed_rows(w_ptr, left, pair, N, K // 2, BN, 1, TMA)
+            if levels_ptr is not None:
+                low, high = looked_up(raw, levels, PACKED)
             for half in tl.static_range(2):
                 g = tl.minimum(2 * pair + half, groups - 1)  # past the last group inputs are 0
                 x = token_rows(x_ptr, top, pair * 64 + 32 * half, M, K, BM, 32, TMA)
-                a = _offset(factors_ptr, g, columns, N, width, BEYOND)
-                w = tl.reshape(whole(raw, None, a, half, PACKED), (BN, 32))
+                if levels_ptr is None:
+                    a = _offset(factors_ptr, g, columns, N, width, BEYOND)
+                    w = tl.reshape(whole(raw, None, a, half, PACKED), (BN, 32))
+                elif half == 0:
+                    w = tl.reshape(low, (BN, 32))
+                else:
+                    w = tl.reshape(high, (BN, 32))
                 y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, width, BEYOND)
     else:
         RUNS: tl.constexpr = SIZE // 64
         for g in range(first, last):
             raw = packed_rows(w_ptr, left, g * RUNS, N, K // 2, BN, RUNS, TMA)
             x = token_rows(x_ptr, top, g * SIZE, M, K, BM, SIZE, TMA)
-            a = _offset(factors_ptr, g, columns, N, width, BEYOND)
-            w = together(whole(raw, None, a, 0, PACKED), whole(raw, None, a, 1, PACKED))
+            if levels_ptr is None:
+                a = _offset(factors_ptr, g, columns, N, width, BEYOND)
+                w = together(whole(raw, None, a, 0, PACKED), whole(raw, None, a, 1, PACKED))
+            else:
+                low, high = looked_up(raw, levels, PACKED)
+                w = together(low, high)
             y = _scaled(y, tl.dot(w, x, out_dtype=tl.int32), scales_ptr, g, columns, N, width, BEYOND)
     return y
 
@@ -143,10 +158,11 @@ def _with_highs(
 
 @triton.jit(do_not_specialize=["parts"])
 def _grouped_kernel(
-    x_ptr, w_ptr, factors_ptr, scales_ptr, row_scale_ptr, slots_ptr, ready_ptr, highs_ptr, bias_ptr, y_desc, y_ptr,
+    x_ptr, w_ptr, factors_ptr, scales_ptr, levels_ptr, row_scale_ptr, slots_ptr, ready_ptr, highs_ptr, bias_ptr,
+    y_desc, y_ptr,
     M, N, K, groups, width, high, stored_rows, stride, parts,
-    SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, PARTS: tl.constexpr,
-    TMA: tl.constexpr, PACKED: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr,
+    PARTS: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """N: outputs; `high` rows of high halves lie before theirs, whose sums have rows of `stride`.
 
@@ -156,8 +172,8 @@ def _grouped_kernel(
     if slots_ptr is None:
         top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
         y = _sums(
-            x_ptr, w_ptr, factors_ptr, scales_ptr, top, left, M, N, K, groups, width, 0, steps,
-            SIZE, BM, BN, TMA, PACKED, False,
+            x_ptr, w_ptr, factors_ptr, scales_ptr, levels_ptr, top, left, M, N, K, groups, width, 0, steps,
+            SIZE, STRIDE, BM, BN, TMA, PACKED, False,
         )  # fmt: skip
     else:
         blocks = tl.cdiv(high, BN)
@@ -177,8 +193,8 @@ def _grouped_kernel(
                 ready = tl.atomic_add(ready_ptr + top // BM, 0, sem="acquire")
         row = tl.where(is_high, left, high + left)
         y = _sums(
-            x_ptr, w_ptr, factors_ptr, scales_ptr, top, row, M, stored_rows, K, groups, width, first, last,
-            SIZE, BM, BN, TMA, PACKED, True,
+            x_ptr, w_ptr, factors_ptr, scales_ptr, None, top, row, M, stored_rows, K, groups, width, first, last,
+            SIZE, STRIDE, BM, BN, TMA, PACKED, True,
         )  # fmt: skip
     rows = top + tl.arange(0, BM)
     columns = left + tl.arange(0, BN)
@@ -201,13 +217,14 @@ def _grouped_kernel(
 
 def product(
     tokens: tuple, qweight: Tensor, tables: tuple, bias: Tensor | None, out: Tensor, size: int, config: dict,
-    wide: tuple = (None, None, None),
+    wide: tuple = (None, None, None), levels: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill out [M, N] (float, contiguous).
 
     tokens: codes int8 [M, K'] and scales float32 [M]; tables: factors int32 [G, N], or None without zero points, and
     scales float32 [G, N], as `tokens_triton.prepare` fills them; qweight uint8 [N, K'/2]; bias [N] or None. size: 32,
-    64 or 128 inputs of a group.
+    64 or 128 inputs of a group. levels: int8 [1, 16] or [N, 16] of a codebook, contiguous; then factors and wide are
+    None.
 
     wide: of rows of two widths (slots int32 [N]: twice the number of wide outputs before each, and 1 more where it is
     one; counts of zero; room for sums of high halves float32 [parts, rows, >= M]). Then qweight and tables have these
@@ -219,21 +236,23 @@ def product(
     slots, ready, sums = wide
     n = out.shape[1]
     high = (0, 0, 0) if sums is None else tuple(sums.shape)
-    launch = _launch(config, *codes.shape, n, size, tuple(scales.shape), high)
+    apart = 0 if levels is None or len(levels) == 1 else 4
+    launch = _launch(config, *codes.shape, n, size, tuple(scales.shape), high, apart)
     qweight = qweight.view(torch.int8)
     operands = (codes, aligned(qweight)) if config["TMA"] else (codes, qweight)
     stores = config["TMA"] and n * out.element_size() % 16 == 0
-    launch(*operands, factors, scales, row_scale, slots, ready, sums, bias, out if stores else None, out)
+    words = None if levels is None else levels.view(torch.int32)
+    launch(*operands, factors, scales, words, row_scale, slots, ready, sums, bias, out if stores else None, out)
 
 
 @planned
-def _launch(config: dict, m: int, k: int, n: int, size: int, tables: tuple, highs: tuple) -> Launch:
+def _launch(config: dict, m: int, k: int, n: int, size: int, tables: tuple, highs: tuple, words: int) -> Launch:
     bm, bn, (groups, width), (parts, high, stride) = config["BM"], config["BN"], tables, highs
     blocks = dict(x_ptr=(bm, size), w_ptr=(bn, max(size, 64) // 2), y_desc=(bm, bn)) if config["TMA"] else None
     return Launch(
         _grouped_kernel, (cdiv(m, bm) * (parts * cdiv(high, bn) + cdiv(n, bn)),), blocks,
         M=m, N=n, K=k, groups=groups, width=width, high=high, stored_rows=high + n, stride=stride, parts=parts,
-        PARTS=parts, SIZE=size, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
+        PARTS=parts, SIZE=size, STRIDE=words, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
         PACKED=packed(config, _grouped_kernel), num_warps=config["num_warps"], num_stages=config["num_stages"],
         maxnreg=config.get("maxnreg"),
     )  # fmt: skip

@@ -2,10 +2,12 @@
 
     y[m, n] = s_x[m] s0[n] sum_k q_x[m, k] s1[n, g] (q[n, k] - z[n, g])  +  b[n]                   KIND "steps"
     y[m, n] = s_x[m] s0[n] (sum_k q_x[m, k] (q[n, k] + 8)  -  (z[n] + 8) sum_k q_x[m, k])  +  b[n] KIND "rows"
+    y[m, n] = s_x[m] s0[n] sum_k q_x[m, k] t[q[n, k]]  +  b[n]                                     KIND "levels"
 
 "steps": s1 (q - z) is an int8 (words.py), made in registers. "rows": one scale and zero point an output; nibbles are
 multiplied as they are, and the zero point is taken off the sum by the sums of tokens, which quantizing them leaves
-(tokens_triton.py). In both the sum is exact in int32.
+(tokens_triton.py). "levels": int8 levels of a codebook are looked up in registers (words.py). In all of them the sum
+is exact in int32.
 
 The product is taken as y^T = W x^T: the first operand of Hopper's matrix instructions may come from registers, so
 widened weights never go to shared memory, and a tile widens each weight once for its BM rows. Triton waits for a
@@ -25,7 +27,7 @@ from torch import Tensor
 from ...runtime.integers import cdiv
 from ...runtime.launch import Launch, planned
 from .tiles import aligned, stored, tile_place
-from .words import as_stored, packed_rows, together, token_rows, whole
+from .words import as_stored, codebook, looked_up, packed_rows, together, token_rows, whole
 
 
 @triton.jit
@@ -45,23 +47,29 @@ def _factors(factors_ptr, run, half, columns, N, groups, SIZE: tl.constexpr, RUN
 
 @triton.jit
 def _progressive_kernel(
-    x_ptr, w_ptr, factors_ptr, row_scale_ptr, row_sum_ptr, column_scale_ptr, bias_ptr, y_desc, y_ptr,
+    x_ptr, w_ptr, factors_ptr, levels_ptr, row_scale_ptr, row_sum_ptr, column_scale_ptr, bias_ptr, y_desc, y_ptr,
     M, N, K, groups, steps,
-    KIND: tl.constexpr, SIZE: tl.constexpr, RUNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BAND: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
+    KIND: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, RUNS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BAND: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """K: codes of a row in memory, a multiple of 64. SIZE: inputs of a group; 0 for one group a row."""
+    """K: codes of a row in memory, a multiple of 64. SIZE: inputs of a group; 0 for one group a row. STRIDE: words
+    from the levels of a row to those of the next."""
     top, left = tile_place(tl.program_id(0), M, N, BM, BN, BAND)
     rows = top + tl.arange(0, BM)
     columns = left + tl.arange(0, BN)
     total = tl.zeros((BN, BM), tl.int32)
-    if SIZE == 0:
+    if KIND == "levels":
+        levels = codebook(levels_ptr, columns, N, STRIDE)
+    elif SIZE == 0:
         factor = tl.load(factors_ptr + columns, mask=columns < N, other=0)[:, None, None]
         s1, a = factor & 255, factor >> 8
     for step in range(steps):
         raw = packed_rows(w_ptr, left, step * RUNS, N, K // 2, BN, RUNS, TMA)
         x = token_rows(x_ptr, top, step * (64 * RUNS), M, K, BM, 64 * RUNS, TMA)
-        if KIND == "rows":
+        if KIND == "levels":
+            low, high = looked_up(raw, levels, PACKED)
+            w = together(low, high)
+        elif KIND == "rows":
             w = together(as_stored(raw, 0, PACKED), as_stored(raw, 1, PACKED))
         elif SIZE == 0:
             w = together(whole(raw, s1, a, 0, PACKED), whole(raw, s1, a, 1, PACKED))
@@ -82,33 +90,36 @@ def _progressive_kernel(
 
 
 def product(
-    tokens: tuple, qweight: Tensor, factors: Tensor, wscales: Tensor, bias: Tensor | None, out: Tensor,
-    kind: str, size: int, config: dict,
+    tokens: tuple, qweight: Tensor, factors: Tensor | None, wscales: Tensor, bias: Tensor | None, out: Tensor,
+    kind: str, size: int, config: dict, levels: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill out [M, N] (float, contiguous).
 
     tokens: codes int8 [M, K'], scales float32 [M] and, for "rows", sums int32 [M]; factors int32 [G, N], s1 + 256 a:
     as `tokens_triton.prepare` fills them. qweight uint8 [N, K'/2]; wscales [N] float; bias [N] or None. size: inputs
-    of a group, 0 for G = 1, as it is for "rows".
+    of a group, 0 for G = 1, as it is for "rows" and "levels", which has no factors: levels int8 [1, 16] or [N, 16],
+    contiguous.
 
     config: TMA, BM, BN, BK (64 or 128), BAND, num_warps, num_stages; maxnreg limits registers, PACKED=False
     widens codes one by one.
     """
     codes, row_scale, row_sum = tokens
-    launch = _launch(config, *codes.shape, out.shape[1], kind, size, factors.shape[0])
+    groups, stride = 1 if factors is None else factors.shape[0], 0 if levels is None or len(levels) == 1 else 4
+    launch = _launch(config, *codes.shape, out.shape[1], kind, size, groups, stride)
     qweight = qweight.view(torch.int8)
     operands = (codes, aligned(qweight)) if config["TMA"] else (codes, qweight)
     stores = config["TMA"] and out.shape[1] * out.element_size() % 16 == 0
-    launch(*operands, factors, row_scale, row_sum, wscales, bias, out if stores else None, out)
+    words = None if levels is None else levels.view(torch.int32)
+    launch(*operands, factors, words, row_scale, row_sum, wscales, bias, out if stores else None, out)
 
 
 @planned
-def _launch(config: dict, m: int, k: int, n: int, kind: str, size: int, groups: int) -> Launch:
+def _launch(config: dict, m: int, k: int, n: int, kind: str, size: int, groups: int, stride: int) -> Launch:
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
     blocks = dict(x_ptr=(bm, bk), w_ptr=(bn, bk // 2), y_desc=(bm, bn)) if config["TMA"] else None
     return Launch(
         _progressive_kernel, (cdiv(m, bm) * cdiv(n, bn),), blocks, M=m, N=n, K=k, groups=groups, steps=cdiv(k, bk),
-        KIND=kind, SIZE=size, RUNS=bk // 64, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
+        KIND=kind, STRIDE=stride, SIZE=size, RUNS=bk // 64, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
         PACKED=packed(config, _progressive_kernel), num_warps=config["num_warps"], num_stages=config["num_stages"],
         maxnreg=config.get("maxnreg"),
     )  # fmt: skip

@@ -20,8 +20,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 SIXTEEN = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
 # N, K, group, bits, offsets: whole tiles and parts of them, words that are not full, units of one, two and four words
 CASES = [
-    (64, 32, None, 1, False), (70, 200, None, 3, True), (130, 256, 64, 2, False), (192, 160, 32, 4, True),
-    (5, 384, 128, 2, True), (65, 1024, 128, 3, False), (3, 27, None, 2, True),
+    (64, 32, None, 1, False), (70, 200, None, 3, True), (66, 256, 64, 2, False), (96, 160, 32, 4, True),
+    (5, 384, 128, 2, True), (65, 384, 128, 3, False), (3, 27, None, 2, True),
 ]  # fmt: skip
 
 

@@ -9,7 +9,18 @@ import ptq4dm  # noqa: F401
 
 words = pytest.importorskip("ptq4dm.kernels.w4.products.words", reason="needs Triton", exc_type=ImportError)
 
+
+def permuted(low, high, selector):
+    """PRMT: byte i of the result is byte (nibble i of the selector & 7) of low and then high; no sign is spread."""
+    assert not (selector & 0x8888).any()
+    eight = low | high << 32  # as two's complement: the top byte is masked after the shift
+    picked = [(eight >> 8 * (selector >> 4 * i & 7)) & 255 for i in range(4)]
+    return sum(one << 8 * i for i, one in enumerate(picked))
+
+
 DO = {
+    "prmt.b32": lambda a, b, c: permuted(a, b, torch.as_tensor(c) & 0xFFFF),
+    "or.b32": lambda a, b: a | b,
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shr.b32": lambda a, b: a >> b,
@@ -19,8 +30,8 @@ DO = {
 }
 
 
-def run(asm: str, **registers: torch.Tensor) -> torch.Tensor:
-    """$0 after the instructions; registers are int64 in 0..2^32 - 1."""
+def run(asm: str, result: str = "r0", **registers: torch.Tensor) -> torch.Tensor:
+    """$0, or another result, after the instructions; registers are int64 in 0..2^32 - 1."""
     values = dict(registers)
     for line in asm.strip("{} ").split(";"):
         name, _, rest = line.strip().partition(" ")
@@ -30,7 +41,7 @@ def run(asm: str, **registers: torch.Tensor) -> torch.Tensor:
         numbers = [values[one.replace("$", "r")] if not one.startswith("0x") and not one.isdigit() else int(one, 0)
                    for one in given]  # fmt: skip
         values[target.replace("$", "r")] = DO[name](*numbers) & 0xFFFFFFFF
-    return values["r0"]
+    return values[result]
 
 
 def as_bytes(word: torch.Tensor) -> torch.Tensor:
@@ -74,3 +85,16 @@ def test_four_codes_at_once_are_each_code_alone(half, widened, added):
 def test_nibbles_as_they_are(half, asm):
     low, high = (torch.arange(16).repeat(4).view(16, 4), torch.arange(15, -1, -1).repeat(4).view(16, 4))
     assert torch.equal(as_bytes(run(getattr(words, asm).value, r1=packed(low, high))), (low, high)[half])
+
+
+def test_levels_are_looked_up():
+    """All nibbles in all eight places of a word, of levels that reach both ends of int8."""
+    levels = torch.tensor([-127, -90, -71, -55, -40, -27, -15, -4, 3, 14, 26, 39, 54, 70, 91, 127])
+    table = [((levels[4 * i : 4 * i + 4] & 255) << 8 * torch.arange(4)).sum() for i in range(4)]
+    places = {f"r{3 + 4 * i}": word for i, word in enumerate(table)}
+    low = torch.randint(16, (512, 4), generator=torch.Generator().manual_seed(0))
+    high = low.flip(0).roll(1, 1)
+    assert all(len(set(one.tolist())) == 16 for one in (*low.T, *high.T))
+    for result, nibbles in (("r0", low), ("r1", high)):
+        found = as_bytes(run(words._LOOKED_UP.value, result, r2=packed(low, high), **places))
+        assert torch.equal(found, levels[nibbles])

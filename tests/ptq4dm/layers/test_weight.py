@@ -10,6 +10,7 @@ from torch import nn
 from helpers import normal
 from ptq4dm.errors import UserError
 from ptq4dm.layers.binary.bcq import BCQPlan
+from ptq4dm.layers.codebook import CodebookPlan
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.layers.power import PowerPlan
 from ptq4dm.layers.registry import FORMATS, quantized_copy
@@ -25,6 +26,7 @@ PLANS = {
     "int4": Int4Plan(),
     "groups": Int4Plan(group_size=64),
     "row-mix": RowMixPlan(wide=[2, 5, 31]),
+    "codebook": CodebookPlan(group_size=32),
     "power": PowerPlan(weight_bits=4),
     "power8": PowerPlan(),
 }
@@ -75,7 +77,7 @@ def test_facts_of_the_float_weight(bias, dtype):
         assert torch.zeros(2, dtype=torch.float64).to(weight).dtype == dtype
         assert torch.zeros_like(weight).shape == weight.shape and weight.new_ones(3).dtype == dtype
         assert copy.deepcopy(layer).to("meta").weight.is_meta
-    assert seen >= {"int8", "fp8", "int4", "row-mix", "power", "bcq", "svdq", "svdq-split", "nvfp4"}
+    assert seen >= {"int8", "fp8", "int4", "row-mix", "codebook", "power", "bcq", "svdq", "svdq-split", "nvfp4"}
     assert seen <= set(FORMATS)
 
 

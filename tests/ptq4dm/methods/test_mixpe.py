@@ -102,7 +102,10 @@ def test_training_of_a_layer_leaves_inputs_of_16_bits_alone(kind):
     ("options", "words"),
     [
         ({"activation_bits": 6}, "activation_bits must be one of 8, 16; got 6"),
-        ({"activation_bits": 16, "activations": "static"}, "inputs of 16 bits have no grid"),
+        (
+            {"activation_bits": 16, "activations": "static"},
+            "inputs of 16 bits stay floats and have no grid.*give activations='dynamic'",
+        ),
         ({"group_size": None}, "group_size must be one of 32, 64, 128; got None"),
         ({"affine": False}, "affine is no choice of MixPEConfig, which has True"),
         ({"weight_grid": "progressive"}, "weight_grid is no choice of MixPEConfig"),

@@ -261,7 +261,7 @@ def test_networks_beside_the_denoiser(tmp_path):
     with pytest.raises(UserError, match="holds the plans of several networks"):
         Plan.load(tmp_path / "saved" / "plan.json")
     pipe.vae = nn.Linear(2, 2)
-    with pytest.raises(UserError, match="'vae' is a Linear, which diffusers does not load"):
+    with pytest.raises(UserError, match="'vae' is a Linear, which neither diffusers nor transformers loads"):
         component_of(pipe, "vae")
 
 

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-import transformers
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 
@@ -79,13 +78,6 @@ def test_what_cannot_be_quantized(flux, change, sentence):
     with pytest.raises(UserError, match=sentence):
         ptq4dm.quantize(model, DYNAMIC)
     assert not any(is_quantized(module) for module in model.modules())
-
-
-def test_models_of_transformers_are_refused():
-    config = transformers.T5Config(vocab_size=20, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-    model = transformers.T5EncoderModel(config)
-    with pytest.raises(UserError, match="T5EncoderModel is a model of transformers"):
-        ptq4dm.quantize(model, DYNAMIC)
 
 
 def test_adapters_that_were_fused_in_full_precision_are_quantized(flux, tmp_path):

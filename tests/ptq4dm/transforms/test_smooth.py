@@ -33,7 +33,17 @@ def test_candidates_are_those_of_the_authors():
     assert set(candidates(10)) <= set(choices)
 
 
-@pytest.mark.parametrize("text, options", [("rotate", {}), ("smooth", {}), ("smooth:alpha=0.3", {"alpha": 0.3})])
+@pytest.mark.parametrize(
+    "text, options",
+    [
+        ("rotate", {}),
+        ("smooth", {}),
+        ("smooth:alpha=0.3", {"alpha": 0.3}),
+        ("smooth:0.3", {"alpha": 0.3}),
+        ("hadamard:64", {"group": 64}),
+        ("hadamard", {}),
+    ],
+)
 def test_transforms_are_named_with_their_options(text, options):
     transform, found = named(text)
     assert transform is TRANSFORMS[text.partition(":")[0]] and found == options
@@ -49,6 +59,12 @@ def test_transforms_are_named_with_their_options(text, options):
         ("smooth:", "'smooth' has no option ''"),
         ("smooth:alpha", "'smooth:alpha' gives alpha no number; write 'smooth:alpha=0.5'"),
         ("smooth:alpha=x", "gives alpha no number"),
+        ("rotate:4", "'rotate' has no option '4'; it has none"),
+        ("hadamard:32", "'hadamard': a regular rotation has groups of 16, 64 or 256, not 32"),
+        ("sylvester:8", "'sylvester': a sylvester rotation has groups of 16, 32, 64, 128 or 256, not 8"),
+        ("hadamard:16.5", "groups of 16, 64 or 256, not 16.5"),
+        ("hadamard:inf", "groups of 16, 64 or 256, not inf"),
+        ("hadamard:nan", "groups of 16, 64 or 256, not nan"),
         ("smooth:alpha=1.5", "alpha of 'smooth' is a share from 0 to 1"),
         ("smooth-attention:alpha=nan", "alpha of 'smooth-attention' is a share from 0 to 1"),
     ],

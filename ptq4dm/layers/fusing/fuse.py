@@ -31,6 +31,7 @@ from ...hooks import unhooked
 from ...pipelines.denoiser import denoisers_by_prefix, turn_at
 from ...undo import whole_or_not
 from . import cpu, unet
+from .caches import known_to_caches
 from .report import FuseReport, why_left
 from .transformer import FusedInt8TransformerBlock
 from .unet import (
@@ -80,10 +81,12 @@ def _fuse(module: nn.Module, name: str, report: FuseReport, between: torch.dtype
     on_cpu = ON_CPU.get(plain)
     if on_cpu is not None and cpu.serves(module) and on_cpu.fits(module):
         module.__class__, module.between = on_cpu, between
+        known_to_caches(on_cpu, plain)
         report.add(name, plain.__name__)
     elif plain in FUSED:
         if FUSED[plain].fits(module):
             module.__class__ = FUSED[plain]
+            known_to_caches(FUSED[plain], plain)
             if hasattr(module, "between") and cpu.serves(module):
                 module.between = between
             report.add(name, plain.__name__)

@@ -16,7 +16,7 @@ STEPS = 6
 TIMES = torch.linspace(900, 100, STEPS)
 now = {}
 CACHES = {
-    "first block": lambda: diffusers.FirstBlockCacheConfig(threshold=0.3),
+    "first block": lambda: diffusers.FirstBlockCacheConfig(threshold=1e3),
     "magnitudes": lambda: diffusers.MagCacheConfig(
         num_inference_steps=STEPS, mag_ratios=torch.ones(STEPS), retention_ratio=0.2
     ),
@@ -28,14 +28,8 @@ CACHES = {
         cross_attention_block_skip_range=2, cross_attention_timestep_skip_range=(0, 1000),
         current_timestep_callback=lambda: now["time"],
     ),
-    "faster": lambda: diffusers.FasterCacheConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 901),
-        current_timestep_callback=lambda: now["time"], attention_weight_callback=lambda _: 0.3,
-        unconditional_batch_timestep_skip_range=(-1, -1), tensor_format="BCFHW",
-    ),
 }  # fmt: skip
-KINDS = {"first block": ["flux", "wan"], "magnitudes": ["flux", "wan"], "taylor": ["flux", "wan"],
-         "pyramid": ["flux", "wan"], "faster": ["wan"]}  # fmt: skip
+KINDS = {name: ["flux", "wan"] for name in ("first block", "magnitudes", "pyramid")} | {"taylor": ["flux"]}
 
 
 @torch.no_grad()

@@ -1,0 +1,30 @@
+"""The comparison of reuse with fewer evaluations at toy size: its ways, its controls, and that it resumes."""
+
+import importlib
+import json
+from pathlib import Path
+
+from diffusers import DDIMScheduler
+
+from models import pixel_dit
+from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_ways_are_measured_and_resumed(tmp_path, monkeypatch, capsys, one_thread):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "comparisons"))
+    script = importlib.import_module("compare_reuse")
+    PixelDiTPipeline(pixel_dit(num_layers=4), DDIMScheduler()).save_pretrained(tmp_path / "m")
+    sizes = ["--evaluations", "5", "--images", "2", "--samples", "1", "--random", "2", "--fewer", "3"]
+    command = ["--model", str(tmp_path / "m"), *sizes, "--histories", "2", "--output", str(tmp_path / "rows.json")]
+    script.main([*command, "--computed", "3"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    ways = ["fewer evaluations", "planned, history 2", "evenly", "2 at random"]
+    assert [(row["way"], row["computed"]) for row in rows] == [(way, 3) for way in ways]
+    assert rows[0]["time"] == 0.6 and all(row["psnr"] < 120 for row in rows)
+    assert len(rows[1]["steps"]) == 3 and len(rows[3]["each"]) == 2
+    assert "| evenly | 3 |" in capsys.readouterr().out
+    script.main([*command, "--computed", "3", "5"])  # the others are not made again
+    again = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert again[:4] == rows and len(again) == 7 and again[4]["psnr"] == 120

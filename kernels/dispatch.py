@@ -31,6 +31,7 @@ from .serving import (
     either,
     few_floats,
     floats,
+    in_blocks,
     looked_up,
     of_eight_bits,
     sign_planes,
@@ -113,8 +114,10 @@ KERNELS: list[Kernel] = [
         either(branched(w4.WEIGHT_ONLY, False), few_floats), "w4a16", "none",
     ),
     Kernel(
-        CUBLAS, "4-bit or binary-coded weights unpacked to 16 bits, many rows; without a branch to the inputs' type",
-        either(branched(w4.WEIGHT_ONLY, True), floats(True), sign_planes(CUBLAS)),
+        CUBLAS,
+        "4-bit or binary-coded weights, or those in blocks, unpacked to 16 bits, many rows; without a branch to the "
+        "inputs' type",
+        either(branched(w4.WEIGHT_ONLY, True), floats(True), sign_planes(CUBLAS), in_blocks),
     ),
     Kernel(CUDNN, "4-bit weights of convolutions unpacked to the type of inputs that stay floats", floats(False)),
     Kernel(
@@ -150,7 +153,7 @@ KERNELS: list[Kernel] = [
         either(unpacked(w8a8.TRITON), two_widths(w8a8.TRITON)),
     ),
     Kernel(
-        cpu.NAME, "4-bit weights, plain or progressive, unpacked part by part in the product; x86 CPU",
+        cpu.NAME, "4-bit weights, plain, progressive, or among rows of 8 bits, unpacked part by part; x86 CPU",
         compiled,
     ),
     Kernel(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 WEIGHTS, ACTIVATIONS = (
-    ("int8", "fp8", "int4", "row-mix", "codebook", "power", "kv4", "attention8", "bcq"),
+    ("int8", "fp8", "int4", "row-mix", "codebook", "power", "kv4", "attention8", "bcq", "blocks"),
     ("int8", "fp8", "int4", "none"),
 )
 
@@ -18,9 +18,10 @@ class Query:
 
     weight: "int8", "fp8" or "int4"; "row-mix", rows of int8 among plain rows of int4, with zero points in these or
         not; "codebook", 4-bit codes of 16 int8 levels (formats/codebook.py); "power", levels that are floats; "bcq",
-        sums of `planes` sign planes; or what stands in a weight's place in attention: "kv4", keys and values in 4
-        bits under queries of 16, "attention8", keys and values in 8 bits under queries in "int8" or "fp8", heads of
-        `inputs` channels, None for 128.
+        sums of `planes` sign planes; "blocks", codes under the scales and offsets of other tools' files
+        (formats/blocks.py); or what stands in a weight's place in attention: "kv4", keys and values in 4 bits under
+        queries of 16, "attention8", keys and values in 8 bits under queries in "int8" or "fp8", heads of `inputs`
+        channels, None for 128.
     activation: "int8", "fp8", "int4", or "none" for 16-bit inputs.
     group_size: inputs under one scale of the weight; None for one scale a row.
     groups: of a convolution. rows: of the inputs in one call (tokens or pixels); None for many.

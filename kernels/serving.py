@@ -12,6 +12,7 @@ import torch
 
 from .attention import layer as attention
 from .attention import layer8 as attention8
+from .blocks import layer as blocks
 from .cpu import w4a8 as cpu
 from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
@@ -137,6 +138,8 @@ def compiled(query: Query) -> bool:
     oneDNN's copy, where there is one, takes less time."""
     inputs = query.inputs or 0
     fits = query.groups == 1 and inputs <= cpu.MOST
+    if (query.weight, query.activation) == ("row-mix", "int8"):  # under one scale a row gives what W8A8 layers give
+        return fits and bool(query.group_size) and cpu.serves(query.device)
     large = query.progressive and not query.linear and inputs >= LARGE_WINDOWS
     slower = large and _eight_bit(query) == w8a8.ONEDNN
     return _plain(query) and fits and not slower and cpu.serves(query.device)
@@ -166,6 +169,12 @@ def sign_planes(name: str) -> Callable[[Query], bool]:
         return served and lut.kernel_name(query.device, query.rows) == name
 
     return serves
+
+
+def in_blocks(query: Query) -> bool:
+    """Whether a weight in blocks is made floats for the product after it."""
+    served = query.weight == "blocks" and query.activation == "none" and query.linear
+    return served and blocks.kernel_name(query.device) == blocks.CUBLAS
 
 
 def either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:

@@ -47,7 +47,7 @@ def microseconds(query: Query, name: str, n: int, k: int) -> float:
         make, arguments = latency.grouped_linear, (query.group_size, query.zeros, name == integer.CODEBOOK)
     elif query.weight == "codebook":
         raise ValueError(f"a codebook is timed in {integer.CODEBOOK} alone.")
-    elif name in (lut.CUBLAS, w4.WEIGHT_ONLY):
+    elif query.weight == "int4" and name in (lut.CUBLAS, w4.WEIGHT_ONLY):
         make, arguments = latency.float_linear, (query.group_size, query.zeros, name == w4.WEIGHT_ONLY)
     elif query.weight == "int4":
         make, arguments = latency.int4_linear, (query.group_size, query.zeros, query.static)

@@ -22,12 +22,19 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
     from .attention.measure import attention_errors
     from .attention.planned import plan_attention
     from .caching.cached_embeddings import cached_embeddings
+    from .caching.cached_steps import cached_steps
     from .caching.cached_text import cached_text
+    from .caching.plan_steps import StepPlanConfig, plan_cached_steps
+    from .caching.step_plan import StepPlan
     from .calibration.collect import CalibrationConfig, collect
     from .calibration.record import record
     from .calibration.store import CalibrationStore
+    from .comparing.compare import compare
+    from .comparing.config import CompareConfig
     from .evaluation.evaluate import EvaluateConfig, evaluate
     from .inference.optimize import optimize, unoptimize
+    from .interchange.export import export_comfy
+    from .interchange.load import load_quantized_file
     from .layers.fusing.fuse import fuse, unfuse
     from .layers.plan import Plan
     from .methods.gradptq import GradPTQConfig
@@ -58,6 +65,7 @@ if TYPE_CHECKING:  # for editors; at run time, each when it is first used
 __all__ = [
     "CalibrationConfig",
     "CalibrationStore",
+    "CompareConfig",
     "DamagedFile",
     "EvaluateConfig",
     "GradPTQConfig",
@@ -76,21 +84,28 @@ __all__ = [
     "SVDQuantConfig",
     "ShiftQuantConfig",
     "SplitQuantConfig",
+    "StepPlan",
+    "StepPlanConfig",
     "UserError",
     "attention_errors",
     "attention_in_8_bits",
     "cached_embeddings",
+    "cached_steps",
     "cached_text",
     "collect",
+    "compare",
     "evaluate",
+    "export_comfy",
     "fuse",
     "generate",
     "load_embedding",
     "load_pipeline",
+    "load_quantized_file",
     "load_reference",
     "optimize",
     "personalize",
     "plan_attention",
+    "plan_cached_steps",
     "quantization_config",
     "quantize",
     "record",
@@ -106,6 +121,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "CalibrationConfig": "calibration.collect",
         "CalibrationStore": "calibration.store",
+        "CompareConfig": "comparing.config",
         "EvaluateConfig": "evaluation.evaluate",
         "GradPTQConfig": "methods.gradptq",
         "LUTGEMMConfig": "methods.lutgemm",
@@ -123,19 +139,26 @@ __getattr__, __dir__ = lazy_names(
         "SVDQuantConfig": "svdquant.method",
         "ShiftQuantConfig": "training.config",
         "SplitQuantConfig": "methods.splitquant",
+        "StepPlan": "caching.step_plan",
+        "StepPlanConfig": "caching.plan_steps",
         "attention_errors": "attention.measure",
         "attention_in_8_bits": "attention.eight_bits",
         "cached_embeddings": "caching.cached_embeddings",
+        "cached_steps": "caching.cached_steps",
         "cached_text": "caching.cached_text",
         "collect": "calibration.collect",
+        "compare": "comparing.compare",
         "evaluate": "evaluation.evaluate",
+        "export_comfy": "interchange.export",
         "fuse": "layers.fusing.fuse",
         "generate": "pipelines.generate",
         "load_embedding": "training.personalization.embedding_file",
         "load_pipeline": "pipelines.load",
+        "load_quantized_file": "interchange.load",
         "load_reference": "pipelines.load",
         "optimize": "inference.optimize",
         "plan_attention": "attention.planned",
+        "plan_cached_steps": "caching.plan_steps",
         "personalize": "training.personalization.personalize",
         "quantization_config": "quantization.diffusers_bridge",
         "quantize": "quantization.quantize",
@@ -154,6 +177,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluation",
         "hardware",
         "inference",
+        "interchange",
         "kernels",
         "layers",
         "methods",
@@ -169,4 +193,9 @@ __getattr__, __dir__ = lazy_names(
 )
 
 diffusers_hook.install()
-registry.LATE += [f"{__name__}.methods", f"{__name__}.inference.openvino.engine", f"{__name__}.svdquant.registered"]
+registry.LATE += [
+    f"{__name__}.methods",
+    f"{__name__}.inference.openvino.engine",
+    f"{__name__}.svdquant.registered",
+    f"{__name__}.interchange.imported",
+]

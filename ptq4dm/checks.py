@@ -45,11 +45,16 @@ def named_options(kind: _Class) -> _Class:
     @functools.wraps(made)
     def init(self: Any, *args: Any, **options: Any) -> None:
         if unknown := [name for name in options if name not in known]:
-            raise unknown_option(kind.__name__, unknown, known)
+            raise unknown_option(kind.__name__, unknown, choices_of(kind))
         made(self, *args, **options)
 
     kind.__init__ = init  # type: ignore[misc]
     return kind
+
+
+def choices_of(kind: type) -> list[str]:
+    """Names of a dataclass's fields that are a user's to choose: all but those that a method has fixed."""
+    return [item.name for item in fields(kind) if item.init and not item.metadata.get("fixed")]
 
 
 def wrong_fields(instance: Any) -> list[str]:

@@ -27,6 +27,7 @@ from ..options import number_or_word, option
 from ..quantization.input_grids import int8_grid
 from ..quantization.recipe import QuantConfig, register
 from ..rounding import ROUNDERS
+from ..transforms.named import named
 from . import packing  # noqa: F401, registers the format
 from .layers.plan import EVIDENCE, SUBSPACES, SVDQPlan
 
@@ -104,6 +105,12 @@ class SVDQuantConfig(QuantConfig):
             raise UserError(
                 "evidence='none' rounds to nearest, and smooths and lifts nothing; leave out rounding, smoothing and "
                 "unsigned, or take evidence='store', which knows what layers are fed."
+            )
+        looking = [text for text in self.transforms if named(text)[0].needs]
+        if self.plan is None and alone and looking:
+            raise UserError(
+                f"evidence='none' looks at no calibration, and the transform '{looking[0]}' does; leave it out, or "
+                "take evidence='store'."
             )
         number = isinstance(self.smoothing, (int, float)) and 0 <= self.smoothing <= 1
         if not number and self.smoothing not in ("search", "exhaustive", "none"):

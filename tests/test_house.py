@@ -22,9 +22,9 @@ kernels/runtime
 kernels/cpu
 kernels/w4/products
 kernels/w8a8  kernels/w4  kernels/attention  kernels/lut
-kernels/shift  kernels/tuning
+kernels/shift  kernels/tuning  kernels/blocks
 kernels
-ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting
+ptq4dm/errors  ptq4dm/version  ptq4dm/lazy  ptq4dm/starting  ptq4dm/tables
 ptq4dm/annotations
 ptq4dm/checks  ptq4dm/interrupts
 ptq4dm/registry  ptq4dm/evidence  ptq4dm/options  ptq4dm/hooks  ptq4dm/undo  ptq4dm/progress
@@ -33,22 +33,22 @@ ptq4dm/pipelines
 ptq4dm/ranges  ptq4dm/rounding  ptq4dm/transforms  ptq4dm/handed
 ptq4dm/layers
 ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/rotated  ptq4dm/layers/shift  ptq4dm/layers/attention
-ptq4dm/layers/fusing
+ptq4dm/layers/fusing  ptq4dm/layers/blocks
 ptq4dm/calibration
 ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation
-ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching  ptq4dm/attention
+ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching  ptq4dm/attention  ptq4dm/comparing
 ptq4dm/training  ptq4dm/inference
 ptq4dm/training/personalization  ptq4dm/inference/openvino
 svdquant/layers
 svdquant/nunchaku
-svdquant  samplers/maths
+svdquant  samplers/maths  ptq4dm/interchange
 samplers
 samplers/distillation  samplers/comparison  samplers/fitting
 ptq4dm/cli
-ptq4dm/cli/training
+ptq4dm/cli/training  ptq4dm/cli/conversion
 ptq4dm
 """
 LEVEL = {folder: i for i, line in enumerate(FLOORS.split("\n")) for folder in line.split()}
@@ -169,11 +169,11 @@ MAY_READ = {
     "ptq4dm.files.pictures",
     "ptq4dm.kernels.runtime.settings",  # says it in a sentence of its own
     "ptq4dm.pipelines.load",  # asks each file of weights for its header, before diffusers reads it
-    "ptq4dm.cli.completion",  # a file of the package's own, before PyTorch is there
+    "ptq4dm.cli.parser",  # a file of the package's own, before PyTorch is there
     "ptq4dm.pipelines.generate",  # a round trip through JSON, of our own values; the next two as well
     "ptq4dm.quantization.packing",
     "ptq4dm.svdquant.nunchaku.export",
-    "ptq4dm.svdquant.layers.svdq",  # what accelerate has just offloaded
+    "ptq4dm.svdquant.layers.lender",  # what accelerate has just offloaded
 }
 
 

@@ -10,6 +10,8 @@ A call makes the codes (codes8.py) and multiplies them; neither the 16-bit logit
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,36 +44,53 @@ def kernel_name(device: torch.device, width: int) -> str:
 known_name = remembered(kernel_name)
 
 
-@op
-def attention8(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    kind: str,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    eps: float = 0.0,
-    words_q: Tensor | None = None,
-    words_k: Tensor | None = None,
-    words_v: Tensor | None = None,
-    words_q_norm: Tensor | None = None,
-    words_k_norm: Tensor | None = None,
-) -> Tensor:
-    """q [B, H, M, d], k and v [B, H, L, d] float -> [B, H, M, d] in q's dtype, laid out as [B, M, H, d].
+def attention_op(compute: Callable[[Tensor, Tensor, Tensor, float, str, Rotary | None], Tensor]) -> Callable:
+    """Decorator: a function (q, k, v, scale, kind, rotary) -> its result, as the op of its name.
 
+    q [B, H, M, d], k and v [B, H, L, d] float -> [B, H, M, d] in q's dtype, laid out as [B, M, H, d].
     scale: of the logits. kind: "int8" or "e4m3", of the codes of queries and keys; P and values are in e4m3.
     q_norm to eps: queries and keys go through a norm and a rotary embedding first; words_...: of a text [B, H, T, d],
     whose tokens come before the image's (rotary.py). Then L is M, and all are T + M together.
 
-    Raises ValueError for shapes that do not fit together, or another kind.
+    The op raises ValueError for shapes that do not fit together, or another kind.
     """
-    rotary = rotary_of(
-        q_norm, k_norm, cos, sin, eps, words_q, words_k, words_v, words_q_norm, words_k_norm
-    )  # fmt: skip
-    check(q, k, v, kind, rotary)
+
+    @functools.wraps(compute, assigned=("__name__", "__doc__", "__module__"), updated=())
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        kind: str,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        eps: float = 0.0,
+        words_q: Tensor | None = None,
+        words_k: Tensor | None = None,
+        words_v: Tensor | None = None,
+        words_q_norm: Tensor | None = None,
+        words_k_norm: Tensor | None = None,
+    ) -> Tensor:
+        words = words_q, words_k, words_v, words_q_norm, words_k_norm
+        rotary = rotary_of(q_norm, k_norm, cos, sin, eps, *words)
+        check(q, k, v, kind, rotary)
+        return compute(q, k, v, scale, kind, rotary)
+
+    del attend.__wrapped__  # its arguments are the op's
+    made = op(attend)
+    made.register_fake(
+        lambda q, k, v, scale, kind, q_norm=None, k_norm=None, cos=None, sin=None, eps=0.0, words_q=None, *words: (
+            empty_like_result(q, words_q)
+        )
+    )
+    return made
+
+
+@attention_op
+def attention8(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str, rotary: Rotary | None) -> Tensor:
+    """Attention on 8-bit operands, by the kernel that serves it; arguments as in `attention_op`."""
     if not q.numel():
         return laid_out(q, rotary).transpose(1, 2)
     return through(known_name(q.device, q.shape[-1]), q, k, v, scale, kind, rotary)
@@ -91,11 +110,6 @@ def through(
         codes = codes8.quantize8(q, k, v, scale, dtype, rotary=rotary)
         (product8_hopper if name == GLUON else product8).attention(codes, y, tokens)
     return y.transpose(1, 2)
-
-
-@attention8.register_fake
-def _(q, k, v, scale, kind, q_norm=None, k_norm=None, cos=None, sin=None, eps=0.0, words_q=None, *words):
-    return empty_like_result(q, words_q)
 
 
 def empty_like_result(q: Tensor, words_q: Tensor | None) -> Tensor:

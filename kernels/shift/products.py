@@ -9,8 +9,11 @@ tokens. The gradient by the input is a convolution too (`transposed.py`). Which 
 
     triton-int8     CUDA: the implicit GEMM of w8a8/product.py; weight_gradient.py
     onednn-int8     x86 CPU with VNNI, windows of more than one pixel
-    int-mm          any other CPU, windows of one pixel, and every gradient by a weight: torch._int_mm, the windows
+    int-mm          the same CPU, windows of one pixel, and every gradient by a weight: torch._int_mm, the windows
                     copied one beside the other
+    exact-float32   any other CPU, where torch._int_mm takes some 20 times as long as a product of floats: codes as
+                    float32, in parts of at most 1024 terms, whose sums float32 has without rounding, as 128 * 128 *
+                    1024 = 2^24; parts are summed as int32
 
 All sums are exact; tests compare them with float64.
 """
@@ -38,13 +41,16 @@ if TYPE_CHECKING:
 else:
     late(globals(), "weight_gradient")
 
-INT_MM = "int-mm"
+INT_MM, EXACT = "int-mm", "exact-float32"
+PART = 1024  # products of 8-bit codes whose sums, in any order, are whole numbers of at most 2^24
 
 
 def kernel_name(device: torch.device, kernel: Sequence[int]) -> str:
     """The kernel that serves a convolution with a window of such a size."""
     name = w8a8_kernel(device)
-    return name if name == TRITON or (name == ONEDNN and tuple(kernel) != (1, 1)) else INT_MM
+    if name == TRITON or (name == ONEDNN and tuple(kernel) != (1, 1)):
+        return name
+    return INT_MM if name == ONEDNN else EXACT
 
 
 @op
@@ -96,7 +102,7 @@ def shift_weight_gradient(
     _check(gradient, x, gradient.numel() // max(n, 1))
     if w8a8_kernel(x.device) == TRITON and x.numel():
         return weight_gradient.weight_gradient(gradient, x, window)
-    sums = torch._int_mm(gradient.reshape(-1, n).T, _windows(x, window))
+    sums = _sums(gradient.reshape(-1, n).T, _windows(x, window))
     return sums.view(n, *window.kernel, c)
 
 
@@ -132,11 +138,26 @@ def _windows(x: Tensor, window: Window) -> Tensor:
 
 
 def _multiplied(x, weight, x_steps, weight_steps, bias, window, dtype) -> Tensor:
-    """torch._int_mm, whose sums are int32; then the steps."""
-    sums = torch._int_mm(_windows(x, window), weight.flatten(1).T)
+    """Sums in int32, then the steps."""
+    sums = _sums(_windows(x, window), weight.flatten(1).T)
     y = sums.view(len(x), -1, len(weight)) * (x_steps[:, None] * weight_steps)[:, None]
     y = y if bias is None else y.add_(bias)
     return y.view(len(x), *window.output, -1).to(dtype)
+
+
+def _sums(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] and b [K, N] int8 -> a b [M, N] int32, exactly."""
+    return torch._int_mm(a, b) if kernel_name(a.device, (1, 1)) == INT_MM else exact_sums(a, b)
+
+
+def exact_sums(a: Tensor, b: Tensor) -> Tensor:
+    """The same by products of float32, in parts of K; autocast, which would round codes' sums, is kept away."""
+    sums = torch.zeros(len(a), b.shape[1], dtype=torch.int32, device=a.device)
+    with torch.autocast(a.device.type, enabled=False):
+        for start in range(0, a.shape[1], PART):
+            part = slice(start, start + PART)
+            sums += (a[:, part].float() @ b[part].float()).int()
+    return sums
 
 
 def _onednn(x, weight, x_steps, weight_steps, bias, window, dtype) -> Tensor:
@@ -171,4 +192,4 @@ def _flat(x: Tensor, window: Window) -> Tensor:
     return flat
 
 
-_CONVOLUTIONS = {INT_MM: _multiplied, ONEDNN: _onednn, TRITON: _triton}
+_CONVOLUTIONS = {INT_MM: _multiplied, EXACT: _multiplied, ONEDNN: _onednn, TRITON: _triton}

@@ -10,8 +10,8 @@ from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch, planned
 from ..runtime.prepared import prepared
 from .activation_triton import activation_kernel
+from .products.rotation_triton import RUN, matrices
 from .reference import NONLINEARITIES, NORMS
-from .rotation_triton import RUN, matrices
 
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
 

@@ -27,7 +27,7 @@ import triton.language as tl
 
 from ..runtime.rounding import ROUND
 from .norm import blocks_of, normed, normed_branch, row_statistics, rows_of, starts_of, values_of
-from .rotation_triton import rotated
+from .products.rotation_triton import rotated
 
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
 

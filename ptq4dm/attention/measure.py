@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..hooks import hooked
 from ..layers.attention.processors import Redirected
 from ..pipelines.denoiser import denoisers_by_prefix
+from ..tables import aligned
 from .eight_bits import attention_in_8_bits, time_of
 
 if TYPE_CHECKING:
@@ -63,11 +64,10 @@ class AttentionErrors:
     def __str__(self) -> str:
         """A row for each layer, a column for each timestep, in percent."""
         times = self.timesteps
-        lines = [" ".join([f"{'timestep':40}", *(f"{time:7.5g}" for time in times), "    all"])]
+        rows = [["timestep", *(f"{time:.5g}" for time in times), "    all"]]
         for name in [*self.squares, None]:
-            cells = (f"{100 * self.error(name, time):6.2f}%" for time in [*times, None])
-            lines.append(" ".join([f"{name or 'all layers':40}", *cells]))
-        return "\n".join(lines)
+            rows.append([name or "all layers", *(f"{100 * self.error(name, t):6.2f}%" for t in [*times, None])])
+        return "\n".join(aligned(rows, right=range(1, len(times) + 1)))
 
 
 @torch.no_grad()

@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
-from ..layers.plan import LayerPlan
+from ..layers.plan import LayerPlan, Plan
+from ..layers.registry import empty_quantized
+from ..layers.sizes import bytes_in_16_bits
+from ..layers.view import LayerView
 from ..quantization.planning import make_plan
 from ..quantization.recipe import METHODS, QuantConfig
 
@@ -87,29 +90,58 @@ def _value(text: str) -> Any:
         return text
 
 
-def packed(
-    model: nn.Module, recipes: dict[str, QuantConfig], store: CalibrationStore | None, skip: Sequence[str] = ()
-) -> tuple[list[Candidate], dict[str, Any]]:
-    """(every candidate with its quantized layers, the packing options that they share); the model stays as it is.
+@dataclass
+class Planned:
+    """A recipe whose plan is made and whose layers are not packed yet."""
 
-    skip: layers that keep full precision.
+    label: str
+    recipe: QuantConfig
+    plan: Plan
+
+
+def planned(
+    model: nn.Module, recipes: dict[str, QuantConfig], store: CalibrationStore | None, skip: Sequence[str] = ()
+) -> list[Planned]:
+    """The plan of every candidate. skip: layers that keep full precision.
 
     Raises UserError where candidates look at different calibration inputs.
     """
-    found, packing, first = [], dict[str, Any](), ""
+    found: list[Planned] = []
     for text, recipe in recipes.items():
         recipe = replace(recipe, modules_to_not_convert=tuple(skip))
-        plan = make_plan(model, recipe, store)
-        if plan.packing:
-            if packing and packing != plan.packing:
-                raise UserError(
-                    f"candidates '{first}' and '{text}' look at calibration inputs in different ways; give both the "
-                    "same num_tuples, seed and prefix."
-                )
-            packing, first = plan.packing, text
-        layers, plan = recipe.pack(model, plan, store)
-        found.append(Candidate(text, plan.layers, layers))
-    return found, packing
+        found.append(Planned(text, recipe, make_plan(model, recipe, store)))
+    looking = [one for one in found if one.plan.packing]
+    if other := next((one for one in looking if one.plan.packing != looking[0].plan.packing), None):
+        raise UserError(
+            f"candidates '{looking[0].label}' and '{other.label}' look at calibration inputs in different ways; give "
+            "both the same num_tuples, seed and prefix."
+        )
+    return found
+
+
+def packing_of(plans: Sequence[Planned]) -> dict[str, Any]:
+    """The packing options that plans share; {} where none looks at calibration inputs."""
+    return next((one.plan.packing for one in plans if one.plan.packing), {})
+
+
+def packed(model: nn.Module, plans: Sequence[Planned], store: CalibrationStore | None) -> list[Candidate]:
+    """Every candidate with its quantized layers; the model stays as it is."""
+    found = []
+    for one in plans:
+        layers, plan = one.recipe.pack(model, one.plan, store)
+        found.append(Candidate(one.label, plan.layers, layers))
+    return found
+
+
+def least_bytes(model: nn.Module, views: Sequence[LayerView], plans: Sequence[Planned]) -> float:
+    """The least share of the model's bytes in 16 bits that any choice of formats reaches, without packing any."""
+    total = rest = bytes_in_16_bits(model)
+    for view in views:
+        own = bytes_in_16_bits(view.module)
+        choices = [one.plan.layers[view.name] for one in plans if view.name in one.plan.layers]
+        sizes = [bytes_in_16_bits(empty_quantized(view.module, choice, "meta")) for choice in choices]
+        rest += min([own, *sizes]) - own
+    return rest / total
 
 
 def activation_of(label: str, plan: Any) -> str:
@@ -128,21 +160,3 @@ def activation_of(label: str, plan: Any) -> str:
 def width_of(plan: Any) -> int:
     """Bits of a weight; of a format that does not tell, 4."""
     return 32 if plan is None else getattr(plan, "weight_bits", 4)
-
-
-def sixteen_bits(module: nn.Module) -> int:
-    """Bytes of a module's tensors, were its floating ones, but for those that a quantized layer keeps, in 16 bits."""
-    total = 0
-    seen: set[int] = set()
-    for owner in module.modules():
-        kept = getattr(owner, "kept", ())
-        for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                total += tensor.numel() * _width(tensor, name in kept)
-    return total
-
-
-def _width(tensor: Tensor, kept: bool) -> int:
-    wide = tensor.is_floating_point() and tensor.element_size() > 2 and not kept
-    return 2 if wide else tensor.element_size()

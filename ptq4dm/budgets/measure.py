@@ -13,13 +13,19 @@ from ..calibration.calls import Call, Calls, Group, Part
 from ..calibration.evidence import chosen_calls
 from ..calibration.record import ready
 from ..calibration.trace import trace
+from ..layers.sizes import bytes_in_16_bits
 from ..layers.view import LayerView
-from .candidates import Candidate, activation_of, sixteen_bits, width_of
-from .clocks import Clock
+from ..pipelines.denoiser import evaluation_mode
+from ..progress import note
+from .candidates import Candidate, activation_of, width_of
+from .clocks import WARM_UP, Clock
 from .costs import Costs, costs
 from .masking import Sensitivity, direct, masked, parts_of
 from .options import BudgetOptions
 from .table import KEEP, Table
+
+LONG = 10.0
+"""Seconds of work that are told beforehand."""
 
 
 def measured(
@@ -33,19 +39,29 @@ def measured(
     """The table of a model's layers and candidates, on recorded calls. The model stays as it is."""
     names = [view.name for view in views]
     formats = {candidate.label: candidate.layers for candidate in candidates}
-    found = costs(model, timed_call_of(model, calls, options.timed_batch), {KEEP: {}, **formats}, options.rounds,
-                  options.costs, clock)  # fmt: skip
+    call = timed_call_of(model, calls, options.timed_batch)
+    seconds = forecast(model, call, len(views), len(formats), options)
+    if sum(seconds) > LONG:
+        timing, errors = (f"about {one:.0f} s" for one in seconds)
+        known = "unless they are known already"
+        note(f"timing {len(formats)} formats takes {timing}, {known}; errors of {len(views)} layers take {errors}")
+    found = costs(model, call, {KEEP: {}, **formats}, options.rounds, options.costs, clock)
     return table_of(model, views, candidates, calls, found, sensitivities(model, formats, names, calls, options))
 
 
-def least_bytes(model: nn.Module, views: list[LayerView], candidates: Sequence[Candidate]) -> float:
-    """The least share of the model's bytes in 16 bits that any choice of formats reaches."""
-    total = rest = sixteen_bits(model)
-    for view in views:
-        own = sixteen_bits(view.module)
-        sizes = [sixteen_bits(one.layers[view.name]) for one in candidates if view.name in one.layers]
-        rest += min([own, *sizes]) - own
-    return rest / total
+def forecast(model: nn.Module, call: Call, layers: int, formats: int, options: BudgetOptions) -> tuple[float, float]:
+    """Seconds that timing and sensitivities will take, about, by one call of the model; on a GPU 0."""
+    if next(model.parameters()).device.type != "cpu":
+        return 0.0, 0.0
+    seconds = []
+    with torch.no_grad(), evaluation_mode(model):
+        for _ in range(2):
+            start = time.perf_counter()
+            model(*call.args, **call.kwargs)
+            seconds.append(time.perf_counter() - start)
+    runs = layers * (formats if options.sensitivity == "direct" else 1) + 1
+    timing = 2 * (formats + 1) * (WARM_UP + options.rounds)  # every format in a model by itself, and in a mixture
+    return min(seconds) * timing, min(seconds) * runs * options.num_tuples / options.timed_batch
 
 
 def timed_call_of(model: nn.Module, calls: Calls, rows: int) -> Call:
@@ -113,17 +129,18 @@ def table_of(
             if same != column:
                 continue
             layer = view.module if column == 0 else candidates[column - 1].layers[view.name]
-            sizes[row, column], widths[row, column] = sixteen_bits(layer), width_of(plan)
+            sizes[row, column], widths[row, column] = bytes_in_16_bits(layer), width_of(plan)
             words[row][column] = activation_of(label, plan)
             if view.name in found.layers[label]:  # one that the call does not reach takes no time
                 figure = found.layers[label][view.name]
                 times[row, column], spreads[row, column] = figure.median, figure.spread
             errors[row, column] = sensitivity.errors[view.name].get(label, 0.0) if column else 0.0
-    total = sixteen_bits(model)
+    total, step = bytes_in_16_bits(model), found.steps[KEEP]
     return Table(
         names, labels, times, spreads, sizes, errors, allowed, widths, words, _ties(model, views, calls),
-        found.steps[KEEP].median, found.outside, total, total - float(sizes[:, 0].sum()), found.where,
-        sensitivity.forwards, {label: figure.median for label, figure in found.steps.items()}, stands,
+        step.median, found.outside, total, total - float(sizes[:, 0].sum()), found.where,
+        sensitivity.forwards, {label: figure.median for label, figure in found.steps.items()},
+        step.spread / step.median, step.count, stands,
     )  # fmt: skip
 
 

@@ -53,6 +53,10 @@ class Table:
     forwards: int = 0
     measured: dict[str, float] = field(default_factory=dict)
     """label -> microseconds of the step with that format in all layers, where it was measured."""
+    scatter: float = 0.0
+    """Distance of the quartiles of the full-precision step's times, as a share of their median."""
+    rounds: int = 0
+    """Times of that step that were taken."""
     stands: np.ndarray | None = None
     """[L, F] of a format that a layer cannot have, the one that stands for it: KEEP, or an equal one."""
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..errors import DamagedFile, UserError
+from ..errors import DamagedFile
 from ..files.atomic import replacing
 from ..files.claim import digest
 from ..files.crc import checksum
+from ..files.missing import STORE, check_store
 from ..files.outside import TensorFile, checked_object, described, outside, read_json, read_tensors
 from ..files.tensors import write_tensors
 from .call_files import AGAIN, MOST, check_run, load_calls
@@ -46,9 +47,8 @@ VERSION = 2  # of the folder; 0.1.0 wrote no number
 
 def read_meta(folder: Path) -> dict:
     """store.json. Raises UserError where it is missing, DamagedFile where it is damaged or not ours."""
-    path = Path(folder) / "store.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a calibration store (no store.json); make one with `ptq4dm collect`.")
+    check_store(folder)
+    path = Path(folder) / STORE
     meta = read_json(path, AGAIN)
     with outside(path, AGAIN):
         return _checked(meta)

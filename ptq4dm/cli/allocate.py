@@ -34,6 +34,8 @@ from .options import (
 )
 from .output import result, say
 
+WIDE = 0.1  # scatter of a step's times, as a share of their median, above which it is said
+
 
 def method() -> type[QuantConfig]:
     """The method that chooses formats under budgets."""
@@ -54,7 +56,8 @@ def add(parser) -> None:
 
 
 def run(args) -> None:
-    config, calibration = method()(**given(args, method())), calibration_of(args)
+    config: Any = method()(**given(args, method()))  # it has budgets
+    calibration = calibration_of(args)
     conditions = conditioning_of(args)
     if args.calibration is not None:
         check_idle(args, CONDITIONING, f"the calls in {args.calibration} were made already")
@@ -67,12 +70,12 @@ def run(args) -> None:
         check_kept(args, store, options_of(type(config)))
     pipe = load(args, args.model)
     model, name = component_of(pipe, args.component), args.component or denoiser_name(pipe)
+    config.check_reach(model)
     if store is None:
         fitted = fitting(calibration, args, pipe)
         store = collect(pipe, fitted, component=args.component, **conditions)
     plan = make_plan(model, config, store.of(model, name))
-    outcome: Any = config.outcome  # of the method that has budgets
-    table, chosen = outcome.table, outcome.allocation
+    table, chosen = config.outcome.table, config.outcome.allocation
     for line in lines_of(table, chosen):
         say(line)
     plan.save(args.output)
@@ -91,6 +94,12 @@ def run(args) -> None:
         })  # fmt: skip
 
 
+def certainty_of(table: Table) -> str:
+    """How many rounds times are medians of, and how far rounds differ."""
+    text = f"medians of {table.rounds} rounds; the middle half of the step's times is {table.scatter:.0%} of it wide"
+    return f"{text}: uncertain; take more --rounds, or a quieter machine" if table.scatter > WIDE else text
+
+
 def counts(table: Table, picks: Any) -> dict[str, int]:
     """Format -> layers that have it."""
     return {label: int((picks == number).sum()) for number, label in enumerate(table.labels)}
@@ -101,6 +110,7 @@ def lines_of(table: Table, chosen: Any) -> list[str]:
     lines = [
         f"step in full precision: {table.step / 1e3:.2f} ms, {table.outside / 1e3:.2f} of it outside of the layers, "
         f"on {table.device}; bytes in 16 bits: {table.total / 1e6:.2f} MB; errors from {table.forwards} forwards",
+        certainty_of(table),
         f"{'latency':>8} {'measured':>8} {'bytes':>7} {'error':>10} {'layers':>6}  format for all layers, predicted",
     ]
     given = counts(table, chosen.picks)

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from .output import result, say
-from .parser import names_file
+from .parser import WORDS, known_words, names_file
 
 SHELLS = ("bash", "zsh", "fish")
-WORDS = Path(__file__).with_name("words.json")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    words = json.loads(WORDS.read_text())
+    words = known_words()
     script = {"bash": _bash, "zsh": _zsh, "fish": _fish}[args.shell](words)
     say(script)
     result(shell=args.shell, script=script)
@@ -40,6 +38,8 @@ def words_of(parser: argparse.ArgumentParser, path: str = "") -> dict[str, dict]
     """Command ("", "info", "bench tune") -> {"commands": names, "flags": {flag: what may follow it}}, all sorted.
 
     What may follow: null (nothing), or {"choices": words, "files": whether it names a file, "many": more than one}.
+    For `refuse` of verbs.py also argparse's "nargs", the name of its "type", and "closed": that there are no other
+    choices.
     """
     flags: dict[str, dict | None] = {}
     commands: list[str] = []
@@ -64,6 +64,9 @@ def _value(action: argparse.Action) -> dict | None:
         "choices": [str(choice) for choice in known],
         "files": names_file(action),
         "many": action.nargs in ("+", "*"),
+        "nargs": action.nargs,
+        "type": getattr(action.type, "__name__", "str"),
+        "closed": bool(action.choices),
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
+from ..caching.cached_steps import cached_steps
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ..evaluation.report import PICTURE, REPORT, format_report
@@ -19,6 +21,7 @@ from .options import (
     add_conditioning,
     add_model,
     add_optimize,
+    add_reuse,
     add_sampler,
     add_steps,
     check_idle,
@@ -27,6 +30,7 @@ from .options import (
     device_of,
     load,
     optimized,
+    reused,
     steps_of,
 )
 from .output import result, say
@@ -43,6 +47,7 @@ def add(parser) -> None:
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--output", default="out/evaluation", help=f"folder of {REPORT} and {PICTURE}")
     add_optimize(parser)
+    add_reuse(parser)
     add_sampler(parser)
     add_conditioning(parser)
 
@@ -53,8 +58,8 @@ def run(args) -> None:
         options["num_inference_steps"] = args.num_inference_steps
     config = EvaluateConfig(batch_size=args.batch_size, **options)
     config.check()
-    if (args.optimize or args.engine or args.weight_cache or args.attention) and args.images:
-        raise UserError("--optimize and --engine are for a model; images are measured as they are.")
+    if (args.optimize or args.engine or args.weight_cache or args.attention or args.reuse) and args.images:
+        raise UserError("--optimize, --engine and --reuse are for a model; images are measured as they are.")
     if args.write_reference and not args.images:
         raise UserError("--write-reference takes the statistics of a folder of images; give it with --images.")
     if args.images:
@@ -79,7 +84,12 @@ def run(args) -> None:
         say(format_report(report))
         result(**report, **facts)
 
-    evaluate(pipe, full_precision, config, args.output, show)
+    plan = reused(args, pipe, conditioning_of(args))
+    with nullcontext() if plan is None else cached_steps(pipe, plan) as cache:
+        evaluate(pipe, full_precision, config, args.output, show)
+    if cache is not None:
+        say(f"{model}, with steps cached:\n{cache}")
+        result(calls_computed=cache.computed, calls_reused=cache.reused)
     for name, done in zip((model, original), ways, strict=False):
         if done is not None:
             say(f"{name}, optimized:\n{done}")

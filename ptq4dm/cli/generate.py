@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
+from ..caching.cached_steps import cached_steps
 from ..checks import seeds_of
 from ..errors import UserError
 from ..files.pictures import opened_picture
@@ -17,12 +19,14 @@ from .options import (
     add_conditioning,
     add_model,
     add_optimize,
+    add_reuse,
     add_sampler,
     add_steps,
     conditioning_of,
     default_model,
     load,
     optimized,
+    reused,
     steps_of,
 )
 from .output import main_process, result, say
@@ -41,6 +45,7 @@ def add(parser) -> None:
     text = "of `personalize`, or a textual inversion of diffusers: its file, or the folder of it"
     parser.add_argument("--embedding", metavar="FILE", help=text)
     add_optimize(parser)
+    add_reuse(parser)
     add_sampler(parser)
     add_conditioning(parser)
 
@@ -65,15 +70,19 @@ def run(args) -> None:
     if done is not None:  # its pictures differ by rounding, and with another attention by more
         more |= {"engine": args.engine} if args.engine else {"optimized": True}
         more |= {"attention": args.attention} if args.attention else {}
-    paths = generate(
-        pipe,
-        seeds,
-        args.output,
-        num_inference_steps=steps_of(args, pipe),
-        batch_size=args.batch_size,
-        metadata={"model": str(model), **more},
-        **given,
-    )
+    plan = reused(args, pipe, given)
+    if plan is not None:
+        more |= {"reuse": {"weights": plan.weights, "depth": plan.depth}}
+    with nullcontext() if plan is None else cached_steps(pipe, plan) as cache:
+        paths = generate(
+            pipe,
+            seeds,
+            args.output,
+            num_inference_steps=steps_of(args, pipe),
+            batch_size=args.batch_size,
+            metadata={"model": str(model), **more},
+            **given,
+        )
     if main_process():
         with opened_picture(paths[0]) as image:
             scale = max(1, 128 // image.width)
@@ -81,6 +90,10 @@ def run(args) -> None:
         say(f"{len(paths)} images of {model}: {args.output}")
         say(f"picture: {picture}")
         result(model=model, output=args.output, images=paths, picture=picture)
+        if plan is not None and cache is not None:
+            plan.save(kept := Path(f"{args.output}.reuse.json"))
+            say(f"{cache}\nplan: {kept}")
+            result(reuse=kept, calls_computed=cache.computed, calls_reused=cache.reused)
         if done is not None:
             say(str(done))
             result(optimized=str(done).splitlines())

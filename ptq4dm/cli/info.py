@@ -14,14 +14,16 @@ from ..kernels.cpu import library
 from ..layers.attention.planned import attention_modules, attention_of
 from ..layers.base import holds_quantized, is_quantized
 from ..layers.plan import FLOAT_INPUTS
+from ..layers.sizes import bytes_in_16_bits, full_bytes_in_16_bits, stored_bytes, text_of
 from ..layers.view import find_layers, in_ip_adapter
 from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
 from ..pipelines.load import folder_of
 from ..pipelines.sampling import sample
 from ..quantization.diffusers_bridge import quantization_config
 from ..quantization.recipe import QuantConfig
-from ..quantization.report import kernel_report, memory_beside_floats, memory_lines, stored_bytes
+from ..quantization.report import kernel_report, memory_beside_floats, memory_lines, without_kernel
 from ..quantization.saving import verify
+from ..tables import aligned
 from .options import QUANTIZED_FIRST, add_model, default_model, load
 from .output import result, say
 
@@ -55,6 +57,8 @@ def run(args) -> None:
         "scheduler": type(pipe.scheduler).__name__,
         "quantization": None if config is None else config.summary(),
         "bytes": stored_bytes(network),
+        "bytes_in_16_bits": bytes_in_16_bits(network),
+        "full_bytes_in_16_bits": full_bytes_in_16_bits(network),
         "layers": layers,
         "left": left_layers(network, config),
         "attention": attention_in_8_bits_of(network),
@@ -170,7 +174,8 @@ def other_networks(pipe: Any) -> dict[str, dict]:
 def _text(facts: dict[str, Any]) -> str:
     lines = [f"{name:<13} {facts[name]}" for name in ("model", "pipeline", "denoiser", "scheduler")]
     lines.append(f"{'quantization':<13} {_options(facts['quantization']) or 'none'}")
-    lines.append(f"{'bytes':<13} {facts['bytes']:,} in all tensors of the denoiser")
+    sizes = text_of(*(facts[name] for name in ("bytes", "bytes_in_16_bits", "full_bytes_in_16_bits")))
+    lines.append(f"{'bytes':<13} {sizes}")
     for name, layers in facts.get("verified", {}).items():
         lines.append(f"{'verified':<13} {name or 'the model'}: {layers} layers and all else are as they were saved")
     for name, one in facts["networks"].items():
@@ -188,11 +193,13 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"{'attention':<13} of {count} layers in 8 bits ({kind}), by {kernel}")
     if facts["compiled"]:
         lines.append(f"{'CPU kernels':<13} {facts['compiled']}")
-    wide = max([13, *(len(row["kernel"]) for row in facts["layers"])])
-    lines.append(f"\n{'bytes':>12}  {'format':<24} {'kernel':<{wide}} {'shape':<20} layer")
+    if text := without_kernel(facts["layers"]) if facts["quantization"] else "":
+        lines.append(f"{'no kernel':<13} {text}")
+    table = [["bytes".rjust(12), "format", "kernel", "shape", "layer"]]
     for row in facts["layers"]:
         shape = "x".join(map(str, row["shape"]))
-        lines.append(f"{row['bytes']:>12,}  {row['format']:<24} {row['kernel']:<{wide}} {shape:<20} {row['layer']}")
+        table.append([f"{row['bytes']:,}", row["format"], row["kernel"], shape, row["layer"]])
+    lines += ["", *aligned(table, right=(0,))]
     if facts["left"]:
         lines.append(f"\n{'bytes':>12}  in full precision, and why")
     lines += [f"{row['bytes']:>12,}  {row['layer']}: {row['why']}" for row in facts["left"]]

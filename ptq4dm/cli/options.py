@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..caching.plan_steps import MOST_REUSE, StepPlanConfig, plan_cached_steps
+from ..caching.step_plan import StepPlan
 from ..calibration.collect import CalibrationConfig
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
@@ -39,6 +41,10 @@ def add_model(parser, default: str | None = EXAMPLE, note: str = "") -> None:
     text = f"hub id, diffusers folder, or embedded name ({', '.join(EMBEDDED)})"
     text = f"{text}; {note}" if note else text
     parser.add_argument("--model", default=default, help=text).known = EMBEDDED  # for completion
+    add_device(parser)
+
+
+def add_device(parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
     parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU")
 
@@ -103,6 +109,28 @@ def optimized(args, model, pipe) -> Optimized | None:
     folder = folder_of(model)
     own = str(model) not in EMBEDDED and folder.is_dir() and os.access(folder, os.W_OK)
     return optimize(pipe, engine=args.engine, cache=folder / args.engine if own else None)
+
+
+def add_reuse(parser) -> None:
+    text = (
+        "steps that reuse the deep part of the network: the share of them, such as 0.4, planned for this model and "
+    )
+    text += "sampler first; or the JSON file of a plan"
+    parser.add_argument("--reuse", metavar="SHARE|JSON", help=text)
+
+
+def reused(args, pipe, conditioning: dict) -> StepPlan | None:
+    """The plan that `--reuse` names, or one made for this pipeline; None without it. conditioning: of `sample`."""
+    if args.reuse is None:
+        return None
+    try:
+        share = float(args.reuse)
+    except ValueError:
+        return StepPlan.load(args.reuse)
+    if not 0 <= share <= MOST_REUSE:
+        raise UserError(f"--reuse is a share of steps from 0 to {MOST_REUSE}, or a JSON file; got {args.reuse}.")
+    config = StepPlanConfig(num_inference_steps=steps_of(args, pipe), reuse=share)
+    return plan_cached_steps(pipe, config, **conditioning)
 
 
 def add_calibration(parser) -> None:

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import meant
 from .failures import WRONG_INPUT, complain
 
 LONGEST = 200  # characters of a wrong value that are repeated
+WORDS = Path(__file__).with_name("words.json")
 PATHS = ("MODEL", "DIR", "PNG", "JSON", "NPZ", "FILE")  # what stands for a file or a folder in the help
-PATH_FLAGS = ("model", "output", "reference")  # which say by their names what they are
+PATH_FLAGS = (
+    "model",
+    "output",
+    "reference",
+    "inception_weights",
+    "lpips_weights",
+    "clip",
+    "image_reward",
+)  # which say by their names what they are
+
+
+def known_words() -> dict[str, dict]:
+    """What completion's `words_of` said when words.json was written."""
+    return json.loads(WORDS.read_text(encoding="utf-8"))
 
 
 def names_file(action: argparse.Action) -> bool:

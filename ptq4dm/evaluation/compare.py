@@ -15,9 +15,9 @@ from ..calibration.look import look
 from ..calibration.record import ready
 from ..calibration.request import request_of
 from ..calibration.sampled import record_components
+from ..layers.sizes import stored_bytes
 from ..pipelines.denoiser import denoiser, denoiser_name, denoiser_names
 from ..progress import progress_bar
-from ..quantization.report import stored_bytes
 from .paired import EpsilonError
 
 

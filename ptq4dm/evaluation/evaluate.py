@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from ..checks import check_fields, check_seeds, checked, named_options
 from ..errors import UserError
@@ -20,33 +19,35 @@ from ..options import option
 from ..pipelines.denoiser import check_sampled, denoiser, turn_at
 from ..pipelines.devices import check_device
 from ..pipelines.generate import fingerprint, settings
-from ..pipelines.sampling import MOST_BATCH, MOST_STEPS, check_arguments, refusals, sample
-from ..progress import progress_bar
+from ..pipelines.sampling import MOST_BATCH, MOST_STEPS, check_arguments, refusals
 from ..quantization.components import left_out, quantized_plans
 from ..quantization.report import memory_beside_floats
 from .compare import compare_denoisers, denoiser_bytes
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
 from .frechet import write_statistics
 from .inception import MODES
-from .paired import image_errors, paired_psnr
-from .report import check_places, format_report, write_report, write_samples
+from .measures import MeasureOptions, load_measures
+from .pictures import Pictures
+from .report import PICTURE, check_places, format_report, write_report, write_samples
 
 MOST_IMAGES = 10_000_000
 
 
 @named_options
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(MeasureOptions):
     """What to measure, and with how much.
 
     num_images: samples for the Frechet distance, seeds seed .. seed + num_images - 1.
-    num_paired: same-seed images of both models (the first of those seeds); 0 leaves it out.
+    num_paired: same-seed images of both models (the first of those seeds); 0 leaves it out. Scores of prompts are of
+        as many images of each model.
     num_heldout: recorded denoiser inputs for the epsilon error, seeds from heldout_seed; 0 leaves it out.
     metric: "feature-fid" (embedded network, 32x32), "fid" (Inception) or "none".
     reference: folder of images or npz; None is the embedded statistics (feature-fid only).
     inception_weights, resize: see `load_inception`; for "fid" only.
     timed_steps: denoiser calls timed per model after warmup_steps; 0 leaves it out.
     conditioning, pipeline_kwargs: see `sample`.
+    lpips_weights, clip, image_reward: networks that pictures are judged by, see `MeasureOptions`.
     """
 
     num_images: int = option(1000, "samples for the Frechet distance", low=0, high=MOST_IMAGES)
@@ -101,8 +102,8 @@ def evaluate(
             written is printed.
 
     Returns:
-        {"frechet", "paired", "epsilon_error", "bytes", "memory", "step_time", "warnings"}, without what was left out;
-        plain numbers and strings, as in report.json. `format_report` prints it.
+        {"frechet", "paired", "prompts", "not_measured", "epsilon_error", "bytes", "memory", "step_time", "warnings"},
+        without what was left out; plain numbers and strings, as in report.json. `format_report` prints it.
 
     Raises:
         UserError: settings that measure nothing, samples with NaN or infinity, or a reference that does not fit.
@@ -144,7 +145,7 @@ def _write(report: dict, shown: tuple[list, list[int]] | None, folder: Path, tol
     try:
         write_report(report, folder)
         if shown:
-            write_samples(*shown, folder)
+            write_samples(*shown, folder / PICTURE)
     except UserError:
         if not told:  # hours of measuring are not lost because a disk is full
             print(format_report(report), flush=True)
@@ -188,10 +189,11 @@ def write_reference(
 
 
 def _measure(pipe, full_precision, config: EvaluateConfig) -> tuple[dict, tuple[list, list[int]] | None]:
-    """The report, and pictures to show; see `_Pictures`."""
+    """The report, and pictures to show; see `Pictures`."""
     report: dict = {"sampler": _sampler(pipe), "num_inference_steps": config.num_inference_steps, "warnings": []}
     report["networks"] = {"quantized": list(quantized_plans(pipe)), "full_precision": left_out(pipe)}
-    pictures = _Pictures(pipe, full_precision, config)
+    measures = load_measures(config, denoiser(pipe).device)
+    pictures = Pictures(pipe, full_precision, config, measures)
     if config.metric != "none":
         extractor = _extractor(config, denoiser(pipe).device)
         reference = load_reference_statistics(extractor, config.reference, config.batch_size)
@@ -201,9 +203,7 @@ def _measure(pipe, full_precision, config: EvaluateConfig) -> tuple[dict, tuple[
     else:
         for _ in pictures.batches():
             pass
-    if pictures.num_paired:
-        errors = gather_object(pictures.errors)
-        report["paired"] = {"num_images": len(errors), "seed": config.seed, **paired_psnr(errors)}
+    report |= pictures.entries()
     if full_precision is not None:
         report |= compare_denoisers(pipe, full_precision, config)
     else:
@@ -220,51 +220,3 @@ def _sampler(pipe) -> dict:
 
 def _extractor(config: EvaluateConfig, device) -> Extractor:
     return load_extractor(config.metric, check_device(device), config.inception_weights, config.resize)
-
-
-class _Pictures:
-    """This process's share of the pictures: sampled as `batches` is read, the pairs compared on the way.
-
-    Seeds are dealt like cards, so that every process has its part of the pairs. Pairs make batches of their own: the
-    same batch for both models, as kernels may round differently in another batch size.
-
-    errors: the pairs' mean squared errors; shown: (rows of pictures, seeds) of the first batch, None before it.
-    """
-
-    def __init__(self, pipe, full_precision, config: EvaluateConfig) -> None:
-        self.pipe, self.full_precision, self.config = pipe, full_precision, config
-        self.num_paired = config.num_paired if full_precision is not None else 0
-        self.num_counted = config.num_images if config.metric != "none" else 0
-        self.errors: list[float] = []
-        self.shown: tuple[list, list[int]] | None = None
-
-    def batches(self):
-        """Images [B, 3, H, W] in [0, 1] of the seeds that the Frechet distance counts."""
-        config, state = self.config, PartialState()
-        seeds = range(config.seed, config.seed + max(self.num_paired, self.num_counted))
-        dealt = slice(state.process_index, None, state.num_processes)
-        parts = [seeds[: self.num_paired][dealt], seeds[self.num_paired :][dealt]]
-        batches = [list(p[i : i + config.batch_size]) for p in parts for i in range(0, len(p), config.batch_size)]
-        alone = state.is_main_process and len(batches) == 1  # then the pipeline's own bar says more
-        hidden = alone or not state.is_main_process
-        with progress_bar(total=sum(map(len, parts)), unit="image", desc="sampling", hidden=hidden) as bar:
-            for batch in batches:
-                images = self._draw(self.pipe, batch, alone)
-                rows = [("quantized" if self.full_precision is not None else "samples", images)]
-                if batch[0] < config.seed + self.num_paired:
-                    rows.insert(0, ("full precision", self._draw(self.full_precision, batch, alone)))
-                    self.errors += image_errors(images, rows[0][1])
-                self.shown = self.shown or (rows, batch)
-                if counted := sum(seed < config.seed + self.num_counted for seed in batch):
-                    yield images[:counted]
-                bar.update(len(batch))
-
-    def _draw(self, pipe, seeds: list[int], progress: bool):
-        return sample(
-            pipe,
-            seeds,
-            progress=progress,
-            num_inference_steps=self.config.num_inference_steps,
-            conditioning=self.config.conditioning,
-            pipeline_kwargs=self.config.pipeline_kwargs,
-        )

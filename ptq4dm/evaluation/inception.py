@@ -7,18 +7,16 @@ Two ways to bring an image to the network's 299x299, which give different FIDs a
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DamagedFile, UserError
-from ..files.outside import finite, outside, unpickled_tensors
+from .state_file import read_state
 
 NUM_FEATURES = 2048
 MODES = {"torch-fidelity": "torch-fidelity (TF1 bilinear)", "clean": "clean (bicubic, antialias)"}
@@ -74,7 +72,7 @@ def load_inception(
     except (ImportError, RuntimeError, OSError) as error:  # a torchvision built for another torch raises these
         raise UserError(f"torch-fidelity is installed but does not import ({error}); reinstall it.") from error
     path = _download(URL_INCEPTION_V3) if weights is None else Path(weights)
-    state, digest = _read(path)
+    state, digest = read_state(path)
     # torch-fidelity unpickles whatever file it is given, so it is given our own copy of the checked tensors.
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -100,13 +98,3 @@ def _download(url: str) -> Path:
                 f"fetch {url} yourself and give its path as inception weights."
             ) from error
     return target
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file, and its SHA-256. Raises DamagedFile."""
-    with outside(path, "give a file of tensors, .pth or .safetensors"):
-        data = path.read_bytes()
-        state = load(data) if path.suffix == ".safetensors" else unpickled_tensors(data)
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise UserError(f"{path} does not hold a state dict (a flat map of names to tensors).")
-        return {name: finite(tensor, str(name)) for name, tensor in state.items()}, hashlib.sha256(data).hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from scipy.special import stdtrit
@@ -47,29 +48,36 @@ def paired_psnr(errors: Sequence[float]) -> dict:
     """The mean PSNR of images and how well it is known, from their mean squared errors.
 
     Returns:
-        {"psnr_db", "psnr_stderr", "psnr_interval", "mse", "identical"}: the standard error over the images; the two
-        ends of the 95 % interval, by Student's law for so many images; and how many images have no error at all.
-        One image alone has neither standard error nor interval: they are None.
+        {"psnr_db", "psnr_stderr", "psnr_interval", "mse", "identical"}: the mean with its standard error and interval
+        (`mean_interval`), and how many images have no error at all.
 
     Raises:
         UserError: NaN or infinity among the errors.
     """
     if not all(math.isfinite(error) for error in errors):
         raise UserError("an image's error is NaN or infinite: one of the two models overflowed.")
-    values, count = [psnr(error) for error in errors], len(errors)
-    mean = sum(values) / count
+    found = mean_interval([psnr(error) for error in errors])
+    return {
+        "psnr_db": found["mean"],
+        "psnr_stderr": found["stderr"],
+        "psnr_interval": found["interval"],
+        "mse": sum(errors) / len(errors),
+        "identical": sum(error == 0 for error in errors),
+    }
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "stderr", "interval"}: the standard error of the mean, and the two ends of its 95 % interval.
+
+    By Student's law for so many values. Of one value alone there is neither: they are None.
+    """
+    mean, count = sum(values) / len(values), len(values)
     stderr = interval = None
     if count > 1:
         stderr = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
         reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * stderr
         interval = [mean - reach, mean + reach]
-    return {
-        "psnr_db": mean,
-        "psnr_stderr": stderr,
-        "psnr_interval": interval,
-        "mse": sum(errors) / count,
-        "identical": sum(error == 0 for error in errors),
-    }
+    return {"mean": mean, "stderr": stderr, "interval": interval}
 
 
 class EpsilonError:

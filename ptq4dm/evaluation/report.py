@@ -15,6 +15,8 @@ from ..files.outside import read_json
 from ..files.places import file_place, picture_place
 from ..pipelines.images import image_grid, save_picture, to_uint8
 from ..quantization.report import memory_lines
+from .measures import LABELS
+from .published import DIRECTIONS, cell, not_measured_text, published_table, rows_of
 
 REPORT, PICTURE = "report.json", "samples.png"
 CELL = 96  # pixels a side, about, of one picture in samples.png
@@ -45,7 +47,12 @@ def format_report(report: dict) -> str:
         low, high = p["psnr_interval"] or (None, None)
         reach = "" if low is None else f" (95 %: {low:.2f} to {high:.2f})"
         lines.append(f"{'same-seed PSNR':<22} {p['psnr_db']:.2f} dB{reach}   MSE {p['mse']:.3e}")
+        lines += _measured({k: p[k] for k in ("ssim", "lpips") if k in p}, {"lpips": p.get("lpips_network", "")})
         lines.append(f"    {p['num_images']} images, seeds from {p['seed']}{same}")
+    if q := report.get("prompts"):
+        lines += _measured(q["model"], {})
+        lines += [f"    full precision: {line.strip()}" for line in _measured(q.get("full_precision", {}), {})]
+        lines.append(f"    {q['num_images']} images and their prompts, seeds from {q['seed']}")
     if e := report.get("epsilon_error"):
         lines.append(f"{'epsilon error':<22} {e['overall']:.3e}   |e_q - e_fp|^2 / |e_fp|^2")
         lines.append(f"    {e['rows']} held-out calls, seeds from {e['seed']}; by timestep:")
@@ -64,8 +71,23 @@ def format_report(report: dict) -> str:
             f"{'speed of one step':<22} {_times(t['speedup'], 'faster', 'slower', 'fast')} full precision{ms}"
         )
         lines.append(f"    {t['device']}, batch {t['batch_size']}, median of {t['timed_steps']}, interleaved")
+    if "not_measured" in report:
+        label = report.get("frechet", {}).get("label", "FID")
+        missing = report["not_measured"] | ({} if "frechet" in report else {"frechet": "--metric fid"})
+        lines += ["", published_table(rows_of(report), label), DIRECTIONS, not_measured_text(missing)]
     lines += [f"warning: {w}" for w in report.get("warnings", [])]
     return "\n".join(lines)
+
+
+def _measured(found: dict, networks: dict[str, str]) -> list[str]:
+    """A line for each figure with its interval: "LPIPS (alex)  0.123 (95 %: 0.1 to 0.2)"."""
+    lines = []
+    for name, one in found.items():
+        low, high = one["interval"] or (None, None)
+        reach = "" if low is None else f" (95 %: {cell(name, low)} to {cell(name, high)})"
+        label = LABELS[name] + (f" ({networks[name]})" if networks.get(name) else "")
+        lines.append(f"{label:<22} {cell(name, one['mean'])}{reach}")
+    return lines
 
 
 def _against(b: dict) -> str:
@@ -101,8 +123,8 @@ def _json(report: dict) -> str:
     return json.dumps(report, indent=2, allow_nan=False)
 
 
-def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], folder: Path) -> None:
-    """samples.png in `folder`: one labelled row per model, one column per seed (the first eight).
+def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], path: Path) -> None:
+    """Write a PNG: one labelled row per model, one column per seed (the first eight).
 
     Args:
         rows: (label, images float [N,3,H,W] in [0,1]), the same N and H, W for all.
@@ -123,4 +145,4 @@ def write_samples(rows: list[tuple[str, Tensor]], seeds: list[int], folder: Path
         draw.text((6, top + (k + 0.5) * grid.height / len(rows)), label, "black", anchor="lm")
     for k, seed in enumerate(seeds[:columns]):
         draw.text((left + (k + 0.5) * grid.width / columns, top / 2), f"seed {seed}", "black", anchor="mm")
-    save_picture(canvas, folder / PICTURE)
+    save_picture(canvas, path)

@@ -227,6 +227,15 @@ class Handed:
         return function(*[plain(one) for one in args], **given)
 
 
+def encoded(layer: Any, value: Any) -> tuple[Any, Any]:
+    """(codes that a quantized layer takes, None), or (None, the tensor) where it takes none: of any value that comes
+    in a tensor's place."""
+    if not isinstance(value, Handed):
+        return None, value
+    codes = value.codes_for(layer)
+    return (None, value.tensor()) if codes is None else (codes, None)
+
+
 def plain(value: Any) -> Any:
     """A value with tensors for all that stands for one."""
     if isinstance(value, Handed):

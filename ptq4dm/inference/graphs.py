@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..caching.cached_steps import reuse_of
 from ..caching.state import PLAIN
 from ..pipelines.denoiser import time_names
 from .blocks import plain_forward
@@ -91,7 +92,7 @@ class Graphed:
                 return self._as_it_is(why, args, kwargs)
             leaves, structure = pytree.tree_flatten((args, kwargs))
             leaves = self._times_as_tensors(leaves, structure)
-            form = _form(leaves, structure)
+            form = _form(leaves, structure, reuse_of(self.model))
             graph = None if isinstance(form, str) else self.graphs.get(form)
             watch, made = self.watch, None
             in_place = watch is not None and watch.in_place()
@@ -209,9 +210,9 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
     return own
 
 
-def _form(leaves: list, structure: Any) -> Any:
-    """What calls that may share a graph agree in; a text: why there can be none."""
-    facts: list[Any] = [structure]
+def _form(leaves: list, structure: Any, reuse: Any) -> Any:
+    """What calls that may share a graph agree in; a text: why there can be none. reuse: of a part, see `reuse_of`."""
+    facts: list[Any] = [structure, reuse]
     for leaf in leaves:
         if type(leaf) in (Tensor, nn.Parameter):
             if leaf.layout != torch.strided:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -44,7 +43,9 @@ from .weight_cache import Refreshed, WeightCache, bytes_of, keep_weights
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-DONE: WeakKeyDictionary[nn.Module, OptimizedModel] = WeakKeyDictionary()
+MARK = "_ptq4dm_optimized"
+"""The attribute of a network that holds what was done to it, and that dies with it: a table of the process, whose
+entries know of the network, would keep it alive."""
 
 
 def optimize(
@@ -111,8 +112,18 @@ def unoptimize(target: DiffusionPipeline | nn.Module) -> None:
     models = _models(target)
     with turn_at(target):
         for model in models.values():
-            if found := DONE.pop(model, None):
-                found.undo()
+            _undo(model)
+
+
+def _note(one: OptimizedModel) -> None:
+    """Let a network know what was done to it."""
+    one.model.__dict__[MARK] = one
+
+
+def _undo(model: nn.Module) -> None:
+    """Take back what was done to a network, if anything was."""
+    if found := model.__dict__.pop(MARK, None):
+        found.undo()
 
 
 def _models(target: Any) -> dict[str, nn.Module]:
@@ -144,8 +155,7 @@ def _optimized(
 ) -> Optimized:  # fmt: skip
     report = Optimized(unoptimize)
     for model in models.values():
-        if before := DONE.pop(model, None):
-            before.undo()
+        _undo(model)
     caches = {} if budget is None else keep_weights(models, budget)
     for name, model in models.items():
         report.models[name] = one = OptimizedModel(model, _device(model))
@@ -169,16 +179,16 @@ def _optimized(
             _graphs(one, kept)
         elif graphs is None:
             one.left["graphs"] = f"there are none on {one.device}"
-        DONE[model] = one
+        _note(one)
     return report
 
 
 def _through(engine: str, models: dict[str, nn.Module], precision: str | None, cache: Any, kept: int) -> Optimized:
     report = Optimized(unoptimize)
     for name, model in models.items():
-        if before := DONE.pop(model, None):
-            before.undo()
-        report.models[name] = DONE[model] = one = OptimizedModel(model, _device(model))
+        _undo(model)
+        report.models[name] = one = OptimizedModel(model, _device(model))
+        _note(one)
         if _forward_is_taken(one, "the engine"):  # engines.check_model has refused all but a copy's own
             continue
         one.through = through = engines.through(engine, model, precision, cache, kept)

@@ -36,6 +36,10 @@ class OptimizedModel:
     left: dict[str, str] = field(default_factory=dict)
     takes_back: list[Callable[[], None]] = field(default_factory=list)
 
+    def __reduce__(self) -> tuple:
+        """A copy of the network is not optimized, and has none of this."""
+        return type(None), ()
+
     def undo(self) -> None:
         """Take everything back, the last first."""
         while self.takes_back:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
-from ..handed.value import Handed, RowCodes
+from ..handed.value import Handed, RowCodes, encoded
 from ..kernels.formats import hadamard
 from ..kernels.formats.int8 import dynamic_scale
 from ..kernels.formats.progressive import MOST, ProgressiveGrid, leaves_int8
@@ -227,12 +227,10 @@ class ProgressiveLinear(ProgressiveLayer, QuantizedLinear):
         return RowCodes(codes, scale, x.shape, dtype)
 
     def forward(self, input: Tensor | Handed) -> Tensor:
-        if isinstance(input, Handed):
-            given = input.codes_for(self)
-            if given is not None:
-                return self._of_codes(given)
-            input = input.tensor()
-        return progressive_ops.stepped_linear(input, *self.operands)
+        given, x = encoded(self, input)
+        if given is not None:
+            return self._of_codes(given)
+        return progressive_ops.stepped_linear(x, *self.operands)
 
     def _of_codes(self, given: RowCodes) -> Tensor:
         weight = (self.qweight, self.wsteps, self.wzeros, self.wscales, self.added)

@@ -184,9 +184,9 @@ class RowMixLayer(RoundedLayer):
 
     def kernel_name(self) -> str:
         """The kernel that serves this layer where its codes are now."""
-        plan, size = self.plan, row_mix_ops.group_size(self._inputs(), self.wscales.shape[1])
-        linear = len(self.weight_shape) == 2
-        return row_mix_ops.kernel_name(self.qweight.device, linear, size, plan.static, plan.activation_bits)
+        plan, inputs, linear = self.plan, self._inputs(), len(self.weight_shape) == 2
+        size = row_mix_ops.group_size(inputs, self.wscales.shape[1])
+        return row_mix_ops.kernel_name(self.qweight.device, linear, inputs, size, plan.static, plan.activation_bits)
 
     @property
     def operands(self) -> tuple:

@@ -10,7 +10,9 @@ takes longer than a product.
                                 that scales sums of groups (kernels/w4/row_mix.py)
     unpack + triton-int8        CUDA, everything else: the rows as int8 in memory for one call, then the W8A8 kernel;
                                 scales of groups are folded into these, which rounds them (kernels/w4/int4_codes.py)
-    onednn-int8 on an int8 copy x86 CPU, one scale an output: the W8A8 kernel on a copy that is kept
+    onednn-int8 on an int8 copy x86 CPU with VNNI, one scale an output: the W8A8 kernel on a copy that is kept
+    cpu-w4a8                    x86 CPU, groups: both halves of wide rows as rows of 4 bits in the kernel for
+                                those (kernels/cpu/), and their sum; rounds by 2^-24 of either
     reference                   everywhere else: the formula in float32 on dequantized weights; the truth
 
 Which one: kernels/dispatch.py.
@@ -26,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import dispatch
+from ..kernels.cpu import w4a8 as cpu
+from ..kernels.cpu.w4a8_conv import cpu_w4a8_conv2d
 from ..kernels.formats.grid import Grid
 from ..kernels.formats.int4 import high_rows
 from ..kernels.runtime.ops import op
@@ -41,11 +45,17 @@ from .int4_ops import windows
 
 @remembered
 def kernel_name(
-    device: torch.device, linear: bool, group_size: int | None = None, static: bool = False, bits: int = 8
+    device: torch.device,
+    linear: bool,
+    inputs: int,
+    group_size: int | None = None,
+    static: bool = False,
+    bits: int = 8,
 ) -> str:
-    """The kernel that serves a layer; group_size: inputs under one scale, None for all; bits: of its inputs."""
+    """The kernel that serves a layer of so many inputs; group_size: of those under one scale, None for all; bits: of
+    its inputs."""
     linear = linear and bits == 8  # narrower grids of inputs are for the kernels that take any grid
-    query = dispatch.Query("row-mix", "int8", group_size, device=device, static=static, linear=linear)
+    query = dispatch.Query("row-mix", "int8", group_size, device=device, static=static, linear=linear, inputs=inputs)
     return dispatch.find(query).name
 
 
@@ -69,7 +79,7 @@ def row_mix_linear(
     rows, inputs = (qweight, wscales, wzeros, wide), x.shape[-1]
     grid = (input_scale, input_zero_point, activation_bits)
     groups = wscales.shape[1]
-    name = kernel_name(x.device, True, group_size(inputs, groups), input_scale is not None, activation_bits)
+    name = kernel_name(x.device, True, inputs, group_size(inputs, groups), input_scale is not None, activation_bits)
     # Where there is nothing to compute, one path says which shape nothing has.
     if groups > 1 and (name == w8a8.REFERENCE or not x.numel()):
         exact = int4_ops.rounded(x.reshape(-1, inputs), *grid, (1,))
@@ -77,6 +87,8 @@ def row_mix_linear(
         return y.to(x.dtype).view(*x.shape[:-1], len(wscales))
     if name == integer.ROW_MIX:
         return row_mix_grouped(x, *rows, bias)
+    if name == cpu.NAME and x.numel():
+        return _whole(cpu.cpu_w4a8_linear(x, qweight, *_halves(wscales, wzeros, wide, bias), *grid), wide, -1)
     return w8a8.w8a8_linear(x, *_int8(*rows, inputs), bias, *grid)
 
 
@@ -111,11 +123,14 @@ def row_mix_conv2d(
         (list(stride), list(padding), list(dilation), 1),
     )
     groups = wscales.shape[1]
-    name = kernel_name(x.device, False, group_size(inputs, groups), input_scale is not None, activation_bits)
+    name = kernel_name(x.device, False, inputs, group_size(inputs, groups), input_scale is not None, activation_bits)
     if groups > 1 and (name == w8a8.REFERENCE or not x.numel()):
         exact, weight = int4_ops.rounded(x, *grid, (1, 2, 3)), windows(weight_of(*rows, inputs), kernel)
         y = F.conv2d(exact, weight, None if bias is None else bias.float(), *geometry)
         return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    if name == cpu.NAME and x.numel():
+        operands = _halves(wscales, wzeros, wide, bias)
+        return _whole(cpu_w4a8_conv2d(x, qweight, *operands, *grid, list(kernel), *geometry[:3]), wide, 1)
     return w8a8.w8a8_conv2d(x, *_int8(*rows, inputs, kernel), bias, *grid, *geometry)
 
 
@@ -134,6 +149,24 @@ def weight_of(qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, wide: Ten
     """The float32 weight [N, K] that the codes stand for."""
     zeros = None if wzeros is None else zeros_of(wzeros, wide)
     return Grid(wscales, zeros, -127, 127).values(codes_of(qweight, wide, inputs))
+
+
+def _halves(wscales: Tensor, wzeros: Tensor | None, wide: Tensor, bias: Tensor | None) -> tuple:
+    """(scales, zero points, no steps, bias) of all stored rows, high halves first: c = 16 h + (l - (-8))."""
+    index, high = wide.long(), high_rows(len(wide))
+    scales = wscales.float()
+    first = F.pad(16 * scales[index], (0, 0, 0, high - len(wide)), value=1.0)
+    zeros = zeros_of(wscales.new_zeros(len(wscales) - len(wide), wscales.shape[1], dtype=torch.int8)
+                     if wzeros is None else wzeros, wide)  # fmt: skip
+    zeros = F.pad(zeros.index_fill(0, index, -8), (0, 0, high, 0))
+    return torch.cat([first, scales]), zeros, None, None if bias is None else F.pad(bias, (high, 0))
+
+
+def _whole(halves: Tensor, wide: Tensor, axis: int) -> Tensor:
+    """Outputs of all stored rows on an axis -> the layer's outputs, wide ones the sum of their halves."""
+    high = high_rows(len(wide))
+    low = halves.narrow(axis, high, halves.shape[axis] - high)
+    return low.index_add(axis, wide, halves.narrow(axis, 0, len(wide)))
 
 
 def _int8(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
-from ..handed.value import Handed, RowCodes
+from ..handed.value import Handed, RowCodes, encoded
 from ..kernels.formats import fp8
 from ..kernels.formats.grid import Fp8Grid, Grid
 from ..kernels.formats.int8 import dequantize_weight, weight_limit
@@ -137,12 +137,10 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
         return RowCodes(from_codes.static_codes(rows, self.code, *grid), self.input_scale, shape, dtype)
 
     def forward(self, input: Tensor | Handed) -> Tensor:
-        if isinstance(input, Handed):
-            given = input.codes_for(self)
-            if given is not None:
-                return self._of_codes(given)
-            input = input.tensor()
-        return from_codes.linear(input, *self.operands)
+        given, x = encoded(self, input)
+        if given is not None:
+            return self._of_codes(given)
+        return from_codes.linear(x, *self.operands)
 
     def _of_codes(self, given: RowCodes) -> Tensor:
         image, one = [len(given.codes), 1, 1], [1, 1]

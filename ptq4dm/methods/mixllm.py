@@ -55,8 +55,8 @@ class MixLLMConfig(IntegerConfig):
     clip: how far groups reach: "output", 80 to 100 % by the error of the layer's output, "mse", of the weight, or
         "none".
 
-    `outcome` (allocation.row_report.ChosenRows) is what was found, once the recipe was resolved; None with rows=0,
-    and of a plan that was followed.
+    `outcome` (allocation.row_report.ChosenRows) is what was found, once the recipe was resolved; there is none with
+    rows=0 or 1, and of a plan that was followed.
     """
 
     rows: float = option(0.10, "share of output rows that get 8 bits", low=0.0, high=1.0)
@@ -78,7 +78,14 @@ class MixLLMConfig(IntegerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.outcome: ChosenRows | None = None  # no choice, so no field
+        self._outcome: ChosenRows | None = None  # no choice, so no field
+
+    @property
+    def outcome(self) -> ChosenRows:
+        """What was found. Raises UserError where no rows were chosen: before the recipe was resolved, for one."""
+        if self._outcome is None and self.plan is None and not self.ranks_rows:
+            raise UserError(f"rows={self.rows:g} leaves no rows to choose, so that there is no outcome.")
+        return self.resolved(self._outcome)
 
     @property
     def ranks_rows(self) -> bool:
@@ -107,9 +114,9 @@ class MixLLMConfig(IntegerConfig):
                 **plans,
                 **{view.name: mixed_plan(plans[view.name], _all(view), len(_all(view))) for view in mixed},
             }
-        self.outcome = self._chosen(model, mixed, plans, store)
+        self._outcome = chosen = self._chosen(model, mixed, plans, store)
         for view in mixed:
-            plans[view.name] = mixed_plan(plans[view.name], self.outcome.rows[view.name], len(view.weight))
+            plans[view.name] = mixed_plan(plans[view.name], chosen.rows[view.name], len(view.weight))
         return plans
 
     def _chosen(
@@ -128,7 +135,7 @@ class MixLLMConfig(IntegerConfig):
 
     def found(self) -> dict[str, Any]:
         """Shares of 8-bit rows by type of layer."""
-        return {} if self.outcome is None else self.outcome.found()
+        return {} if self._outcome is None else self._outcome.found()
 
 
 def _all(view: LayerView) -> list[int]:

@@ -17,16 +17,16 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..budgets.candidates import Candidate, packed, recipes_of
+from ..budgets.candidates import Candidate, Planned, least_bytes, packed, packing_of, planned, recipes_of
 from ..budgets.exact import Allocation, allocate, out_of_reach
-from ..budgets.measure import least_bytes, measured
+from ..budgets.measure import measured
 from ..budgets.options import BudgetOptions
 from ..budgets.table import Table
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..layers.plan import LayerPlan
 from ..layers.registry import needs_of
-from ..layers.view import LayerView
+from ..layers.view import LayerView, find_layers
 from ..options import option
 from ..quantization.recipe import QuantConfig, register
 
@@ -79,10 +79,15 @@ class OHQConfig(BudgetOptions, QuantConfig):
                 f"sensitivity='direct' masks no weights, so that {' and '.join(idle)} would change nothing; leave "
                 f"{'them' if idle[1:] else 'it'} out, or take sensitivity='masked'."
             )
-        self.outcome: Outcome | None = None  # no choice, so no field
+        self._outcome: Outcome | None = None  # no choice, so no field
         self._packing: dict[str, Any] = {}
         if self.candidates:
             recipes_of(self.candidates)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What was found. Raises UserError before the recipe was resolved, and of a plan that was followed."""
+        return self.resolved(self._outcome)
 
     @property
     def needs_calibration(self) -> bool:
@@ -97,13 +102,27 @@ class OHQConfig(BudgetOptions, QuantConfig):
         """The plan of least predicted error within the budgets."""
         if store is None:
             raise UserError("OHQConfig times calls of the model: pass a store from ptq4dm.collect(pipe).")
-        texts = self.candidates or CANDIDATES + (ON_GPU if _on_gpu(model) else ())
-        candidates, self._packing = packed(model, recipes_of(texts), store, self.modules_to_not_convert)
-        if self.bytes is not None and self.bytes < (least := least_bytes(model, views, candidates)):
-            raise UserError(f"{out_of_reach(f'bytes {self.bytes:g}', f'bytes {least:.4f}')}.")
+        plans = planned(model, self._recipes(model), store, self.modules_to_not_convert)
+        self._check_bytes(model, views, plans)
+        self._packing = packing_of(plans)
+        candidates = packed(model, plans, store)
         table = measured(model, views, candidates, store.recorded(), self)
-        self.outcome = Outcome(table, allocate(table, self.latency, self.bytes, self.efficiency), candidates)
-        return self.outcome.plans(self.outcome.allocation.picks)
+        self._outcome = found = Outcome(table, allocate(table, self.latency, self.bytes, self.efficiency), candidates)
+        return found.plans(found.allocation.picks)
+
+    def check_reach(self, model: nn.Module) -> None:
+        """Raises UserError where the budget of bytes is out of reach, as far as it is known without calibration."""
+        recipes = self._recipes(model)
+        if not any(recipe.needs_calibration for recipe in recipes.values()):
+            views = find_layers(model, self.modules_to_not_convert)
+            self._check_bytes(model, views, planned(model, recipes, None, self.modules_to_not_convert))
+
+    def _recipes(self, model: nn.Module) -> dict[str, QuantConfig]:
+        return recipes_of(self.candidates or CANDIDATES + (ON_GPU if _on_gpu(model) else ()))
+
+    def _check_bytes(self, model: nn.Module, views: list[LayerView], plans: list[Planned]) -> None:
+        if self.bytes is not None and self.bytes < (least := least_bytes(model, views, plans)):
+            raise UserError(f"{out_of_reach(f'bytes {self.bytes:g}', f'bytes {least:.4f}')}.")
 
     def packing_options(self) -> dict[str, Any]:
         """What the candidates look at."""

@@ -11,17 +11,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..checks import checked
-from ..errors import DamagedFile, UserError, meant
+from ..errors import DamagedFile, UserError
 from ..files.outside import naming, reason
 from ..interrupts import unswallowed
 from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to DiffusionPipeline.from_pretrained)
 from .denoiser import networks_of
 from .devices import check_device, dtype_of
-from .embedded import asset_path
+from .embedded import EMBEDDED, check_name, folder_of
 from .folder import absent_parts, check_folder
 from .loading import loading
-
-EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep", "flow-dit-cifar10")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -44,11 +42,6 @@ def _open(source: str | Path, dtype: torch.dtype, **kw) -> DiffusionPipeline:
     finally:
         for handler in handlers:
             handler.removeFilter(passes)
-
-
-def folder_of(model: str | os.PathLike) -> Path:
-    """The local folder that a name or a path stands for, whether it exists or not."""
-    return asset_path(os.fspath(model)) if os.fspath(model) in EMBEDDED else Path(model).expanduser()
 
 
 def _check_whole(pipe: DiffusionPipeline, source: str | Path) -> None:
@@ -91,12 +84,8 @@ def load_pipeline(
         check_folder(folder, kw)
         kw = absent_parts(folder) | kw
         source: str | Path = folder
-    elif not isinstance(model, str) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(
-            f"'{name}' is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, "
-            f"nor a hub id (owner/name){meant(name, EMBEDDED) or '.'}"
-        )
     else:
+        check_name(model)
         source = name
     try:
         with naming(source):

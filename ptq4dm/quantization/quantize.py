@@ -23,6 +23,7 @@ from ..layers.attention.planned import follow_attention
 from ..layers.base import holds_quantized, replace_module
 from ..layers.plan import Plan
 from ..layers.shift.norms import norms_of
+from ..layers.sizes import bytes_in_16_bits, stored_bytes
 from ..layers.view import find_layers
 from ..pipelines.denoiser import evaluation_mode, turn_at
 from ..pipelines.parts import DENOISER, kind_of
@@ -34,7 +35,7 @@ from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 from .refusals import check_model
-from .report import QuantizationReport, Ratio, badness, memory_of, stored_bytes
+from .report import QuantizationReport, Ratio, badness, memory_of
 from .transforming import transformed
 
 if TYPE_CHECKING:
@@ -98,19 +99,22 @@ def quantize(
             for name, model in networks.items()
         }
         gate.open = False  # from here on it is a matter of moments
-        rows, before, after = [], 0, 0
+        rows, sizes = [], [0, 0, 0, 0]
         for name, model in networks.items():
             layers, plan, errors, basis = made[name]
-            before += stored_bytes(model)
+            before, full = stored_bytes(model), bytes_in_16_bits(model)
             _put(model, layers, plan, recipes[name])
-            after += stored_bytes(model)
+            own = before, stored_bytes(model), bytes_in_16_bits(model), full
+            sizes = [total + one for total, one in zip(sizes, own, strict=True)]
             rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
         rows.sort(key=badness)
         kept = sum(len(find_layers(model)) for model in networks.values())
         found = {name: told for name, recipe in recipes.items() if (told := recipe.found())}
         names = [name for name in networks if name]
         method = (config or next(iter(recipes.values()))).summary()
-        report = QuantizationReport(method, before, after, rows, names, left_out(target), found, kept)
+        was, after, now, whole = sizes
+        left = left_out(target)
+        report = QuantizationReport(method, was, after, rows, names, left, found, kept, now, whole)
         report.memory = {name: [count, memory_of(target)[name]] for name, count in held.items()}
         report.recipes = {} if components is None else {name: one.summary() for name, one in recipes.items()}
         return report
@@ -161,6 +165,7 @@ def _rows(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis: str, pr
             "bytes": stored_bytes(layer),
             "sqnr": errors[name].decibel,
             "basis": basis,
+            **({"parts": layer.plan.input_parts} if hasattr(layer.plan, "input_parts") else {}),
             **getattr(layer, "stages", {}),
         }
         for name, layer in layers.items()

@@ -19,7 +19,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ..calibration.store import CalibrationStore
-from ..checks import check, check_fields, check_types, named_options
+from ..checks import check, check_fields, check_types, choices_of, named_options
 from ..errors import UserError, unknown_option
 from ..files.outside import checked_object, outside
 from ..layers.plan import LayerPlan, Plan
@@ -37,6 +37,11 @@ _Config = TypeVar("_Config", bound="QuantConfig")
 METHODS: Registry = Registry("quantization method", late=True)
 DEFAULTS: Registry = Registry("kind of network", late=True)
 """Kind of network (pipelines/parts.py) -> the recipe of such a network for which a user names none."""
+
+
+def _always(value: Any) -> str:
+    """The end of "..., which": what an option is that a method has fixed."""
+    return "takes none" if value is None else f"has {value!r}"
 
 
 class QuantMethod(str, Enum):
@@ -101,9 +106,9 @@ class QuantConfig(QuantizationConfigMixin):
         check_fields(self, type(self).__name__)
         fixed = no_choice(self)
         if fixed is not None and self.plan is None:  # of a plan that is there, options tell how it was made
-            others = ", ".join(name for name, kind in sorted(METHODS.items()) if has_option(kind, fixed.name))
+            others = ", ".join(name for name in METHODS.offered() if has_option(METHODS[name], fixed.name))
             raise UserError(
-                f"{fixed.name} is no choice of {type(self).__name__}, which has {fixed.default!r}; leave it out"
+                f"{fixed.name} is no choice of {type(self).__name__}, which {_always(fixed.default)}; leave it out"
                 + (f", or take a method that has it: {others}." if others else ".")
             )
         self.modules_to_not_convert, self.transforms = tuple(self.modules_to_not_convert), tuple(self.transforms)
@@ -159,6 +164,15 @@ class QuantConfig(QuantizationConfigMixin):
         """The PackingOptions that the recipe says something of, by name."""
         return {item.name: getattr(self, item.name) for item in fields(PackingOptions) if hasattr(self, item.name)}
 
+    def resolved(self, found: Any) -> Any:
+        """What resolving the recipe found. Raises UserError while that is None, as it is before."""
+        if found is None:
+            raise UserError(
+                f"this {type(self).__name__} has no outcome: nothing was quantized with it yet, or it followed a "
+                "plan, or had several networks, of which each is quantized with a copy."
+            )
+        return found
+
     def found(self) -> dict[str, Any]:
         """What resolving the recipe found that a report should tell: plain JSON values, with "text", a line of its
         table; {} for nothing."""
@@ -197,7 +211,7 @@ class QuantConfig(QuantizationConfigMixin):
         known = {item.name for item in fields(target)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise unknown_option(target.__name__, unknown, known)
+            raise unknown_option(target.__name__, unknown, choices_of(target))
         with outside(f"the options of {target.__name__}", "save the model again"):
             config = target(**data)
             check_types(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,17 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..files.atomic import replacing
+from ..kernels.w8a8 import layer as w8a8
 from ..layers.base import is_quantized
+from ..layers.sizes import stored_bytes, text_of
 from ..layers.view import find_layers
 from ..pipelines.denoiser import networks_of
+from ..tables import aligned
 
+SIZES = ("bytes_before", "bytes_after", "in_16_bits", "full_in_16_bits")
+REFERENCE = w8a8.REFERENCE
 BLOCK_ERRORS = ("block_error", "block_error_nearest", "block_error_start")  # of a trained layer's row: of its block
-
-
-def stored_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, scales and biases included, each tensor once."""
-    tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def memory_of(pipe: Any) -> dict[str, int]:
@@ -80,6 +80,20 @@ def kernel_report(model: nn.Module) -> list[dict]:
     return rows
 
 
+def without_kernel(rows: list[dict]) -> str:
+    """A sentence on the layers that no kernel serves here, which is slower than full precision; "" for none.
+
+    rows: of "layer", "format" and "kernel".
+    """
+    mine = [row for row in rows if REFERENCE in row["kernel"].split(" (")[0]]
+    if not mine:
+        return ""
+    return (
+        f"no kernel serves {len(mine)} of {len(rows)} layers on this device ({mine[0]['format']}, the first "
+        f"{mine[0]['layer']}): the formula in torch computes them, slower than full precision does"
+    )
+
+
 class Ratio:
     """Streaming signal-to-quantization-noise ratio."""
 
@@ -119,6 +133,8 @@ class QuantizationReport:
     networks: the names of the pipeline's networks that were quantized; left: those that are in full precision.
     found: network -> what its recipe found, where that is anything; "text" of it is a line of the table.
     kept: layers of these networks that are in full precision.
+    bytes_before, bytes_after: of the tensors of a file, in the types that the networks have. in_16_bits: of those
+        after, with floats in 16 bits; full_in_16_bits: likewise before. Budgets of bytes are the share of the two.
     memory: network of the pipeline -> its bytes [before, after].
     recipes: network -> its options, where `components` named networks.
     """
@@ -131,6 +147,8 @@ class QuantizationReport:
     left: list[str] = field(default_factory=list)
     found: dict[str, dict] = field(default_factory=dict)
     kept: int = 0
+    in_16_bits: int = 0
+    full_in_16_bits: int = 0
     memory: dict[str, list[int]] = field(default_factory=dict)
     recipes: dict[str, dict] = field(default_factory=dict)
 
@@ -143,13 +161,13 @@ class QuantizationReport:
             {**row, "layer": f"{report.networks[0]}.{row['layer']}"} for report in reports for row in report.layers
         ]
         rows.sort(key=badness)
-        before, after = (sum(getattr(one, name) for one in reports) for name in ("bytes_before", "bytes_after"))
         names = [n for one in reports for n in one.networks]
         found = {name: told for one in reports for name, told in one.found.items()}
         kept = sum(one.kept for one in reports)
+        before, after, now, full = (sum(getattr(one, name) for one in reports) for name in SIZES)
         first, last = reports[0], reports[-1]
-        memory = {name: [first.memory[name][0], after] for name, (_, after) in last.memory.items()}
-        return cls(first.method, before, after, rows, names, last.left, found, kept, memory)
+        memory = {name: [first.memory[name][0], size] for name, (_, size) in last.memory.items()}
+        return cls(first.method, before, after, rows, names, last.left, found, kept, now, full, memory)
 
     def to_dict(self) -> dict:
         """Plain JSON values, which know no infinity and no NaN: the sqnr of a layer without any error is null, and
@@ -166,19 +184,23 @@ class QuantizationReport:
         """The worst layers, then totals."""
         basis = {row["basis"] for row in self.layers}
         what = "layer output" if basis == {"output"} else "weight"
-        lines = [f"{'SQNR':>8}  {'format':<22} {'kernel':<14} layer   ({what}, dB, worst {worst} first)"]
-        for row in self.layers[:worst]:
-            lines.append(f"{row['sqnr']:8.2f}  {row['format']:<22} {row['kernel']:<14} {row['layer']}")
+        lines = aligned(
+            [
+                ["    SQNR", "format", "kernel", f"layer   ({what}, dB, worst {worst} first)"],
+                *([f"{r['sqnr']:8.2f}", r["format"], r["kernel"], r["layer"]] for r in self.layers[:worst]),
+            ]
+        )
         if broken := [row["layer"] for row in self.layers if math.isnan(row["sqnr"])]:
             lines.append(f"{len(broken)} of {len(self.layers)} layers give NaN or infinity, the first {broken[0]}")
         kernels: dict[str, int] = {}
         for row in self.layers:
             kernels[row["kernel"]] = kernels.get(row["kernel"], 0) + 1
         served = ", ".join(f"{count} layers on {name}" for name, count in sorted(kernels.items()))
-        share = self.bytes_after / self.bytes_before
         lines.append(f"{served}")
+        lines += [text for text in (without_kernel(self.layers), self._split_text()) if text]
         lines.append(
-            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({share:.1%} of it)"
+            f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> "
+            f"{text_of(self.bytes_after, self.in_16_bits, self.full_in_16_bits)}"
         )
         if trained := self._trained_text():
             lines.append(trained)
@@ -189,6 +211,14 @@ class QuantizationReport:
             left = f"other networks in full precision: {', '.join(self.left) or 'none'}"
             lines.append(f"quantized: {', '.join(self.networks)}{count}; {left}")
         return "\n".join(lines + memory_lines(self.memory))
+
+    def _split_text(self) -> str:
+        counts = [row["parts"] for row in self.layers if "parts" in row]
+        if not counts:
+            return ""
+        kinds = Counter(counts)
+        most = ", ".join(f"{count} in {parts}" for parts, count in sorted(kinds.items()))
+        return f"inputs with a grid for each part: of {len(counts)} of {len(self.layers)} layers ({most} parts)"
 
     def trained(self) -> dict[str, float | None] | None:
         """What training of blocks did; None where there was none.

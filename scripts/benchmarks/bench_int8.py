@@ -22,10 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import ptq4dm
 from ptq4dm.errors import run
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.denoiser import class_count, denoiser
 from ptq4dm.pipelines.devices import check_device
 from ptq4dm.pipelines.load import load_reference
-from ptq4dm.quantization.report import stored_bytes
 
 
 def timed(model, inputs, device) -> float:

@@ -34,6 +34,7 @@ from ptq4dm.kernels.attention import codes8
 from ptq4dm.kernels.attention import layer8 as attention8
 from ptq4dm.kernels.attention import product as attention
 from ptq4dm.kernels.attention.rotary import Rotary
+from ptq4dm.kernels.blocks import floats_triton
 from ptq4dm.kernels.formats.kv4 import KV4
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.lut import unpack as bcq_unpack
@@ -158,6 +159,16 @@ def int4_calls(quick: bool) -> None:
         int4_codes_triton.int4_codes(*packed, peak(wzeros))
         for dtype in (torch.bfloat16,) if quick else FLOATS:
             int4_codes_triton.int4_floats(*packed, dtype)
+
+
+def block_calls(quick: bool) -> None:
+    """Weights in blocks: of 4 bits with offsets, and of 8 without."""
+    n, k = 1152, 1152
+    for packed in (True, False):
+        codes = empty(n, k // 2, dtype=torch.uint8) if packed else empty(n, k, dtype=torch.int8)
+        scales = empty(n, k // 32, dtype=torch.float32)
+        for dtype in (torch.bfloat16,) if quick else FLOATS:
+            floats_triton.floats(codes, scales, scales if packed else None, 0, k, dtype)
 
 
 def attention_calls(quick: bool) -> None:
@@ -315,6 +326,7 @@ def compile_for(target: int, rank: int, nonlinearity: str, quick: bool) -> list[
     with settings.target(gpu):
         svdquant_calls(gpu.capability, rank, nonlinearity, quick)
         int4_calls(quick)
+        block_calls(quick)
         attention_calls(quick)
         attention8_calls(gpu.capability, quick)
         integer_calls(quick)

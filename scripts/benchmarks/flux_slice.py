@@ -27,7 +27,7 @@ from ptq4dm.calibration.record import answers
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.errors import run
 from ptq4dm.files.atomic import replacing
-from ptq4dm.quantization.report import stored_bytes
+from ptq4dm.layers.sizes import stored_bytes
 
 BLOCKS = (19, 38)  # of FLUX.1
 

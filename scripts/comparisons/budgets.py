@@ -10,9 +10,9 @@ from torch import nn
 
 from ptq4dm.layers.plan import Plan
 from ptq4dm.layers.registry import empty_quantized
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.quantization.planning import make_plan
 from ptq4dm.quantization.recipe import QuantConfig
-from ptq4dm.quantization.report import stored_bytes
 
 
 def plan_bytes(model: nn.Module, plan: Plan) -> dict[str, int]:

@@ -23,10 +23,10 @@ import ptq4dm
 from ptq4dm.calibration.collect import draw_timesteps
 from ptq4dm.errors import run
 from ptq4dm.files.rows import Rows
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.load import load_reference
 from ptq4dm.progress import progress_bar
-from ptq4dm.quantization.report import stored_bytes
 
 SETTINGS = ("model", "steps", "num_fid", "num_paired", "calibration_samples")
 BITS = {"W8A8": (8, 8), "W6A6": (6, 6), "W8A6": (8, 6)}

@@ -15,7 +15,8 @@ Columns: PSNR of same-seed images with its 95 % interval, and noise prediction e
 seeds that calibration never saw; feature-FID (--num-fid); bytes of all tensors in float16 and their share of the
 unquantized model's; time of one step over that of full precision, the two taken in turns, eager in float32 and, on a
 GPU with --compiled, compiled in bfloat16; seconds and memory of quantization; kernels. Rows in the output are not
-made again. Processes that share the rows (--workers) time no steps; their seconds are those of a busy machine.
+made again. Processes that share the rows (--workers) time no steps; their seconds are those of a busy machine. With
+--no-images there are no PSNR and no times.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Bench:
         model = exact
         if row.recipe is not None:
             model, facts = self._quantized(row)
-            figures |= facts | self.truth.compare(model)
-            figures |= self._times(model) if args.workers == 1 else {}
+            figures |= facts | (self.truth.predicted if args.no_images else self.truth.compare)(model)
+            figures |= self._times(model) if args.workers == 1 and not args.no_images else {}
         figures["bytes"] = bytes_of_float16(model)
         figures["bytes_share"] = figures["bytes"] / bytes_of_float16(exact)
         figures["feature_fid"] = None
@@ -191,6 +192,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--num-paired", type=int, default=16, help="held-out seeds")
     parser.add_argument("--num-fid", type=int, default=0, help="images for feature-FID; 0 leaves it out")
+    parser.add_argument("--no-images", action="store_true", help="noise prediction errors and bytes alone: minutes")
     parser.add_argument("--calibration-samples", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--timed-batch", type=int, default=16, help="tuples of a timed step, at most --num-paired")
@@ -210,7 +212,7 @@ def main(words: list[str] | None = None, make_bench=Bench) -> None:
     check(args)
     table = all_rows()
     rows, left_out = available([row for row in named(table, args.rows) if row.kind in args.kinds])
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS} | ({"no_images": True} if args.no_images else {})
     results = Rows(args.output, settings)
     join_shards(results)
     remaining, failed = measure_rows(tasks(results, rows, args), results, measure, args, make_bench)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ptq4dm import __version__
-from ptq4dm.quantization.report import stored_bytes
+from ptq4dm.layers.sizes import stored_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

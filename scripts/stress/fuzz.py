@@ -27,7 +27,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "comparisons")]
 import torch  # noqa: E402
 from conditions import commit  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from stress import kinds_calibration, kinds_foreign, kinds_packed, kinds_results  # noqa: E402, F401 (they register)
+from stress import (  # noqa: E402, F401 (they register)
+    kinds_calibration,
+    kinds_foreign,
+    kinds_interchange,
+    kinds_packed,
+    kinds_results,
+)
 from stress.judge import BAD, GOOD, Subject, drawn, judged  # noqa: E402
 from stress.kinds import KINDS  # noqa: E402
 from stress.lines import Lines  # noqa: E402

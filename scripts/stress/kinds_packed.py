@@ -27,6 +27,7 @@ FORMATS: dict[str, tuple[Callable, Any]] = {
     "int4 in groups": (tiny_dit, RTN(weight_bits=4, group_size=32, **DYNAMIC)),
     "int4 affine": (tiny_dit, RTN(weight_bits=4, affine=True, **DYNAMIC)),
     "progressive": (tiny_dit, RTN(weight_bits=4, group_size=32, weight_grid="progressive", **DYNAMIC)),
+    "codebook": (tiny_dit, RTN(weight_bits=4, group_size=32, weight_grid="codebook", **DYNAMIC)),
     "power": (tiny_dit, RTN(weight_bits=4, weight_grid="power", **DYNAMIC)),
     "sign planes": (tiny_dit, ptq4dm.LUTGEMMConfig(rest="rtn activations=dynamic")),
     "rows of two widths": (tiny_dit, RTN(weight_bits=4, average_bits=5.0, num_tuples=2, **DYNAMIC)),

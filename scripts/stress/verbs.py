@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stress.changes_json import split_safetensors
-from stress.models import CALIBRATION, tiny_dit, tiny_unet
+from stress.models import CALIBRATION, KEPT, tiny_dit, tiny_unet
 
 import ptq4dm
 from ptq4dm.quantization.saving import save_quantized
@@ -51,12 +51,23 @@ VERBS = {
         other="--objective mse",
         results=("q",),
     ),
+    "convert": Verb(
+        "convert --model INPUT/classes --from INPUT/classes.comfy --output c",
+        old="quantize --model INPUT/classes --method rtn --activations dynamic --output c",
+        other="--dtype bfloat16",
+        results=("c",),
+    ),
     "generate": Verb(
         f"generate --model INPUT/m --num-images 6 {SAMPLING} --output images", other="--num-inference-steps 3"
     ),
     "evaluate": Verb(
         f"evaluate --model INPUT/q --full-precision INPUT/m --metric none --num-paired 4 --num-heldout 4 {SAMPLING} "
         "--output evaluation"
+    ),
+    "compare": Verb(
+        f"compare INPUT/q --full-precision INPUT/m --num-images 4 --num-heldout 4 --timed-steps 0 {SAMPLING} "
+        "--output comparison",
+        other="--num-inference-steps 3",
     ),
     "distill": Verb(
         f"distill --model INPUT/m {STUDENT} --output student",
@@ -93,10 +104,14 @@ VERBS = {
 
 
 def make_inputs(folder: Path) -> None:
-    """m, m32: pipelines of 8x8 and 32x32 pixels; s: a store of m; q: m quantized; classes: a DiT; pictures: two."""
+    """m, m32: pipelines of 8x8 and 32x32 pixels; s: a store of m; q: m quantized; classes: a DiT, and a file of it in
+    8 bits; pictures: two."""
     tiny_unet().save_pretrained(folder / "m")
     tiny_unet(32).save_pretrained(folder / "m32")
     tiny_dit().save_pretrained(folder / "classes")
+    eight = tiny_dit()
+    ptq4dm.quantize(eight, ptq4dm.RTNConfig(activations="dynamic", modules_to_not_convert=KEPT))
+    ptq4dm.export_comfy(eight, folder / "classes.comfy")
     ptq4dm.generate(tiny_unet(), [0, 1], folder / "pictures", num_inference_steps=1)
     store = ptq4dm.collect(tiny_unet(), CALIBRATION, folder / "s")
     pipe = tiny_unet()

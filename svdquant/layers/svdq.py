@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...handed.value import Handed
+from ...handed.value import Handed, encoded
 from ...inference.unpacked import KeepsUnpacked
 from ...kernels import dispatch
 from ...kernels.formats.int4 import dequantize_groups, pack_int4, unpack_int4
@@ -218,9 +218,8 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
     def multiply(self, x: Tensor | Codes | Handed, nonlinearity: str = "") -> Tensor:
         """The layer, and one of `svdq.NONLINEARITIES` on its sums."""
         plan, eight = self.plan, self.eight_bits()
-        if isinstance(x, Handed):
-            codes = x.codes_for(self)
-            x = x.tensor() if codes is None else codes
+        codes, x = encoded(self, x)
+        x = x if codes is None else codes
         if isinstance(x, Codes):
             y = svdq_codes.svdq_product(
                 x.codes, x.scales, x.branch, self.qweight, self.wscales, self._branch_up(), self.bias,

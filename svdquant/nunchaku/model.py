@@ -126,9 +126,11 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
 
 
 @torch.no_grad()
-def install(model: nn.Module, layers: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
+def install(
+    model: nn.Module, layers: dict[str, nn.Module], checkpoint: Checkpoint, kind: type[QuantConfig] = NunchakuConfig
+) -> None:
     """Put layers in the places they are named for, what is left of the checkpoint into the model's other tensors, and
-    a NunchakuConfig with their plans into the model's config.
+    a config of this kind with their plans into the model's config.
 
     Raises UserError, naming the key, where a tensor is missing, left over or of another shape, before it changes
     anything.
@@ -149,8 +151,8 @@ def install(model: nn.Module, layers: dict[str, nn.Module], checkpoint: Checkpoi
         replace_module(model, name, layer)
     values = {name: value.to(wanted[name].dtype) for name, value in values.items()}
     model.load_state_dict(values, strict=False, assign=any(tensor.is_meta for tensor in wanted.values()))
-    plan = Plan(NunchakuConfig.method, {name: layer.plan for name, layer in layers.items()})
-    config = NunchakuConfig(plan=plan)
+    plan = Plan(kind.method, {name: layer.plan for name, layer in layers.items()})
+    config = kind(plan=plan)
     link_layers(model.get_submodule, plan.layers)
     mark_quantized(model, config)
 

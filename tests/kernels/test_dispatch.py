@@ -6,6 +6,7 @@ import torch
 from ptq4dm.kernels import dispatch
 from ptq4dm.kernels.attention import layer as attention
 from ptq4dm.kernels.attention import layer8 as attention8
+from ptq4dm.kernels.blocks import layer as blocks
 from ptq4dm.kernels.cpu import lut as cpu_lut
 from ptq4dm.kernels.cpu import w4a8 as cpu
 from ptq4dm.kernels.dispatch import Query
@@ -141,8 +142,10 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
     """Rows of two widths are operands of the 8-bit product, and what it is called says so; codebooks have none."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    compiled = "cpu-w4a8" if cpu.serves(CPU) else "reference"
     copy = "onednn-int8 on an int8 copy" if vnni else "reference"
-    assert row_mix_ops.kernel_name(CPU, True) == dispatch.find(Query("row-mix", "int8", device=CPU)).name == copy
+    assert row_mix_ops.kernel_name(CPU, True, 64) == dispatch.find(Query("row-mix", "int8", device=CPU)).name == copy
+    assert dispatch.find(Query("row-mix", "int8", 64, device=CPU, inputs=1 << 16)).name == "reference"
     for capability in [(8, 0), (9, 0)]:
         assert on_gpu(capability, weight="row-mix", activation="int8") == {"all rows": "unpack + triton-int8"}
         for size in (32, 64, 128):
@@ -150,7 +153,7 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
             assert on_gpu(capability, **query) == {"all rows": "triton-w4a8-row-mix"}
             for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu(capability, **query, **more) == {"all rows": "unpack + triton-int8"}
-            assert dispatch.find(Query(**query, device=CPU)).name == "reference"
+            assert dispatch.find(Query(**query, device=CPU)).name == compiled
         for weight, activation in (("row-mix", "int4"), ("row-mix", "none"), ("power", "int8"), ("power", "none")):
             assert on_gpu(capability, weight=weight, activation=activation) == {"all rows": "reference"}
     assert dispatch.find(Query("power", "int8", device=CPU)).name == "reference"
@@ -191,6 +194,8 @@ def test_what_find_says_is_what_the_layers_ask():
                 for rows in (1, 2, 16, 17, None):
                     found = dispatch.find(Query("bcq", "none", 128, rows=rows, device=device)).name
                     assert found == lut.kernel_name(device, rows)
+                assert dispatch.find(Query("blocks", "none", device=device)).name == blocks.kernel_name(device)
+                assert dispatch.find(Query("blocks", "int8", device=device)).name == "reference"
                 found = dispatch.find(Query("kv4", "none", device=device)).name
                 assert found == attention.kernel_name(device)
                 assert dispatch.find(Query("kv4", "int8", device=device)).name == "reference"
@@ -244,7 +249,7 @@ def test_the_list():
     [
         (
             dict(weight="int3", activation="int8"),
-            "weight is one of int8, fp8, int4, row-mix, codebook, power, kv4, attention8, bcq, not 'int3'",
+            "weight is one of int8, fp8, int4, row-mix, codebook, power, kv4, attention8, bcq, blocks, not 'int3'",
         ),
         (dict(weight="int8", activation="bf16"), "activation is one of"),
         (dict(weight="int8", activation="int8", group_size=64), "only int4"),

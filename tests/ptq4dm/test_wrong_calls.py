@@ -34,7 +34,7 @@ WRONG = [
 ]
 ROOMS = (ptq4dm, ptq4dm.samplers, ptq4dm.svdquant)
 ERRORS = ("UserError", "DamagedFile")
-CALLED = ("show", "call")
+CALLED = ("show", "call", "load")
 NAMES = sorted({(room.__name__, name) for room in ROOMS for name in room.__all__ if name not in ERRORS})
 
 
@@ -54,10 +54,19 @@ def right(name: str, folder: Path) -> dict:
         "Plan": {"method": "rtn"},
         "attention_errors": {"target": models.conditional_unet(), "call": lambda: None},
         "attention_in_8_bits": {"target": models.conditional_unet()},
+        "cached_steps": {"target": pipe, "plan": ptq4dm.StepPlan(depth=0)},
         "cached_text": {"target": models.conditional_unet()},
         "collect": {"pipe": pipe, "config": few},
+        "compare": {
+            "models": ["one", "other"],
+            "full_precision": "original",
+            "config": ptq4dm.CompareConfig(num_images=1, num_heldout=0, timed_steps=0, num_inference_steps=1),
+            "output": folder / "compared",
+            "load": lambda name: pipe,
+        },
         "distill": {"pipe": pipe, "config": ptq4dm.samplers.DisBackConfig(**tiny), "folder": folder},
         "evaluate": {"pipe": pipe, "full_precision": pipe, "config": ptq4dm.EvaluateConfig(**quick)},
+        "export_comfy": {"target": unet, "file": folder / "comfy.safetensors"},
         "export_nunchaku_lite": {"model": unet, "folder": folder / "lite"},
         "fit": {
             "pipe": pipe,
@@ -71,6 +80,7 @@ def right(name: str, folder: Path) -> dict:
         "load_nunchaku_flux": {"file": folder / "file"},
         "load_nunchaku_lite": {"source": folder / "file"},
         "load_pipeline": {"model": folder},
+        "load_quantized_file": {"target": unet, "file": folder / "file"},
         "load_reference": {"name": "no model"},
         "optimize": {"target": unet},
         "personalize": {
@@ -81,6 +91,10 @@ def right(name: str, folder: Path) -> dict:
             "class_row": 1,
         },
         "plan_attention": {"target": unet},
+        "plan_cached_steps": {
+            "pipe": pipe,
+            "config": ptq4dm.StepPlanConfig(num_inference_steps=2, reuse=0.5, num_samples=1),
+        },
         "quantization_config": {"model": unet},
         "quantize": {"target": torch.nn.Linear(2, 2), "config": ptq4dm.SVDQuantConfig()},
         "record": {"target": unet},

@@ -18,8 +18,8 @@ from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.grid import Grid
 from ptq4dm.kernels.formats.int8 import quantize_weight
 from ptq4dm.layers import progressive
+from ptq4dm.layers.sizes import bytes_in_16_bits, stored_bytes
 from ptq4dm.quantization.planning import make_plan
-from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.quantization.transforming import transformed
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "comparisons"
@@ -542,7 +542,6 @@ def test_shuffled_scales_of_planes_are_as_many_and_hurt(script, calibrated):
 
 def test_formats_are_dealt_out_anew_and_chosen_greedily(script, calibrated):
     """Other layers have the formats, within the same budget, at no less predicted error."""
-    from ptq4dm.budgets.candidates import sixteen_bits
 
     exact, store = calibrated
     controls = script("controls")
@@ -558,7 +557,7 @@ def test_formats_are_dealt_out_anew_and_chosen_greedily(script, calibrated):
     assert {str(one) for one in other.layers.values()} == {str(one) for one in plan.layers.values()}
     assert other.layers != plan.layers and other.method == "ohq"
     model = quantized(exact, dataclasses.replace(config, plan=other), store)
-    assert sixteen_bits(model) <= 0.52 * sixteen_bits(exact)
+    assert bytes_in_16_bits(model) <= 0.52 * bytes_in_16_bits(exact)
 
 
 def test_rows_of_eight_bits_are_dealt_out_and_chosen_by_other_scores(script, one_thread):

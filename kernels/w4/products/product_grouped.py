@@ -236,8 +236,8 @@ def product(
     slots, ready, sums = wide
     n = out.shape[1]
     high = (0, 0, 0) if sums is None else tuple(sums.shape)
-    stride = 0 if levels is None or len(levels) == 1 else 4
-    launch = _launch(config, *codes.shape, n, size, tuple(scales.shape), high, stride)
+    apart = 0 if levels is None or len(levels) == 1 else 4
+    launch = _launch(config, *codes.shape, n, size, tuple(scales.shape), high, apart)
     qweight = qweight.view(torch.int8)
     operands = (codes, aligned(qweight)) if config["TMA"] else (codes, qweight)
     stores = config["TMA"] and n * out.element_size() % 16 == 0
@@ -246,13 +246,13 @@ def product(
 
 
 @planned
-def _launch(config: dict, m: int, k: int, n: int, size: int, tables: tuple, highs: tuple, stride: int) -> Launch:
+def _launch(config: dict, m: int, k: int, n: int, size: int, tables: tuple, highs: tuple, words: int) -> Launch:
     bm, bn, (groups, width), (parts, high, stride) = config["BM"], config["BN"], tables, highs
     blocks = dict(x_ptr=(bm, size), w_ptr=(bn, max(size, 64) // 2), y_desc=(bm, bn)) if config["TMA"] else None
     return Launch(
         _grouped_kernel, (cdiv(m, bm) * (parts * cdiv(high, bn) + cdiv(n, bn)),), blocks,
         M=m, N=n, K=k, groups=groups, width=width, high=high, stored_rows=high + n, stride=stride, parts=parts,
-        PARTS=parts, SIZE=size, STRIDE=stride, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
+        PARTS=parts, SIZE=size, STRIDE=words, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
         PACKED=packed(config, _grouped_kernel), num_warps=config["num_warps"], num_stages=config["num_stages"],
         maxnreg=config.get("maxnreg"),
     )  # fmt: skip

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...kernels.attention.layer8 import REFERENCE, check, empty_like_result, known_name, through
-from ...kernels.attention.rotary import Rotary, joined, rotary_of
-from ...kernels.runtime.ops import op
+from ...kernels.attention.layer8 import REFERENCE, attention_op, known_name, through
+from ...kernels.attention.rotary import Rotary, joined
 from ...kernels.tuning import stopwatch
 
 ROUNDS = 3
@@ -42,42 +41,14 @@ MEASURED: dict[tuple, Times] = {}
 """(device, dtype, kind, with a rotary embedding or not, B, H, queries, keys, width) -> what was measured."""
 
 
-@op
-def attention_faster(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    kind: str,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    eps: float = 0.0,
-    words_q: Tensor | None = None,
-    words_k: Tensor | None = None,
-    words_v: Tensor | None = None,
-    words_q_norm: Tensor | None = None,
-    words_k_norm: Tensor | None = None,
-) -> Tensor:
+@attention_op
+def attention_faster(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str, rotary: Rotary | None) -> Tensor:
     """As kernels.attention.layer8.attention8, by that op or by torch's scaled_dot_product_attention."""
-    rotary = rotary_of(
-        q_norm, k_norm, cos, sin, eps, words_q, words_k, words_v, words_q_norm, words_k_norm
-    )  # fmt: skip
-    check(q, k, v, kind, rotary)
     name = known_name(q.device, q.shape[-1])
     given = q, k, v, scale, kind, rotary
     if name != REFERENCE and q.numel() and in_eight_bits(name, *given):
         return through(name, *given)
     return in_sixteen_bits(*given).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@attention_faster.register_fake
-def _(
-    q: Tensor, k: Any, v: Any, scale: Any, kind: Any, q_norm: Any = None, k_norm: Any = None, cos: Any = None,
-    sin: Any = None, eps: Any = 0.0, words_q: Tensor | None = None, *words: Any,
-) -> Tensor:  # fmt: skip
-    return empty_like_result(q, words_q)
 
 
 def in_sixteen_bits(q: Tensor, k: Tensor, v: Tensor, scale: float, kind: str, rotary: Rotary | None) -> Tensor:

@@ -61,6 +61,11 @@ class SplitChoices:
             raise ValueError("input_offsets are all 0 in a convolution that pads")
 
     @property
+    def input_parts(self) -> int:
+        """How many parts the input has, each with its grid."""
+        return len(self.seams) + 1
+
+    @property
     def groups_text(self) -> str:
         where = ", ".join(map(str, self.seams))
         return f"{super().groups_text} split at {where}"  # type: ignore[misc]

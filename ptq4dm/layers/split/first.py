@@ -45,6 +45,11 @@ class FirstTokenPlan(LayerPlan):
             raise ValueError("the first token has a static grid, and input_scale is none")
 
     @property
+    def input_parts(self) -> int:
+        """How many parts the input has, each with its grid: the first token, and the others."""
+        return 2
+
+    @property
     def groups_text(self) -> str:
         return " first token apart"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ptq4dm
-from ptq4dm.budgets.candidates import Candidate, packed, recipes_of
+from ptq4dm.budgets.candidates import Candidate, packed, planned, recipes_of
 from ptq4dm.calibration.calls import Calls
 from ptq4dm.calibration.store import CalibrationStore
 from ptq4dm.layers.view import LayerView, find_layers
@@ -42,7 +42,7 @@ def subject_of(args, device: str, dtype: str, tuples: int, steps: int) -> Subjec
     pipe = ptq4dm.load_pipeline(args.model, dtype, device)
     model = denoiser(pipe)
     store, other = (collected(pipe, args, seed, tuples, steps) for seed in (args.seed, args.seed + OTHER_SEEDS))
-    candidates, _ = packed(model, recipes_of(args.candidates), store)
+    candidates = packed(model, planned(model, recipes_of(args.candidates), store), store)
     return Subject(model, store.recorded(), other.recorded(), find_layers(model), candidates)
 
 

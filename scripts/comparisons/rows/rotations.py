@@ -23,13 +23,17 @@ def rotations() -> list[Row]:
         rows.append(Row(f"{rtn}, {USUAL}", "baseline", recipe))
     for activations in ("int8", "int4"):
         bits = f"W4A{activations[3:]}"
-        plain = partial(SVDQuantConfig, activations=activations, rank=0, smoothing="none", rounding="nearest")
-        name = f"Hadamard {bits}"
-        of = f"SVDQuant {bits}"
+        of, name = f"SVDQuant {bits}", f"Hadamard {bits}"
+        plain = partial(SVDQuantConfig, activations=activations, rank=0)
+        alone = partial(plain, evidence="none")  # whose own baseline is "<of>, no data, no branch"
+        looks = partial(plain, smoothing="none", transforms=(USUAL,))
         rows += [
-            Row(name, "baseline", partial(plain, transforms=(USUAL,)), of),
-            *(Row(f"{name}, {one}", "baseline", partial(plain, transforms=(one,)), of) for one in OTHERS),
-            Row(f"{name}, gptq", "baseline", partial(plain, rounding="gptq", transforms=(USUAL,)), of),
+            Row(name, "baseline", partial(alone, transforms=(USUAL,)), f"{of}, no data"),
+            *(
+                Row(f"{name}, {one}", "baseline", partial(alone, transforms=(one,)), f"{of}, no data")
+                for one in OTHERS
+            ),
+            Row(f"{name}, gptq", "baseline", looks, of),
         ]
         recipe = partial(SVDQuantConfig, activations=activations)
         turned = partial(recipe, transforms=(USUAL,))

@@ -135,5 +135,18 @@ def test_what_is_refused():
 def test_which_kernel_serves():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert products.kernel_name(gpu, (3, 3)) == products.kernel_name(gpu, (1, 1)) == TRITON
-    assert products.kernel_name(cpu, (1, 1)) == products.INT_MM
-    assert products.kernel_name(cpu, (3, 3)) == (ONEDNN if VNNI else products.INT_MM)
+    assert products.kernel_name(cpu, (1, 1)) == (products.INT_MM if VNNI else products.EXACT)
+    assert products.kernel_name(cpu, (3, 3)) == (ONEDNN if VNNI else products.EXACT)
+
+
+@pytest.mark.parametrize("terms", [1, 1024, 1025, 3000])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_of_floats_are_exact(terms, autocast):
+    """Of the largest codes, all of one sign, and of codes of all sizes."""
+    g = torch.Generator().manual_seed(terms)
+    drawn = torch.randint(-128, 128, (5, terms), generator=g, dtype=torch.int8)
+    for a in (torch.full((5, terms), -128, dtype=torch.int8), drawn):
+        b = torch.cat([a, drawn]).T
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = products.exact_sums(a, b)
+        assert found.dtype == torch.int32 and torch.equal(found.double(), a.double() @ b.double())

@@ -10,8 +10,8 @@ import ptq4dm
 from fake_clock import FakeClock
 from helpers import same
 from models import unet
-from ptq4dm.budgets.candidates import sixteen_bits
 from ptq4dm.cli.main import main
+from ptq4dm.layers.sizes import bytes_in_16_bits
 from ptq4dm.methods import ohq
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ def test_a_plan_is_made_drawn_and_followed(desk, capsys):
     assert list((desk / "costs").glob("*.json"))
     assert main(["quantize", "--model", "model", "--plan", "out/plan.json", "--output", "quantized"]) == 0
     pipe = ptq4dm.load_pipeline("quantized")
-    assert sixteen_bits(pipe.unet) <= 0.42 * sixteen_bits(unet(**NET))
+    assert bytes_in_16_bits(pipe.unet) <= 0.42 * bytes_in_16_bits(unet(**NET))
     followed = unet(**NET)
     ptq4dm.quantize(followed, ptq4dm.OHQConfig(plan=ptq4dm.Plan.load("out/plan.json")))
     assert same(followed, pipe.unet)

@@ -140,6 +140,11 @@ def test_transforms_have_their_calibration_collected_and_their_plan_can_be_follo
     assert run(*command, "--output", "plain")[0] == 0 and contents("plain")[name] != contents("q")[name]
     assert run(*command, "--transforms", "rotate", "--output", "r")[0] == 0
     assert basis("r") == {"weight"}  # rotations look at nothing: nothing is collected
+    assert run(*command, "--transforms", "hadamard:16", "--output", "h")[0] == 0
+    told = json.loads(Path("h/quantization.json").read_text())["layers"]
+    assert sum("hadamard 16" in layer["format"] for layer in told) > 10
+    status, _, err = run(*command, "--transforms", "hadamard:32", "--output", "no")
+    assert status == 2 and "a regular rotation has groups of 16, 64 or 256, not 32" in err[-1]
 
 
 @pytest.mark.parametrize(

@@ -57,4 +57,4 @@ def test_evaluate(model, capsys):
     out = capsys.readouterr().out
     assert out.count("DiTTransformer2DModel on cpu") == 2 and "calls replayed" in out
     assert main(["evaluate", "--images", "x", "--optimize"]) == 2
-    assert "--optimize and --engine are for a model" in capsys.readouterr().err
+    assert "--optimize, --engine and --reuse are for a model" in capsys.readouterr().err

@@ -36,6 +36,10 @@ TYPED = {
         f"--model q {PAIRS} {STEPS} --output e",
         {"model", "full_precision", "scheduler", "paired", "epsilon_error", "bytes", "networks", "report", "picture"},
     ),
+    "compare": (
+        f"q --num-images 1 --num-heldout 0 --timed-steps 0 {STEPS} --output c",
+        {"full_precision", "sampler", "seeds", "models", "not_measured", "warnings", "page", "picture", "report"},
+    ),
     "info": (
         "--model q",
         {"model", "pipeline", "denoiser", "scheduler", "quantization", "bytes", "layers", "left", "adapters"},
@@ -95,7 +99,7 @@ def test_json_and_quiet_of_every_verb(verb, desk, monkeypatch, capfd):
 
 
 def test_every_verb_is_tried():
-    others = {"distill", "train", "personalize", "bench tune"}  # below and in files of their own
+    others = {"convert", "distill", "train", "personalize", "bench tune"}  # below and in files of their own
     assert {verb.split()[0] for verb in [*TYPED, *others]} == set(VERBS)
 
 

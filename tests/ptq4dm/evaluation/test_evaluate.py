@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 from PIL import Image
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 import models
 import ptq4dm
@@ -27,9 +28,9 @@ from ptq4dm.evaluation.feature_fid import FeatureFID
 from ptq4dm.evaluation.frechet import read_statistics
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr, psnr
 from ptq4dm.evaluation.report import check_places, format_report
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.images import save_png, to_uint8
 from ptq4dm.pipelines.sampling import sample
-from ptq4dm.quantization.report import stored_bytes
 
 SMALL = {"num_images": 6, "num_inference_steps": 2, "batch_size": 4, "num_paired": 3, "num_heldout": 6}
 SMALL |= {"num_bins": 2, "warmup_steps": 0, "timed_steps": 1}
@@ -96,6 +97,8 @@ def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):
     assert report["paired"]["mse"] == pytest.approx(float(mse.mean()), rel=1e-4)
     assert report["paired"]["psnr_db"] == pytest.approx(float((-10 * mse.log10()).mean()), rel=1e-4)
     assert report["paired"]["identical"] == 0 and report["paired"]["num_images"] == 3
+    torchs = structural_similarity_index_measure(a, b, data_range=1.0)
+    assert report["paired"]["ssim"]["mean"] == pytest.approx(float(torchs), rel=1e-4)
 
     timesteps = heldout_timesteps(6, 1000)
     assert timesteps == sorted(timesteps, reverse=True) and sum(t < 500 for t in timesteps) == 3
@@ -138,6 +141,8 @@ def test_a_ratio_says_which_way_and_of_what(ratio, speed, size):
 def test_a_model_compared_with_itself_loses_nothing():
     report = evaluate(pipeline(), pipeline(), EvaluateConfig(**SMALL, metric="none"))
     paired = {"num_images": 3, "seed": 0, "psnr_db": 120.0, "psnr_stderr": 0.0, "psnr_interval": [120.0, 120.0]}
+    alike = report["paired"].pop("ssim")
+    assert [alike["mean"], *alike["interval"]] == pytest.approx([1.0] * 3) and alike["stderr"] < 1e-9
     assert report["paired"] == {**paired, "mse": 0.0, "identical": 3}
     assert "3 identical (counted as 120 dB)" in format_report(report)
     assert report["epsilon_error"]["overall"] == 0.0

@@ -1,6 +1,9 @@
 """The verb: what it does and says, and that all of it can be taken back."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 import models
 import ptq4dm
+from helpers import same
 from ptq4dm.inference import blocks
 from ptq4dm.inference import optimize as verb
 from ptq4dm.inference.graphs import Graphed
@@ -117,6 +121,24 @@ def test_a_model_by_itself_and_a_copy_of_one(graphs):
     assert isinstance(copied.forward, Graphed) and "graphs: left" not in str(report)
     ptq4dm.unoptimize(copied)
     assert "forward" not in vars(copied)
+
+
+def test_an_optimized_model_that_nobody_holds_is_freed():
+    model = models.unet()
+    ptq4dm.optimize(model, fused=False, compiled=False)
+    ptq4dm.optimize(model)  # anew
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_pickled_model_is_not_optimized():
+    model = models.plain_unet()
+    ptq4dm.optimize(model, compiled=False)
+    again = pickle.loads(pickle.dumps(model))
+    ptq4dm.unoptimize(again)
+    assert same(again, model)
 
 
 def test_saved_while_optimized(graphs, tmp_path):

@@ -12,8 +12,8 @@ from ptq4dm.kernels.formats import bcq
 from ptq4dm.layers.binary.bcq import BCQPlan
 from ptq4dm.layers.choices import check_choices, check_fit
 from ptq4dm.layers.registry import empty_quantized, quantized_copy
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.layers.stored import check_stored
-from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.ranges.weights import weight_grid
 from ptq4dm.rounding.gptq import gptq
 

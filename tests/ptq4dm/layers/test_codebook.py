@@ -14,9 +14,9 @@ from ptq4dm.layers.choices import check_choices
 from ptq4dm.layers.codebook import CodebookPlan
 from ptq4dm.layers.plan import Int4Plan, Plan
 from ptq4dm.layers.registry import empty_quantized, needs_of, quantized_copy
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.layers.stored import check_stored
 from ptq4dm.quantization.packing import pack_plan
-from ptq4dm.quantization.report import stored_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

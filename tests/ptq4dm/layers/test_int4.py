@@ -14,7 +14,7 @@ from ptq4dm.kernels.formats.int4 import pack_int4, unpack_int4
 from ptq4dm.layers import int4_ops
 from ptq4dm.layers.plan import Int4Plan, LayerPlan
 from ptq4dm.layers.registry import quantized_copy
-from ptq4dm.quantization.report import stored_bytes
+from ptq4dm.layers.sizes import stored_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,9 +15,9 @@ from ptq4dm.layers.choices import check_choices
 from ptq4dm.layers.plan import Int4Plan, LayerPlan, Plan
 from ptq4dm.layers.power import EXPONENTS, PowerPlan
 from ptq4dm.layers.registry import empty_quantized, quantized_copy
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.layers.stored import check_stored
 from ptq4dm.quantization.packing import pack_plan
-from ptq4dm.quantization.report import stored_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

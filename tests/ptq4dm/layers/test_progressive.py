@@ -20,9 +20,9 @@ from ptq4dm.layers.choices import check_choices
 from ptq4dm.layers.plan import Int4Plan, Plan
 from ptq4dm.layers.progressive import ProgressivePlan
 from ptq4dm.layers.registry import empty_quantized, quantized_copy
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.layers.stored import check_stored
 from ptq4dm.quantization.planning import check_plan
-from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.rounding.learned import Learning
 
 pytestmark = pytest.mark.usefixtures("one_thread")

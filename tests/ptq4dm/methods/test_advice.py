@@ -131,7 +131,38 @@ def test_options_that_a_method_has_fixed_name_the_methods_that_have_them(name):
         assert complaint(kind, {item.name: item.default}) == ""
 
 
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_unknown_options_are_answered_with_options_that_there_are(name):
+    kind = KINDS[name]
+    for made in (kind, lambda **options: ptq4dm.QuantConfig.from_dict({"method": name, **options})):
+        with pytest.raises(UserError) as found:
+            made(zzzzzzzz=1)
+        offered = str(found.value).partition("; it has ")[2].rstrip(".").split(", ")
+        assert {"plan", "transforms"} <= set(offered)
+        fixed = {item.name for item in fields(kind) if item.metadata.get("fixed")}
+        assert not fixed & set(offered)
+
+
+@pytest.mark.parametrize("name", ["mixllm", "ohq"])
+def test_there_is_no_outcome_before_quantizing(name):
+    with pytest.raises(UserError, match="has no outcome: nothing was quantized with it yet"):
+        KINDS[name]().outcome  # noqa: B018
+
+
+def test_rows_without_a_choice_have_no_outcome():
+    with pytest.raises(UserError, match="rows=0 leaves no rows to choose"):
+        ptq4dm.MixLLMConfig(rows=0).outcome  # noqa: B018
+
+
+def test_data_free_svdquant_takes_no_transform_that_calibrates():
+    with pytest.raises(UserError, match="looks at no calibration, and the transform 'smooth:alpha=0.3' does"):
+        ptq4dm.SVDQuantConfig(evidence="none", transforms=("rotate", "smooth:alpha=0.3"))
+    assert not ptq4dm.SVDQuantConfig(evidence="none", transforms=("rotate",)).needs_calibration
+
+
 def test_the_cases_that_users_met():
+    text = complaint(ptq4dm.MixLLMConfig, {"average_bits": 5.0})
+    assert text.startswith("average_bits is no choice of MixLLMConfig, which takes none; leave it out")
     for kind in (ptq4dm.MixPEConfig, ptq4dm.QoQConfig):
         for options in ({"average_bits": 5.0}, {"format": "fp8"}, {"importance": "random"}):
             assert "take a method that has it: gradptq" in complaint(kind, options)

@@ -9,13 +9,13 @@ import ptq4dm
 from fake_clock import FakeClock
 from helpers import normal, run, same
 from ptq4dm import OHQConfig, RTNConfig, UserError
-from ptq4dm.budgets.candidates import recipe_of, sixteen_bits
+from ptq4dm.budgets.candidates import recipe_of
 from ptq4dm.calibration.measure import store_of
 from ptq4dm.layers.plan import Plan
+from ptq4dm.layers.sizes import bytes_in_16_bits, stored_bytes
 from ptq4dm.layers.view import find_layers
 from ptq4dm.methods import ohq
 from ptq4dm.quantization.planning import make_plan
-from ptq4dm.quantization.report import stored_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = {"num_tuples": 2, "draws": 2, "rounds": 1, "timed_batch": 2, "costs": ""}
@@ -51,18 +51,18 @@ def resolved(unet, calls, **options):
 
 def test_formats_are_mixed_within_the_budget_of_bytes(unet, calls, clock):
     model, _, found, _ = resolved(unet, calls, bytes=0.52)
-    whole, kinds = sixteen_bits(unet()), {type(layer).__name__ for layer in found.plan.layers.values()}
+    whole, kinds = bytes_in_16_bits(unet()), {type(layer).__name__ for layer in found.plan.layers.values()}
     assert found.method == found.plan.method == "ohq" and kinds == {"LayerPlan", "Int4Plan"}
-    assert sixteen_bits(model) <= 0.52 * whole
+    assert bytes_in_16_bits(model) <= 0.52 * whole
     more, _, _, _ = resolved(unet, calls, bytes=0.7)
-    assert sixteen_bits(more) > sixteen_bits(model)
+    assert bytes_in_16_bits(more) > bytes_in_16_bits(model)
 
 
 def test_predicted_bytes_and_times_are_those_of_the_model(unet, calls, clock):
     model, outcome, found, _ = resolved(unet, calls, bytes=0.52, latency=0.7)
     table, chosen = outcome.table, outcome.allocation
     assert chosen.bytes <= 0.52 and chosen.latency <= 0.7 and chosen.latency < 1
-    assert chosen.bytes == pytest.approx(sixteen_bits(model) / sixteen_bits(unet()), rel=1e-6)
+    assert chosen.bytes == pytest.approx(bytes_in_16_bits(model) / bytes_in_16_bits(unet()), rel=1e-6)
     times = []
     for net in (model, unet()):
         start = clock.now
@@ -124,13 +124,13 @@ def test_hessian_rounding_is_a_candidate_and_keeps_its_own_options(unet, calls, 
 def test_the_direct_way_and_noise_choose_too(unet, calls, clock):
     for options in ({"sensitivity": "direct"}, {"inputs": "noise"}, {"scale": "outputs"}):
         model, outcome, _, _ = resolved(unet, calls, bytes=0.52, **options)
-        assert sixteen_bits(model) <= 0.52 * sixteen_bits(unet()) and outcome.allocation.error > 0
+        assert bytes_in_16_bits(model) <= 0.52 * bytes_in_16_bits(unet()) and outcome.allocation.error > 0
 
 
 def test_bytes_of_16_bits_are_those_of_a_float16_model(unet):
     model = unet()
     ptq4dm.quantize(model, RTNConfig(activations="dynamic", weight_bits=4))
-    assert sixteen_bits(model) == stored_bytes(torch.nn.Module.to(model, torch.float16))
+    assert bytes_in_16_bits(model) == stored_bytes(torch.nn.Module.to(model, torch.float16))
 
 
 def test_svdquant_is_a_candidate_whose_groups_stay_together(clock):

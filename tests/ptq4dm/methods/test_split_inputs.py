@@ -11,11 +11,11 @@ from helpers import distance, run, same
 from ptq4dm import GradPTQConfig, PDQuantConfig, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.calibration.measure import store_of
 from ptq4dm.evaluation.paired import EpsilonError
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.layers.split.choices import SplitChoices
 from ptq4dm.layers.view import find_layers
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.pipelines.sampling import sample
-from ptq4dm.quantization.report import stored_bytes
 from ptq4dm.seams.measure import parted_inputs
 from ptq4dm.seams.parts import SAVED, together
 

@@ -14,9 +14,10 @@ import ptq4dm
 from helpers import distance
 from ptq4dm import PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.layers.base import holds_quantized, is_quantized
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.quantization.components import load_plans, quantized_plans, save_plans
 from ptq4dm.quantization.diffusers_bridge import quantization_config
-from ptq4dm.quantization.report import float_bytes, memory_of, stored_bytes
+from ptq4dm.quantization.report import float_bytes, memory_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 ALL = ["text_encoder", "text_encoder_2", "vae", "unet"]

@@ -28,10 +28,10 @@ from models import plain_unet
 from ptq4dm import CalibrationConfig, CalibrationStore, PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.calibration.store import fingerprint
 from ptq4dm.layers.base import is_quantized
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.layers.w8a8 import Int8Conv2d, Int8Linear
 from ptq4dm.pipelines.load import load_pipeline
 from ptq4dm.quantization.diffusers_bridge import quantization_config
-from ptq4dm.quantization.report import stored_bytes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARD = "60KB"

@@ -14,7 +14,7 @@ from torch import nn
 import denoisers
 from ptq4dm.calibration.record import replay
 from ptq4dm.layers.registry import empty_quantized
-from ptq4dm.quantization.report import stored_bytes
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.svdquant.group import Group, split_weight
 from ptq4dm.svdquant.layers.nvfp4 import NVFP4Linear, NVFP4Plan
 from ptq4dm.svdquant.layers.plan import SVDQPlan

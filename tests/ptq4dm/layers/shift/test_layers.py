@@ -15,6 +15,14 @@ from ptq4dm.layers.shift.widths import Widths
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "mv", "dot", "linear")
 
 
+EXACTLY = products.kernel_name(torch.device("cpu"), (1, 1)) == products.EXACT
+
+
+def is_code(values):
+    """Whether float32 values are 8-bit codes, of parts whose sums float32 has exactly."""
+    return values.dtype == torch.float32 and bool(((values == values.round()) & (values.abs() <= 128)).all())
+
+
 class NoFloatProducts(TorchDispatchMode):
     """Raises where a product of floats is asked for; counts those of integers."""
 
@@ -25,7 +33,9 @@ class NoFloatProducts(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.removeprefix("aten::")
         floats = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
-        if name in PRODUCTS and floats:
+        if name == "mm" and EXACTLY and all(is_code(a) for a in floats):
+            self.integer.append(name)
+        elif name in PRODUCTS and floats:
             raise AssertionError(f"{name} of {floats[0].dtype}")
         if name in ("_int_mm", "onednn::qconv2d_pointwise", "onednn::qconv2d_pointwise.default"):
             operands = [a.dtype for a in args if isinstance(a, torch.Tensor) and not a.is_floating_point()]

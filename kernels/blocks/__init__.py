@@ -1,0 +1,1 @@
+"""Products with weights in blocks, as files of other tools have them."""

@@ -1,0 +1,127 @@
+"""What is compared: folders with short names, and the one model that they were all made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files.outside import checked_object, outside, read_object
+from ..pipelines.denoiser import check_sampled, denoiser, denoiser_name
+from ..pipelines.folder import INDEX
+from ..pipelines.load import folder_of
+from ..quantization.saving import RECORD, original_of
+
+WORST = 10  # layers that are told of each model
+ROW = {"layer": str, "format": str, "kernel": str, "basis": str}  # of a layer, beside its sqnr
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model: its name as the user gave it, and a label that names its row and its folder of images."""
+
+    model: str
+    label: str
+
+
+def labelled(models: Sequence[str | os.PathLike]) -> list[Candidate]:
+    """Candidates of several models, each labelled by the last part of its name, or the last two where that is taken.
+
+    Raises UserError where two are the same, or cannot be told apart.
+    """
+    names = [os.fspath(model) for model in models]
+    parts = [Path(name).absolute().parts if os.path.isdir(name) else Path(name).parts for name in names]
+    for length in (1, 2, 3):
+        labels = [re.sub(r"[^\w.+-]", "-", "-".join(part[-length:])).lstrip(".-")[:100] or "model" for part in parts]
+        twice = [label for label, count in Counter(map(str.lower, labels)).items() if count > 1]
+        if not twice:
+            return [Candidate(*pair) for pair in zip(names, labels, strict=True)]
+    raise UserError(f"two of the models are called '{twice[0]}'; name each once, or rename a folder.")
+
+
+def original(models: Sequence[str | os.PathLike], full_precision: str | os.PathLike | None) -> str:
+    """The model in full precision that all are compared with: as the user says, or what they were quantized from.
+
+    Raises UserError where nobody knows it, or they were quantized from different ones.
+    """
+    if full_precision is not None:
+        return os.fspath(full_precision)
+    made = {os.fspath(model): found for model in models if (found := original_of(os.fspath(model))) is not None}
+    if not made:
+        raise UserError("none of these models says what it was quantized from; name that with --full-precision.")
+    (first, one), *others = made.items()
+    for model, other in others:
+        if other != one:
+            raise UserError(
+                f"{first} was quantized from {one} and {model} from {other}: different models cannot be compared. "
+                "If these are two names of one model, give it with --full-precision."
+            )
+    return one
+
+
+def check_saved(model: str, reference: Any, name: str) -> None:
+    """`check_same` of a local folder by its configurations alone, before any work; of what is no folder, nothing."""
+    folder, part = folder_of(model), denoiser_name(reference)
+    if not (folder / INDEX).is_file() or not (folder / part / "config.json").is_file():
+        return
+    _check_kind(model, read_object(folder / INDEX, {"_class_name": str})["_class_name"], reference, name)
+    saved, theirs = _plain(read_object(folder / part / "config.json", {})), _layout(reference)
+    _check_layout(model, {key: value for key, value in saved.items() if key in theirs}, theirs, name)
+
+
+def check_same(pipe: Any, reference: Any, model: str, name: str) -> None:
+    """Raises UserError where a pipeline is not of the layout of the one in full precision, or takes other steps."""
+    check_sampled(pipe, model)
+    _check_kind(model, type(pipe).__name__, reference, name)
+    _check_layout(model, _layout(pipe), _layout(reference), name)
+    ours, theirs = (getattr(one.scheduler, "fixed_steps", None) for one in (pipe, reference))
+    if ours != theirs:
+        told = ["any number of steps" if steps is None else f"{steps} and no other" for steps in (ours, theirs)]
+        raise UserError(f"{model} takes {told[0]}, and {name} {told[1]}; they cannot be compared.")
+
+
+def _check_kind(model: str, kind: str, reference: Any, name: str) -> None:
+    if kind != type(reference).__name__:
+        kinds = f"{model} is a {kind} and {name} a {type(reference).__name__}"
+        raise UserError(f"{kinds}: different models cannot be compared.")
+
+
+def _check_layout(model: str, ours: dict, theirs: dict, name: str) -> None:
+    compared = theirs if ours.keys() >= theirs.keys() else ours  # a folder need not say all that has a default
+    if other := sorted(key for key in compared if ours.get(key) != theirs.get(key)):
+        raise UserError(
+            f"{model} is another model than {name}: their configurations differ in {', '.join(other[:5])}."
+        )
+
+
+def worst_layers(model: str) -> list[dict[str, Any]]:
+    """The layers with the largest error in a quantized folder's report, worst first; none for another model.
+
+    Rows of layer, format, kernel, basis ("output" or "weight") and sqnr in dB: None without any error, "nan" where
+    the layer gives NaN. Raises DamagedFile.
+    """
+    record = Path(model) / RECORD
+    if not record.is_file():
+        return []
+    layers = read_object(record, {"layers": list}, "quantize the model again")["layers"][:WORST]
+    with outside(record, "quantize the model again"):
+        rows = [checked_object(row, {**ROW, "sqnr": (float, int, str, type(None))}) for row in layers]
+    return [{key: row[key] for key in (*ROW, "sqnr")} for row in rows]
+
+
+def _layout(pipe: Any) -> dict[str, Any]:
+    """What a denoiser is built of, as JSON values, without how it was quantized and where it lay."""
+    network = denoiser(pipe)
+    return _plain({**network.config, "_class_name": type(network).__name__})
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    plain = {"class": config.get("_class_name")}
+    plain |= {key: v for key, v in config.items() if key[0] != "_" and key != "quantization_config"}
+    return json.loads(json.dumps(plain, default=str))

@@ -1,0 +1,60 @@
+"""The table that papers on quantized diffusion models print, in Markdown: FID, IR, LPIPS, PSNR, SSIM; and CLIP.
+
+One row a model; a cell that nothing was measured for is empty, and a line below says what would fill it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .measures import LABELS
+
+COLUMNS = ("frechet", "image_reward", "clip", "lpips", "psnr", "ssim")  # as the papers order them, CLIP put in
+DIGITS = {"frechet": 2, "image_reward": 3, "clip": 2, "lpips": 3, "psnr": 2, "ssim": 3}
+DIRECTIONS = "lower is better: FID, LPIPS; higher: IR, CLIP, PSNR, SSIM"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its columns aligned; the first is of names, the others of numbers."""
+    wide = [max(len(row[k]) for row in [columns, *rows]) for k in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        return (
+            f"| {cells[0]:<{wide[0]}} | "
+            + " | ".join(f"{c:>{w}}" for c, w in zip(cells[1:], wide[1:], strict=True))
+            + " |"
+        )
+
+    rule = "|" + "-" * (wide[0] + 2) + "|" + "|".join("-" * (w + 1) + ":" for w in wide[1:]) + "|"
+    return "\n".join([line(columns), rule, *map(line, rows)])
+
+
+def cell(name: str, value: float | None) -> str:
+    """A figure with its usual digits; "" for none."""
+    return "" if value is None else f"{value:.{DIGITS[name]}f}"
+
+
+def published_table(rows: Mapping[str, Mapping[str, float | None]], frechet: str = "FID") -> str:
+    """name of a model -> figure -> value, as the published table. frechet: the label of the Frechet distance."""
+    head = ["", *((LABELS | {"frechet": frechet})[name] for name in COLUMNS)]
+    return markdown(head, [[name, *(cell(key, found.get(key)) for key in COLUMNS)] for name, found in rows.items()])
+
+
+def not_measured_text(missing: Mapping[str, str]) -> str:
+    """ "not measured: LPIPS (--lpips-weights FILE), ...", or "" """
+    told = ", ".join(f"{LABELS[name]} ({why})" for name, why in missing.items())
+    return f"not measured: {told}" if told else ""
+
+
+def rows_of(report: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The rows of an `evaluate` report: the model's, and its original's where one of its figures is known."""
+    prompts, paired = report.get("prompts", {}), report.get("paired", {})
+
+    def scores(kind: str) -> dict[str, float | None]:
+        return {name: one["mean"] for name, one in prompts.get(kind, {}).items()}
+
+    ours = scores("model") | {"frechet": report["frechet"]["value"] if "frechet" in report else None}
+    ours |= {"psnr": paired.get("psnr_db")} | {k: paired[k]["mean"] for k in ("ssim", "lpips") if k in paired}
+    rows = {"full precision": scores("full_precision")} if prompts.get("full_precision") else {}
+    return {**rows, "quantized" if paired else "samples": ours}

@@ -1,0 +1,1 @@
+"""Files of quantized models that other tools write, in and out."""

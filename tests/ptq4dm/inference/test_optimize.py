@@ -44,7 +44,10 @@ def images(pipe, seeds=(0, 1), steps=3):
 def parts(model):
     """Attributes of all modules, but for what they hold, by identity."""
     return [
-        (name, key, id(value)) for name, one in model.named_modules() for key, value in vars(one).items()
+        (name, key, id(value))
+        for name, one in model.named_modules()
+        for key, value in vars(one).items()
+        if key != verb.MARK
     ]  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from ..samplers.comparison.compare import SamplerBench, bench_samplers
 from ..samplers.comparison.table import plot_rows, table
 from ..samplers.fitting.fit import FitConfig
 from ..samplers.fitting.saved import fitted_to
-from . import hardware, tune
+from . import tune
+from .benches import hardware
 from .options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
 from .output import result, say
 from .parser import Parser, add_command

@@ -7,22 +7,22 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError, meant
-from ..files.atomic import replacing
-from ..files.claim import claimed_whole
-from ..files.places import make_parent
-from ..hardware.comparison import Totals, Workload, compare, ratios
-from ..hardware.costs import FREQUENCY, TABLES, Costs
-from ..hardware.designs import DESIGNS
-from ..hardware.known import KNOWN, facts_of, works_of_known
-from ..hardware.nets import NETS, batch_of, works_of_net
-from ..hardware.simulator import simulate
-from ..hardware.switches import LABELS, MODES, PUBLISHED, Switches, meaning, turned
-from ..hardware.table import NOTE, WORD, changes, plot, table
-from ..hardware.traced import scaled, works_of_pipeline
-from ..hardware.work import Work
-from ..pipelines.load import EMBEDDED
-from .options import (
+from ...errors import UserError, meant
+from ...files.atomic import replacing
+from ...files.claim import claimed_whole
+from ...files.places import make_parent
+from ...hardware.comparison import Totals, Workload, compare, ratios
+from ...hardware.costs import FREQUENCY, TABLES, Costs
+from ...hardware.designs import DESIGNS
+from ...hardware.known import KNOWN, facts_of, works_of_known
+from ...hardware.nets import NETS, batch_of, works_of_net
+from ...hardware.simulator import simulate
+from ...hardware.switches import LABELS, MODES, PUBLISHED, Switches, meaning, turned
+from ...hardware.table import NOTE, WORD, changes, plot, table
+from ...hardware.traced import scaled, works_of_pipeline
+from ...hardware.work import Work
+from ...pipelines.load import EMBEDDED
+from ..options import (
     CONDITIONING,
     add_conditioning,
     add_model,
@@ -33,7 +33,7 @@ from .options import (
     one_process,
     steps_of,
 )
-from .output import plain, result, say
+from ..output import plain, result, say
 
 MODELS = (*EMBEDDED, *KNOWN, *NETS)
 EMBEDDED_BATCH = 64

@@ -357,7 +357,7 @@ def test_interrupted(run, models, monkeypatch):
     assert tree(".") == ["out"]
 
 
-COMMANDS = ("collect", "quantize", "allocate", "generate", "evaluate", "distill", "bench", "info")
+COMMANDS = ("collect", "quantize", "allocate", "generate", "evaluate", "compare", "distill", "bench", "info")
 
 
 def test_help_names_every_command(run):

@@ -70,7 +70,7 @@ def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
         "seed": 0,
         "num_inference_steps": 2,
     }
-    assert set(report) == {"frechet", "bytes", "networks", "sampler", "num_inference_steps", "warnings"}
+    assert set(report) == {"frechet", "bytes", "memory", "networks", "sampler", "num_inference_steps", "warnings"}
     assert report["networks"] == {"quantized": [], "full_precision": ["unet"]}
     assert "biased upwards" in report["warnings"][0] and "biased upwards" in format_report(report)
     # Against themselves they are at no distance; folder against folder and against the folder's npz agree.
@@ -153,6 +153,7 @@ def test_half_as_many_bytes_are_counted():
     report = evaluate(half, pipeline(), config)
     assert report["bytes"]["ratio"] == 2.0 and set(report) == {
         "bytes",
+        "memory",
         "networks",
         "sampler",
         "num_inference_steps",

@@ -33,6 +33,7 @@ VERBS = {
     "completion": "Print a script that completes commands in a shell: bash, zsh or fish.",
 }
 FOLDERS = {
+    "bench": "benches.",
     "convert": "conversion.",
     "personalize": "training.",
     "train": "training.",

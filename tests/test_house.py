@@ -48,7 +48,7 @@ svdquant  samplers/maths  ptq4dm/interchange
 samplers
 samplers/distillation  samplers/comparison  samplers/fitting
 ptq4dm/cli
-ptq4dm/cli/training  ptq4dm/cli/conversion
+ptq4dm/cli/training  ptq4dm/cli/conversion  ptq4dm/cli/benches
 ptq4dm
 """
 LEVEL = {folder: i for i, line in enumerate(FLOORS.split("\n")) for folder in line.split()}

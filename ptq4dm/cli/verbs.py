@@ -11,8 +11,6 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import UserError
-from ..files.missing import check_store
-from ..pipelines.embedded import EMBEDDED, check_name
 from ..starting import INTERRUPTED
 from ..version import __version__
 from .failures import complain, in_flags, told
@@ -35,6 +33,7 @@ VERBS = {
     "completion": "Print a script that completes commands in a shell: bash, zsh or fish.",
 }
 FOLDERS = {
+    "bench": "benches.",
     "convert": "conversion.",
     "personalize": "training.",
     "train": "training.",
@@ -131,6 +130,9 @@ def refuse(arguments: list[str]) -> None:
     words = known_words()
     if verb is None or verb not in words or {"-h", "--help"} & {*arguments} or verb == "completion":
         return
+    from ..files.missing import check_store
+    from ..pipelines.embedded import EMBEDDED, check_name
+
     args = _quick_parser(words, verb).parse_args(arguments)
     flags = words[_path(words, verb, args)]["flags"]
     for flag, what in flags.items():

@@ -1,1 +1,1 @@
-"""What `ptq4dm bench` has a file of its own for."""
+"""The verb `bench`."""

@@ -438,7 +438,7 @@ def test_a_gpu_that_is_too_old(gpu, monkeypatch):
 
 
 def test_the_command_tunes_what_it_is_asked_for(gpu, monkeypatch, capsys, tmp_path):
-    from ptq4dm.cli import bench
+    from ptq4dm.cli.benches import bench
 
     asked = {}
     monkeypatch.setattr(

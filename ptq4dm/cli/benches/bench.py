@@ -8,20 +8,20 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
-from ..files.places import file_place
-from ..kernels.runtime.settings import tuned_file
-from ..pipelines.denoiser import denoiser
-from ..pipelines.load import EMBEDDED
-from ..samplers.comparison.compare import SamplerBench, bench_samplers
-from ..samplers.comparison.table import plot_rows, table
-from ..samplers.fitting.fit import FitConfig
-from ..samplers.fitting.saved import fitted_to
-from . import tune
-from .benches import hardware
-from .options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
-from .output import result, say
-from .parser import Parser, add_command
+from ...errors import UserError
+from ...files.places import file_place
+from ...kernels.runtime.settings import tuned_file
+from ...pipelines.denoiser import denoiser
+from ...pipelines.load import EMBEDDED
+from ...samplers.comparison.compare import SamplerBench, bench_samplers
+from ...samplers.comparison.table import plot_rows, table
+from ...samplers.fitting.fit import FitConfig
+from ...samplers.fitting.saved import fitted_to
+from .. import tune
+from ..options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
+from ..output import result, say
+from ..parser import Parser, add_command
+from . import hardware
 
 
 def add(parser) -> None:

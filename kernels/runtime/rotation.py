@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats.rotation import factors
+from ..formats.rotation import factors
 
 RUN = 256
 

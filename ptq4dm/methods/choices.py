@@ -117,7 +117,8 @@ def _check_grid(config: Any) -> None:
     if config.rotate_inputs and (wanted := _other(config, activations="dynamic", **turned)):
         raise UserError(f"rotate_inputs goes with other options; give {wanted} with it, or leave it out.")
     if config.codebook_of != type(config).codebook_of and config.weight_grid != "codebook":
-        raise UserError("codebook_of says whose levels a codebook has; give weight_grid='codebook', or leave it out.")
+        wanted = _other(config, **_codebook(config), weight_grid="codebook")
+        raise UserError(f"codebook_of says whose levels a codebook has; give {wanted} with it, or leave it out.")
     if config.weight_grid == "uniform":
         return
     if config.weight_grid == "codebook":
@@ -138,8 +139,15 @@ def _check_grid(config: Any) -> None:
         )
 
 
+def _codebook(config: Any) -> dict[str, Any]:
+    """The options that levels of a codebook go with."""
+    serves = "codebook" in ROUNDERS.find(config.rounding).grids or not has_option(type(config), "rounding")
+    other = {} if serves else {"rounding": "gptq"}
+    return {"format": "int8", "weight_bits": 4, "affine": False, "split_inputs": False} | other
+
+
 def _check_codebook(config: Any) -> None:
-    if wanted := _other(config, format="int8", weight_bits=4, affine=False, split_inputs=False):
+    if wanted := _other(config, **_codebook(config)):
         raise UserError(f"weight_grid='codebook' goes with other options; give {wanted} with it.")
     if "codebook" not in ROUNDERS.find(config.rounding).grids:
         serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if "codebook" in one.grids)

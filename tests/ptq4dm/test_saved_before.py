@@ -22,7 +22,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder / "v0.1.0"
 
 

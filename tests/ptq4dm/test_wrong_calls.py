@@ -207,7 +207,11 @@ CONFIGS = sorted(
 def test_a_typing_error_in_an_option_names_what_was_meant(kind):
     names = list(inspect.signature(kind).parameters)
     assert len(names) > 3 and "kwargs" not in names
-    for name in names:
+    with pytest.raises(UserError) as error:
+        kind(qqqqqq=1)
+    told = str(error.value).partition("; it has ")[2].rstrip(".").split(", ")
+    assert len(told) > 3 and set(told) <= set(names)  # fields that a method fixes are no options
+    for name in told:
         with pytest.raises(UserError, match=f"^{kind.__name__} has no option {name}x; did you mean '.*'") as error:
             kind(**{f"{name}x": 1})
         assert isinstance(error.value, TypeError) and str(error.value).endswith(f"'{name}'?")

@@ -122,11 +122,11 @@ def _quantized_rows(
         k = i * STEP + columns
         rows = rows + (values_of(x_rows, more_rows, more, k, inside & (k < K)[None, :], GATE),)
     if norm is not None:
+        LATER: tl.constexpr = turn is not None
         mean, rstd = row_statistics(rows, columns, K, norm[5], norm[7])
         values = ()
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
-            LATER: tl.constexpr = turn is not None
             v = normed(
                 rows[i], mean, rstd, inverse_ptr, shift, norm, sample, k, K, SHIFTED and not LATER,
                 SMOOTHED and not LATER,

@@ -62,3 +62,8 @@ def choices_of(name: str, choices: Any) -> Any:
         if unknown := sorted(map(str, set(choices) - known)):
             raise ValueError(f"nobody knows its entry '{unknown[0]}'")
         return kind(**choices)
+
+
+def as_plan_of(kind: type, plan: Any, **more: Any) -> Any:
+    """The choices of a plan, but for its format, as a plan of a class that has more of them."""
+    return kind(**{item.name: getattr(plan, item.name) for item in fields(plan) if item.name != "format"} | more)

@@ -115,7 +115,8 @@ def quantize(
         was, after, now, whole = sizes
         left = left_out(target)
         report = QuantizationReport(method, was, after, rows, names, left, found, kept, now, whole)
-        report.memory = {name: [count, memory_of(target)[name]] for name, count in held.items()}
+        holds = memory_of(target)
+        report.memory = {name: [count, holds[name]] for name, count in held.items()}
         report.recipes = {} if components is None else {name: one.summary() for name, one in recipes.items()}
         return report
 

@@ -8,7 +8,7 @@ first tokens are told so, by what they hold, and both numbers are our assumption
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..calibration.calls import Calls
 from ..calibration.record import answers
 from ..hooks import hooked, input_of
+from ..layers.choices import as_plan_of
 from ..layers.plan import LayerPlan
 from ..layers.split.choices import MOST
 from ..layers.split.first import FirstTokenPlan
@@ -84,8 +85,7 @@ def first_where_it_pays(plan: LayerPlan, view: LayerView, found: FirstToken, sym
     counts = [int(part[0].sum()) for part in (found.first, found.others)]
     if counts[0] * first**2 + counts[1] * others**2 > (1 - SAVED) * sum(counts) * whole**2:
         return plan
-    kept = {item.name: getattr(plan, item.name) for item in fields(plan) if item.name != "format"}
-    made = FirstTokenPlan(**kept, first_factor=max(others / first, 1 / MOST))
+    made = as_plan_of(FirstTokenPlan, plan, first_factor=max(others / first, 1 / MOST))
     scale, zero = part_grid(plain, scaled(found, made), symmetric, None, weight)
     made.input_scale, made.input_zero_point = scale, zero
     return made

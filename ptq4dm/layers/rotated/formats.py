@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from ..choices import as_plan_of
 from ..codebook import CodebookConv2d, CodebookLinear, CodebookPlan
 from ..int4 import Int4Conv2d, Int4Linear
 from ..plan import Int4Plan, LayerPlan
@@ -96,8 +97,7 @@ class RotatedProgressiveConv2d(RotatedLayer, ProgressiveConv2d):
 
 
 def _as(kind: type, plan: Any, group: int, name: str) -> Any:
-    kept = {item.name: getattr(plan, item.name) for item in fields(plan) if item.name != "format"}
-    return kind(**kept, format=f"{plan.format}-rotated", hadamard_group=group, hadamard_kind=name)
+    return as_plan_of(kind, plan, format=f"{plan.format}-rotated", hadamard_group=group, hadamard_kind=name)
 
 
 ROTATED |= {

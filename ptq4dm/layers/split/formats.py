@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.w8a8 import parts
+from ..choices import as_plan_of
 from ..int4 import Int4Conv2d, Int4Linear
 from ..plan import Int4Plan, LayerPlan
 from ..power import PowerConv2d, PowerLinear, PowerPlan
@@ -102,9 +103,7 @@ SPLIT: dict[type, type] = {
 
 def split_plan(plan: LayerPlan, seams: list[int], factors: list[float], offsets: list[int]) -> LayerPlan:
     """The same choices for an input in parts. Its class must be one of SPLIT."""
-    kind = SPLIT[type(plan)]
-    kept = {item.name: getattr(plan, item.name) for item in fields(plan) if item.name != "format"}
-    return kind(**kept, seams=seams, input_factors=factors, input_offsets=offsets)
+    return as_plan_of(SPLIT[type(plan)], plan, seams=seams, input_factors=factors, input_offsets=offsets)
 
 
 register_format("int8-split", plan=SplitInt8Plan, layers={nn.Linear: SplitInt8Linear, nn.Conv2d: SplitInt8Conv2d})

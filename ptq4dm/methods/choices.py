@@ -122,7 +122,8 @@ def _check_grid(config: Any) -> None:
     if config.weight_grid == "uniform":
         return
     if config.weight_grid == "codebook":
-        _check_codebook(config)
+        if wanted := _other(config, **_codebook(config)):
+            raise UserError(f"weight_grid='codebook' goes with other options; give {wanted} with it.")
         return
     if config.weight_grid == "progressive":
         _check_progressive(config)
@@ -141,20 +142,8 @@ def _check_grid(config: Any) -> None:
 
 def _codebook(config: Any) -> dict[str, Any]:
     """The options that levels of a codebook go with."""
-    serves = "codebook" in ROUNDERS.find(config.rounding).grids or not has_option(type(config), "rounding")
-    other = {} if serves else {"rounding": "gptq"}
+    other = {} if "codebook" in ROUNDERS.find(config.rounding).grids else {"rounding": "gptq"}
     return {"format": "int8", "weight_bits": 4, "affine": False, "split_inputs": False} | other
-
-
-def _check_codebook(config: Any) -> None:
-    if wanted := _other(config, **_codebook(config)):
-        raise UserError(f"weight_grid='codebook' goes with other options; give {wanted} with it.")
-    if "codebook" not in ROUNDERS.find(config.rounding).grids:
-        serve = ", ".join(name for name, one in sorted(ROUNDERS.items()) if "codebook" in one.grids)
-        raise UserError(
-            f"rounding '{config.rounding}' does not serve levels of a codebook; take one of {serve}, or another "
-            "weight_grid."
-        )
 
 
 def _check_progressive(config: Any) -> None:

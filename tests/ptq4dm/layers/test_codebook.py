@@ -178,6 +178,6 @@ def test_options_that_do_not_go_together(options, words):
         RTNConfig(**{"weight_grid": "codebook", "weight_bits": 4} | options)
 
 
-def test_roundings_that_are_trained_do_not_serve_it():
-    with pytest.raises(UserError, match="does not serve levels of a codebook"):
+def test_a_rounding_that_is_trained_does_not_serve_it():
+    with pytest.raises(UserError, match="goes with other options; give rounding='gptq' with it"):
         PTQ4DMConfig(weight_grid="codebook", weight_bits=4, rounding="learned")

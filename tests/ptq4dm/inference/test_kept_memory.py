@@ -1,8 +1,8 @@
 """Memory kept between forward passes: pages are not mapped anew while somebody keeps it, and are again after.
 
 In a process of its own: pieces that other tests left free in the heap are used again whatever glibc is told. So is
-what this one leaves there, at most 32 MiB: what is asked for last are pieces of which at most one finds place in it. Without huge pages: one fault maps 512 pages
-where a machine uses them always.
+what this one leaves there, at most 32 MiB: what is asked for last are pieces of which at most one finds place in it.
+Without huge pages: where a machine uses them always, one fault maps 512 pages.
 """
 
 import subprocess

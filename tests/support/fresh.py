@@ -1,6 +1,6 @@
-"""New processes of Python that need not import the libraries: one does, for each worker of pytest, and parts for them.
+"""New processes of Python that need not import the libraries: one does, for each worker of pytest, and parts.
 
-They have imported nothing of ptq4dm. What depends on who imports diffusers or PyTorch first needs a process of its own.
+They have imported nothing of ptq4dm. What depends on who imports diffusers or PyTorch first needs its own process.
 """
 
 from __future__ import annotations

@@ -12,8 +12,7 @@ def hasten(interpreter, patch):
 
 
 def _put_functions_in_once(interpreter, patch):
-    """A call of a jitted helper from a kernel puts the interpreter's functions into `triton.language` again, where the
-    launch has put them already."""
+    """A call of a jitted helper puts the interpreter's functions where the launch has put them already."""
     begin, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
     inside = {}  # scope of a launch that has not ended -> the modules in which the functions are already
     nothing = interpreter._LangPatchScope()
@@ -74,9 +73,9 @@ def _make_types_once(tl, patch):
             types[key] = dict(vars(self))
         vars(self).update(types[key])
 
-    def tensor(self, handle, type):
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        key = tuple(type.shape) if type.is_block() else ()
+    def tensor(self, handle, kind):
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        key = tuple(kind.shape) if kind.is_block() else ()
         if key not in shapes:
             numel = functools.reduce(lambda product, size: product * size, key, 1)
             shapes[key] = tl.constexpr(numel), tl.tuple([tl.constexpr(size) for size in key])

@@ -11,6 +11,7 @@ import pytest
 
 from ptq4dm.cli import verbs
 from ptq4dm.cli.parser import known_words
+from ptq4dm.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -75,3 +76,11 @@ def test_the_first_page_is_short_and_its_map_whole():
     inside = set(re.findall(r"^  (\w+)/ ", tree, re.M))
     assert inside == {p.parent.name for p in (ROOT / "ptq4dm").glob("*/__init__.py")}
     assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/ ", tree, re.M))
+
+
+def test_the_version_is_one():
+    """Of the package, of what is cited, and the newest that the changelog tells of; fourteen papers are cited."""
+    cited = (ROOT / "CITATION.cff").read_text()
+    newest, date = re.search(r"^## \[(\d.*?)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M).groups()
+    assert f"\nversion: {__version__}\ndate-released: {date}\n" in cited and newest == __version__
+    assert len(set(re.findall(r"arxiv.org/abs/(\S+)", cited))) == 14

@@ -11,7 +11,8 @@ such as Z-Image-Turbo, wants its own sampler: --sampler own.
 import argparse
 from pathlib import Path
 
-import models
+import large_models
+
 import ptq4dm
 from ptq4dm.errors import run
 from ptq4dm.evaluation.report import format_report
@@ -20,7 +21,7 @@ from ptq4dm.samplers import DEISScheduler
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="flux", choices=models.MODELS)
+    parser.add_argument("--model", default="flux", choices=large_models.MODELS)
     parser.add_argument("--tiny", action="store_true", help="a random model of the same class, nothing is downloaded")
     parser.add_argument("--quantized", type=Path, default=Path("out/examples/four-bits"), help="of four_bits.py")
     parser.add_argument("--prompt", nargs="+", default=["a red bicycle", "a bowl of oranges"])
@@ -31,8 +32,8 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path("out/examples/faster"))
     args = parser.parse_args(argv)
 
-    quantized, inputs = models.opened(args.model, args.prompt, args.tiny, args.device, args.quantized)
-    exact, _ = models.opened(args.model, args.prompt, args.tiny, args.device)
+    quantized, inputs = large_models.opened(args.model, args.prompt, args.tiny, args.device, args.quantized)
+    exact, _ = large_models.opened(args.model, args.prompt, args.tiny, args.device)
     for pipe in (quantized, exact):
         if args.sampler == "deis":
             pipe.scheduler = DEISScheduler.from_config(pipe.scheduler.config)

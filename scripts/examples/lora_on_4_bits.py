@@ -4,16 +4,16 @@
     python scripts/examples/lora_on_4_bits.py --model wan --lora style.safetensors --device cuda
 
 The codes stay as they are; strengths can be changed while the model is in use, and taking the adapter out gives
-back the same bits. Layers in 8 bits have no branch: their part stays with peft. --model is a name in models.py.
+back the same bits. Layers in 8 bits have no branch: their part stays with peft. --model is a name in large_models.py.
 Needs `pip install ".[lora,text]"`.
 """
 
 import argparse
 
+import large_models
 import torch
 from peft import LoraConfig
 
-import models
 import ptq4dm
 from ptq4dm.errors import run
 from ptq4dm.pipelines.denoiser import denoiser
@@ -22,7 +22,7 @@ from ptq4dm.svdquant import fuse_lora, scale_lora, unfuse_lora
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="flux", choices=models.MODELS)
+    parser.add_argument("--model", default="flux", choices=large_models.MODELS)
     parser.add_argument("--tiny", action="store_true", help="a random model of the same class, nothing is downloaded")
     parser.add_argument("--lora", help="safetensors file or hub id of an adapter; a random one otherwise")
     parser.add_argument("--prompt", default="a lighthouse at dusk")
@@ -30,12 +30,13 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args(argv)
 
-    pipe, inputs = models.opened(args.model, [args.prompt], args.tiny, args.device)
-    ptq4dm.quantize(pipe, models.recipe(args.model, args.device, evidence="none"))  # from weights alone, in seconds
+    # Quantized from weights alone, in seconds.
+    pipe, inputs = large_models.opened(args.model, [args.prompt], args.tiny, args.device)
+    ptq4dm.quantize(pipe, large_models.recipe(args.model, args.device, evidence="none"))
     network = denoiser(pipe)
 
     def painted() -> torch.Tensor:
-        return models.paint(pipe, inputs, args.steps, "pt")
+        return large_models.paint(pipe, inputs, args.steps, "pt")
 
     plain = painted()
     if args.lora:

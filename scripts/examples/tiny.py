@@ -1,4 +1,4 @@
-"""A tiny pipeline with random weights, for pages on small models; models.py has tiny ones of the large classes."""
+"""A tiny pipeline with random weights, for pages on small models; large_models.py has those of large classes."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def example(tmp_path, monkeypatch):
 
 
 def test_every_page_is_tried_here():
-    pages = {page.stem for page in EXAMPLES.glob("*.py")} - {"tiny", "models"}
+    pages = {page.stem for page in EXAMPLES.glob("*.py")} - {"tiny", "large_models"}
     text = Path(__file__).read_text()
     assert len(pages) == 9 and all(f'example("{page}"' in text for page in pages)
     assert all(len(page.read_text().splitlines()) <= 100 for page in EXAMPLES.glob("*.py"))
@@ -48,8 +48,8 @@ def test_quantize_a_pipeline(example):
 
 def test_what_the_table_says_of_models_is_what_diffusers_has(example):
     known = {kind.__name__ for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
-    table = importlib.import_module("models").MODELS
-    assert isinstance(importlib.import_module("models").recipe("sdxl"), ptq4dm.PTQ4DMConfig)
+    table = importlib.import_module("large_models").MODELS
+    assert isinstance(importlib.import_module("large_models").recipe("sdxl"), ptq4dm.PTQ4DMConfig)
     assert len(table) == 8 and sum(model.kind in known for model in table.values()) == 6  # and two of videos
     for model in table.values():
         takes = inspect.signature(getattr(diffusers, model.kind).__call__).parameters
@@ -65,14 +65,14 @@ def test_four_bits(example, name):
     assert any(row["format"].startswith("W4A8") for row in report.layers)
     assert report.bytes_after < report.bytes_before
     assert Path("out/first.gif" if name in ("wan", "ltx") else "out/first.png").is_file()
-    kind = importlib.import_module("models").MODELS[name].kind
+    kind = importlib.import_module("large_models").MODELS[name].kind
     assert json.loads(Path("out/model_index.json").read_text())["_class_name"] == kind
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "wan"])
 def test_faster(example, name):
     pytest.importorskip("transformers")
-    pipe, _ = importlib.import_module("models").opened(name, [], tiny=True)
+    pipe, _ = importlib.import_module("large_models").opened(name, [], tiny=True)
     ptq4dm.quantize(pipe, ptq4dm.SVDQuantConfig(evidence="none", activations="int8"))
     pipe.save_pretrained("four")
     report = example("faster", "--model", name, "--tiny", "--quantized", "four", "--steps", "2", "--output", "out")

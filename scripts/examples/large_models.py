@@ -1,7 +1,7 @@
 """The models of these examples: where they are, what their cards call them with, and a recipe for each.
 
-    pipe, inputs = models.opened("qwen-image", ["a lighthouse at dusk"], device="cuda")      # of the hub
-    pipe, inputs = models.opened("qwen-image", ["a lighthouse at dusk"], tiny=True)          # random, of its class
+    pipe, inputs = large_models.opened("qwen-image", ["a lighthouse at dusk"], device="cuda")  # of the hub
+    pipe, inputs = large_models.opened("qwen-image", ["a lighthouse at dusk"], tiny=True)  # random, of its class
 
 Tiny ones show that a page runs; what a recipe is worth on a trained model of this size was not measured here.
 """

@@ -148,7 +148,7 @@ def _grid_of_diffusers(config, steps: int) -> tuple[np.ndarray, np.ndarray] | No
     """(times, rho) [steps + 1] of diffusers' DEIS, which calls the model at whole times beside its sigmas.
 
     None where it would stand still: between two evaluations, asked for as many steps as there are timesteps, or
-    altogether, asked for one step of sigmas that end where they begin.
+    altogether, asked for one step of sigmas that end where they begin; and where its first sigma is infinite.
     """
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
     grids = ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -158,5 +158,5 @@ def _grid_of_diffusers(config, steps: int) -> tuple[np.ndarray, np.ndarray] | No
         theirs.set_timesteps(steps)
     times, sigmas = theirs.timesteps.double().numpy(), theirs.sigmas.double().numpy()
     rho: np.ndarray = np.append(sigmas[:steps], sigmas[-1])  # by rounding, "trailing" can have one too many
-    moves = rho[0] > rho[-1] and (np.diff(rho[:-1]) < 0).all()
+    moves = np.isfinite(rho[0]) and rho[0] > rho[-1] and (np.diff(rho[:-1]) < 0).all()
     return (np.append(times[:steps], 0.0), rho) if moves else None

@@ -86,7 +86,7 @@ def multistep_rule(solver: str, schedule: Schedule, times: np.ndarray, rho_end: 
 
 def log_rho_rule(rho: np.ndarray) -> Rule:
     """The rule of "log_rho", from rho at the evaluations and at the end, float64 [n + 1]."""
-    return Rule(rho, rho[:-1], rho, _finite(_log_rho_weights))
+    return Rule(rho, rho[:-1], rho, _telling(_log_rho_weights))
 
 
 def plain_rule(levels: np.ndarray, even: bool) -> Rule:
@@ -97,15 +97,20 @@ def plain_rule(levels: np.ndarray, even: bool) -> Rule:
     if even:
         places = np.arange(float(len(levels)))
         return Rule(levels, places[:-1], places, _plain_weights, even=True)
-    return Rule(levels, levels[:-1], levels, _finite(_plain_weights))
+    return Rule(levels, levels[:-1], levels, _telling(_plain_weights))
 
 
-def _finite(basis: Callable[[np.ndarray, Step], np.ndarray]) -> Callable[[np.ndarray, Step], np.ndarray]:
-    """The same weights, with those of nodes at infinity, which are 0."""
+def _telling(basis: Callable[[np.ndarray, Step], np.ndarray]) -> Callable[[np.ndarray, Step], np.ndarray]:
+    """The same weights, with 0 for nodes that tell nothing: at infinity, or where a newer one is.
+
+    Times of equal rho are those at which a schedule is as good as pure noise: there rho is clipped (schedule.py).
+    """
 
     def limit(nodes: np.ndarray, step: Step) -> np.ndarray:
-        near = np.isfinite(nodes)  # the newest ones
-        return np.append(basis(nodes[near], step), np.zeros(len(nodes) - near.sum()))
+        tells = np.isfinite(nodes) & np.append(True, nodes[1:] != nodes[:-1])
+        weights = np.zeros(len(nodes))
+        weights[tells] = basis(nodes[tells], step)
+        return weights
 
     return limit
 

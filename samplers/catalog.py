@@ -51,7 +51,9 @@ OF_EDM = {
     "dpm++2m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 2}),
     "dpm++3m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
 }
-_OURS = re.compile(r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?(?:/(epsilon|velocity))?(/corrected)?")
+_OURS = re.compile(
+    r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?(?:/(epsilon|velocity))?(/corrected)?"
+)
 
 
 def make_sampler(name: str, config, order: int | None = None, grid: str | None = None):

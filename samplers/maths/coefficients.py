@@ -65,7 +65,7 @@ class Rule:
         return weights * length if self.even else weights
 
     def table(self, order: int) -> list[list[np.ndarray]]:
-        """For step i and each history length k + 1 (k = 0 .. min(i, order)): float64 [k + 1] weights, newest first."""
+        """For step i, by history length k + 1 (k = 0 .. min(i, order)): float64 [k + 1] weights, newest first."""
         return [[self.over(i, i, k) for k in range(min(i, order) + 1)] for i in range(len(self.nodes))]
 
 

@@ -1,21 +1,21 @@
 """A step done again with the evaluation at its end (UniPC's corrector, arXiv:2302.04867), for the DEIS polynomials.
 
-Step i - 1 leads from rho_{i-1} to rho_i. Before the model is called there, its polynomial P of degree r passes through
-evaluations i - 1, i - 2, ...; when it has been called, so does one of degree r + 1, C, that passes through evaluation
-i too. UniPC replaces the state by what C gives, and goes on from there without another call. With v = x / alpha and
+Step i - 1 leads from rho_{i-1} to rho_i. Before the model is called there, its polynomial P of degree r passes
+through evaluations i - 1, i - 2, ...; when it has been called, C, of degree r + 1, passes through evaluation i too.
+UniPC replaces the state by what C gives, and goes on from there without another call. With v = x / alpha and
 p_j, c_j the integrals over that step of the basis polynomials of P and C,
 
     predicted    v_i  = v_{i-1} + sum_{j >= 1} p_j eps_{i-j}
-    corrected    v'_i = v_{i-1} + sum_{j >= 0} c_j eps_{i-j}  =  v_i + sum_j (c_j - p_j) eps_{i-j},    p_0 = 0
+    corrected    v'_i = v_{i-1} + sum_{j >= 0} c_j eps_{i-j} = v_i + sum_j (c_j - p_j) eps_{i-j},  p_0 = 0
 
 so where the step began need not be remembered: the difference is weights of evaluations, which are there anyhow. The
-next step, with weights w_j, then begins at v'_i, and both are one update of the sample that the model was called with:
+next step, with weights w_j, begins at v'_i, and both are one update of the sample that the model was called with:
 
     v_{i+1} = v_i + sum_j (w_j + c_j - p_j) eps_{i-j}
 
-A corrected solver is thus a table of weights like any other, over one more evaluation. P and C give a constant the same
-integral: the sum of the weights stays the length of the step, which velocities.py relies on. c and p come from the
-solver's own rule: in t, rho or log rho, in a flow's s, and for even steps (there they are Adams and Moulton's).
+A corrected solver is thus a table of weights like any other, over one more evaluation. P and C give a constant the
+same integral: the sum of the weights stays the length of the step, which velocities.py relies on. c and p come from
+the solver's own rule: in t, rho or log rho, in a flow's s, and for even steps (there they are Adams and Moulton's).
 
 A step that begins where rho is infinite is not corrected: its v is infinite, and so is the integral of any polynomial
 that tells evaluation i from evaluation i - 1 there. In a flow's s, of velocities, no step is such.

@@ -55,7 +55,7 @@ Row = Callable[[float, float, float, bool, list[np.ndarray]], Evaluation]
 
 
 def multistep(table: list[list[np.ndarray]], levels: np.ndarray, row: Row) -> list[Evaluation]:
-    """Evaluation i leads from levels[i] to levels[i + 1]; its weights are in table[i], by the length of the history."""
+    """Evaluation i leads from levels[i] to levels[i + 1]; its weights are in table[i], by the history's length."""
     return [
         row(start, start, end, True, weights) for start, end, weights in zip(levels, levels[1:], table, strict=False)
     ]

@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pareto_points import Point, front, points_of
 from palette import few_colours
+from pareto_points import Point, front, points_of
 
 import ptq4dm.methods  # noqa: F401  registers them
 import ptq4dm.svdquant  # noqa: F401

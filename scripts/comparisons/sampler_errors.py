@@ -1,7 +1,7 @@
 """Samplers by their error: distance from the solution of the model's ODE, from the same noise.
 
     python scripts/comparisons/sampler_errors.py --images 16 --output out/flow-dit.json
-    python scripts/comparisons/sampler_errors.py --model unet-cifar10 --images 4 --budgets 5 10 20 --output out/unet.json
+    python scripts/comparisons/sampler_errors.py --model unet-cifar10 --images 4 --budgets 5 10 --output out/u.json
 
 A figure is the median over images of the rms error of a pixel, images in [-1, 1], at so many evaluations of the
 model. The solution ends at clean data, so samplers should: ours of models with alpha_bar do as `.../clean`. It is

@@ -146,13 +146,21 @@ def test_who_has_one():
         return scheduler._choice.corrects
 
     assert corrects(DEISScheduler(**FLOW)) and corrects(DEISScheduler(**FLOW, order=2))
-    others = ({"order": 0}, {"solver": "ipndm"}, {"integrand": "epsilon"}, {"solver": "log_rho"}, {"corrector": False})
+    others = (
+        {"order": 0},
+        {"solver": "ipndm"},
+        {"integrand": "epsilon"},
+        {"solver": "log_rho"},
+        {"corrector": False},
+    )
     assert not any(corrects(DEISScheduler(**FLOW, **options)) for options in others)
     assert not corrects(DEISScheduler()) and corrects(DEISScheduler(corrector=True))
     assert not corrects(DDIMScheduler.from_config({**DEISScheduler(**FLOW).config, "order": None}))
     config = DEISScheduler(**FLOW).config
     assert not corrects(make_sampler("t_ab1/linear/velocity", config))
-    assert corrects(make_sampler("t_ab1/linear/velocity/corrected", config)) and corrects(make_sampler("deis", config))
+    assert corrects(make_sampler("t_ab1/linear/velocity/corrected", config)) and corrects(
+        make_sampler("deis", config)
+    )
     assert corrects(DEISScheduler.from_config(DEISScheduler(corrector=True).config))
     for options in (FLOW, {}):
         with pytest.raises(UserError, match="corrector is of multistep solvers; solver 'rho_rk' has none"):

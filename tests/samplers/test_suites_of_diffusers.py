@@ -1,4 +1,4 @@
-"""What diffusers' suites of DDIM, DEIS and flow-matching Euler and Heun ask, in our words; flows also: test_flow_steps."""
+"""What diffusers' suites of DDIM, DEIS and flow-matching Euler and Heun ask, in our words; more: test_flow_steps."""
 
 import diffusers
 import pytest

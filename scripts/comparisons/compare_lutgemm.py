@@ -10,8 +10,11 @@ noise with each pair once, in pictures of a quarter of the side, for these layer
 predicted noise are those of held-out tuples of the sampler, whose pairs calibration has had.
 
 A row of rows/sign_planes.py at a time; its bytes are those of all tensors in float16, and those of the layers in
-planes, biases aside. Rows in the output are not made again. `--rows "LUT-GEMM q? g*" "LUT-GEMM q? row*"` has error
-over bytes: 1 to 4 bits in every group size, and uniform grids of as many bits.
+planes, biases aside. Rows in the output are not made again. Error over bytes, 1 to 4 bits in every group size, and
+uniform grids of as many bits:
+
+    --rows "LUT-GEMM q? g??" "LUT-GEMM q? g128" "LUT-GEMM q? row" "LUT-GEMM q? *, uniform"
+        "LUT-GEMM q? g128, uniform g*[0-9]"
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ def few_rows_of(model, call) -> dict:
     found, count = {}, len(call["timestep"])
 
     def keep(name):
-        return lambda module, args, output: found.__setitem__(name, args[0]) if args[0].shape[:-1] == (count,) else None
+        return lambda module, args, output: (
+            found.__setitem__(name, args[0]) if args[0].shape[:-1] == (count,) else None
+        )
 
     hooks = [one.register_forward_hook(keep(name)) for name, one in model.named_modules() if type(one) is nn.Linear]
     with torch.no_grad():
@@ -48,7 +50,9 @@ def few_rows_of(model, call) -> dict:
     return found
 
 
-@pytest.mark.parametrize("model, word, layers", [("dit-cifar10", "hidden_states", 25), ("unet-cifar10", "sample", 19)])
+@pytest.mark.parametrize(
+    "model, word, layers", [("dit-cifar10", "hidden_states", 25), ("unet-cifar10", "sample", 19)]
+)
 def test_layers_of_few_rows_do_not_see_the_picture(script, model, word, layers):
     pipe = ptq4dm.load_reference(model)
     call = {name: one[:2] if torch.is_tensor(one) else one for name, one in next(script.pairs(pipe, 1)).items()}

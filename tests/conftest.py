@@ -24,6 +24,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # what binds C++ says at the end what is left
+
+
 @pytest.fixture(scope="session")
 def unet():
     """Builds a small random UNet with attention: the same for the same seed."""

@@ -35,7 +35,7 @@ ptq4dm/layers
 ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/rotated  ptq4dm/layers/shift  ptq4dm/layers/attention
 ptq4dm/layers/fusing  ptq4dm/layers/blocks
 ptq4dm/calibration
-ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
+ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams  ptq4dm/awaited
 ptq4dm/reconstruction
 ptq4dm/quantization
 ptq4dm/budgets  ptq4dm/evaluation

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..awaited.use import use
 from ..budgets.candidates import recipe_of
 from ..calibration.collect import CalibrationConfig, collect
 from ..calibration.store import CalibrationStore
@@ -177,8 +178,17 @@ def _wants_store(config: QuantConfig) -> bool:
 
 def _check_used(args, recipes: dict[str, QuantConfig]) -> None:
     """Raises UserError for options of a calibration that is not made."""
+    awaits = any(one.awaited_calls for one in recipes.values())
     if args.calibration is not None:
+        if awaits:
+            raise UserError(
+                f"the calls in {args.calibration} take the place of those waited for; take one of the two."
+            )
         check_idle(args, CONDITIONING, f"the calls in {args.calibration} were made already")
+    elif awaits:
+        names = [item.name for item in fields(CalibrationConfig) if item.name not in ("batch_size", "seed")]
+        idle = [name for name in names if name != "num_inference_steps"]
+        check_idle(args, idle, "the first calls of one batch are looked at as they come")
     elif not any(map(_wants_store, recipes.values())):
         own = {name for one in recipes.values() for name in options_of(type(one))}
         names = [name for name in (*options_of(CalibrationConfig), "calibration_steps") if name not in own]
@@ -233,21 +243,30 @@ def _quantize(
         recipes = chosen_recipes(args, pipe, config, own)
     else:
         narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
-    wanting = [name for name, one in recipes.items() if _wants_store(one)]
+    wanting = [name for name, one in recipes.items() if _wants_store(one) and not one.awaited_calls]
+    if wanting and any(one.awaited_calls for one in recipes.values()):
+        raise UserError(
+            "some of the recipes wait for calls, and others want calibration; quantize one after the other."
+        )
     if store is None and wanting:
         fitted = fitting(_enough(calibration, args, recipes), args, pipe)
         store = collect(pipe, fitted, component=wanting if own is not None else args.component, **conditions)
     check_room(os.path.dirname(os.path.realpath(output)), bytes_at_least(pipe, recipes), "the quantized pipeline")
     weights = dict(model.named_parameters()) if picture else {}
     if own is not None:
-        report = quantize(pipe, None, store, components=recipes, checkpoint=args.checkpoint)
+        reports = [quantize(pipe, None, store, components=recipes, checkpoint=args.checkpoint)]
     else:
-        report = QuantizationReport.together(
-            [
-                quantize(pipe, one, store, component=n or None, checkpoint=folder_of(args.checkpoint, n, recipes))
-                for n, one in recipes.items()
-            ]
+        reports = [
+            quantize(pipe, one, store, component=n or None, checkpoint=folder_of(args.checkpoint, n, recipes))
+            for n, one in recipes.items()
+        ]
+    if waiting := {name: wait for one in reports for name, wait in one.waiting.items()}:
+        seeds, steps = (
+            range(calibration.seed, calibration.seed + calibration.batch_size),
+            fitting(calibration, args, pipe),
         )
+        use(pipe, waiting, seeds, num_inference_steps=steps.num_inference_steps, **conditions)
+    report = QuantizationReport.together(reports)
     say(report.table())  # before anything is written: no full disk loses it
     if picture and picture.whole:
         picture.whole(config, args.plot)

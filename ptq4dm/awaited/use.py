@@ -32,7 +32,7 @@ def use(
     networks = list(waiting.values())
 
     def stop(*_: Any) -> None:
-        if not any(one.waits for one in networks):
+        if all(one.done for one in networks):
             raise Done
 
     with turn_at(pipe), refusals(pipe, conditioning, pipeline_kwargs), ExitStack() as stack:

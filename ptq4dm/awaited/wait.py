@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Wait:
     """One network that waits for `count` calls: finish(calls) is called with them, once.
 
     target: whose turn is taken for that: the pipeline, or the network itself. name: of the network, for sentences.
-    calls: what was made so far. failed: the error that ended it.
+    calls: what was made so far. done: whether `finish` is over; failed: the error that ended it.
 
     Raises UserError for a network that is compiled, or is an autoencoder, of which `decode` is called.
     """
@@ -40,7 +40,7 @@ class Wait:
         _check(model, name)
         self.target, self.model, self.name, self.count, self._finish = target, model, name, count, finish
         self.calls = Calls(parameter_place(model)[1], source_of(model))
-        self.failed: BaseException | None = None
+        self.done, self.failed = False, cast(Exception | None, None)
         self._running: dict[int, Call] = {}  # by thread
         self._lock = threading.RLock()
         self._handles: list[Any] = []
@@ -119,6 +119,7 @@ class Wait:
                 torch.autocast(device.type, enabled=False),
             ):
                 self._finish(self)
+            self.done = True
         except Exception as error:
             self.failed = error
             raise

@@ -82,7 +82,11 @@ def denoiser_names(pipe) -> list[str]:
     """
     networks = networks_of(pipe)
     main = [name for name in MAIN if name in networks][:1]
-    timed = [name for name, part in networks.items() if name not in main and _is_timed(part)]
+    timed = [
+        name
+        for name, part in networks.items()
+        if name not in main and is_timed(type(getattr(part, "_orig_mod", part)))
+    ]
     if not main + timed:
         raise UserError(f"{type(pipe).__name__} has no network that takes a timestep; ptq4dm needs a denoiser.")
     return main + timed
@@ -159,8 +163,8 @@ def time_names(names: Sequence[str]) -> list[str]:
     return [name for name in names if name.endswith(ends) or name.startswith("timestep_")]
 
 
-def _is_timed(network: nn.Module) -> bool:
-    kind = type(getattr(network, "_orig_mod", network))
+def is_timed(kind: Any) -> bool:
+    """Whether a class is of networks that are called with a time, as those are that run at a pipeline's steps."""
     return "ControlNet" not in kind.__name__ and bool(time_names(list(inspect.signature(kind.forward).parameters)))
 
 

@@ -112,7 +112,7 @@ def quantize(
             _put(model, layers, plan, recipes[name])
             own = before, stored_bytes(model), bytes_in_16_bits(model), full
             sizes = [total + one for total, one in zip(sizes, own, strict=True)]
-            rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
+            rows += rows_of_layers(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
         rows.sort(key=badness)
         kept = sum(len(find_layers(model)) for model in networks.values())
         found = {name: told for name, recipe in recipes.items() if (told := recipe.found())}
@@ -199,7 +199,7 @@ def _put(model: nn.Module, layers: dict[str, nn.Module], plan: Plan, config: Qua
     mark_quantized(model, resolved(config, plan))
 
 
-def _rows(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis: str, prefix: str) -> list[dict]:
+def rows_of_layers(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis: str, prefix: str) -> list[dict]:
     """The report's rows of one network's layers."""
     return [
         {

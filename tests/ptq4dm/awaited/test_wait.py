@@ -17,12 +17,21 @@ from ptq4dm.quantization.diffusers_bridge import quantization_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = {"rank": 4, "group_size": 32, "activations": "int8", "smoothing": 0.5, "rounding": "nearest", "refinements": 1}
+QUICK = {
+    "rank": 4,
+    "group_size": 32,
+    "activations": "int8",
+    "smoothing": 0.5,
+    "rounding": "nearest",
+    "refinements": 1,
+}
 SEEDS = [0, 1]
 
 
 def pipeline():
-    model = dit(in_channels=3, out_channels=3, patch_size=2, num_attention_heads=1, attention_head_dim=32, num_layers=1)
+    model = dit(
+        in_channels=3, out_channels=3, patch_size=2, num_attention_heads=1, attention_head_dim=32, num_layers=1
+    )
     torch.manual_seed(1)
     with torch.no_grad():  # a fresh DiT answers zero whatever it is fed
         model.proj_out_2.weight.normal_(0, 0.1)
@@ -209,7 +218,16 @@ def test_options_that_would_change_nothing_are_refused():
 def test_the_command_runs_the_pipeline_for_its_calls(tmp_path, capsys):
     pipeline().save_pretrained(tmp_path / "float")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
-    command = ["quantize", "--model", str(tmp_path / "float"), "--method", "svdquant", "--evidence", "calls", *options]
+    command = [
+        "quantize",
+        "--model",
+        str(tmp_path / "float"),
+        "--method",
+        "svdquant",
+        "--evidence",
+        "calls",
+        *options,
+    ]
     few = [*command, "--calibration-steps", "1", "--output", str(tmp_path / "few")]
     assert main(few) == 2 and "called 1 times in 1 steps, and 4 calls" in capsys.readouterr().err
     assert not (tmp_path / "few").exists()

@@ -33,11 +33,11 @@ class Wait:
     target: whose turn is taken for that: the pipeline, or the network itself. name: of the network, for sentences.
     calls: what was made so far. done: whether `finish` is over; failed: the error that ended it.
 
-    Raises UserError for a network that is compiled, or is an autoencoder, of which `decode` is called.
+    Raises UserError: see `check_awaitable`.
     """
 
     def __init__(self, target: Any, model: nn.Module, name: str, count: int, finish: Callable[[Wait], None]) -> None:
-        _check(model, name)
+        check_awaitable(model, name)
         self.target, self.model, self.name, self.count, self._finish = target, model, name, count, finish
         self.calls = Calls(parameter_place(model)[1], source_of(model))
         self.done, self.failed = False, cast(Exception | None, None)
@@ -130,7 +130,8 @@ class Wait:
             raise
 
 
-def _check(model: nn.Module, name: str) -> None:
+def check_awaitable(model: nn.Module, name: str) -> None:
+    """Raises UserError for a network that cannot wait for calls: one that is compiled, or an autoencoder."""
     called = f"'{name}'" if name else "the model"
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise UserError(f"{called} is compiled; quantize it first and compile it then.")

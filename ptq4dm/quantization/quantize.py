@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..awaited.wait import Wait, rows_of
+from ..awaited.wait import Wait, check_awaitable, rows_of
 from ..calibration.calls import Calls
 from ..calibration.measure import store_of
 from ..calibration.record import decoding
@@ -154,6 +154,8 @@ def _await(
         _check_float(networks)
         _check_networks(networks, recipes, None)
         later = {name: model for name, model in networks.items() if recipes[name].awaited_calls}
+        for name, model in later.items():
+            check_awaitable(model, name)
         done = [one(name, None) for name in networks if name not in later]
         before, full = (sum(map(size, networks.values())) for size in (stored_bytes, bytes_in_16_bits))
         method = next(iter(recipes.values())).summary()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..hooks import hooked
 from ..pipelines.denoiser import evaluation_mode
 
+AT_ONCE = 1 << 20  # values whose squares are summed at a time
 ERROR_SAMPLES, ERROR_BATCH = 32, 16  # tuples on which layer errors are measured, so many at a time
 
 
@@ -29,9 +30,14 @@ class Ratio:
         return ratio
 
     def update(self, exact: Tensor, approximate: Tensor) -> None:
-        exact = exact.detach().double()
-        self.signal += float(exact.square().sum())
-        self.noise += float((exact - approximate.detach().double()).square().sum())
+        pairs: Iterable[tuple[Tensor, Tensor]] = ((exact, approximate),)
+        if exact.ndim and exact.numel() > AT_ONCE:  # float64 of a large weight is several times the weight
+            rows = max(1, AT_ONCE * len(exact) // exact.numel())
+            pairs = zip(exact.split(rows), approximate.split(rows), strict=True)
+        for part, other in pairs:
+            whole = part.detach().double()
+            self.signal += float(whole.square().sum())
+            self.noise += float((whole - other.detach().double()).square().sum())
 
     @property
     def decibel(self) -> float:

@@ -365,7 +365,7 @@ def test_a_failure_leaves_the_model_as_it_was(store, monkeypatch, unet):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(importlib.import_module("ptq4dm.quantization.quantize"), "answers", fail)
+    monkeypatch.setattr(importlib.import_module("ptq4dm.reconstruction.layer_errors"), "answers", fail)
     model = unet().train()
     with pytest.raises(RuntimeError):
         ptq4dm.quantize(model, RTNConfig(), store)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..files.tensors import write_tensors
 
-LIMIT = 256 << 20  # bytes that are held before they are written
+LIMIT = 128 << 20  # bytes that are held before they are written
 STEM = "diffusion_pytorch_model"
 
 

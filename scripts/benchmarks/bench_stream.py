@@ -35,7 +35,7 @@ import ptq4dm
 from ptq4dm.errors import UserError, run
 from ptq4dm.quantization.saving import network_tensors
 from ptq4dm.streaming.network import stream_network
-from ptq4dm.streaming.shards import Shards
+from ptq4dm.streaming.shards import LIMIT, Shards
 
 FORMS = ("read", "stream", "load", "whole")
 SHARD = 5 << 30
@@ -92,7 +92,7 @@ def recipe() -> ptq4dm.SVDQuantConfig:
     return ptq4dm.SVDQuantConfig(evidence="none", activations="int8")
 
 
-def made(form: str, source: Path, output: Path, device: torch.device) -> dict:
+def made(form: str, source: Path, output: Path, device: torch.device, limit: int) -> dict:
     """What a form makes, and the seconds that parts of it took."""
     place, found = source / "transformer", {}
     if form == "read":
@@ -100,7 +100,7 @@ def made(form: str, source: Path, output: Path, device: torch.device) -> dict:
             tensor.to(device, copy=True)
         return found
     if form == "stream":
-        done = stream_network(FluxTransformer2DModel, place, output, recipe(), torch.bfloat16, device)
+        done = stream_network(FluxTransformer2DModel, place, output, recipe(), torch.bfloat16, device, limit)
         return {
             "writing": round(done.writing, 2),
             "summing": round(done.summing, 2),
@@ -121,11 +121,11 @@ def made(form: str, source: Path, output: Path, device: torch.device) -> dict:
     return found | {"writing": round(time.perf_counter() - start, 2)}
 
 
-def child(form: str, source: Path, output: Path, device: torch.device) -> dict:
+def child(form: str, source: Path, output: Path, device: torch.device, limit: int) -> dict:
     torch.zeros(1, device=device)  # CUDA's own memory is none of a form's
     with Memory() as memory:
         start = time.perf_counter()
-        found = made(form, source, output, device)
+        found = made(form, source, output, device, limit)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12, help="of 128 channels")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limit", type=int, default=LIMIT >> 20, help="MB of packed layers that are held")
     parser.add_argument("--folder", type=Path, required=True, help="of the source, and of results for a while")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--child", choices=FORMS, help=argparse.SUPPRESS)
@@ -149,13 +150,18 @@ def main() -> None:
     source = options.folder / f"flux-{double}-{single}-{options.heads}"
     result = options.folder / "result"
     if options.child:
-        print(json.dumps(child(options.child, source, result, torch.device(options.device))))
+        print(json.dumps(child(options.child, source, result, torch.device(options.device), options.limit << 20)))
         return
     if not (source / "model_index.json").is_file():
         shutil.rmtree(source, ignore_errors=True)
         make_source(source, options.blocks, options.heads)
     weights = network_tensors(source / "transformer")
-    about = {"blocks": options.blocks, "heads": options.heads, "source": sum(one.nbytes for one in weights.values())}
+    about = {
+        "limit": options.limit,
+        "blocks": options.blocks,
+        "heads": options.heads,
+        "source": sum(one.nbytes for one in weights.values()),
+    }
     about |= {"largest": max(one.nbytes for one in weights.values())}
     lines = Lines(options.output, made_on(options.device))
     for form in [one for one in options.forms if not lines.has(form=one, **about)]:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -58,9 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         outside = folder / "outside"
         outside.mkdir()
         save_file({"x": torch.full((4,), 7.0)}, outside / "secret.safetensors", {"format": "pt"})
-        subjects = {name: Subject.of(KINDS[name], folder / f"k{n:02d}") for n, name in enumerate(options.kinds)}
+
+        def subjects() -> dict[str, Subject]:
+            return {name: Subject.of(KINDS[name], folder / f"k{n:02d}") for n, name in enumerate(options.kinds)}
+
         if options.only is not None:
-            return repeat(options, subjects, outside)
+            return repeat(options, subjects(), outside)
         return sweep(options, subjects, outside)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -86,13 +90,13 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
-def sweep(options: argparse.Namespace, subjects: dict[str, Subject], outside: Path) -> int:
-    """All inputs that are not in the output yet."""
+def sweep(options: argparse.Namespace, make: Callable[[], dict[str, Subject]], outside: Path) -> int:
+    """All inputs that are not in the output yet; files are made where there are such."""
     lines = Lines(options.output, {"seed": options.seed, "kinds": sorted(options.kinds), "commit": commit()})
     done = {line["first"] for line in lines}
-    for first in range(0, options.inputs, CHUNK):
-        if first in done:
-            continue
+    missing = [first for first in range(0, options.inputs, CHUNK) if first not in done]
+    subjects = make() if missing else {}
+    for first in missing:
         began, counts, bad = time.monotonic(), {}, []
         numbers = range(first, min(first + CHUNK, options.inputs))
         for result in results(numbers, options.seed, subjects, outside):

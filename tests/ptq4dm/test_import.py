@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, DiTTransformer2DModel
 
+import fresh
 import ptq4dm
 from ptq4dm import diffusers_hook
 from ptq4dm.pipelines.embedded import asset_path
@@ -19,8 +20,8 @@ from ptq4dm.pipelines.embedded import asset_path
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numpy", "PIL", "safetensors", "triton"}
 
 
-def fresh(code, *arguments):
-    """Run code in a new process; returns what its last line printed, as JSON."""
+def alone(code, *arguments):
+    """Run code in a process of its own; returns what its last line printed, as JSON."""
     env = os.environ | {"PYTHONPATH": str(Path(ptq4dm.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -40,7 +41,7 @@ CHEAP = {
 
 @pytest.mark.parametrize("code", CHEAP.values(), ids=CHEAP)
 def test_little_is_imported_before_a_name_is_used(code):
-    modules = fresh(code + "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    modules = alone(code + "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
     assert not HEAVY & {name.partition(".")[0] for name in modules}
     assert len([name for name in modules if name.startswith("ptq4dm")]) <= 14 and len(modules) < 250
 
@@ -140,7 +141,7 @@ print(json.dumps(facts))
     ids=["ptq4dm-diffusers", "models-ptq4dm", "pipelines-ptq4dm"],
 )
 def test_saved_models_load_whichever_is_imported_first(first, saved):
-    facts = fresh(first + LOAD, saved, asset_path("unet-cifar10-onestep"))
+    facts = alone(first + LOAD, saved, asset_path("unet-cifar10-onestep"))
     ddpm = f"{DDPMPipeline.__module__}.DDPMPipeline"
     ours = {"w8a8": "deis.DEISScheduler", "embedded": "one_step.OneStepScheduler"}
     assert facts["unet"] > 10
@@ -163,11 +164,11 @@ def test_saved_models_load_whichever_is_imported_first(first, saved):
     ],
     ids=["method", "plan"],
 )
-def test_registries_are_complete_for_whoever_asks_first(ask):
+def test_registries_are_complete_for_whoever_asks_first(ask, tmp_path):
     code = (
         "import json, sys\n" + ask + "\nfrom ptq4dm.quantization.recipe import METHODS\n"
         "print(json.dumps([type(made).__module__, made.rank, len(METHODS), sorted(METHODS)]))"
     )
-    module, rank, count, names = fresh(code)
+    module, rank, count, names = json.loads(fresh.printed(code, said=tmp_path / "said").splitlines()[-1])
     assert (module, rank) in (("ptq4dm.svdquant.method", 32), ("ptq4dm.svdquant.layers.plan", 4))
     assert count == len(names) and {"ptq4dm", "rtn", "svdquant"} <= set(names)

@@ -39,16 +39,16 @@ def stress():
 
 def test_damaged_files_are_refused_or_the_same(stress, tmp_path, capsys):
     output = tmp_path / "fuzz.jsonl"
-    bad = stress("fuzz").main(["--inputs", "300", "--seed", "7", "--output", str(output)])
+    bad = stress("fuzz").main(["--inputs", "120", "--seed", "7", "--output", str(output)])
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert bad == 0, "\n".join(str(one) for line in lines for one in line["bad"])
     counts = stress("fuzz").summed([line["counts"] for line in lines])
-    assert sum(sum(row.values()) for row in counts.values()) == 300
-    assert len(counts) > 15 and sum(row.get("refused", 0) for row in counts.values()) > 100
-    assert "| together | 300 |" in capsys.readouterr().out
-    assert stress("fuzz").main(["--inputs", "300", "--seed", "7", "--output", str(output)]) == 0  # all there already
+    assert sum(sum(row.values()) for row in counts.values()) == 120
+    assert len(counts) > 15 and sum(row.get("refused", 0) for row in counts.values()) > 40
+    assert "| together | 120 |" in capsys.readouterr().out
+    assert stress("fuzz").main(["--inputs", "120", "--seed", "7", "--output", str(output)]) == 0  # all there already
     with pytest.raises(UserError, match="was made with another seed"):
-        stress("fuzz").main(["--inputs", "300", "--seed", "8", "--output", str(output)])
+        stress("fuzz").main(["--inputs", "120", "--seed", "8", "--output", str(output)])
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,8 +14,12 @@ import torch
 from torch import nn
 
 import ptq4dm
+import ptq4dm.kernels
+import ptq4dm.samplers
+import ptq4dm.svdquant
 
-ROOTS = tuple(str(Path(path).resolve()) for path in ptq4dm.__path__)
+_ROOMS = (ptq4dm, ptq4dm.kernels, ptq4dm.samplers, ptq4dm.svdquant)  # not their checkout: .venv may lie in it
+ROOTS = tuple(f"{Path(path).resolve()}{os.sep}" for room in _ROOMS for path in [*room.__path__][:1])
 SIGNAL_FILE = str(Path(ptq4dm.__file__).with_name("interrupts.py").resolve())
 
 

@@ -12,7 +12,7 @@ from helpers import distance, normal, run  # noqa: F401  # for those who take th
 from ptq4dm.layers.base import is_quantized
 
 FEW = {
-    "num_tuples": 6, "steps": 12, "step_tuples": 2, "first_last": "same", "learning_rate": 0.01, "start": "nearest",
+    "num_tuples": 4, "steps": 8, "step_tuples": 2, "first_last": "same", "learning_rate": 0.01, "start": "nearest",
 }  # fmt: skip
 OF_ROUNDING = ("learning_rate", "start")  # of FEW, what is refused where rounding is not trained
 UNTRAINED = {name: FEW[name] for name in ("num_tuples", "first_last")}  # of FEW, what is there without training

@@ -1,27 +1,19 @@
-"""A program run as two ranks on the CPU, as torchrun would; the libraries are imported once, for both."""
+"""A program run as two ranks on the CPU, as torchrun would."""
 
 import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
-import ptq4dm
+import fresh
 
-# The process parts in two after its imports, which take longer than what tests do, and before torch has threads.
 START = """
 import os, runpy, sys
-import accelerate, torch._dynamo, ptq4dm.evaluation.evaluate, ptq4dm.samplers.distillation.disback
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-other = os.fork()
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
-if other:
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
 """
 
 
@@ -31,16 +23,13 @@ def two_ranks(program, *arguments, timeout=300):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    paths = [Path(ptq4dm.__file__).parents[1], Path(__file__).parent]
-    world["PYTHONPATH"] = os.pathsep.join(map(str, paths))
-    command = [sys.executable, "-c", START, *map(str, (program, *arguments))]
-    both = subprocess.Popen(
-        command, env=os.environ | world, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        _, said = both.communicate(timeout=timeout)
-        assert both.returncode == 0, said[-3000:]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(both.pid, signal.SIGKILL)
+    world |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    world["PYTHONPATH"] = os.pathsep.join([fresh.ROOT, str(Path(__file__).parent)])
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
+        ranks = []
+        for rank in "01":
+            said, place = Path(folder, rank), {"RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(fresh.begin(START, *map(str, (program, *arguments)), said=said, **world, **place))
+            ending.callback(ranks[-1].signal, signal.SIGKILL)
+        for one in ranks:
+            assert one.wait(timeout) == 0, "\n".join(rank.text()[-3000:] for rank in ranks)

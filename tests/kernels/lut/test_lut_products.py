@@ -20,8 +20,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 SIXTEEN = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
 # N, K, group, bits, offsets: whole tiles and parts of them, words that are not full, units of one, two and four words
 CASES = [
-    (64, 32, None, 1, False), (70, 200, None, 3, True), (66, 256, 64, 2, False), (96, 160, 32, 4, True),
-    (5, 384, 128, 2, True), (65, 384, 128, 3, False), (3, 27, None, 2, True),
+    (64, 32, None, 1, False), (70, 40, None, 3, True), (34, 128, 64, 2, False), (33, 96, 32, 4, True),
+    (5, 384, 128, 2, True), (19, 256, 128, 3, False), (3, 27, None, 2, True),
 ]  # fmt: skip
 
 
@@ -105,13 +105,13 @@ def test_unpacked_weights(case):
 
 def test_rows_that_lie_apart():
     """Rows of a wider tensor, and a transposed one."""
-    packed = operands(70, 96, 32, 2, True)
-    wide = inputs(6, 70, 200, torch.float16)[0]
+    packed = operands(19, 96, 32, 2, True)
+    wide = inputs(6, 19, 200, torch.float16)[0]
     for x in (wide[:, :96], wide[:, 3:99], wide[:, :96].T.contiguous().T):
         config = dict(W=4, R=1, num_warps=4)
-        assert far(layer.looked_up(x.float(), *packed, None, 70, config), x, packed, None, 70) <= 1e-6
-        found = layer.by_planes(x, *packed, None, 70, dict(BM=8, BN=16, num_warps=2))
-        assert far(found, x, packed, None, 70) <= 1e-3
+        assert far(layer.looked_up(x.float(), *packed, None, 19, config), x, packed, None, 19) <= 1e-6
+        found = layer.by_planes(x, *packed, None, 19, dict(BM=8, BN=16, num_warps=2))
+        assert far(found, x, packed, None, 19) <= 1e-3
 
 
 def test_look_ups_are_not_rounded():

@@ -27,7 +27,7 @@ WINDOWS = {
     "dilated": same_window(2, 9, 9, (3, 3), padding=(2, 2), dilation=(2, 2)),
     "3x2": same_window(2, 8, 6, (3, 2), padding=(0, 1)),
     "1x3": same_window(2, 8, 6, (1, 3), padding=(0, 1)),
-    "5x5, 20 wide": same_window(2, 6, 20, (5, 5), padding=(2, 2)),
+    "5x5, 20 wide": same_window(1, 4, 20, (5, 5), padding=(2, 2)),
     "tokens": same_window(300, 1, 1),
     "samples": same_window(3, 1, 100),
 }

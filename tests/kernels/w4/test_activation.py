@@ -22,7 +22,7 @@ CODES = {"int8": torch.int8, "int4": torch.int8} | ({"fp8": torch.float8_e4m3fn}
 SMALL = dict(BM=16, BK=128, STAGES=2, ROWS=4, STEP=128, num_warps=4)
 WIDE = dict(BM=64, BK=64, STAGES=3, ROWS=1, STEP=256, num_warps=4, maxnreg=None, UNPACK_BYTES=8192)
 SIZES = [  # M, columns of x, columns of `more`, samples of the norm
-    (1, 64, 0, 1), (3, 192, 128, 1), (66, 64, 192, 2), (65, 320, 0, 13), (3, 64, 64, 3), (70, 448, 64, 0),
+    (1, 64, 0, 1), (3, 192, 128, 1), (66, 64, 128, 2), (20, 320, 0, 4), (3, 64, 64, 3), (35, 448, 64, 0),
     (5, 64, 0, 5), (33, 192, 0, 1),
 ]  # fmt: skip
 pytestmark = [pytest.mark.usefixtures("one_thread")] + [pytest.mark.gpu] * CUDA
@@ -134,7 +134,7 @@ def gated(m, k, gate, rank=12, **options):
 
 @pytest.mark.parametrize("mode", list(CODES))
 @pytest.mark.parametrize("gate", ["gelu", "silu"])
-@pytest.mark.parametrize("m, k, rank", [(1, 64, 12), (35, 192, 0), (67, 320, 16)])
+@pytest.mark.parametrize("m, k, rank", [(1, 64, 12), (66, 64, 0), (19, 320, 16)])
 def test_gated_inputs(m, k, rank, gate, mode):
     gated(m, k, gate, rank).check(mode, SMALL)
     gated(m, k, gate, rank).check(mode, WIDE)

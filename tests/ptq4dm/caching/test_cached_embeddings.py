@@ -5,8 +5,10 @@ import copy
 import peft
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMPipeline
 from torch import nn
 
+import models
 import ptq4dm
 from ptq4dm import UserError
 from ptq4dm.caching import embedding_table
@@ -16,14 +18,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 3
 
 
-@pytest.fixture(scope="module", params=["dit-cifar10", "unet-cifar10"])
+@pytest.fixture(params=["dit", "unet"])
 def made(request):
-    return ptq4dm.load_reference(request.param)
+    return request.getfixturevalue("dit") if request.param == "dit" else DDPMPipeline(models.unet(), DDIMScheduler())
 
 
 @pytest.fixture
 def dit():
-    return ptq4dm.load_reference("dit-cifar10")
+    model = models.pixel_dit(num_layers=2)
+    for block in model.transformer_blocks:  # as untrained, its time would hardly count
+        nn.init.normal_(block.norm1.linear.weight, std=0.3)
+    return ptq4dm.PixelDiTPipeline(model, DDIMScheduler())
 
 
 def pictures(pipe, steps=STEPS, classes=None, seeds=(0, 1)):
@@ -42,12 +47,12 @@ def test_the_same_pictures_to_the_bit(made):
     with ptq4dm.cached_embeddings(made) as cache:
         assert torch.equal(pictures(made, classes=classes), first)
         layers, computed = cache.layers, cache.made
-        assert len(layers) >= 19 and computed >= STEPS * len(layers) and not cache.reused
+        assert len(layers) >= 7 and computed >= STEPS * len(layers) and not cache.reused
         assert torch.equal(pictures(made, classes=classes, seeds=(4, 5)), second)
         assert (cache.made, cache.reused) == (computed, computed) and not cache.uncached
     assert torch.equal(pictures(made, classes=classes), first)
     assert f"outputs of {len(layers)} layers: computed {computed} times, reused {computed}" in str(cache)
-    assert 0 < cache.most_bytes < sum(p.numel() * 4 for p in network(made).parameters()) / 8
+    assert 0 < cache.most_bytes < sum(p.numel() * 4 for p in network(made).parameters())
     assert not any("forward" in vars(module) for module in network(made).modules())
 
 
@@ -145,7 +150,7 @@ def test_quantized_layers_are_kept_too(dit):
     right = pictures(dit)
     with ptq4dm.cached_embeddings(dit) as cache:
         assert torch.equal(pictures(dit), right) and torch.equal(pictures(dit), right)
-    assert len(cache.layers) == 25 and cache.reused == cache.made > 0
+    assert len(cache.layers) == 7 and cache.reused == cache.made > 0
 
 
 # ---------------------------------------------------------------------------------------------- what is not kept

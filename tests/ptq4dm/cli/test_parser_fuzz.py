@@ -18,7 +18,7 @@ from ptq4dm.cli.main import main
 from ptq4dm.cli.training import personalize, train
 from ptq4dm.errors import UserError
 
-LINES, SEED = int(os.environ.get("FUZZ_LINES", 400)), int(os.environ.get("FUZZ_SEED", 0))
+LINES, SEED = int(os.environ.get("FUZZ_LINES", 150)), int(os.environ.get("FUZZ_SEED", 0))
 WORDS = json.loads(completion.WORDS.read_text())
 REACHED = "the work would begin"
 VALUES = [

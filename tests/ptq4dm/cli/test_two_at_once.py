@@ -2,23 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMPipeline
 
-import ptq4dm
+import fresh
 from models import unet
 from ptq4dm.cli.main import main
 from ptq4dm.files.outside import read_tensors
 
 fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
-ROOT = str(Path(ptq4dm.__file__).parents[1])
 STUDENT = "--images 8 --batch-size 4 --degradation-steps 2 --path-points 1 --evaluate-every 8 --num-fid 0"
 SAMPLES = "--num-samples 8 --batch-size 1 --calibration-steps 2 --num-bins 2"
 # command, its lock, what it leaves, what the second is told besides, what makes the settings others
@@ -37,22 +33,12 @@ def start(tmp_path):
     begun = []
 
     def call(command, name):
-        env = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-        with open(tmp_path / name, "wb") as said:
-            begun.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "ptq4dm", *command.split()],
-                    cwd=tmp_path,
-                    env=env,
-                    stdout=said,
-                    stderr=said,
-                )
-            )
+        begun.append(fresh.begin(fresh.COMMAND, *command.split(), said=tmp_path / name, folder=tmp_path))
         return begun[-1]
 
     yield call
     for process in begun:
-        process.kill()
+        process.signal(signal.SIGKILL)
         process.wait()
 
 
@@ -69,14 +55,14 @@ def held(process, lock):
     def found():
         if not (lock.exists() and lock.stat().st_size):
             return False
-        process.send_signal(signal.SIGSTOP)
-        os.waitpid(process.pid, os.WUNTRACED)
+        process.signal(signal.SIGSTOP)
+        process.until_stopped()
         place = os.open(lock.parent, os.O_RDONLY)
         try:
             fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            process.send_signal(signal.SIGCONT)
+            process.signal(signal.SIGCONT)
             return False
         finally:
             os.close(place)
@@ -97,13 +83,13 @@ def test_the_same_wait_and_others_are_refused(tmp_path, monkeypatch, start, comm
     one = start(command, "one")
     held(one, tmp_path / lock)
     two, three = start(f"{command} {second}", "two"), start(f"{command} {other}", "three")
-    until(lambda: "waiting for another run with the same settings" in (tmp_path / "two").read_text(), two)
-    assert three.wait(120) == 2
-    said = (tmp_path / "three").read_text()
+    until(lambda: two.said.exists() and "waiting for another run with the same settings" in two.text(), two)
+    assert three.wait() == 2
+    said = three.text()
     assert "another run with other settings is writing into" in said and said.count("\n") == 1
     assert two.poll() is None
-    one.send_signal(signal.SIGCONT)
-    assert [one.wait(120), two.wait(120)] == [0, 0], (tmp_path / "two").read_text()
+    one.signal(signal.SIGCONT)
+    assert [one.wait(), two.wait()] == [0, 0], two.text()
     assert not list(tmp_path.rglob(".*"))
     both = tensors(tmp_path / left)
     (tmp_path / left).rename(tmp_path / "both")

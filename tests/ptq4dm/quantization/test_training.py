@@ -39,7 +39,7 @@ def made(dit, **options):
 @pytest.mark.parametrize("kind", ["unet", "sd"])
 def test_the_error_of_a_unets_blocks_falls(kind):
     model = model_of(kind)
-    report, _ = trained.trained(model, calls_of(model, 2), step_tuples=1)
+    report, _ = trained.trained(model, calls_of(model, 2), step_tuples=1, steps=12)
     assert gain(report) < 0.97 and len(blocks(report)) >= 9
     assert all(is_quantized(model.get_submodule(row["layer"])) and row["flips"] < 0.5 for row in report.layers)
     assert sum(row["flips"] for row in report.layers) > 0.02 * len(report.layers)

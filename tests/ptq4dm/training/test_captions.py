@@ -19,7 +19,15 @@ from ptq4dm.training.prompted import Prompted
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
-SHORT = {"images": 16, "batch_size": 4, "log_every": 2, "evaluate_every": 8, "held_out": 1, "sample_steps": 0}
+SHORT = {
+    "images": 16,
+    "batch_size": 4,
+    "log_every": 2,
+    "evaluate_every": 8,
+    "held_out": 1,
+    "sample_steps": 0,
+    "wide": False,
+}
 TEXTS = ("a photo of a dog", "a cat", "", "a dog", "a cat")
 
 
@@ -72,7 +80,9 @@ def test_the_network_is_given_what_its_pipeline_gives_it(make):
 def test_a_run_and_what_it_leaves(make, folder, tmp_path):
     pipe = make()
     before = weights(pipe)
-    trained = ptq4dm.train(pipe, folder, ShiftQuantConfig(**SHORT | {"sample_steps": 1}), tmp_path / "run")
+    trained = ptq4dm.train(
+        pipe, folder, ShiftQuantConfig(**SHORT | {"sample_steps": 1, "wide": make is personal.text}), tmp_path / "run"
+    )
     assert same(weights(pipe), before) and not same(weights(trained), before)
     assert type(trained) is type(pipe) and trained.text_encoder is pipe.text_encoder
     lines = read_lines(tmp_path / "run" / "log.jsonl")

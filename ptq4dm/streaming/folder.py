@@ -109,7 +109,9 @@ def _report(config: QuantConfig, made: Mapping[str, Streamed], copied: Mapping[s
     memory = {name: [float_bytes(one.model), stored_bytes(one.model)] for name, one in made.items()}
     for name, one in made.items():
         layers = {layer: one.model.get_submodule(layer) for layer in one.errors}
-        rows += rows_of_layers(layers, one.errors, "weight", f"{name}." if len(made) > 1 else "")
+        prefix = f"{name}." if len(made) > 1 else ""
+        found = rows_of_layers(layers, one.errors, "weight", prefix)
+        rows += [row | {"kernel": one.kernels[row["layer"].removeprefix(prefix)]} for row in found]
     rows.sort(key=badness)
     models = [one.model for one in made.values()]
     before, after = (sum(sizes) for sizes in zip(*memory.values(), strict=True))

@@ -26,11 +26,13 @@ from .shards import LIMIT, Shards
 class Streamed:
     """A network that lies in a folder; `model` has its shapes and no values of quantized layers.
 
-    errors: of each layer's weight. writing, summing: seconds that writing and its checksums took.
+    errors: of each layer's weight. kernels: that serve each on the device on which it was packed. writing, summing:
+        seconds that writing and its checksums took.
     """
 
     model: Any
     errors: dict[str, Ratio] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
     writing: float = 0.0
     summing: float = 0.0
 
@@ -59,6 +61,7 @@ def stream_network(
 
     def sink(name: str, layer: nn.Module, weight: Tensor) -> None:
         done.errors[name] = Ratio.between(weight, layer.dequantized_weight())
+        done.kernels[name] = layer.kernels_text()
         start = time.perf_counter()
         own = {key: one for key, one in layer.named_parameters(recurse=False) if key != "bias"}
         shards.add({f"{name}.{key}": one for key, one in own.items()})

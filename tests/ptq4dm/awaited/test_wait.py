@@ -240,3 +240,19 @@ def test_the_command_runs_the_pipeline_for_its_calls(tmp_path, capsys):
         images(by_hand)
     ptq4dm.quantize(by_hand, config(), calls[:2])
     assert same(saved.transformer.state_dict(), by_hand.transformer.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_first_calls_quantize_it_and_draw_no_numbers():
+    pipe, by_hand = pipeline(), pipeline()
+    for one in (pipe, by_hand):
+        one.to("cuda")
+    ptq4dm.quantize(pipe, config())
+    drawn = torch.cuda.get_rng_state()
+    images(pipe)
+    assert torch.equal(torch.cuda.get_rng_state(), drawn)
+    with ptq4dm.record(by_hand.transformer) as calls:
+        images(by_hand)
+    ptq4dm.quantize(by_hand, config(), calls[:2], component="transformer")
+    assert same(pipe.transformer.state_dict(), by_hand.transformer.state_dict())

@@ -122,3 +122,15 @@ def test_the_command_streams(tmp_path, monkeypatch, capsys):
     command = ["quantize", "--model", str(tmp_path / "float"), "--method", "svdquant", "--evidence", "none"]
     assert main([*command, "--rank", "4", "--group-size", "32", "--output", str(tmp_path / "out")]) == 0
     assert "W4A4 g32 r4" in capsys.readouterr().out and ptq4dm.verify(tmp_path / "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_same_bits_and_kernels_as_load_quantize_and_save(tmp_path):
+    pixel_dit().save_pretrained(tmp_path / "float")
+    config, device = SVDQuantConfig(evidence="none", rank=16, group_size=32), torch.device("cuda")
+    report = stream_folder(tmp_path / "float", config, tmp_path / "out", dtype=torch.bfloat16, device=device)
+    whole = ptq4dm.load_pipeline(tmp_path / "float", torch.bfloat16, device)
+    assert report.to_dict() == ptq4dm.quantize(whole, config).to_dict()
+    loaded = ptq4dm.load_pipeline(tmp_path / "out", torch.bfloat16, device)
+    assert same(loaded.transformer.state_dict(), whole.transformer.state_dict())

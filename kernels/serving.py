@@ -18,6 +18,7 @@ from .formats.fp8 import DTYPE
 from .formats.int4 import GROUP
 from .lut import layer as lut
 from .query import Query
+from .runtime.settings import served
 from .w4 import integer
 from .w4 import layer as w4
 from .w8a8 import layer as w8a8
@@ -62,14 +63,14 @@ def two_widths(product: str) -> Callable[[Query], bool]:
 def looked_up(query: Query) -> bool:
     """Whether levels of a codebook are looked up in the product: dynamic inputs of a Linear layer."""
     asked = (query.weight, query.activation) == ("codebook", "int8")
-    return asked and query.linear and query.groups == 1 and not query.static and integer.serves(query.device)
+    return asked and query.linear and query.groups == 1 and not query.static and served(query.device)
 
 
 def two_widths_in_sums(query: Query) -> bool:
     """Whether sums of groups of rows of both widths are whole numbers, and scaled after."""
     asked = (query.weight, query.activation) == ("row-mix", "int8") and query.group_size
     fits = query.linear and query.groups == 1 and not query.static
-    return bool(asked and fits and integer.serves(query.device))
+    return bool(asked and fits and served(query.device))
 
 
 def _plain(query: Query) -> bool:
@@ -108,7 +109,7 @@ def whole_numbers(name: str) -> Callable[[Query], bool]:
             right = name == integer.CHANNEL
         else:
             right = name == integer.GROUPED and query.zeros
-        return right and fits and integer.serves(query.device)
+        return right and fits and served(query.device)
 
     return serves
 
@@ -128,7 +129,7 @@ def floats(linear: bool) -> Callable[[Query], bool]:
     def serves(query: Query) -> bool:
         asked = query.weight in ("int4", "codebook") and query.activation == "none"
         plain = asked and not (query.branch or query.progressive)
-        return plain and query.linear == linear and integer.serves(query.device)
+        return plain and query.linear == linear and served(query.device)
 
     return serves
 
@@ -147,8 +148,8 @@ def compiled(query: Query) -> bool:
 
 def attention_on_four_bits(query: Query) -> bool:
     """Whether the kernel of attention serves keys and values in 4 bits."""
-    served = query.weight == "kv4" and query.activation == "none"
-    return served and attention.kernel_name(query.device) == attention.TRITON
+    asked = query.weight == "kv4" and query.activation == "none"
+    return asked and attention.kernel_name(query.device) == attention.TRITON
 
 
 def attention_on_eight_bits(name: str) -> Callable[[Query], bool]:
@@ -165,16 +166,16 @@ def sign_planes(name: str) -> Callable[[Query], bool]:
     """Whether a Linear layer has a weight of sign planes, under inputs that stay floats."""
 
     def serves(query: Query) -> bool:
-        served = query.weight == "bcq" and query.activation == "none" and query.linear
-        return served and lut.kernel_name(query.device, query.rows) == name
+        asked = query.weight == "bcq" and query.activation == "none" and query.linear
+        return asked and lut.kernel_name(query.device, query.rows) == name
 
     return serves
 
 
 def in_blocks(query: Query) -> bool:
     """Whether a weight in blocks is made floats for the product after it."""
-    served = query.weight == "blocks" and query.activation == "none" and query.linear
-    return served and blocks.kernel_name(query.device) == blocks.CUBLAS
+    asked = query.weight == "blocks" and query.activation == "none" and query.linear
+    return asked and blocks.kernel_name(query.device) == blocks.CUBLAS
 
 
 def either(*serve: Callable[[Query], bool]) -> Callable[[Query], bool]:

@@ -5,6 +5,7 @@ ipndm, t_ab, rho_ab, log_rho, rho_rk        the solvers of DEIS, each with its b
 ipndm2/edm, t_ab3/quad, rho_rk-3heun/edm    solver and order (or Runge-Kutta method) / timestep grid
 .../clean                                   any of the latter, ending at clean data (final_denoise)
 .../epsilon, .../velocity                   of flow-matching models: what the solver's polynomials are of (integrand)
+.../corrected                               each step done again with the evaluation at its end; without it none is
 diffusers/dpm++2m, ...                      diffusers' own, of a flow-matching or EDM model those that know it; with
                                             -karras where they know that grid
 a folder                                    a schedule fitted to the model, as `bench samplers --fit` writes it
@@ -50,7 +51,9 @@ OF_EDM = {
     "dpm++2m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 2}),
     "dpm++3m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
 }
-_OURS = re.compile(r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?(?:/(epsilon|velocity))?")
+_OURS = re.compile(
+    r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?(?:/(epsilon|velocity))?(/corrected)?"
+)
 
 
 def make_sampler(name: str, config, order: int | None = None, grid: str | None = None):
@@ -93,7 +96,8 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
     solver = {"solver": match[1], "order": int(match[2])} if match[1] else {"solver": "rho_rk", "rk_method": match[3]}
     if match[6]:
         solver["integrand"] = match[6]
-    return DEISScheduler.from_config(config, timestep_grid=match[4], final_denoise=bool(match[5]), **solver)
+    how = {"timestep_grid": match[4], "final_denoise": bool(match[5]), "corrector": bool(match[7])}
+    return DEISScheduler.from_config(config, **how, **solver)
 
 
 def fitted_in(folder: Path, config) -> FittedScheduler:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ..errors import UserError
 from .configs import check_choice
-from .maths.coefficients import RUNGE_KUTTA
+from .maths.coefficients import RUNGE_KUTTA, Rule, steady
+from .maths.corrector import corrected
 from .maths.flow_grids import FLOW_GRIDS, SHIFTS
 from .maths.grids import EVEN_IN_NOISE, GRIDS, SPACINGS
 
@@ -26,6 +29,7 @@ FLOW_DEFAULTS = {
     "log_rho": (1, "epsilon"),
     "rho_rk": (None, "velocity"),
 }
+CORRECTED = ("t_ab",)  # of flows' velocities, unless the config says otherwise
 EDM_ORDERS = {"t_ab": 2, "ipndm": 2, "rho_ab": 2, "log_rho": 2, "rho_rk": None}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FLOW = "flow_prediction"
@@ -35,6 +39,7 @@ DIFFUSERS = "diffusers"  # the timestep_grid of diffusers' DEIS, by its own name
 # best order was found on its best grid; on grids that use_karras_sigmas and the like bring in, what is above 3
 # (degree 3, and most of degree 2) wins less than errors of 2 % in epsilon take away.
 CANCELS, CANCELS_UNASKED = 24.0, 3.0
+CANCELS_CORRECTED = 8.0
 FLAGS = {"edm": "use_karras_sigmas", "log": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
 FLOW_FIELDS = ("shift", "shift_terminal", "base_shift", "max_shift", "use_dynamic_shifting", "invert_sigmas")
 
@@ -45,10 +50,22 @@ class Choice:
 
     order: int  # degree of the polynomial; "rho_rk" has its own
     grid: str
-    cancels: float  # the bound of `steady`
+    cancels: float | None  # the bound of `steady`, None for none
     of_diffusers: bool  # whether diffusers' samplers have a grid like this by the same config
     integrand: str = "epsilon"
     relaid: str = ""  # of a flow: the grid on which levels are laid out anew after the shift, if any
+    corrects: bool = False  # whether each step is done again with the evaluation at its end
+
+    def table(self, rule: Rule, early: bool = False) -> list[list[np.ndarray]]:
+        """Weights of each step by the number of earlier evaluations, newest first.
+
+        early: the last steps look back no further than there are steps left.
+        """
+        table = rule.table(self.order)
+        table = table if self.cancels is None else steady(table, self.cancels)
+        if early:
+            table = [weights[:left] for weights, left in zip(table, range(len(table), 0, -1), strict=True)]
+        return corrected(table, rule, CANCELS_CORRECTED) if self.corrects else table
 
 
 def choose(config) -> Choice:
@@ -67,13 +84,16 @@ def choose(config) -> Choice:
     asked = [grid for grid, flag in FLAGS.items() if config[flag]]
     if len(asked) > 1:
         raise UserError("use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas exclude each other.")
+    if config.corrector and config.solver == "rho_rk":
+        raise UserError("a corrector is of multistep solvers; solver 'rho_rk' has none.")
     if config.prediction_type == FLOW:
         return _flow(config, asked)
     if config.integrand not in (None, "epsilon"):
         raise UserError(f"integrand '{config.integrand}' is of flow-matching models (prediction_type='{FLOW}').")
     if given := [name for name in FLOW_FIELDS if config[name]]:
         raise UserError(f"{given[0]} is of flow-matching models: give prediction_type='{FLOW}' with it.")
-    return _edm(config, asked) if config.sigma_data is not None else _variance_preserving(config, asked)
+    choice = _edm(config, asked) if config.sigma_data is not None else _variance_preserving(config, asked)
+    return replace(choice, corrects=bool(config.corrector))
 
 
 def _variance_preserving(config, asked: list[str]) -> Choice:
@@ -112,9 +132,11 @@ def _flow(config, asked: list[str]) -> Choice:
     relaid = grid if grid in EVEN_IN_NOISE else (asked or [""])[0] if grid == DIFFUSERS else ""
     unasked = config.order is None and config.solver != "ipndm"
     of_diffusers = config.timestep_grid in (None, "linear", DIFFUSERS) or config.invert_sigmas
-    return Choice(
-        _order(config, best_order), grid, CANCELS_UNASKED if unasked else CANCELS, of_diffusers, integrand, relaid
-    )
+    order, cancels = _order(config, best_order), CANCELS_UNASKED if unasked else CANCELS
+    corrects = config.corrector
+    if corrects is None:  # order 0 is Euler's step, or DDIM's
+        corrects = order > 0 and integrand == "velocity" and config.solver in CORRECTED
+    return Choice(order, grid, cancels, of_diffusers, integrand, relaid, corrects)
 
 
 def _edm(config, asked: list[str]) -> Choice:

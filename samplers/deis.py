@@ -66,6 +66,9 @@ class DEISScheduler(TakesConfigs, Noising, Remembering, Beginning, SchedulerMixi
         integrand: of a flow, what the polynomials are of: "epsilon" (DEIS, in rho) or "velocity" (the model's output,
             in s: then "t_ab" and "rho_ab" are Adams-Bashforth, "rho_rk" is Runge-Kutta on the flow's own ODE).
             None: the solver's best, see choices.py.
+        corrector: do each step again with the evaluation at its end, at no further call of the model, by a polynomial
+            of one degree more (UniPC's idea, maths/corrector.py). None: of a flow's velocities with "t_ab" and an
+            order above 0, and nowhere else.
         final_denoise: the last step ends at clean data (rho = 0) instead of the last time of the grid (t = 0, where
             sigma is 0.01 in DDPM's schedule). Either costs the same evaluations. Off, as in the DEIS authors' code
             and diffusers' DEIS: feature-FID is then a little lower in nearly every row of the README's tables. A flow
@@ -137,6 +140,7 @@ class DEISScheduler(TakesConfigs, Noising, Remembering, Beginning, SchedulerMixi
         sigma_schedule: str | None = None,
         rho: float | None = None,
         final_sigmas_type: str = "zero",
+        corrector: bool | None = None,
     ):
         # Another scheduler's names for its algorithm may have come in.
         self.register_to_config(algorithm_type="deis", solver_type="logrho", **left_open(self.config))

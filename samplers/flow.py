@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
-from .maths.coefficients import multistep_weights, plain_weights, steady
+from .maths.coefficients import multistep_rule, plain_rule
 from .maths.evaluations import Evaluation, multistep, runge_kutta
 from .maths.flow_grids import FlowLaw, check_levels, even_levels, is_even, shifted
 from .maths.grids import POWERS
@@ -97,9 +97,9 @@ def plan_flow(config, choice, request: Request) -> Plan:
         called, evaluations = runge_kutta(config.rk_method, sigmas, velocity_row, time, times, ends_inside=True)
     else:
         if choice.integrand == "velocity":
-            table, row = plain_weights(sigmas, choice.order, even=config.solver == "ipndm"), velocity_row
+            rule, row = plain_rule(sigmas, even=config.solver == "ipndm"), velocity_row
         else:
-            table, row = multistep_weights(config.solver, Flow(), levels, 0.0, choice.order), noise_row
+            rule, row = multistep_rule(config.solver, Flow(), levels, 0.0), noise_row
         early = config.solver == "log_rho" and config.lower_order_final and len(levels) < 15
-        evaluations, called = multistep(steady(table, choice.cancels), sigmas, row, early), times.tolist()
+        evaluations, called = multistep(choice.table(rule, early), sigmas, row), times.tolist()
     return Plan(called, evaluations, (1 - sigmas if config.invert_sigmas else sigmas).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from ..errors import UserError
 from .choices import DIFFUSERS, FLOW, Choice
 from .flow import Plan, Request, first_levels, plan_flow
 from .kinds import BLIND
-from .maths.coefficients import log_rho_weights, multistep_weights, steady
+from .maths.coefficients import log_rho_rule, multistep_rule
 from .maths.evaluations import multistep, row_in_rho, runge_kutta
 from .maths.flow_grids import check_levels
 from .maths.grids import between, make_grid
@@ -101,12 +102,11 @@ def plan(config, choice: Choice, schedule: Schedule, request: Request) -> Plan:
     if config.solver == "rho_rk":
         return Plan(*runge_kutta(config.rk_method, rho, row, schedule.time, grid), sigmas)
     if theirs:
-        table = log_rho_weights(rho, choice.order)
+        rule, choice = log_rho_rule(rho), replace(choice, cancels=None)
     else:
-        weights = multistep_weights(config.solver, schedule, grid[:-1], float(rho[-1]), choice.order)
-        table = steady(weights, choice.cancels)
+        rule = multistep_rule(config.solver, schedule, grid[:-1], float(rho[-1]))
     early = config.solver == "log_rho" and config.lower_order_final and len(grid) <= 15
-    return Plan(grid[:-1].tolist(), multistep(table, rho, row, early), sigmas)
+    return Plan(grid[:-1].tolist(), multistep(choice.table(rule, early), rho, row), sigmas)
 
 
 def _times(config, choice: Choice, schedule: DiscreteVP | ContinuousVP, request: Request) -> np.ndarray:
@@ -148,7 +148,7 @@ def _grid_of_diffusers(config, steps: int) -> tuple[np.ndarray, np.ndarray] | No
     """(times, rho) [steps + 1] of diffusers' DEIS, which calls the model at whole times beside its sigmas.
 
     None where it would stand still: between two evaluations, asked for as many steps as there are timesteps, or
-    altogether, asked for one step of sigmas that end where they begin.
+    altogether, asked for one step of sigmas that end where they begin; and where its first sigma is infinite.
     """
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset")
     grids = ("timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -158,5 +158,5 @@ def _grid_of_diffusers(config, steps: int) -> tuple[np.ndarray, np.ndarray] | No
         theirs.set_timesteps(steps)
     times, sigmas = theirs.timesteps.double().numpy(), theirs.sigmas.double().numpy()
     rho: np.ndarray = np.append(sigmas[:steps], sigmas[-1])  # by rounding, "trailing" can have one too many
-    moves = rho[0] > rho[-1] and (np.diff(rho[:-1]) < 0).all()
+    moves = np.isfinite(rho[0]) and rho[0] > rho[-1] and (np.diff(rho[:-1]) < 0).all()
     return (np.append(times[:steps], 0.0), rho) if moves else None

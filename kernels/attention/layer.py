@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formats.kv4 import KV4
 from ..runtime.late import late
 from ..runtime.ops import op
-from ..runtime.settings import capability, remembered
+from ..runtime.settings import remembered, served
 from . import reference
 
 if TYPE_CHECKING:
@@ -23,13 +23,12 @@ else:
     late(globals(), "product")
 
 REFERENCE, TRITON = "reference", "triton-kv4"
-_capability = remembered(capability)
+_served = remembered(served)
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """The kernel that serves queries of this dtype on this device."""
-    served = device.type == "cuda" and dtype != torch.float64
-    return TRITON if served and _capability(device) >= (8, 0) else REFERENCE
+    return TRITON if dtype != torch.float64 and _served(device) else REFERENCE
 
 
 @op

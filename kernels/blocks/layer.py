@@ -2,7 +2,7 @@
 
     y[m, n] = sum_k x[m, k] w[n, k] + b[n],    w of its codes by the formula, rounded once to the type of x
 
-    unpack + cublas   CUDA: the weight as floats of the inputs' type in memory for one call, then the product
+    unpack + cublas   CUDA from Ampere on: the weight as floats of the inputs' type, for one call; then the product
     reference         everywhere: the formula in float32; the truth
 
 Bytes of the first part: codes and scales read, 2 N K written in 16 bits; nothing is kept beside the layer.
@@ -20,6 +20,7 @@ from ..formats import blocks
 from ..lut.layer import CUBLAS
 from ..runtime.late import late
 from ..runtime.ops import op
+from ..runtime.settings import served
 from ..w8a8.layer import REFERENCE
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 def kernel_name(device: torch.device) -> str:
     """The kernel that serves a layer there."""
-    return CUBLAS if device.type == "cuda" else REFERENCE
+    return CUBLAS if served(device) else REFERENCE
 
 
 @op

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..cpu import lut as cpu
 from ..runtime.late import late
 from ..runtime.ops import op
-from ..runtime.settings import best_config, capability
+from ..runtime.settings import best_config, served
 from .reference import check, reference
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ SHORT = 16
 
 def kernel_name(device: torch.device, rows: int | None = None) -> str:
     """Name of the kernel for so many rows of inputs on this device; rows None: many."""
-    if device.type == "cuda" and capability(device) >= (8, 0):
+    if served(device):
         return CUBLAS if rows is None or rows > SHORT else PLANES
     return cpu.NAME if cpu.serves(device) else REFERENCE
 

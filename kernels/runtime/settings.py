@@ -26,7 +26,8 @@ import torch
 from .atomic import replacing
 
 FOLDER = Path(__file__).parents[1] / "tuned"
-INTERPRETED = (8, 0)
+OLDEST = (8, 0)  # Ampere: for GPUs before it Triton compiles no product of 8-bit codes
+INTERPRETED = OLDEST
 REMEMBERED = []
 TARGET: Target | None = None  # set by `target`
 
@@ -73,6 +74,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     if TARGET is not None:
         return TARGET.capability
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED
+
+
+def served(device: torch.device) -> bool:
+    """Whether our kernels for GPUs run there."""
+    return device.type == "cuda" and capability(device) >= OLDEST
 
 
 def multiprocessors(device: torch.device) -> int:

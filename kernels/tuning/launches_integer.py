@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..runtime.settings import capability
+from ..runtime.settings import capability, served
 from ..w4 import integer
 from .candidates_integer import settings_of
 from .launch import DEVICE, WholeLayer
@@ -48,7 +48,7 @@ class IntegerLaunch(WholeLayer):
 
 def launches(m: int, n: int, k: int, mode: str) -> list[IntegerLaunch]:
     """What serves a layer on this GPU. Raises ValueError where these kernels do not run."""
-    if not integer.serves(torch.device(DEVICE)):
+    if not served(torch.device(DEVICE)):
         raise ValueError("no kernel for 4-bit weights in integers on this device.")
     return [IntegerLaunch(m, n, k, mode)]
 

@@ -12,7 +12,7 @@ import torch
 
 from ..formats.bcq import TILE, WORD
 from ..lut import layer
-from ..runtime.settings import capability
+from ..runtime.settings import served
 from . import stopwatch
 from .launch import DEVICE, WholeLayer
 
@@ -56,7 +56,7 @@ def settings_of(mode: str, m: int) -> list[dict]:
 
 def launches(m: int, n: int, k: int, mode: str) -> list[LutLaunch]:
     """What serves a layer on this GPU. Raises ValueError where these kernels do not run."""
-    if capability(torch.device(DEVICE)) < (8, 0):
+    if not served(torch.device(DEVICE)):
         raise ValueError("no kernel for binary-coded weights on this device.")
     return [LutLaunch(m, n, k, mode)]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..formats.int4 import GROUP
 from ..runtime.integers import cdiv
 from ..runtime.late import late
-from ..runtime.settings import best_config, capability, multiprocessors, remembered
+from ..runtime.settings import best_config, multiprocessors, remembered, served
 from ..runtime.workspace import Piece, Workspace
 
 if TYPE_CHECKING:
@@ -43,12 +43,7 @@ INT32, FLOAT = torch.int32, torch.float32
 WIDEST = 256  # rows, and outputs, that a tile may have
 
 
-def serves(device: torch.device) -> bool:
-    """Whether these kernels run there."""
-    return device.type == "cuda" and capability(device) >= (8, 0)
-
-
-known_to_serve = remembered(serves)  # not where torch.compile traces: it warns of what is cached
+known_to_serve = remembered(served)  # not where torch.compile traces: it warns of what is cached
 
 
 @remembered

@@ -23,7 +23,7 @@ from ..formats.int4 import GROUP
 from ..runtime.late import late
 from ..runtime.ops import op
 from ..runtime.prepared import prepared
-from ..runtime.settings import best_config, capability, remembered
+from ..runtime.settings import best_config, capability, remembered, served
 from ..runtime.workspace import Workspace
 from .reference import NONLINEARITIES, nonlinear
 
@@ -46,12 +46,9 @@ SHORT = 32  # with 64, on an H200, unpacking and a product of whole tiles take l
 
 def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
     """Name of the kernel for a layer of this activation format ("fp8", "int8", "int4", "none") on this device."""
-    if device.type != "cuda" or group_size != GROUP:
+    if group_size != GROUP or not served(device):
         return REFERENCE
-    known = capability(device)
-    if known < (8, 0):
-        return REFERENCE
-    fp8 = FP8 if known >= (8, 9) else INT8
+    fp8 = FP8 if capability(device) >= (8, 9) else INT8
     return {"fp8": fp8, "int8": INT8, "int4": INT4, "none": WEIGHT_ONLY}[activation]
 
 

@@ -11,7 +11,8 @@ NaN has no int8 code: a static grid takes it for zero, a dynamic one makes the w
 Which kernel runs is decided by `kernel_name`, from format, shape and device alone:
 
     onednn-int8     x86 CPU with VNNI: oneDNN's u8 x s8 kernels through PyTorch
-    triton-int8     CUDA: implicit GEMM on 8-bit tensor cores (product.py); not for grouped convolutions
+    triton-int8     CUDA from compute capability 8.0 on: implicit GEMM on 8-bit tensor cores (product.py); not for
+                    grouped convolutions
     triton-fp8      the same on e4m3, from compute capability 8.9 on
     reference       everywhere: the formula on exactly representable floats (reference.py); the truth
 """
@@ -24,20 +25,20 @@ import torch
 from torch import Tensor
 
 from ..runtime.ops import op
-from ..runtime.settings import capability, remembered
+from ..runtime.settings import capability, remembered, served
 from . import onednn, reference
 from .steps import triton_conv2d, triton_linear
 from .window import Window
 
 REFERENCE, ONEDNN, TRITON, TRITON_FP8 = "reference", "onednn-int8", "triton-int8", "triton-fp8"
-_capability = remembered(capability)
+_capability, _served = remembered(capability), remembered(served)
 
 
 def kernel_name(
     device: torch.device, activation_bits: int = 8, groups: int = 1, dtype: torch.dtype = torch.int8
 ) -> str:
     """The kernel that serves a W8A8 layer. Narrower activations use the same kernels on a narrower grid."""
-    if device.type == "cuda" and groups == 1:
+    if groups == 1 and _served(device):
         if dtype == torch.int8:
             return TRITON
         return TRITON_FP8 if _capability(device) >= (8, 9) else REFERENCE

@@ -77,7 +77,7 @@ def recipes_of(texts: Sequence[str]) -> dict[str, QuantConfig]:
     if learned:
         raise UserError(
             f"candidate '{learned[0]}' trains whole blocks, which have one format; candidates round layer by layer "
-            "(nearest, gptq)."
+            "(nearest, gptq, or rounding=learned, which trains each layer by itself)."
         )
     return recipes
 

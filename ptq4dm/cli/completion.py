@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def words_of(parser: argparse.ArgumentParser, path: str = "") -> dict[str, dict]:
-    """Command ("", "info", "bench tune") -> {"commands": names, "flags": {flag: what may follow it}}, all sorted.
+    """Command ("", "info", "bench tune") -> {"commands": names, "flags": {flag: what may follow it}}, all sorted, and
+    "arguments" where it takes some without a flag.
 
     What may follow: null (nothing), or {"choices": words, "files": whether it names a file, "many": more than one}.
     For `refuse` of verbs.py also argparse's "nargs", the name of its "type", and "closed": that there are no other
@@ -43,6 +44,7 @@ def words_of(parser: argparse.ArgumentParser, path: str = "") -> dict[str, dict]
     """
     flags: dict[str, dict | None] = {}
     commands: list[str] = []
+    arguments: dict[str, dict] = {}
     found: dict[str, dict] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -53,7 +55,10 @@ def words_of(parser: argparse.ArgumentParser, path: str = "") -> dict[str, dict]
             flags |= {flag: _value(action) for flag in action.option_strings if flag.startswith("--")}
         elif action.choices:  # the shells
             commands = [str(choice) for choice in action.choices]
-    return {path: {"commands": commands, "flags": dict(sorted(flags.items()))}, **found}
+        else:
+            arguments[action.dest] = {"nargs": action.nargs, "metavar": action.metavar}
+    here = {"commands": commands, "flags": dict(sorted(flags.items()))}
+    return {path: here | ({"arguments": arguments} if arguments else {}), **found}
 
 
 def _value(action: argparse.Action) -> dict | None:

@@ -26,6 +26,7 @@ from .options import (
     add_steps,
     check_idle,
     conditioning_of,
+    conditions,
     default_model,
     device_of,
     load,
@@ -86,7 +87,7 @@ def run(args) -> None:
 
     plan = reused(args, pipe, conditioning_of(args))
     with nullcontext() if plan is None else cached_steps(pipe, plan) as cache:
-        evaluate(pipe, full_precision, config, args.output, show)
+        evaluate(pipe, full_precision, config, args.output, show, conditions(args, ways[0] is not None, plan) or None)
     if cache is not None:
         say(f"{model}, with steps cached:\n{cache}")
         result(calls_computed=cache.computed, calls_reused=cache.reused)

@@ -23,6 +23,7 @@ from .options import (
     add_sampler,
     add_steps,
     conditioning_of,
+    conditions,
     default_model,
     load,
     optimized,
@@ -67,12 +68,8 @@ def run(args) -> None:
         check_used(pipe, args.embedding, load_embedding(pipe, args.embedding), given["conditioning"] or {}, seeds)
         more["embedding"] = embedding_digest(args.embedding)
     done = optimized(args, model, pipe)
-    if done is not None:  # its pictures differ by rounding, and with another attention by more
-        more |= {"engine": args.engine} if args.engine else {"optimized": True}
-        more |= {"attention": args.attention} if args.attention else {}
     plan = reused(args, pipe, given)
-    if plan is not None:
-        more |= {"reuse": {"weights": plan.weights, "depth": plan.depth}}
+    more |= conditions(args, done is not None, plan)
     with nullcontext() if plan is None else cached_steps(pipe, plan) as cache:
         paths = generate(
             pipe,

@@ -14,7 +14,7 @@ from ..kernels.cpu import library
 from ..layers.attention.planned import attention_modules, attention_of
 from ..layers.base import holds_quantized, is_quantized
 from ..layers.plan import FLOAT_INPUTS
-from ..layers.sizes import bytes_in_16_bits, full_bytes_in_16_bits, stored_bytes, text_of
+from ..layers.sizes import bytes_in_16_bits, full_bytes, stored_bytes, text_of
 from ..layers.view import find_layers, in_ip_adapter
 from ..pipelines.denoiser import denoiser, denoiser_name, networks_of
 from ..pipelines.load import folder_of
@@ -58,7 +58,7 @@ def run(args) -> None:
         "quantization": None if config is None else config.summary(),
         "bytes": stored_bytes(network),
         "bytes_in_16_bits": bytes_in_16_bits(network),
-        "full_bytes_in_16_bits": full_bytes_in_16_bits(network),
+        "full_bytes_in_16_bits": full_bytes(network, sixteen=True),
         "layers": layers,
         "left": left_layers(network, config),
         "attention": attention_in_8_bits_of(network),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -131,6 +132,17 @@ def reused(args, pipe, conditioning: dict) -> StepPlan | None:
         raise UserError(f"--reuse is a share of steps from 0 to {MOST_REUSE}, or a JSON file; got {args.reuse}.")
     config = StepPlanConfig(num_inference_steps=steps_of(args, pipe), reuse=share)
     return plan_cached_steps(pipe, config, **conditioning)
+
+
+def conditions(args, optimized: bool, plan: StepPlan | None) -> dict[str, Any]:
+    """What decides pictures and is in no folder of the model: how it was optimized, and which steps reuse a part."""
+    found: dict[str, Any] = {}
+    if optimized:  # its pictures differ by rounding, and with another attention by more
+        found |= {"engine": args.engine} if args.engine else {"optimized": True}
+        found |= {"attention": args.attention} if args.attention else {}
+    if plan is not None:
+        found["reuse"] = {"weights": [list(row) for row in plan.weights], "depth": plan.depth}
+    return found
 
 
 def add_calibration(parser) -> None:

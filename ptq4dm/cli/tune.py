@@ -30,7 +30,6 @@ KERNELS = dispatch.tunable()
 USUAL = f"w4a16 up to {SHORT} rows, above w4a8 and w4a4; and {W8A8}"  # what serves a shape
 EMBEDDED_BATCH = 256  # images at once in the embedded models, which are small
 RANK = 32  # of the low-rank branch
-LOWEST = (8, 0)
 LATEST = 1e9  # a time after any of a sampler's: the one nearest to it is the first
 
 Shape = tuple[int, int, int]
@@ -42,11 +41,9 @@ def check_gpu() -> None:
         raise UserError("kernels are tuned on the GPU they run on; PyTorch finds none here.")
     if find_spec("triton") is None:
         raise UserError("the kernels are written in Triton, which is not installed here; install triton.")
-    if torch.cuda.get_device_capability() < LOWEST:
-        major, minor = torch.cuda.get_device_capability()
-        raise UserError(
-            f"the kernels need compute capability 8.0; {torch.cuda.get_device_name()} has {major}.{minor}."
-        )
+    if torch.cuda.get_device_capability() < tuning.OLDEST:
+        needed, has = (".".join(map(str, one)) for one in (tuning.OLDEST, torch.cuda.get_device_capability()))
+        raise UserError(f"the kernels need compute capability {needed}; {torch.cuda.get_device_name()} has {has}.")
 
 
 def parse_shape(text: str) -> Shape:

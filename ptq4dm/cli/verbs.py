@@ -166,13 +166,15 @@ def _fill(parser: Parser, words: dict[str, dict], path: str) -> None:
         subjects = parser.add_subparsers(dest="subject", required=True, metavar="subject", parser_class=Parser)
         for name in below:
             _fill(add_command(subjects, name, ""), words, f"{path} {name}")
+    for name, facts in words[path].get("arguments", {}).items():
+        parser.add_argument(name, **facts)
     for flag, what in words[path]["flags"].items():
         if flag in PRINTING:
             continue
         if what is None:
             parser.add_argument(flag, dest=_name(flag), action="store_true")
             continue
-        facts: dict[str, Any] = {"nargs": what["nargs"], "type": TYPES.get(what["type"])}
+        facts = {"nargs": what["nargs"], "type": TYPES.get(what["type"])}
         if what["closed"]:
             facts["choices"] = [TYPES.get(what["type"], str)(one) for one in what["choices"]]
         if what["files"]:

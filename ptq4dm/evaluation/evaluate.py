@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from ..options import option
 from ..pipelines.denoiser import check_sampled, denoiser, turn_at
 from ..pipelines.devices import check_device
 from ..pipelines.generate import fingerprint, settings
-from ..pipelines.sampling import MOST_BATCH, MOST_STEPS, check_arguments, refusals
+from ..pipelines.sampling import MOST_BATCH, check_arguments, refusals
 from ..quantization.components import left_out, quantized_plans
 from ..quantization.report import memory_beside_floats
 from .compare import compare_denoisers, denoiser_bytes
 from .extractors import METRICS, Extractor, folder_moments, frechet_entry, load_extractor, load_reference_statistics
 from .frechet import write_statistics
-from .inception import MODES
-from .measures import MeasureOptions, load_measures
+from .measures import load_measures
+from .options import SampledOptions
 from .pictures import Pictures
 from .report import PICTURE, check_places, format_report, write_report, write_samples
 
@@ -35,7 +35,7 @@ MOST_IMAGES = 10_000_000
 
 @named_options
 @dataclass
-class EvaluateConfig(MeasureOptions):
+class EvaluateConfig(SampledOptions):
     """What to measure, and with how much.
 
     num_images: samples for the Frechet distance, seeds seed .. seed + num_images - 1.
@@ -43,29 +43,17 @@ class EvaluateConfig(MeasureOptions):
         as many images of each model.
     num_heldout: recorded denoiser inputs for the epsilon error, seeds from heldout_seed; 0 leaves it out.
     metric: "feature-fid" (embedded network, 32x32), "fid" (Inception) or "none".
-    reference: folder of images or npz; None is the embedded statistics (feature-fid only).
-    inception_weights, resize: see `load_inception`; for "fid" only.
     timed_steps: denoiser calls timed per model after warmup_steps; 0 leaves it out.
-    conditioning, pipeline_kwargs: see `sample`.
-    lpips_weights, clip, image_reward: networks that pictures are judged by, see `MeasureOptions`.
+    The others, all given by name: `SampledOptions`, and `MeasureOptions` for networks that pictures are judged by.
     """
 
     num_images: int = option(1000, "samples for the Frechet distance", low=0, high=MOST_IMAGES)
     num_paired: int = option(64, "same-seed pairs", low=0, high=MOST_IMAGES)
     num_heldout: int = option(64, "recorded calls for the epsilon error", low=0, high=MOST_IMAGES)
-    num_inference_steps: int = option(50, low=1, high=MOST_STEPS)
+    _: KW_ONLY
     batch_size: int = option(64, low=1, high=MOST_BATCH)
-    seed: int = option(0, "seed of the first image", low=0)
-    heldout_seed: int = option(1_000_000, low=0)
-    num_bins: int = option(10, low=1, high=10_000)
     metric: str = option("feature-fid", "Frechet distance of the samples", choices=METRICS)
-    reference: str | os.PathLike | None = option(None, "folder of real images, or npz of their mu and sigma")
-    inception_weights: str | os.PathLike | None = option(None, "file, for --metric fid; downloaded otherwise")
-    resize: str = option("torch-fidelity", "how --metric fid resizes images", choices=tuple(MODES))
-    warmup_steps: int = option(2, low=0, high=1_000_000)
     timed_steps: int = option(10, low=0, high=1_000_000)
-    conditioning: dict[str, Any] | None = None
-    pipeline_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "EvaluateConfig")
@@ -87,6 +75,7 @@ def evaluate(
     config: EvaluateConfig | None = None,
     output: str | os.PathLike | None = None,
     show: Callable[[dict], None] | None = None,
+    metadata: dict[str, Any] | None = None,
 ) -> dict:
     """Measure a pipeline, and compare it with its full-precision original where that is given.
 
@@ -100,9 +89,12 @@ def evaluate(
             where it has the same settings, and refused where it has others.
         show: called with the report before it is written, by the main process. Without it a report that cannot be
             written is printed.
+        metadata: JSON values put into the report under this name, for what was done to `pipe` that it does not say
+            itself, e.g. {"reuse": {...}}; part of the settings of a call.
 
     Returns:
-        {"frechet", "paired", "prompts", "not_measured", "epsilon_error", "bytes", "memory", "step_time", "warnings"},
+        {"frechet", "paired", "prompts", "not_measured", "epsilon_error", "bytes", "memory", "step_time", "metadata",
+        "warnings"},
         without what was left out; plain numbers and strings, as in report.json. `format_report` prints it.
 
     Raises:
@@ -122,10 +114,11 @@ def evaluate(
         if output is not None and state.is_main_process:
             folder = stack.enter_context(output_folder(output))
             check_places(folder)
-            stack.enter_context(claimed(folder, _identity(pipe, full_precision, config)))
+            stack.enter_context(claimed(folder, _identity(pipe, full_precision, config, metadata)))
         stack.enter_context(turn_at(pipe, *([] if full_precision is None else [full_precision])))
         stack.enter_context(refusals(pipe, config.conditioning, config.pipeline_kwargs))
         report, shown = _measure(pipe, full_precision, config)
+        report |= {"metadata": metadata} if metadata else {}
         if show is not None and state.is_main_process:
             show(report)
         if folder is not None:
@@ -134,11 +127,12 @@ def evaluate(
     return report
 
 
-def _identity(pipe, full_precision, config: EvaluateConfig) -> dict:
+def _identity(pipe, full_precision, config: EvaluateConfig, metadata: dict | None) -> dict:
     """All that decides a report."""
     options = {name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in vars(config).items()}
     original = None if full_precision is None else fingerprint(full_precision)
-    return settings(pipe, config.num_inference_steps, config.pipeline_kwargs, {**options, "original": original})
+    more = {**options, "original": original, "metadata": metadata}
+    return settings(pipe, config.num_inference_steps, config.pipeline_kwargs, more)
 
 
 def _write(report: dict, shown: tuple[list, list[int]] | None, folder: Path, told: bool) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-NO_POWER: Mapping[str, tuple[float, float]] = {}
-
 
 @dataclass(frozen=True)
 class Operations:

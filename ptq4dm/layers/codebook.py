@@ -18,9 +18,8 @@ from ..kernels.formats.codebook import LEVELS, LIMIT, CodebookGrid
 from ..ranges.codebook import codebook_grid
 from . import int4_ops
 from .base import frozen
-from .choices import check_groups
+from .choices import BITS, FLOAT_INPUTS, GroupedPlan
 from .int4 import Int4Conv2d, Int4Layer, Int4Linear
-from .plan import BITS, FLOAT_INPUTS, LayerPlan, check_group_size
 from .registry import register_format
 from .stored import check_integers
 from .w8a8 import check_input_grid, put_input_grid
@@ -29,10 +28,10 @@ TABLES = ("tensor", "row")
 
 
 @dataclass
-class CodebookPlan(LayerPlan):
+class CodebookPlan(GroupedPlan):
     """How one layer gets weights of 16 levels, under inputs of 8 bits; or of 16, which are floats as they come.
 
-    weight_bits: 4. group_size: inputs per weight scale, as in Int4Plan.
+    weight_bits: 4.
     levels: of the whole "tensor", or of each "row", which is an output.
     objective: levels and scales are those of least squared error whatever it is. Where it looks at what the layer is
         fed, or the rounding does, the error of each weight counts by the mean square of its input.
@@ -40,8 +39,6 @@ class CodebookPlan(LayerPlan):
 
     input_widths: ClassVar[Sequence[int]] = (*BITS, FLOAT_INPUTS)
     format: str = "codebook"
-    weight_bits: int = 4
-    group_size: int | None = None
     levels: str = "tensor"
     affine: ClassVar[bool] = False
 
@@ -49,21 +46,12 @@ class CodebookPlan(LayerPlan):
         super().check()
         if self.weight_bits != 4:
             raise ValueError(f"codebook has weights of 4 bits, not {self.weight_bits}")
-        check_group_size(self.group_size)
         if self.levels not in TABLES:
             raise ValueError(f"levels are of the {' or of each '.join(TABLES)}, not {self.levels!r}")
 
-    def check_layer(self, layer: nn.Module) -> None:
-        check_groups(layer, self.group_size or 1)
-
-    @property
-    def simulated(self) -> bool:
-        return self.activation_bits not in (8, FLOAT_INPUTS)
-
     @property
     def groups_text(self) -> str:
-        groups = "" if self.group_size is None else f" g{self.group_size}"
-        return f"{groups} codebook" + (" by row" if self.levels == "row" else "")
+        return f"{super().groups_text} codebook" + (" by row" if self.levels == "row" else "")
 
 
 class CodebookLayer(Int4Layer):

@@ -5,161 +5,35 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..checks import check, checked, shown
 from ..errors import DamagedFile, UserError
 from ..files.atomic import replacing
 from ..files.outside import TensorFile, checked_object, described, naming, outside, read_json, read_tensors
 from ..files.tensors import write_tensors
-from ..kernels.formats import attention8
-from ..ranges.registry import objective_parameter
 from ..rounding.learned import Learning, learning_from
-from ..rounding.registry import ROUNDERS
 from ..transforms.base import TransformPlan
-from .choices import check_choices, check_groups, choices_of
+from .choices import (
+    ATTENTION_KINDS,
+    BITS,
+    FLOAT_INPUTS,
+    GROUP_SIZES,
+    AttentionPlan,
+    Int4Plan,
+    LayerPlan,
+    check_choices,
+    choices_of,
+)
 from .registry import FORMATS
 
-BITS = range(2, 9)
-GROUP_SIZES = (None, 32, 64, 128)
-ATTENTION_KINDS = tuple(attention8.TYPES)
-FLOAT_INPUTS = 16  # bits of inputs that are not rounded
-
-
-@dataclass
-class LayerPlan:
-    """How one layer is quantized to 8 bits.
-
-    format: the number format, a name in `registry.FORMATS`.
-    weight_bits, activation_bits: width of the grids; 8 and 8 are what the kernels are made for, others are
-        computed on a narrower grid of the same int8 codes (`simulated`).
-    objective: the range objective of the weight scales (`ranges.OBJECTIVES`), with its `objective_parameter`.
-    input_scale, input_zero_point: the static activation grid; None for dynamic activations. FP8 has no zero point.
-    rounding: how the weight is rounded (`rounding.ROUNDERS`).
-    """
-
-    input_widths: ClassVar[Sequence[int]] = BITS
-    format: str = "int8"
-    weight_bits: int = 8
-    activation_bits: int = 8
-    objective: str = "max"
-    objective_parameter: float | None = None
-    input_scale: float | None = None
-    input_zero_point: int | None = None
-    rounding: str = "nearest"
-
-    def check(self) -> None:
-        """Raises ValueError where a choice is out of its range, or does not go with another."""
-        if self.weight_bits not in BITS or self.activation_bits not in self.input_widths:
-            raise ValueError(f"widths are from 2 to 8 bits, not {self.weight_bits} and {self.activation_bits}")
-        e4m3 = FORMATS.find(self.format).grid == "e4m3"
-        if e4m3 and (self.weight_bits, self.activation_bits) != (8, 8):
-            raise ValueError(f"{self.format} has 8 bits, not {self.weight_bits} and {self.activation_bits}")
-        objective_parameter(self.objective, self.objective_parameter)
-        ROUNDERS.find(self.rounding)
-        self._check_input_grid(affine=not e4m3)
-
-    def _check_input_grid(self, affine: bool) -> None:
-        scale, zero = self.input_scale, self.input_zero_point
-        if self.activation_bits == FLOAT_INPUTS and (scale, zero) != (None, None):
-            raise ValueError("inputs of 16 bits stay floats and have no grid")
-        if scale is not None and not 0 < torch.tensor(scale, dtype=torch.float32).item() < float("inf"):
-            raise ValueError(f"input_scale is {scale} and should be above zero, as a float32")
-        if (zero is not None) != (affine and scale is not None):
-            raise ValueError("input_scale and input_zero_point go together, but in fp8, which has no zero point")
-        half = 2 ** (self.activation_bits - 1)
-        if zero is not None and not -half <= zero < half:
-            raise ValueError(f"input_zero_point is {zero} and lies in [{-half}, {half - 1}] in these bits")
-
-    def check_layer(self, layer: nn.Module) -> None:
-        """Raises ValueError where the choices do not fit a float layer."""
-
-    @property
-    def static(self) -> bool:
-        return self.input_scale is not None
-
-    @property
-    def simulated(self) -> bool:
-        return (self.weight_bits, self.activation_bits) != (8, 8)
-
-    def __str__(self) -> str:
-        kind = "static" if self.static else "dynamic"
-        bits = "FP8" if FORMATS.find(self.format).grid == "e4m3" else f"W{self.weight_bits}A{self.activation_bits}"
-        name = f"{bits}{self.groups_text}"
-        name = name if self.activation_bits == FLOAT_INPUTS else f"{name} {kind}"
-        return f"{name} (simulated)" if self.simulated else name
-
-    @property
-    def groups_text(self) -> str:
-        """Text for the inputs that share a weight scale, where a row has several."""
-        return ""
-
-
-def check_group_size(size: int | None) -> None:
-    """Raises ValueError for a size that no format has groups of."""
-    if size not in GROUP_SIZES:
-        raise ValueError(f"group_size is none, 32, 64 or 128, not {size}")
-
-
-@dataclass
-class Int4Plan(LayerPlan):
-    """How one layer gets weights stored in 4 bits, under inputs of 8; or of 16, which are floats as they come.
-
-    weight_bits: 4, or 2 and 3: a narrower grid of the same codes, with the bytes and the kernels of 4 bits.
-    group_size: inputs per weight scale, 32, 64 or 128; None gives each output one. The inputs of a convolution are
-        taken pixel by pixel of its window, so that a group holds channels of one pixel.
-    affine: scales with zero points.
-    """
-
-    input_widths: ClassVar[Sequence[int]] = (*BITS, FLOAT_INPUTS)
-    format: str = "int4"
-    weight_bits: int = 4
-    group_size: int | None = None
-    affine: bool = False
-
-    def check(self) -> None:
-        super().check()
-        if self.weight_bits > 4:
-            raise ValueError(f"int4 has weights of 4 bits and less, not {self.weight_bits}")
-        check_group_size(self.group_size)
-
-    def check_layer(self, layer: nn.Module) -> None:
-        check_groups(layer, self.group_size or 1)
-
-    @property
-    def simulated(self) -> bool:
-        return self.activation_bits not in (8, FLOAT_INPUTS)
-
-    @property
-    def groups_text(self) -> str:
-        stored = "" if self.weight_bits == 4 else " in 4 bits"
-        groups = "" if self.group_size is None else f" g{self.group_size}"
-        return stored + groups + (" affine" if self.affine else "")
-
-
-@dataclass
-class AttentionPlan:
-    """How one attention is computed in 8 bits: kernels/formats/attention8.py.
-
-    kind: of queries and keys, "int8" or "e4m3". error: of its output beside attention as it was, as a share of its
-    norm, where it was measured.
-    """
-
-    kind: str = "int8"
-    error: float | None = None
-
-    def check(self) -> None:
-        """Raises ValueError where a choice is out of its range."""
-        if self.kind not in ATTENTION_KINDS:
-            raise ValueError(f"queries and keys are in {' or '.join(ATTENTION_KINDS)}, not {shown(self.kind)}")
-        if self.error is not None and not (type(self.error) in (int, float) and 0 <= self.error < float("inf")):
-            raise ValueError(f"its error is a number from 0 on, not {shown(self.error)}")
+__all__ = [  # a plan and what it is made of
+    "ATTENTION_KINDS", "BITS", "FLOAT_INPUTS", "GROUP_SIZES", "AttentionPlan", "Int4Plan", "LayerPlan", "Plan",
+]  # fmt: skip
 
 
 def _attention_from(data: Any) -> AttentionPlan:

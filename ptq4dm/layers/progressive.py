@@ -21,10 +21,9 @@ from ..kernels.w4.progressive import progressive_codes
 from ..ranges.progressive import progressive_grid
 from . import int4_ops, progressive_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
-from .choices import check_groups
+from .choices import GroupedPlan, check_groups
 from .int4 import channel_first, pixel_first
 from .int4_ops import PACKED
-from .plan import LayerPlan, check_group_size
 from .registry import choices_need, register_format
 from .rounded import RoundedLayer
 from .stored import check_integers
@@ -35,7 +34,7 @@ WORTH = 0.9  # what a rotation, which costs time in every call, must make of the
 
 
 @dataclass
-class ProgressivePlan(LayerPlan):
+class ProgressivePlan(GroupedPlan):
     """How one layer gets 4-bit weights that are whole steps of 8-bit ones, under inputs of 8.
 
     weight_bits: 4.
@@ -46,7 +45,6 @@ class ProgressivePlan(LayerPlan):
     """
 
     format: str = "progressive"
-    weight_bits: int = 4
     group_size: int | None = 128
     rotation: int | None = 0
 
@@ -54,7 +52,6 @@ class ProgressivePlan(LayerPlan):
         super().check()
         if self.weight_bits != 4:
             raise ValueError(f"progressive has weights of 4 bits, not {self.weight_bits}")
-        check_group_size(self.group_size)
         block = self.rotation
         if block not in (None, 0) and (block not in range(2, hadamard.MOST + 1) or block & (block - 1)):
             raise ValueError(f"rotation is none, 0 or a power of two up to {hadamard.MOST}, not {block}")
@@ -62,17 +59,12 @@ class ProgressivePlan(LayerPlan):
             raise ValueError("inputs that are turned are others than calibration saw, and have no static grid")
 
     def check_layer(self, layer: nn.Module) -> None:
-        check_groups(layer, self.group_size or 1)
+        super().check_layer(layer)
         check_groups(layer, self.rotation or 1)
 
     @property
-    def simulated(self) -> bool:
-        return self.activation_bits != 8
-
-    @property
     def groups_text(self) -> str:
-        groups = "" if self.group_size is None else f" g{self.group_size}"
-        return f"{groups} progressive" + (" rotated" if self.rotation else "")
+        return f"{super().groups_text} progressive" + (" rotated" if self.rotation else "")
 
 
 class ProgressiveLayer(RoundedLayer):

@@ -22,10 +22,9 @@ from ..kernels.w4.row_mix import codes_of
 from ..ranges.weights import weight_grid
 from . import int4_ops, row_mix_ops
 from .base import QuantizedConv2d, QuantizedLinear, frozen
-from .choices import check_groups
+from .choices import GroupedPlan
 from .int4 import channel_first, pixel_first, sixteen_bits
 from .int4_ops import PACKED
-from .plan import LayerPlan, check_group_size
 from .registry import register_format
 from .rounded import RoundedLayer
 from .stored import check_integers
@@ -35,17 +34,15 @@ WIDE = 8
 
 
 @dataclass
-class RowMixPlan(LayerPlan):
+class RowMixPlan(GroupedPlan):
     """How one layer gets weights of 8 bits for some outputs and of 4 or less for the others, under inputs of 8.
 
     weight_bits: of the narrow outputs: 4; or 2 and 3, narrower grids that are stored in 4 bits.
-    group_size: inputs per weight scale, of rows of both widths, as in Int4Plan. affine: narrow rows have zero points.
+    group_size: of rows of both widths. affine: narrow rows have zero points.
     wide: the outputs with 8 bits, rising. Neither none nor all: such layers are of one width, "int4" or "int8".
     """
 
     format: str = "row-mix"
-    weight_bits: int = 4
-    group_size: int | None = None
     affine: bool = False
     wide: list[int] = field(default_factory=list)
 
@@ -53,7 +50,6 @@ class RowMixPlan(LayerPlan):
         super().check()
         if self.weight_bits > 4:
             raise ValueError(f"row-mix has narrow weights of 4 bits and less, not {self.weight_bits}")
-        check_group_size(self.group_size)
         if not self.wide:
             raise ValueError("row-mix has outputs of 8 bits, and wide names none")
         if self.wide[0] < 0 or any(a >= b for a, b in zip(self.wide, self.wide[1:], strict=False)):
@@ -67,17 +63,12 @@ class RowMixPlan(LayerPlan):
             raise ValueError("wide names all outputs; such a layer is of format 'int8'")
         if getattr(layer, "groups", 1) != 1:
             raise ValueError("grouped convolutions have outputs of one width")
-        check_groups(layer, self.group_size or 1)
-
-    @property
-    def simulated(self) -> bool:
-        return self.activation_bits != 8
+        super().check_layer(layer)
 
     @property
     def groups_text(self) -> str:
         stored = "" if self.weight_bits == 4 else " in 4 bits"
-        groups = "" if self.group_size is None else f" g{self.group_size}"
-        return f"{stored}{groups}{' affine' if self.affine else ''} + {len(self.wide)} rows W8"
+        return f"{stored}{super().groups_text}{' affine' if self.affine else ''} + {len(self.wide)} rows W8"
 
 
 class RowMixLayer(RoundedLayer):

@@ -24,13 +24,17 @@ def bytes_in_16_bits(module: nn.Module) -> int:
     return sum(tensor.numel() * _width(tensor, kept) for tensor, kept in _stored(module))
 
 
-def full_bytes_in_16_bits(module: nn.Module) -> int:
-    """Bytes in 16 bits of the module in full precision: of a quantized layer, those of a float weight and bias."""
-    inside = {part for layer in module.modules() if is_quantized(layer) for part in layer.modules()}
-    total = sum(tensor.numel() * _width(tensor, False) for tensor, _ in _stored(module, inside))
-    for layer in module.modules():
-        if is_quantized(layer):
-            total += 2 * (math.prod(layer.weight_shape) + (0 if layer.bias is None else len(layer.bias)))
+def full_bytes(module: nn.Module, sixteen: bool = False) -> int:
+    """Bytes of the module in full precision: of a quantized layer, those of a float weight and bias.
+
+    sixteen: all floating tensors in 16 bits; else in the types they have, or had.
+    """
+    layers = [layer for layer in module.modules() if is_quantized(layer)]
+    others = [tensor for tensor, _ in _stored(module, {part for layer in layers for part in layer.modules()})]
+    total = sum(tensor.numel() * (_width(tensor, False) if sixteen else tensor.element_size()) for tensor in others)
+    for layer in layers:
+        numbers = math.prod(layer.weight_shape) + (0 if layer.bias is None else len(layer.bias))
+        total += numbers * (2 if sixteen else layer.model_dtype.itemsize)
     return total
 
 

@@ -117,7 +117,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             changed = any(not is_online(one.kind) for one in plan.transforms)
             if changed or any(needs_of(one) for one in plan.layers.values()):
                 raise _not_while_loading(config)
-            self.quantization_config = resolved(config, plan)
+            self.quantization_config = resolved(config, plan.copy())  # packing completes it
         set_entry(model, self.quantization_config)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
@@ -199,6 +199,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         weight = param_value.to(target_device if sink is None else sink[1])
         layer = empty_quantized(module, self._plan.layers[name], "meta")
         layer.pack(weight, name)
+        self._plan.layers[name] = layer.plan  # completed by what packing found
         if layer.like is not None:
             layer.put(like=torch.zeros(1, dtype=param_value.dtype, device=target_device))
         layer.bias = module.bias  # loaded already or still to come

@@ -15,7 +15,7 @@ from torch import nn
 from ..files.atomic import replacing
 from ..kernels.w8a8 import layer as w8a8
 from ..layers.base import is_quantized
-from ..layers.sizes import stored_bytes, text_of
+from ..layers.sizes import full_bytes, stored_bytes, text_of
 from ..layers.view import find_layers
 from ..pipelines.denoiser import networks_of
 from ..tables import aligned
@@ -31,20 +31,11 @@ def memory_of(pipe: Any) -> dict[str, int]:
     return {} if isinstance(pipe, nn.Module) else {name: stored_bytes(one) for name, one in networks_of(pipe).items()}
 
 
-def float_bytes(network: nn.Module) -> int:
-    """Bytes of a network, were its quantized layers floats of the dtype that they had."""
-    layers = [one for one in network.modules() if is_quantized(one)]
-    inside = sum(stored_bytes(one) for one in layers)
-    weights = sum(math.prod(one.weight_shape) * one.model_dtype.itemsize for one in layers)
-    biases = sum(one.bias.nbytes for one in layers if one.bias is not None)
-    return stored_bytes(network) - inside + weights + biases
-
-
 def memory_beside_floats(pipe: Any, original: Any = None) -> dict[str, list[int]]:
     """Name -> bytes of every network of a pipeline, [as floats, as it is]; as floats those of an original where one
-    is given, else as `float_bytes` counts."""
+    is given, else as `full_bytes` counts."""
     floats = {} if original is None else memory_of(original)
-    return {name: [floats.get(name, float_bytes(one)), stored_bytes(one)] for name, one in networks_of(pipe).items()}
+    return {name: [floats.get(name, full_bytes(one)), stored_bytes(one)] for name, one in networks_of(pipe).items()}
 
 
 def memory_lines(memory: Mapping[str, Sequence[int]]) -> list[str]:

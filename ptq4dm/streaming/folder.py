@@ -17,14 +17,14 @@ from ..errors import UserError
 from ..files.outside import TensorFile, naming, read_object, read_tensors
 from ..files.places import check_room
 from ..files.result_folder import result_folder
-from ..layers.sizes import bytes_in_16_bits, full_bytes_in_16_bits, stored_bytes
+from ..layers.sizes import bytes_in_16_bits, full_bytes, stored_bytes
 from ..layers.view import find_layers
 from ..pipelines.denoiser import MAIN, is_timed
 from ..pipelines.folder import ADVICE, INDEX, check_folder
 from ..quantization.components import PLANS, save_plans
 from ..quantization.quantize import rows_of_layers
 from ..quantization.recipe import QuantConfig
-from ..quantization.report import QuantizationReport, badness, float_bytes
+from ..quantization.report import QuantizationReport, badness
 from ..quantization.saving import CARD, RECORD, bytes_at_least
 from ..transforms.base import is_online
 from ..transforms.named import named
@@ -106,7 +106,7 @@ def _empty(kind: Any, place: Path) -> Any:
 
 def _report(config: QuantConfig, made: Mapping[str, Streamed], copied: Mapping[str, int]) -> QuantizationReport:
     rows: list[dict] = []
-    memory = {name: [float_bytes(one.model), stored_bytes(one.model)] for name, one in made.items()}
+    memory = {name: [full_bytes(one.model), stored_bytes(one.model)] for name, one in made.items()}
     for name, one in made.items():
         layers = {layer: one.model.get_submodule(layer) for layer in one.errors}
         prefix = f"{name}." if len(made) > 1 else ""
@@ -118,7 +118,7 @@ def _report(config: QuantConfig, made: Mapping[str, Streamed], copied: Mapping[s
     report = QuantizationReport(config.summary(), before, after, rows, list(made), list(copied))
     report.kept = sum(len(find_layers(model)) for model in models)
     report.in_16_bits = sum(map(bytes_in_16_bits, models))
-    report.full_in_16_bits = sum(map(full_bytes_in_16_bits, models))
+    report.full_in_16_bits = sum(full_bytes(model, sixteen=True) for model in models)
     report.memory = memory | {name: [size, size] for name, size in copied.items()}
     return report
 

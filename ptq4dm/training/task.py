@@ -15,8 +15,7 @@ from ..layers.base import holds_quantized
 from ..pipelines.denoiser import class_count, denoiser, foreign_inputs
 from .pictures import as_denoised, image_size
 from .prompted import Prompted
-
-TARGETS = ("epsilon", "v_prediction", "sample")
+from .schedule import schedule_of
 
 
 def seed_of(*key: Any) -> int:
@@ -44,13 +43,14 @@ class Batch:
 
 
 class Task:
-    """The loss of DDPM (Ho et al. 2020, eq. 14) for what a pipeline's scheduler says that its model predicts.
+    """The loss of DDPM (Ho et al. 2020, eq. 14) for what a pipeline's scheduler says that its model predicts, or of
+    flow matching (Lipman et al. 2022, arXiv:2210.02747, eq. 23), at uniform times.
 
     Raises UserError for a pipeline that cannot be trained so.
     """
 
     def __init__(self, pipe: Any) -> None:
-        net, scheduler, name = denoiser(pipe), pipe.scheduler, type(pipe).__name__
+        net = denoiser(pipe)
         self.classes, self.vae = class_count(pipe), getattr(pipe, "vae", None)
         if holds_quantized(net):
             raise UserError("the model is quantized; train it in full precision, then quantize it.")
@@ -64,10 +64,7 @@ class Task:
                 f"{type(net).__name__} needs {', '.join(foreign)}; training is for models of text, of classes, and "
                 "of neither."
             )
-        self.target = scheduler.config.get("prediction_type", "epsilon")
-        if self.target not in TARGETS or not hasattr(scheduler, "alphas_cumprod"):
-            raise UserError(f"training needs a DDPM schedule and one of {', '.join(TARGETS)}; {name} has neither.")
-        self.alphas = scheduler.alphas_cumprod.float().to(net.device)
+        self.schedule = schedule_of(pipe, net.device)
         self.channels = 3 if self.vae is not None else net.config.in_channels
         self.picture_size = image_size(pipe)
         if self.channels not in (1, 3):
@@ -83,11 +80,11 @@ class Task:
 
     @property
     def times(self) -> int:
-        return len(self.alphas)
+        return len(self.schedule.alpha)
 
     def data(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """What the denoiser works on, of images uint8 [B, C, H, W]: these in [-1, 1], or their latents."""
-        x = images.to(self.alphas.device).float() / 127.5 - 1
+        x = images.to(self.schedule.alpha.device).float() / 127.5 - 1
         if self.vae is None:
             return x
         with torch.no_grad():
@@ -95,22 +92,12 @@ class Task:
 
     def loss(self, net: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error for each sample, float32 [B]."""
-        alpha, sigma = self._levels(batch)
-        target = {
-            "epsilon": batch.noise,
-            "v_prediction": alpha * batch.noise - sigma * batch.x0,
-            "sample": batch.x0,
-        }[self.target]
+        target = self.schedule.target(batch.x0, batch.noise, batch.t)
         return (self.prediction(net, batch) - target).square().flatten(1).mean(1)
 
     def prediction(self, net: nn.Module, batch: Batch) -> Tensor:
         """What the network says of noisy data, float32; of a learned variance nothing."""
-        alpha, sigma = self._levels(batch)
-        x = alpha * batch.x0 + sigma * batch.noise
+        x = self.schedule.noisy(batch.x0, batch.noise, batch.t)
         extra = {} if batch.labels is None else {"class_labels": batch.labels}
         extra = extra if self.prompted is None else self.prompted(batch.labels)
-        return net(x, batch.t, return_dict=False, **extra)[0][:, : x.shape[1]].float()
-
-    def _levels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        signal = self.alphas[batch.t].reshape(-1, *[1] * (batch.x0.ndim - 1))
-        return signal.sqrt(), (1 - signal).sqrt()
+        return net(x, self.schedule.told[batch.t], return_dict=False, **extra)[0][:, : x.shape[1]].float()

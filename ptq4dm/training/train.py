@@ -42,7 +42,7 @@ def train(
 
     Args:
         pipe: a pipeline of pixels or latents whose unet or transformer is unconditional or class-conditional, in
-            float32, and predicts epsilon, v or the sample. Its denoiser is not changed.
+            float32, and predicts epsilon, v, the sample, or the velocity of a flow. Its denoiser is not changed.
         images: a folder of pictures; for a class-conditional model one sub-folder a class, in the order of names.
         folder: of checkpoint, log and sample grids; new, or with `resume` that of an earlier call with the same
             config (budgets and learning rate aside) and pictures, which then goes on as if it had never stopped: on a

@@ -60,11 +60,26 @@ def divide(model: nn.Module, plans: Sequence[TransformPlan], streams: list[Strea
         change(model, stream, lambda w, s=s: w / s.to(w), lambda w, s=s: w * s.to(w))
 
 
-@register_transform("smooth")
-class Smooth:
-    """Smoothing by the formulas above, with beta = 1 - alpha (SmoothQuant, arXiv:2211.10438, eq. 4)."""
+class Dividing:
+    """What transforms with an option alpha and tensors of divisors share: looking at both."""
 
     name: str
+
+    def check_options(self, *, alpha: float) -> None:
+        """Raises UserError unless alpha is from 0 to 1."""
+        check_alpha(self.name, alpha)
+
+    def check_plan(self, plan: TransformPlan) -> None:
+        """Raises UserError where a plan can be of no model."""
+        check_holds(plan, {"alpha": float}, {"divisors": torch.float32})
+        check_alpha(plan.kind, plan.options.get("alpha", 0))
+        check_divisors([plan])
+
+
+@register_transform("smooth")
+class Smooth(Dividing):
+    """Smoothing by the formulas above, with beta = 1 - alpha (SmoothQuant, arXiv:2211.10438, eq. 4)."""
+
     needs = frozenset({"peaks"})
 
     def find(self, model: nn.Module, evidence: Evidence | None, *, alpha: float = 0.5) -> list[TransformPlan]:
@@ -81,16 +96,6 @@ class Smooth:
             s = divisors(peak, weight_peaks(model, stream).to(peak.device), alpha, 1 - alpha)
             plans.append(TransformPlan(self.name, stream.modules, {"alpha": alpha}, {"divisors": s.float()}))
         return plans
-
-    def check_options(self, *, alpha: float) -> None:
-        """Raises UserError unless alpha is from 0 to 1."""
-        check_alpha(self.name, alpha)
-
-    def check_plan(self, plan: TransformPlan) -> None:
-        """Raises UserError where a plan can be of no model."""
-        check_holds(plan, {"alpha": float}, {"divisors": torch.float32})
-        check_alpha(plan.kind, plan.options.get("alpha", 0))
-        check_divisors([plan])
 
     def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
         """The streams that the plans are for; UserError where one does not fit the model."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import query_key_streams
-from .base import Evidence, TransformPlan, check_holds, register_transform
-from .smooth import check_alpha, check_divisors, divide, divisors
+from .base import Evidence, TransformPlan, register_transform
+from .smooth import Dividing, check_alpha, check_divisors, divide, divisors
 from .streams import Stream, output_peaks, streams_of
 
 
@@ -31,10 +31,9 @@ def _of_text(model: nn.Module, stream: Stream) -> bool:
 
 
 @register_transform("smooth-attention")
-class SmoothAttention:
+class SmoothAttention(Dividing):
     """Smoothing of keys by queries, in self-attention, joint attention and cross-attention."""
 
-    name: str
     needs = frozenset({"output_peaks"})
 
     def find(self, model: nn.Module, evidence: Evidence | None, *, alpha: float | None = None) -> list[TransformPlan]:
@@ -57,16 +56,6 @@ class SmoothAttention:
             s = divisors(peak, torch.ones_like(peak), share, 0)
             plans.append(TransformPlan(self.name, stream.modules, {"alpha": share}, {"divisors": s.float()}))
         return plans
-
-    def check_options(self, *, alpha: float) -> None:
-        """Raises UserError unless alpha is from 0 to 1."""
-        check_alpha(self.name, alpha)
-
-    def check_plan(self, plan: TransformPlan) -> None:
-        """Raises UserError where a plan can be of no model."""
-        check_holds(plan, {"alpha": float}, {"divisors": torch.float32})
-        check_alpha(plan.kind, plan.options.get("alpha", 0))
-        check_divisors([plan])
 
     def check(self, model: nn.Module, *plans: TransformPlan) -> list[Stream]:
         """The streams that the plans are for; UserError where one does not fit the model."""

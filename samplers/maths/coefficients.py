@@ -14,6 +14,7 @@ The first step, from there, has no weight in drho: velocities.py has its finite 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from math import factorial
 
@@ -22,16 +23,8 @@ import numpy as np
 from .paths import EDM, Schedule
 from .schedule import integrate
 
-Weights = Callable[[np.ndarray, tuple[float, float]], np.ndarray]
+Step = tuple[float, float]
 MULTISTEP = ("t_ab", "rho_ab", "ipndm", "log_rho")
-
-# Newest evaluation first.
-ADAMS_BASHFORTH = (
-    np.array([1.0]),
-    np.array([3, -1]) / 2,
-    np.array([23, -16, 5]) / 12,
-    np.array([55, -59, 37, -9]) / 24,
-)
 
 # Explicit Runge-Kutta methods by (nodes c, rows of A, weights b).
 RUNGE_KUTTA = {
@@ -44,10 +37,40 @@ RUNGE_KUTTA = {
 }
 
 
-def multistep_weights(
-    solver: str, schedule: Schedule, times: np.ndarray, rho_end: float, order: int
-) -> list[list[np.ndarray]]:
-    """For step i and each history length k + 1 (k = 0 .. min(i, order)): float64 [k + 1] weights, newest first.
+@dataclass(frozen=True)
+class Rule:
+    """How a multistep solver integrates over the steps of a grid, whatever the degree of its polynomials.
+
+    levels: float64 [n + 1], what is integrated over: rho (or s of a flow) at the n evaluations, and at the end.
+    nodes: float64 [n], the evaluations in the polynomials' own variable.
+    ends: float64 [n + 1], starts and ends of steps as `basis` takes them.
+    basis: (nodes [k], (start, end)) -> the integrals [k] over that step of the polynomials that are 1 at one node
+        and 0 at the others.
+    even: they are for steps of length 1 and are scaled with the step's own.
+    """
+
+    levels: np.ndarray
+    nodes: np.ndarray
+    ends: np.ndarray
+    basis: Callable[[np.ndarray, Step], np.ndarray]
+    even: bool = False
+
+    def over(self, step: int, newest: int, degree: int) -> np.ndarray:
+        """Weights [degree + 1] over step `step` for evaluations `newest`, `newest` - 1, ..., newest first."""
+        length = self.levels[step + 1] - self.levels[step]
+        if degree == 0:
+            return np.array([length])
+        nodes = self.nodes[newest - degree : newest + 1][::-1]
+        weights = self.basis(nodes, (float(self.ends[step]), float(self.ends[step + 1])))
+        return weights * length if self.even else weights
+
+    def table(self, order: int) -> list[list[np.ndarray]]:
+        """For step i, by history length k + 1 (k = 0 .. min(i, order)): float64 [k + 1] weights, newest first."""
+        return [[self.over(i, i, k) for k in range(min(i, order) + 1)] for i in range(len(self.nodes))]
+
+
+def multistep_rule(solver: str, schedule: Schedule, times: np.ndarray, rho_end: float) -> Rule:
+    """The rule of a solver of MULTISTEP, in rho.
 
     Args:
         times: decreasing times, one per evaluation, float64 [n].
@@ -55,64 +78,60 @@ def multistep_weights(
     """
     rho = np.append(schedule.rho(times), rho_end)
     if solver == "log_rho" or (solver == "t_ab" and isinstance(schedule, EDM)):  # there t is log(rho) / 4
-        return log_rho_weights(rho, order)
+        return log_rho_rule(rho)
     if solver in ("ipndm", "rho_ab"):
-        return plain_weights(rho, order, even=solver == "ipndm")
-    return _table(times, rho, order, partial(_t_weights, schedule))
+        return plain_rule(rho, even=solver == "ipndm")
+    return Rule(rho, times, rho, partial(_t_weights, schedule))
 
 
-def log_rho_weights(rho: np.ndarray, order: int) -> list[list[np.ndarray]]:
-    """The table of `multistep_weights` for "log_rho", from rho at the evaluations and at the end, float64 [n + 1]."""
-    return _table(rho[:-1], rho, order, _finite(_log_rho_weights))
+def log_rho_rule(rho: np.ndarray) -> Rule:
+    """The rule of "log_rho", from rho at the evaluations and at the end, float64 [n + 1]."""
+    return Rule(rho, rho[:-1], rho, _telling(_log_rho_weights))
 
 
-def plain_weights(levels: np.ndarray, order: int, even: bool) -> list[list[np.ndarray]]:
-    """Adams and Bashforth's weights in the levels themselves, float64 [n + 1]: at the evaluations, and at the end.
+def plain_rule(levels: np.ndarray, even: bool) -> Rule:
+    """Polynomials in the levels themselves, float64 [n + 1]: at the evaluations, and at the end.
 
-    even: those of even steps, whatever the levels.
+    even: the weights are those of even steps (Adams and Bashforth's), whatever the levels.
     """
-    weights = _even_weights if even else _finite(_rho_weights)
-    return _table(levels[:-1], levels, order, weights)
+    if even:
+        places = np.arange(float(len(levels)))
+        return Rule(levels, places[:-1], places, _plain_weights, even=True)
+    return Rule(levels, levels[:-1], levels, _telling(_plain_weights))
 
 
-def _table(nodes: np.ndarray, levels: np.ndarray, order: int, weights: Weights) -> list[list[np.ndarray]]:
-    """weights(the last k + 1 nodes, newest first; start and end of step i) for all steps and history lengths."""
-    steps = [(float(start), float(end)) for start, end in zip(levels[:-1], levels[1:], strict=True)]
-    return [
-        [
-            weights(nodes[i - k : i + 1][::-1], step) if k else np.array([step[1] - step[0]])
-            for k in range(min(i, order) + 1)
-        ]
-        for i, step in enumerate(steps)
-    ]
+def _telling(basis: Callable[[np.ndarray, Step], np.ndarray]) -> Callable[[np.ndarray, Step], np.ndarray]:
+    """The same weights, with 0 for nodes that tell nothing: at infinity, or where a newer one is.
 
+    Times of equal rho are those at which a schedule is as good as pure noise: there rho is clipped (schedule.py).
+    """
 
-def _finite(weights: Weights) -> Weights:
-    """The same weights, with those of nodes at infinity, which are 0."""
-
-    def limit(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
-        near = np.isfinite(nodes)  # the newest ones
-        return np.append(weights(nodes[near], step), np.zeros(len(nodes) - near.sum()))
+    def limit(nodes: np.ndarray, step: Step) -> np.ndarray:
+        tells = np.isfinite(nodes) & np.append(True, nodes[1:] != nodes[:-1])
+        weights = np.zeros(len(nodes))
+        weights[tells] = basis(nodes[tells], step)
+        return weights
 
     return limit
 
 
 def steady(table: list[list[np.ndarray]], most: float) -> list[list[np.ndarray]]:
-    """The table without degrees whose weights cancel: sum |w| above `most` times |sum w|, and all degrees above.
-
-    |sum w| is the length of the step in rho, whatever the degree; sum |w| is what becomes of the errors of a model.
-    """
+    """The table without degrees whose weights cancel, by `cancelling` above `most`, and all degrees above."""
     kept = []
     for row in table:
         degree = 1
-        while degree < len(row) and np.abs(row[degree]).sum() <= most * abs(row[degree].sum()):
+        while degree < len(row) and not cancelling(row[degree], most):
             degree += 1
         kept.append(row[:degree])
     return kept
 
 
-def _even_weights(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
-    return ADAMS_BASHFORTH[len(nodes) - 1] * (step[1] - step[0])
+def cancelling(weights: np.ndarray, most: float) -> bool:
+    """Whether sum |w| is above `most` times |sum w|.
+
+    |sum w| is the length of the step in rho, whatever the degree; sum |w| is what becomes of the errors of a model.
+    """
+    return bool(np.abs(weights).sum() > most * abs(weights.sum()))
 
 
 def _lagrange(nodes: np.ndarray, j: int, x: np.ndarray) -> np.ndarray:
@@ -124,17 +143,17 @@ def _lagrange(nodes: np.ndarray, j: int, x: np.ndarray) -> np.ndarray:
     return value
 
 
-def _t_weights(schedule: Schedule, nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
+def _t_weights(schedule: Schedule, nodes: np.ndarray, step: Step) -> np.ndarray:
     return np.array([integrate(schedule, partial(_lagrange, nodes, j), *step) for j in range(len(nodes))])
 
 
-def _rho_weights(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
+def _plain_weights(nodes: np.ndarray, step: Step) -> np.ndarray:
     x, w = np.polynomial.legendre.leggauss(4)  # exact to degree 7
-    rho, half = (step[1] + step[0]) / 2 + (step[1] - step[0]) / 2 * x, (step[1] - step[0]) / 2
-    return np.array([(_lagrange(nodes, j, rho) * w).sum() * half for j in range(len(nodes))])
+    at, half = (step[1] + step[0]) / 2 + (step[1] - step[0]) / 2 * x, (step[1] - step[0]) / 2
+    return np.array([(_lagrange(nodes, j, at) * w).sum() * half for j in range(len(nodes))])
 
 
-def _log_rho_weights(nodes: np.ndarray, step: tuple[float, float]) -> np.ndarray:
+def _log_rho_weights(nodes: np.ndarray, step: Step) -> np.ndarray:
     """In u = log(rho / start): the integral of u^k drho is rho sum_m (-1)^(k-m) k!/m! u^m, and 0 at rho = 0."""
     start, end = step
     if len(nodes) == 1:

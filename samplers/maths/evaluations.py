@@ -54,15 +54,8 @@ class Evaluation:
 Row = Callable[[float, float, float, bool, list[np.ndarray]], Evaluation]
 
 
-def multistep(
-    table: list[list[np.ndarray]], levels: np.ndarray, row: Row, lower_order_final: bool = False
-) -> list[Evaluation]:
-    """Evaluation i leads from levels[i] to levels[i + 1]; its weights are in table[i], by the length of the history.
-
-    lower_order_final: the last ones look back no further than there are steps left.
-    """
-    left = range(len(table), 0, -1)
-    table = [weights[:n] for weights, n in zip(table, left, strict=True)] if lower_order_final else table
+def multistep(table: list[list[np.ndarray]], levels: np.ndarray, row: Row) -> list[Evaluation]:
+    """Evaluation i leads from levels[i] to levels[i + 1]; its weights are in table[i], by the history's length."""
     return [
         row(start, start, end, True, weights) for start, end, weights in zip(levels, levels[1:], table, strict=False)
     ]

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from ptq4dm.cli.tune import check_gpu, linear_cases, tune
 from ptq4dm.errors import UserError, run
 from ptq4dm.kernels.formats import int4, int8
-from ptq4dm.kernels.runtime.settings import best_config, tuned_file
+from ptq4dm.kernels.runtime.settings import best_config, served, tuned_file
 from ptq4dm.kernels.tuning import launches_integer, launches_w8a8
 from ptq4dm.kernels.tuning.stopwatch import COLD, race
 from ptq4dm.kernels.w4 import grouped, integer, progressive, row_mix, tokens_triton
@@ -190,7 +190,7 @@ def main():
     check_gpu()
     shapes = [(m, *map(int, layer.split(","))) for layer in args.layers for m in args.rows]
     args.output.mkdir(parents=True, exist_ok=True)
-    if not integer.serves(torch.device("cuda")):
+    if not served(torch.device("cuda")):
         raise UserError("these kernels need compute capability 8.0.")
     if args.tune:
         modes = ("progressive", "grouped")

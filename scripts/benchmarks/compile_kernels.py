@@ -126,7 +126,8 @@ def svdquant_calls(capability: tuple[int, int], rank: int, nonlinearity: str, qu
             weight = [empty(n, k // 2, dtype=torch.uint8), empty(n, k // 64), empty(k)]
             branch = [empty(rank, k), empty(n, rank)] if rank and name != layer.WEIGHT_ONLY else [None, None]
             layer.rows_through(name, empty(rows, k), *weight, *branch, empty(n), 0.0, nonlinearity)
-        if name != layer.WEIGHT_ONLY:
+            if name == layer.WEIGHT_ONLY or (quick and rows == 16):
+                continue
             scale = (empty(1, k), empty(1, k), 1e-6)
             codes = from_codes.codes_through(name, empty(rows, k), None, weight[2], branch[0], 0.0, scale)
             for form, shift in (("rms", None),) if quick else (("rms", None), ("rms", scale[1]), ("layer", scale[1])):

@@ -6,17 +6,22 @@
 Layers of time and class embeddings look at no picture: on one schedule they are fed as many rows as there are
 pairs of a time and a class, 200 for 20 steps of a model of ten classes. In compare_methods.py calibration draws pairs
 at random, 256 tuples have 72 % of these, and what is not among them errs the most. Here the model is recorded on
-noise with each pair once; errors of the predicted noise are those of held-out tuples of the sampler, whose pairs
-calibration has had.
+noise with each pair once, in pictures of a quarter of the side, for these layers do not see them; errors of the
+predicted noise are those of held-out tuples of the sampler, whose pairs calibration has had.
 
-A row of rows/sign_planes.py at a time; its bytes are those of all tensors in float16. Rows in the output are not made
-again.
+A row of rows/sign_planes.py at a time; its bytes are those of all tensors in float16, and those of the layers in
+planes, biases aside. Rows in the output are not made again. Error over bytes, 1 to 4 bits in every group size, and
+uniform grids of as many bits:
+
+    --rows "LUT-GEMM q? g??" "LUT-GEMM q? g128" "LUT-GEMM q? row" "LUT-GEMM q? *, uniform"
+        "LUT-GEMM q? g128, uniform g*[0-9]"
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +32,14 @@ from long_runs import named
 from paired import Paired, held_out
 from rows.row import Row
 from rows.sign_planes import sign_planes
+from torch import nn
 
 import ptq4dm
 from ptq4dm.calibration.calls import Calls
 from ptq4dm.errors import UserError, run
 from ptq4dm.files.rows import Rows
+from ptq4dm.layers.binary.bcq import BCQLinear
+from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.denoiser import denoiser
 
 SETTINGS = ("steps", "num_paired")
@@ -39,35 +47,44 @@ USUAL = ("LUT-GEMM q2 g128", "LUT-GEMM q2 g128, uniform g128", "LUT-GEMM q2 g128
 
 
 def pairs(pipe, steps: int) -> Iterator[dict]:
-    """Calls of one row of noise: each time of the schedule, with each class where the model has classes."""
+    """Calls of noise, one for each time of the schedule, with a row for each class where the model has classes."""
     model, generator = denoiser(pipe), torch.Generator().manual_seed(0)
     pipe.scheduler.set_timesteps(steps)
-    classes = getattr(model.config, "num_embeds_ada_norm", None)
+    classes, size = getattr(model.config, "num_embeds_ada_norm", None), model.config.sample_size // 4
     for step in pipe.scheduler.timesteps:
-        for label in range(classes or 1):
-            size = model.config.sample_size
-            noise = torch.randn(1, model.config.in_channels, size, size, generator=generator)
-            call = {"timestep": step[None], "return_dict": False}
-            yield call | ({"sample": noise} if classes is None else
-                          {"hidden_states": noise, "class_labels": torch.tensor([label])})  # fmt: skip
+        noise = torch.randn(classes or 1, model.config.in_channels, size, size, generator=generator)
+        call = {"timestep": step.expand(len(noise)), "return_dict": False}
+        yield call | ({"sample": noise} if classes is None else
+                      {"hidden_states": noise, "class_labels": torch.arange(classes)})  # fmt: skip
 
 
 @torch.no_grad()
-def recorded(pipe, steps: int) -> Calls:
-    model = denoiser(pipe).eval()
+def recorded(pipe, steps: int) -> tuple[Calls, int]:
+    """Those calls, and how many rows they have together."""
+    model, rows = denoiser(pipe).eval(), 0
     with ptq4dm.record(model) as calls:
         for call in pairs(pipe, steps):
             model(**call)
-    return calls
+            rows += len(call["timestep"])
+    return calls, rows
 
 
-def measured(row: Row, truth: Paired, calls: Calls) -> dict:
+def in_planes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the layers in planes without their biases, and of their weights in float16."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BCQLinear)]
+    own = sum(stored_bytes(layer) - (0 if layer.bias is None else layer.bias.nbytes) for layer in layers)
+    return own, sum(2 * math.prod(layer.weight_shape) for layer in layers)
+
+
+def measured(row: Row, truth: Paired, calls: Calls, rows: int) -> dict:
     start, model = time.perf_counter(), copy.deepcopy(truth.exact)
     ptq4dm.quantize(model, row.recipe(), calls)
     seconds = time.perf_counter() - start
     size, whole = bytes_of_float16(model), bytes_of_float16(truth.exact)
+    planes, weights = in_planes(model)
     return truth.predicted(model) | {
-        "recipe": row.recipe().summary(), "tuples": len(calls), "bytes": size, "bytes_share": size / whole,
+        "recipe": row.recipe().summary(), "tuples": rows, "bytes": size, "bytes_share": size / whole,
+        "plane_bytes": planes, "plane_share": planes / weights,
         "seconds_to_quantize": round(seconds, 1), "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
 
@@ -88,11 +105,12 @@ def main(words: list[str] | None = None) -> None:
     rows = [row for row in rows if (args.model, row.name) not in done]
     if rows:
         pipe = ptq4dm.load_reference(args.model)
-        calls, truth = recorded(pipe, args.steps), held_out(pipe, args.num_paired, args.steps, 16)
+        (calls, tuples), truth = recorded(pipe, args.steps), held_out(pipe, args.num_paired, args.steps, 16)
     for row in rows:
-        found = {"model": args.model, "row": row.name, **measured(row, truth, calls), **made_on("cpu")}
+        found = {"model": args.model, "row": row.name, **measured(row, truth, calls, tuples), **made_on("cpu")}
         results.add(found)
-        print(f"{row.name}: {found['eps_error']:.3e}, {found['bytes']:,} bytes, {found['seconds']} s", flush=True)
+        shares = f"{found['bytes']:,} bytes, planes {found['plane_share']:.3f} of float16"
+        print(f"{row.name}: {found['eps_error']:.3e}, {shares}, {found['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from palette import few_colours
 from pareto_points import Point, front, points_of
-from PIL import Image
 
 import ptq4dm.methods  # noqa: F401  registers them
 import ptq4dm.svdquant  # noqa: F401
 from ptq4dm.calibration.plot import pyplot, save_figure
 from ptq4dm.errors import run
-from ptq4dm.files.atomic import replacing
 from ptq4dm.quantization.recipe import METHODS
 
 MODELS = {"unet-cifar10": "UNet", "dit-cifar10": "DiT"}
@@ -44,7 +43,6 @@ OTHERS = ("#5f6b3a", "#6a51a3", "#99582a")  # of methods that come later
 NAMES = {"pdquant": "PD-Quant", "lutgemm": "LUT-GEMM"}
 TEXT, LINES, GRID = "#1f2937", "#4b5563", "#e5e7eb"
 LARGE = ("method", "baseline")
-COLOURS_OF_A_PICTURE = 224
 TICKS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)  # of bytes
 APART = 8  # of a number from its point, in pixels
 BESIDE = 0.45  # bytes that the names reach to
@@ -89,7 +87,7 @@ def draw(path: Path, models: dict[str, str] = MODELS) -> dict[str, list[Point]]:
         for axes, best in numbered:  # once it is known where points lie
             _numbers(axes, best)
         save_figure(figure, path)
-    _few_colours(path)
+    few_colours(path)
     return found
 
 
@@ -101,14 +99,6 @@ def _limits(points: list[Point], names: int) -> tuple[float, float]:
     room = LINE * names + 0.05
     low = min((above - room * top) / (1 - room), math.log10(min(point.error for point in large) / 3))
     return 10**low, 10**top
-
-
-def _few_colours(path: Path) -> None:
-    """Write a picture again, with a palette: a third of the bytes."""
-    with Image.open(path) as image:
-        few = image.convert("RGB").quantize(COLOURS_OF_A_PICTURE, method=Image.Quantize.MEDIANCUT)
-    with replacing(path) as temporary:
-        few.save(temporary, format="png", optimize=True)
 
 
 def _panel(axes, points: list[Point], cost: Callable[[Point], float | None], label: str) -> list[tuple[Point, float]]:

@@ -19,8 +19,8 @@ from ptq4dm.pipelines.devices import check_device
 from ptq4dm.training.personalization.embedding_file import save_embedding
 from ptq4dm.training.personalization.pictures import learned_from
 from ptq4dm.training.personalization.problem import Problem
-from ptq4dm.training.personalization.schedule import schedule_of
 from ptq4dm.training.personalization.targets import MEAN, NULL, class_target
+from ptq4dm.training.schedule import schedule_of
 
 pictures = cache(class_pictures)  # read once, for all models of a process
 

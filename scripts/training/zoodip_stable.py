@@ -25,10 +25,10 @@ from ptq4dm.pipelines.devices import check_device
 from ptq4dm.training.personalization.pictures import learned_from
 from ptq4dm.training.personalization.problem import Problem, ready
 from ptq4dm.training.personalization.run import step_once
-from ptq4dm.training.personalization.schedule import schedule_of
 from ptq4dm.training.personalization.targets import PROMPTS, token_target
 from ptq4dm.training.personalization.zeroth_order import Tuned
 from ptq4dm.training.pictures import image_size
+from ptq4dm.training.schedule import schedule_of
 
 WORD, TOKEN = "dog", "<it>"
 DOWN, UP = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3

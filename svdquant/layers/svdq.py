@@ -102,6 +102,7 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
         if self.smooth is not None:
             self.put(smooth=torch.ones_like(self.smooth, dtype=dtype, device=weight.device))
         if split.down is not None and split.up is not None:
+            self.plan = replace(self.plan, rank=len(split.down))  # a narrow weight has less than it was planned
             self.put(down=self.plan.turned(split.down).to(dtype), up=split.up)
 
     @property

@@ -1,5 +1,7 @@
 """Which kernel serves a layer, asked of GPUs that are not here too, and timing what serves it."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -54,6 +56,17 @@ def test_few_rows_are_those_that_the_layer_does_not_unpack():
     with settings.target(settings.Target((9, 0), 132, lambda *_: None)):
         names = {rows: dispatch.find(Query(**query, rows=rows)).name for rows in (1, 32, 33, None)}
     assert names == {1: "triton-w4a16", 32: "triton-w4a16", 33: "unpack + cublas", None: "unpack + cublas"}
+
+
+def test_no_kernel_serves_gpus_before_ampere():
+    """For them Triton compiles no product of 8-bit codes, and there are no settings."""
+    names = {}
+    for capability in ((7, 5), (8, 0)):
+        asked = itertools.product(dispatch.WEIGHTS, dispatch.ACTIVATIONS, (True, False))
+        queries = [dict(weight=weight, activation=a, linear=linear) for weight, a, linear in asked]
+        queries += [dict(weight="int4", activation=a, group_size=64) for a in dispatch.ACTIVATIONS]
+        names[capability] = {name for query in queries for name in on_gpu(capability, **query).values()}
+    assert names[7, 5] == {"reference"} and len(names[8, 0]) > 8
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -115,7 +128,7 @@ def test_plain_4_bit_weights_on_a_gpu():
             assert on_gpu((8, 0), **query, inputs=96) == exact
             for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu((8, 0), **query, **more) == unpacked
-            assert on_gpu((7, 5), **query) == unpacked
+            assert on_gpu((7, 5), **query) == {"all rows": "reference"}
             for activation in ("fp8", "int4"):
                 assert on_gpu((9, 0), **query | {"activation": activation}) == {"all rows": "reference"}
     assert on_gpu((9, 0), weight="int4", activation="int8", groups=2) == {"all rows": "reference"}
@@ -167,7 +180,6 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
             for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu(capability, **query, activation="int8", **more) == {"all rows": "unpack + triton-int8"}
             assert on_gpu(capability, **query, activation="none", linear=False) == {"all rows": "unpack + cudnn"}
-        assert on_gpu((7, 5), **query, activation="int8") == {"all rows": "unpack + triton-int8"}
 
 
 def test_rows_of_two_widths_go_through_the_kernel_that_is_named(monkeypatch):

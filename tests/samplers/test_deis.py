@@ -132,7 +132,7 @@ def test_coefficients_are_worked_out_in_set_timesteps(monkeypatch):
         scheduler = DEISScheduler(**SOLVERS[name])
         expected = generate(scheduler, 5, noise(2, 3))
         with monkeypatch.context() as patch:
-            for function in ("multistep_weights", "make_grid", "multistep", "runge_kutta"):
+            for function in ("multistep_rule", "make_grid", "multistep", "runge_kutta"):
                 patch.setattr(plan, function, fail)
             x = noise(2, 3)
             for t in scheduler.timesteps:

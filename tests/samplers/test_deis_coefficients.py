@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from ptq4dm.samplers.maths.coefficients import ADAMS_BASHFORTH, RUNGE_KUTTA, multistep_weights
+from ptq4dm.samplers.maths.coefficients import RUNGE_KUTTA, multistep_rule, plain_rule
 from ptq4dm.samplers.maths.schedule import ContinuousVP, DiscreteVP, discrete_betas
 
 SCHEDULES = {
@@ -14,6 +14,9 @@ SCHEDULES = {
         for name in ("linear", "scaled_linear", "squaredcos_cap_v2")
     },
 }
+# Of even steps, newest evaluation first (Hairer, Norsett and Wanner, Solving ODEs I, III.1).
+ADAMS_BASHFORTH = ([1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24])
+ADAMS_MOULTON = ([1 / 2, 1 / 2], [5 / 12, 8 / 12, -1 / 12], [9 / 24, 19 / 24, -5 / 24, 1 / 24])
 TIMES = {"continuous": [1.0, 0.81, 0.49, 0.16, 0.02], "discrete": [990.0, 700.0, 391.0, 120.0, 3.0]}
 
 
@@ -44,7 +47,7 @@ def test_exact_for_polynomials(name, solver, clean):
     last = 0.0 if schedule.discrete or clean else schedule.last
     rho = np.append(schedule.rho(times), 0.0 if clean else schedule.rho(last))
     nodes = {"t_ab": times, "rho_ab": rho[:-1], "log_rho": np.log(rho[:-1])}[solver]
-    table = multistep_weights(solver, schedule, times, rho[-1], 3)
+    table = multistep_rule(solver, schedule, times, rho[-1]).table(3)
     assert [len(row) for row in table] == [1, 2, 3, 4, 4]
     for i, row in enumerate(table):
         end = times[i + 1] if i + 1 < len(times) else last
@@ -57,14 +60,13 @@ def test_exact_for_polynomials(name, solver, clean):
 
 
 def test_ipndm_has_the_weights_for_even_steps():
-    """They integrate s^p over [0, 1] from its values at 0, -1, -2, -3; ipndm scales them with the step in rho."""
+    """Adams and Bashforth's, scaled with the step in rho."""
+    table = plain_rule(np.arange(5.0), even=True).table(3)
     for degree, weights in enumerate(ADAMS_BASHFORTH):
-        for power in range(degree + 1):
-            values = (-np.arange(degree + 1.0)) ** power
-            assert (weights * values).sum() == pytest.approx(1 / (power + 1))
+        assert np.allclose(table[3][degree], weights, rtol=1e-13, atol=0)
     schedule = SCHEDULES["linear"]
     times = np.array(TIMES["discrete"])
-    table = multistep_weights("ipndm", schedule, times, 0.0, 2)
+    table = multistep_rule("ipndm", schedule, times, 0.0).table(2)
     step = np.diff(np.append(schedule.rho(times), 0.0))
     assert np.allclose(table[4][2], np.array([23, -16, 5]) / 12 * step[4]) and np.allclose(table[2][0], step[2])
 

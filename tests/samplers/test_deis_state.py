@@ -13,6 +13,7 @@ from ptq4dm.samplers import DDIMScheduler, DEISScheduler
 
 SCHEDULERS = {
     "t_ab": {"solver": "t_ab", "order": 3},
+    "t_ab corrected": {"solver": "t_ab", "order": 2, "corrector": True},
     "rho_ab": {"solver": "rho_ab", "order": 2},
     "ipndm": {"solver": "ipndm", "order": 3},
     "log_rho": {"solver": "log_rho", "order": 2},

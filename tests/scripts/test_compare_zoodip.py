@@ -90,8 +90,8 @@ def test_each_control_is_what_it_says(script):
     pipe = personal.classes()
     from ptq4dm.training.personalization.pictures import learned_from
     from ptq4dm.training.personalization.problem import Problem, ready
-    from ptq4dm.training.personalization.schedule import schedule_of
     from ptq4dm.training.personalization.targets import class_target
+    from ptq4dm.training.schedule import schedule_of
 
     config = ptq4dm.PersonalizeConfig(steps=1, average=0, learning_rate=0.1, batch_size=2)
     pictures = learned_from(pipe, list(personal.pictures(2)))

@@ -1,11 +1,15 @@
 """Every page of scripts/examples runs, on tiny models, and shows what it says it shows."""
 
 import importlib
+import inspect
+import json
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
 import ptq4dm
 from ptq4dm.layers.base import is_quantized
@@ -29,9 +33,9 @@ def example(tmp_path, monkeypatch):
 
 
 def test_every_page_is_tried_here():
-    pages = {page.stem for page in EXAMPLES.glob("*.py")} - {"tiny"}
+    pages = {page.stem for page in EXAMPLES.glob("*.py")} - {"tiny", "large_models"}
     text = Path(__file__).read_text()
-    assert len(pages) == 8 and all(f'example("{page}"' in text for page in pages)
+    assert len(pages) == 9 and all(f'example("{page}"' in text for page in pages)
     assert all(len(page.read_text().splitlines()) <= 100 for page in EXAMPLES.glob("*.py"))
 
 
@@ -42,13 +46,38 @@ def test_quantize_a_pipeline(example):
     assert len(list(Path("out/images").glob("*.png"))) == 4
 
 
-def test_four_bit_flux(example):
-    pytest.importorskip("transformers")  # diffusers' FLUX pipeline imports it
-    report = example("four_bit_flux", "--rank", "8", "--num-samples", "4", "--steps", "1", "--output", "out")
-    assert any(row["format"] == "W4A8 g64 r8" for row in report.layers)
-    loaded = FluxTransformer2DModel.from_pretrained("out/transformer")
-    assert ptq4dm.quantization_config(loaded).rank == 8
-    assert len(list(Path("out/images").glob("*.png"))) == 2
+def test_what_the_table_says_of_models_is_what_diffusers_has(example):
+    known = {kind.__name__ for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    table = importlib.import_module("large_models").MODELS
+    assert isinstance(importlib.import_module("large_models").recipe("sdxl"), ptq4dm.PTQ4DMConfig)
+    assert len(table) == 8 and sum(model.kind in known for model in table.values()) == 6  # and two of videos
+    for model in table.values():
+        takes = inspect.signature(getattr(diffusers, model.kind).__call__).parameters
+        assert model.call.keys() <= takes.keys() and ("negative_prompt" in takes or model.negative is None)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen-image", "z-image", "sdxl", "sd3", "wan", "ltx"])
+def test_four_bits(example, name):
+    """Of each class in the table: quantized (with data: FLUX), saved, loaded, painted with."""
+    pytest.importorskip("transformers")
+    few = ["--model", name, "--tiny", "--steps", "1", "--num-samples", "2"]
+    report = example("four_bits", *few, *([] if name == "flux" else ["--no-data"]), "--output", "out")
+    assert any(row["format"].startswith("W4A8") for row in report.layers)
+    assert report.bytes_after < report.bytes_before
+    assert Path("out/first.gif" if name in ("wan", "ltx") else "out/first.png").is_file()
+    kind = importlib.import_module("large_models").MODELS[name].kind
+    assert json.loads(Path("out/model_index.json").read_text())["_class_name"] == kind
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "wan"])
+def test_faster(example, name):
+    pytest.importorskip("transformers")
+    pipe, _ = importlib.import_module("large_models").opened(name, [], tiny=True)
+    ptq4dm.quantize(pipe, ptq4dm.SVDQuantConfig(evidence="none", activations="int8"))
+    pipe.save_pretrained("four")
+    report = example("faster", "--model", name, "--tiny", "--quantized", "four", "--steps", "2", "--output", "out")
+    assert report["sampler"]["class"] == "DEISScheduler" and 0 < report["epsilon_error"]["overall"] < 0.05
+    assert report["bytes"]["model"] < report["bytes"]["full_precision"] and Path("out/report.json").is_file()
 
 
 def test_few_steps(example):
@@ -70,10 +99,11 @@ def test_evaluate_your_own(example):
     assert Path("out/report.json").is_file()
 
 
-def test_lora_on_4_bits(example):
+@pytest.mark.parametrize("name", ["flux", "ltx"])
+def test_lora_on_4_bits(example, name):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    changes, restored = example("lora_on_4_bits", "--steps", "1")
+    changes, restored = example("lora_on_4_bits", "--model", name, "--tiny", "--steps", "1")
     assert changes[1.0] > changes[0.5] > 10 * changes[0.0]
     assert restored
 

@@ -24,11 +24,11 @@ from ...checks import checked
 from ...errors import UserError
 from ...pipelines.denoiser import check_sampled, turn_at
 from ..pictures import image_size
+from ..schedule import schedule_of
 from .config import PersonalizeConfig
 from .pictures import learned_from, pictures_of
 from .problem import Problem, ready
 from .run import Personalized, alone_in, identity_of, tune
-from .schedule import schedule_of
 from .targets import PROMPTS, Target, class_target, token_target
 
 

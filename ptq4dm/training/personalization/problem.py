@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...pipelines.denoiser import evaluation_mode, networks_of
+from ..schedule import Schedule
 from ..task import seed_of
 from .config import PersonalizeConfig
-from .schedule import Schedule
 from .targets import Target
 
 FIXED = 32  # rows of the set that progress is measured on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import controls_steps
@@ -12,9 +13,11 @@ from rows.row import Row
 
 def sign_planes() -> list[Row]:
     """LUT-GEMM, of the layers that are fed embeddings alone: planes, what they are without the fits, and
-    uniform grids of as many bits a weight and more, in the same layers and kernels; then planes by group size."""
-    rows = []
-    for bits, others in ((2, (128, 32)), (3, (128, 64)), (4, (128,))):
+    uniform grids of as many bits a weight and more, in the same layers and kernels; then both by group size."""
+    rows: list[Row] = []
+    beside = {2: (128, 32), 3: (128, 64), 4: (128,)}
+    known = {(bits, size) for bits, sizes in beside.items() for size in sizes}
+    for bits, others in beside.items():
         name, recipe = f"LUT-GEMM q{bits} g128", partial(LUTGEMMConfig, bits=bits)
         fitted, even = (partial(recipe, planes=planes, refits=0) for planes in ("fitted", "uniform"))
         near = partial(fitted, rounding="nearest")
@@ -33,12 +36,12 @@ def sign_planes() -> list[Row]:
             Row(f"{name}, nearest, plain least squares", "ablation", partial(near, emphasis=0.0), name),
             Row(f"{name}, nearest, scales shuffled", "shuffled", near, name, packed=controls_steps.shuffle_scales),
         ]
-    curve = [(bits, size) for bits in (1, 2, 3, 4) for size in (32, 64, 128, None) if bits == 1 or size != 128]
-    return [
-        *rows,
-        *(
-            Row(f"LUT-GEMM q{bits} {f'g{size}' if size else 'row'}", "ablation",
-                partial(LUTGEMMConfig, bits=bits, group_size=size), "LUT-GEMM q2 g128")
-            for bits, size in curve
-        ),
-    ]  # fmt: skip
+    curve = []
+    for bits, size in itertools.product((1, 2, 3, 4), (32, 64, 128, None)):
+        name, recipe = f"LUT-GEMM q{bits} {f'g{size}' if size else 'row'}", partial(LUTGEMMConfig, bits=bits)
+        if bits == 1 or size != 128:
+            curve.append(Row(name, "ablation", partial(recipe, group_size=size), "LUT-GEMM q2 g128"))
+        if bits > 1 and (bits, size) not in known:
+            even = partial(recipe, group_size=size, planes="uniform", refits=0)
+            curve.append(Row(f"{name}, uniform", "baseline", even, "LUT-GEMM q2 g128"))
+    return [*rows, *curve]

@@ -24,7 +24,7 @@ WAN = {
     "out_channels": 16,
     "text_dim": 32,
     "freq_dim": 64,
-    "ffn_dim": 32,
+    "ffn_dim": 64,
     "num_layers": 2,
     "rope_max_seq_len": 32,
 }

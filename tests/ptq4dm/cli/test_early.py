@@ -25,6 +25,7 @@ WRONG = [
     "collect --num-samples 1.5",
     "bench samplers --model nowhere",
     "bench nothing",
+    "compare",
     "bench",
     "generate --seed 1 two",
 ]
@@ -36,6 +37,7 @@ RIGHT = [
     "bench tune --quiet",
     "bench hardware --model dit-cifar10",
     "completion bash",
+    "compare out/quantized out/other --output out/comparison",
     "quantize --nothing --help",
 ]
 

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler
 
 from models import pixel_dit
 from ptq4dm import PixelDiTPipeline
+from ptq4dm.caching.step_plan import StepPlan
 from ptq4dm.cli.main import main
 from ptq4dm.inference import optimize as verb
 from traced_graphs import TracedGraphs
@@ -21,7 +22,7 @@ def model(tmp_path, monkeypatch):
     monkeypatch.setattr(verb, "has_graphs", lambda device: True)
     monkeypatch.setattr(verb, "backend", TracedGraphs)
     monkeypatch.setattr(verb, "why_not_on_cpu", lambda model: "it takes too long for a test")
-    PixelDiTPipeline(pixel_dit(sample_size=32), DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    PixelDiTPipeline(pixel_dit(sample_size=32, num_layers=2), DDIMScheduler()).save_pretrained(tmp_path / "dit")
     return tmp_path / "dit"
 
 
@@ -53,8 +54,12 @@ def test_generate(model, tmp_path, capsys):
 def test_evaluate(model, capsys):
     few = ["--num-images", "0", "--metric", "none", "--num-paired", "2", "--num-heldout", "2", "--batch-size", "2"]
     few += ["--num-inference-steps", "2", "--full-precision", str(model)]
-    assert main(["evaluate", "--model", str(model), *few, "--optimize"]) == 0
+    StepPlan(((), (1.0,)), depth=0).save(model / "reuse.json")
+    reuse = ["--reuse", str(model / "reuse.json"), "--output", str(model / "out")]
+    assert main(["evaluate", "--model", str(model), *few, "--optimize", *reuse]) == 0
     out = capsys.readouterr().out
     assert out.count("DiTTransformer2DModel on cpu") == 2 and "calls replayed" in out
+    made = json.loads((model / "out" / "report.json").read_text())["metadata"]
+    assert made == {"optimized": True, "reuse": {"weights": [[], [1.0]], "depth": 0}}
     assert main(["evaluate", "--images", "x", "--optimize"]) == 2
     assert "--optimize, --engine and --reuse are for a model" in capsys.readouterr().err

@@ -89,7 +89,9 @@ def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
 
 def test_comparison_with_the_original_agrees_with_its_definitions(tmp_path):
     pipe, original, config = pipeline(noise=0.02), pipeline(), EvaluateConfig(**SMALL, metric="none")
-    report = evaluate(pipe, original, config, tmp_path / "out")
+    known = {"reuse": {"weights": [[], [1.0]], "depth": 1}}
+    report = evaluate(pipe, original, config, tmp_path / "out", metadata=known)
+    assert report["metadata"] == known
     a, b = (sample(p, [0, 1, 2], num_inference_steps=2) for p in (pipe, original))
     mse = (a - b).square().mean((1, 2, 3))
     assert report["paired"]["mse"] == pytest.approx(float(mse.mean()), rel=1e-4)

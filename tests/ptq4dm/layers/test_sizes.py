@@ -10,7 +10,7 @@ import models
 import ptq4dm
 from ptq4dm import RTNConfig, SplitQuantConfig, SVDQuantConfig
 from ptq4dm.cli.main import main
-from ptq4dm.layers.sizes import bytes_in_16_bits, full_bytes_in_16_bits, stored_bytes
+from ptq4dm.layers.sizes import bytes_in_16_bits, full_bytes, stored_bytes
 
 RECIPES = {
     "int8": RTNConfig(activations="dynamic"),
@@ -36,7 +36,8 @@ def test_bytes_of_a_report_are_those_of_the_file(name, tmp_path):
     report = ptq4dm.quantize(model, RECIPES[name])
     model.save_pretrained(tmp_path)
     assert report.bytes_after == stored_bytes(model) == tensors_of(tmp_path)
-    assert report.full_in_16_bits == full == full_bytes_in_16_bits(model)
+    assert report.full_in_16_bits == full == full_bytes(model, sixteen=True)
+    assert report.bytes_before == full_bytes(model)
     assert report.in_16_bits == stored_bytes(nn.Module.to(model, torch.float16))
     assert f"{report.in_16_bits / full:.3f} of the full-precision model's" in report.table()
 

@@ -1,5 +1,6 @@
 """OHQ: formats mixed under budgets, times by a clock of the test's; saved, loaded, followed."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -119,6 +120,22 @@ def test_hessian_rounding_is_a_candidate_and_keeps_its_own_options(unet, calls, 
     )
     assert found.plan.packing == {"num_tuples": 3, "seed": 0, "prefix": "exact"}
     assert "gptq" in {layer.rounding for layer in found.plan.layers.values()}
+
+
+def test_rounding_learned_layer_by_layer_is_a_candidate_and_its_plan_is_followed_to_the_bit(clock):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(2)))
+    with ptq4dm.record(model) as recorded, torch.no_grad():
+        for seed in range(4):
+            model(normal(8, 128, seed=seed))
+    learned = "ptq4dm weight_bits=4 activations=dynamic rounding=learned first_last=same num_tuples=4"
+    found, again = copy.deepcopy(model), copy.deepcopy(model)
+    recipe = config(candidates=(W8, learned), bytes=0.45)
+    ptq4dm.quantize(found, recipe, recorded)
+    assert {layer.plan.rounding for layer in found} == {"nearest", "learned"}
+    plan = Plan("ohq", {name: layer.plan for name, layer in found.named_children()}, packing=recipe.packing_options())
+    ptq4dm.quantize(again, OHQConfig(plan=plan), recorded)
+    assert same(found, again)
 
 
 def test_the_direct_way_and_noise_choose_too(unet, calls, clock):

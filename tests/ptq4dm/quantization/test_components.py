@@ -14,10 +14,10 @@ import ptq4dm
 from helpers import distance
 from ptq4dm import PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.layers.base import holds_quantized, is_quantized
-from ptq4dm.layers.sizes import stored_bytes
+from ptq4dm.layers.sizes import full_bytes, stored_bytes
 from ptq4dm.quantization.components import load_plans, quantized_plans, save_plans
 from ptq4dm.quantization.diffusers_bridge import quantization_config
-from ptq4dm.quantization.report import float_bytes, memory_of
+from ptq4dm.quantization.report import memory_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 ALL = ["text_encoder", "text_encoder_2", "vae", "unet"]
@@ -172,7 +172,7 @@ def test_offloaded_it_gives_the_same(offload, folder, tmp_path):
 def test_bytes_as_floats(folder):
     pipe, _ = folder
     original = personal.text_xl()
-    assert {name: float_bytes(getattr(pipe, name)) for name in ALL} == {
+    assert {name: full_bytes(getattr(pipe, name)) for name in ALL} == {
         name: stored_bytes(getattr(original, name)) for name in ALL
     }
 

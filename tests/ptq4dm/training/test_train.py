@@ -12,6 +12,8 @@ from diffusers import (
     DDPMPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
 from PIL import Image
@@ -25,7 +27,7 @@ from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.training import run as run_module
 from ptq4dm.training.networks import Networks
 from ptq4dm.training.pictures import read_pictures, split
-from ptq4dm.training.task import Task, seed_of
+from ptq4dm.training.task import Batch, Task, seed_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
 SHORT = {"images": 24, "batch_size": 4, "log_every": 2, "evaluate_every": 12, "held_out": 2, "sample_steps": 0}
@@ -176,29 +178,46 @@ def test_class_conditional_models_and_latents(tmp_path, pictures):
     assert not same(weights(ptq4dm.train(latents, pictures, config, tmp_path / "latents")), weights(latents))
 
 
-def test_targets_of_the_loss():
+class Says(nn.Module):
+    """A network whose prediction is its input; it keeps the times that it was told."""
+
+    def forward(self, x, t, return_dict):
+        self.told = t
+        return (x,)
+
+
+@pytest.mark.parametrize("target", ["epsilon", "v_prediction", "sample"])
+def test_targets_of_the_loss(target):
     images = torch.rand(2, 3, 16, 16)
+    pipe = DDPMPipeline(unet(), DDIMScheduler(prediction_type=target))
+    batch = Batch(images, torch.randn(2, 3, 16, 16), torch.tensor([0, 999]), None)
+    x = pipe.scheduler.add_noise(images, batch.noise, batch.t)
+    wanted = {
+        "epsilon": batch.noise,
+        "sample": images,
+        "v_prediction": pipe.scheduler.get_velocity(images, batch.noise, batch.t),
+    }[target]
+    net = Says()
+    torch.testing.assert_close(Task(pipe).loss(net, batch), (x - wanted).square().flatten(1).mean(1))
+    assert net.told.tolist() == [0, 999]
 
-    class Says(nn.Module):
-        def forward(self, x, t, return_dict):
-            return (x,)
 
-    for target in ("epsilon", "v_prediction", "sample"):
-        pipe = DDPMPipeline(unet(), DDIMScheduler(prediction_type=target))
-        task = Task(pipe)
-        from ptq4dm.training.task import Batch
+def test_a_flow_learns_the_velocity_and_is_told_the_times_of_its_scheduler():
+    pipe = PixelDiTPipeline(dit(), FlowMatchEulerDiscreteScheduler())
+    images, noise, t = torch.rand(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([249, 999])
+    net, sigma = Says(), torch.tensor([0.25, 1.0]).view(2, 1, 1, 1)
+    x = sigma * noise + (1 - sigma) * images
+    loss = Task(pipe).loss(net, Batch(images, noise, t, None))
+    torch.testing.assert_close(loss, (x - (noise - images)).square().flatten(1).mean(1))
+    assert net.told.tolist() == [250.0, 1000.0] and set(net.told.tolist()) <= set(pipe.scheduler.timesteps.tolist())
 
-        batch = Batch(images, torch.randn(2, 3, 16, 16), torch.tensor([0, 999]), None)
-        alpha = task.alphas[batch.t].reshape(-1, 1, 1, 1)
-        x = alpha.sqrt() * images + (1 - alpha).sqrt() * batch.noise
-        wanted = {
-            "epsilon": batch.noise,
-            "sample": images,
-            "v_prediction": pipe.scheduler.get_velocity(images, batch.noise, batch.t)
-            if hasattr(pipe.scheduler, "get_velocity")
-            else alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * images,
-        }[target]
-        torch.testing.assert_close(task.loss(Says(), batch), (x - wanted).square().flatten(1).mean(1))
+
+def test_a_flow_model_trains_and_samples(tmp_path, pictures):
+    pipe = PixelDiTPipeline(dit(), FlowMatchEulerDiscreteScheduler())
+    few = SHORT | {"images": 16, "batch_size": 16, "evaluate_every": 16, "sample_steps": 1}
+    trained = ptq4dm.train(pipe, pictures, ShiftQuantConfig(**few), tmp_path / "run")
+    assert not same(weights(trained), weights(pipe))
+    assert type(trained.scheduler) is FlowMatchEulerDiscreteScheduler and any((tmp_path / "run/samples").iterdir())
 
 
 def test_trained_as_served_is_served_as_trained(tmp_path, pictures):
@@ -251,6 +270,8 @@ def test_what_is_refused(tmp_path, pictures):
     half = DDPMPipeline(unet().half(), DDIMScheduler())
     with pytest.raises(UserError, match="the model is loaded in torch.float16; load it in float32"):
         ptq4dm.train(half, pictures, config, tmp_path / "other")
+    with pytest.raises(UserError, match="learning needs a model with alpha_bar at whole timesteps .* or a flow"):
+        ptq4dm.train(PixelDiTPipeline(dit(), EDMEulerScheduler()), pictures, config, tmp_path / "other")
     packed = pipeline()
     ptq4dm.quantize(packed, ptq4dm.RTNConfig(activations="dynamic"))
     with pytest.raises(UserError, match="the model is quantized; train it in full precision"):

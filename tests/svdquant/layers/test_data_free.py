@@ -93,10 +93,12 @@ def test_a_pattern_still_gets_weight_only_layers():
     assert made["transformer_blocks.1.norm1.linear"].format == "int8"
 
 
-def test_packs_the_same_while_loading(tmp_path):
+@pytest.mark.parametrize("rank", [8, 100])
+def test_packs_the_same_while_loading(tmp_path, rank):
+    """Also where a branch can have less ranks than it was planned with."""
     model = dit(num_attention_heads=2, attention_head_dim=32)
     model.save_pretrained(tmp_path / "float")
-    config = SVDQuantConfig(evidence="none", rank=8, group_size=32)
+    config = SVDQuantConfig(evidence="none", rank=rank, group_size=32)
     loaded = type(model).from_pretrained(tmp_path / "float", quantization_config=config)
     ptq4dm.quantize(model, config)
     assert same(model.state_dict(), loaded.state_dict())

@@ -253,7 +253,7 @@ def test_a_step_takes_the_memory_of_sampling(tmp_path):
     """As many rows at once: nothing is kept for a gradient, and the perturbations weigh little beside activations."""
     from ptq4dm.training.personalization.pictures import learned_from
     from ptq4dm.training.personalization.problem import Problem
-    from ptq4dm.training.personalization.schedule import schedule_of
+    from ptq4dm.training.schedule import schedule_of
 
     pipe = personal.classes(sample_size=16, num_attention_heads=4)
     ptq4dm.quantize(pipe, ptq4dm.RTNConfig(activations="dynamic"))

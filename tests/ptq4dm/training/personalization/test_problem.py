@@ -14,9 +14,9 @@ from ptq4dm.samplers import DEISScheduler
 from ptq4dm.training.personalization.config import PersonalizeConfig
 from ptq4dm.training.personalization.pictures import learned_from, pictures_of
 from ptq4dm.training.personalization.problem import Problem, ready
-from ptq4dm.training.personalization.schedule import schedule_of
 from ptq4dm.training.personalization.targets import class_target, token_target
 from ptq4dm.training.personalization.zeroth_order import Tuned, change, gradient, take
+from ptq4dm.training.schedule import schedule_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 logging.set_verbosity_error()

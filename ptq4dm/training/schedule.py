@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ..errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FLOW = "flow"
@@ -90,7 +90,7 @@ def schedule_of(pipe, device: torch.device) -> Schedule:
         parts, prediction = (1 - sigma, sigma, number * sigma), FLOW
     elif bars is None or prediction not in PREDICTIONS:
         raise UserError(
-            f"personalization needs a model with alpha_bar at whole timesteps that predicts {', '.join(PREDICTIONS)} "
+            f"learning needs a model with alpha_bar at whole timesteps that predicts {', '.join(PREDICTIONS)} "
             f"or a flow of FlowMatchEulerDiscreteScheduler; {type(scheduler).__name__} says otherwise."
         )
     else:

@@ -1,4 +1,4 @@
-"""scripts/comparisons/flow_samplers.py: errors fall with evaluations, and what the file has is not made again."""
+"""scripts/comparisons/sampler_errors.py: errors fall with evaluations, and what the file has is not made again."""
 
 import importlib
 from pathlib import Path
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "scripts" / "comparisons"
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("flow_samplers")
+    return importlib.import_module("sampler_errors")
 
 
 def test_errors_fall_and_rows_are_kept(script, tmp_path, one_thread, monkeypatch, capsys):

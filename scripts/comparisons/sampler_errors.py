@@ -1,11 +1,13 @@
-"""Samplers of a flow-matching model by their error: distance from the solution of its ODE, from the same noise.
+"""Samplers by their error: distance from the solution of the model's ODE, from the same noise.
 
-    python scripts/comparisons/flow_samplers.py --images 32 --output out/flow_samplers.json
-    python scripts/comparisons/flow_samplers.py --samplers t_ab2/linear "diffusers/unipc" --budgets 5 10
+    python scripts/comparisons/sampler_errors.py --images 16 --output out/flow-dit.json
+    python scripts/comparisons/sampler_errors.py --model unet-cifar10 --images 4 --budgets 5 10 --output out/u.json
 
 A figure is the median over images of the rms error of a pixel, images in [-1, 1], at so many evaluations of the
-model. The solution: Runge-Kutta of order 3 in `--truth` steps. A row that the file has is not made again; it takes
-minutes on a CPU. What pictures look like is another question: `ptq4dm bench samplers` measures feature-FID.
+model. The solution ends at clean data, so samplers should: ours of models with alpha_bar do as `.../clean`. It is
+that of Runge-Kutta of order 3 in `--truth` steps, on levels that crowd where the model changes fastest: at both ends
+of a flow, at the data's end of the others. A row that the file has is not made again; it takes minutes on a CPU.
+What pictures look like is another question: `ptq4dm bench samplers` measures feature-FID.
 """
 
 from __future__ import annotations
@@ -20,15 +22,18 @@ from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.denoiser import class_count, denoiser
 from ptq4dm.pipelines.load import load_pipeline
 from ptq4dm.samplers.catalog import make_sampler
-from ptq4dm.samplers.comparison.compare import set_budget
+from ptq4dm.samplers.comparison.compare import set_budget, solve
 
-SAMPLERS = (
-    "t_ab0/linear",
-    *(f"t_ab{order}/linear/{integrand}" for integrand in ("velocity", "epsilon") for order in (1, 2, 3)),
-    *("ipndm1/linear", "ipndm2/linear/epsilon", "ipndm1/quad", "ipndm2/quad/epsilon", "t_ab2/quad/velocity"),
-    *("t_ab2/quad/epsilon", "rho_ab2/linear/epsilon", "rho_rk-3heun/linear", "rho_rk-2heun/linear"),
-    *("diffusers/euler", "diffusers/heun", "diffusers/dpm++2m", "diffusers/unipc", "diffusers/deis"),
+OF_FLOWS = (
+    *("t_ab1/linear/velocity/corrected", "t_ab1/linear/velocity", "t_ab2/linear/velocity/corrected"),
+    *("t_ab2/linear/velocity", "t_ab1/linear/epsilon/corrected", "t_ab1/linear/epsilon", "rho_rk-3heun/linear"),
+    *("diffusers/unipc", "diffusers/dpm++2m", "diffusers/deis", "diffusers/euler", "diffusers/heun"),
 )
+OF_ALPHA_BAR = (
+    *("t_ab3/quad/clean", "t_ab3/quad/clean/corrected", "t_ab2/quad/clean", "t_ab2/quad/clean/corrected"),
+    *("ipndm2/linear/clean", "ipndm1/linear/clean/corrected", "diffusers/unipc"),
+)
+TRUTH = {True: "rho_rk-3heun/beta", False: "rho_rk-3heun/edm/clean"}  # of flows, and of others
 FIRST_SEED = 10_000  # no image of it is in a reference or a calibration
 ROW: dict = {"sampler": str, "budget": int, "evaluations": int, "error": (int, float), "seconds": (int, float)}
 
@@ -38,29 +43,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="flow-dit-cifar10", help="folder, hub id or embedded name of a pixel model"
     )
-    parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS), help="as of `ptq4dm generate --sampler`")
+    parser.add_argument("--samplers", nargs="+", help="as of `ptq4dm generate --sampler`; default: by the model")
     parser.add_argument("--budgets", nargs="+", type=int, default=[5, 8, 10, 20], help="evaluations of the model")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--truth", type=int, default=32, help="steps of the solution, three evaluations each")
+    parser.add_argument("--truth", type=int, default=48, help="steps of the solution, three evaluations each")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("out/flow_samplers.json"))
+    parser.add_argument("--output", type=Path, default=Path("out/sampler_errors.json"))
     return parser.parse_args(argv)
-
-
-@torch.no_grad()
-def solve(model, scheduler, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    given = {} if labels is None else {"class_labels": labels}
-    for t in scheduler.timesteps:
-        velocity = model(x, t.to(torch.float32).expand(len(x)), **given).sample[:, : x.shape[1]]
-        x = scheduler.step(velocity, t, x, return_dict=False)[0]
-    return x
 
 
 def measure(args: argparse.Namespace) -> Rows:
     pipe = load_pipeline(args.model, device=args.device)
     model, config = denoiser(pipe).float().eval(), pipe.scheduler.config
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    rows = Rows(args.output, {"model": Path(args.model).name, "images": args.images, "truth": args.truth}, ROW)
+    flow = make_sampler("deis", config).config.prediction_type == "flow_prediction"
+    settings = {"model": Path(args.model).name, "images": args.images, "truth": f"{TRUTH[flow]}, {args.truth} steps"}
+    rows = Rows(args.output, settings, ROW)
     known = {(row["sampler"], row["budget"]) for row in rows}
     size, channels = model.config.sample_size, model.config.in_channels
     seeds = range(FIRST_SEED, FIRST_SEED + args.images)
@@ -68,10 +66,10 @@ def measure(args: argparse.Namespace) -> Rows:
     classes = class_count(pipe)
     labels = None if classes is None else (torch.arange(args.images) % classes).to(args.device)
     x = x.to(args.device)
-    exact = make_sampler("rho_rk-3heun/linear", config)
+    exact = make_sampler(TRUTH[flow], config)
     exact.set_timesteps(args.truth, device=args.device)
     truth = solve(model, exact, x, labels)
-    for name in args.samplers:
+    for name in args.samplers or (OF_FLOWS if flow else OF_ALPHA_BAR):
         for budget in args.budgets:
             if (name, budget) in known:
                 continue

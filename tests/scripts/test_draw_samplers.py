@@ -1,0 +1,42 @@
+"""The pictures of few steps: drawn from the files of results alone, and each of their samplers is there."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ptq4dm.errors import UserError
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "comparisons"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("draw_samplers")
+
+
+def test_the_results_that_are_kept_have_all_that_is_drawn(script):
+    for kind, (file, samplers, _) in script.PICTURES.items():
+        rows = json.loads((script.RESULTS / file).read_text())["rows"]
+        budgets = {name: {r["budget"] for r in rows if r["sampler"] == name} for name in samplers}
+        assert all({5, 8, 10, 20} <= found for found in budgets.values()), kind
+
+
+def test_a_picture_of_rows_and_a_sampler_that_has_none(script, tmp_path):
+    file, samplers, _ = script.PICTURES["flow"]
+    rows = [
+        {"sampler": name, "budget": n, "evaluations": n, "error": 1 / n + 0.01 * i}
+        for i, name in enumerate(samplers)
+        for n in (5, 10, 50)
+    ]
+    (tmp_path / file).write_text(json.dumps({"settings": {"images": 3}, "rows": rows}))
+    path = script.draw("flow", tmp_path / "out", tmp_path)
+    with Image.open(path) as picture:
+        assert picture.width > 900 and len(picture.convert("RGB").getcolors(2**24)) > 8
+    assert path.name == "few-steps-flow.png" and path.stat().st_size < 100_000
+    (tmp_path / file).write_text(json.dumps({"settings": {"images": 3}, "rows": rows[:-3]}))
+    with pytest.raises(UserError, match=f"has no rows of {samplers[-1]}"):
+        script.draw("flow", tmp_path / "out", tmp_path)

@@ -12,6 +12,14 @@ from torch import nn
 from .interrupts import uninterrupted
 
 Hooks = Mapping[str, Callable]
+AWAITED = "_ptq4dm_awaits"  # the attribute of a network that waits for calls (awaited/wait.py)
+
+
+def check_settled(*networks: nn.Module) -> None:
+    """Raises UserError where a network waits for its first calls: what looks at it now would look at another one."""
+    for network in networks:
+        if (waiting := vars(getattr(network, "_orig_mod", network)).get(AWAITED)) is not None:
+            waiting.refuse()
 
 
 @contextmanager

@@ -29,9 +29,11 @@ from ..quantization.recipe import QuantConfig, register
 from ..rounding import ROUNDERS
 from ..transforms.named import named
 from . import packing  # noqa: F401, registers the format
-from .layers.plan import EVIDENCE, SUBSPACES, SVDQPlan
+from .layers.plan import SUBSPACES, SVDQPlan
 
 GROUP_SIZES = (16, 32, 64, 128)
+EVIDENCE = ("store", "calls", "none")
+MOST_CALLS = 1000
 
 
 @register("svdquant")
@@ -53,8 +55,11 @@ class SVDQuantConfig(QuantConfig):
     unsigned: lift inputs that are the outputs of GELU or SiLU above zero and round them to 0..15 (int4 only), as the
         authors do. Off: on dit-cifar10 it costs 4 dB of same-seed PSNR (zeros then lie between two codes), and
         Nunchaku Lite checkpoints cannot hold such layers.
-    evidence: "store", what layers are fed in calibration; or "none", weights alone: no calibration, no smoothing,
-        rounding to nearest, "weight-only" layers in 8 bits; found in seconds. A store then only measures errors.
+    evidence: "store", what layers are fed in calibration; "calls", the first `num_calls` calls of each network's own
+        use, which run in full precision, and in the last of which it is quantized (a store, or recorded calls, take
+        their place); they are of a few times alone, so grids of 8-bit inputs are made in each call, and "weight-only"
+        layers have 8 bits; or "none", weights alone: no calibration, no smoothing, rounding to nearest, "weight-only"
+        layers in 8 bits; found in seconds. A store then only measures errors.
     subspace: what the branch holds: "weight", the paper's; or "inputs", the directions in which inputs are largest,
         which are left out of what is rounded (group.py).
     roles: shell pattern of layer names -> "w4", "weight-only" (4-bit codes, inputs as they are), "int8", "keep"; the
@@ -73,7 +78,8 @@ class SVDQuantConfig(QuantConfig):
     refinements: int = option(10, "most turns of branch and rounding", low=0, high=100_000)
     num_tuples: int = option(32, "calibration tuples used", low=1)
     unsigned: bool = option(False, "lift the outputs of GELU and SiLU above zero (int4)")
-    evidence: str = option("store", "what codes are found by: a calibration store, or none", choices=EVIDENCE)
+    evidence: str = option("store", "what codes are found by: a calibration store, calls, or none", choices=EVIDENCE)
+    num_calls: int = option(4, "evidence calls: of the model that are waited for", low=1, high=MOST_CALLS)
     subspace: str = option("weight", "what the branch holds: of the weight, or of the inputs", choices=SUBSPACES)
     roles: dict[str, str] = option({}, "layer pattern -> role", flag=False)
     seed: int = option(0, "of the rows that are kept", flag=False, low=0)
@@ -90,6 +96,8 @@ class SVDQuantConfig(QuantConfig):
                 "unsigned lifts the outputs of GELU and SiLU, and inputs that are rotated or left without their "
                 "largest directions are none; leave it out, or transforms and subspace."
             )
+        if self.plan is None and self.evidence != "calls" and self.num_calls != type(self).num_calls:
+            raise UserError("num_calls is of calls that are waited for; take evidence='calls', or leave it out.")
         alone = self.evidence == "none"
         if self.plan is None and self.subspace == "inputs" and (alone or not self.rank):
             raise UserError(
@@ -126,17 +134,26 @@ class SVDQuantConfig(QuantConfig):
         return self.unsigned or self.smoothing != "none" or self.rounding != "nearest"
 
     @property
+    def _layer_evidence(self) -> str:
+        """The same for layers, which are fed alike by a store and by calls."""
+        return "none" if self.evidence == "none" else "store"
+
+    @property
     def packs_while_loading(self) -> bool:  # type: ignore[override]  # here an option decides
         """Whether each layer can be packed as its weight arrives."""
         return self.evidence == "none"
 
     @property
     def needs_calibration(self) -> bool:
-        return self.evidence == "store" or super().needs_calibration
+        return self.evidence != "none" or super().needs_calibration
+
+    @property
+    def awaited_calls(self) -> int:
+        return self.num_calls if self.evidence == "calls" else 0
 
     @property
     def looks_at_tuples(self) -> bool:
-        return self.evidence == "store"
+        return self.evidence != "none"
 
     def otherwise(self) -> str:
         needed = self.unsigned or self.smoothing not in ("search", "none") or self.rounding not in ("gptq", "nearest")
@@ -144,7 +161,7 @@ class SVDQuantConfig(QuantConfig):
 
     def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, object]:
         """Roles from how the layers are called, and a plan for each: SVDQPlan, or LayerPlan in 8 bits."""
-        alone = self.evidence == "none"
+        alone, calibrated = self.evidence == "none", self.evidence == "store"
         called = estimate(model, views) if alone else trace(model, views, store.calls)
         roles = BlockRoles(called, self.group_size, self.roles)
         roles.check(views)
@@ -157,14 +174,15 @@ class SVDQuantConfig(QuantConfig):
 
         def int8(view: LayerView) -> LayerPlan:
             seen = called.get(view.name)
-            if alone or seen is None or not seen.tokens:
+            if not calibrated or seen is None or not seen.tokens:
                 return LayerPlan()
             scale, zero = int8_grid(view, store, 8, "lp", 2.4)
             return LayerPlan("int8", 8, 8, "lp", 2.4, scale, zero)
 
         def weight_only(view: LayerView) -> object:
-            # Rounded to nearest, 4 bits of what makes scales and shifts cost more than all other layers together.
-            return int8(view) if alone and not view.matches(tuple(self.roles)) else self._weight_only()
+            # In 4 bits, what makes scales and shifts costs more than all other layers together where it is rounded to
+            # nearest, or by inputs that the first steps alone give.
+            return int8(view) if not calibrated and not view.matches(tuple(self.roles)) else self._weight_only()
 
         plans = allocate(views, {"w4": w4, "weight-only": weight_only, "int8": int8}, roles)
         if not any(isinstance(plan, SVDQPlan) for plan in plans.values()):
@@ -174,7 +192,7 @@ class SVDQuantConfig(QuantConfig):
     def _weight_only(self) -> SVDQPlan:
         return SVDQPlan(
             rank=0, group_size=self.group_size, activation="none", alpha=0.0, beta=0.0, rounding=self.rounding,
-            seed=self.seed, evidence=self.evidence,
+            seed=self.seed, evidence=self._layer_evidence,
         )  # fmt: skip
 
     def _w4(self, lender: str) -> SVDQPlan:
@@ -187,6 +205,6 @@ class SVDQuantConfig(QuantConfig):
             rank=self.rank, group_size=self.group_size, activation=self.activations, alpha=alpha, beta=beta,
             lender=lender, rounding=self.rounding, refinements=self.refinements,
             shift=None if self.unsigned and self.activations == "int4" else 0.0, seed=self.seed,
-            search="exhaustive" if self.smoothing == "exhaustive" else "finalists", evidence=self.evidence,
+            search="exhaustive" if self.smoothing == "exhaustive" else "finalists", evidence=self._layer_evidence,
             subspace=self.subspace,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import DamagedFile
 from ..kernels.formats.int4 import pack_int4
 from ..layers.registry import Problem, build_each, empty_quantized, register_format
-from ..quantization.report import Ratio
+from ..reconstruction.layer_errors import Ratio
 from .group import Decomposition, Group, output, refine, round_rest, search, split_weight
 from .layers.plan import SVDQPlan
 from .layers.svdq import SVDQConv2d, SVDQLinear

@@ -35,10 +35,10 @@ ptq4dm/layers
 ptq4dm/layers/binary  ptq4dm/layers/split  ptq4dm/layers/rotated  ptq4dm/layers/shift  ptq4dm/layers/attention
 ptq4dm/layers/fusing  ptq4dm/layers/blocks
 ptq4dm/calibration
-ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams
+ptq4dm/allocation  ptq4dm/walk  ptq4dm/seams  ptq4dm/awaited
 ptq4dm/reconstruction
 ptq4dm/quantization
-ptq4dm/budgets  ptq4dm/evaluation
+ptq4dm/budgets  ptq4dm/evaluation  ptq4dm/streaming
 ptq4dm/methods  ptq4dm/hardware  ptq4dm/caching  ptq4dm/attention  ptq4dm/comparing
 ptq4dm/training  ptq4dm/inference
 ptq4dm/training/personalization  ptq4dm/inference/openvino

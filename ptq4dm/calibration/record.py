@@ -44,9 +44,7 @@ def record(target: Any) -> Iterator[Calls]:
     calls = Calls(None if parameter is None else parameter_place(model)[1], source_of(model))
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = kept(Call(args, kwargs))
-        calls.add(*whole_call(call, timestep_of(named(module, call)) or 0.0, 0.0))
-        calls.time = _shares(calls.timestep)
+        add_call(calls, module, kept(Call(args, kwargs)))
 
     def keep_latents(args: tuple, kwargs: dict[str, Any]) -> None:
         call = kept(Call(args, {name: value for name, value in kwargs.items() if name != "generator"}))
@@ -55,6 +53,12 @@ def record(target: Any) -> Iterator[Calls]:
 
     with watched(model, "decode", keep_latents) if decodes(model) else hooked(model, {"": keep}):
         yield calls
+
+
+def add_call(calls: Calls, module: nn.Module, call: Call) -> None:
+    """Add a call of a module as one unit."""
+    calls.add(*whole_call(call, timestep_of(named(module, call)) or 0.0, 0.0))
+    calls.time = _shares(calls.timestep)
 
 
 def decoding(model: nn.Module) -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files.claim import digest
 from ..files.places import lying_in
-from ..hooks import hooked
+from ..hooks import check_settled, hooked
 from ..layers.base import holds_quantized
 from ..pipelines.denoiser import (
     check_pipeline,
@@ -96,6 +96,7 @@ def request_of(
     """
     check_pipeline(pipe)
     networks = networks_of(pipe)
+    check_settled(*networks.values())
     for name in components or ():
         if name not in networks:
             raise UserError(f"{type(pipe).__name__} has no network '{name}'; it has {', '.join(networks)}.")

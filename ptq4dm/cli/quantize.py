@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..budgets.candidates import recipe_of
+from ..awaited.use import use
 from ..calibration.collect import CalibrationConfig, collect
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..files.claim import claimed_whole
 from ..files.places import check_room, make_parent, picture_place
 from ..files.result_folder import check_replaceable
-from ..layers.registry import needs_of
-from ..pipelines.parts import DENOISER, kind_of
-from ..quantization import recipe
+from ..pipelines.devices import dtype_of as torch_dtype
+from ..pipelines.load import folder_of as model_folder
 from ..quantization.checkpoint import check_folder, folder_of
-from ..quantization.components import component_of, load_plans, narrowed, networks_to_quantize
-from ..quantization.components import recipes_of as recipes_of_networks
+from ..quantization.components import component_of, narrowed, networks_to_quantize
 from ..quantization.pictures import PICTURES, picture_of
 from ..quantization.quantize import quantize
 from ..quantization.recipe import QuantConfig
 from ..quantization.report import QuantizationReport
 from ..quantization.saving import RECORD, bytes_at_least, save_quantized
-from .flags import add_union, flag_of, options_of
+from ..streaming.folder import stream_folder, streams
+from .flags import add_union, options_of
 from .options import (
     CONDITIONING,
     QUANTIZED,
@@ -38,19 +37,15 @@ from .options import (
     check_idle,
     check_kept,
     conditioning_of,
+    device_of,
+    dtype_of,
     fitting,
     load,
     one_process,
     settings_of,
 )
 from .output import result, say
-
-METHOD = __name__.partition(".")[0]  # where none is named, the one that gave the package its name
-
-
-def methods() -> dict[str, type[QuantConfig]]:
-    """The methods that quantize, by name; others stand for models of other libraries."""
-    return {name: kind for name, kind in sorted(recipe.METHODS.items()) if not kind.loaded_only}
+from .recipes import METHOD, chosen_recipes, components_of, methods, recipes_of, wants_store
 
 
 def add(parser) -> None:
@@ -80,77 +75,6 @@ def add(parser) -> None:
     add_conditioning(parser)
 
 
-def components_of(args) -> dict[str, QuantConfig | None] | None:
-    """What --components says: network -> recipe, None where it says none. Raises UserError, also beside --plan."""
-    if args.components is None:
-        return None
-    others = {"--component": args.component, "--plan": args.plan, "--plot": args.plot}
-    if other := next((flag for flag, value in others.items() if value is not None), ""):
-        raise UserError(
-            f"{other} is of all networks alike, and --components has a choice for each; give one of them."
-        )
-    parts = [text.partition("=") for text in args.components]
-    if twice := next((name for name, *_ in parts if [one for one, *_ in parts].count(name) > 1), None):
-        raise UserError(f"--components names '{twice}' twice.")
-    return {name: recipe_of(text, "recipe") if equals else None for name, equals, text in parts}
-
-
-def chosen_recipes(
-    args, pipe: Any, config: QuantConfig, own: dict[str, QuantConfig | None]
-) -> dict[str, QuantConfig]:
-    """Network -> recipe, of what --components names: its own, `config` of denoisers, or that of its kind.
-
-    Raises UserError where there is no such network, where --method is of none of them, or where one wants calls that
-    a pipeline's sampler does not make by itself.
-    """
-    networks = networks_to_quantize(pipe, None, components=own)
-    shared = [name for name, one in own.items() if one is None and kind_of(pipe, name) == DENOISER]
-    said = [name for name in options_of(type(config)) if hasattr(args, name)]
-    if not shared and (args.method or said):
-        given = "--method" if args.method else flag_of(said[0])
-        raise UserError(
-            f"{given} is of denoisers without a recipe of their own, and --components names none; leave it out, or "
-            "write NAME='METHOD option=value ...'."
-        )
-    found = recipes_of_networks(pipe, networks, config if shared else None, own)
-    for name, one in found.items():
-        if kind_of(pipe, name) != DENOISER and _wants_store(one):
-            raise UserError(
-                f"the recipe of '{name}' wants calibration, which `ptq4dm collect` makes of denoisers alone; choose "
-                "activations=dynamic and rounding=nearest, or record its calls in Python (ptq4dm.record)."
-            )
-    return found
-
-
-def recipes_of(args) -> dict[str, QuantConfig]:
-    """The recipe that the options make, or the plans of a file: network -> recipe, "" of all that there are.
-
-    Raises:
-        UserError: an option that the method does not have or that changes nothing, or any option beside a plan.
-    """
-    names = sorted({name for kind in methods().values() for name in options_of(kind)})
-    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    if args.plan is None:
-        config = QuantConfig.from_dict({"method": args.method or METHOD, **options})
-        if "num_tuples" in options and not config.looks_at_tuples:
-            raise UserError(
-                f"nothing of this {type(config).__name__} looks at calibration tuples, so that --num-tuples would "
-                "change nothing; leave it out, or take a rounding that does, such as --rounding gptq."
-            )
-        return {args.component or "": config}
-    options |= {} if args.method is None else {"method": args.method}
-    if options:
-        raise UserError(
-            f"--plan has settled every choice of the method; leave out {', '.join(map(flag_of, options))}."
-        )
-    plans = load_plans(args.plan)
-    if args.component is not None:
-        if args.component not in plans and list(plans) != [""]:
-            raise UserError(f"{args.plan} has no plan of '{args.component}'; it has those of {', '.join(plans)}.")
-        plans = {args.component: plans[args.component if args.component in plans else ""]}
-    return {name: QuantConfig.from_dict({"method": plan.method, "plan": plan}) for name, plan in plans.items()}
-
-
 def run(args) -> None:
     own = components_of(args)
     recipes, calibration, conditions = recipes_of(args), calibration_of(args), conditioning_of(args)
@@ -168,18 +92,20 @@ def run(args) -> None:
         _quantize(args, recipes, own, calibration, conditions, output, picture)
 
 
-def _wants_store(config: QuantConfig) -> bool:
-    """Whether a recipe has to see calibration; one that follows a plan, for the codes alone."""
-    if config.plan is None:
-        return config.needs_calibration
-    return any(needs_of(choice) for choice in config.plan.layers.values())
-
-
 def _check_used(args, recipes: dict[str, QuantConfig]) -> None:
     """Raises UserError for options of a calibration that is not made."""
+    awaits = any(one.awaited_calls for one in recipes.values())
     if args.calibration is not None:
+        if awaits:
+            raise UserError(
+                f"the calls in {args.calibration} take the place of those waited for; take one of the two."
+            )
         check_idle(args, CONDITIONING, f"the calls in {args.calibration} were made already")
-    elif not any(map(_wants_store, recipes.values())):
+    elif awaits:
+        names = [item.name for item in fields(CalibrationConfig) if item.name not in ("batch_size", "seed")]
+        idle = [name for name in names if name != "num_inference_steps"]
+        check_idle(args, idle, "the first calls of one batch are looked at as they come")
+    elif not any(map(wants_store, recipes.values())):
         own = {name for one in recipes.values() for name in options_of(type(one))}
         names = [name for name in (*options_of(CalibrationConfig), "calibration_steps") if name not in own]
         of = next(iter(recipes.values()))
@@ -207,6 +133,25 @@ def _enough(calibration: CalibrationConfig, args, recipes: dict[str, QuantConfig
     return replace(calibration, num_samples=max(calibration.num_samples, *asked))
 
 
+def _alone(args) -> bool:
+    """Whether nothing is asked for that needs the whole pipeline in memory."""
+    return all(
+        getattr(args, name, None) is None
+        for name in ("plan", "calibration", "plot", "checkpoint", "sampler", "order", "grid")
+    )
+
+
+def _stream(args, config: QuantConfig, output: Path) -> None:
+    """Quantize layer by layer, from folder to folder."""
+    report = stream_folder(
+        model_folder(args.model), config, output, component=args.component, device=device_of(args),
+        dtype=torch_dtype(dtype_of(args)), record={"model": args.model},
+        show=lambda report: say(report.table()),
+    )  # fmt: skip
+    result(model=args.model, **report.to_dict(), output=output, picture=None)
+    say(f"all {len(report.layers)} layers: {output / RECORD}")
+
+
 def _quantize(
     args,
     recipes: dict[str, QuantConfig],
@@ -221,6 +166,9 @@ def _quantize(
         check_folder(Path(args.checkpoint))
     if args.plot:
         picture_place(args.plot)
+    if own is None and _alone(args) and streams(model_folder(args.model), config, args.component):
+        _stream(args, config, output)
+        return
     store = CalibrationStore.load(args.calibration) if args.calibration else None
     if store is not None:
         check_kept(args, store, {name for one in recipes.values() for name in options_of(type(one))})
@@ -233,21 +181,30 @@ def _quantize(
         recipes = chosen_recipes(args, pipe, config, own)
     else:
         narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
-    wanting = [name for name, one in recipes.items() if _wants_store(one)]
+    wanting = [name for name, one in recipes.items() if wants_store(one) and not one.awaited_calls]
+    if wanting and any(one.awaited_calls for one in recipes.values()):
+        raise UserError(
+            "some of the recipes wait for calls, and others want calibration; quantize one after the other."
+        )
     if store is None and wanting:
         fitted = fitting(_enough(calibration, args, recipes), args, pipe)
         store = collect(pipe, fitted, component=wanting if own is not None else args.component, **conditions)
     check_room(os.path.dirname(os.path.realpath(output)), bytes_at_least(pipe, recipes), "the quantized pipeline")
     weights = dict(model.named_parameters()) if picture else {}
     if own is not None:
-        report = quantize(pipe, None, store, components=recipes, checkpoint=args.checkpoint)
+        reports = [quantize(pipe, None, store, components=recipes, checkpoint=args.checkpoint)]
     else:
-        report = QuantizationReport.together(
-            [
-                quantize(pipe, one, store, component=n or None, checkpoint=folder_of(args.checkpoint, n, recipes))
-                for n, one in recipes.items()
-            ]
+        reports = [
+            quantize(pipe, one, store, component=n or None, checkpoint=folder_of(args.checkpoint, n, recipes))
+            for n, one in recipes.items()
+        ]
+    if waiting := {name: wait for one in reports for name, wait in one.waiting.items()}:
+        seeds, steps = (
+            range(calibration.seed, calibration.seed + calibration.batch_size),
+            fitting(calibration, args, pipe),
         )
+        use(pipe, waiting, seeds, num_inference_steps=steps.num_inference_steps, **conditions)
+    report = QuantizationReport.together(reports)
     say(report.table())  # before anything is written: no full disk loses it
     if picture and picture.whole:
         picture.whole(config, args.plot)

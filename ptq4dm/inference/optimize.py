@@ -22,6 +22,7 @@ from ..annotations import plain_number
 from ..attention.faster import FasterAttention
 from ..checks import shown
 from ..errors import UserError
+from ..hooks import check_settled
 from ..layers.fusing.cpu import has_bfloat16, runs_fused_on_cpu
 from ..layers.fusing.fuse import fuse, is_fused, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
@@ -135,6 +136,7 @@ def _models(target: Any) -> dict[str, nn.Module]:
 
 def _check(name: str, model: nn.Module, graphs: bool | None, precision: str | None) -> None:
     called = f"'{name}'" if name else "the model"
+    check_settled(model)
     if hasattr(model, "_orig_mod"):
         raise UserError(f"{called} is compiled as a whole; load it anew, and optimize it without.")
     if graphs and not has_graphs(_device(model)):

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checks import shown
 from ..errors import UserError
+from ..hooks import check_settled
 from ..interrupts import uninterrupted
 from .turns import turns
 
@@ -50,9 +51,14 @@ def check_pipeline(pipe: Any, what: str = "pipe") -> None:
         )
 
 
-def check_sampled(pipe: Any, what: str = "pipe") -> None:
-    """Raises UserError unless this is a pipeline that can be sampled: its networks hold values, or are offloaded."""
+def check_sampled(pipe: Any, what: str = "pipe", use: bool = False) -> None:
+    """Raises UserError unless this is a pipeline that can be sampled: its networks hold values, or are offloaded.
+
+    use: whether it is used for its images alone; else none of its networks may wait to be quantized by that.
+    """
     check_pipeline(pipe, what)
+    if not use:
+        check_settled(*networks_of(pipe).values())
     if any(_is_empty(getattr(pipe, name)) for name in denoiser_names(pipe)):
         raise UserError(f"{what} is on device 'meta', which holds shapes and no values; load it with its weights.")
 
@@ -76,7 +82,11 @@ def denoiser_names(pipe) -> list[str]:
     """
     networks = networks_of(pipe)
     main = [name for name in MAIN if name in networks][:1]
-    timed = [name for name, part in networks.items() if name not in main and _is_timed(part)]
+    timed = [
+        name
+        for name, part in networks.items()
+        if name not in main and is_timed(type(getattr(part, "_orig_mod", part)))
+    ]
     if not main + timed:
         raise UserError(f"{type(pipe).__name__} has no network that takes a timestep; ptq4dm needs a denoiser.")
     return main + timed
@@ -98,12 +108,14 @@ def denoiser(pipe) -> nn.Module:
 def denoisers_by_prefix(target: Any, what: str) -> dict[str, nn.Module]:
     """What stands before a layer's name -> denoiser: nothing, but where a pipeline has several; a model by itself.
 
-    Raises UserError for what is neither; what: as in `check_pipeline`.
+    Raises UserError for what is neither, and for a network that waits for calls; what: as in `check_pipeline`.
     """
     if isinstance(target, nn.Module):
+        check_settled(target)
         return {"": target}
     check_pipeline(target, what)
     names = denoiser_names(target)
+    check_settled(*(getattr(target, name) for name in names))
     return {f"{name}." if len(names) > 1 else "": getattr(target, name) for name in names}
 
 
@@ -151,8 +163,8 @@ def time_names(names: Sequence[str]) -> list[str]:
     return [name for name in names if name.endswith(ends) or name.startswith("timestep_")]
 
 
-def _is_timed(network: nn.Module) -> bool:
-    kind = type(getattr(network, "_orig_mod", network))
+def is_timed(kind: Any) -> bool:
+    """Whether a class is of networks that are called with a time, as those are that run at a pipeline's steps."""
     return "ControlNet" not in kind.__name__ and bool(time_names(list(inspect.signature(kind.forward).parameters)))
 
 

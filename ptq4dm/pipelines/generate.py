@@ -148,7 +148,7 @@ def generate(
         UserError: no seeds or a negative one, a batch size below 1, an `output` that cannot be written or
             that holds images made with other settings, or any error of `sample`.
     """
-    check_sampled(pipe)
+    check_sampled(pipe, use=True)
     seeds, output = seeds_of(seeds), Path(output)
     batch_size = whole(batch_size, "batch_size", 1, MOST_BATCH)
     check_arguments(conditioning, pipeline_kwargs)

@@ -180,7 +180,7 @@ def call_pipeline(
 
     bare: one generator and one text instead of lists of one, for pipelines that take no lists.
     """
-    check_sampled(pipe)
+    check_sampled(pipe, use=True)
     seeds = seeds_of(seeds)
     check_arguments(conditioning, pipeline_kwargs)
     num_inference_steps = check_steps(pipe, num_inference_steps)

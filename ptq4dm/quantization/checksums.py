@@ -65,9 +65,10 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def checksums_of(model: nn.Module, plan: Plan) -> dict | None:
-    """The checksums of a model as it would be saved now; None where tensors are not in memory."""
-    tensors = saved_tensors(model)
+def checksums_of(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> dict | None:
+    """The checksums of a model as it would be saved now, or of tensors that were saved of it; None where tensors are
+    not in memory."""
+    tensors = saved_tensors(model) if tensors is None else tensors
     if any(tensor.is_meta for tensor in tensors.values()):
         return None
     split = parts(tensors, plan.layers)

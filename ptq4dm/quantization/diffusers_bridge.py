@@ -6,7 +6,9 @@ diffusers has no entry point for quantizers of other packages; like sdnq, we add
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, cast
 
@@ -37,6 +39,20 @@ from .recipe import METHODS, QuantConfig
 from .refusals import bare, check_saving
 from .transforming import transformed
 
+Sink = Callable[[str, nn.Module, Tensor], None]
+SINK: ContextVar[tuple[Sink, torch.device] | None] = ContextVar("sink", default=None)
+
+
+@contextmanager
+def layers_to(sink: Sink, device: torch.device) -> Iterator[None]:
+    """In the block sink(name, layer, weight) is called with each layer that is packed, on a device, while a model
+    loads: it may take its tensors away."""
+    token = SINK.set((sink, device))
+    try:
+        yield
+    finally:
+        SINK.reset(token)
+
 
 class PTQ4DMQuantizer(DiffusersQuantizer):
     """Loads packed checkpoints, or packs each layer as its weight arrives.
@@ -66,7 +82,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
         if model is not None:
             check_saving(model, self._plan.layers)
             self.quantization_config.checksums = checksums_of(model, self._plan)
-            _set_entry(model, self.quantization_config)
+            set_entry(model, self.quantization_config)
         return True
 
     @property
@@ -102,7 +118,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             if changed or any(needs_of(one) for one in plan.layers.values()):
                 raise _not_while_loading(config)
             self.quantization_config = resolved(config, plan.copy())  # packing completes it
-        _set_entry(model, self.quantization_config)
+        set_entry(model, self.quantization_config)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         self._keys, self._files = loaded_keys, list(checkpoint_files)
@@ -179,12 +195,16 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
             return
         if self.store is not None and self.store.fingerprint.get(name) != layer_fingerprint(param_value):
             self.store.raise_foreign()
+        sink = SINK.get()
+        weight = param_value.to(target_device if sink is None else sink[1])
         layer = empty_quantized(module, self._plan.layers[name], "meta")
-        layer.pack(param_value.to(target_device), name)
+        layer.pack(weight, name)
         self._plan.layers[name] = layer.plan  # completed by what packing found
         if layer.like is not None:
             layer.put(like=torch.zeros(1, dtype=param_value.dtype, device=target_device))
         layer.bias = module.bias  # loaded already or still to come
+        if sink is not None:
+            sink[0](name, layer, weight)
         replace_module(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -246,7 +266,7 @@ def mark_quantized(model: nn.Module, config: QuantConfig) -> None:
     adopt(model)
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    _set_entry(model, config)
+    set_entry(model, config)
 
 
 def mark_norms(model: nn.Module) -> None:
@@ -256,7 +276,7 @@ def mark_norms(model: nn.Module) -> None:
         mark_quantized(model, kind(plan=Plan(kind.method, norms=norms)))
 
 
-def _set_entry(model: nn.Module, config: QuantConfig) -> None:
+def set_entry(model: nn.Module, config: QuantConfig) -> None:
     """Put the recipe into the model's config. `register_to_config` makes a new config, without the attributes that
     diffusers sets on the old one (of an IP-Adapter, for one)."""
     model.config["quantization_config"] = config

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..awaited.wait import Wait, check_awaitable, rows_of
 from ..calibration.calls import Calls
 from ..calibration.measure import store_of
-from ..calibration.record import answers, decoding
+from ..calibration.record import decoding
 from ..calibration.store import CalibrationStore
 from ..checks import check
 from ..errors import UserError
-from ..hooks import hooked
+from ..hooks import check_settled
 from ..interrupts import Gate
 from ..layers.attention.planned import follow_attention
 from ..layers.base import holds_quantized, replace_module
@@ -25,8 +25,9 @@ from ..layers.plan import Plan
 from ..layers.shift.norms import norms_of
 from ..layers.sizes import bytes_in_16_bits, stored_bytes
 from ..layers.view import find_layers
-from ..pipelines.denoiser import evaluation_mode, turn_at
+from ..pipelines.denoiser import turn_at
 from ..pipelines.parts import DENOISER, kind_of
+from ..reconstruction.layer_errors import Ratio, output_errors, weight_errors
 from ..undo import whole_or_not
 from .checkpoint import folder_of
 from .components import Components, left_out, networks_to_quantize, recipes_of
@@ -35,13 +36,11 @@ from .packing import link_layers
 from .planning import check_plan, make_plan
 from .recipe import QuantConfig
 from .refusals import check_model
-from .report import QuantizationReport, Ratio, badness, memory_of
+from .report import QuantizationReport, badness, memory_of
 from .transforming import transformed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-ERROR_SAMPLES, ERROR_BATCH = 32, 16  # tuples on which layer errors are measured, so many at a time
 
 
 def quantize(
@@ -63,7 +62,9 @@ def quantize(
         config: a recipe (PTQ4DMConfig, RTNConfig, ...). With `config.plan` set, that plan is followed and the
             same plan gives the same codes, bit for bit. May be left out beside `components` alone.
         store: from `collect`, or calls from `record`; needed for static activations, for roundings and objectives
-            that look at what layers are fed, and for layer errors measured on outputs.
+            that look at what layers are fed, and for layer errors measured on outputs. Without it a recipe with
+            evidence="calls" lets networks wait: each is quantized at the end of as many calls of its own use, inside
+            of that use, as from `record` of these calls.
         component: the name of the one network of the pipeline to quantize ("transformer_2", "controlnet").
         components: the names of the networks to quantize ("text_encoder", "vae", "transformer"), or name -> recipe.
             Where none is named, denoisers get `config`; text encoders weights of 4 bits in groups of 64, under inputs
@@ -75,13 +76,18 @@ def quantize(
     Returns:
         A report: bytes, kernels, the SQNR of each layer's output on calibration tuples (of its weight when
         there is no store), worst first, the networks left in full precision, and the bytes of every network of the
-        pipeline before and after. `print(report.table())`.
+        pipeline before and after. `print(report.table())`. While a network waits it says so, and `report.cancel()`
+        ends that; it is completed when they are quantized.
     """
     _check_types(config, store, component, components, checkpoint)
     if store is None and config is not None and config.calibration is not None:
         store = CalibrationStore.load(config.calibration)
     calibrated = tuple(store.components) if isinstance(store, CalibrationStore) else ()
     networks = networks_to_quantize(target, component, calibrated, components)
+    if store is None:
+        recipes = recipes_of(target, networks, config, components)
+        if any(recipe.awaited_calls for recipe in recipes.values()):
+            return _await(target, networks, recipes, components is not None, checkpoint)
     own = list(components.values()) if isinstance(components, Mapping) else []
     changed = any(map(_changes_weights, [config, *own]))
 
@@ -106,7 +112,7 @@ def quantize(
             _put(model, layers, plan, recipes[name])
             own = before, stored_bytes(model), bytes_in_16_bits(model), full
             sizes = [total + one for total, one in zip(sizes, own, strict=True)]
-            rows += _rows(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
+            rows += rows_of_layers(layers, errors, basis, f"{name}." if len(networks) > 1 else "")
         rows.sort(key=badness)
         kept = sum(len(find_layers(model)) for model in networks.values())
         found = {name: told for name, recipe in recipes.items() if (told := recipe.found())}
@@ -117,6 +123,8 @@ def quantize(
         report = QuantizationReport(method, was, after, rows, names, left, found, kept, now, whole)
         holds = memory_of(target)
         report.memory = {name: [count, holds[name]] for name, count in held.items()}
+        if isinstance(store, Calls):
+            report.calls = {name: [len(store), rows_of(store)] for name in networks}
         report.recipes = {} if components is None else {name: one.summary() for name, one in recipes.items()}
         return report
 
@@ -126,6 +134,43 @@ def quantize(
             for model in networks.values():
                 stack.enter_context(decoding(model))
         return whole_or_not(networks.values(), work, values=changed)
+
+
+def _await(
+    target: Any, networks: dict[str, nn.Module], recipes: dict[str, QuantConfig], named: bool, checkpoint: Any
+) -> QuantizationReport:
+    """Quantize the networks whose recipes wait for no calls, and let the others wait.
+
+    named: whether `components` names them; else they are denoisers, or a model by itself.
+    """
+
+    def one(name: str, store: Calls | None) -> QuantizationReport:
+        place = folder_of(checkpoint, name, networks)
+        if named:
+            return quantize(target, None, store, components={name: recipes[name]}, checkpoint=place)
+        return quantize(target, recipes[name], store, component=name or None, checkpoint=place)
+
+    with turn_at(target, *networks.values()):
+        _check_float(networks)
+        _check_networks(networks, recipes, None)
+        later = {name: model for name, model in networks.items() if recipes[name].awaited_calls}
+        for name, model in later.items():
+            check_awaitable(model, name)
+        done = [one(name, None) for name in networks if name not in later]
+        before, full = (sum(map(size, networks.values())) for size in (stored_bytes, bytes_in_16_bits))
+        method = next(iter(recipes.values())).summary()
+        report = QuantizationReport(
+            method, before, before, left=left_out(target), in_16_bits=full, full_in_16_bits=full
+        )
+        if done:
+            report = QuantizationReport.together(done)
+        for name, model in later.items():
+
+            def finish(wait: Wait) -> None:
+                report.take(wait.name, one(wait.name, wait.calls))
+
+            report.waiting[name] = Wait(target, model, name, recipes[name].awaited_calls, finish)
+        return report
 
 
 def _pack(
@@ -141,8 +186,8 @@ def _pack(
     layers, plan = config.pack(model, plan, store, checkpoint)
     plan.transforms = transforms
     if store is None:
-        return layers, plan, _weight_errors(model, layers), "weight"
-    return layers, plan, _output_errors(model, layers, store), "output"
+        return layers, plan, weight_errors(model, layers), "weight"
+    return layers, plan, output_errors(model, layers, store), "output"
 
 
 def _put(model: nn.Module, layers: dict[str, nn.Module], plan: Plan, config: QuantConfig) -> None:
@@ -156,7 +201,7 @@ def _put(model: nn.Module, layers: dict[str, nn.Module], plan: Plan, config: Qua
     mark_quantized(model, resolved(config, plan))
 
 
-def _rows(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis: str, prefix: str) -> list[dict]:
+def rows_of_layers(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis: str, prefix: str) -> list[dict]:
     """The report's rows of one network's layers."""
     return [
         {
@@ -184,6 +229,7 @@ def _called(name: str) -> str:
 
 
 def _check_float(networks: dict[str, nn.Module]) -> None:
+    check_settled(*networks.values())
     for name, model in networks.items():
         if holds_quantized(model):
             raise UserError(f"{_called(name)} is quantized already; load it in full precision to quantize it again.")
@@ -229,31 +275,3 @@ def _check_types(config: object, store: object, component: object, components: o
         )
     check(component, str | None, "quantize: component")
     check(checkpoint, str | os.PathLike | None, "quantize: checkpoint")
-
-
-def _output_errors(model: nn.Module, layers: dict[str, nn.Module], store: CalibrationStore) -> dict[str, Ratio]:
-    """Each quantized layer beside its original, fed the original's inputs, on tuples from every bin."""
-    errors = {name: Ratio() for name in layers}
-
-    def compare(name: str) -> Callable:
-        return lambda _, args, kwargs, output: errors[name].update(output, layers[name](*args, **kwargs))
-
-    calls = store.recorded()
-    calls = calls[slice(None, None, max(1, len(calls) // ERROR_SAMPLES))]  # of all times
-    with evaluation_mode(model), hooked(model, after={name: compare(name) for name in layers}):
-        for batch in calls.batches(ERROR_BATCH):
-            answers(model, batch)
-    for name, error in errors.items():
-        if not math.isfinite(error.signal):
-            raise UserError(
-                f"layer '{name}' gives NaN or infinity in full precision on the calibration data, so nothing can be "
-                "said of its error; collect again, from a model that gives finite numbers."
-            )
-    return errors
-
-
-def _weight_errors(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Ratio]:
-    return {
-        name: Ratio.between(model.get_submodule(name).weight, layer.dequantized_weight())
-        for name, layer in layers.items()
-    }

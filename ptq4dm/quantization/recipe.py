@@ -135,6 +135,11 @@ class QuantConfig(QuantizationConfigMixin):
         """Whether anything of the recipe looks at calibration tuples, so that their number counts."""
         return True
 
+    @property
+    def awaited_calls(self) -> int:
+        """Calls of a network's own use that it waits for where there is no store; 0 for none."""
+        return 0
+
     def otherwise(self) -> str:
         """What else a user could do than give a store, as the end of a sentence that asks for one; "" for nothing."""
         return ""

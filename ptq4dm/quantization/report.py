@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..files.atomic import replacing
 from ..kernels.w8a8 import layer as w8a8
@@ -21,6 +21,7 @@ from ..pipelines.denoiser import networks_of
 from ..tables import aligned
 
 SIZES = ("bytes_before", "bytes_after", "in_16_bits", "full_in_16_bits")
+BY_NETWORK = ("recipes", "calls")
 REFERENCE = w8a8.REFERENCE
 BLOCK_ERRORS = ("block_error", "block_error_nearest", "block_error_start")  # of a trained layer's row: of its block
 
@@ -85,33 +86,6 @@ def without_kernel(rows: list[dict]) -> str:
     )
 
 
-class Ratio:
-    """Streaming signal-to-quantization-noise ratio."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-
-    @classmethod
-    def between(cls, exact: Tensor, approximate: Tensor) -> Ratio:
-        ratio = cls()
-        ratio.update(exact, approximate)
-        return ratio
-
-    def update(self, exact: Tensor, approximate: Tensor) -> None:
-        exact = exact.detach().double()
-        self.signal += float(exact.square().sum())
-        self.noise += float((exact - approximate.detach().double()).square().sum())
-
-    @property
-    def decibel(self) -> float:
-        """10 log10(signal / noise); infinity where there is no noise; NaN where either is no finite number."""
-        if not (math.isfinite(self.signal) and math.isfinite(self.noise)):
-            return math.nan
-        if not self.noise:
-            return math.inf
-        return 10 * (math.log10(max(self.signal, 1e-300)) - math.log10(self.noise))
-
-
 def badness(row: dict) -> float:
     """The key that sorts rows of layers worst first: a layer that gives NaN or infinity is the worst of all."""
     return -math.inf if math.isnan(row["sqnr"]) else row["sqnr"]
@@ -128,6 +102,9 @@ class QuantizationReport:
         after, with floats in 16 bits; full_in_16_bits: likewise before. Budgets of bytes are the share of the two.
     memory: network of the pipeline -> its bytes [before, after].
     recipes: network -> its options, where `components` named networks.
+    calls: network -> [recorded calls, their rows] that it was quantized by, where no store was collected.
+    waiting: network -> what waits for its first calls (awaited/wait.py); it is quantized in one of them, and the
+        report completed. Until then it is of the networks that are quantized already.
     """
 
     method: dict
@@ -142,6 +119,20 @@ class QuantizationReport:
     full_in_16_bits: int = 0
     memory: dict[str, list[int]] = field(default_factory=dict)
     recipes: dict[str, dict] = field(default_factory=dict)
+    calls: dict[str, list[int]] = field(default_factory=dict)
+    waiting: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def cancel(self) -> None:
+        """Wait no more: networks that were not quantized yet stay in full precision."""
+        for wait in self.waiting.values():
+            wait.cancel()
+        self.waiting = {}
+
+    def take(self, network: str, other: QuantizationReport) -> None:
+        """Complete this report by that of a network that has waited."""
+        waiting = {name: wait for name, wait in self.waiting.items() if name != network}
+        whole = self.together([self, other]) if self.layers else other
+        vars(self).update(vars(whole) | {"waiting": waiting})
 
     @classmethod
     def together(cls, reports: list[QuantizationReport]) -> QuantizationReport:
@@ -149,7 +140,9 @@ class QuantizationReport:
         if len(reports) == 1:
             return reports[0]
         rows = [
-            {**row, "layer": f"{report.networks[0]}.{row['layer']}"} for report in reports for row in report.layers
+            {**row, "layer": f"{report.networks[0]}.{row['layer']}" if len(report.networks) == 1 else row["layer"]}
+            for report in reports
+            for row in report.layers
         ]
         rows.sort(key=badness)
         names = [n for one in reports for n in one.networks]
@@ -158,12 +151,21 @@ class QuantizationReport:
         before, after, now, full = (sum(getattr(one, name) for one in reports) for name in SIZES)
         first, last = reports[0], reports[-1]
         memory = {name: [first.memory[name][0], size] for name, (_, size) in last.memory.items()}
-        return cls(first.method, before, after, rows, names, last.left, found, kept, now, full, memory)
+        recipes, calls = ({k: v for one in reports for k, v in getattr(one, name).items()} for name in BY_NETWORK)
+        return cls(
+            first.method, before, after, rows, names, last.left, found, kept, now, full, memory, recipes, calls
+        )
 
     def to_dict(self) -> dict:
         """Plain JSON values, which know no infinity and no NaN: the sqnr of a layer without any error is null, and
-        that of a layer that gives NaN or infinity is the text "nan". With `trained`, as the table has it."""
+        that of a layer that gives NaN or infinity is the text "nan". With `trained`, as the table has it.
+
+        Raises UserError while a network waits for calls.
+        """
+        for wait in self.waiting.values():
+            wait.refuse()
         data = {**asdict(self), "trained": self.trained()}
+        del data["waiting"]
         data["layers"] = [{name: _plain(value) for name, value in row.items()} for row in data["layers"]]
         return data
 
@@ -172,7 +174,10 @@ class QuantizationReport:
             temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False))
 
     def table(self, worst: int = 10) -> str:
-        """The worst layers, then totals."""
+        """The worst layers, then totals; of networks that wait, what they wait for."""
+        awaited = [str(wait) for wait in self.waiting.values()]
+        if not self.layers:
+            return "\n".join(awaited)
         basis = {row["basis"] for row in self.layers}
         what = "layer output" if basis == {"output"} else "weight"
         lines = aligned(
@@ -197,11 +202,13 @@ class QuantizationReport:
             lines.append(trained)
         for name, found in self.found.items():
             lines.append(f"{name}: {found['text']}" if len(self.networks) > 1 else found["text"])
+        for name, (made, rows) in self.calls.items():
+            lines.append(f"{name or 'the model'}: by {made} recorded calls of {rows} rows together")
         if self.networks:
             count = f" ({len(self.layers)} of {len(self.layers) + self.kept} layers)" if self.kept else ""
             left = f"other networks in full precision: {', '.join(self.left) or 'none'}"
             lines.append(f"quantized: {', '.join(self.networks)}{count}; {left}")
-        return "\n".join(lines + memory_lines(self.memory))
+        return "\n".join(lines + memory_lines(self.memory) + awaited)
 
     def _split_text(self) -> str:
         counts = [row["parts"] for row in self.layers if "parts" in row]

@@ -95,7 +95,7 @@ def verify(folder: str | os.PathLike) -> dict[str, int]:
             raise UserError(f"{found[name]} was saved without checksums, by an earlier version; save it again.")
     wrong = []
     for name, config in configs.items():
-        tensors = _tensors(found[name])
+        tensors = network_tensors(found[name])
         if layers := changed(config.checksums, config.plan, tensors):
             wrong.append(f"{name}: {told(layers)}" if name else told(layers))
     if wrong:
@@ -119,7 +119,7 @@ def _config(place: Path) -> Any:
         return QuantConfig.from_dict(entry)
 
 
-def _tensors(place: Path) -> dict[str, Tensor]:
+def network_tensors(place: Path) -> dict[str, Tensor]:
     """All tensors of a network's safetensors files, mapped, not read."""
     index = place / f"{WEIGHTS}.index.json"
     if (place / WEIGHTS).is_file() or not index.is_file():

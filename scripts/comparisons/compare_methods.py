@@ -33,9 +33,11 @@ from method_rows import KINDS, Row, all_rows
 from methods_report import draw, markdown
 from paired import held_out
 from planted import pipeline
+from rows.row import CALLED
 from workers import Task, check_workers, join_shards, measure_rows
 
 import ptq4dm
+from ptq4dm.calibration.calls import Calls
 from ptq4dm.errors import UserError, run
 from ptq4dm.evaluation.compare import step_times
 from ptq4dm.files.rows import Rows
@@ -87,7 +89,7 @@ class Bench:
         with watched(self.args.device) as cost:
             if row.plan is not None:
                 config.plan = self._changed(row, config)
-            report = ptq4dm.quantize(model, config, self.store)
+            report = ptq4dm.quantize(model, config, self._called(row.calls) if row.calls else self.store)
         if row.packed is not None:
             row.packed(model, self.truth.exact, self.store, self.args.seed)
         return model, {
@@ -98,6 +100,13 @@ class Bench:
             "seconds_to_quantize": cost["seconds"],
             "memory_to_quantize": cost["peak_memory"],
         }
+
+    def _called(self, count: int) -> Calls:
+        """The first calls of the pipeline, as the seeds of the calibration make them."""
+        seeds = range(self.args.seed, self.args.seed + CALLED)
+        with ptq4dm.record(denoiser(self.pipe)) as calls:
+            ptq4dm.sample(self.pipe, seeds, num_inference_steps=self.args.steps)
+        return calls[:count]
 
     def _changed(self, row: Row, config) -> Plan:
         """The row's plan, changed; its control sees the model after the transforms of the recipe."""

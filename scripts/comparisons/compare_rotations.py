@@ -27,7 +27,7 @@ from ptq4dm.errors import run
 from ptq4dm.files.rows import Rows
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.quantization.planning import make_plan
-from ptq4dm.quantization.report import Ratio
+from ptq4dm.reconstruction.layer_errors import Ratio
 from ptq4dm.svdquant.group import Group, output, refine, round_rest
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 

@@ -19,8 +19,8 @@ from ptq4dm.kernels.formats.int8 import dequantize_weight, quantize_weight
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.options import option
 from ptq4dm.quantization.recipe import QuantConfig, register
-from ptq4dm.quantization.report import Ratio
 from ptq4dm.ranges.weights import weight_scale
+from ptq4dm.reconstruction.layer_errors import Ratio
 
 
 @register("thrifty")

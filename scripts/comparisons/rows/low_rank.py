@@ -26,7 +26,7 @@ def low_rank() -> list[Row]:
         plain = {"rank": 0, "smoothing": "none", "rounding": "nearest"}
         turn = {"rounding": "nearest", "refinements": 0}
         fill = at_bytes_of(make(), RTNConfig)
-        alone = partial(make, evidence="none")
+        alone, few = partial(make, evidence="none"), partial(make, evidence="calls")
         rows += [
             Row(f"RTN as {name}", "baseline", make(**plain), name),
             Row(f"RTN in the bytes of {name}", "baseline", make(**plain), name, plan=fill),
@@ -40,6 +40,12 @@ def low_rank() -> list[Row]:
                 packed=controls.shuffle_smoothing),
             Row(f"{name}, nearest, branch at random", "shuffled", make(**turn), name, packed=controls.random_branch),
             Row(f"{name}, no data", "method", alone()),
+            Row(f"{name}, 4 calls", "method", few(), calls=4),
+            Row(f"{name}, 20 calls", "ablation", few(num_calls=20), f"{name}, 4 calls", calls=20),
+            Row(f"{name}, 4 calls, no smoothing", "ablation", few(smoothing="none"), f"{name}, 4 calls", calls=4),
+            Row(f"{name}, 4 calls, nearest", "ablation", few(**turn), f"{name}, 4 calls", calls=4),
+            Row(f"{name}, 4 calls, nearest, smoothing shuffled", "shuffled", few(**turn), f"{name}, 4 calls",
+                packed=controls.shuffle_smoothing, calls=4),
             Row(f"{name}, no data, one turn", "ablation", alone(refinements=0), f"{name}, no data"),
             Row(f"{name}, no data, branch at random", "shuffled", alone(refinements=0), f"{name}, no data",
                 packed=controls.random_branch),

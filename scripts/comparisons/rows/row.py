@@ -9,6 +9,7 @@ import controls
 
 from ptq4dm.quantization.recipe import QuantConfig
 
+CALLED = 4
 KINDS = ("method", "baseline", "ablation", "shuffled")
 
 
@@ -20,6 +21,7 @@ class Row:
     of: the method that the row stands beside; empty for methods and for what stands beside all.
     plan: changes the plan, (model, plan, store, seed) -> plan. packed: changes the quantized model, (model, exact,
         store, seed). Shuffled controls are one or both of them (controls.py).
+    calls: quantized by the first so many calls of the pipeline, of CALLED images, in the place of the calibration.
     needs: what the recipe waits for, where that is not in the library yet: the row is then left out, and this said.
     """
 
@@ -29,6 +31,7 @@ class Row:
     of: str = ""
     plan: Callable | None = None
     packed: Callable | None = None
+    calls: int = 0
     needs: str = ""
 
 

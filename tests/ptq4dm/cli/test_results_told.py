@@ -58,14 +58,18 @@ def test_networks_that_are_not_quantized_count_as_they_are():
     assert bytes_at_least(pipe, {"unet": RTNConfig()}) == before + 4 * 10_100
 
 
-def test_the_table_of_a_quantization_that_cannot_be_saved(monkeypatch, capsys):
+WRITERS = {"ptq4dm.cli.quantize.save_quantized": ["--sampler", "ddim"], "ptq4dm.streaming.folder.save_plans": []}
+
+
+@pytest.mark.parametrize("writer", WRITERS)  # of a whole pipeline, and of one that was never whole in memory
+def test_the_table_of_a_quantization_that_cannot_be_saved(writer, monkeypatch, capsys):
     pipeline().save_pretrained("model")
 
     def full(*_):
         raise UserError("cannot write q: No space left on device.")
 
-    monkeypatch.setattr("ptq4dm.cli.quantize.save_quantized", full)
-    assert main(QUANTIZE) == 2
+    monkeypatch.setattr(writer, full)
+    assert main([*QUANTIZE, *WRITERS[writer]]) == 2
     told = capsys.readouterr()
     assert "21 layers on" in told.out and "cannot write q: No space left on device." in told.err
 

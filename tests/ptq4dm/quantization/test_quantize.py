@@ -24,7 +24,8 @@ from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.load import EMBEDDED
 from ptq4dm.quantization.diffusers_bridge import quantization_config
 from ptq4dm.quantization.quantize import make_plan
-from ptq4dm.quantization.report import Ratio, kernel_report
+from ptq4dm.quantization.report import kernel_report
+from ptq4dm.reconstruction.layer_errors import Ratio
 
 KERNEL = w8a8.kernel_name(torch.device("cpu"))
 
@@ -364,7 +365,7 @@ def test_a_failure_leaves_the_model_as_it_was(store, monkeypatch, unet):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(importlib.import_module("ptq4dm.quantization.quantize"), "answers", fail)
+    monkeypatch.setattr(importlib.import_module("ptq4dm.reconstruction.layer_errors"), "answers", fail)
     model = unet().train()
     with pytest.raises(RuntimeError):
         ptq4dm.quantize(model, RTNConfig(), store)

@@ -9,7 +9,8 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm.errors import UserError
-from ptq4dm.quantization.report import QuantizationReport, Ratio, badness
+from ptq4dm.quantization.report import QuantizationReport, badness
+from ptq4dm.reconstruction.layer_errors import Ratio
 
 NAN, INF = math.nan, math.inf
 

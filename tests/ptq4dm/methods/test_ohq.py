@@ -9,6 +9,7 @@ import torch
 import ptq4dm
 from fake_clock import FakeClock
 from helpers import normal, run, same
+from models import plain_unet
 from ptq4dm import OHQConfig, RTNConfig, UserError
 from ptq4dm.budgets.candidates import recipe_of
 from ptq4dm.calibration.measure import store_of
@@ -28,6 +29,11 @@ def clock(monkeypatch):
     clock = FakeClock().install(monkeypatch)
     monkeypatch.setattr(ohq, "measured", partial(ohq.measured, clock=clock))
     return clock
+
+
+@pytest.fixture
+def unet():
+    return plain_unet
 
 
 @pytest.fixture

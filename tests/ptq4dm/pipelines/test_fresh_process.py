@@ -1,16 +1,13 @@
 """Saved pipelines load by themselves in a process where ptq4dm has been imported, and nothing else of it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler as Plain
 from diffusers import DDPMPipeline
 
+import fresh
 import models
 import ptq4dm
 from ptq4dm.samplers import DDIMScheduler, DEISScheduler, OneStepScheduler
@@ -47,39 +44,31 @@ def facts(pipe, pictures, kept):
     kinds = [f"{type(one).__module__}.{type(one).__name__}" for one in (pipe, pipe.scheduler)]
     return [*kinds, pipe.scheduler.config[kept], images.shape, images.sum(), (images * images).sum()]
 """
-# Each folder is the first that its process opens: after the imports of all, the process parts.
 PROGRAM = f"""
-import json, os, sys, torch
+import json, sys, torch
 import ptq4dm
 from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
 {FACTS}
-for folder, pictures, kept in json.loads(sys.argv[1]):
-    if not os.fork():
-        found = facts(DiffusionPipeline.from_pretrained(folder), pictures, kept)
-        with open(folder + ".json", "w") as file:
-            json.dump(found, file)
-        sys.exit()
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, folder
+folder, pictures, kept = sys.argv[1:]
+found = facts(DiffusionPipeline.from_pretrained(folder), pictures, kept)
+with open(folder + ".json", "w") as file:
+    json.dump(found, file)
 """
 
 
 def test_each_loads_by_itself(tmp_path):
     own = {"torch": torch}
     exec(FACTS, own)
-    expected, asked = {}, []
+    expected, begun = {}, []
     for name, (make, pictures, kept) in CASES.items():
         pipe = make()
         pipe.save_pretrained(tmp_path / name)
         expected[name] = own["facts"](pipe, pictures, kept)
-        asked.append((str(tmp_path / name), pictures, kept))
+        begun.append(fresh.begin(PROGRAM, str(tmp_path / name), pictures, kept, said=tmp_path / f"{name}.said"))
     assert [facts[2] for facts in expected.values()] == ["scaled_linear", "scaled_linear", 400, "leading"]
-    env = os.environ | {"PYTHONPATH": str(Path(ptq4dm.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(asked)], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Expected types" not in done.stderr
+    for process in begun:
+        assert process.wait() == 0 and "Expected types" not in process.text(), process.text()[-3000:]
     for name, facts in expected.items():
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found[:4] == [*facts[:3], list(facts[3])]

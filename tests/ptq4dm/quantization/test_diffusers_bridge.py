@@ -521,7 +521,7 @@ class TestCompile:
         assert torch.allclose(answer, expected, atol=1e-5)
 
     def test_unet(self):
-        model = plain_unet(add_attention=True)
+        model = plain_unet()
         exact = run(model)
         ptq4dm.quantize(model, RTNConfig(activations="dynamic"))
         expected = run(model)

@@ -105,9 +105,9 @@ def test_a_mixed_model_saves_and_loads_and_its_plan_is_followed_to_the_bit(unet,
     assert same(again, model)
 
 
-def test_layers_that_share_an_input_take_one_activation_format(unet, calls, clock):
+def test_layers_that_share_an_input_take_one_activation_format(unet, clock):
     static = "rtn first_last=same"
-    model = unet()
+    model = unet(add_attention=True)
     with ptq4dm.record(model) as recorded, torch.no_grad():
         model(normal(2, 3, 8, 8), 20)
     recipe = config(candidates=(W8, W4, f"{static} weight_bits=4"), bytes=0.52)

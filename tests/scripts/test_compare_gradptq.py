@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ptq4dm
+from models import plain_unet
 from ptq4dm.errors import UserError
 from ptq4dm.layers.rounded import RoundedLayer
 from ptq4dm.rounding.optimizers import OPTIMIZERS
@@ -45,6 +46,11 @@ class FakeBench:
             "learning_rate": getattr(recipe, "rate", None), "flips": None if trial.rounding else 0.25,
             "seconds_to_quantize": 2.0, "memory_to_quantize": 3_000_000,
         }  # fmt: skip
+
+
+@pytest.fixture
+def unet():
+    return plain_unet
 
 
 @pytest.fixture

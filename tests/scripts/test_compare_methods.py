@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import ptq4dm
+from models import plain_unet
 from ptq4dm.calibration.record import replay
 from ptq4dm.errors import UserError
 from ptq4dm.kernels.formats.grid import Grid
@@ -30,6 +31,11 @@ FIELDS = {
     "feature_fid", "bytes", "bytes_share", "step_time", "recipe", "formats", "simulated", "kernels",
     "seconds_to_quantize", "memory_to_quantize", "seconds", "device", "commit", "version", "seed",
 }  # fmt: skip
+
+
+@pytest.fixture
+def unet():
+    return plain_unet
 
 
 @pytest.fixture

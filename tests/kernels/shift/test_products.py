@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ptq4dm.kernels.formats.shift import TERMS
+from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.shift import products, weight_gradient
 from ptq4dm.kernels.shift.transposed import shift_input_gradient, takes
 from ptq4dm.kernels.w8a8.layer import ONEDNN, TRITON, kernel_name
@@ -134,7 +135,9 @@ def test_what_is_refused():
 
 def test_which_kernel_serves():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert products.kernel_name(gpu, (3, 3)) == products.kernel_name(gpu, (1, 1)) == TRITON
+    for capability, name in (((8, 0), TRITON), ((7, 5), products.EXACT)):
+        with settings.target(settings.Target(capability, 132, pytest.fail)):
+            assert products.kernel_name(gpu, (3, 3)) == products.kernel_name(gpu, (1, 1)) == name
     assert products.kernel_name(cpu, (1, 1)) == (products.INT_MM if VNNI else products.EXACT)
     assert products.kernel_name(cpu, (3, 3)) == (ONEDNN if VNNI else products.EXACT)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import ptq4dm
 
 ROOT = str(Path(ptq4dm.__file__).parents[1])
+HERE = str(Path(__file__).parent)
 SERVER = """
 import json, os, sys
 import accelerate, torch._dynamo, torchmetrics, diffusers.quantizers, diffusers.models.unets

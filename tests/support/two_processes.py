@@ -24,7 +24,7 @@ def two_ranks(program, *arguments, timeout=300):
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    world["PYTHONPATH"] = os.pathsep.join([fresh.ROOT, str(Path(__file__).parent)])
+    world["PYTHONPATH"] = os.pathsep.join([fresh.ROOT, fresh.HERE])
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         ranks = []
         for rank in "01":

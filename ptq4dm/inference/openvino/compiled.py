@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .signal_stack import lasting_signal_stack
 from .tracing import MARK, Layers
 
 INTEGERS, FOUR_BITS = ("i8", "u8"), ("i4", "u4")
@@ -27,7 +28,8 @@ def installed() -> str:
 
 def has_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16."""
-    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    with lasting_signal_stack():
+        return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _core() -> Any:
@@ -56,8 +58,9 @@ class Compiled:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # inputs that the plan leaves as floats are not rounded
         }
-        self.compiled = _core().compile_model(model, "CPU", options)
-        self.request = self.compiled.create_infer_request()
+        with lasting_signal_stack():
+            self.compiled = _core().compile_model(model, "CPU", options)
+            self.request = self.compiled.create_infer_request()
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         """Outputs that own their memory. One call at a time."""

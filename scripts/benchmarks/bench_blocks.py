@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path("out/blocks.jsonl"))
     options = parser.parse_args()
-    lines = Lines(options.output, made_with() if torch.cuda.is_available() else {"card": "CPU"})
+    lines = Lines(options.output, made_with())
     for name in options.models:
         seen = blocks_of(name, Size(options.heads, options.side, options.frames), options.device)
         for which, (block, args, kwargs) in seen.items():

@@ -59,7 +59,9 @@ def libraries(sets: list) -> dict[str, list]:
 
 
 def made_with() -> dict:
-    """The card, the commit and versions that figures are of."""
+    """The card, the commit and versions that figures are of; without a GPU, that it is a CPU."""
+    if not torch.cuda.is_available():
+        return {"card": "CPU"}
     facts = {"card": torch.cuda.get_device_name(), "commit": commit()}
     return facts | {"torch": torch.__version__, "triton": triton.__version__}
 

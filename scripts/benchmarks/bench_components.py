@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("out/components.jsonl"))
     options = parser.parse_args()
-    lines = Lines(options.output, made_with() if torch.cuda.is_available() else {"card": "CPU"})
+    lines = Lines(options.output, made_with())
     for name in options.models:
         layers, build = MODELS[name]
         layers = min(layers, options.layers or layers)

@@ -116,8 +116,7 @@ def main() -> None:
         torch.accelerator.device_count = lambda: 1  # diffusers divides by it
     dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
     first = rank == 0
-    facts = made_with() if torch.cuda.is_available() else {"card": "CPU"}
-    lines = Lines(options.output, facts) if first else None
+    lines = Lines(options.output, made_with()) if first else None
     for form in options.forms:
         exact = None
         for way in options.ways:

@@ -24,6 +24,7 @@ NO_MEMORY = (  # what torch and C++ say, each in its own words
 )
 OF_NAMES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.ENOTEMPTY)
+NONE_IS = {"group_size": "row"}
 FEWER = "give a smaller --batch-size, or free memory"
 
 
@@ -67,7 +68,13 @@ def in_flags(sentence: str, flags: Mapping[str, str]) -> str:
         sentence = re.sub(rf"(?<![\w-])({told})\b(?![-=])", lambda found: flags[found[1]], sentence[first.start(1) :])
         sentence = sentence.replace(" or None", "")
     sentence = re.sub(rf"(?<![\w./-])({names})=True\b", lambda found: flags[found[1]], sentence)
+    sentence = re.sub(rf"(?<![\w./-])({names})=None\b", lambda found: _left_out(found[1], flags), sentence)
     return re.sub(rf"(?<![\w./-])({names})=(?=[\w.])", lambda found: f"{flags[found[1]]} ", sentence)
+
+
+def _left_out(name: str, flags: Mapping[str, str]) -> str:
+    """How an option is None in a shell: by a word of its own, or left out."""
+    return f"{flags[name]} {NONE_IS[name]}" if name in NONE_IS else f"no {flags[name]}"
 
 
 def complain(text: str) -> None:

@@ -102,6 +102,8 @@ def run(args) -> None:
 
 def certainty_of(table: Table) -> str:
     """How many rounds times are medians of, and how far rounds differ."""
+    if table.rounds == 1:
+        return "times of one round: uncertain; take more --rounds"
     text = f"medians of {table.rounds} rounds; the middle half of the step's times is {table.scatter:.0%} of it wide"
     return f"{text}: uncertain; take more --rounds, or a quieter machine" if table.scatter > WIDE else text
 

@@ -57,7 +57,8 @@ def in_flags(sentence: str, flags: Mapping[str, str]) -> str:
     """A sentence about an option of a recipe, in the words of the command line.
 
         ShiftQuantConfig: weight_decay must not be negative; got -1.    --weight-decay must not be negative; got -1.
-        bits=16 trains in floats                                        --bits 16 trains in floats
+        bits=16 trains in floats; leave wide out.                       --bits 16 trains in floats; leave --wide out.
+        take activations='static' with it.                              take --activations static with it.
 
     flags: name of an option -> its flag. Other sentences stay as they are: a name in them may be the user's own.
     """
@@ -69,7 +70,10 @@ def in_flags(sentence: str, flags: Mapping[str, str]) -> str:
         sentence = sentence.replace(" or None", "")
     sentence = re.sub(rf"(?<![\w./-])({names})=True\b", lambda found: flags[found[1]], sentence)
     sentence = re.sub(rf"(?<![\w./-])({names})=None\b", lambda found: _left_out(found[1], flags), sentence)
-    return re.sub(rf"(?<![\w./-])({names})=(?=[\w.])", lambda found: f"{flags[found[1]]} ", sentence)
+    sentence = re.sub(rf"(?<![\w./-])({names})='([\w-]+)'", lambda found: f"{flags[found[1]]} {found[2]}", sentence)
+    sentence = re.sub(rf"(?<![\w./-])({names})=(?=[\w.])", lambda found: f"{flags[found[1]]} ", sentence)
+    in_words = re.compile(rf"\b({names})\b")
+    return re.sub(r"\bleave [\w ]+ out\b", lambda found: in_words.sub(lambda one: flags[one[1]], found[0]), sentence)
 
 
 def _left_out(name: str, flags: Mapping[str, str]) -> str:

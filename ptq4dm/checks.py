@@ -66,6 +66,7 @@ def wrong_fields(instance: Any) -> list[str]:
         says, choices = complaint(value, kinds[item.name], item.metadata), item.metadata.get("choices")
         if not says and choices and value not in choices:
             says = f"must be one of {', '.join(str(one) for one in choices if one is not None)}"
+            says += " or None" if None in choices else ""
         if says:
             found.append(f"{item.name} {says}; got {shown(value)}")
     return found

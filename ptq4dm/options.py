@@ -55,6 +55,14 @@ def no_choice(instance: Any) -> Field | None:
     return next((item for item in own if getattr(instance, item.name) != item.default), None)
 
 
+def whole_or_row(text: str) -> int | None:
+    """Return the whole number that a text holds, and None, as Python says one scale an output, of "row"."""
+    return None if text == "row" else int(text)
+
+
+whole_or_row.__name__ = "group size"  # as argparse calls what it does not take
+
+
 def number_or_word(text: str) -> float | str:
     """Return the number that a text holds ("0.5" -> 0.5), or the text where it holds none ("search")."""
     try:

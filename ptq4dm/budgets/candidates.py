@@ -9,8 +9,9 @@ A candidate is a line of text, a method and its options:
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -43,9 +44,12 @@ def recipe_of(text: str, what: str = "candidate") -> QuantConfig:
         key, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"{what} '{text}': '{word}' is no option; write option=value.")
-        options[key] = _value(value)
+        options[key] = value
     label = f"{what} '{text}'"
-    _check_kind(METHODS.find(name), label)
+    kind = METHODS.find(name)
+    _check_kind(kind, label)
+    parsers = {item.name: item.metadata.get("parse") for item in fields(kind)}
+    options |= {key: _value(value, parsers.get(key)) for key, value in options.items() if key != "method"}
     return mixable(QuantConfig.from_dict(options), label)
 
 
@@ -82,12 +86,12 @@ def recipes_of(texts: Sequence[str]) -> dict[str, QuantConfig]:
     return recipes
 
 
-def _value(text: str) -> Any:
-    """A number, True, False or None, or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _value(text: str, parse: Callable[[str], Any] | None) -> Any:
+    """A number, True, False or None, or what the option's own parser makes of a text, or else the text itself."""
+    for read in (ast.literal_eval, parse or str):
+        with suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
 
 
 @dataclass

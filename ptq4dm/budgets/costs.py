@@ -22,6 +22,7 @@ from torch import nn
 from ..calibration.calls import Call
 from ..files.atomic import replacing
 from ..files.outside import checked_object, outside, read_json
+from ..files.places import make_parent
 from ..kernels.runtime.settings import slug
 from ..version import __version__
 from .clocks import Clock, Figure, between, dealt, entry, kinds_of, pooled, time_in_place
@@ -83,6 +84,8 @@ def costs(
     steps = {label: step_name(model, kinds, words[label]) for label in formats}
     fresh = not (wanted <= set(known.layers) and set(steps.values()) <= set(known.steps))
     if fresh:  # all of them: figures of one table are of one sitting
+        if path is not None:
+            make_parent(path)
         if device.type == "cuda":
             found, whole = time_in_graphs(model, call, formats, kinds, words, rounds)
         else:
@@ -180,10 +183,9 @@ def _number(value: object) -> bool:
 
 
 def save(known: Measurements, path: Path, device: torch.device) -> None:
-    """Write measurements into a file, in its folder, which is made. Raises UserError where that fails."""
+    """Write measurements into a file. Raises UserError where that fails."""
     rows: Callable[[dict[str, Figure]], dict] = lambda some: {name: list(astuple(one)) for name, one in some.items()}  # noqa: E731
     facts = {"device": device_words(device), "torch": torch.__version__, "ptq4dm": __version__}
     text = json.dumps({**facts, "layers": rows(known.layers), "steps": rows(known.steps)}, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

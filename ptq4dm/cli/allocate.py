@@ -34,6 +34,11 @@ from .options import (
 )
 from .output import result, say
 
+TAKES = (
+    "Every format is timed in the model: minutes on a quiet GPU, more than 40 minutes on two busy cores of a CPU. "
+    "Fewer --candidates, --rounds and rows (--timed-batch) make it shorter, and its times less certain; times are "
+    "kept for the next call (--costs)."
+)
 WIDE = 0.1  # scatter of a step's times, as a share of their median, above which it is said
 
 
@@ -43,6 +48,7 @@ def method() -> type[QuantConfig]:
 
 
 def add(parser) -> None:
+    parser.epilog = TAKES
     add_model(parser)
     add_component(parser)
     parser.add_argument("--calibration", metavar="DIR", help="store from `collect`; made on the fly otherwise")
@@ -62,7 +68,7 @@ def run(args) -> None:
     if args.calibration is not None:
         check_idle(args, CONDITIONING, f"the calls in {args.calibration} were made already")
     one_process(args)
-    file_place(args.output)
+    file_place(args.output, b"{")
     if args.plot:
         picture_place(args.plot)
     store = CalibrationStore.load(args.calibration) if args.calibration else None
@@ -96,6 +102,8 @@ def run(args) -> None:
 
 def certainty_of(table: Table) -> str:
     """How many rounds times are medians of, and how far rounds differ."""
+    if table.rounds == 1:
+        return "times of one round: uncertain; take more --rounds"
     text = f"medians of {table.rounds} rounds; the middle half of the step's times is {table.scatter:.0%} of it wide"
     return f"{text}: uncertain; take more --rounds, or a quieter machine" if table.scatter > WIDE else text
 

@@ -24,6 +24,7 @@ NO_MEMORY = (  # what torch and C++ say, each in its own words
 )
 OF_NAMES = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EINVAL, errno.ENXIO, errno.ENOTEMPTY)
+NONE_IS = {"group_size": "row"}
 FEWER = "give a smaller --batch-size, or free memory"
 
 
@@ -56,7 +57,8 @@ def in_flags(sentence: str, flags: Mapping[str, str]) -> str:
     """A sentence about an option of a recipe, in the words of the command line.
 
         ShiftQuantConfig: weight_decay must not be negative; got -1.    --weight-decay must not be negative; got -1.
-        bits=16 trains in floats                                        --bits 16 trains in floats
+        bits=16 trains in floats; leave wide out.                       --bits 16 trains in floats; leave --wide out.
+        take activations='static' with it.                              take --activations static with it.
 
     flags: name of an option -> its flag. Other sentences stay as they are: a name in them may be the user's own.
     """
@@ -67,7 +69,16 @@ def in_flags(sentence: str, flags: Mapping[str, str]) -> str:
         sentence = re.sub(rf"(?<![\w-])({told})\b(?![-=])", lambda found: flags[found[1]], sentence[first.start(1) :])
         sentence = sentence.replace(" or None", "")
     sentence = re.sub(rf"(?<![\w./-])({names})=True\b", lambda found: flags[found[1]], sentence)
-    return re.sub(rf"(?<![\w./-])({names})=(?=[\w.])", lambda found: f"{flags[found[1]]} ", sentence)
+    sentence = re.sub(rf"(?<![\w./-])({names})=None\b", lambda found: _left_out(found[1], flags), sentence)
+    sentence = re.sub(rf"(?<![\w./-])({names})='([\w-]+)'", lambda found: f"{flags[found[1]]} {found[2]}", sentence)
+    sentence = re.sub(rf"(?<![\w./-])({names})=(?=[\w.])", lambda found: f"{flags[found[1]]} ", sentence)
+    in_words = re.compile(rf"\b({names})\b")
+    return re.sub(r"\bleave [\w ]+ out\b", lambda found: in_words.sub(lambda one: flags[one[1]], found[0]), sentence)
+
+
+def _left_out(name: str, flags: Mapping[str, str]) -> str:
+    """How an option is None in a shell: by a word of its own, or left out."""
+    return f"{flags[name]} {NONE_IS[name]}" if name in NONE_IS else f"no {flags[name]}"
 
 
 def complain(text: str) -> None:

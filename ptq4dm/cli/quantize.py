@@ -181,6 +181,8 @@ def _quantize(
         recipes = chosen_recipes(args, pipe, config, own)
     else:
         narrowed(networks_to_quantize(pipe, args.component), config)  # a pattern that names nothing is told at once
+    for name, one in recipes.items():
+        one.check_reach(component_of(pipe, name or args.component))
     wanting = [name for name, one in recipes.items() if wants_store(one) and not one.awaited_calls]
     if wanting and any(one.awaited_calls for one in recipes.values()):
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 from ..budgets.candidates import recipe_of
 from ..errors import UserError
 from ..layers.registry import needs_of
+from ..options import whole_or_row
 from ..pipelines.parts import DENOISER, kind_of
 from ..quantization import recipe
 from ..quantization.components import load_plans, networks_to_quantize
@@ -73,6 +74,7 @@ def recipes_of(args) -> dict[str, QuantConfig]:
     names = sorted({name for kind in methods().values() for name in options_of(kind)})
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.plan is None:
+        _check_words(methods().get(args.method or METHOD), options)
         config = QuantConfig.from_dict({"method": args.method or METHOD, **options})
         if "num_tuples" in options and not config.looks_at_tuples:
             raise UserError(
@@ -91,6 +93,15 @@ def recipes_of(args) -> dict[str, QuantConfig]:
             raise UserError(f"{args.plan} has no plan of '{args.component}'; it has those of {', '.join(plans)}.")
         plans = {args.component: plans[args.component if args.component in plans else ""]}
     return {name: QuantConfig.from_dict({"method": plan.method, "plan": plan}) for name, plan in plans.items()}
+
+
+def _check_words(kind: type[QuantConfig] | None, options: dict[str, Any]) -> None:
+    """Raises UserError where "row" was said of groups, and the method has none of one scale an output."""
+    own = {} if kind is None else options_of(kind)
+    for name, value in options.items():
+        if value is None and name in own and own[name].metadata.get("parse") is not whole_or_row:
+            known = ", ".join(str(one) for one in own[name].metadata["choices"] if one is not None)
+            raise UserError(f"{flag_of(name)} must be one of {known}; got 'row'.")
 
 
 def wants_store(config: QuantConfig) -> bool:

@@ -19,7 +19,7 @@ from ..layers.power import PowerPlan
 from ..layers.progressive import ProgressivePlan
 from ..layers.registry import needs_of
 from ..layers.view import LayerView
-from ..options import option
+from ..options import option, whole_or_row
 from ..quantization.input_grids import Fed, by_prediction, captured_inputs, fp8_scale, unseen, with_input_grid
 from ..quantization.recipe import QuantConfig
 from ..ranges.registry import OBJECTIVES, objective_parameter, weights_need
@@ -74,7 +74,10 @@ class IntegerConfig(QuantConfig):
     )
     activation_bits: int = option(8, "8; narrower grids are simulated", low=2, high=8)
     group_size: int | None = option(
-        None, "of 4-bit weights: 32, 64 or 128; else one scale an output", parse=int, choices=GROUP_SIZES
+        None,
+        "of 4-bit weights: 32, 64 or 128 inputs to a scale; row: one an output, as without",
+        parse=whole_or_row,
+        choices=GROUP_SIZES,
     )
     affine: bool = option(False, "4-bit weights with zero points")
     weight_grid: str = option(

@@ -35,7 +35,7 @@ from ..kernels.formats.bcq import MOST_BITS, ROUNDS
 from ..layers.binary.bcq import MOST_EMPHASIS, BCQPlan
 from ..layers.plan import GROUP_SIZES
 from ..layers.view import LayerView
-from ..options import option
+from ..options import option, whole_or_row
 from ..quantization.recipe import QuantConfig, register
 from ..registry import load_late
 from ..rounding.registry import ROUNDERS
@@ -70,7 +70,9 @@ class LUTGEMMConfig(QuantConfig):
 
     packs_while_loading: ClassVar[bool] = False
     bits: int = option(3, "sign planes of a weight", low=1, high=MOST_BITS)
-    group_size: int | None = option(128, "inputs that share scales: 32, 64 or 128", parse=int)
+    group_size: int | None = option(
+        128, "inputs that share scales: 32, 64 or 128; row: all of an output", parse=whole_or_row, choices=GROUP_SIZES
+    )
     planes: str | None = option(
         None, "fitted, or uniform: those of a uniform grid; left out, fitted at 1 bit and uniform above"
     )
@@ -83,8 +85,6 @@ class LUTGEMMConfig(QuantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size not in GROUP_SIZES:
-            raise UserError(f"group_size must be None, 32, 64 or 128; got {self.group_size!r}.")
         if self.planes not in (None, *PLANES):
             raise UserError(f"planes must be one of {', '.join(PLANES)}; got {self.planes!r}.")
         if self.planes == "uniform" and (self.rounds, self.emphasis) != (ROUNDS, type(self).emphasis):

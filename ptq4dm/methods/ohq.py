@@ -12,6 +12,7 @@ operators at 4 and 8 bits; here it is seconds of whole layers, in every format t
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -83,6 +84,8 @@ class OHQConfig(BudgetOptions, QuantConfig):
         self._packing: dict[str, Any] = {}
         if self.candidates:
             recipes_of(self.candidates)
+        if self.plan is None and self.costs and os.path.exists(self.costs) and not os.path.isdir(self.costs):
+            raise UserError(f"costs is a folder of measured times, and {self.costs} is a file; give another name.")
 
     @property
     def outcome(self) -> Outcome:
@@ -111,9 +114,9 @@ class OHQConfig(BudgetOptions, QuantConfig):
         return found.plans(found.allocation.picks)
 
     def check_reach(self, model: nn.Module) -> None:
-        """Raises UserError where the budget of bytes is out of reach, as far as it is known without calibration."""
-        recipes = self._recipes(model)
-        if not any(recipe.needs_calibration for recipe in recipes.values()):
+        """Raises UserError where the budget of bytes is out of reach, if candidates need no calibration."""
+        recipes = {} if self.plan is not None else self._recipes(model)
+        if recipes and not any(recipe.needs_calibration for recipe in recipes.values()):
             views = find_layers(model, self.modules_to_not_convert)
             self._check_bytes(model, views, planned(model, recipes, None, self.modules_to_not_convert))
 

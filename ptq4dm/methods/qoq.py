@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from ..options import number_or_word, option
 from ..quantization.recipe import register
-from .choices import ACTIVATIONS
+from .choices import ACTIVATIONS, GROUP_SIZES
 from .eight_bit import IntegerConfig
 
 VARIANTS = ("group", "channel")
@@ -54,6 +54,10 @@ class QoQConfig(IntegerConfig):
     weight_bits: int = option(4, fixed=True)
     average_bits: float | None = option(None, fixed=True)
     importance: str = option("integrated", fixed=True)
+    group_size: int | None = option(
+        None, "of 4-bit weights: 32, 64 or 128; without, 128, or by --variant one an output", parse=int,
+        choices=GROUP_SIZES,
+    )  # fmt: skip
     affine: bool = option(False, flag=False)
     weight_grid: str = option("progressive", flag=False)
     rotate_inputs: bool = option(False, flag=False)

@@ -150,6 +150,9 @@ class QuantConfig(QuantizationConfigMixin):
         """The method itself: layer name -> choices. `store` is a CalibrationStore or None."""
         raise NotImplementedError
 
+    def check_reach(self, model: nn.Module) -> None:
+        """Raises UserError where what is asked for is out of the model's reach, as far as no calibration tells it."""
+
     def learning(self) -> Learning | None:
         """How blocks are trained whose layers have "learned" rounding; None rounds each layer by itself."""
         return None
@@ -230,6 +233,6 @@ class QuantConfig(QuantizationConfigMixin):
         changed: dict[str, Any] = {"method": self.method}
         default = type(self)()
         for name in (item.name for item in fields(self) if item.name not in ("plan", "calibration")):
-            if getattr(self, name) not in (None, getattr(default, name)):
+            if getattr(self, name) != getattr(default, name):
                 changed[name] = getattr(self, name)
         return changed

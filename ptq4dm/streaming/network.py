@@ -74,6 +74,8 @@ def stream_network(
             model = cast(Any, kind).from_pretrained(
                 source, quantization_config=config, dtype=dtype, use_safetensors=True
             )
+    except UserError:
+        raise
     except (OSError, ValueError, LookupError) as error:  # of diffusers, on files that are not its own
         raise DamagedFile(f"{source} cannot be loaded: {reason(error)}.") from error
     start = time.perf_counter()

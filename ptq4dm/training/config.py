@@ -97,7 +97,7 @@ class ShiftQuantConfig:
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
         if self.graph and self.compile:
-            raise UserError("graph and compile do not go together; choose one of them.")
+            raise UserError("graph=True and compile=True do not go together; choose one of them.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"minutes must be positive; got {self.minutes:g}.")
         if not 0 <= self.ema_decay < 1:

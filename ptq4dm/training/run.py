@@ -62,7 +62,7 @@ class Run:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         if config.batch_size % self.accelerator.num_processes:
             count = self.accelerator.num_processes
-            raise UserError(f"batch_size {config.batch_size} does not divide into {count} equal parts.")
+            raise UserError(f"batch_size={config.batch_size} does not divide into {count} equal parts.")
         task = self.task
         if config.graph and (self.device.type != "cuda" or self.accelerator.num_processes > 1 or task.of_text):
             raise UserError("a step is one CUDA graph on one GPU alone, and not for models of text; leave graph out.")

@@ -125,7 +125,7 @@ class Run:
         device = self.accelerator.device
         self.num_parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         if config.batch_size % self.num_parts:
-            raise UserError(f"batch_size {config.batch_size} does not divide into {self.num_parts} equal parts.")
+            raise UserError(f"batch_size={config.batch_size} does not divide into {self.num_parts} equal parts.")
         ours = self.scheduler
         levels = (ours.alphas, ours.sigmas, ours.config.generator_timestep, ours.config.prediction_type)
         self.diffusion = Diffusion(*levels, device)

@@ -340,7 +340,7 @@ def test_folders_and_checkpoints_that_do_not_fit(untrained, tmp_path):
     config, folder = DisBackConfig(**SHORT), tmp_path / "run"
     with pytest.raises(UserError, match="no checkpoint at .* to resume"):
         distill(untrained, config, folder, resume=True)
-    with pytest.raises(UserError, match="batch_size 32 does not divide into 3 equal parts"):
+    with pytest.raises(UserError, match="batch_size=32 does not divide into 3 equal parts"):
         distill(untrained, DisBackConfig(**SHORT, gradient_accumulation_steps=3), folder)
     with pytest.raises(UserError, match="feature-FID is of 32x32 RGB images; this model makes 1x1 with 2 channels"):
         distill(untrained, DisBackConfig(**SHORT, num_fid=10), folder)

@@ -40,6 +40,7 @@ def test_a_plan_is_made_drawn_and_followed(desk, capsys):
     assert main(["allocate", "--model", "model", "--bytes", "0.42", "--plot", "front.png", *FAST]) == 0
     printed = capsys.readouterr().out
     assert "step in full precision" in printed and "chosen" in printed
+    assert "times of one round: uncertain" in printed and "`ptq4dm quantize --plan out/plan.json` follows it" in printed
     assert "8 bits are the fastest" in printed and (desk / "front.png").stat().st_size > 10_000
     plan = json.loads((desk / "out/plan.json").read_text())
     assert plan["method"] == "ohq" and {one["format"] for one in plan["layers"].values()} == {"int8", "int4"}
@@ -67,9 +68,22 @@ def test_facts_are_told_to_programs(capsys):
         (["--latency", "nan"], "latency must be"),
         (["--candidates", "rtnn"], "quantization method 'rtnn' is unknown"),
         (["--share", "1"], "share is a part of a layer's weights"),
+        (["--costs", "model/model_index.json"], "costs is a folder of measured times, and"),
     ],
 )
 def test_wrong_input_is_one_line(capsys, arguments, words, desk):
     assert main(["allocate", "--model", "model", *FAST, *arguments, "--output", "none/plan.json"]) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert words in told[-1] and not (desk / "none/plan.json").exists()
+
+
+def test_a_file_that_is_no_plan_stays(desk, capsys):
+    (desk / "notes.txt").write_text("mine")
+    assert main(["allocate", "--model", "model", *FAST, "--output", "notes.txt"]) == 2
+    assert "another kind of file" in capsys.readouterr().err and (desk / "notes.txt").read_text() == "mine"
+
+
+def test_bytes_out_of_reach_are_told_before_calibration(monkeypatch, capsys):
+    monkeypatch.setattr("ptq4dm.cli.quantize.collect", lambda *given, **more: pytest.fail("calibration"))
+    line = ["quantize", "--model", "model", "--method", "ohq", "--bytes", "0.05", *FAST]
+    assert main(line) == 2 and "the least is bytes" in capsys.readouterr().err

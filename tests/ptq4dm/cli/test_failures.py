@@ -34,10 +34,20 @@ FLAGS = {"bits": "--bits", "weight_bits": "--weight-bits", "images": "--num-imag
         ("images/bits=4 is not empty; see weight_bits.", "images/bits=4 is not empty; see weight_bits."),
         ("group_size must be 64; got 3.", "group_size must be 64; got 3."),  # no option of this command
         ("the images must be of one size.", "the images must be of one size."),
+        ("bits='all' and weight_bits='mixed-8' differ.", "--bits all and --weight-bits mixed-8 differ."),
+        ("leave weight_bits and served out, not bits.", "leave --weight-bits and --served out, not bits."),
+        ("leave 'bits' out of train.", "leave 'bits' out of train."),
+        ("give bits=4 and weight_bits=None with it.", "give --bits 4 and no --weight-bits with it."),
     ],
 )
 def test_options_are_told_as_flags(sentence, shown):
     assert in_flags(sentence, FLAGS) == shown
+
+
+def test_none_is_told_by_its_word():
+    assert (
+        in_flags("give group_size=None with it.", {"group_size": "--group-size"}) == "give --group-size row with it."
+    )
 
 
 TOLD = [

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 import ptq4dm
 from ptq4dm import RTNConfig, UserError
+from ptq4dm.budgets.candidates import recipe_of
 from ptq4dm.cli import flags
 from ptq4dm.cli.main import build_parser, main
 from ptq4dm.options import option
@@ -81,6 +82,24 @@ def test_options_reach_the_recipe(shifty):
         made("--method", "rtn", "--far-left", "3")
     with pytest.raises(UserError, match="far_left must be one of 3, 5; got 4."):
         made("--method", "shifty", "--far-left", "4")
+
+
+@pytest.mark.parametrize("method", ["rtn", "lutgemm"])
+def test_one_scale_an_output_has_a_word(method, capsys):
+    from ptq4dm.cli.quantize import recipes_of
+
+    def group_size(*words, of=method):
+        return recipes_of(build_parser(["quantize"]).parse_args(["quantize", "--method", of, *words]))[""].group_size
+
+    bits = ["--weight-bits", "4"] if method == "rtn" else []
+    assert [group_size(*bits, "--group-size", word) for word in ("row", "32")] == [None, 32]
+    assert "row: one an output" in quantize_help(capsys)
+    assert recipe_of(f"{method} group_size=row").group_size is None
+    for other in ("qoq", "mixllm", "mixpe", "svdquant"):  # whose None is another, or that have none
+        with pytest.raises(UserError, match="^--group-size must be one of .*; got 'row'"):
+            group_size("--group-size", "row", of=other)
+    with pytest.raises(UserError, match="group_size must be a whole number"):
+        recipe_of("qoq group_size=row")
 
 
 def test_wrong_values_are_told_by_the_parser(shifty, capsys):

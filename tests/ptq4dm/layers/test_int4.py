@@ -170,7 +170,7 @@ def test_small_scales_keep_their_precision():
 @pytest.mark.parametrize(
     "options, word",
     [
-        ({"weight_bits": 4, "group_size": 48}, "group_size must be one of 32, 64, 128; got 48"),
+        ({"weight_bits": 4, "group_size": 48}, "group_size must be one of 32, 64, 128 or None; got 48"),
         ({"group_size": 64}, "weight_bits=4"),
         ({"affine": True}, "weight_bits=4"),
         ({"weight_bits": 4, "rounding": "down"}, "rounding 'down' is unknown"),

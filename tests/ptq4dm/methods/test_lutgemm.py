@@ -124,7 +124,7 @@ def test_tuples_are_those_of_the_recipe_that_wants_more():
     "options, text",
     [
         ({"bits": 5}, "bits"),
-        ({"group_size": 100}, "group_size must be None, 32, 64 or 128; got 100"),
+        ({"group_size": 100}, "group_size must be one of 32, 64, 128 or None; got 100"),
         ({"planes": "none"}, "planes must be one of fitted, uniform"),
         ({"planes": "uniform", "rounds": 3}, "change nothing of a uniform grid"),
         ({"planes": "uniform", "emphasis": 0.0}, "change nothing of a uniform grid"),

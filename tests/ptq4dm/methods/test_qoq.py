@@ -140,7 +140,7 @@ def test_what_is_left_out_is_what_can_be():
         ({"rotate_inputs": True, "rotation": "none"}, "follows from rotation"),
         ({"smoothing": "search"}, "smoothing must be none or a number"),
         ({"smoothing": 1.5}, "smoothing must be none or a number"),
-        ({"group_size": 48}, "group_size must be one of 32, 64, 128; got 48"),
+        ({"group_size": 48}, "group_size must be one of 32, 64, 128 or None; got 48"),
         ({"weight_bits": 8}, "weight_bits is no choice of QoQConfig, which has 4"),
         ({"format": "fp8"}, "format is no choice of QoQConfig, which has 'int8'"),
         ({"transforms": ("smooth:alpha=2",)}, "alpha of 'smooth' is a share from 0 to 1"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ptq4dm import Plan, PTQ4DMConfig, QuantConfig, RTNConfig, UserError
+from ptq4dm import LUTGEMMConfig, Plan, PTQ4DMConfig, QuantConfig, RTNConfig, UserError
 from ptq4dm.errors import DamagedFile
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.quantization.components import load_plans
@@ -97,6 +97,7 @@ def test_summary_names_what_was_changed():
     assert RTNConfig().summary() == {"method": "rtn"}
     config = PTQ4DMConfig(weight_bits=6, plan=some_plan(), calibration="somewhere")
     assert config.summary() == {"method": "ptq4dm", "weight_bits": 6}
+    assert LUTGEMMConfig(group_size=None).summary() == {"method": "lutgemm", "group_size": None}
 
 
 def test_needs_calibration():

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,8 @@ def test_what_it_cannot_do_is_not_streamed(tmp_path):
     assert not streams(tmp_path / "float", SVDQuantConfig())
     assert not streams(tmp_path / "float", SVDQuantConfig(evidence="none", transforms=("rotate",)))
     assert not streams(tmp_path, ALONE)
+    with pytest.raises(UserError, match=r"transformer: 'nope' in modules_to_not_convert names no layer"):
+        stream_folder(tmp_path / "float", replace(ALONE, modules_to_not_convert=("nope",)), tmp_path / "out")
     stream_folder(tmp_path / "float", ALONE, tmp_path / "out")
     with pytest.raises(UserError, match="quantized already"):
         stream_folder(tmp_path / "out", ALONE, tmp_path / "again")

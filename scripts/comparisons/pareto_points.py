@@ -8,6 +8,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LEFT_OUT = ("methods-fid-", "methods-times-")  # older rows with feature-FID; rows whose times alone count
+FIRST = "methods-one-run-"  # whose rows stand where other runs have them, too
 ENDS = {"W8A8 dynamic", "W8A8 static"}  # of the first and the last layer beside another format
 UNIFORM = {
     "rtn activations=dynamic": "W8A8 dynamic",
@@ -37,8 +38,12 @@ class Point:
 
 
 def files_of(model: str, folder: Path = RESULTS) -> dict[str, list[Path]]:
-    """ "rows", "times" and "ohq": the files that a model's points are read from; one of rows may hold two models."""
+    """ "rows", "times" and "ohq": the files that a model's points are read from; one of rows may hold two models.
+
+    Of rows with one name the first file's counts: the one run's, then by the names of files.
+    """
     tables = [path for path in sorted(folder.glob("methods-*.json")) if not path.name.startswith(LEFT_OUT)]
+    tables.sort(key=lambda path: not path.name.startswith(FIRST))
     short = model.partition("-")[0]
     return {
         "rows": [path for path in tables if any(row["model"] == model for row in _read(path)["rows"])],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels.runtime.capture import captured
 from .networks import Networks
 from .task import Batch
 
@@ -38,9 +39,8 @@ class GraphedStep:
             for _ in range(WARM):
                 self._once()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
         try:
-            with warnings.catch_warnings(), torch.cuda.graph(self.graph):
+            with warnings.catch_warnings(), captured(device=device) as self.graph:
                 warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # nothing waits in a replay
                 self.loss = self._once()
         except RuntimeError as error:

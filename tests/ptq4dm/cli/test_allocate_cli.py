@@ -40,7 +40,9 @@ def test_a_plan_is_made_drawn_and_followed(desk, capsys):
     assert main(["allocate", "--model", "model", "--bytes", "0.42", "--plot", "front.png", *FAST]) == 0
     printed = capsys.readouterr().out
     assert "step in full precision" in printed and "chosen" in printed
-    assert "times of one round: uncertain" in printed and "`ptq4dm quantize --plan out/plan.json` follows it" in printed
+    assert (
+        "times of one round: uncertain" in printed and "`ptq4dm quantize --plan out/plan.json` follows it" in printed
+    )
     assert "8 bits are the fastest" in printed and (desk / "front.png").stat().st_size > 10_000
     plan = json.loads((desk / "out/plan.json").read_text())
     assert plan["method"] == "ohq" and {one["format"] for one in plan["layers"].values()} == {"int8", "int4"}

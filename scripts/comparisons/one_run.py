@@ -105,7 +105,7 @@ CONTROLS = (
     ("MixPE W4A8 g128, zero points shuffled", "MixPE W4A8 g128", "RTN W4A8 g128, dynamic"),
     *(
         (f"{SHARES}, {one}, permuted in each layer", f"{SHARES}, {one}", f"{SHARES}, {one}, {none}")
-        for one, none in (("nearest", "rows=0, g64"), ("gptq", "rows=0"))
+        for one, none in (("nearest", "rows=0"), ("nearest", "rows=0, g64"), ("gptq", "rows=0"))
     ),
     *(
         (f"{name}, sensitivities permuted", name, f"{name}, formats at random")
@@ -116,7 +116,7 @@ CONTROLS = (
         for how in ("Hessian shuffled", "flips at random")
     ),
 )  # fmt: skip
-"""Controls: (dealt out at random, as the method decides, without what is decided); MixLLM's rows=0 to nearest was not
+"""Controls: (dealt out at random, as the method decides, without what is decided). MixLLM's rows=0 to nearest was not
 reached on the UNet, so groups of 64 stand there."""
 
 

@@ -57,16 +57,33 @@ def points_of(model: str, folder: Path = RESULTS) -> list[Point]:
     files = files_of(model, folder)
     comparisons = {path: _read(path) for path in files["ohq"]}
     times = Times([_read(path)["rows"] for path in files["times"]], list(comparisons.values()))
+    tables = [[row for row in _read(path)["rows"] if row["model"] == model] for path in files["rows"]]
+    rows = [row for table in tables for row in table if row.get("eps_error")]
     found: dict[str, Point] = {}
-    for path in files["rows"]:
-        for row in _read(path)["rows"]:
-            if row["model"] == model and row.get("eps_error") and row["row"] not in found:
-                time, device = times.of(row)
-                found[row["row"]] = Point(
-                    row["row"], row["recipe"]["method"], row["kind"], row["eps_error"], row["bytes_share"], time,
-                    row["simulated"], device,
-                )  # fmt: skip
+    for row, share in zip(rows, shares(rows), strict=True):
+        if row["row"] not in found:
+            time, device = times.of(row)
+            found[row["row"]] = Point(
+                row["row"],
+                row["recipe"]["method"],
+                row["kind"],
+                row["eps_error"],
+                share,
+                time,
+                row["simulated"],
+                device,
+            )
     return [*found.values(), *(point for facts in comparisons.values() for point in of_ohq(facts))]
+
+
+def shares(rows: list[dict]) -> list[float]:
+    """Bytes over those of float16, without what older rows of the same model count beyond: tables in no file."""
+    whole = [row["bytes"] / row["bytes_share"] for row in rows]
+    least = min(whole, default=0.0)
+    return [
+        (row["bytes"] - (own - least)) / least if own - least > 1 else row["bytes_share"]
+        for row, own in zip(rows, whole, strict=True)
+    ]
 
 
 class Times:

@@ -1,15 +1,19 @@
 """New processes of Python that need not import the libraries: one does, for each worker of pytest, and parts.
 
 They have imported nothing of ptq4dm. What depends on who imports diffusers or PyTorch first needs its own process.
+A program that ends well, or by SystemExit, ends there, once its threads have: to free all modules takes seconds.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ import ptq4dm
 ROOT = str(Path(ptq4dm.__file__).parents[1])
 HERE = str(Path(__file__).parent)
 SERVER = """
-import json, os, sys
+import atexit, gc, json, os, sys, threading
 import accelerate, torch._dynamo, torchmetrics, diffusers.quantizers, diffusers.models.unets
 import diffusers.models.transformers, diffusers.models.autoencoders, diffusers.pipelines.pipeline_utils
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
@@ -28,7 +32,9 @@ try:
 except ModuleNotFoundError:
     pass
 assert not [name for name in sys.modules if name.partition(".")[0] == "ptq4dm"]
-paths = sys.path[1:]
+paths, cache = sys.path[1:], sys.argv[1]
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     asked = json.loads(line)
     if "pid" in asked:
@@ -50,7 +56,21 @@ for number, place in enumerate((os.open(os.devnull, os.O_RDONLY), said, said)):
     os.dup2(place, number)
 sys.path[:] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *paths]
 sys.argv = ["-c", *asked["words"]]
-exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode, sys.pycache_prefix = False, cache
+status = 0
+try:
+    exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+except BaseException as end:
+    status = (end.code or 0) if isinstance(end, SystemExit) else None
+    if not isinstance(status, int):
+        gc.unfreeze()
+        raise
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
 """
 COMMAND = "import runpy, sys; runpy.run_module('ptq4dm', run_name='__main__', alter_sys=True)"
 
@@ -118,7 +138,9 @@ def _ask(**asked: object) -> object:
 def _server() -> subprocess.Popen:
     """Ends with pytest's process, which holds its input."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    compiled = tempfile.mkdtemp()  # what Python compiles, where it may not write it beside the code
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     return subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=environment | {"OMP_NUM_THREADS": "1"}, cwd="/", text=True,
+        [sys.executable, "-c", SERVER, compiled], env=environment | {"OMP_NUM_THREADS": "1"}, cwd="/", text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..runtime.capture import captured
+
 CALLS = 12  # that a graph holds at least: a short launch is lost in what a replay costs
 WARM_UP = 2
 COLD = 160e6  # bytes that the calls of a candidate go through: more than twice the L2 of any GPU there is
@@ -30,8 +32,8 @@ def graph_of(calls: list[Callable], pool: object = None) -> tuple[torch.cuda.CUD
         for call in [*dict.fromkeys(calls)] * WARM_UP:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph, result = torch.cuda.CUDAGraph(), None
-    with torch.cuda.graph(graph, pool=pool):
+    result = None
+    with captured(pool) as graph:
         for call in calls:
             result = call()
     return graph, result

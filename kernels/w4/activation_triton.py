@@ -109,6 +109,7 @@ def _quantized_rows(
     block, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
     GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr, turn,
+    ONE: tl.constexpr, CENTRED: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """codes and scales of a block of ROWS rows; STEPS * STEP columns hold K."""
     m, there, sample = rows_of(block, M, norm, ROWS)
@@ -123,13 +124,13 @@ def _quantized_rows(
         rows = rows + (values_of(x_rows, more_rows, more, k, inside & (k < K)[None, :], GATE),)
     if norm is not None:
         LATER: tl.constexpr = turn is not None
-        mean, rstd = row_statistics(rows, columns, K, norm[5], norm[7])
+        mean, rstd = row_statistics(rows, columns, K, norm[5], CENTRED)
         values = ()
         for i in tl.static_range(STEPS):
             k = i * STEP + columns
             v = normed(
                 rows[i], mean, rstd, inverse_ptr, shift, norm, sample, k, K, SHIFTED and not LATER,
-                SMOOTHED and not LATER,
+                SMOOTHED and not LATER, ONE, OFFSET,
             )  # fmt: skip
             values = values + (v,)
         rows = values
@@ -178,12 +179,13 @@ def activation_program(
     program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m, more, norm,
     RANK: tl.constexpr, R: tl.constexpr, GROUPED: tl.constexpr, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr = "", turn=None,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, GATE: tl.constexpr, turn,
+    ONE: tl.constexpr, CENTRED: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """First the programs of the branch, of BM rows each, if R > 0 (the rank, padded); then those that quantize.
 
     more: (pointer, columns of x, stride of rows) or None; with a GATE what x is multiplied by, after that function.
-    norm: as in norm.py, or None. turn: the matrices of a rotation, or None.
+    norm: as in norm.py, or None, with ONE, CENTRED and OFFSET. turn: the matrices of a rotation, or None.
     """
     branches = blocks_of(M, norm, BM) if R > 0 else 0
     if program < branches:
@@ -191,14 +193,17 @@ def activation_program(
             if norm is None:
                 branch = _plain_branch(program, x_ptr, down_ptr, M, K, stride_m, more, RANK, R, BM, BK, STAGES, GATE)
             else:
-                branch = normed_branch(program, x_ptr, down_ptr, M, K, stride_m, more, norm, RANK, R, BM, BK, STAGES)
+                branch = normed_branch(
+                    program, x_ptr, down_ptr, M, K, stride_m, more, norm, RANK, R, BM, BK, STAGES, ONE, CENTRED,
+                    OFFSET,
+                )  # fmt: skip
             m, inside, _ = rows_of(program, M, norm, BM)
             where = branch_ptr + m[:, None] * R + tl.arange(0, R)[None, :]
             tl.store(where, branch.to(branch_ptr.dtype.element_ty), mask=inside[:, None])
     else:
         _quantized_rows(
             program - branches, x_ptr, inverse_ptr, codes_ptr, scales_ptr, shift, M, K, stride_m, more, norm,
-            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS, GATE, turn,
+            GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, ROWS, STEP, STEPS, GATE, turn, ONE, CENTRED, OFFSET,
         )  # fmt: skip
 
 
@@ -215,9 +220,12 @@ def activation_kernel(
     norm = (
         None
         if gain_ptr is None
-        else (gain_ptr, offset_ptr, stride_gain, stride_offset, sample_rows, eps, ONE, CENTRED)
-    )
+        else (
+            gain_ptr, gain_ptr if offset_ptr is None else offset_ptr, stride_gain, stride_offset, sample_rows, eps,
+        )
+    )  # fmt: skip
     activation_program(
         tl.program_id(0), x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
         more, norm, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS, GATE, turn_ptr,
+        ONE, CENTRED, offset_ptr is not None,
     )  # fmt: skip

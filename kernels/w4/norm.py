@@ -14,8 +14,9 @@ end to end: neither the norm's output nor v is rounded, as kernels of their own 
 take 16 bits, x as it is and D' rounded to them; the sum over D' is of what they took, so that a mean far from zero
 cancels. Thus x streams through once, for the statistics too. A block of rows belongs to one sample.
 
-`norm` is (scale, shift, strides of their samples, rows of a sample, eps, 1 to add to scale or 0, whether a mean is
-taken off); shift may be None.
+`norm` is (scale, shift, strides of their samples, rows of a sample, eps); without a shift any pointer stands in its
+place. What the code depends on goes beside it: Triton 3.6 takes constants and None of a tuple for values of the run.
+ONE: 1 is added to scale; CENTRED: a mean is taken off; OFFSET: there is a shift.
 """
 
 from __future__ import annotations
@@ -78,26 +79,29 @@ def values_of(x_rows, more_rows, more, k, mask, GATE: tl.constexpr):
 
 
 @triton.jit
-def modulation(norm, sample, k, K, like):
+def modulation(norm, sample, k, K, like, OFFSET: tl.constexpr):
     """(scale, shift) of columns k in the shape of `like`; 0 beyond K."""
     mask = (k < K)[None, :]
     scale = tl.load(tl.broadcast_to(norm[0] + sample * norm[2] + k[None, :], like.shape), mask=mask, other=0.0)
-    if norm[1] is None:
-        return scale, scale
-    else:
+    if OFFSET:
         where = tl.broadcast_to(norm[1] + sample * norm[3] + k[None, :], like.shape)
         return scale, tl.load(where, mask=mask, other=0.0)
+    else:
+        return scale, scale
 
 
 @triton.jit
-def normed(x, mean, rstd, inverse_ptr, c, norm, sample, k, K, SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr):
+def normed(
+    x, mean, rstd, inverse_ptr, c, norm, sample, k, K,
+    SHIFTED: tl.constexpr, SMOOTHED: tl.constexpr, ONE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
     """(v + c) / s; without a c, 0 beyond K. What belongs to columns is made once for all rows."""
     mask = (k < K)[None, :]
     gain = tl.load(norm[0] + sample * norm[2] + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    if norm[6]:
+    if ONE:
         gain = tl.where(mask, 1.0 + gain, 0.0)
     offset = tl.zeros(gain.shape, tl.float32)
-    if norm[1] is not None:
+    if OFFSET:
         offset = tl.load(norm[1] + sample * norm[3] + k[None, :], mask=mask, other=0.0).to(tl.float32)
     if SHIFTED:
         offset += c
@@ -138,6 +142,7 @@ def row_statistics(rows, columns, K, eps, CENTRED: tl.constexpr):
 def normed_branch(
     block, x_ptr, down_ptr, M, K, stride_m, more, norm,
     RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    ONE: tl.constexpr, CENTRED: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """v D^T of a block of rows, float32 [BM, R].
 
@@ -149,28 +154,29 @@ def normed_branch(
     x_rows, more_rows = starts_of(x_ptr, stride_m, more, m)
     down_rows = down_ptr + ranks[:, None] * K
     first = tl.zeros((BM, 1), tl.float32)
-    if norm[7]:
+    if CENTRED:
         first = tl.load(x_rows, mask=inside[:, None], other=0.0).to(tl.float32)
     sums, squares = tl.zeros((BM, BK // 8), tl.float32), tl.zeros((BM, BK // 8), tl.float32)
     down_sums, offsets = tl.zeros((R, BK // 8), tl.float32), tl.zeros((R, BK // 8), tl.float32)
     product = tl.zeros((BM, R), tl.float32)
-    gain, offset = modulation(norm, sample, columns, K, tl.broadcast_to(down_rows, (R, BK)))
+    like = tl.broadcast_to(down_rows, (R, BK))
+    gain, offset = modulation(norm, sample, columns, K, like, OFFSET)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         k = start + columns
         # a step ahead, in registers: the pipeline's shared memory would cost the programs that quantize theirs
-        next_gain, next_offset = modulation(norm, sample, k + BK, K, tl.broadcast_to(down_rows, (R, BK)))
+        next_gain, next_offset = modulation(norm, sample, k + BK, K, like, OFFSET)
         x = tl.load(columns_of(x_rows, more_rows, more, k), mask=inside[:, None] & (k < K)[None, :], other=0.0)
         down = tl.load(down_rows + k[None, :], mask=(ranks < RANK)[:, None] & (k < K)[None, :], other=0.0)
         down = down.to(tl.float32)
         scaled = down * gain.to(tl.float32)
-        if norm[6]:
+        if ONE:
             scaled += down
         scaled = scaled.to(x.dtype)
         product = tl.dot(x, scaled.T, product)
-        if norm[1] is not None:
+        if OFFSET:
             offsets += by_eight(down * offset.to(tl.float32), start, K)
         d = x.to(tl.float32) - first
-        if norm[7]:
+        if CENTRED:
             down_sums += by_eight(scaled.to(tl.float32), start, K)
             sums += by_eight(d, start, K)
         squares += by_eight(d * d, start, K)

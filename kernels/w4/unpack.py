@@ -109,7 +109,8 @@ def _prepare_kernel(
     if program < row_programs:
         activation_program(
             program, x_ptr, inverse_ptr, down_ptr, codes_ptr, scales_ptr, branch_ptr, shift, M, K, stride_m,
-            None, None, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS,
+            None, None, RANK, R, GROUPED, SHIFTED, SMOOTHED, LOW, HIGH, BM, BK, STAGES, ROWS, STEP, STEPS, "",
+            None, False, False, False,
         )  # fmt: skip
     else:
         unpack_rows(

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..kernels.runtime.capture import captured
+
 REPEATS = 8  # replays of a graph that pay for its capture
 logger = logging.getLogger(__name__)
 
@@ -53,9 +55,6 @@ class Replay:
         return result
 
     def _captured(self, thing: Any) -> tuple[Any, Any]:
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self.pool):
+        with captured(self.pool, self.generators) as graph:
             result = self.function(thing)
         return graph, result

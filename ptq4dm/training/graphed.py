@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels.runtime.capture import captured
 from .networks import Networks
 from .task import Batch
 
@@ -38,10 +38,8 @@ class GraphedStep:
             for _ in range(WARM):
                 self._once()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
         try:
-            with warnings.catch_warnings(), torch.cuda.graph(self.graph):
-                warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # nothing waits in a replay
+            with captured(device=device) as self.graph:
                 self.loss = self._once()
         except RuntimeError as error:
             raise UserError(
@@ -68,7 +66,8 @@ class GraphedStep:
         self.networks.optimizer.step()
         self.networks.optimizer.zero_grad(set_to_none=True)
         mine, other = (list(net.parameters()) for net in (self.networks.average, self.networks.net))
-        change = torch._foreach_sub(other, mine)
-        torch._foreach_mul_(change, 1 - self.keep)
-        torch._foreach_add_(mine, change)
+        with torch.no_grad():
+            change = torch._foreach_sub(other, mine)
+            torch._foreach_mul_(change, 1 - self.keep)
+            torch._foreach_add_(mine, change)
         return loss.detach()

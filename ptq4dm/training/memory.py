@@ -17,7 +17,7 @@ def kept_bytes(call: Callable[[], Tensor], but: set[int] = frozenset()) -> int: 
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in but:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself, an output would hold the graph that holds it, for good
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = call()  # kept until all is counted: freed memory would be counted as one with what comes after

@@ -1,6 +1,7 @@
 """What it costs to split inputs at seams: one forward of the UNet with and without, float32 beside, and each layer.
 
     python scripts/benchmarks/bench_split.py [--model unet-cifar10] [--batch-size 1 16] [--threads 1] [--device cpu]
+        [--json out/split.jsonl]
 
 The three models take turns in one run, so that whatever else the machine does falls on all; figures are ratios of
 medians. Then each split layer by itself, on inputs of the shape that the model feeds it, beside the whole layer.
@@ -15,10 +16,13 @@ import statistics
 from pathlib import Path
 
 import torch
+from bench_common import commit
+from bench_cpu_w4 import machine
 from bench_int8 import timed
 
 import ptq4dm
 from ptq4dm.errors import run
+from ptq4dm.files.atomic import replacing
 from ptq4dm.hooks import hooked, input_of
 from ptq4dm.layers.split.choices import SplitChoices
 from ptq4dm.pipelines.denoiser import denoiser
@@ -65,7 +69,7 @@ def main():
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="a file for the lines, one a batch size")
     args = parser.parse_args()
     device = check_device(args.device)
     torch.set_num_threads(args.threads)
@@ -78,25 +82,27 @@ def main():
     ptq4dm.quantize(split, ptq4dm.RTNConfig(split_inputs=True), store)
     models = {"exact": exact, "whole": whole, "split": split}
     exact.to(memory_format=torch.channels_last)
-    results = []
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
+    lines = []
     for batch in args.batch_size:
         x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
         inputs = {"sample": x, "timestep": torch.full((batch,), 500, device=device), "return_dict": False}
         times = medians(models, inputs, device, args.rounds)
-        results.append(
-            {
-                "model": args.model, "device": device.type, "threads": args.threads, "batch_size": batch,
-                "split_over_whole": times["split"] / times["whole"],
-                "speedup_whole": times["exact"] / times["whole"],
-                "speedup_split": times["exact"] / times["split"],
-                "layers": layers(whole, split, inputs, device, args.rounds),
-            }
-        )  # fmt: skip
-        print(json.dumps(results[-1], indent=1), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1))
+        row = {
+            "model": args.model, "card": card, "commit": commit(), "dtype": str(dtype).removeprefix("torch."),
+            "threads": args.threads, "batch_size": batch, "milliseconds": times,
+            "split_over_whole": times["split"] / times["whole"],
+            "speedup_whole": times["exact"] / times["whole"],
+            "speedup_split": times["exact"] / times["split"],
+            "layers": layers(whole, split, inputs, device, args.rounds),
+        }  # fmt: skip
+        lines.append(json.dumps(row))
+        print(lines[-1], flush=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(args.json) as path:
+                path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

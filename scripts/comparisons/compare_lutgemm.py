@@ -1,7 +1,7 @@
 """LUT-GEMM's rows where calibration has all that its layers are ever fed: each time of a schedule with each class.
 
     python scripts/comparisons/compare_lutgemm.py [--model dit-cifar10] [--rows "LUT-GEMM q2 g128" ...]
-        [--steps 20] [--num-paired 32] [--output out/lutgemm.json]
+        [--steps 20] [--num-paired 32] [--output out/lutgemm.json] [--device cuda] [--workers 8]
 
 Layers of time and class embeddings look at no picture: on one schedule they are fed as many rows as there are
 pairs of a time and a class, 200 for 20 steps of a model of ten classes. In compare_methods.py calibration draws pairs
@@ -27,12 +27,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from conditions import bytes_of_float16, made_on
-from long_runs import named
-from paired import Paired, held_out
+from conditions import bytes_of_float16, free_memory, made_on
+from long_runs import add_options, named, shard_of
+from paired import held_out
 from rows.row import Row
 from rows.sign_planes import sign_planes
 from torch import nn
+from workers import Task, check_workers, join_shards, measure_rows
 
 import ptq4dm
 from ptq4dm.calibration.calls import Calls
@@ -41,6 +42,7 @@ from ptq4dm.files.rows import Rows
 from ptq4dm.layers.binary.bcq import BCQLinear
 from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.denoiser import denoiser
+from ptq4dm.pipelines.devices import check_device
 
 SETTINGS = ("steps", "num_paired")
 USUAL = ("LUT-GEMM q2 g128", "LUT-GEMM q2 g128, uniform g128", "LUT-GEMM q2 g128, uniform g32")
@@ -51,11 +53,13 @@ def pairs(pipe, steps: int) -> Iterator[dict]:
     model, generator = denoiser(pipe), torch.Generator().manual_seed(0)
     pipe.scheduler.set_timesteps(steps)
     classes, size = getattr(model.config, "num_embeds_ada_norm", None), model.config.sample_size // 4
-    for step in pipe.scheduler.timesteps:
-        noise = torch.randn(classes or 1, model.config.in_channels, size, size, generator=generator)
+    for step in pipe.scheduler.timesteps.to(model.device):
+        noise = torch.randn(classes or 1, model.config.in_channels, size, size, generator=generator).to(model.device)
         call = {"timestep": step.expand(len(noise)), "return_dict": False}
-        yield call | ({"sample": noise} if classes is None else
-                      {"hidden_states": noise, "class_labels": torch.arange(classes)})  # fmt: skip
+        if classes is None:
+            yield call | {"sample": noise}
+        else:
+            yield call | {"hidden_states": noise, "class_labels": torch.arange(classes, device=model.device)}
 
 
 @torch.no_grad()
@@ -76,41 +80,67 @@ def in_planes(model: nn.Module) -> tuple[int, int]:
     return own, sum(2 * math.prod(layer.weight_shape) for layer in layers)
 
 
-def measured(row: Row, truth: Paired, calls: Calls, rows: int) -> dict:
+class Bench:
+    """One model, the calls that it is calibrated on and its truth, each made once."""
+
+    def __init__(self, model: str, args) -> None:
+        self.model, self.device = model, args.device
+        pipe = ptq4dm.load_reference(model, device=args.device)
+        self.calls, self.tuples = recorded(pipe, args.steps)
+        self.truth = held_out(pipe, args.num_paired, args.steps, 16)
+
+
+def measure(bench: Bench, name: str, known) -> dict:
+    """The row of a task; known: all rows that are there."""
+    free_memory(bench.device)
+    recipe, truth = next(row for row in planes() if row.name == name).recipe(), bench.truth
     start, model = time.perf_counter(), copy.deepcopy(truth.exact)
-    ptq4dm.quantize(model, row.recipe(), calls)
+    ptq4dm.quantize(model, recipe, bench.calls)
     seconds = time.perf_counter() - start
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of convolutions, more than these errors
+        predicted = truth.predicted(model)
     size, whole = bytes_of_float16(model), bytes_of_float16(truth.exact)
-    planes, weights = in_planes(model)
-    return truth.predicted(model) | {
-        "recipe": row.recipe().summary(), "tuples": rows, "bytes": size, "bytes_share": size / whole,
-        "plane_bytes": planes, "plane_share": planes / weights,
+    own, weights = in_planes(model)
+    return {"model": bench.model, "row": name} | predicted | {
+        "recipe": recipe.summary(), "tuples": bench.tuples, "bytes": size, "bytes_share": size / whole,
+        "plane_bytes": own, "plane_share": own / weights,
         "seconds_to_quantize": round(seconds, 1), "seconds": round(time.perf_counter() - start, 1),
-    }  # fmt: skip
+    } | made_on(bench.device)  # fmt: skip
+
+
+def planes() -> list[Row]:
+    """The rows that one recipe makes, nothing shuffled after it."""
+    return [row for row in sign_planes() if row.packed is None]
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="dit-cifar10", help="an embedded model")
     parser.add_argument("--rows", nargs="+", default=list(USUAL), metavar="NAME", help="names or patterns of rows")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--num-paired", type=int, default=32, help="held-out tuples")
+    add_options(parser, stores=False)
     parser.add_argument("--output", type=Path, default=Path("out/lutgemm.json"))
     args = parser.parse_args(words)
     if args.steps < 1 or args.num_paired < 1:
         raise UserError("--steps and --num-paired are 1 or more.")
-    rows = named([row for row in sign_planes() if row.packed is None], args.rows)
+    check_device(args.device)
+    check_workers(args)
+    index, count = shard_of(args.shard)
+    rows = named(planes(), args.rows)[index::count]
     results = Rows(args.output, {name: getattr(args, name) for name in SETTINGS})
+    join_shards(results)
     done = {(row["model"], row["row"]) for row in results}
-    rows = [row for row in rows if (args.model, row.name) not in done]
-    if rows:
-        pipe = ptq4dm.load_reference(args.model)
-        (calls, tuples), truth = recorded(pipe, args.steps), held_out(pipe, args.num_paired, args.steps, 16)
-    for row in rows:
-        found = {"model": args.model, "row": row.name, **measured(row, truth, calls, tuples), **made_on("cpu")}
-        results.add(found)
-        shares = f"{found['bytes']:,} bytes, planes {found['plane_share']:.3f} of float16"
-        print(f"{row.name}: {found['eps_error']:.3e}, {shares}, {found['seconds']} s", flush=True)
+    tasks = [Task(args.model, row.name, row.name) for row in rows if (args.model, row.name) not in done]
+    remaining, failed = measure_rows(tasks, results, measure, args, Bench)
+    for row in results:
+        shares = f"{row['bytes']:,} bytes, planes {row['plane_share']:.3f} of float16"
+        print(f"{row['model']}: {row['row']}: {row['eps_error']:.3e}, {shares}, {row['seconds']} s")
+    for name, why in failed.items():
+        print(f"left out: {name}: {why}")
+    if remaining:
+        print(f"{remaining} rows are still to do; the same command goes on with them.")
 
 
 if __name__ == "__main__":

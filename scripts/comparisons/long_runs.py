@@ -28,14 +28,17 @@ def named(rows: Sequence[Any], patterns: Sequence[str]) -> list[Any]:
     return [row for row in rows if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)]
 
 
-def add_options(parser) -> None:
-    """The options of a table that takes long: --minutes, --workers, --shard, --stores."""
+def add_options(parser, stores: bool = True) -> None:
+    """The options of a table that takes long: --minutes, --workers, --shard; --stores if calibrations are kept."""
     parser.add_argument("--minutes", type=float, help="begin no row that would end after so many")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the rows, on GPUs in turn")
     parser.add_argument(
         "--shard", default="0/1", help="i/n: every n-th row from the i-th, with an --output of its own"
     )
-    parser.add_argument("--stores", type=Path, help="folder of calibration stores; left out, one beside the output")
+    if stores:
+        parser.add_argument(
+            "--stores", type=Path, help="folder of calibration stores; left out, one beside the output"
+        )
 
 
 class Deadline:

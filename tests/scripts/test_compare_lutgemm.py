@@ -70,8 +70,10 @@ def test_bytes_in_planes_leave_biases_and_other_layers_out(script):
 
 
 def test_wrong_numbers_are_refused_before_any_work(script, tmp_path):
-    for words in (["--steps", "0"], ["--num-paired", "0"]):
+    for words in (["--steps", "0"], ["--num-paired", "0"], ["--workers", "0"]):
         with pytest.raises(UserError, match="1 or more"):
             script.main([*words, "--output", str(tmp_path / "rows.json")])
+    with pytest.raises(UserError, match="'tpu'"):
+        script.main(["--device", "tpu", "--output", str(tmp_path / "rows.json")])
     with pytest.raises(UserError, match="no row is called"):
         script.main(["--rows", "nothing", "--output", str(tmp_path / "rows.json")])

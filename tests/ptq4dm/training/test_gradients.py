@@ -39,3 +39,16 @@ def test_bytes_are_counted_once_and_parameters_not_at_all():
     assert kept_bytes(lambda: layer(x), own) == x.numel() * 4
     assert kept_bytes(lambda: layer(x) + layer(x), own) == x.numel() * 4
     assert kept_bytes(lambda: layer(x)) == (x.numel() + layer.weight.numel()) * 4
+
+
+def test_nothing_of_a_call_stays_once_its_bytes_are_counted():
+    x = torch.randn(4, 8, requires_grad=True)
+    end = torch.autograd.graph.get_gradient_edge  # of x: made anew where no graph has one
+
+    def call():
+        y = x.exp()  # its graph keeps its own output
+        end(x).node.metadata["of this call"] = True
+        return y
+
+    assert kept_bytes(call) == x.numel() * 4
+    assert "of this call" not in end(x).node.metadata

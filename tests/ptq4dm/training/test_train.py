@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
@@ -94,6 +95,13 @@ def test_a_run_and_what_it_leaves(tmp_path, pictures, monkeypatch):
     assert all(0 < line["loss"] < 3 for line in lines if line["stage"] == "training")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert names == ["checkpoint.safetensors", "log.jsonl", "samples/000000012.png", "samples/000000024.png"]
+
+
+def test_the_average_is_part_of_no_graph():
+    networks = Networks(nn.Linear(2, 2), ShiftQuantConfig(bits=16), Accelerator(cpu=True))
+    for step in range(2):
+        networks.descend(step, networks.call(torch.ones(1, 2)).sum())
+    assert all(parameter.grad_fn is None for parameter in networks.average.parameters())
 
 
 @pytest.mark.parametrize("config", [{}, {"bits": 4, "served": True}, {"bits": 16}])

@@ -1,4 +1,4 @@
-"""compute-sanitizer over the kernels' tests, by a stand-in for it: what runs under it, and what counts as an answer."""
+"""compute-sanitizer over the kernels' tests, by a stand-in: what runs under it, and what counts as an answer."""
 
 import importlib
 import json

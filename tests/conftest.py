@@ -46,6 +46,12 @@ def one_thread():
 
 
 @pytest.fixture
+def few_looks(monkeypatch):
+    """The search for ranges by what the model predicts looks at a third of the grids."""
+    monkeypatch.setattr("ptq4dm.ranges.prediction.FACTORS", ((0.8,),))
+
+
+@pytest.fixture
 def new_accelerate():
     """accelerate knows one precision in a process; tests try several."""
     yield

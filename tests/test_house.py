@@ -1,6 +1,7 @@
 """The house's rules: who may import whom, no circles, no method named outside of its own files."""
 
 import ast
+import functools
 from collections import defaultdict
 from pathlib import Path
 
@@ -95,7 +96,10 @@ def folder_of(name: str) -> str:
     return where.parent.as_posix()
 
 
-EDGES = [(name, *edge) for name, path in FILES.items() for edge in imports_of(name, path)]
+@functools.cache
+def edges() -> list[tuple]:
+    """(file, what it imports, line, lazily?) of all; made when a test asks, not while tests are collected."""
+    return [(name, *edge) for name, path in FILES.items() for edge in imports_of(name, path)]
 
 
 def test_every_folder_has_a_floor():
@@ -105,7 +109,7 @@ def test_every_folder_has_a_floor():
 def test_imports_point_down():
     wrong = [
         f"{FILES[name].relative_to(ROOT)}:{line} imports {target}"
-        for name, target, line, _ in EDGES
+        for name, target, line, _ in edges()
         if folder_of(name) != folder_of(target)
         and LEVEL[folder_of(target)] >= LEVEL[folder_of(name)]
         and FILES[name].relative_to(ROOT).with_suffix("").as_posix() not in FRONT_DOORS
@@ -116,7 +120,7 @@ def test_imports_point_down():
 def test_no_circles():
     """Between files, lazy imports included: a circle that is broken by a late import is still a circle."""
     after = defaultdict(set)
-    for name, target, _, _ in EDGES:
+    for name, target, _, _ in edges():
         if target != "ptq4dm":
             after[name].add(target)
     state: dict[str, int] = {}
@@ -143,7 +147,7 @@ def test_methods_do_not_know_each_other():
     bases = {f"ptq4dm.methods.{name}" for name in ("choices", "eight_bit", "trained")}
     wrong = [
         f"{FILES[name].relative_to(ROOT)}:{line} imports {target}"
-        for name, target, line, _ in EDGES
+        for name, target, line, _ in edges()
         if method(name) and method(target) and method(name) != method(target) and target not in bases
     ]
     assert not wrong, "\n".join(wrong)
@@ -216,7 +220,7 @@ def test_methods_are_not_named_below_them_nor_on_the_command_line(methods):
     assert {"ptq4dm/cli", "ptq4dm/quantization", "ptq4dm/layers", "kernels/w4"} <= set(map(folder_of, strangers))
     wrong = [
         f"{FILES[name].relative_to(ROOT)}:{line} imports {target}"
-        for name, target, line, _ in EDGES
+        for name, target, line, _ in edges()
         if name in strangers and target in modules
     ]
     for path in strangers.values():

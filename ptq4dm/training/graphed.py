@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -40,8 +39,7 @@ class GraphedStep:
                 self._once()
         torch.cuda.current_stream(device).wait_stream(stream)
         try:
-            with warnings.catch_warnings(), captured(device=device) as self.graph:
-                warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # nothing waits in a replay
+            with captured(device=device) as self.graph:
                 self.loss = self._once()
         except RuntimeError as error:
             raise UserError(
@@ -68,7 +66,8 @@ class GraphedStep:
         self.networks.optimizer.step()
         self.networks.optimizer.zero_grad(set_to_none=True)
         mine, other = (list(net.parameters()) for net in (self.networks.average, self.networks.net))
-        change = torch._foreach_sub(other, mine)
-        torch._foreach_mul_(change, 1 - self.keep)
-        torch._foreach_add_(mine, change)
+        with torch.no_grad():
+            change = torch._foreach_sub(other, mine)
+            torch._foreach_mul_(change, 1 - self.keep)
+            torch._foreach_add_(mine, change)
         return loss.detach()

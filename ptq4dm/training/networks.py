@@ -64,7 +64,8 @@ class Networks:
             group["lr"] = self.rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - self.keep(step))
+        with torch.no_grad():  # or the average would be part of a graph that grows with every step
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - self.keep(step))
 
     def finite(self) -> bool:
         """True if all weights are free of NaN and infinity; waits for the device."""

@@ -88,6 +88,7 @@ class Networks:
         optimizer.zero_grad(set_to_none=True)
         return total
 
+    @torch.no_grad()  # or the average would be part of a graph that grows with every step
     def follow(self, step: int) -> None:
         """Move the average a little towards the student."""
         keep = min(self.config.ema_decay, (1 + step) / (10 + step))

@@ -72,9 +72,10 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        change = torch._foreach_sub(list(self.net.parameters()), list(self.average.parameters()))
-        torch._foreach_mul_(change, 1 - self.keep)
-        torch._foreach_add_(list(self.average.parameters()), change)
+        with torch.no_grad():
+            change = torch._foreach_sub(list(self.net.parameters()), list(self.average.parameters()))
+            torch._foreach_mul_(change, 1 - self.keep)
+            torch._foreach_add_(list(self.average.parameters()), change)
         self.total.add_(loss.detach())
 
     def _captured(self) -> torch.cuda.CUDAGraph:

@@ -87,7 +87,8 @@ def train(options: argparse.Namespace, data: Split, checkpoint: Path) -> tuple[n
             optimizer.step()
             if average is not None:
                 keep = min(0.9995, (1 + progress.step) / (10 + progress.step))
-                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
             progress.step += 1
             bar.update()
             if progress.step % 1000 == 0:

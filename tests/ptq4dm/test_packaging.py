@@ -43,10 +43,11 @@ def test_kernels_stays_a_namespace():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_the_libraries_import_from_the_top_of_the_checkout():
+def test_the_libraries_import_from_the_top_of_the_checkout(tmp_path):
     pytest.importorskip("transformers")
     code = "import transformers, diffusers; print(diffusers.UNet2DModel.__name__, transformers.__name__)"
-    assert python(code)[-2:] == ["UNet2DModel", "transformers"]
+    said = fresh.printed(code, said=tmp_path / "said", base="", PYTHONPATH="", PYTHONSAFEPATH="")
+    assert said.split()[-2:] == ["UNet2DModel", "transformers"]
 
 
 def test_an_installed_kernels_package_wins_over_the_folder(tmp_path):
@@ -60,7 +61,9 @@ def test_an_installed_kernels_package_wins_over_the_folder(tmp_path):
         "import diffusers, kernels, ptq4dm.kernels\n"
         "print(kernels.__file__, kernels.installed, *ptq4dm.kernels.__path__)"
     )
-    file, installed, *ours = python(code, tmp_path, ROOT)
+    path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    said = fresh.printed(code, said=tmp_path / "said", base="", PYTHONPATH=path, PYTHONSAFEPATH="")
+    file, installed, *ours = said.split()
     assert (file, installed) == (str(package / "__init__.py"), "True")
     assert ours and str(package) not in ours
 

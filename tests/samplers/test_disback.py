@@ -22,6 +22,7 @@ from ptq4dm.errors import UserError
 from ptq4dm.samplers import DisBackConfig, OneStepScheduler, distill
 from ptq4dm.samplers.distillation import disback
 from ptq4dm.samplers.distillation.disback import target_of
+from ptq4dm.samplers.distillation.networks import Networks
 from ptq4dm.samplers.distillation.scores import Chance, Diffusion
 from two_processes import two_ranks
 
@@ -111,6 +112,18 @@ def test_the_target_walks_back_and_stays_at_the_teacher():
 
 
 # --- the run ------------------------------------------------------------------------------------------------
+
+
+def test_the_average_is_part_of_no_graph(untrained, tmp_path, monkeypatch):
+    averages, follow = [], Networks.follow
+
+    def followed(self, step):
+        follow(self, step)
+        averages.append(self.nets["average"])
+
+    monkeypatch.setattr(Networks, "follow", followed)
+    distill(untrained, DisBackConfig(**SHORT | {"images": 2 * 32, "degradation_steps": 3}), tmp_path / "run")
+    assert averages and all(parameter.grad_fn is None for parameter in averages[-1].parameters())
 
 
 def test_what_a_run_leaves(untrained, tmp_path):

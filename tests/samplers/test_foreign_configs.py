@@ -1,5 +1,6 @@
 """Every scheduler of the installed diffusers: its config is sampled right, or refused by one sentence."""
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -42,8 +43,13 @@ def all_schedulers():
 SCHEDULERS = all_schedulers()
 
 
+@functools.cache
+def made_once(name):
+    return SCHEDULERS[name](**NEEDED.get(name, {}))
+
+
 def made(name, **options):
-    return SCHEDULERS[name](**NEEDED.get(name, {}), **options)
+    return made_once(name) if not options else SCHEDULERS[name](**NEEDED.get(name, {}), **options)
 
 
 def in_file(scheduler):

@@ -4,9 +4,12 @@ import argparse
 import copy
 import importlib
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -260,7 +263,20 @@ class WorkerBench(FakeBench):
         return row | {"pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
 
 
-def test_workers_share_rows_and_one_may_die(script, capfd, monkeypatch):
+@pytest.fixture
+def forks(monkeypatch):
+    """Workers begin as copies of this process, which takes no time; what they are given could be sent to others."""
+    context = multiprocessing.get_context("fork")
+
+    def process(target, args):
+        pickle.dumps((target, args[3:]))  # past a pipe and counters, which go to children alone
+        return context.Process(target=target, args=args)
+
+    made = types.SimpleNamespace(Process=process, Pipe=context.Pipe, Value=context.Value)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: {"spawn": made}[kind])
+
+
+def test_workers_share_rows_and_one_may_die(script, capfd, monkeypatch, forks):
     compare, workers = script("compare_gradptq"), script("workers")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = [*SMALL, "--stage", "steps", "--workers", "2"]

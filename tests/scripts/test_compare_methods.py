@@ -299,7 +299,7 @@ def test_shuffled_weight_ranges_are_a_permutation_of_each_layers(script, calibra
     assert moved > 10
 
 
-def test_predictions_of_other_tuples_take_the_gain_away(script, one_thread):
+def test_predictions_of_other_tuples_take_the_gain_away(script, one_thread, few_looks):
     """Ranges by the prediction difference lower the prediction's error; with those of other tuples they do not."""
     from models import plain_unet
 

@@ -3,9 +3,6 @@
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,6 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import fresh
+import two_processes
 from ptq4dm.errors import UserError
 from ptq4dm.evaluation.features import Features, load_features
 from ptq4dm.evaluation.frechet import read_statistics
@@ -307,13 +306,14 @@ def test_wrong_options_are_user_errors(scripts, data, tmp_path, more, message):
 
 def test_run_from_the_command_line(tmp_path):
     """From the top of the checkout, wrong input ends with status 2 and one line."""
-    command = [sys.executable, "scripts/training/train_reference.py", "unet", "--data", str(tmp_path / "none")]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: there is no CIFAR-10 at")
+    command = [
+        "scripts/training/train_reference.py",
+        "unet",
+        "--data",
+        str(tmp_path / "none"),
+        "--output",
+        str(tmp_path),
+    ]
+    done = fresh.begin(two_processes.START, *command, said=tmp_path / "said")
+    assert done.wait() == 2
+    assert done.text().strip().splitlines()[-1].startswith("error: there is no CIFAR-10 at")

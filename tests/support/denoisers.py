@@ -93,14 +93,14 @@ def sana():
 def sdxl():
     """A UNet laid out like that of SDXL."""
     model = diffusers.UNet2DConditionModel(
-        sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=(1, 2),
+        sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=(1, 2),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=1, cross_attention_dim=64, use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64 + 6 * 8,
     )  # fmt: skip
     return (
         model,
-        (4, 16, 16),
+        (4, 8, 8),
         lambda words: {
             "encoder_hidden_states": words,
             "added_cond_kwargs": {"text_embeds": words[:, 0], "time_ids": torch.full((len(words), 6), 16.0)},

@@ -1,34 +1,45 @@
 """New processes of Python that need not import the libraries: one does, for each worker of pytest, and parts.
 
-They have imported nothing of ptq4dm. What depends on who imports diffusers or PyTorch first needs its own process.
+They have imported nothing of ptq4dm, and nothing of diffusers where it is to be without. What depends on who imports
+PyTorch first needs its own process.
+A program that ends well, or by SystemExit, ends there, once its threads have: to free all modules takes seconds.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ptq4dm
 
 ROOT = str(Path(ptq4dm.__file__).parents[1])
 HERE = str(Path(__file__).parent)
 SERVER = """
-import json, os, sys
-import accelerate, torch._dynamo, torchmetrics, diffusers.quantizers, diffusers.models.unets
-import diffusers.models.transformers, diffusers.models.autoencoders, diffusers.pipelines.pipeline_utils
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+import atexit, gc, json, os, sys, threading
+import accelerate, torch._dynamo
 try:
-    import peft, transformers
+    import peft, transformers.modeling_utils
 except ModuleNotFoundError:
     pass
+assert "diffusers" not in sys.modules
+if sys.argv[2] == "diffusers":
+    import torchmetrics, diffusers.quantizers, diffusers.models.unets, diffusers.models.transformers
+    import diffusers.models.autoencoders, diffusers.pipelines.pipeline_utils
+    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 assert not [name for name in sys.modules if name.partition(".")[0] == "ptq4dm"]
-paths = sys.path[1:]
+paths, cache = sys.path[1:], sys.argv[1]
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     asked = json.loads(line)
     if "pid" in asked:
@@ -50,7 +61,21 @@ for number, place in enumerate((os.open(os.devnull, os.O_RDONLY), said, said)):
     os.dup2(place, number)
 sys.path[:] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *paths]
 sys.argv = ["-c", *asked["words"]]
-exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+if sys.dont_write_bytecode and "diffusers" in sys.modules:
+    sys.dont_write_bytecode, sys.pycache_prefix = False, cache
+status = 0
+try:
+    exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+except BaseException as end:
+    status = (end.code or 0) if isinstance(end, SystemExit) else None
+    if not isinstance(status, int):
+        gc.unfreeze()
+        raise
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
 """
 COMMAND = "import runpy, sys; runpy.run_module('ptq4dm', run_name='__main__', alter_sys=True)"
 
@@ -61,10 +86,11 @@ class Process:
 
     pid: int
     said: Path
+    server: subprocess.Popen
 
     def _ended(self, how: int) -> list:
         if not hasattr(self, "status"):
-            gone, stopped, status = _ask(pid=self.pid, how=how)
+            gone, stopped, status = _ask(self.server, pid=self.pid, how=how)
             if stopped or not gone:
                 return [stopped, None]
             self.status = status
@@ -93,32 +119,39 @@ class Process:
         return self.said.read_text()
 
 
-def begin(code: str, *words: str, said: Path, folder: Path | str = ROOT, **environment: str) -> Process:
-    """Run code as `python -c` does, with words as its arguments, in a folder, with ptq4dm of this checkout."""
+def begin(
+    code: str, *words: str, said: Path, folder: Path | str = ROOT, base: str = "diffusers", **environment: str
+) -> Process:
+    """Run code as `python -c` does, with words as its arguments, in a folder, with ptq4dm of this checkout.
+
+    base: "diffusers", which is imported then, or "" for a process that has imported other libraries alone.
+    """
     environment = os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"} | environment
     asked = {"code": code, "words": list(words), "said": str(said), "folder": str(folder)}
-    return Process(_ask(**asked, environment=environment), said)
+    server = _server(base)
+    return Process(_ask(server, **asked, environment=environment), said, server)
 
 
-def printed(code: str, *words: str, said: Path, **more: str) -> str:
+def printed(code: str, *words: str, said: Path, **more: Any) -> str:
     """What a process printed that ended well."""
     process = begin(code, *words, said=said, **more)
     assert process.wait() == 0, process.text()[-3000:]
     return process.text()
 
 
-def _ask(**asked: object) -> object:
-    server = _server()
+def _ask(server: subprocess.Popen, **asked: object) -> Any:
     server.stdin.write(json.dumps(asked) + "\n")
     server.stdin.flush()
     return json.loads(server.stdout.readline())
 
 
 @functools.cache
-def _server() -> subprocess.Popen:
+def _server(base: str) -> subprocess.Popen:
     """Ends with pytest's process, which holds its input."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    compiled = tempfile.mkdtemp()  # what Python compiles, where it may not write it beside the code
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
     return subprocess.Popen(
-        [sys.executable, "-c", SERVER], env=environment | {"OMP_NUM_THREADS": "1"}, cwd="/", text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", SERVER, compiled, base], env=environment | {"OMP_NUM_THREADS": "1"}, cwd="/",
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip

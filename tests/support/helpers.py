@@ -1,5 +1,7 @@
 """What tests of many rooms share: random numbers, the answers of models, and how far apart two answers are."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
@@ -50,6 +52,17 @@ def same(one, other):
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
+
+
+def crossed(names, *axes, of=2):
+    """Parametrize by all combinations of values on a GPU; in Triton's interpreter, which is slow, by one of `of`.
+
+    From three axes on, where two others have no fewer than `of` values, each pair of values still meets.
+    """
+    kept = 1 if torch.cuda.is_available() else of
+    combinations = itertools.product(*map(enumerate, axes))
+    found = [[value for _, value in one] for one in combinations if sum(place for place, _ in one) % kept == 0]
+    return pytest.mark.parametrize(names, found, ids=lambda value: str(value).replace(" ", ""))
 
 
 # Before VNNI two products of 8-bit integers are added in 16 bits.

@@ -17,12 +17,12 @@ FEW = {
 OF_ROUNDING = ("learning_rate", "start")  # of FEW, what is refused where rounding is not trained
 UNTRAINED = {name: FEW[name] for name in ("num_tuples", "first_last")}  # of FEW, what is there without training
 SD = {
-    "block_out_channels": (12,), "down_block_types": ("CrossAttnDownBlock2D",),
+    "block_out_channels": (12,), "down_block_types": ("CrossAttnDownBlock2D",), "mid_block_type": None,
     "up_block_types": ("CrossAttnUpBlock2D",),
 }  # fmt: skip
 KINDS = {
     "dit": models.dit, "small": lambda: models.dit(num_layers=1), "unet": models.plain_unet,
-    "sd": lambda: models.conditional_unet(**SD),
+    "shallow": lambda: models.plain_unet(mid_block_type=None), "sd": lambda: models.conditional_unet(**SD),
 }  # fmt: skip
 
 

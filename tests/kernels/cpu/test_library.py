@@ -4,8 +4,6 @@ import os
 import re
 import signal
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fresh
 from ptq4dm.kernels.cpu import library
 from ptq4dm.kernels.runtime import settings
 from ptq4dm.kernels.w8a8 import layer as w8a8
@@ -127,7 +126,8 @@ def test_nothing_is_built_or_asked_for_by_importing_or_on_other_devices(anew):
     assert not w4a8.serves(torch.device("cuda")) and not w4a8.serves(torch.device("meta"))
     assert library.status() is None
     code = f"import ptq4dm, ptq4dm.layers.int4; {ASK.replace('library.available()', '1')}"
-    assert said(code, TORCH_EXTENSIONS_DIR=str(folder)).split() == ["None", "1", "None"]
+    said = fresh.printed(code, said=folder / "said", TORCH_EXTENSIONS_DIR=str(folder))
+    assert said.split() == ["None", "1", "None"]
     assert not list(folder.glob("*/*"))
 
 
@@ -159,29 +159,19 @@ def test_two_processes_build_once_and_a_killed_one_holds_nobody_up(built_before,
     log = folder / "log"
     slow = a_compiler(folder, f"echo $OUT >> {log}; [ -e {folder}/quick ] || sleep 60; cp {built_before} $OUT")
     place = {"TORCH_EXTENSIONS_DIR": str(folder / "new"), "CXX": str(slow)}
-    first = start(ASK, **place)
+    first = fresh.begin(ASK, said=folder / "first", **place)
     until(lambda: log.exists() and log.read_text())
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    assert first.wait() == -signal.SIGKILL
     assert list((folder / "new" / "ptq4dm").glob(".*")), "it was killed in its work"
     (folder / "quick").touch()
     log.unlink()
-    both = [start(ASK, **place) for _ in range(2)]
-    outputs = [one.communicate(timeout=300)[0] for one in both]
+    both = [fresh.begin(ASK, said=folder / name, **place) for name in ("one", "other")]
+    assert [one.wait() for one in both] == [0, 0]
+    outputs = [one.text().splitlines()[-1] for one in both]
     assert all(text.startswith("None True compiled for") for text in outputs), outputs
     assert log.read_text().count(".so") == 1, "one linked, the other waited"
     assert [path.suffix for path in sorted((folder / "new" / "ptq4dm").iterdir())] == [".lock", ".so"]
-
-
-def start(code: str, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def said(code: str, **environment: str) -> str:
-    return start(code, **environment).communicate(timeout=300)[0]
 
 
 def until(done, seconds: float = 120) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import ptq4dm  # noqa: F401
+from helpers import crossed
 
 svdq_activation = pytest.importorskip("ptq4dm.kernels.w4.activation", reason="needs Triton", exc_type=ImportError)
 from ptq4dm.kernels.runtime import settings as tuning  # noqa: E402
@@ -104,17 +105,12 @@ class Case:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", list(CODES))
-@pytest.mark.parametrize("setting", [SMALL, WIDE], ids=["small", "wide"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@crossed("sizes, setting, mode", SIZES, [SMALL, WIDE], list(CODES))
 def test_inputs(sizes, setting, mode, dtype):
     Case(*sizes, dtype=dtype).check(mode, setting)
 
 
-@pytest.mark.parametrize("mode", list(CODES))
-@pytest.mark.parametrize("shifted", [True, False])
-@pytest.mark.parametrize("form", ["layer", "rms"])
-@pytest.mark.parametrize("sizes", SIZES[1:5], ids=str)
+@crossed("sizes, form, shifted, mode", SIZES[1:5], ["layer", "rms"], [True, False], list(CODES))
 def test_norms_with_weights(sizes, form, shifted, mode):
     """Weights, or weights of one sample; RMSNorm keeps a mean; a norm without a bias has no shift."""
     case = Case(*sizes, mean=0.5)

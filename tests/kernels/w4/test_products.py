@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ptq4dm  # noqa: F401
-from helpers import distance
+from helpers import crossed, distance
 from ptq4dm.kernels.formats import int4
 from ptq4dm.kernels.w4 import layer as svdq_linear
 from ptq4dm.kernels.w4 import reference as svdq
@@ -160,12 +160,14 @@ def test_every_nibble():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("codes", CODES, ids=str)
-@pytest.mark.parametrize("setting", PRODUCTS, ids=["pointers", "tma", "tma-one-store"][: len(PRODUCTS)])
-@pytest.mark.parametrize(
-    "m, n, k, rank", [(70, 130, 192, 12), (1, 24, 128, 0), (130, 136, 256, 40), (33, 264, 128, 16)]
+@crossed(
+    "setting, codes, shape",
+    PRODUCTS,
+    CODES,
+    [(70, 130, 192, 12), (1, 24, 128, 0), (130, 136, 256, 40), (33, 264, 128, 16)],
 )
-def test_product(setting, codes, m, n, k, rank, dtype):
+def test_product(setting, codes, shape, dtype):
+    m, n, k, rank = shape
     layer = Layer(m, n, k, rank, dtype)
     rows, weight = layer.prepared("fp8" if codes == FP8 else "int8", codes)
     out = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
@@ -249,11 +251,15 @@ def test_w4a4_on_hopper(bn, stages, m, n, k, rank, shift, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["none", "int8"] + ["fp8"] * MODERN)
-@pytest.mark.parametrize("sizes", [(8, 16, 1, 1), (16, 32, 2, 1), (8, 16, 1, 2), (32, 64, 3, 4)], ids=str)
-@pytest.mark.parametrize("m, n, k, rank", [(1, 130, 320, 0), (19, 24, 128, 12), (9, 25, 192, 12), (17, 32, 512, 0)])
-def test_short_product(mode, sizes, m, n, k, rank, dtype):
+@crossed(
+    "mode, sizes, shape",
+    ["none", "int8"] + ["fp8"] * MODERN,
+    [(8, 16, 1, 1), (16, 32, 2, 1), (8, 16, 1, 2), (32, 64, 3, 4)],
+    [(1, 130, 320, 0), (19, 24, 128, 12), (9, 25, 192, 12), (17, 32, 512, 0)],
+)
+def test_short_product(mode, sizes, shape, dtype):
     """Numbers of groups and outputs that are odd, that fill all blocks, that are fewer than warps read."""
+    m, n, k, rank = shape
     setting = dict(zip(("BM", "BN", "AHEAD", "num_warps"), sizes, strict=True))
     layer = Layer(m, n, k, rank, dtype)
     rows = svdq_activation.empty_activation(
@@ -327,11 +333,15 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("nonlinearity", EXACT)
-@pytest.mark.parametrize("product", ["pointers", "tma", "w4a4", "short"])
-@pytest.mark.parametrize("m, n, k, rank", [(35, 70, 192, 12), (1, 24, 128, 0)])
-def test_nonlinearity(product, m, n, k, rank, nonlinearity):
+@crossed(
+    "nonlinearity, product, shape",
+    EXACT,
+    ["pointers", "tma", "w4a4", "short"],
+    [(35, 70, 192, 12), (1, 24, 128, 0)],
+)
+def test_nonlinearity(product, shape, nonlinearity):
     """Of the sums before they are rounded, which the same kernel without one stores; also far from 0."""
+    m, n, k, rank = shape
     if product == "tma" and not HOPPER:
         pytest.skip("no TMA on this GPU")
     layer = Layer(m, n, k, rank)
@@ -387,9 +397,7 @@ def test_an_unknown_nonlinearity(name):
         svdq_linear.svdq_linear(*arguments, svdq_linear.MODES[name], 0.0, "relu")
 
 
-@pytest.mark.parametrize("nonlinearity", ["", "gelu", "gelu_tanh", "silu"])
-@pytest.mark.parametrize("m", [17, 70])
-@pytest.mark.parametrize("name", NAMES)
+@crossed("nonlinearity, m, name", ["", "gelu", "gelu_tanh", "silu"], [17, 70], NAMES)
 def test_whole_calls_with_a_nonlinearity(name, m, nonlinearity):
     layer = Layer(m, 40, 192, 8, DTYPES[-1])
     expected = layer.expected(svdq_linear.MODES[name])

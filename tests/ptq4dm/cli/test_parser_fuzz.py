@@ -13,7 +13,7 @@ import traceback
 import pytest
 
 from ptq4dm.cli import allocate, collect, completion, distill, evaluate, generate, info, quantize, tune
-from ptq4dm.cli.benches import bench
+from ptq4dm.cli.benches import bench, hardware
 from ptq4dm.cli.main import main
 from ptq4dm.cli.training import personalize, train
 from ptq4dm.errors import UserError
@@ -74,6 +74,7 @@ def no_work(monkeypatch, tmp_path):
     for name in ("evaluate_images", "write_reference"):
         monkeypatch.setattr(evaluate, name, reached)
     monkeypatch.setattr(tune, "tune", reached)
+    monkeypatch.setattr(hardware, "compare", reached)
 
 
 def outcome(words):

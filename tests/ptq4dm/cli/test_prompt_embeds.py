@@ -59,7 +59,7 @@ def test_the_verbs_take_embeddings(flux, capsys):
     assert run("quantize", *given, *calibration, "--output", "flux-w8a8") == 0
     assert run("quantize", "--model", "flux", "--calibration", "store", "--output", "other", "--device", "cpu") == 0
     capsys.readouterr()
-    report = ["--num-heldout", 2, "--num-images", 2, "--steps", 2, "--batch-size", 2, "--json"]
+    report = ["--num-paired", 4, "--num-heldout", 2, "--num-images", 2, "--steps", 2, "--batch-size", 2, "--json"]
     square = ["--prompt-embeds", "prompts.safetensors", "--height", 32, "--width", 32, "--device", "cpu"]
     assert run("evaluate", "--model", "flux-w8a8", *square, *report) == 0
     assert json.loads(capsys.readouterr().out)["full_precision"] == "flux"

@@ -177,7 +177,7 @@ def test_calibration_sees_the_layers_of_an_optimized_pipeline(graphs):
 
 @pytest.mark.parametrize("graphs_too", [False, True])
 def test_a_unet_is_compiled_as_a_whole(graphs, graphs_too):
-    model, seen = models.unet(), []
+    model, seen = models.plain_unet(mid_block_type=None), []
     before = parts(model)
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():

@@ -64,7 +64,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_static_recipe_splits(recipe, calls):
+def test_every_static_recipe_splits(recipe, calls, few_looks):
     recipe = copy.copy(recipe)
     recipe.split_inputs = True
     model, report = quantized(recipe, calls)
@@ -172,7 +172,7 @@ def test_the_embedded_unet_loses_less_than_half_of_its_error():
     recorded = []
     for seed in (0, 2):
         with ptq4dm.record(pipe) as found:
-            sample(pipe, [seed], num_inference_steps=4)
+            sample(pipe, [seed], num_inference_steps=2)
         recorded.append(found)
     errors, sizes = [], []
     for split in (False, True):

@@ -44,7 +44,7 @@ def quantized(model, config, calls):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", ["unet", "small"])
+@pytest.mark.parametrize("kind", ["shallow", "small"])
 def test_codes_are_those_of_blocks_that_run_from_the_start(kind, recipe, monkeypatch):
     model = model_of(kind)
     calls = calls_of(model, 4)

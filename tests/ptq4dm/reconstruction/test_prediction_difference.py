@@ -76,6 +76,11 @@ def busy(model):
     return model
 
 
+def shallow_unet():
+    """A UNet with its skips and nothing in the middle."""
+    return plain_unet(mid_block_type=None)
+
+
 def grids(plan):
     return {name: (layer.input_scale, layer.input_zero_point) for name, layer in plan.layers.items()}
 
@@ -142,8 +147,8 @@ def _calls(batches):
 # ------------------------------------------------------------------------------------------------ what is over
 
 
-@pytest.mark.parametrize("build", [plain_unet, lambda: busy(pixel_dit()), InPlace], ids=["unet", "dit", "in place"])
-def test_what_is_over_is_not_run_again_and_changes_nothing(build, monkeypatch):
+@pytest.mark.parametrize("build", [shallow_unet, lambda: busy(pixel_dit()), InPlace], ids=["unet", "dit", "in place"])
+def test_what_is_over_is_not_run_again_and_changes_nothing(build, few_looks, monkeypatch):
     torch.manual_seed(0)
     model = build()
     model, store = recorded(model) if isinstance(model, InPlace) else collected(model)
@@ -178,7 +183,7 @@ def test_looks_at_the_last_layer_run_hardly_any_other(monkeypatch):
 # ------------------------------------------------------------------------------------------------ the recipe
 
 
-def test_layers_are_settled_in_the_order_of_their_calls(monkeypatch):
+def test_layers_are_settled_in_the_order_of_their_calls(few_looks, monkeypatch):
     model, store = collected(plain_unet())
     order, settle = [], PredictionDifference.settle
 
@@ -195,8 +200,8 @@ def test_layers_are_settled_in_the_order_of_their_calls(monkeypatch):
     assert registered != order and list(plan.layers) == registered
 
 
-def test_two_runs_and_both_recipes_choose_the_same():
-    model, store = collected(plain_unet())
+def test_two_runs_and_both_recipes_choose_the_same(few_looks):
+    model, store = collected(shallow_unet())
     weights = copy.deepcopy(model.state_dict())
     config = PDQuantConfig(weight_bits=4, **NARROW)
     one, two = make_plan(model, config, store), make_plan(model, config, store)
@@ -206,8 +211,8 @@ def test_two_runs_and_both_recipes_choose_the_same():
     assert same(weights, model.state_dict())
 
 
-def test_weights_are_rounded_as_by_mse_and_the_plan_is_followed_without_a_store():
-    model, store = collected(plain_unet())
+def test_weights_are_rounded_as_by_mse_and_the_plan_is_followed_without_a_store(few_looks):
+    model, store = collected(shallow_unet())
     found = {}
     for name, config in {"pd": PDQuantConfig(**NARROW), "mse": PTQ4DMConfig(objective="mse", **NARROW)}.items():
         found[name] = copy.deepcopy(model)
@@ -221,7 +226,7 @@ def test_weights_are_rounded_as_by_mse_and_the_plan_is_followed_without_a_store(
 
 
 @pytest.mark.parametrize("config", [{}, {"symmetric": True}, {"first_last": "keep"}, {"rounding": "learned"}])
-def test_options_go_together_with_it(config):
+def test_options_go_together_with_it(config, few_looks):
     model, store = collected(busy(pixel_dit()))
     plan = make_plan(model, PDQuantConfig(weight_bits=4, **NARROW, **config), store)
     edges = {"pos_embed.proj", "proj_out_2"}

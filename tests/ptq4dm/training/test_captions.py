@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+import models
 import personal
 import ptq4dm
 from helpers import same
 from ptq4dm import ShiftQuantConfig, UserError
 from ptq4dm.files.log import read_lines
+from ptq4dm.training import exhibition
 from ptq4dm.training import run as run_module
 from ptq4dm.training.captions import read_captions
 from ptq4dm.training.pictures import read_pictures
@@ -28,6 +30,9 @@ SHORT = {
     "sample_steps": 0,
     "wide": False,
 }
+ONE_LEVEL = {
+    "block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",),
+}  # fmt: skip
 TEXTS = ("a photo of a dog", "a cat", "", "a dog", "a cat")
 
 
@@ -42,6 +47,19 @@ def folder(tmp_path):
         lines.append(json.dumps({"file_name": name, "text": TEXTS[i % 5], "other": i}))
     (folder / "metadata.jsonl").write_text("\n".join(reversed(lines)) + "\n\n")
     return folder
+
+
+def text():
+    """Pictures of 16x16, latents of [4, 8, 8]."""
+    pipe = personal.text()
+    pipe.unet = models.conditional_unet(cross_attention_dim=32, **ONE_LEVEL)
+    return pipe
+
+
+def text_xl():
+    pipe = personal.text_xl()
+    pipe.unet = models.added_unet(cross_attention_dim=48, projection_class_embeddings_input_dim=40, **ONE_LEVEL)
+    return pipe
 
 
 def weights(pipe):
@@ -76,12 +94,13 @@ def test_the_network_is_given_what_its_pipeline_gives_it(make):
         Prompted(pipe, prompts, (4, 9, 9))
 
 
-@pytest.mark.parametrize("make", [personal.text, personal.text_xl])
-def test_a_run_and_what_it_leaves(make, folder, tmp_path):
+@pytest.mark.parametrize("make", [text, text_xl])
+def test_a_run_and_what_it_leaves(make, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(exhibition, "GRID", 8)
     pipe = make()
     before = weights(pipe)
     trained = ptq4dm.train(
-        pipe, folder, ShiftQuantConfig(**SHORT | {"sample_steps": 1, "wide": make is personal.text}), tmp_path / "run"
+        pipe, folder, ShiftQuantConfig(**SHORT | {"sample_steps": 1, "wide": make is text}), tmp_path / "run"
     )
     assert same(weights(pipe), before) and not same(weights(trained), before)
     assert type(trained) is type(pipe) and trained.text_encoder is pipe.text_encoder
@@ -92,7 +111,7 @@ def test_a_run_and_what_it_leaves(make, folder, tmp_path):
 
 def test_a_resumed_run_gives_the_same_bits(folder, tmp_path, monkeypatch):
     config = ShiftQuantConfig(**SHORT)
-    whole = ptq4dm.train(personal.text(), folder, config, tmp_path / "whole")
+    whole = ptq4dm.train(text(), folder, config, tmp_path / "whole")
     batch = run_module.Run.batch
 
     def interrupted(run, step):
@@ -102,14 +121,14 @@ def test_a_resumed_run_gives_the_same_bits(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run_module.Run, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ptq4dm.train(personal.text(), folder, config, tmp_path / "parts")
+        ptq4dm.train(text(), folder, config, tmp_path / "parts")
     monkeypatch.setattr(run_module.Run, "batch", batch)
     lines = (folder / "metadata.jsonl").read_text()
     (folder / "metadata.jsonl").write_text(lines.replace('"a cat"', '"a close-up"'))
     with pytest.raises(UserError, match=r"of a run with other settings \(captions\)"):
-        ptq4dm.train(personal.text(), folder, config, tmp_path / "parts", resume=True)
+        ptq4dm.train(text(), folder, config, tmp_path / "parts", resume=True)
     (folder / "metadata.jsonl").write_text(lines)
-    resumed = ptq4dm.train(personal.text(), folder, config, tmp_path / "parts", resume=True)
+    resumed = ptq4dm.train(text(), folder, config, tmp_path / "parts", resume=True)
     assert same(weights(whole), weights(resumed))
 
 
@@ -125,7 +144,7 @@ def test_captions_are_dropped_as_often_as_asked(folder, tmp_path, monkeypatch):
     for share in (0.0, 1.0):
         seen.clear()
         config = ShiftQuantConfig(**SHORT | {"held_out": 0}, drop_captions=share)
-        ptq4dm.train(personal.text(), folder, config, tmp_path / f"run {share}")
+        ptq4dm.train(text(), folder, config, tmp_path / f"run {share}")
         empty = torch.cat(seen) == 0
         assert bool(empty.all()) == (share == 1.0) and not (share == 0.0 and empty.float().mean() > 0.5)
     assert "drop_captions" not in ShiftQuantConfig().identity()

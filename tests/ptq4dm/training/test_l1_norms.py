@@ -12,6 +12,7 @@ import ptq4dm
 from helpers import same
 from ptq4dm import Plan, ShiftQuantConfig, UserError
 from ptq4dm.layers.shift.norms import RATIO, norms_of
+from ptq4dm.training import exhibition
 from ptq4dm.training import run as run_module
 
 pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
@@ -19,7 +20,8 @@ SHORT = {"images": 16, "batch_size": 4, "log_every": 2, "evaluate_every": 8, "he
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(exhibition, "GRID", 8)  # pictures to look at
     folder, random = tmp_path / "pictures", np.random.default_rng(0)
     folder.mkdir()
     for i in range(12):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDIMPipeline,
@@ -24,6 +25,7 @@ from ptq4dm import ShiftQuantConfig, UserError
 from ptq4dm.files.log import read_lines
 from ptq4dm.layers.shift.layers import ShiftConv2d, ShiftLinear
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
+from ptq4dm.training import exhibition
 from ptq4dm.training import run as run_module
 from ptq4dm.training.networks import Networks
 from ptq4dm.training.pictures import read_pictures, split
@@ -75,7 +77,8 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
-def test_a_run_and_what_it_leaves(tmp_path, pictures):
+def test_a_run_and_what_it_leaves(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(exhibition, "GRID", 8)
     pipe, folder = pipeline(), tmp_path / "run"
     before, state = weights(pipe), torch.get_rng_state()
     trained = ptq4dm.train(pipe, pictures, ShiftQuantConfig(**SHORT | {"sample_steps": 2}), folder)
@@ -92,6 +95,13 @@ def test_a_run_and_what_it_leaves(tmp_path, pictures):
     assert all(0 < line["loss"] < 3 for line in lines if line["stage"] == "training")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     assert names == ["checkpoint.safetensors", "log.jsonl", "samples/000000012.png", "samples/000000024.png"]
+
+
+def test_the_average_is_part_of_no_graph():
+    networks = Networks(nn.Linear(2, 2), ShiftQuantConfig(bits=16), Accelerator(cpu=True))
+    for step in range(2):
+        networks.descend(step, networks.call(torch.ones(1, 2)).sum())
+    assert all(parameter.grad_fn is None for parameter in networks.average.parameters())
 
 
 @pytest.mark.parametrize("config", [{}, {"bits": 4, "served": True}, {"bits": 16}])
@@ -212,7 +222,8 @@ def test_a_flow_learns_the_velocity_and_is_told_the_times_of_its_scheduler():
     assert net.told.tolist() == [250.0, 1000.0] and set(net.told.tolist()) <= set(pipe.scheduler.timesteps.tolist())
 
 
-def test_a_flow_model_trains_and_samples(tmp_path, pictures):
+def test_a_flow_model_trains_and_samples(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(exhibition, "GRID", 8)
     pipe = PixelDiTPipeline(dit(), FlowMatchEulerDiscreteScheduler())
     few = SHORT | {"images": 16, "batch_size": 16, "evaluate_every": 16, "sample_steps": 1}
     trained = ptq4dm.train(pipe, pictures, ShiftQuantConfig(**few), tmp_path / "run")

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import denoisers
-import models
 from helpers import normal, same
 from ptq4dm.calibration.evidence import Evidence
 from ptq4dm.calibration.record import record
@@ -51,8 +50,8 @@ def made(kind):
     if kind in denoisers.KINDS:
         model, store = denoisers.pair(kind)
         return model, store.recorded()
-    model = {"unet": models.unet, "conditional": models.conditional_unet}[kind]()
-    return model.eval(), calls_of(model, 4)
+    model = model_of({"unet": "unet", "conditional": "sd"}[kind])
+    return model, calls_of(model, 4)
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["exact", "behind quantized blocks"])

@@ -13,7 +13,7 @@ from ptq4dm.layers.fusing import cpu
 from ptq4dm.layers.fusing.transformer import FusedInt8TransformerBlock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODELS = {"unet": models.unet, "dit": lambda: models.pixel_dit(num_layers=2)}
+MODELS = {"unet": lambda: models.unet(mid_block_type=None), "dit": lambda: models.pixel_dit(num_layers=2)}
 
 
 @pytest.fixture(autouse=True)

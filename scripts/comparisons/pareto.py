@@ -46,7 +46,7 @@ LARGE = ("method", "baseline")
 TICKS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)  # of bytes
 APART = 8  # of a number from its point, in pixels
 BESIDE = 0.45  # bytes that the names reach to
-LINE = 0.047  # of the list of names, of the axes' height
+LINE = 0.038  # of the list of names, of the axes' height
 
 
 def title(method: str) -> str:
@@ -144,7 +144,7 @@ def _numbers(axes, best: list[tuple[Point, float]]) -> None:
         )  # fmt: skip
     for number, (point, _) in enumerate(reversed(best)):
         axes.text(
-            0.02, 0.03 + LINE * number, f"{len(best) - number}  {point.name}", fontsize=8, transform=axes.transAxes,
+            0.02, 0.03 + LINE * number, f"{len(best) - number}  {point.name}", fontsize=7, transform=axes.transAxes,
             color=colour_of(point.method), zorder=3,
         )  # fmt: skip
 

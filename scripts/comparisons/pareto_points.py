@@ -8,6 +8,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LEFT_OUT = ("methods-fid-", "methods-times-")  # older rows with feature-FID; rows whose times alone count
+FIRST = "methods-one-run-"  # whose rows stand where other runs have them, too
 ENDS = {"W8A8 dynamic", "W8A8 static"}  # of the first and the last layer beside another format
 UNIFORM = {
     "rtn activations=dynamic": "W8A8 dynamic",
@@ -37,8 +38,12 @@ class Point:
 
 
 def files_of(model: str, folder: Path = RESULTS) -> dict[str, list[Path]]:
-    """ "rows", "times" and "ohq": the files that a model's points are read from; one of rows may hold two models."""
+    """ "rows", "times" and "ohq": the files that a model's points are read from; one of rows may hold two models.
+
+    Of rows with one name the first file's counts: the one run's, then by the names of files.
+    """
     tables = [path for path in sorted(folder.glob("methods-*.json")) if not path.name.startswith(LEFT_OUT)]
+    tables.sort(key=lambda path: not path.name.startswith(FIRST))
     short = model.partition("-")[0]
     return {
         "rows": [path for path in tables if any(row["model"] == model for row in _read(path)["rows"])],
@@ -52,16 +57,33 @@ def points_of(model: str, folder: Path = RESULTS) -> list[Point]:
     files = files_of(model, folder)
     comparisons = {path: _read(path) for path in files["ohq"]}
     times = Times([_read(path)["rows"] for path in files["times"]], list(comparisons.values()))
+    tables = [[row for row in _read(path)["rows"] if row["model"] == model] for path in files["rows"]]
+    rows = [row for table in tables for row in table if row.get("eps_error")]
     found: dict[str, Point] = {}
-    for path in files["rows"]:
-        for row in _read(path)["rows"]:
-            if row["model"] == model and row.get("eps_error") and row["row"] not in found:
-                time, device = times.of(row)
-                found[row["row"]] = Point(
-                    row["row"], row["recipe"]["method"], row["kind"], row["eps_error"], row["bytes_share"], time,
-                    row["simulated"], device,
-                )  # fmt: skip
+    for row, share in zip(rows, shares(rows), strict=True):
+        if row["row"] not in found:
+            time, device = times.of(row)
+            found[row["row"]] = Point(
+                row["row"],
+                row["recipe"]["method"],
+                row["kind"],
+                row["eps_error"],
+                share,
+                time,
+                row["simulated"],
+                device,
+            )
     return [*found.values(), *(point for facts in comparisons.values() for point in of_ohq(facts))]
+
+
+def shares(rows: list[dict]) -> list[float]:
+    """Bytes over those of float16, without what older rows of the same model count beyond: tables in no file."""
+    whole = [row["bytes"] / row["bytes_share"] for row in rows]
+    least = min(whole, default=0.0)
+    return [
+        (row["bytes"] - (own - least)) / least if own - least > 1 else row["bytes_share"]
+        for row, own in zip(rows, whole, strict=True)
+    ]
 
 
 class Times:

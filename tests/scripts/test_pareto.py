@@ -19,6 +19,7 @@ def script(monkeypatch):
 
 def row(name, method, error, share, formats, **more):
     facts = {"model": "unet-cifar10", "row": name, "kind": "method", "recipe": {"method": method}, "simulated": False}
+    facts["bytes"] = 1000 * share
     return {**facts, "eps_error": error, "bytes_share": share, "formats": formats, "device": "GPU", **more}
 
 
@@ -75,6 +76,11 @@ def test_times_are_of_a_name_or_of_formats(script, results):
     assert found["b"].time == 0.7  # of layers of the same formats
     assert found["c"].time is None and found["c"].simulated and found["c"].device == ""
     assert (found["OHQ"].time, found["OHQ"].bytes) == (0.65, 0.39) and found["OHQ, latency 0.50"].time is None
+
+
+def test_bytes_beyond_the_least_whole_model_do_not_count(script):
+    rows = [row("new", "rtn", 1e-3, 0.26, {}), row("old", "rtn", 1e-3, 0.0, {}, bytes=270, bytes_share=270 / 1010)]
+    assert script("pareto_points").shares(rows) == [0.26, pytest.approx(0.26)]
 
 
 def test_the_line_joins_what_nothing_beats(script):

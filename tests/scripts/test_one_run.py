@@ -1,0 +1,47 @@
+"""The tables of one run: their rows are rows of the table of all methods, and pages have what it prints."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "comparisons"))
+    return importlib.import_module
+
+
+def test_rows_are_rows_of_the_table(script):
+    one_run = script("one_run")
+    known = {row.name for row in script("method_rows").all_rows()}
+    groups = [*one_run.PAPERS.values(), *one_run.EVIDENCE.values(), *one_run.CONTROLS]
+    assert {name for names in groups for name in names} - known == set()
+
+
+def test_pages_have_what_is_printed(script, capsys):
+    one_run = script("one_run")
+    results, svdquant = (ROOT / name / "README.md" for name in ("scripts/results", "svdquant"))
+    for table, page in (("papers", results), ("verdicts", results), ("evidence", svdquant)):
+        one_run.main([table])
+        assert capsys.readouterr().out in page.read_text()
+
+
+def test_what_does_not_stand_is_said(script):
+    one_run = script("one_run")
+    rows = {
+        name: {"row": name, "kind": kind, "of": of, "eps_error": error, "bytes": size}
+        for name, kind, of, error, size in (
+            ("PTQ4DM W8A8", "method", "", 2e-4, 100), ("RTN W8A8", "baseline", "PTQ4DM W8A8", 1e-4, 101),
+            ("large", "baseline", "PTQ4DM W8A8", 1e-5, 103), ("PTQ4DM W6A6", "method", "", 1e-4, 100),
+            ("RTN W6A6", "baseline", "PTQ4DM W6A6", 5e-4, 100),
+            ("PTQ4DM W6A6, ranges shuffled", "shuffled", "PTQ4DM W6A6", 2e-4, 100),
+        )
+    }  # fmt: skip
+    beaten = ("PTQ4DM W8A8", "RTN W8A8", "")
+    kept = ("PTQ4DM W6A6, ranges shuffled", "RTN W6A6", "75 %")
+    assert one_run.verdicts(rows) == [beaten, kept]
+    rows["PTQ4DM W6A6, ranges shuffled"]["eps_error"] = 6e-4
+    assert one_run.verdicts(rows) == [beaten]

@@ -36,14 +36,8 @@ def table(rows: list[dict]) -> str:
 TICKS = tuple(round(k * 10.0**p, 4) for p in (-3, -2, -1, 0, 1, 2) for k in (1, 1.3, 1.6, 2, 2.5, 3, 4, 5, 6, 8))
 
 
-def plot_rows(
-    title: str, rows: list[dict], path: Path, figure_of: str = "feature_fid", label: str = "feature-FID"
-) -> bool:
-    """A figure over evaluations, a line per sampler (diffusers' dashed); False without matplotlib.
-
-    Args:
-        figure_of: the field of the rows that is drawn; `label` says what it is.
-    """
+def plot_rows(title: str, rows: list[dict], path: Path) -> bool:
+    """feature-FID over evaluations, a line per sampler (diffusers' dashed); False without matplotlib."""
     try:
         plt = pyplot()
     except UserError:
@@ -51,9 +45,9 @@ def plot_rows(
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(9, 4.5))
-    figures = [row[figure_of] for row in rows if math.isfinite(row[figure_of])] or [1.0]
+    figures = [row["feature_fid"] for row in rows if math.isfinite(row["feature_fid"])] or [1.0]
     for name in dict.fromkeys(row["sampler"] for row in rows):
-        own = sorted((r["evaluations"], r[figure_of]) for r in rows if r["sampler"] == name)
+        own = sorted((r["evaluations"], r["feature_fid"]) for r in rows if r["sampler"] == name)
         theirs = name.startswith("diffusers/")
         axes.plot(*zip(*own, strict=True), "x--" if theirs else "o-", label=name, lw=1 if theirs else 2, ms=4)
     axes.set_xscale("log")
@@ -68,7 +62,7 @@ def plot_rows(
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("evaluations of the model")
-    axes.set_ylabel(label)
+    axes.set_ylabel("feature-FID")
     axes.set_title(title)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)

@@ -41,16 +41,17 @@ FORMS = ("read", "stream", "load", "whole")
 SHARD = 5 << 30
 
 
-def make_source(folder: Path, blocks: list[int], heads: int) -> None:
-    """A pipeline's folder with a transformer of random weights, which is never whole in memory."""
+def make_source(folder: Path, blocks: list[int], heads: int, device: str) -> None:
+    """A pipeline's folder with a transformer of random weights, which is never whole in memory. They are drawn on the
+    device: a CPU takes minutes for 12 B."""
     place = folder / "transformer"
     place.mkdir(parents=True)
     config = {"num_layers": blocks[0], "num_single_layers": blocks[1], "num_attention_heads": heads}
     with init_empty_weights():
         model = FluxTransformer2DModel(**config, guidance_embeds=True)
-    shards, generator = Shards(place, SHARD), torch.Generator().manual_seed(0)
+    shards, generator = Shards(place, SHARD), torch.Generator(device).manual_seed(0)
     for name, tensor in model.state_dict().items():
-        value = torch.randn(tensor.shape, generator=generator).mul_(0.02 if tensor.ndim > 1 else 0.1)
+        value = torch.randn(tensor.shape, generator=generator, device=device).mul_(0.02 if tensor.ndim > 1 else 0.1)
         shards.add({name: value.bfloat16()})
     shards.close()
     model.save_config(place)
@@ -154,7 +155,9 @@ def main() -> None:
         return
     if not (source / "model_index.json").is_file():
         shutil.rmtree(source, ignore_errors=True)
-        make_source(source, options.blocks, options.heads)
+        start = time.perf_counter()
+        make_source(source, options.blocks, options.heads, options.device)
+        print(f"made the source in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     weights = network_tensors(source / "transformer")
     about = {
         "limit": options.limit,

@@ -4,12 +4,14 @@
 
 Of each test of `tests/kernels/` that needs a GPU so many cases run, spread over its parameters; those of Gluon's
 kernels come first. torch's allocator is told to keep nothing, so that what lies behind a tensor is nobody's. A line
-of JSON a tool: the tests that passed, and what it found. Exit status 1 where it found anything, or no test ran.
+of JSON a tool: the tests that passed, what it found, and, where its tests did not run to their end without a failure,
+why there is no answer (`wrong`). Exit status 1 where it found anything, or did not run to the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -19,31 +21,31 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from bench_common import Lines, made_with
-
 from ptq4dm.errors import UserError, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOMS = ("w4", "w8a8", "lut", "attention", "shift")  # of tests/kernels: those with kernels in Triton or Gluon
-EACH, ONLY, PASSED = "PTQ4DM_SANITIZE_EACH", "PTQ4DM_SANITIZE_ONLY", "PTQ4DM_SANITIZE_PASSED"
+CHOSEN = (
+    "PTQ4DM_SANITIZE"  # what the plugin is told, one text that is never empty: compute-sanitizer drops empty ones
+)
+FOUND = 86  # the exit status that a tool is told to give where it found something
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 
 
 def pytest_collection_modifyitems(items: list) -> None:
     """As a plugin of pytest: keep some cases of each test that needs a GPU, Gluon's first."""
-    of_each = defaultdict(list)
+    chosen, of_each = json.loads(os.environ[CHOSEN]), defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu") and os.environ[ONLY] in item.nodeid:
+        if item.get_closest_marker("gpu") and chosen["only"] in item.nodeid:
             of_each[item.nodeid.split("[")[0]].append(item)
-    each = int(os.environ[EACH])
-    kept = [case for cases in of_each.values() for case in _spread(cases, each)]
+    kept = [case for cases in of_each.values() for case in _spread(cases, chosen["each"])]
     items[:] = sorted(kept, key=lambda item: "hopper" not in item.nodeid)
 
 
 def pytest_runtest_logreport(report) -> None:
     """As a plugin: note what passed at once, for a tool may take longer than it is given."""
     if report.when == "call" and report.passed:
-        with Path(os.environ[PASSED]).open("a") as file:
+        with Path(json.loads(os.environ[CHOSEN])["passed"]).open("a") as file:
             print(report.nodeid, file=file)
 
 
@@ -56,7 +58,7 @@ def _spread(cases: list, count: int) -> list:
 def checked(tool: str, args) -> dict:
     """What one tool of compute-sanitizer says of the tests."""
     command = [
-        args.sanitizer, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20", sys.executable, "-m",
+        args.sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20", sys.executable, "-m",
         "pytest", "-p", "sanitize", "-p", "no:cacheprovider", "-q", *args.tests,
     ]  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +66,9 @@ def checked(tool: str, args) -> dict:
     passed.write_text("")
     here = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", EACH: str(args.each), ONLY: args.only, PASSED: str(passed.resolve()),
-    }  # fmt: skip
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        CHOSEN: json.dumps({"each": args.each, "only": args.only, "passed": str(passed.resolve())}),
+    }
     with log.open("w") as file:
         options = {"cwd": REPOSITORY, "env": os.environ | here, "stdout": file, "stderr": file}
         tests = subprocess.Popen(command, start_new_session=True, **options)
@@ -81,10 +84,33 @@ def checked(tool: str, args) -> dict:
         print("\n".join([*text.splitlines()[-30:], *found[:60]]), file=sys.stderr)
     summary = SUMMARY.findall(text)
     problems = sum("Invalid" in line or "hazard" in line for line in found)
-    return {"summary": summary[-1] if summary else None, "problems": problems, "status": status, "passed": names}
+    row = {"summary": summary[-1] if summary else None, "problems": problems, "status": status, "passed": names}
+    reason = wrong(row)
+    return row | ({"wrong": reason} if reason else {})
+
+
+def wrong(row: dict) -> str:
+    """Why a tool's row is no proof that there is nothing to find; empty where it is one. What a tool sums up counts
+    only if tests ran under it: it finds no errors in tests that never began, either."""
+    if row["problems"] or row["status"] == FOUND:
+        return f"found something: {row['summary'] or 'it was stopped before it summed up'}"
+    if not row["passed"]:
+        return f"no test passed under it: it did not run ({_ending(row['status'])})"
+    if row["status"] != 0:
+        return f"not all tests passed under it ({_ending(row['status'])}); those that did: {len(row['passed'])}"
+    return "" if row["summary"] else "it did not sum up"
+
+
+def _ending(status: int | str) -> str:
+    return status if isinstance(status, str) else f"exit status {status}"
 
 
 def main() -> None:
+    from bench_common import (
+        Lines,
+        made_with,
+    )  # not above: pytest's process, which has this file as a plugin, needs none
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=("memcheck", "racecheck", "initcheck"), default=["memcheck"])
     parser.add_argument("--each", type=int, default=2, help="cases of each test")
@@ -100,12 +126,13 @@ def main() -> None:
     if not shutil.which(args.sanitizer):
         raise UserError(f"there is no {args.sanitizer}; it comes with CUDA's toolkit (--sanitizer says where it is).")
     facts = made_with()
-    lines, wrong = Lines(args.output, facts), False
+    lines, reasons = Lines(args.output, facts), []
     for tool in args.tools:
         row = checked(tool, args)
         lines.add({"tool": tool, "each": args.each, "only": args.only} | row)
-        wrong |= bool(row["problems"]) or not row["passed"] or row["status"] == 86
-    sys.exit(wrong)
+        reasons += [f"{tool}: {row['wrong']}"] if "wrong" in row else []
+    print("\n".join(reasons), file=sys.stderr, end="\n" if reasons else "")
+    sys.exit(bool(reasons))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python scripts/comparisons/draw_samplers.py --output assets/pictures
 
-Reads scripts/results alone: feature-FID from samplers-*.json (`ptq4dm bench samplers`), errors against the solved ODE
-from sampler-errors-*.json (sampler_errors.py). Writes few-steps-unet.png, few-steps-dit.png, few-steps-flow.png.
+Reads scripts/results alone: feature-FID from samplers-*.json (`ptq4dm bench samplers`). Writes few-steps-unet.png,
+few-steps-dit.png, few-steps-flow.png.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ BENCH = (
     *("t_ab3/quad", "ipndm2/linear", "rho_rk-3heun/edm", "diffusers/unipc", "diffusers/unipc-karras"),
     *("diffusers/dpm++2m", "diffusers/deis", "diffusers/euler", "diffusers/ddim"),
 )
-ERRORS = (
-    *("t_ab1/linear/velocity/corrected", "t_ab1/linear/velocity", "rho_rk-3heun/linear", "diffusers/unipc"),
-    *("diffusers/dpm++2m", "diffusers/deis", "diffusers/heun", "diffusers/euler"),
+FLOW = (
+    *("deis", "t_ab1/linear/velocity", "diffusers/unipc", "diffusers/dpm++2m", "diffusers/deis"),
+    *("diffusers/heun", "diffusers/euler"),
 )
 PICTURES = {
     "unet": ("samplers-unet-cifar10.json", BENCH, "alpha_bar, UNet (unet-cifar10)"),
     "dit": ("samplers-dit-cifar10.json", BENCH, "alpha_bar, DiT (dit-cifar10)"),
-    "flow": ("sampler-errors-flow-dit-cifar10.json", ERRORS, "flow matching, DiT (flow-dit-cifar10)"),
+    "flow": ("samplers-flow-dit-cifar10.json", FLOW, "flow matching, DiT (flow-dit-cifar10)"),
 }
 
 
@@ -41,13 +41,8 @@ def draw(kind: str, folder: Path, results: Path = RESULTS) -> Path:
     rows = [row for name in samplers for row in found["rows"] if row["sampler"] == name and row["budget"] <= MOST]
     if lacking := set(samplers) - {row["sampler"] for row in rows}:
         raise UserError(f"{file} has no rows of {', '.join(sorted(lacking))}.")
-    settings, path = found["settings"], folder / f"few-steps-{kind}.png"
-    if "feature_fid" in rows[0]:
-        drawn = plot_rows(f"{title}, {settings['num_images']:,} images", rows, path)
-    else:
-        label = "error of a pixel against the solved ODE"
-        drawn = plot_rows(f"{title}, median of {settings['images']} images", rows, path, "error", label)
-    if not drawn:
+    path = folder / f"few-steps-{kind}.png"
+    if not plot_rows(f"{title}, {found['settings']['num_images']:,} images", rows, path):
         raise UserError("the pictures need matplotlib; install it with `pip install ptq4dm[plot]`.")
     few_colours(path)
     return path

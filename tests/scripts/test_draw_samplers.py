@@ -28,15 +28,15 @@ def test_the_results_that_are_kept_have_all_that_is_drawn(script):
 def test_a_picture_of_rows_and_a_sampler_that_has_none(script, tmp_path):
     file, samplers, _ = script.PICTURES["flow"]
     rows = [
-        {"sampler": name, "budget": n, "evaluations": n, "error": 1 / n + 0.01 * i}
+        {"sampler": name, "budget": n, "evaluations": n, "feature_fid": 3 + 1 / n + 0.01 * i}
         for i, name in enumerate(samplers)
         for n in (5, 10, 50)
     ]
-    (tmp_path / file).write_text(json.dumps({"settings": {"images": 3}, "rows": rows}))
+    (tmp_path / file).write_text(json.dumps({"settings": {"num_images": 3}, "rows": rows}))
     path = script.draw("flow", tmp_path / "out", tmp_path)
     with Image.open(path) as picture:
         assert picture.width > 900 and len(picture.convert("RGB").getcolors(2**24)) > 8
     assert path.name == "few-steps-flow.png" and path.stat().st_size < 100_000
-    (tmp_path / file).write_text(json.dumps({"settings": {"images": 3}, "rows": rows[:-3]}))
+    (tmp_path / file).write_text(json.dumps({"settings": {"num_images": 3}, "rows": rows[:-3]}))
     with pytest.raises(UserError, match=f"has no rows of {samplers[-1]}"):
         script.draw("flow", tmp_path / "out", tmp_path)

@@ -11,15 +11,13 @@ every index below is a permutation of the digits of n, k and r; rows in brackets
     AWQ qweight 16-bit words              [n/4, k/64, n % 4, k/32 % 2, k % 8]   nibble k/8 % 4, lowest first
 
 The shapes of their buffers are nominal: flat order is all that counts. Both sides of a pair hold the same elements
-and functions move them without converting. The kernels want N and K in multiples of 128 and R in multiples of 16:
-`pad_*` fills up plain tensors, with values that leave the rows and inputs that were there as they are.
+and functions move them without converting. N and K are multiples of 128, R of 16.
 Wrong sizes, dtypes and codes raise UserError.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
@@ -144,31 +142,6 @@ def deinterleave_adanorm_rows(tensor: Tensor, splits: int, dim: int = 0) -> Tens
     return tensor.unflatten(dim, (-1, splits)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
-def pad_codes(codes: Tensor) -> Tensor:
-    """codes [N, K] -> N and K in multiples of 128, filled with 0, which both int4 and e2m1 read as zero."""
-    return _pad(codes, (128, 128), 0)
-
-
-def pad_scales(scales: Tensor, group_size: int = 64) -> Tensor:
-    """scales [N, K / group_size] -> as many as `pad_codes` makes rows and groups, filled with 1."""
-    return _pad(scales, (128, 128 // group_size), 1)
-
-
-def pad_vector(vector: Tensor) -> Tensor:
-    """bias, wcscales [N] or smooth_factor [K] -> a multiple of 128, filled with 1 as the published files are."""
-    return _pad(vector, (128,), 1)
-
-
-def pad_down(a: Tensor) -> Tensor:
-    """A [R, K] -> R in multiples of 16, K of 128, filled with 0."""
-    return _pad(a, (16, 128), 0)
-
-
-def pad_up(b: Tensor) -> Tensor:
-    """B [N, R] -> N in multiples of 128, R of 16, filled with 0."""
-    return _pad(b, (128, 16), 0)
-
-
 # Digits: (the sizes a plain tensor is split into, where each of them goes).
 
 
@@ -216,12 +189,6 @@ def _join_nibbles(codes: Tensor) -> Tensor:
 def _split_nibbles(packed: Tensor) -> Tensor:
     """uint8 [..., m] -> uint8 [..., 2 m] in [0, 15]."""
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-
-
-def _pad(tensor: Tensor, multiples: tuple[int, ...], value: int) -> Tensor:
-    """tensor with each dimension filled up at its end to a multiple."""
-    missing = [-size % multiple for size, multiple in zip(tensor.shape, multiples, strict=True)]
-    return F.pad(tensor, [side for count in reversed(missing) for side in (0, count)], value=value)
 
 
 def _check(name: str, tensor: Tensor, multiples: tuple[int, ...], *dtypes: torch.dtype) -> None:

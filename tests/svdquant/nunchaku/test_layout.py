@@ -108,35 +108,6 @@ def test_adanorm_rows(splits):
                 assert torch.equal(mixed.select(dim, j * splits + chunk), row)
 
 
-@pytest.mark.parametrize("n, k, rank", [(200, 320, 20), (128, 64, 16), (1, 192, 1), (256, 384, 33)])
-def test_odd_sizes_round_trip_through_padding(n, k, rank):
-    codes, scales = integers(-8, 7, n, k), normal(n, k // 64)
-    fine_scales = normal(n, k // 16).abs().to(E4M3)
-    bias, a, b = normal(n), normal(rank, k), normal(n, rank)
-    padded_n, padded_k, padded_rank = -(-n // 128) * 128, -(-k // 128) * 128, -(-rank // 16) * 16
-
-    def check(plain, padded, shape, value, pack, unpack):
-        assert padded.dtype == plain.dtype and padded.shape == shape
-        rows = slice(len(plain)), *[slice(size) for size in plain.shape[1:]]
-        assert same_bits(padded[rows], plain)
-        assert (padded.float() == value).sum() >= padded.numel() - plain.numel()
-        outside = torch.ones(padded.shape, dtype=torch.bool)
-        outside[rows] = False
-        assert (padded.float()[outside] == value).all()
-        assert same_bits(unpack(pack(padded)), padded)
-
-    pads = layout.pad_codes, layout.pad_scales, layout.pad_vector, layout.pad_down, layout.pad_up
-    pad_codes, pad_scales, pad_vector, pad_down, pad_up = pads
-    check(codes, pad_codes(codes), (padded_n, padded_k), 0, layout.pack_qweight, layout.unpack_qweight)
-    check(scales, pad_scales(scales), (padded_n, padded_k // 64), 1, layout.pack_scales, layout.unpack_scales)
-    padded = pad_scales(fine_scales, 16)
-    nvfp4 = layout.pack_nvfp4_scales, layout.unpack_nvfp4_scales
-    check(fine_scales, padded, (padded_n, padded_k // 16), 1, *nvfp4)
-    check(bias, pad_vector(bias), (padded_n,), 1, layout.pack_vector, layout.unpack_vector)
-    check(a, pad_down(a), (padded_rank, padded_k), 0, layout.pack_down, layout.unpack_down)
-    check(b, pad_up(b), (padded_n, padded_rank), 0, layout.pack_up, layout.unpack_up)
-
-
 def test_bytes_of_a_layer():
     """A FLUX-sized Linear at rank 32: 4.6 bits a weight in INT4, 4.9 in NVFP4."""
     n = k = 3072

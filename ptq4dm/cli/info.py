@@ -135,7 +135,8 @@ def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:
         elif role != "inner":
             why = f"the model's {role} layer"
         else:
-            why = f"{config.method} chose no format for it (by its role or shape, or calibration never called it)"
+            reason = "by its role, its shape or what it costs, or calibration never called it"
+            why = f"{config.method} chose no format for it ({reason})"
         rows.append({"layer": name, "kind": kind, "bytes": stored_bytes(module), "why": why})
     return rows
 

@@ -75,7 +75,8 @@ class ValueSplitPlan(LayerPlan):
 
     @property
     def groups_text(self) -> str:
-        return f" {self.clusters} clusters a {self.scope}" + (", literal" if self.form == "literal" else "")
+        scope = {"output": "an output", "tensor": "a tensor"}[self.scope]
+        return f" {self.clusters} clusters {scope}" + (", literal" if self.form == "literal" else "")
 
 
 class ValueSplitLayer(QuantizedLayer):

@@ -112,7 +112,7 @@ def test_three_clusters_are_finer_than_one():
 def test_a_model_is_saved_and_loaded(form, tmp_path):
     model = models.unet()
     report = ptq4dm.quantize(model, SplitQuantConfig(form=form, weight_bits=3))
-    assert any("W3A16 3 clusters a output" in row["format"] for row in report.layers)
+    assert any("W3A16 3 clusters an output" in row["format"] for row in report.layers)
     assert any("W3A16 3 clusters a tensor" in row["format"] for row in report.layers)
     model.save_pretrained(tmp_path / "out")
     loaded = type(model).from_pretrained(tmp_path / "out")

@@ -38,7 +38,7 @@ class TrainedConfig(IntegerConfig, Learning):
             raise UserError(f"{why}, so that {', '.join(idle)} would change nothing; leave {them} out, or {other}.")
         if learned and set(self.train) == {"ranges"} and self.activations == "dynamic":
             raise UserError(
-                "train=('ranges',) trains the ranges of static inputs, and activations='dynamic' has none; train "
+                "'ranges' alone trains the ranges of static inputs, and activations='dynamic' has none; train "
                 "rounding, scales or biases too, or take activations='static'."
             )
 

@@ -150,7 +150,7 @@ def test_a_correction_collects_more_than_is_trained_on(models, monkeypatch, tmp_
         (["--time-weights", "-1"], "time_weights"),
         (["--format", "fp8", "--weight-bits", "8"], "does not serve format 'fp8'"),
         (["--rounding", "nearest", "--steps", "3"], "trains no block, so that steps would change nothing"),
-        (["--activations", "dynamic", "--train", "ranges"], "activations='dynamic' has none"),
+        (["--activations", "dynamic", "--train", "ranges"], "static inputs, and --activations dynamic has none"),
         (["--importance", "random"], "give average_bits too"),
         (["--method", "ptq4dm", "--objective", "mse", "--objective-parameter", "3"], "'mse' has no parameter"),
     ],

@@ -7,7 +7,6 @@
 # The first run makes .venv. TORCH is what pip installs for PyTorch: a version, or more, TORCH="torch --index-url URL".
 PYTHON ?= python3
 TORCH ?= torch
-CAPABILITIES ?= 80 89 90 100 120
 BIN := .venv/bin
 
 .PHONY: demo test lint types kernels gpu-test wheel docs clean
@@ -29,9 +28,9 @@ types: .venv/test.stamp
 	$(BIN)/mypy
 
 # Ahead of time, for every GPU that kernels/tuned/ has settings for; none is needed. Then with the oldest Triton that is
-# promised, which takes less than newer ones do.
+# promised, which takes less than newer ones do. CAPABILITIES="89 90" compiles for these alone.
 kernels: .venv/test.stamp .venv/triton-floor.stamp
-	env -u TRITON_INTERPRET $(BIN)/python scripts/benchmarks/compile_kernels.py --quick --capability $(CAPABILITIES)
+	env -u TRITON_INTERPRET $(BIN)/python scripts/benchmarks/compile_kernels.py --quick $(if $(CAPABILITIES),--capability $(CAPABILITIES))
 	env -u TRITON_INTERPRET PYTHONPATH=.venv/triton-floor $(BIN)/python scripts/benchmarks/compile_kernels.py --quick --capability 90
 
 gpu-test: .venv/test.stamp

@@ -25,9 +25,7 @@ from ptq4dm.errors import UserError, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROOMS = ("w4", "w8a8", "lut", "attention", "shift")  # of tests/kernels: those with kernels in Triton or Gluon
-CHOSEN = (
-    "PTQ4DM_SANITIZE"  # what the plugin is told, one text that is never empty: compute-sanitizer drops empty ones
-)
+CHOSEN = "PTQ4DM_SANITIZE"  # what the plugin is told: one text, never empty, for compute-sanitizer drops empty ones
 FOUND = 86  # the exit status that a tool is told to give where it found something
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 
@@ -106,10 +104,7 @@ def _ending(status: int | str) -> str:
 
 
 def main() -> None:
-    from bench_common import (
-        Lines,
-        made_with,
-    )  # not above: pytest's process, which has this file as a plugin, needs none
+    from bench_common import Lines, made_with  # not at the top: this file is a plugin in pytest, which needs none
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=("memcheck", "racecheck", "initcheck"), default=["memcheck"])

@@ -137,7 +137,7 @@ def markdown(groups: dict[str, tuple[str, ...]], fid: bool = False) -> str:
         for place, name in enumerate(names):
             line = ["" if place else group, name]
             for rows, measured in runs.values():
-                line += cells(rows.get(name), measured.get(name) if fid else None, fid)
+                line += cells(rows.get(name), measured.get(name), fid)
             lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
@@ -152,9 +152,9 @@ def cells(row: dict | None, measured: dict | None, fid: bool) -> list[str]:
         f"{row['psnr']:.2f} ± {(high - low) / 2:.2f}",
         f"{row['eps_error']:.2e}",
     ]
-    return [*figures, f"{measured['feature_fid']:.2f}" if measured else "", f"{row['seconds_to_quantize']:.0f}"][
-        : 5 if fid else 3
-    ]
+    if fid:
+        figures += [f"{measured['feature_fid']:.2f}" if measured else "", f"{row['seconds_to_quantize']:.0f}"]
+    return figures
 
 
 def verdicts(rows: dict[str, dict]) -> list[tuple[str, str, str]]:

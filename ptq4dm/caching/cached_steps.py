@@ -22,7 +22,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MOST_FORMS = 16  # of calls that a network keeps deep parts of: what came first goes first
-ACTIVE: WeakKeyDictionary[nn.Module, CachedModel] = WeakKeyDictionary()
 
 
 class CachedModel:
@@ -72,6 +70,7 @@ class CachedModel:
         self.cache.computed += 1
         self.cache.unplanned += bool(sources)
         output = self.part.computed(kept, evaluation, lambda: forward(*args, **kwargs))
+        self.cache.uncompiled |= self.part.uncompiled
         self.cache.most_bytes = max(self.cache.most_bytes, sum(one.bytes for one in self.kept.values()))
         return output
 
@@ -103,12 +102,14 @@ class StepCache:
     """What `cached_steps` did; `str()` of it is a report, also after the block.
 
     computed, reused: calls of the networks. unplanned: of those computed, calls that the plan would have had reuse,
-    where nothing fit was kept. most_bytes: of what one network kept.
+    where nothing fit was kept. most_bytes: of what one network kept. uncompiled: whether code that `optimize` had
+    compiled, of a network as a whole or of a part with modules of the deep part in it, ran as written.
     """
 
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
         self.computed = self.reused = self.unplanned = self.most_bytes = 0
+        self.uncompiled = False
 
     def __str__(self) -> str:
         lines = [
@@ -118,6 +119,8 @@ class StepCache:
         ]
         if self.unplanned:
             lines.append(f"{self.unplanned} were computed because nothing of their step and shape was kept")
+        if self.uncompiled:
+            lines.append("compiled code around the deep part ran as written: optimize with compiled=False")
         return "\n".join(lines)
 
 
@@ -145,8 +148,6 @@ def cached_steps(target: DiffusionPipeline, plan: StepPlan) -> Iterator[StepCach
                 one = CachedModel(model, part, clock, cache)
                 stack.enter_context(part.put_in())
                 stack.enter_context(computing(model, {"": _through(one, model.forward)}))
-                ACTIVE[model] = one
-                stack.callback(ACTIVE.pop, model, None)
             stack.enter_context(counted({name: clock.track}, lambda _: None))
             yield cache
 
@@ -159,22 +160,11 @@ def cached_models(target: Any) -> tuple[str, dict[str, nn.Module]]:
         raise UserError(f"cached steps need a pipeline with one scheduler; {type(target).__name__} has {len(names)}.")
     models = {name: getattr(target, name) for name in denoiser_names(target)}
     for name, model in models.items():
-        if hasattr(model, "_orig_mod"):
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise UserError(f"'{name}' is compiled as a whole, so no part of it can be reused; compile its blocks.")
         if getattr(model, "is_cache_enabled", False):
             raise UserError(f"'{name}' has a cache of diffusers already; end that with its disable_cache().")
-        if model in ACTIVE:
-            raise UserError(f"'{name}' has cached steps already; one plan at a time.")
     return names[0], models
-
-
-def reuse_of(model: nn.Module) -> tuple[int, bool] | None:
-    """Which kept deep part the call that is under way reads or writes, and whether it reuses it; None for neither.
-    Calls that differ in it do not share a graph."""
-    one = ACTIVE.get(model)
-    if one is None or one.part.kept is None:
-        return None
-    return one.part.kept.number, one.part.reuses
 
 
 def _through(one: CachedModel, forward: Callable) -> Callable:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..errors import UserError
 from ..interrupts import uninterrupted
 from .cut import Cut
 
+PUT_IN: WeakKeyDictionary[nn.Module, DeepPart] = WeakKeyDictionary()  # networks, and the modules of their deep parts
 _serial = itertools.count()
 
 
@@ -44,6 +46,22 @@ class Kept:
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
 
+def under_way(*modules: nn.Module) -> DeepPart | None:
+    """The deep part, of one of these networks or with one of these modules in it, that a call of this thread computes
+    or reuses now."""
+    for part in map(PUT_IN.get, modules) if PUT_IN else ():
+        if part is not None and part.kept is not None and threading.get_ident() == part.owner:
+            return part
+    return None
+
+
+def reuse_of(model: nn.Module) -> tuple[int, bool] | None:
+    """Which kept deep part the call of a network that is under way reads or writes, and whether it reuses it; None
+    for neither. Calls that differ in it do not share a graph."""
+    part = under_way(model)
+    return None if part is None or part.kept is None else (part.kept.number, part.reuses)
+
+
 class DeepPart:
     """The modules of a cut, while calls of them go through here. See `put_in`, `computed` and `reused`."""
 
@@ -53,6 +71,7 @@ class DeepPart:
         self.owner = threading.get_ident()
         self.kept: Kept | None = None  # of the call that is under way
         self.reuses = False
+        self.uncompiled = False  # whether compiled code around the modules ran as written, which needs them called
         self._given: dict[Any, Tensor] = {}
         self._next: dict[int, Any] = {}
         self._outputs: list[Any] = []
@@ -61,16 +80,25 @@ class DeepPart:
     def put_in(self) -> Iterator[None]:
         """In the block calls of the modules go through here; hooks on a module that is left out do not run.
 
-        The slot is the one that torch's own `Module.compile` fills: a compiled block stays compiled.
+        The slot is the one that torch's own `Module.compile` fills: a compiled block stays compiled. torch.compile's
+        code of a module around them does not look at it: who has such code runs as written while a call is
+        `under_way`.
+
+        Raises UserError where the network has a deep part put in already.
         """
+        if self.model in PUT_IN:
+            raise UserError(f"{type(self.model).__name__} has cached steps already; one plan at a time.")
         before = [vars(module).get("_compiled_call_impl") for module in self.modules]
         try:
             with uninterrupted():
                 for place, module in enumerate(self.modules):
                     module._compiled_call_impl = _Unit(self, place, module)
+                PUT_IN.update(dict.fromkeys([self.model, *self.modules], self))
             yield
         finally:
             with uninterrupted():
+                for module in [self.model, *self.modules]:
+                    PUT_IN.pop(module, None)
                 for module, one in zip(self.modules, before, strict=True):
                     vars(module).pop("_compiled_call_impl", None)
                     if one is not None:
@@ -103,7 +131,8 @@ class DeepPart:
         if not kept.parts:
             raise UserError(
                 f"{type(self.model).__name__} does not call '{self.cut.units[0]}' to '{self.cut.units[-1]}' one by "
-                "one (an engine computes it, or it has another build), so no part of it can be reused."
+                "one (an engine or compiled code computes it, or it has another build), so no part of it can be "
+                "reused."
             )
         return output
 

@@ -5,7 +5,8 @@ is the class that occurs most often among those which diffusers will not split, 
 which diffusers names none is compiled as a whole: its convolutions gain most by one layout of memory for all of it.
 
 torch.compile does not look for hooks that are set later, so a recorder would see nothing. A `Compiled` module looks,
-and runs as it is written while somebody waits for the calls of a module in it, or for operations of torch.
+and runs as it is written while somebody waits for the calls of a module in it, or for operations of torch, and in
+calls that keep or reuse a deep part which begins inside of it (caching/cached_steps.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 
+from ..caching.deep_part import under_way
 from ..layers.fusing.cpu import runs_fused_on_cpu
 from .watch import HOOKS, watched
 
@@ -41,13 +43,17 @@ class Compiled:
         parts = list(chain.from_iterable(map(dict.values, self.children)))
         if len(parts) != len(self.parts) or not all(map(operator.is_, parts, self.parts)):
             self._look()  # an adapter, say, took a layer's place
-        return (self.call if any(self.hooks) or watched() else self.compiled)(*args, **kwargs)
+        if (part := under_way(*self.inside)) is not None:
+            part.uncompiled = True
+        written = part is not None or any(self.hooks) or watched()
+        return (self.call if written else self.compiled)(*args, **kwargs)
 
     def __reduce__(self) -> tuple:
         return self.again
 
     def _look(self) -> None:
         modules = list(self.module.modules())
+        self.inside = modules[1:]
         self.children = [module._modules for module in modules]
         self.parts = list(chain.from_iterable(map(dict.values, self.children)))
         self.hooks = [vars(module)[kind] for module in modules for kind in HOOKS]

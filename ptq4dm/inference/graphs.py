@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..caching.cached_steps import reuse_of
+from ..caching.deep_part import reuse_of
 from ..caching.state import PLAIN
 from ..pipelines.denoiser import time_names
 from .blocks import plain_forward

@@ -161,8 +161,12 @@ def ways(bench: Bench, args: argparse.Namespace) -> dict[tuple[str, int], Callab
         inside = [rng.choice(np.arange(1, args.evaluations), count - 1, replace=False) for _ in range(args.random)]
         plans = [bench.measured(depth).with_steps((0, *sorted(map(int, one))), args.histories[0]) for one in inside]
         rows = [planned(way, plan) for plan in plans]
-        middle = {name: median(row[name] for row in rows) for name in ("psnr", "time", "seconds")}
-        return {**rows[0], **middle, "steps": [row["steps"] for row in rows], "each": [row["psnr"] for row in rows]}
+        names = [name for name in ("psnr", "time", "seconds", "feature_fid") if name in rows[0]]
+        middle = {name: median(row[name] for row in rows) for name in names}
+        each = {"each": [row["psnr"] for row in rows]}
+        if args.feature_fid:
+            each["each_fid"] = [row["feature_fid"] for row in rows]
+        return {**rows[0], **middle, "steps": [row["steps"] for row in rows], **each}
 
     for depth in args.depths or [None]:
         at = "" if depth is None else f", depth {depth}"

@@ -28,3 +28,28 @@ def test_ways_are_measured_and_resumed(tmp_path, monkeypatch, capsys, one_thread
     script.main([*command, "--computed", "3", "5"])  # the others are not made again
     again = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert again[:4] == rows and len(again) == 7 and again[4]["psnr"] == 120
+
+
+def test_the_control_is_the_median_of_its_draws(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "comparisons"))
+    script = importlib.import_module("compare_reuse")
+
+    class Bench:
+        drawn = 0
+
+        def measured(self, depth):
+            return self
+
+        def with_steps(self, steps, history):
+            return steps
+
+        def row(self, way, evaluations, plan):
+            self.drawn += 1
+            value = (5.0, 1.0, 3.0)[self.drawn - 1]
+            named = {"psnr": value, "time": 0.5, "seconds": 1.0, "feature_fid": 10 * value}
+            return {"way": way, "computed": len(plan), "steps": list(plan), **named}
+
+    args = script.parse(["--feature-fid", "--computed", "4", "--evaluations", "9"])
+    row = script.ways(Bench(), args)["3 at random", 4]()
+    assert row["psnr"] == 3.0 and row["feature_fid"] == 30.0
+    assert row["each"] == [5.0, 1.0, 3.0] and row["each_fid"] == [50.0, 10.0, 30.0]

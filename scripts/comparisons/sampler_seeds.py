@@ -7,8 +7,8 @@
     python scripts/comparisons/sampler_seeds.py fifty    # 10 evaluations against 50 of DDIM
     python scripts/comparisons/sampler_seeds.py others   # more samplers, one seed
 
-Reads scripts/results/samplers-seeds.jsonl; for 50 evaluations and more samplers samplers-*.json, too. The tables of the pages are what
-this prints (a test holds them together).
+Reads scripts/results/samplers-seeds.jsonl; for 50 evaluations and more samplers samplers-*.json, too. The tables of
+the pages are what this prints (a test holds them together).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FITTED = {
 """(quantized, the model that a schedule was fitted to, the one whose trajectories it follows) -> its name here."""
 
 OTHERS = (
-    *("t_ab3/log", "t_ab3/edm", "ipndm2/quad", "rho_ab2/quad", "log_rho2/edm", "rho_rk-3heun/edm"),
-    *(f"diffusers/{one}" for one in ("ddim", "euler", "heun", "deis", "dpm++2m", "deis-karras", "dpm++3m-karras")),
+    *("t_ab3/log", "t_ab3/edm", "ipndm2/quad", "rho_rk-3heun/edm"),
+    *(f"diffusers/{one}" for one in ("ddim", "heun", "deis", "dpm++2m", "dpm++3m-karras")),
 )
 """Samplers of the older runs that were not run on three seeds, some of many."""
 

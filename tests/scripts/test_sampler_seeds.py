@@ -16,15 +16,10 @@ def script(monkeypatch):
 
 
 def test_pages_have_what_is_printed(script, capsys):
-    results, first, samplers = (
-        (ROOT / name / "README.md").read_text() for name in ("scripts/results", ".", "samplers")
-    )
-    pages = {"best": [first, samplers], **dict.fromkeys(("seeds", "w8a8", "gains", "fifty"), [results])}
-    assert set(pages) == set(script.TABLES)
-    for table, held in pages.items():
+    for table in script.TABLES:
+        page = ROOT / "README.md" if table == "best" else ROOT / "scripts/results/README.md"
         script.main([table])
-        printed = capsys.readouterr().out
-        assert all(printed in page for page in held), table
+        assert capsys.readouterr().out in page.read_text(), table
 
 
 def test_claims_of_the_pages(script):

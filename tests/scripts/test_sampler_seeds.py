@@ -34,6 +34,10 @@ def test_claims_of_the_pages(script):
                     other = script.best(found, budget, kind)
                     lost |= {(model, budget) for seed in other if fit[budget][seed] >= other[seed]}
         assert lost == {behind}
+    for model in ("dit-cifar10", "flow-dit-cifar10"):
+        found = script.rows_of(model)
+        others = [rows[20] for name, rows in found.items() if 20 in rows]
+        assert all(found["fitted"][5][seed] < rows[seed] for rows in others for seed in rows)
 
 
 def test_means_reach_and_seeds_that_lack(script, tmp_path):

@@ -23,7 +23,7 @@ from ..pipelines.devices import DTYPES, check_device
 from ..pipelines.load import EMBEDDED, folder_of, load_pipeline
 from ..pipelines.prompt_embeds import read_prompt_embeds
 from ..pipelines.sampling import default_steps
-from ..quantization.saving import RECORD
+from ..quantization.saving import RECORD, original_of
 from .flags import add_flags, flag_of, given
 
 EXAMPLE = EMBEDDED[0]  # the model where none is named
@@ -211,13 +211,16 @@ def load(args, model):
 
 
 def _fitted(model) -> str:
-    """The folder of the schedule that lies beside a model. Raises UserError where none does."""
-    folder = folder_of(model) / "fitted"
-    if not (folder / "scheduler_config.json").is_file():
-        raise UserError(
-            f"no fitted schedule lies beside {model}; fit one by `ptq4dm bench samplers --fit`, and give its folder."
-        )
-    return str(folder)
+    """The folder of the schedule that lies beside a model, or beside the one that it was quantized from.
+
+    Raises UserError where none does.
+    """
+    for one in (model, original_of(model)):
+        if one is not None and (folder_of(one) / "fitted" / "scheduler_config.json").is_file():
+            return str(folder_of(one) / "fitted")
+    raise UserError(
+        f"no fitted schedule lies beside {model}; fit one by `ptq4dm bench samplers --fit`, and give its folder."
+    )
 
 
 def default_model(args) -> str:

@@ -16,6 +16,7 @@ from models import plain_unet
 from ptq4dm.cli.main import main
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.embedded import folder_of
+from ptq4dm.quantization.saving import RECORD
 from ptq4dm.samplers import DEISScheduler, FitConfig, FittedScheduler, fit
 from ptq4dm.samplers.catalog import make_sampler
 from ptq4dm.samplers.fitting.fit import endpoint_error
@@ -275,6 +276,12 @@ def test_bench_fits_a_schedule_which_generate_takes(tmp_path, capsys):
     assert main(beside) == 2 and "no fitted schedule lies beside" in capsys.readouterr().err
     shutil.copytree(folder, tmp_path / "m" / "fitted")
     assert main([*beside, "--num-images", "1"]) == 0
+    shutil.copytree(tmp_path / "m", tmp_path / "q", ignore=shutil.ignore_patterns("fitted"))
+    (tmp_path / "q" / RECORD).write_text(json.dumps({"model": str(tmp_path / "m")}))  # as if quantized from it
+    assert (
+        main(["generate", "--model", str(tmp_path / "q"), *beside[3:-1], str(tmp_path / "of q"), "--num-images", "1"])
+        == 0
+    )
     config["origin"]["model"] = "another"
     (folder / "scheduler_config.json").write_text(json.dumps(config))
     assert main(["bench", "samplers", *model, *few, "--fit", "--output", str(out)]) == 2

@@ -224,6 +224,17 @@ def test_saved_and_loaded(tmp_path):
         loaded.scheduler.step(torch.zeros(1, 2), loaded.scheduler.timesteps[1], torch.zeros(1, 2))
 
 
+def test_a_fitted_config_is_no_noise_schedule_for_other_samplers(tmp_path):
+    """In memory and from a file: betas of their own, or none, would be taken silently."""
+    fitted = FittedScheduler(tables=tables())
+    fitted.save_pretrained(tmp_path)
+    for config in (fitted.config, FittedScheduler.load_config(tmp_path)):
+        for name in ("deis", "ddim", "ipndm", "t_ab3/quad", "diffusers/unipc", "diffusers/ddim"):
+            with pytest.raises(UserError, match="fitted to the model .* before the fit"):
+                make_sampler(name, config)
+        assert make_sampler(str(tmp_path), config).fitted_for == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

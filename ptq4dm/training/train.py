@@ -54,7 +54,9 @@ def train(
     """
     check_pipeline(pipe)
     config, folder = config or ShiftQuantConfig(), Path(folder)
-    Task(pipe)
+    task = Task(pipe)
+    if config.drop_captions is not None and not task.of_text:
+        raise UserError("this model learns without captions, so that drop_captions has none to drop; leave it out.")
     with alone_in(folder, pipe, config, resume):
         run = Run(pipe, Path(images), config, folder, resume)
         run.go()

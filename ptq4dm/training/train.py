@@ -56,7 +56,8 @@ def train(
     config, folder = config or ShiftQuantConfig(), Path(folder)
     task = Task(pipe)
     if config.drop_captions is not None and not task.of_text:
-        raise UserError("this model learns without captions, so that drop_captions has none to drop; leave it out.")
+        given = f"drop_captions={config.drop_captions:g}"
+        raise UserError(f"{given} is for models of text, and this one learns without captions; leave it out.")
     with alone_in(folder, pipe, config, resume):
         run = Run(pipe, Path(images), config, folder, resume)
         run.go()

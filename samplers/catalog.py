@@ -8,7 +8,8 @@ ipndm2/edm, t_ab3/quad, rho_rk-3heun/edm    solver and order (or Runge-Kutta met
 .../corrected                               each step done again with the evaluation at its end; without it none is
 diffusers/dpm++2m, ...                      diffusers' own, of a flow-matching or EDM model those that know it; with
                                             -karras where they know that grid
-a folder                                    a schedule fitted to the model, as `bench samplers --fit` writes it
+a folder                                    a schedule fitted to the model, as `bench samplers --fit` writes it; of
+                                            commands `fitted`, that beside the model
 """
 
 from __future__ import annotations

@@ -83,6 +83,11 @@ def refuse_foreign(config: Mapping, ours: str, name: str | None = None, takes: f
     """
     if "generator_timestep" in config and ours != "OneStepScheduler":
         raise UserError(f"the model was distilled to one step and takes no sampler but its own, so not '{ours}'.")
+    if "tables" in config:
+        raise UserError(
+            f"this config is of a schedule fitted to the model (FittedScheduler) and does not say the model's noise "
+            f"schedule; give {ours} the config of the scheduler that the model had before the fit."
+        )
     kind, cause = kind_of(config, name)
     unknown = name is not None and name not in TAKEN | SHIFTED | FLOW | EDM and name not in REFUSED
     if kind is None and unknown and not any(field in config for field in BETAS):

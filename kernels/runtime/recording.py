@@ -97,7 +97,7 @@ class Recording(TorchDispatchMode):
             return out
         if func in EMPTY:
             self._begins(out, TAKEN)
-        elif func.is_view:
+        elif func.is_view and not _copied(out, args[0]):
             source = self.source(args[0])
             for view in (out,) if isinstance(out, Tensor) else out:
                 if source is not None:
@@ -176,6 +176,14 @@ class Recording(TorchDispatchMode):
             self.lost = self.lost or "a kernel is launched in a way of Triton's own"
         else:
             self.events.append(Launched(step, sources))
+
+
+def _copied(out: Any, tensor: Tensor) -> bool:
+    """Whether an operation that may give a view, such as `reshape` or `to`, has copied.
+
+    Such ones come here whole below autograd: in code of torch.compile, in inference mode. Elsewhere their parts do.
+    """
+    return isinstance(out, Tensor) and out.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
 
 
 def _is_tensor(value: Any) -> bool:

@@ -192,9 +192,11 @@ def _by_run(values: Tensor, runs: int) -> Tensor:
     return prepared(values, ("runs", runs), lambda: values.repeat_interleave(wide, 1).contiguous())
 
 
-def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x, contiguous and of this type; usually as it is, which is asked in less time than `to` takes."""
-    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+def in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A branch's projection, contiguous and of this type: mostly as it is, else made once."""
+    if weight.dtype == dtype and weight.is_contiguous():
+        return weight
+    return prepared(weight, ("in type", dtype), lambda: weight.to(dtype).contiguous())
 
 
 def _quantized(name, plan, x, qweight, wscales, smooth, down, up, bias, shift, out, nonlinearity, eight) -> None:

@@ -23,7 +23,7 @@ from ..pipelines.devices import DTYPES, check_device
 from ..pipelines.load import EMBEDDED, folder_of, load_pipeline
 from ..pipelines.prompt_embeds import read_prompt_embeds
 from ..pipelines.sampling import default_steps
-from ..quantization.saving import RECORD
+from ..quantization.saving import RECORD, original_of
 from .flags import add_flags, flag_of, given
 
 EXAMPLE = EMBEDDED[0]  # the model where none is named
@@ -78,7 +78,8 @@ def add_sampler(parser) -> None:
         metavar="NAME",
         help="ddim, deis, a solver of it (ipndm, t_ab, rho_ab, log_rho, rho_rk), a setting such as t_ab3/quad, or "
         "rho_rk-3heun/edm, .../clean (ends at clean data), or diffusers/ with ddim, deis, dpm++2m, dpm++3m, unipc, "
-        "euler, heun, some with -karras; the model's own otherwise",
+        "euler, heun, some with -karras; fitted, or a folder that `bench samplers --fit` wrote; the model's own "
+        "otherwise",
     )
     group.add_argument("--order", type=int, choices=range(4), help="of a DEIS solver; 0 is DDIM")
     group.add_argument("--grid", help="timesteps: linear, quad, cubic, log, edm, beta, linspace, leading or trailing")
@@ -202,10 +203,24 @@ def load(args, model):
     if name is not None:
         from ..samplers.catalog import make_sampler
 
+        name = _fitted(model) if name == "fitted" else name
         pipe.scheduler = make_sampler(name, pipe.scheduler.config, order, grid)
     elif order is not None or grid is not None:
         raise UserError("--order and --grid belong to a sampler; name one with --sampler.")
     return pipe
+
+
+def _fitted(model) -> str:
+    """The folder of the schedule that lies beside a model, or beside the one that it was quantized from.
+
+    Raises UserError where none does.
+    """
+    for one in (model, original_of(model)):
+        if one is not None and (folder_of(one) / "fitted" / "scheduler_config.json").is_file():
+            return str(folder_of(one) / "fitted")
+    raise UserError(
+        f"no fitted schedule lies beside {model}; fit one by `ptq4dm bench samplers --fit`, and give its folder."
+    )
 
 
 def default_model(args) -> str:

@@ -18,11 +18,14 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from ..layers.fusing.cpu import runs_fused_on_cpu
 from .watch import HOOKS, watched
+
+RECOMPILED = 8  # times that a block is compiled, such as for other shapes
 
 
 class Compiled:
@@ -101,7 +104,13 @@ def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
 
 
 def compile_blocks(blocks: list[nn.Module], **options: Any) -> None:
-    """Compile these, when they are first called."""
+    """Compile these, when they are first called.
+
+    Blocks of one class are one function to torch.compile, which gives up on a function that it has compiled 8 times.
+    Each block may differ in its layers' plans, so each may be compiled as often; the setting is PyTorch's, for all.
+    """
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo, name, max(getattr(dynamo, name), RECOMPILED * len(blocks)))
     for block in blocks:
         block._compiled_call_impl = Compiled(block, block._call_impl, (getattr, (block, "_call_impl")), **options)
 

@@ -2,16 +2,19 @@
 
     python scripts/comparisons/draw_samplers.py --output assets/pictures
 
-Reads scripts/results alone: feature-FID from samplers-*.json (`ptq4dm bench samplers`). Writes few-steps-unet.png,
-few-steps-dit.png, few-steps-flow.png.
+Reads scripts/results alone: samplers-seeds.jsonl, of which the means of three seeds are drawn, and for more samplers
+one seed of samplers-*.json (`ptq4dm bench samplers`). Writes few-steps-unet.png, few-steps-dit.png and
+few-steps-flow.png.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import mean
 
 from palette import few_colours
+from sampler_seeds import rows_of
 
 from ptq4dm.errors import UserError, run
 from ptq4dm.files.outside import read_json
@@ -19,30 +22,33 @@ from ptq4dm.samplers.comparison.table import plot_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MOST = 20  # evaluations: behind them nearly all agree
-BENCH = (
-    *("t_ab3/quad", "ipndm2/linear", "rho_rk-3heun/edm", "diffusers/unipc", "diffusers/unipc-karras"),
-    *("diffusers/dpm++2m", "diffusers/deis", "diffusers/euler", "diffusers/ddim"),
-)
-FLOW = (
-    *("deis", "t_ab1/linear/velocity", "diffusers/unipc", "diffusers/dpm++2m", "diffusers/deis"),
-    *("diffusers/heun", "diffusers/euler"),
-)
+ONE_SEED = ("rho_rk-3heun/edm", "diffusers/deis", "diffusers/ddim")
 PICTURES = {
-    "unet": ("samplers-unet-cifar10.json", BENCH, "alpha_bar, UNet (unet-cifar10)"),
-    "dit": ("samplers-dit-cifar10.json", BENCH, "alpha_bar, DiT (dit-cifar10)"),
-    "flow": ("samplers-flow-dit-cifar10.json", FLOW, "flow matching, DiT (flow-dit-cifar10)"),
+    "unet": ("unet-cifar10", ONE_SEED, "alpha_bar, UNet"),
+    "dit": ("dit-cifar10", ONE_SEED, "alpha_bar, DiT"),
+    "flow": ("flow-dit-cifar10", ("diffusers/deis", "diffusers/heun"), "flow matching, DiT"),
 }
+"""Kind -> model, samplers that one seed alone was run of, title."""
 
 
 def draw(kind: str, folder: Path, results: Path = RESULTS) -> Path:
     """The picture of a kind of PICTURES. Raises UserError where rows of a sampler, or matplotlib, are missing."""
-    file, samplers, title = PICTURES[kind]
-    found = read_json(results / file)
-    rows = [row for name in samplers for row in found["rows"] if row["sampler"] == name and row["budget"] <= MOST]
-    if lacking := set(samplers) - {row["sampler"] for row in rows}:
+    model, samplers, title = PICTURES[kind]
+    rows = [
+        {"sampler": name, "budget": budget, "evaluations": budget, "feature_fid": mean(seeds.values())}
+        for name, budgets in rows_of(model, folder=results).items()
+        for budget, seeds in budgets.items()
+        if budget <= MOST
+    ]
+    file = f"samplers-{model}.json"
+    one_seed = [
+        row for row in read_json(results / file)["rows"] if row["sampler"] in samplers and row["budget"] <= MOST
+    ]
+    if lacking := set(samplers) - {row["sampler"] for row in one_seed}:
         raise UserError(f"{file} has no rows of {', '.join(sorted(lacking))}.")
+    rows += [{**row, "sampler": f"{row['sampler']} (one seed)"} for row in one_seed]
     path = folder / f"few-steps-{kind}.png"
-    if not plot_rows(f"{title}, {found['settings']['num_images']:,} images", rows, path):
+    if not plot_rows(f"{title} ({model}), 10,000 images, means of three seeds", rows, path):
         raise UserError("the pictures need matplotlib; install it with `pip install ptq4dm[plot]`.")
     few_colours(path)
     return path

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from analytic import Gaussian, Mixture
 from models import plain_unet
 from ptq4dm.cli.main import main
 from ptq4dm.errors import UserError
+from ptq4dm.pipelines.embedded import folder_of
+from ptq4dm.quantization.saving import RECORD
 from ptq4dm.samplers import DEISScheduler, FitConfig, FittedScheduler, fit
 from ptq4dm.samplers.catalog import make_sampler
 from ptq4dm.samplers.fitting.fit import endpoint_error
@@ -221,6 +224,17 @@ def test_saved_and_loaded(tmp_path):
         loaded.scheduler.step(torch.zeros(1, 2), loaded.scheduler.timesteps[1], torch.zeros(1, 2))
 
 
+def test_a_fitted_config_is_no_noise_schedule_for_other_samplers(tmp_path):
+    """In memory and from a file: betas of their own, or none, would be taken silently."""
+    fitted = FittedScheduler(tables=tables())
+    fitted.save_pretrained(tmp_path)
+    for config in (fitted.config, FittedScheduler.load_config(tmp_path)):
+        for name in ("deis", "ddim", "ipndm", "t_ab3/quad", "diffusers/unipc", "diffusers/ddim"):
+            with pytest.raises(UserError, match="fitted to the model .* before the fit"):
+                make_sampler(name, config)
+        assert make_sampler(str(tmp_path), config).fitted_for == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -254,11 +268,39 @@ def test_bench_fits_a_schedule_which_generate_takes(tmp_path, capsys):
     capsys.readouterr()
     assert main([*images[:-3], "3", "--output", str(tmp_path / "more")]) == 2
     assert "not fitted for 3 evaluations" in capsys.readouterr().err
+    few[-1] = "t_ab0/quad"  # another sampler goes into the same file, whoever the schedule follows
+    assert main(["bench", "samplers", *model, *few, "--output", str(out)]) == 0
+    rows = json.loads((out / "samplers.json").read_text())["rows"]
+    assert [row["sampler"] for row in rows] == ["fitted", "deis", "t_ab0/quad"]
+    beside = ["generate", *model, "--sampler", "fitted", "--steps", "2", "--output", str(tmp_path / "beside")]
+    assert main(beside) == 2 and "no fitted schedule lies beside" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "m" / "fitted")
+    assert main([*beside, "--num-images", "1"]) == 0
+    shutil.copytree(tmp_path / "m", tmp_path / "q", ignore=shutil.ignore_patterns("fitted"))
+    (tmp_path / "q" / RECORD).write_text(json.dumps({"model": str(tmp_path / "m")}))  # as if quantized from it
+    assert (
+        main(["generate", "--model", str(tmp_path / "q"), *beside[3:-1], str(tmp_path / "of q"), "--num-images", "1"])
+        == 0
+    )
     config["origin"]["model"] = "another"
     (folder / "scheduler_config.json").write_text(json.dumps(config))
     assert main(["bench", "samplers", *model, *few, "--fit", "--output", str(out)]) == 2
     assert "fitted with other settings" in capsys.readouterr().err
     assert main(["bench", "samplers", *model, *few, "--teacher", "x", "--output", str(out)]) == 2
+
+
+@pytest.mark.parametrize("name", ["unet-cifar10", "dit-cifar10", "flow-dit-cifar10"])
+def test_the_schedules_of_the_embedded_models(name):
+    """Fitted to it for 4 to 8 evaluations; with 4 they come nearer to 20 than the default sampler does."""
+    pipe = ptq4dm.load_reference(name)
+    config, images = pipe.scheduler.config, {}
+    scheduler = make_sampler(str(folder_of(name) / "fitted"), config)
+    assert scheduler.fitted_for == [4, 5, 6, 8] and scheduler.config.origin["model"] == name
+    for way, steps in (("fitted", 4), ("deis", 4), ("deis", 20)):
+        pipe.scheduler = scheduler if way == "fitted" else make_sampler(way, config)
+        images[way, steps] = ptq4dm.sample(pipe, range(2), num_inference_steps=steps)
+    near, far = ((images[way, 4] - images["deis", 20]).norm() for way in ("fitted", "deis"))
+    assert near < 0.8 * far
 
 
 def test_wrong_settings_are_told(mixture):

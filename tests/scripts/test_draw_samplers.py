@@ -19,24 +19,28 @@ def script(monkeypatch):
 
 
 def test_the_results_that_are_kept_have_all_that_is_drawn(script):
-    for kind, (file, samplers, _) in script.PICTURES.items():
-        rows = json.loads((script.RESULTS / file).read_text())["rows"]
+    for kind, (model, samplers, _) in script.PICTURES.items():
+        rows = json.loads((script.RESULTS / f"samplers-{model}.json").read_text())["rows"]
         budgets = {name: {r["budget"] for r in rows if r["sampler"] == name} for name in samplers}
         assert all({5, 8, 10, 20} <= found for found in budgets.values()), kind
+        found = script.rows_of(model)
+        assert {4, 5, 6, 8} <= set(found["fitted"]) and {4, 5, 6, 8, 10, 20} <= set(found["deis"]), kind
 
 
 def test_a_picture_of_rows_and_a_sampler_that_has_none(script, tmp_path):
-    file, samplers, _ = script.PICTURES["flow"]
+    model, samplers, _ = script.PICTURES["flow"]
     rows = [
         {"sampler": name, "budget": n, "evaluations": n, "feature_fid": 3 + 1 / n + 0.01 * i}
         for i, name in enumerate(samplers)
         for n in (5, 10, 50)
     ]
-    (tmp_path / file).write_text(json.dumps({"settings": {"num_images": 3}, "rows": rows}))
+    (tmp_path / f"samplers-{model}.json").write_text(json.dumps({"rows": rows}))
+    of_seeds = [{**row, "model": model, "quantized": False, "seed": 7, "sampler": "deis"} for row in rows[:3]]
+    (tmp_path / "samplers-seeds.jsonl").write_text("\n".join(map(json.dumps, of_seeds)))
     path = script.draw("flow", tmp_path / "out", tmp_path)
     with Image.open(path) as picture:
         assert picture.width > 900 and len(picture.convert("RGB").getcolors(2**24)) > 8
     assert path.name == "few-steps-flow.png" and path.stat().st_size < 100_000
-    (tmp_path / file).write_text(json.dumps({"settings": {"num_images": 3}, "rows": rows[:-3]}))
+    (tmp_path / f"samplers-{model}.json").write_text(json.dumps({"rows": rows[:-3]}))
     with pytest.raises(UserError, match=f"has no rows of {samplers[-1]}"):
         script.draw("flow", tmp_path / "out", tmp_path)

@@ -71,9 +71,9 @@ def _run_samplers(args) -> None:
     if args.fit:
         config.samplers = ["fitted", *config.samplers]
         config.check(pipe, {"fitted": None})
-        settings["teacher"] = str(args.teacher or args.model)
+        origin = {**settings, "teacher": str(args.teacher or args.model)}  # of the schedule, not of the other rows
         teacher = load(args, args.teacher) if args.teacher else None
-        own["fitted"] = fitted_to(pipe, teacher, config.evaluations, output.parent / "fitted", settings)
+        own["fitted"] = fitted_to(pipe, teacher, config.evaluations, output.parent / "fitted", origin)
     rows = bench_samplers(pipe, config, output, settings, own)
     say(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
     say(table(rows))

@@ -3,12 +3,12 @@
 Where there is no GPU, a "kernel" is a function of addresses that reads and writes the CPU's memory.
 """
 
+import contextlib
 import ctypes
 import gc
 import threading
 import types
 import weakref
-from contextlib import suppress
 
 import pytest
 import torch
@@ -202,6 +202,14 @@ def test_what_else_a_call_does_is_not_repeated(kernel, extra, said):
     assert text.startswith(said) and forms == 1
 
 
+WAYS = {
+    "eager": contextlib.nullcontext,
+    "compiled": torch._C._AutoDispatchBelowAutograd,  # where PyTorch's compiled code calls its ops
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize(
     "extra",
     [
@@ -211,19 +219,40 @@ def test_what_else_a_call_does_is_not_repeated(kernel, extra, said):
         lambda x, y: torch.nn.functional.linear(x.view(2, 4), y.view(4, 2).t(), x[2:4]),
         lambda x, y: (y.view(2, 4).t() * x[1]).addmm_(x.view(4, 2), y[:8].view(2, 4)[:, 2:]),
         lambda x, y: (y, y + x, x.exp()),
+        lambda x, y: y + x.view(2, 4).t().reshape(-1),
+        lambda x, y: (y.view(2, 4).t().contiguous(), x.to(torch.float16).contiguous(), x.view(2, 4).t().flatten()),
     ],
 )
-def test_operations_of_torch_are_repeated(kernel, extra):
+def test_operations_of_torch_are_repeated(kernel, extra, way):
+    """What may be a view and is a copy, too: below autograd `reshape`, `to` and `contiguous` are seen whole."""
     op, given = Op(kernel, 8, extra=extra), rand(seed=9)
-    for seed in range(6):
-        x = rand(seed=seed)
-        y, right = op.repeated(x, given, None), extra(x, expected(x, given, None))
-        pairs = zip(y, right, strict=True) if isinstance(y, tuple) else [(y, right)]
-        assert all(a.stride() == b.stride() and torch.allclose(a, b) for a, b in pairs)
-    assert op.calls == 2 and why(op) == {"repeated": 1}
-    with torch.autocast("cpu", torch.bfloat16):  # which may change what they do
-        op.repeated(rand(), given, None)
-    assert op.calls == 3
+    with WAYS[way]():
+        for seed in range(6):
+            x = rand(seed=seed)
+            y, right = op.repeated(x, given, None), extra(x, expected(x, given, None))
+            pairs = zip(y, right, strict=True) if isinstance(y, tuple) else [(y, right)]
+            assert all(a.stride() == b.stride() and torch.allclose(a, b) for a, b in pairs)
+        assert op.calls == 2 and why(op) == {"repeated": 1}
+        with torch.autocast("cpu", torch.bfloat16):  # which may change what they do
+            op.repeated(rand(), given, None)
+        assert op.calls == 3
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_kernel_reads_the_copy_of_the_tensor_at_hand(kernel, way):
+    """Not what lies where the recorded copy did."""
+
+    class Copying(Op):
+        def written(self, x, given, more):
+            return super().written(x.view(2, 4).t().reshape(-1), given, more.to(torch.float32))
+
+    op, given = Copying(kernel, 8), rand(seed=9)
+    with WAYS[way]():
+        for seed in range(6):
+            x, more = rand(seed=seed), rand(seed=seed + 20).double()
+            right = expected(x.view(2, 4).t().reshape(-1), given, more.float())
+            assert torch.allclose(op.repeated(x, given, more), right)
+        assert op.calls == 2 and why(op) == {"repeated": 1}
 
 
 def test_operations_under_autocast_are_not_recorded(kernel):
@@ -312,7 +341,7 @@ def test_an_error_in_a_recorded_call_ends_the_recording(kernel):
     op, given = Op(kernel, 8), rand(seed=9)
     op.repeated(rand(), given, None)
     op.extra = lambda x, y: 1 / 0
-    with suppress(ZeroDivisionError):
+    with contextlib.suppress(ZeroDivisionError):
         op.repeated(rand(), given, None)
     op.extra = lambda x, y: y
     for _ in range(2):

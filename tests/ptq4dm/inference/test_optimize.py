@@ -197,6 +197,32 @@ def test_a_unet_is_compiled_as_a_whole(graphs, graphs_too):
     assert parts(model) == before
 
 
+class Scaled(nn.Module):
+    """y = n x; n is a constant to torch.compile."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.name = "n" * n
+
+    def forward(self, x):
+        return x * len(self.name)
+
+
+@torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8)
+def test_blocks_that_all_differ_are_all_compiled():
+    """torch.compile gives a function up after 8 times, and blocks of a class are one function."""
+    found, compiled, x = [Scaled(n) for n in range(1, 13)], [], torch.ones(2)
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    blocks.compile_blocks(found, backend=backend)
+    for _ in range(2):
+        assert [block(x)[0].item() for block in found] == list(range(1, 13))
+    assert len(compiled) == 12
+
+
 def test_hooks_in_compiled_blocks():
     model, seen = models.pixel_dit(num_layers=2), []
     found = blocks.repeated_blocks(model)

@@ -49,9 +49,9 @@ def add_union(group, kinds: dict[str, type]) -> None:
 
 def _add(group, name: str, found: list[Field], text: str, **more) -> None:
     defaults = [_default(field) for field in found]
-    switches = [isinstance(default, bool) for default in defaults]
-    if all(switches):
-        more["action"] = argparse.BooleanOptionalAction if any(defaults) else "store_true"
+    switches = [_is_switch(field) for field in found]
+    if all(switches):  # with a --no-... where "no" is not what is done without it
+        more["action"] = "store_true" if all(one is False for one in defaults) else argparse.BooleanOptionalAction
     else:
         parsers = [_parser(field) for field, switch in zip(found, switches, strict=True) if not switch]
         more["type"] = _first_that_takes(sorted(set(parsers), key=_strictness))
@@ -64,6 +64,11 @@ def _add(group, name: str, found: list[Field], text: str, **more) -> None:
 
 def _default(field: Field) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _is_switch(field: Field) -> bool:
+    """Whether a field is yes or no; one whose default is None decides by other options."""
+    return isinstance(_default(field), bool) or str(field.type) == "bool | None"
 
 
 def _parser(field: Field):

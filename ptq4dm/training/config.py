@@ -12,8 +12,9 @@ from .precision import precision_of
 
 # These may change when a run is resumed, and nothing else.
 FREE = ("images", "minutes", "learning_rate", "graph")
+DROPPED = 0.1  # share of captions that are left empty where nothing is said
 LATER = {
-    "drop_captions": 0.1,
+    "drop_captions": DROPPED,
     "norm": "same",
     "wide": False,
 }  # options that runs of earlier versions lack, and what they did
@@ -34,7 +35,8 @@ class ShiftQuantConfig:
     norm: "l1" puts L1 normalization on 8-bit codes in the place of GroupNorm and LayerNorm, with ratios measured on
         the first batch. The model is saved with it, and is another function under the same parameters; "same": not.
     wide: whether the layers that lose most by so few bits have 8 for weights and inputs: measured on the first batch,
-        at most a tenth of them, until they have two thirds of the error. Not on grids as served.
+        at most a tenth of them, until they have two thirds of the error. None: where `bits` are below 16 and the
+        grids not as served; True is refused elsewhere.
     images: that the model learns from, in all, pictures counted as often as they are shown.
     minutes: of wall-clock time after which this call stops, wherever it is; None: no limit.
     batch_size: images of a step, over all processes.
@@ -42,7 +44,8 @@ class ShiftQuantConfig:
         warm-up.
     ema_decay: moving average of the weights, which is the result; reached slowly, (1 + step) / (10 + step) at first.
     flip: whether pictures are mirrored half of the time.
-    drop_captions: share of captions that are left empty, for models of text: what guidance needs.
+    drop_captions: share of captions that are left empty, for models of text: what guidance needs. None: a tenth;
+        a number is refused for a model that has no captions.
     held_out: pictures that are not trained on, evenly from the folder, at most a tenth of them: their loss is logged.
     precision: "bf16" (autocast of what is not on integers) or "no"; torch.bfloat16, torch.float32 and their names
         mean the same.
@@ -61,7 +64,9 @@ class ShiftQuantConfig:
     gradient_bits: int | None = option(None, "of gradients alone", low=2, high=8)
     groups: int = option(4, "steps a power of two apart, along rows and columns; 1: one a tensor", low=1, high=7)
     served: bool = option(False, "on the grids of weights and inputs that quantize makes: quantization-aware")
-    wide: bool = option(True, "8 bits in the layers that lose most by fewer, at most a tenth of them")
+    wide: bool | None = option(
+        None, "8 bits in the layers that lose most by fewer, at most a tenth (yes below 16 bits)"
+    )
     norm: str = option("same", "l1: norms by the mean magnitude, on codes", choices=("same", "l1"))
     images: int = option(500_000, "that the model learns from, in all", low=1, high=MOST)
     minutes: float | None = option(None, "stop this call after so many; resume it with --resume", finite=False)
@@ -73,7 +78,7 @@ class ShiftQuantConfig:
     gradient_clip: float = option(1.0, finite=False)
     ema_decay: float = option(0.999, "moving average of the weights")
     flip: bool = option(True, "mirror pictures half of the time")
-    drop_captions: float = option(0.1, "share of captions that are left empty, for guidance", low=0, high=1)
+    drop_captions: float | None = option(None, "share of captions left empty, for guidance (0.1)", low=0, high=1)
     held_out: int = option(256, "pictures that are not trained on", low=0, high=MOST)
     precision: str = "no"
     compile: bool = option(False, "torch.compile: pays in runs of many minutes")
@@ -90,9 +95,11 @@ class ShiftQuantConfig:
             raise UserError(f"precision must be 'no' or 'bf16', not '{self.precision}': fp16 overflows.")
         if 8 < self.bits < 16:
             raise UserError(f"bits must be from 2 to 8, or 16 for floats; got {self.bits}.")
-        for name in ("weight_bits", "activation_bits", "gradient_bits", "served"):
+        for name in ("weight_bits", "activation_bits", "gradient_bits", "served", "wide"):
             if self.bits == 16 and getattr(self, name):
                 raise UserError(f"bits=16 trains in floats and leaves no place for {name}={getattr(self, name)}.")
+        if self.served and self.wide:
+            raise UserError("served=True trains on the grids that quantize makes and leaves no place for wide=True.")
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
@@ -116,8 +123,19 @@ class ShiftQuantConfig:
         )
         return Widths(one, two, three, self.groups, served=self.served)
 
+    @property
+    def widens(self) -> bool:
+        """Whether layers that lose most are looked for, where layers have few bits."""
+        return not self.served and self.wide is not False
+
+    @property
+    def dropped(self) -> float:
+        """The share of captions that are left empty."""
+        return DROPPED if self.drop_captions is None else self.drop_captions
+
     def identity(self) -> dict:
         """Settings that have to be the same for a run to go on, as plain JSON values."""
-        values = {name: value for name, value in asdict(self).items() if name not in FREE}
+        values = {**asdict(self), "wide": self.wide is not False, "drop_captions": self.dropped}
+        values = {name: value for name, value in values.items() if name not in FREE}
         values = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

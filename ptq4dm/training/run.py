@@ -91,7 +91,7 @@ class Run:
         with evaluation_mode(net), self.accelerator.autocast():
             if config.norm == "l1":
                 found = ratios(net, lambda: self.task.loss(net, batch))
-            if config.widths is not None and config.wide and not config.served:
+            if config.widths is not None and config.widens:
                 wide = most_sensitive(net, lambda: self.task.prediction(net, few), config.widths)
         return found, wide
 
@@ -179,7 +179,7 @@ class Run:
             images = torch.where(flips[:, None, None, None], images.flip(3), images)
         labels = None if self.pictures.labels is None else self.pictures.labels[rows]
         if self.pictures.texts is not None:
-            empty = torch.rand(size, generator=g, device=self.device).cpu() < config.drop_captions
+            empty = torch.rand(size, generator=g, device=self.device).cpu() < config.dropped
             labels = torch.where(empty, 0, labels)
         return self.noisy(images, labels, g)
 

@@ -54,7 +54,10 @@ def train(
     """
     check_pipeline(pipe)
     config, folder = config or ShiftQuantConfig(), Path(folder)
-    Task(pipe)
+    task = Task(pipe)
+    if config.drop_captions is not None and not task.of_text:
+        given = f"drop_captions={config.drop_captions:g}"
+        raise UserError(f"{given} is for models of text, and this one learns without captions; leave it out.")
     with alone_in(folder, pipe, config, resume):
         run = Run(pipe, Path(images), config, folder, resume)
         run.go()

@@ -10,8 +10,10 @@ Stages: `unet`, the UNet from scratch; `dit`, the embedded DiT trained on; `qat`
 quantized by RTNConfig; `times`, forward and backward of layers and norms, with --graph a whole step, too; `noise`,
 what rounding adds to gradients, whether it is without bias, and how far gradients reach at each time. What a row's
 name may say is in shiftquant_rows.py. Each result is one line of JSON in --output, with card, commit and seed; rows
-that are there are not made again, and several processes may write one file. With --minutes a row that is not done in
-time leaves a checkpoint beside the output, from which the same command goes on.
+that are there are not made again, and several processes may write one file. A row that is interrupted,
+by SIGTERM too, leaves a checkpoint beside the output, from which the same command goes on; one is written every two
+minutes and before a row is measured. With --minutes the command trains until then: a row that is done too late is
+measured by the next call, since measuring cannot be cut (10,000 samples take minutes).
 
 Held-out losses are of the moving average, as it computes (`held_out`) and with plain float layers
 (`held_out_float`), on test images at evenly spread times with noise of one seed. On a GPU floats are bf16 (autocast).
@@ -29,6 +31,7 @@ from rows_file import RowsFile
 from shiftquant_measure import HeldOut
 from shiftquant_noise import bias_rows, noise_rows, range_row
 from shiftquant_rows import ROWS, Row, row_of
+from shiftquant_steps import deadline_of
 from shiftquant_times import rows as time_rows
 from shiftquant_train import train_row
 
@@ -49,22 +52,30 @@ def embedded(network: str, device: torch.device) -> torch.nn.Module:
     return net.to(device)
 
 
-def train_stage(row: Row, seed: int, args, output: RowsFile, splits: tuple[Split, Split], held: HeldOut) -> None:
+def train_stage(
+    row: Row, seed: int, args, output: RowsFile, splits: tuple[Split, Split], held: HeldOut, deadline
+) -> bool:
+    """Train and measure a row; False where time ran out."""
     steps = args.steps if not row.trained else args.fine_steps
     rate = args.learning_rate or PEAK_LR[row.network] * (args.batch_size / REFERENCE_BATCH) ** 0.5
     rate *= 0.1 if row.trained and args.learning_rate is None else 1
     key = {"row": row.name, "seed": seed, "steps": steps, "batch_size": args.batch_size}
     if output.has(**key):
-        return
+        return True
     torch.manual_seed(seed)
     net = embedded(row.network, held.device) if row.trained else build_network(row.network, args.tiny)
-    found = train_row(row, net.to(held.device), splits[0], held, rate, seed, steps, args)
-    if found is not None:
-        output.add(**key, learning_rate=rate, **found)
+    found = train_row(row, net.to(held.device), splits[0], held, rate, seed, steps, args, deadline)
+    if found is None:
+        return False
+    figures, checkpoint = found
+    output.add(**key, learning_rate=rate, **figures)
+    checkpoint.unlink(missing_ok=True)
+    return True
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    deadline = deadline_of(args)
     device = check_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
@@ -82,7 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     held = HeldOut(splits[1], args.held_out, device)
     for seed in args.seeds:  # rows that are compared lie side by side, wherever it is interrupted
         for row in chosen:
-            train_stage(row, seed, args, output, splits, held)
+            if not train_stage(row, seed, args, output, splits, held, deadline):
+                print(f"{row.name}, seed {seed}: time is over; the same command goes on", flush=True)
+                return
     if "noise" in args.stage and not args.rows:
         for network in ("unet", "dit"):
             net = embedded(network, device).train()
@@ -117,7 +130,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--graph", action="store_true", help="each training step as one CUDA graph, and each timed call"
     )
-    parser.add_argument("--minutes", type=float, help="stop a row after so many, with a checkpoint")
+    parser.add_argument("--minutes", type=float, help="train for so many, with a checkpoint at their end")
     parser.add_argument("--tiny", action="store_true", help="a small UNet, to try the script out with")
     args = parser.parse_args(arguments)
     for name in args.rows or ():

@@ -54,15 +54,33 @@ class Trainer:
         gpu = self.device.type == "cuda"
         self.rate = torch.zeros((), device=self.device)
         self.keep = torch.zeros((), device=self.device)
-        self.optimizer = torch.optim.AdamW(
-            net.parameters(), lr=self.rate if gpu else 0.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay,
-            fused=True, capturable=gpu,
-        )  # fmt: skip
+        self.optimizer = self.new_optimizer(self.rate if gpu else 0.0)
         self.call = torch.compile(net) if compiled else net
         self.total = torch.zeros((), device=self.device)
         self.step, self.graph = 0, None
         if graph:
             self.graph = self._captured()
+
+    def new_optimizer(self, rate: Tensor | float = 0.0) -> torch.optim.Optimizer:
+        """One for the network's weights that has seen no step."""
+        return torch.optim.AdamW(
+            self.net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=self.recipe.weight_decay, fused=True,
+            capturable=self.device.type == "cuda",
+        )  # fmt: skip
+
+    def take(self, other: torch.optim.Optimizer) -> None:
+        """Go on from the moments of another optimizer of these weights.
+
+        In place where there are some: a CUDA graph has their addresses. The rate stays the tensor that is filled at
+        each step, of which an optimizer that loads a state makes a copy.
+        """
+        for parameter, found in other.state.items():
+            mine = self.optimizer.state[parameter]
+            for name, value in found.items():
+                if name in mine:
+                    mine[name].copy_(value)
+                else:
+                    mine[name] = value.clone()
 
     def _once(self) -> None:
         rows = torch.randint(0, len(self.images), (self.recipe.batch_size,), device=self.device)

@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from ptq4dm.errors import UserError
 
@@ -63,12 +66,58 @@ def test_rows_are_lines_and_are_made_once(script, data, tmp_path, capsys):
 def test_a_row_that_is_stopped_goes_on(script, data, tmp_path, monkeypatch):
     output = tmp_path / "rows.jsonl"
     command = ["--data", str(data), "--output", str(output), "--device", "cpu", *SMALL, "--rows", "unet 6/6/6"]
-    monkeypatch.setattr(importlib.import_module("shiftquant_train"), "FIRST", 1)
+    monkeypatch.setattr(importlib.import_module("shiftquant_steps"), "FIRST", 1)
+    for _ in range(2):  # one step each; all are done too late to be measured
+        script.main([*command, "--minutes", "0"])
+        assert not output.exists() and len(list(tmp_path.glob("rows.*.safetensors"))) == 1
     script.main([*command, "--minutes", "0"])
-    assert not output.exists() and len(list(tmp_path.glob("rows.*.safetensors"))) == 1
-    script.main(command)
     (row,) = [json.loads(line) for line in output.read_text().splitlines()]
-    assert row["resumed_at"] == 1 and len(row["losses"]) == 2
+    assert row["resumed_at"] == 2 and len(row["losses"]) == 2 and not list(tmp_path.glob("rows.*.safetensors"))
+
+
+def test_a_row_that_is_terminated_goes_on_to_the_same_losses(script, data, tmp_path, monkeypatch):
+    steps = importlib.import_module("shiftquant_steps")
+    trainer = importlib.import_module("fast_steps").Trainer
+    command = ["--data", str(data), "--device", "cpu", *SMALL, "--steps", "4", "--rows", "unet bf16", "--output"]
+    before, sent = trainer.run, []
+
+    def run(self, until):
+        if self.step == 2 and not sent:
+            sent.append(until)
+            os.kill(os.getpid(), signal.SIGTERM)  # in the middle of a step, which is ended first
+        before(self, until)
+
+    monkeypatch.setattr(trainer, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        script.main([*command, str(tmp_path / "rows.jsonl")])
+    (path,) = tmp_path.glob("rows.*.safetensors")
+    with safe_open(path, "pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+    assert progress["step"] == 3 and progress["looked"] == 0 and 2 < progress["total"] < 5
+    monkeypatch.setattr(steps, "AT_RISK", 0.0)  # a checkpoint at each turn changes nothing
+    script.main([*command, str(tmp_path / "rows.jsonl")])
+    script.main([*command, str(tmp_path / "whole.jsonl")])
+    rows = [json.loads((tmp_path / name).read_text()) for name in ("rows.jsonl", "whole.jsonl")]
+    assert [row["resumed_at"] for row in rows] == [3, 0] and [len(row["losses"]) for row in rows] == [1, 1]
+    assert rows[0]["losses"] == pytest.approx(rows[1]["losses"], rel=0.3)  # the last step has other noise
+
+
+def test_a_resumed_optimizer_keeps_the_tensors_that_a_graph_has(script):
+    fast = importlib.import_module("fast_steps")
+    trainer = fast.Trainer(
+        torch.nn.Linear(2, 2), fast.Recipe(9, 2, 0.1, 0.0), torch.ones(4, 2), torch.zeros(4),
+        lambda net, images, labels: net(images).square().mean(), False, False,
+    )  # fmt: skip
+    trainer.run(3)
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    places, rate = [value.data_ptr() for value in moments], trainer.optimizer.param_groups[0]
+    other = trainer.new_optimizer()
+    trainer.net(torch.ones(1, 2)).sum().backward()
+    other.step()
+    expected = [value.clone() for state in other.state.values() for value in state.values()]
+    trainer.take(other)
+    assert [value.data_ptr() for value in moments] == places and trainer.optimizer.param_groups[0] is rate
+    assert all(torch.equal(a, b) for a, b in zip(moments, expected, strict=True)) and moments[0] == 1
 
 
 def test_noise_of_gradients_by_layer(script, data):

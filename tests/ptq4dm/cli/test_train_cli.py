@@ -83,6 +83,8 @@ def test_interrupted_and_resumed(monkeypatch, capsys):
     [
         (["--images", "nowhere"], "nowhere is not a folder of images"),
         (["--bits", 9], "bits must be from 2 to 8, or 16 for floats; got 9"),
+        (["--bits", 16, "--wide"], "--bits 16 trains in floats and leaves no place for --wide"),
+        (["--drop-captions", 0.1], "--drop-captions 0.1 is for models of text, and this one learns without captions"),
         (["--resume"], "there is no checkpoint at out/trained.run/checkpoint.safetensors to resume"),
         (["--output", "model"], "model exists and was not written by ptq4dm train"),
         (["--dtype", "float16"], "float16 overflows where gradients are"),

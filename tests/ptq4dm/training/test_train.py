@@ -287,6 +287,9 @@ def test_what_is_refused(tmp_path, pictures):
     ptq4dm.quantize(packed, ptq4dm.RTNConfig(activations="dynamic"))
     with pytest.raises(UserError, match="the model is quantized; train it in full precision"):
         ptq4dm.train(packed, pictures, config, tmp_path / "other")
+    with pytest.raises(UserError, match="drop_captions=0.1 is for models of text, and this one learns"):
+        ptq4dm.train(pipeline(), pictures, ShiftQuantConfig(**SHORT, drop_captions=0.1), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="is not a folder of images"):
         ptq4dm.train(DDIMPipeline(unet(), DDIMScheduler()), tmp_path / "nothing", config, tmp_path / "other")
     with pytest.raises(
@@ -300,6 +303,8 @@ def test_what_is_refused(tmp_path, pictures):
     [
         ({"bits": 12}, "bits must be from 2 to 8, or 16 for floats; got 12"),
         ({"bits": 16, "served": True}, "bits=16 trains in floats and leaves no place for served=True"),
+        ({"bits": 16, "wide": True}, "bits=16 trains in floats and leaves no place for wide=True"),
+        ({"served": True, "wide": True}, "served=True trains on the grids .* leaves no place for wide=True"),
         ({"learning_rate": 0}, "learning_rate must be positive"),
         ({"minutes": -1}, "minutes must be positive"),
         ({"ema_decay": 1}, "ema_decay is at least 0"),
@@ -318,3 +323,6 @@ def test_settings_are_plain_values():
     config = ShiftQuantConfig(precision=torch.bfloat16)
     assert config.precision == "bf16" and json.loads(json.dumps(config.identity())) == config.identity()
     assert str(config.widths) == "6/6/6, 4 groups" and ShiftQuantConfig(bits=16).widths is None
+    kept = {wide: ShiftQuantConfig(wide=wide).identity().get("wide", False) for wide in (None, True, False)}
+    assert kept == {None: True, True: True, False: False}  # as runs of earlier versions say it
+    assert ShiftQuantConfig().widens and not ShiftQuantConfig(served=True).widens

@@ -74,7 +74,8 @@ def test_diffusion_model_is_saved_measured_and_resumed(scripts, data, tmp_path, 
     assert (tmp_path / "straight" / f"{name}.png").is_file()
 
     folder = tmp_path / "straight" / name
-    assert files(folder) == files(asset_path(name))
+    fitted = "fitted/scheduler_config.json"  # comes of `ptq4dm bench samplers --fit`
+    assert files(folder) == files(asset_path(name)) - {fitted}
     model_index = json.loads((folder / "model_index.json").read_text())
     assert model_index == json.loads((asset_path(name) / "model_index.json").read_text()) | {
         "_diffusers_version": model_index["_diffusers_version"]

@@ -92,7 +92,8 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
     if not match or match[4] not in GRIDS or (match[3] and match[3] not in RUNGE_KUTTA):
         raise UserError(
             f"unknown sampler '{name}'; choose ddim, deis, {', '.join(DEFAULTS)}, one with order and grid such as "
-            f"t_ab3/quad or rho_rk-3heun/edm, or diffusers/ with {', '.join(DIFFUSERS)}."
+            f"t_ab3/quad or rho_rk-3heun/edm, diffusers/ with {', '.join(DIFFUSERS)}, or a folder with the "
+            "scheduler_config.json of a fitted schedule."
         )
     solver = {"solver": match[1], "order": int(match[2])} if match[1] else {"solver": "rho_rk", "rk_method": match[3]}
     if match[6]:

@@ -90,8 +90,11 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         steps = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
         steps = whole(steps, "num_inference_steps", -MOST)
         if steps not in self.fitted_for:
-            known = ", ".join(map(str, self.fitted_for)) or "none"
-            raise UserError(f"this schedule was not fitted for {steps} evaluations, but for: {known}; fit it anew.")
+            known = ", ".join(map(str, self.fitted_for))
+            why = (
+                f"but for: {known}; take one of these, or fit it anew" if known else "nor for any other; fit it first"
+            )
+            raise UserError(f"this schedule was not fitted for {steps} evaluations, {why}.")
         table = self.config.tables[str(steps)]
         self._begin(table["timesteps"], list(zip(table["scale"], map(list, table["weights"]), strict=True)), device)
 

@@ -119,7 +119,7 @@ def test_names():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dream", {}, "unknown sampler"),
+        ("dream", {}, "unknown sampler .*, or a folder with the scheduler_config.json of a fitted schedule"),
         ("t_ab9/quad", {}, "unknown sampler"),
         ("t_ab3/cube", {}, "unknown sampler"),
         ("rho_rk-5dp/edm", {}, "unknown sampler"),

@@ -84,7 +84,7 @@ def run(args) -> None:
         with opened_picture(paths[0]) as image:
             scale = max(1, 128 // image.width)
         save_grid(paths, picture, columns=min(8, len(paths)), scale=scale)
-        say(f"{len(paths)} images of {model}: {args.output}")
+        say(f"{len(paths)} image{'s' * (len(paths) != 1)} of {model}: {args.output}")
         say(f"picture: {picture}")
         result(model=model, output=args.output, images=paths, picture=picture)
         if plan is not None and cache is not None:

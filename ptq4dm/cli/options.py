@@ -23,6 +23,7 @@ from ..pipelines.devices import DTYPES, check_device
 from ..pipelines.load import EMBEDDED, folder_of, load_pipeline
 from ..pipelines.prompt_embeds import read_prompt_embeds
 from ..pipelines.sampling import default_steps
+from ..progress import note
 from ..quantization.saving import RECORD, original_of
 from .flags import add_flags, flag_of, given
 
@@ -67,7 +68,7 @@ def add_component(parser) -> None:
 
 
 def add_steps(parser) -> None:
-    text = f"{STEPS}, or what the model was distilled to"
+    text = f"{STEPS}, or what the model was distilled to, or the most that its schedule was fitted for"
     parser.add_argument("--num-inference-steps", "--steps", type=int, help=text)
 
 
@@ -205,6 +206,7 @@ def load(args, model):
 
         name = _fitted(model) if name == "fitted" else name
         pipe.scheduler = make_sampler(name, pipe.scheduler.config, order, grid)
+        _tell_whose(pipe.scheduler, model)
     elif order is not None or grid is not None:
         raise UserError("--order and --grid belong to a sampler; name one with --sampler.")
     return pipe
@@ -221,6 +223,15 @@ def _fitted(model) -> str:
     raise UserError(
         f"no fitted schedule lies beside {model}; fit one by `ptq4dm bench samplers --fit`, and give its folder."
     )
+
+
+def _tell_whose(scheduler, model) -> None:
+    """Say where a schedule was fitted to another model than this one, or than the one that it was quantized from."""
+    origin = scheduler.config.get("origin")
+    name = origin.get("model") if isinstance(origin, dict) else None
+    own = {folder_of(one).resolve() for one in (model, original_of(model)) if one is not None}
+    if isinstance(name, str) and folder_of(name).resolve() not in own:
+        note(f"the schedule was fitted to {name}, not to {model}; what it gives here was not looked at.")
 
 
 def default_model(args) -> str:

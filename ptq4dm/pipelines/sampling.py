@@ -27,8 +27,11 @@ OWNED = ("generator", "num_inference_steps", "batch_size", "output_type", "retur
 
 
 def default_steps(pipe, otherwise: int) -> int:
-    """The steps to take where nobody says how many: 1 for a model that was distilled to one."""
-    return getattr(getattr(pipe, "scheduler", None), "fixed_steps", None) or otherwise
+    """The steps to take where nobody says how many: 1 for a model that was distilled to one, of a fitted schedule
+    the most that it was fitted for."""
+    scheduler = getattr(pipe, "scheduler", None)
+    fitted = getattr(scheduler, "fitted_for", None)
+    return getattr(scheduler, "fixed_steps", None) or (max(fitted) if fitted else otherwise)
 
 
 def check_steps(pipe, num_inference_steps: int) -> int:
@@ -36,9 +39,9 @@ def check_steps(pipe, num_inference_steps: int) -> int:
     num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST_STEPS, MOST_STEPS)
     if num_inference_steps < 1:
         raise UserError(f"sampling needs at least one step, not {num_inference_steps}.")
-    if default_steps(pipe, num_inference_steps) != num_inference_steps:
-        pipe.scheduler.set_timesteps(num_inference_steps)  # says which it takes
     scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is not None and any(getattr(scheduler, one, None) for one in ("fixed_steps", "fitted_for")):
+        scheduler.set_timesteps(num_inference_steps)  # says which it takes
     limit = None if scheduler is None else scheduler.config.get("num_train_timesteps")
     if limit is not None and 1 < limit < num_inference_steps:  # 1: times are shares, not counted
         raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")

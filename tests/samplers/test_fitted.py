@@ -274,6 +274,13 @@ def test_bench_fits_a_schedule_which_generate_takes(tmp_path, capsys):
     assert [row["sampler"] for row in rows] == ["fitted", "deis", "t_ab0/quad"]
     beside = ["generate", *model, "--sampler", "fitted", "--steps", "2", "--output", str(tmp_path / "beside")]
     assert main(beside) == 2 and "no fitted schedule lies beside" in capsys.readouterr().err
+    without = [*images[:3], *images[3:5], "--num-images", "1", "--output", str(tmp_path / "without")]
+    assert main(without) == 0  # the most that it was fitted for
+    told = capsys.readouterr()
+    assert "1 image of" in told.out and "was fitted to" not in told.err
+    shutil.copytree(tmp_path / "m", tmp_path / "other")
+    assert main(["generate", "--model", str(tmp_path / "other"), *without[3:-1], str(tmp_path / "of other")]) == 0
+    assert f"was fitted to {tmp_path / 'm'}, not to {tmp_path / 'other'}" in capsys.readouterr().err
     shutil.copytree(folder, tmp_path / "m" / "fitted")
     assert main([*beside, "--num-images", "1"]) == 0
     shutil.copytree(tmp_path / "m", tmp_path / "q", ignore=shutil.ignore_patterns("fitted"))

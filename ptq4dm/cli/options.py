@@ -203,35 +203,16 @@ def load(args, model):
     name, order, grid = (getattr(args, key, None) for key in ("sampler", "order", "grid"))
     if name is not None:
         from ..samplers.catalog import make_sampler
+        from ..samplers.fitting.saved import fitted_beside, fitted_elsewhere
 
-        name = _fitted(model) if name == "fitted" else name
+        own = [one for one in (model, original_of(model)) if one is not None]
+        name = str(fitted_beside(own)) if name == "fitted" else name
         pipe.scheduler = make_sampler(name, pipe.scheduler.config, order, grid)
-        _tell_whose(pipe.scheduler, model)
+        if other := fitted_elsewhere(pipe.scheduler, own):
+            note(f"the schedule was fitted to {other}, not to {model}; what it gives here was not looked at.")
     elif order is not None or grid is not None:
         raise UserError("--order and --grid belong to a sampler; name one with --sampler.")
     return pipe
-
-
-def _fitted(model) -> str:
-    """The folder of the schedule that lies beside a model, or beside the one that it was quantized from.
-
-    Raises UserError where none does.
-    """
-    for one in (model, original_of(model)):
-        if one is not None and (folder_of(one) / "fitted" / "scheduler_config.json").is_file():
-            return str(folder_of(one) / "fitted")
-    raise UserError(
-        f"no fitted schedule lies beside {model}; fit one by `ptq4dm bench samplers --fit`, and give its folder."
-    )
-
-
-def _tell_whose(scheduler, model) -> None:
-    """Say where a schedule was fitted to another model than this one, or than the one that it was quantized from."""
-    origin = scheduler.config.get("origin")
-    name = origin.get("model") if isinstance(origin, dict) else None
-    own = {folder_of(one).resolve() for one in (model, original_of(model)) if one is not None}
-    if isinstance(name, str) and folder_of(name).resolve() not in own:
-        note(f"the schedule was fitted to {name}, not to {model}; what it gives here was not looked at.")
 
 
 def default_model(args) -> str:

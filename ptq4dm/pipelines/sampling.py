@@ -39,9 +39,9 @@ def check_steps(pipe, num_inference_steps: int) -> int:
     num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST_STEPS, MOST_STEPS)
     if num_inference_steps < 1:
         raise UserError(f"sampling needs at least one step, not {num_inference_steps}.")
+    if default_steps(pipe, num_inference_steps) != num_inference_steps:
+        pipe.scheduler.set_timesteps(num_inference_steps)  # says which it takes
     scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is not None and any(getattr(scheduler, one, None) for one in ("fixed_steps", "fitted_for")):
-        scheduler.set_timesteps(num_inference_steps)  # says which it takes
     limit = None if scheduler is None else scheduler.config.get("num_train_timesteps")
     if limit is not None and 1 < limit < num_inference_steps:  # 1: times are shares, not counted
         raise UserError(f"{num_inference_steps} steps are more than the {limit} that the model was trained with.")

@@ -1,4 +1,4 @@
-"""A fitted schedule in a folder: made once, then read."""
+"""Fitted schedules in folders: made once, then read; beside a model, and of which model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ...errors import UserError
 from ...files.atomic import replacing
 from ...files.claim import claimed
 from ...files.places import output_folder
+from ...pipelines.embedded import folder_of
 from ..catalog import fitted_in
 from ..fitted import FittedScheduler
 from .fit import FitConfig, fit
@@ -40,3 +41,24 @@ def fitted_to(
         with replacing(file) as temporary:
             temporary.write_text(scheduler.to_json_string())
     return scheduler
+
+
+def fitted_beside(models: Sequence[str]) -> Path:
+    """The folder of the schedule that lies beside the first of these models that has one, in `fitted`.
+
+    Raises UserError where none has.
+    """
+    for folder in (folder_of(model) / "fitted" for model in models):
+        if (folder / "scheduler_config.json").is_file():
+            return folder
+    raise UserError(
+        f"no fitted schedule lies beside {models[0]}; fit one by `ptq4dm bench samplers --fit`, and give its folder."
+    )
+
+
+def fitted_elsewhere(scheduler: Any, models: Sequence[str]) -> str | None:
+    """The model that a schedule was fitted to, where it says so and that is none of these."""
+    origin = scheduler.config.get("origin")
+    name = origin.get("model") if isinstance(origin, dict) else None
+    here = {folder_of(model).resolve() for model in models}
+    return name if isinstance(name, str) and folder_of(name).resolve() not in here else None

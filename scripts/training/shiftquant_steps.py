@@ -91,10 +91,8 @@ class Steps:
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)
         if start - self.first >= FIRST:
-            self.timed, self.timed_steps = (
-                self.timed + time.monotonic() - clock,
-                self.timed_steps + trainer.step - start,
-            )
+            self.timed += time.monotonic() - clock
+            self.timed_steps += trainer.step - start
         if trainer.step in (look, trainer.recipe.steps):
             with uninterrupted():
                 self.losses.append(finite(trainer.lost() / (trainer.step - self.looked)))

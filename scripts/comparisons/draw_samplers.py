@@ -3,8 +3,8 @@
     python scripts/comparisons/draw_samplers.py --output assets/pictures
 
 Reads scripts/results alone: samplers-seeds.jsonl, of which the means of three seeds are drawn (not what lacks a
-seed), and for more samplers one seed of samplers-*.json (`ptq4dm bench samplers`). Writes few-steps-unet.png, few-steps-dit.png and
-few-steps-flow.png.
+seed), and for more samplers one seed of samplers-*.json (`ptq4dm bench samplers`). Writes few-steps-unet.png,
+few-steps-dit.png and few-steps-flow.png.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def gains_table() -> list[list[str]]:
 
 
 def fifty_table() -> list[list[str]]:
-    """10 evaluations of the default, of our best by name and of a fit, as ratios to 50 of DDIM; seed 0 alone has 50."""
+    """10 evaluations of the default, our best by name and a fit, as ratios to 50 of DDIM; seed 0 alone has 50."""
     lines = [["seed 0", "DDIM, 50", *(one for name in TEN for one in (name, "ratio"))]]
     for quantized in (False, True):
         for model, label in MODELS.items():

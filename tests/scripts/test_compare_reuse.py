@@ -4,6 +4,7 @@ import importlib
 import json
 from pathlib import Path
 
+import pytest
 from diffusers import DDIMScheduler
 
 from models import pixel_dit
@@ -20,11 +21,11 @@ def test_ways_are_measured_and_resumed(tmp_path, monkeypatch, capsys, one_thread
     command = ["--model", str(tmp_path / "m"), *sizes, "--histories", "2", "--output", str(tmp_path / "rows.json")]
     script.main([*command, "--computed", "3"])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    ways = ["fewer evaluations", "planned, history 2", "evenly", "2 at random"]
+    ways = ["fewer evaluations", *(f"{way}, depth 0" for way in ("planned, history 2", "evenly", "2 at random"))]
     assert [(row["way"], row["computed"]) for row in rows] == [(way, 3) for way in ways]
     assert rows[0]["time"] == 0.6 and all(row["psnr"] < 120 for row in rows)
     assert len(rows[1]["steps"]) == 3 and len(rows[3]["each"]) == 2
-    assert "| evenly | 3 |" in capsys.readouterr().out
+    assert "| evenly, depth 0 | 3 |" in capsys.readouterr().out
     script.main([*command, "--computed", "3", "5"])  # the others are not made again
     again = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert again[:4] == rows and len(again) == 7 and again[4]["psnr"] == 120
@@ -50,6 +51,20 @@ def test_the_control_is_the_median_of_its_draws(monkeypatch):
             return {"way": way, "computed": len(plan), "steps": list(plan), **named}
 
     args = script.parse(["--feature-fid", "--computed", "4", "--evaluations", "9"])
-    row = script.ways(Bench(), args)["3 at random", 4]()
+    row = script.ways(Bench(), args)["3 at random, depth 0", 4]()
     assert row["psnr"] == 3.0 and row["feature_fid"] == 30.0
     assert row["each"] == [5.0, 1.0, 3.0] and row["each_fid"] == [50.0, 10.0, 30.0]
+
+
+def test_what_a_call_that_reuses_takes(monkeypatch):
+    """One evaluation 0.04, 0.2 beside, a call that reuses a quarter: read from the rows without the model."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "comparisons"))
+    script = importlib.import_module("compare_reuse")
+    plain = [{"way": "fewer evaluations", "evaluations": n, "computed": n, "time": 0.2 + 0.04 * n} for n in (10, 16)]
+    planned = {"way": "planned, history 3, depth 2", "evaluations": 20, "computed": 8, "depth": 2}
+    rows = [*plain, {**planned, "time": 0.2 + 0.04 * (8 + 12 / 4)}, {**planned, "computed": 20, "time": 9.0}]
+    assert script.reused_shares(rows) == {2: pytest.approx(0.25)}
+    assert script.reused_shares(rows[1:]) == {}
+    file = json.loads((ROOT / "scripts" / "results" / "reuse-unet-cifar10-h200-graphs.json").read_text())["rows"]
+    share, page = script.reused_shares(file)[1], (ROOT / "samplers" / "README.md").read_text()
+    assert f"A reused call takes {share:.2f} of a whole one" in page

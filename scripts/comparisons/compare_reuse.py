@@ -19,6 +19,7 @@ import argparse
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from statistics import linear_regression, mean, median
 from typing import Any
@@ -142,21 +143,21 @@ class Bench:
         return row
 
 
-def ways(bench: Bench, args: argparse.Namespace) -> dict[tuple[str, int], Callable[[], dict[str, Any]]]:
-    """(name, evaluations computed) -> what makes its row."""
+def ways(bench: Callable[[], Bench], args: argparse.Namespace) -> dict[tuple[str, int], Callable[[], dict[str, Any]]]:
+    """(name, evaluations computed) -> what makes its row; the bench is made with the first that is."""
     found: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {}
     for n in args.fewer:
-        found["fewer evaluations", n] = lambda n=n: bench.row("fewer evaluations", n)
+        found["fewer evaluations", n] = lambda n=n: bench().row("fewer evaluations", n)
     if args.feature_fid:
-        found["full", args.evaluations] = lambda: bench.row("full", args.evaluations)
+        found["full", args.evaluations] = lambda: bench().row("full", args.evaluations)
 
     def planned(way: str, plan: StepPlan) -> dict[str, Any]:
-        return bench.row(way, args.evaluations, plan)
+        return bench().row(way, args.evaluations, plan)
 
     def drawn(way: str, depth: int, count: int) -> dict[str, Any]:
         rng = np.random.default_rng(count)
         inside = [rng.choice(np.arange(1, args.evaluations), count - 1, replace=False) for _ in range(args.random)]
-        plans = [bench.measured(depth).with_steps((0, *sorted(map(int, one))), args.histories[0]) for one in inside]
+        plans = [bench().measured(depth).with_steps((0, *sorted(map(int, one))), args.histories[0]) for one in inside]
         rows = [planned(way, plan) for plan in plans]
         names = [name for name in ("psnr", "time", "seconds", "feature_fid") if name in rows[0]]
         middle = {name: median(row[name] for row in rows) for name in names}
@@ -172,11 +173,11 @@ def ways(bench: Bench, args: argparse.Namespace) -> dict[tuple[str, int], Callab
             for history in args.histories:
                 name = f"planned, history {history}{at}"
                 found[name, count] = lambda w=name, d=depth, s=share, h=history: planned(
-                    w, bench.measured(d).plan(s, h)
+                    w, bench().measured(d).plan(s, h)
                 )
             name = f"evenly{at}"
             found[name, count] = lambda w=name, d=depth, c=count: planned(
-                w, bench.measured(d).with_steps(even_steps(args.evaluations, c), args.histories[0])
+                w, bench().measured(d).with_steps(even_steps(args.evaluations, c), args.histories[0])
             )
             if args.random:
                 name = f"{args.random} at random{at}"
@@ -187,9 +188,8 @@ def ways(bench: Bench, args: argparse.Namespace) -> dict[tuple[str, int], Callab
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     rows = Rows(args.output, {name: getattr(args, name) for name in SETTINGS}, ROW)
-    bench = Bench(args)
     done = {(row["way"], row["computed"]) for row in rows}
-    todo = {key: make for key, make in ways(bench, args).items() if key not in done}
+    todo = {key: make for key, make in ways(cache(lambda: Bench(args)), args).items() if key not in done}
     for make in progress_bar(list(todo.values())):
         rows.add(make())
     print(table(rows))
@@ -216,11 +216,15 @@ def reused_shares(rows: list[dict]) -> dict[int, float]:
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table, by time."""
+    """A Markdown table, by time; "ahead": PSNR less that of evaluations without reuse in the same time."""
     fid = any("feature_fid" in row for row in rows)
-    lines = ["| way | computed | time | PSNR |" + (" feature-FID |" if fid else ""), "|---" * (5 if fid else 4) + "|"]
+    names = ["way", "computed", "time", "PSNR", "ahead", *["feature-FID"] * fid]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    plain = sorted((row["time"], row["psnr"]) for row in rows if row["way"] == "fewer evaluations")
     for row in sorted(rows, key=lambda row: row["time"]):
         cells = [row["way"], str(row["computed"]), f"{row['time']:.2f}", f"{row['psnr']:.1f}"]
+        inside = "depth" in row and len(plain) > 1 and plain[0][0] <= row["time"] <= plain[-1][0]
+        cells += [f"{row['psnr'] - np.interp(row['time'], *zip(*plain, strict=True)):+.1f}" if inside else ""]
         cells += [f"{row.get('feature_fid', float('nan')):.3f}"] if fid else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

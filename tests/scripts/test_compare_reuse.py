@@ -26,6 +26,9 @@ def test_ways_are_measured_and_resumed(tmp_path, monkeypatch, capsys, one_thread
     assert rows[0]["time"] == 0.6 and all(row["psnr"] < 120 for row in rows)
     assert len(rows[1]["steps"]) == 3 and len(rows[3]["each"]) == 2
     assert "| evenly, depth 0 | 3 |" in capsys.readouterr().out
+    with monkeypatch.context() as without:
+        without.delattr(script, "Bench")
+        script.main([*command, "--computed", "3"])  # the table alone needs no model
     script.main([*command, "--computed", "3", "5"])  # the others are not made again
     again = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert again[:4] == rows and len(again) == 7 and again[4]["psnr"] == 120
@@ -51,7 +54,8 @@ def test_the_control_is_the_median_of_its_draws(monkeypatch):
             return {"way": way, "computed": len(plan), "steps": list(plan), **named}
 
     args = script.parse(["--feature-fid", "--computed", "4", "--evaluations", "9"])
-    row = script.ways(Bench(), args)["3 at random, depth 0", 4]()
+    bench = Bench()
+    row = script.ways(lambda: bench, args)["3 at random, depth 0", 4]()
     assert row["psnr"] == 3.0 and row["feature_fid"] == 30.0
     assert row["each"] == [5.0, 1.0, 3.0] and row["each_fid"] == [50.0, 10.0, 30.0]
 
@@ -65,6 +69,9 @@ def test_what_a_call_that_reuses_takes(monkeypatch):
     rows = [*plain, {**planned, "time": 0.2 + 0.04 * (8 + 12 / 4)}, {**planned, "computed": 20, "time": 9.0}]
     assert script.reused_shares(rows) == {2: pytest.approx(0.25)}
     assert script.reused_shares(rows[1:]) == {}
+    plain = [{**row, "psnr": 3.0 * row["computed"]} for row in plain]
+    printed = script.table([*plain, {**planned, "psnr": 40.0, "time": 0.2 + 0.04 * 11}])  # where 11 would have 33
+    assert "| planned, history 3, depth 2 | 8 | 0.64 | 40.0 | +7.0 |" in printed
     file = json.loads((ROOT / "scripts" / "results" / "reuse-unet-cifar10-h200-graphs.json").read_text())["rows"]
     share, page = script.reused_shares(file)[1], (ROOT / "samplers" / "README.md").read_text()
     assert f"A reused call takes {share:.2f} of a whole one" in page

@@ -12,7 +12,8 @@
 Each runs in a process of its own. `seconds` has all of it, `writing` what files took, `summing` what their checksums;
 `anonymous` is the most resident memory that belongs to no file, beside that of before, `resident` with the mapped
 source; `gpu` the most that torch had allocated on a GPU. `db` is the mean over layers of signal over noise, as a
-report has it; `quantizing` is without files. Rows in the output are not made again; the source is made once, in --folder.
+report has it; `quantizing` is without files. Rows in the output are not made again; the source is made once, in
+--folder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The tables of one run: each row was measured, and the pages have what the script prints."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_pages_have_what_is_printed(script, capsys):
     for table, page in (("gains", results), ("papers", results), ("verdicts", results), ("evidence", svdquant)):
         one_run.main([table])
         assert capsys.readouterr().out in page.read_text()
+
+
+def test_the_first_page_has_shares_of_this_run(script):
+    """Of the papers whose line tells error beside a baseline of the same bytes, in the order of GAINS."""
+    one_run = script("one_run")
+    told = {"PTQ4DM": 1, "GradPTQ": 2, "QoQ": 1, "MixPE": 1, "MixLLM": 2, "LUT-GEMM": 1, "OHQ": 1}
+    page = (ROOT / "README.md").read_text().partition("## Fourteen papers")[2].splitlines()
+    for paper, count in told.items():
+        [line] = [line for line in page if line.startswith((f"| {paper}", f"| [{paper}"))]
+        for name, beside in one_run.GAINS[paper][:count]:
+            shares = [one_run.gain(rows[name], rows[beside])[0] for rows in map(one_run.rows_of, one_run.MODELS)]
+            assert re.search(rf"{shares[0]}( \(U\))?, {shares[1]}\b", line), (paper, name, shares)
 
 
 def test_what_does_not_stand_is_said(script):

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 from one_run_rows import CONTROLS, EVIDENCE, GAINS, PAPERS
+from scipy.stats import spearmanr
 
 from ptq4dm.errors import run
 
@@ -86,6 +87,17 @@ def cells(row: dict | None, measured: dict | None, fid: bool) -> list[str]:
     return figures
 
 
+def ranked(model: str) -> str:
+    """A sentence: how the quantized rows with feature-FID rank by it, and by their paired errors."""
+    rows = [row for row in rows_of(model, "fid-h200").values() if row.get("psnr") is not None]
+    fid = [row["feature_fid"] for row in rows]
+    psnr, error = (spearmanr(fid, [row[key] for row in rows]).statistic for key in ("psnr", "eps_error"))
+    return (
+        f"{MODELS[model]}: over {len(rows)} rows feature-FID has Spearman's rank correlation {psnr:.2f} with PSNR "
+        f"and {error:.2f} with ε error."
+    )
+
+
 def verdicts(rows: dict[str, dict]) -> list[tuple[str, str, str]]:
     """What of one model's rows does not stand, as (row, what it is held against, share of the gain that is left).
 
@@ -138,7 +150,7 @@ def main(words: list[str] | None = None) -> None:
         case "papers":
             print(markdown(PAPERS))
         case "evidence":
-            print(markdown(EVIDENCE, fid=True))
+            print(markdown(EVIDENCE, fid=True), "", *(ranked(model) for model in MODELS), sep="\n")
         case "verdicts":
             print("|  | row | ε error | beside | ε error | keeps of the gain |", "|---" * 6 + "|", sep="\n")
             for model, name in MODELS.items():

@@ -7,11 +7,13 @@
     stream   `ptq4dm quantize --method svdquant --evidence none`: layer by layer, from folder to folder
     load     from_pretrained with the recipe, which packs while it loads, then save_pretrained
     whole    loaded in full precision, quantized, saved: what has the model whole in memory
+    calls    loaded, quantized by its first 4 calls (--evidence calls) of 4096 + 512 tokens, saved
 
 Each runs in a process of its own. `seconds` has all of it, `writing` what files took, `summing` what their checksums;
 `anonymous` is the most resident memory that belongs to no file, beside that of before, `resident` with the mapped
-source; `gpu` the most that torch had allocated on a GPU. `db` is the mean over layers of signal over noise of the
-weights. Rows in the output are not made again; the source is made once, in --folder.
+source; `gpu` the most that torch had allocated on a GPU. `db` is the mean over layers of signal over noise, as a
+report has it; `quantizing` is without files. Rows in the output are not made again; the source is made once, in
+--folder.
 """
 
 from __future__ import annotations
@@ -30,15 +32,19 @@ from accelerate import init_empty_weights
 from bench_common import Lines
 from conditions import made_on
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from flux_slice import tuples
 
 import ptq4dm
+from ptq4dm.calibration.calls import Call
+from ptq4dm.calibration.record import ready
 from ptq4dm.errors import UserError, run
 from ptq4dm.quantization.saving import network_tensors
 from ptq4dm.streaming.network import stream_network
 from ptq4dm.streaming.shards import LIMIT, Shards
 
-FORMS = ("read", "stream", "load", "whole")
+FORMS = ("read", "stream", "load", "whole", "calls")
 SHARD = 5 << 30
+TOKENS = (4096, 512)  # of the image, of the text
 
 
 def make_source(folder: Path, blocks: list[int], heads: int, device: str) -> None:
@@ -89,8 +95,8 @@ def resident() -> list[int]:
     return [anonymous, anonymous + files]
 
 
-def recipe() -> ptq4dm.SVDQuantConfig:
-    return ptq4dm.SVDQuantConfig(evidence="none", activations="int8")
+def recipe(evidence: str = "none") -> ptq4dm.SVDQuantConfig:
+    return ptq4dm.SVDQuantConfig(evidence=evidence, activations="int8")
 
 
 def made(form: str, source: Path, output: Path, device: torch.device, limit: int) -> dict:
@@ -115,11 +121,22 @@ def made(form: str, source: Path, output: Path, device: torch.device, limit: int
         )
     else:
         model = FluxTransformer2DModel.from_pretrained(place, dtype=torch.bfloat16).to(device)
-        report = ptq4dm.quantize(model, recipe())
+        start = time.perf_counter()
+        report = ptq4dm.quantize(model, recipe("calls" if form == "calls" else "none"))
+        if form == "calls":
+            for call in calls_of(model):
+                model(*call.args, **call.kwargs)
+        found["quantizing"] = round(time.perf_counter() - start, 2)
         found["db"] = sum(row["sqnr"] for row in report.layers) / len(report.layers)
     start = time.perf_counter()
     model.save_pretrained(output)
     return found | {"writing": round(time.perf_counter() - start, 2)}
+
+
+def calls_of(model: FluxTransformer2DModel) -> list[Call]:
+    """Four of a batch of one, at times from first to last."""
+    sizes = argparse.Namespace(num_tuples=4, tokens=TOKENS[0], text_tokens=TOKENS[1])
+    return [ready(one, model) for one in tuples(model, sizes).recorded().batches(1)]
 
 
 def child(form: str, source: Path, output: Path, device: torch.device, limit: int) -> dict:

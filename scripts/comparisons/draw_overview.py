@@ -3,20 +3,19 @@
     python scripts/comparisons/draw_overview.py --output assets/pictures/overview.png [--model dit-cifar10]
 
 Reads scripts/results alone: points of pareto.py, of which methods and baselines that a kernel computes are drawn, and
-means of three seeds of sampler_seeds.py. The line joins what no other beats.
+means of three seeds of sampler_seeds.py (those that each kind has). The line joins what no other beats.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from palette import few_colours
 from pareto import COLOURS, GRID, LARGE, LINES, TEXT, TICKS, colour_of, title
 from pareto_points import Point, front, points_of
-from sampler_seeds import BUDGETS, KINDS, MODELS, best, rows_of
+from sampler_seeds import BUDGETS, KINDS, MODELS, best_means, rows_of
 
 from ptq4dm.calibration.plot import pyplot, save_figure
 from ptq4dm.errors import UserError, run
@@ -72,7 +71,7 @@ def _methods(axes: Any, drawn: list[tuple[Point, float]]) -> None:
 
 def _samplers(axes: Any, found: dict) -> None:
     for kind, (label, colour) in CURVES.items():
-        means = {budget: mean(seeds.values()) for budget in BUDGETS if (seeds := best(found, budget, kind))}
+        means = {budget: some[kind] for budget in BUDGETS if kind in (some := best_means(found, budget))}
         axes.plot(list(means), list(means.values()), "o-", ms=5, lw=1.6, color=colour, label=label)
     axes.set(xscale="log", xticks=BUDGETS, xticklabels=map(str, BUDGETS), ylabel="feature-FID, 10,000 images")
     axes.set(xlabel="evaluations of the model")

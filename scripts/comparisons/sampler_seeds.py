@@ -75,6 +75,13 @@ def most_seeds(found: Found, budget: int) -> int:
     return max((len(rows[budget]) for rows in found.values() if budget in rows), default=0)
 
 
+def best_means(found: Found, budget: int) -> dict[str, float]:
+    """The mean of each kind's best, over the seeds that all kinds have: a seed moves all samplers alike."""
+    ones = {kind: one for kind in KINDS if (one := best(found, budget, kind))}
+    shared = set.intersection(*map(set, ones.values()))
+    return {kind: mean(one[seed] for seed in shared) for kind, one in ones.items()}
+
+
 def best_table() -> list[list[str]]:
     """A line for a model, in a cell the best of each kind over the seeds that all of them have, the lowest bold."""
     lines = [["fitted / ours / diffusers'", *map(str, BUDGETS)]]
@@ -83,11 +90,11 @@ def best_table() -> list[list[str]]:
             found = rows_of(model, quantized)
             cells = []
             for budget in BUDGETS:
-                ones = [best(found, budget, kind) for kind in KINDS]
-                shared = set.intersection(*(set(one) for one in ones if one))
-                means = [mean(one[seed] for seed in shared) if one else None for one in ones]
-                low = min(one for one in means if one)
-                cells.append(" / ".join(bold(f"{one:.2f}", one == low) if one else "-" for one in means))
+                means = best_means(found, budget)
+                low = min(means.values())
+                cells.append(
+                    " / ".join(bold(f"{means[k]:.2f}", means[k] == low) if k in means else "-" for k in KINDS)
+                )
             lines.append([label + " W8A8" * quantized, *cells])
     return lines
 

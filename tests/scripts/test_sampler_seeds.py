@@ -56,7 +56,7 @@ def test_a_fit_for_10_is_not_worth_its_evaluations(script):
 
 
 def test_a_schedule_of_full_precision_in_8_bits(script):
-    """As it is it is ahead of the fit to the quantized model with 5 and 6, behind with 8 on the UNet and 4 on the DiT."""
+    """As it is it leads the fit to the quantized model with 5 and 6; behind with 8 on the UNet and 4 on the DiT."""
     behind = set()
     for model in ("unet-cifar10", "dit-cifar10"):
         found = script.rows_of(model, True)

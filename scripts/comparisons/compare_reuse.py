@@ -220,14 +220,21 @@ def table(rows: list[dict]) -> str:
     fid = any("feature_fid" in row for row in rows)
     names = ["way", "computed", "time", "PSNR", "ahead", *["feature-FID"] * fid]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    plain = sorted((row["time"], row["psnr"]) for row in rows if row["way"] == "fewer evaluations")
     for row in sorted(rows, key=lambda row: row["time"]):
         cells = [row["way"], str(row["computed"]), f"{row['time']:.2f}", f"{row['psnr']:.1f}"]
-        inside = "depth" in row and len(plain) > 1 and plain[0][0] <= row["time"] <= plain[-1][0]
-        cells += [f"{row['psnr'] - np.interp(row['time'], *zip(*plain, strict=True)):+.1f}" if inside else ""]
+        gain = ahead(row, rows)
+        cells += ["" if gain is None else f"{gain:+.1f}"]
         cells += [f"{row.get('feature_fid', float('nan')):.3f}"] if fid else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def ahead(row: dict, rows: list[dict]) -> float | None:
+    """PSNR of a row that reuses, less that of fewer evaluations in its time, on a line between those measured."""
+    plain = sorted((one["time"], one["psnr"]) for one in rows if one["way"] == "fewer evaluations")
+    if "depth" not in row or not plain or not plain[0][0] <= row["time"] <= plain[-1][0]:
+        return None
+    return row["psnr"] - float(np.interp(row["time"], *zip(*plain, strict=True)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

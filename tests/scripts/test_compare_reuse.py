@@ -75,3 +75,22 @@ def test_what_a_call_that_reuses_takes(monkeypatch):
     file = json.loads((ROOT / "scripts" / "results" / "reuse-unet-cifar10-h200-graphs.json").read_text())["rows"]
     share, page = script.reused_shares(file)[1], (ROOT / "samplers" / "README.md").read_text()
     assert f"A reused call takes {share:.2f} of a whole one" in page
+
+
+def test_claims_of_the_page(monkeypatch):
+    """On a CPU plans with 12 and 14 of 20 computed are ahead at equal time, with 10 behind; 8 on a GPU are as fast."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "comparisons"))
+    script = importlib.import_module("compare_reuse")
+
+    def rows_of(name):
+        rows = json.loads((ROOT / "scripts" / "results" / f"reuse-{name}.json").read_text())["rows"]
+        return rows, {row["computed"]: row for row in rows if row["way"].startswith("planned, history 3")}
+
+    for model in ("unet", "dit", "flow-dit"):
+        rows, planned = rows_of(f"{model}-cifar10-cpu-depth-0")
+        assert [n for n in planned if script.ahead(planned[n], rows) > 0] == [12, 14] and 10 in planned
+        assert all(planned[row["computed"]]["psnr"] >= row["psnr"] for row in rows if "depth" in row)
+    rows, planned = rows_of("unet-cifar10-h200-graphs")
+    full = next(row for row in rows if row["way"] == "full")
+    assert round(1 / planned[8]["time"], 2) == 1.4 and planned[8]["feature_fid"] < full["feature_fid"] + 0.1
+    assert script.ahead(planned[8], rows) < 0

@@ -40,7 +40,7 @@ def check_replaceable(folder: Path, record: str, verb: str) -> None:
     Raises UserError where it is a mount point, cannot be written, or holds what that run did not write.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, and the result is a folder; choose another --output.")
+        raise UserError(f"{folder} is a file, and the result is a folder; choose another folder.")
     make_parent(folder)
     if os.path.ismount(os.path.realpath(folder)):
         raise UserError(f"{folder} is a mount point, which nothing can replace; choose a folder in it.")
@@ -48,13 +48,13 @@ def check_replaceable(folder: Path, record: str, verb: str) -> None:
         return
     check_writable(folder)
     if not (folder / record).is_file():
-        raise UserError(f"{folder} exists and was not written by ptq4dm {verb}; choose another --output.")
+        raise UserError(f"{folder} exists and was not written by ptq4dm {verb}; choose another folder.")
     if others := foreign_files(folder, record):
         some = ", ".join(name if name.isprintable() else ascii(name) for name in others[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UserError(
             f"{folder} holds what ptq4dm {verb} did not write, or was changed since ({some}{more}); "
-            "choose another --output, or move the folder away."
+            "choose another folder, or move the folder away."
         )
 
 
@@ -65,7 +65,7 @@ def written(folder: Path) -> dict[str, list[int]]:
 
 def foreign_files(folder: Path, record: str) -> list[str]:
     """What lies under a folder besides `record` and the files that it lists, as they were written; sorted."""
-    data = read_json(folder / record, "choose another --output") if (folder / record).is_file() else None
+    data = read_json(folder / record, "choose another folder") if (folder / record).is_file() else None
     listed = data.get(WRITTEN) if isinstance(data, dict) else None
     listed = listed if isinstance(listed, dict) else {}
     return [name for name in _names(folder) if name != record and listed.get(name) != _known(folder / name)]

@@ -17,7 +17,7 @@ from ..files.atomic import replacing
 from ..files.outside import TensorFile, checked_object, described, naming, outside, read_json, read_tensors
 from ..files.tensors import write_tensors
 from ..rounding.learned import Learning, learning_from
-from ..transforms.base import TransformPlan
+from ..transforms.base import TransformPlan, check_apart
 from .choices import (
     ATTENTION_KINDS,
     BITS,
@@ -151,6 +151,7 @@ class Plan:
         """
         for transform in self.transforms:
             transform.check()
+        check_apart(self.transforms)
         for name, choices in self.layers.items():
             check_choices(name, choices)
         if self.learning is not None:

@@ -28,7 +28,7 @@ from ..options import has_option, no_choice, option
 from ..registry import Registry
 from ..rounding.learned import Learning
 from ..transforms.base import is_online
-from ..transforms.named import named
+from ..transforms.named import check_together, named
 from .checksums import checked_sums
 from .packing import PackingOptions, pack_plan, packing_of
 
@@ -114,6 +114,8 @@ class QuantConfig(QuantizationConfigMixin):
         self.modules_to_not_convert, self.transforms = tuple(self.modules_to_not_convert), tuple(self.transforms)
         for text in self.transforms:
             named(text)
+        if self.plan is None:  # of a plan that is there, options tell how it was made
+            check_together(self.changes)
 
     @property
     def changes(self) -> tuple[str, ...]:

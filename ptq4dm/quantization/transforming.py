@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..kernels.formats.rotation import rotate
 from ..pipelines.denoiser import evaluation_mode
 from ..transforms.base import TransformPlan, apply_all, is_online
-from ..transforms.named import named
+from ..transforms.named import check_together, named
 from ..transforms.peaks import watch_peaks
 
 Turn = Callable[[Tensor], Tensor]
@@ -43,6 +43,7 @@ def transformed(
     if not kinds and not plans:
         return [], store
     if plans is None:
+        check_together(kinds)
         plans = []
         for text in kinds:
             found = _found(model, text, store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..checks import checked
 from ..errors import UserError
 from ..files.outside import TensorFile, naming, read_object, read_tensors
 from ..files.places import check_room
-from ..files.result_folder import result_folder
+from ..files.result_folder import check_replaceable, result_folder
 from ..layers.sizes import bytes_in_16_bits, full_bytes, stored_bytes
 from ..layers.view import find_layers
 from ..pipelines.denoiser import MAIN, is_timed
+from ..pipelines.embedded import folder_of
 from ..pipelines.folder import ADVICE, INDEX, check_folder
 from ..quantization.components import PLANS, save_plans
 from ..quantization.quantize import rows_of_layers
@@ -50,10 +53,11 @@ def streams(folder: Path, config: QuantConfig, component: str | None = None) -> 
     return bool(kinds) and component in (None, *kinds) and not several
 
 
+@checked
 def stream_folder(
-    folder: Path,
+    folder: str | os.PathLike,
     config: QuantConfig,
-    output: Path,
+    output: str | os.PathLike,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
@@ -65,15 +69,24 @@ def stream_folder(
     """Quantize the denoisers of a pipeline's folder, or one of them, into a new folder, without ever having a network
     whole in memory; see `stream_network`. Other networks are copied as they are stored.
 
+    folder: of a pipeline in full precision, with its model_index.json.
+    output: a new folder, an empty one, or one as an earlier run left it, which is replaced.
+    dtype, device: what layers are read as, and where they are packed. limit: bytes of packed layers that are held.
     record: further facts for quantization.json. show: called with the report before the folder takes its place.
 
-    Raises UserError where the folder has no such network, or the recipe wants more than weights one by one.
+    Raises UserError where the folder has no such network, the recipe wants more than weights one by one, or something
+    else is in the output's place.
     """
+    folder, output = folder_of(folder), Path(output)
+    _check_recipe(config)
     check_folder(folder, {})
     kinds = denoisers_in(folder)
     if component is not None and component not in kinds:
         raise UserError(f"{folder} has no denoiser '{component}'; it has {', '.join(kinds) or 'none'}.")
+    if not kinds:
+        raise UserError(f"{folder} has no denoiser, so there is nothing to quantize layer by layer.")
     names = [component] if component else list(kinds)
+    check_replaceable(output, RECORD, "quantize")
     others = [name for name in _components(folder) if name not in names]
     copied = {name: _bytes_of(folder / name) for name in others}
     empty = SimpleNamespace(**{name: _empty(kinds[name], folder / name).to(dtype) for name in names})
@@ -96,6 +109,15 @@ def stream_folder(
         (new / "README.md").write_text(CARD.format(**facts), encoding="utf-8")
         save_plans(SimpleNamespace(**{name: one.model for name, one in made.items()}), new / PLANS)
     return report
+
+
+def _check_recipe(config: QuantConfig) -> None:
+    """Raises UserError where a recipe looks at more than weights one by one."""
+    if not config.packs_while_loading or (config.needs_calibration and config.calibration is None):
+        raise UserError(
+            f"this {type(config).__name__} looks at layers together, or at what they are fed, and cannot be streamed; "
+            f"load the pipeline in full precision, then call ptq4dm.quantize{config.otherwise()}."
+        )
 
 
 def _empty(kind: Any, place: Path) -> Any:

@@ -157,12 +157,28 @@ def is_online(kind: str) -> bool:
     return getattr(transform_named(kind), "online", False)
 
 
+def check_apart(plans: Iterable[TransformPlan]) -> None:
+    """Raises UserError where two plans would undo or overwrite each other: the same change of the same layers, or two
+    rotations of what one layer is fed in every call."""
+    seen: set[tuple[str, ...]] = set()
+    for plan in plans:
+        online = is_online(plan.kind)
+        for place in plan.modules if online else [" ".join(plan.modules)]:
+            key = (("online" if online else plan.kind), place)
+            if key in seen:
+                what = f"two rotations of the input of '{place}'" if online else f"'{plan.kind}' of {plan.modules} twice"
+                raise UserError(f"the plan has {what}, of which only one could be made; quantize anew with one.")
+            seen.add(key)
+
+
 def apply_all(model: nn.Module, plans: Iterable[TransformPlan]) -> None:
     """Apply plans in their order, in place, to a model in full precision.
 
     Raises:
         UserError: a plan does not fit the model. Then nothing has changed.
     """
+    plans = list(plans)
+    check_apart(plans)
     runs = [(transform_named(kind), list(run)) for kind, run in groupby(plans, lambda plan: plan.kind)]
     for transform, run in runs:
         transform.check(model, *run)

@@ -5,10 +5,11 @@ Where there is one option, its name may be left out: "hadamard:64"."""
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
-from .base import TRANSFORMS, Transform
+from .base import TRANSFORMS, Transform, is_online
 
 
 def named(text: str) -> tuple[Transform, dict[str, float]]:
@@ -32,6 +33,20 @@ def named(text: str) -> tuple[Transform, dict[str, float]]:
     value = float(number)
     getattr(transform, "check_options", lambda **_: None)(**{name: value})
     return transform, {name: value}
+
+
+def check_together(texts: Sequence[str]) -> None:
+    """Raises UserError where two of the transforms named would undo or overwrite each other.
+
+    Each kind is made once ("rotate" twice is no rotation at all), and a layer rotates its input by one matrix. Others
+    change the weights one after the other, and what each finds is of the model that those before it left.
+    """
+    kinds = [text.partition(":")[0] for text in texts]
+    if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+        raise UserError(f"the transform '{twice}' is made twice ({', '.join(texts)}); name it once.")
+    online = [text for text, kind in zip(texts, kinds, strict=True) if is_online(kind)]
+    if len(online) > 1:
+        raise UserError(f"a layer rotates its input once, by {' or '.join(online)}; name one of them.")
 
 
 def options_of(transform: Any) -> list[str]:

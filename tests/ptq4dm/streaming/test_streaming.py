@@ -137,3 +137,20 @@ def test_on_a_gpu_the_same_bits_and_kernels_as_load_quantize_and_save(tmp_path):
     assert report.to_dict() == ptq4dm.quantize(whole, config).to_dict()
     loaded = ptq4dm.load_pipeline(tmp_path / "out", torch.bfloat16, device)
     assert same(loaded.transformer.state_dict(), whole.transformer.state_dict())
+
+
+def test_what_is_in_the_outputs_place_stays(tmp_path):
+    pixel_dit().save_pretrained(tmp_path / "float")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("float", "other"):
+        with pytest.raises(UserError, match=f"{place} exists and was not written by ptq4dm quantize"):
+            stream_folder(str(tmp_path / "float"), ALONE, str(tmp_path / place))
+    for wrong in (SVDQuantConfig(evidence="calls"), RTNConfig(transforms=("smooth",)), SVDQuantConfig()):
+        with pytest.raises(UserError, match="looks at layers together, or at what .* cannot be streamed") as error:
+            stream_folder(tmp_path / "float", wrong, tmp_path / "out")
+        assert not isinstance(error.value, DamagedFile)
+    with pytest.raises(UserError, match="stream_folder: output must be"):
+        stream_folder(tmp_path / "float", ALONE, None)
+    assert sorted(tmp_path.rglob("*")) == before

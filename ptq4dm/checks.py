@@ -176,5 +176,7 @@ def shown(value: Any) -> str:
         ends = "[]" if isinstance(value, list) else "()"
         inside = [shown(one) if not isinstance(one, (list, tuple)) else type(one).__name__ for one in value]
         return f"{ends[0]}{', '.join(inside)}{ends[1]}"
+    if isinstance(value, (list, tuple, dict)) and not value:
+        return f"an empty {type(value).__name__}"
     kind = value if isinstance(value, type) else type(value)
     return f"the class {kind.__name__}" if kind is value else f"a {kind.__name__}"

@@ -79,7 +79,12 @@ class SVDQuantConfig(QuantConfig):
     num_tuples: int = option(32, "calibration tuples used", low=1)
     unsigned: bool = option(False, "lift the outputs of GELU and SiLU above zero (int4)")
     evidence: str = option("store", "what codes are found by: a calibration store, calls, or none", choices=EVIDENCE)
-    num_calls: int = option(4, "evidence calls: of the model that are waited for", low=1, high=MOST_CALLS)
+    num_calls: int = option(
+        4,
+        "evidence calls: of the model that are waited for (each --batch-size images, else 1)",
+        low=1,
+        high=MOST_CALLS,
+    )
     subspace: str = option("weight", "what the branch holds: of the weight, or of the inputs", choices=SUBSPACES)
     roles: dict[str, str] = option({}, "layer pattern -> role", flag=False)
     seed: int = option(0, "of the rows that are kept", flag=False, low=0)
@@ -155,9 +160,11 @@ class SVDQuantConfig(QuantConfig):
     def looks_at_tuples(self) -> bool:
         return self.evidence != "none"
 
-    def otherwise(self) -> str:
+    def otherwise(self, loading: bool = False) -> str:
         needed = self.unsigned or self.smoothing not in ("search", "none") or self.rounding not in ("gptq", "nearest")
-        return "" if needed or super().needs_calibration else ", or choose evidence='none'"
+        ways = [] if loading or self.evidence == "calls" else ["evidence='calls'"]
+        ways += [] if needed or super().needs_calibration else ["evidence='none'"]
+        return f", or choose {' or '.join(ways)}" if ways else ""
 
     def resolve(self, model: nn.Module, views: list[LayerView], store) -> dict[str, object]:
         """Roles from how the layers are called, and a plan for each: SVDQPlan, or LayerPlan in 8 bits."""

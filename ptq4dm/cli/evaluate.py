@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ..evaluation.report import PICTURE, REPORT, format_report
 from ..files.places import file_place
+from ..pipelines.embedded import check_name
 from ..pipelines.picture_files import find_images
 from ..quantization.saving import original_of
 from .flags import add_flags, given
@@ -69,6 +70,12 @@ def run(args) -> None:
         _run_images(args, config)
         return
     model = default_model(args)
+    if config.metric == "none" and not (args.full_precision or original_of(model)):
+        check_name(model)
+        raise UserError(
+            f"{model} does not say what it was quantized from, and metric none compares with that; name it with "
+            "--full-precision."
+        )
     pipe = load(args, model)
     config.num_inference_steps = steps_of(args, pipe)
     original, full_precision = _original(args, model)

@@ -69,6 +69,7 @@ def in_flags(sentence: str, flags: Mapping[str, str]) -> str:
         sentence = re.sub(rf"(?<![\w-])({told})\b(?![-=])", lambda found: flags[found[1]], sentence[first.start(1) :])
         sentence = sentence.replace(" or None", "")
     sentence = re.sub(rf"(?<![\w./-])({names})=True\b", lambda found: flags[found[1]], sentence)
+    sentence = re.sub(rf"(?<![\w./-])({names})=False\b", lambda found: f"no {flags[found[1]]}", sentence)
     sentence = re.sub(rf"(?<![\w./-])({names})=None\b", lambda found: _left_out(found[1], flags), sentence)
     sentence = re.sub(rf"(?<![\w./-])({names})='([\w-]+)'", lambda found: f"{flags[found[1]]} {found[2]}", sentence)
     sentence = re.sub(rf"(?<![\w./-])({names})=(?=[\w.])", lambda found: f"{flags[found[1]]} ", sentence)

@@ -201,10 +201,8 @@ def _quantize(
             for n, one in recipes.items()
         ]
     if waiting := {name: wait for one in reports for name, wait in one.waiting.items()}:
-        seeds, steps = (
-            range(calibration.seed, calibration.seed + calibration.batch_size),
-            fitting(calibration, args, pipe),
-        )
+        together = getattr(args, "batch_size", 1)  # each call is of them all, and one fits wherever the model does
+        seeds, steps = range(calibration.seed, calibration.seed + together), fitting(calibration, args, pipe)
         use(pipe, waiting, seeds, num_inference_steps=steps.num_inference_steps, **conditions)
     report = QuantizationReport.together(reports)
     say(report.table())  # before anything is written: no full disk loses it

@@ -107,7 +107,9 @@ def evaluate(
     config.check()
     check_arguments(config.conditioning, config.pipeline_kwargs)
     if config.metric == "none" and full_precision is None:
-        raise UserError("metric 'none' without a full-precision model leaves nothing to measure.")
+        raise UserError(
+            "metric 'none' without a full-precision model leaves nothing to measure; give one, or a metric."
+        )
     state = PartialState()
     with ExitStack() as stack:
         folder = None

@@ -41,9 +41,16 @@ class GGUFTensor:
 
 
 def is_gguf(path: str | os.PathLike, advice: str = "") -> bool:
-    """Whether a file begins as GGUF files do. Raises DamagedFile where it cannot be read."""
+    """Whether a file begins as GGUF files do, and not as those of safetensors: u64 length, "{".
+
+    Raises DamagedFile where it cannot be read, or begins as neither.
+    """
     with outside(path, advice), open(path, "rb") as file:
-        return file.read(4) == MAGIC
+        first = file.read(9)
+        if first[:4] != MAGIC and first[8:] != b"{":
+            kind = "no GGUF file" if str(path).lower().endswith(".gguf") else "neither a GGUF nor a safetensors file"
+            raise ValueError(f"it is {kind}: it begins with {first[:4]!r}")
+        return first[:4] == MAGIC
 
 
 class GGUFFile:

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checks import checked
 from ..errors import UserError
-from ..files.atomic import replacing
 from ..files.gguf import GGUFFile, is_gguf
 from ..files.outside import read_tensors
 from ..files.places import file_place
+from ..files.tensors import write_tensors
 from ..layers.base import is_quantized
 from ..quantization.components import component_of
 from ..quantization.refusals import check_saving
@@ -27,6 +26,7 @@ from .written import stored, written
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+MARK = {"written_by": "ptq4dm"}  # in the header of what is written: a later export may replace it
 BESIDE = (CONFIG, *OLD, *OLD.values(), ".weight_scale_2", ".weight_zeros", ".weight_s_rel", ".weight_s_channel")
 
 
@@ -42,7 +42,7 @@ def export_comfy(
 
     Args:
         target: quantized layers in formats that ComfyUI has, which interchange/README.md lists; others stay floats.
-        file: what is written, whole or not at all.
+        file: what is written, whole or not at all. An earlier export is replaced; another file is refused.
         names: a file of the same architecture in the names that ComfyUI knows, safetensors or GGUF, of any precision:
             only names and shapes are read. The result has these names, with q, k and v joined as they are there.
             Without it names are those of the model.
@@ -57,7 +57,7 @@ def export_comfy(
     if not layers:
         raise UserError(f"the {type(model).__name__} has no quantized layers; quantize it first.")
     check_saving(model, layers)
-    file_place(file)
+    check_export(file)
     weights = {f"{name}.weight": _written(name, layer) for name, layer in layers.items()}
     plain = _floats(model, tuple(f"{name}." for name in layers))
     if names is not None:
@@ -72,8 +72,20 @@ def export_comfy(
             raise UserError(f"'{name}' {error}.") from None
         stem = name.removesuffix("weight")
         tensors |= {stem + end: one.contiguous() for end, one in found.items()}
-    with replacing(file) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_tensors(file, tensors, {"format": "pt", **MARK})
+
+
+def check_export(file: str | os.PathLike) -> None:
+    """Raises UserError where a file cannot be written, or one is there that no export wrote."""
+    file_place(file)
+    if not os.path.isfile(file) or not os.path.getsize(file):
+        return
+    try:
+        ours = read_tensors(file, lambda opened: MARK.items() <= opened.header.items())
+    except UserError:  # no safetensors file at all
+        ours = False
+    if not ours:
+        raise UserError(f"{file} is there, and no export of ptq4dm wrote it; give another name, or move it away.")
 
 
 def outputs_in(file: Path) -> dict[str, int]:

@@ -153,7 +153,7 @@ class IntegerConfig(QuantConfig):
     def needs_calibration(self) -> bool:
         return self.activations == "static" or bool(self.looks) or super().needs_calibration
 
-    def otherwise(self) -> str:
+    def otherwise(self, loading: bool = False) -> str:
         dynamic = copy.copy(self)
         dynamic.__dict__["activations"] = "dynamic"
         return "" if dynamic.needs_calibration else ", or choose activations='dynamic'"

@@ -56,7 +56,7 @@ class PDQuantConfig(TrainedConfig):
         """The prediction difference, which has no parameter."""
         return "prediction", None
 
-    def otherwise(self) -> str:
+    def otherwise(self, loading: bool = False) -> str:
         if not self._asks_model or self.learning() is not None:
-            return super().otherwise()
+            return super().otherwise(loading)
         return "; input ranges are what it chooses, so that activations='dynamic' would leave nothing of it"

@@ -243,7 +243,7 @@ class PTQ4DMQuantizer(DiffusersQuantizer):
 def _not_while_loading(config: QuantConfig) -> UserError:
     return UserError(
         f"{type(config).__name__} looks at layers together, or at what they are fed, and cannot pack them "
-        f"while a model loads; load it in full precision, then call ptq4dm.quantize{config.otherwise()}."
+        f"while a model loads; load it in full precision, then call ptq4dm.quantize{config.otherwise(loading=True)}."
     )
 
 

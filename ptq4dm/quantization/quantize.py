@@ -211,6 +211,7 @@ def rows_of_layers(layers: dict[str, nn.Module], errors: dict[str, Ratio], basis
             "bytes": stored_bytes(layer),
             "sqnr": errors[name].decibel,
             "basis": basis,
+            **({"rank": layer.plan.rank} if getattr(layer.plan, "rank", 0) else {}),
             **({"parts": layer.plan.input_parts} if hasattr(layer.plan, "input_parts") else {}),
             **getattr(layer, "stages", {}),
         }

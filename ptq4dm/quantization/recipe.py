@@ -142,8 +142,11 @@ class QuantConfig(QuantizationConfigMixin):
         """Calls of a network's own use that it waits for where there is no store; 0 for none."""
         return 0
 
-    def otherwise(self) -> str:
-        """What else a user could do than give a store, as the end of a sentence that asks for one; "" for nothing."""
+    def otherwise(self, loading: bool = False) -> str:
+        """What else a user could do than give a store, as the end of a sentence that asks for one; "" for nothing.
+
+        loading: than load the model in full precision, at the end of a sentence that asks for that.
+        """
         return ""
 
     def resolve(

@@ -80,9 +80,26 @@ def without_kernel(rows: list[dict]) -> str:
     mine = [row for row in rows if REFERENCE in row["kernel"].split(" (")[0]]
     if not mine:
         return ""
+    formats = Counter(row["format"] for row in mine)
+    told = formats if len(formats) == 1 else [f"{count} of {name}" for name, count in formats.most_common()]
     return (
-        f"no kernel serves {len(mine)} of {len(rows)} layers on this device ({mine[0]['format']}, the first "
+        f"no kernel serves {len(mine)} of {len(rows)} layers on this device ({', '.join(told)}; the first is "
         f"{mine[0]['layer']}): the formula in torch computes them, slower than full precision does"
+    )
+
+
+def narrower(rows: list[dict], method: Mapping[str, Any]) -> str:
+    """A sentence on the layers that have a smaller rank than a recipe asks for; "" for none.
+
+    rows: of "rank", where a layer has a low-rank branch. method: the recipe's summary.
+    """
+    asked = method.get("rank", 0)
+    cut = [row["rank"] for row in rows if row.get("rank", asked) < asked]
+    if not cut:
+        return ""
+    have = str(min(cut)) if min(cut) == max(cut) else f"{min(cut)} to {max(cut)}"
+    return (
+        f"rank {asked} is more than {len(cut)} of {len(rows)} layers have: their branch has {have}, the whole weight"
     )
 
 
@@ -193,7 +210,8 @@ class QuantizationReport:
             kernels[row["kernel"]] = kernels.get(row["kernel"], 0) + 1
         served = ", ".join(f"{count} layers on {name}" for name, count in sorted(kernels.items()))
         lines.append(f"{served}")
-        lines += [text for text in (without_kernel(self.layers), self._split_text()) if text]
+        told = (without_kernel(self.layers), narrower(self.layers, self.method), self._split_text())
+        lines += [text for text in told if text]
         lines.append(
             f"stored tensors: {self.bytes_before / 1e6:.2f} MB -> "
             f"{text_of(self.bytes_after, self.in_16_bits, self.full_in_16_bits)}"

@@ -166,7 +166,9 @@ def check_apart(plans: Iterable[TransformPlan]) -> None:
         for place in plan.modules if online else [" ".join(plan.modules)]:
             key = (("online" if online else plan.kind), place)
             if key in seen:
-                what = f"two rotations of the input of '{place}'" if online else f"'{plan.kind}' of {plan.modules} twice"
+                what = (
+                    f"two rotations of the input of '{place}'" if online else f"'{plan.kind}' of {plan.modules} twice"
+                )
                 raise UserError(f"the plan has {what}, of which only one could be made; quantize anew with one.")
             seen.add(key)
 

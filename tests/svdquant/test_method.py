@@ -265,7 +265,8 @@ def test_layers_with_one_input_but_in_another_order_of_calls(flux):
 def test_more_ranks_than_a_layer_has(tmp_path):
     model, store = denoisers.pair("dit")
     exact = replay(model, store.calls)
-    ptq4dm.quantize(model, replace(QUICK, rank=100, roles={"*norm1*": "keep"}), store)
+    report = ptq4dm.quantize(model, replace(QUICK, rank=100, roles={"*norm1*": "keep"}), store)
+    assert "layers have: their branch has 64, the whole weight" in report.table()
     assert {c.rank for c in plan_of(model).layers.values() if getattr(c, "activation", "") == "int4"} == {64}
     error = (replay(model, store.calls) - exact).norm() / exact.norm()
     assert error < 2e-3  # the branch is the weight
@@ -329,10 +330,11 @@ def test_layers_that_calibration_does_not_reach():
 
 
 def test_it_needs_a_store(flux, made, recipe):
-    with pytest.raises(
-        UserError, match="SVDQuantConfig needs calibration: pass a store from ptq4dm.collect\\(pipe\\).$"
-    ):
+    words = "SVDQuantConfig needs calibration: pass a store from ptq4dm.collect\\(pipe\\)"
+    with pytest.raises(UserError, match=words + ", or choose evidence='calls'.$"):
         ptq4dm.quantize(flux[0], recipe)
+    with pytest.raises(UserError, match=words + ", or choose evidence='calls' or evidence='none'.$"):
+        ptq4dm.quantize(flux[0], ptq4dm.SVDQuantConfig())
     with pytest.raises(UserError, match="needs a calibration store here, also to follow a plan"):
         ptq4dm.quantize(flux[0], replace(recipe, plan=plan_of(made[0])))
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from ...errors import UserError
 from ...files.claim import claimed_whole
-from ...files.places import file_place, make_parent
+from ...files.places import make_parent
 from ...files.result_folder import check_replaceable
-from ...interchange.export import export_comfy
+from ...interchange.export import check_export, export_comfy
 from ...interchange.load import load_quantized_file
 from ...layers.base import is_quantized
 from ...layers.sizes import stored_bytes
@@ -72,7 +72,7 @@ def _read(args) -> None:
 
 
 def _write(args) -> None:
-    file_place(args.to)
+    check_export(args.to)
     with claimed_whole(Path(args.to), settings_of(args)):
         model = default_model(args)
         pipe = load(args, model)

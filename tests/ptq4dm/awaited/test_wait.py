@@ -235,6 +235,8 @@ def test_the_command_runs_the_pipeline_for_its_calls(tmp_path, capsys):
     two = ["--num-calls", "2", "--calibration-steps", "4", "--batch-size", "2", "--output", str(tmp_path / "out")]
     assert main([*command, *two]) == 0
     assert "by 2 recorded calls of 4 rows together" in capsys.readouterr().out
+    assert main([*command, "--num-calls", "2", "--calibration-steps", "4", "--output", str(tmp_path / "one")]) == 0
+    assert "by 2 recorded calls of 2 rows together" in capsys.readouterr().out  # an image at once
     saved, by_hand = ptq4dm.load_pipeline(tmp_path / "out"), ptq4dm.load_pipeline(tmp_path / "float")
     with ptq4dm.record(by_hand.transformer) as calls:
         images(by_hand)

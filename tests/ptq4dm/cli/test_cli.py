@@ -439,6 +439,8 @@ WRONG = [
     ([*QUANTIZE, "--checkpoint", "foreign"], "foreign holds other files; give a folder of its own to a checkpoint."),
     ([*QUANTIZE, "--checkpoint", "file"], "cannot make the folder file: file is a file."),
     (["quantize", "--model", "static", *DYNAMIC], "quantized already"),
+    ([*QUANTIZE, *DYNAMIC, "--transforms", "hadamard:64", "sylvester:32"], "a layer rotates its input once"),
+    ([*QUANTIZE, *DYNAMIC, "--weight-bits", "4", "--weight-grid", "codebook", "--affine"], "give no --affine with it"),
     ([*QUANTIZE, *DYNAMIC, "--modules-to-not-convert", "*"], "no layer of the model"),
     # generate
     ([*GENERATE, "--num-images", "0"], "0 images asked for; --num-images must be at least 1"),
@@ -454,7 +456,7 @@ WRONG = [
     (["generate", "--model", "dit", "--class-labels", "10"], "class label 10 is outside [0, 10)"),
     # evaluate
     ([*EVALUATE, "--num-images", "0"], "zero images cannot give a Frechet distance"),
-    ([*EVALUATE, "--metric", "none"], "leaves nothing to measure"),
+    ([*EVALUATE, "--metric", "none"], "does not say what it was quantized from, and metric none compares with that;"),
     ([*EVALUATE, "--num-paired", "-1"], "--num-paired must not be negative"),
     ([*EVALUATE, "--write-reference", "r.npz"], "give it with --images"),
     ([*EVALUATE, "--output", "file/e", "--num-images", "2"], "file/e: Not a directory"),

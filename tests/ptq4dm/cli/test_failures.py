@@ -38,6 +38,7 @@ FLAGS = {"bits": "--bits", "weight_bits": "--weight-bits", "images": "--num-imag
         ("leave weight_bits and served out, not bits.", "leave --weight-bits and --served out, not bits."),
         ("leave 'bits' out of train.", "leave 'bits' out of train."),
         ("give bits=4 and weight_bits=None with it.", "give --bits 4 and no --weight-bits with it."),
+        ("give served=False with it.", "give no --served with it."),
     ],
 )
 def test_options_are_told_as_flags(sentence, shown):

@@ -162,6 +162,9 @@ def test_files_that_are_none(tmp_path):
     for name in ("text", "empty", "nowhere", "."):
         with pytest.raises(UserError, match=f"{tmp_path}.*(cannot be read|is missing)"):
             load_quantized_file(dit(), tmp_path / name)
+    (tmp_path / "a.gguf").write_bytes(b"GGUX" + bytes(60))
+    with pytest.raises(UserError, match="a.gguf .*it is no GGUF file: it begins with b'GGUX'"):
+        load_quantized_file(dit(), tmp_path / "a.gguf")
     os.mkfifo(tmp_path / "pipe")  # which would keep a reader waiting
     with pytest.raises(UserError, match="pipe cannot be read .it is no plain file."):
         load_quantized_file(dit(), tmp_path / "pipe")

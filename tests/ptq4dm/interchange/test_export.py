@@ -44,6 +44,34 @@ def test_what_was_loaded_is_written_as_it_was(packer, tmp_path):
     assert all(says[name] == said[name] | more for name in said)
 
 
+def test_the_header_is_written_anew_and_the_tensors_are_not(tmp_path):
+    """JSON that stood in the header stands beside the layers then; metadata of the file is not taken over."""
+    state = files.original_names(files.flux2())
+    files.save_comfy(tmp_path / "in", state, files.comfy_int8, files.matrices, metadata="header")
+    export_comfy(load_quantized_file(files.flux2(seed=9), tmp_path / "in"), tmp_path / "out", names=tmp_path / "in")
+    (old, said), (new, says) = read(tmp_path / "in"), read(tmp_path / "out")
+    assert not said and len(says) == 20 and new.keys() == old.keys()
+    assert all(same(new[name], old[name]) for name in old)
+    with safe_open(tmp_path / "out", "pt") as file:
+        assert file.metadata() == {"format": "pt", "written_by": "ptq4dm"}
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path):
+    model, place = files.flux2(), tmp_path / "out"
+    quantize(model, RTNConfig(activations="dynamic"))
+    files.save_file({"mine": torch.zeros(3)}, tmp_path / "safetensors")
+    (tmp_path / "letter").write_text("mine")
+    for name in ("safetensors", "letter"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError, match=f"{name} is there, and no export of ptq4dm wrote it; give another name"):
+            export_comfy(model, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    export_comfy(model, place)
+    first = place.read_bytes()
+    export_comfy(model, place)
+    assert place.read_bytes() == first
+
+
 def test_our_own_models_are_written_by_their_own_names(tmp_path):
     model = files.flux2()
     quantize(model, RTNConfig(transforms=("hadamard:64",), activations="dynamic"))

@@ -237,7 +237,7 @@ ENCODER = {"text_encoder": None}
     [
         (dict(components=["text_encoder", "nothing"]), "has no network 'nothing'; it has "),
         (dict(components=["tokenizer"]), "has no network 'tokenizer'"),
-        (dict(components=[]), "components are names of networks, or name -> recipe; got a list"),
+        (dict(components=[]), "components are names of networks, or name -> recipe; got an empty list"),
         (dict(components="vae"), "components are names of networks, or name -> recipe; got 'vae'"),
         (dict(components=[3]), "components are names of networks, such as 'text_encoder'; got 3"),
         (dict(components=["vae", "vae"]), "components names 'vae' twice"),

@@ -23,7 +23,7 @@ TWO = {
 @pytest.mark.parametrize("case", TWO)
 def test_transforms_that_undo_or_overwrite_each_other_are_refused(case):
     texts, words = TWO[case]
-    for name, method in METHODS.items():
+    for method in METHODS.values():
         if "transforms" in {item.name for item in fields(method)} and not method.loaded_only:
             with pytest.raises(UserError, match=words):
                 method(transforms=texts)

@@ -115,8 +115,8 @@ def _check_recipe(config: QuantConfig) -> None:
     """Raises UserError where a recipe looks at more than weights one by one."""
     if not config.packs_while_loading or (config.needs_calibration and config.calibration is None):
         raise UserError(
-            f"this {type(config).__name__} looks at layers together, or at what they are fed, and cannot be streamed; load "
-            f"the pipeline in full precision, then call ptq4dm.quantize{config.otherwise(loading=True)}."
+            f"this {type(config).__name__} looks at layers together, or what they are fed, and cannot be streamed; "
+            f"load the model in full precision, then call ptq4dm.quantize{config.otherwise(loading=True)}."
         )
 
 

@@ -47,7 +47,7 @@ def test_values_of_their_types(values):
         ({"sizes": [1, "2"]}, "sizes must be a list of whole numbers; got [1, '2']"),
         ({"sizes": "12"}, "got '12'"),
         ({"table": {1: []}}, "table must be a dict of values that are each a list by texts; got a dict"),
-        ({"table": []}, "got a list"),
+        ({"table": []}, "got an empty list"),
     ],
 )
 def test_values_of_other_types(values, words):

@@ -172,7 +172,7 @@ def test_nor_is_any_given_to_what_loads(call, tmp_path, monkeypatch):
         (lambda pipe: ptq4dm.quantize(5, ptq4dm.RTNConfig()), "must be a diffusers pipeline.*got 5"),
         (lambda pipe: ptq4dm.quantize(pipe, "svdquant"), "config is a recipe, such as PTQ4DMConfig"),
         (lambda pipe: ptq4dm.collect("pipe"), "'pipe' is a name; give the pipeline itself"),
-        (lambda pipe: ptq4dm.collect(pipe, {}), "config must be a CalibrationConfig or None; got a dict"),
+        (lambda pipe: ptq4dm.collect(pipe, {}), "config must be a CalibrationConfig or None; got an empty dict"),
         (lambda pipe: ptq4dm.collect(pipe.unet), "UNet2DModel is a model by itself"),
         (lambda pipe: ptq4dm.generate(pipe, "abc", "out"), "seeds must be a list of whole numbers; got 'abc'"),
         (lambda pipe: ptq4dm.generate(pipe, [0], output=5), "output must be a text or a path; got 5"),

@@ -440,7 +440,7 @@ WRONG = [
     ([*QUANTIZE, "--checkpoint", "file"], "cannot make the folder file: file is a file."),
     (["quantize", "--model", "static", *DYNAMIC], "quantized already"),
     ([*QUANTIZE, *DYNAMIC, "--transforms", "hadamard:64", "sylvester:32"], "a layer rotates its input once"),
-    ([*QUANTIZE, *DYNAMIC, "--weight-bits", "4", "--weight-grid", "codebook", "--affine"], "give no --affine with it"),
+    ([*QUANTIZE, *DYNAMIC, "--weight-bits", "4", "--weight-grid", "codebook", "--affine"], "give no --affine with"),
     ([*QUANTIZE, *DYNAMIC, "--modules-to-not-convert", "*"], "no layer of the model"),
     # generate
     ([*GENERATE, "--num-images", "0"], "0 images asked for; --num-images must be at least 1"),

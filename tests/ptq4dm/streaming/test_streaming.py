@@ -148,7 +148,7 @@ def test_what_is_in_the_outputs_place_stays(tmp_path):
         with pytest.raises(UserError, match=f"{place} exists and was not written by ptq4dm quantize"):
             stream_folder(str(tmp_path / "float"), ALONE, str(tmp_path / place))
     for wrong in (SVDQuantConfig(evidence="calls"), RTNConfig(transforms=("smooth",)), SVDQuantConfig()):
-        with pytest.raises(UserError, match="looks at layers together, or at what .* cannot be streamed") as error:
+        with pytest.raises(UserError, match="looks at layers together, or what .* cannot be streamed") as error:
             stream_folder(tmp_path / "float", wrong, tmp_path / "out")
         assert not isinstance(error.value, DamagedFile)
     with pytest.raises(UserError, match="stream_folder: output must be"):

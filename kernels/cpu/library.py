@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows, where nothing is built
     fcntl = None  # type: ignore[assignment]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("codes.cpp", "l1.cpp", "lut.cpp", "w4a8.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("codes.cpp", "inputs.cpp", "l1.cpp", "lut.cpp", "w4a8.cpp"))
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("room.h", "vectors.h"))
 SWITCH = "PTQ4DM_CPU_KERNELS"
 FLAGS = {
@@ -134,6 +134,14 @@ def load(path: Path) -> ctypes.CDLL:
         [pointer] * 3 + [number] + [pointer] * 4 + [size] * 4 + [ctypes.c_float, number, number]
     )
     library.ptq4dm_w4a8.restype = ctypes.c_int
+    library.ptq4dm_w4_of_codes.argtypes = (
+        [pointer] * 2 + [number] + [pointer] * 2 + [number] + [pointer] * 2 + [size] * 4
+    )
+    library.ptq4dm_w4_of_codes.restype = ctypes.c_int
+    library.ptq4dm_inputs.argtypes = (
+        [pointer] * 2 + [ctypes.c_float] + [pointer] * 2 + [size] * 3 + [number] * 2
+    )
+    library.ptq4dm_inputs.restype = ctypes.c_int
     library.ptq4dm_w4a8_conv.argtypes = (
         [pointer] * 3 + [number] + [pointer] * 5 + [size] * 2 + [pointer, number, number]
     )

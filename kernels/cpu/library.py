@@ -33,7 +33,9 @@ try:
 except ImportError:  # Windows, where nothing is built
     fcntl = None  # type: ignore[assignment]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("codes.cpp", "inputs.cpp", "l1.cpp", "lut.cpp", "w4a8.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("codes.cpp", "l1.cpp", "lut.cpp", "w4_ends.cpp", "w4a8.cpp")
+)
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("room.h", "vectors.h"))
 SWITCH = "PTQ4DM_CPU_KERNELS"
 FLAGS = {
@@ -138,10 +140,10 @@ def load(path: Path) -> ctypes.CDLL:
         [pointer] * 2 + [number] + [pointer] * 2 + [number] + [pointer] * 2 + [size] * 4
     )
     library.ptq4dm_w4_of_codes.restype = ctypes.c_int
-    library.ptq4dm_inputs.argtypes = (
-        [pointer] * 2 + [ctypes.c_float] + [pointer] * 2 + [size] * 3 + [number] * 2
-    )
+    library.ptq4dm_inputs.argtypes = [pointer] * 2 + [ctypes.c_float] + [pointer] * 2 + [size] * 3 + [number] * 2
     library.ptq4dm_inputs.restype = ctypes.c_int
+    library.ptq4dm_gelu_tanh.argtypes = [pointer, size]
+    library.ptq4dm_gelu_tanh.restype = None
     library.ptq4dm_w4a8_conv.argtypes = (
         [pointer] * 3 + [number] + [pointer] * 5 + [size] * 2 + [pointer, number, number]
     )

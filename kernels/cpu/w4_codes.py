@@ -6,7 +6,7 @@
             where c > 0 in 0..15, t = max_g v / 15
 
 P[m, n, g] = sum_{k in g} q_x[m, k] q_w[n, k] is a whole number, and exact. Codes and scales are those of w4/reference.py
-to the bit (inputs.cpp), where inputs are finite. After P float32 rounds once for t of "int4", once a group, once for t
+to the bit (w4_ends.cpp), where inputs are finite. After P float32 rounds once for t of "int4", once a group, once for t
 or b: y is off by at most (G + 2) 2^-24 of sum_g |w t P| + |b|. Its bits are the same whatever the number of threads and
 rows, and for all instructions that it is compiled for (w4a8.cpp).
 """
@@ -74,6 +74,12 @@ def product(codes: Tensor, scales: Tensor, qweight: Tensor, wscales: Tensor, bia
         at(codes), at(scales), by_group, at(qweight), at(wscales), SCALES[wscales.dtype], at(bias), at(y), m, n, k, groups
     ):  # fmt: skip
         raise MemoryError(f"no memory for the sums of {m} rows of {k} inputs.")
+    return y
+
+
+def gelu_tanh_(y: Tensor) -> Tensor:
+    """GELU by tanh of y [M, N] float32, contiguous, in place: within 3e-7 of max(|GELU(y)|, 1), NaN where y is."""
+    library.found().library.ptq4dm_gelu_tanh(at(y), y.numel())
     return y
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cpu.w4_codes import NAMES, W4A4, W4A8, available, input_codes, product
+from ..cpu.w4_codes import NAMES, W4A4, W4A8, available, gelu_tanh_, input_codes, product
 from ..formats.int4 import GROUP
 from . import reference
 
@@ -42,7 +42,7 @@ def of_codes(
     y = product(codes, scales, qweight, wscales, bias)
     if up is not None:
         y.addmm_(branch.float(), up.float().T)
-    return reference.nonlinear(y, nonlinearity)
+    return gelu_tanh_(y) if nonlinearity == "gelu_tanh" else reference.nonlinear(y, nonlinearity)
 
 
 def linear(

@@ -23,7 +23,7 @@ from ..attention.faster import FasterAttention
 from ..checks import shown
 from ..errors import UserError
 from ..hooks import check_settled
-from ..layers.fusing.cpu import has_bfloat16, runs_fused_on_cpu
+from ..layers.fusing.cpu import has_between, has_bfloat16, runs_fused_on_cpu
 from ..layers.fusing.fuse import fuse, is_fused, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
@@ -214,7 +214,10 @@ def _fuse(one: OptimizedModel, precision: str | None) -> None:
             if asked is not None:
                 one.left["precision"] = "no module of it is fused on this CPU"
             return
-        one.precision = precision
+        if has_between(one.model):
+            one.precision = precision
+        elif asked is not None:
+            one.left["precision"] = "its fused modules hand on codes and float32 alone"
     one.takes_back.append(lambda: unfuse(one.model))
 
 

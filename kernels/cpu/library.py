@@ -88,6 +88,18 @@ def use(instructions: str) -> None:
     _found = Found(load(path), f"compiled for {instructions} in {path}")
 
 
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """No kernels in this block, as if there were no compiler; for layers that ask in each call, as SVDQuant's do."""
+    global _found
+    before = found()
+    _found = Found(None, "not compiled: switched off")
+    try:
+        yield
+    finally:
+        _found = before
+
+
 def forget() -> None:
     """Ask again at the next call."""
     global _found

@@ -1,14 +1,16 @@
 """A 4-bit weight under inputs of 8 or 4 bits on a CPU, in two halves: codes of the inputs, and their product.
 
-    v[m, k] = (x[m, k] + c) / s[k]                                       smoothing: s, and a shift c or 0
-    "int8"  q = round(v / t[m]),       t[m] = max |v| / 127              y[m, n] = t[m] sum_g w[n, g] P[m, n, g] + b[n]
-    "int4"  q = round(v (1 / t[g, m])), t[g, m] = max_g |v| / 7          y[m, n] = sum_g w[n, g] (t[g, m] P[m, n, g]) + b[n]
-            where c > 0 in 0..15, t = max_g v / 15
+    v[m, k] = (x[m, k] + c) / s[k]                             smoothing: s, and a shift c or 0
+    P[m, n, g] = sum_{k in g} q_x[m, k] q_w[n, k]
+    "int8"    q_x = round(v / t[m]),         t[m] = max |v| / 127
+              y[m, n] = t[m] sum_g w[n, g] P[m, n, g]  +  b[n]
+    "int4"    q_x = round(v (1 / t[g, m])),  t[g, m] = max_{k in g} |v| / 7;  for c > 0 in 0..15, t = max v / 15
+              y[m, n] = sum_g w[n, g] (t[g, m] P[m, n, g])  +  b[n]
 
-P[m, n, g] = sum_{k in g} q_x[m, k] q_w[n, k] is a whole number, and exact. Codes and scales are those of w4/reference.py
-to the bit (w4_ends.cpp), where inputs are finite. After P float32 rounds once for t of "int4", once a group, once for t
-or b: y is off by at most (G + 2) 2^-24 of sum_g |w t P| + |b|. Its bits are the same whatever the number of threads and
-rows, and for all instructions that it is compiled for (w4a8.cpp).
+P is a whole number, and exact. Codes and scales are those of w4/reference.py to the bit (w4_ends.cpp), where inputs
+are finite. After P float32 rounds once for t of "int4", once a group, and once or twice for t of "int8" and b: y is
+off by at most (G + 2) 2^-24 of sum_g |w t P| + |b|. Its bits are the same whatever the number of threads and rows,
+and for all instructions that it is compiled for (w4a8.cpp).
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def product(codes: Tensor, scales: Tensor, qweight: Tensor, wscales: Tensor, bia
     codes, scales, qweight = codes.contiguous(), scales.contiguous(), qweight.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     if library.found().library.ptq4dm_w4_of_codes(
-        at(codes), at(scales), by_group, at(qweight), at(wscales), SCALES[wscales.dtype], at(bias), at(y), m, n, k, groups
+        at(codes), at(scales), by_group, at(qweight), at(wscales), SCALES[wscales.dtype], at(bias), at(y),
+        m, n, k, groups,
     ):  # fmt: skip
         raise MemoryError(f"no memory for the sums of {m} rows of {k} inputs.")
     return y

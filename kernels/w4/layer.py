@@ -8,8 +8,8 @@
     cpu-w4a8, cpu-w4a4  on a CPU, int8 and int4 activations, where the kernels are compiled (on_cpu.py)
     reference           everything else: the formula in float32 (reference.py); the truth
 
-On a GPU up to SHORT rows nothing is unpacked to memory (product_short.py), but for int4 activations. Inputs of float32 or
-float64 are rounded to bf16 first. Every sum has a fixed order: the same bits in every run.
+On a GPU up to SHORT rows nothing is unpacked to memory (product_short.py), but for int4 activations, and inputs of
+float32 or float64 are rounded to bf16 first. Every sum has a fixed order: the same bits in every run.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from ..formats import fp8
 from ..formats.int4 import GROUP, dequantize_groups, quantize_activation_groups, unpack_int4
 from ..formats.int8 import dynamic_scale
 from ..formats.rotation import rotate
-from .gradient import without_gradient
+from ..runtime.gradient import without_gradient
 
 NORMS = ("adaptive", "layer", "rms")
 ACTIVATIONS = ("int4", "int8", "fp8", "none")

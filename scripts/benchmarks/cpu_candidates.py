@@ -119,7 +119,7 @@ def _ours(
 
     yield f"ptq4dm {method}", lambda: torch_run(model())
     if reference and method.startswith("SVDQuant"):  # whose layers ask in each call
-        yield f"ptq4dm {method}, kernels not compiled", lambda: by_reference(model())
+        yield f"ptq4dm {method}, by the reference", lambda: by_reference(model())
     for precision in ("float32", "bfloat16"):
         yield f"ptq4dm {method}, optimized, {precision}", lambda p=precision: optimized(model(), p)
     if HAS_OPENVINO:

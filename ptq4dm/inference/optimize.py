@@ -2,9 +2,9 @@
 
 On an NVIDIA GPU: fused (layers/fusing), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
 denoiser's calls replayed from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels
-and its own, unless it is asked for in 8 bits where that is faster. On a CPU: fused where it is in static W8A8 or SVDQuant, what
-lies between products in bfloat16 where the processor has it, memory kept for the next call (kept_memory.py); other
-transformers have their blocks compiled (README.md).
+and its own, unless it is asked for in 8 bits where that is faster. On a CPU: fused where it is in static W8A8, what
+lies between products in bfloat16 where the processor has it, or in SVDQuant; memory kept for the next call
+(kept_memory.py); other transformers have their blocks compiled (README.md).
 
 Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
 takes all of it back.

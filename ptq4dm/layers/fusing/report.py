@@ -10,8 +10,8 @@ from ...handed.notes import Notes
 from ..base import QuantizedLayer
 
 KERNELS = (
-    "fused kernels are for NVIDIA GPUs, and with a C++ compiler for x86 CPUs: static int8 with VNNI, SVDQuant with int8 "
-    "or int4 inputs with AVX2 too"
+    "fused kernels are for NVIDIA GPUs, and with a C++ compiler for x86 CPUs: static int8 with VNNI, SVDQuant with "
+    "int8 or int4 inputs with AVX2 too"
 )
 FORM = "it is built otherwise than those that are fused"
 

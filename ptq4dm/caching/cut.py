@@ -54,12 +54,6 @@ def cut(model: nn.Module, depth: int, what: str = "the model") -> Cut:
     return found
 
 
-def default_depth(model: nn.Module) -> int:
-    """The depth where none is named: of a UNet the first layer, of a transformer one block in eight."""
-    wanted = 1 if hasattr(model, "up_blocks") else max(1, round(len(_blocks(model)) / 8))
-    return min(wanted, cut(model, 0).deepest)
-
-
 def _unet(model: nn.Module, depth: int) -> Cut | None:
     down = [layer for name, block in _listed(model, "down_blocks") for layer in _layers(name, block, "downsamplers")]
     up: list[list[str]] = []

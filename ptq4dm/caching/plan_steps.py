@@ -27,7 +27,7 @@ from ..options import option
 from ..pipelines.denoiser import turn_at
 from ..pipelines.sampling import call_pipeline, check_arguments, check_steps
 from .cached_steps import cached_models, named
-from .cut import cut, default_depth
+from .cut import cut
 from .deep_part import DeepPart, Kept
 from .step_clock import StepClock
 from .step_ends import Ends, Finished
@@ -48,14 +48,14 @@ class StepPlanConfig:
 
     num_inference_steps: of the sampler that the plan is for.
     reuse: the share of its evaluations that reuse a deep part.
-    depth: where the network is cut, see `ptq4dm.cached_steps`; None: as measured to be best for its kind.
+    depth: where the network is cut, see `ptq4dm.cached_steps`; 0, all but its ends, was best at equal time.
     history: deep parts that are kept; 1 reuses the latest as it is, more continue its change.
     num_samples: trajectories that are looked at, from seeds that begin at seed, in batches of batch_size.
     """
 
     num_inference_steps: int = option(20, low=1, high=100_000)
     reuse: float = option(0.4, low=0.0, high=MOST_REUSE)
-    depth: int | None = option(None, low=0, high=100_000)
+    depth: int = option(0, low=0, high=100_000)
     history: int = option(3, low=1, high=MOST_KEPT)
     num_samples: int = option(8, low=1, high=100_000)
     batch_size: int = option(8, low=1, high=100_000)
@@ -125,13 +125,11 @@ def measured(
 ) -> Measured:
     """What trajectories of a pipeline tell; see `plan_cached_steps`."""
     name, models = cached_models(pipe)
-    first = next(iter(models.values()))
-    depth = default_depth(first) if config.depth is None else config.depth
     seeds = range(config.seed, config.seed + config.num_samples)
     watched, ends = _Watched(StepClock(pipe, name)), Ends()
     with turn_at(pipe), ExitStack() as stack:
         for called, model in models.items():
-            part = DeepPart(model, cut(model, depth, f"'{called}'"))
+            part = DeepPart(model, cut(model, config.depth, f"'{called}'"))
             stack.enter_context(part.put_in())
             stack.enter_context(computing(model, {"": watched.through(called, part, model.forward)}))
         for start in range(0, len(seeds), config.batch_size):
@@ -143,7 +141,7 @@ def measured(
                     pipeline_kwargs=pipeline_kwargs,
                 )  # fmt: skip
             watched.add()
-    return Measured(depth, tuple(watched.clock.times), watched.products, watched.factors(), ends.moved())
+    return Measured(config.depth, tuple(watched.clock.times), watched.products, watched.factors(), ends.moved())
 
 
 class _Watched:

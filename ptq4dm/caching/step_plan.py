@@ -37,7 +37,7 @@ class StepPlan:
     """
 
     weights: tuple[tuple[float, ...], ...] = ((),)
-    depth: int = option(1, low=0, high=MOST_STEPS)
+    depth: int = option(0, low=0, high=MOST_STEPS)
     times: tuple[float, ...] = ()
     error: float | None = None
     origin: dict[str, Any] = field(default_factory=dict)

@@ -39,9 +39,13 @@ class FitConfig:
     """
 
     evaluations: Sequence[int] = (4, 5, 6, 8)
-    num_trajectories: int = option(64, low=2, high=100_000)
+    num_trajectories: int = option(
+        64, "of --fit: samples of the teacher that are followed, half to choose by", low=2, high=100_000
+    )
     teacher: str = "deis"
-    teacher_steps: int = option(60, low=2, high=1000)
+    teacher_steps: int = option(
+        60, "of --fit: evaluations of the teacher, whose times are candidates", low=2, high=1000
+    )
     history: int = option(3, low=1, high=4)
     jitter: float = option(1e-2, low=0.0, high=1.0)
     batch_size: int = option(64, low=1, high=100_000)

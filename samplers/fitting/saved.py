@@ -17,13 +17,15 @@ from .fit import FitConfig, fit
 
 
 def fitted_to(
-    pipe: Any, teacher: Any, evaluations: Sequence[int], folder: Path, settings: dict[str, Any]
-) -> FittedScheduler:
-    """The schedule in a folder; where it has none for these numbers of evaluations, it is fitted and written first.
+    pipe: Any, teacher: Any, config: FitConfig, folder: Path, settings: dict[str, Any]
+) -> tuple[FittedScheduler, bool]:
+    """The schedule in a folder, and whether it was there.
+
+    Where there is none for these numbers of evaluations, it is fitted and written first.
 
     Args:
         teacher: as in `fit`.
-        settings: what else decides it (model, dtype, teacher).
+        settings: what decides it (model, dtype, teacher, what config says beside the evaluations).
 
     Raises:
         UserError: a damaged schedule in the folder, or one made with other settings; any error of `fit`.
@@ -34,13 +36,13 @@ def fitted_to(
             scheduler = fitted_in(folder, pipe.scheduler.config)
             if scheduler.config.origin != settings:
                 raise UserError(f"{folder} holds a schedule fitted with other settings; choose another --output.")
-            if set(evaluations) <= set(scheduler.fitted_for):
-                return scheduler
-        found = fit(pipe, FitConfig(evaluations=tuple(evaluations)), teacher=teacher)
+            if set(config.evaluations) <= set(scheduler.fitted_for):
+                return scheduler, True
+        found = fit(pipe, config, teacher=teacher)
         scheduler = FittedScheduler.from_config(found.config, origin=settings)
         with replacing(file) as temporary:
             temporary.write_text(scheduler.to_json_string())
-    return scheduler
+    return scheduler, False
 
 
 def fitted_beside(models: Sequence[str]) -> Path:

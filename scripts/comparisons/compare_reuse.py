@@ -1,15 +1,15 @@
 """Steps that reuse a deep part (`ptq4dm.cached_steps`) against fewer evaluations of the same sampler, and controls.
 
     python scripts/comparisons/compare_reuse.py --model dit-cifar10 --images 16 --output out/reuse-dit.json  # a CPU
-    python scripts/comparisons/compare_reuse.py --model unet-cifar10 --device cuda --optimize --images 10000 \\
-        --batch-size 500 --feature-fid --output out/reuse-unet.json
+    python scripts/comparisons/compare_reuse.py --model unet-cifar10 --device cuda --optimize --dtype bfloat16 \\
+        --images 10000 --batch-size 500 --feature-fid --depths 0 1 --output out/reuse-unet.json
 
 The sampler with --evaluations makes the pictures that all others are compared with, from the same seeds: "psnr" is
 the mean over images in dB. Ways: the sampler with fewer evaluations; plans (`ptq4dm.plan_cached_steps`) for numbers
-of evaluations that are computed, with each history; and controls with the weights of the first history: as many
-spread evenly, and drawn at random, of which the median is given. "time" is that of a way in the time of the full
-sampler. On a GPU both are timed, over all images. On a CPU it is reckoned from the share that a reused call takes of
-a whole one, in seconds of the process, the two timed in turns: a busy machine disturbs that least. With --feature-fid
+of evaluations that are computed, at each depth and with each history; and controls with the weights of the first
+history: as many spread evenly, and drawn at random, of which the median is given. "time" is that of a way in the time
+of the full sampler. On a GPU both are timed, over all images. On a CPU it is reckoned from the share that a reused
+call takes of a whole one, in seconds of the process, the two timed in turns, the least of each. With --feature-fid
 also the feature-FID of each. --model may be a quantized folder. Resumed where it stopped.
 """
 
@@ -19,8 +19,9 @@ import argparse
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, mean, median
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ SETTINGS = (
     "feature_fid",
 )
 ROW: dict = {"way": str, "computed": int, "psnr": (int, float), "time": (int, float), "seconds": (int, float)}
-PAIRS = 5
+PAIRS = 8
 FIRST = 2_000_000  # seed of the images; plans are made from others
 
 
@@ -102,30 +103,27 @@ class Bench:
         return (computed + reused) / self.args.evaluations
 
     def share(self, depth: int) -> float:
-        """The time of a reused call in that of a whole one: the median over pairs."""
+        """The time of a reused call in that of a whole one, from the least of times, to which others add nothing."""
         if depth not in self.shares:
             some = range(FIRST, FIRST + min(self.args.images, self.args.batch_size))
-            found = []
-            for _ in range(PAIRS):  # of two evaluations, and of one with one that reuses
-                times = []
+            times: dict[int, list[float]] = {2: [], 1: []}  # of two evaluations, and of one with one that reuses
+            for _ in range(PAIRS):
                 for computed in (range(2), range(1)):
                     with ptq4dm.cached_steps(self.pipe, plain_plan(2, computed, depth)):
                         start = self.now()
                         ptq4dm.sample(self.pipe, some, num_inference_steps=2)
-                        times.append(self.now() - start)
-                found.append(2 * times[1] / times[0] - 1)
-            self.shares[depth] = median(found)
+                        times[len(computed)].append(self.now() - start)
+            self.shares[depth] = 2 * min(times[1]) / min(times[2]) - 1
         return self.shares[depth]
 
-    def measured(self, depth: int | None) -> Measured:
-        key = -1 if depth is None else depth
-        if key not in self.plans:
+    def measured(self, depth: int) -> Measured:
+        if depth not in self.plans:
             config = StepPlanConfig(
                 num_inference_steps=self.args.evaluations, depth=depth, num_samples=self.args.samples,
                 batch_size=min(self.args.batch_size, self.args.samples),
             )  # fmt: skip
-            self.plans[key] = measured(self.pipe, config, None, None)
-        return self.plans[key]
+            self.plans[depth] = measured(self.pipe, config, None, None)
+        return self.plans[depth]
 
     def row(self, way: str, evaluations: int, plan: StepPlan | None = None) -> dict[str, Any]:
         images, seconds = self.sampled(evaluations, plan)
@@ -145,21 +143,21 @@ class Bench:
         return row
 
 
-def ways(bench: Bench, args: argparse.Namespace) -> dict[tuple[str, int], Callable[[], dict[str, Any]]]:
-    """(name, evaluations computed) -> what makes its row."""
+def ways(bench: Callable[[], Bench], args: argparse.Namespace) -> dict[tuple[str, int], Callable[[], dict[str, Any]]]:
+    """(name, evaluations computed) -> what makes its row; the bench is made with the first that is."""
     found: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {}
     for n in args.fewer:
-        found["fewer evaluations", n] = lambda n=n: bench.row("fewer evaluations", n)
+        found["fewer evaluations", n] = lambda n=n: bench().row("fewer evaluations", n)
     if args.feature_fid:
-        found["full", args.evaluations] = lambda: bench.row("full", args.evaluations)
+        found["full", args.evaluations] = lambda: bench().row("full", args.evaluations)
 
     def planned(way: str, plan: StepPlan) -> dict[str, Any]:
-        return bench.row(way, args.evaluations, plan)
+        return bench().row(way, args.evaluations, plan)
 
-    def drawn(way: str, depth: int | None, count: int) -> dict[str, Any]:
+    def drawn(way: str, depth: int, count: int) -> dict[str, Any]:
         rng = np.random.default_rng(count)
         inside = [rng.choice(np.arange(1, args.evaluations), count - 1, replace=False) for _ in range(args.random)]
-        plans = [bench.measured(depth).with_steps((0, *sorted(map(int, one))), args.histories[0]) for one in inside]
+        plans = [bench().measured(depth).with_steps((0, *sorted(map(int, one))), args.histories[0]) for one in inside]
         rows = [planned(way, plan) for plan in plans]
         names = [name for name in ("psnr", "time", "seconds", "feature_fid") if name in rows[0]]
         middle = {name: median(row[name] for row in rows) for name in names}
@@ -168,18 +166,18 @@ def ways(bench: Bench, args: argparse.Namespace) -> dict[tuple[str, int], Callab
             each["each_fid"] = [row["feature_fid"] for row in rows]
         return {**rows[0], **middle, "steps": [row["steps"] for row in rows], **each}
 
-    for depth in args.depths or [None]:
-        at = "" if depth is None else f", depth {depth}"
+    for depth in args.depths:
+        at = f", depth {depth}"
         for count in args.computed:
             share = 1 - count / args.evaluations
             for history in args.histories:
                 name = f"planned, history {history}{at}"
                 found[name, count] = lambda w=name, d=depth, s=share, h=history: planned(
-                    w, bench.measured(d).plan(s, h)
+                    w, bench().measured(d).plan(s, h)
                 )
             name = f"evenly{at}"
             found[name, count] = lambda w=name, d=depth, c=count: planned(
-                w, bench.measured(d).with_steps(even_steps(args.evaluations, c), args.histories[0])
+                w, bench().measured(d).with_steps(even_steps(args.evaluations, c), args.histories[0])
             )
             if args.random:
                 name = f"{args.random} at random{at}"
@@ -190,23 +188,53 @@ def ways(bench: Bench, args: argparse.Namespace) -> dict[tuple[str, int], Callab
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     rows = Rows(args.output, {name: getattr(args, name) for name in SETTINGS}, ROW)
-    bench = Bench(args)
     done = {(row["way"], row["computed"]) for row in rows}
-    todo = {key: make for key, make in ways(bench, args).items() if key not in done}
+    todo = {key: make for key, make in ways(cache(lambda: Bench(args)), args).items() if key not in done}
     for make in progress_bar(list(todo.values())):
         rows.add(make())
     print(table(rows))
+    for depth, share in reused_shares(rows).items():
+        print(f"a call that reuses, depth {depth}: {share:.2f} of the time of a whole one")
+
+
+def reused_shares(rows: list[dict]) -> dict[int, float]:
+    """Depth -> the time of a call that reuses in that of a whole one, the mean over the plans.
+
+    A whole one is the slope of time over evaluations in the rows without reuse; what they take beside (one start for
+    all) is taken off the plans, too.
+    """
+    plain = [row for row in rows if "depth" not in row]
+    if len({row["computed"] for row in plain}) < 2:
+        return {}
+    one, beside = linear_regression([row["computed"] for row in plain], [row["time"] for row in plain])
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if row["way"].startswith("planned") and row["computed"] < row["evaluations"]:
+            share = ((row["time"] - beside) / one - row["computed"]) / (row["evaluations"] - row["computed"])
+            found.setdefault(row["depth"], []).append(share)
+    return {depth: mean(shares) for depth, shares in found.items()}
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table, by time."""
+    """A Markdown table, by time; "ahead": PSNR less that of evaluations without reuse in the same time."""
     fid = any("feature_fid" in row for row in rows)
-    lines = ["| way | computed | time | PSNR |" + (" feature-FID |" if fid else ""), "|---" * (5 if fid else 4) + "|"]
+    names = ["way", "computed", "time", "PSNR", "ahead", *["feature-FID"] * fid]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in sorted(rows, key=lambda row: row["time"]):
         cells = [row["way"], str(row["computed"]), f"{row['time']:.2f}", f"{row['psnr']:.1f}"]
+        gain = ahead(row, rows)
+        cells += ["" if gain is None else f"{gain:+.1f}"]
         cells += [f"{row.get('feature_fid', float('nan')):.3f}"] if fid else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def ahead(row: dict, rows: list[dict]) -> float | None:
+    """PSNR of a row that reuses, less that of fewer evaluations in its time, on a line between those measured."""
+    plain = sorted((one["time"], one["psnr"]) for one in rows if one["way"] == "fewer evaluations")
+    if "depth" not in row or not plain or not plain[0][0] <= row["time"] <= plain[-1][0]:
+        return None
+    return row["psnr"] - float(np.interp(row["time"], *zip(*plain, strict=True)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -217,7 +245,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fewer", nargs="*", type=int, default=[10, 12, 14, 16])
     parser.add_argument("--computed", nargs="*", type=int, default=[8, 10, 12, 15], help="evaluations of a plan")
     parser.add_argument("--histories", nargs="+", type=int, default=[3, 1])
-    parser.add_argument("--depths", nargs="*", type=int, help="where networks are cut; the default for its kind")
+    parser.add_argument("--depths", nargs="+", type=int, default=[0], help="where networks are cut")
     parser.add_argument("--random", type=int, default=3, help="draws of the control")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -2,9 +2,9 @@
 
     python scripts/comparisons/draw_samplers.py --output assets/pictures
 
-Reads scripts/results alone: samplers-seeds.jsonl, of which the means of three seeds are drawn, and for more samplers
-one seed of samplers-*.json (`ptq4dm bench samplers`). Writes few-steps-unet.png, few-steps-dit.png and
-few-steps-flow.png.
+Reads scripts/results alone: samplers-seeds.jsonl, of which the means of three seeds are drawn (not what lacks a
+seed), and for more samplers one seed of samplers-*.json (`ptq4dm bench samplers`). Writes few-steps-unet.png,
+few-steps-dit.png and few-steps-flow.png.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from palette import few_colours
-from sampler_seeds import rows_of
+from sampler_seeds import most_seeds, rows_of
 
 from ptq4dm.errors import UserError, run
 from ptq4dm.files.outside import read_json
@@ -34,11 +34,12 @@ PICTURES = {
 def draw(kind: str, folder: Path, results: Path = RESULTS) -> Path:
     """The picture of a kind of PICTURES. Raises UserError where rows of a sampler, or matplotlib, are missing."""
     model, samplers, title = PICTURES[kind]
+    found = rows_of(model, folder=results)
     rows = [
         {"sampler": name, "budget": budget, "evaluations": budget, "feature_fid": mean(seeds.values())}
-        for name, budgets in rows_of(model, folder=results).items()
+        for name, budgets in found.items()
         for budget, seeds in budgets.items()
-        if budget <= MOST
+        if budget <= MOST and len(seeds) == most_seeds(found, budget)  # a seed moves all samplers alike
     ]
     file = f"samplers-{model}.json"
     one_seed = [

@@ -39,6 +39,9 @@ OTHERS = (
 )
 """Samplers of the older runs that were not run on three seeds, some of many."""
 
+TEN = ("`deis`, 10", "our best, 10", "fitted, 8", "fitted, 10")
+"""What is put beside 50 of DDIM: sampler, evaluations."""
+
 Found = dict[str, dict[int, dict[int, float]]]
 """Sampler -> evaluations -> seed -> feature-FID."""
 
@@ -67,19 +70,31 @@ def best(found: Found, budget: int, kind: str = "") -> dict[int, float]:
     return min((seeds for seeds in some if len(seeds) == most), key=lambda seeds: mean(seeds.values()), default={})
 
 
+def most_seeds(found: Found, budget: int) -> int:
+    """Of how many seeds a sampler was run at most, with so many evaluations."""
+    return max((len(rows[budget]) for rows in found.values() if budget in rows), default=0)
+
+
+def best_means(found: Found, budget: int) -> dict[str, float]:
+    """The mean of each kind's best, over the seeds that all kinds have: a seed moves all samplers alike."""
+    ones = {kind: one for kind in KINDS if (one := best(found, budget, kind))}
+    shared = set.intersection(*map(set, ones.values()))
+    return {kind: mean(one[seed] for seed in shared) for kind, one in ones.items()}
+
+
 def best_table() -> list[list[str]]:
-    """A line for a model, in a cell the best of each kind, the lowest bold; in 8 bits the fit of --teacher."""
+    """A line for a model, in a cell the best of each kind over the seeds that all of them have, the lowest bold."""
     lines = [["fitted / ours / diffusers'", *map(str, BUDGETS)]]
     for quantized in (False, True):
         for model, label in MODELS.items():
             found = rows_of(model, quantized)
-            for name in (name for name in FITTED.values() if quantized and name != FOLLOWS):
-                found.pop(name, None)
             cells = []
             for budget in BUDGETS:
-                means = [mean(one.values()) if (one := best(found, budget, kind)) else None for kind in KINDS]
-                low = min(one for one in means if one)
-                cells.append(" / ".join(bold(f"{one:.2f}", one == low) if one else "-" for one in means))
+                means = best_means(found, budget)
+                low = min(means.values())
+                cells.append(
+                    " / ".join(bold(f"{means[k]:.2f}", means[k] == low) if k in means else "-" for k in KINDS)
+                )
             lines.append([label + " W8A8" * quantized, *cells])
     return lines
 
@@ -126,21 +141,19 @@ def gains_table() -> list[list[str]]:
 
 
 def fifty_table() -> list[list[str]]:
-    """10 evaluations of the default and of our best, as ratios to 50 of DDIM; seed 0, which alone has 50."""
-    lines = [["seed 0", "DDIM, 50", "`deis`, 10", "ratio", "our best, 10", "ratio", "fitted, 8", "ratio"]]
+    """10 evaluations of the default, our best by name and a fit, as ratios to 50 of DDIM; seed 0 alone has 50."""
+    lines = [["seed 0", "DDIM, 50", *(one for name in TEN for one in (name, "ratio"))]]
     for quantized in (False, True):
         for model, label in MODELS.items():
             found = rows_of(model, quantized)
             ours = {name: rows[10][0] for name, rows in found.items() if kind_of(name) == "ours" and 10 in rows}
             first = min(ours, key=ours.__getitem__)
+            fit = found[FOLLOWS if quantized else "fitted"]
             slow = fifty(found, model, quantized)
             line = [label + " W8A8" * quantized, f"{slow:.2f}"]
-            for text, fast in (
-                ("{:.2f}", ours["deis"]),
-                (f"{{:.2f}} `{first}`", ours[first]),
-                ("{:.2f}", found[FOLLOWS if quantized else "fitted"][8][0]),
-            ):
-                line += [text.format(fast), f"{fast / slow:.3f}"]
+            fits = [fit.get(budget, {}).get(0) for budget in (8, 10)]
+            for fast, name in zip((ours["deis"], ours[first], *fits), ("", f" `{first}`", "", ""), strict=True):
+                line += [f"{fast:.2f}{name}", f"{fast / slow:.3f}"] if fast else ["", ""]
             lines.append(line)
     return lines
 

@@ -257,12 +257,26 @@ def test_bench_fits_a_schedule_which_generate_takes(tmp_path, capsys):
     )
     model, out = ["--model", str(tmp_path / "m")], tmp_path / "bench"
     few = ["--num-images", "4", "--batch-size", "4", "--evaluations", "2", "--samplers", "deis"]
-    assert main(["bench", "samplers", *model, *few, "--fit", "--output", str(out)]) == 0
+    sizes = ["--num-trajectories", "4", "--teacher-steps", "8"]
+    assert main(["bench", "samplers", *model, *few, *sizes, "--output", str(out)]) == 2
+    assert "--num-trajectories goes with --fit" in capsys.readouterr().err
+    fitted = ["--fit", *sizes]
+    assert main(["bench", "samplers", *model, *few, *fitted, "--output", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "goes on with" not in told and "fitted before" not in told
     rows = json.loads((out / "samplers.json").read_text())["rows"]
     assert [(row["sampler"], row["evaluations"]) for row in rows] == [("fitted", 2), ("deis", 2)]
+    assert main(["bench", "samplers", *model, *few, *fitted, "--output", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert f"goes on with {out / 'samplers.json'}" in told and f"taken as it is: {out / 'fitted'}" in told
+    fitted[-1] = "9"  # another teacher
+    assert main(["bench", "samplers", *model, *few, *fitted, "--output", str(out)]) == 2
+    assert "fitted with other settings" in capsys.readouterr().err
+    fitted[-1] = "8"
     folder = out / "fitted"
     config = json.loads((folder / "scheduler_config.json").read_text())
     assert set(config["tables"]) == {"2"} and config["origin"]["model"] == str(tmp_path / "m")
+    assert (config["origin"]["num_trajectories"], config["origin"]["teacher_steps"]) == (4, 8)
     images = ["generate", *model, "--sampler", str(folder), "--steps", "2", "--num-images", "1"]
     assert main([*images, "--output", str(tmp_path / "images")]) == 0
     capsys.readouterr()
@@ -291,7 +305,7 @@ def test_bench_fits_a_schedule_which_generate_takes(tmp_path, capsys):
     )
     config["origin"]["model"] = "another"
     (folder / "scheduler_config.json").write_text(json.dumps(config))
-    assert main(["bench", "samplers", *model, *few, "--fit", "--output", str(out)]) == 2
+    assert main(["bench", "samplers", *model, *few, *fitted, "--output", str(out)]) == 2
     assert "fitted with other settings" in capsys.readouterr().err
     assert main(["bench", "samplers", *model, *few, "--teacher", "x", "--output", str(out)]) == 2
 

@@ -44,3 +44,20 @@ def test_a_picture_of_rows_and_a_sampler_that_has_none(script, tmp_path):
     (tmp_path / f"samplers-{model}.json").write_text(json.dumps({"rows": rows[:-3]}))
     with pytest.raises(UserError, match=f"has no rows of {samplers[-1]}"):
         script.draw("flow", tmp_path / "out", tmp_path)
+
+
+def test_a_mean_of_fewer_seeds_is_not_drawn(script, tmp_path, monkeypatch):
+    model, samplers, _ = script.PICTURES["flow"]
+    single = [{"sampler": name, "budget": 5, "evaluations": 5, "feature_fid": 9.0} for name in samplers]
+    (tmp_path / f"samplers-{model}.json").write_text(json.dumps({"rows": single}))
+    rows = [
+        {"model": model, "quantized": False, "sampler": name, "budget": 5, "seed": seed, "feature_fid": 4.0 + seed}
+        for name, seeds in (("deis", 2), ("ipndm", 1))
+        for seed in range(seeds)
+    ]
+    (tmp_path / "samplers-seeds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    drawn = []
+    monkeypatch.setattr(script, "plot_rows", lambda title, rows, path: drawn.extend(rows) or True)
+    monkeypatch.setattr(script, "few_colours", lambda path: None)
+    script.draw("flow", tmp_path, tmp_path)
+    assert [(row["sampler"], row["feature_fid"]) for row in drawn[:-2]] == [("deis", 4.5)]

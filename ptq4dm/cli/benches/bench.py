@@ -18,6 +18,7 @@ from ...samplers.comparison.table import plot_rows, table
 from ...samplers.fitting.fit import FitConfig
 from ...samplers.fitting.saved import fitted_to
 from .. import tune
+from ..flags import add_flags, flag_of, given, options_of
 from ..options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
 from ..output import result, say
 from ..parser import Parser, add_command
@@ -52,19 +53,23 @@ def _add_samplers(parser) -> None:
     parser.add_argument("--fit", action="store_true", help=text)
     text = "of --fit: the model that is followed, such as the full-precision one of a quantized --model; itself"
     parser.add_argument("--teacher", metavar="MODEL", help=text)
-    parser.add_argument("--output", default="out/bench", help="folder of samplers.json and samplers.png; resumed")
+    add_flags(parser, FitConfig)
+    text = "folder of samplers.json and samplers.png; what is there already is kept, and not measured or fitted again"
+    parser.add_argument("--output", default="out/bench", help=text)
 
 
 def _run_samplers(args) -> None:
     one_process(args)
-    given = {name: getattr(args, name) for name in ("samplers", "evaluations") if getattr(args, name)}
+    named = {name: getattr(args, name) for name in ("samplers", "evaluations") if getattr(args, name)}
     if args.fit:
-        given.setdefault("evaluations", FitConfig.evaluations)
-    config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **given)
+        named.setdefault("evaluations", FitConfig.evaluations)
+    config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **named)
     output = Path(args.output) / "samplers.json"
     file_place(output)
-    if args.teacher and not args.fit:
-        raise UserError("--teacher goes with --fit.")
+    sizes = given(args, FitConfig)
+    if not args.fit and (args.teacher or sizes):
+        raise UserError(f"{flag_of(next(iter(sizes), 'teacher'))} goes with --fit.")
+    fitting = FitConfig(**sizes, **{"evaluations": config.evaluations} if args.fit else {})
     pipe = load(args, args.model)
     settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
     own = {}
@@ -72,8 +77,14 @@ def _run_samplers(args) -> None:
         config.samplers = ["fitted", *config.samplers]
         config.check(pipe, {"fitted": None})
         origin = {**settings, "teacher": str(args.teacher or args.model)}  # of the schedule, not of the other rows
+        origin |= {name: getattr(fitting, name) for name in options_of(FitConfig)}
         teacher = load(args, args.teacher) if args.teacher else None
-        own["fitted"] = fitted_to(pipe, teacher, config.evaluations, output.parent / "fitted", origin)
+        folder = output.parent / "fitted"
+        own["fitted"], before = fitted_to(pipe, teacher, fitting, folder, origin)
+        if before:
+            say(f"fitted before, and taken as it is: {folder}")
+    if output.is_file():
+        say(f"goes on with {output}: the figures it has are not measured again")
     rows = bench_samplers(pipe, config, output, settings, own)
     say(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
     say(table(rows))

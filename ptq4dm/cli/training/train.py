@@ -36,7 +36,9 @@ def add(parser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT.run")
     budget = parser.add_argument_group("budget")
     budget.add_argument(
-        "--num-images", type=int, help=f"that the model learns from, in all ({ShiftQuantConfig.images})"
+        "--num-images",
+        type=int,
+        help=f"that the model learns from, in all, --batch-size in a step ({ShiftQuantConfig.images})",
     )
     add_flags(budget, ShiftQuantConfig, ("minutes",))
     add_flags(parser.add_argument_group("products"), ShiftQuantConfig, PRODUCTS)

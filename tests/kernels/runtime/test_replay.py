@@ -4,7 +4,6 @@ Where there is no GPU, a "kernel" is a function of addresses that reads and writ
 """
 
 import contextlib
-import ctypes
 import gc
 import threading
 import types
@@ -12,101 +11,13 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-launch = pytest.importorskip("ptq4dm.kernels.runtime.launch", reason="needs Triton", exc_type=ImportError)
+pytest.importorskip("ptq4dm.kernels.runtime.launch", reason="needs Triton", exc_type=ImportError)
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from ptq4dm.kernels.runtime import replay, settings, step  # noqa: E402
 from ptq4dm.kernels.runtime.prepared import CACHE, prepared  # noqa: E402
-from ptq4dm.kernels.runtime.workspace import Workspace  # noqa: E402
-
-
-def floats(address: int, count: int) -> Tensor:
-    """The memory there, float32, or what a descriptor of it stands for."""
-    at = address if isinstance(address, int) else address.base.data_ptr()
-    return torch.frombuffer((ctypes.c_float * count).from_address(at), dtype=torch.float32)
-
-
-class Kernel:
-    """y = a * factor + b, each float32 [count], on the CPU's memory; b may be None."""
-
-    arg_names = ("a_ptr", "b_ptr", "factor", "y_ptr", "count")
-
-    def __init__(self):
-        self.compiled, self.driven = 0, 0
-
-    def is_gluon(self):
-        return False
-
-    def compute(self, a, b, factor, y, count):
-        with _disable_current_modes():  # a GPU's kernel is no operation of torch
-            a, b = (None if one is None else floats(one, count) for one in (a, b))
-            floats(y, count).copy_(a * factor + (0 if b is None else b))
-
-    def __getitem__(self, grid):
-        def through_triton(a_ptr, b_ptr, factor, y_ptr, count):
-            self.compiled += 1
-            given = (None if one is None else getattr(one, "base", one).data_ptr() for one in (a_ptr, b_ptr, y_ptr))
-            a, b, y = given
-            self.compute(a, b, factor, y, count)
-            target = types.SimpleNamespace(backend="cuda")
-            return types.SimpleNamespace(
-                run=self.run, function="f", packed_metadata="p", metadata=types.SimpleNamespace(target=target)
-            )
-
-        return through_triton
-
-    def run(self, *values):
-        assert values[:3] == (1, 1, 1) and values[3] == "stream"
-        self.driven += 1
-        self.compute(*values[9:])
-
-
-@pytest.fixture
-def kernel(monkeypatch):
-    """A kernel, and all that stands between a call and a GPU on a machine without one."""
-    active = types.SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: "stream")
-    monkeypatch.setattr(launch, "driver", types.SimpleNamespace(active=active))
-    monkeypatch.setattr(launch, "CompiledKernel", types.SimpleNamespace)
-    monkeypatch.setattr(launch, "JITFunction", Kernel)
-    monkeypatch.setattr(replay, "on_gpu", lambda x: x.device.type == "cpu")
-    monkeypatch.setattr(replay, "raw_stream", lambda device: "stream")
-    monkeypatch.setattr(replay, "current_device", lambda: -1)
-    return Kernel()
-
-
-class Op:
-    """x [n] -> 3 (2 x + room) + more, where room = x * slope + offset; `slope` is prepared: 1 / given."""
-
-    def __init__(self, kernel: Kernel, n: int, blocks=None, **replaced):
-        self.calls, self.n = 0, n
-        self.first = launch.Launch(kernel, (1,), blocks, factor=2.0, count=n)
-        self.second = launch.Launch(kernel, (1,), factor=3.0, count=n)
-        self.extra = replaced.get("extra", lambda x, y: y)
-        self.repeated = replay.Replay(self.written)
-
-    def written(self, x: Tensor, given: Tensor, more: Tensor | None, name: str = "") -> Tensor:
-        self.calls += 1
-        inverse = prepared(given, "inverse", lambda: 1.0 / given)
-        (room,) = Workspace(((self.n,), torch.float32)).take(x)
-        y = x.new_empty(1, self.n)
-        self.first(x, inverse, room)
-        self.second(room, more, y)
-        return self.extra(x, y.view(self.n))
-
-
-def expected(x, given, more):
-    return 3 * (2 * x + 1.0 / given) + (0 if more is None else more)
-
-
-def rand(n=8, seed=0, offset=0):
-    return (torch.rand(n + offset, generator=torch.Generator().manual_seed(seed)) + 0.5)[offset:]
-
-
-def why(op):
-    return op.repeated.why()
+from tests.support.repeated import Op, expected, rand, why  # noqa: E402
 
 
 def test_the_third_call_of_a_form_is_repeated_on_other_tensors(kernel):
@@ -174,102 +85,6 @@ def test_what_is_a_view_of_a_weight_is_not_kept(kernel):
     del given
     gc.collect()
     assert not held
-
-
-@pytest.mark.parametrize(
-    ("extra", "said"),
-    [
-        (lambda x, y: y[2:], "it returns what is not the whole"),
-        (lambda x, y: x, "it returns what is not the whole"),
-        (lambda x, y: (y, y), "it returns some memory twice"),
-        (lambda x, y: (x.mul_(1), y)[1], "it calls aten.mul_.Tensor"),
-        (lambda x, y: y.sort()[0], "it calls aten.sort"),
-        (lambda x, y: torch.cat([x, y]), "it calls aten.cat"),
-        (lambda x, y: y.view(torch.int32) + 0, "an operation of torch sees a tensor as one of another type"),
-        (lambda x, y: torch.full_like(x, float(x[0])), "it calls aten._local_scalar_dense"),
-    ],
-)
-def test_what_else_a_call_does_is_not_repeated(kernel, extra, said):
-    op, given = Op(kernel, 8, extra=extra), rand(seed=9)
-    for seed in range(6):
-        x = rand(seed=seed)
-        y = op.repeated(x, given, None)
-        right = extra(x, expected(x, given, None))
-        pairs = zip(y, right, strict=True) if isinstance(y, tuple) else [(y, right)]
-        assert all(a.dtype == b.dtype and torch.allclose(a, b) for a, b in pairs)
-    assert op.calls == 6
-    ((text, forms),) = why(op).items()
-    assert text.startswith(said) and forms == 1
-
-
-WAYS = {
-    "eager": contextlib.nullcontext,
-    "compiled": torch._C._AutoDispatchBelowAutograd,  # where PyTorch's compiled code calls its ops
-    "inference": torch.inference_mode,
-}
-
-
-@pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize(
-    "extra",
-    [
-        lambda x, y: y + 1,
-        lambda x, y: y.mul_(2),
-        lambda x, y: y.double(),
-        lambda x, y: torch.nn.functional.linear(x.view(2, 4), y.view(4, 2).t(), x[2:4]),
-        lambda x, y: (y.view(2, 4).t() * x[1]).addmm_(x.view(4, 2), y[:8].view(2, 4)[:, 2:]),
-        lambda x, y: (y, y + x, x.exp()),
-        lambda x, y: y + x.view(2, 4).t().reshape(-1),
-        lambda x, y: (y.view(2, 4).t().contiguous(), x.to(torch.float16).contiguous(), x.view(2, 4).t().flatten()),
-    ],
-)
-def test_operations_of_torch_are_repeated(kernel, extra, way):
-    """What may be a view and is a copy, too: below autograd `reshape`, `to` and `contiguous` are seen whole."""
-    op, given = Op(kernel, 8, extra=extra), rand(seed=9)
-    with WAYS[way]():
-        for seed in range(6):
-            x = rand(seed=seed)
-            y, right = op.repeated(x, given, None), extra(x, expected(x, given, None))
-            pairs = zip(y, right, strict=True) if isinstance(y, tuple) else [(y, right)]
-            assert all(a.stride() == b.stride() and torch.allclose(a, b) for a, b in pairs)
-        assert op.calls == 2 and why(op) == {"repeated": 1}
-        with torch.autocast("cpu", torch.bfloat16):  # which may change what they do
-            op.repeated(rand(), given, None)
-        assert op.calls == 3
-
-
-@pytest.mark.parametrize("way", list(WAYS))
-def test_a_kernel_reads_the_copy_of_the_tensor_at_hand(kernel, way):
-    """Not what lies where the recorded copy did."""
-
-    class Copying(Op):
-        def written(self, x, given, more):
-            return super().written(x.view(2, 4).t().reshape(-1), given, more.to(torch.float32))
-
-    op, given = Copying(kernel, 8), rand(seed=9)
-    with WAYS[way]():
-        for seed in range(6):
-            x, more = rand(seed=seed), rand(seed=seed + 20).double()
-            right = expected(x.view(2, 4).t().reshape(-1), given, more.float())
-            assert torch.allclose(op.repeated(x, given, more), right)
-        assert op.calls == 2 and why(op) == {"repeated": 1}
-
-
-def test_operations_under_autocast_are_not_recorded(kernel):
-    op, given = Op(kernel, 8, extra=lambda x, y: y + 1), rand(seed=9)
-    with torch.autocast("cpu", torch.bfloat16):
-        for _ in range(5):
-            op.repeated(rand(), given, None)
-    assert op.calls == 5 and why(op) == {"it calls operations of torch under autocast": 1}
-
-
-def test_a_kernel_on_memory_of_its_own_is_not_repeated(kernel):
-    held = rand(seed=7)
-    op = Op(kernel, 8)
-    op.extra = lambda x, y: (op.second(held, None, y), y)[1]
-    for _ in range(4):
-        assert torch.allclose(op.repeated(rand(), rand(seed=9), None), 3 * held)
-    assert why(op) == {"a kernel reads what is neither given nor taken": 1}
 
 
 def test_several_results_of_other_strides(kernel):

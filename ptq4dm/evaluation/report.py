@@ -12,11 +12,11 @@ from torch import Tensor
 from ..errors import UserError
 from ..files.atomic import replacing
 from ..files.outside import read_json
-from ..files.places import file_place, picture_place
+from ..files.places import check_own, file_place, picture_place
 from ..pipelines.images import image_grid, save_picture, to_uint8
 from ..quantization.report import memory_lines
 from .measures import LABELS
-from .published import DIRECTIONS, cell, not_measured_text, published_table, rows_of
+from .published import cell, directions, not_measured_text, published_table, rows_of
 
 REPORT, PICTURE = "report.json", "samples.png"
 CELL = 96  # pixels a side, about, of one picture in samples.png
@@ -24,7 +24,8 @@ MAX_COLUMNS = 8
 
 
 def check_places(folder: Path) -> None:
-    """Raises UserError where files of somebody else have the names of the report and its picture."""
+    """Raises UserError where the folder or files in it with the names of the results are somebody else's."""
+    check_own(folder, [REPORT], "evaluate")
     picture_place(folder / PICTURE)
     file_place(folder / REPORT)
     if (folder / REPORT).is_file():
@@ -74,7 +75,8 @@ def format_report(report: dict) -> str:
     if "not_measured" in report:
         label = report.get("frechet", {}).get("label", "FID")
         missing = report["not_measured"] | ({} if "frechet" in report else {"frechet": "--metric fid"})
-        lines += ["", published_table(rows_of(report), label), DIRECTIONS, not_measured_text(missing)]
+        rows = rows_of(report)
+        lines += ["", published_table(rows, label), directions(rows), not_measured_text(missing)]
     lines += [f"warning: {w}" for w in report.get("warnings", [])]
     return "\n".join(lines)
 

@@ -49,9 +49,9 @@ def unfinished(folder: Path, images: Path) -> Iterator[None]:
         yield
     except BaseException:
         if not images.exists():
-            note.unlink()
+            note.unlink(missing_ok=True)
         raise
-    note.unlink()
+    note.unlink(missing_ok=True)
 
 
 def format_comparison(report: dict) -> str:

@@ -20,6 +20,7 @@ from .attention import layer as attention
 from .attention import layer8 as attention8
 from .cpu import lut as cpu_lut
 from .cpu import w4a8 as cpu
+from .cpu.w4_codes import W4A4
 from .lut import layer as lut
 from .query import ACTIVATIONS, WEIGHTS, Query
 from .serving import (
@@ -154,7 +155,11 @@ KERNELS: list[Kernel] = [
     ),
     Kernel(
         cpu.NAME, "4-bit weights, plain, progressive, or among rows of 8 bits, unpacked part by part; x86 CPU",
-        compiled,
+        either(compiled, branched(cpu.NAME)),
+    ),
+    Kernel(
+        W4A4, "4-bit weights and activations in groups of 64, low-rank branch, unpacked part by part; x86 CPU",
+        branched(W4A4),
     ),
     Kernel(
         COPY, "4-bit weights, progressive or one scale a row, of a codebook or mixed rows too; the copy is kept",

@@ -33,7 +33,9 @@ try:
 except ImportError:  # Windows, where nothing is built
     fcntl = None  # type: ignore[assignment]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("codes.cpp", "l1.cpp", "lut.cpp", "w4a8.cpp"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("codes.cpp", "l1.cpp", "lut.cpp", "w4_ends.cpp", "w4a8.cpp")
+)
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("room.h", "vectors.h"))
 SWITCH = "PTQ4DM_CPU_KERNELS"
 FLAGS = {
@@ -86,6 +88,18 @@ def use(instructions: str) -> None:
     _found = Found(load(path), f"compiled for {instructions} in {path}")
 
 
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """No kernels in this block, as if there were no compiler; for layers that ask in each call, as SVDQuant's do."""
+    global _found
+    before = found()
+    _found = Found(None, "not compiled: switched off")
+    try:
+        yield
+    finally:
+        _found = before
+
+
 def forget() -> None:
     """Ask again at the next call."""
     global _found
@@ -134,6 +148,14 @@ def load(path: Path) -> ctypes.CDLL:
         [pointer] * 3 + [number] + [pointer] * 4 + [size] * 4 + [ctypes.c_float, number, number]
     )
     library.ptq4dm_w4a8.restype = ctypes.c_int
+    library.ptq4dm_w4_of_codes.argtypes = (
+        [pointer] * 2 + [number] + [pointer] * 2 + [number] + [pointer] * 2 + [size] * 4
+    )
+    library.ptq4dm_w4_of_codes.restype = ctypes.c_int
+    library.ptq4dm_inputs.argtypes = [pointer] * 2 + [ctypes.c_float] + [pointer] * 2 + [size] * 3 + [number] * 2
+    library.ptq4dm_inputs.restype = ctypes.c_int
+    library.ptq4dm_gelu_tanh.argtypes = [pointer, size]
+    library.ptq4dm_gelu_tanh.restype = None
     library.ptq4dm_w4a8_conv.argtypes = (
         [pointer] * 3 + [number] + [pointer] * 5 + [size] * 2 + [pointer, number, number]
     )

@@ -4,6 +4,7 @@
 //     P[m, n, g] = sum_{k in g} (q_x[m, k] - z_x) (q[n, k] - z[n, g])
 //     y[m, n] = s_x[m] sum_g s_w[n, g] P[m, n, g]  +  b[n]                scales of groups: float32, g ascending
 //     y[m, n] = s_x[m] s_w[n] sum_g s_1[n, g] P[m, n, g]  +  b[n]         one scale a row (s_1 = 1), or whole steps s_1
+//     y[m, n] = sum_g s_w[n, g] (s_x[m, g] P[m, n, g])  +  b[n]           inputs in groups, too: as scales of groups
 //
 // The instructions that multiply bytes (vpdpbusd; vpmaddubsw before AVX-512 VNNI) want one operand without sign. It is
 // the weight: its nibble u = q + 8 lies in 0..15, so that pairs of products fit 16 bits and nothing saturates. Then
@@ -52,6 +53,7 @@ inline Floats floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Floats as_floats(Ints a) { return _mm512_castsi512_ps(a); }
 inline Ints as_ints(Floats a) { return _mm512_castps_si512(a); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats multiply(Floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
 inline Ints low_nibbles(Ints a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 inline Ints high_nibbles(Ints a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
 // In assembly, for gcc 12 keeps the 24 sums of `sum_products` in memory where it sees the intrinsic.
@@ -98,6 +100,7 @@ inline Floats floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Floats as_floats(Ints a) { return _mm256_castsi256_ps(a); }
 inline Ints as_ints(Floats a) { return _mm256_castps_si256(a); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats multiply(Floats a, float b) { return _mm256_mul_ps(a, _mm256_set1_ps(b)); }
 inline Ints low_nibbles(Ints a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 inline Ints high_nibbles(Ints a) { return low_nibbles(_mm256_srli_epi16(a, 4)); }
 inline Ints add_products(Ints a, Ints u, Ints q) {  // of 16 bits; in assembly for the same reason
@@ -130,7 +133,9 @@ inline void transposed(const uint8_t* const* row, int64_t at, Ints out[8]) {
 
 constexpr int WIDE = LANES * VECTORS;
 
-enum class Kind { ROWS, GROUPS, STEPS };  // where scales are: one a row; of groups; of rows, with whole steps of groups
+// Where scales are: one a row; of groups; of groups of weight and inputs; of rows, with whole steps of groups.
+enum class Kind { ROWS, GROUPS, BOTH, STEPS };
+constexpr bool in_groups(Kind kind) { return kind == Kind::GROUPS || kind == Kind::BOTH; }
 
 // acc[r][v] = sums of products of `blocks` times BLOCK inputs, of R rows of x with the outputs of VECTORS vectors.
 template <int R>
@@ -180,28 +185,40 @@ struct Tile {
   int32_t* factors;  // [groups][WIDE]: steps, or the bits of float scales
 };
 
+// What multiplies sums of inputs' rows: their codes, the sums of these in groups, and scales of groups (of BOTH), each
+// with the step to the next row; scales of the next group are x_groups farther.
+struct Inputs {
+  const int8_t* codes;
+  int64_t stride;
+  const int32_t* sums;
+  int64_t sums_stride;
+  const float* scales;
+  int64_t x_groups;
+};
+
 // total[r][WIDE] += the part's share of R rows: int32 sums, or the bits of float32 ones. PLAIN: no zero points, and
 // no steps.
 template <Kind KIND, bool PLAIN, int R>
 __attribute__((noinline)) void multiply_rows(
-    const int8_t* x, int64_t stride, const int32_t* sums, int64_t sums_stride, const Tile& tile, int64_t inputs,
-    int64_t length, int32_t* total) {
+    const Inputs& x, const Tile& tile, int64_t inputs, int64_t length, int32_t* total) {
   const uint8_t* w = tile.codes;
   for (int64_t g = 0, k = 0; k < inputs; g++, k += length, w += length * WIDE) {
     Ints acc[R][VECTORS];
-    sum_products<R>(x + k, stride, w, std::min(length, inputs - k) / BLOCK, acc);
+    sum_products<R>(x.codes + k, x.stride, w, std::min(length, inputs - k) / BLOCK, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const Ints sum = repeat(sums[r * sums_stride + g] * (PLAIN ? -8 : -1));
+      const Ints sum = repeat(x.sums[r * x.sums_stride + g] * (PLAIN ? -8 : -1));
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) {
         const int64_t at = g * WIDE + v * LANES;
         Ints found = add(acc[r][v], PLAIN ? sum : multiply(sum, load(tile.offsets + at)));
         if constexpr (!PLAIN) found = add(found, load(tile.bases + at));
         int32_t* place = total + r * WIDE + v * LANES;
-        if constexpr (KIND == Kind::GROUPS)
-          found = as_ints(multiply_add(as_floats(load(tile.factors + at)), floats(found), as_floats(load(place))));
-        else if constexpr (KIND == Kind::STEPS)
+        if constexpr (in_groups(KIND)) {
+          Floats value = floats(found);
+          if constexpr (KIND == Kind::BOTH) value = multiply(value, x.scales[g * x.x_groups + r]);
+          found = as_ints(multiply_add(as_floats(load(tile.factors + at)), value, as_floats(load(place))));
+        } else if constexpr (KIND == Kind::STEPS)
           found = add(load(place), multiply(found, load(tile.factors + at)));
         else
           found = add(load(place), found);
@@ -213,12 +230,11 @@ __attribute__((noinline)) void multiply_rows(
 
 template <Kind KIND, bool PLAIN, int R = ROWS>
 void multiply_some(
-    int64_t rows, const int8_t* x, int64_t stride, const int32_t* sums, int64_t sums_stride, const Tile& tile,
-    int64_t inputs, int64_t length, int32_t* total) {
+    int64_t rows, const Inputs& x, const Tile& tile, int64_t inputs, int64_t length, int32_t* total) {
   if (rows == R)
-    multiply_rows<KIND, PLAIN, R>(x, stride, sums, sums_stride, tile, inputs, length, total);
+    multiply_rows<KIND, PLAIN, R>(x, tile, inputs, length, total);
   else if constexpr (R > 1)
-    multiply_some<KIND, PLAIN, R - 1>(rows, x, stride, sums, sums_stride, tile, inputs, length, total);
+    multiply_some<KIND, PLAIN, R - 1>(rows, x, tile, inputs, length, total);
 }
 
 void add_up(const int8_t* codes, int64_t wide, int32_t* sums, int64_t length, int64_t groups) {
@@ -302,7 +318,7 @@ struct Operands {
   int64_t length, units;          // inputs summed before they are scaled, and how many such sums a row has
   int32_t zero;                   // of the inputs
   const int8_t* codes;            // of x, [M, wide]
-  const float* x_scales;          // [M]
+  const float* x_scales;          // [M]; of BOTH [groups, M]
   const int32_t* sums;            // [M, units]
   float* y;
 };
@@ -331,7 +347,7 @@ void unpack(const Operands& o, int64_t first, int64_t outputs, int64_t k0, int64
   const int64_t groups = (inputs + o.length - 1) / o.length, group = o.groups == 1 ? 0 : k0 / o.length;
   for (int64_t i = 0; i < WIDE; i++) {
     const int64_t from = (first + std::min(i, outputs - 1)) * o.groups + group;
-    if constexpr (KIND == Kind::GROUPS) {
+    if constexpr (in_groups(KIND)) {
       int32_t scales[MOST_GROUPS];
       o.scales.widen(from, groups, scales);
       for (int64_t g = 0; g < groups; g++) t.factors[g * WIDE + i] = scales[g];
@@ -359,16 +375,16 @@ void unpack(const Operands& o, int64_t first, int64_t outputs, int64_t k0, int64
 template <Kind KIND>
 void finish(const Operands& o, int64_t row, int64_t first, int64_t outputs, const int32_t* total) {
   float* y = o.y + row * o.n + first;
-  const float scale = o.x_scales[row];
+  const float scale = KIND == Kind::BOTH ? 1.0f : o.x_scales[row];
   float scales[WIDE];
-  if constexpr (KIND != Kind::GROUPS) {
+  if constexpr (!in_groups(KIND)) {
     int32_t bits[WIDE];
     o.scales.widen(first, outputs, bits);
     std::memcpy(scales, bits, sizeof(bits));
   }
   for (int64_t i = 0; i < outputs; i++) {
     float value;
-    if constexpr (KIND == Kind::GROUPS)
+    if constexpr (in_groups(KIND))
       std::memcpy(&value, total + i, 4);
     else
       value = static_cast<float>(total[i]) * scales[i];
@@ -393,9 +409,10 @@ void multiply_tile(const Operands& o, int64_t first, int64_t outputs, int64_t be
           std::memcpy(total + r * WIDE, o.y + (m + r) * o.n + first, outputs * 4);
         else
           std::memset(total + r * WIDE, 0, WIDE * 4);
-      const int8_t* x = o.codes + m * o.wide + k0;
-      const int32_t* sums = o.sums + m * o.units + k0 / o.length;
-      multiply_some<KIND, PLAIN>(rows, x, o.wide, sums, o.units, tile, inputs, o.length, total);
+      const int64_t group = k0 / o.length;
+      const float* scales = KIND == Kind::BOTH ? o.x_scales + group * o.m + m : nullptr;
+      const Inputs x{o.codes + m * o.wide + k0, o.wide, o.sums + m * o.units + group, o.units, scales, o.m};
+      multiply_some<KIND, PLAIN>(rows, x, tile, inputs, o.length, total);
       for (int64_t r = 0; r < rows; r++)
         if (k0 + part < o.k)
           std::memcpy(o.y + (m + r) * o.n + first, total + r * WIDE, outputs * 4);
@@ -455,6 +472,21 @@ void linear(
   const Operands o{qweight, scales, zeros, steps, bias, m, n, k, wide, groups, length, units, input_zero, codes.at,
                    x_scales.at, sums.at, y};
   multiply(o);
+}
+
+// The same of codes that are made already (inputs.cpp), K a multiple of RUN; by_group: x_scales [groups, M].
+void linear_of_codes(
+    const int8_t* codes, const float* x_scales, bool by_group, const uint8_t* qweight, Scales scales,
+    const float* bias, float* y, int64_t m, int64_t n, int64_t k, int64_t groups) {
+  const int64_t unit = m > ROWS ? UNIT : FEW_OF_ROWS;
+  const int64_t length = groups == 1 && !by_group ? unit : k / groups, units = (k + length - 1) / length;
+  const Room<int32_t> sums(m * units);
+  at::parallel_for(0, m, std::max<int64_t>(1, 65536 / k), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) add_up(codes + i * k, k, sums.at + i * units, length, units);
+  });
+  const Operands o{qweight, scales, nullptr, nullptr, bias, m, n, k, k, groups, length, units, 0, codes, x_scales,
+                   sums.at, y};
+  by_group ? multiply_all<Kind::BOTH, true>(o) : multiply(o);
 }
 
 // A convolution's pictures [batch, height, width, channels] and its windows, in pixels.
@@ -537,6 +569,18 @@ extern "C" int ptq4dm_w4a8(
   try {
     linear(x, qweight, Scales{scales, scale_kind}, zeros, steps, bias, y, m, n, k, groups, input_scale, input_zero, bits);
   } catch (const std::exception&) {  // it must not pass through a caller that knows nothing of C++
+    return 1;
+  }
+  return 0;
+}
+
+// The same of codes int8 [M, K], K a multiple of 64, and their scales, [M] or, by_group, [G, M].
+extern "C" int ptq4dm_w4_of_codes(
+    const int8_t* codes, const float* x_scales, int32_t by_group, const uint8_t* qweight, const void* scales,
+    int scale_kind, const float* bias, float* y, int64_t m, int64_t n, int64_t k, int64_t groups) {
+  try {
+    linear_of_codes(codes, x_scales, by_group, qweight, Scales{scales, scale_kind}, bias, y, m, n, k, groups);
+  } catch (const std::exception&) {
     return 1;
   }
   return 0;

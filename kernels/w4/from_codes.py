@@ -22,7 +22,7 @@ from ..runtime.late import late
 from ..runtime.ops import op
 from ..runtime.settings import best_config, remembered
 from ..runtime.workspace import Workspace
-from . import reference
+from . import on_cpu, reference
 from .layer import (
     MODES,
     REFERENCE,
@@ -31,6 +31,7 @@ from .layer import (
     in_type,
     known_name,
     multiply,
+    on_gpu,
     short_floats,
     steps,
 )
@@ -76,8 +77,9 @@ def svdq_codes(
     name = known_name(x.device, activation, GROUP)
     x, more = _rows(x), None if more is None else _rows(more)
     norm = None if norm_scale is None else (norm_scale, norm_shift, eps, form)
-    if name == REFERENCE:
-        return reference.codes(x, more, smooth, down, activation, shift, norm, gate, rotation, rotation_kind)
+    if not on_gpu(name):
+        codes = reference.codes if name == REFERENCE else on_cpu.codes
+        return codes(x, more, smooth, down, activation, shift, norm, gate, rotation, rotation_kind)
     return codes_through(name, x, more, smooth, down, shift, norm, gate, rotation, rotation_kind)
 
 
@@ -127,11 +129,14 @@ def svdq_product(
     """
     check(nonlinearity)
     name = known_name(codes.device, activation, GROUP)
+    weight = (qweight, wscales, up, bias)
     if name == REFERENCE:
-        y = reference.product(codes, scales, branch, qweight, wscales, up, bias, activation, nonlinearity)
+        y = reference.product(codes, scales, branch, *weight, activation, nonlinearity)
+    elif not on_gpu(name):
+        y = on_cpu.of_codes(codes, scales, branch, *weight, nonlinearity)
     else:
         eight = () if weight8 is None else (weight8, scales8)
-        y = product_through(name, codes, scales, branch, qweight, wscales, up, bias, nonlinearity, eight)
+        y = product_through(name, codes, scales, branch, *weight, nonlinearity, eight)
     return y if y.dtype == dtype else y.to(dtype)
 
 
@@ -214,7 +219,7 @@ def product_through(
 
 def _shapes(name: str, device: torch.device, m: int, k: int, rank: int, dtype: torch.dtype, activation: str) -> tuple:
     """(shape, type) of codes, scales and the branch, as the reference or the kernels make them of x [M, K]."""
-    if name != REFERENCE:
+    if on_gpu(name):
         half = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         shapes = activation_launches.activation_shapes
         return shapes(m, k, half, activation, rank, code_dtype(name, device))

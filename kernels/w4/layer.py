@@ -1,14 +1,15 @@
-"""The op behind SVDQuant's layers on a GPU: which Triton kernels serve a layer, and running them.
+"""The op behind SVDQuant's layers: which kernels serve a layer, and running them.
 
     triton-w4a8-fp8     fp8 activations, where tensor cores know e4m3 (compute capability 8.9 and later)
     triton-w4a8-int8    int8 activations; fp8 ones too on GPUs before that
     triton-w4a4         int4 activations, scales per group on both sides
     triton-w4a16        weight-only layers, also plain ones with zero points; of many rows, weights unpacked to 16
                         bits and multiplied by cuBLAS
+    cpu-w4a8, cpu-w4a4  on a CPU, int8 and int4 activations, where the kernels are compiled (on_cpu.py)
     reference           everything else: the formula in float32 (reference.py); the truth
 
-Up to SHORT rows nothing is unpacked to memory (product_short.py), but for int4 activations. Inputs of float32 or
-float64 are rounded to bf16 first. Every sum has a fixed order: the same bits in every run.
+On a GPU up to SHORT rows nothing is unpacked to memory (product_short.py), but for int4 activations, and inputs of
+float32 or float64 are rounded to bf16 first. Every sum has a fixed order: the same bits in every run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..runtime.ops import op
 from ..runtime.prepared import prepared
 from ..runtime.settings import best_config, capability, remembered, served
 from ..runtime.workspace import Workspace
+from . import on_cpu
 from .reference import NONLINEARITIES, nonlinear
 
 if TYPE_CHECKING:
@@ -46,13 +48,26 @@ SHORT = 32  # with 64, on an H200, unpacking and a product of whole tiles take l
 
 def kernel_name(device: torch.device, activation: str, group_size: int) -> str:
     """Name of the kernel for a layer of this activation format ("fp8", "int8", "int4", "none") on this device."""
+    if device.type == "cpu":
+        return on_cpu.kernel_name(activation, group_size) or REFERENCE
     if group_size != GROUP or not served(device):
         return REFERENCE
     fp8 = FP8 if capability(device) >= (8, 9) else INT8
     return {"fp8": fp8, "int8": INT8, "int4": INT4, "none": WEIGHT_ONLY}[activation]
 
 
-known_name = remembered(kernel_name)  # not where torch.compile traces: it warns of what is cached
+_known_name = remembered(kernel_name)
+
+
+def known_name(device: torch.device, activation: str, group_size: int) -> str:
+    """`kernel_name`, remembered for a GPU; not for where torch.compile traces: it warns of what is cached."""
+    find = kernel_name if device.type == "cpu" else _known_name
+    return find(device, activation, group_size)
+
+
+def on_gpu(name: str) -> bool:
+    """Whether a kernel of this name takes operands as GPUs have them: a padded branch, weights in 8 bits."""
+    return name in MODES
 
 
 @op
@@ -70,17 +85,20 @@ def svdq_linear(
     weight8: Tensor | None = None,
     scales8: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K] float on a GPU -> [..., N] in x's dtype; the arguments of `svdq.svdq_linear`, groups of 64.
+    """x [..., K] float -> [..., N] in x's dtype; the arguments of `svdq.svdq_linear`, groups of 64.
 
     weight8, scales8: what `unpacked` made of qweight and wscales; then calls of many rows do not unpack them again.
 
-    Raises ValueError where no Triton kernel serves them (`kernel_name` says), or for an unknown nonlinearity.
+    Raises ValueError where no kernel serves them (`kernel_name` says), or for an unknown nonlinearity.
     """
     check(nonlinearity)
     name = known_name(x.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
     if name == REFERENCE:
         raise ValueError(f"no kernel for {activation} activations on {x.device}; call svdq.svdq_linear instead.")
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if not on_gpu(name):
+        y = on_cpu.linear(rows, qweight, wscales, smooth, down, up, bias, activation, shift, nonlinearity)
+        return y.to(x.dtype).view(*x.shape[:-1], qweight.shape[0])
     eight = () if weight8 is None else (weight8, scales8)
     y = rows_through(name, rows, qweight, wscales, smooth, down, up, bias, shift, nonlinearity, eight)
     y = y if y.dtype == x.dtype else y.to(x.dtype)
@@ -113,7 +131,7 @@ def unpacked(qweight: Tensor, wscales: Tensor, activation: str) -> tuple[Tensor,
     Raises ValueError where no kernel of that activation unpacks to 8 bits.
     """
     name = known_name(qweight.device, activation, 2 * qweight.shape[1] // wscales.shape[1])
-    if name in (REFERENCE, WEIGHT_ONLY):
+    if not on_gpu(name) or name == WEIGHT_ONLY:
         raise ValueError(f"no kernel for {activation} activations on {qweight.device} unpacks to 8 bits.")
     made = unpack.empty_weight(qweight, code_dtype(name, qweight.device), MODES[name])
     config = best_config(f"{MODES[name]}.prepare", qweight.device, SHORT + 1, len(qweight), 2 * qweight.shape[1])

@@ -29,7 +29,7 @@ from ..formats import fp8
 from ..formats.int4 import GROUP, dequantize_groups, quantize_activation_groups, unpack_int4
 from ..formats.int8 import dynamic_scale
 from ..formats.rotation import rotate
-from .gradient import without_gradient
+from ..runtime.gradient import without_gradient
 
 NORMS = ("adaptive", "layer", "rms")
 ACTIVATIONS = ("int4", "int8", "fp8", "none")
@@ -89,12 +89,7 @@ def codes(
     rotation: the group of inputs that is rotated before smoothing, 0 for none.
     Codes are e4m3 or int8 (4-bit ones too) with float32 scales [B T], or [K / 64, B T] for "int4".
     """
-    if gate:
-        exact = (x * nonlinear(more, gate)).float()
-    else:
-        exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)
-    if norm is not None:
-        exact = normed(exact, *norm)
+    exact = exact_inputs(x, more, norm, gate)
     branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())
     inputs = _smoothed(turned(exact, rotation, rotation_kind), smooth, shift)
     if activation == "int4":
@@ -104,6 +99,15 @@ def codes(
     rounded = inputs / scales
     rounded = rounded.to(fp8.DTYPE) if activation == "fp8" else torch.round(rounded).to(torch.int8)
     return rounded, scales[:, 0].contiguous(), branch
+
+
+def exact_inputs(x: Tensor, more: Tensor | None, norm: tuple | None, gate: str) -> Tensor:
+    """The float32 inputs [B T, K] of a layer: x under what `codes` has before them."""
+    if gate:
+        exact = (x * nonlinear(more, gate)).float()
+    else:
+        exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)
+    return exact if norm is None else normed(exact, *norm)
 
 
 def turned(x: Tensor, rotation: int, kind: str) -> Tensor:

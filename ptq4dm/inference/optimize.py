@@ -3,8 +3,8 @@
 On an NVIDIA GPU: fused (layers/fusing), its repeated blocks compiled (blocks.py; some UNets as a whole), and each
 denoiser's calls replayed from CUDA graphs (graphs.py). Attention stays PyTorch's, which chooses among cuDNN's kernels
 and its own, unless it is asked for in 8 bits where that is faster. On a CPU: fused where it is in static W8A8, what
-lies between products in bfloat16 where the processor has it, memory kept for the next call (kept_memory.py); other
-transformers have their blocks compiled (README.md).
+lies between products in bfloat16 where the processor has it, or in SVDQuant; memory kept for the next call
+(kept_memory.py); other transformers have their blocks compiled (README.md).
 
 Modules, parameters and their names stay, so an optimized pipeline saves and takes adapters as before; `unoptimize`
 takes all of it back.
@@ -23,7 +23,7 @@ from ..attention.faster import FasterAttention
 from ..checks import shown
 from ..errors import UserError
 from ..hooks import check_settled
-from ..layers.fusing.cpu import has_bfloat16, runs_fused_on_cpu
+from ..layers.fusing.cpu import has_between, has_bfloat16, runs_fused_on_cpu
 from ..layers.fusing.fuse import fuse, is_fused, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
@@ -214,7 +214,10 @@ def _fuse(one: OptimizedModel, precision: str | None) -> None:
             if asked is not None:
                 one.left["precision"] = "no module of it is fused on this CPU"
             return
-        one.precision = precision
+        if has_between(one.model):
+            one.precision = precision
+        elif asked is not None:
+            one.left["precision"] = "its fused modules hand on codes and float32 alone"
     one.takes_back.append(lambda: unfuse(one.model))
 
 

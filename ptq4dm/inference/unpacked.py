@@ -42,7 +42,7 @@ class KeepsUnpacked(Layer):
 
     def unpacks(self) -> bool:
         """Whether each call on many rows makes 8 bits of the weight, which `keep_unpacked` can keep."""
-        return self.plan.activation != "none" and self.kernel_name() != svdq_linear.REFERENCE
+        return self.plan.activation != "none" and svdq_linear.on_gpu(self.kernel_name())
 
     def keep_unpacked(self) -> None:
         """Keep the weight in 8 bits, as calls make it. Raises ValueError where they do not."""

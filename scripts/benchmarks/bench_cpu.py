@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from cpu_subjects import Row, Subject, subject_of  # noqa: E402
 from ptq4dm.errors import UserError, run  # noqa: E402
 from ptq4dm.files.rows import Rows  # noqa: E402
 
-GROUPS = ["compiled", "openvino", "nncf", "W8A8", "SVDQuant", "QoQ"]
+GROUPS = ["compiled", "openvino", "nncf", "W8A8", "SVDQuant", "reference", "QoQ"]
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
 @torch.no_grad()
@@ -38,6 +40,7 @@ def main():
     parser.add_argument("--model", default="unet-cifar10", help="unet-cifar10, dit-cifar10 or latent-unet")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 1])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="thread: for one thread on a busy machine")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--groups", nargs="*", default=GROUPS, choices=GROUPS, help="candidates beside PyTorch's own")
     parser.add_argument("--nncf-rows", type=int, default=64, help="calls of one sample that NNCF calibrates on")
@@ -46,11 +49,15 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     begin = time.monotonic()
+    if args.clock == "thread" and args.threads != 1:
+        raise UserError("the clock of a thread is for --threads 1.")
     torch.set_num_threads(args.threads)
     settings = {"model": args.model, "threads": args.threads, "cpu": processor(), "nncf_rows": args.nncf_rows}
     settings |= {"commit": args.commit or commit()} | {
         name: version_of(name) for name in ("torch", "openvino", "nncf")
     }
+    if args.clock != "wall":
+        settings["clock"] = args.clock
     rows = Rows(args.output, settings, {"kind": str})
 
     subject = subject_of(args.model, args.nncf_rows)
@@ -69,7 +76,8 @@ def main():
             for call in list(runs.values()) * (0 if batch in warm else 3):
                 call(row)
             warm.add(batch)
-            rows.add({"kind": "round", "batch": batch, "ms": {name: timed(call, row) for name, call in runs.items()}})
+            turns = {name: (call, row, CLOCKS[args.clock]) for name, call in runs.items()}
+            rows.add({"kind": "round", "batch": batch, "ms": {name: timed(*one) for name, one in turns.items()}})
     print(table(rows))
 
 
@@ -89,10 +97,10 @@ def made(subject: Subject, groups: list[str]) -> dict[str, Run]:
     return runs
 
 
-def timed(call: Run, row: Row) -> float:
-    begin = time.perf_counter()
+def timed(call: Run, row: Row, clock: Callable[[], float]) -> float:
+    begin = clock()
     call(row)
-    return (time.perf_counter() - begin) * 1e3
+    return (clock() - begin) * 1e3
 
 
 def errors(call: Run, exact: Run, subject: Subject) -> dict[str, float]:

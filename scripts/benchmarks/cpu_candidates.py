@@ -11,6 +11,7 @@ from cpu_subjects import Row, Subject
 from torch import Tensor, nn
 
 import ptq4dm
+from ptq4dm.kernels.cpu import library
 
 Run = Callable[[Row], Tensor]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
@@ -34,6 +35,17 @@ def compiled(model: nn.Module, dtype: torch.dtype) -> Run:
     """A copy of a model compiled by torch.compile, its weights folded into the code as constants."""
     torch._inductor.config.freezing = True
     return torch_run(torch.compile(copy.deepcopy(model)), dtype)
+
+
+def by_reference(model: nn.Module) -> Run:
+    """The model as it runs where this library's kernels are not compiled."""
+    plain = torch_run(model)
+
+    def run(row: Row) -> Tensor:
+        with library.switched_off():
+            return plain(row)
+
+    return run
 
 
 def through(model: nn.Module, precision: str) -> nn.Module:
@@ -92,10 +104,12 @@ def candidates(subject: Subject, groups: list[str]) -> Iterator[tuple[str, Calla
         yield "OpenVINO, NNCF int8, plain ranges", lambda: nncf_run(exact, subject.seen, plain)
     for method, config in subject.methods.items():
         if method.partition(" ")[0] in groups:
-            yield from _ours(subject, method, config)
+            yield from _ours(subject, method, config, "reference" in groups)
 
 
-def _ours(subject: Subject, method: str, config: ptq4dm.QuantConfig) -> Iterator[tuple[str, Callable[[], Run]]]:
+def _ours(
+    subject: Subject, method: str, config: ptq4dm.QuantConfig, reference: bool
+) -> Iterator[tuple[str, Callable[[], Run]]]:
     made: list[nn.Module] = []
 
     def model() -> nn.Module:
@@ -104,6 +118,8 @@ def _ours(subject: Subject, method: str, config: ptq4dm.QuantConfig) -> Iterator
         return copy.deepcopy(made[0])
 
     yield f"ptq4dm {method}", lambda: torch_run(model())
+    if reference and method.startswith("SVDQuant"):  # whose layers ask in each call
+        yield f"ptq4dm {method}, by the reference", lambda: by_reference(model())
     for precision in ("float32", "bfloat16"):
         yield f"ptq4dm {method}, optimized, {precision}", lambda p=precision: optimized(model(), p)
     if HAS_OPENVINO:

@@ -25,6 +25,7 @@ Row = tuple[Tensor, ...]
 METHODS = {
     "W8A8": ptq4dm.PTQ4DMConfig(),
     "SVDQuant (4 bits)": ptq4dm.SVDQuantConfig(),
+    "SVDQuant (4 bits, int8 inputs)": ptq4dm.SVDQuantConfig(activations="int8"),
     "QoQ (4 bits)": ptq4dm.QoQConfig(),
 }
 

@@ -28,6 +28,7 @@ from ...layers.fusing.fuse import FUSED
 from .fused_parts import (
     added_projections,
     before,
+    codes_on_cpu,
     feed_forward,
     first,
     in_range,
@@ -166,5 +167,6 @@ KINDS = {
 }
 for plain, kind in KINDS.items():
     kind.serves = (SVDQLinear,)
+    kind.on_cpu = codes_on_cpu
     kind.__name__ = plain.__name__  # by which diffusers finds blocks to compile and not to split among devices
 FUSED |= KINDS

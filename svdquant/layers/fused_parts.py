@@ -82,5 +82,11 @@ def runs_fused(layers: list[nn.Module], passed_over: list[nn.Module]) -> bool:
     return _on_kernels(layers[0]) and unhooked(*layers, *passed_over)
 
 
+def codes_on_cpu(module: nn.Module) -> bool:
+    """True if kernels of this CPU serve all SVDQuant layers of a fused module."""
+    layers = [layer for layer in module.modules() if type(layer) is SVDQLinear]
+    return all(layer.qweight.device.type == "cpu" and _on_kernels(layer) for layer in layers)
+
+
 def _on_kernels(layer: SVDQLinear) -> bool:
     return layer.kernel_name() != svdq_linear.REFERENCE

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ...errors import UserError
 from ...kernels.formats.int4 import dequantize_e2m1, pack_int4, quantize_e2m1, unpack_int4
-from ...kernels.w4.gradient import without_gradient
+from ...kernels.runtime.gradient import without_gradient
 from ...layers.base import QuantizedLayer, frozen
 from ...layers.choices import check_groups
 from ...layers.registry import register_format

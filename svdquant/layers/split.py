@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...checks import check_types
 from ...errors import UserError
-from ...kernels.w4.reference import svdq_linear
+from ...kernels.w4 import layer as svdq_linear
+from ...kernels.w4 import reference
 from ...layers.base import QuantizedLayer
 from ...layers.registry import register_format
 from .plan import SVDQPlan
@@ -127,7 +128,9 @@ class SplitLinear(QuantizedLayer, nn.Linear):
         y, bias = 0, self.bias
         for i, (piece, choice) in enumerate(zip(input.split(self.plan.inputs, -1), self.plan.parts, strict=True)):
             tensors = (getattr(self, f"{name}_{i}") for name in TENSORS)
-            y, bias = y + svdq_linear(piece, *tensors, bias, choice.activation, choice.shift), None
+            served = self._kernel_name(i) != svdq_linear.REFERENCE
+            linear = svdq_linear.svdq_linear if served else reference.svdq_linear
+            y, bias = y + linear(piece.contiguous(), *tensors, bias, choice.activation, choice.shift), None
         return y
 
     def dequantized_weight(self) -> Tensor:
@@ -147,7 +150,13 @@ class SplitLinear(QuantizedLayer, nn.Linear):
         raise UserError(f"layer '{name}' of the plan was read from a checkpoint: its codes cannot be made anew.")
 
     def kernel_name(self) -> str:
-        return self.part(0).kernel_name()
+        """Names of the kernels of its parts: one where they have the same."""
+        return " + ".join(dict.fromkeys(self._kernel_name(i) for i in range(len(self.plan.parts))))
+
+    def _kernel_name(self, i: int) -> str:
+        find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name
+        choice = self.plan.parts[i]
+        return find(self.qweight.device, choice.activation, choice.group_size)
 
     def _float_layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")

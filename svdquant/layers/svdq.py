@@ -208,7 +208,7 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
         plan, (*rows, columns) = self.plan, x.shape
         if plan.projects:
             branches = self._branch_down(), self._own_down()
-            on_kernels = self._kernel_name(x.device) != svdq_linear.REFERENCE
+            on_kernels = svdq_linear.on_gpu(self._kernel_name(x.device))
             return Codes(*projected_codes(x, *branches, self.smooth, plan, on_kernels), tuple(x.shape), x.dtype)
         gain, offset, eps, *form = norm or (None, None, 0.0)
         after = (gain, offset, eps, *(form or ["adaptive"]), gate, plan.rotation, plan.rotation_kind)

@@ -110,9 +110,12 @@ def test_on_a_cpu(vnni, compiled, monkeypatch):
     for query, more in [
         (("fp8", "fp8"), {}),
         (("int4", "none"), {}),
-        (("int4", "int8", 64), dict(branch=True)),
+        (("int4", "fp8", 64), dict(branch=True)),
+        (("int4", "int8", 32), dict(branch=True)),
     ]:
         assert name(*query, **more) == "reference"
+    for activation, kernel in (("int8", "cpu-w4a8"), ("int4", "cpu-w4a4")):
+        assert name("int4", activation, 64, branch=True) == (kernel if compiled else "reference")
 
 
 def test_plain_4_bit_weights_on_a_gpu():

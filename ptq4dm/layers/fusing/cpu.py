@@ -42,7 +42,13 @@ def has_bfloat16() -> bool:
 
 
 def runs_fused_on_cpu(model: nn.Module) -> bool:
-    """Whether some of a model's modules are fused for the kernels here."""
+    """Whether some of a model's modules are fused for kernels on a CPU, those here or of other rooms (`on_cpu`)."""
+    others = (module for module in model.modules() if hasattr(type(module), "on_cpu"))
+    return has_between(model) or any(module.on_cpu() for module in others)
+
+
+def has_between(model: nn.Module) -> bool:
+    """Whether values pass from one kernel to the next in a dtype of `PRECISIONS` in some of a model's modules."""
     return any("between" in vars(module) for module in model.modules())
 
 

@@ -9,7 +9,10 @@ from torch import nn
 from ...handed.notes import Notes
 from ..base import QuantizedLayer
 
-KERNELS = "fused kernels are for NVIDIA GPUs, and in static int8 for CPUs with VNNI and a C++ compiler"
+KERNELS = (
+    "fused kernels are for NVIDIA GPUs, and with a C++ compiler for x86 CPUs: static int8 with VNNI, SVDQuant with "
+    "int8 or int4 inputs with AVX2 too"
+)
 FORM = "it is built otherwise than those that are fused"
 
 

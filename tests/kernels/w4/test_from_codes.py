@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ptq4dm  # noqa: F401
+from ptq4dm.kernels.cpu import library
 from ptq4dm.kernels.formats import int4
 from ptq4dm.kernels.runtime import settings as tuning
 from ptq4dm.kernels.runtime.settings import best_config
@@ -57,7 +58,8 @@ def rows_of(arguments):
 
 @pytest.mark.parametrize("nonlinearity", svdq.NONLINEARITIES)
 @pytest.mark.parametrize("mode, shift", [("fp8", 0.0), ("int8", 0.0), ("int4", 0.0), ("int4", 0.171875)])
-def test_two_halves_of_the_reference_are_the_whole(mode, shift, nonlinearity):
+def test_two_halves_of_the_reference_are_the_whole(mode, shift, nonlinearity, monkeypatch):
+    monkeypatch.setattr(library, "available", lambda: False)
     layer = Layer(2, 5, 24, 8, torch.float32, "cpu")
     operands = (layer.qweight, layer.wscales, layer.smooth, layer.down, layer.up, layer.bias)
     whole = svdq.svdq_linear(layer.x, *operands, mode, shift, nonlinearity)

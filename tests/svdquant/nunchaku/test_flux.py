@@ -189,7 +189,11 @@ def test_it_saves_and_loads_as_ours(file, dtype, tmp_path):
     assert torch.equal(nunchaku_bytes.run(again, dtype), before)
     assert quantization_config(again).plan == quantization_config(model).plan
     split = again.get_submodule(f"{S}.proj_out")
-    assert isinstance(split, SplitLinear) and split.plan.inputs == [128, 512] and split.kernel_name() == "reference"
+    assert (
+        isinstance(split, SplitLinear)
+        and split.plan.inputs == [128, 512]
+        and split.kernel_name() in ("cpu-w4a4", "reference")
+    )
     assert [part.shift for part in split.plan.parts] == [0.0, 0.171875] and "W4A4 g64 r32" in repr(split)
     split.to(torch.float16)
     assert split.bias.dtype == torch.float16 and split.wscales_1.dtype == torch.bfloat16

@@ -1,5 +1,8 @@
 """Fused modules on a CPU: the unfused answers but for rounding, and plain modules wherever fusing does not apply."""
 
+import copy
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,9 @@ from torch import nn
 import denoisers
 import models
 import ptq4dm
+from ptq4dm.calibration.record import replay
 from ptq4dm.kernels.cpu import library
+from ptq4dm.kernels.w4 import on_cpu
 from ptq4dm.kernels.w8a8 import layer as w8a8
 from ptq4dm.layers.fusing import cpu
 from ptq4dm.layers.fusing.transformer import FusedInt8TransformerBlock
@@ -136,9 +141,34 @@ def test_the_compiler_sees_the_plain_modules(pair):
     torch._dynamo.reset()
 
 
-def test_what_has_no_kernels_on_a_cpu_is_not_fused_there():
-    model = denoisers.quantized("dit")[0]  # SVDQuant, whose fused kernels are a GPU's
+def test_what_has_no_kernels_on_a_cpu_is_not_fused_there(monkeypatch):
+    monkeypatch.setattr(library, "available", lambda: False)
+    model = denoisers.quantized("dit")[0]  # SVDQuant
     kinds = [type(module) for module in model.modules()]
     report = ptq4dm.optimize(model, compiled=False)
     assert [type(module) for module in model.modules()] == kinds and "fused" not in str(report)
     report.undo()
+
+
+@torch.no_grad()
+def test_four_bits_are_fused_on_a_cpu(monkeypatch):
+    """Query, key and value share one input's codes; nothing but the order of float32 sums is another."""
+    made, store, _ = denoisers.quantized("dit")
+    model = copy.deepcopy(made)
+    before, seen = replay(model, store.calls), []
+    for name in ("input_codes", "product", "gelu_tanh_"):
+        plain = getattr(on_cpu, name)
+        monkeypatch.setattr(on_cpu, name, lambda *a, n=name, f=plain: seen.append(n) or f(*a))
+    replay(model, store.calls)
+    unfused = Counter(seen)
+    report = ptq4dm.optimize(model, compiled=False, precision="bfloat16")
+    assert "hand on codes and float32 alone" in str(report) and "2 BasicTransformerBlock" in str(report)
+    seen.clear()
+    after = replay(model, store.calls)
+    fused = Counter(seen)
+    assert fused["product"] == unfused["product"] > 0 == unfused["gelu_tanh_"] < fused["gelu_tanh_"]
+    assert fused["input_codes"] < 0.7 * unfused["input_codes"]
+    report.undo()
+    assert torch.equal(replay(model, store.calls), before)
+    model.dequantize()
+    assert 0 < (after - before).norm() < 0.3 * (replay(model, store.calls) - before).norm()

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..comparing.compare import compare
 from ..comparing.config import CompareConfig
 from ..comparing.report import PAGE, PICTURE, REPORT, format_comparison
+from ..pipelines.load import check_loadable
 from .flags import add_flags, given
 from .options import (
     add_conditioning,
@@ -43,6 +44,8 @@ def run(args) -> None:
     options = given(args, CompareConfig) | conditioning_of(args)
     config = CompareConfig(**options)
     config.check()
+    for model in (*args.models, *([args.full_precision] if args.full_precision else [])):
+        check_loadable(model)
     opened: list[str] = []
 
     def fitted(model: str):

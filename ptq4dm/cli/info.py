@@ -54,6 +54,7 @@ def run(args) -> None:
         "model": str(model),
         "pipeline": type(pipe).__name__,
         "denoiser": type(network).__name__,
+        "component": denoiser_name(pipe),
         "scheduler": type(pipe.scheduler).__name__,
         "quantization": None if config is None else config.summary(),
         "bytes": stored_bytes(network),
@@ -174,9 +175,9 @@ def other_networks(pipe: Any) -> dict[str, dict]:
 
 def _text(facts: dict[str, Any]) -> str:
     lines = [f"{name:<13} {facts[name]}" for name in ("model", "pipeline", "denoiser", "scheduler")]
-    lines.append(f"{'quantization':<13} {_options(facts['quantization']) or 'none'}")
+    lines.append(f"{'quantization':<13} of '{facts['component']}': {_options(facts['quantization']) or 'none'}")
     sizes = text_of(*(facts[name] for name in ("bytes", "bytes_in_16_bits", "full_bytes_in_16_bits")))
-    lines.append(f"{'bytes':<13} {sizes}")
+    lines.append(f"{'bytes':<13} of '{facts['component']}': {sizes}")
     for name, layers in facts.get("verified", {}).items():
         lines.append(f"{'verified':<13} {name or 'the model'}: {layers} layers and all else are as they were saved")
     for name, one in facts["networks"].items():

@@ -36,13 +36,22 @@ def labelled(models: Sequence[str | os.PathLike]) -> list[Candidate]:
     Raises UserError where two are the same, or cannot be told apart.
     """
     names = [os.fspath(model) for model in models]
+    places: dict[str, str] = {}
+    for name in names:
+        folder = folder_of(name)
+        place = os.path.realpath(folder) if folder.is_dir() else name
+        if place in places:
+            same = f"{name} is given twice" if name == places[place] else f"{places[place]} and {name} are one model"
+            raise UserError(f"{same}; name each model once.")
+        places[place] = name
     parts = [Path(name).absolute().parts if os.path.isdir(name) else Path(name).parts for name in names]
     for length in (1, 2, 3):
         labels = [re.sub(r"[^\w.+-]", "-", "-".join(part[-length:])).lstrip(".-")[:100] or "model" for part in parts]
         twice = [label for label, count in Counter(map(str.lower, labels)).items() if count > 1]
         if not twice:
             return [Candidate(*pair) for pair in zip(names, labels, strict=True)]
-    raise UserError(f"two of the models are called '{twice[0]}'; name each once, or rename a folder.")
+    alike = [name for name, label in zip(names, labels, strict=True) if label.lower() == twice[0]]
+    raise UserError(f"the names of {' and '.join(alike)} end alike, and name the rows; rename a folder.")
 
 
 def original(models: Sequence[str | os.PathLike], full_precision: str | os.PathLike | None) -> str:

@@ -12,20 +12,21 @@ from typing import Any
 from ..checks import checked
 from ..errors import UserError
 from ..evaluation.compare import compare_denoisers, denoiser_bytes
-from ..evaluation.measures import load_measures, prompts_of
+from ..evaluation.measures import prompts_of
 from ..files.atomic import replacing
 from ..files.claim import claimed, digest
 from ..files.outside import read_object
 from ..files.places import output_folder
 from ..pipelines.denoiser import check_sampled, denoiser, turn_at
 from ..pipelines.generate import fingerprint, generate, settings
-from ..pipelines.load import load_pipeline
+from ..pipelines.load import check_loadable, load_pipeline
 from ..pipelines.sampling import check_steps, refusals
 from ..quantization.diffusers_bridge import quantization_config
+from ..quantization.report import memory_beside_floats
 from .candidates import Candidate, check_same, check_saved, labelled, original, worst_layers
 from .config import CompareConfig
-from .figures import add_figures
-from .report import check_places, format_comparison, write_comparison
+from .figures import add_figures, check_size, load_judges, picture_paths
+from .report import check_places, format_comparison, unfinished, write_comparison
 
 IMAGES, COSTS = "images", "costs"  # sub-folders of the result, with a folder and a file for each model
 
@@ -44,7 +45,7 @@ def compare(
 
     One model at a time is in memory, beside the one in full precision. Images and measured costs stay in `output`:
     a later call with one more model makes only what is new, and is refused where the images there were made with
-    other settings. It runs in one process.
+    other settings. All that can be refused is, before the first image is made. It runs in one process.
 
     Args:
         models: folders that `ptq4dm quantize` left, or any other models of the same layout.
@@ -56,7 +57,8 @@ def compare(
 
     Returns:
         {"full_precision", "sampler", "num_inference_steps", "seeds", "prompts", "dtype", "device", "models",
-        "not_measured", "warnings"}, as in comparison.json; "models" has a dict for each label, full precision first.
+        "not_measured", "warnings"}, as in comparison.json; "models" has a dict for each label, full precision first,
+        with "bytes" of the denoisers and "memory" of every network: name -> [bytes in full precision, bytes].
 
     Raises:
         UserError: no models, models that are not of one, images of other settings in `output`, or an overflow.
@@ -69,7 +71,10 @@ def compare(
     first, *others = labelled([name, *(model for model in models if os.fspath(model) != name)])
     if not others:
         raise UserError(f"there is nothing to compare {name} with; give another model.")
-    load = load or load_pipeline
+    if load is None:
+        load = load_pipeline
+        for one in (first, *others):
+            check_loadable(one.model)
     with output_folder(output) as folder:
         check_places(folder)
         worst = {one.label: worst_layers(one.model) for one in others}
@@ -78,19 +83,23 @@ def compare(
         for one in others:
             check_saved(one.model, reference, name)
         steps = check_steps(reference, config.num_inference_steps)
-        with claimed(folder, [[one.model for one in (first, *others)], _settings(reference, config, steps)]):
+        with ExitStack() as stack:
+            of = [one.model for one in (first, *others)]
+            stack.enter_context(claimed(folder, [of, _settings(reference, config, steps)]))
             report = _report(reference, first, config, steps)
+            judges = load_judges(config, denoiser(reference).device)
+            stack.enter_context(unfinished(folder, folder / IMAGES))
             _draw(reference, first, folder, config, steps)
+            check_size(judges, picture_paths(folder / IMAGES, first.label, report["seeds"])[0])
             for one in others:
                 pipe = load(one.model)
                 check_same(pipe, reference, one.model, name)
                 pipe.scheduler = type(reference.scheduler).from_config(reference.scheduler.config)
                 _draw(pipe, one, folder, config, steps)
                 costs = _costs(pipe, reference, one, folder, config, steps)
-                report["models"][one.label] = {**_entry(pipe, one), **costs, "worst": worst[one.label]}
+                report["models"][one.label] = {**_entry(pipe, one, reference), **costs, "worst": worst[one.label]}
                 del pipe
-            measures = load_measures(config, denoiser(reference).device)
-            add_figures(report, folder / IMAGES, config, measures)
+            add_figures(report, folder / IMAGES, config, judges)
             if show is not None:
                 show(report)
             try:
@@ -121,15 +130,21 @@ def _report(reference: Any, one: Candidate, config: CompareConfig, steps: int) -
         "prompts": prompts,
         "dtype": str(network.dtype).removeprefix("torch."),
         "device": str(network.device),
-        "models": {one.label: {**_entry(reference, one), "bytes": {"model": size, "full_precision": size}}},
+        "models": {
+            one.label: {**_entry(reference, one, reference), "bytes": {"model": size, "full_precision": size}}
+        },
         "not_measured": {},
         "warnings": [],
     }
 
 
-def _entry(pipe: Any, one: Candidate) -> dict:
+def _entry(pipe: Any, one: Candidate, reference: Any) -> dict:
     config = quantization_config(denoiser(pipe))
-    return {"model": one.model, "quantization": None if config is None else config.summary()}
+    return {
+        "model": one.model,
+        "quantization": None if config is None else config.summary(),
+        "memory": memory_beside_floats(pipe, reference),
+    }
 
 
 def _draw(pipe: Any, one: Candidate, folder: Path, config: CompareConfig, steps: int) -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..evaluation.measures import LABELS, LOWER_IS_BETTER
-from ..evaluation.published import COLUMNS, DIRECTIONS, cell
+from ..evaluation.published import COLUMNS, DIRECTIONS, INTERVAL, cell, ends
 from ..files.pictures import opened_picture
-from .rows import costs, frechet_label, published_rows
+from .rows import costs, frechet_label, published_rows, sizes_text
 
 BEGINS = "<!doctype html>\n<!-- by ptq4dm compare -->\n"
 DECIBELS = 40  # a bar of the worst layers is full at this SQNR
@@ -71,8 +71,9 @@ def _conditions(report: dict) -> str:
 def _notes(report: dict) -> list[str]:
     missing = [f"{LABELS[name]} ({why})" for name, why in report["not_measured"].items()]
     timed = next((entry["step_time"] for entry in report["models"].values() if "step_time" in entry), None)
-    notes = [f"{DIRECTIONS[0].upper()}{DIRECTIONS[1:]}; small figures are the ends of the 95 % interval over seeds"]
+    notes = [f"{DIRECTIONS[0].upper()}{DIRECTIONS[1:]}; small figures are {INTERVAL}"]
     notes += [f"Not measured: {', '.join(missing)}"] if missing else []
+    notes.append(sizes_text(report))
     if timed:
         notes.append(
             f"Speed of a step is times full precision, in turns: {timed['device']}, batch {timed['batch_size']}, "
@@ -84,8 +85,8 @@ def _notes(report: dict) -> list[str]:
 def _figures(report: dict) -> str:
     """The table of models: the published figures with their intervals, then costs."""
     rows, models = published_rows(report), report["models"]
-    shown = [name for name in COLUMNS if any(row.get(name) is not None for row in rows.values())]
-    best = {name: _best(name, [row.get(name) for row in rows.values()]) for name in shown}
+    shown = [name for name in COLUMNS if any(row.get(name) for row in rows.values())]
+    best = {name: _best(name, [row.get(name, {}).get("mean") for row in rows.values()]) for name in shown}
     head = [{**LABELS, "frechet": frechet_label(report)}[name] for name in shown]
     head += [what for what, _ in costs(next(iter(models.values())))]
     lines = ["<tr><th scope=col>model</th>" + "".join(f"<th scope=col>{_text(one)}</th>" for one in head) + "</tr>"]
@@ -94,10 +95,11 @@ def _figures(report: dict) -> str:
         made = "full precision" if options is None else ", ".join(f"{k} {v}" for k, v in options.items())
         line = f"<tr><th scope=row>{_text(label)}<small>{_text(made)}</small></th>"
         for name in shown:
-            value, interval = rows[label].get(name), entry["figures"].get(name, {}).get("interval")
-            ends = f"<small>{cell(name, interval[0])} to {cell(name, interval[1])}</small>" if interval else ""
+            figure = rows[label].get(name, {})
+            value, reach = figure.get("mean"), ends(name, figure)
+            small = f"<small>{reach}</small>" if reach else ""
             kind = " class=best" if value is not None and value == best[name] else ""
-            line += f"<td{kind}>{cell(name, value) or '–'}{ends}</td>"
+            line += f"<td{kind}>{cell(name, value) or '–'}{small}</td>"
         line += "".join(f"<td>{_text(text) or '–'}</td>" for _, text in costs(entry))
         lines.append(line + "</tr>")
     return f"<table><thead>{lines[0]}</thead><tbody>{''.join(lines[1:])}</tbody></table>"

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from ..evaluation.published import DIRECTIONS, markdown, not_measured_text, published_table
+from ..evaluation.published import directions, markdown, not_measured_text, published_table
 from ..evaluation.report import write_samples
 from ..files.atomic import replacing
 from ..files.outside import read_json
-from ..files.places import file_place, picture_place
+from ..files.places import check_own, file_place, picture_place
 from ..pipelines.picture_files import load_images
 from .figures import picture_paths
 from .page import BEGINS, page
-from .rows import costs, frechet_label, published_rows
+from .rows import costs, frechet_label, published_rows, sizes_text
 
 REPORT, PICTURE, PAGE = "comparison.json", "comparison.png", "index.html"
+UNFINISHED = "unfinished.txt"  # lies in the folder until these are there
 
 
 def check_places(folder: Path) -> None:
-    """Raises UserError where files of somebody else have the names of the results."""
+    """Raises UserError where the folder or files in it with the names of the results are somebody else's."""
+    check_own(folder, [REPORT, UNFINISHED], "compare")
     picture_place(folder / PICTURE)
     file_place(folder / PAGE, BEGINS.encode())
     file_place(folder / REPORT)
@@ -30,21 +34,42 @@ def check_places(folder: Path) -> None:
             raise UserError(f"{folder / REPORT} is no report of compare; choose another folder.")
 
 
+@contextmanager
+def unfinished(folder: Path, images: Path) -> Iterator[None]:
+    """A note in the folder while the block runs; it stays where that fails and images are there to go on with.
+
+    So nobody takes these for a result, and the same command is let into the folder again.
+    """
+    note = folder / UNFINISHED
+    with replacing(note) as temporary:
+        temporary.write_text(
+            "The last ptq4dm compare here has not ended: what it left is no result. The same command goes on.\n"
+        )
+    try:
+        yield
+    except BaseException:
+        if not images.exists():
+            note.unlink(missing_ok=True)
+        raise
+    note.unlink(missing_ok=True)
+
+
 def format_comparison(report: dict) -> str:
     """The dict of `compare` as text: the published table, and what each model costs."""
-    seeds = report["seeds"]
+    seeds, figures = report["seeds"], published_rows(report)
     lines = [
         f"{len(seeds)} seeds from {seeds[0]}, {report['sampler']}, {report['num_inference_steps']} steps, "
         f"{report['dtype']} on {report['device']}",
         "",
-        published_table(published_rows(report), frechet_label(report)),
-        DIRECTIONS,
+        published_table(figures, frechet_label(report)),
+        directions(figures),
         not_measured_text(report["not_measured"]),
         "",
     ]
     rows = {label: costs(entry) for label, entry in report["models"].items()}
     head = ["", *(what for what, _ in next(iter(rows.values())))]
     lines.append(markdown(head, [[label, *(text for _, text in row)] for label, row in rows.items()]))
+    lines.append(sizes_text(report))
     if timed := next((e["step_time"] for e in report["models"].values() if "step_time" in e), None):
         lines.append(
             f"speed: times full precision, {timed['device']}, batch {timed['batch_size']}, median of "

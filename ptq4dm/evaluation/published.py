@@ -13,6 +13,9 @@ from .measures import LABELS
 COLUMNS = ("frechet", "image_reward", "clip", "lpips", "psnr", "ssim")  # as the papers order them, CLIP put in
 DIGITS = {"frechet": 2, "image_reward": 3, "clip": 2, "lpips": 3, "psnr": 2, "ssim": 3}
 DIRECTIONS = "lower is better: FID, LPIPS; higher: IR, CLIP, PSNR, SSIM"
+INTERVAL = "the ends of the 95 % interval over seeds"
+
+Figure = Mapping[str, Any]  # "mean", and "interval" where there is one, as `mean_interval` gives them
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -35,10 +38,32 @@ def cell(name: str, value: float | None) -> str:
     return "" if value is None else f"{value:.{DIGITS[name]}f}"
 
 
-def published_table(rows: Mapping[str, Mapping[str, float | None]], frechet: str = "FID") -> str:
-    """name of a model -> figure -> value, as the published table. frechet: the label of the Frechet distance."""
+def ends(name: str, figure: Figure) -> str:
+    """The ends of a figure's interval, "26.55 to 32.42"; "" where it has none."""
+    interval = figure.get("interval")
+    return f"{cell(name, interval[0])} to {cell(name, interval[1])}" if interval else ""
+
+
+def _told(name: str, figure: Figure) -> str:
+    reach = ends(name, figure)
+    return cell(name, figure.get("mean")) + (f" ({reach})" if reach else "")
+
+
+def published_table(rows: Mapping[str, Mapping[str, Figure]], frechet: str = "FID") -> str:
+    """name of a model -> figure -> its mean and interval, as the published table, "29.48 (26.55 to 32.42)".
+
+    frechet: the label of the Frechet distance.
+    """
     head = ["", *((LABELS | {"frechet": frechet})[name] for name in COLUMNS)]
-    return markdown(head, [[name, *(cell(key, found.get(key)) for key in COLUMNS)] for name, found in rows.items()])
+    return markdown(
+        head, [[name, *(_told(key, found.get(key, {})) for key in COLUMNS)] for name, found in rows.items()]
+    )
+
+
+def directions(rows: Mapping[str, Mapping[str, Figure]]) -> str:
+    """What stands below the table: which figures are better low, and what stands in brackets, if anything does."""
+    reach = any(ends(key, found.get(key, {})) for found in rows.values() for key in COLUMNS)
+    return DIRECTIONS + (f"; in brackets {INTERVAL}" if reach else "")
 
 
 def not_measured_text(missing: Mapping[str, str]) -> str:
@@ -47,14 +72,15 @@ def not_measured_text(missing: Mapping[str, str]) -> str:
     return f"not measured: {told}" if told else ""
 
 
-def rows_of(report: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def rows_of(report: Mapping[str, Any]) -> dict[str, dict[str, Figure]]:
     """The rows of an `evaluate` report: the model's, and its original's where one of its figures is known."""
     prompts, paired = report.get("prompts", {}), report.get("paired", {})
 
-    def scores(kind: str) -> dict[str, float | None]:
-        return {name: one["mean"] for name, one in prompts.get(kind, {}).items()}
-
-    ours = scores("model") | {"frechet": report["frechet"]["value"] if "frechet" in report else None}
-    ours |= {"psnr": paired.get("psnr_db")} | {k: paired[k]["mean"] for k in ("ssim", "lpips") if k in paired}
-    rows = {"full precision": scores("full_precision")} if prompts.get("full_precision") else {}
+    ours = {
+        **prompts.get("model", {}),
+        "frechet": {"mean": report["frechet"]["value"]} if "frechet" in report else {},
+    }
+    ours |= {"psnr": {"mean": paired["psnr_db"], "interval": paired["psnr_interval"]}} if paired else {}
+    ours |= {key: paired[key] for key in ("ssim", "lpips") if key in paired}
+    rows = {"full precision": prompts["full_precision"]} if prompts.get("full_precision") else {}
     return {**rows, "quantized" if paired else "samples": ours}

@@ -16,7 +16,7 @@ from ..files.places import file_place, picture_place
 from ..pipelines.images import image_grid, save_picture, to_uint8
 from ..quantization.report import memory_lines
 from .measures import LABELS
-from .published import DIRECTIONS, cell, not_measured_text, published_table, rows_of
+from .published import cell, directions, not_measured_text, published_table, rows_of
 
 REPORT, PICTURE = "report.json", "samples.png"
 CELL = 96  # pixels a side, about, of one picture in samples.png
@@ -74,7 +74,8 @@ def format_report(report: dict) -> str:
     if "not_measured" in report:
         label = report.get("frechet", {}).get("label", "FID")
         missing = report["not_measured"] | ({} if "frechet" in report else {"frechet": "--metric fid"})
-        lines += ["", published_table(rows_of(report), label), DIRECTIONS, not_measured_text(missing)]
+        rows = rows_of(report)
+        lines += ["", published_table(rows, label), directions(rows), not_measured_text(missing)]
     lines += [f"warning: {w}" for w in report.get("warnings", [])]
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..kernels.runtime.atomic import SUFFIX, sweep
 from .claim import is_claim, sweep_claims
 
 PNG = b"\x89PNG\r\n\x1a\n"
+INDEX = "model_index.json"  # of a pipeline, which is no place for other results
 
 
 @contextmanager
@@ -24,10 +25,12 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
     What dead processes left in it half-written is taken away.
 
     Raises:
-        UserError: it is a file, cannot be made, or cannot be written into.
+        UserError: it is a file or the folder of a pipeline, cannot be made, or cannot be written into.
     """
     path = Path(path)
     check_link(path)
+    if (path / INDEX).is_file():
+        raise UserError(f"{path} is the folder of a model, and no other results go into it; choose another --output.")
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot make the folder {path}: it is a file; give another name.")
     try:
@@ -97,6 +100,12 @@ def picture_place(path: str | os.PathLike) -> None:
 def lying_in(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, besides the lock of a run and what a run has half-written."""
     return sorted(path for path in folder.iterdir() if not is_claim(path.name) and not path.name.endswith(SUFFIX))
+
+
+def check_own(folder: Path, records: Iterable[str], verb: str) -> None:
+    """Raises UserError unless a folder is new, is empty, or holds one of the files that `verb` (a command) leaves."""
+    if folder.is_dir() and lying_in(folder) and not any((folder / name).is_file() for name in records):
+        raise UserError(f"{folder} exists and was not written by ptq4dm {verb}; choose another folder.")
 
 
 def take_away_leavings(folder: Path) -> None:

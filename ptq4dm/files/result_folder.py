@@ -18,7 +18,7 @@ from ..kernels.runtime.atomic import SUFFIX
 from .atomic import replacing_folder
 from .claim import is_claim
 from .outside import read_json
-from .places import check_writable, lying_in, make_parent
+from .places import check_own, check_writable, lying_in, make_parent
 
 WRITTEN = "files"  # the record's key of `written`
 SMALL = 1 << 20  # bytes up to which a file is known by its contents, not by its size alone
@@ -47,8 +47,7 @@ def check_replaceable(folder: Path, record: str, verb: str) -> None:
     if not folder.is_dir() or not lying_in(folder):
         return
     check_writable(folder)
-    if not (folder / record).is_file():
-        raise UserError(f"{folder} exists and was not written by ptq4dm {verb}; choose another folder.")
+    check_own(folder, [record], verb)
     if others := foreign_files(folder, record):
         some = ", ".join(name if name.isprintable() else ascii(name) for name in others[:3])
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

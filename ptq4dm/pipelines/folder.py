@@ -21,8 +21,8 @@ from diffusers import pipelines
 from ..annotations import MOST, annotations_of
 from ..errors import DamagedFile
 from ..files.outside import described, outside, read_object, read_tensors
+from ..files.places import INDEX
 
-INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers", __name__.partition(".")[0])
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ADVICE = "copy or download it again"

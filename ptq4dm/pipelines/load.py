@@ -18,7 +18,7 @@ from . import pixel_dit  # noqa: F401  (makes PixelDiTPipeline known to Diffusio
 from .denoiser import networks_of
 from .devices import check_device, dtype_of
 from .embedded import EMBEDDED, check_name, folder_of
-from .folder import absent_parts, check_folder
+from .folder import INDEX, absent_parts, check_folder
 from .loading import loading
 
 
@@ -78,32 +78,54 @@ def load_pipeline(
     device, name = check_device(device), os.fspath(model)
     dtype = dtype_of(kw.pop("torch_dtype", dtype))  # diffusers' older name for it
     folder = folder_of(model)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"{folder} holds no model_index.json, so it is not a diffusers pipeline.")
-        check_folder(folder, kw)
+    _check_source(model, kw)
+    source: str | Path = folder if folder.is_dir() else name
+    if source is folder:
         kw = absent_parts(folder) | kw
-        source: str | Path = folder
-    else:
-        check_name(model)
-        source = name
     try:
         with naming(source):
             pipe = _open(source, dtype, **kw)
     except UserError:
         raise
     except Exception as error:  # whatever diffusers and transformers fail with on files that are not theirs
-        if source is name:
-            raise UserError(
-                f"there is no folder '{name}' here, and neither the hub nor its cache gave such a pipeline: "
-                f"{reason(error)}."
-            ) from error
+        if source is not folder:
+            raise _not_given(name, error) from error
         raise DamagedFile(f"{folder} cannot be loaded: {reason(error)}.") from error
     if not {"device_map", "quantization_config"} & kw.keys():
         _check_whole(pipe, folder if source is folder else name)
     if hasattr(pipe, "unet"):  # convolutions run several times faster with channels innermost, on CPU and GPU
         pipe.unet.to(memory_format=torch.channels_last)
     return pipe.to(device)
+
+
+def check_loadable(model: str | os.PathLike) -> None:
+    """Before the long work: look at all of a model that `load_pipeline` takes but the values of its tensors.
+
+    Of a folder these are its configurations and the heads of its weight files; of a hub's model its model_index.json,
+    which is downloaded where the cache has none. Raises UserError as `load_pipeline` does.
+    """
+    _check_source(model, {})
+    if not folder_of(model).is_dir():
+        try:
+            DiffusionPipeline.load_config(os.fspath(model))
+        except Exception as error:  # whatever the hub's library fails with
+            raise _not_given(os.fspath(model), error) from error
+
+
+def _check_source(model: str | os.PathLike, call: dict) -> None:
+    """Raises UserError for what is no pipeline's folder, and could be no hub's model. call: as in `check_folder`."""
+    folder = folder_of(model)
+    if not folder.is_dir():
+        check_name(model)
+        return
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder} holds no {INDEX}, so it is not a diffusers pipeline.")
+    check_folder(folder, call)
+
+
+def _not_given(name: str, error: Exception) -> UserError:
+    what = f"there is no folder '{name}' here, and neither the hub nor its cache gave such a pipeline"
+    return UserError(f"{what}: {reason(error)}.")
 
 
 @checked

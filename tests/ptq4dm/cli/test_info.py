@@ -33,6 +33,7 @@ def test_what_is_left_and_why(unet, tmp_path, capsys):
     DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / "out")
     assert main(["info", "--model", str(tmp_path / "out")]) in (0, None)
     text = capsys.readouterr().out
+    assert "\nquantization  of 'unet': method rtn" in text and "\nbytes         of 'unet': " in text
     assert "in full precision, and why" in text and "conv_in: the model's first layer" in text
     main(["info", "--model", str(tmp_path / "out"), "--json"])
     facts = json.loads(capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,18 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 import models
+import personal
 import ptq4dm
 from ptq4dm import CompareConfig, UserError, compare
+from ptq4dm.cli.main import main
 from ptq4dm.comparing import compare as module
 from ptq4dm.comparing.candidates import labelled, worst_layers
 from ptq4dm.comparing.report import format_comparison
+from ptq4dm.comparing.rows import costs
 from ptq4dm.errors import DamagedFile
 from ptq4dm.evaluation.compare import compare_denoisers
 from ptq4dm.layers.sizes import stored_bytes
+from ptq4dm.pipelines.denoiser import networks_of
 from ptq4dm.pipelines.images import load_images, to_uint8
 from ptq4dm.pipelines.sampling import sample
 from ptq4dm.quantization.saving import save_quantized
@@ -86,7 +91,8 @@ def test_what_it_leaves_says_the_same(compared, folders):
     ]
     text = format_comparison(report)
     row = next(line for line in text.splitlines() if line.startswith("| w4") and line.count("|") == 8)
-    assert row.split("|")[6].strip() == f"{report['models']['w4']['figures']['psnr']['mean']:.2f}"
+    figure = report["models"]["w4"]["figures"]["psnr"]
+    assert row.split("|")[6].strip() == "{:.2f} ({:.2f} to {:.2f})".format(figure["mean"], *figure["interval"])
     assert "LPIPS (--lpips-weights FILE)" in text and "times full precision, cpu, batch 16" in text
 
 
@@ -143,7 +149,8 @@ def test_files_of_others_are_left_alone(folders, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
-        with pytest.raises(UserError, match=re.escape(name)):
+        (folder / "unfinished.txt").touch()  # the folder is ours, the file is not
+        with pytest.raises(UserError, match=re.escape(str(folder / name))):
             compare([folders / "w8"], config=CompareConfig(**FEW), output=folder)
         assert (folder / name).read_text() == text
 
@@ -151,8 +158,77 @@ def test_files_of_others_are_left_alone(folders, tmp_path):
 def test_labels_tell_models_apart(tmp_path):
     assert [one.label for one in labelled(["a/w8", "b/w8"])] == ["a-w8", "b-w8"]
     assert [one.label for one in labelled(["hub/<b>&", "x"])] == ["-b--".lstrip("-"), "x"]
-    with pytest.raises(UserError, match="two of the models are called"):
+    with pytest.raises(UserError, match="^a/w8 is given twice; name each model once"):
         labelled(["a/w8", "a/w8"])
+    with pytest.raises(UserError, match=f"{tmp_path} and {tmp_path}/. are one model"):
+        labelled([str(tmp_path), f"{tmp_path}/."])
+    with pytest.raises(UserError, match="the names of hub/a:b and hub/a-b end alike"):
+        labelled(["hub/a:b", "hub/a-b"])
+
+
+def test_bytes_are_those_of_all_networks(tmp_path):
+    pipes = {name: personal.text() for name in ("m", "packed")}
+    recipe = ptq4dm.RTNConfig(activations="dynamic")
+    ptq4dm.quantize(pipes["packed"], components={"text_encoder": recipe})
+    config = CompareConfig(num_images=1, num_inference_steps=1, num_heldout=0, timed_steps=0)
+    config.conditioning = {"prompt": ["a dog"]}
+    report = compare(["packed"], "m", config, tmp_path / "out", load=pipes.get)
+    before, after = (sum(map(stored_bytes, networks_of(pipe).values())) for pipe in pipes.values())
+    entry = report["models"]["packed"]
+    assert entry["bytes"]["model"] == entry["bytes"]["full_precision"] and after < before
+    assert costs(entry)[:2] == [
+        ("MB, all networks", f"{after / 1e6:.2f}"),
+        ("share of bytes", f"{after / before:.1%}"),
+    ]
+    assert "bytes are of all networks: " in format_comparison(report)
+    assert ", ".join(networks_of(pipes["m"])) in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_wrong_input_is_found_before_any_image(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "generate", lambda *args, **kw: pytest.fail("an image was made"))
+    (tmp_path / "notes").mkdir()
+    wrong: list[tuple[dict, str]] = [
+        ({"lpips_weights": tmp_path / "no.pth"}, "no.pth"),
+        ({"clip": tmp_path / "nowhere"}, "nowhere is no folder of a CLIP model"),
+        ({"image_reward": tmp_path / "nowhere"}, "ImageReward.pt is missing"),
+        ({"metric": "feature-fid", "reference": tmp_path / "no.npz"}, "no.npz"),
+    ]
+    for options, told in wrong:
+        with pytest.raises(UserError, match=told):
+            compare([folders / "w8"], config=CompareConfig(**FEW, **options), output=tmp_path / "out")
+    for model, told in (
+        (str(tmp_path / "absent"), "neither an embedded model"),
+        (tmp_path / "notes", "no model_index"),
+    ):
+        with pytest.raises(UserError, match=told):
+            compare([folders / "w8", model], config=CompareConfig(**FEW), output=tmp_path / "out")
+        assert main(["compare", str(folders / "w8"), str(model), "--output", str(tmp_path / "out")]) != 0
+        assert told in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes"]
+
+
+def test_what_did_not_end_is_no_result_and_is_gone_on_with(folders, tmp_path, monkeypatch):
+    config, output = CompareConfig(**{**FEW, "num_heldout": 0, "timed_steps": 0}), tmp_path / "out"
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "add_figures", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compare([folders / "w8"], config=config, output=output)
+    assert sorted(path.name for path in output.iterdir()) == ["costs", "images", "unfinished.txt"]
+    compare([folders / "w8"], config=config, output=output)
+    assert (output / "index.html").is_file() and not (output / "unfinished.txt").exists()
+    with pytest.raises(UserError, match="takes images of shape"):  # told after the first model's pictures
+        compare([folders / "w8"], config=replace(config, metric="feature-fid"), output=output)
+
+
+def test_folders_of_others_are_refused(folders, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"{tmp_path} exists and was not written by ptq4dm compare; choose another"):
+        compare([folders / "w8"], config=CompareConfig(**FEW), output=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    before = sorted((folders / "w8").rglob("*"))
+    with pytest.raises(UserError, match="w8 is the folder of a model"):
+        compare([folders / "w8"], config=CompareConfig(**FEW), output=folders / "w8")
+    assert sorted((folders / "w8").rglob("*")) == before
 
 
 def test_a_damaged_report_is_told(tmp_path):

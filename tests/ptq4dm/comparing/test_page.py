@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from ptq4dm.comparing.page import page
+from ptq4dm.comparing.rows import published_rows
 from ptq4dm.evaluation.measures import Measures, summarized
+from ptq4dm.evaluation.published import published_table
 from ptq4dm.pipelines.images import load_images, save_png
 
+TAGS = re.compile("<[^>]*>")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LABELS, SEEDS = ("original", "w8a8", "w4<i>"), [7, 8, 9]
 PROMPTS = ["a cat", "</script><script>document.title='broken'</script>", "@@data@@ & <b>"]
@@ -37,8 +40,8 @@ def made(tmp_path_factory):
     for label in LABELS:
         found = {} if label == "original" else Measures().pairs(pictures[label], pictures["original"])
         found.pop("mse", None)
-        size = {"model": 10, "full_precision": 40}
-        entries[label] = {"model": label, "quantization": {"method": "m"}, "bytes": size, "worst": worst}
+        size = {"unet": [40, 8], "vae": [10, 10]}
+        entries[label] = {"model": label, "quantization": {"method": "m"}, "memory": size, "worst": worst}
         entries[label] |= {"seeds": found, "figures": summarized(found)}
     report = {
         "full_precision": "original", "sampler": "DDIMScheduler", "num_inference_steps": 2, "seeds": SEEDS,
@@ -58,6 +61,12 @@ def test_the_page_asks_nobody_for_anything_and_escapes_what_others_wrote(made):
     assert text.count("</script>") == 2 and text.count("data:image/png;base64,") == len(LABELS) * len(SEEDS)
 
 
+def _cells(text: str) -> list[list[str]]:
+    """The cells of each model's row in the table of figures."""
+    rows = [row for row in re.findall(r"<tr>(.*?)</tr>", text) if "<th scope=row>" in row and "<small>" in row]
+    return [[cell for _, cell in re.findall(r"<(td|th)[^>]*>(.*?)</\1>", row)] for row in rows]
+
+
 def test_all_figures_are_there_without_the_script(made):
     report, _ = made
     text = re.sub(r"<script.*?</script>", "", page(*made), flags=re.S)
@@ -66,7 +75,21 @@ def test_all_figures_are_there_without_the_script(made):
             for value in report["models"][label]["seeds"][name]:
                 assert f">{value:.{digits}f}</td>" in text
             assert f">{report['models'][label]['figures'][name]['mean']:.{digits}f}<small>" in text
-    for told in ("8.5 dB", "NaN", "no error", "LPIPS (--lpips-weights FILE)", "w &lt; 1", "25.0%"):
+    assert {cells[0].split("<")[0] for cells in _cells(text)} == {"original", "w8a8", "w4&lt;i&gt;"}
+    table = published_table(published_rows(report)).splitlines()
+    printed = [[cell.strip() for cell in line.split("|")[6:8]] for line in table if "w8a8" in line or "w4" in line]
+    on_the_page = [[TAGS.sub("", cell.replace("<small>", " (").replace("</small>", ")")) for cell in cells[1:3]]
+                   for cells in _cells(text)[1:]]  # fmt: skip
+    assert printed == on_the_page and re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", printed[0][0])
+    for told in (
+        "8.5 dB",
+        "NaN",
+        "no error",
+        "LPIPS (--lpips-weights FILE)",
+        "w &lt; 1",
+        "36.0%",
+        "all networks: unet, vae",
+    ):
         assert told in text
 
 

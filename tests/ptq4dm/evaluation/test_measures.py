@@ -210,8 +210,11 @@ def test_evaluate_scores_the_prompts_of_both_models_and_fills_the_table(clip, mo
     assert head.replace(" ", "") == "||FID|IR|CLIP|LPIPS|PSNR|SSIM|"
     assert full.split("|")[1].strip() == "full precision" and full.split("|")[6].strip() == ""
     cells = [cell.strip() for cell in ours.split("|")[1:-1]]
-    assert cells[0] == "quantized" and cells[1] == cells[4] == "" and cells[2] == "4.333"
-    assert cells[5] == f"{report['paired']['psnr_db']:.2f}" and cells[6] == f"{report['paired']['ssim']['mean']:.3f}"
+    assert cells[0] == "quantized" and cells[1] == cells[4] == "" and cells[2].startswith("4.333 (")
+    (low, high), alike = report["paired"]["psnr_interval"], report["paired"]["ssim"]
+    assert cells[5] == f"{report['paired']['psnr_db']:.2f} ({low:.2f} to {high:.2f})"
+    assert cells[6] == f"{alike['mean']:.3f} ({alike['interval'][0]:.3f} to {alike['interval'][1]:.3f})"
+    assert "in brackets the ends of the 95 % interval over seeds" in text
     assert "not measured: LPIPS (--lpips-weights FILE), FID (--metric fid)" in text
 
 

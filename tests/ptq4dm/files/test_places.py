@@ -7,8 +7,24 @@ import pytest
 
 from ptq4dm.errors import UserError
 from ptq4dm.files import places
-from ptq4dm.files.places import check_room, make_parent, output_folder
+from ptq4dm.files.places import check_own, check_room, make_parent, output_folder
 from ptq4dm.files.result_folder import check_replaceable, foreign_files, result_folder
+
+
+def test_the_folder_of_a_model_takes_no_other_results(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    refused = pytest.raises(UserError, match=f"{tmp_path} is the folder of a model, and no other results go into it")
+    with refused, output_folder(tmp_path):
+        pytest.fail("it was opened")
+    (tmp_path / "model_index.json").unlink()
+    with output_folder(tmp_path):
+        pass
+    check_own(tmp_path, ["report"], "compare")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=f"{tmp_path} exists and was not written by ptq4dm compare"):
+        check_own(tmp_path, ["report"], "compare")
+    check_own(tmp_path, ["report", "notes.txt"], "compare")
+    check_own(tmp_path / "new", ["report"], "compare")
 
 
 def test_output_folders_come_and_go(tmp_path):

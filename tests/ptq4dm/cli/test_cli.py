@@ -340,7 +340,7 @@ def test_info(run, models):
     layers = len(json.loads((models / "static/plan.json").read_text())["layers"])
     assert len(out.splitlines()) == 6 + 2 + layers + ("reference" in out)  # a line on layers that no kernel serves
     status, out, _ = run("info", "--model", models / "unet")
-    assert status == 0 and re.search(r"quantization +none", out) and "float32" in out and "W8A8" not in out
+    assert status == 0 and re.search(r"quantization +of 'unet': none", out) and "float32" in out and "W8A8" not in out
     facts = json.loads(run("info", "--model", models / "unet", "--dtype", "bfloat16", "--json")[1])
     assert facts["quantization"] is None and {row["format"] for row in facts["layers"]} == {"bfloat16"}
 

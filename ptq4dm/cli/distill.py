@@ -10,6 +10,7 @@ import torch
 from ..files.claim import claimed_whole
 from ..files.places import make_parent
 from ..files.result_folder import check_replaceable
+from ..layers.shift.convert import kernels_told
 from ..pipelines.load import load_pipeline
 from ..samplers.distillation import disback
 from ..samplers.distillation.config import DisBackConfig
@@ -52,6 +53,8 @@ def _distill(args, config: DisBackConfig, output: Path) -> None:
             learnt = max((line["images"] for line in lines), default=0)
             more = "" if learnt >= config.images else " (--resume goes on)"
             say(f"{learnt} of {config.images} images learnt from{more}")
+            if lines and "kernels" in lines[-1]:
+                say(f"the student trains on integers: {kernels_told(lines[-1]['kernels'])}")
             say(f"log, sample grids, checkpoint: {folder}")
             result(model=args.model, images=learnt, of=config.images, run=folder, log=lines)
             save_student(student, {"model": str(args.model), **config.identity()}, output)

@@ -133,6 +133,8 @@ def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:
             why = f"{kind} {padded}is not of a kind that is quantized"
         elif pattern := views[name].pattern(config.modules_to_not_convert):
             why = f"modules_to_not_convert has '{pattern}'"
+        elif config.norms_only:
+            why = "in floats: the plan names norms by the mean magnitude alone (L1, of `train --norm l1`)"
         elif role != "inner":
             why = f"the model's {role} layer"
         else:

@@ -62,7 +62,12 @@ class ShiftQuantConfig:
     weight_bits: int | None = option(None, "of weights alone", low=2, high=8)
     activation_bits: int | None = option(None, "of inputs alone", low=2, high=8)
     gradient_bits: int | None = option(None, "of gradients alone", low=2, high=8)
-    groups: int = option(4, "steps a power of two apart, along rows and columns; 1: one a tensor", low=1, high=7)
+    groups: int = option(
+        4,
+        "steps a power of two apart, along rows and columns, at most 9 less the bits; 1: one a tensor",
+        low=1,
+        high=7,
+    )
     served: bool = option(False, "on the grids of weights and inputs that quantize makes: quantization-aware")
     wide: bool | None = option(
         None, "8 bits in the layers that lose most by fewer, at most a tenth (yes below 16 bits)"
@@ -71,7 +76,7 @@ class ShiftQuantConfig:
     images: int = option(500_000, "that the model learns from, in all", low=1, high=MOST)
     minutes: float | None = option(None, "stop this call after so many; resume it with --resume", finite=False)
     batch_size: int = option(128, "over all processes", low=1, high=MOST)
-    learning_rate: float = option(1e-4, "of AdamW", finite=False)
+    learning_rate: float = option(1e-4, "of AdamW; --resume may change it", finite=False)
     betas: tuple[float, float] = option((0.9, 0.99), low=0)
     weight_decay: float = option(0.0, "of AdamW", low=0)
     warmup_steps: int = option(100, low=1, high=MOST)

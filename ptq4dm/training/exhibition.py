@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.shift.convert import to_floats
+from ..layers.shift.convert import kernels_of, to_floats
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..pipelines.images import image_grid, save_picture, to_uint8
 from ..pipelines.sampling import sample
@@ -92,7 +92,12 @@ class Exhibition:
             with run.accelerator.autocast():
                 kept[name] = kept_bytes(lambda one=one: run.task.loss(one, batch).mean(), own)  # type: ignore[misc]
         layers, wide = run.networks.converted.layers, run.networks.wide
-        run.log.write(stage="start", layers=len(layers), wide=wide, samples=len(batch.t), **kept)
+        widths, found = run.config.widths, kernels_of(net)
+        groups = None if widths is None else [widths.groups_of(bits) for bits in (widths.weight, widths.input)]
+        run.log.write(
+            stage="start", layers=len(layers), kernels=found, groups=groups, wide=wide, samples=len(batch.t),
+            learning_rate=run.config.learning_rate, **kept,
+        )  # fmt: skip
 
 
 def pipeline_with(pipe, net: nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+DISTILLED = ("OneStepScheduler", "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 FLOW = "flow"
 LATENT_TIMES = (0.5, 0.9)  # the paper's, in shares of Stable Diffusion's timesteps
 # Of pixels measured on dit-cifar10: between the rows of two classes the loss falls towards the right one from 0.1 to
@@ -78,11 +79,17 @@ def _flow_share(share: float) -> float:
 def schedule_of(pipe, device: torch.device) -> Schedule:
     """The schedule of a pipeline's scheduler: alpha_bar at whole timesteps, or a flow's (FlowMatchEuler or our DEIS).
 
-    Raises UserError for others (EDM and what else has noise levels only), and for predictions of something else.
+    Raises UserError for others (EDM and what else has noise levels only), for predictions of something else, and for
+    schedulers of distilled models, of one step or few.
     """
     scheduler = getattr(pipe, "scheduler", None)
     config = getattr(scheduler, "config", {})
     bars, prediction = getattr(scheduler, "alphas_cumprod", None), config.get("prediction_type", "epsilon")
+    if type(scheduler).__name__ in DISTILLED or "generator_timestep" in config:
+        raise UserError(
+            f"{type(scheduler).__name__} is of a distilled model, which does not predict noise at all times; take "
+            "its teacher, and distil what comes of it."
+        )
     ours = type(scheduler).__name__ == "DEISScheduler" and prediction == "flow_prediction"
     if ours or type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
         number = config["num_train_timesteps"]

@@ -27,6 +27,7 @@ from ...files.claim import claimed
 from ...files.log import Log
 from ...files.places import check_room, lying_in, output_folder
 from ...kernels.runtime.atomic import sweep
+from ...layers.shift.convert import kernels_of
 from ...pipelines.denoiser import class_count, denoiser
 from ...pipelines.generate import fingerprint
 from ...progress import progress_bar
@@ -231,6 +232,8 @@ class Run:
                     self.networks.nets["average"], self.folder / "samples" / f"{images:09d}.png"
                 )
             found = {} if value is None else {"feature_fid": value, "num_images": self.exhibition.num_fid}
+            if self.config.bits < 16:
+                found["kernels"] = kernels_of(self.networks.nets["student"])
         degraded = self.progress.degraded * self.config.batch_size
         self.log.write(stage="evaluation", step=self.progress.step, images=images, degraded_images=degraded, **found)
         self.accelerator.wait_for_everyone()

@@ -12,6 +12,7 @@ from ptq4dm.layers.shift.layers import ShiftLinear
 from ptq4dm.samplers import DisBackConfig, distill
 from ptq4dm.samplers.distillation import networks
 from ptq4dm.samplers.distillation import run as run_module
+from ptq4dm.samplers.distillation.log import read_log
 from ptq4dm.samplers.distillation.scores import Diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
@@ -42,6 +43,8 @@ def test_the_student_alone_is_on_integers(untrained, tmp_path, monkeypatch):
     assert linear > 2 and all(one == {"student": linear, "average": linear, "fake": 0, "target": 0} for one in seen)
     assert sum(type(m) is nn.Linear for m in student.unet.modules()) == linear
     assert weights(student).keys() == weights(untrained).keys()
+    told = [line["kernels"] for line in read_log(tmp_path / "run" / "log.jsonl") if line["stage"] == "evaluation"]
+    assert told and all(sum(kernels.values()) == linear for kernels in told)
     floats = distill(untrained, DisBackConfig(**SHORT | {"bits": 16}), tmp_path / "floats")
     assert not same(weights(student), weights(floats))
 

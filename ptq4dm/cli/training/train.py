@@ -12,6 +12,7 @@ from ...files.claim import claimed_whole
 from ...files.log import read_lines
 from ...files.places import make_parent
 from ...files.result_folder import check_replaceable, result_folder
+from ...layers.shift.convert import kernels_told
 from ...pipelines.load import load_pipeline
 from ...training import run as training_run
 from ...training.config import ShiftQuantConfig
@@ -70,13 +71,20 @@ def _train(args, config: ShiftQuantConfig, output: Path) -> None:
     more = "" if learnt >= config.images else " (--resume goes on)"
     start = next(line for line in lines if line["stage"] == "start")
     share = start["kept_bytes"] / start["kept_bytes_in_floats"]
-    say(f"{start['layers']} layers on integers; a step keeps {share:.0%} of the bytes that floats would")
+    products = f" ({kernels_told(start['kernels'])})" if start.get("kernels") else ""
+    say(f"{start['layers']} layers on integers{products}; a step keeps {share:.0%} of the bytes that floats would")
+    begun = start.get("learning_rate", config.learning_rate)
+    if begun != config.learning_rate:
+        say(f"the learning rate was {begun:g} at the start, and {config.learning_rate:g} in this call")
     losses = [line["held_out"] for line in lines if "held_out" in line]
     if losses:
         say(f"held-out loss {losses[-1]:.4f}")
     say(f"log, sample grids, checkpoint: {folder}")
     result(model=args.model, images=learnt, of=config.images, run=folder, log=lines)
-    with result_folder(output, RECORD, {"model": str(args.model), **config.identity()}) as new:
+    facts = {"model": str(args.model), **config.identity(), "norm": config.norm, "images": learnt}
+    facts["learning_rate"] = config.learning_rate
+    with result_folder(output, RECORD, facts) as new:
         trained.save_pretrained(new)
-    say(f"trained on {learnt} of {config.images} images{more}: {output}")
+    asked = f" of {config.images}" if learnt <= config.images else ""
+    say(f"trained on {learnt}{asked} images{more}: {output}")
     result(output=output)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from ...errors import UserError
+from ...kernels.shift.products import EXACT, kernel_name
 from ..base import holds_quantized, replace_module
 from ..view import find_layers
 from .l1 import RATIO
@@ -29,6 +31,21 @@ class Converted:
         told = f"{len(self.layers)} layers on integers"
         told += f", {len(self.norms)} norms by the mean magnitude" if self.norms else ""
         return told + (f"; floats stay {', '.join(self.kept)}" if self.kept else "")
+
+
+def kernels_of(model: nn.Module) -> dict[str, int]:
+    """Kernel -> how many layers on integers of a model its products run on, where the model is."""
+    layers = [one for one in model.modules() if isinstance(one, ShiftLinear | ShiftConv2d)]
+    windows = [one.kernel_size if isinstance(one, ShiftConv2d) else (1, 1) for one in layers]
+    names = [kernel_name(one.weight.device, window) for one, window in zip(layers, windows, strict=True)]
+    return dict(Counter(names).most_common())
+
+
+def kernels_told(kernels: Mapping[str, int]) -> str:
+    """What `kernels_of` gives, for a reader."""
+    text = ", ".join(f"{name} {count}" for name, count in kernels.items())
+    slow = f"; {EXACT}: a CPU without fast products of 8 bits multiplies whole numbers as float32, exactly"
+    return text + slow * (EXACT in kernels)
 
 
 def to_integers(

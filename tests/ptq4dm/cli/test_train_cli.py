@@ -1,6 +1,7 @@
 """`ptq4dm train`: a folder of pictures in, a plain model out, that every other command takes."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ptq4dm.cli.main import build_parser, main
 from ptq4dm.files.log import read_lines
+from ptq4dm.kernels.shift import products
 from ptq4dm.training import run as run_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +56,27 @@ def test_train_then_quantize_and_generate(capsys):
     assert run("quantize", "--model", "./t", "--method", "rtn", *widths, "--output", "q") == 0
     assert run("generate", "--model", "./q", "--num-images", 2, "--steps", 2, "--output", "images") == 0
     assert len(list(Path("images").glob("*.png"))) >= 2
+
+
+def test_what_is_told_of_products_learning_rate_and_images(capsys, monkeypatch):
+    monkeypatch.setattr(products, "w8a8_kernel", lambda device: "reference")  # as on a CPU without VNNI
+    assert run(*TRAIN, "--bits", 6, "--output", "t", "--num-images", 3) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\d+ layers on integers \(exact-float32 \d+; exact-float32: a CPU without fast products", out)
+    assert "trained on 4 images: t" in out and "learning rate" not in out
+    AcceleratorState._reset_state()
+    assert run(*TRAIN, "--bits", 6, "--output", "t", "--learning-rate", 1e-3, "--resume") == 0
+    assert "the learning rate was 0.0001 at the start, and 0.001 in this call" in capsys.readouterr().out
+    record = json.loads(Path("t/training.json").read_text())
+    assert (record["learning_rate"], record["images"], record["norm"]) == (1e-3, 12, "same")
+
+
+def test_info_of_a_model_with_l1_norms(capsys):
+    assert run(*TRAIN, "--bits", 6, "--norm", "l1", "--output", "t") == 0
+    capsys.readouterr()
+    assert run("--json", "info", "--model", "./t") == 0
+    left = json.loads(capsys.readouterr().out)["left"]
+    assert left and all("norms by the mean magnitude alone" in row["why"] for row in left)
 
 
 def test_interrupted_and_resumed(monkeypatch, capsys):

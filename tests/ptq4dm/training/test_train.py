@@ -15,6 +15,7 @@ from diffusers import (
     DiTTransformer2DModel,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     UNet2DModel,
 )
 from PIL import Image
@@ -23,8 +24,10 @@ from torch import nn
 import ptq4dm
 from ptq4dm import ShiftQuantConfig, UserError
 from ptq4dm.files.log import read_lines
+from ptq4dm.kernels.shift.products import kernel_name
 from ptq4dm.layers.shift.layers import ShiftConv2d, ShiftLinear
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
+from ptq4dm.samplers import OneStepScheduler
 from ptq4dm.training import exhibition
 from ptq4dm.training import run as run_module
 from ptq4dm.training.networks import Networks
@@ -90,6 +93,9 @@ def test_a_run_and_what_it_leaves(tmp_path, pictures, monkeypatch):
     seen = [("training", 2), ("training", 3), ("evaluation", 3), ("gradients", 3), ("training", 4), ("training", 6)]
     assert steps == [("start", None), *seen, ("evaluation", 6), ("gradients", 6)]
     start, last = lines[0], lines[-1]
+    window, pixel = (kernel_name(torch.device("cpu"), size) for size in ((3, 3), (1, 1)))
+    assert set(start["kernels"]) <= {window, pixel} and sum(start["kernels"].values()) == start["layers"]
+    assert start["groups"] == [3, 3] and start["learning_rate"] == ShiftQuantConfig(**SHORT).learning_rate
     assert start["layers"] > 5 and start["kept_bytes"] < 0.85 * start["kept_bytes_in_floats"]
     assert [len(line["bins"]) for line in (last,)] == [10] and sum(one["samples"] for one in last["bins"]) == 2
     assert all(0 < line["loss"] < 3 for line in lines if line["stage"] == "training")
@@ -283,6 +289,10 @@ def test_what_is_refused(tmp_path, pictures):
         ptq4dm.train(half, pictures, config, tmp_path / "other")
     with pytest.raises(UserError, match="learning needs a model with alpha_bar at whole timesteps .* or a flow"):
         ptq4dm.train(PixelDiTPipeline(dit(), EDMEulerScheduler()), pictures, config, tmp_path / "other")
+    for few in (OneStepScheduler(), LCMScheduler()):  # its loss would fall, and its few steps be lost
+        student = DDPMPipeline(unet(), few)
+        with pytest.raises(UserError, match=f"{type(few).__name__} is of a distilled model.* take its teacher"):
+            ptq4dm.train(student, pictures, config, tmp_path / "other")
     packed = pipeline()
     ptq4dm.quantize(packed, ptq4dm.RTNConfig(activations="dynamic"))
     with pytest.raises(UserError, match="the model is quantized; train it in full precision"):

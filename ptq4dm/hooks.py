@@ -110,7 +110,13 @@ def unhooked(*modules: nn.Module) -> bool:
             state["_forward_hooks"]
             or state["_forward_pre_hooks"]
             or "_hf_hook" in state
-            or "_diffusers_hook" in state
+            or ("_diffusers_hook" in state and has_diffusers_hook(module))
         ):
             return False
     return True
+
+
+def has_diffusers_hook(module: nn.Module) -> bool:
+    """Whether a hook of diffusers waits for a module's calls: what held some stays when they are taken off."""
+    registry = module.__dict__.get("_diffusers_hook")
+    return registry is not None and bool(getattr(registry, "hooks", True))

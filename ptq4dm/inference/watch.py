@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..caching.processors import CachedText
 from ..caching.state import PLAIN, State
+from ..hooks import has_diffusers_hook
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 CONTENTS = ("_modules", "_parameters", "_buffers")
@@ -130,13 +131,20 @@ def hooked(model: nn.Module) -> str:
             return f"{where} has a hook"
         if "_hf_hook" in state:
             return f"{where} is offloaded or moved by accelerate"
-        if "_diffusers_hook" in state:
+        if has_diffusers_hook(module):
             return f"{where} has a hook of diffusers (offloading, casting or a cache)"
-        if module is not model and "forward" in state:
+        if module is not model and not _own_forward(module):
             return f"{where} computes by a function that was put into it"
         if isinstance(state.get("processor"), CachedText):
             return f"{where} looks at a text that is kept (cached_text)"
     return ""
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether a module computes by its class's `forward`, which diffusers leaves in it when a hook is taken off."""
+    put = vars(module).get("forward")
+    mine = getattr(put, "__self__", None) is module and getattr(put, "__func__", None) is type(module).forward
+    return put is None or mine
 
 
 def watched() -> bool:

@@ -10,6 +10,8 @@ import denoisers
 import ptq4dm
 from ptq4dm import UserError
 from ptq4dm.caching.step_plan import plain_plan
+from ptq4dm.hooks import unhooked
+from ptq4dm.inference.watch import hooked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 6
@@ -73,6 +75,17 @@ def test_a_cache_does_on_a_quantized_model_what_it_does_on_the_float_one(name, k
     assert distance(cached, expected) < 1.5 * rounding + 0.1 * effect
     assert 0.5 * effect < distance(cached, plain) < 2 * effect + 0.1 * rounding
     assert torch.equal(outputs(kind, model), plain)  # and nothing of it stays
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_that_is_taken_off_is_no_hook_any_more(name):
+    """So fused modules are fused again, and calls come from graphs."""
+    model, _ = denoisers.pair("flux")
+    assert hooked(model) == "" and unhooked(*model.modules())
+    model.enable_cache(CACHES[name]())
+    assert "hook of diffusers" in hooked(model) and not unhooked(*model.modules())
+    model.disable_cache()
+    assert hooked(model) == "" and unhooked(*model.modules())
 
 
 def test_two_caches_at_once_are_refused():

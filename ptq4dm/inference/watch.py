@@ -142,9 +142,8 @@ def hooked(model: nn.Module) -> str:
 
 def _own_forward(module: nn.Module) -> bool:
     """Whether a module computes by its class's `forward`, which diffusers leaves in it when a hook is taken off."""
-    put = vars(module).get("forward")
-    mine = getattr(put, "__self__", None) is module and getattr(put, "__func__", None) is type(module).forward
-    return put is None or mine
+    put, written = vars(module).get("forward"), type(module).forward
+    return put is None or (getattr(put, "__self__", None) is module and getattr(put, "__func__", None) is written)
 
 
 def watched() -> bool:

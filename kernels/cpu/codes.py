@@ -47,7 +47,7 @@ def cpu_group_norm(
     x = _readable(x).contiguous(memory_format=torch.channels_last)
     added, gamma, beta = (None if one is None else one.float().contiguous() for one in (added, gamma, beta))
     y = torch.empty((batch, height, width, channels), dtype=dtype)
-    failed = library.found().library.ptq4dm_group_norm(
+    failed = library.found().kernels.ptq4dm_group_norm(
         at(x), KINDS[x.dtype], at(added), at(gamma), at(beta), at(y), batch, height * width, channels, groups, eps,
         int(silu), KINDS[dtype], *_grid(scale, zero_point, bits),
     )  # fmt: skip
@@ -88,7 +88,7 @@ def cpu_layer_norm(
     gate = None if gate is None else gate.contiguous()
     (batch, tokens, channels), y = x.shape, torch.empty(x.shape, dtype=dtype)
     sums = x.new_empty(0) if added is None else torch.empty_like(x)
-    failed = library.found().library.ptq4dm_layer_norm(
+    failed = library.found().kernels.ptq4dm_layer_norm(
         at(x), at(added), KINDS[torch.float32 if added is None else added.dtype], at(gate), at(gain), at(shift),
         at(sums), at(y), batch * tokens, tokens, channels, eps, KINDS[dtype], *_grid(scale, zero_point, bits),
     )  # fmt: skip
@@ -109,7 +109,7 @@ def cpu_gated_sum(x: Tensor, added: Tensor, gate: Tensor) -> Tensor:
         return x + gate[:, None] * added.float()
     x, added, gate = x.contiguous(), _readable(added).contiguous(), gate.contiguous()
     (batch, tokens, channels), y = x.shape, torch.empty_like(x)
-    failed = library.found().library.ptq4dm_layer_norm(
+    failed = library.found().kernels.ptq4dm_layer_norm(
         at(x), at(added), KINDS[added.dtype], at(gate), None, None, at(y), None,
         batch * tokens, tokens, channels, 0.0, 0, 0.0, 0.0, 0.0, 0.0,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def cpu_codes(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
     if y.stride() != x.stride():
         x = x.contiguous()
         y = torch.empty_like(x, dtype=torch.uint8)
-    library.found().library.ptq4dm_codes(at(x), KINDS[x.dtype], at(y), x.numel(), *_grid(scale, zero_point, bits))
+    library.found().kernels.ptq4dm_codes(at(x), KINDS[x.dtype], at(y), x.numel(), *_grid(scale, zero_point, bits))
     return y
 
 

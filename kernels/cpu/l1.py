@@ -29,7 +29,7 @@ def normalize(
     beta = given.new_zeros(x.shape[2]) if beta is None else beta.float().contiguous()
     y, codes = torch.empty_like(given), torch.empty_like(given, dtype=torch.int8)
     stats = given.new_empty(STATS, len(x), number)
-    if library.found().library.ptq4dm_l1_norm(
+    if library.found().kernels.ptq4dm_l1_norm(
         given.data_ptr(), gamma.data_ptr(), beta.data_ptr(), y.data_ptr(), codes.data_ptr(), stats.data_ptr(),
         *x.shape, number, floor, ratio,
     ):  # fmt: skip
@@ -42,7 +42,7 @@ def gradient(dy: Tensor, codes: Tensor, stats: Tensor, gamma: Tensor | None, see
     given, parts = dy.float().contiguous(), min(len(dy), PARTS)
     factors = given.new_ones(dy.shape[2]) if gamma is None else gamma.float().contiguous()
     dx, sums = torch.empty_like(given), given.new_zeros(parts, 2, dy.shape[2])
-    if library.found().library.ptq4dm_l1_gradient(
+    if library.found().kernels.ptq4dm_l1_gradient(
         given.data_ptr(), codes.data_ptr(), stats.data_ptr(), factors.data_ptr(), int(seed), dx.data_ptr(),
         sums.data_ptr(), *dy.shape, stats.shape[2], parts,
     ):  # fmt: skip

@@ -46,9 +46,9 @@ FLAGS = {
 
 @dataclass(frozen=True)
 class Found:
-    """library: of the kernels, or None; text: where it is, or why there is none."""
+    """kernels: the library of them, or None; text: where it is, or why there is none."""
 
-    library: ctypes.CDLL | None
+    kernels: ctypes.CDLL | None
     text: str
 
 
@@ -58,7 +58,7 @@ _guard = threading.Lock()
 
 def available() -> bool:
     """Whether the kernels are compiled and loaded."""
-    return found().library is not None
+    return found().kernels is not None
 
 
 def status() -> str | None:

@@ -38,7 +38,7 @@ def linear(
     offsets = None if offsets is None else offsets.to(kind).contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = x.new_empty(len(x), outputs)
-    if library.found().library.ptq4dm_lut(
+    if library.found().kernels.ptq4dm_lut(
         x.data_ptr(), qweight.data_ptr(), alphas.data_ptr(), None if offsets is None else offsets.data_ptr(),
         kind == torch.bfloat16, None if bias is None else bias.data_ptr(), y.data_ptr(),
         len(x), outputs, x.shape[1], alphas.shape[1], qweight.shape[2],

@@ -50,7 +50,7 @@ def input_codes(x: Tensor, smooth: Tensor | None, shift: float, activation: str)
         return codes, scales.fill_(1)
     x, smooth = x.float().contiguous(), None if smooth is None else smooth.float().contiguous()
     size = GROUP if four else k
-    if library.found().library.ptq4dm_inputs(
+    if library.found().kernels.ptq4dm_inputs(
         at(x), at(smooth), shift, at(codes), at(scales), m, k, size, four, four and shift > 0
     ):  # fmt: skip
         raise MemoryError(f"no memory for a row of {k} inputs.")
@@ -72,7 +72,7 @@ def product(codes: Tensor, scales: Tensor, qweight: Tensor, wscales: Tensor, bia
     wscales = (wscales if wscales.dtype in SCALES else wscales.float()).contiguous()
     codes, scales, qweight = codes.contiguous(), scales.contiguous(), qweight.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    if library.found().library.ptq4dm_w4_of_codes(
+    if library.found().kernels.ptq4dm_w4_of_codes(
         at(codes), at(scales), by_group, at(qweight), at(wscales), SCALES[wscales.dtype], at(bias), at(y),
         m, n, k, groups,
     ):  # fmt: skip
@@ -82,7 +82,7 @@ def product(codes: Tensor, scales: Tensor, qweight: Tensor, wscales: Tensor, bia
 
 def gelu_tanh_(y: Tensor) -> Tensor:
     """GELU by tanh of y [M, N] float32, contiguous, in place: within 3e-7 of max(|GELU(y)|, 1), NaN where y is."""
-    library.found().library.ptq4dm_gelu_tanh(at(y), y.numel())
+    library.found().kernels.ptq4dm_gelu_tanh(at(y), y.numel())
     return y
 
 

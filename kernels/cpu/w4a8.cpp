@@ -474,7 +474,7 @@ void linear(
   multiply(o);
 }
 
-// The same of codes that are made already (inputs.cpp), K a multiple of RUN; by_group: x_scales [groups, M].
+// The same of codes that are made already (w4_ends.cpp), K a multiple of RUN; by_group: x_scales [groups, M].
 void linear_of_codes(
     const int8_t* codes, const float* x_scales, bool by_group, const uint8_t* qweight, Scales scales,
     const float* bias, float* y, int64_t m, int64_t n, int64_t k, int64_t groups) {

@@ -114,7 +114,7 @@ def _compiled(x, qweight, wscales, wzeros, wsteps, bias, input_scale, input_zero
     y = x.new_empty(m, n)
     grid = -1.0 if input_scale is None else input_scale.item()
     zero = 0 if input_zero_point is None else int(input_zero_point.item())
-    if library.found().library.ptq4dm_w4a8(
+    if library.found().kernels.ptq4dm_w4a8(
         at(x), at(qweight), at(wscales), SCALES[wscales.dtype], at(wzeros), at(wsteps), at(bias), at(y),
         m, n, k, groups, grid, zero, bits,
     ):  # fmt: skip

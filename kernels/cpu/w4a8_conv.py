@@ -102,7 +102,7 @@ def _compiled(x, qweight, wscales, wzeros, wsteps, bias, input_scale, input_zero
     groups = (wscales if wsteps is None else wsteps).shape[1]
     y = x.new_empty(len(x), size[4], size[5], len(qweight))
     pixels = x.permute(0, 2, 3, 1).contiguous()  # as it lies, but for strides of single channels or pixels
-    if library.found().library.ptq4dm_w4a8_conv(
+    if library.found().kernels.ptq4dm_w4a8_conv(
         at(pixels), at(qweight), at(wscales), SCALES[wscales.dtype], at(wzeros), at(wsteps), at(bias), at(y),
         at(_numbers(size)), len(qweight), groups, at(scale), zero, bits,
     ):  # fmt: skip

@@ -60,8 +60,8 @@ _known_name = remembered(kernel_name)
 
 
 def known_name(device: torch.device, activation: str, group_size: int) -> str:
-    """`kernel_name`, remembered for a GPU; not for where torch.compile traces: it warns of what is cached."""
-    find = kernel_name if device.type == "cpu" else _known_name
+    """`kernel_name`, remembered for a GPU; not where torch.compile traces: it warns of what is cached."""
+    find = kernel_name if device.type == "cpu" or torch.compiler.is_compiling() else _known_name
     return find(device, activation, group_size)
 
 

@@ -9,13 +9,10 @@ Whole numbers are multiplied straight from the packed codes; the branch, of floa
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..cpu.w4_codes import NAMES, W4A4, W4A8, available, gelu_tanh_, input_codes, product
+from ..cpu.w4_codes import NAMES, available, gelu_tanh_, input_codes, product
 from ..formats.int4 import GROUP
 from . import reference
-
-__all__ = ["W4A4", "W4A8", "codes", "kernel_name", "linear", "of_codes"]
 
 
 def kernel_name(activation: str, group_size: int) -> str | None:
@@ -28,9 +25,7 @@ def codes(
     norm: tuple | None, gate: str = "", rotation: int = 0, rotation_kind: str = "regular",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`reference.codes` for "int8" and "int4": the same codes and scales, and x D^T float32."""
-    exact = reference.exact_inputs(x, more, norm, gate)
-    branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())
-    inputs = reference.turned(exact, rotation, rotation_kind)
+    inputs, branch = reference.before_smoothing(x, more, down, norm, gate, rotation, rotation_kind)
     return *input_codes(inputs, smooth, shift, activation), branch
 
 

@@ -89,9 +89,8 @@ def codes(
     rotation: the group of inputs that is rotated before smoothing, 0 for none.
     Codes are e4m3 or int8 (4-bit ones too) with float32 scales [B T], or [K / 64, B T] for "int4".
     """
-    exact = exact_inputs(x, more, norm, gate)
-    branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())
-    inputs = _smoothed(turned(exact, rotation, rotation_kind), smooth, shift)
+    inputs, branch = before_smoothing(x, more, down, norm, gate, rotation, rotation_kind)
+    inputs = _smoothed(inputs, smooth, shift)
     if activation == "int4":
         rounded, scales = quantize_activation_groups(inputs, GROUP, bool(shift))
         return rounded, scales.T.contiguous(), branch
@@ -101,13 +100,19 @@ def codes(
     return rounded, scales[:, 0].contiguous(), branch
 
 
-def exact_inputs(x: Tensor, more: Tensor | None, norm: tuple | None, gate: str) -> Tensor:
-    """The float32 inputs [B T, K] of a layer: x under what `codes` has before them."""
+def before_smoothing(
+    x: Tensor, more: Tensor | None, down: Tensor | None, norm: tuple | None, gate: str, rotation: int,
+    rotation_kind: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(inputs [B T, K], x D^T [B T, r]) float32 of `codes`, up to the rotation."""
     if gate:
         exact = (x * nonlinear(more, gate)).float()
     else:
         exact = x.float() if more is None else torch.cat([x.float(), more.float()], 1)
-    return exact if norm is None else normed(exact, *norm)
+    if norm is not None:
+        exact = normed(exact, *norm)
+    branch = exact.new_empty(len(exact), 0) if down is None else F.linear(exact, down.float())
+    return turned(exact, rotation, rotation_kind), branch
 
 
 def turned(x: Tensor, rotation: int, kind: str) -> Tensor:

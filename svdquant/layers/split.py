@@ -154,9 +154,8 @@ class SplitLinear(QuantizedLayer, nn.Linear):
         return " + ".join(dict.fromkeys(self._kernel_name(i) for i in range(len(self.plan.parts))))
 
     def _kernel_name(self, i: int) -> str:
-        find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name
         choice = self.plan.parts[i]
-        return find(self.qweight.device, choice.activation, choice.group_size)
+        return svdq_linear.known_name(self.qweight.device, choice.activation, choice.group_size)
 
     def _float_layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")

@@ -175,8 +175,7 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
         )
 
     def _kernel_name(self, device: torch.device) -> str:
-        find = svdq_linear.kernel_name if torch.compiler.is_compiling() else svdq_linear.known_name
-        return find(device, self.plan.activation, self.plan.group_size)
+        return svdq_linear.known_name(device, self.plan.activation, self.plan.group_size)
 
     @property
     def takes_norms(self) -> bool:  # type: ignore[override]

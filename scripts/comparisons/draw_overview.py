@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from palette import few_colours
-from pareto import COLOURS, GRID, LARGE, LINES, TEXT, TICKS, colour_of, title
-from pareto_points import Point, front, points_of
+from pareto import BASELINE, GRID, LARGE, LINES, STYLE, TICKS, method_marks, panel
+from pareto_points import Point, points_of
 from sampler_seeds import BUDGETS, KINDS, MODELS, best_means, rows_of
 
 from ptq4dm.calibration.plot import pyplot, save_figure
@@ -35,38 +35,23 @@ def draw(path: Path, model: str) -> None:
     if not points or not found:
         raise UserError(f"scripts/results has no {'samplers' if points else 'methods'} of {model}.")
     plt = pyplot()
-    with plt.rc_context({"font.size": 9, "axes.edgecolor": LINES, "text.color": TEXT, "axes.labelcolor": TEXT}):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(11.5, 3.9))
         grid = figure.add_gridspec(2, 3, height_ratios=[1, 0.05], width_ratios=[1, 1, 1.05])
         left, middle, right = (figure.add_subplot(grid[0, column]) for column in range(3))
-        _methods(left, [(point, point.bytes) for point in points])
-        _methods(middle, [(point, point.time) for point in points if point.time is not None])
+        panel(left, points, lambda point: point.bytes, "stored bytes, of float16's")
+        panel(middle, points, lambda point: point.time, "time of a step on a CPU, of float32's")
         left.set(xscale="log", xticks=TICKS, xticklabels=map(str, TICKS), ylabel="error of the noise prediction")
-        left.set(xlabel="stored bytes, of float16's")
         left.minorticks_off()
-        middle.set(xlabel="time of a step on a CPU, of float32's", ylim=left.get_ylim())
+        middle.set_ylim(left.get_ylim())
         middle.axvline(1, color=LINES, lw=0.8, ls=":")
         _samplers(right, found)
         heads = ("too big? quantize", "too slow? kernels in 4 and 8 bits", "too many steps? fit a schedule")
         for axes, head in zip((left, middle, right), heads, strict=True):
             axes.set_title(head, loc="left", fontweight="bold", fontsize=10)
-            axes.grid(color=GRID, lw=0.7)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-        _names(figure.add_subplot(grid[1, :]), {point.method for point in points})
+        _names(figure.add_subplot(grid[1, :]), points)
         save_figure(figure, path)
     few_colours(path)
-
-
-def _methods(axes: Any, drawn: list[tuple[Point, float]]) -> None:
-    for point, place in drawn:
-        mark = "*" if point.method == "ohq" else "s" if point.kind == "baseline" else "o"
-        size = 10 if mark == "*" else 4.5 if mark == "s" else 7
-        axes.plot(place, point.error, mark, ms=size, mfc=colour_of(point.method), mec="white", mew=0.6, zorder=4)
-    line = front(drawn)
-    places, errors = [place for _, place in line], [point.error for point, _ in line]
-    axes.plot(places, errors, drawstyle="steps-post", color=LINES, lw=1, alpha=0.7, zorder=1)
-    axes.set_yscale("log")
 
 
 def _samplers(axes: Any, found: dict) -> None:
@@ -75,20 +60,17 @@ def _samplers(axes: Any, found: dict) -> None:
         axes.plot(list(means), list(means.values()), "o-", ms=5, lw=1.6, color=colour, label=label)
     axes.set(xscale="log", xticks=BUDGETS, xticklabels=map(str, BUDGETS), ylabel="feature-FID, 10,000 images")
     axes.set(xlabel="evaluations of the model")
+    axes.grid(color=GRID, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8.5)
 
 
-def _names(axes: Any, methods: set[str]) -> None:
+def _names(axes: Any, points: list[Point]) -> None:
     from matplotlib.lines import Line2D
 
-    here = [name for name in COLOURS if name in methods]
-    here += sorted(methods - set(here))
-    marks = [
-        Line2D([], [], ls="", marker="*" if name == "ohq" else "o", ms=7, color=colour_of(name), label=title(name))
-        for name in here
-    ]
-    marks.append(Line2D([], [], ls="", marker="s", ms=5, color=LINES, label="baseline"))
+    marks = [*method_marks(points), Line2D([], [], ls="", color=LINES, label="baseline", **BASELINE)]
     axes.axis("off")
     axes.legend(handles=marks, loc="center", ncols=len(marks), frameon=False, fontsize=8.5, handletextpad=0.1)
 

@@ -42,8 +42,10 @@ COLOURS = {
 OTHERS = ("#5f6b3a", "#6a51a3", "#99582a")  # of methods that come later
 NAMES = {"pdquant": "PD-Quant", "lutgemm": "LUT-GEMM"}
 TEXT, LINES, GRID = "#1f2937", "#4b5563", "#e5e7eb"
+STYLE = {"font.size": 9, "axes.edgecolor": LINES, "text.color": TEXT, "axes.labelcolor": TEXT}
 LARGE = ("method", "baseline")
 TICKS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)  # of bytes
+BASELINE = {"marker": "s", "ms": 6}
 APART = 8  # of a number from its point, in pixels
 BESIDE = 0.45  # bytes that the names reach to
 LINE = 0.038  # of the list of names, of the axes' height
@@ -64,7 +66,7 @@ def draw(path: Path, models: dict[str, str] = MODELS) -> dict[str, list[Point]]:
     """The points of each model, drawn into a PNG. Raises UserError where it cannot be written."""
     plt = pyplot()
     found = {model: points_of(model) for model in models}
-    with plt.rc_context({"font.size": 9, "axes.edgecolor": LINES, "text.color": TEXT, "axes.labelcolor": TEXT}):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(11.5, 0.9 + 4.1 * len(models)))
         grid = figure.add_gridspec(1 + len(models), 2, height_ratios=[0.13, *(1 for _ in models)])
         _legend(figure.add_subplot(grid[0, :]), [point for points in found.values() for point in points])
@@ -73,8 +75,8 @@ def draw(path: Path, models: dict[str, str] = MODELS) -> dict[str, list[Point]]:
             left = figure.add_subplot(grid[row, 0])
             right = figure.add_subplot(grid[row, 1], sharey=left)
             lines = [
-                (left, _panel(left, points, lambda point: point.bytes, "stored bytes, of float16's")),
-                (right, _panel(right, points, lambda point: point.time, "time of a step, of float32's")),
+                (left, panel(left, points, lambda point: point.bytes, "stored bytes, of float16's")),
+                (right, panel(right, points, lambda point: point.time, "time of a step, of float32's")),
             ]
             left.set(xscale="log", xticks=TICKS, xticklabels=map(str, TICKS), xlim=(TICKS[0] * 0.92, 1.0))
             left.minorticks_off()
@@ -101,7 +103,7 @@ def _limits(points: list[Point], names: int) -> tuple[float, float]:
     return 10**low, 10**top
 
 
-def _panel(axes, points: list[Point], cost: Callable[[Point], float | None], label: str) -> list[tuple[Point, float]]:
+def panel(axes, points: list[Point], cost: Callable[[Point], float | None], label: str) -> list[tuple[Point, float]]:
     """Rows by kind: methods large, baselines square, ablations small; open where the arithmetic is simulated. Gives
     what the line joins."""
     drawn = [(point, cost(point)) for point in points if cost(point) is not None and point.kind != "shuffled"]
@@ -153,17 +155,12 @@ def _legend(axes, points: list[Point]) -> None:
     """Colours are methods, marks are kinds of rows; who has no point is named."""
     from matplotlib.lines import Line2D
 
-    here = [name for name in COLOURS if any(point.method == name for point in points)]
-    here += sorted({point.method for point in points} - set(here))
     kinds = {
-        "baseline": {"marker": "s", "ms": 6},
+        "baseline": BASELINE,
         "an idea taken out": {"marker": "o", "ms": 4, "alpha": 0.5},
         "simulated": {"marker": "o", "ms": 8, "mfc": "white"},
     }
-    marks = [
-        Line2D([], [], ls="", marker="*" if name == "ohq" else "o", ms=9, color=colour_of(name), label=title(name))
-        for name in here
-    ]
+    marks = method_marks(points)
     marks += [Line2D([], [], ls="", color=LINES, label=label, **style) for label, style in kinds.items()]
     axes.axis("off")
     axes.legend(handles=marks, loc="upper center", ncols=7, frameon=False, fontsize=9)
@@ -179,6 +176,18 @@ def _legend(axes, points: list[Point]) -> None:
         if names
     )
     axes.text(0.5, -0.25, text, ha="center", va="top", fontsize=8, transform=axes.transAxes)
+
+
+def method_marks(points: list[Point]) -> list[Any]:
+    """Marks of a legend for the methods of some points."""
+    from matplotlib.lines import Line2D
+
+    here = [name for name in COLOURS if any(point.method == name for point in points)]
+    here += sorted({point.method for point in points} - set(here))
+    return [
+        Line2D([], [], ls="", marker="*" if name == "ohq" else "o", ms=9, color=colour_of(name), label=title(name))
+        for name in here
+    ]
 
 
 def colour_of(method: str) -> str:

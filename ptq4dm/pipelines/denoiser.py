@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checks import shown
 from ..errors import UserError
-from ..hooks import check_settled
+from ..hooks import check_settled, has_diffusers_hook
 from ..interrupts import uninterrupted
 from .turns import turns
 
@@ -68,7 +68,7 @@ def _is_empty(network: nn.Module) -> bool:
     first = next(network.parameters(), None)
     if first is None or not first.is_meta:
         return False
-    return not any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in network.modules())
+    return not any(hasattr(part, "_hf_hook") or has_diffusers_hook(part) for part in network.modules())
 
 
 def denoiser_names(pipe) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-DISTILLED = ("OneStepScheduler", "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+DISTILLED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")  # beside our own of one step
 FLOW = "flow"
 LATENT_TIMES = (0.5, 0.9)  # the paper's, in shares of Stable Diffusion's timesteps
 # Of pixels measured on dit-cifar10: between the rows of two classes the loss falls towards the right one from 0.1 to

@@ -81,8 +81,8 @@ def _train(args, config: ShiftQuantConfig, output: Path) -> None:
         say(f"held-out loss {losses[-1]:.4f}")
     say(f"log, sample grids, checkpoint: {folder}")
     result(model=args.model, images=learnt, of=config.images, run=folder, log=lines)
-    facts = {"model": str(args.model), **config.identity(), "norm": config.norm, "images": learnt}
-    facts["learning_rate"] = config.learning_rate
+    facts = {"model": str(args.model), **config.identity(), "norm": config.norm}
+    facts |= {"images": learnt, "learning_rate": config.learning_rate}
     with result_folder(output, RECORD, facts) as new:
         trained.save_pretrained(new)
     asked = f" of {config.images}" if learnt <= config.images else ""

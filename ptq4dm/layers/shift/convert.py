@@ -36,9 +36,7 @@ class Converted:
 def kernels_of(model: nn.Module) -> dict[str, int]:
     """Kernel -> how many layers on integers of a model its products run on, where the model is."""
     layers = [one for one in model.modules() if isinstance(one, ShiftLinear | ShiftConv2d)]
-    windows = [one.kernel_size if isinstance(one, ShiftConv2d) else (1, 1) for one in layers]
-    names = [kernel_name(one.weight.device, window) for one, window in zip(layers, windows, strict=True)]
-    return dict(Counter(names).most_common())
+    return dict(Counter(kernel_name(one.weight.device, getattr(one, "kernel_size", (1, 1))) for one in layers))
 
 
 def kernels_told(kernels: Mapping[str, int]) -> str:

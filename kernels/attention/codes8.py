@@ -14,110 +14,181 @@ codes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats.attention8 import BLOCK, FLOOR, LOG2E, SAMPLES, Codes8, empty_codes, sizes, top
-from ..runtime.integers import cdiv, next_power_of_2
+from ..formats import attention8 as formats
+from ..formats.attention8 import BLOCK, LOG2E, Codes8, empty_codes, sizes, top
+from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
 from ..runtime.rounding import ROUND
 from .rotary import Rotary
-from .turned8 import tokens_tile, turned
+from .turned8 import places_tile, tokens_tile, turned
 
-SOME = 64
+SOME, ROWS = 256, 64  # tokens whose sum one program takes, and at a time
+SAMPLES = tl.constexpr(formats.SAMPLES)
+FLOOR, LEAST = tl.constexpr(formats.FLOOR), tl.constexpr(2.0**-120)  # the least scale of values, and divisor
 
 
-@triton.jit(do_not_specialize=["L", "T", "count", "chunks", "eps"])
+@triton.jit(do_not_specialize=["L", "T", "chunks", "eps"])
 def _means_kernel(
     k_ptr, v_ptr, words_k_ptr, words_v_ptr, norm_ptr, words_norm_ptr, cos_ptr, sin_ptr, parts_ptr,
-    k_batch, k_head, k_row, v_batch, v_head, v_row, t_batch, t_head, t_row, L, T, H, count, chunks, eps,
-    D: tl.constexpr, W: tl.constexpr, SOME: tl.constexpr, TURNED: tl.constexpr, JOINT: tl.constexpr,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, t_batch, t_head, t_row, L, T, H, chunks, eps,
+    D: tl.constexpr, W: tl.constexpr, SOME: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr,
+    JOINT: tl.constexpr,
 ):  # fmt: skip
-    """parts [B H, 2, chunks, d]: sums of k and of v over SOME of the `count` tokens that are looked at."""
+    """parts [B H, 2, chunks, d]: sums of k and of v over SOME of the tokens that are looked at, ROWS at a time."""
     chunk, head, what = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    j, i = tl.arange(0, W), (chunk * SOME + tl.arange(0, SOME)).to(tl.int64)
-    n = (i * L + (i * 40503 & 1023) * L // 1024) // count
-    n = tl.where(i < count, n, L)
+    j = tl.arange(0, W)
     words = head // H * t_batch + head % H * t_head
-    if what == 0:
-        k = k_ptr + head // H * k_batch + head % H * k_head
-        x = tokens_tile(k, words_k_ptr, words, n, k_row, t_row, T, L, j, D, JOINT).to(tl.float32)
-        if TURNED:
-            x = turned(x, n, norm_ptr, words_norm_ptr, cos_ptr, sin_ptr, T, L, j, eps, D, JOINT)
-    else:
-        v = v_ptr + head // H * v_batch + head % H * v_head
-        x = tokens_tile(v, words_v_ptr, words, n, v_row, t_row, T, L, j, D, JOINT).to(tl.float32)
-    tl.store(parts_ptr + ((head * 2 + what) * chunks + chunk) * D + j, tl.sum(x, 0), mask=j < D)
+    total = tl.zeros((ROWS, W), tl.float32)
+    for part in tl.static_range(SOME // ROWS):
+        i = (chunk * SOME + part * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        if L > SAMPLES:
+            n = tl.where(i < SAMPLES, (i * L + (i * 40503 & 1023) * L // 1024) // SAMPLES, L)
+        else:
+            n = i
+        if what == 0:
+            k = k_ptr + head // H * k_batch + head % H * k_head
+            x = tokens_tile(k, words_k_ptr, words, n, 0, k_row, t_row, T, L, j, D, JOINT).to(tl.float32)
+            if TURNED:
+                cos, sin = places_tile(cos_ptr, sin_ptr, n, L, j, D)
+                x, length = turned(x, n, 0, norm_ptr, words_norm_ptr, cos, sin, T, j, eps, D, JOINT)
+                x *= length[:, None]
+        else:
+            v = v_ptr + head // H * v_batch + head % H * v_head
+            x = tokens_tile(v, words_v_ptr, words, n, 0, v_row, t_row, T, L, j, D, JOINT).to(tl.float32)
+        total += x
+    tl.store(parts_ptr + ((head * 2 + what) * chunks + chunk) * D + j, tl.sum(total, 0), mask=j < D)
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x, but for rounding within the codes' range, -> codes; NaN stays what it is in e4m3."""
+def _or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _most(x, axis: tl.constexpr):
+    """The largest along an axis; NaN where one is NaN or infinite."""
+    most = tl.reduce(x, axis, _or_nan)
+    return most + most * 0.0
+
+
+@triton.jit
+def _inverse(scale):
+    """Of a divisor; codes of what is nothing are 0."""
+    return 1.0 / tl.maximum(scale, LEAST)
+
+
+@triton.jit
+def _codes(x, inverse, dtype: tl.constexpr):
+    """x by its divisor, which leaves it in the codes' range, -> codes. The lowest byte of x + ROUND is an int8."""
     if dtype == tl.int8:
-        return ((tl.clamp(x, -127.0, 127.0) + ROUND) - ROUND).to(tl.int8)
+        return (x * inverse + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        return tl.where(x == x, tl.clamp(x, -448.0, 448.0), x).to(tl.float8e4nv)
+        return (x * inverse).to(tl.float8e4nv)
 
 
-@triton.jit(do_not_specialize=["M", "L", "T", "chunks", "q_blocks", "k_blocks", "eps"])
+@triton.jit
+def _mean(parts_ptr, inverse_count, j, D: tl.constexpr, CHUNKS: tl.constexpr):
+    mean = tl.zeros((j.shape[0],), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        mean += tl.load(parts_ptr + chunk * D + j, mask=j < D, other=0.0)
+    return mean * inverse_count
+
+
+@triton.jit(do_not_specialize=["M", "L", "T", "q_blocks", "k_blocks", "eps"])
 def _codes_kernel(
     q_ptr, k_ptr, v_ptr, words_q_ptr, words_k_ptr, words_v_ptr, q_norm_ptr, k_norm_ptr, words_q_norm_ptr,
     words_k_norm_ptr, cos_ptr, sin_ptr, parts_ptr, qc_ptr, qs_ptr, kc_ptr, ks_ptr, vc_ptr, vl_ptr, vm_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, t_batch, t_head, t_row, M, L, T, H,
-    chunks, q_blocks, k_blocks, q_factor, inverse_top, inverse_count, eps, D: tl.constexpr, W: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, FLOOR: tl.constexpr, TURNED: tl.constexpr, JOINT: tl.constexpr,
+    q_blocks, k_blocks, q_factor, inverse_top, inverse_count, eps, D: tl.constexpr, W: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, TURNED: tl.constexpr, JOINT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block of BLOCK values, keys or queries of a head. W: of a head in the codes, zeros from D on."""
-    block, head, what = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    j, i = tl.arange(0, W), tl.arange(0, CHUNKS)
-    place = tl.arange(0, BLOCK)
+    """One program: a block of BLOCK values, keys or queries of HEADS heads, which share cosines and sines.
+
+    W: of a head in the codes, zeros from D on. The next head's tokens are under way while those of one are coded.
+    """
+    block, first, what = tl.program_id(0), tl.program_id(1).to(tl.int64) * HEADS, tl.program_id(2)
+    j, place = tl.arange(0, W), tl.arange(0, BLOCK)
     n = block * BLOCK + place
-    words = head // H * t_batch + head % H * t_head
     codes: tl.constexpr = qc_ptr.dtype.element_ty
     if what == 2:
         if block < q_blocks:
-            q = q_ptr + head // H * q_batch + head % H * q_head
-            q = tokens_tile(q, words_q_ptr, words, n, q_row, t_row, T, M, j, D, JOINT).to(tl.float32)
             if TURNED:
-                q = turned(q, n, q_norm_ptr, words_q_norm_ptr, cos_ptr, sin_ptr, T, M, j, eps, D, JOINT)
-            most = tl.max(tl.abs(q), 1) + tl.sum(q * 0.0, 1)  # NaN, or infinity, in a row is NaN in its scale
-            scale = most * inverse_top
-            q *= (1.0 / tl.where(scale == 0.0, 1.0, scale))[:, None]
-            to = head * q_blocks * BLOCK + n
-            tl.store(qc_ptr + to[:, None] * W + j[None, :], _rounded(q, codes))
-            tl.store(qs_ptr + to, scale * q_factor)
+                cos, sin = places_tile(cos_ptr, sin_ptr, n, M, j, D)
+            q = q_ptr + first // H * q_batch + first % H * q_head
+            words = first // H * t_batch + first % H * t_head
+            following = tokens_tile(q, words_q_ptr, words, n, block * BLOCK, q_row, t_row, T, M, j, D, JOINT)
+            for head in range(first, first + HEADS):
+                x = following.to(tl.float32)
+                q = q_ptr + (head + 1) // H * q_batch + (head + 1) % H * q_head
+                words = (head + 1) // H * t_batch + (head + 1) % H * t_head
+                end = tl.where(head + 1 < first + HEADS, M, 0)
+                following = tokens_tile(q, words_q_ptr, words, n, block * BLOCK, q_row, t_row, T, end, j, D, JOINT)
+                if TURNED:
+                    x, length = turned(
+                        x, n, block * BLOCK, q_norm_ptr, words_q_norm_ptr, cos, sin, T, j, eps, D, JOINT
+                    )
+                most = _most(tl.abs(x), 1) * inverse_top
+                to = head * q_blocks * BLOCK + n
+                tl.store(qc_ptr + to[:, None] * W + j[None, :], _codes(x, _inverse(most)[:, None], codes))
+                if TURNED:
+                    most *= length
+                tl.store(qs_ptr + to, most * q_factor)
     elif block < k_blocks:
-        parts = parts_ptr + ((head * 2 + 1 - what) * chunks + i)[:, None] * D + j[None, :]
-        there = (i < chunks)[:, None] & (j < D)[None, :]
+        inside = tl.where(n < L, 1.0, 0.0)
         if what == 1:
-            k = k_ptr + head // H * k_batch + head % H * k_head
-            k = tokens_tile(k, words_k_ptr, words, n, k_row, t_row, T, L, j, D, JOINT).to(tl.float32)
             if TURNED:
-                k = turned(k, n, k_norm_ptr, words_k_norm_ptr, cos_ptr, sin_ptr, T, L, j, eps, D, JOINT)
-            mean = tl.sum(tl.load(parts, mask=there, other=0.0), 0) * inverse_count
-            k = tl.where((n < L)[:, None], k - mean[None, :], 0.0)
-            k_scale = tl.max(tl.max(tl.abs(k), 1), 0) * inverse_top + tl.sum(tl.sum(k * 0.0, 1), 0)
-            k *= 1.0 / tl.where(k_scale == 0.0, 1.0, k_scale)
-            to = head * k_blocks * BLOCK + n
-            tl.store(kc_ptr + to[:, None] * W + j[None, :], _rounded(k, codes))
-            tl.store(ks_ptr + head * k_blocks + block, k_scale)
+                cos, sin = places_tile(cos_ptr, sin_ptr, n, L, j, D)
+            k = k_ptr + first // H * k_batch + first % H * k_head
+            words = first // H * t_batch + first % H * t_head
+            following = tokens_tile(k, words_k_ptr, words, n, block * BLOCK, k_row, t_row, T, L, j, D, JOINT)
+            for head in range(first, first + HEADS):
+                x = following.to(tl.float32)
+                k = k_ptr + (head + 1) // H * k_batch + (head + 1) % H * k_head
+                words = (head + 1) // H * t_batch + (head + 1) % H * t_head
+                end = tl.where(head + 1 < first + HEADS, L, 0)
+                following = tokens_tile(k, words_k_ptr, words, n, block * BLOCK, k_row, t_row, T, end, j, D, JOINT)
+                mean = _mean(parts_ptr + head * 2 * CHUNKS * D, inverse_count, j, D, CHUNKS)
+                if TURNED:
+                    x, length = turned(
+                        x, n, block * BLOCK, k_norm_ptr, words_k_norm_ptr, cos, sin, T, j, eps, D, JOINT
+                    )
+                    x = x * length[:, None] - mean[None, :]
+                else:
+                    x = x - mean[None, :]
+                scale = _most(tl.reduce(tl.abs(x), 1, _or_nan) * inside, 0) * inverse_top
+                to = head * k_blocks * BLOCK + n
+                inverse = (_inverse(scale) * inside)[:, None]
+                tl.store(kc_ptr + to[:, None] * W + j[None, :], _codes(x, inverse, codes))
+                tl.store(ks_ptr + head * k_blocks + block, scale)
         else:  # bits 3 2 1 0 of a place are bits 2 1 3 0 of the token there
             n = block * BLOCK + (place & -16) + (place & 1) + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2
-            v_from = v_ptr + head // H * v_batch + head % H * v_head
-            raw_v = tokens_tile(v_from, words_v_ptr, words, n, v_row, t_row, T, L, j, D, JOINT)
-            mean_v = tl.sum(tl.load(parts, mask=there, other=0.0), 0) * inverse_count
-            v = tl.where((n < L)[:, None], raw_v.to(tl.float32) - mean_v[None, :], 0.0)
-            finite = tl.abs(v) < float("inf")
-            most_v = tl.max(tl.max(tl.where(finite, tl.abs(v), 0.0), 1), 0)
-            v_scale = tl.maximum(most_v * (1.0 / 448.0), FLOOR)
-            v = tl.where(finite, v * (1.0 / v_scale), float("nan"))
-            to_v = vc_ptr + (head * W + j)[:, None] * (k_blocks * BLOCK) + (block * BLOCK + place)[None, :]
-            tl.store(to_v, tl.trans(_rounded(v, vc_ptr.dtype.element_ty)))
-            tl.store(vl_ptr + head * k_blocks + block, tl.log2(v_scale))
-            if block == 0:
-                tl.store(vm_ptr + head * W + j, mean_v)
+            inside = tl.where(n < L, 1.0, 0.0)
+            v = v_ptr + first // H * v_batch + first % H * v_head
+            words = first // H * t_batch + first % H * t_head
+            following = tokens_tile(v, words_v_ptr, words, n, block * BLOCK, v_row, t_row, T, L, j, D, JOINT)
+            for head in range(first, first + HEADS):
+                x = following.to(tl.float32)
+                v = v_ptr + (head + 1) // H * v_batch + (head + 1) % H * v_head
+                words = (head + 1) // H * t_batch + (head + 1) % H * t_head
+                end = tl.where(head + 1 < first + HEADS, L, 0)
+                following = tokens_tile(v, words_v_ptr, words, n, block * BLOCK, v_row, t_row, T, end, j, D, JOINT)
+                mean = _mean(parts_ptr + (head * 2 + 1) * CHUNKS * D, inverse_count, j, D, CHUNKS)
+                x -= mean[None, :]
+                x += x * 0.0  # infinity becomes NaN, which no maximum sees
+                scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1) * inside, 0) * (1.0 / 448.0), FLOOR)
+                coded = _codes(x, (1.0 / scale * inside)[:, None], vc_ptr.dtype.element_ty)
+                to = vc_ptr + (head * W + j)[:, None] * (k_blocks * BLOCK) + (block * BLOCK + place)[None, :]
+                tl.store(to, tl.trans(coded))
+                tl.store(vl_ptr + head * k_blocks + block, tl.log2(scale))
+                if block == 0:
+                    tl.store(vm_ptr + head * W + j, mean)
 
 
 def quantize8(
@@ -136,7 +207,7 @@ def quantize8(
         words = None if words is None else _alike(words)
     tokens = k.shape[2] + extra
     codes = empty_codes(q, rows + extra, tokens, dtype)
-    parts = q.new_empty(batch * heads, 2, cdiv(min(tokens, SAMPLES), SOME), width, dtype=torch.float32)
+    parts = q.new_empty(batch * heads, 2, cdiv(min(tokens, formats.SAMPLES), SOME), width, dtype=torch.float32)
     strides = tuple(x.stride()[:3] for x in (q, k, v, q if words is None else words[0]))
     forms = rotary is not None, extra, eps
     means, write = _plan(config or {}, batch, heads, rows + extra, tokens, width, strides, scale, dtype, *forms)
@@ -161,20 +232,21 @@ def _plan(
     config: dict, batch: int, heads: int, rows: int, tokens: int, width: int, strides: tuple, scale: float,
     dtype: torch.dtype, is_turned: bool, words: int, eps: float,
 ) -> tuple[Launch, Launch]:  # fmt: skip
-    count, (q_blocks, k_blocks, channels) = min(tokens, SAMPLES), sizes(rows, tokens, width)
-    chunks = cdiv(count, SOME)
+    count, (q_blocks, k_blocks, channels) = min(tokens, formats.SAMPLES), sizes(rows, tokens, width)
+    chunks, shared = cdiv(count, SOME), math.gcd(batch * heads, config.get("heads", 4 if is_turned else 1))
+    joint = int(words > 0) + int(words > 0 and words % BLOCK == 0)  # 2: the text ends where a block does
     names = [f"{which}_{what}" for which in "qkvt" for what in ("batch", "head", "row")]
     steps = dict(zip(names, (step for of in strides for step in of), strict=True))
-    forms = dict(TURNED=is_turned, JOINT=words > 0, T=words, eps=eps)
-    common = dict(L=tokens, H=heads, chunks=chunks, D=width, W=channels, **forms)
+    forms = dict(TURNED=is_turned, T=words, eps=eps)
+    common = dict(L=tokens, H=heads, D=width, W=channels, **forms)
     means = Launch(
-        _means_kernel, (chunks, batch * heads, 2), **{name: steps[name] for name in names[3:]}, **common, count=count,
-        SOME=SOME, num_warps=8 if is_turned else 4,
+        _means_kernel, (chunks, batch * heads, 2), **{name: steps[name] for name in names[3:]}, **common,
+        chunks=chunks, SOME=SOME, ROWS=ROWS, JOINT=int(words > 0), num_warps=8,
     )  # fmt: skip
     write = Launch(
-        _codes_kernel, (max(q_blocks, k_blocks), batch * heads, 3), **steps, **common, M=rows, q_blocks=q_blocks,
+        _codes_kernel, (max(q_blocks, k_blocks), batch * heads // shared, 3), **steps, **common, M=rows, q_blocks=q_blocks,
         k_blocks=k_blocks, q_factor=scale * LOG2E, inverse_top=1 / top(dtype), inverse_count=1 / count,
-        CHUNKS=next_power_of_2(chunks), BLOCK=BLOCK, FLOOR=FLOOR, num_warps=config.get("warps", 8),
+        CHUNKS=chunks, BLOCK=BLOCK, HEADS=shared, JOINT=joint, num_warps=config.get("warps", 16),
         maxnreg=config.get("maxnreg"),
     )  # fmt: skip
     return means, write

@@ -7,9 +7,10 @@ A line of JSON for each shape: milliseconds, TFLOP/s and errors of
     cudnn, flash        scaled_dot_product_attention in bf16 by these backends
     int8, e4m3          the op, codes included (kernels/attention/layer8.py)
     int8 codes, ...     of it the codes alone
-    int8 products, ...  and the products alone; with --settings each number of stages, tiles shared or not (SPLIT)
+    int8 products, ...  and the products alone
     sdpa turned, ...    of FLUX with what comes before: norms of queries and keys, a text's tokens before an image's,
                         rotary embedding; by torch.compile before torch's attention, and in the kernel of the codes
+    with --settings     codes and products with other settings too
 
 Every time is the median over replays of a CUDA graph; the candidates of a shape take turns. Errors are of the first
 queries, on normal operands with a common mean of keys, beside float32. What one kernel cannot do is told beside the
@@ -43,6 +44,7 @@ SHAPES = {  # B, H, tokens, d
     "sdxl": (2, 10, 4096, 64),
 }
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+CODES = [{"warps": warps, "heads": heads} for heads in (1, 2, 4, 6) for warps in (8, 16)]
 CHECKED = 256
 
 
@@ -58,6 +60,10 @@ def operands(batch: int, heads: int, tokens: int, width: int, mean: float = 2.0)
 def by_torch(backend: SDPBackend, q, k, v):
     with sdpa_kernel(backend):
         return scaled_dot_product_attention(q, k, v)
+
+
+def told(setting: dict) -> str:
+    return ", ".join(f"{value} {name}" for name, value in setting.items())
 
 
 def products(kind: str, given: tuple, scale: float, setting: dict | None) -> Callable[[], Tensor]:
@@ -85,6 +91,11 @@ def candidates(given: tuple, scale: float, settings: bool) -> dict[str, Callable
         calls[kind] = functools.partial(attention8, *given, scale, kind)
         calls[f"{kind} codes"] = functools.partial(codes8.quantize8, *given, scale, dtype)
         calls[f"{kind} products"] = products(kind, given, scale, None)
+        if settings:
+            for setting in CODES:
+                calls[f"{kind} codes, {told(setting)}"] = functools.partial(
+                    codes8.quantize8, *given, scale, dtype, setting
+                )
         if settings and kernel_name(given[0].device, given[0].shape[-1]) == GLUON:
             for stages in (3, 4, 5):
                 for split in (False, True):
@@ -93,7 +104,7 @@ def candidates(given: tuple, scale: float, settings: bool) -> dict[str, Callable
     return calls
 
 
-def turned(given: tuple) -> dict[str, Callable]:
+def turned(given: tuple, settings: bool) -> dict[str, Callable]:
     """The same operands of which the first 512 tokens are a text's, before norms and rotary embedding."""
     words, width = 512, given[0].shape[-1]
     text, image = (tuple(x[:, :, part] for x in given) for part in (slice(words), slice(words, None)))
@@ -103,10 +114,9 @@ def turned(given: tuple) -> dict[str, Callable]:
     rotary = Rotary(*norms[:2], *places, 1e-6, (*text, *norms[2:]))
     scale = width**-0.5
     calls = {"sdpa turned": functools.partial(in_sixteen_bits, *image, scale, "", rotary)}
-    for warps in (4, 8, 16):
-        setting = {"warps": warps}
-        quantized = functools.partial(codes8.quantize8, *image, scale, torch.int8, setting, rotary)
-        calls[f"int8 codes turned, {warps} warps"] = quantized
+    for setting in [{}, *CODES] if settings else [{}]:
+        name = f"int8 codes turned, {told(setting)}" if setting else "int8 codes turned"
+        calls[name] = functools.partial(codes8.quantize8, *image, scale, torch.int8, setting, rotary)
     for kind in TYPES:
         calls[f"{kind} turned"] = functools.partial(attention8, *image, scale, kind, *rotary[:5], *rotary.words)
     return calls
@@ -115,7 +125,7 @@ def turned(given: tuple) -> dict[str, Callable]:
 def measured(shape: tuple[int, int, int, int], settings: bool) -> dict:
     given, scale = operands(*shape), shape[-1] ** -0.5
     calls, problems = {}, {}
-    every = candidates(given, scale, settings) | (turned(given) if shape == SHAPES["flux"] else {})
+    every = candidates(given, scale, settings) | (turned(given, settings) if shape == SHAPES["flux"] else {})
     for name, call in every.items():
         try:
             graph_of([call])
@@ -139,7 +149,7 @@ def measured(shape: tuple[int, int, int, int], settings: bool) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--settings", action="store_true", help="of Hopper's products also other settings")
+    parser.add_argument("--settings", action="store_true", help="other settings too, which takes minutes")
     parser.add_argument("--output", type=Path, default=Path("out/bench-attention8.jsonl"))
     args = parser.parse_args()
     if not torch.cuda.is_available() or kernel_name(torch.device("cuda"), 128) == REFERENCE:

@@ -44,24 +44,22 @@ def _means_kernel(
     """parts [B H, 2, chunks, d]: sums of k and of v over SOME of the tokens that are looked at, ROWS at a time."""
     chunk, head, what = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     j = tl.arange(0, W)
-    words = head // H * t_batch + head % H * t_head
+    k, v = (k_ptr, words_k_ptr, k_batch, k_head, k_row), (v_ptr, words_v_ptr, v_batch, v_head, v_row)
+    text = t_batch, t_head, t_row, T
     total = tl.zeros((ROWS, W), tl.float32)
     for part in tl.static_range(SOME // ROWS):
         i = (chunk * SOME + part * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        n = i
         if L > SAMPLES:
             n = tl.where(i < SAMPLES, (i * L + (i * 40503 & 1023) * L // 1024) // SAMPLES, L)
-        else:
-            n = i
         if what == 0:
-            k = k_ptr + head // H * k_batch + head % H * k_head
-            x = tokens_tile(k, words_k_ptr, words, n, 0, k_row, t_row, T, L, j, D, JOINT).to(tl.float32)
+            x = tokens_tile(k, text, head, H, n, 0, L, j, D, JOINT).to(tl.float32)
             if TURNED:
                 cos, sin = places_tile(cos_ptr, sin_ptr, n, L, j, D)
                 x, length = turned(x, n, 0, norm_ptr, words_norm_ptr, cos, sin, T, j, eps, D, JOINT)
                 x *= length[:, None]
         else:
-            v = v_ptr + head // H * v_batch + head % H * v_head
-            x = tokens_tile(v, words_v_ptr, words, n, 0, v_row, t_row, T, L, j, D, JOINT).to(tl.float32)
+            x = tokens_tile(v, text, head, H, n, 0, L, j, D, JOINT).to(tl.float32)
         total += x
     tl.store(parts_ptr + ((head * 2 + what) * chunks + chunk) * D + j, tl.sum(total, 0), mask=j < D)
 
@@ -114,81 +112,64 @@ def _codes_kernel(
     W: of a head in the codes, zeros from D on. The next head's tokens are under way while those of one are coded.
     """
     block, first, what = tl.program_id(0), tl.program_id(1).to(tl.int64) * HEADS, tl.program_id(2)
-    j, place = tl.arange(0, W), tl.arange(0, BLOCK)
-    n = block * BLOCK + place
+    j, place, start, last = tl.arange(0, W), tl.arange(0, BLOCK), block * BLOCK, first + HEADS - 1
+    n, text = start + place, (t_batch, t_head, t_row, T)
+    inside = tl.where(n < L, 1.0, 0.0)
     codes: tl.constexpr = qc_ptr.dtype.element_ty
     if what == 2:
         if block < q_blocks:
+            q = q_ptr, words_q_ptr, q_batch, q_head, q_row
+            following = tokens_tile(q, text, first, H, n, start, M, j, D, JOINT)
             if TURNED:
                 cos, sin = places_tile(cos_ptr, sin_ptr, n, M, j, D)
-            q = q_ptr + first // H * q_batch + first % H * q_head
-            words = first // H * t_batch + first % H * t_head
-            following = tokens_tile(q, words_q_ptr, words, n, block * BLOCK, q_row, t_row, T, M, j, D, JOINT)
-            for head in range(first, first + HEADS):
+            for head in range(first, last + 1):
                 x = following.to(tl.float32)
-                q = q_ptr + (head + 1) // H * q_batch + (head + 1) % H * q_head
-                words = (head + 1) // H * t_batch + (head + 1) % H * t_head
-                end = tl.where(head + 1 < first + HEADS, M, 0)
-                following = tokens_tile(q, words_q_ptr, words, n, block * BLOCK, q_row, t_row, T, end, j, D, JOINT)
+                following = tokens_tile(q, text, head + 1, H, n, start, tl.where(head < last, M, 0), j, D, JOINT)
                 if TURNED:
-                    x, length = turned(
-                        x, n, block * BLOCK, q_norm_ptr, words_q_norm_ptr, cos, sin, T, j, eps, D, JOINT
-                    )
-                most = _most(tl.abs(x), 1) * inverse_top
+                    x, length = turned(x, n, start, q_norm_ptr, words_q_norm_ptr, cos, sin, T, j, eps, D, JOINT)
+                scale = _most(tl.abs(x), 1) * inverse_top
                 to = head * q_blocks * BLOCK + n
-                tl.store(qc_ptr + to[:, None] * W + j[None, :], _codes(x, _inverse(most)[:, None], codes))
+                tl.store(qc_ptr + to[:, None] * W + j[None, :], _codes(x, _inverse(scale)[:, None], codes))
                 if TURNED:
-                    most *= length
-                tl.store(qs_ptr + to, most * q_factor)
-    elif block < k_blocks:
-        inside = tl.where(n < L, 1.0, 0.0)
-        if what == 1:
+                    scale *= length
+                tl.store(qs_ptr + to, scale * q_factor)
+    elif what == 1:
+        if block < k_blocks:
+            k = k_ptr, words_k_ptr, k_batch, k_head, k_row
+            following = tokens_tile(k, text, first, H, n, start, L, j, D, JOINT)
             if TURNED:
                 cos, sin = places_tile(cos_ptr, sin_ptr, n, L, j, D)
-            k = k_ptr + first // H * k_batch + first % H * k_head
-            words = first // H * t_batch + first % H * t_head
-            following = tokens_tile(k, words_k_ptr, words, n, block * BLOCK, k_row, t_row, T, L, j, D, JOINT)
-            for head in range(first, first + HEADS):
+            for head in range(first, last + 1):
                 x = following.to(tl.float32)
-                k = k_ptr + (head + 1) // H * k_batch + (head + 1) % H * k_head
-                words = (head + 1) // H * t_batch + (head + 1) % H * t_head
-                end = tl.where(head + 1 < first + HEADS, L, 0)
-                following = tokens_tile(k, words_k_ptr, words, n, block * BLOCK, k_row, t_row, T, end, j, D, JOINT)
+                following = tokens_tile(k, text, head + 1, H, n, start, tl.where(head < last, L, 0), j, D, JOINT)
                 mean = _mean(parts_ptr + head * 2 * CHUNKS * D, inverse_count, j, D, CHUNKS)
                 if TURNED:
-                    x, length = turned(
-                        x, n, block * BLOCK, k_norm_ptr, words_k_norm_ptr, cos, sin, T, j, eps, D, JOINT
-                    )
-                    x = x * length[:, None] - mean[None, :]
-                else:
-                    x = x - mean[None, :]
+                    x, length = turned(x, n, start, k_norm_ptr, words_k_norm_ptr, cos, sin, T, j, eps, D, JOINT)
+                    x *= length[:, None]
+                x -= mean[None, :]
                 scale = _most(tl.reduce(tl.abs(x), 1, _or_nan) * inside, 0) * inverse_top
                 to = head * k_blocks * BLOCK + n
                 inverse = (_inverse(scale) * inside)[:, None]
                 tl.store(kc_ptr + to[:, None] * W + j[None, :], _codes(x, inverse, codes))
                 tl.store(ks_ptr + head * k_blocks + block, scale)
-        else:  # bits 3 2 1 0 of a place are bits 2 1 3 0 of the token there
-            n = block * BLOCK + (place & -16) + (place & 1) + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2
-            inside = tl.where(n < L, 1.0, 0.0)
-            v = v_ptr + first // H * v_batch + first % H * v_head
-            words = first // H * t_batch + first % H * t_head
-            following = tokens_tile(v, words_v_ptr, words, n, block * BLOCK, v_row, t_row, T, L, j, D, JOINT)
-            for head in range(first, first + HEADS):
-                x = following.to(tl.float32)
-                v = v_ptr + (head + 1) // H * v_batch + (head + 1) % H * v_head
-                words = (head + 1) // H * t_batch + (head + 1) % H * t_head
-                end = tl.where(head + 1 < first + HEADS, L, 0)
-                following = tokens_tile(v, words_v_ptr, words, n, block * BLOCK, v_row, t_row, T, end, j, D, JOINT)
-                mean = _mean(parts_ptr + (head * 2 + 1) * CHUNKS * D, inverse_count, j, D, CHUNKS)
-                x -= mean[None, :]
-                x += x * 0.0  # infinity becomes NaN, which no maximum sees
-                scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1) * inside, 0) * (1.0 / 448.0), FLOOR)
-                coded = _codes(x, (1.0 / scale * inside)[:, None], vc_ptr.dtype.element_ty)
-                to = vc_ptr + (head * W + j)[:, None] * (k_blocks * BLOCK) + (block * BLOCK + place)[None, :]
-                tl.store(to, tl.trans(coded))
-                tl.store(vl_ptr + head * k_blocks + block, tl.log2(scale))
-                if block == 0:
-                    tl.store(vm_ptr + head * W + j, mean)
+    elif block < k_blocks:  # bits 3 2 1 0 of a place are bits 2 1 3 0 of the token there
+        n = start + (place & -16) + (place & 1) + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2
+        inside = tl.where(n < L, 1.0, 0.0)
+        v = v_ptr, words_v_ptr, v_batch, v_head, v_row
+        following = tokens_tile(v, text, first, H, n, start, L, j, D, JOINT)
+        for head in range(first, last + 1):
+            x = following.to(tl.float32)
+            following = tokens_tile(v, text, head + 1, H, n, start, tl.where(head < last, L, 0), j, D, JOINT)
+            mean = _mean(parts_ptr + (head * 2 + 1) * CHUNKS * D, inverse_count, j, D, CHUNKS)
+            x -= mean[None, :]
+            x += x * 0.0  # infinity becomes NaN, which no maximum sees
+            scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1) * inside, 0) * (1.0 / 448.0), FLOOR)
+            coded = _codes(x, (1.0 / scale * inside)[:, None], vc_ptr.dtype.element_ty)
+            to = vc_ptr + (head * W + j)[:, None] * (k_blocks * BLOCK) + (start + place)[None, :]
+            tl.store(to, tl.trans(coded))
+            tl.store(vl_ptr + head * k_blocks + block, tl.log2(scale))
+            if block == 0:
+                tl.store(vm_ptr + head * W + j, mean)
 
 
 def quantize8(
@@ -244,9 +225,9 @@ def _plan(
         chunks=chunks, SOME=SOME, ROWS=ROWS, JOINT=int(words > 0), num_warps=8,
     )  # fmt: skip
     write = Launch(
-        _codes_kernel, (max(q_blocks, k_blocks), batch * heads // shared, 3), **steps, **common, M=rows, q_blocks=q_blocks,
-        k_blocks=k_blocks, q_factor=scale * LOG2E, inverse_top=1 / top(dtype), inverse_count=1 / count,
-        CHUNKS=chunks, BLOCK=BLOCK, HEADS=shared, JOINT=joint, num_warps=config.get("warps", 16),
-        maxnreg=config.get("maxnreg"),
+        _codes_kernel, (max(q_blocks, k_blocks), batch * heads // shared, 3), **steps, **common, M=rows,
+        q_blocks=q_blocks, k_blocks=k_blocks, q_factor=scale * LOG2E, inverse_top=1 / top(dtype),
+        inverse_count=1 / count, CHUNKS=chunks, BLOCK=BLOCK, HEADS=shared, JOINT=joint,
+        num_warps=config.get("warps", 16),
     )  # fmt: skip
     return means, write

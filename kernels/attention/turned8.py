@@ -10,20 +10,27 @@ import triton.language as tl
 
 
 @triton.jit
-def tokens_tile(
-    x_ptr, words_ptr, words_offset, n, start, row, words_row, T, end, j, D: tl.constexpr, JOINT: tl.constexpr
-):  # fmt: skip
-    """Rows n of a head, those below T of the text; 0 from `end` on."""
+def tokens_tile(source, text, head, H, n, start, end, j, D: tl.constexpr, JOINT: tl.constexpr):
+    """Rows n of a head, those below T of the text; 0 from `end` on.
+
+    source: pointers of the image's and the text's, strides of the image's; text: strides of the text's, and T.
+    JOINT: 0 without a text, 1 with one, 2 where all rows are its or all the image's, as the row `start` is.
+    """
+    x_ptr, words_ptr, batch_stride, head_stride, row = source
+    words_batch, words_head, words_row, T = text
     wide, channels = n.to(tl.int64), (j < D)[None, :]
+    x_ptr += head // H * batch_stride + head % H * head_stride
+    if JOINT > 0:
+        words_ptr += head // H * words_batch + head % H * words_head
+        x_ptr -= T.to(tl.int64) * row
     if JOINT == 1:
-        words = words_ptr + words_offset + wide[:, None] * words_row + j[None, :]
-        image = x_ptr + (wide - T)[:, None] * row + j[None, :]
+        words = words_ptr + wide[:, None] * words_row + j[None, :]
+        image = x_ptr + wide[:, None] * row + j[None, :]
         words = tl.load(words, mask=((n < T) & (n < end))[:, None] & channels, other=0.0)
         image = tl.load(image, mask=((n >= T) & (n < end))[:, None] & channels, other=0.0)
         return tl.where((n < T)[:, None], words, image)
     if JOINT == 2:
-        x_ptr = tl.where(start < T, words_ptr + words_offset, x_ptr - T.to(tl.int64) * row)
-        row = tl.where(start < T, words_row, row)
+        x_ptr, row = tl.where(start < T, words_ptr, x_ptr), tl.where(start < T, words_row, row)
     return tl.load(x_ptr + wide[:, None] * row + j[None, :], mask=(n < end)[:, None] & channels, other=0.0)
 
 
@@ -40,7 +47,7 @@ def places_tile(cos_ptr, sin_ptr, n, end, j, D: tl.constexpr):
 
 @triton.jit
 def turned(x, n, start, norm_ptr, words_norm_ptr, cos, sin, T, j, eps, D: tl.constexpr, JOINT: tl.constexpr):
-    """(y, r) of rows n, x [rows, W] float32: the formula above gives y r, with r = 1 / sqrt(mean_j x[j]^2 + eps)."""
+    """(y, r) of rows n, x [rows, W] float32: rotary.py's formula is y r, with r = 1 / sqrt(mean_j x[j]^2 + eps)."""
     if JOINT == 2:
         norm_ptr = tl.where(start < T, words_norm_ptr, norm_ptr)
     weight = tl.load(norm_ptr + j, mask=j < D, other=0.0).to(tl.float32)[None, :]

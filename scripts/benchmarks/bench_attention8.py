@@ -91,7 +91,7 @@ def candidates(given: tuple, scale: float, settings: bool) -> dict[str, Callable
         calls[kind] = functools.partial(attention8, *given, scale, kind)
         calls[f"{kind} codes"] = functools.partial(codes8.quantize8, *given, scale, dtype)
         calls[f"{kind} products"] = products(kind, given, scale, None)
-        if settings:
+        if settings and kind == "int8":
             for setting in CODES:
                 calls[f"{kind} codes, {told(setting)}"] = functools.partial(
                     codes8.quantize8, *given, scale, dtype, setting

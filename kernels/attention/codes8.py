@@ -228,6 +228,6 @@ def _plan(
         _codes_kernel, (max(q_blocks, k_blocks), batch * heads // shared, 3), **steps, **common, M=rows,
         q_blocks=q_blocks, k_blocks=k_blocks, q_factor=scale * LOG2E, inverse_top=1 / top(dtype),
         inverse_count=1 / count, CHUNKS=chunks, BLOCK=BLOCK, HEADS=shared, JOINT=joint,
-        num_warps=config.get("warps", 16),
+        num_warps=config.get("warps", 8),
     )  # fmt: skip
     return means, write

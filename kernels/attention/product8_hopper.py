@@ -18,7 +18,8 @@ it must hold of an operand, if keys are counted in the order that codes8.py give
 the last one on, so that what lies past the end of the keys is seen in the first step alone.
 
 With SPLIT the tiles of a last round that is not full are shared by all programs, by blocks of keys; their sums are
-joined by a second kernel (join8.py). No GPU has measured that yet, so it is not the default.
+joined by a second kernel (join8.py). On an H200, 4608 tokens and 24 heads, that takes 0.90 of the time for codes in
+e4m3 and changes nothing for int8: it is the default of e4m3.
 
 A stage of the ring holds the keys of a block and the values of the block before it: it is read in one step.
 
@@ -45,7 +46,10 @@ from .join8 import joining
 
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
-DEFAULT = {"BN": 128, "STAGES": 4, "SPLIT": False}
+DEFAULT = {
+    torch.int8: {"BN": 128, "STAGES": 4, "SPLIT": False},
+    torch.float8_e4m3fn: {"BN": 128, "STAGES": 4, "SPLIT": True},
+}
 FEWEST = 6  # blocks of keys that sharing a tile must save
 # Four values that a thread has side by side to four bytes of e4m3; Triton by itself would move each byte.
 FOUR = gl.constexpr(
@@ -314,7 +318,7 @@ def attention(codes: Codes8, y: Tensor, tokens: int, config: dict | None = None)
     """codes as codes8.py makes them -> y [B, M, H, d], which is written. config: BN, STAGES, SPLIT."""
     q, q_scales, k, k_scales, v, v_logs, v_means = codes
     batch, rows, heads, width = y.shape
-    launch, join, pieces = _plan(config or DEFAULT, batch, heads, rows, tokens, width, q.dtype, y.device)
+    launch, join, pieces = _plan(config or DEFAULT[q.dtype], batch, heads, rows, tokens, width, q.dtype, y.device)
     parts = y.new_empty(pieces, dtype=torch.float32) if pieces else None
     launch(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), y, parts, q_scales, k_scales, v_logs, v_means)
     if join is not None:

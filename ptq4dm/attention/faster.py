@@ -40,6 +40,6 @@ class FasterAttention:
 
     def lines(self) -> list[str]:
         """What is said of it."""
-        first = f"attention of {len(self.found)} layers in 8 bits ({self.state.kind}) where that is faster"
+        first = f"attention of {len(self.found)} layers in 8 bits where that is faster"
         measured = lines_of(self.device, self.state.kind)
         return [first + (":" if measured else "; nothing was measured yet"), *(f"  {line}" for line in measured)]

@@ -113,7 +113,7 @@ def turned(given: tuple, settings: bool) -> dict[str, Callable]:
     norms = [torch.ones(width, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     rotary = Rotary(*norms[:2], *places, 1e-6, (*text, *norms[2:]))
     scale = width**-0.5
-    calls = {"sdpa turned": functools.partial(in_sixteen_bits, *image, scale, "", rotary)}
+    calls = {"sdpa turned": functools.partial(in_sixteen_bits, *image, scale, rotary)}
     for setting in [{}, *CODES] if settings else [{}]:
         name = f"int8 codes turned, {told(setting)}" if setting else "int8 codes turned"
         calls[name] = functools.partial(codes8.quantize8, *image, scale, torch.int8, setting, rotary)

@@ -180,10 +180,10 @@ def test_hoppers_kernel_is_the_formula(shape, kind, split):
     codes = codes8.quantize8(q, k, v, shape[-1] ** -0.5, formats.TYPES[kind])
     right = reference8.attention(codes, q.shape[2], k.shape[2], q.shape[3], torch.float64)
     y = q.new_full((shape[0], shape[2], shape[1], shape[4]), torch.nan)
-    product8_hopper.attention(codes, y, k.shape[2], product8_hopper.DEFAULT | {"SPLIT": split})
+    product8_hopper.attention(codes, y, k.shape[2], product8_hopper.DEFAULT[codes.q.dtype] | {"SPLIT": split})
     assert error(y.transpose(1, 2), right) < 2 * ROUNDING
     again = torch.empty_like(y)
-    product8_hopper.attention(codes, again, k.shape[2], product8_hopper.DEFAULT | {"SPLIT": split})
+    product8_hopper.attention(codes, again, k.shape[2], product8_hopper.DEFAULT[codes.q.dtype] | {"SPLIT": split})
     assert torch.equal(again, y)
 
 

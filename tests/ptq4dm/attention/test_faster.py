@@ -24,12 +24,16 @@ def nothing_measured(monkeypatch):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """A kernel that serves this device (it computes the formula), faster than 16 bits from 40 keys on."""
+    """A kernel that serves this device (it computes the formula), faster than 16 bits from 40 keys on.
+
+    With codes in e4m3 it is as fast, and faster with 56 keys: a little, and with 64 clearly.
+    """
     asked = []
 
-    def times_of(name, q, k, v, scale, kind, rotary):
+    def times_of(name, q, k, v, scale, rotary):
         asked.append((name, k.shape[2]))
-        return Times(name, 1.0 if k.shape[2] >= 40 else 3.0, 2.0)
+        int8 = 1.0 if k.shape[2] >= 40 else 3.0
+        return Times(name, {"int8": int8, "e4m3": int8 * {56: 0.96, 64: 0.94}.get(k.shape[2], 1.0)}, 2.0)
 
     def through(name, *args):
         assert name == "a kernel"
@@ -49,24 +53,21 @@ def operands(tokens=40):
     return tuple(torch.randn(batch, tokens, heads, width, generator=generator).transpose(1, 2) for _ in range(3))
 
 
-@pytest.mark.parametrize("tokens", [40, 24])
-def test_each_size_is_measured_once_and_served_by_what_is_faster(timed, tokens):
+@pytest.mark.parametrize("tokens, kind", [(40, "int8"), (24, None), (56, "int8"), (64, "e4m3")])
+def test_each_size_is_measured_once_and_served_by_what_is_faster(timed, tokens, kind):
     given = operands(tokens)
     y = attention_faster(*given, 0.3, "int8")
-    expected = (
-        layer8.attention8(*given, 0.3, "int8") if tokens == 40 else scaled_dot_product_attention(*given, scale=0.3)
-    )
-    assert torch.equal(y, expected) and y.transpose(1, 2).is_contiguous()
-    attention_faster(*operands(tokens), 0.3, "int8")
+    sixteen = scaled_dot_product_attention(*given, scale=0.3)
+    assert torch.equal(y, sixteen if kind is None else layer8.attention8(*given, 0.3, kind))
+    assert y.transpose(1, 2).is_contiguous()
+    attention_faster(*operands(tokens), 0.3, "e4m3")
     assert timed == [("a kernel", tokens)]
-    attention_faster(*given, 0.3, "e4m3")
-    assert len(timed) == 2
-    said = faster.lines_of(given[0].device, "int8")
-    times = "1.000" if tokens == 40 else "3.000"
-    assert said == [
-        f"2 x 3 heads of 16, {tokens} queries, {tokens} keys: in {8 if tokens == 40 else 16} bits "
-        f"(a kernel {times} ms, 16 bits 2.000 ms)"
-    ]
+    (said,) = faster.lines_of(given[0].device, "int8")
+    start = (
+        f"2 x 3 heads of 16, {tokens} queries, {tokens} keys: in {'16 bits' if kind is None else f'8 bits, {kind}'} "
+    )
+    assert said.startswith(start + f"(a kernel int8 {'3.000' if kind is None else '1.000'} ms, e4m3 ")
+    assert said.endswith(" ms, 16 bits 2.000 ms)")
 
 
 def test_where_no_kernel_serves_nothing_is_measured():
@@ -85,11 +86,11 @@ def test_the_verb_says_what_was_measured_and_takes_it_back(timed):
 
     right, before = run(), [one.processor for one in model.modules() if hasattr(one, "processor")]
     report = ptq4dm.optimize(model, compiled=False, attention="auto")
-    assert "attention of 2 layers in 8 bits (int8) where that is faster; nothing was measured yet" in str(report)
+    assert "attention of 2 layers in 8 bits where that is faster; nothing was measured yet" in str(report)
     y = run()  # 16 tokens: 16 bits
     assert torch.allclose(y, right, atol=1e-6) and len(timed) == 1
     assert "heads of 8, 16 queries, 16 keys: in 16 bits" in str(report)
-    faster.MEASURED.update({size: Times("a kernel", 1.0, 2.0) for size in faster.MEASURED})
+    faster.MEASURED.update({size: Times("a kernel", {"int8": 1.0, "e4m3": 1.0}, 2.0) for size in faster.MEASURED})
     assert 0 < ((run() - right).norm() / right.norm()).item() < 0.01
     report.undo()
     assert [one.processor for one in model.modules() if hasattr(one, "processor")] == before
@@ -125,9 +126,12 @@ def test_on_a_gpu_times_are_measured():
     q, k, v = (x.to("cuda", torch.bfloat16) for x in operands(700))
     y = attention_faster(q, k, v, 0.25, "int8")
     (times,) = faster.MEASURED.values()
-    assert times.kernel != layer8.REFERENCE and 0 < times.eight < 50 and 0 < times.sixteen < 50
+    assert times.kernel != layer8.REFERENCE and list(times.eight) == ["int8", "e4m3"]
+    assert all(0 < ms < 50 for ms in (*times.eight.values(), times.sixteen))
     right = scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.25)
-    assert ((y.double() - right).norm() / right.norm()).item() < (0.06 if times.faster else 0.01)
+    assert ((y.double() - right).norm() / right.norm()).item() < {None: 0.01, "int8": 0.06, "e4m3": 0.1}[
+        times.kind("int8")
+    ]
     graph = torch.cuda.CUDAGraph()
     faster.MEASURED.clear()
     with torch.cuda.graph(graph):

@@ -33,6 +33,7 @@ def in_8_bits(processor: Any, state: Attention8, name: str) -> Any:
     new = copy.copy(processor)
     new.__class__ = _derived(type(processor))
     new._attention8 = state, name, processor
+    new._kind8 = state.kind_of(name)
     return new
 
 
@@ -50,29 +51,36 @@ def _derived(kind: Any) -> Any:
 def _made(kind: Any) -> Any:
     @functools.wraps(kind.__call__)  # diffusers looks at the names of its arguments
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state, name, _ = self._attention8
+        state = self._attention8[0]
         if not state.active:
             return kind.__call__(self, *args, **kwargs)
+        # Code that is compiled counts nothing; if it knew the layer by its name, it would be of that layer alone.
+        name = "" if torch.compiler.is_compiling() and state.redirected is None else self._attention8[1]
         state.called(name)
         if kind is flux.PROCESSOR and state.redirected is None and (found := _of_flux(self, *args, **kwargs)):
             attn = args[0] if args else kwargs["attn"]
             compute = _op(state, name, kernel_name(attn.norm_q.weight.device, attn.head_dim))
-            return flux.attend(attn, compute, state.kind_of(name), *found)
-        with state.redirected(name) if state.redirected else Redirected(state, name):
+            return flux.attend(attn, compute, self._kind8, *found)
+        with state.redirected(name) if state.redirected else Redirected(state, name, self._kind8):
             return kind.__call__(self, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
 class Redirected(TorchFunctionMode):
-    """In this block scaled_dot_product_attention computes in 8 bits, where the op can; `state` counts both."""
+    """In this block scaled_dot_product_attention computes in 8 bits, where the op can; `state` counts both.
 
-    def __init__(self, state: Attention8, name: str) -> None:
+    kind: of the codes; the state's where it is None.
+    """
+
+    def __init__(self, state: Attention8, name: str, kind: str | None = None) -> None:
         super().__init__()
-        self.state, self.name = state, name
+        self.state, self.name, self.kind = state, name, kind or state.kind
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function is Tensor.unflatten:  # its own code torch.compile cannot follow in a mode
+            return torch.unflatten(*args, **kwargs)
         if function is not scaled_dot_product_attention:
             return function(*args, **kwargs)
         why = why_not(*args, **kwargs)
@@ -85,7 +93,7 @@ class Redirected(TorchFunctionMode):
         compute = _op(self.state, self.name, kernel_name(query.device, query.shape[-1]))
         scale = kwargs.get("scale")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return compute(query, key, value, scale, self.state.kind_of(self.name))
+        return compute(query, key, value, scale, self.kind)
 
 
 def _op(state: Attention8, name: str, kernel: str) -> Callable[..., Tensor]:

@@ -1,9 +1,12 @@
 """Attention of diffusers' models in 8 bits: who is served, what stays as it was, and what the report says."""
 
+import contextlib
+
 import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from ptq4dm import UserError, attention_errors, attention_in_8_bits
@@ -162,11 +165,11 @@ def test_compiled():
     assert relative(y, right) > 0 and relative(again, y) < 1e-5
 
 
-def flux():
+def flux(blocks=1):
     torch.manual_seed(0)
     model = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+        patch_size=1, in_channels=4, num_layers=blocks, num_single_layers=blocks, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     given = dict(hidden_states=torch.randn(1, 16, 4), encoder_hidden_states=torch.randn(1, 5, 8))
     places = dict(img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3))
@@ -191,6 +194,25 @@ def sd3():
     )  # fmt: skip
     given = dict(hidden_states=torch.randn(1, 4, 8, 8), encoder_hidden_states=torch.randn(1, 5, 32))
     return model, given | dict(pooled_projections=torch.randn(1, 64), timestep=torch.tensor([5]))
+
+
+@pytest.mark.parametrize("made", [lambda: flux(3), wan], ids=["flux", "wan"])
+@torch.no_grad()
+def test_blocks_are_compiled_as_often_as_without(made):
+    """Not once for each layer's name: of twenty blocks torch.compile would refuse all but eight."""
+    model, given = made()
+    model.eval()
+    counters, results = [], []
+    for context in (contextlib.nullcontext(), attention_in_8_bits(model)):
+        torch._dynamo.reset()
+        counters.append(CompileCounterWithBackend("eager"))
+        with context:
+            right = model(**given).sample
+            model.compile_repeated_blocks(fullgraph=True, backend=counters[-1])
+            results.append(relative(model(**given).sample, right))
+        for part in model.modules():
+            part._compiled_call_impl = None
+    assert counters[0].frame_count == counters[1].frame_count > 0 and max(results) < 1e-5
 
 
 @pytest.mark.parametrize("made", [flux, wan, sd3])

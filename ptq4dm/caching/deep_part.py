@@ -26,15 +26,15 @@ _serial = itertools.count()
 class Kept:
     """What the deep part gave in the latest calls. steps: of the sampler, of these calls, the latest first.
 
-    parts: for each tensor that the last unit gave [history, ...], the latest first, at fixed places, so that a graph
-        can read and write them.
+    parts: for each tensor that the last unit gave `history` of them, the latest first, at fixed places, so that a
+        graph can read and write them, in the order in memory that it has (channels last, where it is so).
     weights: [history] float32, what they are summed with.
     added: for each of them the argument of the first unit that it is added to; None: it stands for itself.
     forms: of what each unit gave. number: no other one has it.
     """
 
     steps: list[int] = field(default_factory=list)
-    parts: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)
     added: dict[int, Any] = field(default_factory=dict)
     forms: dict[int, Any] = field(default_factory=dict)
     structure: Any = None
@@ -43,7 +43,7 @@ class Kept:
 
     @property
     def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.parts.values())
+        return sum(one.numel() * one.element_size() for part in self.parts.values() for one in part)
 
 
 def under_way(*modules: nn.Module) -> DeepPart | None:
@@ -167,7 +167,7 @@ class DeepPart:
             value = leaf if key is None else leaf - self._given[key]
             place = kept.parts.get(k)
             if place is None:
-                place = kept.parts[k] = value.new_zeros((self.history, *value.shape))
+                place = kept.parts[k] = [torch.zeros_like(value) for _ in range(self.history)]
                 if self.history > 1:
                     kept.weights = torch.zeros(self.history, device=value.device)
             place[0].copy_(value)
@@ -189,7 +189,8 @@ class DeepPart:
             total = part[0].float() * kept.weights[0]
             for one, weight in zip(part[1:], kept.weights[1:], strict=True):
                 total = total + one * weight
-            return total.to(part.dtype) if key is None else self._given[key] + total.to(part.dtype)
+            total = total.to(part[0].dtype)
+            return total if key is None else self._given[key] + total
 
         leaves = [None] * kept.structure.num_leaves
         return kept.structure.unflatten([made(k) if k in kept.parts else leaf for k, leaf in enumerate(leaves)])

@@ -86,6 +86,39 @@ def test_a_network_is_itself_with_its_own_deep_part_at_every_depth(kind):
         cut(model, depth + 1)
 
 
+@pytest.mark.parametrize("history", [1, 3])
+def test_a_shallow_layer_is_given_its_input_in_the_order_that_it_had_in_memory(history):
+    """Kernels that take channels last would have to turn it around first."""
+    model = models.unet().to(memory_format=torch.channels_last)
+    part, kept, given = DeepPart(model, cut(model, 0), history), Kept(), []
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    count = len(model.up_blocks) - 1, len(model.up_blocks[-1].resnets) - 1
+    layer = "up_blocks.{}.resnets.{}".format(*count)
+    with torch.no_grad(), part.put_in(), hooked(model, before={layer: lambda _, args, kwargs: given.append(args[0])}):
+        part.computed(kept, 0, lambda: model(x, 5))
+        part.reused(kept, [1.0], lambda: model(x, 5))
+    assert torch.equal(*given) and given[0].stride() == given[1].stride()
+    assert given[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_unet_with_the_residuals_of_a_controlnet_reuses_too():
+    """They are added to what stands for the layers that are left out."""
+    model, x, text = models.conditional_unet(), torch.randn(2, 4, 8, 8), torch.randn(2, 3, 12)
+    control = diffusers.ControlNetModel.from_unet(model)
+    with torch.no_grad():
+        down, middle = control(x, 5, text, controlnet_cond=torch.randn(2, 3, 64, 64), return_dict=False)
+    more = dict(
+        down_block_additional_residuals=[torch.randn_like(one) for one in down],
+        mid_block_additional_residual=torch.randn_like(middle),
+    )
+    for depth in range(cut(model, 0).deepest + 1):
+        part, kept = DeepPart(model, cut(model, depth)), Kept()
+        with torch.no_grad(), part.put_in():
+            right = part.computed(kept, 0, lambda: model(x, 5, text, **more).sample)
+            found = part.reused(kept, [1.0], lambda: model(x, 5, text, **more).sample)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [ddpm, dit_pipe])
 def test_reuse_is_the_weighed_sum_of_what_the_deep_part_gave(make):
     pipe = make()

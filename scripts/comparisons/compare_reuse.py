@@ -236,7 +236,7 @@ def ahead(row: dict, rows: list[dict]) -> float | None:
 
 
 def in_the_same_time(row: dict, rows: list[dict], name: str) -> float | None:
-    """What fewer evaluations have in the time of a row that reuses, on a line between those measured; None outside."""
+    """What fewer evaluations have in the time of a row that reuses, on a line between those measured, else None."""
     plain = sorted((one["time"], one[name]) for one in rows if one["way"] == "fewer evaluations")
     if "depth" not in row or not plain or not plain[0][0] <= row["time"] <= plain[-1][0]:
         return None

@@ -2,8 +2,8 @@
 
     python scripts/comparisons/reuse_table.py
 
-Reads scripts/results/reuse-*-h200-depth-0.json (`compare_reuse.py`). A cell is time / PSNR / feature-FID; a plan's is
-bold where its feature-FID is below that of fewer evaluations in the same time, on a straight line between those measured.
+Reads scripts/results/reuse-*-h200-depth-0.json (`compare_reuse.py`). A cell is time / PSNR / feature-FID, the last
+bold where a plan's is below that of fewer evaluations in the same time, on a straight line between those measured.
 """
 
 from __future__ import annotations

@@ -135,8 +135,9 @@ def cached_steps(target: DiffusionPipeline, plan: StepPlan) -> Iterator[StepCach
     as before.
 
     Raises:
-        UserError: what is no pipeline, one with several schedulers, a model that is compiled as a whole or has no
-            deep part, a sampler with another number of evaluations, or a call with gradients enabled.
+        UserError: what is no pipeline, one with several schedulers, a model that is compiled as a whole, runs
+            through an engine or has no deep part, a sampler with another number of evaluations, or a call with
+            gradients enabled.
     """
     check(plan, StepPlan, "plan")
     name, models = cached_models(target)
@@ -162,6 +163,10 @@ def cached_models(target: Any) -> tuple[str, dict[str, nn.Module]]:
     for name, model in models.items():
         if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise UserError(f"'{name}' is compiled as a whole, so no part of it can be reused; compile its blocks.")
+        if getattr(vars(model).get("forward"), "computes_whole", False):
+            raise UserError(
+                f"'{name}' runs through an engine as a whole, so no part of it can be reused; unoptimize it."
+            )
         if getattr(model, "is_cache_enabled", False):
             raise UserError(f"'{name}' has a cache of diffusers already; end that with its disable_cache().")
     return names[0], models

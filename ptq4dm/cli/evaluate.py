@@ -26,6 +26,7 @@ from .options import (
     add_sampler,
     add_steps,
     check_idle,
+    check_optimize,
     conditioning_of,
     conditions,
     default_model,
@@ -69,6 +70,7 @@ def run(args) -> None:
         check_idle(args, idle, "the images of a folder are measured as they are")
         _run_images(args, config)
         return
+    check_optimize(args)
     model = default_model(args)
     if config.metric == "none" and not (args.full_precision or original_of(model)):
         check_name(model)

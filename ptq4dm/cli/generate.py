@@ -22,6 +22,7 @@ from .options import (
     add_reuse,
     add_sampler,
     add_steps,
+    check_optimize,
     conditioning_of,
     conditions,
     default_model,
@@ -55,6 +56,7 @@ def run(args) -> None:
     model = default_model(args)
     if args.num_images < 1:
         raise UserError(f"{args.num_images} images asked for; --num-images must be at least 1.")
+    check_optimize(args)
     seeds = seeds_of(range(args.seed, args.seed + args.num_images))
     picture = Path(args.picture or f"{args.output}.png")
     if os.path.realpath(picture.parent) == os.path.realpath(args.output):

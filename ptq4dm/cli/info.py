@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..inference import engines
 from ..inference.optimize import optimize
 from ..kernels.attention.layer8 import kernel_name
 from ..kernels.cpu import library
@@ -40,6 +41,7 @@ def add(parser) -> None:
 
 def run(args) -> None:
     model = default_model(args)
+    engines.check(args.engine, None, None, {})
     local = folder_of(model).is_dir()
     verified = verify(folder_of(model)) if args.verify and local else None  # loading stops at the first fault
     pipe = load(args, model)
@@ -69,7 +71,7 @@ def run(args) -> None:
         "compiled": compiled_kernels(network),
     }
     if verified is not None:
-        facts["verified"] = verified
+        facts |= {"verified": verified, "conversions": engines.saved_in(folder_of(model)) if local else {}}
     say(_text(facts))
     result(**facts)
 
@@ -182,6 +184,9 @@ def _text(facts: dict[str, Any]) -> str:
     lines.append(f"{'bytes':<13} of '{facts['component']}': {sizes}")
     for name, layers in facts.get("verified", {}).items():
         lines.append(f"{'verified':<13} {name or 'the model'}: {layers} layers and all else are as they were saved")
+    for name, (count, damaged) in facts.get("conversions", {}).items():
+        state = f"{damaged} damaged, which are made anew at their next use" if damaged else "all as they were saved"
+        lines.append(f"{'conversions':<13} by {name}: {count}, {state}")
     for name, one in facts["networks"].items():
         precision = "quantized" if one["quantized"] else "in full precision"
         precision += f" ({_options(one['recipe'])})" if one["recipe"] else ""

@@ -17,6 +17,7 @@ from ..calibration.collect import CalibrationConfig
 from ..calibration.store import CalibrationStore
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluateConfig
+from ..inference import engines
 from ..inference.optimize import optimize
 from ..inference.report import Optimized
 from ..pipelines.devices import DTYPES, check_device
@@ -99,16 +100,27 @@ def add_optimize(parser) -> None:
     parser.add_argument("--engine", help=text)
 
 
+def check_optimize(args) -> None:
+    """Before anything is loaded: flags of `add_optimize` and `add_reuse` that do not go together are a UserError."""
+    more = {"weight-cache": args.weight_cache, "attention": args.attention}
+    if not args.optimize and (name := next((name for name, value in more.items() if value is not None), "")):
+        raise UserError(f"--{name} is a part of --optimize; give both.")
+    engines.check(args.engine, None, None, {})
+    if args.engine and args.optimize:
+        raise UserError("--optimize is for PyTorch's own kernels; leave it out with --engine.")
+    if args.engine and args.reuse is not None:
+        raise UserError(
+            "--reuse is for PyTorch's own forward, and --engine computes a network whole; give one of them."
+        )
+    if args.reuse is not None and (share := _share(args.reuse)) is not None and not 0 <= share <= MOST_REUSE:
+        raise UserError(f"--reuse is a share of steps from 0 to {MOST_REUSE}, or a JSON file; got {args.reuse}.")
+
+
 def optimized(args, model, pipe) -> Optimized | None:
     """What `--optimize` and `--engine` make of a pipeline; None without them. An engine's conversions are saved in
     the model's folder, if it is a user's own."""
-    more = {"weight_cache": args.weight_cache, "attention": args.attention}
-    if not args.optimize and (name := next((name for name, value in more.items() if value is not None), "")):
-        raise UserError(f"--{name.replace('_', '-')} is a part of --optimize; give both.")
     if args.engine is None:
-        return optimize(pipe, **more) if args.optimize else None
-    if args.optimize:
-        raise UserError("--optimize is for PyTorch's own kernels; leave it out with --engine.")
+        return optimize(pipe, weight_cache=args.weight_cache, attention=args.attention) if args.optimize else None
     folder = folder_of(model)
     own = str(model) not in EMBEDDED and folder.is_dir() and os.access(folder, os.W_OK)
     return optimize(pipe, engine=args.engine, cache=folder / args.engine if own else None)
@@ -126,14 +138,18 @@ def reused(args, pipe, conditioning: dict) -> StepPlan | None:
     """The plan that `--reuse` names, or one made for this pipeline; None without it. conditioning: of `sample`."""
     if args.reuse is None:
         return None
-    try:
-        share = float(args.reuse)
-    except ValueError:
+    if (share := _share(args.reuse)) is None:
         return StepPlan.load(args.reuse)
-    if not 0 <= share <= MOST_REUSE:
-        raise UserError(f"--reuse is a share of steps from 0 to {MOST_REUSE}, or a JSON file; got {args.reuse}.")
     config = StepPlanConfig(num_inference_steps=steps_of(args, pipe), reuse=share)
     return plan_cached_steps(pipe, config, **conditioning)
+
+
+def _share(text: str) -> float | None:
+    """The number that a text is; None for the name of a file."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def conditions(args, optimized: bool, plan: StepPlan | None) -> dict[str, Any]:

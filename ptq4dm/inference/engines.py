@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,19 @@ class Engine:
 
     through: (model, precision or None, folder or None, kept) -> what takes the place of the model's forward. Raises
         UserError for a model that it cannot serve.
+    saved: a folder of conversions -> (how many it holds, how many of them are damaged).
     """
 
     library: str
     through: Callable[[nn.Module, str | None, Path | None, int], Graphed]
+    saved: Callable[[Path], tuple[int, int]]
 
 
-def check(engine: Any, precision: Any, cache: Any, others: Any) -> None:
-    """Raises UserError for an engine that nobody knows or has, and for options that do not go together."""
+def check(engine: Any, precision: Any, cache: Any, others: Mapping[str, Any]) -> None:
+    """Raises UserError for an engine that nobody knows or has, and for options that do not go together.
+
+    others: what `optimize` takes for PyTorch's own forward, and which values it was given.
+    """
     if precision is not None:
         dtype_between(precision)
     if engine is None:
@@ -46,8 +51,13 @@ def check(engine: Any, precision: Any, cache: Any, others: Any) -> None:
     library = ENGINES.find(engine).library
     if cache is not None and not isinstance(cache, (str, os.PathLike)):
         raise UserError(f"cache is a folder, or None; got {shown(cache)}.")
-    if others:
-        raise UserError("fused, compiled and graphs are for PyTorch's own forward; leave them out with an engine.")
+    if given := [name for name, value in others.items() if value is not None and value is not False]:
+        them = (
+            "is for PyTorch's own forward; leave it"
+            if len(given) == 1
+            else "are for PyTorch's own forward; leave them"
+        )
+        raise UserError(f"optimize: {' and '.join(given)} {them} out with an engine.")
     if importlib.util.find_spec(library) is None:
         raise UserError(f"engine '{engine}' is not installed: pip install 'ptq4dm[{library}]'.")
 
@@ -72,6 +82,12 @@ def check_model(called: str, model: nn.Module) -> None:
         vars(model)["forward"], Graphed
     ):
         raise UserError(f"the forward of {called} is another's already (a hook of accelerate); load it without.")
+
+
+def saved_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Engine -> (conversions, damaged ones) in a model's folder, for those that have saved any there."""
+    places = {name: folder / name for name in sorted(ENGINES)}
+    return {name: ENGINES.find(name).saved(place) for name, place in places.items() if place.is_dir()}
 
 
 def through(engine: str, model: nn.Module, precision: str | None, cache: Any, kept: int) -> Graphed:

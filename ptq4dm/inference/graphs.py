@@ -72,6 +72,9 @@ class Graph:
 class Graphed:
     """A network's forward through graphs. It takes the place of `forward` in the network's attributes."""
 
+    computes_whole = False
+    """Whether another library computes it, so that none of its modules is called."""
+
     def __init__(self, model: nn.Module, backend: Backend, kept: int = KEPT, compute: Callable | None = None) -> None:
         """compute: what the network computes by; None: its class's forward."""
         self.model, self.backend, self.kept = model, backend, kept

@@ -77,9 +77,8 @@ def optimize(
     kept = plain_number(kept)
     if type(kept) is not int or kept < 1:
         raise UserError(f"optimize: kept is a whole number from 1 on; got {shown(kept)}.")
-    engines.check(
-        engine, precision, cache, fused or compiled or graphs or weight_cache is not None or attention is not None
-    )
+    others = {"fused": fused, "compiled": compiled, "graphs": graphs, "weight_cache": weight_cache}
+    engines.check(engine, precision, cache, others | {"attention": attention})
     budget = None if weight_cache is None else bytes_of(weight_cache)
     if attention is not None and not (isinstance(attention, str) and attention == "auto"):
         raise UserError(f'optimize: attention is "auto", or None for attention as it is; got {shown(attention)}.')

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
 from ptq4dm.calibration.record import named
+from ptq4dm.inference.openvino.processor import sums_fit
 
 
 def normal(*shape, seed=0, scale=1.0, dtype=torch.float32):
@@ -65,7 +66,6 @@ def crossed(names, *axes, of=2):
     return pytest.mark.parametrize(names, found, ids=lambda value: str(value).replace(" ", ""))
 
 
-# Before VNNI two products of 8-bit integers are added in 16 bits.
 needs_vnni = pytest.mark.skipif(
-    not torch.cpu._is_vnni_supported(), reason="OpenVINO's products of 8-bit integers overflow on a CPU without VNNI"
+    not sums_fit(), reason="OpenVINO's products of 8-bit integers overflow on a CPU without VNNI"
 )

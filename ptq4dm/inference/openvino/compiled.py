@@ -96,15 +96,18 @@ class Compiled:
 
 
 def product_lines(layers: Layers, compiled: Compiled) -> list[str]:
-    """How many quantized layers run in products of integers, by which kernels; and by name those that do not."""
+    """How many quantized layers run in products of integers, by which kernels; how many do not, and why."""
     products = compiled.products(layers)
     integer = [name for name in layers if products.get(name, ("", ""))[0] in INTEGERS]
     kernels = ", ".join(sorted({products[name][1] for name in integer}))
     lines = [f"{len(integer)} of {len(layers)} quantized layers in products of int8" + (kernels and f": {kernels}")]
     if unpacked := compiled.unpacked():
         lines.append(f"{unpacked} products unpack weights of 4 bits")
-    why = {True: "though its plan is of integers", False: "as its plan has inputs of floats, or scales of groups"}
-    for name, (_, form) in layers.items():
-        if name not in integer:
-            lines.append(f"'{name}' runs in floats, {why[form.integer]}")
+    for planned, why in ((True, "though {} of integers"), (False, "as {} inputs of floats, or scales of groups")):
+        floats = [name for name, (_, form) in layers.items() if name not in integer and form.integer == planned]
+        if len(floats) == 1:
+            lines.append(f"'{floats[0]}' runs in floats, {why.format('its plan is' if planned else 'its plan has')}")
+        elif floats:
+            told = why.format("their plans are" if planned else "their plans have")
+            lines.append(f"{len(floats)} layers run in floats, {told}; the first is '{floats[0]}'")
     return lines

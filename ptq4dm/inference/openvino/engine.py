@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ...errors import UserError
+from ...errors import DamagedFile, UserError
+from ...progress import note
 from ..blocks import plain_forward
 from ..engines import ENGINES, Engine
 from ..graphs import KEPT, Graphed
 from ..watch import Unwatched, Watch, hooked
 from .call_form import batch_of, form_of_call, tensors_in
 from .compiled import Compiled, has_bfloat16, installed, product_lines
-from .saved import place_of, read, write
-from .tracing import converted, served_layers
+from .processor import check_sums
+from .saved import count_saved, place_of, read, write
+from .tracing import Layers, converted, served_layers
 
 FAR = 1e-2  # of |e|^2: what a converted model may differ by; rounding what lies between layers makes 1e-4 of it
 
@@ -44,15 +46,18 @@ class Served:
 class ThroughOpenVINO(Graphed):
     """It takes the place of `forward` in a network's attributes."""
 
+    computes_whole = True
+
     def __init__(self, model: nn.Module, precision: str, folder: Path | None = None, kept: int = KEPT) -> None:
         """precision: "float32" or "bfloat16", of what is not quantized. folder: where conversions are saved.
-        kept: so many forms and batches are kept. Raises UserError for a model with layers that OpenVINO cannot serve.
+        kept: so many forms and batches are kept. Raises UserError for a model with layers that OpenVINO cannot serve,
+        or not on this processor.
         """
         super().__init__(model, None, kept)  # type: ignore[arg-type]  # nothing is captured
         self.precision, self.folder = precision, folder
-        self.layers = served_layers(model)
+        self.layers = _checked_layers(model)
         self.conversions: dict[Any, Any] = {}
-        self.converted = self.loaded = 0
+        self.converted = self.loaded = self.damaged = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.lock:
@@ -66,7 +71,7 @@ class ThroughOpenVINO(Graphed):
                 return self._as_it_is(form, args, kwargs)
             if self.watch is not None and not (untouched or self.watch.unchanged()):
                 self._model_changed()
-                self.layers = served_layers(self.model)
+                self.layers = _checked_layers(self.model)
             key = form, batch_of(tensors_in(leaves))
             found: Any = self.graphs.get(key)
             if found is None:
@@ -108,12 +113,9 @@ class ThroughOpenVINO(Graphed):
                 made = self._convert(call, tensors)
                 compiled, difference = self._compared(made, tensors, expected)
         if not difference <= FAR:
-            vnni = (
-                "" if torch.cpu._is_vnni_supported() else "; products of 8-bit integers overflow there without VNNI"
-            )
             raise UserError(
                 f"what OpenVINO made of {type(self.model).__name__} gives something else than the model itself "
-                f"(|difference|^2 is {difference:.1e} of |output|^2{vnni}); run it by its own kernels."
+                f"(|difference|^2 is {difference:.1e} of |output|^2); run it by its own kernels."
             )
         self.conversions[form] = made
         self.captures += 1
@@ -132,7 +134,13 @@ class ThroughOpenVINO(Graphed):
         if self.folder is None:
             return self._convert(call, tensors)
         place = place_of(self.folder, self.model, form)
-        if (made := read(place)) is not None:
+        try:
+            made = read(place)
+        except DamagedFile as error:
+            note(f"{error} The conversion is made anew.")
+            made = None
+            self.damaged += 1
+        if made is not None:
             self.loaded += 1
             return made
         made = self._convert(call, tensors)
@@ -168,8 +176,9 @@ class ThroughOpenVINO(Graphed):
             lines += product_lines(self.layers, served[-1].compiled)
         if served:
             most = max(one.difference for one in served)
+            damaged = f", {self.damaged} damaged and made anew" if self.damaged else ""
             lines.append(
-                f"{self.converted} conversions, {self.loaded} loaded, compiled for {len(served)} shapes, "
+                f"{self.converted} conversions, {self.loaded} loaded{damaged}, compiled for {len(served)} shapes, "
                 f"{self.replays} calls; the first differed from the model's own by {most:.1e} of |e|^2"
             )
         else:
@@ -180,6 +189,12 @@ class ThroughOpenVINO(Graphed):
 def _first(error: Exception) -> str:
     """The first words of another library's message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _checked_layers(model: nn.Module) -> Layers:
+    layers = served_layers(model)
+    check_sums(layers)
+    return layers
 
 
 def _outputs(result: Any) -> tuple[list[Tensor], list[Any]]:
@@ -202,4 +217,4 @@ def _through(model: nn.Module, precision: str | None, folder: Path | None, kept:
     return ThroughOpenVINO(model, precision or ("bfloat16" if has_bfloat16() else "float32"), folder, kept)
 
 
-ENGINES.add("openvino", Engine("openvino", _through))
+ENGINES.add("openvino", Engine("openvino", _through, count_saved))

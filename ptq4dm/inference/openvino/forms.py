@@ -52,6 +52,13 @@ class Weight:
     zeros: Tensor | None = None
     bits: int = 8
 
+    def largest(self) -> int:
+        """The largest |code - zero|."""
+        codes = self.codes.flatten(1).unflatten(1, (self.scales.shape[1], -1)).short()
+        if self.zeros is not None:
+            codes = codes - self.zeros.short().unsqueeze(-1)
+        return int(codes.abs().max())
+
     def dequantized(self) -> Tensor:
         """float32, of the codes' shape."""
         codes = self.codes.float().flatten(1).unflatten(1, (self.scales.shape[1], -1))

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import types
 
 import diffusers
 import pytest
@@ -28,6 +29,16 @@ def graphs(monkeypatch):
     """Graphs on the CPU."""
     monkeypatch.setattr(steps, "has_graphs", lambda device: True)
     monkeypatch.setattr(steps, "backend", TracedGraphs)
+
+
+def test_an_engine_computes_a_network_whole(monkeypatch):
+    """So it is refused before anything is planned or sampled."""
+    pipe = unet_pipe()
+    monkeypatch.setitem(pipe.unet.__dict__, "forward", types.SimpleNamespace(computes_whole=True))
+    with pytest.raises(UserError, match="'unet' runs through an engine as a whole"):
+        ptq4dm.plan_cached_steps(pipe, CONFIG)
+    with pytest.raises(UserError, match="unoptimize it"), ptq4dm.cached_steps(pipe, PLAN):
+        pass
 
 
 def quiet(pipe):

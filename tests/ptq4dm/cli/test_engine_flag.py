@@ -10,6 +10,7 @@ from helpers import needs_vnni
 from models import pixel_dit
 from ptq4dm import PixelDiTPipeline
 from ptq4dm.cli.main import main
+from ptq4dm.inference.openvino import processor
 
 pytest.importorskip("openvino")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,3 +56,28 @@ def test_info_names_what_each_product_runs_in(model, capsys):
     assert len(layers) > 10 and all(row["kernel"].startswith(("openvino i8 ", "openvino u8 ")) for row in layers)
     assert main(["info", "--model", str(model), "--engine", "openvin"]) == 2
     assert "engine 'openvin' is unknown" in capsys.readouterr().err
+
+
+WRONG = {
+    "--engine openvino --reuse 0.4": "--reuse is for PyTorch's own forward",
+    "--engine openvino --optimize": "leave it out with --engine",
+    "--engine openvin": "engine 'openvin' is unknown",
+    "--reuse 7": "--reuse is a share of steps from 0 to",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_flags_that_do_not_go_together_are_refused_before_loading(flags, capsys, monkeypatch):
+    for verb in ("generate", "evaluate"):
+        monkeypatch.setattr(f"ptq4dm.cli.{verb}.load", lambda *_: pytest.fail("it was loaded"))
+        assert main([verb, "--model", "unet-cifar10", *flags.split()]) == 2
+        assert WRONG[flags] in capsys.readouterr().err
+
+
+def test_a_processor_whose_products_overflow_is_told_and_conversions_are_verified(model, capsys, monkeypatch):
+    monkeypatch.setattr(processor, "sums_fit", lambda: False)
+    assert main(["info", "--model", str(model), "--engine", "openvino"]) == 2
+    assert "none of AVX512-VNNI, AVX-VNNI and AMX" in capsys.readouterr().err
+    (model / "openvino" / ("a" * 32)).mkdir(parents=True)
+    assert main(["info", "--model", str(model), "--verify"]) == 0
+    assert "conversions   by openvino: 1, 1 damaged, which are made anew at their next use" in capsys.readouterr().out

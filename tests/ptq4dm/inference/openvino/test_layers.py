@@ -12,6 +12,7 @@ from ptq4dm.layers.registry import quantized_copy
 
 openvino = pytest.importorskip("openvino")
 
+from ptq4dm.inference.openvino import processor  # noqa: E402
 from ptq4dm.inference.openvino.engine import ThroughOpenVINO  # noqa: E402
 from ptq4dm.inference.openvino.forms import form_of  # noqa: E402
 from ptq4dm.kernels.w8a8 import reference  # noqa: E402
@@ -42,6 +43,12 @@ CONV = {
     "progressive": ProgressivePlan(group_size=32),
     "progressive turned": ProgressivePlan(group_size=64, rotation=16),
 }
+
+
+@pytest.fixture
+def sums_fit(monkeypatch):
+    """The processor adds products of bytes in 32 bits, or is believed to: these inputs leave no large sums."""
+    monkeypatch.setattr(processor, "sums_fit", lambda: True)
 
 
 class Net(nn.Module):
@@ -118,6 +125,15 @@ def test_layers_in_floats_are_told_by_name(plan):
     assert "1 products unpack weights of 4 bits" in said
 
 
+def test_many_layers_in_floats_are_told_in_one_line():
+    layers = [quantized_copy(nn.Linear(64, 64), Int4Plan(group_size=32), "layer") for _ in range(3)]
+    _, engine = through(nn.Sequential(*layers), torch.randn(2, 64))
+    (said,) = [line for line in engine.lines() if "in floats" in line]
+    assert said == (
+        "3 layers run in floats, as their plans have inputs of floats, or scales of groups; the first is 'layer.0'"
+    )
+
+
 @needs_vnni
 def test_grouped_convolutions():
     layer, x = conv(LayerPlan(**STATIC), groups=4)
@@ -159,13 +175,13 @@ def values(constant):
     return np.where(nibbles > 7, nibbles - 16, nibbles)
 
 
-def test_dynamic_scales_of_zeros():
+def test_dynamic_scales_of_zeros(sums_fit):
     layer, x = linear(LayerPlan())
     y, _ = through(layer, torch.zeros_like(x))
     assert close(y, layer.bias.expand_as(y))
 
 
-def test_bfloat16_around():
+def test_bfloat16_around(sums_fit):
     layer, x = linear(LayerPlan(**STATIC))
     y, engine = through(layer, x, "bfloat16")
     assert float((y - truth(layer, x)).square().sum() / y.square().sum()) < 1e-4

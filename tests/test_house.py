@@ -246,6 +246,13 @@ def test_every_folder_says_in_one_line_what_it_is():
         assert first.endswith(".") and (not rest or not rest[0].strip()), f"{path.relative_to(ROOT)}: {first}"
 
 
+def test_what_takes_a_gpu_where_there_is_one_is_marked_so():
+    """Or `pytest -m gpu`, and compute-sanitizer, would pass it by."""
+    taking = [path for path in (ROOT / "tests").rglob("test_*.py") if '"cuda" if' in path.read_text()]
+    taking.remove(Path(__file__))
+    assert len(taking) > 5 and not [path.name for path in taking if "pytest.mark.gpu" not in path.read_text()]
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_folder_is_a_heap(room):
     heaps = {

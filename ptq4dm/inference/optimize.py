@@ -19,27 +19,16 @@ import torch
 from torch import nn
 
 from ..annotations import plain_number
-from ..attention.faster import FasterAttention
 from ..checks import shown
 from ..errors import UserError
 from ..hooks import check_settled
-from ..layers.fusing.cpu import has_between, has_bfloat16, runs_fused_on_cpu
-from ..layers.fusing.fuse import fuse, is_fused, unfuse
 from ..pipelines.denoiser import check_pipeline, denoiser_names, turn_at
 from ..undo import whole_or_not
-from . import engines, kept_memory
-from .blocks import (
-    as_a_whole,
-    compile_blocks,
-    compiled_whole,
-    plain_forward,
-    repeated_blocks,
-    uncompile_blocks,
-    why_not_on_cpu,
-)
-from .graphs import KEPT, Backend, Graphed
+from . import engines, kept_memory, steps
+from .blocks import why_not_on_cpu
+from .graphs import KEPT
 from .report import Optimized, OptimizedModel
-from .weight_cache import Refreshed, WeightCache, bytes_of, keep_weights
+from .weight_cache import bytes_of, keep_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -139,7 +128,7 @@ def _check(name: str, model: nn.Module, graphs: bool | None, precision: str | No
     check_settled(model)
     if hasattr(model, "_orig_mod"):
         raise UserError(f"{called} is compiled as a whole; load it anew, and optimize it without.")
-    if graphs and not has_graphs(_device(model)):
+    if graphs and not steps.has_graphs(_device(model)):
         raise UserError(
             f"{called} is on {_device(model)}, and graphs are CUDA's; leave graphs out, or move it to a GPU."
         )
@@ -163,22 +152,22 @@ def _optimized(
         report.models[name] = one = OptimizedModel(model, _device(model))
         on_gpu = one.device.type == "cuda"
         if fused is not False:
-            _fuse(one, precision)
+            steps.fuse_modules(one, precision)
         if one.device.type == "cpu" and kept_memory.can_keep():
             kept_memory.keep()
             one.takes_back.append(kept_memory.release)
             one.keeps_memory = True
         if attention is not None:
-            _attention(one)
+            steps.choose_attention(one)
         why = "" if on_gpu or compiled is not None else why_not_on_cpu(model)
         if why:
             one.left["blocks"] = why
         elif compiled is not False:
-            _compile(one)
+            steps.compile_network(one)
         if budget is not None:
-            _keep(one, caches.get(name))
-        if has_graphs(one.device) if graphs is None else graphs:
-            _graphs(one, kept)
+            steps.keep_weights_of(one, caches.get(name))
+        if steps.has_graphs(one.device) if graphs is None else graphs:
+            steps.replay_calls(one, kept)
         elif graphs is None:
             one.left["graphs"] = f"there are none on {one.device}"
         _note(one)
@@ -191,112 +180,9 @@ def _through(engine: str, models: dict[str, nn.Module], precision: str | None, c
         _undo(model)
         report.models[name] = one = OptimizedModel(model, _device(model))
         _note(one)
-        if _forward_is_taken(one, "the engine"):  # engines.check_model has refused all but a copy's own
+        if steps.forward_is_taken(one, "the engine"):  # engines.check_model has refused all but a copy's own
             continue
         one.through = through = engines.through(engine, model, precision, cache, kept)
-        _put(one, through)
+        steps.put(one, through)
         one.takes_back.append(through.clear)
     return report
-
-
-def _fuse(one: OptimizedModel, precision: str | None) -> None:
-    if any(is_fused(module) for module in one.model.modules()):
-        one.left["fusing"] = "it is fused already"
-        return
-    asked = precision
-    if precision is None:
-        precision = "bfloat16" if one.device.type == "cpu" and has_bfloat16() else "float32"
-    one.fused = fuse(one.model, precision)
-    if one.device.type == "cpu":
-        if not runs_fused_on_cpu(one.model):  # of kinds that are fused on a GPU alone
-            unfuse(one.model)
-            one.fused = None
-            if asked is not None:
-                one.left["precision"] = "no module of it is fused on this CPU"
-            return
-        if has_between(one.model):
-            one.precision = precision
-        elif asked is not None:
-            one.left["precision"] = "its fused modules hand on codes and float32 alone"
-    one.takes_back.append(lambda: unfuse(one.model))
-
-
-def _attention(one: OptimizedModel) -> None:
-    try:
-        one.attention = FasterAttention(one.model)
-    except ValueError as error:
-        one.left["attention"] = str(error)
-    else:
-        one.takes_back.append(one.attention.undo)
-
-
-def _compile(one: OptimizedModel) -> None:
-    blocks = repeated_blocks(one.model)
-    if any(module._compiled_call_impl is not None for module in one.model.modules()):
-        one.left["blocks"] = "some are compiled already"
-    elif as_a_whole(one.model):
-        if not _forward_is_taken(one, "compiling"):
-            one.whole = compiled_whole(one.model)
-            _put(one, one.whole)
-    elif not blocks:
-        one.left["blocks"] = "no class of blocks is repeated"
-    else:
-        compile_blocks(blocks)
-        one.blocks = blocks
-        one.takes_back.append(lambda: uncompile_blocks(blocks))
-
-
-def _keep(one: OptimizedModel, cache: WeightCache | None) -> None:
-    if cache is None:
-        one.left["weight_cache"] = "no layer unpacks a weight to 8 bits in its calls"
-    elif _forward_is_taken(one, "weight_cache"):
-        cache.clear()
-    else:
-        one.cache = cache
-        one.takes_back.append(cache.clear)
-        _put(one, Refreshed(one.model, cache, one.compute))
-
-
-def _graphs(one: OptimizedModel, kept: int) -> None:
-    if _forward_is_taken(one, "graphs"):
-        return
-    graphed = one.graphed = Graphed(one.model, backend(one.device), kept, one.compute)
-    _put(one, graphed)
-    one.takes_back.append(graphed.clear)
-
-
-def _forward_is_taken(one: OptimizedModel, what: str) -> bool:
-    """Whether somebody else has put a function in the place of the network's forward; then that is said."""
-    now = vars(one.model).get("forward")
-    if now == plain_forward(one.model):  # a copy of an optimized network has it
-        del one.model.forward
-    elif now is not None and now is not one.compute:
-        one.left[what] = "its forward is another's already (a hook of accelerate)"
-        return True
-    return False
-
-
-def _put(one: OptimizedModel, forward: Any) -> None:
-    """Let the network compute by this, until it is taken back."""
-    before = vars(one.model).get("forward")
-    one.model.forward = one.compute = forward
-
-    def back() -> None:
-        if vars(one.model).get("forward") is forward:
-            del one.model.forward
-            if before is not None:
-                one.model.forward = before
-
-    one.takes_back.append(back)
-
-
-def has_graphs(device: torch.device) -> bool:
-    """Whether calls can be replayed there."""
-    return device.type == "cuda"
-
-
-def backend(device: torch.device) -> Backend:
-    """What captures graphs there."""
-    from .cuda_graphs import CudaGraphs
-
-    return CudaGraphs(device)

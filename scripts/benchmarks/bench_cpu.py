@@ -5,8 +5,9 @@
 Candidates take turns, so that whatever else the machine does falls on all of them; a ratio is that of medians. NNCF
 and OpenVINO are candidates where they are installed. Errors are |e_q - e|^2 / |e|^2, to the float32 model's output e,
 on calls of held-out seeds in more steps than those of calibration; "low" is the mean of those below the lowest
-timestep that calibration saw. Every error and every round is written when it is known: a run that is stopped goes on
-where it was, and a table is printed of what there is.
+timestep that calibration saw. Times come first, then errors; every round and every error is written when it is known:
+a run that is stopped goes on where it was, and a table is printed of what there is. With --seconds no candidate is
+made in the second half of them, and those that are not made are named.
 """
 
 from __future__ import annotations
@@ -61,11 +62,7 @@ def main():
     rows = Rows(args.output, settings, {"kind": str})
 
     subject = subject_of(args.model, args.nncf_rows)
-    runs = made(subject, args.groups)
-    for name, call in runs.items():
-        known = any(row["kind"] == "error" and row["candidate"] == name for row in rows)
-        if not known and "compiled" not in name:  # compiled for each shape anew, and what it computes is the same
-            rows.add({"kind": "error", "candidate": name, **errors(call, runs[FIRST], subject)})
+    runs = made(subject, args.groups, begin + args.seconds / 2)
     warm = set()
     for i in range(args.rounds):
         for batch in args.batch_sizes:
@@ -78,14 +75,22 @@ def main():
             warm.add(batch)
             turns = {name: (call, row, CLOCKS[args.clock]) for name, call in runs.items()}
             rows.add({"kind": "round", "batch": batch, "ms": {name: timed(*one) for name, one in turns.items()}})
+    exact = [runs[FIRST](row) for row in subject.held_out]
+    for name, call in runs.items():
+        known = any(row["kind"] == "error" and row["candidate"] == name for row in rows)
+        if not known and "compiled" not in name:  # compiled for each shape anew, and what it computes is the same
+            rows.add({"kind": "error", "candidate": name, **errors(call, exact, subject)})
     print(table(rows))
 
 
-def made(subject: Subject, groups: list[str]) -> dict[str, Run]:
-    """The candidates that can be made; what cannot is named on stderr."""
+def made(subject: Subject, groups: list[str], until: float) -> dict[str, Run]:
+    """The candidates that can be made, none begun after `until`; what is not made is named on stderr."""
     runs: dict[str, Run] = {}
     for name, make in candidates(subject, groups):
         begin = time.monotonic()
+        if begin > until:
+            print(f"left out: {name}: half of the time is over", file=sys.stderr, flush=True)
+            continue
         try:
             runs[name] = make()
             runs[name](subject.held_out[0])
@@ -103,9 +108,9 @@ def timed(call: Run, row: Row, clock: Callable[[], float]) -> float:
     return (clock() - begin) * 1e3
 
 
-def errors(call: Run, exact: Run, subject: Subject) -> dict[str, float]:
+def errors(call: Run, exact: list[torch.Tensor], subject: Subject) -> dict[str, float]:
     """The median and the mean over held-out calls, and the mean over those below the lowest calibrated time."""
-    pairs = [(call(row), exact(row), float(row[1].max())) for row in subject.held_out]
+    pairs = [(call(row), b, float(row[1].max())) for row, b in zip(subject.held_out, exact, strict=True)]
     found = [(float((a - b).square().sum() / b.square().sum()), at) for a, b, at in pairs]
     every = [error for error, _ in found]
     low = [error for error, at in found if at < subject.lowest]
@@ -125,7 +130,7 @@ def table(rows: list[dict]) -> str:
             "|---" * 6 + "|",
         ]
         base = statistics.median(one[FIRST] for one in times)
-        for name in times[0]:
+        for name in dict.fromkeys(name for one in times for name in one):
             spent = statistics.median(one[name] for one in times if name in one)
             found = error_of.get(name)
             parts = (

@@ -230,11 +230,17 @@ def table(rows: list[dict]) -> str:
 
 
 def ahead(row: dict, rows: list[dict]) -> float | None:
-    """PSNR of a row that reuses, less that of fewer evaluations in its time, on a line between those measured."""
-    plain = sorted((one["time"], one["psnr"]) for one in rows if one["way"] == "fewer evaluations")
+    """PSNR of a row that reuses, less that of fewer evaluations in its time."""
+    other = in_the_same_time(row, rows, "psnr")
+    return None if other is None else row["psnr"] - other
+
+
+def in_the_same_time(row: dict, rows: list[dict], name: str) -> float | None:
+    """What fewer evaluations have in the time of a row that reuses, on a line between those measured, else None."""
+    plain = sorted((one["time"], one[name]) for one in rows if one["way"] == "fewer evaluations")
     if "depth" not in row or not plain or not plain[0][0] <= row["time"] <= plain[-1][0]:
         return None
-    return row["psnr"] - float(np.interp(row["time"], *zip(*plain, strict=True)))
+    return float(np.interp(row["time"], *zip(*plain, strict=True)))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -21,7 +21,12 @@ from statistics import mean
 from ptq4dm.errors import run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-MODELS = {"unet-cifar10": "UNet", "dit-cifar10": "DiT", "flow-dit-cifar10": "flow DiT"}
+MODELS = {
+    "unet-cifar10": "UNet",
+    "dit-cifar10": "DiT",
+    "flow-dit-cifar10": "flow DiT",
+    "flow-dit-large-cifar10": "large flow DiT",
+}
 BUDGETS = (4, 5, 6, 8, 10, 20)
 KINDS = ("fitted", "ours", "diffusers")
 FOLLOWS = "fitted, follows full precision"
@@ -58,6 +63,12 @@ def rows_of(model: str, quantized: bool = False, folder: Path = RESULTS) -> Foun
     return {name: found[name] for name in sorted(found, key=lambda name: (KINDS.index(kind_of(name)), name))}
 
 
+def runs_of(quantized: bool) -> dict[str, tuple[str, Found]]:
+    """Model -> (label, what was measured), of the models that rows are of."""
+    runs = {model: (label, rows_of(model, quantized)) for model, label in MODELS.items()}
+    return {model: run for model, run in runs.items() if run[1]}
+
+
 def kind_of(sampler: str) -> str:
     """Of KINDS; "ours" are those that --sampler takes by name."""
     return next((kind for kind in ("fitted", "diffusers") if sampler.startswith(kind)), "ours")
@@ -86,8 +97,7 @@ def best_table() -> list[list[str]]:
     """A line for a model, in a cell the best of each kind over the seeds that all of them have, the lowest bold."""
     lines = [["fitted / ours / diffusers'", *map(str, BUDGETS)]]
     for quantized in (False, True):
-        for model, label in MODELS.items():
-            found = rows_of(model, quantized)
+        for label, found in runs_of(quantized).values():
             cells = []
             for budget in BUDGETS:
                 means = best_means(found, budget)
@@ -102,8 +112,7 @@ def best_table() -> list[list[str]]:
 def seeds_table(quantized: bool) -> list[list[str]]:
     """A line for a sampler: the mean of the seeds ± half of their reach; the lowest of a model's column bold."""
     lines = [["", "sampler", *map(str, BUDGETS)]]
-    for model, label in MODELS.items():
-        found = rows_of(model, quantized)
+    for label, found in runs_of(quantized).values():
         rows = {name: found[name] for name in found if set(found[name]) & set(BUDGETS)}
         low = {budget: best(rows, budget) for budget in BUDGETS}
         for place, name in enumerate(rows):
@@ -125,8 +134,7 @@ def figure(seeds: dict[int, float], low: dict[int, float]) -> str:
 def gains_table() -> list[list[str]]:
     """By how much feature-FID is lower, from the least to the most of the seeds; below 0 it is higher."""
     lines = [["", "", *map(str, BUDGETS)]]
-    for model, label in MODELS.items():
-        found = rows_of(model)
+    for label, found in runs_of(False).values():
         for one, other in (("fitted", "ours"), ("fitted", "diffusers"), ("ours", "diffusers")):
             cells = []
             for budget in BUDGETS:
@@ -144,8 +152,7 @@ def fifty_table() -> list[list[str]]:
     """10 evaluations of the default, our best by name and a fit, as ratios to 50 of DDIM; seed 0 alone has 50."""
     lines = [["seed 0", "DDIM, 50", *(one for name in TEN for one in (name, "ratio"))]]
     for quantized in (False, True):
-        for model, label in MODELS.items():
-            found = rows_of(model, quantized)
+        for model, (label, found) in runs_of(quantized).items():
             ours = {name: rows[10][0] for name, rows in found.items() if kind_of(name) == "ours" and 10 in rows}
             first = min(ours, key=ours.__getitem__)
             fit = found[FOLLOWS if quantized else "fitted"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +21,32 @@ MOST = 10_000  # images; each is kept as latents or pixels
 def pictures_of(images: str | os.PathLike | Sequence[str | os.PathLike] | Tensor) -> list[Tensor]:
     """uint8 [3, H, W] each, from a folder, from paths, or from a tensor uint8 [N, 3, H, W].
 
-    Raises UserError where there are none, too many, or one that cannot be read.
+    Raises UserError where there are none, too many, or one that cannot be read, and for a folder of several folders
+    of images, as of classes: they are of one thing.
     """
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise UserError(f"images as a tensor are uint8 [N, 3, H, W]; got {images.dtype} {list(images.shape)}.")
         found = list(images.cpu())
     else:
-        paths = list_images(images) if isinstance(images, (str, os.PathLike)) else list(images)
+        paths = _of_one_folder(images) if isinstance(images, (str, os.PathLike)) else list(images)
         if len(paths) > MOST:
             raise UserError(f"{len(paths)} images are more than the {MOST} that are looked at; give fewer.")
         found = [load_image(path) for path in paths]
     if not found:
         raise UserError("there are no images to learn from.")
     return found
+
+
+def _of_one_folder(folder: str | os.PathLike) -> list[Path]:
+    paths = list_images(folder)
+    parents = sorted({str(path.parent) for path in paths})
+    if len(parents) > 1:
+        raise UserError(
+            f"{os.fspath(folder)} has images in {len(parents)} folders, such as {parents[0]} and {parents[1]}, and "
+            "what is learned is of one; give that folder, or a list of paths."
+        )
+    return paths
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from ptq4dm.kernels.lut import planes, unpack  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] * CUDA
 SIXTEEN = [torch.float16, torch.bfloat16] if CUDA else [torch.float16]
 # N, K, group, bits, offsets: whole tiles and parts of them, words that are not full, units of one, two and four words
 CASES = [

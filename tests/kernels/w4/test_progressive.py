@@ -74,9 +74,11 @@ def test_steps_in_floats_are_another_method():
         progressive.progressive_codes(packed(codes), steps.repeat(1, 8), zeros.repeat(1, 8), 128)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(device):
     """Shapes and types as torch.compile is told them; outputs are new tensors."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     codes, steps, zeros = progressive_weight(8, 256, 2)
     weight = [one.to(device) for one in (packed(codes), steps, zeros)]
     x, scales, bias = (normal(*size).to(device) for size in ((2, 3, 256), (8,), (8,)))

@@ -13,8 +13,7 @@ from ptq4dm import StepPlanConfig, UserError
 from ptq4dm.caching.cut import cut
 from ptq4dm.caching.deep_part import DeepPart, Kept, reuse_of, under_way
 from ptq4dm.caching.step_plan import plain_plan
-from ptq4dm.inference import blocks
-from ptq4dm.inference import optimize as verb
+from ptq4dm.inference import blocks, steps
 from ptq4dm.samplers import DEISScheduler
 from traced_graphs import TracedGraphs
 
@@ -27,8 +26,8 @@ NEEDS_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 @pytest.fixture
 def graphs(monkeypatch):
     """Graphs on the CPU."""
-    monkeypatch.setattr(verb, "has_graphs", lambda device: True)
-    monkeypatch.setattr(verb, "backend", TracedGraphs)
+    monkeypatch.setattr(steps, "has_graphs", lambda device: True)
+    monkeypatch.setattr(steps, "backend", TracedGraphs)
 
 
 def quiet(pipe):

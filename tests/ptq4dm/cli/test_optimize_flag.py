@@ -11,6 +11,7 @@ from ptq4dm import PixelDiTPipeline
 from ptq4dm.caching.step_plan import StepPlan
 from ptq4dm.cli.main import main
 from ptq4dm.inference import optimize as verb
+from ptq4dm.inference import steps
 from traced_graphs import TracedGraphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verb, "has_graphs", lambda device: True)
-    monkeypatch.setattr(verb, "backend", TracedGraphs)
+    monkeypatch.setattr(steps, "has_graphs", lambda device: True)
+    monkeypatch.setattr(steps, "backend", TracedGraphs)
     monkeypatch.setattr(verb, "why_not_on_cpu", lambda model: "it takes too long for a test")
     PixelDiTPipeline(pixel_dit(sample_size=32, num_layers=2), DDIMScheduler()).save_pretrained(tmp_path / "dit")
     return tmp_path / "dit"

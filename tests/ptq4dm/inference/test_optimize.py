@@ -12,7 +12,7 @@ from torch import nn
 import models
 import ptq4dm
 from helpers import same
-from ptq4dm.inference import blocks
+from ptq4dm.inference import blocks, steps
 from ptq4dm.inference import optimize as verb
 from ptq4dm.inference.graphs import Graphed
 from traced_graphs import TracedGraphs
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def graphs(monkeypatch):
     """Graphs on the CPU, and blocks that torch.compile traces and does not compile."""
-    monkeypatch.setattr(verb, "has_graphs", lambda device: True)
-    monkeypatch.setattr(verb, "backend", TracedGraphs)
+    monkeypatch.setattr(steps, "has_graphs", lambda device: True)
+    monkeypatch.setattr(steps, "backend", TracedGraphs)
     compiled = torch.compile
     monkeypatch.setattr(blocks.torch, "compile", lambda call, **more: compiled(call, backend="eager", **more))
 
@@ -306,7 +306,7 @@ def test_what_fails_leaves_the_model_as_it_was(graphs, monkeypatch):
     def fails(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(verb, "_graphs", fails)
+    monkeypatch.setattr(steps, "replay_calls", fails)
     with pytest.raises(RuntimeError, match="no memory"):
         ptq4dm.optimize(pipe, compiled=True)
     assert parts(pipe.transformer) == before

@@ -9,8 +9,7 @@ import denoisers
 import ptq4dm
 from ptq4dm.calibration.record import ready
 from ptq4dm.errors import UserError
-from ptq4dm.inference import optimize as verb
-from ptq4dm.inference import unpacked, weight_cache
+from ptq4dm.inference import steps, unpacked, weight_cache
 from ptq4dm.inference.blocks import compile_blocks
 from ptq4dm.inference.weight_cache import Refreshed, bytes_of, keep_weights
 from ptq4dm.kernels.formats.int4 import unpack_int4
@@ -135,8 +134,8 @@ def test_codes_that_change_are_unpacked_again(kept, quantized, how):
 
 
 def test_graphs_see_that_a_weight_is_no_longer_kept(kept, quantized, monkeypatch):
-    monkeypatch.setattr(verb, "has_graphs", lambda device: True)
-    monkeypatch.setattr(verb, "backend", TracedGraphs)
+    monkeypatch.setattr(steps, "has_graphs", lambda device: True)
+    monkeypatch.setattr(steps, "backend", TracedGraphs)
     model, answer, layers = quantized
     with torch.no_grad():
         expected = answer()
@@ -181,7 +180,7 @@ def test_compiled_blocks_take_at_most_two_forms(kept, quantized, monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(verb, "compile_blocks", lambda blocks: compile_blocks(blocks, backend=backend))
+    monkeypatch.setattr(steps, "compile_blocks", lambda blocks: compile_blocks(blocks, backend=backend))
     with torch.no_grad():
         expected = answer()
         sizes = sorted({size_of(one) for one in layers.values()})

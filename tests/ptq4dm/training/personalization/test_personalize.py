@@ -17,6 +17,7 @@ import ptq4dm
 from live_bytes import most_live_bytes
 from models import dit, unet
 from ptq4dm.errors import DamagedFile, UserError
+from ptq4dm.pipelines.images import save_png
 from ptq4dm.training.personalization import run as run_module
 from ptq4dm.training.personalization.config import PersonalizeConfig
 from ptq4dm.training.personalization.problem import ready
@@ -325,6 +326,10 @@ def test_wrong_input_is_one_sentence_before_any_work(tmp_path):
     refused("holds no images", tmp_path, dit, tmp_path / "empty", class_row=1)
     refused("is not a folder of images", tmp_path, dit, str(tmp_path / "nowhere"), class_row=1)
     refused("no images to learn from", tmp_path, dit, [], class_row=1)
+    for name in ("cats", "dogs"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        save_png(personal.pictures(1)[0], tmp_path / "classes" / name / "0.png", {})
+    refused("has images in 2 folders", tmp_path, dit, tmp_path / "classes", class_row=1)
     dit.scheduler = EDMEulerScheduler()
     refused("alpha_bar at whole timesteps", tmp_path, dit, class_row=1)
     dit.scheduler = DDIMScheduler()

@@ -161,8 +161,10 @@ def search(
 
 
 def refine(group: Group, smooth: Tensor, first: Decomposition | None = None) -> Decomposition:
-    """Step 2: branch and rounded rest in turn, until the first time that the output error grows. first: `split_weight`
-    under this `smooth`, where it is known."""
+    """Step 2: branch and rounded rest in turn, until the first time that the output error grows.
+
+    first: what `split_weight` gives under this `smooth`, where it is known.
+    """
     rows, inputs = group.rows, rounded_inputs(group, smooth, group.rows)
     exact = rows @ group.weight.T
     best = split_weight(group, smooth) if first is None else first

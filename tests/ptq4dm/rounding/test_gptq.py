@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import correlated, normal

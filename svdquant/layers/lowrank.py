@@ -42,8 +42,8 @@ def top_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tenso
 
 @lru_cache(maxsize=8)
 def _start(columns: int, width: int, seed: int) -> Tensor:
-    """The random start [columns, width], of the CPU's generator on every device. Drawing it takes milliseconds, as all
-    of a decomposition does on a GPU, and a group of layers is decomposed thirty times from the same."""
+    """The random start [columns, width], of the CPU's generator on every device. Drawing it takes milliseconds, as
+    all of a decomposition does on a GPU, and a group of layers is decomposed thirty times from the same."""
     with torch.inference_mode(False):
         return torch.randn(columns, width, generator=torch.Generator("cpu").manual_seed(seed))
 

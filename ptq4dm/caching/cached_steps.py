@@ -60,8 +60,8 @@ class CachedModel:
             )
         if getattr(self.model, "is_cache_enabled", False):
             raise UserError(
-                f"{type(self.model).__name__} has got a cache of diffusers while its steps are cached; one at a time: "
-                "end that with its disable_cache()."
+                f"{type(self.model).__name__} has got a cache of diffusers while its steps are cached; end that with "
+                "its disable_cache()."
             )
         evaluation, plan = self.clock.read(lambda: named(self.model, args, kwargs)), self.cache.plan
         if evaluation is None or evaluation >= plan.evaluations:

@@ -254,11 +254,13 @@ def sample(
         progress: show the pipeline's own bar over the steps.
 
     Raises:
-        UserError: no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a way to
+        UserError: a pipeline of videos, no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a way to
             guide that guidance_interval does not know, a scheduler the pipeline cannot drive, or NaN or infinity in
             an image (names the seeds).
     """
     seeds = seeds_of(seeds)
+    if hasattr(pipe, "video_processor") and not hasattr(pipe, "image_processor"):
+        raise UserError(f"{type(pipe).__name__} makes videos, and ptq4dm samples pictures; call the pipeline itself.")
     with refusals(pipe, conditioning, pipeline_kwargs):
         result = call_pipeline(
             pipe,

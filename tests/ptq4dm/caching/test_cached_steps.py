@@ -356,6 +356,8 @@ def test_a_plan_that_was_made_for_something_else_says_so(quantized_unet):
 def test_a_network_without_a_deep_part_is_refused():
     with pytest.raises(UserError, match="InPlace, has no deep part"):
         cut(models.InPlace(), 1)
+    with pytest.raises(UserError, match="has a single block"):
+        cut(models.pixel_dit(num_layers=1), 0)
 
 
 @pytest.mark.parametrize("kind", denoisers.KINDS)

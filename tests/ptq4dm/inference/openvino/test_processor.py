@@ -66,9 +66,7 @@ STATIC = dict(input_scale=1 / 255, input_zero_point=-128)
 SERVED = {
     "7 bits": LayerPlan(weight_bits=7, **STATIC),
     "7 bits, dynamic": LayerPlan(weight_bits=7),
-    "4 bits": Int4Plan(affine=True, **STATIC),
     "groups": Int4Plan(group_size=32, **STATIC),
-    "weights alone": Int4Plan(group_size=32, activation_bits=16),
 }
 
 

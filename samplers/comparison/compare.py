@@ -71,14 +71,23 @@ class SamplerBench:
 
         own: schedulers by the names that stand for them here.
         """
-        config = denoiser(pipe).config
-        if config.in_channels != 3 or config.sample_size != 32 or getattr(pipe, "vae", None) is not None:
-            raise UserError("the bench compares samplers on 32x32 pixel models such as unet-cifar10 and dit-cifar10.")
+        if not is_benched(pipe):
+            raise UserError(
+                "the bench compares samplers on 32x32 pixel models such as unet-cifar10 and dit-cifar10"
+                + ("; a schedule for this one is fitted in Python, by ptq4dm.samplers.fit(pipe)." if own else ".")
+            )
         for name in self.samplers:
             if name not in own:
                 make_sampler(name, pipe.scheduler.config)
         if self.num_images < 2 or self.batch_size < 1 or not self.evaluations or min(self.evaluations) < 1:
             raise UserError("the bench needs 2 images or more, a batch size and budgets of 1 or more.")
+
+
+def is_benched(pipe) -> bool:
+    """Whether this is a 32x32 pixel model, which the bench can measure."""
+    config = getattr(denoiser(pipe), "config", None)
+    small = getattr(config, "in_channels", None) == 3 and getattr(config, "sample_size", None) == 32
+    return small and getattr(pipe, "vae", None) is None
 
 
 def set_budget(scheduler, evaluations: int, device) -> int:

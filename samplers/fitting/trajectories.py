@@ -14,7 +14,9 @@ from ...interrupts import uninterrupted
 from ...pipelines.denoiser import turn_at
 from ...pipelines.sampling import call_pipeline
 from ...pipelines.stepping import own_step
+from ..choices import FLOW
 from ..maths.outputs import without_variance
+from ..translation import predicted
 
 
 class Finished(Exception):
@@ -24,12 +26,13 @@ class Finished(Exception):
 @dataclass
 class Trajectories:
     """times [T], float; states [T + 1, K, D] from noise to the end; outputs [T, K, D] of the model at states[:T];
-    float32, on the pipeline's device. shape: that of one sample."""
+    float32, on the pipeline's device. shape: that of one sample. sigmas [T + 1]: noise levels of a flow's states."""
 
     times: list[float]
     states: torch.Tensor
     outputs: torch.Tensor
     shape: tuple[int, ...]
+    sigmas: list[float] | None = None
 
 
 @contextmanager
@@ -93,4 +96,6 @@ def record(
         run(pipe, scheduler, seeds[start : start + batch], steps, options, seen)
         states.append(torch.stack(these))
         outputs.append(torch.stack(answers))
-    return Trajectories(times, torch.cat(states, 1), torch.cat(outputs, 1), shape[0])
+    levels = getattr(scheduler, "sigmas", None) if predicted(scheduler.config) == FLOW else None
+    sigmas = None if levels is None else levels.tolist()
+    return Trajectories(times, torch.cat(states, 1), torch.cat(outputs, 1), shape[0], sigmas)

@@ -192,6 +192,20 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         """The sample itself."""
         return sample
 
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: Any = None, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(1 - s) x_0 + s n of a flow, at the level s of the first timestep, where such pipelines begin.
+
+        Raises UserError at any other timestep, and where the table has no noise levels.
+        """
+        if self.sigmas is None:
+            raise UserError("this schedule holds no noise levels: fit it again, or take DEISScheduler.")
+        if timestep is not None and (torch.as_tensor(timestep).cpu() != self.timesteps[0].cpu()).any():
+            raise UserError(WHOLE)
+        level = self.sigmas[0].to(sample)
+        return (1 - level) * sample + level * (torch.randn_like(sample) if noise is None else noise)
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -88,6 +89,16 @@ def is_benched(pipe) -> bool:
     config = getattr(denoiser(pipe), "config", None)
     small = getattr(config, "in_channels", None) == 3 and getattr(config, "sample_size", None) == 32
     return small and getattr(pipe, "vae", None) is None
+
+
+def usual_samplers(config) -> list[str]:
+    """Those of SAMPLERS that can sample the model of a scheduler's config; all, where none can."""
+    found = []
+    for name in SAMPLERS:
+        with suppress(UserError):
+            make_sampler(name, config)
+            found.append(name)
+    return found or list(SAMPLERS)
 
 
 def set_budget(scheduler, evaluations: int, device) -> int:

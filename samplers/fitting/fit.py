@@ -97,7 +97,10 @@ def fit(
     seeds = range(config.seed, config.seed + config.num_trajectories)
     followed = record(source, scheduler, seeds, config.teacher_steps, options, config.batch_size)
     if len(followed.times) != config.teacher_steps:
-        raise UserError(f"the teacher {config.teacher} takes several evaluations a step; choose one that takes one.")
+        raise UserError(
+            f"{type(source).__name__} took {len(followed.times)} of {config.teacher_steps} steps, and a schedule is "
+            "fitted to whole generations; take DEISScheduler."
+        )
     tables = {}
     inner = inner_products(followed)
     with progress_bar(sorted(set(config.evaluations)), desc="fit", unit="schedule") as bar:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from ...errors import UserError
-from ...pipelines.sampling import call_pipeline
-from ...pipelines.stepping import own_step
 from ..catalog import make_sampler
 from ..translation import predicted
-from .trajectories import Finished, sampled_by
+from .trajectories import Finished, stepped_through
 
 
 def facts_of(config: Mapping) -> dict[str, Any]:
@@ -31,7 +28,7 @@ def teaching(
 
     Raises:
         UserError: the teacher's model predicts something else, its samples have another shape, or its sampler scales
-            what the model is given.
+            what the model is given, or takes several evaluations a step.
     """
     facts = facts_of(teacher.scheduler.config)
     for name, mine in facts_of(pipe.scheduler.config).items():
@@ -44,8 +41,10 @@ def teaching(
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise UserError(
             f"the teacher's sampler {sampler} scales what this model is given, and no schedule is fitted to that; "
-            "take a sampler that starts from unit noise, such as deis, or for EDM's models DEISScheduler itself."
+            "take one that starts from unit noise, such as deis, or, of an EDM model, sample with DEISScheduler."
         )
+    if getattr(scheduler, "order", 1) != 1:
+        raise UserError(f"the teacher {sampler} takes several evaluations a step; choose one that takes one.")
     if teacher is not pipe:
         its, mine = (sample_shape(one, scheduler, steps, options) for one in (teacher, pipe))
         if its != mine:
@@ -61,6 +60,5 @@ def sample_shape(pipe: Any, scheduler: Any, steps: int, options: dict[str, Any])
         found.append(tuple(sample.shape[1:]))
         raise Finished
 
-    with sampled_by(pipe, scheduler), own_step(scheduler, seen), suppress(Finished):
-        call_pipeline(pipe, [0], num_inference_steps=steps, **options)
+    stepped_through(pipe, scheduler, seen, [0], steps, options)
     return found[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from ...interrupts import uninterrupted
 from ...pipelines.denoiser import turn_at
-from ...pipelines.sampling import call_pipeline
+from ...pipelines.sampling import call_pipeline, refusals
 from ...pipelines.stepping import own_step
 from ..choices import FLOW
 from ..maths.outputs import without_variance
@@ -67,11 +67,18 @@ def run(pipe: Any, scheduler: Any, seeds: Sequence[int], steps: int, options: di
             raise Finished
         return result
 
-    with sampled_by(pipe, scheduler), own_step(scheduler, watched):
-        try:
-            call_pipeline(pipe, seeds, num_inference_steps=steps, **options)
-        except Finished:
-            return
+    stepped_through(pipe, scheduler, watched, seeds, steps, options)
+
+
+def stepped_through(
+    pipe: Any, scheduler: Any, step: Callable, seeds: Sequence[int], steps: int, options: dict[str, Any]
+) -> None:
+    """Run a pipeline whose scheduler has another `step`, which may raise `Finished`.
+
+    Raises UserError where the pipeline does not take the options.
+    """
+    with sampled_by(pipe, scheduler), own_step(scheduler, step), suppress(Finished), refusals(pipe, **options):
+        call_pipeline(pipe, seeds, num_inference_steps=steps, **options)
 
 
 def record(

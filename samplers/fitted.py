@@ -70,6 +70,10 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         check(num_train_timesteps, int, "FittedScheduler: num_train_timesteps", 1, 1_000_000)
         check(prediction_type, str, "FittedScheduler: prediction_type")
         check(start, float, "FittedScheduler: start", 0)
+        for shift, name in ((base_shift, "base_shift"), (max_shift, "max_shift")):
+            check(shift, float | None, f"FittedScheduler: {name}")
+        for length, name in ((base_image_seq_len, "base_image_seq_len"), (max_image_seq_len, "max_image_seq_len")):
+            check(length, int | None, f"FittedScheduler: {name}")
         for steps, table in (tables or {}).items():
             check_table(steps, table, prediction_type == FLOW)
         if prediction_type == FLOW:

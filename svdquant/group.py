@@ -20,7 +20,7 @@ That a subspace of the inputs is kept is of "DiRotQ" (arXiv:2605.16732), which r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -160,11 +160,14 @@ def search(
     return ranking(module_error, ranked[:FINALISTS])[0]
 
 
-def refine(group: Group, smooth: Tensor) -> Decomposition:
-    """Step 2: branch and rounded rest in turn, until the first time that the output error grows."""
+def refine(group: Group, smooth: Tensor, first: Decomposition | None = None) -> Decomposition:
+    """Step 2: branch and rounded rest in turn, until the first time that the output error grows.
+
+    first: what `split_weight` gives under this `smooth`, where it is known.
+    """
     rows, inputs = group.rows, rounded_inputs(group, smooth, group.rows)
     exact = rows @ group.weight.T
-    best = split_weight(group, smooth)
+    best = split_weight(group, smooth) if first is None else first
     least = squared_error(output(group, best, rows, inputs), exact)
     for _ in range(group.plan.refinements if group.plan.rank and group.subspace is None else 0):
         split = split_weight(group, smooth, residual=best.residual())
@@ -180,10 +183,8 @@ def round_rest(group: Group, split: Decomposition) -> Decomposition:
     rest = group.smoothed_rest(split.up, split.down, split.smooth)
     # The bias takes back what the rounded weight makes of the shift: rounders see the unshifted inputs.
     rounder = ROUNDERS.find(group.plan.rounding)
-    split.codes = rounder(
-        rest, Grid(split.scales, None, -7, 7), LayerEvidence(group.rest_of(group.rows) / split.smooth)
-    )
-    return split
+    evidence = LayerEvidence(group.rest_of(group.rows) / split.smooth)
+    return replace(split, codes=rounder(rest, Grid(split.scales, None, -7, 7), evidence))
 
 
 def _least(error: float) -> float:

@@ -41,7 +41,7 @@ def quantize_group(problem: Problem) -> dict[str, nn.Module]:
         choice = group.plan = replace(choice, alpha=alpha, beta=beta)
     smooth = group.divisors(choice.alpha, choice.beta)
     splits = _stages(group, smooth)
-    splits["final"] = split = round_rest(group, refine(group, smooth))
+    splits["final"] = split = round_rest(group, refine(group, smooth, splits["branched"]))
     exact = group.rows @ group.weight.T
     results = {stage: output(group, one, group.rows) for stage, one in splits.items()}
     packed, start = {}, 0

@@ -73,9 +73,10 @@ class Grid:
         )
 
     def columns(self, order: Tensor) -> Grid:
-        """The grid of the inputs `order` [K], with a scale for each: G = K."""
-        scales = self._wide(self.scales.float(), len(order))[:, order]
-        zeros = None if self.zeros is None else self._wide(self.zeros, len(order))[:, order]
+        """The grid of the inputs `order` [K], with a scale for each: G = K. Those of one input lie together."""
+        group = order // (len(order) // self.scales.shape[1])
+        scales = self.scales.float().T[group].T
+        zeros = None if self.zeros is None else self.zeros.T[group].T
         return Grid(scales, zeros, self.low, self.high)
 
     def nearest(self, weight: Tensor, column: int) -> Tensor:
@@ -83,9 +84,9 @@ class Grid:
         scale = self.scales[:, column]
         low, high = (end if isinstance(end, int) else end[:, 0] for end in (self.low, self.high))
         if self.zeros is None:
-            return (weight / scale).round().clamp(low, high) * scale
+            return (weight / scale).round_().clamp_(low, high).mul_(scale)
         zero = self.zeros[:, column]
-        return ((weight / scale).round().add_(zero).clamp_(low, high) - zero) * scale
+        return (weight / scale).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
 
     def rows(self, chosen: slice) -> Grid:
         """The grid of some outputs."""

@@ -34,6 +34,7 @@ from ..hooks import computing, of_this_thread
 from ..pipelines.denoiser import check_pipeline, denoiser_names, schedulers_of, turn_at
 from .cut import cut
 from .deep_part import DeepPart, Kept
+from .made_for import differences, made_for
 from .step_clock import StepClock
 from .step_plan import StepPlan
 
@@ -56,6 +57,11 @@ class CachedModel:
         if torch.is_grad_enabled():
             raise UserError(
                 "cached steps are for sampling, and have no gradient: call the model under torch.no_grad()."
+            )
+        if getattr(self.model, "is_cache_enabled", False):
+            raise UserError(
+                f"{type(self.model).__name__} has got a cache of diffusers while its steps are cached; end that with "
+                "its disable_cache()."
             )
         evaluation, plan = self.clock.read(lambda: named(self.model, args, kwargs)), self.cache.plan
         if evaluation is None or evaluation >= plan.evaluations:
@@ -103,11 +109,12 @@ class StepCache:
 
     computed, reused: calls of the networks. unplanned: of those computed, calls that the plan would have had reuse,
     where nothing fit was kept. most_bytes: of what one network kept. uncompiled: whether code that `optimize` had
-    compiled, of a network as a whole or of a part with modules of the deep part in it, ran as written.
+    compiled, of a network as a whole or of a part with modules of the deep part in it, ran as written. others: in
+    what the plan was made for something else.
     """
 
-    def __init__(self, plan: StepPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: StepPlan, others: list[str]) -> None:
+        self.plan, self.others = plan, others
         self.computed = self.reused = self.unplanned = self.most_bytes = 0
         self.uncompiled = False
 
@@ -117,6 +124,10 @@ class StepCache:
             f"{len(self.plan.computed)} of {self.plan.evaluations} evaluations computed)",
             f"at most {self.most_bytes:,} bytes",
         ]
+        if self.others:
+            lines.append(
+                f"its plan was made for {' and '.join(self.others)}: what reuse costs here was not looked at"
+            )
         if self.unplanned:
             lines.append(f"{self.unplanned} were computed because nothing of their step and shape was kept")
         if self.uncompiled:
@@ -141,7 +152,8 @@ def cached_steps(target: DiffusionPipeline, plan: StepPlan) -> Iterator[StepCach
     check(plan, StepPlan, "plan")
     name, models = cached_models(target)
     with turn_at(target):
-        clock, cache = StepClock(target, name), StepCache(plan)
+        now = made_for(getattr(target, name), models)
+        clock, cache = StepClock(target, name), StepCache(plan, differences(plan.origin, now))
         with ExitStack() as stack:
             for called, model in models.items():
                 part = DeepPart(model, cut(model, plan.depth, f"'{called}'"), plan.history)

@@ -44,6 +44,8 @@ def cut(model: nn.Module, depth: int, what: str = "the model") -> Cut:
     depth = check(depth, int, "depth", 0)
     parts = ("down_blocks", "mid_block", "up_blocks")
     found = _unet(model, depth) if all(hasattr(model, name) for name in parts) else _transformer(model, depth)
+    if found is None and len(_blocks(model)) == 1:
+        raise UserError(f"{what}, {type(model).__name__}, has a single block, so no part of it is deep.")
     if found is None:
         raise UserError(
             f"{what}, {type(model).__name__}, has no deep part that ptq4dm knows: it is neither a UNet whose layers "

@@ -29,10 +29,11 @@ from ..pipelines.sampling import call_pipeline, check_arguments, check_steps
 from .cached_steps import cached_models, named
 from .cut import cut
 from .deep_part import DeepPart, Kept
+from .made_for import made_for
 from .step_clock import StepClock
 from .step_ends import Ends, Finished
 from .step_plan import MOST_KEPT, StepPlan
-from .step_search import Costs, best_steps, best_weights
+from .step_search import Costs, alike, best_steps, best_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -85,8 +86,10 @@ def plan_cached_steps(
     config = config or StepPlanConfig()
     check_arguments(conditioning, pipeline_kwargs)
     check_steps(pipe, config.num_inference_steps)
+    name, models = cached_models(pipe)
+    origin = made_for(getattr(pipe, name), models) | {"seed": config.seed, "num_samples": config.num_samples}
     seen = measured(pipe, config, conditioning, pipeline_kwargs)
-    return seen.plan(config.reuse, config.history, {"seed": config.seed, "num_samples": config.num_samples})
+    return seen.plan(config.reuse, config.history, origin)
 
 
 @dataclass
@@ -106,7 +109,13 @@ class Measured:
         costs = Costs(self.products, self.ends**2 * self.outputs)
         steps, total = best_steps(costs, computed, history, 2 * math.ceil(count / computed))
         if not steps:
-            raise UserError(f"no {count - computed} of {count} evaluations can reuse: plan for a smaller reuse.")
+            others = int(np.isnan(np.diag(self.products, 1)).sum())
+            why = (
+                f" (in {others} the calls have other shapes than before, as where guidance begins or ends)"
+                if others
+                else ""
+            )
+            raise UserError(f"no {count - computed} of {count} evaluations can reuse{why}: plan for a smaller reuse.")
         return self.with_steps(steps, history, math.sqrt(total), origin)
 
     def with_steps(
@@ -115,8 +124,9 @@ class Measured:
         """The plan that computes these evaluations, with the best weights elsewhere."""
         rows: list[tuple[float, ...]] = []
         for k in range(len(self.times)):
-            sources = [c for c in steps if c < k][::-1][:history]
-            rows.append(() if k in steps else tuple(best_weights(self.products, sources, k)[0].tolist()))
+            latest = tuple(c for c in steps if c < k)[::-1][:history]
+            sources = [] if k in steps else list(alike(self.products, latest, k))
+            rows.append(tuple(best_weights(self.products, sources, k)[0].tolist()) if sources else ())
         return StepPlan(weights=tuple(rows), depth=self.depth, times=self.times, error=error, origin=origin or {})
 
 

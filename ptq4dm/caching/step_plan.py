@@ -33,7 +33,7 @@ class StepPlan:
     depth: where the network is cut, see `ptq4dm.cached_steps`.
     times: the scheduler's timesteps that it was made for; () where it was made for none.
     error: what reuse is expected to add to the end state, root mean square; None where nothing was measured.
-    origin: what it was made from, for who reads it; nothing depends on it.
+    origin: what it was made from and for (made_for.py). Nothing that is computed depends on it.
     """
 
     weights: tuple[tuple[float, ...], ...] = ((),)

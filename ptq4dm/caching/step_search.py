@@ -23,6 +23,16 @@ def best_weights(products: np.ndarray, sources: list[int], evaluation: int) -> t
     return weights, max(float(products[evaluation, evaluation] - right @ weights), 0.0)
 
 
+def alike(products: np.ndarray, sources: tuple[int, ...], evaluation: int) -> tuple[int, ...]:
+    """Of the sources, the latest first, those up to the first whose deep part is none that the evaluation's has an
+    inner product with: of a call with other shapes, as where guidance begins."""
+    for count in range(len(sources), 0, -1):
+        some = [*sources[:count], evaluation]
+        if np.isfinite(products[np.ix_(some, some)]).all():
+            return sources[:count]
+    return ()
+
+
 class Costs:
     """The cost of runs of evaluations that reuse, by what was computed before them.
 
@@ -37,8 +47,8 @@ class Costs:
         """Of one evaluation; infinite where it cannot reuse these."""
         key = sources, evaluation
         if key not in self._found:
-            usable = np.isfinite(self.products[[*sources, evaluation]][:, [*sources, evaluation]]).all()
-            left = best_weights(self.products, list(sources), evaluation)[1] if usable else np.inf
+            usable = alike(self.products, sources, evaluation)
+            left = best_weights(self.products, list(usable), evaluation)[1] if usable else np.inf
             self._found[key] = left * self.factors[evaluation] if usable else np.inf
         return self._found[key]
 

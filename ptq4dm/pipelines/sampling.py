@@ -16,7 +16,7 @@ from ..files.outside import reason
 from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown as bars_shown
 from .denoiser import check_sampled, class_count, denoiser, denoiser_names, device_of, evaluation_mode, turn_at
-from .guidance import check_interval, guided_within, look
+from .guidance import check_interval, guided_within, way_of
 from .loading import not_while_loading
 from .noise import float32_noise
 from .prompt_embeds import lacks_encoders
@@ -215,8 +215,9 @@ def call_pipeline(
     if interval is not None:
         interval, few = check_interval(interval), seeds[:2]
         run = partial(call_pipeline, pipe, few, num_inference_steps=num_inference_steps, conditioning=conditioning)
+        run = partial(run, pipeline_kwargs=pipeline_kwargs, bare=bare)
         with turn_at(pipe):
-            way = look(pipe, partial(run, pipeline_kwargs=pipeline_kwargs, bare=bare))
+            way = way_of(pipe, run, num_inference_steps, sorted(conditioning or ()), pipeline_kwargs, bare)
         within = guided_within(pipe, way, interval)
     with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress), within:
         try:
@@ -253,11 +254,13 @@ def sample(
         progress: show the pipeline's own bar over the steps.
 
     Raises:
-        UserError: no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a way to
+        UserError: a pipeline of videos, no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a way to
             guide that guidance_interval does not know, a scheduler the pipeline cannot drive, or NaN or infinity in
             an image (names the seeds).
     """
     seeds = seeds_of(seeds)
+    if hasattr(pipe, "video_processor") and not hasattr(pipe, "image_processor"):
+        raise UserError(f"{type(pipe).__name__} makes videos, and ptq4dm samples pictures; call the pipeline itself.")
     with refusals(pipe, conditioning, pipeline_kwargs):
         result = call_pipeline(
             pipe,

@@ -6,6 +6,8 @@ by randomised subspace iteration (Halko et al., arXiv:0909.4061, algorithm 4.4).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,7 @@ def top_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tenso
             return matrix @ basis, basis.T.contiguous()
         down = torch.linalg.qr((basis.T @ matrix).T).Q.T  # its rows are orthogonal already, but not of length 1
         return matrix @ down.T, down.contiguous()
-    generator = torch.Generator("cpu").manual_seed(seed)
-    start = torch.randn(matrix.shape[1], rank + OVERSAMPLING, generator=generator).to(matrix)
-    q = torch.linalg.qr(matrix @ start).Q
+    q = torch.linalg.qr(matrix @ _start(matrix.shape[1], rank + OVERSAMPLING, seed).to(matrix)).Q
     for _ in range(POWER_STEPS):
         q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ q).Q).Q
     small = q.T @ matrix
@@ -38,6 +38,14 @@ def top_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tenso
     left = q @ vectors[:, -rank:].flip(1).to(matrix.dtype)
     down = torch.linalg.qr((left.T @ matrix).T).Q.T
     return matrix @ down.T, down.contiguous()
+
+
+@lru_cache(maxsize=8)
+def _start(columns: int, width: int, seed: int) -> Tensor:
+    """The random start [columns, width], of the CPU's generator on every device. Drawing it takes milliseconds, as
+    all of a decomposition does on a GPU, and a group of layers is decomposed thirty times from the same."""
+    with torch.inference_mode(False):
+        return torch.randn(columns, width, generator=torch.Generator("cpu").manual_seed(seed))
 
 
 def moved(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

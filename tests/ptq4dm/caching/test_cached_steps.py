@@ -318,6 +318,10 @@ def test_what_cannot_be_served_is_refused_in_one_sentence():
         pipe.scheduler.set_timesteps(6)
         with pytest.raises(UserError, match="no_grad"):
             pipe.unet(torch.zeros(1, 3, 8, 8), pipe.scheduler.timesteps[0])
+        pipe.unet.is_cache_enabled = True  # by enable_cache of diffusers' transformers
+        with pytest.raises(UserError, match="got a cache of diffusers"):
+            images(pipe)
+        del pipe.unet.is_cache_enabled
         pipe.scheduler = DEISScheduler()
         with pytest.raises(UserError, match="another scheduler"):
             images(pipe)
@@ -329,9 +333,31 @@ def test_what_cannot_be_served_is_refused_in_one_sentence():
         images(pipe)
 
 
+def test_a_plan_that_was_made_for_something_else_says_so(quantized_unet):
+    plan = ptq4dm.plan_cached_steps(ddpm(), ptq4dm.StepPlanConfig(num_inference_steps=4, num_samples=1))
+    others = {
+        "": ddpm(),
+        "another network (UNet2DModel) and another sampler (DEISScheduler)": dit_pipe(),
+        "a network in full precision": ddpm(copy.deepcopy(quantized_unet)),
+        "another network (UNet2DModel)": ddpm(models.unet(layers_per_block=2)),
+        "another sampler (DEISScheduler)": ddpm(),
+    }
+    others["another network (UNet2DModel) and another sampler (DEISScheduler)"].scheduler = diffusers.DDIMScheduler()
+    others["another sampler (DEISScheduler)"].scheduler = DEISScheduler(solver_order=1)
+    for what, pipe in others.items():
+        with ptq4dm.cached_steps(pipe, plan) as cache:
+            pass
+        said = f"its plan was made for {what}: what reuse costs here was not looked at"
+        assert str(cache).splitlines()[2:] == ([said] if what else [])
+    with ptq4dm.cached_steps(ddpm(), PLAN) as cache:  # it does not say what it is for
+        assert not cache.others
+
+
 def test_a_network_without_a_deep_part_is_refused():
     with pytest.raises(UserError, match="InPlace, has no deep part"):
         cut(models.InPlace(), 1)
+    with pytest.raises(UserError, match="has a single block"):
+        cut(models.pixel_dit(num_layers=1), 0)
 
 
 @pytest.mark.parametrize("kind", denoisers.KINDS)

@@ -11,10 +11,10 @@ import torch
 import models
 import ptq4dm
 from ptq4dm import DamagedFile, StepPlan, StepPlanConfig, UserError
-from ptq4dm.caching.plan_steps import measured
+from ptq4dm.caching.plan_steps import Measured, measured
 from ptq4dm.caching.step_ends import PUSH, Ends, Finished
 from ptq4dm.caching.step_plan import even_steps, plain_plan
-from ptq4dm.caching.step_search import Costs, best_steps, best_weights
+from ptq4dm.caching.step_search import Costs, alike, best_steps, best_weights
 from ptq4dm.samplers import DEISScheduler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,6 +71,21 @@ def test_evaluations_of_another_network_are_never_reused():
     assert 4 in steps or 5 in steps
     assert all(np.isfinite(Costs(products, factors).of((c,), c + 1)) for c in (0, 1, 2, 4, 5))
     assert not np.isfinite(Costs(products, factors).of((3,), 4))
+
+
+def test_a_sum_ends_where_calls_have_other_shapes():
+    """As where guidance begins: what was kept before it has another batch."""
+    products, factors = walk()
+    products[:3, 3:] = products[3:, :3] = np.nan
+    costs = Costs(products, factors)
+    assert (
+        alike(products, (4, 3, 2), 5) == (4, 3)
+        and alike(products, (2, 1), 5) == ()
+        and alike(products, (1,), 2) == (1,)
+    )
+    assert costs.of((4, 3, 2), 5) == costs.of((4, 3), 5)
+    plan = Measured(0, tuple(range(len(factors))), products, factors, np.ones(len(factors))).plan(0.25, 3)
+    assert all(len(row) <= k - 3 for k, row in enumerate(plan.weights) if k >= 3 and row)
 
 
 # ------------------------------------------------------------------------------------------------- what is measured

@@ -81,6 +81,17 @@ def test_outside_of_the_interval_half_of_the_rows_are_computed(one_thread):
         ptq4dm.sample(pipe, range(4), num_inference_steps=5, pipeline_kwargs=kwargs)
     # A look at two images, with guidance, then without and with; then the run: times 0.8, 0.6, 0.4, 0.2 and 0.
     assert rows == [4, 2, 4, 4, 8, 8, 4, 4]
+    rows.clear()  # another batch needs no look; other arguments do, and another scheduler
+    with hooked(pipe.transformer, {"pos_embed.proj": count}):
+        ptq4dm.sample(pipe, range(2), num_inference_steps=5, pipeline_kwargs=kwargs)
+        assert rows == [2, 4, 4, 2, 2]
+        for change in ("arguments", "scheduler", "nothing"):
+            rows.clear()
+            if change == "scheduler":
+                pipe.scheduler = DDIMScheduler(timestep_spacing="trailing")
+            more = kwargs | {"guidance_scale": 3.0}
+            ptq4dm.sample(pipe, range(2), num_inference_steps=5, pipeline_kwargs=more)
+            assert len(rows) == (5 if change == "nothing" else 8)
 
 
 @pytest.mark.parametrize("name", KINDS)

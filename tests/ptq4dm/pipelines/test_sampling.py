@@ -197,6 +197,9 @@ def test_text_to_image_pipelines():
             pipe, [0], num_inference_steps=1, conditioning={"prompt": "abc"},
             pipeline_kwargs={"num_images_per_prompt": 2},
         )  # fmt: skip
+    pipe.video_processor = None  # as pipelines of videos have
+    with pytest.raises(UserError, match="Echo makes videos"):
+        sample(pipe, [0], num_inference_steps=1, conditioning={"prompt": "abc"})
 
 
 def test_nan_names_the_seed_and_the_count():

@@ -33,6 +33,20 @@ def test_the_seed_is_that_of_the_randomised_path(monkeypatch):
     assert not torch.equal(lowrank.top_factors(matrix, 4, seed=0)[0], lowrank.top_factors(matrix, 4, seed=1)[0])
 
 
+def test_the_start_is_drawn_once_for_a_shape_and_a_seed(monkeypatch):
+    monkeypatch.setattr(lowrank, "GRAM_LIMIT", 8)
+    lowrank._start.cache_clear()
+    matrix, drawn, randn = normal(80, 72), [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, **more: drawn.append(size) or randn(*size, **more))
+    with torch.inference_mode():
+        first = lowrank.top_factors(matrix, 4)[0]
+    grown = matrix.clone().requires_grad_()  # nothing of inference mode is left in what is kept
+    assert torch.equal(lowrank.top_factors(grown, 4)[0], first) and drawn == [(72, 4 + lowrank.OVERSAMPLING)]
+    lowrank.top_factors(matrix[:, :64], 4)
+    lowrank.top_factors(matrix, 4, seed=1)
+    assert len(drawn) == 3
+
+
 @pytest.mark.parametrize("shape", [(6, 64), (64, 6), (16, 16)], ids=str)
 def test_as_many_ranks_as_a_matrix_has_are_the_matrix(shape):
     matrix = normal(*shape)

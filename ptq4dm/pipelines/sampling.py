@@ -254,9 +254,9 @@ def sample(
         progress: show the pipeline's own bar over the steps.
 
     Raises:
-        UserError: a pipeline of videos, no seeds, steps below 1, a missing prompt, an argument that the pipeline does not take, a way to
-            guide that guidance_interval does not know, a scheduler the pipeline cannot drive, or NaN or infinity in
-            an image (names the seeds).
+        UserError: a pipeline of videos, no seeds, steps below 1, a missing prompt, an argument that the pipeline does
+            not take, a way to guide that guidance_interval does not know, a scheduler the pipeline cannot drive, or
+            NaN or infinity in an image (names the seeds).
     """
     seeds = seeds_of(seeds)
     if hasattr(pipe, "video_processor") and not hasattr(pipe, "image_processor"):

@@ -29,7 +29,7 @@ from .deis import DEISScheduler
 from .fitted import FittedScheduler
 from .maths.coefficients import RUNGE_KUTTA
 from .maths.grids import GRIDS
-from .translation import flow_fields
+from .translation import flow_fields, predicted
 
 DIFFUSERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -52,6 +52,7 @@ OF_EDM = {
     "dpm++2m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 2}),
     "dpm++3m": ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
 }
+FITTED = "fitted"  # the sampler, and the folder of the schedule beside a model
 _OURS = re.compile(
     r"(?:(t_ab|rho_ab|ipndm|log_rho)([0-3])|rho_rk-(\w+))/(\w+)(/clean)?(?:/(epsilon|velocity))?(/corrected)?"
 )
@@ -80,26 +81,41 @@ def make_sampler(name: str, config, order: int | None = None, grid: str | None =
         return DEISScheduler.from_config(config, **given)
     if name in DEFAULTS:
         return DEISScheduler.from_config(config, solver=name, **given)
-    if given:
-        raise UserError(
-            f"sampler '{name}' fixes its order and grid; give a plain name (deis, t_ab, ddim, ...) or leave them out."
-        )
+    check_fixed(name, order, grid)
     if name.startswith("diffusers/"):
         return _diffusers(name, config)
     if Path(name, "scheduler_config.json").is_file():
         return fitted_in(Path(name), config)
     match = _OURS.fullmatch(name)
     if not match or match[4] not in GRIDS or (match[3] and match[3] not in RUNGE_KUTTA):
-        raise UserError(
-            f"unknown sampler '{name}'; choose ddim, deis, {', '.join(DEFAULTS)}, one with order and grid such as "
-            f"t_ab3/quad or rho_rk-3heun/edm, diffusers/ with {', '.join(DIFFUSERS)}, or a folder with the "
-            "scheduler_config.json of a fitted schedule."
-        )
+        raise UserError(_unknown(name))
     solver = {"solver": match[1], "order": int(match[2])} if match[1] else {"solver": "rho_rk", "rk_method": match[3]}
     if match[6]:
         solver["integrand"] = match[6]
     how = {"timestep_grid": match[4], "final_denoise": bool(match[5]), "corrector": bool(match[7])}
     return DEISScheduler.from_config(config, **how, **solver)
+
+
+def check_fixed(name: str, order: int | None, grid: str | None) -> None:
+    """Raises UserError where an order or a grid is asked of a sampler whose name says both."""
+    if order is not None or grid is not None:
+        raise UserError(
+            f"sampler '{name}' fixes its order and grid; give a plain name (deis, t_ab, ddim, ...) or leave them out."
+        )
+
+
+def _unknown(name: str) -> str:
+    """What to say of a name that is no sampler."""
+    inside = Path(name) / FITTED
+    if (inside / "scheduler_config.json").is_file():
+        return f"'{name}' is no sampler; did you mean {inside}?"
+    if name == FITTED:
+        return "fitted stands for the schedule beside the --model of a command; give the schedule's folder here."
+    return (
+        f"unknown sampler '{name}'; choose ddim, deis, {', '.join(DEFAULTS)}, one with order and grid such as "
+        f"t_ab3/quad or rho_rk-3heun/edm, diffusers/ with {', '.join(DIFFUSERS)}, fitted for the schedule beside a "
+        "command's --model, or a folder with the scheduler_config.json of a fitted schedule."
+    )
 
 
 def fitted_in(folder: Path, config) -> FittedScheduler:
@@ -112,11 +128,12 @@ def fitted_in(folder: Path, config) -> FittedScheduler:
     file = folder / "scheduler_config.json"
     found = read_json(file)
     if not isinstance(found, dict) or found.get("_class_name") != "FittedScheduler":
-        raise UserError(f"{file} is not a fitted schedule; fit one by `ptq4dm bench samplers --fit`.")
+        raise UserError(f"{file} is not a fitted schedule; fit one by ptq4dm.samplers.fit(pipe).")
     with naming(file):
         scheduler = FittedScheduler.from_config(found)
-    for field in ("prediction_type", "num_train_timesteps"):
-        mine, its = scheduler.config[field], config.get(field)
+    model = {"prediction_type": predicted(config), "num_train_timesteps": config.get("num_train_timesteps")}
+    for field, its in model.items():
+        mine = scheduler.config[field]
         if its is not None and its != mine:
             raise UserError(f"{folder} was fitted to a model of {field} {mine}, not {its}; fit one to this model.")
     return scheduler

@@ -40,17 +40,23 @@ def class_of(config: Mapping) -> str | None:
         return name
     if config.get("algorithm_type") == "deis" and "solver" not in config:
         return "DEISMultistepScheduler"
-    return _by_parameters().get(frozenset(key for key in config if not str(key).startswith("_")))
+    return next(reversed(_with_parameters(config)), None)
+
+
+def _with_parameters(config: Mapping) -> tuple[str, ...]:
+    """Names of classes with just the parameters of a config, those that are refused last."""
+    return _by_parameters().get(frozenset(key for key in config if not str(key).startswith("_")), ())
 
 
 @functools.cache
-def _by_parameters() -> dict[frozenset[str], str]:
-    """Names of classes without betas by the parameters that each takes; of two with the same, one that is refused."""
-    found = {}
+def _by_parameters() -> dict[frozenset[str], tuple[str, ...]]:
+    """Names of flows', EDM's and refused classes by the parameters that each takes."""
+    found: dict[frozenset[str], tuple[str, ...]] = {}
     for name in (*sorted(FLOW | EDM), *sorted(REFUSED)):
         kind = getattr(diffusers, name, None)
         if kind is not None and issubclass(kind, diffusers.ConfigMixin):  # without their libraries, some are dummies
-            found[frozenset(inspect.signature(kind.__init__).parameters) - {"self"}] = name
+            parameters = frozenset(inspect.signature(kind.__init__).parameters) - {"self"}
+            found[parameters] = (*found.get(parameters, ()), name)
     return found
 
 
@@ -96,6 +102,8 @@ def refuse_foreign(config: Mapping, ours: str, name: str | None = None, takes: f
     foreign = unknown and not (kind == "flow" and config.get("prediction_type") == "flow_prediction")
     if kind is not None and (kind not in takes or foreign):
         what, instead = KINDS[kind]
+        if cause == name and "_class_name" not in config:  # the name is told by fields, which several may have
+            cause = " or ".join(_with_parameters(config)) or cause
         raise UserError(f"{ours} cannot sample this model: {cause} is for {what}; {instead}.")
 
 

@@ -178,7 +178,8 @@ class DEISScheduler(TakesConfigs, Noising, Remembering, Beginning, SchedulerMixi
 
         `timesteps` then has one entry per evaluation: num_inference_steps of them, and for "rho_rk" as many for
         each of its stages (some between whole timesteps, so they are float64). Those of a flow-matching model are
-        num_train_timesteps times the noise levels, which `sigmas` has with the last one reached.
+        num_train_timesteps times the noise levels, which `sigmas` has with the last one reached: one for each
+        evaluation, and the end.
 
         Args:
             num_inference_steps: may be left out where sigmas or timesteps say how many.

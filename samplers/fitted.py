@@ -19,11 +19,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ..checks import MOST, check, whole
 from ..errors import UserError
+from .choices import FLOW
 from .maths.outputs import without_variance
 from .maths.timesteps import own_index
 from .memory import State, States
+from .translation import FLOW_DEFAULTS
 
 FIELDS = ("timesteps", "scale", "weights")
+WHOLE = "a fitted schedule begins at its first timestep: for image to image or a refiner take DEISScheduler."
+Row = tuple[float, list[float]]
 
 
 class FittedScheduler(SchedulerMixin, ConfigMixin):
@@ -31,9 +35,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         tables: number of evaluations, as text, -> {"timesteps": [n] decreasing, "scale": [n], "weights": n lists, of
-            one number for each output from the newest back}, and beside them what was measured when it was fitted.
+            one number for each output from the newest back}, of a flow also "sigmas" [n + 1], the noise levels that
+            `sigmas` then has; and beside them what was measured when it was fitted. Timesteps of a flow that is
+            told its share of data rise instead.
         num_train_timesteps, prediction_type: of the model; the tables hold all that follows from them.
         start: what unit noise is multiplied with.
+        base_shift, max_shift, base_image_seq_len, max_image_seq_len: of a flow; some pipelines work out from them a
+            mu, which is not read here.
         origin: what the tables were fitted to, for who reads them; nothing depends on it.
 
     Whole generations only: image to image and a refiner begin in the middle, where no table was fitted.
@@ -52,18 +60,30 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         start: float = 1.0,
         origin: dict[str, Any] | None = None,
+        base_shift: float | None = None,
+        max_shift: float | None = None,
+        base_image_seq_len: int | None = None,
+        max_image_seq_len: int | None = None,
     ):
         check(tables, dict[str, Any] | None, "FittedScheduler: tables")
         check(origin, dict[str, Any] | None, "FittedScheduler: origin")
         check(num_train_timesteps, int, "FittedScheduler: num_train_timesteps", 1, 1_000_000)
         check(prediction_type, str, "FittedScheduler: prediction_type")
         check(start, float, "FittedScheduler: start", 0)
+        for shift, name in ((base_shift, "base_shift"), (max_shift, "max_shift")):
+            check(shift, float | None, f"FittedScheduler: {name}")
+        for length, name in ((base_image_seq_len, "base_image_seq_len"), (max_image_seq_len, "max_image_seq_len")):
+            check(length, int | None, f"FittedScheduler: {name}")
         for steps, table in (tables or {}).items():
-            check_table(steps, table)
+            check_table(steps, table, prediction_type == FLOW)
+        if prediction_type == FLOW:
+            shifts = {name: value for name, value in FLOW_DEFAULTS.items() if self.config.get(name, "") is None}
+            self.register_to_config(**shifts)
         self.init_noise_sigma = start
         self.num_inference_steps: int | None = None
         self.timesteps = self._own_timesteps = torch.empty(0)
-        self._rows: list[tuple[float, list[float]]] = []
+        self.sigmas: torch.Tensor | None = None
+        self._rows: list[Row] = []
         self._states, self._latest = States(), None
 
     @property
@@ -77,18 +97,28 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
         """Take the table of so many evaluations.
 
         Args:
-            sigmas: what pipelines of flow-matching models pass: only how many they are is read, and mu not at all,
-                for the table was fitted to a pipeline that passed its own.
+            sigmas, timesteps: what pipelines of flow-matching models pass: only how many they are is read, and mu
+                not at all, for the table was fitted to a pipeline that passed its own.
 
         Raises:
             UserError: no table was fitted for so many.
         """
-        steps = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
-        steps = whole(steps, "num_inference_steps", -MOST)
+        given = sigmas if sigmas is not None else timesteps
+        steps = len(given) if num_inference_steps is None and given is not None else num_inference_steps
+        times, rows, levels = self._table(whole(steps, "num_inference_steps", -MOST))
+        counted = all(float(t).is_integer() for t in times) and self.config.prediction_type != FLOW
+        self.timesteps = torch.tensor(times, dtype=torch.int64 if counted else torch.float32, device=device)
+        self.sigmas = None if levels is None else torch.tensor(levels, dtype=torch.float32, device=device)
+        self._own_timesteps, self._rows, self.num_inference_steps = self.timesteps, rows, len(times)
+        self._states, self._latest = States(), None
+
+    def _table(self, steps: int) -> tuple[Sequence[float], list[Row], Sequence[float] | None]:
+        """(times, scale and weights of each, noise levels if there are) for so many evaluations."""
         if steps not in self.fitted_for:
             known = ", ".join(map(str, self.fitted_for))
             why = (
@@ -96,13 +126,13 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
             )
             raise UserError(f"this schedule was not fitted for {steps} evaluations, {why}.")
         table = self.config.tables[str(steps)]
-        self._begin(table["timesteps"], list(zip(table["scale"], map(list, table["weights"]), strict=True)), device)
+        rows = list(zip(table["scale"], map(list, table["weights"]), strict=True))
+        return table["timesteps"], rows, table.get("sigmas")
 
-    def _begin(self, times: Sequence[float], rows: list[tuple[float, list[float]]], device) -> None:
-        counted = all(float(t).is_integer() for t in times) and self.config.prediction_type != "flow_prediction"
-        self.timesteps = torch.tensor(times, dtype=torch.int64 if counted else torch.float32, device=device)
-        self._own_timesteps, self._rows, self.num_inference_steps = self.timesteps, rows, len(times)
-        self._states, self._latest = States(), None
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Take what pipelines say of where they begin. Raises UserError unless that is at the first timestep."""
+        if begin_index != 0:
+            raise UserError(WHOLE)
 
     def step(
         self,
@@ -159,20 +189,32 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         if index is None:
             index = 0
         if index and (state is None or state.index != index):
-            raise UserError(
-                "a fitted schedule begins at its first timestep: for image to image or a refiner take DEISScheduler."
-            )
+            raise UserError(WHOLE)
         return index
 
     def scale_model_input(self, sample: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The sample itself."""
         return sample
 
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: Any = None, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(1 - s) x_0 + s n of a flow, at the level s of the first timestep, where such pipelines begin.
+
+        Raises UserError at any other timestep, and where the table has no noise levels.
+        """
+        if self.sigmas is None:
+            raise UserError("this schedule holds no noise levels: fit it again, or take DEISScheduler.")
+        if timestep is not None and (torch.as_tensor(timestep).cpu() != self.timesteps[0].cpu()).any():
+            raise UserError(WHOLE)
+        level = self.sigmas[0].to(sample)
+        return (1 - level) * sample + level * (torch.randn_like(sample) if noise is None else noise)
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
 
-def check_table(steps: str, table: Any) -> None:
+def check_table(steps: str, table: Any, of_flow: bool) -> None:
     """Raises UserError unless this is a table for `steps` evaluations: see FittedScheduler."""
     what = f"FittedScheduler: the table of {steps} evaluations"
     check(table, dict[str, Any], what)
@@ -184,7 +226,12 @@ def check_table(steps: str, table: Any) -> None:
     times, rows = table["timesteps"], table["weights"]
     if not (str(len(times)) == str(steps) and len(times) == len(table["scale"]) == len(rows)):
         raise UserError(f"{what} must have {steps} timesteps, and as many scales and rows of weights.")
-    if any(a <= b for a, b in zip(times, times[1:], strict=False)):
+    rises = [b > a for a, b in zip(times, times[1:], strict=False)]
+    if any(a == b for a, b in zip(times, times[1:], strict=False)) or (any(rises) and not (of_flow and all(rises))):
         raise UserError(f"{what}: timesteps must decrease.")
+    if table.get("sigmas") is not None:
+        check(list(table["sigmas"]), list[float], f"{what}: sigmas")
+        if len(table["sigmas"]) != len(times) + 1:
+            raise UserError(f"{what} must have {len(times) + 1} sigmas, or none.")
     if any(not 1 <= len(row) <= i + 1 for i, row in enumerate(rows)):
         raise UserError(f"{what}: evaluation i can weigh its own output and the i before it.")

@@ -29,8 +29,8 @@ class Request:
 class Plan:
     """What a scheduler steps through.
 
-    times: what the model is told at each evaluation. sigmas: noise levels at the beginning of each step, and at the
-    end of the last, as diffusers' scheduler of such a model has them; None for models with alpha_bar.
+    times: what the model is told at each evaluation. sigmas: noise levels at each evaluation, and at the end of the
+    last step, as diffusers' scheduler of such a model has them; None for models with alpha_bar.
     """
 
     times: list[float]
@@ -102,4 +102,13 @@ def plan_flow(config, choice, request: Request) -> Plan:
             rule, row = multistep_rule(config.solver, Flow(), levels, 0.0), noise_row
         early = config.solver == "log_rho" and config.lower_order_final and len(levels) < 15
         evaluations, called = multistep(choice.table(rule, early), sigmas, row), times.tolist()
-    return Plan(called, evaluations, (1 - sigmas if config.invert_sigmas else sigmas).tolist())
+    called_at = np.array(levels_of(evaluations, 0.0))
+    return Plan(called, evaluations, (1 - called_at if config.invert_sigmas else called_at).tolist())
+
+
+def levels_of(evaluations: list[Evaluation], end: float) -> list[float]:
+    """sigma at each evaluation, those inside of a Runge-Kutta step too, and where the last one leads.
+
+    Pipelines read `scheduler.sigmas[i]` beside `scheduler.timesteps[i]`.
+    """
+    return [at.sigma for at in evaluations] + [end]

@@ -12,7 +12,7 @@ from diffusers import DEISMultistepScheduler
 from ..checks import MOST, check, whole
 from ..errors import UserError
 from .choices import DIFFUSERS, FLOW, Choice
-from .flow import Plan, Request, first_levels, plan_flow
+from .flow import Plan, Request, first_levels, levels_of, plan_flow
 from .kinds import BLIND
 from .maths.coefficients import log_rho_rule, multistep_rule
 from .maths.evaluations import multistep, row_in_rho, runge_kutta
@@ -87,10 +87,10 @@ def plan(config, choice: Choice, schedule: Schedule, request: Request) -> Plan:
     """
     if isinstance(schedule, Flow):
         return plan_flow(config, choice, request)
-    theirs, sigmas = choice.grid == DIFFUSERS and request.timesteps is None, None
+    theirs = choice.grid == DIFFUSERS and request.timesteps is None
     if isinstance(schedule, EDM):
         rho = edm_levels(config, choice.grid, request)
-        grid, sigmas = schedule.time(rho), rho.tolist()
+        grid = schedule.time(rho)
     else:
         grid = _times(config, choice, schedule, request)
         rho = schedule.rho(grid)
@@ -100,13 +100,23 @@ def plan(config, choice: Choice, schedule: Schedule, request: Request) -> Plan:
             rho[-1] = 0.0
     row = row_in_rho(schedule)
     if config.solver == "rho_rk":
-        return Plan(*runge_kutta(config.rk_method, rho, row, schedule.time, grid), sigmas)
+        times, evaluations = runge_kutta(config.rk_method, rho, row, schedule.time, grid)
+    else:
+        times, evaluations = (
+            grid[:-1].tolist(),
+            multistep(_table(config, choice, schedule, grid, rho, theirs), rho, row),
+        )
+    return Plan(times, evaluations, levels_of(evaluations, float(rho[-1])) if isinstance(schedule, EDM) else None)
+
+
+def _table(config, choice: Choice, schedule: Schedule, grid: np.ndarray, rho: np.ndarray, theirs: bool) -> list:
+    """The weights of a multistep solver: `multistep`'s table."""
     if theirs:
         rule, choice = log_rho_rule(rho), replace(choice, cancels=None)
     else:
         rule = multistep_rule(config.solver, schedule, grid[:-1], float(rho[-1]))
     early = config.solver == "log_rho" and config.lower_order_final and len(grid) <= 15
-    return Plan(grid[:-1].tolist(), multistep(choice.table(rule, early), rho, row), sigmas)
+    return choice.table(rule, early)
 
 
 def _times(config, choice: Choice, schedule: DiscreteVP | ContinuousVP, request: Request) -> np.ndarray:

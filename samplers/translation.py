@@ -42,6 +42,13 @@ def in_our_words(config: Mapping, kwargs: dict) -> dict:
     return kwargs
 
 
+def predicted(config: Mapping) -> str:
+    """What the model of a scheduler's config predicts, in diffusers' words; of every flow "flow_prediction"."""
+    if kind_of(config, class_of(config))[0] == "flow":
+        return FLOW
+    return config.get("prediction_type") or "epsilon"
+
+
 def flow_fields(config: Mapping, name: str | None) -> dict:
     """prediction_type and shift of a flow-matching config, whatever class of diffusers wrote it (`name`).
 

@@ -218,11 +218,14 @@ def load(args, model):
     pipe = load_pipeline(model, dtype_of(args), device_of(args))
     name, order, grid = (getattr(args, key, None) for key in ("sampler", "order", "grid"))
     if name is not None:
-        from ..samplers.catalog import make_sampler
+        from ..samplers.catalog import FITTED, check_fixed, make_sampler
+        from ..samplers.comparison.compare import is_benched
         from ..samplers.fitting.saved import fitted_beside, fitted_elsewhere
 
         own = [one for one in (model, original_of(model)) if one is not None]
-        name = str(fitted_beside(own)) if name == "fitted" else name
+        if name == FITTED:
+            check_fixed(name, order, grid)
+            name = str(fitted_beside(own, is_benched(pipe)))
         pipe.scheduler = make_sampler(name, pipe.scheduler.config, order, grid)
         if other := fitted_elsewhere(pipe.scheduler, own):
             note(f"the schedule was fitted to {other}, not to {model}; what it gives here was not looked at.")

@@ -100,11 +100,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _work(module: Any, args: argparse.Namespace) -> None:
+    from ..files.places import empty_taken_back
     from ..interrupts import terminated_as_interrupted
     from .output import printing
     from .process import working
 
-    with working(), terminated_as_interrupted(), printing(args):
+    with working(), terminated_as_interrupted(), printing(args), empty_taken_back():
         module.run(args)
 
 

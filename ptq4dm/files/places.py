@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from ..errors import UserError
@@ -33,19 +34,39 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise UserError(f"{path} is the folder of a model, and no other results go into it; choose another --output.")
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot make the folder {path}: it is a file; give another name.")
-    try:
-        made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)  # a link may lead to a folder that is new
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror or error}.") from error
-    try:
+    with empty_taken_back():
+        try:
+            _make(Path(os.path.realpath(path)))  # a link may lead to a folder that is new
+        except OSError as error:
+            raise UserError(f"cannot make the folder {path}: {error.strerror or error}.") from error
         check_writable(path)
         yield path
+
+
+_made: ContextVar[list[Path] | None] = ContextVar("made", default=None)
+
+
+@contextmanager
+def empty_taken_back() -> Iterator[None]:
+    """Where this fails, folders that `make_parent` or `output_folder` made go again if they are empty."""
+    made: list[Path] = []
+    before = _made.set(made)
+    try:
+        yield
     except BaseException:
-        with suppress(OSError):  # rmdir refuses a folder in which something is by now
-            for folder in made:
+        for folder in reversed(made):
+            with suppress(OSError):  # rmdir refuses a folder in which something is by now
                 folder.rmdir()
         raise
+    finally:
+        _made.reset(before)
+
+
+def _make(folder: Path) -> None:
+    made = _made.get()
+    if made is not None:
+        made += [one for one in reversed((folder, *folder.parents)) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def make_parent(path: str | os.PathLike) -> None:
@@ -58,7 +79,7 @@ def make_parent(path: str | os.PathLike) -> None:
     if real.exists() and not (real.is_file() or real.is_dir()):
         raise UserError(f"cannot write {path}: it is no plain file; give another name.")
     try:
-        real.parent.mkdir(parents=True, exist_ok=True)
+        _make(real.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; give another place.") from None
     check_writable(real.parent)

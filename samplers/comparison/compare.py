@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -71,14 +72,33 @@ class SamplerBench:
 
         own: schedulers by the names that stand for them here.
         """
-        config = denoiser(pipe).config
-        if config.in_channels != 3 or config.sample_size != 32 or getattr(pipe, "vae", None) is not None:
-            raise UserError("the bench compares samplers on 32x32 pixel models such as unet-cifar10 and dit-cifar10.")
+        if not is_benched(pipe):
+            raise UserError(
+                "the bench compares samplers on 32x32 pixel models such as unet-cifar10 and dit-cifar10"
+                + ("; a schedule for this one is fitted in Python, by ptq4dm.samplers.fit(pipe)." if own else ".")
+            )
         for name in self.samplers:
             if name not in own:
                 make_sampler(name, pipe.scheduler.config)
         if self.num_images < 2 or self.batch_size < 1 or not self.evaluations or min(self.evaluations) < 1:
             raise UserError("the bench needs 2 images or more, a batch size and budgets of 1 or more.")
+
+
+def is_benched(pipe) -> bool:
+    """Whether this is a 32x32 pixel model, which the bench can measure."""
+    config = getattr(denoiser(pipe), "config", None)
+    small = getattr(config, "in_channels", None) == 3 and getattr(config, "sample_size", None) == 32
+    return small and getattr(pipe, "vae", None) is None
+
+
+def usual_samplers(config) -> list[str]:
+    """Those of SAMPLERS that can sample the model of a scheduler's config; all, where none can."""
+    found = []
+    for name in SAMPLERS:
+        with suppress(UserError):
+            make_sampler(name, config)
+            found.append(name)
+    return found or list(SAMPLERS)
 
 
 def set_budget(scheduler, evaluations: int, device) -> int:

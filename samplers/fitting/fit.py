@@ -14,9 +14,9 @@ from ...options import option
 from ...pipelines.denoiser import check_sampled
 from ...pipelines.sampling import check_arguments
 from ...progress import progress_bar
-from ..catalog import make_sampler
 from ..fitted import FittedScheduler
 from .grid import best_grid, inner_products
+from .teacher import teaching
 from .trajectories import Trajectories, record
 from .weights import fit_weights
 
@@ -84,24 +84,23 @@ def fit(
         conditioning, pipeline_kwargs: as in `ptq4dm.sample`, the same in every generation to come: guidance_scale...
 
     Raises:
-        UserError: a sampler that this model cannot take, or arguments that its pipeline does not take.
+        UserError: a sampler that this model cannot take, arguments that its pipeline does not take, or a teacher
+            whose prediction or whose samples' shape is another.
     """
     config = config or FitConfig()
     check_sampled(pipe)
     check_arguments(conditioning, pipeline_kwargs)
     source = pipe if teacher is None else teacher
     check_sampled(source, "teacher")
-    scheduler = make_sampler(config.teacher, source.scheduler.config)
     options = {"conditioning": conditioning, "pipeline_kwargs": pipeline_kwargs}
+    scheduler, facts = teaching(config.teacher, pipe, source, config.teacher_steps, options)
     seeds = range(config.seed, config.seed + config.num_trajectories)
     followed = record(source, scheduler, seeds, config.teacher_steps, options, config.batch_size)
     if len(followed.times) != config.teacher_steps:
-        raise UserError(f"the teacher {config.teacher} takes several evaluations a step; choose one that takes one.")
-    facts = {
-        "num_train_timesteps": scheduler.config.num_train_timesteps,
-        "prediction_type": scheduler.config.get("prediction_type", "epsilon"),
-        "start": float(scheduler.init_noise_sigma),
-    }
+        raise UserError(
+            f"{type(source).__name__} took {len(followed.times)} of {config.teacher_steps} steps, and a schedule is "
+            "fitted to whole generations; take DEISScheduler."
+        )
     tables = {}
     inner = inner_products(followed)
     with progress_bar(sorted(set(config.evaluations)), desc="fit", unit="schedule") as bar:

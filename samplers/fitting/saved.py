@@ -11,9 +11,11 @@ from ...files.atomic import replacing
 from ...files.claim import claimed
 from ...files.places import output_folder
 from ...pipelines.embedded import folder_of
-from ..catalog import fitted_in
+from ..catalog import FITTED, fitted_in
 from ..fitted import FittedScheduler
 from .fit import FitConfig, fit
+
+IN_PYTHON = "ptq4dm.samplers.fit(pipe, ...).save_pretrained(FOLDER)"
 
 
 def fitted_to(
@@ -45,17 +47,18 @@ def fitted_to(
     return scheduler, False
 
 
-def fitted_beside(models: Sequence[str]) -> Path:
+def fitted_beside(models: Sequence[str], by_command: bool) -> Path:
     """The folder of the schedule that lies beside the first of these models that has one, in `fitted`.
+
+    by_command: whether `bench samplers --fit` can make one.
 
     Raises UserError where none has.
     """
-    for folder in (folder_of(model) / "fitted" for model in models):
+    for folder in (folder_of(model) / FITTED for model in models):
         if (folder / "scheduler_config.json").is_file():
             return folder
-    raise UserError(
-        f"no fitted schedule lies beside {models[0]}; fit one by `ptq4dm bench samplers --fit`, and give its folder."
-    )
+    way = "`ptq4dm bench samplers --fit`" if by_command else f"{IN_PYTHON} in Python"
+    raise UserError(f"no fitted schedule lies beside {models[0]}; fit one by {way}, and give its folder.")
 
 
 def fitted_elsewhere(scheduler: Any, models: Sequence[str]) -> str | None:

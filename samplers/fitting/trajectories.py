@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 
 from ...interrupts import uninterrupted
 from ...pipelines.denoiser import turn_at
-from ...pipelines.sampling import call_pipeline
+from ...pipelines.sampling import call_pipeline, refusals
 from ...pipelines.stepping import own_step
+from ..choices import FLOW
 from ..maths.outputs import without_variance
+from ..translation import predicted
 
 
 class Finished(Exception):
@@ -24,12 +26,13 @@ class Finished(Exception):
 @dataclass
 class Trajectories:
     """times [T], float; states [T + 1, K, D] from noise to the end; outputs [T, K, D] of the model at states[:T];
-    float32, on the pipeline's device. shape: that of one sample."""
+    float32, on the pipeline's device. shape: that of one sample. sigmas [T + 1]: noise levels of a flow's states."""
 
     times: list[float]
     states: torch.Tensor
     outputs: torch.Tensor
     shape: tuple[int, ...]
+    sigmas: list[float] | None = None
 
 
 @contextmanager
@@ -64,11 +67,18 @@ def run(pipe: Any, scheduler: Any, seeds: Sequence[int], steps: int, options: di
             raise Finished
         return result
 
-    with sampled_by(pipe, scheduler), own_step(scheduler, watched):
-        try:
-            call_pipeline(pipe, seeds, num_inference_steps=steps, **options)
-        except Finished:
-            return
+    stepped_through(pipe, scheduler, watched, seeds, steps, options)
+
+
+def stepped_through(
+    pipe: Any, scheduler: Any, step: Callable, seeds: Sequence[int], steps: int, options: dict[str, Any]
+) -> None:
+    """Run a pipeline whose scheduler has another `step`, which may raise `Finished`.
+
+    Raises UserError where the pipeline does not take the options.
+    """
+    with sampled_by(pipe, scheduler), own_step(scheduler, step), suppress(Finished), refusals(pipe, **options):
+        call_pipeline(pipe, seeds, num_inference_steps=steps, **options)
 
 
 def record(
@@ -93,4 +103,6 @@ def record(
         run(pipe, scheduler, seeds[start : start + batch], steps, options, seen)
         states.append(torch.stack(these))
         outputs.append(torch.stack(answers))
-    return Trajectories(times, torch.cat(states, 1), torch.cat(outputs, 1), shape[0])
+    levels = getattr(scheduler, "sigmas", None) if predicted(scheduler.config) == FLOW else None
+    sigmas = None if levels is None else levels.tolist()
+    return Trajectories(times, torch.cat(states, 1), torch.cat(outputs, 1), shape[0], sigmas)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..fitted import FittedScheduler
+from ..fitted import FittedScheduler, Row
 from .trajectories import Trajectories, run
 
 
@@ -20,17 +20,18 @@ class Fitting(FittedScheduler):
     """A FittedScheduler whose table is made while it steps.
 
     Args (beside the scheduler's own; set by `fit_weights`):
-        times [n]; targets: n tensors [K, D], the teacher's states; rows: those that are fitted to, the others only
-        follow; history: outputs that a step weighs; jitter: see `solve`.
+        teacher, places: its times and states at these places [n + 1] are gone through; rows: the trajectories that
+        are fitted to, the others only follow; history: outputs that a step weighs; jitter: see `solve`.
     """
 
-    def prepare(
-        self, times: Sequence[float], targets: list[torch.Tensor], rows: slice, history: int, jitter: float
-    ) -> None:
-        self.times, self.targets, self.rows, self.history, self.jitter = times, targets, rows, history, jitter
+    def prepare(self, teacher: Trajectories, places: Sequence[int], rows: slice, history: int, jitter: float) -> None:
+        self.times = [teacher.times[place] for place in places[:-1]]
+        self.levels = None if teacher.sigmas is None else [teacher.sigmas[place] for place in places]
+        self.targets = [teacher.states[place] for place in places[1:]]
+        self.rows, self.history, self.jitter = rows, history, jitter
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
-        self._begin(self.times, [], device)
+    def _table(self, steps: int) -> tuple[Sequence[float], list[Row], Sequence[float] | None]:
+        return self.times, [], self.levels
 
     def _kept(self, index: int) -> int:
         return min(index, self.history - 1)
@@ -73,13 +74,14 @@ def fit_weights(
         facts: of the model: prediction_type, num_train_timesteps, start.
         rows: the trajectories that are fitted to.
     """
-    times = [teacher.times[place] for place in places[:-1]]
     scheduler, ends = Fitting(**facts), []
-    scheduler.prepare(times, [teacher.states[place] for place in places[1:]], rows, history, jitter)
-    run(pipe, scheduler, seeds, len(times), options, lambda t, x, y, result: ends.append(result))
+    scheduler.prepare(teacher, places, rows, history, jitter)
+    run(pipe, scheduler, seeds, len(places) - 1, options, lambda t, x, y, result: ends.append(result))
     table = {
-        "timesteps": times,
+        "timesteps": scheduler.times,
         "scale": [scale for scale, _ in scheduler._rows],
         "weights": [weights for _, weights in scheduler._rows],
     }
+    if scheduler.levels is not None:
+        table["sigmas"] = scheduler.levels
     return table, ends[-1].float().flatten(1)

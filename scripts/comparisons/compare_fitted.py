@@ -26,6 +26,7 @@ from ptq4dm.progress import progress_bar
 from ptq4dm.samplers import FitConfig, FittedScheduler, fit
 from ptq4dm.samplers.catalog import make_sampler
 from ptq4dm.samplers.fitting.fit import endpoint_error
+from ptq4dm.samplers.fitting.teacher import facts_of
 from ptq4dm.samplers.fitting.trajectories import record
 from ptq4dm.samplers.fitting.weights import fit_weights
 
@@ -72,8 +73,7 @@ class _Controls:
         scheduler, config = make_sampler("deis", teacher.scheduler.config), settings(args, 3, 1e-2, 1)
         self.seeds = range(config.seed, config.seed + config.num_trajectories)
         self.followed = record(teacher, scheduler, self.seeds, config.teacher_steps, OPTIONS, config.batch_size)
-        self.facts = {name: scheduler.config[name] for name in ("num_train_timesteps", "prediction_type")}
-        self.facts["start"] = float(scheduler.init_noise_sigma)
+        self.facts = facts_of(teacher.scheduler.config)
 
     def on(self, grid: list[int]) -> FittedScheduler:
         some = slice(len(self.seeds) // 2)

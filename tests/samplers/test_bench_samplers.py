@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from models import plain_unet
 from ptq4dm.cli.main import main
@@ -15,7 +15,7 @@ from ptq4dm.samplers import DDIMScheduler as OurDDIM
 from ptq4dm.samplers import DEISScheduler
 from ptq4dm.samplers.catalog import make_sampler
 from ptq4dm.samplers.comparison import compare
-from ptq4dm.samplers.comparison.compare import SamplerBench, set_budget
+from ptq4dm.samplers.comparison.compare import SamplerBench, set_budget, usual_samplers
 from ptq4dm.samplers.comparison.table import table
 
 CONFIG = DDIMScheduler(timestep_spacing="trailing").config
@@ -119,7 +119,8 @@ def test_names():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dream", {}, "unknown sampler .*, or a folder with the scheduler_config.json of a fitted schedule"),
+        ("dream", {}, "unknown sampler .*, fitted for .*, or a folder with the scheduler_config.json of a fitted"),
+        ("fitted", {}, "fitted stands for the schedule beside"),
         ("t_ab9/quad", {}, "unknown sampler"),
         ("t_ab3/cube", {}, "unknown sampler"),
         ("rho_rk-5dp/edm", {}, "unknown sampler"),
@@ -141,6 +142,12 @@ def test_figures_that_measure_nothing(unet):
     pipe = DDPMPipeline(unet(), DDIMScheduler())
     with pytest.raises(UserError, match="32x32 pixel models"):
         SamplerBench().check(pipe)
+
+
+def test_the_usual_samplers_are_those_that_the_model_takes():
+    flow = FlowMatchEulerDiscreteScheduler().config
+    assert usual_samplers(CONFIG) == list(compare.SAMPLERS)
+    assert usual_samplers(flow) == [name for name in compare.SAMPLERS if name != "diffusers/ddim"]
 
 
 def test_table_marks_the_best_and_what_was_used():

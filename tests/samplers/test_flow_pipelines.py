@@ -1,8 +1,5 @@
 """Tiny pipelines of flow models, of diffusers' own classes: `from_config(pipe.scheduler.config)` samples them."""
 
-import importlib
-from pathlib import Path
-
 import diffusers
 import pytest
 import torch
@@ -12,21 +9,12 @@ import ptq4dm
 from ptq4dm.cli.main import main
 from ptq4dm.samplers import DEISScheduler
 
-SWEEP = Path(__file__).resolve().parents[2] / "scripts" / "sweep"
 TEXT = [
     *("FluxPipeline", "Flux2Pipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline"),
     *("SanaPipeline", "LuminaPipeline", "Lumina2Pipeline", "AuraFlowPipeline", "CogView4Pipeline"),
     *("WanPipeline", "LTXPipeline", "HunyuanVideoPipeline", "MochiPipeline"),
 ]
 IMAGE = ["FluxImg2ImgPipeline", "FluxInpaintPipeline", "StableDiffusion3Img2ImgPipeline"]
-
-
-@pytest.fixture
-def catalogue(monkeypatch):
-    monkeypatch.syspath_prepend(str(SWEEP))
-    found = importlib.import_module("pipelines")
-    monkeypatch.setattr(found, "STEPS", 3)
-    return found
 
 
 def pictures(output):
@@ -65,6 +53,17 @@ def test_calibration_sees_the_samplers_own_times(solver, catalogue, one_thread):
     assert len(grid) == 3 * case.pipe.scheduler.order
     seen = torch.as_tensor(store.recorded().time).flatten()
     assert len(seen) == 2 and (seen[:, None] - grid).abs().amin(1).max() < 1e-4
+
+
+def test_a_noise_level_stands_at_each_evaluation(catalogue, one_thread):
+    """Wan's pipeline reads sigmas[i] beside timesteps[i]; so do those of Cosmos and LTX-2."""
+    case = catalogue.PIPELINES["WanPipeline"]()
+    case.pipe.scheduler = DEISScheduler.from_config(case.pipe.scheduler.config, solver="rho_rk")
+    assert pictures(catalogue.run(case, [0])).isfinite().all()
+    scheduler = case.pipe.scheduler
+    assert scheduler.order == 3 and len(scheduler.timesteps) == 9
+    torch.testing.assert_close(1000 * scheduler.sigmas[:-1], scheduler.timesteps)
+    assert scheduler.sigmas[-1] == 0
 
 
 @pytest.mark.parametrize("sampler", ["deis", "ddim", "ipndm", "t_ab2/quad", "diffusers/unipc"])

@@ -111,6 +111,14 @@ def test_what_is_refused_says_why_and_what_to_take(name):
         DEISScheduler(**in_file(made(name)))
 
 
+def test_a_class_that_only_fields_tell_is_named_with_those_that_have_the_same():
+    either = "cannot sample this model: LCMScheduler or TCDScheduler is for models distilled"
+    with pytest.raises(UserError, match=either):
+        DEISScheduler.from_config(diffusers.LCMScheduler().config)
+    with pytest.raises(UserError, match="cannot sample this model: LCMScheduler is for models distilled"):
+        DEISScheduler.from_config(in_file(diffusers.LCMScheduler()))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

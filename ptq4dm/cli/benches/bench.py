@@ -13,7 +13,7 @@ from ...files.places import file_place
 from ...kernels.runtime.settings import tuned_file
 from ...pipelines.denoiser import denoiser
 from ...pipelines.load import EMBEDDED
-from ...samplers.comparison.compare import SamplerBench, bench_samplers
+from ...samplers.comparison.compare import SamplerBench, bench_samplers, usual_samplers
 from ...samplers.comparison.table import plot_rows, table
 from ...samplers.fitting.fit import FitConfig
 from ...samplers.fitting.saved import fitted_to
@@ -41,7 +41,7 @@ def run(args) -> None:
 
 def _add_samplers(parser) -> None:
     add_model(parser)
-    text = "as for --sampler of generate; the usual ones otherwise"
+    text = "as for --sampler of generate; the usual ones that the model takes otherwise"
     parser.add_argument("--samplers", nargs="+", metavar="NAME", help=text)
     usual = " ".join(map(str, SamplerBench.evaluations))
     few = " ".join(map(str, FitConfig.evaluations))
@@ -73,6 +73,8 @@ def _run_samplers(args) -> None:
     pipe = load(args, args.model)
     settings = {"model": str(args.model), "dtype": str(denoiser(pipe).dtype).removeprefix("torch.")}
     own = {}
+    if not args.samplers:
+        config.samplers = usual_samplers(pipe.scheduler.config)
     if args.fit:
         config.samplers = ["fitted", *config.samplers]
         config.check(pipe, {"fitted": None})

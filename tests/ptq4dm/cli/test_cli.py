@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_a_checkpoint_is_told_before_calibration(run, mo
     for folder, message in (("foreign", "holds other files"), ("foreign/thesis.txt/c", "cannot make the folder")):
         status, _, err = run("quantize", "--model", models / "unet", "--checkpoint", folder)
         assert status == 2 and len(err) == 1 and message in err[0]
-    assert tree(".") == ["foreign", "foreign/thesis.txt", "out"]
+    assert tree(".") == ["foreign", "foreign/thesis.txt"]
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", ".git/HEAD", "samples/000000.png", "README.md"])
@@ -354,7 +354,7 @@ def test_interrupted(run, models, monkeypatch):
     status, _, err = run("collect", "--model", models / "unet")
     assert (status, err) == (130, ["interrupted; the same command goes on where it stopped"])
     assert run("quantize", "--model", models / "unet")[::2] == (130, ["interrupted"])  # begins anew: no promise
-    assert tree(".") == ["out"]
+    assert tree(".") == []
 
 
 COMMANDS = ("collect", "quantize", "allocate", "generate", "evaluate", "compare", "distill", "bench", "info")

@@ -7,7 +7,7 @@ import pytest
 
 from ptq4dm.errors import UserError
 from ptq4dm.files import places
-from ptq4dm.files.places import check_own, check_room, make_parent, output_folder
+from ptq4dm.files.places import check_own, check_room, empty_taken_back, make_parent, output_folder
 from ptq4dm.files.result_folder import check_replaceable, foreign_files, result_folder
 
 
@@ -109,6 +109,20 @@ def test_a_picture_replaces_pictures_only(tmp_path):
             places.picture_place(path)
     for path in (old, tmp_path / "new.png"):
         places.picture_place(path)
+
+
+def test_folders_of_what_fails_go_again_where_they_are_empty(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ZeroDivisionError), empty_taken_back():
+        make_parent(tmp_path / "a/b/x")
+        make_parent(tmp_path / "there/x")
+        make_parent(tmp_path / "full/new/x")
+        (tmp_path / "full/file").touch()
+        raise ZeroDivisionError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "there"]
+    with empty_taken_back():
+        make_parent(tmp_path / "a/b/x")
+    assert (tmp_path / "a/b").is_dir()
 
 
 def test_an_output_folder_may_be_a_link_to_a_new_one(tmp_path):

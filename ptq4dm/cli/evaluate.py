@@ -13,6 +13,7 @@ from ..files.places import file_place
 from ..pipelines.embedded import check_name
 from ..pipelines.picture_files import find_images
 from ..quantization.saving import original_of
+from .computing import add_optimize, add_reuse, check_optimize, conditions, optimized, reused
 from .flags import add_flags, given
 from .options import (
     BATCH_SIZE,
@@ -21,19 +22,13 @@ from .options import (
     SAMPLER,
     add_conditioning,
     add_model,
-    add_optimize,
-    add_reuse,
     add_sampler,
     add_steps,
     check_idle,
-    check_optimize,
     conditioning_of,
-    conditions,
     default_model,
     device_of,
     load,
-    optimized,
-    reused,
     steps_of,
 )
 from .output import result, say

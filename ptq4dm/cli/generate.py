@@ -13,22 +13,17 @@ from ..files.pictures import opened_picture
 from ..files.places import picture_place
 from ..pipelines.generate import generate, save_grid
 from ..training.personalization.embedding_file import check_used, embedding_digest, load_embedding
+from .computing import add_optimize, add_reuse, check_optimize, conditions, optimized, reused
 from .options import (
     BATCH_SIZE,
     QUANTIZED_FIRST,
     add_conditioning,
     add_model,
-    add_optimize,
-    add_reuse,
     add_sampler,
     add_steps,
-    check_optimize,
     conditioning_of,
-    conditions,
     default_model,
     load,
-    optimized,
-    reused,
     steps_of,
 )
 from .output import main_process, result, say

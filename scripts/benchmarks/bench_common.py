@@ -14,7 +14,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
 from conditions import commit  # noqa: E402
 
-from ptq4dm.cli.tune import check_gpu  # noqa: E402
+from ptq4dm.cli.benches.tune import check_gpu  # noqa: E402
 from ptq4dm.errors import UserError  # noqa: E402
 from ptq4dm.files.atomic import replacing  # noqa: E402
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ptq4dm
-from ptq4dm.cli.tune import check_gpu, tune
+from ptq4dm.cli.benches.tune import check_gpu, tune
 from ptq4dm.errors import run
 from ptq4dm.kernels.tuning import launches_w8a8 as search_w8a8
 from ptq4dm.kernels.tuning.cases import Case, Operands, cases_of, encoded

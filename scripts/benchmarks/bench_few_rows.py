@@ -41,7 +41,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparisons"))
 from conditions import commit  # noqa: E402
 
-from ptq4dm.cli.tune import check_gpu, tune  # noqa: E402
+from ptq4dm.cli.benches.tune import check_gpu, tune  # noqa: E402
 from ptq4dm.errors import UserError, run  # noqa: E402
 from ptq4dm.files.atomic import replacing  # noqa: E402
 from ptq4dm.kernels.cpu import library  # noqa: E402

@@ -24,7 +24,7 @@ import triton
 from bench_common import commit, error, libraries, over
 from bench_installed import BUILDERS, installed
 
-from ptq4dm.cli.tune import check_gpu, tune
+from ptq4dm.cli.benches.tune import check_gpu, tune
 from ptq4dm.errors import run
 from ptq4dm.kernels.runtime.settings import tuned_file
 from ptq4dm.kernels.tuning import launches_w4 as search_svdq

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ptq4dm.caching.four_bits import keys_in_4_bits, values_in_4_bits
-from ptq4dm.cli.tune import check_gpu, tune
+from ptq4dm.cli.benches.tune import check_gpu, tune
 from ptq4dm.errors import UserError, run
 from ptq4dm.kernels.attention import reference
 from ptq4dm.kernels.attention.layer import kv4_attention

@@ -33,7 +33,7 @@ import torch
 from bench_common import error, made_with
 from torch.nn import functional as F
 
-from ptq4dm.cli.tune import check_gpu, linear_cases, tune
+from ptq4dm.cli.benches.tune import check_gpu, linear_cases, tune
 from ptq4dm.errors import UserError, run
 from ptq4dm.kernels.formats import int4, int8
 from ptq4dm.kernels.runtime.settings import best_config, served, tuned_file

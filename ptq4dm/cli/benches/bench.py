@@ -17,12 +17,11 @@ from ...samplers.comparison.compare import SamplerBench, bench_samplers, usual_s
 from ...samplers.comparison.table import plot_rows, table
 from ...samplers.fitting.fit import FitConfig
 from ...samplers.fitting.saved import fitted_to
-from .. import tune
 from ..flags import add_flags, flag_of, given, options_of
 from ..options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
 from ..output import result, say
 from ..parser import Parser, add_command
-from . import hardware
+from . import hardware, tune
 
 
 def add(parser) -> None:

@@ -16,7 +16,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from models import plain_unet
 from ptq4dm import progress
-from ptq4dm.cli import distill, evaluate, info, output, tune
+from ptq4dm.cli import distill, evaluate, info, output
+from ptq4dm.cli.benches import tune
 from ptq4dm.cli.main import main
 from ptq4dm.cli.verbs import VERBS
 from ptq4dm.errors import UserError

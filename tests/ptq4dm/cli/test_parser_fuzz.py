@@ -12,8 +12,8 @@ import traceback
 
 import pytest
 
-from ptq4dm.cli import allocate, collect, completion, distill, evaluate, generate, info, quantize, tune
-from ptq4dm.cli.benches import bench, hardware
+from ptq4dm.cli import allocate, collect, completion, distill, evaluate, generate, info, quantize
+from ptq4dm.cli.benches import bench, hardware, tune
 from ptq4dm.cli.main import main
 from ptq4dm.cli.training import personalize, train
 from ptq4dm.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptq4dm import UserError
-from ptq4dm.cli import tune
+from ptq4dm.cli.benches import tune
 from ptq4dm.cli.main import main
 from ptq4dm.kernels.runtime import settings as tuning
 from ptq4dm.kernels.tuning import search, stopwatch, workers

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ptq4dm.cli import tune
+from ptq4dm.cli.benches import tune
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

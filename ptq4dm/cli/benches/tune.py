@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from ..calibration.look import look
-from ..calibration.request import request_of
-from ..calibration.sampled import record_calls
-from ..errors import UserError
-from ..files.places import file_place
-from ..kernels import dispatch
-from ..kernels.runtime import settings as tuning
-from ..kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
-from ..layers.base import holds_quantized
-from ..pipelines.denoiser import denoiser
-from ..pipelines.sampling import default_steps
-from ..progress import progress_bar
-from .output import result, say
+from ...calibration.look import look
+from ...calibration.request import request_of
+from ...calibration.sampled import record_calls
+from ...errors import UserError
+from ...files.places import file_place
+from ...kernels import dispatch
+from ...kernels.runtime import settings as tuning
+from ...kernels.w4.layer import FP8, INT4, MODES, SHORT, WEIGHT_ONLY, kernel_name
+from ...layers.base import holds_quantized
+from ...pipelines.denoiser import denoiser
+from ...pipelines.sampling import default_steps
+from ...progress import progress_bar
+from ..output import result, say
 
 W8A8 = "w8a8"
 KERNELS = dispatch.tunable()
@@ -69,7 +69,7 @@ def cases_of_pipeline(
     Raises:
         UserError: the model has no layers in full precision.
     """
-    from ..kernels.tuning.cases import cases_of
+    from ...kernels.tuning.cases import cases_of
 
     model = denoiser(pipe)
     if holds_quantized(model):
@@ -97,14 +97,14 @@ def linear_shapes(cases: list) -> list[Shape]:
 
 
 def linear_cases(shapes: list[Shape]) -> list:
-    from ..kernels.tuning.cases import Case
-    from ..kernels.w8a8.window import Window
+    from ...kernels.tuning.cases import Case
+    from ...kernels.w8a8.window import Window
 
     return [Case(Window(m, 1, 1), k, n) for m, n, k in shapes]
 
 
 def known_shapes() -> list[Shape]:
-    from ..kernels.tuning.launches_w4 import SHAPES
+    from ...kernels.tuning.launches_w4 import SHAPES
 
     return list(SHAPES.values())
 
@@ -120,10 +120,10 @@ def plan(kernels: list[str] | None, shapes: list[Shape], cases: list) -> list:
     Raises:
         UserError: a kernel that this GPU does not run, or nothing to do.
     """
-    from ..kernels.tuning import launches_integer as search_integer
-    from ..kernels.tuning import launches_lut as search_lut
-    from ..kernels.tuning import launches_w4 as search_svdq
-    from ..kernels.tuning import launches_w8a8 as search_w8a8
+    from ...kernels.tuning import launches_integer as search_integer
+    from ...kernels.tuning import launches_lut as search_lut
+    from ...kernels.tuning import launches_w4 as search_svdq
+    from ...kernels.tuning import launches_w8a8 as search_w8a8
 
     fp8 = kernel_name(torch.device("cuda"), "fp8", 64)
     if fp8 != FP8 and "w4a8-fp8" in (kernels or ()):
@@ -155,7 +155,7 @@ def tune(launches: list, path: Path | None = None, seconds: float | None = None)
     Raises:
         UserError: no such file can be written, or no setting of any launch runs.
     """
-    from ..kernels.tuning import search
+    from ...kernels.tuning import search
 
     path = tuning.tuned_file() if path is None else path
     file_place(path)

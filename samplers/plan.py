@@ -102,10 +102,8 @@ def plan(config, choice: Choice, schedule: Schedule, request: Request) -> Plan:
     if config.solver == "rho_rk":
         times, evaluations = runge_kutta(config.rk_method, rho, row, schedule.time, grid)
     else:
-        times, evaluations = (
-            grid[:-1].tolist(),
-            multistep(_table(config, choice, schedule, grid, rho, theirs), rho, row),
-        )
+        table = _table(config, choice, schedule, grid, rho, theirs)
+        times, evaluations = grid[:-1].tolist(), multistep(table, rho, row)
     return Plan(times, evaluations, levels_of(evaluations, float(rho[-1])) if isinstance(schedule, EDM) else None)
 
 

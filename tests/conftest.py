@@ -46,6 +46,15 @@ def one_thread():
 
 
 @pytest.fixture
+def catalogue(monkeypatch):
+    """scripts/sweep/pipelines.py: tiny pipelines of diffusers' own classes, by name; `run` takes three steps."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts" / "sweep"))
+    found = importlib.import_module("pipelines")
+    monkeypatch.setattr(found, "STEPS", 3)
+    return found
+
+
+@pytest.fixture
 def few_looks(monkeypatch):
     """The search for ranges by what the model predicts looks at a third of the grids."""
     monkeypatch.setattr("ptq4dm.ranges.prediction.FACTORS", ((0.8,),))

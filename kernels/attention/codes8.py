@@ -25,7 +25,7 @@ from ..formats import attention8 as formats
 from ..formats.attention8 import BLOCK, LOG2E, Codes8, empty_codes, sizes, top
 from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
-from ..runtime.rounding import ROUND
+from ..runtime.rounding import to_codes
 from .rotary import Rotary
 from .turned8 import places_tile, tokens_tile, turned
 
@@ -83,15 +83,6 @@ def _inverse(scale):
 
 
 @triton.jit
-def _codes(x, inverse, dtype: tl.constexpr):
-    """x by its divisor, which leaves it in the codes' range, -> codes. The lowest byte of x + ROUND is an int8."""
-    if dtype == tl.int8:
-        return (x * inverse + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-    else:
-        return (x * inverse).to(tl.float8e4nv)
-
-
-@triton.jit
 def _mean(parts_ptr, inverse_count, j, D: tl.constexpr, CHUNKS: tl.constexpr):
     mean = tl.zeros((j.shape[0],), tl.float32)
     for chunk in tl.static_range(CHUNKS):
@@ -129,7 +120,7 @@ def _codes_kernel(
                     x, length = turned(x, n, start, q_norm_ptr, words_q_norm_ptr, cos, sin, T, j, eps, D, JOINT)
                 scale = _most(tl.abs(x), 1) * inverse_top
                 to = head * q_blocks * BLOCK + n
-                tl.store(qc_ptr + to[:, None] * W + j[None, :], _codes(x, _inverse(scale)[:, None], codes))
+                tl.store(qc_ptr + to[:, None] * W + j[None, :], to_codes(x * _inverse(scale)[:, None], codes))
                 if TURNED:
                     scale *= length
                 tl.store(qs_ptr + to, scale * q_factor)
@@ -150,7 +141,7 @@ def _codes_kernel(
                 scale = _most(tl.reduce(tl.abs(x), 1, _or_nan) * inside, 0) * inverse_top
                 to = head * k_blocks * BLOCK + n
                 inverse = (_inverse(scale) * inside)[:, None]
-                tl.store(kc_ptr + to[:, None] * W + j[None, :], _codes(x, inverse, codes))
+                tl.store(kc_ptr + to[:, None] * W + j[None, :], to_codes(x * inverse, codes))
                 tl.store(ks_ptr + head * k_blocks + block, scale)
     elif block < k_blocks:  # bits 3 2 1 0 of a place are bits 2 1 3 0 of the token there
         n = start + (place & -16) + (place & 1) + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2
@@ -164,7 +155,7 @@ def _codes_kernel(
             x -= mean[None, :]
             x += x * 0.0  # infinity becomes NaN, which no maximum sees
             scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1) * inside, 0) * (1.0 / 448.0), FLOOR)
-            coded = _codes(x, (1.0 / scale * inside)[:, None], vc_ptr.dtype.element_ty)
+            coded = to_codes(x * (1.0 / scale * inside)[:, None], vc_ptr.dtype.element_ty)
             to = vc_ptr + (head * W + j)[:, None] * (k_blocks * BLOCK) + (start + place)[None, :]
             tl.store(to, tl.trans(coded))
             tl.store(vl_ptr + head * k_blocks + block, tl.log2(scale))

@@ -26,18 +26,10 @@ import triton
 import triton.language as tl
 
 from ..runtime.rotation import rotated
-from ..runtime.rounding import ROUND
+from ..runtime.rounding import ROUND, to_codes
 from .norm import blocks_of, normed, normed_branch, row_statistics, rows_of, starts_of, values_of
 
 INFINITY = tl.constexpr(0x7F800000)  # as bits; |v| as bits orders finite < infinity < NaN
-
-
-@triton.jit
-def to_codes(v, dtype: tl.constexpr):
-    """v float32 -> the nearest e4m3, or the nearest whole number as int8 (the low byte of a float of 2^23's ulp)."""
-    if dtype == tl.int8:
-        return (v + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-    return v.to(dtype)
 
 
 @triton.jit

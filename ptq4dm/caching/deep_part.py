@@ -43,7 +43,7 @@ class Kept:
 
     @property
     def bytes(self) -> int:
-        return sum(one.numel() * one.element_size() for part in self.parts.values() for one in part)
+        return sum(one.nbytes for part in self.parts.values() for one in part)
 
 
 def under_way(*modules: nn.Module) -> DeepPart | None:

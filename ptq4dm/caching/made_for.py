@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from ..files.claim import digest
 from ..layers.base import is_quantized
+
+EITHER = {"quantized": None}  # a network, quantized or not
 
 
 def made_for(scheduler: Any, models: Mapping[str, nn.Module]) -> dict[str, Any]:
@@ -22,18 +23,19 @@ def made_for(scheduler: Any, models: Mapping[str, nn.Module]) -> dict[str, Any]:
 
 def differences(origin: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In a few words each; none where an origin does not say what it was made for."""
-    found = []
-    before, after = (one.get("networks") for one in (origin, now))
-    if isinstance(before, dict) and isinstance(after, dict):
-        if [_of(one, "class", "settings") for one in before.values()] != [
-            _of(one, "class", "settings") for one in after.values()
-        ]:
-            found.append(f"another network ({', '.join(str(_of(one, 'class')[0]) for one in before.values())})")
-        elif [_of(one, "quantized") for one in before.values()] != [_of(one, "quantized") for one in after.values()]:
-            was = any(_of(one, "quantized")[0] for one in before.values())
-            found.append(f"a network {'that is quantized' if was else 'in full precision'}")
-    if "scheduler" in origin and origin["scheduler"] != now["scheduler"]:
-        found.append(f"another sampler ({_of(origin['scheduler'], 'class')[0]})")
+    networks, scheduler, found = origin.get("networks"), origin.get("scheduler"), []
+    if not isinstance(networks, dict) or not isinstance(scheduler, dict):
+        return []
+    if not all(isinstance(one, dict) for one in networks.values()):
+        return []
+    before, after = list(networks.values()), list(now["networks"].values())
+    if [one | EITHER for one in before] != [one | EITHER for one in after]:
+        found.append(f"another network ({', '.join(str(one.get('class')) for one in before)})")
+    elif before != after:
+        was = any(one.get("quantized") for one in before)
+        found.append(f"a network {'that is quantized' if was else 'in full precision'}")
+    if scheduler != now["scheduler"]:
+        found.append(f"another sampler ({scheduler.get('class')})")
     return found
 
 
@@ -41,9 +43,4 @@ def _kind(one: Any) -> dict[str, Any]:
     """A class, and a digest of its settings but for where they were read and by which version."""
     config = {key: value for key, value in getattr(one, "config", {}).items() if not key.startswith("_")}
     config.pop("quantization_config", None)
-    text = json.dumps(config, sort_keys=True, default=str)
-    return {"class": type(one).__name__, "settings": hashlib.sha256(text.encode()).hexdigest()[:16]}
-
-
-def _of(one: Any, *names: str) -> list[Any]:
-    return [one.get(name) if isinstance(one, dict) else None for name in names]
+    return {"class": type(one).__name__, "settings": digest(config, str)}

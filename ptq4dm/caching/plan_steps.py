@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,23 +86,24 @@ def plan_cached_steps(
     config = config or StepPlanConfig()
     check_arguments(conditioning, pipeline_kwargs)
     check_steps(pipe, config.num_inference_steps)
-    name, models = cached_models(pipe)
-    origin = made_for(getattr(pipe, name), models) | {"seed": config.seed, "num_samples": config.num_samples}
-    seen = measured(pipe, config, conditioning, pipeline_kwargs)
-    return seen.plan(config.reuse, config.history, origin)
+    return measured(pipe, config, conditioning, pipeline_kwargs).plan(config.reuse, config.history)
 
 
 @dataclass
 class Measured:
-    """What trajectories told. products: [N, N]; outputs: [N], g_j^2; ends: [N], s_j; all as in step_search.py."""
+    """What trajectories told. products: [N, N]; outputs: [N], g_j^2; ends: [N], s_j; all as in step_search.py.
+
+    origin: of plans, see StepPlan.
+    """
 
     depth: int
     times: tuple[float, ...]
     products: np.ndarray
     outputs: np.ndarray
     ends: np.ndarray
+    origin: dict[str, Any] = field(default_factory=dict)
 
-    def plan(self, reuse: float, history: int, origin: dict[str, Any] | None = None) -> StepPlan:
+    def plan(self, reuse: float, history: int) -> StepPlan:
         """The plan for a share of evaluations that reuse. Raises UserError where the network has none that could."""
         count = len(self.times)
         computed = max(1, math.ceil(count * (1 - reuse) - 1e-9))
@@ -116,18 +117,16 @@ class Measured:
                 else ""
             )
             raise UserError(f"no {count - computed} of {count} evaluations can reuse{why}: plan for a smaller reuse.")
-        return self.with_steps(steps, history, math.sqrt(total), origin)
+        return self.with_steps(steps, history, math.sqrt(total))
 
-    def with_steps(
-        self, steps: tuple[int, ...], history: int, error: float | None = None, origin: dict[str, Any] | None = None
-    ) -> StepPlan:
+    def with_steps(self, steps: tuple[int, ...], history: int, error: float | None = None) -> StepPlan:
         """The plan that computes these evaluations, with the best weights elsewhere."""
         rows: list[tuple[float, ...]] = []
         for k in range(len(self.times)):
             latest = tuple(c for c in steps if c < k)[::-1][:history]
             sources = [] if k in steps else list(alike(self.products, latest, k))
             rows.append(tuple(best_weights(self.products, sources, k)[0].tolist()) if sources else ())
-        return StepPlan(weights=tuple(rows), depth=self.depth, times=self.times, error=error, origin=origin or {})
+        return StepPlan(weights=tuple(rows), depth=self.depth, times=self.times, error=error, origin=self.origin)
 
 
 def measured(
@@ -151,7 +150,9 @@ def measured(
                     pipeline_kwargs=pipeline_kwargs,
                 )  # fmt: skip
             watched.add()
-    return Measured(config.depth, tuple(watched.clock.times), watched.products, watched.factors(), ends.moved())
+    origin = made_for(getattr(pipe, name), models) | {"seed": config.seed, "num_samples": config.num_samples}
+    times = tuple(watched.clock.times)
+    return Measured(config.depth, times, watched.products, watched.factors(), ends.moved(), origin)
 
 
 class _Watched:

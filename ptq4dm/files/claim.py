@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -85,9 +85,9 @@ def _claimed(what: Path, lock: Path, settings: str, share: bool) -> Iterator[Non
             _MINE.reset(outer)
 
 
-def digest(settings: Any) -> str:
-    """16 hex digits of SHA-256 over settings, as JSON writes them."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+def digest(settings: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """16 hex digits of SHA-256 over settings, as JSON writes them; default: of what JSON does not know."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=default).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -1,8 +1,5 @@
 """Tables of times that diffusers publishes (Align Your Steps, arXiv:2404.14507) as a pipeline's timesteps."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers.schedulers import AysSchedules
@@ -10,8 +7,6 @@ from diffusers.schedulers import AysSchedules
 import ptq4dm
 from analytic import gaussian, noise
 from ptq4dm.samplers import DEISScheduler
-
-SWEEP = Path(__file__).resolve().parents[2] / "scripts" / "sweep"
 
 
 @pytest.mark.parametrize(
@@ -22,9 +17,8 @@ SWEEP = Path(__file__).resolve().parents[2] / "scripts" / "sweep"
     ],
 )
 @pytest.mark.parametrize("solver", ["t_ab", "ipndm"])
-def test_a_pipeline_calls_its_model_at_the_times_of_the_table(name, table, solver, monkeypatch, one_thread):
-    monkeypatch.syspath_prepend(str(SWEEP))
-    case = importlib.import_module("pipelines").PIPELINES[name]()
+def test_a_pipeline_calls_its_model_at_the_times_of_the_table(name, table, solver, catalogue, one_thread):
+    case = catalogue.PIPELINES[name]()
     case.pipe.scheduler = DEISScheduler.from_config(case.pipe.scheduler.config, solver=solver)
     seen = []
     case.pipe.unet.register_forward_pre_hook(

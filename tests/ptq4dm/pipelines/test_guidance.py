@@ -1,8 +1,6 @@
 """Guidance in an interval: the recursion written out, the rows that are computed, pipelines of many kinds."""
 
-import importlib
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from ptq4dm.pipelines.denoiser import denoiser_names
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.pipelines.sampling import call_pipeline
 
-SWEEP = Path(__file__).resolve().parents[3] / "scripts" / "sweep"
 # The condition in the second half of the rows, in the first (DiT), turned around (Lumina), in a second call
 # (Flux, Wan), rescaled (Lumina2), of two denoisers, with noise in each step (HunyuanDiT).
 KINDS = {
@@ -30,12 +27,6 @@ KINDS = {
     "HunyuanDiTPipeline": "guidance_scale",
     "StableDiffusionXLControlNetPipeline": "guidance_scale",
 }
-
-
-@pytest.fixture
-def catalogue(monkeypatch):
-    monkeypatch.syspath_prepend(str(SWEEP))
-    return importlib.import_module("pipelines").PIPELINES
 
 
 def tiny(scheduler):
@@ -98,7 +89,7 @@ def test_outside_of_the_interval_half_of_the_rows_are_computed(one_thread):
 def test_pipelines_of_many_kinds(name, catalogue, one_thread):
     """In the whole interval nothing changes, to the bit; in one without steps the condition stands alone: as where
     the unconditional prediction is put in the place of the conditional one, whichever way the pipeline mixes them."""
-    case, scale = catalogue[name](), KINDS[name]
+    case, scale = catalogue.PIPELINES[name](), KINDS[name]
     parameters = inspect.signature(case.pipe.__call__).parameters
     kwargs = case.pipeline_kwargs | ({"guidance_scale": 1.0} if "guidance_scale" in parameters else {})
     conditioning = case.conditioning | ({"negative_prompt": ["bad", "worse"]} if scale == "true_cfg_scale" else {})
@@ -139,7 +130,7 @@ def test_unknown_ways_and_wrong_intervals_are_told(catalogue, one_thread):
         "ZImagePipeline": "",
         "HiDreamImagePipeline": "its rows are not computed each by itself",
     }.items():
-        case = catalogue[name]()
+        case = catalogue.PIPELINES[name]()
         with pytest.raises(UserError, match=f"does not know how {name} guides.*{reason}"):
             run((0.1, 0.8), pipe=case.pipe, more=case.pipeline_kwargs, conditioning=case.conditioning)
 

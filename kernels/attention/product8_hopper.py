@@ -88,7 +88,26 @@ def _item(i, sizes, PROGRAMS: gl.constexpr):
 
 
 @gluon.jit
-def _load(loads, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr):
+def _load_part(loads, slot, head, k_tiles, low, high, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
+    for i in range(high - low + 1):  # the keys of a block, and the values of the one before it
+        stage = slot % STAGES
+        bar = full.index(stage)
+        keys, values = i < high - low, i > 0
+        mbarrier.wait(empty.index(stage), slot // STAGES & 1 ^ 1)
+        mbarrier.expect(bar, k_desc.block_type.nbytes, pred=i == 0)
+        mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes, pred=keys & values)
+        mbarrier.expect(bar, v_desc.block_type.nbytes, pred=i == high - low)
+        async_load(k_desc, [(head * k_tiles + high - 1 - i) * BN, 0], bar, k_buffers.index(stage), pred=keys)
+        async_load(v_desc, [head * D, (high - i) * BN], bar, v_buffers.index(stage), pred=values)
+        slot += 1
+    return slot
+
+
+@gluon.jit
+def _load(
+    loads, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAND: gl.constexpr, PROGRAMS: gl.constexpr
+):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
     M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     slot = 0
@@ -101,17 +120,11 @@ def _load(loads, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
         mbarrier.expect(q_full.index(side), 2 * q_desc.block_type.nbytes)
         async_load(q_desc, [row, 0], q_full.index(side), q_buffers.index(2 * side))
         async_load(q_desc, [row + 64, 0], q_full.index(side), q_buffers.index(2 * side + 1))
-        for i in range(high - low + 1):  # the keys of a block, and the values of the one before it
-            stage = slot % STAGES
-            bar = full.index(stage)
-            keys, values = i < high - low, i > 0
-            mbarrier.wait(empty.index(stage), slot // STAGES & 1 ^ 1)
-            mbarrier.expect(bar, k_desc.block_type.nbytes, pred=i == 0)
-            mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes, pred=keys & values)
-            mbarrier.expect(bar, v_desc.block_type.nbytes, pred=i == high - low)
-            async_load(k_desc, [(head * k_tiles + high - 1 - i) * BN, 0], bar, k_buffers.index(stage), pred=keys)
-            async_load(v_desc, [head * D, (high - i) * BN], bar, v_buffers.index(stage), pred=values)
-            slot += 1
+        if HAND == 0:
+            slot = _load_part(loads, slot, head, k_tiles, low, high, BN, D, STAGES)
+        else:
+            for end in range(high, low, -HAND):
+                slot = _load_part(loads, slot, head, k_tiles, gl.maximum(low, end - HAND), end, BN, D, STAGES)
 
 
 @gluon.jit
@@ -191,19 +204,81 @@ def _step(
 
 
 @gluon.jit
+def _part(
+    q, q_scale, k_scales, v_logs, ring, slot, then, total, high, last, L, BN: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """Blocks high - 1, high - 2, ... high - 1 - last of keys: (y of them, peak, total, the next slot).
+
+    then, total: of the blocks before them, where these are not the first.
+    """
+    k_buffers, v_buffers, full, empty = ring
+    x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, y_layout, 4)
+    x_rows: gl.constexpr = gl.SliceLayout(1, x_layout)
+    sums: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
+    k_scale, v_log = gl.load(k_scales + last), gl.load(v_logs + last)
+    mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
+    k = k_buffers.index(slot % STAGES).permute((1, 0))
+    x = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
+    slot += 1
+    stage = slot % STAGES
+    mbarrier.wait(full.index(stage), slot // STAGES & 1)
+    k = k_buffers.index(stage).permute((1, 0))  # of the only block, this is what lay there: it is not used
+    v = v_buffers.index(stage).permute((1, 0))
+    x2 = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
+    first = hopper.warpgroup_mma_wait(1, deps=(x,)).to(gl.float32)
+    past = (high - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, x_layout)) >= L
+    scale = q_scale * k_scale
+    peak = _largest(gl.where(past[None, :], float("-inf"), first), x_rows) * scale + v_log
+    if not FIRST:
+        peak = gl.maximum(peak, then)
+    p = gl.where(past[None, :], 0.0, gl.exp2(first * scale[:, None] - (peak - (v_log + TOP))[:, None]))
+    if FIRST:
+        total = _sums(p, x_rows) * gl.exp2(-v_log)
+    else:
+        total = total * gl.exp2(then - peak) + _sums(p, x_rows) * gl.exp2(-v_log)
+    before = gl.maximum(last - 1, 0)
+    k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
+    y = gl.zeros((64, D), gl.float32, y_layout)
+    y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, use_acc=False, is_async=True)
+    mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
+    slot += 1
+    mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1, pred=last > 0)
+    for i in range(1, last, 2):  # scales are loaded a step before they are used
+        k_scale2, v_log2 = gl.load(k_scales + last - i - 1), gl.load(v_logs + last - i - 1)
+        scale = q_scale * k_scale
+        x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, v_log, peak, total, BN, D, STAGES, True)
+        before = gl.maximum(last - i - 2, 0)
+        k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
+        scale = q_scale * k_scale2
+        more = i + 1 < last
+        x2, y, peak, total = _step(q, ring, slot + 1, more, x, y, scale, v_log2, peak, total, BN, D, STAGES, True)
+        slot += 2
+    if last % 2 == 1:
+        scale = q_scale * k_scale
+        y, peak, total = _step(q, ring, slot, False, x2, y, scale, v_log, peak, total, BN, D, STAGES, False)
+        result = hopper.warpgroup_mma_wait(0, deps=(y,))
+        slot += 1
+    else:
+        _, result = hopper.warpgroup_mma_wait(0, deps=(x2, y))
+    mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
+    return result, peak, total, slot
+
+
+@gluon.jit
 def _attend(
-    half: gl.constexpr, loads, ending, sizes, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    half: gl.constexpr, loads, held, ending, sizes, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr,
+    STAGES: gl.constexpr, HAND: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
     y_ptr, part_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr = ending
     M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, y_layout, 4)
     x_rows: gl.constexpr = gl.SliceLayout(1, x_layout)
     y_rows: gl.constexpr = gl.SliceLayout(1, y_layout)
-    sums: gl.constexpr = gl.int32 if q_desc.dtype == gl.int8 else gl.float32
     out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ring = (k_buffers, v_buffers, full, empty)
     slot = 0
@@ -211,54 +286,32 @@ def _attend(
         tile, low, high = _item(item, sizes, PROGRAMS)
         head = tile // q_tiles
         top = tile % q_tiles * 128 + half * 64
-        last = high - low - 1
         q_scale = gl.load(q_scale_ptr + head * q_tiles * 128 + top + gl.arange(0, 64, x_rows))
-        k_scales, v_logs = k_scale_ptr + head * k_tiles + low, v_log_ptr + head * k_tiles + low
-        k_scale, v_log = gl.load(k_scales + last), gl.load(v_logs + last)
+        k_scales, v_logs = k_scale_ptr + head * k_tiles, v_log_ptr + head * k_tiles
         side = item & 1
         q = q_buffers.index(2 * side + half)
         mbarrier.wait(q_full.index(side), item >> 1 & 1)
-        mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
-        k = k_buffers.index(slot % STAGES).permute((1, 0))
-        x = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
-        slot += 1
-        stage = slot % STAGES
-        mbarrier.wait(full.index(stage), slot // STAGES & 1)
-        k = k_buffers.index(stage).permute((1, 0))  # of the only block, this is what lay there: it is not used
-        v = v_buffers.index(stage).permute((1, 0))
-        x2 = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
-        first = hopper.warpgroup_mma_wait(1, deps=(x,)).to(gl.float32)
-        past = (high - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, x_layout)) >= L
-        scale = q_scale * k_scale
-        peak = _largest(gl.where(past[None, :], float("-inf"), first), x_rows) * scale + v_log
-        p = gl.where(past[None, :], 0.0, gl.exp2(first * scale[:, None] - (peak - (v_log + TOP))[:, None]))
-        total = _sums(p, x_rows) * gl.exp2(-v_log)
-        before = gl.maximum(last - 1, 0)
-        k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
-        y = gl.zeros((64, D), gl.float32, y_layout)
-        y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, use_acc=False, is_async=True)
-        mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
-        slot += 1
-        mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1, pred=last > 0)
-        for i in range(1, last, 2):  # scales are loaded a step before they are used
-            k_scale2, v_log2 = gl.load(k_scales + last - i - 1), gl.load(v_logs + last - i - 1)
-            scale = q_scale * k_scale
-            x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, v_log, peak, total, BN, D, STAGES, True)
-            before = gl.maximum(last - i - 2, 0)
-            k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
-            scale = q_scale * k_scale2
-            more = i + 1 < last
-            x2, y, peak, total = _step(q, ring, slot + 1, more, x, y, scale, v_log2, peak, total, BN, D, STAGES, True)
-            slot += 2
-        if last % 2 == 1:
-            scale = q_scale * k_scale
-            y, peak, total = _step(q, ring, slot, False, x2, y, scale, v_log, peak, total, BN, D, STAGES, False)
-            result = hopper.warpgroup_mma_wait(0, deps=(y,))
-            slot += 1
+        if HAND == 0:
+            result, peak, total, slot = _part(
+                q, q_scale, k_scales + low, v_logs + low, ring, slot, None, None, high, high - low - 1, L, BN, D,
+                STAGES, True,
+            )  # fmt: skip
         else:
-            _, result = hopper.warpgroup_mma_wait(0, deps=(x2, y))
+            peak = gl.full((64,), float("-inf"), gl.float32, x_rows)
+            total = gl.zeros((64,), gl.float32, x_rows)
+            sums = held.index(half)
+            sums.store(gl.zeros((64, D), gl.float32, y_layout))
+            for end in range(high, low, -HAND):
+                start = gl.maximum(low, end - HAND)
+                then = peak
+                result, peak, total, slot = _part(
+                    q, q_scale, k_scales + start, v_logs + start, ring, slot, then, total, end, end - start - 1, L, BN,
+                    D, STAGES, False,
+                )  # fmt: skip
+                fell = gl.convert_layout(gl.exp2(then - peak), y_rows, assert_trivial=True)
+                sums.store(sums.load(y_layout) * fell[:, None] + result)
+            result = sums.load(y_layout)
         mbarrier.arrive(q_empty.index(side), count=1)
-        mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
         if part_ptr is not None and item >= whole:
             piece = part_ptr + ((gl.program_id(0) * 2 + item - whole) * 128 + half * 64) * (D + 2)
             rows = gl.arange(0, 64, x_rows)
@@ -284,7 +337,7 @@ def _attend(
 def _attention8_hopper_kernel(
     q_desc, k_desc, v_desc, y_ptr, part_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr, M, L, H, q_tiles,
     k_tiles, tiles, whole, share, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr,
-    PROGRAMS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    HAND: gl.constexpr, PROGRAMS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_type.shape, q_desc.layout)
     k_buffers = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
@@ -293,6 +346,10 @@ def _attention8_hopper_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    if HAND > 0:
+        held = gl.allocate_shared_memory(gl.float32, [2, 64, D], gl.SwizzledSharedLayout(2, 1, 4, [1, 0]))
+    else:
+        held = q_buffers  # nothing is
     for side in gl.static_range(2):
         mbarrier.init(q_full.index(side), count=1)
         mbarrier.init(q_empty.index(side), count=2)
@@ -305,9 +362,9 @@ def _attention8_hopper_kernel(
     sizes = (M, L, H, q_tiles, k_tiles, tiles, whole, share)
     gl.warp_specialize(
         [
-            (_attend, (gl.constexpr(0), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS)),
-            (_attend, (gl.constexpr(1), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS)),
-            (_load, (loads, sizes, BN, D, STAGES, PROGRAMS)),
+            (_attend, (gl.constexpr(0), loads, held, ending, sizes, BN, D, OUT, STAGES, HAND, PROGRAMS)),
+            (_attend, (gl.constexpr(1), loads, held, ending, sizes, BN, D, OUT, STAGES, HAND, PROGRAMS)),
+            (_load, (loads, sizes, BN, D, STAGES, HAND, PROGRAMS)),
         ],
         [4, 1],
         [COMPUTE_REGISTERS, LOAD_REGISTERS],
@@ -334,6 +391,7 @@ def _plan(
     if stages < 3:  # a step reads one stage, has not yet given back the one before, and waits for the one after
         raise ValueError(f"attention in 8 bits takes 3 stages or more; {stages} would wait for ever.")
     q_tiles, k_tiles = cdiv(rows, 128), cdiv(tokens, bn)
+    hand = config.get("HAND", 0)
     tiles, programs = batch * heads * q_tiles, multiprocessors(device)
     whole, left = divmod(tiles, programs)
     share = cdiv(left * k_tiles, programs) if config["SPLIT"] else 0
@@ -343,7 +401,7 @@ def _plan(
     launch = Launch(
         _attention8_hopper_kernel, (programs if share else min(programs, tiles),), blocks, M=rows, L=tokens, H=heads,
         q_tiles=q_tiles, k_tiles=k_tiles, tiles=tiles, whole=whole, share=share, BN=bn, D=channels, OUT=width,
-        STAGES=stages, PROGRAMS=programs, COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS,
+        STAGES=stages, HAND=hand, PROGRAMS=programs, COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS,
         num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     if not share:

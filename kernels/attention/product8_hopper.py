@@ -47,9 +47,11 @@ from .join8 import joining
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
 DEFAULT = {
-    torch.int8: {"BN": 128, "STAGES": 4, "SPLIT": False},
-    torch.float8_e4m3fn: {"BN": 128, "STAGES": 4, "SPLIT": True},
+    torch.int8: {"BN": 128, "STAGES": 4, "HAND": 0, "SPLIT": False},
+    torch.float8_e4m3fn: {"BN": 128, "STAGES": 4, "HAND": 0, "SPLIT": True},
 }
+LONG = {"BN": 128, "STAGES": 3, "HAND": 32, "SPLIT": False}
+MOST = 64  # blocks of keys that follow one another in the tensor cores' own sums
 FEWEST = 6  # blocks of keys that sharing a tile must save
 # Four values that a thread has side by side to four bytes of e4m3; Triton by itself would move each byte.
 FOUR = gl.constexpr(
@@ -59,11 +61,16 @@ FOUR = gl.constexpr(
 
 
 @gluon.jit
-def _count(sizes, PROGRAMS: gl.constexpr):
-    """How many items a program has: whole tiles, and parts of those that are left when all have as many."""
+def _count(sizes, HAND: gl.constexpr, PROGRAMS: gl.constexpr):
+    """How many items a program has: whole tiles, and parts of those that are left when all have as many.
+
+    With HAND every tile is as many items as it has parts of HAND blocks.
+    """
     M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     program = gl.program_id(0)
-    if share == 0:
+    if HAND > 0:
+        return (tiles - program + PROGRAMS - 1) // PROGRAMS * ((k_tiles + HAND - 1) // HAND)
+    elif share == 0:
         return (tiles - program + PROGRAMS - 1) // PROGRAMS
     else:
         left = (tiles - whole * PROGRAMS) * k_tiles
@@ -73,10 +80,14 @@ def _count(sizes, PROGRAMS: gl.constexpr):
 
 
 @gluon.jit
-def _item(i, sizes, PROGRAMS: gl.constexpr):
-    """(tile, its first block of keys, the one after its last) of a program's i-th item."""
+def _item(i, sizes, HAND: gl.constexpr, PROGRAMS: gl.constexpr):
+    """Of a program's i-th item (which of its tiles, that tile, its first block of keys, the one after its last)."""
     M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     program = gl.program_id(0)
+    if HAND > 0:
+        parts = (k_tiles + HAND - 1) // HAND
+        high = k_tiles - i % parts * HAND
+        return i // parts, program + i // parts * PROGRAMS, gl.maximum(high - HAND, 0), high
     start = program * share
     end = gl.minimum(start + share, (tiles - whole * PROGRAMS) * k_tiles)
     part = (share > 0) & (i >= whole)
@@ -84,24 +95,7 @@ def _item(i, sizes, PROGRAMS: gl.constexpr):
     low = gl.maximum(start - tile * k_tiles, 0)
     high = gl.minimum(end - tile * k_tiles, k_tiles)
     tile = gl.where(part, whole * PROGRAMS + tile, program + i * PROGRAMS)
-    return tile, gl.where(part, low, 0), gl.where(part, high, k_tiles)
-
-
-@gluon.jit
-def _load_part(loads, slot, head, k_tiles, low, high, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
-    q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
-    for i in range(high - low + 1):  # the keys of a block, and the values of the one before it
-        stage = slot % STAGES
-        bar = full.index(stage)
-        keys, values = i < high - low, i > 0
-        mbarrier.wait(empty.index(stage), slot // STAGES & 1 ^ 1)
-        mbarrier.expect(bar, k_desc.block_type.nbytes, pred=i == 0)
-        mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes, pred=keys & values)
-        mbarrier.expect(bar, v_desc.block_type.nbytes, pred=i == high - low)
-        async_load(k_desc, [(head * k_tiles + high - 1 - i) * BN, 0], bar, k_buffers.index(stage), pred=keys)
-        async_load(v_desc, [head * D, (high - i) * BN], bar, v_buffers.index(stage), pred=values)
-        slot += 1
-    return slot
+    return i, tile, gl.where(part, low, 0), gl.where(part, high, k_tiles)
 
 
 @gluon.jit
@@ -111,20 +105,27 @@ def _load(
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
     M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     slot = 0
-    for item in range(_count(sizes, PROGRAMS)):
-        tile, low, high = _item(item, sizes, PROGRAMS)
+    for item in range(_count(sizes, HAND, PROGRAMS)):
+        i_tile, tile, low, high = _item(item, sizes, HAND, PROGRAMS)
         head = tile // q_tiles
         row = tile * 128
-        side = item & 1
-        mbarrier.wait(q_empty.index(side), item >> 1 & 1 ^ 1)
-        mbarrier.expect(q_full.index(side), 2 * q_desc.block_type.nbytes)
-        async_load(q_desc, [row, 0], q_full.index(side), q_buffers.index(2 * side))
-        async_load(q_desc, [row + 64, 0], q_full.index(side), q_buffers.index(2 * side + 1))
-        if HAND == 0:
-            slot = _load_part(loads, slot, head, k_tiles, low, high, BN, D, STAGES)
-        else:
-            for end in range(high, low, -HAND):
-                slot = _load_part(loads, slot, head, k_tiles, gl.maximum(low, end - HAND), end, BN, D, STAGES)
+        side = i_tile & 1
+        new = True if HAND == 0 else high == k_tiles
+        mbarrier.wait(q_empty.index(side), i_tile >> 1 & 1 ^ 1, pred=new)
+        mbarrier.expect(q_full.index(side), 2 * q_desc.block_type.nbytes, pred=new)
+        async_load(q_desc, [row, 0], q_full.index(side), q_buffers.index(2 * side), pred=new)
+        async_load(q_desc, [row + 64, 0], q_full.index(side), q_buffers.index(2 * side + 1), pred=new)
+        for i in range(high - low + 1):  # the keys of a block, and the values of the one before it
+            stage = slot % STAGES
+            bar = full.index(stage)
+            keys, values = i < high - low, i > 0
+            mbarrier.wait(empty.index(stage), slot // STAGES & 1 ^ 1)
+            mbarrier.expect(bar, k_desc.block_type.nbytes, pred=i == 0)
+            mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes, pred=keys & values)
+            mbarrier.expect(bar, v_desc.block_type.nbytes, pred=i == high - low)
+            async_load(k_desc, [(head * k_tiles + high - 1 - i) * BN, 0], bar, k_buffers.index(stage), pred=keys)
+            async_load(v_desc, [head * D, (high - i) * BN], bar, v_buffers.index(stage), pred=values)
+            slot += 1
 
 
 @gluon.jit
@@ -204,67 +205,21 @@ def _step(
 
 
 @gluon.jit
-def _part(
-    q, q_scale, k_scales, v_logs, ring, slot, then, total, high, last, L, BN: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, FIRST: gl.constexpr,
-):  # fmt: skip
-    """Blocks high - 1, high - 2, ... high - 1 - last of keys: (y of them, peak, total, the next slot).
-
-    then, total: of the blocks before them, where these are not the first.
-    """
-    k_buffers, v_buffers, full, empty = ring
-    x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
-    y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, y_layout, 4)
-    x_rows: gl.constexpr = gl.SliceLayout(1, x_layout)
-    sums: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
-    k_scale, v_log = gl.load(k_scales + last), gl.load(v_logs + last)
-    mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
-    k = k_buffers.index(slot % STAGES).permute((1, 0))
-    x = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
-    slot += 1
-    stage = slot % STAGES
-    mbarrier.wait(full.index(stage), slot // STAGES & 1)
-    k = k_buffers.index(stage).permute((1, 0))  # of the only block, this is what lay there: it is not used
-    v = v_buffers.index(stage).permute((1, 0))
-    x2 = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
-    first = hopper.warpgroup_mma_wait(1, deps=(x,)).to(gl.float32)
-    past = (high - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, x_layout)) >= L
-    scale = q_scale * k_scale
-    peak = _largest(gl.where(past[None, :], float("-inf"), first), x_rows) * scale + v_log
-    if not FIRST:
-        peak = gl.maximum(peak, then)
-    p = gl.where(past[None, :], 0.0, gl.exp2(first * scale[:, None] - (peak - (v_log + TOP))[:, None]))
-    if FIRST:
-        total = _sums(p, x_rows) * gl.exp2(-v_log)
-    else:
-        total = total * gl.exp2(then - peak) + _sums(p, x_rows) * gl.exp2(-v_log)
-    before = gl.maximum(last - 1, 0)
-    k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
-    y = gl.zeros((64, D), gl.float32, y_layout)
-    y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, use_acc=False, is_async=True)
-    mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
-    slot += 1
-    mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1, pred=last > 0)
-    for i in range(1, last, 2):  # scales are loaded a step before they are used
-        k_scale2, v_log2 = gl.load(k_scales + last - i - 1), gl.load(v_logs + last - i - 1)
-        scale = q_scale * k_scale
-        x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, v_log, peak, total, BN, D, STAGES, True)
-        before = gl.maximum(last - i - 2, 0)
-        k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
-        scale = q_scale * k_scale2
-        more = i + 1 < last
-        x2, y, peak, total = _step(q, ring, slot + 1, more, x, y, scale, v_log2, peak, total, BN, D, STAGES, True)
-        slot += 2
-    if last % 2 == 1:
-        scale = q_scale * k_scale
-        y, peak, total = _step(q, ring, slot, False, x2, y, scale, v_log, peak, total, BN, D, STAGES, False)
-        result = hopper.warpgroup_mma_wait(0, deps=(y,))
-        slot += 1
-    else:
-        _, result = hopper.warpgroup_mma_wait(0, deps=(x2, y))
-    mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
-    return result, peak, total, slot
+def _joined(half: gl.constexpr, held, first, y, peak, total):
+    """The sums of a part with those of the parts before it, which lie in shared memory, and from there on do these."""
+    ys, peaks, totals = held
+    ys, peaks, totals = ys.index(half), peaks.index(half), totals.index(half)
+    before = gl.where(first, float("-inf"), peaks.load(peak.type.layout))
+    above = gl.maximum(peak, before)
+    old, new = gl.exp2(before - above), gl.exp2(peak - above)
+    total = total * new + gl.where(first, 0.0, totals.load(peak.type.layout)) * old
+    rows: gl.constexpr = gl.SliceLayout(1, y.type.layout)
+    old, new = (gl.convert_layout(old, rows, assert_trivial=True), gl.convert_layout(new, rows, assert_trivial=True))
+    y = y * new[:, None] + gl.where(first, 0.0, ys.load(y.type.layout)) * old[:, None]
+    ys.store(y)
+    peaks.store(above)
+    totals.store(total)
+    return y, above, total
 
 
 @gluon.jit
@@ -277,42 +232,70 @@ def _attend(
     M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     x_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
     y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, y_layout, 4)
     x_rows: gl.constexpr = gl.SliceLayout(1, x_layout)
     y_rows: gl.constexpr = gl.SliceLayout(1, y_layout)
+    sums: gl.constexpr = gl.int32 if q_desc.dtype == gl.int8 else gl.float32
     out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ring = (k_buffers, v_buffers, full, empty)
     slot = 0
-    for item in range(_count(sizes, PROGRAMS)):
-        tile, low, high = _item(item, sizes, PROGRAMS)
+    for item in range(_count(sizes, HAND, PROGRAMS)):
+        i_tile, tile, low, high = _item(item, sizes, HAND, PROGRAMS)
         head = tile // q_tiles
         top = tile % q_tiles * 128 + half * 64
+        last = high - low - 1
         q_scale = gl.load(q_scale_ptr + head * q_tiles * 128 + top + gl.arange(0, 64, x_rows))
-        k_scales, v_logs = k_scale_ptr + head * k_tiles, v_log_ptr + head * k_tiles
-        side = item & 1
+        k_scales, v_logs = k_scale_ptr + head * k_tiles + low, v_log_ptr + head * k_tiles + low
+        k_scale, v_log = gl.load(k_scales + last), gl.load(v_logs + last)
+        side = i_tile & 1
         q = q_buffers.index(2 * side + half)
-        mbarrier.wait(q_full.index(side), item >> 1 & 1)
-        if HAND == 0:
-            result, peak, total, slot = _part(
-                q, q_scale, k_scales + low, v_logs + low, ring, slot, None, None, high, high - low - 1, L, BN, D,
-                STAGES, True,
-            )  # fmt: skip
+        mbarrier.wait(q_full.index(side), i_tile >> 1 & 1)
+        mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
+        k = k_buffers.index(slot % STAGES).permute((1, 0))
+        x = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
+        slot += 1
+        stage = slot % STAGES
+        mbarrier.wait(full.index(stage), slot // STAGES & 1)
+        k = k_buffers.index(stage).permute((1, 0))  # of the only block, this is what lay there: it is not used
+        v = v_buffers.index(stage).permute((1, 0))
+        x2 = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
+        first = hopper.warpgroup_mma_wait(1, deps=(x,)).to(gl.float32)
+        past = (high - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, x_layout)) >= L
+        scale = q_scale * k_scale
+        peak = _largest(gl.where(past[None, :], float("-inf"), first), x_rows) * scale + v_log
+        p = gl.where(past[None, :], 0.0, gl.exp2(first * scale[:, None] - (peak - (v_log + TOP))[:, None]))
+        total = _sums(p, x_rows) * gl.exp2(-v_log)
+        before = gl.maximum(last - 1, 0)
+        k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
+        y = gl.zeros((64, D), gl.float32, y_layout)
+        y = hopper.warpgroup_mma(_operand(p, BN, p_layout), v, y, use_acc=False, is_async=True)
+        mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
+        slot += 1
+        mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1, pred=last > 0)
+        for i in range(1, last, 2):  # scales are loaded a step before they are used
+            k_scale2, v_log2 = gl.load(k_scales + last - i - 1), gl.load(v_logs + last - i - 1)
+            scale = q_scale * k_scale
+            x, y, peak, total = _step(q, ring, slot, True, x2, y, scale, v_log, peak, total, BN, D, STAGES, True)
+            before = gl.maximum(last - i - 2, 0)
+            k_scale, v_log = gl.load(k_scales + before), gl.load(v_logs + before)
+            scale = q_scale * k_scale2
+            more = i + 1 < last
+            x2, y, peak, total = _step(q, ring, slot + 1, more, x, y, scale, v_log2, peak, total, BN, D, STAGES, True)
+            slot += 2
+        if last % 2 == 1:
+            scale = q_scale * k_scale
+            y, peak, total = _step(q, ring, slot, False, x2, y, scale, v_log, peak, total, BN, D, STAGES, False)
+            result = hopper.warpgroup_mma_wait(0, deps=(y,))
+            slot += 1
         else:
-            peak = gl.full((64,), float("-inf"), gl.float32, x_rows)
-            total = gl.zeros((64,), gl.float32, x_rows)
-            sums = held.index(half)
-            sums.store(gl.zeros((64, D), gl.float32, y_layout))
-            for end in range(high, low, -HAND):
-                start = gl.maximum(low, end - HAND)
-                then = peak
-                result, peak, total, slot = _part(
-                    q, q_scale, k_scales + start, v_logs + start, ring, slot, then, total, end, end - start - 1, L, BN,
-                    D, STAGES, False,
-                )  # fmt: skip
-                fell = gl.convert_layout(gl.exp2(then - peak), y_rows, assert_trivial=True)
-                sums.store(sums.load(y_layout) * fell[:, None] + result)
-            result = sums.load(y_layout)
-        mbarrier.arrive(q_empty.index(side), count=1)
-        if part_ptr is not None and item >= whole:
+            _, result = hopper.warpgroup_mma_wait(0, deps=(x2, y))
+        mbarrier.arrive(q_empty.index(side), count=1, pred=True if HAND == 0 else low == 0)
+        mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
+        if HAND > 0:
+            result, peak, total = _joined(half, held, high == k_tiles, result, peak, total)
+        if HAND > 0 and low > 0:
+            pass
+        elif part_ptr is not None and item >= whole:
             piece = part_ptr + ((gl.program_id(0) * 2 + item - whole) * 128 + half * 64) * (D + 2)
             rows = gl.arange(0, 64, x_rows)
             gl.store(piece + rows * (D + 2) + D, peak)
@@ -347,9 +330,14 @@ def _attention8_hopper_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if HAND > 0:
-        held = gl.allocate_shared_memory(gl.float32, [2, 64, D], gl.SwizzledSharedLayout(2, 1, 4, [1, 0]))
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        held = (
+            gl.allocate_shared_memory(gl.float32, [2, 64, D], gl.SwizzledSharedLayout(2, 1, 4, [1, 0])),
+            gl.allocate_shared_memory(gl.float32, [2, 64], plain),
+            gl.allocate_shared_memory(gl.float32, [2, 64], plain),
+        )
     else:
-        held = q_buffers  # nothing is
+        held = ()
     for side in gl.static_range(2):
         mbarrier.init(q_full.index(side), count=1)
         mbarrier.init(q_empty.index(side), count=2)
@@ -372,10 +360,11 @@ def _attention8_hopper_kernel(
 
 
 def attention(codes: Codes8, y: Tensor, tokens: int, config: dict | None = None) -> None:
-    """codes as codes8.py makes them -> y [B, M, H, d], which is written. config: BN, STAGES, SPLIT."""
+    """codes as codes8.py makes them -> y [B, M, H, d], which is written. config: BN, STAGES, HAND, SPLIT."""
     q, q_scales, k, k_scales, v, v_logs, v_means = codes
     batch, rows, heads, width = y.shape
-    launch, join, pieces = _plan(config or DEFAULT[q.dtype], batch, heads, rows, tokens, width, q.dtype, y.device)
+    config = config or (LONG if cdiv(tokens, LONG["BN"]) > MOST else DEFAULT[q.dtype])
+    launch, join, pieces = _plan(config, batch, heads, rows, tokens, width, q.dtype, y.device)
     parts = y.new_empty(pieces, dtype=torch.float32) if pieces else None
     launch(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), y, parts, q_scales, k_scales, v_logs, v_means)
     if join is not None:
@@ -387,14 +376,13 @@ def _plan(
     config: dict, batch: int, heads: int, rows: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Launch, Launch | None, tuple[int, ...]]:
     """(the products, what joins tiles that were shared, the shape of what is handed over, () for nothing)."""
-    bn, stages, channels = config["BN"], config["STAGES"], padded(width)
+    bn, stages, hand, channels = config["BN"], config["STAGES"], config["HAND"], padded(width)
     if stages < 3:  # a step reads one stage, has not yet given back the one before, and waits for the one after
         raise ValueError(f"attention in 8 bits takes 3 stages or more; {stages} would wait for ever.")
     q_tiles, k_tiles = cdiv(rows, 128), cdiv(tokens, bn)
-    hand = config.get("HAND", 0)
     tiles, programs = batch * heads * q_tiles, multiprocessors(device)
     whole, left = divmod(tiles, programs)
-    share = cdiv(left * k_tiles, programs) if config["SPLIT"] else 0
+    share = cdiv(left * k_tiles, programs) if config["SPLIT"] and not hand else 0
     if share + FEWEST > k_tiles:  # the last round is nearly full, or there are few keys: it stays as it is
         share = 0
     blocks = dict(q_desc=(64, channels), k_desc=(bn, channels), v_desc=(channels, bn))

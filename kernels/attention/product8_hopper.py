@@ -206,7 +206,7 @@ def _step(
 
 @gluon.jit
 def _joined(half: gl.constexpr, held, first, y, peak, total):
-    """The sums of a part with those of the parts before it, which lie in shared memory, and from there on do these."""
+    """The sums of a part and of those before it, which lie in shared memory; from then on these do."""
     ys, peaks, totals = held
     ys, peaks, totals = ys.index(half), peaks.index(half), totals.index(half)
     before = gl.where(first, float("-inf"), peaks.load(peak.type.layout))
@@ -389,8 +389,8 @@ def _plan(
     launch = Launch(
         _attention8_hopper_kernel, (programs if share else min(programs, tiles),), blocks, M=rows, L=tokens, H=heads,
         q_tiles=q_tiles, k_tiles=k_tiles, tiles=tiles, whole=whole, share=share, BN=bn, D=channels, OUT=width,
-        STAGES=stages, HAND=hand, PROGRAMS=programs, COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS,
-        num_warps=4, maxnreg=REGISTERS,
+        STAGES=stages, HAND=hand, PROGRAMS=programs, COMPUTE_REGISTERS=COMPUTE_REGISTERS,
+        LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     if not share:
         return launch, None, ()

@@ -21,11 +21,17 @@ With SPLIT the tiles of a last round that is not full are shared by all programs
 joined by a second kernel (join8.py). On an H200, 4608 tokens and 24 heads, that takes 0.90 of the time for codes in
 e4m3 and changes nothing for int8: it is the default of e4m3.
 
+With HAND the sums of so many blocks are handed over to float32 in shared memory, which takes a stage of the ring. A
+tensor core keeps some 14 bits of a sum of e4m3 products: left to it alone, the sums over 256 blocks (a video's keys)
+have 2.4 times the error of the formula; over 36, 1.01 times. On an H200 HAND = 32 has the formula's error there, in
+1.06 (int8) and 1.13 (e4m3) of the time; 64 has 1.11 times that error in 1.02. The default from more than 64 blocks on.
+
 A stage of the ring holds the keys of a block and the values of the block before it: it is read in one step.
 
-Tried on an H200 and left out: P's products on sums of their own, added in float32 (slower, and the error of the sums
-was below that of the codes without it), turns of the two halves, correcting y only where a peak rose by 2^3 (no
-faster), a quarter of the exponentials by arithmetic (slower).
+Tried on an H200 and left out: P's products on sums of their own, added in float32 in registers at every block
+(slower), turns of the two halves, correcting y only where a peak rose by 2^3 (no faster), a quarter of the
+exponentials by arithmetic (slower). The parts of HAND blocks are items of their own for the sake of registers: as a
+loop within a tile, with peak and total in registers, some spilled in the innermost loop (1.3 times as long).
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
 from ..runtime.settings import multiprocessors
 from .join8 import joining
+from .tiles8 import count, item
 
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
@@ -61,57 +68,19 @@ FOUR = gl.constexpr(
 
 
 @gluon.jit
-def _count(sizes, HAND: gl.constexpr, PROGRAMS: gl.constexpr):
-    """How many items a program has: whole tiles, and parts of those that are left when all have as many.
-
-    With HAND every tile is as many items as it has parts of HAND blocks.
-    """
-    M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
-    program = gl.program_id(0)
-    if HAND > 0:
-        return (tiles - program + PROGRAMS - 1) // PROGRAMS * ((k_tiles + HAND - 1) // HAND)
-    elif share == 0:
-        return (tiles - program + PROGRAMS - 1) // PROGRAMS
-    else:
-        left = (tiles - whole * PROGRAMS) * k_tiles
-        start = program * share
-        end = gl.minimum(start + share, left)
-        return whole + gl.where(start < end, (end - 1) // k_tiles - start // k_tiles + 1, 0)
-
-
-@gluon.jit
-def _item(i, sizes, HAND: gl.constexpr, PROGRAMS: gl.constexpr):
-    """Of a program's i-th item (which of its tiles, that tile, its first block of keys, the one after its last)."""
-    M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
-    program = gl.program_id(0)
-    if HAND > 0:
-        parts = (k_tiles + HAND - 1) // HAND
-        high = k_tiles - i % parts * HAND
-        return i // parts, program + i // parts * PROGRAMS, gl.maximum(high - HAND, 0), high
-    start = program * share
-    end = gl.minimum(start + share, (tiles - whole * PROGRAMS) * k_tiles)
-    part = (share > 0) & (i >= whole)
-    tile = start // k_tiles + i - whole
-    low = gl.maximum(start - tile * k_tiles, 0)
-    high = gl.minimum(end - tile * k_tiles, k_tiles)
-    tile = gl.where(part, whole * PROGRAMS + tile, program + i * PROGRAMS)
-    return i, tile, gl.where(part, low, 0), gl.where(part, high, k_tiles)
-
-
-@gluon.jit
 def _load(
     loads, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAND: gl.constexpr, PROGRAMS: gl.constexpr
 ):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
     M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     slot = 0
-    for item in range(_count(sizes, HAND, PROGRAMS)):
-        i_tile, tile, low, high = _item(item, sizes, HAND, PROGRAMS)
+    for step in range(count(sizes, HAND, PROGRAMS)):
+        nth, tile, low, high = item(step, sizes, HAND, PROGRAMS)
         head = tile // q_tiles
         row = tile * 128
-        side = i_tile & 1
+        side = nth & 1
         new = True if HAND == 0 else high == k_tiles
-        mbarrier.wait(q_empty.index(side), i_tile >> 1 & 1 ^ 1, pred=new)
+        mbarrier.wait(q_empty.index(side), nth >> 1 & 1 ^ 1, pred=new)
         mbarrier.expect(q_full.index(side), 2 * q_desc.block_type.nbytes, pred=new)
         async_load(q_desc, [row, 0], q_full.index(side), q_buffers.index(2 * side), pred=new)
         async_load(q_desc, [row + 64, 0], q_full.index(side), q_buffers.index(2 * side + 1), pred=new)
@@ -239,17 +208,17 @@ def _attend(
     out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ring = (k_buffers, v_buffers, full, empty)
     slot = 0
-    for item in range(_count(sizes, HAND, PROGRAMS)):
-        i_tile, tile, low, high = _item(item, sizes, HAND, PROGRAMS)
+    for step in range(count(sizes, HAND, PROGRAMS)):
+        nth, tile, low, high = item(step, sizes, HAND, PROGRAMS)
         head = tile // q_tiles
         top = tile % q_tiles * 128 + half * 64
         last = high - low - 1
         q_scale = gl.load(q_scale_ptr + head * q_tiles * 128 + top + gl.arange(0, 64, x_rows))
         k_scales, v_logs = k_scale_ptr + head * k_tiles + low, v_log_ptr + head * k_tiles + low
         k_scale, v_log = gl.load(k_scales + last), gl.load(v_logs + last)
-        side = i_tile & 1
+        side = nth & 1
         q = q_buffers.index(2 * side + half)
-        mbarrier.wait(q_full.index(side), i_tile >> 1 & 1)
+        mbarrier.wait(q_full.index(side), nth >> 1 & 1)
         mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
         k = k_buffers.index(slot % STAGES).permute((1, 0))
         x = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
@@ -295,8 +264,8 @@ def _attend(
             result, peak, total = _joined(half, held, high == k_tiles, result, peak, total)
         if HAND > 0 and low > 0:
             pass
-        elif part_ptr is not None and item >= whole:
-            piece = part_ptr + ((gl.program_id(0) * 2 + item - whole) * 128 + half * 64) * (D + 2)
+        elif part_ptr is not None and step >= whole:
+            piece = part_ptr + ((gl.program_id(0) * 2 + step - whole) * 128 + half * 64) * (D + 2)
             rows = gl.arange(0, 64, x_rows)
             gl.store(piece + rows * (D + 2) + D, peak)
             gl.store(piece + rows * (D + 2) + D + 1, total)

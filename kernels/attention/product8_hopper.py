@@ -24,7 +24,7 @@ e4m3 and changes nothing for int8: it is the default of e4m3.
 With HAND the sums of so many blocks are handed over to float32 in shared memory, which takes a stage of the ring. A
 tensor core keeps some 14 bits of a sum of e4m3 products: left to it alone, the sums over 256 blocks (a video's keys)
 have 2.4 times the error of the formula; over 36, 1.01 times. On an H200 HAND = 32 has the formula's error there, in
-1.06 (int8) and 1.13 (e4m3) of the time; 64 has 1.11 times that error in 1.02. The default from more than 64 blocks on.
+1.06 (int8) and 1.13 (e4m3) of the time; 64 has 1.11 times that error in 1.02. It is the default above 64 blocks.
 
 A stage of the ring holds the keys of a block and the values of the block before it: it is read in one step.
 

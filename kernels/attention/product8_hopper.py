@@ -21,11 +21,17 @@ With SPLIT the tiles of a last round that is not full are shared by all programs
 joined by a second kernel (join8.py). On an H200, 4608 tokens and 24 heads, that takes 0.90 of the time for codes in
 e4m3 and changes nothing for int8: it is the default of e4m3.
 
+With HAND the sums of so many blocks are handed over to float32 in shared memory, which takes a stage of the ring. A
+tensor core keeps some 14 bits of a sum of e4m3 products: left to it alone, the sums over 256 blocks (a video's keys)
+have 2.4 times the error of the formula; over 36, 1.01 times. On an H200 HAND = 32 has the formula's error there, in
+1.06 (int8) and 1.13 (e4m3) of the time; 64 has 1.11 times that error in 1.02. It is the default above 64 blocks.
+
 A stage of the ring holds the keys of a block and the values of the block before it: it is read in one step.
 
-Tried on an H200 and left out: P's products on sums of their own, added in float32 (slower, and the error of the sums
-was below that of the codes without it), turns of the two halves, correcting y only where a peak rose by 2^3 (no
-faster), a quarter of the exponentials by arithmetic (slower).
+Tried on an H200 and left out: P's products on sums of their own, added in float32 in registers at every block
+(slower), turns of the two halves, correcting y only where a peak rose by 2^3 (no faster), a quarter of the
+exponentials by arithmetic (slower). The parts of HAND blocks are items of their own for the sake of registers: as a
+loop within a tile, with peak and total in registers, some spilled in the innermost loop (1.3 times as long).
 """
 
 from __future__ import annotations
@@ -43,13 +49,16 @@ from ..runtime.integers import cdiv
 from ..runtime.launch import Launch, planned
 from ..runtime.settings import multiprocessors
 from .join8 import joining
+from .tiles8 import count, item
 
 REGISTERS, COMPUTE_REGISTERS, LOAD_REGISTERS = 168, 240, 24
 TOP = gl.constexpr(8.0)
 DEFAULT = {
-    torch.int8: {"BN": 128, "STAGES": 4, "SPLIT": False},
-    torch.float8_e4m3fn: {"BN": 128, "STAGES": 4, "SPLIT": True},
+    torch.int8: {"BN": 128, "STAGES": 4, "HAND": 0, "SPLIT": False},
+    torch.float8_e4m3fn: {"BN": 128, "STAGES": 4, "HAND": 0, "SPLIT": True},
 }
+LONG = {"BN": 128, "STAGES": 3, "HAND": 32, "SPLIT": False}
+MOST = 64  # blocks of keys that follow one another in the tensor cores' own sums
 FEWEST = 6  # blocks of keys that sharing a tile must save
 # Four values that a thread has side by side to four bytes of e4m3; Triton by itself would move each byte.
 FOUR = gl.constexpr(
@@ -59,48 +68,22 @@ FOUR = gl.constexpr(
 
 
 @gluon.jit
-def _count(sizes, PROGRAMS: gl.constexpr):
-    """How many items a program has: whole tiles, and parts of those that are left when all have as many."""
-    M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
-    program = gl.program_id(0)
-    if share == 0:
-        return (tiles - program + PROGRAMS - 1) // PROGRAMS
-    else:
-        left = (tiles - whole * PROGRAMS) * k_tiles
-        start = program * share
-        end = gl.minimum(start + share, left)
-        return whole + gl.where(start < end, (end - 1) // k_tiles - start // k_tiles + 1, 0)
-
-
-@gluon.jit
-def _item(i, sizes, PROGRAMS: gl.constexpr):
-    """(tile, its first block of keys, the one after its last) of a program's i-th item."""
-    M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
-    program = gl.program_id(0)
-    start = program * share
-    end = gl.minimum(start + share, (tiles - whole * PROGRAMS) * k_tiles)
-    part = (share > 0) & (i >= whole)
-    tile = start // k_tiles + i - whole
-    low = gl.maximum(start - tile * k_tiles, 0)
-    high = gl.minimum(end - tile * k_tiles, k_tiles)
-    tile = gl.where(part, whole * PROGRAMS + tile, program + i * PROGRAMS)
-    return tile, gl.where(part, low, 0), gl.where(part, high, k_tiles)
-
-
-@gluon.jit
-def _load(loads, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr):
+def _load(
+    loads, sizes, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAND: gl.constexpr, PROGRAMS: gl.constexpr
+):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
     M, L, H, q_tiles, k_tiles, tiles, whole, share = sizes
     slot = 0
-    for item in range(_count(sizes, PROGRAMS)):
-        tile, low, high = _item(item, sizes, PROGRAMS)
+    for step in range(count(sizes, HAND, PROGRAMS)):
+        nth, tile, low, high = item(step, sizes, HAND, PROGRAMS)
         head = tile // q_tiles
         row = tile * 128
-        side = item & 1
-        mbarrier.wait(q_empty.index(side), item >> 1 & 1 ^ 1)
-        mbarrier.expect(q_full.index(side), 2 * q_desc.block_type.nbytes)
-        async_load(q_desc, [row, 0], q_full.index(side), q_buffers.index(2 * side))
-        async_load(q_desc, [row + 64, 0], q_full.index(side), q_buffers.index(2 * side + 1))
+        side = nth & 1
+        new = True if HAND == 0 else high == k_tiles
+        mbarrier.wait(q_empty.index(side), nth >> 1 & 1 ^ 1, pred=new)
+        mbarrier.expect(q_full.index(side), 2 * q_desc.block_type.nbytes, pred=new)
+        async_load(q_desc, [row, 0], q_full.index(side), q_buffers.index(2 * side), pred=new)
+        async_load(q_desc, [row + 64, 0], q_full.index(side), q_buffers.index(2 * side + 1), pred=new)
         for i in range(high - low + 1):  # the keys of a block, and the values of the one before it
             stage = slot % STAGES
             bar = full.index(stage)
@@ -191,9 +174,27 @@ def _step(
 
 
 @gluon.jit
+def _joined(half: gl.constexpr, held, first, y, peak, total):
+    """The sums of a part and of those before it, which lie in shared memory; from then on these do."""
+    ys, peaks, totals = held
+    ys, peaks, totals = ys.index(half), peaks.index(half), totals.index(half)
+    before = gl.where(first, float("-inf"), peaks.load(peak.type.layout))
+    above = gl.maximum(peak, before)
+    old, new = gl.exp2(before - above), gl.exp2(peak - above)
+    total = total * new + gl.where(first, 0.0, totals.load(peak.type.layout)) * old
+    rows: gl.constexpr = gl.SliceLayout(1, y.type.layout)
+    old, new = (gl.convert_layout(old, rows, assert_trivial=True), gl.convert_layout(new, rows, assert_trivial=True))
+    y = y * new[:, None] + gl.where(first, 0.0, ys.load(y.type.layout)) * old[:, None]
+    ys.store(y)
+    peaks.store(above)
+    totals.store(total)
+    return y, above, total
+
+
+@gluon.jit
 def _attend(
-    half: gl.constexpr, loads, ending, sizes, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    half: gl.constexpr, loads, held, ending, sizes, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr,
+    STAGES: gl.constexpr, HAND: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     q_desc, k_desc, v_desc, q_buffers, k_buffers, v_buffers, q_full, q_empty, full, empty = loads
     y_ptr, part_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr = ending
@@ -207,17 +208,17 @@ def _attend(
     out: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ring = (k_buffers, v_buffers, full, empty)
     slot = 0
-    for item in range(_count(sizes, PROGRAMS)):
-        tile, low, high = _item(item, sizes, PROGRAMS)
+    for step in range(count(sizes, HAND, PROGRAMS)):
+        nth, tile, low, high = item(step, sizes, HAND, PROGRAMS)
         head = tile // q_tiles
         top = tile % q_tiles * 128 + half * 64
         last = high - low - 1
         q_scale = gl.load(q_scale_ptr + head * q_tiles * 128 + top + gl.arange(0, 64, x_rows))
         k_scales, v_logs = k_scale_ptr + head * k_tiles + low, v_log_ptr + head * k_tiles + low
         k_scale, v_log = gl.load(k_scales + last), gl.load(v_logs + last)
-        side = item & 1
+        side = nth & 1
         q = q_buffers.index(2 * side + half)
-        mbarrier.wait(q_full.index(side), item >> 1 & 1)
+        mbarrier.wait(q_full.index(side), nth >> 1 & 1)
         mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
         k = k_buffers.index(slot % STAGES).permute((1, 0))
         x = hopper.warpgroup_mma(q, k, gl.zeros((64, BN), sums, x_layout), use_acc=False, is_async=True)
@@ -257,10 +258,14 @@ def _attend(
             slot += 1
         else:
             _, result = hopper.warpgroup_mma_wait(0, deps=(x2, y))
-        mbarrier.arrive(q_empty.index(side), count=1)
+        mbarrier.arrive(q_empty.index(side), count=1, pred=True if HAND == 0 else low == 0)
         mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
-        if part_ptr is not None and item >= whole:
-            piece = part_ptr + ((gl.program_id(0) * 2 + item - whole) * 128 + half * 64) * (D + 2)
+        if HAND > 0:
+            result, peak, total = _joined(half, held, high == k_tiles, result, peak, total)
+        if HAND > 0 and low > 0:
+            pass
+        elif part_ptr is not None and step >= whole:
+            piece = part_ptr + ((gl.program_id(0) * 2 + step - whole) * 128 + half * 64) * (D + 2)
             rows = gl.arange(0, 64, x_rows)
             gl.store(piece + rows * (D + 2) + D, peak)
             gl.store(piece + rows * (D + 2) + D + 1, total)
@@ -284,7 +289,7 @@ def _attend(
 def _attention8_hopper_kernel(
     q_desc, k_desc, v_desc, y_ptr, part_ptr, q_scale_ptr, k_scale_ptr, v_log_ptr, v_mean_ptr, M, L, H, q_tiles,
     k_tiles, tiles, whole, share, BN: gl.constexpr, D: gl.constexpr, OUT: gl.constexpr, STAGES: gl.constexpr,
-    PROGRAMS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    HAND: gl.constexpr, PROGRAMS: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [4] + q_desc.block_type.shape, q_desc.layout)
     k_buffers = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
@@ -293,6 +298,15 @@ def _attention8_hopper_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    if HAND > 0:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        held = (
+            gl.allocate_shared_memory(gl.float32, [2, 64, D], gl.SwizzledSharedLayout(2, 1, 4, [1, 0])),
+            gl.allocate_shared_memory(gl.float32, [2, 64], plain),
+            gl.allocate_shared_memory(gl.float32, [2, 64], plain),
+        )
+    else:
+        held = ()
     for side in gl.static_range(2):
         mbarrier.init(q_full.index(side), count=1)
         mbarrier.init(q_empty.index(side), count=2)
@@ -305,9 +319,9 @@ def _attention8_hopper_kernel(
     sizes = (M, L, H, q_tiles, k_tiles, tiles, whole, share)
     gl.warp_specialize(
         [
-            (_attend, (gl.constexpr(0), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS)),
-            (_attend, (gl.constexpr(1), loads, ending, sizes, BN, D, OUT, STAGES, PROGRAMS)),
-            (_load, (loads, sizes, BN, D, STAGES, PROGRAMS)),
+            (_attend, (gl.constexpr(0), loads, held, ending, sizes, BN, D, OUT, STAGES, HAND, PROGRAMS)),
+            (_attend, (gl.constexpr(1), loads, held, ending, sizes, BN, D, OUT, STAGES, HAND, PROGRAMS)),
+            (_load, (loads, sizes, BN, D, STAGES, HAND, PROGRAMS)),
         ],
         [4, 1],
         [COMPUTE_REGISTERS, LOAD_REGISTERS],
@@ -315,10 +329,11 @@ def _attention8_hopper_kernel(
 
 
 def attention(codes: Codes8, y: Tensor, tokens: int, config: dict | None = None) -> None:
-    """codes as codes8.py makes them -> y [B, M, H, d], which is written. config: BN, STAGES, SPLIT."""
+    """codes as codes8.py makes them -> y [B, M, H, d], which is written. config: BN, STAGES, HAND, SPLIT."""
     q, q_scales, k, k_scales, v, v_logs, v_means = codes
     batch, rows, heads, width = y.shape
-    launch, join, pieces = _plan(config or DEFAULT[q.dtype], batch, heads, rows, tokens, width, q.dtype, y.device)
+    config = config or (LONG if cdiv(tokens, LONG["BN"]) > MOST else DEFAULT[q.dtype])
+    launch, join, pieces = _plan(config, batch, heads, rows, tokens, width, q.dtype, y.device)
     parts = y.new_empty(pieces, dtype=torch.float32) if pieces else None
     launch(q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), y, parts, q_scales, k_scales, v_logs, v_means)
     if join is not None:
@@ -330,21 +345,21 @@ def _plan(
     config: dict, batch: int, heads: int, rows: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Launch, Launch | None, tuple[int, ...]]:
     """(the products, what joins tiles that were shared, the shape of what is handed over, () for nothing)."""
-    bn, stages, channels = config["BN"], config["STAGES"], padded(width)
+    bn, stages, hand, channels = config["BN"], config["STAGES"], config["HAND"], padded(width)
     if stages < 3:  # a step reads one stage, has not yet given back the one before, and waits for the one after
         raise ValueError(f"attention in 8 bits takes 3 stages or more; {stages} would wait for ever.")
     q_tiles, k_tiles = cdiv(rows, 128), cdiv(tokens, bn)
     tiles, programs = batch * heads * q_tiles, multiprocessors(device)
     whole, left = divmod(tiles, programs)
-    share = cdiv(left * k_tiles, programs) if config["SPLIT"] else 0
+    share = cdiv(left * k_tiles, programs) if config["SPLIT"] and not hand else 0
     if share + FEWEST > k_tiles:  # the last round is nearly full, or there are few keys: it stays as it is
         share = 0
     blocks = dict(q_desc=(64, channels), k_desc=(bn, channels), v_desc=(channels, bn))
     launch = Launch(
         _attention8_hopper_kernel, (programs if share else min(programs, tiles),), blocks, M=rows, L=tokens, H=heads,
         q_tiles=q_tiles, k_tiles=k_tiles, tiles=tiles, whole=whole, share=share, BN=bn, D=channels, OUT=width,
-        STAGES=stages, PROGRAMS=programs, COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS,
-        num_warps=4, maxnreg=REGISTERS,
+        STAGES=stages, HAND=hand, PROGRAMS=programs, COMPUTE_REGISTERS=COMPUTE_REGISTERS,
+        LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     if not share:
         return launch, None, ()

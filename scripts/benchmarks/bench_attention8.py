@@ -45,6 +45,9 @@ SHAPES = {  # B, H, tokens, d
 }
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 CODES = [{"warps": warps, "heads": heads} for heads in (1, 2, 4, 6) for warps in (8, 16)]
+SETTINGS = [(stages, 0, split) for stages in (3, 4, 5) for split in (False, True)] + [
+    (3, n, False) for n in (16, 32, 64)
+]
 CHECKED = 256
 
 
@@ -97,10 +100,11 @@ def candidates(given: tuple, scale: float, settings: bool) -> dict[str, Callable
                     codes8.quantize8, *given, scale, dtype, setting
                 )
         if settings and kernel_name(given[0].device, given[0].shape[-1]) == GLUON:
-            for stages in (3, 4, 5):
-                for split in (False, True):
-                    name = f"{kind} products, {stages} stages{', shared' * split}"
-                    calls[name] = products(kind, given, scale, {"BN": 128, "STAGES": stages, "SPLIT": split})
+            for stages, hand, split in SETTINGS:
+                name = f"{kind} products, {stages} stages{', shared' * split}{f', {hand} handed over' * (hand > 0)}"
+                calls[name] = products(
+                    kind, given, scale, {"BN": 128, "STAGES": stages, "HAND": hand, "SPLIT": split}
+                )
     return calls
 
 

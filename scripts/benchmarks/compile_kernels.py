@@ -184,12 +184,14 @@ def attention_calls(quick: bool) -> None:
 
 
 def attention8_calls(capability: tuple[int, int], quick: bool) -> None:
-    """Attention on 8-bit operands of FLUX, and of smaller heads."""
+    """Attention on 8-bit operands of FLUX, of smaller heads, and of a video."""
     if capability < (8, 9):
         return
     for kind, width in (("int8", 128),) if quick else (("int8", 128), ("e4m3", 128), ("int8", 64), ("e4m3", 40)):
         q = empty(1, 4608, 24, width).transpose(1, 2)
         attention8.through(attention8.kernel_name(torch.device("cuda"), width), q, q, q, width**-0.5, kind)
+        long = empty(1, 32760, 40, width).transpose(1, 2)
+        attention8.through(attention8.kernel_name(torch.device("cuda"), width), long, long, long, width**-0.5, kind)
         norm, places = empty(width), empty(9216, width, dtype=torch.float32)
         for words in (None, (q, q, q, norm, norm)):
             codes8.quantize8(q, q, q, 0.1, torch.int8, rotary=Rotary(norm, norm, places, places, 1e-6, words))

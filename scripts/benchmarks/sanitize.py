@@ -3,14 +3,15 @@
     python scripts/benchmarks/sanitize.py [--tools memcheck racecheck] [--each 2] [--only hopper] [--output FILE]
 
 Of each test of `tests/kernels/` that needs a GPU so many cases run, spread over its parameters; those of Gluon's
-kernels come first. torch's allocator is told to keep nothing, so that what lies behind a tensor is nobody's. A line
-of JSON a tool: the tests that passed, what it found, and, where its tests did not run to their end without a failure,
+kernels come first. torch's allocator is told to keep nothing, so that what lies behind a tensor is nobody's: tests
+that capture a CUDA graph, which may not ask for memory, are left out. A line of JSON a tool: the tests that passed, what it found, and, where its tests did not run to their end without a failure,
 why there is no answer (`wrong`). Exit status 1 where it found anything, or did not run to the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -34,10 +35,14 @@ def pytest_collection_modifyitems(items: list) -> None:
     """As a plugin of pytest: keep some cases of each test that needs a GPU, Gluon's first."""
     chosen, of_each = json.loads(os.environ[CHOSEN]), defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu") and chosen["only"] in item.nodeid:
+        if item.get_closest_marker("gpu") and chosen["only"] in item.nodeid and not _captures(item.function):
             of_each[item.nodeid.split("[")[0]].append(item)
     kept = [case for cases in of_each.values() for case in _spread(cases, chosen["each"])]
     items[:] = sorted(kept, key=lambda item: "hopper" not in item.nodeid)
+
+
+def _captures(test) -> bool:
+    return "cuda.graph(" in inspect.getsource(test)
 
 
 def pytest_runtest_logreport(report) -> None:

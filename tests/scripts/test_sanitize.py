@@ -27,6 +27,11 @@ def test_on_hopper(case):
 def test_other():
     pass
 
+@pytest.mark.gpu
+def test_in_a_graph():
+    with torch.cuda.graph(graph):
+        pass
+
 def test_of_a_cpu():
     pass
 """

@@ -4,8 +4,9 @@
 
 Of each test of `tests/kernels/` that needs a GPU so many cases run, spread over its parameters; those of Gluon's
 kernels come first. torch's allocator is told to keep nothing, so that what lies behind a tensor is nobody's: tests
-that capture a CUDA graph, which may not ask for memory, are left out. A line of JSON a tool: the tests that passed, what it found, and, where its tests did not run to their end without a failure,
-why there is no answer (`wrong`). Exit status 1 where it found anything, or did not run to the end.
+that capture a CUDA graph, which may not ask for memory, are left out. A line of JSON a tool: the tests that passed,
+what it found, and, where its tests did not run to their end without a failure, why there is no answer (`wrong`). Exit
+status 1 where it found anything, or did not run to the end.
 """
 
 from __future__ import annotations

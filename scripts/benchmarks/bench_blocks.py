@@ -147,7 +147,7 @@ def in_torchao(block: nn.Module, groups: list[list[str]]) -> nn.Module:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     block, names = copy.deepcopy(block), {name for names in groups for name in names}
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
     quantize_(block, config, filter_fn=lambda _, name: name in names)
     return block
 

@@ -35,7 +35,10 @@ def names_file(action: argparse.Action) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but for how it tells what is wrong."""
+    """argparse's, but for how it tells what is wrong. Flags are whole names: the start of one may be another's."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         for action in self._actions:

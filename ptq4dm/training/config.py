@@ -38,7 +38,8 @@ class ShiftQuantConfig:
         at most a tenth of them, until they have two thirds of the error. None: where `bits` are below 16 and the
         grids not as served; True is refused elsewhere.
     images: that the model learns from, in all, pictures counted as often as they are shown.
-    minutes: of wall-clock time after which this call stops, wherever it is; None: no limit.
+    minutes: of learning, by the clock on the wall, after which this call stops, wherever it is; opening the model,
+        held-out losses, sample grids and saving come on top. None: no limit.
     batch_size: images of a step, over all processes.
     learning_rate, betas, weight_decay, warmup_steps, gradient_clip: AdamW on float32 weights, constant after a
         warm-up.
@@ -74,7 +75,7 @@ class ShiftQuantConfig:
     )
     norm: str = option("same", "l1: norms by the mean magnitude, on codes", choices=("same", "l1"))
     images: int = option(500_000, "that the model learns from, in all", low=1, high=MOST)
-    minutes: float | None = option(None, "stop this call after so many; resume it with --resume", finite=False)
+    minutes: float | None = option(None, "of learning, opening and saving apart; goes on with --resume", finite=False)
     batch_size: int = option(128, "over all processes", low=1, high=MOST)
     learning_rate: float = option(1e-4, "of AdamW; --resume may change it", finite=False)
     betas: tuple[float, float] = option((0.9, 0.99), low=0)

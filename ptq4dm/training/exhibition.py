@@ -27,7 +27,7 @@ class Exhibition:
     """Looks at a run (run.Run) from outside; nothing here changes what it learns."""
 
     def __init__(self, run: Any, held: Pictures) -> None:
-        self.run, self.held = run, []
+        self.run, self.held, self.pictures = run, [], len(held)
         g = torch.Generator(run.device).manual_seed(seed_of(run.config.seed, "held out"))
         for rows in torch.arange(len(held)).split(run.config.batch_size) if len(held) else ():
             batch = run.noisy(held.images[rows], None if held.labels is None else held.labels[rows], g)
@@ -38,7 +38,7 @@ class Exhibition:
         """A line of the log, and a grid of samples."""
         run = self.run
         step, images = run.progress.step, run.progress.step * run.config.batch_size
-        found = {} if not self.held else {"held_out": self.loss(run.networks.average)}
+        found = {} if not self.held else {"held_out": self.loss(run.networks.average), "pictures": self.pictures}
         run.log.write(stage="evaluation", step=step, images=images, **found)
         if self.held and run.config.widths is not None:
             run.log.write(stage="gradients", step=step, bins=self.ranges())

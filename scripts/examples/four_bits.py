@@ -15,6 +15,7 @@ import large_models
 
 import ptq4dm
 from ptq4dm.errors import run
+from ptq4dm.files.places import output_folder
 
 
 def main(argv=None):
@@ -29,17 +30,18 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path("out/examples/four-bits"))
     args = parser.parse_args(argv)
 
-    pipe, inputs = large_models.opened(args.model, args.prompt, args.tiny, args.device)
-    if args.no_data:
-        report = ptq4dm.quantize(pipe, large_models.recipe(args.model, args.device, evidence="none"))
-    else:
-        config = ptq4dm.CalibrationConfig(
-            num_samples=args.num_samples, num_inference_steps=args.steps, batch_size=len(args.prompt)
-        )
-        store = ptq4dm.collect(pipe, config, **inputs)
-        report = ptq4dm.quantize(pipe, large_models.recipe(args.model, args.device), store)
-    print(report.table(worst=5))
-    pipe.save_pretrained(args.output)  # a plain diffusers folder, safetensors only
+    with output_folder(args.output):  # refused before the work where it cannot be made, or holds a model
+        pipe, inputs = large_models.opened(args.model, args.prompt, args.tiny, args.device)
+        if args.no_data:
+            report = ptq4dm.quantize(pipe, large_models.recipe(args.model, args.device, evidence="none"))
+        else:
+            config = ptq4dm.CalibrationConfig(
+                num_samples=args.num_samples, num_inference_steps=args.steps, batch_size=len(args.prompt)
+            )
+            store = ptq4dm.collect(pipe, config, **inputs)
+            report = ptq4dm.quantize(pipe, large_models.recipe(args.model, args.device), store)
+        print(report.table(worst=5))
+        pipe.save_pretrained(args.output)  # a plain diffusers folder, safetensors only
 
     pipe, inputs = large_models.opened(args.model, args.prompt, args.tiny, args.device, args.output)
     made = large_models.paint(pipe, inputs, args.steps)

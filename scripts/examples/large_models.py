@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import ptq4dm
+from ptq4dm.errors import UserError
 
 SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 
@@ -24,10 +25,9 @@ SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 class Model:
     """One model of the hub.
 
-    kind: the class of its pipeline. steps, call: of its card; arguments beside prompts. negative: what guidance leads
-    away from, where a pipeline guides only with such a prompt. family: the file of scripts/sweep/families with a tiny
-    one. convolutions: it is a UNet of many, which SVDQuant leaves in 8 bits.
-    """
+    kind: the class of its pipeline. steps, call: of its card. negative: what guidance leads away from, where a
+    pipeline guides only with one. family: the file of scripts/sweep/families with a tiny one. convolutions: a UNet of
+    many, which SVDQuant leaves in 8 bits."""
 
     id: str
     kind: str
@@ -64,7 +64,8 @@ MODELS = {
 def opened(name: str, prompts: list[str], tiny: bool = False, device: str = "cpu", folder: Path | None = None):
     """(pipeline, {"conditioning", "pipeline_kwargs"} as ptq4dm's verbs take them).
 
-    folder: a pipeline saved there instead, such as a quantized one; tiny: in float32, else in bfloat16.
+    folder: a pipeline saved there instead, such as a quantized one; tiny: in float32, else in bfloat16. Raises
+    UserError where it is of another class than the model's.
     """
     model, sizes, pipe = MODELS[name], MODELS[name].call, None
     if tiny:
@@ -74,6 +75,8 @@ def opened(name: str, prompts: list[str], tiny: bool = False, device: str = "cpu
         sizes = case.pipeline_kwargs | {key: value for key, value in sizes.items() if key.endswith("scale")}
     if folder is not None or not tiny:
         pipe = ptq4dm.load_pipeline(folder or model.id, torch.float32 if tiny else torch.bfloat16, device)
+    if type(pipe).__name__ != model.kind:
+        raise UserError(f"{folder or model.id} holds a {type(pipe).__name__}, and {name} is a {model.kind}.")
     conditioning = {"prompt": prompts}
     if model.negative is not None:
         conditioning["negative_prompt"] = [model.negative] * len(prompts)

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
 import ptq4dm
+from ptq4dm import UserError
 from ptq4dm.layers.base import is_quantized
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "scripts" / "examples"
@@ -67,6 +68,20 @@ def test_four_bits(example, name):
     assert Path("out/first.gif" if name in ("wan", "ltx") else "out/first.png").is_file()
     kind = importlib.import_module("large_models").MODELS[name].kind
     assert json.loads(Path("out/model_index.json").read_text())["_class_name"] == kind
+
+
+def test_a_folder_of_another_model_is_neither_written_over_nor_taken_for_it(example):
+    pytest.importorskip("transformers")
+    pipe, _ = importlib.import_module("large_models").opened("sdxl", [], tiny=True)
+    pipe.save_pretrained("xl")
+    with pytest.raises(UserError, match="xl holds a StableDiffusionXLPipeline, and flux is a FluxPipeline"):
+        example("faster", "--tiny", "--quantized", "xl")
+    with pytest.raises(UserError, match="xl is the folder of a model"):
+        example("four_bits", "--tiny", "--output", "xl")
+    Path("text").write_text("mine")
+    with pytest.raises(UserError, match="text: it is a file"):
+        example("four_bits", "--tiny", "--output", "text")
+    assert Path("text").read_text() == "mine" and not Path("xl/first.png").exists()
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "wan"])

@@ -76,9 +76,10 @@ def _train(args, config: ShiftQuantConfig, output: Path) -> None:
     begun = start.get("learning_rate", config.learning_rate)
     if begun != config.learning_rate:
         say(f"the learning rate was {begun:g} at the start, and {config.learning_rate:g} in this call")
-    losses = [line["held_out"] for line in lines if "held_out" in line]
+    losses = [line for line in lines if "held_out" in line]
     if losses:
-        say(f"held-out loss {losses[-1]:.4f}")
+        of = "" if "pictures" not in losses[-1] else f" on {losses[-1]['pictures']} pictures, each at one time"
+        say(f"held-out loss {losses[-1]['held_out']:.4f}{of}")
     say(f"log, sample grids, checkpoint: {folder}")
     result(model=args.model, images=learnt, of=config.images, run=folder, log=lines)
     facts = {"model": str(args.model), **config.identity(), "norm": config.norm}

@@ -113,6 +113,14 @@ def test_wrong_values_are_told_by_the_parser(shifty, capsys):
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--time", "--calibration-s", "--jso"])
+def test_the_start_of_a_flag_is_no_flag(flag, capsys):
+    """`allocate --time` was --timed-batch, where a budget of time was meant."""
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(["allocate", flag, "5"])
+    assert ended.value.code == 2 and f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
 def test_a_value_that_methods_read_differently():
     @dataclass
     class Whole:

@@ -26,7 +26,7 @@ MAX_COLUMNS = 8
 def check_places(folder: Path) -> None:
     """Raises UserError where files of somebody else have the names of the report and its picture."""
     picture_place(folder / PICTURE)
-    file_place(folder / REPORT)
+    file_place(folder / REPORT, ".json")
     if (folder / REPORT).is_file():
         found = read_json(folder / REPORT, "it is no report, and would be replaced: choose another --output")
         if not isinstance(found, dict) or not found.keys() & {"frechet", "paired", "epsilon_error", "bytes"}:

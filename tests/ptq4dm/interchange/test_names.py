@@ -98,6 +98,13 @@ def test_names_of_neither_kind_are_refused():
         in_names_of(nn.Linear(2, 2), strange)
 
 
+def test_a_weight_that_a_converter_leaves_out_is_named():
+    file = flux_file()
+    file.weights["double_blocks.0.extra.weight"] = rows_of(3, 0)
+    with pytest.raises(UserError, match="file has 'double_blocks.0.extra.weight', which the Flux has not"):
+        in_names_of(Flux(), file)
+
+
 def test_rows_of_several_formats_are_not_joined():
     one, other = rows_of(2, 0), rows_of(2, 0)
     other.plan = LayerPlan(weight_bits=4)

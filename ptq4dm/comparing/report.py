@@ -62,7 +62,7 @@ def format_comparison(report: dict) -> str:
         f"{report['dtype']} on {report['device']}",
         "",
         published_table(figures, frechet_label(report)),
-        directions(figures),
+        directions(figures, len(seeds)),
         not_measured_text(report["not_measured"]),
         "",
     ]

@@ -8,7 +8,7 @@ from ..allocation.importance import IMPORTANCE
 from ..errors import UserError
 from ..layers.plan import BITS, FLOAT_INPUTS
 from ..layers.registry import FORMATS
-from ..options import has_option
+from ..options import has_option, is_given
 from ..quantization.packing import PackingOptions
 from ..ranges.registry import OBJECTIVES
 from ..rounding.registry import ROUNDERS
@@ -72,7 +72,7 @@ def _check_idle(config: Any) -> None:
             "symmetric is of static grids of integers, which inputs do not have here, and would change nothing; "
             f"leave it out, or give {wanted} with it."
         )
-    if config.prefix != type(config).prefix and not config.looks:
+    if is_given(config, "prefix") and not config.looks:
         raise UserError(
             f"nothing looks at what blocks are fed where rounding='{config.rounding}', so that prefix would change "
             "nothing; leave it out, or take rounding='gptq'."
@@ -116,7 +116,7 @@ def _check_grid(config: Any) -> None:
     turned = {"format": "int8", "weight_bits": 4, "affine": False, "weight_grid": "progressive"}
     if config.rotate_inputs and (wanted := _other(config, activations="dynamic", **turned)):
         raise UserError(f"rotate_inputs goes with other options; give {wanted} with it, or leave it out.")
-    if config.codebook_of != type(config).codebook_of and config.weight_grid != "codebook":
+    if is_given(config, "codebook_of") and config.weight_grid != "codebook":
         wanted = _other(config, **_codebook(config), weight_grid="codebook")
         raise UserError(f"codebook_of says whose levels a codebook has; give {wanted} with it, or leave it out.")
     if config.weight_grid == "uniform":
@@ -161,7 +161,7 @@ def _check_average_bits(config: Any) -> None:
     IMPORTANCE.find(config.importance)
     if config.average_bits is None:
         # Of a plan that is there, options tell how it was made.
-        if config.plan is None and not config.ranks_rows and config.importance != type(config).importance:
+        if config.plan is None and not config.ranks_rows and is_given(config, "importance"):
             raise UserError(
                 f"importance='{config.importance}' ranks rows that get 8 bits, and no row is to get them by rank; "
                 f"give {'rows between 0 and 1' if hasattr(config, 'rows') else 'average_bits'} too, or leave it out."

@@ -18,6 +18,7 @@ FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
 GRIDS = ("uniform", "power", "progressive", "codebook")
+OF_FLOAT_INPUTS = ("uniform", "codebook")  # grids of weights whose inputs may stay floats
 INPUT_WIDTHS = (*BITS, FLOAT_INPUTS)
 
 
@@ -83,11 +84,12 @@ def _check_float_inputs(config: Any) -> None:
     """Raises UserError where inputs stay floats and an option says something else of them, or of their weights."""
     if config.activation_bits != FLOAT_INPUTS:
         return
-    plain = {"weight_grid": "uniform", "rotate_inputs": False, "average_bits": None, "activations": "dynamic"}
+    grid = config.weight_grid if config.weight_grid in OF_FLOAT_INPUTS else "uniform"
+    plain = {"weight_grid": grid, "rotate_inputs": False, "average_bits": None, "activations": "dynamic"}
     if wanted := _other(config, format="int8", weight_bits=min(config.weight_bits, 4), **plain):
         raise UserError(
-            "inputs of 16 bits stay floats and have no grid, and all weights have 4 bits and less on a uniform one; "
-            f"give {wanted} with activation_bits=16."
+            "inputs of 16 bits stay floats and have no grid; weights under them have at most 4 bits, of a uniform grid "
+            f"or of a codebook: give {wanted} with activation_bits=16."
         )
 
 

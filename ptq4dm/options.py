@@ -56,7 +56,7 @@ _said: ContextVar[frozenset[str]] = ContextVar("said", default=frozenset())
 
 @contextmanager
 def saying(names: Iterable[str]) -> Iterator[None]:
-    """While a recipe is made of what a user wrote down: the options that are named there, be it with their defaults."""
+    """While a recipe is made of what a user wrote: the options that are named there, also with their defaults."""
     before = _said.set(frozenset(names))
     try:
         yield

@@ -3,8 +3,8 @@
     triton-w4a8-fp8     fp8 activations, where tensor cores know e4m3 (compute capability 8.9 and later)
     triton-w4a8-int8    int8 activations; fp8 ones too on GPUs before that
     triton-w4a4         int4 activations, scales per group on both sides
-    triton-w4a16        weight-only layers, also plain ones with zero points or a codebook; of many rows, weights unpacked to 16
-                        bits and multiplied by cuBLAS
+    triton-w4a16        weight-only layers, also plain ones with zero points or a codebook; of many rows, weights
+                        unpacked to 16 bits and multiplied by cuBLAS
     cpu-w4a8, cpu-w4a4  on a CPU, int8 and int4 activations, where the kernels are compiled (on_cpu.py)
     reference           everything else: the formula in float32 (reference.py); the truth
 

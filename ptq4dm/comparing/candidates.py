@@ -18,9 +18,13 @@ from ..pipelines.folder import INDEX
 from ..pipelines.load import folder_of
 from ..quantization.saving import RECORD, original_of
 
+Kind = type | tuple[type, ...]
 WORST = 10  # layers that are told of each model
-ROW = {"layer": str, "format": str, "kernel": str}  # of every layer
-ERROR = {"basis": str, "sqnr": (float, int, str, type(None))}  # of those that `quantize` made, not of a file's
+ROW: dict[str, Kind] = {"layer": str, "format": str, "kernel": str}  # of every layer
+ERROR: dict[str, Kind] = {
+    "basis": str,
+    "sqnr": (float, int, str, type(None)),
+}  # of those that `quantize` made, not of a file's
 
 
 @dataclass(frozen=True)

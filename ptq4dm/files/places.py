@@ -16,10 +16,12 @@ from ..kernels.runtime.atomic import SUFFIX, sweep
 from .claim import is_claim, sweep_claims
 
 PNG = b"\x89PNG\r\n\x1a\n"
-KINDS = frozenset(
-    ".bin .bmp .ckpt .csv .gguf .gif .htm .html .jpeg .jpg .json .jsonl .md .npy .npz .onnx .pdf .pickle .pkl .png .pt "
-    ".pth .py .safetensors .svg .tar .tif .tiff .toml .txt .webp .xml .yaml .yml .zip".split()
-)  # ends of names that say what a file holds
+KINDS = frozenset((
+    ".bin", ".bmp", ".ckpt", ".csv", ".gguf", ".gif", ".htm", ".html", ".jpeg", ".jpg", ".json", ".jsonl", ".md",
+    ".npy", ".npz", ".onnx", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth", ".py", ".safetensors", ".svg", ".tar",
+    ".tif", ".tiff", ".toml", ".txt", ".webp", ".xml", ".yaml", ".yml", ".zip",
+))  # fmt: skip
+"""Ends of names that say what a file holds."""
 INDEX = "model_index.json"  # of a pipeline, which is no place for other results
 
 
@@ -117,7 +119,9 @@ def file_place(path: str | os.PathLike, ends: str, begins: bytes = b"") -> None:
             raise UserError(f"{path} is there and is another kind of file; give another name, or move it away.")
     end = os.path.splitext(path)[1].lower()
     if end != ends and end in KINDS:
-        raise UserError(f"{path} would be a {ends} file, and its name says {end}; give it a name that ends in {ends}.")
+        raise UserError(
+            f"{path} would be a {ends} file, and its name says {end}; give it a name that ends in {ends}."
+        )
     make_parent(path)
 
 

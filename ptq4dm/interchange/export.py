@@ -53,8 +53,8 @@ def export_comfy(
         The names of the convolutions that were written as floats.
 
     Raises:
-        UserError: nothing is quantized, or convolutions alone; a Linear layer that no format of ComfyUI holds, by name; layers of several formats
-            that `names` joins. Nothing is written then.
+        UserError: nothing is quantized, or convolutions alone; a Linear layer that no format of ComfyUI holds, by
+            name; layers of several formats that `names` joins. Nothing is written then.
     """
     model = component_of(target, component)
     layers = {name: one for name, one in model.named_modules() if is_quantized(one)}
@@ -66,7 +66,7 @@ def export_comfy(
     weights = {f"{name}.weight": _written(name, one) for name, one in layers.items() if name not in as_floats}
     if not weights:
         raise UserError(
-            f"of the {type(model).__name__} convolutions alone are quantized, and ComfyUI's files hold these as floats."
+            f"of the {type(model).__name__} convolutions alone are quantized, which ComfyUI's files hold as floats."
         )
     plain = _floats(model, tuple(f"{name}." for name in layers))
     plain |= {f"{name}.weight": _dequantized(layers[name]) for name in as_floats}

@@ -86,7 +86,9 @@ def _check_foreign(found: Found, file: Path) -> None:
     if packed is None:
         return
     if recipe_in(file.parent) is not None:
-        raise UserError(f"{file} is of a model that ptq4dm has quantized; load its folder, as ptq4dm.load_pipeline does.")
+        raise UserError(
+            f"{file} is of a model that ptq4dm has quantized; load its folder, as ptq4dm.load_pipeline does."
+        )
     raise UserError(
         f"{file} has codes in '{packed}', as ptq4dm, Nunchaku and others save theirs, each to be loaded by itself: a "
         "model of ptq4dm by its folder (ptq4dm.load_pipeline), a file of Nunchaku by ptq4dm.svdquant's functions."

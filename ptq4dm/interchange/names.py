@@ -63,7 +63,9 @@ def _check_all_taken(
     for name, first in sources:
         rows = found.weights[name].outputs
         if int(((taken >= first) & (taken < first + rows)).sum()) < rows:
-            raise UserError(f"{found.where} has '{name}', which the {type(model).__name__} has not, or not all of it.")
+            raise UserError(
+                f"{found.where} has '{name}', which the {type(model).__name__} has not, or not all of it."
+            )
 
 
 def number_rows(outputs: dict[str, int]) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
@@ -101,8 +103,8 @@ def convert(model: nn.Module, checkpoint: dict[str, Tensor], where: str) -> dict
     name = next((one for one in kinds if isinstance(model, getattr(diffusers, one))), None)
     if name is None:
         raise UserError(
-            f"{where} has other names than {type(model).__name__}, for which diffusers has no converter (the first is "
-            f"'{first}'): give a file in the names of diffusers."
+            f"{where} has other names than {type(model).__name__}, for which diffusers has no converter (the first "
+            f"is '{first}'): give a file in the names of diffusers."
         )
     why = ""
     for prefix in ("", PREFIXES[0]):  # that of UNets wants one, others do without

@@ -20,8 +20,10 @@ from .rows import Rows
 
 
 def written(layer: nn.Module) -> Rows:
-    """What a file holds of a Linear layer, its `plan` the JSON. Raises ValueError, the end of a sentence, for what no format
-    of ComfyUI holds."""
+    """What a file holds of a Linear layer, its `plan` the JSON.
+
+    Raises ValueError, the end of a sentence, for what no format of ComfyUI holds.
+    """
     write = WRITERS.get(layer.plan.format)
     if write is None or getattr(layer.plan, "simulated", False):
         raise ValueError(f"is {layer.plan}, which no format of ComfyUI holds")

@@ -88,8 +88,8 @@ def _check_float_inputs(config: Any) -> None:
     plain = {"weight_grid": grid, "rotate_inputs": False, "average_bits": None, "activations": "dynamic"}
     if wanted := _other(config, format="int8", weight_bits=min(config.weight_bits, 4), **plain):
         raise UserError(
-            "inputs of 16 bits stay floats and have no grid; weights under them have at most 4 bits, of a uniform grid "
-            f"or of a codebook: give {wanted} with activation_bits=16."
+            "inputs of 16 bits stay floats and have no grid; weights under them have at most 4 bits, of a uniform "
+            f"grid or of a codebook: give {wanted} with activation_bits=16."
         )
 
 

@@ -97,8 +97,10 @@ def _spread(values, WARPS: tl.constexpr, BN: tl.constexpr):
 def _product(
     words, scales, zeros, table, inputs, minus_c, magic, dtype: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr
 ):
-    """A group's product of each warp, times its scales [warps, BN / 8, 8, BM / 8, 4, 2]. zeros: None, or floats; table:
-    (), or a codebook's."""
+    """A group's product of each warp, times its scales [warps, BN / 8, 8, BM / 8, 4, 2].
+
+    zeros: None, or floats; table: (), or a codebook's.
+    """
     WARPS: tl.constexpr = inputs[0].shape[0]
     BM: tl.constexpr = inputs[0].shape[2]
     if len(table) > 0:
@@ -122,8 +124,8 @@ def _product(
 
 @triton.jit
 def _short_kernel(
-    x_ptr, row_scale_ptr, q_ptr, wscales_ptr, wzeros_ptr, tables_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, stride_m,
-    magic, GROUPS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    x_ptr, row_scale_ptr, q_ptr, wscales_ptr, wzeros_ptr, tables_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N,
+    stride_m, magic, GROUPS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, NONLINEARITY: tl.constexpr,
     STRIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -231,5 +233,6 @@ def _launch(
         _short_kernel, (cdiv(n, bn), cdiv(m, bm)), M=m, N=n, stride_m=stride, magic=MAGIC[dtype], GROUPS=groups,
         RANK=rank, R=padded, BM=bm, BN=bn, WARPS=warps, EVEN=n % bn == 0 and groups % (2 * warps * ahead) == 0,
         AHEAD=ahead, NONLINEARITY=nonlinearity, STRIDE=table_stride,
-        PACKED=config.get("PACKED", True) and isinstance(_short_kernel, triton.runtime.JITFunction), num_warps=warps, maxnreg=config.get("maxnreg"),
+        PACKED=config.get("PACKED", True) and isinstance(_short_kernel, triton.runtime.JITFunction),
+        num_warps=warps, maxnreg=config.get("maxnreg"),
     )  # fmt: skip

@@ -6,8 +6,8 @@ A table of an output is its 16 levels as these floats: their low bytes in four r
 PRMT takes four bytes by four nibbles, as words.py says, and so looks up low and high bytes of four codes with three
 instructions each; one more sets two floats together. With the bytes of a word of codes in the order 0, 2, 1, 3 the
 pairs are those in which uniform codes come out (short_operands.py): 23 instructions for eight codes, where those take
-about 12 and a product of a constant, which levels do not need. PACKED: in PTX. Without, by shifts and selections, which
-Triton's interpreter runs.
+about 12 and a product of a constant, which levels do not need. PACKED: in PTX. Without, by shifts and selections,
+which Triton's interpreter runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WORDS = 8  # int32 of a table
 
 
 def tables_of(levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 levels [R, 16] -> int32 [R, 8]: words of low bytes, then of high ones, of the levels as dtype (16 bits)."""
+    """int8 levels [R, 16] -> int32 [R, 8]: low bytes, then high ones, of the levels as dtype, which has 16 bits."""
     halves = levels.to(dtype).contiguous().view(torch.uint8).view(len(levels), 16, 2)  # little-endian
     return halves.transpose(1, 2).contiguous().view(len(levels), 32).view(torch.int32)
 
@@ -55,7 +55,9 @@ PAIRS = (
     "prmt.b32 $2, dl, dh, 0x6240; prmt.b32 $3, dl, dh, 0x7351;"
 )
 _PAIRS = tl.constexpr(
-    " ".join(("{ .reg .b32 w, i, p, a, b, cl, ch, dl, dh;", INDEX, LOOK.format("c"), NEXT, LOOK.format("d"), PAIRS, "}"))
+    " ".join(
+        ("{ .reg .b32 w, i, p, a, b, cl, ch, dl, dh;", INDEX, LOOK.format("c"), NEXT, LOOK.format("d"), PAIRS, "}")
+    )
 )
 
 

@@ -90,7 +90,9 @@ SHORT += [one | dict(PACKED=False) for one in SHORT] if CUDA else []
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * CUDA, ids=str)  # the interpreter has no bf16 dots
+@pytest.mark.parametrize(
+    "dtype", [torch.float16] + [torch.bfloat16] * CUDA, ids=str
+)  # the interpreter has no bf16 dots
 @pytest.mark.parametrize("config", SHORT, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 130, 320), (19, 24, 128), (9, 25, 192), (17, 32, 512)])
 def test_few_rows_of_float_inputs_are_the_formula(m, n, k, config, dtype, by_row):

@@ -109,7 +109,12 @@ def test_levels_are_looked_up_as_floats(dtype):
     places = {f"r{5 + i}": word for i, word in enumerate(table)}
     low = torch.randint(16, (512, 4), generator=torch.Generator().manual_seed(0))
     high = low.flip(0).roll(1, 1)
-    for result, nibbles, pair in (("r0", low, (0, 2)), ("r1", high, (0, 2)), ("r2", low, (1, 3)), ("r3", high, (1, 3))):
+    for result, nibbles, pair in (
+        ("r0", low, (0, 2)),
+        ("r1", high, (0, 2)),
+        ("r2", low, (1, 3)),
+        ("r3", high, (1, 3)),
+    ):
         found = run(short_levels._PAIRS.value, result, r4=packed(low, high), **places)
         floats = torch.stack([found & 0xFFFF, found >> 16], -1).to(torch.uint16).view(torch.int16).view(dtype)
         assert torch.equal(floats.long(), levels[nibbles[:, pair]])

@@ -112,7 +112,9 @@ def test_an_option_that_changes_nothing_is_refused_also_at_its_default(words, me
 def test_an_option_of_another_method_names_the_methods_that_have_it():
     from ptq4dm.cli.quantize import recipes_of
 
-    with pytest.raises(UserError, match="^PTQ4DMConfig has no option evidence; take a method that has it: svdquant.$"):
+    with pytest.raises(
+        UserError, match="^PTQ4DMConfig has no option evidence; take a method that has it: svdquant.$"
+    ):
         recipes_of(build_parser(["quantize"]).parse_args(["quantize", "--components", "vae", "--evidence", "none"]))
     with pytest.raises(UserError, match="^RTNConfig has no option evidence; take a method that has it: svdquant.$"):
         RTNConfig(evidence="none")

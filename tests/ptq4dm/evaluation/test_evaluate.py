@@ -22,8 +22,8 @@ from ptq4dm.calibration.sampled import record_calls
 from ptq4dm.evaluation.compare import heldout_timesteps
 from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ptq4dm.evaluation.feature_fid import FeatureFID
-from ptq4dm.evaluation.measures import summarized
 from ptq4dm.evaluation.frechet import read_statistics
+from ptq4dm.evaluation.measures import summarized
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr, psnr
 from ptq4dm.evaluation.published import directions
 from ptq4dm.evaluation.report import check_places, format_report
@@ -280,7 +280,9 @@ def test_few_seeds_are_said_to_be_few():
     assert directions(rows, 2).endswith("within what a figure can be; of 2 seeds it reaches 12.7 standard errors to "
                                         "either side: give more")  # fmt: skip
     assert directions(rows, 5).endswith("within what a figure can be")
-    assert directions({"ours": {"ssim": {"mean": 0.9, "interval": None}}}, 1).endswith("one seed has no interval: give more")
+    assert directions({"ours": {"ssim": {"mean": 0.9, "interval": None}}}, 1).endswith(
+        "one seed has no interval: give more"
+    )
     assert "interval" not in directions({"ours": {"frechet": {"mean": 3.0}}}, 0)
 
 

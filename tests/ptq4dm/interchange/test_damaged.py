@@ -68,7 +68,10 @@ CHANGES = {
         "has 64 inputs and 32 outputs; the model needs 32",
     ),
     "a code": (put("weight", torch.full((32, 32), -128, dtype=torch.int8)), "to_q.weight' .its codes. holds -128"),
-    "a group": (lambda t: said(t, convrot=True, convrot_groupsize=4), "'.*to_q' of .*/file: .*groups of 16, 64 or 256, not 4"),
+    "a group": (
+        lambda t: said(t, convrot=True, convrot_groupsize=4),
+        "'.*to_q' of .*/file: .*groups of 16, 64 or 256, not 4",
+    ),
     "a group that does not divide": (lambda t: said(t, convrot=True), "32 inputs do not divide into groups of 256"),
     "a group of text": (lambda t: said(t, convrot=True, convrot_groupsize="x"), "its convrot_groupsize is 'x'"),
     "no JSON": (put("comfy_quant", torch.tensor([1], dtype=torch.uint8)), "to_q.comfy_quant': Expecting value"),
@@ -81,7 +84,10 @@ CHANGES = {
     ),
     "no bias": (lambda t: t.pop(f"{LAYER}.bias"), "no '.*to_q.bias' in it, which the layer needs"),
     "no norm": (lambda t: t.pop("proj_out_1.bias"), "lacks 'proj_out_1.bias'|no 'proj_out_1.bias'"),
-    "left over": (lambda t: t.update({"strange": torch.ones(3)}), "has 'strange', which the DiTTransformer2DModel has not"),
+    "left over": (
+        lambda t: t.update({"strange": torch.ones(3)}),
+        "has 'strange', which the DiTTransformer2DModel has not",
+    ),
     "a renamed weight": (
         lambda t: t.update({"proj_out_9.bias": t.pop("proj_out_2.bias")}),
         "has 'proj_out_9.bias', which the DiTTransformer2DModel has not, and lacks 'proj_out_2.bias'",

@@ -127,7 +127,9 @@ def test_a_name_that_says_another_format_is_refused(tmp_path):
     model = files.flux2()
     quantize(model, RTNConfig(activations="dynamic"))
     for name in ("file.gguf", "file.PTH"):
-        with pytest.raises(UserError, match=f"{name} would be a .safetensors file, and its name says .{name[5:].lower()};"):
+        with pytest.raises(
+            UserError, match=f"{name} would be a .safetensors file, and its name says .{name[5:].lower()};"
+        ):
             export_comfy(model, tmp_path / name)
     assert not list(tmp_path.iterdir())
 

@@ -191,7 +191,9 @@ def test_a_layer_of_float_inputs_says_which_kernels_a_gpu_has(dtype, monkeypatch
     many, few = {"all rows": "unpack + cublas"}, {"rows <= 32": "triton-w4a16", "more": "unpack + cublas"}
     with settings.target(settings.Target((9, 0), 132, lambda *_: None)):
         for size in (None, 32, 64, 128):
-            made = quantized_copy(linear(12, 256).to(dtype), CodebookPlan(activation_bits=16, group_size=size), "layer")
+            made = quantized_copy(
+                linear(12, 256).to(dtype), CodebookPlan(activation_bits=16, group_size=size), "layer"
+            )
             assert made.kernels() == (few if dtype == torch.bfloat16 and size in (64, 128) else many)
         made = quantized_copy(conv().to(dtype), CodebookPlan(activation_bits=16, group_size=64), "layer")
         assert made.kernel_name() == "unpack + cudnn"

@@ -7,6 +7,9 @@ import ptq4dm  # noqa: F401
 from packed_layers import packed, whole
 from ptq4dm.kernels.w4 import grouped, int4_codes, int4_floats, integer, layer
 from ptq4dm.kernels.w4.tokens import token_codes
+from ptq4dm.layers import int4_ops
+from ptq4dm.layers.codebook import CodebookPlan
+from ptq4dm.layers.registry import quantized_copy
 
 int4_codes_triton = pytest.importorskip(
     "ptq4dm.kernels.w4.int4_codes_triton", reason="needs Triton", exc_type=ImportError
@@ -120,6 +123,17 @@ def test_few_rows_of_a_layer(group, by_row):
         assert float((found.cpu().double() - right).norm() / right.norm()) < 8e-4
     with pytest.raises(ValueError, match="levels are int8"):
         layer.few_rows(*operands[:5], operands[5].float())
+
+
+@pytest.mark.parametrize("levels", ["tensor", "row"])
+def test_a_quantized_layer_of_few_rows_is_its_dequantized_weight(levels, monkeypatch):
+    monkeypatch.setattr(int4_ops, "kernel_name", lambda *_: layer.WEIGHT_ONLY)
+    torch.manual_seed(0)
+    plan = CodebookPlan(activation_bits=16, group_size=64, levels=levels)
+    made, x = quantized_copy(torch.nn.Linear(256, 24).half(), plan, "layer"), torch.randn(2, 3, 256).half()
+    right = x.double() @ made.dequantized_weight().double().T + made.bias.double()
+    found = made.to(DEVICE)(x.to(DEVICE)).cpu()
+    assert found.dtype == torch.float16 and (found.double() - right).norm() < 1e-3 * right.norm()
 
 
 def test_levels_that_do_not_belong_to_a_weight_are_refused():

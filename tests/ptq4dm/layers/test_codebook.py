@@ -199,19 +199,6 @@ def test_a_layer_of_float_inputs_says_which_kernels_a_gpu_has(dtype, monkeypatch
         assert made.kernel_name() == "unpack + cudnn"
 
 
-def test_a_layer_of_few_rows_of_floats_is_its_formula(monkeypatch):
-    """By the kernel of a GPU, here in Triton's interpreter."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(int4_ops, "kernel_name", lambda *_: "triton-w4a16")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for levels in ("tensor", "row"):
-        plan = CodebookPlan(activation_bits=16, group_size=64, levels=levels)
-        made, x = quantized_copy(linear(24, 256).half(), plan, "layer"), torch.randn(2, 3, 256).half()
-        right = x.double() @ made.dequantized_weight().double().T + made.bias.double()
-        found = made.to(device)(x.to(device)).cpu()
-        assert found.dtype == torch.float16 and (found.double() - right).norm() < 1e-3 * right.norm()
-
-
 def test_a_plan_gives_the_same_codes(unet):
     plan = Plan("rtn", {"time_embedding.linear_1": CodebookPlan(), "mid_block.resnets.0.conv1": CodebookPlan()})
     first, second = unet(), unet()

@@ -34,11 +34,11 @@ def in_names_of(model: nn.Module, found: Found) -> Found:
     numbers, sources = number_rows({name: rows.outputs for name, rows in found.weights.items()})
     try:
         converted = convert(model, {**numbers, **found.tensors}, found.where)
+        _check_all_taken(model, converted, sources, found)
     except UserError:
         if 2 * len(given & known) > len(given):
             raise _strangers(model, given, known, found.where) from None
         raise
-    _check_all_taken(model, converted, sources, found)
     weights = {}
     for name, value in converted.items():
         if is_numbers(value):

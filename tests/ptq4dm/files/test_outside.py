@@ -52,6 +52,7 @@ def saved(value):
         (saved(torch.nn.Linear(2, 2)), "it is damaged, or holds more than tensors and plain containers"),
         (saved({"a": torch.ones(200)})[:-300], "it is damaged: no whole file of torch.save"),
     ],
+    ids=["words", "nothing", "safetensors", "a new pickle", "an old pickle", "a module", "cut short"],
 )
 def test_what_is_no_file_of_tensors_is_told_in_our_words(data, message):
     with pytest.raises(ValueError, match=f"^{message}$"):

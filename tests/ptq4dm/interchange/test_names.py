@@ -119,6 +119,16 @@ def test_rows_of_several_formats_are_not_joined():
     assert picked.tensors["weight_scale"].tolist() == [1, 0]
 
 
+def test_a_stranger_among_the_models_own_names_is_named_whatever_a_converter_makes_of_them():
+    for name in ("extra.weight", "mid_block.attentions.7.proj_in.weight"):
+        model, found = unet(), Found("file", {}, dict(unet().state_dict()))
+        layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        found.weights[layer] = rows_of(len(found.tensors.pop(layer)), 0)
+        found.weights[name] = rows_of(3, 0)
+        with pytest.raises(UserError, match=f"^file has '{name}', which the UNet2DConditionModel has not[.]$"):
+            in_names_of(model, found)
+
+
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
 PLACES = {

@@ -111,7 +111,7 @@ KERNELS: list[Kernel] = [
     ),
     Kernel(w4.INT4, "4-bit weights and activations, low-rank branch", branched(w4.INT4), "w4a4", "int4"),
     Kernel(
-        w4.WEIGHT_ONLY, "4-bit weights unpacked in the product, few rows of inputs in 16 bits",
+        w4.WEIGHT_ONLY, "4-bit weights, of a codebook too, unpacked in the product, few rows of inputs in 16 bits",
         either(branched(w4.WEIGHT_ONLY, False), few_floats), "w4a16", "none",
     ),
     Kernel(

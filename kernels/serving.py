@@ -115,10 +115,11 @@ def whole_numbers(name: str) -> Callable[[Query], bool]:
 
 
 def few_floats(query: Query) -> bool:
-    """Whether few rows of 16-bit inputs are multiplied by a plain weight as it is packed: in groups of whole runs."""
+    """Whether few rows of 16-bit inputs are multiplied by a plain weight, or one of a codebook, as it is packed: in
+    groups of whole runs."""
     size, inputs = query.group_size or 1, query.inputs or GROUP
     whole = size % GROUP == 0 and inputs % GROUP == 0 and query.groups == 1
-    few = query.rows is not None and query.rows <= w4.SHORT and query.weight == "int4"
+    few = query.rows is not None and query.rows <= w4.SHORT and query.weight in ("int4", "codebook")
     return few and whole and floats(True)(query) and w4.kernel_name(query.device, "none", GROUP) == w4.WEIGHT_ONLY
 
 

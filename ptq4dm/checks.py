@@ -38,14 +38,17 @@ def limits(low: float | None = None, high: float | None = None, finite: bool = T
     return {"low": low, "high": high, "finite": finite}
 
 
-def named_options(kind: _Class) -> _Class:
-    """Class decorator of a dataclass of options: one that it does not have is an `UnknownOption`."""
+def named_options(kind: _Class, holders: Callable[[str], Iterable[str]] = lambda name: ()) -> _Class:
+    """Class decorator of a dataclass of options: one that it does not have is an `UnknownOption`.
+
+    holders: name of an option -> what else to take, which has it.
+    """
     made, known = kind.__init__, list(inspect.signature(kind).parameters)  # type: ignore[misc]
 
     @functools.wraps(made)
     def init(self: Any, *args: Any, **options: Any) -> None:
         if unknown := [name for name in options if name not in known]:
-            raise unknown_option(kind.__name__, unknown, choices_of(kind))
+            raise unknown_option(kind.__name__, unknown, choices_of(kind), holders(unknown[0]))
         made(self, *args, **options)
 
     kind.__init__ = init  # type: ignore[misc]

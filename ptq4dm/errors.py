@@ -28,10 +28,14 @@ class UnknownOption(UserError, TypeError):
     """An option that a config does not have: a TypeError, too, as Python's own of an argument that nobody knows."""
 
 
-def unknown_option(owner: str, unknown: Iterable[str], known: Iterable[str]) -> UnknownOption:
-    """The error for options that `owner` ("RTNConfig") does not have: with the name that was meant, or all it has."""
-    wrong, known = list(unknown), sorted(known)
-    near = meant(wrong[0], known) or f"; it has {', '.join(known)}."
+def unknown_option(
+    owner: str, unknown: Iterable[str], known: Iterable[str], holders: Iterable[str] = ()
+) -> UnknownOption:
+    """The error for options that `owner` ("RTNConfig") does not have: with the name that was meant, or with
+    `holders`, the methods that have the first one, or with all that it has."""
+    wrong, known, others = list(unknown), sorted(known), ", ".join(holders)
+    elsewhere = f"; take a method that has it: {others}." if others else f"; it has {', '.join(known)}."
+    near = elsewhere if others else meant(wrong[0], known) or elsewhere
     return UnknownOption(f"{owner} has no option {', '.join(wrong)}{near}")
 
 

@@ -7,8 +7,10 @@ cli/flags.py reads the fields and makes the flags.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import Field, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 from .checks import limits
@@ -49,10 +51,33 @@ def has_option(kind: type, name: str) -> bool:
     return any(facts.get("help") and not facts.get("fixed") for facts in found)
 
 
+_said: ContextVar[frozenset[str]] = ContextVar("said", default=frozenset())
+
+
+@contextmanager
+def saying(names: Iterable[str]) -> Iterator[None]:
+    """While a recipe is made of what a user wrote: the options that are named there, also with their defaults."""
+    before = _said.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _said.reset(before)
+
+
+def is_given(instance: Any, name: str) -> bool:
+    """Whether an option of a dataclass is given: it has another value than its default, or is `saying`'s.
+
+    In Python a default that is given and one that is left out are the same.
+    """
+    field = next(item for item in fields(instance) if item.name == name)
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return name in _said.get() or getattr(instance, name) != default
+
+
 def no_choice(instance: Any) -> Field | None:
-    """The first option that the class of a dataclass has fixed, and that has another value; None for none."""
+    """The first option that the class of a dataclass has fixed, and that is given; None for none."""
     own = (item for item in fields(instance) if item.metadata.get("fixed"))
-    return next((item for item in own if getattr(instance, item.name) != item.default), None)
+    return next((item for item in own if is_given(instance, item.name)), None)
 
 
 def whole_or_row(text: str) -> int | None:

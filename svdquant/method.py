@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..kernels.w4.reference import ACTIVATIONS
 from ..layers.plan import LayerPlan
 from ..layers.view import LayerView
-from ..options import number_or_word, option
+from ..options import is_given, number_or_word, option
 from ..quantization.input_grids import int8_grid
 from ..quantization.recipe import QuantConfig, register
 from ..rounding import ROUNDERS
@@ -101,7 +101,7 @@ class SVDQuantConfig(QuantConfig):
                 "unsigned lifts the outputs of GELU and SiLU, and inputs that are rotated or left without their "
                 "largest directions are none; leave it out, or transforms and subspace."
             )
-        if self.plan is None and self.evidence != "calls" and self.num_calls != type(self).num_calls:
+        if self.plan is None and self.evidence != "calls" and is_given(self, "num_calls"):
             raise UserError("num_calls is of calls that are waited for; take evidence='calls', or leave it out.")
         alone = self.evidence == "none"
         if self.plan is None and self.subspace == "inputs" and (alone or not self.rank):

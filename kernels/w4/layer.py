@@ -3,8 +3,8 @@
     triton-w4a8-fp8     fp8 activations, where tensor cores know e4m3 (compute capability 8.9 and later)
     triton-w4a8-int8    int8 activations; fp8 ones too on GPUs before that
     triton-w4a4         int4 activations, scales per group on both sides
-    triton-w4a16        weight-only layers, also plain ones with zero points; of many rows, weights unpacked to 16
-                        bits and multiplied by cuBLAS
+    triton-w4a16        weight-only layers, also plain ones with zero points or a codebook; of many rows, weights
+                        unpacked to 16 bits and multiplied by cuBLAS
     cpu-w4a8, cpu-w4a4  on a CPU, int8 and int4 activations, where the kernels are compiled (on_cpu.py)
     reference           everything else: the formula in float32 (reference.py); the truth
 
@@ -27,16 +27,18 @@ from ..runtime.prepared import prepared
 from ..runtime.settings import best_config, capability, remembered, served
 from ..runtime.workspace import Workspace
 from . import on_cpu
+from .int4_codes import check_levels
 from .reference import NONLINEARITIES, nonlinear
 
 if TYPE_CHECKING:
     from . import activation as activation_launches
     from . import unpack
-    from .products import product_short, product_w4a4, product_w4a8
+    from .products import product_short, product_w4a4, product_w4a8, short_levels
 else:
     late(
         globals(), "unpack", activation_launches="activation", product_short="products.product_short",
         product_w4a4="products.product_w4a4", product_w4a8="products.product_w4a8",
+        short_levels="products.short_levels",
     )  # fmt: skip
 
 REFERENCE, FP8, INT8, INT4, WEIGHT_ONLY = (
@@ -184,20 +186,27 @@ def rows_through(
     return out
 
 
-def few_rows(x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None) -> Tensor:
+def few_rows(
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None,
+    levels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x [M, K] in bf16 or fp16, M from 1 to SHORT, times a plain weight (int4_codes.py) -> [M, N], on a GPU.
 
-    K a multiple of 64, scales of 16 bits for groups of 64 inputs or of 128. Raises ValueError for others.
+    K a multiple of 64, scales of 16 bits for groups of 64 inputs or of 128; levels int8 [1, 16] or [N, 16] of a
+    codebook, which has no zero points, or None. Raises ValueError for others.
     """
+    check_levels(qweight, wzeros, levels)
     if wscales.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] % (GROUP * wscales.shape[1]):
         raise ValueError(f"scales {list(wscales.shape)} of {wscales.dtype} are not of 16 bits for whole runs of 64.")
     x = short_floats(x)
     (m, k), n, runs = x.shape, len(qweight), x.shape[1] // GROUP
     wscales, wzeros = (None if one is None else _by_run(one, runs) for one in (wscales, wzeros))
     out = x.new_empty(m, n)
-    config = best_config("none.short", x.device, m, n, k)
+    config, tables = best_config("none.short", x.device, m, n, k), None
+    if levels is not None:
+        tables = prepared(levels, ("tables", x.dtype), lambda: short_levels.tables_of(levels, x.dtype))
     product_short.short_product(
-        x, None, qweight.contiguous(), wscales, None, None, bias, out, config, wzeros=wzeros
+        x, None, qweight.contiguous(), wscales, None, None, bias, out, config, wzeros=wzeros, tables=tables
     )  # fmt: skip
     return out
 

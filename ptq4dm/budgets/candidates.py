@@ -22,6 +22,7 @@ from ..layers.plan import LayerPlan, Plan
 from ..layers.registry import empty_quantized
 from ..layers.sizes import bytes_in_16_bits
 from ..layers.view import LayerView
+from ..options import saying
 from ..quantization.planning import make_plan
 from ..quantization.recipe import METHODS, QuantConfig
 
@@ -50,7 +51,8 @@ def recipe_of(text: str, what: str = "candidate") -> QuantConfig:
     _check_kind(kind, label)
     parsers = {item.name: item.metadata.get("parse") for item in fields(kind)}
     options |= {key: _value(value, parsers.get(key)) for key, value in options.items() if key != "method"}
-    return mixable(QuantConfig.from_dict(options), label)
+    with saying(options):
+        return mixable(QuantConfig.from_dict(options), label)
 
 
 def mixable(recipe: QuantConfig, label: str) -> QuantConfig:

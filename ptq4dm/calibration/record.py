@@ -35,7 +35,7 @@ def record(target: Any) -> Iterator[Calls]:
     (`pipe.vae`) it is the calls of `decode` that are recorded, which pipelines make. Each call is a unit; its tensors
     are kept on the CPU. Calls that other threads make are not recorded. A call's `time` is its timestep as it is
     where all lie in [0, 1], else as a share of the next power of ten (1000 for times up to 1000), or between the
-    least and the largest where some are negative.
+    least and the largest where some are negative. A call that is given NaN is a UserError.
     """
     model = model_of(target)
     if model is not target and len(several := denoiser_names(target)) > 1:
@@ -48,6 +48,7 @@ def record(target: Any) -> Iterator[Calls]:
 
     def keep_latents(args: tuple, kwargs: dict[str, Any]) -> None:
         call = kept(Call(args, {name: value for name, value in kwargs.items() if name != "generator"}))
+        _check_numbers((call.args, call.kwargs), f"the autoencoder {type(model).__name__} was given NaN")
         calls.add(*whole_call(call, 0.0, 0.0))
         calls.time = torch.zeros_like(calls.timestep)
 
@@ -56,9 +57,16 @@ def record(target: Any) -> Iterator[Calls]:
 
 
 def add_call(calls: Calls, module: nn.Module, call: Call) -> None:
-    """Add a call of a module as one unit."""
+    """Add a call of a module as one unit. Raises UserError where it was given NaN, by the argument's name."""
+    for name, value in named(module, call).items():
+        _check_numbers(value, f"the call of {type(module).__name__} was given NaN in '{name}'")
     calls.add(*whole_call(call, timestep_of(named(module, call)) or 0.0, 0.0))
     calls.time = _shares(calls.timestep)
+
+
+def _check_numbers(value: Any, what: str) -> None:
+    if any(bool(one.isnan().any()) for one in tensors_of(value) if one.is_floating_point()):
+        raise UserError(f"{what}, of which nothing can be learnt; give it numbers.")
 
 
 def decoding(model: nn.Module) -> AbstractContextManager[None]:

@@ -68,7 +68,7 @@ def run(args) -> None:
     if args.calibration is not None:
         check_idle(args, CONDITIONING, f"the calls in {args.calibration} were made already")
     one_process(args)
-    file_place(args.output, b"{")
+    file_place(args.output, ".json", b"{")
     if args.plot:
         picture_place(args.plot)
     store = CalibrationStore.load(args.calibration) if args.calibration else None

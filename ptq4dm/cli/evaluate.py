@@ -108,7 +108,7 @@ def run(args) -> None:
 def _run_images(args, config: EvaluateConfig) -> None:
     device = device_of(args)
     if args.write_reference:
-        file_place(args.write_reference)
+        file_place(args.write_reference, ".npz")
         count = write_reference(args.images, args.write_reference, config, device)
         say(f"statistics of {count} images: {args.write_reference}")
         warnings = [passed_over] if (passed_over := find_images(args.images).passed_over) else []

@@ -140,8 +140,8 @@ def left_layers(network: nn.Module, config: QuantConfig | None) -> list[dict]:
         elif role != "inner":
             why = f"the model's {role} layer"
         else:
-            reason = "by its role, its shape or what it costs, or calibration never called it"
-            why = f"{config.method} chose no format for it ({reason})"
+            unseen = ", or calibration never called it" if config.needs_calibration else ""
+            why = f"{config.method} chose no format for it (by its role, its shape or what it costs{unseen})"
         rows.append({"layer": name, "kind": kind, "bytes": stored_bytes(module), "why": why})
     return rows
 

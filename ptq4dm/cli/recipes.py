@@ -7,7 +7,7 @@ from typing import Any
 from ..budgets.candidates import recipe_of
 from ..errors import UserError
 from ..layers.registry import needs_of
-from ..options import whole_or_row
+from ..options import saying, whole_or_row
 from ..pipelines.parts import DENOISER, kind_of
 from ..quantization import recipe
 from ..quantization.components import load_plans, networks_to_quantize
@@ -75,7 +75,8 @@ def recipes_of(args) -> dict[str, QuantConfig]:
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.plan is None:
         _check_words(methods().get(args.method or METHOD), options)
-        config = QuantConfig.from_dict({"method": args.method or METHOD, **options})
+        with saying(options):
+            config = QuantConfig.from_dict({"method": args.method or METHOD, **options})
         if "num_tuples" in options and not config.looks_at_tuples:
             raise UserError(
                 f"nothing of this {type(config).__name__} looks at calibration tuples, so that --num-tuples would "

@@ -18,8 +18,13 @@ from ..pipelines.folder import INDEX
 from ..pipelines.load import folder_of
 from ..quantization.saving import RECORD, original_of
 
+Kind = type | tuple[type, ...]
 WORST = 10  # layers that are told of each model
-ROW = {"layer": str, "format": str, "kernel": str, "basis": str}  # of a layer, beside its sqnr
+ROW: dict[str, Kind] = {"layer": str, "format": str, "kernel": str}  # of every layer
+ERROR: dict[str, Kind] = {
+    "basis": str,
+    "sqnr": (float, int, str, type(None)),
+}  # of those that `quantize` made, not of a file's
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def _check_layout(model: str, ours: dict, theirs: dict, name: str) -> None:
 
 
 def worst_layers(model: str) -> list[dict[str, Any]]:
-    """The layers with the largest error in a quantized folder's report, worst first; none for another model.
+    """The layers with the largest error in a quantized folder's report, worst first; none for another model, nor for
+    one whose layers were read from a file of another tool: nobody knows the floats that they were made from.
 
     Rows of layer, format, kernel, basis ("output" or "weight") and sqnr in dB: None without any error, "nan" where
     the layer gives NaN. Raises DamagedFile.
@@ -120,8 +126,10 @@ def worst_layers(model: str) -> list[dict[str, Any]]:
         return []
     layers = read_object(record, {"layers": list}, "quantize the model again")["layers"][:WORST]
     with outside(record, "quantize the model again"):
-        rows = [checked_object(row, {**ROW, "sqnr": (float, int, str, type(None))}) for row in layers]
-    return [{key: row[key] for key in (*ROW, "sqnr")} for row in rows]
+        if not any(ERROR.keys() & checked_object(row, ROW).keys() for row in layers):
+            return []
+        rows = [checked_object(row, {**ROW, **ERROR}) for row in layers]
+    return [{key: row[key] for key in (*ROW, *ERROR)} for row in rows]
 
 
 def _layout(pipe: Any) -> dict[str, Any]:

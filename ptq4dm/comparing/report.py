@@ -26,8 +26,8 @@ def check_places(folder: Path) -> None:
     """Raises UserError where the folder or files in it with the names of the results are somebody else's."""
     check_own(folder, [REPORT, UNFINISHED], "compare")
     picture_place(folder / PICTURE)
-    file_place(folder / PAGE, BEGINS.encode())
-    file_place(folder / REPORT)
+    file_place(folder / PAGE, ".html", BEGINS.encode())
+    file_place(folder / REPORT, ".json")
     if (folder / REPORT).is_file():
         found = read_json(folder / REPORT, "it is no report, and would be replaced: choose another --output")
         if not isinstance(found, dict) or not {"full_precision", "models", "seeds"} <= found.keys():
@@ -62,7 +62,7 @@ def format_comparison(report: dict) -> str:
         f"{report['dtype']} on {report['device']}",
         "",
         published_table(figures, frechet_label(report)),
-        directions(figures),
+        directions(figures, len(seeds)),
         not_measured_text(report["not_measured"]),
         "",
     ]

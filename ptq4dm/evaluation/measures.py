@@ -17,7 +17,7 @@ from torch import Tensor
 from ..options import option
 from ..pipelines.loading import not_while_loading
 from ..pipelines.sampling import choose_conditioning
-from .paired import image_errors, mean_interval, psnr
+from .paired import BOUNDS, image_errors, mean_interval, psnr
 from .prompted import Score, load_clip, load_image_reward
 from .similarity import LPIPS, SMALLEST_LPIPS, SMALLEST_SSIM, load_lpips, ssim
 
@@ -89,4 +89,4 @@ def prompts_of(pipe: Any, seeds: Sequence[int], conditioning: dict | None, given
 
 def summarized(values: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     """Name -> {"mean", "stderr", "interval"} of figures of pictures; see `mean_interval`."""
-    return {name: mean_interval(found) for name, found in values.items()}
+    return {name: mean_interval(found, *BOUNDS.get(name, ())) for name, found in values.items()}

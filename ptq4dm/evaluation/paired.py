@@ -23,6 +23,8 @@ from ..errors import UserError
 
 MSE_FLOOR = 1e-12  # 120 dB: what identical pictures are given, so that a mean over pictures stays finite
 CONFIDENCE = 0.95
+BOUNDS = {"psnr": (0.0, 120.0), "ssim": (-1.0, 1.0), "lpips": (0.0, math.inf), "clip": (0.0, 100.0)}
+"""Figure of a picture -> the least and the largest that it can be; others have no ends."""
 
 
 def image_errors(images: Tensor, reference: Tensor) -> list[float]:
@@ -56,7 +58,7 @@ def paired_psnr(errors: Sequence[float]) -> dict:
     """
     if not all(math.isfinite(error) for error in errors):
         raise UserError("an image's error is NaN or infinite: one of the two models overflowed.")
-    found = mean_interval([psnr(error) for error in errors])
+    found = mean_interval([psnr(error) for error in errors], *BOUNDS["psnr"])
     return {
         "psnr_db": found["mean"],
         "psnr_stderr": found["stderr"],
@@ -66,18 +68,24 @@ def paired_psnr(errors: Sequence[float]) -> dict:
     }
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+def mean_interval(values: Sequence[float], low: float = -math.inf, high: float = math.inf) -> dict[str, Any]:
     """{"mean", "stderr", "interval"}: the standard error of the mean, and the two ends of its 95 % interval.
 
-    By Student's law for so many values. Of one value alone there is neither: they are None.
+    By Student's law for so many values, and of that the part within low and high, where the values and their mean
+    lie: it holds the mean as often as the whole. Of one value alone there is neither: they are None.
     """
     mean, count = sum(values) / len(values), len(values)
     stderr = interval = None
     if count > 1:
         stderr = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-        reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * stderr
-        interval = [mean - reach, mean + reach]
+        reach = reach_of(count) * stderr
+        interval = [max(mean - reach, min(low, mean)), min(mean + reach, max(high, mean))]  # a mean may be rounded
     return {"mean": mean, "stderr": stderr, "interval": interval}
+
+
+def reach_of(count: int) -> float:
+    """How many standard errors Student's 95 % interval of a mean of so many values reaches to either side."""
+    return float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
 
 
 class EpsilonError:

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .measures import LABELS
+from .paired import reach_of
 
 COLUMNS = ("frechet", "image_reward", "clip", "lpips", "psnr", "ssim")  # as the papers order them, CLIP put in
 DIGITS = {"frechet": 2, "image_reward": 3, "clip": 2, "lpips": 3, "psnr": 2, "ssim": 3}
 DIRECTIONS = "lower is better: FID, LPIPS; higher: IR, CLIP, PSNR, SSIM"
-INTERVAL = "the ends of the 95 % interval over seeds"
+INTERVAL = "the ends of the 95 % interval over seeds, within what a figure can be"
+FEW = 5  # seeds: of fewer an interval says little
 
 Figure = Mapping[str, Any]  # "mean", and "interval" where there is one, as `mean_interval` gives them
 
@@ -60,10 +62,16 @@ def published_table(rows: Mapping[str, Mapping[str, Figure]], frechet: str = "FI
     )
 
 
-def directions(rows: Mapping[str, Mapping[str, Figure]]) -> str:
-    """What stands below the table: which figures are better low, and what stands in brackets, if anything does."""
-    reach = any(ends(key, found.get(key, {})) for found in rows.values() for key in COLUMNS)
-    return DIRECTIONS + (f"; in brackets {INTERVAL}" if reach else "")
+def directions(rows: Mapping[str, Mapping[str, Figure]], seeds: int) -> str:
+    """What stands below the table: which figures are better low, what stands in brackets, if anything does, and
+    whether the seeds are too few for it."""
+    figures = [found[key] for found in rows.values() for key in COLUMNS if "interval" in found.get(key, {})]
+    if not figures:
+        return DIRECTIONS
+    if seeds == 1:
+        return f"{DIRECTIONS}; one seed has no interval: give more"
+    wide = f"; of {seeds} seeds it reaches {reach_of(seeds):.1f} standard errors to either side: give more"
+    return f"{DIRECTIONS}; in brackets {INTERVAL}{wide if seeds < FEW else ''}"
 
 
 def not_measured_text(missing: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ MAX_COLUMNS = 8
 def check_places(folder: Path) -> None:
     """Raises UserError where files of somebody else have the names of the report and its picture."""
     picture_place(folder / PICTURE)
-    file_place(folder / REPORT)
+    file_place(folder / REPORT, ".json")
     if (folder / REPORT).is_file():
         found = read_json(folder / REPORT, "it is no report, and would be replaced: choose another --output")
         if not isinstance(found, dict) or not found.keys() & {"frechet", "paired", "epsilon_error", "bytes"}:
@@ -75,9 +75,14 @@ def format_report(report: dict) -> str:
         label = report.get("frechet", {}).get("label", "FID")
         missing = report["not_measured"] | ({} if "frechet" in report else {"frechet": "--metric fid"})
         rows = rows_of(report)
-        lines += ["", published_table(rows, label), directions(rows), not_measured_text(missing)]
+        lines += ["", published_table(rows, label), directions(rows, _seeds(report)), not_measured_text(missing)]
     lines += [f"warning: {w}" for w in report.get("warnings", [])]
     return "\n".join(lines)
+
+
+def _seeds(report: dict) -> int:
+    """How many pictures the figures with intervals are means of; 0 where there are none."""
+    return next((report[part]["num_images"] for part in ("paired", "prompts") if report.get(part)), 0)
 
 
 def _measured(found: dict, networks: dict[str, str]) -> list[str]:

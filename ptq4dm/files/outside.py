@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import pickle  # for the name of an error of torch's reader: nothing is unpickled by it
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..errors import DamagedFile, UserError, printable
 from ..interrupts import unswallowed
 
+SAVED = (b"PK\x03\x04", b"\x80\x02")  # how files of torch.save begin: zip archives, and older ones
 TEXT_LIMIT = 256 << 20  # bytes of a JSON file; the plans of the largest models take a few megabytes
 
 
@@ -176,8 +178,18 @@ def read_tensors(path: str | os.PathLike, use: Callable[[TensorFile], Any], advi
 
 
 def unpickled_tensors(data: bytes) -> Any:
-    """What a file of torch.save holds, if it is tensors and plain containers: no other class is ever built."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    """What a file of torch.save holds, if it is tensors and plain containers: no other class is ever built.
+
+    Raises ValueError for other files; torch's own texts advise to read them without that care.
+    """
+    if not data.startswith(SAVED):
+        raise ValueError("it is no file of torch.save")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("it is damaged, or holds more than tensors and plain containers") from None
+    except Exception:  # torch fails in every way on what is cut short
+        raise ValueError("it is damaged: no whole file of torch.save") from None
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:

@@ -16,6 +16,12 @@ from ..kernels.runtime.atomic import SUFFIX, sweep
 from .claim import is_claim, sweep_claims
 
 PNG = b"\x89PNG\r\n\x1a\n"
+KINDS = frozenset((
+    ".bin", ".bmp", ".ckpt", ".csv", ".gguf", ".gif", ".htm", ".html", ".jpeg", ".jpg", ".json", ".jsonl", ".md",
+    ".npy", ".npz", ".onnx", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth", ".py", ".safetensors", ".svg", ".tar",
+    ".tif", ".tiff", ".toml", ".txt", ".webp", ".xml", ".yaml", ".yml", ".zip",
+))  # fmt: skip
+"""Ends of names that say what a file holds."""
 INDEX = "model_index.json"  # of a pipeline, which is no place for other results
 
 
@@ -94,11 +100,12 @@ def check_link(path: str | os.PathLike) -> None:
             raise UserError(f"cannot write {path}: it is a link that leads back to itself.") from None
 
 
-def file_place(path: str | os.PathLike, begins: bytes = b"") -> None:
+def file_place(path: str | os.PathLike, ends: str, begins: bytes = b"") -> None:
     """`make_parent` for a single file, which a new one may replace.
 
-    begins: the first bytes of a file of this kind. Raises UserError where a folder, or a file that begins otherwise,
-    is in its place.
+    ends: what names of its kind end in; no end at all, or one that is no kind of file, is right, too.
+    begins: the first bytes of a file of this kind. Raises UserError where the name is that of another kind, or where
+    a folder, or a file that begins otherwise, is in its place.
     """
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder, and the result is a file; give another name.")
@@ -110,12 +117,17 @@ def file_place(path: str | os.PathLike, begins: bytes = b"") -> None:
             raise UserError(f"cannot write {path}: {error.strerror or error}; give another name.") from None
         if first not in (begins, b""):
             raise UserError(f"{path} is there and is another kind of file; give another name, or move it away.")
+    end = os.path.splitext(path)[1].lower()
+    if end != ends and end in KINDS:
+        raise UserError(
+            f"{path} would be a {ends} file, and its name says {end}; give it a name that ends in {ends}."
+        )
     make_parent(path)
 
 
 def picture_place(path: str | os.PathLike) -> None:
     """`file_place` of a PNG file."""
-    file_place(path, PNG)
+    file_place(path, ".png", PNG)
 
 
 def lying_in(folder: Path) -> list[Path]:

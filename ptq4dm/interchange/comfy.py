@@ -8,13 +8,15 @@ Labs' say nothing: types and names do. formats.py has the formats.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DamagedFile, UserError
-from ..files.outside import checked_object, outside, parse_json, read_tensors
+from ..files.outside import checked_object, outside, parse_json, read_tensors, reason
 from .formats import E4M3, READERS, bfl_nvfp4, float8
 from .rows import PREFIXES, Found, Rows
 from .stored_layer import FLOATS, StoredLayer, UnknownFormatError
@@ -72,11 +74,13 @@ def _configs(tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, di
         text = tensors.pop(key)
         if text.dtype != torch.uint8:
             raise ValueError(f"its '{key}' is no text")
-        configs[key.removesuffix(CONFIG)] = _config(parse_json(bytes(text.tolist())))
+        with _saying(f"'{key}'"):
+            configs[key.removesuffix(CONFIG)] = _config(parse_json(bytes(text.tolist())))
     if ALL in header:
         for name, config in checked_object(parse_json(header[ALL]), {"layers": dict})["layers"].items():
             names = [prefix + name for prefix in ("", *PREFIXES) if prefix + name + WEIGHT in tensors]
-            configs.setdefault(names[0] if names else name, _config(config))
+            with _saying(f"'{name}' of its {ALL}"):
+                configs.setdefault(names[0] if names else name, _config(config))
     if marks := [key for key in tensors if key.rpartition(".")[2] == SCALED]:
         exact = tensors.pop(marks[0]).numel() == 2
         for name in [key.removesuffix(".scale_weight") for key in tensors if key.endswith(".scale_weight")]:
@@ -91,3 +95,12 @@ def _configs(tensors: dict[str, Tensor], header: dict[str, str]) -> dict[str, di
 def _config(value: Any) -> dict[str, Any]:
     """The JSON of a layer; some writers have the name of the format alone."""
     return checked_object({"format": value} if isinstance(value, str) else value, {"format": str})
+
+
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Say in which part of a file the JSON of this block is damaged."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {reason(error)}") from None

@@ -37,20 +37,24 @@ def export_comfy(
     file: str | os.PathLike,
     names: str | os.PathLike | None = None,
     component: str | None = None,
-) -> None:
+) -> list[str]:
     """Write the denoiser of a pipeline, or a model, as one safetensors file that ComfyUI loads.
 
     Args:
-        target: quantized layers in formats that ComfyUI has, which interchange/README.md lists; others stay floats.
+        target: Linear layers in formats that ComfyUI has, which interchange/README.md lists, or in full precision.
+            Quantized convolutions, of which its files know none, are written as the floats that they stand for.
         file: what is written, whole or not at all. An earlier export is replaced; another file is refused.
         names: a file of the same architecture in the names that ComfyUI knows, safetensors or GGUF, of any precision:
             only names and shapes are read. The result has these names, with q, k and v joined as they are there.
             Without it names are those of the model.
         component: which network of the pipeline, its denoiser if not given.
 
+    Returns:
+        The names of the convolutions that were written as floats.
+
     Raises:
-        UserError: nothing is quantized; a layer that no format of ComfyUI holds, by name; layers of several formats
-            that `names` joins. Nothing is written then.
+        UserError: nothing is quantized, or convolutions alone; a Linear layer that no format of ComfyUI holds, by
+            name; layers of several formats that `names` joins. Nothing is written then.
     """
     model = component_of(target, component)
     layers = {name: one for name, one in model.named_modules() if is_quantized(one)}
@@ -58,8 +62,14 @@ def export_comfy(
         raise UserError(f"the {type(model).__name__} has no quantized layers; quantize it first.")
     check_saving(model, layers)
     check_export(file)
-    weights = {f"{name}.weight": _written(name, layer) for name, layer in layers.items()}
+    as_floats = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
+    weights = {f"{name}.weight": _written(name, one) for name, one in layers.items() if name not in as_floats}
+    if not weights:
+        raise UserError(
+            f"of the {type(model).__name__} convolutions alone are quantized, which ComfyUI's files hold as floats."
+        )
     plain = _floats(model, tuple(f"{name}." for name in layers))
+    plain |= {f"{name}.weight": _dequantized(layers[name]) for name in as_floats}
     if names is not None:
         twin = {**plain, **{name: torch.empty(rows.outputs, 1, device="meta") for name, rows in weights.items()}}
         made = in_names_of_file(model, twin, outputs_in(Path(names).expanduser()), str(names))
@@ -73,11 +83,12 @@ def export_comfy(
         stem = name.removesuffix("weight")
         tensors |= {stem + end: one.contiguous() for end, one in found.items()}
     write_tensors(file, tensors, {"format": "pt", **MARK})
+    return as_floats
 
 
 def check_export(file: str | os.PathLike) -> None:
     """Raises UserError where a file cannot be written, or one is there that no export wrote."""
-    file_place(file)
+    file_place(file, ".safetensors")
     if not os.path.isfile(file) or not os.path.getsize(file):
         return
     try:
@@ -107,6 +118,11 @@ def _written(name: str, layer: nn.Module) -> Rows:
         return written(layer)
     except ValueError as error:
         raise UserError(f"layer '{name}' {error}.") from None
+
+
+def _dequantized(layer: nn.Module) -> Tensor:
+    """The weight that a layer's codes stand for, in the model's dtype."""
+    return layer.dequantized_weight().to(layer.model_dtype).cpu().contiguous()
 
 
 def _floats(model: nn.Module, replaced: tuple[str, ...]) -> dict[str, Tensor]:

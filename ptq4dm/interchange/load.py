@@ -15,6 +15,7 @@ from ..layers.base import holds_quantized
 from ..pipelines.loading import loading
 from ..quantization.components import component_of
 from ..quantization.refusals import check_model
+from ..quantization.saving import recipe_in
 from ..svdquant.nunchaku.model import Checkpoint, install
 from ..undo import whole_or_not
 from .comfy import ADVICE, read_comfy
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 WEIGHT = ".weight"
+PACKED = ".qweight"  # how libraries that save codes call them, and no file that is read here
 
 
 @checked
@@ -59,6 +61,7 @@ def load_quantized_file(
     if not all(one.is_meta for one in model.parameters()):
         check_model(model)  # adapters, offloading: what quantizing refuses, too
     found = read(file)
+    _check_foreign(found, file)
     if not found.weights:
         raise UserError(f"{file} holds floats alone; load it with diffusers' from_single_file, and quantize it.")
     found = in_names_of(model, found)
@@ -75,6 +78,21 @@ def load_quantized_file(
     checkpoint = Checkpoint(found.where, found.tensors)
     whole_or_not([model], lambda gate: install(model, layers, checkpoint, ImportedConfig))
     return model
+
+
+def _check_foreign(found: Found, file: Path) -> None:
+    """Raises UserError where a file is of a library that loads its own files: of ours, or of another with codes."""
+    packed = next((name for name in found.tensors if name.endswith(PACKED)), None)
+    if packed is None:
+        return
+    if recipe_in(file.parent) is not None:
+        raise UserError(
+            f"{file} is of a model that ptq4dm has quantized; load its folder, as ptq4dm.load_pipeline does."
+        )
+    raise UserError(
+        f"{file} has codes in '{packed}', as ptq4dm, Nunchaku and others save theirs, each to be loaded by itself: a "
+        "model of ptq4dm by its folder (ptq4dm.load_pipeline), a file of Nunchaku by ptq4dm.svdquant's functions."
+    )
 
 
 def read(file: Path) -> Found:

@@ -7,7 +7,7 @@ done with codes and scales.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import diffusers
@@ -24,19 +24,48 @@ def in_names_of(model: nn.Module, found: Found) -> Found:
     """The same by the names of a model: those of the file, or what diffusers' converter for the model's class makes.
 
     Of a file that holds more than a denoiser (an autoencoder, say) the rest is left out. Raises UserError where the
-    file's names are neither.
+    file's names are neither; where most are the model's, or a converter has left one out, naming what is too much.
     """
     found = _without_prefix(found)
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
-    if found.weights.keys() | found.tensors.keys() <= known:
+    given = found.weights.keys() | found.tensors.keys()
+    if given <= known:
         return found
     numbers, sources = number_rows({name: rows.outputs for name, rows in found.weights.items()})
-    converted = convert(model, {**numbers, **found.tensors}, found.where)
+    try:
+        converted = convert(model, {**numbers, **found.tensors}, found.where)
+        _check_all_taken(model, converted, sources, found)
+    except UserError:
+        if 2 * len(given & known) > len(given):
+            raise _strangers(model, given, known, found.where) from None
+        raise
     weights = {}
     for name, value in converted.items():
         if is_numbers(value):
             weights[name] = _picked(found, sources, value, name)
     return Found(found.where, weights, {name: one for name, one in converted.items() if name not in weights})
+
+
+def _strangers(model: nn.Module, given: Set[str], known: Set[str], where: str) -> UserError:
+    """What to say of a file in the names of a model, but for some."""
+    strange, missing = sorted(given - known), sorted({*model.state_dict()} - given)
+    more = f" ({len(strange)} such tensors)" if len(strange) > 1 else ""
+    lacks = f", and lacks '{missing[0]}'" if missing else ""
+    return UserError(f"{where} has '{strange[0]}', which the {type(model).__name__} has not{more}{lacks}.")
+
+
+def _check_all_taken(
+    model: nn.Module, converted: dict[str, Tensor], sources: list[tuple[str, int]], found: Found
+) -> None:
+    """Raises UserError, naming the weight, where a converter has left out rows of a quantized one."""
+    parts = [one[:, 0] for one in converted.values() if is_numbers(one)]
+    taken = torch.cat(parts).unique() if parts else torch.empty(0, dtype=torch.int64)
+    for name, first in sources:
+        rows = found.weights[name].outputs
+        if int(((taken >= first) & (taken < first + rows)).sum()) < rows:
+            raise UserError(
+                f"{found.where} has '{name}', which the {type(model).__name__} has not, or not all of it."
+            )
 
 
 def number_rows(outputs: dict[str, int]) -> tuple[dict[str, Tensor], list[tuple[str, int]]]:
@@ -70,14 +99,14 @@ def runs_of(sources: list[tuple[str, int]], numbers: Tensor) -> list[tuple[str, 
 
 def convert(model: nn.Module, checkpoint: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """A checkpoint in the names of a model of diffusers. Raises UserError where it cannot be converted."""
-    kinds = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+    kinds, first = single_file_model.SINGLE_FILE_LOADABLE_CLASSES, next(iter(checkpoint))
     name = next((one for one in kinds if isinstance(model, getattr(diffusers, one))), None)
     if name is None:
         raise UserError(
-            f"{where} has other names than {type(model).__name__}, for which diffusers has no converter: give a file "
-            "in the names of diffusers."
+            f"{where} has other names than {type(model).__name__}, for which diffusers has no converter (the first "
+            f"is '{first}'): give a file in the names of diffusers."
         )
-    first, why = next(iter(checkpoint)), ""
+    why = ""
     for prefix in ("", PREFIXES[0]):  # that of UNets wants one, others do without
         given = {prefix + key: one for key, one in checkpoint.items()}
         try:

@@ -6,7 +6,9 @@ names do with a float weight, which is to split and to join its rows, can be don
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files.outside import naming, outside
+from ..files.outside import outside
 from ..layers.choices import check_choices, check_fit
 from ..layers.registry import empty_quantized
 from ..layers.stored import check_stored
@@ -84,12 +86,11 @@ def layer_of(linear: nn.Linear, rows: Rows, bias: Tensor | None, name: str, wher
             f"'{name}' of {where} has {k} inputs and {n} outputs; the model needs {linear.in_features} and "
             f"{linear.out_features}."
         )
-    with naming(where):
-        check_choices(name, rows.plan)
-        check_fit(name, rows.plan, linear)
+    check_choices(name, rows.plan, where)
+    check_fit(name, rows.plan, linear, where)
     layer = empty_quantized(linear, rows.plan, "meta")
     values = {**rows.tensors, **rows.shared, **({} if bias is None else {"bias": bias})}
-    with outside(where):
+    with outside(where), _by_names_of_files(name):
         check_stored(layer, values, prefix=f"{name}.")
     if bias is not None:
         values["bias"] = bias.to(layer.bias.dtype)
@@ -101,6 +102,21 @@ def layer_of(linear: nn.Linear, rows: Rows, bias: Tensor | None, name: str, wher
     if layer.like is not None:
         layer.put(like=torch.zeros(1, dtype=layer.model_dtype, device=device))
     return layer.train(linear.training)
+
+
+PARTS = {"qweight": "codes", "wscales": "scales", "woffsets": "offsets", "outer": "scale of the scales",
+         "outer_scales": "scales of the scales", "outer_offsets": "scales of the offsets"}  # fmt: skip
+
+
+@contextmanager
+def _by_names_of_files(layer: str) -> Iterator[None]:
+    """Say "'layer.weight' (its scales)" of what no file has under the name that it has in our layers."""
+    try:
+        yield
+    except ValueError as error:
+        name = re.compile(rf"'{re.escape(layer)}\.({'|'.join(PARTS)})'")
+        text = name.sub(lambda found: f"'{layer}.weight' (its {PARTS[found[1]]})", str(error))
+        raise ValueError(text) from None
 
 
 def floats_of(rows: Rows, name: str, where: str) -> Tensor:

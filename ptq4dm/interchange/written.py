@@ -20,11 +20,11 @@ from .rows import Rows
 
 
 def written(layer: nn.Module) -> Rows:
-    """What a file holds of a layer, its `plan` the JSON. Raises ValueError, the end of a sentence, for what no format
-    of ComfyUI holds."""
+    """What a file holds of a Linear layer, its `plan` the JSON.
+
+    Raises ValueError, the end of a sentence, for what no format of ComfyUI holds.
+    """
     write = WRITERS.get(layer.plan.format)
-    if not isinstance(layer, nn.Linear):
-        raise ValueError("is a convolution, and ComfyUI's files hold Linear layers alone: leave it in full precision")
     if write is None or getattr(layer.plan, "simulated", False):
         raise ValueError(f"is {layer.plan}, which no format of ComfyUI holds")
     return write(layer)

@@ -25,6 +25,7 @@ from .registry import FORMATS
 BITS = range(2, 9)
 GROUP_SIZES = (None, 32, 64, 128)
 ATTENTION_KINDS = tuple(attention8.TYPES)
+PLAN = "the plan"  # where choices are from, in messages
 FLOAT_INPUTS = 16  # bits of inputs that are not rounded
 
 
@@ -167,31 +168,32 @@ class AttentionPlan:
             raise ValueError(f"its error is a number from 0 on, not {shown(self.error)}")
 
 
-def check_choices(name: str, choices: Any) -> None:
-    """Raises UserError, naming the layer, where its choices are not of their type or out of range."""
+def check_choices(name: str, choices: Any, where: str = PLAN) -> None:
+    """Raises UserError, naming the layer and where it is from, where its choices are not of their type or out of
+    range."""
     kind = FORMATS.find(getattr(choices, "format", "")).plan
     if type(choices) is not kind:
         raise UserError(
-            f"layer '{name}' of the plan: format '{choices.format}' takes a {kind.__name__}, not a "
+            f"layer '{name}' of {where}: format '{choices.format}' takes a {kind.__name__}, not a "
             f"{type(choices).__name__}."
         )
-    with _in_layer(name):
+    with _in_layer(name, where):
         check_types(choices)
         getattr(choices, "check", lambda: None)()
 
 
-def check_fit(name: str, choices: Any, layer: nn.Module) -> None:
-    """Raises UserError, naming the layer, where its choices do not fit the float layer that it is."""
-    with _in_layer(name):
+def check_fit(name: str, choices: Any, layer: nn.Module, where: str = PLAN) -> None:
+    """Raises UserError as `check_choices` does, where choices do not fit the float layer that it is."""
+    with _in_layer(name, where):
         getattr(choices, "check_layer", lambda _: None)(layer)
 
 
 @contextmanager
-def _in_layer(name: str) -> Iterator[None]:
+def _in_layer(name: str, where: str = PLAN) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise DamagedFile(f"layer '{name}' of the plan: {reason(error)}.") from None
+        raise DamagedFile(f"layer '{name}' of {where}: {reason(error)}.") from None
 
 
 def check_groups(layer: nn.Module, size: int) -> None:

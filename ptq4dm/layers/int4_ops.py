@@ -9,7 +9,7 @@ Of a codebook a level t[q_w[n, k]] stands in the place of q_w - z_w.
     triton-w4a8-channel         CUDA, Linear, dynamic inputs, one scale an output
     triton-w4a8-codebook        CUDA, Linear, dynamic inputs, a codebook
     triton-w4a16                CUDA, Linear, up to 32 rows of bf16 or fp16 that are taken as they are, groups of 64
-                                or 128: unpacked in the product
+                                or 128, of a codebook too: unpacked in the product
     unpack + cublas, + cudnn    CUDA, other inputs that are taken as they are: weights as floats of their type in
                                 memory for one call, then the product of Linear layers, and of convolutions
     unpack + triton-int8        CUDA, everything else: weights as int8 in memory for one call, then the W8A8 kernel
@@ -152,7 +152,7 @@ def int4_linear(
         y = F.linear(rows, weight_of(*weight, inputs, levels), None if bias is None else bias.float())
         return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
     if name == w4.WEIGHT_ONLY:
-        y = w4.few_rows(x.reshape(-1, inputs), *weight, bias)
+        y = w4.few_rows(x.reshape(-1, inputs), *weight, bias, levels)
         return y.view(*x.shape[:-1], len(qweight))
     if name == dispatch.CUBLAS:
         y = F.linear(_floats(x), *_float_weight(x, *weight, bias, inputs, levels))

@@ -30,9 +30,9 @@ def check_stored(layer: Any, tensors: Mapping[str, Tensor], codes: bool = True, 
 def _check(layer: Any, tensors: Mapping[str, Tensor]) -> None:
     room = dict(layer.named_parameters(recurse=False))
     if unknown := sorted(tensors.keys() - room.keys()):
-        raise ValueError(f"its plan has no '{unknown[0]}'")
+        raise ValueError(f"'{unknown[0]}' is in it, which the layer has not")
     if missing := sorted(room.keys() - tensors.keys() - {"like"}):
-        raise ValueError(f"no '{missing[0]}' in it, which its plan needs")
+        raise ValueError(f"no '{missing[0]}' in it, which the layer needs")
     for name, tensor in tensors.items():
         kinds = FLOATS if name in ("bias", "like") else layer.stored_dtypes(name)
         if tensor.dtype not in kinds:

@@ -8,7 +8,7 @@ from ..allocation.importance import IMPORTANCE
 from ..errors import UserError
 from ..layers.plan import BITS, FLOAT_INPUTS
 from ..layers.registry import FORMATS
-from ..options import has_option
+from ..options import has_option, is_given
 from ..quantization.packing import PackingOptions
 from ..ranges.registry import OBJECTIVES
 from ..rounding.registry import ROUNDERS
@@ -18,6 +18,7 @@ FIRST_LAST = ("int8", "same", "keep")
 ACTIVATIONS = ("static", "dynamic")
 GROUP_SIZES = (None, 32, 64, 128)
 GRIDS = ("uniform", "power", "progressive", "codebook")
+OF_FLOAT_INPUTS = ("uniform", "codebook")  # grids of weights whose inputs may stay floats
 INPUT_WIDTHS = (*BITS, FLOAT_INPUTS)
 
 
@@ -72,7 +73,7 @@ def _check_idle(config: Any) -> None:
             "symmetric is of static grids of integers, which inputs do not have here, and would change nothing; "
             f"leave it out, or give {wanted} with it."
         )
-    if config.prefix != type(config).prefix and not config.looks:
+    if is_given(config, "prefix") and not config.looks:
         raise UserError(
             f"nothing looks at what blocks are fed where rounding='{config.rounding}', so that prefix would change "
             "nothing; leave it out, or take rounding='gptq'."
@@ -83,11 +84,12 @@ def _check_float_inputs(config: Any) -> None:
     """Raises UserError where inputs stay floats and an option says something else of them, or of their weights."""
     if config.activation_bits != FLOAT_INPUTS:
         return
-    plain = {"weight_grid": "uniform", "rotate_inputs": False, "average_bits": None, "activations": "dynamic"}
+    grid = config.weight_grid if config.weight_grid in OF_FLOAT_INPUTS else "uniform"
+    plain = {"weight_grid": grid, "rotate_inputs": False, "average_bits": None, "activations": "dynamic"}
     if wanted := _other(config, format="int8", weight_bits=min(config.weight_bits, 4), **plain):
         raise UserError(
-            "inputs of 16 bits stay floats and have no grid, and all weights have 4 bits and less on a uniform one; "
-            f"give {wanted} with activation_bits=16."
+            "inputs of 16 bits stay floats and have no grid; weights under them have at most 4 bits, of a uniform "
+            f"grid or of a codebook: give {wanted} with activation_bits=16."
         )
 
 
@@ -116,7 +118,7 @@ def _check_grid(config: Any) -> None:
     turned = {"format": "int8", "weight_bits": 4, "affine": False, "weight_grid": "progressive"}
     if config.rotate_inputs and (wanted := _other(config, activations="dynamic", **turned)):
         raise UserError(f"rotate_inputs goes with other options; give {wanted} with it, or leave it out.")
-    if config.codebook_of != type(config).codebook_of and config.weight_grid != "codebook":
+    if is_given(config, "codebook_of") and config.weight_grid != "codebook":
         wanted = _other(config, **_codebook(config), weight_grid="codebook")
         raise UserError(f"codebook_of says whose levels a codebook has; give {wanted} with it, or leave it out.")
     if config.weight_grid == "uniform":
@@ -161,7 +163,7 @@ def _check_average_bits(config: Any) -> None:
     IMPORTANCE.find(config.importance)
     if config.average_bits is None:
         # Of a plan that is there, options tell how it was made.
-        if config.plan is None and not config.ranks_rows and config.importance != type(config).importance:
+        if config.plan is None and not config.ranks_rows and is_given(config, "importance"):
             raise UserError(
                 f"importance='{config.importance}' ranks rows that get 8 bits, and no row is to get them by rank; "
                 f"give {'rows between 0 and 1' if hasattr(config, 'rows') else 'average_bits'} too, or leave it out."

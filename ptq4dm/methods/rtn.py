@@ -17,8 +17,8 @@ from .eight_bit import IntegerConfig
 class RTNConfig(IntegerConfig):
     """Round-to-nearest with maximum ranges. Options of IntegerConfig, and:
 
-    activation_bits: also 16: inputs stay floats, and weights alone are quantized, to 4 bits and less. Layers at a
-        denoiser's ends have 8 and 8 bits in either case, unless `first_last` says otherwise.
+    activation_bits: also 16: inputs stay floats, and weights alone are quantized, to 4 bits and less, uniform or of a
+        codebook. Layers at a denoiser's ends have 8 and 8 bits in either case, unless `first_last` says otherwise.
     """
 
     activation_bits: int = option(

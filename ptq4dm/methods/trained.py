@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from ..errors import UserError
+from ..options import is_given
 from ..rounding.learned import Learning
 from .eight_bit import IntegerConfig
 
@@ -29,9 +30,8 @@ class TrainedConfig(IntegerConfig, Learning):
     def _check_used(self) -> None:
         learned = self.rounding == "learned"
         unused = () if learned and "rounding" in self.train else OF_ROUNDING
-        own = {item.name: item.default for item in fields(self)}
         names = unused if learned else [item.name for item in fields(Learning)]
-        if idle := [name for name in names if getattr(self, name) != own[name]]:
+        if idle := [name for name in names if is_given(self, name)]:
             why = "train has no 'rounding'" if learned else f"rounding='{self.rounding}' trains no block"
             other = "train rounding too" if learned else "take rounding='learned'"
             them = "them" if idle[1:] else "it"

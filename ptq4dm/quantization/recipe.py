@@ -44,6 +44,11 @@ def _always(value: Any) -> str:
     return "takes none" if value is None else f"has {value!r}"
 
 
+def _holders(option_name: str) -> list[str]:
+    """Names of the methods of which an option is a user's choice."""
+    return [name for name in METHODS.offered() if has_option(METHODS[name], option_name)]
+
+
 class QuantMethod(str, Enum):
     """diffusers wants an enum here; all our methods share one loader."""
 
@@ -55,7 +60,7 @@ def register(name: str) -> Callable[[type[_Config]], type[_Config]]:
 
     def add(cls: type[_Config]) -> type[_Config]:
         cls.method = name
-        return METHODS.add(name, named_options(cls))
+        return METHODS.add(name, named_options(cls, _holders))
 
     return add
 
@@ -106,7 +111,7 @@ class QuantConfig(QuantizationConfigMixin):
         check_fields(self, type(self).__name__)
         fixed = no_choice(self)
         if fixed is not None and self.plan is None:  # of a plan that is there, options tell how it was made
-            others = ", ".join(name for name in METHODS.offered() if has_option(METHODS[name], fixed.name))
+            others = ", ".join(_holders(fixed.name))
             raise UserError(
                 f"{fixed.name} is no choice of {type(self).__name__}, which {_always(fixed.default)}; leave it out"
                 + (f", or take a method that has it: {others}." if others else ".")
@@ -224,7 +229,7 @@ class QuantConfig(QuantizationConfigMixin):
         known = {item.name for item in fields(target)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise unknown_option(target.__name__, unknown, choices_of(target))
+            raise unknown_option(target.__name__, unknown, choices_of(target), _holders(unknown[0]))
         with outside(f"the options of {target.__name__}", "save the model again"):
             config = target(**data)
             check_types(config)

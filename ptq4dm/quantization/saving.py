@@ -87,7 +87,7 @@ def verify(folder: str | os.PathLike) -> dict[str, int]:
     """
     folder = Path(folder)
     found = {"" if place == folder else place.name: place for place in (folder, *_folders(folder))}
-    configs = {name: config for name, place in found.items() if (config := _config(place)) is not None}
+    configs = {name: config for name, place in found.items() if (config := recipe_in(place)) is not None}
     if not configs:
         raise UserError(f"{folder} holds no network that ptq4dm has quantized, so there is nothing to verify.")
     for name, config in configs.items():
@@ -108,7 +108,7 @@ def _folders(folder: Path) -> list[Path]:
         return sorted(place for place in folder.iterdir() if (place / "config.json").is_file())
 
 
-def _config(place: Path) -> Any:
+def recipe_in(place: Path) -> Any:
     """The recipe of a quantized network's folder; None of another's."""
     if not (place / "config.json").is_file():
         return None

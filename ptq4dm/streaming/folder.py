@@ -13,6 +13,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from ..checks import checked
 from ..errors import UserError
@@ -89,7 +90,7 @@ def stream_folder(
     check_replaceable(output, RECORD, "quantize")
     others = [name for name in _components(folder) if name not in names]
     copied = {name: _bytes_of(folder / name) for name in others}
-    empty = SimpleNamespace(**{name: _empty(kinds[name], folder / name).to(dtype) for name in names})
+    empty = SimpleNamespace(**{name: _empty(kinds[name], folder / name, dtype) for name in names})
     need = bytes_at_least(cast(Any, empty), {component or "": config}) + sum(copied.values())
     check_room(output.resolve().parent, need, "the quantized pipeline")
     facts: dict[str, Any] = {}
@@ -120,10 +121,13 @@ def _check_recipe(config: QuantConfig) -> None:
         )
 
 
-def _empty(kind: Any, place: Path) -> Any:
+def _empty(kind: Any, place: Path, dtype: torch.dtype) -> Any:
     """A network of shapes without values."""
     with init_empty_weights(), naming(place):
-        return kind.from_config(kind.load_config(place))
+        network = kind.from_config(kind.load_config(place))
+    return nn.Module.to(
+        network, dtype
+    )  # diffusers' own warns of modules that stay float32, also where there are none
 
 
 def _report(config: QuantConfig, made: Mapping[str, Streamed], copied: Mapping[str, int]) -> QuantizationReport:

@@ -233,6 +233,9 @@ def codebook_calls(quick: bool) -> None:
         progressive_triton.codes(qweight, None, None, 1, k, empty(n, k, dtype=torch.int8), levels)
         int4_codes_triton.int4_codes(qweight, scales, None, k, 1.0, levels)
         int4_codes_triton.int4_floats(qweight, scales, None, k, torch.bfloat16, levels)
+        for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16):
+            half = empty(n, k // 64, dtype=dtype)
+            layer.few_rows(empty(16, k, dtype=dtype), qweight, half, None, empty(n), levels)
 
 
 def lut_calls(quick: bool) -> None:

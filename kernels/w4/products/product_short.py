@@ -11,7 +11,8 @@ scales in float32. Floor in bytes: N K / 2 + N K / 32 for the codes and their sc
 
 q + c is what unpacking gives soonest (short_operands.py); -c sum x comes from one more product, of a constant. What
 that adds to rounding errors, of the order of 2^-24 c |x|, is far less than 16 bits of an output show. Zero points
-take the same product, times s z / c in float32.
+take the same product, times s z / c in float32. Of a codebook the operand is its level t[q], as it is: there is no c
+(short_levels.py).
 
 A program has one block of outputs and few warps, which divide the groups and meet once, at the end. It keeps no part
 of x: that comes from the L1 cache, which all programs of a multiprocessor share. So it needs few registers, and a
@@ -37,6 +38,7 @@ from torch.nn import functional as F
 from ...runtime.integers import cdiv
 from ...runtime.launch import Launch, planned
 from .short_ends import finish, meet, read_ends, read_rows
+from .short_levels import WORDS, levels, read_tables
 from .short_operands import MAGIC, places, read_inputs, weights
 
 
@@ -92,10 +94,19 @@ def _spread(values, WARPS: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _product(words, scales, zeros, inputs, minus_c, magic, dtype: tl.constexpr, BN: tl.constexpr):
-    """A group's product of each warp, times its scales [warps, BN / 8, 8, BM / 8, 4, 2]. zeros: None, or floats."""
+def _product(
+    words, scales, zeros, table, inputs, minus_c, magic, dtype: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr
+):
+    """A group's product of each warp, times its scales [warps, BN / 8, 8, BM / 8, 4, 2].
+
+    zeros: None, or floats; table: (), or a codebook's.
+    """
     WARPS: tl.constexpr = inputs[0].shape[0]
     BM: tl.constexpr = inputs[0].shape[2]
+    if len(table) > 0:
+        low, high = levels(words, table, dtype, BN, PACKED)
+        part = tl.dot(high, inputs[1], tl.dot(low, inputs[0], tl.zeros((WARPS, BN, BM), tl.float32)))
+        return tl.reshape(part, (WARPS, BN // 8, 8, BM // 8, 4, 2)) * _spread(scales, WARPS, BN)
     part = tl.zeros((WARPS, 16, BM), tl.float32)
     for half in tl.static_range(2):
         part = tl.dot(minus_c, inputs[half], part)
@@ -113,9 +124,10 @@ def _product(words, scales, zeros, inputs, minus_c, magic, dtype: tl.constexpr, 
 
 @triton.jit
 def _short_kernel(
-    x_ptr, row_scale_ptr, q_ptr, wscales_ptr, wzeros_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N, stride_m, magic,
-    GROUPS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    x_ptr, row_scale_ptr, q_ptr, wscales_ptr, wzeros_ptr, tables_ptr, branch_ptr, up_ptr, bias_ptr, y_ptr, M, N,
+    stride_m, magic, GROUPS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WARPS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, NONLINEARITY: tl.constexpr,
+    STRIDE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Rows m of a block, outputs n of a block, two groups for each warp in turn."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -131,6 +143,7 @@ def _short_kernel(
     q += t[:, None] * 2 + tl.arange(0, 2)[None, :]
     affine: tl.constexpr = wzeros_ptr is not None
     wzeros = wzeros_ptr + block * (BN * GROUPS) + rows * GROUPS + runs if affine else None
+    table = read_tables(tables_ptr + block * BN * STRIDE, rows, left, STRIDE) if tables_ptr is not None else ()
     words, pairs, zeros = (), (), ()
     for i in tl.static_range(AHEAD):
         end = GROUPS - i * step
@@ -164,7 +177,7 @@ def _short_kernel(
                 inputs = read_inputs(x + (i * step + j) * 64, columns, end - j, dtype, BM, EVEN)
                 scales = _scales(pairs[0], j, scale_dtype)
                 points = _zeros(zeros[0], j) if affine else None
-                sums += _product(words[0], scales, points, inputs, minus_c, magic, dtype, BN)
+                sums += _product(words[0], scales, points, table, inputs, minus_c, magic, dtype, BN, PACKED)
                 words = words[1:] + (_read_words(q + (i * step + j) * 8, row, groups, left, later - j, EVEN),)
             pairs = pairs[1:] + (_read_pairs(wscales + i * step, rows, runs, left, later, GROUPS, EVEN),)
             if affine:
@@ -180,41 +193,46 @@ _USUAL = dict(BN=16, AHEAD=1, num_warps=4, maxnreg=None)  # of the kernel here, 
 def short_product(
     x: Tensor, row_scale: Tensor | None, qweight: Tensor, wscales: Tensor, branch: Tensor | None, up: Tensor | None,
     bias: Tensor | None, out: Tensor, config: dict, nonlinearity: str = "", wzeros: Tensor | None = None,
+    tables: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill out [M, N] (bf16 or fp16) from x [M, K] of its dtype, or of codes with row_scale float32 [M].
 
     qweight uint8 [N, K/2], wscales [N, K/64] and wzeros int8 [N, K/64] or None, contiguous, N K below 2^34; branch
-    [M, padded rank] and up [N, r] of out's dtype. config: BM from 8, BN from 16 on and num_warps, powers of two;
+    [M, padded rank] and up [N, r] of out's dtype. tables: int32 [1, 8] or [N, 8] of a codebook (`tables_of`), without
+    zero points, or None. config: BM from 8, BN from 16 on and num_warps, powers of two;
     AHEAD; maxnreg to limit registers. Settings with GLUON are of product_short_hopper, for float inputs of few rows
-    on Hopper, without zero points, branch and nonlinearity; what it does not serve is multiplied here.
+    on Hopper, without zero points, codebook, branch and nonlinearity; what it does not serve is multiplied here.
     """
     (m, n), groups = out.shape, wscales.shape[1]
     if config.get("GLUON"):
         from . import product_short_hopper as hopper  # a Triton without Gluon serves all other settings
 
-        plain = row_scale is None and wzeros is None and up is None and not nonlinearity
+        plain = row_scale is None and wzeros is tables is None and up is None and not nonlinearity
         if plain and hopper.serves(m, groups):
             hopper.short_product(x, qweight, wscales, bias, out, config)
             return
         config = _USUAL | dict(BM=8 if m <= 8 else 16)
     rank, padded = (0, 0) if up is None else (up.shape[1], branch.shape[1])
-    launch = _launch(config, m, n, groups, x.stride(0), rank, padded, nonlinearity, out.dtype)
+    stride = 0 if tables is None or len(tables) == 1 else WORDS
+    launch = _launch(config, m, n, groups, x.stride(0), rank, padded, nonlinearity, out.dtype, stride)
     if wscales.data_ptr() % 4 or wscales.numel() % 2:  # they are read in twos
         wscales = F.pad(wscales.flatten(), (0, 1))
     if wzeros is not None and (wzeros.data_ptr() % 2 or wzeros.numel() % 2):
         wzeros = F.pad(wzeros.flatten(), (0, 1))
     branch, up = (out if half is None else half for half in (branch, up))
-    launch(x, row_scale, qweight.view(torch.int32), wscales, wzeros, branch, up, bias, out)
+    launch(x, row_scale, qweight.view(torch.int32), wscales, wzeros, tables, branch, up, bias, out)
 
 
 @planned
 def _launch(
     config: dict, m: int, n: int, groups: int, stride: int, rank: int, padded: int, nonlinearity: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype, table_stride: int,
 ) -> Launch:  # fmt: skip
     bm, bn, warps, ahead = (config[name] for name in ("BM", "BN", "num_warps", "AHEAD"))
     return Launch(
         _short_kernel, (cdiv(n, bn), cdiv(m, bm)), M=m, N=n, stride_m=stride, magic=MAGIC[dtype], GROUPS=groups,
         RANK=rank, R=padded, BM=bm, BN=bn, WARPS=warps, EVEN=n % bn == 0 and groups % (2 * warps * ahead) == 0,
-        AHEAD=ahead, NONLINEARITY=nonlinearity, num_warps=warps, maxnreg=config.get("maxnreg"),
+        AHEAD=ahead, NONLINEARITY=nonlinearity, STRIDE=table_stride,
+        PACKED=config.get("PACKED", True) and isinstance(_short_kernel, triton.runtime.JITFunction),
+        num_warps=warps, maxnreg=config.get("maxnreg"),
     )  # fmt: skip

@@ -31,23 +31,28 @@ def places(BLOCKS: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def _pairs(words, SHIFT: tl.constexpr, magic, dtype: tl.constexpr):
-    """The codes at bits SHIFT and SHIFT + 16 of int32 words, with c.
+    """The codes at bits SHIFT and SHIFT + 16 of int32 words, with c, two in an int32.
 
     `magic`, MAGIC of dtype, is no literal: a bit operation with two literals is two.
     """
     place: tl.constexpr = 0 if dtype == tl.bfloat16 else 4  # the bit that is worth 1
     moved = words >> (SHIFT - place) if place <= SHIFT else words << (place - SHIFT)
-    bits = moved & (0x000F000F << place) | magic
-    return bits.to(tl.int16).to(dtype, bitcast=True), (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return moved & (0x000F000F << place) | magic
 
 
 @triton.jit
 def weights(words, magic, SHIFT: tl.constexpr, dtype: tl.constexpr, BN: tl.constexpr):
     """words [reads, 2] -> their codes at SHIFT and SHIFT + 8 [warps, BN, 32]."""
-    byte0, byte2 = _pairs(words, SHIFT, magic, dtype)
-    byte1, byte3 = _pairs(words, SHIFT + 8, magic, dtype)
+    return placed(_pairs(words, SHIFT, magic, dtype), _pairs(words, SHIFT + 8, magic, dtype), dtype, BN)
+
+
+@triton.jit
+def placed(bytes02, bytes13, dtype: tl.constexpr, BN: tl.constexpr):
+    """Floats of 16 bits of bytes 0 and 2, and of 1 and 3, of words [reads, 2], two in an int32 -> [warps, BN, 32]."""
+    byte0, byte2 = bytes02.to(tl.int16).to(dtype, bitcast=True), (bytes02 >> 16).to(tl.int16).to(dtype, bitcast=True)
+    byte1, byte3 = bytes13.to(tl.int16).to(dtype, bitcast=True), (bytes13 >> 16).to(tl.int16).to(dtype, bitcast=True)
     codes = tl.join(tl.join(byte0, byte2), tl.join(byte1, byte3))
-    warps: tl.constexpr = words.shape[0] // (BN * 4)
+    warps: tl.constexpr = bytes02.shape[0] // (BN * 4)
     codes = tl.reshape(codes, (BN // 8, warps, 8, 4, 2, 2, 2))
     codes = tl.permute(codes, (1, 0, 2, 4, 3, 6, 5) if QUADS else (1, 0, 2, 4, 6, 3, 5))
     return tl.reshape(codes, (warps, BN, 32))

@@ -64,7 +64,7 @@ def _run_samplers(args) -> None:
         named.setdefault("evaluations", FitConfig.evaluations)
     config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **named)
     output = Path(args.output) / "samplers.json"
-    file_place(output)
+    file_place(output, ".json")
     sizes = given(args, FitConfig)
     if not args.fit and (args.teacher or sizes):
         raise UserError(f"{flag_of(next(iter(sizes), 'teacher'))} goes with --fit.")

@@ -158,7 +158,7 @@ def tune(launches: list, path: Path | None = None, seconds: float | None = None)
     from ...kernels.tuning import search
 
     path = tuning.tuned_file() if path is None else path
-    file_place(path)
+    file_place(path, ".json")
     try:
         tuning.settings_in(path)
     except ValueError as error:

@@ -76,10 +76,13 @@ def _write(args) -> None:
     with claimed_whole(Path(args.to), settings_of(args)):
         model = default_model(args)
         pipe = load(args, model)
-        export_comfy(pipe, args.to, args.names, args.component)
+        floats = export_comfy(pipe, args.to, args.names, args.component)
         size = Path(args.to).stat().st_size
         say(f"file for ComfyUI: {args.to}, {size / 1e6:.1f} MB")
-        result(model=model, output=args.to, bytes=size)
+        if floats:
+            count = "1 quantized convolution is" if len(floats) == 1 else f"{len(floats)} quantized convolutions are"
+            say(f"{count} floats in it: {', '.join(floats[:3])}{' ...' if floats[3:] else ''}")
+        result(model=model, output=args.to, bytes=size, as_floats=floats)
 
 
 def _text(model: Any, facts: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from functools import partial
 import controls_steps
 
 from ptq4dm import PTQ4DMConfig, RTNConfig
-from ptq4dm.layers.codebook import CodebookPlan
 from ptq4dm.layers.plan import FLOAT_INPUTS, Int4Plan, Plan
 from rows.row import Row, shuffled_rounding
 
@@ -30,7 +29,7 @@ def codebooks() -> list[Row]:
             Row(own, "method" if own == name else "ablation", book, "" if own == name else name),
             Row(f"{own} by row", "ablation", partial(book, codebook_of="row"), name),
             Row(f"{own}, hadamard", "ablation", partial(book, transforms=("hadamard",)), name),
-            Row(f"Codebook W4A16 g{size}", "ablation", book, name, plan=weight_only),
+            Row(f"Codebook W4A16 g{size}", "ablation", partial(book, activation_bits=FLOAT_INPUTS), name),
         ]
     uniform = partial(RTNConfig, group_size=64, **four)
     rows += [Row("RTN W4A8 g64, dynamic", "baseline", uniform, name)]  # in groups of 128 it stands beside MixPE
@@ -50,9 +49,9 @@ def codebooks() -> list[Row]:
 
 
 def weight_only(model, plan: Plan, store, seed: int) -> Plan:
-    """Inputs of layers with weights of 4 bits stay floats."""
+    """Inputs of layers with uniform weights of 4 bits stay floats, which is no choice of PTQ4DMConfig."""
     plan = copy.deepcopy(plan)
     for layer in plan.layers.values():
-        if isinstance(layer, CodebookPlan | Int4Plan):
+        if isinstance(layer, Int4Plan):
             layer.activation_bits = FLOAT_INPUTS
     return plan

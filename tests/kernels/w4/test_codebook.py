@@ -5,12 +5,17 @@ import torch
 
 import ptq4dm  # noqa: F401
 from packed_layers import packed, whole
-from ptq4dm.kernels.w4 import grouped, int4_codes, int4_floats, integer
+from ptq4dm.kernels.w4 import grouped, int4_codes, int4_floats, integer, layer
 from ptq4dm.kernels.w4.tokens import token_codes
+from ptq4dm.layers import int4_ops
+from ptq4dm.layers.codebook import CodebookPlan
+from ptq4dm.layers.registry import quantized_copy
 
 int4_codes_triton = pytest.importorskip(
     "ptq4dm.kernels.w4.int4_codes_triton", reason="needs Triton", exc_type=ImportError
 )
+
+from ptq4dm.kernels.w4.products import product_short, short_levels  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -73,6 +78,62 @@ def test_unpacked_levels_are_those_of_the_formula(n, k, by_row):
         assert torch.equal(floats.cpu(), exact.view(n, k))
         off = (found[0].cpu() * found[1].cpu()[:, None] - exact.view(n, k)).abs().amax(1)
         assert (off <= (0.5001 if groups > 1 else 0) * scales.amax(1)).all()  # half a step of the largest scale
+
+
+def float_weight(codes, levels, scales):
+    """w [N, K] float64."""
+    n, k = codes.shape
+    exact = levels.expand(n, -1).gather(1, codes.long() + 8).double().view(n, scales.shape[1], -1)
+    return (exact * scales.double()[:, :, None]).view(n, k)
+
+
+SHORT = [dict(BM=8, BN=16, AHEAD=1, num_warps=1), dict(BM=16, BN=32, AHEAD=2, num_warps=1),
+         dict(BM=8, BN=16, AHEAD=1, num_warps=2), dict(BM=32, BN=64, AHEAD=3, num_warps=4)]  # fmt: skip
+SHORT += [one | dict(PACKED=False) for one in SHORT] if CUDA else []
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16] + [torch.bfloat16] * CUDA, ids=str
+)  # the interpreter has no bf16 dots
+@pytest.mark.parametrize("config", SHORT, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 130, 320), (19, 24, 128), (9, 25, 192), (17, 32, 512)])
+def test_few_rows_of_float_inputs_are_the_formula(m, n, k, config, dtype, by_row):
+    codes, levels = whole(-8, 7, n, k), book(n, by_row)
+    generator = torch.Generator().manual_seed(m)
+    x, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((m, k), (n,)))
+    scales = (torch.rand(n, k // 64, generator=generator) / 64 + 0.01).to(dtype)
+    right = x.double() @ float_weight(codes, levels, scales).T + bias.double()
+    out = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+    tables = short_levels.tables_of(levels, dtype)
+    q, s, t, b, rows = there(packed(codes), scales, tables, bias, x)
+    product_short.short_product(rows, None, q, s, None, None, b, out, config, tables=t)
+    assert float((out.cpu().double() - right).norm() / right.norm()) < (8e-4 if dtype == torch.float16 else 5e-3)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("group", [64, 128])
+def test_few_rows_of_a_layer(group, by_row):
+    codes, levels, x = whole(-8, 7, 70, 384), book(70, by_row), torch.randn(5, 384).half()
+    scales = (torch.rand(70, 384 // group) / 64 + 0.01).half()
+    right = x.double() @ float_weight(codes, levels, scales).T
+    operands = there(x, packed(codes), scales, None, None, levels)
+    for _ in range(2):
+        found = layer.few_rows(*operands)
+        assert float((found.cpu().double() - right).norm() / right.norm()) < 8e-4
+    with pytest.raises(ValueError, match="levels are int8"):
+        layer.few_rows(*operands[:5], operands[5].float())
+
+
+@pytest.mark.parametrize("levels", ["tensor", "row"])
+def test_a_quantized_layer_of_few_rows_is_its_dequantized_weight(levels, monkeypatch):
+    monkeypatch.setattr(int4_ops, "kernel_name", lambda *_: layer.WEIGHT_ONLY)
+    torch.manual_seed(0)
+    plan = CodebookPlan(activation_bits=16, group_size=64, levels=levels)
+    made, x = quantized_copy(torch.nn.Linear(256, 24).half(), plan, "layer"), torch.randn(2, 3, 256).half()
+    right = x.double() @ made.dequantized_weight().double().T + made.bias.double()
+    found = made.to(DEVICE)(x.to(DEVICE)).cpu()
+    assert found.dtype == torch.float16 and (found.double() - right).norm() < 1e-3 * right.norm()
 
 
 def test_levels_that_do_not_belong_to_a_weight_are_refused():

@@ -8,6 +8,7 @@ import torch
 import ptq4dm  # noqa: F401
 
 words = pytest.importorskip("ptq4dm.kernels.w4.products.words", reason="needs Triton", exc_type=ImportError)
+from ptq4dm.kernels.w4.products import short_levels  # noqa: E402
 
 
 def permuted(low, high, selector):
@@ -98,3 +99,22 @@ def test_levels_are_looked_up():
     for result, nibbles in (("r0", low), ("r1", high)):
         found = as_bytes(run(words._LOOKED_UP.value, result, r2=packed(low, high), **places))
         assert torch.equal(found, levels[nibbles])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_levels_are_looked_up_as_floats(dtype):
+    """In pairs as uniform codes come out: bytes 0 and 2, then 1 and 3, of low nibbles and of high ones."""
+    levels = torch.tensor([-127, -90, -71, -55, -40, -27, -15, -4, 0, 14, 26, 39, 54, 70, 91, 127])
+    table = short_levels.tables_of(levels.to(torch.int8)[None], dtype)[0].long() & 0xFFFFFFFF
+    places = {f"r{5 + i}": word for i, word in enumerate(table)}
+    low = torch.randint(16, (512, 4), generator=torch.Generator().manual_seed(0))
+    high = low.flip(0).roll(1, 1)
+    for result, nibbles, pair in (
+        ("r0", low, (0, 2)),
+        ("r1", high, (0, 2)),
+        ("r2", low, (1, 3)),
+        ("r3", high, (1, 3)),
+    ):
+        found = run(short_levels._PAIRS.value, result, r4=packed(low, high), **places)
+        floats = torch.stack([found & 0xFFFF, found >> 16], -1).to(torch.uint16).view(torch.int16).view(dtype)
+        assert torch.equal(floats.long(), levels[nibbles[:, pair]])

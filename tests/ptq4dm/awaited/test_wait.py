@@ -154,6 +154,19 @@ def test_calls_that_fail_do_not_count():
     assert holds_quantized(model)
 
 
+def test_a_call_that_is_given_nan_is_named_and_does_not_count():
+    model = pipeline().transformer
+    ptq4dm.quantize(model, config(num_calls=1))
+    labels, times = torch.zeros(2, dtype=torch.long), torch.full((2,), 500)
+    with pytest.raises(UserError, match="call of DiTTransformer2DModel was given NaN in 'hidden_states'"):
+        model(noise() * float("nan"), times, class_labels=labels)
+    assert not holds_quantized(model)
+    with ptq4dm.record(model), pytest.raises(UserError, match="given NaN in 'timestep'"):
+        model(noise(), times * float("nan"), class_labels=labels)
+    called(model)
+    assert holds_quantized(model)
+
+
 def test_an_error_ends_it_and_leaves_full_precision():
     model = pipeline().transformer
     exact, report = called(model), ptq4dm.quantize(model, config())

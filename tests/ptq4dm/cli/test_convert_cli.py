@@ -62,6 +62,23 @@ def first(model):
     return next(name for name, one in model.named_modules() if is_quantized(one))
 
 
+def test_a_folder_made_of_a_file_is_compared(here):
+    """Nobody knows its floats, so that it has no worst layers."""
+    assert main(["convert", "--from", "file.gguf", "--model", "./model", "--output", "q", "--quiet"]) == 0
+    few = ["--num-images", "1", "--num-heldout", "1", "--timed-steps", "1", "--steps", "1", "--device", "cpu"]
+    assert main(["compare", "q", *few, "--output", "cmp", "--quiet"]) == 0
+    found = json.loads((here / "cmp" / "comparison.json").read_text())["models"]["q"]
+    assert found["worst"] == [] and found["epsilon_error"]["overall"] > 0
+
+
+def test_convolutions_of_our_own_are_floats_in_the_file_and_it_is_said(here, capsys):
+    made = ["quantize", "--model", "./model", "--method", "rtn", "--activations", "dynamic", "--output", "q"]
+    assert main([*made, "--quiet"]) == 0 and main(["convert", "--to", "out.safetensors", "--model", "q"]) == 0
+    assert "1 quantized convolution is floats in it: pos_embed.proj\n" in capsys.readouterr().out
+    assert main(["convert", "--to", "out.safetensors", "--model", "q", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["as_floats"] == ["pos_embed.proj"]
+
+
 def test_a_folder_becomes_a_file(here, capsys):
     assert main(["convert", "--from", "file.safetensors", "--model", "./model", "--output", "q", "--quiet"]) == 0
     assert main(["convert", "--to", "out.safetensors", "--model", "q", "--names", "file.safetensors", "--json"]) == 0
@@ -84,6 +101,7 @@ def test_a_folder_becomes_a_file(here, capsys):
         ("--from nowhere.gguf --model ./model", "nowhere.gguf is missing"),
         ("--from model --model ./model", "cannot be read"),
         ("--to out --model ./model", "has no quantized layers"),
+        ("--to out.gguf --model ./model", "out.gguf would be a .safetensors file, and its name says .gguf"),
         ("--from file.gguf --model ./model --component vae", "has no network 'vae'"),
     ],
 )

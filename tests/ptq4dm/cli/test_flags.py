@@ -84,6 +84,42 @@ def test_options_reach_the_recipe(shifty):
         made("--method", "shifty", "--far-left", "4")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method svdquant --evidence none --num-calls 4", "num_calls is of calls that are waited for"),
+        ("--method rtn --codebook-of tensor", "codebook_of says whose levels a codebook has"),
+        ("--method rtn --prefix exact", "prefix would change nothing"),
+        ("--method rtn --importance integrated", "importance='integrated' ranks rows"),
+        ("--method mixpe --codebook-of tensor", "codebook_of is no choice of MixPEConfig"),
+        ("--method gradptq --rounding nearest --steps 300", "so that steps would change nothing"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_refused_also_at_its_default(words, message):
+    """The command line knows what was given; a recipe in Python, or in a saved file, has defaults beside the rest."""
+    from ptq4dm.cli.quantize import recipes_of
+    from ptq4dm.quantization.recipe import QuantConfig
+
+    with pytest.raises(UserError, match=message):
+        recipes_of(build_parser(["quantize"]).parse_args(["quantize", *words.split()]))
+    _, method, *rest = words.split()
+    given = {"method": method} | ({"evidence": "none"} if "--evidence" in rest else {})
+    given |= {"rounding": "nearest"} if "--rounding" in rest else {}
+    made = QuantConfig.from_dict(given)
+    assert QuantConfig.from_dict(made.to_dict()).to_dict() == made.to_dict()
+
+
+def test_an_option_of_another_method_names_the_methods_that_have_it():
+    from ptq4dm.cli.quantize import recipes_of
+
+    with pytest.raises(
+        UserError, match="^PTQ4DMConfig has no option evidence; take a method that has it: svdquant.$"
+    ):
+        recipes_of(build_parser(["quantize"]).parse_args(["quantize", "--components", "vae", "--evidence", "none"]))
+    with pytest.raises(UserError, match="^RTNConfig has no option evidence; take a method that has it: svdquant.$"):
+        RTNConfig(evidence="none")
+
+
 @pytest.mark.parametrize("method", ["rtn", "lutgemm"])
 def test_one_scale_an_output_has_a_word(method, capsys):
     from ptq4dm.cli.quantize import recipes_of

@@ -43,9 +43,15 @@ def test_what_is_left_and_why(unet, tmp_path, capsys):
 def test_kinds_that_are_not_quantized():
     model, _, _ = denoisers.quantized("dit")
     why = {row["layer"]: row["why"] for row in info.left_layers(model, quantization_config(model))}
+    assert why["proj_out_1"].startswith("svdquant chose no format for it")
     table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table"
     assert why[table] == "Embedding is not of a kind that is quantized"
-    assert why["proj_out_1"].startswith("svdquant chose no format for it")
+    calibrated = {"evidence": "store"}, "its role, its shape or what it costs, or calibration never called it)"
+    alone = {"evidence": "none"}, "its role, its shape or what it costs)"
+    for options, end in (calibrated, alone):
+        config = ptq4dm.SVDQuantConfig(**options)
+        why = {row["layer"]: row["why"] for row in info.left_layers(model, config)}
+        assert why["proj_out_1"] == f"svdquant chose no format for it (by {end}"
 
 
 def test_attention_in_8_bits():

@@ -236,3 +236,9 @@ def test_a_damaged_report_is_told(tmp_path):
     with pytest.raises(DamagedFile, match=r"quantization\.json"):
         worst_layers(str(tmp_path))
     assert worst_layers(str(tmp_path / "none")) == []
+    row = {"layer": "a", "format": "b", "kernel": "c"}
+    (tmp_path / "quantization.json").write_text(json.dumps({"layers": [row, row | {"basis": "weight"}]}))
+    with pytest.raises(DamagedFile, match=r"quantization\.json .*no 'basis' in it"):
+        worst_layers(str(tmp_path))
+    (tmp_path / "quantization.json").write_text(json.dumps({"layers": [row, row]}))  # read from a file
+    assert worst_layers(str(tmp_path)) == []

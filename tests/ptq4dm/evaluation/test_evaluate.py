@@ -23,7 +23,9 @@ from ptq4dm.evaluation.compare import heldout_timesteps
 from ptq4dm.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_images, write_reference
 from ptq4dm.evaluation.feature_fid import FeatureFID
 from ptq4dm.evaluation.frechet import read_statistics
+from ptq4dm.evaluation.measures import summarized
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr, psnr
+from ptq4dm.evaluation.published import directions
 from ptq4dm.evaluation.report import check_places, format_report
 from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.images import save_png, to_uint8
@@ -257,6 +259,31 @@ def test_the_interval_of_a_psnr_is_students():
     assert figures["mse"] == pytest.approx(0.0037) and figures["identical"] == 0
     alone = paired_psnr([0.0])
     assert (alone["psnr_db"], alone["psnr_interval"], alone["identical"]) == (120, None, 1)
+
+
+def test_intervals_hold_nothing_that_a_figure_cannot_be():
+    """Of two seeds Student's interval reaches 12.7 standard errors."""
+    assert paired_psnr([1e-4, 1e-1])["psnr_interval"] == [0, 120]  # 40 and 10 dB
+    figures = summarized({"ssim": [0.94, 0.86], "lpips": [0.01, 0.2], "clip": [99.0, 20.0], "image_reward": [1, -1]})
+    reach = 12.7062 * 0.04
+    assert figures["ssim"]["interval"] == pytest.approx([0.9 - reach, 1.0], abs=1e-4)
+    assert figures["ssim"]["stderr"] == pytest.approx(0.04)
+    assert figures["lpips"]["interval"] == pytest.approx([0.0, 0.105 + 12.7062 * 0.095], abs=1e-3)
+    assert figures["clip"]["interval"] == [0.0, 100.0]
+    assert figures["image_reward"]["interval"] == pytest.approx([-12.7062, 12.7062], abs=1e-3)
+    exact = summarized({"ssim": [1 + 1e-9, 1 + 1e-9]})["ssim"]  # what sums in floats may give
+    assert exact["interval"][0] <= exact["mean"] <= exact["interval"][1]
+
+
+def test_few_seeds_are_said_to_be_few():
+    rows = {"ours": {"ssim": {"mean": 0.9, "interval": [0.4, 1.0]}}}
+    assert directions(rows, 2).endswith("within what a figure can be; of 2 seeds it reaches 12.7 standard errors to "
+                                        "either side: give more")  # fmt: skip
+    assert directions(rows, 5).endswith("within what a figure can be")
+    assert directions({"ours": {"ssim": {"mean": 0.9, "interval": None}}}, 1).endswith(
+        "one seed has no interval: give more"
+    )
+    assert "interval" not in directions({"ours": {"frechet": {"mean": 3.0}}}, 0)
 
 
 def test_errors_of_whole_calls_count_all_that_was_answered():

@@ -1,17 +1,19 @@
 """Data from outside: whatever is wrong with a file is one sentence that names it."""
 
+import io
 import json
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from ptq4dm.errors import DamagedFile, UserError
-from ptq4dm.files.outside import finite, outside, read_json, read_object, read_tensors
+from ptq4dm.files.outside import finite, outside, read_json, read_object, read_tensors, unpickled_tensors
 
 BAD_TEXTS = {
     "nothing": b"",
@@ -31,6 +33,37 @@ def test_bad_json_is_one_sentence(tmp_path, text):
     with pytest.raises(DamagedFile, match=r"x\.json cannot be read \(.+\); do this\.$") as caught:
         read_json(path, "do this")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"words, and no tensors", "it is no file of torch.save"),
+        (b"", "it is no file of torch.save"),
+        (save({"a": torch.ones(3)}), "it is no file of torch.save"),
+        (pickle.dumps({"a": Path("x")}), "it is no file of torch.save"),
+        (pickle.dumps({"a": Path("x")}, 2), "it is damaged, or holds more than tensors and plain containers"),
+        (saved(torch.nn.Linear(2, 2)), "it is damaged, or holds more than tensors and plain containers"),
+        (saved({"a": torch.ones(200)})[:-300], "it is damaged: no whole file of torch.save"),
+    ],
+    ids=["words", "nothing", "safetensors", "a new pickle", "an old pickle", "a module", "cut short"],
+)
+def test_what_is_no_file_of_tensors_is_told_in_our_words(data, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        unpickled_tensors(data)
+
+
+def test_files_of_tensors_of_both_kinds_are_read():
+    old = io.BytesIO()
+    torch.save({"a": torch.ones(3)}, old, _use_new_zipfile_serialization=False)
+    for data in (saved({"a": torch.ones(3)}), old.getvalue()):
+        assert torch.equal(unpickled_tensors(data)["a"], torch.ones(3))
 
 
 def test_missing_files_folders_and_sizes(tmp_path, monkeypatch):

@@ -111,6 +111,17 @@ def test_a_picture_replaces_pictures_only(tmp_path):
         places.picture_place(path)
 
 
+def test_names_of_other_kinds_of_files_are_refused(tmp_path):
+    for name in ("a.json", "a.GGUF", "a.pth"):
+        with pytest.raises(
+            UserError, match=f"{name} would be a .png file, and its name says {name[1:].lower()}; give it"
+        ):
+            places.picture_place(tmp_path / "new" / name)
+    assert not (tmp_path / "new").exists()
+    for name in ("a.png", "a.PNG", "a", "v1.2", "a.model"):
+        places.picture_place(tmp_path / "new" / name)
+
+
 def test_folders_of_what_fails_go_again_where_they_are_empty(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(ZeroDivisionError), empty_taken_back():

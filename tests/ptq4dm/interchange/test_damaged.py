@@ -43,6 +43,10 @@ def said(tensors, **config):
     tensors[f"{LAYER}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
 
 
+def text(json_):
+    return torch.tensor(list(json_.encode()), dtype=torch.uint8)
+
+
 def put(name, value):
     return lambda tensors: tensors.update({f"{LAYER}.{name}": value})
 
@@ -63,19 +67,35 @@ CHANGES = {
         put("weight", torch.ones(32, 64, dtype=torch.int8)),
         "has 64 inputs and 32 outputs; the model needs 32",
     ),
-    "a code": (put("weight", torch.full((32, 32), -128, dtype=torch.int8)), "to_q.qweight' holds -128"),
-    "a group": (lambda t: said(t, convrot=True, convrot_groupsize=4), "groups of 16, 64 or 256, not 4"),
+    "a code": (put("weight", torch.full((32, 32), -128, dtype=torch.int8)), "to_q.weight' .its codes. holds -128"),
+    "a group": (
+        lambda t: said(t, convrot=True, convrot_groupsize=4),
+        "'.*to_q' of .*/file: .*groups of 16, 64 or 256, not 4",
+    ),
     "a group that does not divide": (lambda t: said(t, convrot=True), "32 inputs do not divide into groups of 256"),
     "a group of text": (lambda t: said(t, convrot=True, convrot_groupsize="x"), "its convrot_groupsize is 'x'"),
-    "no JSON": (put("comfy_quant", torch.tensor([1], dtype=torch.uint8)), "cannot be read"),
+    "no JSON": (put("comfy_quant", torch.tensor([1], dtype=torch.uint8)), "to_q.comfy_quant': Expecting value"),
+    "JSON that is no object": (put("comfy_quant", text("[1]")), "to_q.comfy_quant': it holds no object but list"),
+    "JSON without a format": (put("comfy_quant", text("{}")), "to_q.comfy_quant': no 'format' in it"),
     "JSON of floats": (put("comfy_quant", torch.ones(2)), "is no text"),
     "JSON without a weight": (
         lambda t: t.pop(f"{LAYER}.weight"),
         "says how '.*to_q' is quantized, and has no weight",
     ),
-    "no bias": (lambda t: t.pop(f"{LAYER}.bias"), "no '.*to_q.bias' in it"),
+    "no bias": (lambda t: t.pop(f"{LAYER}.bias"), "no '.*to_q.bias' in it, which the layer needs"),
     "no norm": (lambda t: t.pop("proj_out_1.bias"), "lacks 'proj_out_1.bias'|no 'proj_out_1.bias'"),
-    "left over": (lambda t: t.update({"strange": torch.ones(3)}), "the names in .* are not|has other names than"),
+    "left over": (
+        lambda t: t.update({"strange": torch.ones(3)}),
+        "has 'strange', which the DiTTransformer2DModel has not",
+    ),
+    "a renamed weight": (
+        lambda t: t.update({"proj_out_9.bias": t.pop("proj_out_2.bias")}),
+        "has 'proj_out_9.bias', which the DiTTransformer2DModel has not, and lacks 'proj_out_2.bias'",
+    ),
+    "a header of a layer": (
+        lambda t: {"_quantization_metadata": '{"layers": {"a.b": 1}}'},
+        "'a.b' of its _quantization_metadata: it holds no object but 1",
+    ),
     "a header": (lambda t: {"_quantization_metadata": "[1]"}, "holds no object but list"),
 }
 
@@ -118,6 +138,15 @@ def test_gguf_of_any_alignment_and_version_loads(tmp_path):
 def test_gguf_of_other_blocks_is_refused(kind, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_quantized_file(dit(5), gguf(tmp_path, kind))
+
+
+def test_scales_of_a_gguf_file_are_told_by_the_name_that_it_has(tmp_path):
+    tensors = {name: (value.shape, 0, value.astype(np.float32).tobytes()) for name, value in state().items()}
+    value = state()["proj_out_2.weight"]
+    tensors["proj_out_2.weight"] = (value.shape, files.Q8_0, b"\xff" * len(files.q8_0(value)[0]))
+    files.save_gguf(tmp_path / "file", tensors)
+    with pytest.raises(DamagedFile, match="file .*'proj_out_2.weight' .its scales. holds NaN"):
+        load_quantized_file(dit(5), tmp_path / "file")
 
 
 @pytest.mark.parametrize("share", [0, 0.0003, 0.01, 0.05, 0.5, 0.9, 0.999])
@@ -171,6 +200,18 @@ def test_files_that_are_none(tmp_path):
     save_file({name: torch.from_numpy(np.array(one)) for name, one in state().items()}, tmp_path / "floats")
     with pytest.raises(UserError, match="holds floats alone; load it with diffusers"):
         load_quantized_file(dit(), tmp_path / "floats")
+
+
+@pytest.mark.parametrize("recipe", [{}, {"format": "fp8"}, {"weight_bits": 4}], ids=str)
+def test_our_own_files_are_told_from_floats(recipe, tmp_path):
+    model = dit()
+    quantize(model, RTNConfig(activations="dynamic", **recipe))
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match="is of a model that ptq4dm has quantized; load its folder"):
+        load_quantized_file(dit(), file)
+    with pytest.raises(UserError, match="has codes in '.*qweight', as ptq4dm, Nunchaku and others save theirs"):
+        load_quantized_file(dit(), file.rename(tmp_path / "alone.safetensors"))
 
 
 def test_a_model_that_is_quantized_already_is_refused(tmp_path):

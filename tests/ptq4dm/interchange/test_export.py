@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 import foreign_files as files
+import models
 from ptq4dm import RTNConfig, UserError, export_comfy, load_quantized_file, quantize
 from ptq4dm.layers.base import is_quantized
 
@@ -100,6 +101,37 @@ def test_what_no_format_of_comfyui_holds_is_refused(tmp_path):
     with pytest.raises(UserError, match="has several scales where ComfyUI's float8_e4m3fn has one"):
         export_comfy(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_convolutions_are_written_as_the_floats_that_they_stand_for(tmp_path):
+    """A DiT as `quantize` leaves it; its Linear layers in 8 bits as they are."""
+    model = models.dit(in_channels=3, out_channels=3, num_attention_heads=1, attention_head_dim=32).half()
+    quantize(model, RTNConfig(activations="dynamic"))
+    assert is_quantized(model.pos_embed.proj)
+    assert export_comfy(model, tmp_path / "out") == ["pos_embed.proj"]
+    tensors, says = read(tmp_path / "out")
+    assert "pos_embed.proj.comfy_quant" not in says and len(says) > 10
+    right = model.pos_embed.proj.dequantized_weight().half()
+    assert same(tensors["pos_embed.proj.weight"], right) and "pos_embed.proj.bias" in tensors
+    again = load_quantized_file(models.dit(5, in_channels=3, out_channels=3, num_attention_heads=1,
+                                           attention_head_dim=32).half(), tmp_path / "out")  # fmt: skip
+    assert torch.equal(again.pos_embed.proj.weight, right)
+    model = models.unet()
+    linear = tuple(name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear))
+    quantize(model, RTNConfig(activations="dynamic", modules_to_not_convert=linear))
+    with pytest.raises(UserError, match="convolutions alone are quantized"):
+        export_comfy(model, tmp_path / "none")
+
+
+def test_a_name_that_says_another_format_is_refused(tmp_path):
+    model = files.flux2()
+    quantize(model, RTNConfig(activations="dynamic"))
+    for name in ("file.gguf", "file.PTH"):
+        with pytest.raises(
+            UserError, match=f"{name} would be a .safetensors file, and its name says .{name[5:].lower()};"
+        ):
+            export_comfy(model, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_layers_that_a_file_joins_are_of_one_format(tmp_path):

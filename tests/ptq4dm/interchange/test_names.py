@@ -98,6 +98,13 @@ def test_names_of_neither_kind_are_refused():
         in_names_of(nn.Linear(2, 2), strange)
 
 
+def test_a_weight_that_a_converter_leaves_out_is_named():
+    file = flux_file()
+    file.weights["double_blocks.0.extra.weight"] = rows_of(3, 0)
+    with pytest.raises(UserError, match="file has 'double_blocks.0.extra.weight', which the Flux has not"):
+        in_names_of(Flux(), file)
+
+
 def test_rows_of_several_formats_are_not_joined():
     one, other = rows_of(2, 0), rows_of(2, 0)
     other.plan = LayerPlan(weight_bits=4)
@@ -110,6 +117,16 @@ def test_rows_of_several_formats_are_not_joined():
         Rows.joined([one, other])
     picked = one.pick(torch.tensor([1, 0]))
     assert picked.tensors["weight_scale"].tolist() == [1, 0]
+
+
+def test_a_stranger_among_the_models_own_names_is_named_whatever_a_converter_makes_of_them():
+    for name in ("extra.weight", "mid_block.attentions.7.proj_in.weight"):
+        model, found = unet(), Found("file", {}, dict(unet().state_dict()))
+        layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+        found.weights[layer] = rows_of(len(found.tensors.pop(layer)), 0)
+        found.weights[name] = rows_of(3, 0)
+        with pytest.raises(UserError, match=f"^file has '{name}', which the UNet2DConditionModel has not[.]$"):
+            in_names_of(model, found)
 
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",

@@ -10,6 +10,8 @@ import ptq4dm
 from helpers import correlated, same
 from ptq4dm import PTQ4DMConfig, RTNConfig, UserError
 from ptq4dm.evidence import LayerEvidence
+from ptq4dm.kernels.runtime import settings
+from ptq4dm.layers import int4_ops
 from ptq4dm.layers.choices import check_choices
 from ptq4dm.layers.codebook import CodebookPlan
 from ptq4dm.layers.plan import Int4Plan, Plan
@@ -158,6 +160,45 @@ def test_a_saved_model_comes_back_to_the_bit(tmp_path, unet):
         assert torch.equal(model(x, 5).sample, loaded(x, 5).sample)
 
 
+def test_weights_alone_are_quantized_saved_and_loaded(tmp_path, unet):
+    """Inputs stay floats: a plan, its bytes and its answers; without a GPU no kernel serves it, and it says so."""
+    model, size = unet(), 32
+    config = RTNConfig(
+        weight_bits=4, weight_grid="codebook", codebook_of="row", group_size=size, activation_bits=16,
+        activations="dynamic",
+    )  # fmt: skip
+    report = ptq4dm.quantize(model, config)
+    rows = [row for row in report.layers if row["format"].startswith("W4A16")]
+    assert len(rows) > 10 and {row["format"] for row in rows} <= {
+        "W4A16 codebook by row", "W4A16 g32 codebook by row"
+    }  # fmt: skip
+    assert torch.cuda.is_available() or {row["kernel"] for row in rows} == {"reference"}
+    exact = unet()
+    for row in rows:
+        layer = model.get_submodule(row["layer"])
+        exact.get_submodule(row["layer"]).weight.data = layer.dequantized_weight()
+        x = torch.randn(2, *([layer.in_channels, 5, 5] if hasattr(layer, "kernel_size") else [layer.in_features]))
+        with torch.no_grad():
+            assert torch.allclose(layer(x), exact.get_submodule(row["layer"])(x), atol=1e-4), row["layer"]
+    model.save_pretrained(tmp_path)
+    assert same(model, type(model).from_pretrained(tmp_path)) and ptq4dm.verify(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_layer_of_float_inputs_says_which_kernels_a_gpu_has(dtype, monkeypatch):
+    found = int4_ops.kernel_name
+    monkeypatch.setattr(int4_ops, "kernel_name", lambda _, *more: found(torch.device("cuda"), *more))
+    many, few = {"all rows": "unpack + cublas"}, {"rows <= 32": "triton-w4a16", "more": "unpack + cublas"}
+    with settings.target(settings.Target((9, 0), 132, lambda *_: None)):
+        for size in (None, 32, 64, 128):
+            made = quantized_copy(
+                linear(12, 256).to(dtype), CodebookPlan(activation_bits=16, group_size=size), "layer"
+            )
+            assert made.kernels() == (few if dtype == torch.bfloat16 and size in (64, 128) else many)
+        made = quantized_copy(conv().to(dtype), CodebookPlan(activation_bits=16, group_size=64), "layer")
+        assert made.kernel_name() == "unpack + cudnn"
+
+
 def test_a_plan_gives_the_same_codes(unet):
     plan = Plan("rtn", {"time_embedding.linear_1": CodebookPlan(), "mid_block.resnets.0.conv1": CodebookPlan()})
     first, second = unet(), unet()
@@ -172,6 +213,8 @@ def test_a_plan_gives_the_same_codes(unet):
     ({"format": "fp8", "weight_bits": 8}, "format='int8'"),
     ({"split_inputs": True}, "split_inputs=False"),
     ({"weight_grid": "uniform", "codebook_of": "row"}, "give weight_grid='codebook'"),
+    ({"activation_bits": 16}, "at most 4 bits, of a uniform grid or of a codebook: give activations='dynamic' with"),
+    ({"activation_bits": 16, "weight_grid": "progressive"}, "give weight_grid='uniform' and activations='dynamic'"),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(options, words):
     with pytest.raises(UserError, match=words):

@@ -13,6 +13,7 @@ import torch
 from ..checks import check, checked, seeds_of, shown, whole
 from ..errors import UserError
 from ..files.outside import reason
+from ..hooks import unwatched
 from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown as bars_shown
 from .denoiser import check_sampled, class_count, denoiser, denoiser_names, device_of, evaluation_mode, turn_at
@@ -216,7 +217,7 @@ def call_pipeline(
         interval, few = check_interval(interval), seeds[:2]
         run = partial(call_pipeline, pipe, few, num_inference_steps=num_inference_steps, conditioning=conditioning)
         run = partial(run, pipeline_kwargs=pipeline_kwargs, bare=bare)
-        with turn_at(pipe):
+        with turn_at(pipe), unwatched():
             way = way_of(pipe, run, num_inference_steps, sorted(conditioning or ()), pipeline_kwargs, bare)
         within = guided_within(pipe, way, interval)
     with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress), within:

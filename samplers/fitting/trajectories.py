@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...hooks import of_this_thread
 from ...interrupts import uninterrupted
 from ...pipelines.denoiser import turn_at
 from ...pipelines.sampling import call_pipeline, refusals
@@ -57,7 +58,6 @@ def run(pipe: Any, scheduler: Any, seeds: Sequence[int], steps: int, options: di
     """
     step, taken = scheduler.step, 0
 
-    @wraps(step)
     def watched(model_output, timestep, sample, *args, return_dict=True, **kwargs):
         nonlocal taken
         result = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
@@ -77,7 +77,8 @@ def stepped_through(
 
     Raises UserError where the pipeline does not take the options.
     """
-    with sampled_by(pipe, scheduler), own_step(scheduler, step), suppress(Finished), refusals(pipe, **options):
+    own = wraps(scheduler.step)(of_this_thread(step, scheduler.step))
+    with sampled_by(pipe, scheduler), own_step(scheduler, own), suppress(Finished), refusals(pipe, **options):
         call_pipeline(pipe, seeds, num_inference_steps=steps, **options)
 
 

@@ -16,9 +16,9 @@ EITHER = {"quantized": None}  # a network, quantized or not
 def made_for(scheduler: Any, models: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The kinds and settings of a sampler and of networks, by name, in plain values."""
     networks = {
-        name: {**_kind(model), "quantized": any(map(is_quantized, model.modules()))} for name, model in models.items()
+        name: {**kind(model), "quantized": any(map(is_quantized, model.modules()))} for name, model in models.items()
     }
-    return {"scheduler": _kind(scheduler), "networks": networks}
+    return {"scheduler": kind(scheduler), "networks": networks}
 
 
 def differences(origin: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -39,7 +39,7 @@ def differences(origin: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _kind(one: Any) -> dict[str, Any]:
+def kind(one: Any) -> dict[str, Any]:
     """A class, and a digest of its settings but for where they were read and by which version."""
     config = {key: value for key, value in getattr(one, "config", {}).items() if not key.startswith("_")}
     config.pop("quantization_config", None)

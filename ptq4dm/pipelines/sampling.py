@@ -13,7 +13,7 @@ import torch
 from ..checks import check, checked, seeds_of, shown, whole
 from ..errors import UserError
 from ..files.outside import reason
-from ..hooks import unwatched
+from ..hooks import is_unwatched, unwatched
 from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown as bars_shown
 from .denoiser import check_sampled, class_count, denoiser, denoiser_names, device_of, evaluation_mode, turn_at
@@ -189,6 +189,9 @@ def call_pipeline(
     check_arguments(conditioning, pipeline_kwargs)
     num_inference_steps = check_steps(pipe, num_inference_steps)
     pipeline_kwargs = dict(pipeline_kwargs or {})
+    compare = getattr(getattr(pipe, "scheduler", None), "compare_arguments", None)
+    if compare is not None and not is_unwatched():  # a schedule that was fitted with others says so
+        compare(pipe, pipeline_kwargs)
     interval = pipeline_kwargs.pop("guidance_interval", None)
     parameters = inspect.signature(pipe.__call__).parameters
     arguments = choose_conditioning(pipe, seeds, conditioning, pipeline_kwargs)

@@ -27,13 +27,15 @@ class Finished(Exception):
 @dataclass
 class Trajectories:
     """times [T], float; states [T + 1, K, D] from noise to the end; outputs [T, K, D] of the model at states[:T];
-    float32, on the pipeline's device. shape: that of one sample. sigmas [T + 1]: noise levels of a flow's states."""
+    float32, on the pipeline's device. shape: that of one sample. sigmas [T + 1]: noise levels of a flow's states.
+    dynamic: whether its shift follows from a mu, which its pipeline works out."""
 
     times: list[float]
     states: torch.Tensor
     outputs: torch.Tensor
     shape: tuple[int, ...]
     sigmas: list[float] | None = None
+    dynamic: bool = False
 
 
 @contextmanager
@@ -106,4 +108,5 @@ def record(
         outputs.append(torch.stack(answers))
     levels = getattr(scheduler, "sigmas", None) if predicted(scheduler.config) == FLOW else None
     sigmas = None if levels is None else levels.tolist()
-    return Trajectories(times, torch.cat(states, 1), torch.cat(outputs, 1), shape[0], sigmas)
+    dynamic = bool(scheduler.config.get("use_dynamic_shifting"))
+    return Trajectories(times, torch.cat(states, 1), torch.cat(outputs, 1), shape[0], sigmas, dynamic)

@@ -113,10 +113,11 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             UserError: no table was fitted for so many.
         """
-        given = sigmas if sigmas is not None else timesteps
-        steps = len(given) if num_inference_steps is None and given is not None else num_inference_steps
+        given, steps = given_of(sigmas, timesteps, mu), num_inference_steps
+        if steps is None and (listed := given.get("sigmas", given.get("timesteps"))) is not None:
+            steps = len(listed)
         times, rows, levels = self._table(whole(steps, "num_inference_steps", -MOST))
-        self._look_at(len(times), given_of(sigmas, timesteps, mu))
+        self._look_at(len(times), given)
         counted = all(float(t).is_integer() for t in times) and self.config.prediction_type != FLOW
         self.timesteps = torch.tensor(times, dtype=torch.int64 if counted else torch.float32, device=device)
         self.sigmas = None if levels is None else torch.tensor(levels, dtype=torch.float32, device=device)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import shown
+from ..checks import check, shown
+from ..errors import UserError
 from .maths.flow_grids import even_levels
 
 SIZES = ("height", "width", "num_frames")  # the shape of a sample tells what comes of them
@@ -54,10 +55,17 @@ def _with(values: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def given_of(sigmas: Any, timesteps: Any, mu: float | None) -> dict[str, Any]:
-    """What a pipeline gave to set_timesteps beside the number of steps, as a table holds it."""
-    lists = {"sigmas": sigmas, "timesteps": timesteps}
-    found: dict[str, Any] = {name: [float(one) for one in some] for name, some in lists.items() if some is not None}
-    return found if mu is None else {**found, "mu": float(mu)}
+    """What a pipeline gave to set_timesteps beside the number of steps, as a table holds it.
+
+    Raises UserError where these are no lists of numbers, or mu is no number.
+    """
+    found: dict[str, Any] = {} if mu is None else {"mu": float(check(mu, float, "mu"))}
+    for name, some in (("sigmas", sigmas), ("timesteps", timesteps)):
+        try:
+            found |= {} if some is None else {name: [float(one) for one in some]}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{name} must be a list of numbers.") from error
+    return found
 
 
 def other_times(table: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:

@@ -94,6 +94,13 @@ def test_times_that_a_table_stands_for_are_not_told():
     assert other_times({**one, "given": {"timesteps": [900.0, 500.0]}}, given_of(None, [900, 500], None)) is None
 
 
+@pytest.mark.parametrize("wrong", [{"sigmas": 3}, {"sigmas": ["a"]}, {"timesteps": [[1, 2]]}, {"mu": "a"}])
+def test_what_is_no_time_is_told(wrong):
+    scheduler = FittedScheduler(tables={"1": {"timesteps": [999], "scale": [1.0], "weights": [[-1.0]]}})
+    with pytest.raises(UserError, match="must be a"):
+        scheduler.set_timesteps(1, **wrong)
+
+
 def test_another_size_of_a_model_without_a_shift_is_told(capsys):
     net = models.plain_unet(sample_size=16)
     pipe = DDPMPipeline(net, DDIMScheduler(timestep_spacing="trailing"))

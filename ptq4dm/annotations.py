@@ -169,6 +169,7 @@ def _plural(kind: Any) -> str:
 
 
 def _bounds(low: float | None, high: float | None) -> str:
+    low = None if low is not None and low <= -MOST else low  # no bound that anybody means
     if low is not None and high is not None:
         return f" from {low:g} to {high:g}" if abs(high) < 1e6 else f" from {low:g} to {high}"
     return f" of {low:g} or more" if low is not None else "" if high is None else f" of at most {high}"

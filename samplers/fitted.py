@@ -23,7 +23,7 @@ from ..progress import note
 from .choices import FLOW
 from .made_with import arguments_of, given_of, other_arguments, other_shape, other_times
 from .maths.outputs import without_variance
-from .maths.timesteps import own_index
+from .maths.timesteps import own_index, single
 from .memory import State, States
 from .translation import FLOW_DEFAULTS
 
@@ -116,7 +116,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         given, steps = given_of(sigmas, timesteps, mu), num_inference_steps
         if steps is None and (listed := given.get("sigmas", given.get("timesteps"))) is not None:
             steps = len(listed)
-        times, rows, levels = self._table(whole(steps, "num_inference_steps", -MOST))
+        times, rows, levels = self._table(whole(steps, "num_inference_steps", -MOST, 1_000_000))
         self._look_at(len(times), given)
         counted = all(float(t).is_integer() for t in times) and self.config.prediction_type != FLOW
         self.timesteps = torch.tensor(times, dtype=torch.int64 if counted else torch.float32, device=device)
@@ -168,10 +168,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         with the tensor that was returned; where a pipeline hands back another, the latest are used.
 
         Args:
-            timestep: an entry of `timesteps`. generator: not used, no noise is added.
+            timestep: an entry of `timesteps`, or a number, which is taken for the nearest. generator: not used, no
+                noise is added.
 
         Raises:
-            UserError: set_timesteps has not been called, a time that is not in the table, or a start in its middle.
+            UserError: set_timesteps has not been called, several timesteps, or a time that is neither the first nor
+                the next of the table.
         """
         if not len(self.timesteps):
             raise UserError("call set_timesteps(num_inference_steps) before the first step.")
@@ -205,12 +207,14 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         return result
 
     def _index(self, timestep, state: State | None) -> int:
+        timestep, expected = single(timestep), 0 if state is None else state.index
         index = own_index(timestep, self._own_timesteps)
-        if index is None and state is not None:
-            index = state.index
-        if index is None:
-            index = 0
-        if index and (state is None or state.index != index):
+        if index is None and isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            index = expected  # it is not read back from the device
+        if index is None:  # a copy, which may be rounded: it is the nearest
+            value, times = float(timestep), self._own_timesteps.tolist()
+            index = min(range(len(times)), key=lambda i: abs(times[i] - value))
+        if index and index != expected:
             raise UserError(WHOLE)
         return index
 

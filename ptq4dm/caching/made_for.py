@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,8 @@ from torch import nn
 from ..files.claim import digest
 from ..layers.base import is_quantized
 
+OTHER_TIMES = "other times of the sampler (its shift may follow from the size of the picture)"
+NEAR = 1e-3  # of the largest time
 EITHER = {"quantized": None}  # a network, quantized or not
 
 
@@ -37,6 +39,14 @@ def differences(origin: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if scheduler != now["scheduler"]:
         found.append(f"another sampler ({scheduler.get('class')})")
     return found
+
+
+def other_times(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether a sampler's times are others than those of a plan, but for how they were worked out; () are any."""
+    if len(before) != len(now):
+        return bool(before)
+    size = max(map(abs, before), default=0.0)
+    return any(abs(a - b) > NEAR * size for a, b in zip(before, now, strict=True))
 
 
 def kind(one: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check, checked, seeds_of, shown, whole
+from ..checks import MOST, check, checked, seeds_of, shown, whole
 from ..errors import UserError
 from ..files.outside import reason
 from ..hooks import is_unwatched, unwatched
@@ -37,7 +37,7 @@ def default_steps(pipe, otherwise: int) -> int:
 
 def check_steps(pipe, num_inference_steps: int) -> int:
     """The steps. Raises UserError for none, for more than the model was trained with, or other than its one."""
-    num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST_STEPS, MOST_STEPS)
+    num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST, MOST_STEPS)
     if num_inference_steps < 1:
         raise UserError(f"sampling needs at least one step, not {num_inference_steps}.")
     if default_steps(pipe, num_inference_steps) != num_inference_steps:

@@ -173,7 +173,8 @@ def shown(value: Any) -> str:
         return "a number of very many digits"
     if value is None or isinstance(value, (str, bytes, numbers.Number)):
         return textwrap.shorten(repr(value), 60, placeholder=" ...")[:64]
-    if (odd := _unbounded(value)) is not None:
+    flat = isinstance(value, (list, tuple)) and not any(isinstance(one, (list, tuple)) for one in value)
+    if not (flat and len(value) < 5) and (odd := _unbounded(value)) is not None:  # which else would not be seen
         return f"a {type(value).__name__} with {odd}"
     if isinstance(value, (list, tuple)) and 0 < len(value) < 5:
         ends = "[]" if isinstance(value, list) else "()"

@@ -37,6 +37,7 @@ def complaint(value: Any, kind: Any, limited: Mapping[str, Any] = NO_LIMITS, pla
     if own is kind and not limited and (own is str or own is bool or (own is int and abs(value) <= MOST)):
         return None  # the short way: a plan has thousands of them
     low, high = limited.get("low"), limited.get("high")
+    low = None if low is not None and low <= -MOST else low  # no bound that anybody means
     if not _is(value, kind, plain):
         return "must be " + described(kind) + _bounds(low, high)
     if isinstance(value, (str, os.PathLike)) and os.PathLike in get_args(kind) and not _can_be_a_path(value):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import numbers
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -175,6 +176,9 @@ def shown(value: Any) -> str:
         return "a number of very many digits"
     if value is None or isinstance(value, (str, bytes, numbers.Number)):
         return textwrap.shorten(repr(value), 60, placeholder=" ...")[:64]
+    flat = isinstance(value, (list, tuple)) and not any(isinstance(one, (list, tuple)) for one in value)
+    if not (flat and len(value) < 5) and (odd := _unbounded(value)) is not None:  # which else would not be seen
+        return f"a {type(value).__name__} with {odd}"
     if isinstance(value, (list, tuple)) and 0 < len(value) < 5:
         ends = "[]" if isinstance(value, list) else "()"
         inside = [shown(one) if not isinstance(one, (list, tuple)) else type(one).__name__ for one in value]
@@ -183,3 +187,13 @@ def shown(value: Any) -> str:
         return f"an empty {type(value).__name__}"
     kind = value if isinstance(value, type) else type(value)
     return f"the class {kind.__name__}" if kind is value else f"a {kind.__name__}"
+
+
+def _unbounded(value: Any) -> float | None:
+    """The first NaN or infinity in a list, or in lists of it; None where there is none."""
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            found = one if isinstance(one, float) and not math.isfinite(one) else _unbounded(one)
+            if found is not None:
+                return found
+    return None

@@ -26,7 +26,7 @@ def check_settled(*networks: nn.Module) -> None:
 def hooked(model: nn.Module, before: Hooks | None = None, after: Hooks | None = None) -> Iterator[None]:
     """Call hooks around the calls of modules, by name ("" is the model itself); at the end all are taken off.
 
-    Calls that other threads make meanwhile are none of the hooks' business.
+    Calls that other threads make meanwhile are none of the hooks' business, nor are those within `unwatched`.
 
     before: name -> hook(module, args, kwargs). after: name -> hook(module, args, kwargs, output).
     """
@@ -87,14 +87,41 @@ def watched(owner: Any, name: str, before: Callable) -> Iterator[None]:
                 setattr(owner, name, own)
 
 
+_ASIDE: set[int] = set()  # threads whose watchers look away
+
+
 def of_this_thread(call: Callable, otherwise: Callable = lambda *_, **__: None) -> Callable:
-    """A function that is `call` in the thread that made it, and `otherwise` in all others."""
+    """A function that is `call` in the thread that made it, and `otherwise` in all others and within `unwatched`."""
     owner = threading.get_ident()
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        return (call if threading.get_ident() == owner else otherwise)(*args, **kwargs)
+        mine = threading.get_ident() == owner and not is_unwatched()
+        return (call if mine else otherwise)(*args, **kwargs)
 
     return called
+
+
+def is_unwatched() -> bool:
+    """Whether this thread is within `unwatched`."""
+    return threading.get_ident() in _ASIDE
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Nothing that `of_this_thread` made in this thread is called in the block.
+
+    It is for runs of a pipeline that are no generation, such as a look at how it guides: whoever counts, records or
+    replaces the calls of a generation would take them for its first steps.
+    """
+    before, mine = is_unwatched(), threading.get_ident()
+    try:
+        with uninterrupted():
+            _ASIDE.add(mine)
+        yield
+    finally:
+        if not before:
+            with uninterrupted():
+                _ASIDE.discard(mine)
 
 
 def input_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -30,7 +30,9 @@ FLOW_DEFAULTS = {
     "rho_rk": (None, "velocity"),
 }
 CORRECTED = ("t_ab",)  # of flows' velocities, unless the config says otherwise
-EDM_ORDERS = {"t_ab": 2, "ipndm": 2, "rho_ab": 2, "log_rho": 2, "rho_rk": None}
+# Of EDM's models, on their own two grids: the best on exact models of Gaussians and mixtures, with errors of 5 % too.
+EDM_GRIDS = {"karras": "edm", "exponential": "log"}
+EDM_ORDERS = {"t_ab": 2, "ipndm": 2, "rho_ab": 2, "log_rho": 1, "rho_rk": None}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FLOW = "flow_prediction"
 DIFFUSERS = "diffusers"  # the timestep_grid of diffusers' DEIS, by its own names, or of its flow-matching Euler
@@ -149,9 +151,8 @@ def _edm(config, asked: list[str]) -> Choice:
         raise UserError(
             f"sigma_min must be above 0 and below sigma_max; got {config.sigma_min:g}, {config.sigma_max:g}."
         )
-    own = "log" if config.sigma_schedule == "exponential" else "edm"
-    grid = config.timestep_grid or (asked or [own])[0]
-    unasked = config.order is None and config.solver != "ipndm"
+    grid = config.timestep_grid or (asked or [EDM_GRIDS[config.sigma_schedule]])[0]
+    unasked = config.order is None and config.solver != "ipndm" and grid not in EDM_GRIDS.values()
     order = _order(config, EDM_ORDERS[config.solver])
     return Choice(order, grid, CANCELS_UNASKED if unasked else CANCELS, of_diffusers=True)
 

@@ -29,7 +29,7 @@ from .kinds import BLIND, CLIPS
 from .maths.grids import GRIDS, make_grid
 from .maths.outputs import without_variance
 from .maths.schedule import DiscreteVP, ends_in_noise
-from .maths.timesteps import own_index
+from .maths.timesteps import own_index, single
 from .starts import beside_strength, check_left
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -110,7 +110,7 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
         Raises:
             UserError: no steps, more than the model was trained with, or an unknown timestep_grid.
         """
-        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST)
+        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST, 1_000_000)
         if not 1 <= num_inference_steps <= self.config.num_train_timesteps:
             raise UserError(
                 f"num_inference_steps must be from 1 to the {self.config.num_train_timesteps} timesteps of the "
@@ -209,6 +209,7 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
 
     def _alpha_pair(self, timestep: int | torch.Tensor) -> tuple[float, float]:
         """alpha_bar at a timestep and at the next one of the grid."""
+        timestep = single(timestep)
         index = own_index(timestep, self._own_timesteps)
         if index is None:
             t = int(timestep)

@@ -56,7 +56,9 @@ class DEISScheduler(TakesConfigs, Noising, Remembering, Beginning, SchedulerMixi
             DEIS) or "rho_rk" (Runge-Kutta in rho, several evaluations a step).
         order: degree of the polynomial, 0 (DDIM) to 3; "rho_rk" has its own. None: the solver's best, see
             choices.py; for "log_rho" solver_order - 1.
-        rk_method: "1euler", "2heun", "3kutta", "3heun", "3ral" or "4rk"; "rho_rk" only.
+        rk_method: "1euler", "2heun", "3kutta", "3heun", "3ral" or "4rk"; "rho_rk" only. A last step to clean data can
+            have no stage at its end: it is Euler's with an EDM model and final_denoise, and of a flow with "2heun";
+            "3kutta" and "4rk" have the stages of "3heun" there, so that they keep their order.
         timestep_grid: "linear", "quad", "cubic" (even in t^(1/k)), "log" (even in log rho), "edm" (even in
             rho^(1/7)), "beta", "linspace", "leading", "trailing" (diffusers'). None: "edm", "log" or "beta" where
             diffusers' use_karras_sigmas, use_exponential_sigmas or use_beta_sigmas is set, else the solver's best.

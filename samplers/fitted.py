@@ -19,9 +19,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from ..checks import MOST, check, whole
 from ..errors import UserError
+from ..progress import note
 from .choices import FLOW
+from .made_with import arguments_of, given_of, other_arguments, other_shape, other_times
 from .maths.outputs import without_variance
-from .maths.timesteps import own_index
+from .maths.timesteps import own_index, single
 from .memory import State, States
 from .translation import FLOW_DEFAULTS
 
@@ -42,9 +44,11 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         start: what unit noise is multiplied with.
         base_shift, max_shift, base_image_seq_len, max_image_seq_len: of a flow; some pipelines work out from them a
             mu, which is not read here.
-        origin: what the tables were fitted to, for who reads them; nothing depends on it.
+        origin: what the tables were fitted to and with; a note tells where arguments or sizes are others. Nothing
+            that is computed depends on it.
 
-    Whole generations only: image to image and a refiner begin in the middle, where no table was fitted.
+    Whole generations only: image to image and a refiner begin in the middle, where no table was fitted. A use with
+    other guidance, times or sizes than those of the fit is told by a note on stderr, once (made_with.py).
 
     Raises:
         UserError: tables that are not as above.
@@ -84,6 +88,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._own_timesteps = torch.empty(0)
         self.sigmas: torch.Tensor | None = None
         self._rows: list[Row] = []
+        self._told: set[str] = set()  # what was said already
         self._states, self._latest = States(), None
 
     @property
@@ -102,15 +107,17 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         """Take the table of so many evaluations.
 
         Args:
-            sigmas, timesteps: what pipelines of flow-matching models pass: only how many they are is read, and mu
-                not at all, for the table was fitted to a pipeline that passed its own.
+            sigmas, timesteps, mu: what pipelines of flow-matching models pass: only how many they are is read, for
+                the table was fitted to a pipeline that passed its own. A note tells where these are others.
 
         Raises:
             UserError: no table was fitted for so many.
         """
-        given = sigmas if sigmas is not None else timesteps
-        steps = len(given) if num_inference_steps is None and given is not None else num_inference_steps
-        times, rows, levels = self._table(whole(steps, "num_inference_steps", -MOST))
+        given, steps = given_of(sigmas, timesteps, mu), num_inference_steps
+        if steps is None and (listed := given.get("sigmas", given.get("timesteps"))) is not None:
+            steps = len(listed)
+        times, rows, levels = self._table(whole(steps, "num_inference_steps", -MOST, 1_000_000))
+        self._look_at(len(times), given)
         counted = all(float(t).is_integer() for t in times) and self.config.prediction_type != FLOW
         self.timesteps = torch.tensor(times, dtype=torch.int64 if counted else torch.float32, device=device)
         self.sigmas = None if levels is None else torch.tensor(levels, dtype=torch.float32, device=device)
@@ -128,6 +135,19 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         table = self.config.tables[str(steps)]
         rows = list(zip(table["scale"], map(list, table["weights"]), strict=True))
         return table["timesteps"], rows, table.get("sigmas")
+
+    def _look_at(self, steps: int, given: dict[str, Any]) -> None:
+        """Tell where set_timesteps was given something else than in the fit."""
+        self._tell("times", other_times(self.config.tables[str(steps)], given))
+
+    def compare_arguments(self, pipe: Any, pipeline_kwargs: dict[str, Any] | None) -> None:
+        """Tell where a pipeline is called with other arguments, such as guidance, than in the fit."""
+        self._tell("arguments", other_arguments(self.config.origin, arguments_of(pipe, pipeline_kwargs)))
+
+    def _tell(self, what: str, text: str | None) -> None:
+        if text is not None and what not in self._told:
+            self._told.add(what)
+            note(text)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Take what pipelines say of where they begin. Raises UserError unless that is at the first timestep."""
@@ -148,10 +168,12 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         with the tensor that was returned; where a pipeline hands back another, the latest are used.
 
         Args:
-            timestep: an entry of `timesteps`. generator: not used, no noise is added.
+            timestep: an entry of `timesteps`, or a number, which is taken for the nearest. generator: not used, no
+                noise is added.
 
         Raises:
-            UserError: set_timesteps has not been called, a time that is not in the table, or a start in its middle.
+            UserError: set_timesteps has not been called, several timesteps, or a time that is neither the first nor
+                the next of the table.
         """
         if not len(self.timesteps):
             raise UserError("call set_timesteps(num_inference_steps) before the first step.")
@@ -159,6 +181,8 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         if state is not None and state.shape != sample.shape:
             state = None
         index = self._index(timestep, state)
+        if index == 0 and "times" not in self._told:  # another shift is told already, and by the same cause
+            self._tell("size", other_shape(self.config.origin, sample.shape[1:]))
         dtype = torch.promote_types(sample.dtype, torch.float32)
         # A copy: the caller may write the next output over this one (static buffers of a CUDA graph).
         output = without_variance(model_output, sample).to(dtype, copy=True)
@@ -183,12 +207,14 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         return result
 
     def _index(self, timestep, state: State | None) -> int:
+        timestep, expected = single(timestep), 0 if state is None else state.index
         index = own_index(timestep, self._own_timesteps)
-        if index is None and state is not None:
-            index = state.index
-        if index is None:
-            index = 0
-        if index and (state is None or state.index != index):
+        if index is None and isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            index = expected  # it is not read back from the device
+        if index is None:  # a copy, which may be rounded: it is the nearest
+            value, times = float(timestep), self._own_timesteps.tolist()
+            index = min(range(len(times)), key=lambda i: abs(times[i] - value))
+        if index and index != expected:
             raise UserError(WHOLE)
         return index
 

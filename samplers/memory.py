@@ -8,7 +8,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .maths.evaluations import Evaluation
-from .maths.timesteps import likely_index, own_index
+from .maths.timesteps import likely_index, own_index, single
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Remembering:
         state = self._states.get(sample, self._latest)
         if state is not None and state.shape != sample.shape:
             state = None
-        expected = None if state is None else state.index
+        expected, timestep = None if state is None else state.index, single(timestep)
         index = own_index(timestep, self._own_timesteps)
         if index is None:
             index = likely_index(timestep, self._times, self._evaluations, expected, self._begin_index)

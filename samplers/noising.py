@@ -9,7 +9,7 @@ from ..errors import UserError
 from .answers import input_scale
 from .choices import FLOW
 from .maths.paths import alpha_sigma, shares
-from .maths.timesteps import likely_index, own_index
+from .maths.timesteps import likely_index, own_index, single
 
 
 class Noising:
@@ -62,6 +62,7 @@ class Noising:
         """
         if not self._evaluations:
             raise UserError("call set_timesteps(num_inference_steps) first: no timesteps are chosen.")
+        timestep = single(timestep)
         index = own_index(timestep, self._own_timesteps)
         return likely_index(timestep, self._times, self._evaluations, None, None) if index is None else index
 

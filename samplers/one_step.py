@@ -103,7 +103,7 @@ class OneStepScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """`timesteps` becomes the one timestep, on the device. Raises UserError unless one step is asked for."""
-        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST)
+        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST, 1_000_000)
         if num_inference_steps != 1:
             raise UserError(
                 f"this model was distilled to one step; ask for num_inference_steps=1 (--steps 1), not "

@@ -22,7 +22,7 @@ from ..calibration.calls import Call, Calls, parameter_place
 from ..calibration.record import add_call, decodes, kept
 from ..calibration.store import source_of
 from ..errors import UserError
-from ..hooks import AWAITED, input_of
+from ..hooks import AWAITED, input_of, is_unwatched
 from ..interrupts import uninterrupted
 from ..pipelines.denoiser import turn_at
 
@@ -89,7 +89,7 @@ class Wait:
         if torch.compiler.is_compiling():
             self.refuse()
         with self._lock, torch.inference_mode(False), torch.no_grad():  # while another thread finishes, it waits here
-            if self.waits:
+            if self.waits and not is_unwatched():
                 self._running[threading.get_ident()] = kept(Call(args, kwargs))
 
     def _after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], answer: Any) -> None:

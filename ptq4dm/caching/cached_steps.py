@@ -19,7 +19,7 @@ there is no such the network is computed whole.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from ..hooks import computing, of_this_thread
 from ..pipelines.denoiser import check_pipeline, denoiser_names, schedulers_of, turn_at
 from .cut import cut
 from .deep_part import DeepPart, Kept
-from .made_for import differences, made_for
+from .made_for import OTHER_TIMES, differences, made_for, other_times
 from .step_clock import StepClock
 from .step_plan import StepPlan
 
@@ -97,6 +97,7 @@ class CachedModel:
                     f"the plan of cached steps is for {self.cache.plan.evaluations} evaluations, and the sampler has "
                     f"{len(self.clock.times)}; sample with as many, or make another plan."
                 )
+            self.cache.compare_times(self.clock.times)
             self._run, self._evaluation = self.clock.runs, -1
             for one in self.kept.values():
                 one.steps = []
@@ -117,6 +118,11 @@ class StepCache:
         self.plan, self.others = plan, others
         self.computed = self.reused = self.unplanned = self.most_bytes = 0
         self.uncompiled = False
+
+    def compare_times(self, times: Sequence[float]) -> None:
+        """Take note where a sampler has other times than those that the plan was made for."""
+        if OTHER_TIMES not in self.others and other_times(self.plan.times, times):
+            self.others.append(OTHER_TIMES)
 
     def __str__(self) -> str:
         lines = [

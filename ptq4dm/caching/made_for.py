@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,15 +10,17 @@ from torch import nn
 from ..files.claim import digest
 from ..layers.base import is_quantized
 
+OTHER_TIMES = "other times of the sampler (its shift may follow from the size of the picture)"
+NEAR = 1e-3  # of the largest time
 EITHER = {"quantized": None}  # a network, quantized or not
 
 
 def made_for(scheduler: Any, models: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The kinds and settings of a sampler and of networks, by name, in plain values."""
     networks = {
-        name: {**_kind(model), "quantized": any(map(is_quantized, model.modules()))} for name, model in models.items()
+        name: {**kind(model), "quantized": any(map(is_quantized, model.modules()))} for name, model in models.items()
     }
-    return {"scheduler": _kind(scheduler), "networks": networks}
+    return {"scheduler": kind(scheduler), "networks": networks}
 
 
 def differences(origin: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -39,7 +41,15 @@ def differences(origin: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _kind(one: Any) -> dict[str, Any]:
+def other_times(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether a sampler's times are others than those of a plan, but for how they were worked out; () are any."""
+    if len(before) != len(now):
+        return bool(before)
+    size = max(map(abs, before), default=0.0)
+    return any(abs(a - b) > NEAR * size for a, b in zip(before, now, strict=True))
+
+
+def kind(one: Any) -> dict[str, Any]:
     """A class, and a digest of its settings but for where they were read and by which version."""
     config = {key: value for key, value in getattr(one, "config", {}).items() if not key.startswith("_")}
     config.pop("quantization_config", None)

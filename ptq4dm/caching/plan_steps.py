@@ -80,13 +80,26 @@ def plan_cached_steps(
     conditioning, pipeline_kwargs: as in `ptq4dm.sample`.
 
     Raises:
-        UserError: as `cached_steps`; a network that is not itself when its own deep part is put in its place; or any
-            error of `sample`.
+        UserError: a share that is less than one evaluation; as `cached_steps`; a network that is not itself when its
+            own deep part is put in its place; or any error of `sample`.
     """
     config = config or StepPlanConfig()
     check_arguments(conditioning, pipeline_kwargs)
     check_steps(pipe, config.num_inference_steps)
+    if getattr(getattr(pipe, "scheduler", None), "order", 1) == 1:  # else the sampler has more evaluations than steps
+        computed_of(config.num_inference_steps, config.reuse)
     return measured(pipe, config, conditioning, pipeline_kwargs).plan(config.reuse, config.history)
+
+
+def computed_of(count: int, reuse: float) -> int:
+    """How many of `count` evaluations compute where this share reuses. Raises UserError where all of them do."""
+    computed = max(1, math.ceil(count * (1 - reuse) - 1e-9))
+    if computed == count:
+        raise UserError(
+            f"a share of {reuse:g} of {count} evaluation{'s' * (count != 1)} is less than one, so that nothing would "
+            "be reused; give a larger share or more steps."
+        )
+    return computed
 
 
 @dataclass
@@ -104,9 +117,9 @@ class Measured:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def plan(self, reuse: float, history: int) -> StepPlan:
-        """The plan for a share of evaluations that reuse. Raises UserError where the network has none that could."""
+        """The plan for a share of evaluations that reuse. Raises UserError where that is none, or none could."""
         count = len(self.times)
-        computed = max(1, math.ceil(count * (1 - reuse) - 1e-9))
+        computed = computed_of(count, reuse)
         costs = Costs(self.products, self.ends**2 * self.outputs)
         steps, total = best_steps(costs, computed, history, 2 * math.ceil(count / computed))
         if not steps:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..hooks import of_this_thread
 from ..pipelines.stepping import own_step
 
 PUSH = 1e-3  # of an output
@@ -42,7 +43,6 @@ class Ends:
         begun: Any = None  # the timesteps of a generation
         taken = 0
 
-        @wraps(step)
         def watched(*args: Any, **kwargs: Any) -> Any:
             nonlocal begun, taken
             count = len(scheduler.timesteps)
@@ -73,7 +73,7 @@ class Ends:
                 raise Finished
             return result
 
-        with own_step(scheduler, watched):
+        with own_step(scheduler, wraps(step)(of_this_thread(watched, step))):
             yield
 
     def moved(self) -> np.ndarray:

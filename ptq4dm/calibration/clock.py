@@ -7,7 +7,6 @@ Z-Image); schedulers count thousandths, shares, or logarithms of sigma (EDM). Wh
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..hooks import of_this_thread
 from ..pipelines.denoiser import schedulers_of
 from ..pipelines.stepping import own_step
 
@@ -141,21 +141,19 @@ def _grid(scheduler: Any) -> Tensor:
 class _Counted:
     """A scheduler's `step` that tells a track of each call; a copy of the scheduler gets one of its own.
 
-    Calls of other threads are not told. A method of the scheduler's class is looked up at each call: while a pipeline
-    samples, its schedulers are of a class that draws other noise.
+    Calls of other threads are not told, nor those within `unwatched`. A method of the scheduler's class is looked up
+    at each call: while a pipeline samples, its schedulers are of a class that draws other noise.
     """
 
     def __init__(self, scheduler: Any, step: Callable, before: Callable[[], None]) -> None:
-        self.scheduler, self.step, self.before = scheduler, step, before
-        self.owner = threading.get_ident()
+        self.scheduler, self.step, self.before = scheduler, step, of_this_thread(before)
         self.__signature__ = inspect.signature(step)  # pipelines look at it
         name, bound = getattr(step, "__name__", ""), getattr(step, "__self__", None) is scheduler
         own = bound and getattr(type(scheduler), name, None) is getattr(step, "__func__", step)
         self.method = name if own else ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == self.owner:
-            self.before()
+        self.before()
         step = getattr(type(self.scheduler), self.method).__get__(self.scheduler) if self.method else self.step
         return step(*args, **kwargs)
 

@@ -40,8 +40,8 @@ def check_optimize(args) -> None:
         raise UserError(
             "--reuse is for PyTorch's own forward, and --engine computes a network whole; give one of them."
         )
-    if args.reuse is not None and (share := _share(args.reuse)) is not None and not 0 <= share <= MOST_REUSE:
-        raise UserError(f"--reuse is a share of steps from 0 to {MOST_REUSE}, or a JSON file; got {args.reuse}.")
+    if args.reuse is not None and (share := _share(args.reuse)) is not None and not 0 < share <= MOST_REUSE:
+        raise UserError(f"--reuse is a share of steps above 0, up to {MOST_REUSE}, or a JSON file; got {args.reuse}.")
 
 
 def optimized(args, model, pipe) -> Optimized | None:

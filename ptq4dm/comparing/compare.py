@@ -57,8 +57,9 @@ def compare(
 
     Returns:
         {"full_precision", "sampler", "num_inference_steps", "seeds", "prompts", "dtype", "device", "models",
-        "not_measured", "warnings"}, as in comparison.json; "models" has a dict for each label, full precision first,
-        with "bytes" of the denoisers and "memory" of every network: name -> [bytes in full precision, bytes].
+        "settings", "not_measured", "warnings"}, as in comparison.json; "settings" is all that decides the figures but
+        for the models; "models" has a dict for each label, full precision first, with "bytes" of the denoisers and
+        "memory" of every network: name -> [bytes in full precision, bytes].
 
     Raises:
         UserError: no models, models that are not of one, images of other settings in `output`, or an overflow.
@@ -85,8 +86,9 @@ def compare(
         steps = check_steps(reference, config.num_inference_steps)
         with ExitStack() as stack:
             of = [one.model for one in (first, *others)]
-            stack.enter_context(claimed(folder, [of, _settings(reference, config, steps)]))
-            report = _report(reference, first, config, steps)
+            decided = _settings(reference, config, steps)
+            stack.enter_context(claimed(folder, [of, decided]))
+            report = {**_report(reference, first, config, steps), "settings": decided}
             judges = load_judges(config, denoiser(reference).device)
             stack.enter_context(unfinished(folder, folder / IMAGES))
             _draw(reference, first, folder, config, steps)

@@ -93,9 +93,10 @@ def evaluate(
             itself, e.g. {"reuse": {...}}; part of the settings of a call.
 
     Returns:
-        {"frechet", "paired", "prompts", "not_measured", "epsilon_error", "bytes", "memory", "step_time", "metadata",
-        "warnings"},
-        without what was left out; plain numbers and strings, as in report.json. `format_report` prints it.
+        {"frechet", "paired", "prompts", "not_measured", "epsilon_error", "bytes", "memory", "step_time", "settings",
+        "metadata", "warnings"}, without what was left out; plain numbers and strings, as in report.json.
+        "settings" is all that decides the figures: weights by a digest, the scheduler's config (tables and origin of
+        a fitted one), guidance, conditioning, what `config` says. `format_report` prints the figures.
 
     Raises:
         UserError: settings that measure nothing, samples with NaN or infinity, or a reference that does not fit.
@@ -120,6 +121,7 @@ def evaluate(
         stack.enter_context(turn_at(pipe, *([] if full_precision is None else [full_precision])))
         stack.enter_context(refusals(pipe, config.conditioning, config.pipeline_kwargs))
         report, shown = _measure(pipe, full_precision, config)
+        report["settings"] = _identity(pipe, full_precision, config, None)
         report |= {"metadata": metadata} if metadata else {}
         if show is not None and state.is_main_process:
             show(report)

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from ..checks import check, checked, seeds_of, shown, whole
+from ..checks import MOST, check, checked, seeds_of, shown, whole
 from ..errors import UserError
 from ..files.outside import reason
+from ..hooks import is_unwatched, unwatched
 from ..interrupts import one_interrupt, uninterrupted
 from ..progress import shown as bars_shown
 from .denoiser import check_sampled, class_count, denoiser, denoiser_names, device_of, evaluation_mode, turn_at
@@ -36,7 +37,7 @@ def default_steps(pipe, otherwise: int) -> int:
 
 def check_steps(pipe, num_inference_steps: int) -> int:
     """The steps. Raises UserError for none, for more than the model was trained with, or other than its one."""
-    num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST_STEPS, MOST_STEPS)
+    num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST, MOST_STEPS)
     if num_inference_steps < 1:
         raise UserError(f"sampling needs at least one step, not {num_inference_steps}.")
     if default_steps(pipe, num_inference_steps) != num_inference_steps:
@@ -188,6 +189,9 @@ def call_pipeline(
     check_arguments(conditioning, pipeline_kwargs)
     num_inference_steps = check_steps(pipe, num_inference_steps)
     pipeline_kwargs = dict(pipeline_kwargs or {})
+    compare = getattr(getattr(pipe, "scheduler", None), "compare_arguments", None)
+    if compare is not None and not is_unwatched():  # a schedule that was fitted with others says so
+        compare(pipe, pipeline_kwargs)
     interval = pipeline_kwargs.pop("guidance_interval", None)
     parameters = inspect.signature(pipe.__call__).parameters
     arguments = choose_conditioning(pipe, seeds, conditioning, pipeline_kwargs)
@@ -216,7 +220,7 @@ def call_pipeline(
         interval, few = check_interval(interval), seeds[:2]
         run = partial(call_pipeline, pipe, few, num_inference_steps=num_inference_steps, conditioning=conditioning)
         run = partial(run, pipeline_kwargs=pipeline_kwargs, bare=bare)
-        with turn_at(pipe):
+        with turn_at(pipe), unwatched():
             way = way_of(pipe, run, num_inference_steps, sorted(conditioning or ()), pipeline_kwargs, bare)
         within = guided_within(pipe, way, interval)
     with turn_at(pipe), not_while_loading(), one_interrupt(opened=False) as gate, _ready(pipe, progress), within:

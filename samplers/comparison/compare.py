@@ -6,6 +6,7 @@ the model, so a sampler that needs several a step takes fewer steps.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from ...files.places import make_parent
 from ...files.rows import Rows
 from ...options import option
 from ...pipelines.denoiser import class_count, denoiser, evaluation_mode
+from ...pipelines.pixel_dit import guided_prediction
 from ...pipelines.sampling import MOST_BATCH, MOST_STEPS
 from ...pipelines.stepping import model_input, noise_scale, set_steps
 from ...progress import progress_bar
@@ -55,33 +57,49 @@ ROW: dict[str, type | tuple[type, ...]] = {
 @named_options
 @dataclass
 class SamplerBench:
-    """Settings of a comparison: samplers, budgets of evaluations, images of each feature-FID (seeds from seed)."""
+    """Settings of a comparison: samplers, budgets of evaluations, images of each feature-FID (seeds from seed).
+
+    guidance_scale: of classifier-free guidance, for pipelines that take one; 1 is none.
+    """
 
     samplers: Sequence[str] = SAMPLERS
     evaluations: Sequence[int] = option((5, 6, 8, 10, 15, 20, 50), high=MOST_STEPS)
     num_images: int = option(1000, low=0, high=10_000_000)
     batch_size: int = option(100, low=0, high=MOST_BATCH)
     seed: int = option(0, low=0)
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self, "SamplerBench")
         check_seeds(self.seed, max(self.num_images, 1))
+        self.samplers, self.evaluations = (list(dict.fromkeys(some)) for some in (self.samplers, self.evaluations))
 
     def check(self, pipe, own: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Raises UserError for a name that is no sampler, figures that measure nothing, and latent or text models.
+        """Raises UserError for a name that is no sampler, budgets that a fitted schedule has no table for, figures
+        that measure nothing, and latent or text models.
 
-        own: schedulers by the names that stand for them here.
+        own: schedulers by the names that stand for them here; None for one that is still to be fitted.
         """
         if not is_benched(pipe):
             raise UserError(
                 "the bench compares samplers on 32x32 pixel models such as unet-cifar10 and dit-cifar10"
                 + ("; a schedule for this one is fitted in Python, by ptq4dm.samplers.fit(pipe)." if own else ".")
             )
+        if self.guidance_scale != 1 and "guidance_scale" not in inspect.signature(pipe.__call__).parameters:
+            raise UserError(f"{type(pipe).__name__} takes no guidance_scale; leave it out.")
         for name in self.samplers:
-            if name not in own:
-                make_sampler(name, pipe.scheduler.config)
+            scheduler = own[name] if name in own else make_sampler(name, pipe.scheduler.config)
+            known = getattr(scheduler, "fitted_for", self.evaluations)
+            if lacking := [n for n in self.evaluations if n not in known]:
+                raise UserError(
+                    f"{name} was fitted for {_listed(known)} evaluations, and not for {_listed(lacking)}."
+                )
         if self.num_images < 2 or self.batch_size < 1 or not self.evaluations or min(self.evaluations) < 1:
             raise UserError("the bench needs 2 images or more, a batch size and budgets of 1 or more.")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def is_benched(pipe) -> bool:
@@ -111,14 +129,22 @@ def set_budget(scheduler, evaluations: int, device) -> int:
 
 
 @torch.no_grad()
-def solve(model, scheduler, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """Noise [B,C,H,W] to images, in the noise's dtype, on the timesteps that are set."""
-    extra = {} if labels is None else {"class_labels": labels}
+def solve(
+    model, scheduler, noise: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float = 1.0
+) -> torch.Tensor:
+    """Noise [B,C,H,W] to images, in the noise's dtype, on the timesteps that are set.
+
+    guidance_scale: read where there are labels.
+    """
     x = noise * noise_scale(scheduler)
     for t in scheduler.timesteps:
         inputs = model_input(scheduler, x, t).to(model.dtype)
-        output = model(inputs, t.to(torch.float32).expand(len(x)), **extra).sample[:, : x.shape[1]]
-        x = scheduler.step(output.to(x.dtype), t, x).prev_sample
+        times = t.to(torch.float32).expand(len(x))
+        if labels is None:
+            output = model(inputs, times).sample
+        else:
+            output = guided_prediction(model, inputs, times, labels, guidance_scale)
+        x = scheduler.step(output[:, : x.shape[1]].to(x.dtype), t, x).prev_sample
     return x
 
 
@@ -139,6 +165,7 @@ def bench_samplers(
     """
     config.check(pipe, own)
     settings = {**settings, "num_images": config.num_images, "seed": config.seed, "metric": "feature-fid"}
+    settings |= {} if config.guidance_scale == 1 else {"guidance_scale": config.guidance_scale}
 
     def looked() -> tuple[Rows, list[tuple[str, int]]]:
         rows = Rows(output, settings, ROW)
@@ -171,7 +198,8 @@ def _measure(pipe, config: SamplerBench, todo: list[tuple[str, int]], rows: Rows
         for part in torch.arange(len(noise)).split(config.batch_size):
             set_budget(scheduler, budget, device)  # anew: some solvers remember their last steps
             given = None if labels is None else labels[part].to(device)
-            yield (solve(run, scheduler, noise[part].to(device), given) / 2 + 0.5).clamp(0, 1)
+            images = solve(run, scheduler, noise[part].to(device), given, config.guidance_scale)
+            yield (images / 2 + 0.5).clamp(0, 1)
 
     tuned = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32)
     with evaluation_mode(model), tuned, progress_bar(todo, desc="samplers", unit="row") as bar:

@@ -8,9 +8,21 @@ from pathlib import Path
 from ...calibration.plot import pyplot, save_figure
 from ...errors import UserError
 
+LEAST = 1000  # images from which samplers that start from the same noise are ranked
 
-def table(rows: list[dict]) -> str:
-    """A Markdown table: a line per sampler, a column per budget; the best of a column in bold.
+
+def few_images(number: int) -> str | None:
+    """What to say of figures of so many images, where they rank nothing."""
+    if number >= LEAST:
+        return None
+    return (
+        f"{number} images are fewer than {LEAST:,}: the feature-FID of so few is biased upwards and moves by chance, "
+        "so these figures do not say which sampler is better."
+    )
+
+
+def table(rows: list[dict], best: bool = True) -> str:
+    """A Markdown table: a line per sampler, a column per budget; with `best` the best of a column is in bold.
 
     A sampler that cannot use up a budget (Heun's method takes odd numbers) shows what it used in brackets.
     """
@@ -25,7 +37,7 @@ def table(rows: list[dict]) -> str:
         if row is None:
             return ""
         text = f"{row['feature_fid']:.2f}"
-        text = f"**{text}**" if row["feature_fid"] == lowest[budget] else text
+        text = f"**{text}**" if best and row["feature_fid"] == lowest[budget] else text
         return text if row["evaluations"] == budget else f"{text} ({row['evaluations']})"
 
     lines = ["| sampler | " + " | ".join(map(str, budgets)) + " |", "|---" * (len(budgets) + 1) + "|"]

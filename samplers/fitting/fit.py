@@ -15,6 +15,7 @@ from ...pipelines.denoiser import check_sampled
 from ...pipelines.sampling import check_arguments
 from ...progress import progress_bar
 from ..fitted import FittedScheduler
+from ..made_with import arguments_of
 from .grid import best_grid, inner_products
 from .teacher import teaching
 from .trajectories import Trajectories, record
@@ -82,6 +83,7 @@ def fit(
         teacher: the pipeline whose trajectories are followed, with the same parts and arguments: the full-precision
             one of a quantized `pipe`, say. None: `pipe` itself.
         conditioning, pipeline_kwargs: as in `ptq4dm.sample`, the same in every generation to come: guidance_scale...
+            The schedule's origin records them, and a note tells a use with others.
 
     Raises:
         UserError: a sampler that this model cannot take, arguments that its pipeline does not take, or a teacher
@@ -107,7 +109,8 @@ def fit(
         for evaluations in bar:
             grids = candidates(inner, evaluations, config.history)
             tables[str(evaluations)] = _best(pipe, followed, grids, seeds, options, facts, config)
-    return FittedScheduler(tables=tables, **facts)
+    origin = {"pipeline_kwargs": arguments_of(pipe, pipeline_kwargs), "shape": list(followed.shape)}
+    return FittedScheduler(tables=tables, origin=origin, **facts)
 
 
 def candidates(inner, evaluations: int, history: int) -> list[list[int]]:

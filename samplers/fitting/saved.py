@@ -13,35 +13,43 @@ from ...files.places import output_folder
 from ...pipelines.embedded import folder_of
 from ..catalog import FITTED, fitted_in
 from ..fitted import FittedScheduler
+from ..made_with import arguments_of
 from .fit import FitConfig, fit
 
 IN_PYTHON = "ptq4dm.samplers.fit(pipe, ...).save_pretrained(FOLDER)"
 
 
 def fitted_to(
-    pipe: Any, teacher: Any, config: FitConfig, folder: Path, settings: dict[str, Any]
+    pipe: Any,
+    teacher: Any,
+    config: FitConfig,
+    folder: Path,
+    settings: dict[str, Any],
+    pipeline_kwargs: dict[str, Any] | None = None,
 ) -> tuple[FittedScheduler, bool]:
     """The schedule in a folder, and whether it was there.
 
     Where there is none for these numbers of evaluations, it is fitted and written first.
 
     Args:
-        teacher: as in `fit`.
+        teacher, pipeline_kwargs: as in `fit`.
         settings: what decides it (model, dtype, teacher, what config says beside the evaluations).
 
     Raises:
         UserError: a damaged schedule in the folder, or one made with other settings; any error of `fit`.
     """
     file = folder / "scheduler_config.json"
-    with output_folder(folder), claimed(folder, settings):
+    wanted = {**settings, "pipeline_kwargs": arguments_of(pipe, pipeline_kwargs)}
+    with output_folder(folder), claimed(folder, wanted):
         if file.is_file():
             scheduler = fitted_in(folder, pipe.scheduler.config)
-            if scheduler.config.origin != settings:
+            origin = {"pipeline_kwargs": {}, **(scheduler.config.origin or {})}
+            if {name: value for name, value in origin.items() if name != "shape"} != wanted:
                 raise UserError(f"{folder} holds a schedule fitted with other settings; choose another --output.")
             if set(config.evaluations) <= set(scheduler.fitted_for):
                 return scheduler, True
-        found = fit(pipe, config, teacher=teacher)
-        scheduler = FittedScheduler.from_config(found.config, origin=settings)
+        found = fit(pipe, config, teacher=teacher, pipeline_kwargs=pipeline_kwargs)
+        scheduler = FittedScheduler.from_config(found.config, origin={**settings, **found.config.origin})
         with replacing(file) as temporary:
             temporary.write_text(scheduler.to_json_string())
     return scheduler, False

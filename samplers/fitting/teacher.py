@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...caching.made_for import kind
 from ...errors import UserError
+from ...pipelines.denoiser import denoiser
+from ...progress import note
 from ..catalog import make_sampler
-from ..translation import predicted
+from ..translation import FLOW_DEFAULTS, predicted
 from .trajectories import Finished, stepped_through
 
 
@@ -19,9 +22,10 @@ def facts_of(config: Mapping) -> dict[str, Any]:
 def teaching(
     sampler: str, pipe: Any, teacher: Any, steps: int, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """(the teacher's scheduler, what `facts_of` says of its model), where `pipe` can follow it.
+    """(the teacher's scheduler, what a schedule says of its model), where `pipe` can follow it.
 
-    Of another teacher than `pipe` one step of each is begun, up to where the shape of its sample is seen.
+    Of another teacher than `pipe` one step of each is begun, up to where the shape of its sample is seen. A note
+    tells where it is another network.
 
     Args:
         sampler: by its name. teacher: a pipeline. steps, options: as in `run`.
@@ -49,7 +53,13 @@ def teaching(
         its, mine = (sample_shape(one, scheduler, steps, options) for one in (teacher, pipe))
         if its != mine:
             raise UserError(f"the teacher's samples have shape {its} and the fitted model's {mine}; they must agree.")
-    return scheduler, facts
+        its, mine = (kind(denoiser(one)) for one in (teacher, pipe))
+        if its != mine:
+            fitted, other = mine["class"], its["class"]
+            other += " with other settings" if fitted == other else ""
+            note(f"the teacher's network is another ({other}) than the fitted {fitted}: its images are followed.")
+    shifts = {name: teacher.scheduler.config.get(name) for name in FLOW_DEFAULTS if name != "shift"}
+    return scheduler, {**facts, **{name: value for name, value in shifts.items() if value is not None}}
 
 
 def sample_shape(pipe: Any, scheduler: Any, steps: int, options: dict[str, Any]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...hooks import of_this_thread
 from ...interrupts import uninterrupted
 from ...pipelines.denoiser import turn_at
 from ...pipelines.sampling import call_pipeline, refusals
@@ -26,13 +27,15 @@ class Finished(Exception):
 @dataclass
 class Trajectories:
     """times [T], float; states [T + 1, K, D] from noise to the end; outputs [T, K, D] of the model at states[:T];
-    float32, on the pipeline's device. shape: that of one sample. sigmas [T + 1]: noise levels of a flow's states."""
+    float32, on the pipeline's device. shape: that of one sample. sigmas [T + 1]: noise levels of a flow's states.
+    dynamic: whether its shift follows from a mu, which its pipeline works out."""
 
     times: list[float]
     states: torch.Tensor
     outputs: torch.Tensor
     shape: tuple[int, ...]
     sigmas: list[float] | None = None
+    dynamic: bool = False
 
 
 @contextmanager
@@ -57,7 +60,6 @@ def run(pipe: Any, scheduler: Any, seeds: Sequence[int], steps: int, options: di
     """
     step, taken = scheduler.step, 0
 
-    @wraps(step)
     def watched(model_output, timestep, sample, *args, return_dict=True, **kwargs):
         nonlocal taken
         result = step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
@@ -77,7 +79,8 @@ def stepped_through(
 
     Raises UserError where the pipeline does not take the options.
     """
-    with sampled_by(pipe, scheduler), own_step(scheduler, step), suppress(Finished), refusals(pipe, **options):
+    own = wraps(scheduler.step)(of_this_thread(step, scheduler.step))
+    with sampled_by(pipe, scheduler), own_step(scheduler, own), suppress(Finished), refusals(pipe, **options):
         call_pipeline(pipe, seeds, num_inference_steps=steps, **options)
 
 
@@ -105,4 +108,5 @@ def record(
         outputs.append(torch.stack(answers))
     levels = getattr(scheduler, "sigmas", None) if predicted(scheduler.config) == FLOW else None
     sigmas = None if levels is None else levels.tolist()
-    return Trajectories(times, torch.cat(states, 1), torch.cat(outputs, 1), shape[0], sigmas)
+    dynamic = bool(scheduler.config.get("use_dynamic_shifting"))
+    return Trajectories(times, torch.cat(states, 1), torch.cat(outputs, 1), shape[0], sigmas, dynamic)

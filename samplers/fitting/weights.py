@@ -29,9 +29,13 @@ class Fitting(FittedScheduler):
         self.levels = None if teacher.sigmas is None else [teacher.sigmas[place] for place in places]
         self.targets = [teacher.states[place] for place in places[1:]]
         self.rows, self.history, self.jitter = rows, history, jitter
+        self.dynamic, self.given = teacher.dynamic, {}
 
     def _table(self, steps: int) -> tuple[Sequence[float], list[Row], Sequence[float] | None]:
         return self.times, [], self.levels
+
+    def _look_at(self, steps: int, given: dict[str, Any]) -> None:
+        self.given = {name: value for name, value in given.items() if name != "mu" or self.dynamic}
 
     def _kept(self, index: int) -> int:
         return min(index, self.history - 1)
@@ -84,4 +88,6 @@ def fit_weights(
     }
     if scheduler.levels is not None:
         table["sigmas"] = scheduler.levels
+    if scheduler.given:
+        table["given"] = scheduler.given
     return table, ends[-1].float().flatten(1)

@@ -27,7 +27,8 @@ Step = tuple[float, float]
 MULTISTEP = ("t_ab", "rho_ab", "ipndm", "log_rho")
 
 # Explicit Runge-Kutta methods by (nodes c, rows of A, weights b).
-RUNGE_KUTTA = {
+Tableau = tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
+RUNGE_KUTTA: dict[str, Tableau] = {
     "1euler": ((0,), ((),), (1,)),
     "2heun": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
     "3kutta": ((0, 1 / 2, 1), ((), (1 / 2,), (-1, 2)), (1 / 6, 2 / 3, 1 / 6)),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .coefficients import RUNGE_KUTTA
+from .coefficients import RUNGE_KUTTA, Tableau
 from .paths import Schedule
 
 
@@ -70,15 +70,13 @@ def runge_kutta(
         levels: in which the method integrates: rho, or sigma of a flow; float64 [n + 1].
         time: of the stages that lie between.
         starts: times of the levels.
-        ends_inside: a last step to level 0 has stages, too, where none of them is at its end.
+        ends_inside: a last step to level 0 has stages, too, those of `inside`; otherwise it is Euler's.
     """
     nodes, matrix, final = RUNGE_KUTTA[method]
     all_times, rows = [], []
     for i, (start, end) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-        if end == 0.0 and not (ends_inside and nodes[-1] < 1):  # no stage where no noise is left: one Euler step
-            all_times.append(starts[i])
-            rows.append(row(start, start, end, True, [np.array([end - start])]))
-            break
+        if end == 0.0:  # no stage where no noise is left
+            nodes, matrix, final = inside(method) if ends_inside else RUNGE_KUTTA["1euler"]
         h, stages = end - start, [start + c * (end - start) for c in nodes]
         stage_times = [starts[i], *time(np.array(stages[1:]))]
         for s, (at, t) in enumerate(zip(stages, stage_times, strict=True)):
@@ -87,6 +85,16 @@ def runge_kutta(
             all_times.append(float(t))
             rows.append(row(at, start, target, s == 0, [h * weights[::-1]]))
     return all_times, rows
+
+
+def inside(method: str) -> Tableau:
+    """The stages of one step of a method, or, where it has one at the end of its step, of another that has none.
+
+    One step alone may be of one order less than the others and leaves theirs to the whole: so Heun's of order 3 takes
+    the place of Kutta's and of the classical one of order 4, and Euler's that of Heun's of order 2, as in diffusers.
+    """
+    nodes = RUNGE_KUTTA[method][0]
+    return RUNGE_KUTTA[method if nodes[-1] < 1 else "3heun" if len(nodes) > 2 else "1euler"]
 
 
 def row_in_rho(schedule: Schedule) -> Row:

@@ -17,6 +17,7 @@ from ...errors import UserError
 from .grids import EVEN_IN_NOISE, POWERS, between
 
 SHIFTS = ("exponential", "linear")
+MOST_MU = 100  # some pipelines' is 3 at most; e^100 is 1e43
 FLOW_GRIDS = (*POWERS, *EVEN_IN_NOISE)
 
 
@@ -41,9 +42,13 @@ class FlowLaw:
             grid: of EVEN_IN_NOISE: laid out anew; any other: left as they are.
 
         Raises:
-            UserError: mu is missing where the shift depends on it, or does not keep levels between 0 and 1.
+            UserError: mu is missing where the shift depends on it, or makes none; a shift that makes levels equal.
         """
-        sigmas = shifted(even, self.by(mu))
+        k = self.by(mu)
+        sigmas = shifted(even, k)
+        if not (np.isfinite(sigmas).all() and (np.diff(sigmas) < 0).all() and sigmas[-1] > 0):
+            cause = f"mu {mu:g}" if self.dynamic else f"shift {k:g}"
+            raise UserError(f"{cause} moves noise levels to one place, so that no step is left; take another.")
         if self.terminal and len(sigmas) > 1:
             sigmas = 1 - (1 - sigmas) * (1 - self.terminal) / (1 - sigmas[-1])
         return between(grid, sigmas[0], sigmas[-1], len(sigmas)) if grid in EVEN_IN_NOISE else sigmas
@@ -57,10 +62,15 @@ class FlowLaw:
                 "this model's shift depends on the picture's size (use_dynamic_shifting): pass mu to set_timesteps, "
                 "as its pipeline does, or make the scheduler with use_dynamic_shifting=False and a shift."
             )
-        k = math.exp(mu) if self.kind == "exponential" else mu
-        if not k > 0:
+        if self.kind == "exponential":
+            if abs(mu) > MOST_MU:
+                raise UserError(
+                    f"mu, whose exponential is the shift, must be from -{MOST_MU} to {MOST_MU}; got {mu:g}."
+                )
+            return math.exp(mu)
+        if not mu > 0:
             raise UserError(f"with time_shift_type '{self.kind}' mu must be above 0; got {mu:g}.")
-        return k
+        return mu
 
     def of_diffusers(self, steps: int) -> np.ndarray:
         """The levels [steps] that FlowMatchEulerDiscreteScheduler starts from where it is given none."""
@@ -69,7 +79,8 @@ class FlowLaw:
 
 
 def shifted(sigmas: np.ndarray, k: float) -> np.ndarray:
-    return k * sigmas / (1 + (k - 1) * sigmas)
+    with np.errstate(all="ignore"):  # `levels` looks at what comes of it
+        return k * sigmas / (1 + (k - 1) * sigmas)
 
 
 def even_levels(grid: str, steps: int) -> np.ndarray:

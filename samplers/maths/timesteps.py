@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from ...errors import UserError
 from .evaluations import Evaluation
+
+
+def single(timestep):
+    """The one time that is meant: of a tensor that was expanded over a batch its first entry, a view.
+
+    Raises UserError for a tensor of several entries: all samples are moved at one time.
+    """
+    if not isinstance(timestep, torch.Tensor) or timestep.numel() == 1:
+        return timestep
+    if not timestep.numel() or any(s for s, n in zip(timestep.stride(), timestep.shape, strict=True) if n > 1):
+        raise UserError(f"step moves all samples at one time: give it one timestep, not {timestep.numel()}.")
+    return timestep[(0,) * timestep.ndim]
 
 
 def own_index(timestep, timesteps: torch.Tensor) -> int | None:

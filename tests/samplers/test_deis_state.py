@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptq4dm.errors import UserError
-from ptq4dm.samplers import DDIMScheduler, DEISScheduler
+from ptq4dm.samplers import DDIMScheduler, DEISScheduler, FittedScheduler
 
 SCHEDULERS = {
     "t_ab": {"solver": "t_ab", "order": 3},
@@ -297,3 +297,51 @@ def test_step_needs_set_timesteps_first():
 def test_an_output_of_another_shape(scheduler):
     with pytest.raises(UserError, match=r"\(1, 9, 4, 4\), the sample \(1, 3, 4, 4\).*learned variance"):
         scheduler.step(torch.zeros(1, 9, 4, 4), scheduler.timesteps[0], torch.zeros(1, 3, 4, 4))
+
+
+TABLES = {
+    "3": {"timesteps": [900, 500, 100], "scale": [1.0, 0.9, 0.8], "weights": [[-0.1], [-0.2, 0.1], [-0.3, 0.2]]}
+}
+
+
+@pytest.mark.parametrize("make", [DEISScheduler, DDIMScheduler, lambda: FittedScheduler(tables=TABLES)])
+def test_one_time_for_all_samples(make):
+    """As one number a sample, expanded, it is that; several are told."""
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    results = []
+    for batched in (False, True):
+        scheduler = make()
+        scheduler.set_timesteps(3)
+        t = scheduler.timesteps[0]
+        results.append(scheduler.step(x, t.expand(2) if batched else t, x).prev_sample)
+    assert torch.equal(*results)
+    for several in (t.repeat(2), scheduler.timesteps[:2], torch.empty(0)):
+        with pytest.raises(UserError, match="step moves all samples at one time: give it one timestep, not"):
+            scheduler.step(x, several, x)
+
+
+def test_a_fitted_schedule_takes_its_first_time_or_the_next_alone():
+    """A number is taken for the nearest: what a copy in bfloat16 is rounded to."""
+    scheduler, x = FittedScheduler(tables=TABLES), torch.zeros(1, 3, 4, 4)
+    scheduler.set_timesteps(3)
+    with pytest.raises(UserError, match="begins at its first timestep"):
+        scheduler.step(x, 123.4, x)
+    x = scheduler.step(x, 904.0, x).prev_sample
+    with pytest.raises(UserError, match="begins at its first timestep"):
+        scheduler.step(x, 100, x)
+    x = scheduler.step(x, torch.tensor(496.0), x).prev_sample
+    x = scheduler.step(x, 100, x).prev_sample
+    with pytest.raises(UserError, match="begins at its first timestep"):
+        scheduler.step(x, 123.4, x)  # after a finished generation, too
+
+
+@pytest.mark.parametrize("make", [DEISScheduler, DDIMScheduler, lambda: FittedScheduler(tables=TABLES)])
+def test_bounds_that_nobody_means_are_not_told(make):
+    with pytest.raises(UserError, match="must be a whole number of at most 1000000; got 2.5"):
+        make().set_timesteps(2.5)
+
+
+def test_a_nan_in_a_table_is_shown():
+    for name, value in (("scale", [1.0, 0.9, float("nan")]), ("weights", [[-0.1], [float("-inf"), 0.1], [0.2, 0.1]])):
+        with pytest.raises(UserError, match=f"{name} must be .*, not NaN or infinity; got .*(nan|-inf)"):
+            FittedScheduler(tables={"3": {**TABLES["3"], name: value}})

@@ -60,6 +60,31 @@ def test_ahead_of_diffusers_on_gaussian_data(options):
         assert ours < error(make_sampler("diffusers/dpm++2m", theirs.config))
 
 
+def mixture():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(5, 16, generator=generator, dtype=torch.float64) * 0.7
+    covs = 0.2 * torch.eye(16, dtype=torch.float64).expand(5, 16, 16)
+    return analytic.Mixture(means, torch.full((5,), 0.2, dtype=torch.float64), covs)
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_the_default_is_its_named_order_and_ahead_of_the_one_below(schedule):
+    """`t_ab2/edm` on EDM's own grid: bounds on cancelling weights are for grids that a user brings in."""
+    config = EULER(sigma_schedule=schedule).config
+    problem, x = mixture(), analytic.noise(32) * 80.0
+
+    def ends(steps, **options):
+        return solve(DEISScheduler.from_config(config, **options), problem, x, steps, config)
+
+    exact = ends(400, order=3)
+    for steps in (8, 10, 20):
+        default, below = (analytic.rms(ends(steps, **more) - exact) for more in ({}, {"order": 1}))
+        assert default < 0.75 * below
+        assert torch.equal(ends(steps), ends(steps, order=2))
+    grid = {"karras": "edm", "exponential": "log"}[schedule]
+    assert torch.equal(ends(10), solve(make_sampler(f"t_ab2/{grid}", config), problem, x, 10, config))
+
+
 def test_runge_kutta_and_levels_of_ones_own():
     config = EULER(sigma_max=40.0, sigma_min=0.01).config
     problem, x = analytic.gaussian(), analytic.noise(16) * 40.0

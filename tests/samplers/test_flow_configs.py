@@ -1,5 +1,7 @@
 """Configs of flow-matching and EDM schedulers, as diffusers' pipelines have them: taken as they are meant."""
 
+import math
+
 import diffusers
 import numpy as np
 import pytest
@@ -211,3 +213,23 @@ def test_align_your_steps():
             ours.set_timesteps(timesteps=wrong)
     with pytest.raises(UserError, match="sigmas are of flow-matching and EDM models"):
         ours.set_timesteps(sigmas=[1.0, 0.5])
+
+
+@pytest.mark.parametrize("mu", [1000.0, -1000.0, 1e300, 60.0, -60.0])
+def test_a_mu_that_leaves_no_levels_is_told(mu):
+    """The exponential of mu is the shift: of -1 it is 0.37, and right."""
+    config = EULER(use_dynamic_shifting=True).config
+    ours = DEISScheduler.from_config(config)
+    with pytest.raises(UserError, match="must be from -100 to 100|moves noise levels to one place"):
+        ours.set_timesteps(4, mu=mu)
+    ours.set_timesteps(4, mu=-1.0)
+    assert float(ours.sigmas[1]) == pytest.approx(0.75 / (0.75 + 0.25 * math.e))
+    with pytest.raises(UserError, match="'linear' mu must be above 0; got -1"):
+        DEISScheduler.from_config({**config, "time_shift_type": "linear"}).set_timesteps(4, mu=-1.0)
+
+
+@pytest.mark.parametrize("shift", [1e300, 1e-300])
+def test_a_shift_that_leaves_no_levels_is_told(shift):
+    ours = DEISScheduler.from_config(EULER(shift=2.0).config, shift=shift)
+    with pytest.raises(UserError, match="moves noise levels to one place"):
+        ours.set_timesteps(4)

@@ -69,10 +69,11 @@ def test_order_1_and_above_converge_at_least_at_order_2(error, options, integran
 
 @pytest.mark.parametrize("method", RUNGE_KUTTA)
 def test_runge_kutta_has_its_classical_order(error, method):
-    """A method with a stage at the end of its step takes Euler's for the last, to clean data."""
-    last = 2 if method in ("2heun", "3kutta", "4rk") else CLASSICAL[method]
-    observed = observed_order(error, 80, solver="rho_rk", rk_method=method)
-    assert observed > min(last, CLASSICAL[method]) - 0.35
+    """Also those with a stage at the end of a step, where the last one ends at clean data."""
+    ends = RUNGE_KUTTA[method][0][-1] == 1
+    steps = 160 if ends else 80  # until one step resolves the narrowest direction of the data
+    observed = observed_order(error, steps, solver="rho_rk", rk_method=method)
+    assert observed > CLASSICAL[method] - 0.35
 
 
 def test_log_rho_is_of_order_1_at_least_and_falls(error):

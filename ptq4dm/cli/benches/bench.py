@@ -13,10 +13,12 @@ from ...files.places import file_place
 from ...kernels.runtime.settings import tuned_file
 from ...pipelines.denoiser import denoiser
 from ...pipelines.load import EMBEDDED
-from ...samplers.comparison.compare import SamplerBench, bench_samplers, usual_samplers
-from ...samplers.comparison.table import plot_rows, table
+from ...quantization.saving import original_of
+from ...samplers.catalog import FITTED
+from ...samplers.comparison.compare import SamplerBench, bench_samplers, is_benched, usual_samplers
+from ...samplers.comparison.table import few_images, plot_rows, table
 from ...samplers.fitting.fit import FitConfig
-from ...samplers.fitting.saved import fitted_to
+from ...samplers.fitting.saved import fitted_beside, fitted_to
 from ..flags import add_flags, flag_of, given, options_of
 from ..options import EXAMPLE, add_conditioning, add_model, conditioning_of, device_of, load, one_process
 from ..output import result, say
@@ -40,7 +42,8 @@ def run(args) -> None:
 
 def _add_samplers(parser) -> None:
     add_model(parser)
-    text = "as for --sampler of generate; the usual ones that the model takes otherwise"
+    text = "as for --sampler of generate; the usual ones that the model takes otherwise. `fitted` is the schedule "
+    text += "beside the model, with --fit the one that is fitted here"
     parser.add_argument("--samplers", nargs="+", metavar="NAME", help=text)
     usual = " ".join(map(str, SamplerBench.evaluations))
     few = " ".join(map(str, FitConfig.evaluations))
@@ -48,6 +51,8 @@ def _add_samplers(parser) -> None:
     parser.add_argument("--num-images", type=int, default=SamplerBench.num_images)
     parser.add_argument("--batch-size", type=int, default=SamplerBench.batch_size)
     parser.add_argument("--seed", type=int, default=SamplerBench.seed)
+    text = "of classifier-free guidance, of all rows, and with --fit of the fit; for models that take one (1: none)"
+    parser.add_argument("--guidance-scale", type=float, default=SamplerBench.guidance_scale, help=text)
     text = "fit a schedule to the model, a row 'fitted', and write it into OUTPUT/fitted, which --sampler takes then"
     parser.add_argument("--fit", action="store_true", help=text)
     text = "of --fit: the model that is followed, such as the full-precision one of a quantized --model; itself"
@@ -62,7 +67,9 @@ def _run_samplers(args) -> None:
     named = {name: getattr(args, name) for name in ("samplers", "evaluations") if getattr(args, name)}
     if args.fit:
         named.setdefault("evaluations", FitConfig.evaluations)
-    config = SamplerBench(num_images=args.num_images, batch_size=args.batch_size, seed=args.seed, **named)
+    for name in ("num_images", "batch_size", "seed", "guidance_scale"):
+        named[name] = getattr(args, name)
+    config = SamplerBench(**named)
     output = Path(args.output) / "samplers.json"
     file_place(output, ".json")
     sizes = given(args, FitConfig)
@@ -74,23 +81,33 @@ def _run_samplers(args) -> None:
     own = {}
     if not args.samplers:
         config.samplers = usual_samplers(pipe.scheduler.config)
+    if FITTED in config.samplers and not args.fit:  # by its folder: OUTPUT may have rows of one that was fitted there
+        beside = str(
+            fitted_beside([name for name in (args.model, original_of(args.model)) if name], is_benched(pipe))
+        )
+        config.samplers = [beside if name == FITTED else name for name in config.samplers]
     if args.fit:
-        config.samplers = ["fitted", *config.samplers]
-        config.check(pipe, {"fitted": None})
+        config.samplers = list(dict.fromkeys([FITTED, *config.samplers]))
+        config.check(pipe, {FITTED: None})
         origin = {**settings, "teacher": str(args.teacher or args.model)}  # of the schedule, not of the other rows
         origin |= {name: getattr(fitting, name) for name in options_of(FitConfig)}
         teacher = load(args, args.teacher) if args.teacher else None
         folder = output.parent / "fitted"
-        own["fitted"], before = fitted_to(pipe, teacher, fitting, folder, origin)
+        arguments = None if config.guidance_scale == 1 else {"guidance_scale": config.guidance_scale}
+        own[FITTED], before = fitted_to(pipe, teacher, fitting, folder, origin, arguments)
         if before:
             say(f"fitted before, and taken as it is: {folder}")
     if output.is_file():
         say(f"goes on with {output}: the figures it has are not measured again")
     rows = bench_samplers(pipe, config, output, settings, own)
-    say(f"feature-FID of {args.model}, {args.num_images} images, by evaluations of the model")
-    say(table(rows))
-    say(f"figures: {output}")
-    result(**settings, num_images=args.num_images, rows=rows, figures=output)
+    few = few_images(config.num_images)
+    guided = "" if config.guidance_scale == 1 else f", guidance scale {config.guidance_scale:g}"
+    say(f"feature-FID of {args.model}, {args.num_images} images{guided}, by evaluations of the model")
+    say(table(rows, best=few is None))
+    say(f"figures: {output}" if few is None else f"warning: {few}\nfigures: {output}")
+    warnings = [] if few is None else [few]
+    facts = {"num_images": config.num_images, "guidance_scale": config.guidance_scale, "warnings": warnings}
+    result(**settings, **facts, rows=rows, figures=output)
     if plot_rows(str(args.model), rows, output.with_suffix(".png")):
         say(f"picture: {output.with_suffix('.png')}")
         result(picture=output.with_suffix(".png"))

@@ -62,6 +62,15 @@ def called(model, t=500):
     return model(noise(), torch.full((2,), t), class_labels=labels).sample
 
 
+def test_a_look_at_how_it_guides_is_no_first_call():
+    """It calls the network for other rows, and other steps, than the generation does."""
+    pipe, asked = pipeline(), {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.7)}
+    report = ptq4dm.quantize(pipe, config(num_calls=5))
+    ptq4dm.sample(pipe, [0, 1, 2], num_inference_steps=4, pipeline_kwargs=asked)
+    assert "(4 of 5 made)" in report.table()
+    report.cancel()
+
+
 def test_the_first_calls_of_a_pipeline_quantize_it_and_it_goes_on():
     pipe, by_hand = pipeline(), pipeline()
     report = ptq4dm.quantize(pipe, config())

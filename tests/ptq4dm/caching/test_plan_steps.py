@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -209,4 +210,24 @@ def test_wrong_plans_are_refused_in_one_sentence():
     with pytest.raises(UserError, match="reuse"):
         StepPlanConfig(reuse=0.95)
     with pytest.raises(UserError, match="can be cut at a depth"):
-        ptq4dm.plan_cached_steps(pipe, StepPlanConfig(depth=50, num_inference_steps=2))
+        ptq4dm.plan_cached_steps(pipe, StepPlanConfig(depth=50, num_inference_steps=3))
+
+
+@pytest.mark.parametrize(("steps", "reuse"), [(20, 0.0), (1, 0.5), (4, 0.2)])
+def test_a_share_of_no_evaluation_is_refused_before_any_work(steps, reuse):
+    pipe = diffusers.DDPMPipeline(models.unet(), DEISScheduler())
+    pipe.unet.forward = None  # nothing is called
+    with pytest.raises(UserError, match="is less than one, so that nothing would be reused"):
+        ptq4dm.plan_cached_steps(pipe, StepPlanConfig(num_inference_steps=steps, reuse=reuse))
+
+
+def test_a_sampler_with_other_times_is_told():
+    """A shift that follows from the size of the picture moves them, whereas the scheduler's config is the same."""
+    pipe = ptq4dm.PixelDiTPipeline(models.pixel_dit(num_layers=3), DEISScheduler(solver="t_ab", order=0))
+    plan = ptq4dm.plan_cached_steps(pipe, StepPlanConfig(num_inference_steps=4, reuse=0.25, num_samples=2))
+    other = replace(plan, times=tuple(0.9 * t for t in plan.times))
+    for one, told in ((plan, False), (other, True), (replace(plan, times=()), False)):
+        with ptq4dm.cached_steps(pipe, one) as cache:
+            for _ in range(2):
+                ptq4dm.sample(pipe, [0], num_inference_steps=4)
+        assert (str(cache).count("other times of the sampler") == 1) is told

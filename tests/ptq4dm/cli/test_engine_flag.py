@@ -62,7 +62,8 @@ WRONG = {
     "--engine openvino --reuse 0.4": "--reuse is for PyTorch's own forward",
     "--engine openvino --optimize": "leave it out with --engine",
     "--engine openvin": "engine 'openvin' is unknown",
-    "--reuse 7": "--reuse is a share of steps from 0 to",
+    "--reuse 7": "--reuse is a share of steps above 0, up to 0.9",
+    "--reuse 0": "--reuse is a share of steps above 0, up to 0.9",
 }
 
 

@@ -29,7 +29,9 @@ from ptq4dm.evaluation.published import directions
 from ptq4dm.evaluation.report import check_places, format_report
 from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.images import save_png, to_uint8
+from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.pipelines.sampling import sample
+from ptq4dm.samplers import FittedScheduler
 from two_processes import two_ranks
 
 SMALL = {"num_images": 6, "num_inference_steps": 2, "batch_size": 4, "num_paired": 3, "num_heldout": 6}
@@ -72,7 +74,8 @@ def test_a_pipeline_and_its_saved_pictures_give_the_same_figure(tmp_path):
         "seed": 0,
         "num_inference_steps": 2,
     }
-    assert set(report) == {"frechet", "bytes", "memory", "networks", "sampler", "num_inference_steps", "warnings"}
+    told = {"frechet", "bytes", "memory", "networks", "sampler", "num_inference_steps", "settings", "warnings"}
+    assert set(report) == told
     assert report["networks"] == {"quantized": [], "full_precision": ["unet"]}
     assert "biased upwards" in report["warnings"][0] and "biased upwards" in format_report(report)
     # Against themselves they are at no distance; folder against folder and against the folder's npz agree.
@@ -161,8 +164,25 @@ def test_half_as_many_bytes_are_counted():
         "networks",
         "sampler",
         "num_inference_steps",
+        "settings",
         "warnings",
     }
+
+
+def test_whatever_changes_the_images_stands_in_the_report(tmp_path):
+    """Two runs of another guidance, classes or schedule are told apart by their reports alone."""
+    table = {"timesteps": [900, 500], "scale": [1.0, 0.9], "weights": [[-0.1], [-0.2, 0.1]]}
+    scheduler = FittedScheduler(tables={"2": table}, origin={"model": "mine"})
+    pipe = PixelDiTPipeline(models.pixel_dit(sample_size=32), scheduler)
+    small = {"num_images": 2, "num_paired": 0, "num_heldout": 0, "timed_steps": 0, "num_inference_steps": 2}
+    guided = {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8)}
+    config = EvaluateConfig(**small, pipeline_kwargs=guided, conditioning={"class_labels": [3, 4]})
+    report = evaluate(pipe, config=config, output=tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    found = report["settings"]
+    assert found["pipeline_kwargs"] == {"guidance_scale": 2.0, "guidance_interval": [0.2, 0.8]}
+    assert found["conditioning"] == {"class_labels": [3, 4]} and found["dtype"] == "float32"
+    assert found["scheduler"]["tables"]["2"] == table and found["scheduler"]["origin"] == {"model": "mine"}
 
 
 def test_nan_in_samples_is_an_error_that_names_the_seeds():

@@ -8,12 +8,14 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import ptq4dm
 from models import pixel_dit
+from ptq4dm.caching.step_plan import plain_plan
 from ptq4dm.cli.main import main
 from ptq4dm.errors import UserError
-from ptq4dm.hooks import hooked
 from ptq4dm.pipelines.denoiser import denoiser_names
+from ptq4dm.pipelines.guidance import LOOKS
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.pipelines.sampling import call_pipeline
+from ptq4dm.samplers import FitConfig, fit
 
 # The condition in the second half of the rows, in the first (DiT), turned around (Lumina), in a second call
 # (Flux, Wan), rescaled (Lumina2), of two denoisers, with noise in each step (HunyuanDiT).
@@ -64,25 +66,60 @@ def test_is_the_recursion_with_guidance_in_the_interval_alone(one_thread):
 def test_outside_of_the_interval_half_of_the_rows_are_computed(one_thread):
     pipe, rows = tiny(DDIMScheduler()), []
 
-    def count(module, args, kwargs):
+    def count(module, args):
         rows.append(len(args[0]))
 
     kwargs = {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.7)}
-    with hooked(pipe.transformer, {"pos_embed.proj": count}):
-        ptq4dm.sample(pipe, range(4), num_inference_steps=5, pipeline_kwargs=kwargs)
+    pipe.transformer.pos_embed.proj.register_forward_pre_hook(count)  # torch's own sees the look, too
+    ptq4dm.sample(pipe, range(4), num_inference_steps=5, pipeline_kwargs=kwargs)
     # A look at two images, with guidance, then without and with; then the run: times 0.8, 0.6, 0.4, 0.2 and 0.
     assert rows == [4, 2, 4, 4, 8, 8, 4, 4]
     rows.clear()  # another batch needs no look; other arguments do, and another scheduler
-    with hooked(pipe.transformer, {"pos_embed.proj": count}):
-        ptq4dm.sample(pipe, range(2), num_inference_steps=5, pipeline_kwargs=kwargs)
-        assert rows == [2, 4, 4, 2, 2]
-        for change in ("arguments", "scheduler", "nothing"):
-            rows.clear()
-            if change == "scheduler":
-                pipe.scheduler = DDIMScheduler(timestep_spacing="trailing")
-            more = kwargs | {"guidance_scale": 3.0}
-            ptq4dm.sample(pipe, range(2), num_inference_steps=5, pipeline_kwargs=more)
-            assert len(rows) == (5 if change == "nothing" else 8)
+    ptq4dm.sample(pipe, range(2), num_inference_steps=5, pipeline_kwargs=kwargs)
+    assert rows == [2, 4, 4, 2, 2]
+    for change in ("arguments", "scheduler", "nothing"):
+        rows.clear()
+        if change == "scheduler":
+            pipe.scheduler = DDIMScheduler(timestep_spacing="trailing")
+        more = kwargs | {"guidance_scale": 3.0}
+        ptq4dm.sample(pipe, range(2), num_inference_steps=5, pipeline_kwargs=more)
+        assert len(rows) == (5 if change == "nothing" else 8)
+
+
+@pytest.mark.parametrize("watcher", ["collect", "record", "fit", "cached_steps", "plan_cached_steps"])
+def test_the_look_is_no_generation_to_who_watches(watcher, one_thread):
+    """What is recorded, fitted or planned is the same whether the pipeline had been looked at before or not."""
+    options = {"pipeline_kwargs": {"guidance_scale": 2.0, "guidance_interval": (0.3, 0.7)}}
+
+    def watched(pipe):
+        if watcher == "collect":  # all in one batch, so that the first generation is the one that is recorded
+            config = ptq4dm.CalibrationConfig(num_samples=8, num_inference_steps=5, batch_size=8)
+            calls = ptq4dm.collect(pipe, config, **options).recorded()
+            assert len(calls) == 16  # two rows a seed
+            return [calls.time]
+        if watcher == "record":
+            with ptq4dm.record(pipe.transformer) as calls:
+                ptq4dm.sample(pipe, range(3), num_inference_steps=5, **options)
+            assert len(calls) == 5
+            return [calls.time]
+        if watcher == "fit":
+            table = fit(
+                pipe, FitConfig(evaluations=[2], num_trajectories=4, teacher_steps=5), **options
+            ).config.tables
+            return [torch.tensor(table["2"]["scale"]), torch.tensor(table["2"]["timesteps"])]
+        if watcher == "cached_steps":
+            with ptq4dm.cached_steps(pipe, plain_plan(5, [0, 1, 3], 0)) as cache:
+                images = ptq4dm.sample(pipe, range(3), num_inference_steps=5, **options)
+            assert cache.computed + cache.reused == 5
+            return [images]
+        config = ptq4dm.StepPlanConfig(num_inference_steps=8, reuse=0.25, num_samples=2)
+        plan = ptq4dm.plan_cached_steps(pipe, config, **options)
+        return [torch.tensor(plan.times), torch.tensor(plan.computed), torch.tensor(plan.error)]
+
+    pipe = PixelDiTPipeline(pixel_dit(num_layers=3), DDIMScheduler())
+    LOOKS.clear()
+    first, second = watched(pipe), watched(pipe)
+    assert LOOKS and all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -166,15 +166,17 @@ def ways(bench: Callable[[], Bench], args: argparse.Namespace) -> dict[tuple[str
             each["each_fid"] = [row["feature_fid"] for row in rows]
         return {**rows[0], **middle, "steps": [row["steps"] for row in rows], **each}
 
+    def chosen(depth: int, count: int, history: int) -> StepPlan:
+        if count == args.evaluations:  # a plan of nothing to reuse is refused; here it is the whole, by the same way
+            return bench().measured(depth).with_steps(tuple(range(count)), history)
+        return bench().measured(depth).plan(1 - count / args.evaluations, history)
+
     for depth in args.depths:
         at = f", depth {depth}"
         for count in args.computed:
-            share = 1 - count / args.evaluations
             for history in args.histories:
                 name = f"planned, history {history}{at}"
-                found[name, count] = lambda w=name, d=depth, s=share, h=history: planned(
-                    w, bench().measured(d).plan(s, h)
-                )
+                found[name, count] = lambda w=name, d=depth, c=count, h=history: planned(w, chosen(d, c, h))
             name = f"evenly{at}"
             found[name, count] = lambda w=name, d=depth, c=count: planned(
                 w, bench().measured(d).with_steps(even_steps(args.evaluations, c), args.histories[0])

@@ -1,6 +1,5 @@
 """Every page of scripts/examples runs, on tiny models, and shows what it says it shows."""
 
-import copy
 import importlib
 import inspect
 import json
@@ -15,7 +14,6 @@ from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 import ptq4dm
 from ptq4dm import UserError
 from ptq4dm.layers.base import is_quantized
-from ptq4dm.quantization import recipe
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "scripts" / "examples"
 pytestmark = pytest.mark.usefixtures("one_thread", "coarse")
@@ -32,7 +30,6 @@ def example(tmp_path, monkeypatch):
     """example("name", *arguments): what the page's main returns, with its output in the test's own folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(recipe, "METHODS", copy.copy(recipe.METHODS))  # a page registers one
     return lambda name, *arguments: importlib.import_module(name).main(list(arguments))
 
 

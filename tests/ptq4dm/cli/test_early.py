@@ -31,7 +31,7 @@ WRONG = [
 ]
 RIGHT = [
     "quantize --method rtn --weight-bits 4 --activations dynamic --model dit-cifar10",
-    "quantize --method rtn --batch 4 --quiet",
+    "quantize --method rtn --batch-size 4 --quiet",
     "quantize --model someone/something --split-inputs",
     "--json allocate --bytes 0.4 --candidates one two",
     "bench tune --quiet",

@@ -42,7 +42,7 @@ def a_line(rng):
     flags = WORDS[path]["flags"]
     for _ in range(rng.randrange(5)):
         flag = rng.choice([*flags, *flags, *WORDS[rng.choice(list(WORDS))]["flags"]])
-        if flag in ("--help", "--version") and rng.random() < 0.9:
+        if flag in ("--help", "--version") and rng.random() < 0.7:
             continue
         value = flags.get(flag)
         flag = flag[: rng.randrange(3, len(flag) + 1)] if rng.random() < 0.1 else flag

@@ -106,8 +106,10 @@ def inputs(batch=2, tokens=5):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Takes this device for one with kernels; the ops are the reference. Gives the calls of ops that make codes."""
+    """Takes this device for one with kernels; the ops are the reference, where the processor has kernels, too. Gives
+    the calls of ops that make codes."""
     seen = []
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(NORMS, "on_kernels", lambda _: True)
     for kind in (Int8Linear, Fp8Linear, ProgressiveLinear):
         encode = kind.encode

@@ -90,11 +90,13 @@ def test_a_layer_that_is_broken_by_quantization_is_the_worst(monkeypatch):
     assert report.layers[1]["sqnr"] > 20
 
 
-def test_calibration_data_that_holds_nan_is_a_sentence_and_the_model_stays():
+def test_calibration_data_that_holds_infinity_is_a_sentence_and_the_model_stays():
     torch.manual_seed(0)
     model = TwoLayers().eval()
     with ptq4dm.record(model) as calls:
-        model(torch.full((8, 4), NAN))
+        with pytest.raises(UserError, match="given NaN in 'x'"):
+            model(torch.full((8, 4), NAN))
+        model(torch.full((8, 4), INF))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for config in (ptq4dm.RTNConfig(), ptq4dm.RTNConfig(activations="dynamic")):
         with pytest.raises(UserError, match="NaN or infinity"):

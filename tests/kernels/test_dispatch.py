@@ -179,8 +179,9 @@ def test_rows_of_two_widths_and_codebooks(vnni, monkeypatch):
         assert dispatch.find(Query(**query, activation="none", device=CPU)).name == "reference"
         for capability in [(8, 0), (9, 0)]:
             assert on_gpu(capability, **query, activation="int8") == {"all rows": "triton-w4a8-codebook"}
-            few = {"rows <= 32": "triton-w4a16", "more": "unpack + cublas"} if size else {"all rows": "unpack + cublas"}
-            assert on_gpu(capability, **query, activation="none") == few
+            few = {"rows <= 32": "triton-w4a16", "more": "unpack + cublas"}
+            right = few if size else {"all rows": "unpack + cublas"}
+            assert on_gpu(capability, **query, activation="none") == right
             for more in (dict(static=True), dict(linear=False)):
                 assert on_gpu(capability, **query, activation="int8", **more) == {"all rows": "unpack + triton-int8"}
             assert on_gpu(capability, **query, activation="none", linear=False) == {"all rows": "unpack + cudnn"}

@@ -21,7 +21,6 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..checks import MOST, whole
 from ..errors import UserError
 from .configs import TakesConfigs, check_choice, class_of, refusing
 from .deis import DEISScheduler
@@ -29,7 +28,7 @@ from .kinds import BLIND, CLIPS
 from .maths.grids import GRIDS, make_grid
 from .maths.outputs import without_variance
 from .maths.schedule import DiscreteVP, ends_in_noise
-from .maths.timesteps import own_index, single
+from .maths.timesteps import number_of, own_index, single
 from .starts import beside_strength, check_left
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -110,7 +109,7 @@ class DDIMScheduler(TakesConfigs, diffusers.DDIMScheduler):
         Raises:
             UserError: no steps, more than the model was trained with, or an unknown timestep_grid.
         """
-        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST, 1_000_000)
+        num_inference_steps = number_of(num_inference_steps)
         if not 1 <= num_inference_steps <= self.config.num_train_timesteps:
             raise UserError(
                 f"num_inference_steps must be from 1 to the {self.config.num_train_timesteps} timesteps of the "

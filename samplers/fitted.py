@@ -17,13 +17,13 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from ..checks import MOST, check, whole
+from ..checks import check
 from ..errors import UserError
 from ..progress import note
 from .choices import FLOW
 from .made_with import arguments_of, given_of, other_arguments, other_shape, other_times
 from .maths.outputs import without_variance
-from .maths.timesteps import own_index, single
+from .maths.timesteps import number_of, own_index, single
 from .memory import State, States
 from .translation import FLOW_DEFAULTS
 
@@ -116,7 +116,7 @@ class FittedScheduler(SchedulerMixin, ConfigMixin):
         given, steps = given_of(sigmas, timesteps, mu), num_inference_steps
         if steps is None and (listed := given.get("sigmas", given.get("timesteps"))) is not None:
             steps = len(listed)
-        times, rows, levels = self._table(whole(steps, "num_inference_steps", -MOST, 1_000_000))
+        times, rows, levels = self._table(number_of(steps))
         self._look_at(len(times), given)
         counted = all(float(t).is_integer() for t in times) and self.config.prediction_type != FLOW
         self.timesteps = torch.tensor(times, dtype=torch.int64 if counted else torch.float32, device=device)

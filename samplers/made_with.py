@@ -6,15 +6,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from ..caching.made_for import same_times
 from ..checks import check, shown
 from ..errors import UserError
 from .maths.flow_grids import even_levels
 
 SIZES = ("height", "width", "num_frames")  # the shape of a sample tells what comes of them
 UNTRIED = "what it gives here was not looked at"
-NEAR = 1e-3  # of the largest of some times: what other ways to work them out may change
 
 
 def arguments_of(pipe: Any, pipeline_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -75,7 +73,7 @@ def other_times(table: Mapping[str, Any], given: Mapping[str, Any]) -> str | Non
     Even levels, and the table's own, are what a table stands for.
     """
     before = table.get("given") or {}
-    if {"mu"} <= before.keys() & given.keys() and not _near([before["mu"]], [given["mu"]]):
+    if {"mu"} <= before.keys() & given.keys() and not same_times([before["mu"]], [given["mu"]]):
         return (
             f"the schedule was fitted with mu {before['mu']:.4g}, the shift at one size, and mu here is "
             f"{given['mu']:.4g}: its times stay those of that size; {UNTRIED}."
@@ -83,7 +81,7 @@ def other_times(table: Mapping[str, Any], given: Mapping[str, Any]) -> str | Non
     for name in ("sigmas", "timesteps"):
         own = list(table.get(name) or ())[: len(table["timesteps"])]
         known = [before.get(name, even_levels("linear", len(own)) if name == "sigmas" else own), own]
-        if name in given and not any(_near(one, given[name]) for one in known):
+        if name in given and not any(same_times(one, given[name]) for one in known):
             return f"the schedule has times of its own, and the {name} that were given are not read; {UNTRIED}."
     return None
 
@@ -95,9 +93,3 @@ def other_shape(origin: Mapping[str, Any] | None, shape: Sequence[int]) -> str |
         return None
     was, now = ("x".join(map(str, one)) for one in (before, shape))
     return f"the schedule was fitted to samples of shape {was}, and these have {now}; {UNTRIED}."
-
-
-def _near(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two lists of times are the same but for how they were worked out."""
-    a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    return a.shape == b.shape and bool((np.abs(a - b) <= NEAR * np.abs(a).max(initial=0.0)).all())

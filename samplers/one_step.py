@@ -13,12 +13,12 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from ..checks import MOST, whole
 from ..errors import UserError
 from .choices import FLOW, PREDICTIONS
 from .configs import TakesConfigs, check_choice, refusing
 from .maths.outputs import noise_in, without_variance
 from .maths.schedule import discrete_betas, zero_terminal_snr
+from .maths.timesteps import number_of
 
 GENERATOR_SIGMA = 2.5  # sigma / alpha where SiD (arXiv:2404.04057) runs its generator
 
@@ -103,7 +103,7 @@ class OneStepScheduler(TakesConfigs, SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """`timesteps` becomes the one timestep, on the device. Raises UserError unless one step is asked for."""
-        num_inference_steps = whole(num_inference_steps, "num_inference_steps", -MOST, 1_000_000)
+        num_inference_steps = number_of(num_inference_steps)
         if num_inference_steps != 1:
             raise UserError(
                 f"this model was distilled to one step; ask for num_inference_steps=1 (--steps 1), not "

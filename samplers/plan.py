@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import DEISMultistepScheduler
 
-from ..checks import MOST, check, whole
+from ..checks import check
 from ..errors import UserError
 from .choices import DIFFUSERS, FLOW, Choice
 from .flow import Plan, Request, first_levels, levels_of, plan_flow
@@ -20,6 +20,7 @@ from .maths.flow_grids import check_levels
 from .maths.grids import between, make_grid
 from .maths.paths import EDM, Flow, Schedule
 from .maths.schedule import ContinuousVP, DiscreteVP, discrete_betas, ends_in_noise, zero_terminal_snr
+from .maths.timesteps import number_of
 
 
 def noise_schedule(config) -> tuple[Schedule, np.ndarray]:
@@ -67,7 +68,7 @@ def asked(steps: int | None, sigmas, mu: float | None, timesteps) -> Request:
     except TypeError as error:
         raise UserError("sigmas and timesteps must be lists of numbers.") from error
     if steps is not None:
-        steps = whole(steps, "num_inference_steps", -MOST, 1_000_000)
+        steps = number_of(steps)
         if any(length != steps for length in lengths):
             raise UserError(
                 f"num_inference_steps is {steps}, and {lengths[0]} sigmas or timesteps are given; leave it out."

@@ -43,10 +43,13 @@ def differences(origin: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def other_times(before: Sequence[float], now: Sequence[float]) -> bool:
     """Whether a sampler's times are others than those of a plan, but for how they were worked out; () are any."""
-    if len(before) != len(now):
-        return bool(before)
-    size = max(map(abs, before), default=0.0)
-    return any(abs(a - b) > NEAR * size for a, b in zip(before, now, strict=True))
+    return bool(before) and not same_times(before, now)
+
+
+def same_times(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two lists of times are the same but for how they were worked out."""
+    size = max(map(abs, one), default=0.0)
+    return len(one) == len(other) and all(abs(a - b) <= NEAR * size for a, b in zip(one, other, strict=True))
 
 
 def kind(one: Any) -> dict[str, Any]:

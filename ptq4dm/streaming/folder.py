@@ -125,9 +125,8 @@ def _empty(kind: Any, place: Path, dtype: torch.dtype) -> Any:
     """A network of shapes without values."""
     with init_empty_weights(), naming(place):
         network = kind.from_config(kind.load_config(place))
-    return nn.Module.to(
-        network, dtype
-    )  # diffusers' own warns of modules that stay float32, also where there are none
+    # diffusers' own `to` warns of modules that stay float32, also where there are none.
+    return nn.Module.to(network, dtype)
 
 
 def _report(config: QuantConfig, made: Mapping[str, Streamed], copied: Mapping[str, int]) -> QuantizationReport:

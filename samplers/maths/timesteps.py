@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from ...checks import MOST, whole
 from ...errors import UserError
 from .evaluations import Evaluation
+
+MOST_STEPS = 1_000_000  # beyond which nobody means what they say
+
+
+def number_of(steps) -> int:
+    """The number of steps that is asked for; one below 1 is told by whoever lays them out. UserError for others."""
+    return whole(steps, "num_inference_steps", -MOST, MOST_STEPS)
 
 
 def single(timestep):

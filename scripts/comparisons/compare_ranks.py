@@ -131,9 +131,8 @@ def model_of(exact: nn.Module, made: dict[int, Candidate], groups: Groups, picks
     """The quantized model with these ranks; layers without a branch are the same in all candidates."""
     layers = dict(made[USUAL].layers)
     layers |= {name: made[picks[leader]].layers[name] for leader, names in groups.items() for name in names}
-    model = copy.deepcopy(exact)
-    with substituted(model, layers):
-        return copy.deepcopy(model)
+    with substituted(exact, layers):
+        return copy.deepcopy(exact)
 
 
 def measured(truth: Paired, model: nn.Module, pictured: bool) -> dict:

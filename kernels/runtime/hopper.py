@@ -38,7 +38,11 @@ def _layout(size: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 @remembered
-def check(dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError unless these are of codes in e4m3 on a GPU of compute capability 9. Asked once."""
-    if dtype != torch.float8_e4m3fn or capability(device)[0] != 9:
-        raise ValueError(f"settings with GLUON are for e4m3 on Hopper, not for {dtype} on {device}.")
+def check(
+    dtype: torch.dtype, device: torch.device, types: tuple[torch.dtype, ...] = (torch.float8_e4m3fn,)
+) -> None:  # fmt: skip
+    """Raises ValueError unless these are of codes of such types on a GPU of compute capability 9. Asked once."""
+    if dtype not in types or capability(device)[0] != 9:
+        raise ValueError(
+            f"settings with GLUON are for {' and '.join(map(str, types))} on Hopper, not for {dtype} on {device}."
+        )

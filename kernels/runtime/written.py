@@ -184,8 +184,10 @@ class _Writer:
 
 def _fills(tensor: Tensor, memory: Tensor) -> bool:
     """Whether a tensor has an element at every place of the memory that was taken for it, and at its last one."""
+    if tensor.numel() == 0:  # a branch of rank 0
+        return memory.untyped_storage().nbytes() == 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.numel() > 0 and (last + 1) * tensor.itemsize == memory.untyped_storage().nbytes()
+    return (last + 1) * tensor.itemsize == memory.untyped_storage().nbytes()
 
 
 def _empty(device: torch.device) -> Callable:

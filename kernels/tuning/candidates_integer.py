@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..runtime.integers import next_power_of_2
-from .candidates_w4 import product_settings
+from .candidates_w4 import hopper_settings, product_settings
 
 # BM, BN, num_warps, num_stages, and where they are limited registers of a thread: tiles of many rows, then of few. Of
 # 128 x 128 two fit a multiprocessor: in 4 warps, or in 8 of 128 registers.
@@ -20,7 +20,7 @@ GROUPED = (
 WIDE = (8, 16)  # blocks of rows that tiles go down before they go to the right
 
 
-def settings_of(mode: str, m: int, tma: bool) -> list[dict]:
+def settings_of(mode: str, m: int, tma: bool, hopper: bool = False) -> list[dict]:
     """All settings to try for m rows of "progressive" or "grouped" weights; tma: the GPU has the copy engine."""
     rows = max(16, next_power_of_2(m))
     found = []
@@ -32,7 +32,8 @@ def settings_of(mode: str, m: int, tma: bool) -> list[dict]:
         ending = dict(num_warps=warps, num_stages=stages) | (dict(maxnreg=registers[0]) if registers else {})
         found += [tile | dict(BAND=band) | ending for band in bands]
     if mode == "progressive" and rows >= 256:
-        found += [dict(UNPACK=True) | one for one in product_settings()] if tma else [dict(UNPACK=True) | POINTERS]
+        products = product_settings() + hopper_settings() * hopper if tma else [POINTERS]
+        found += [dict(UNPACK=True) | one for one in products]
     return found
 
 

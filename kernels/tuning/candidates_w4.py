@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from ..formats.int4 import GROUP
-from ..w4.layer import FP8, INT4, SHORT, WEIGHT_ONLY
+from ..w4.layer import FP8, INT4, INT8, SHORT, WEIGHT_ONLY
 
 
 def activation_settings(m: int, k: int) -> list[dict]:
@@ -88,7 +88,7 @@ def settings_of(step: str, name: str, m: int, k: int) -> list[dict]:
     if step == "product":
         if name == INT4:
             return w4a4_settings() + w4a4_hopper_settings() * hopper
-        return product_settings() + hopper_settings() * (hopper and name == FP8)
+        return product_settings() + hopper_settings() * (hopper and name in (FP8, INT8))
     if step == "unpack":
         return [dict(UNPACK_BYTES=size, num_warps=warps) for size in (2048, 4096, 8192, 16384) for warps in (4, 8)]
     if step == "short":

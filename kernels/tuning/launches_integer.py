@@ -31,7 +31,8 @@ class IntegerLaunch(WholeLayer):
     mode: str
 
     def settings(self) -> list[dict]:
-        return settings_of(self.mode, self.m, capability(torch.device(DEVICE)) >= (9, 0))
+        major = capability(torch.device(DEVICE))[0]
+        return settings_of(self.mode, self.m, major >= 9, major == 9)
 
     def compiled_as(self, setting: dict) -> tuple:
         """Sizes are not compiled in, but whether 16 divides them is, and how wide a group is."""

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from ..runtime.integers import next_power_of_2
-from ..w8a8.configs import Config, choose, shape_class
+from ..w8a8.configs import GLUON, Config, choose, shape_class
 from ..w8a8.layer import REFERENCE, kernel_name
 from ..w8a8.steps import ON_LOAD_OUTPUTS, Parameters, multiply
 from ..w8a8.window import stored_channels
@@ -93,6 +93,8 @@ def candidates(case: Case, on_load: bool, capability: tuple[int, int], shared: i
         tiles = _of_windows(case, on_load, few)
     tma = capability >= (9, 0) and max(case.window.stride) == 1
     kept = [c for c in tiles if (c.mode != "tma" or tma) and _shared(c) <= shared]
+    if capability[0] == 9 and case.window.rows_of_pixels and not on_load and not few:
+        kept += [replace(GLUON, band=band) for band in (4, 8, 16)]
     return list(dict.fromkeys(kept))
 
 
@@ -102,9 +104,9 @@ def _of_many_rows(case: Case) -> list[Config]:
     the programs of a multiprocessor; what `programs` says is what registers and shared memory have room for."""
     tiles = [  # mode, bm, bn, bk, warps, stages, programs, registers
         ("tma", 128, 128, 128, 4, 3, 2), ("tma", 128, 128, 64, 4, 4, 2), ("tma", 128, 128, 128, 8, 3, 2, 128),
-        ("tma", 128, 256, 128, 8, 4, 1), ("tma", 128, 256, 128, 8, 3, 1), ("tma", 256, 128, 128, 8, 3, 1),
-        ("tma", 64, 128, 128, 4, 2, 3), ("tma", 64, 256, 128, 4, 2, 2), ("tma", 128, 64, 128, 4, 2, 3),
-        ("tma", 128, 128, 128, 4, 3), ("tma", 64, 128, 128, 4, 3), ("tma", 64, 256, 128, 4, 2),
+        ("tma", 128, 256, 128, 8, 4, 1), ("tma", 256, 128, 128, 8, 3, 1),
+        ("tma", 64, 128, 128, 4, 2, 3), ("tma", 128, 64, 128, 4, 2, 3),
+        ("tma", 128, 128, 128, 4, 3), ("tma", 64, 128, 128, 4, 3),
         ("tma", 128, 64, 128, 4, 3),
         ("gather", 128, 128, 128, 4, 3), ("gather", 128, 128, 64, 4, 4), ("gather", 256, 128, 64, 8, 3),
         ("gather", 128, 256, 64, 8, 3), ("gather", 64, 128, 128, 4, 3), ("gather", 64, 128, 64, 4, 4),

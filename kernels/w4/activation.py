@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ..formats.int4 import GROUP
+from ..formats.nonlinearities import NONLINEARITIES
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch, planned
 from ..runtime.prepared import prepared
 from ..runtime.rotation import RUN, matrices
 from .activation_triton import activation_kernel
-from .reference import NONLINEARITIES, NORMS
+from .reference import NORMS
 
 SETTINGS = ("BM", "BK", "STAGES", "ROWS", "STEP", "num_warps")
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..formats import fp8
 from ..formats.int4 import GROUP
+from ..formats.nonlinearities import check
 from ..formats.rotation import check_rotation
 from ..runtime.late import late
 from ..runtime.ops import op
@@ -26,7 +27,6 @@ from . import on_cpu, reference
 from .layer import (
     MODES,
     REFERENCE,
-    check,
     code_dtype,
     in_type,
     known_name,
@@ -94,15 +94,16 @@ def _(x, more, smooth, down, activation, shift, norm_scale, norm_shift, eps, for
 
 
 def row_codes(
-    x: Tensor, activation: str, norm: tuple | None, gate: tuple | None, rotation: tuple[int, str] = (0, "regular")
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, activation: str, norm: tuple | None, gate: tuple | None, rotation: tuple[int, str] = (0, "regular"),
+    more: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes [M, K] and scales [M] of x [..., K] for layers without smoothing or a branch.
 
     norm: (scale, shift, eps, form) and gate: (tensor like x, function of it) as `svdq_codes` has them, or None;
-    rotation: (group, kind).
+    rotation: (group, kind). more: further columns of x, where there is no gate.
     """
     gain, offset, eps, *form = norm or (None, None, 0.0)
-    more, function = gate or (None, "")
+    more, function = gate or (more, "")
     after = (gain, offset, eps, *(form or ["adaptive"]), function, *rotation)
     codes, scale, _ = svdq_codes(x, more, None, None, activation, 0.0, *after)
     return codes, scale

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats.int4 import GROUP
+from ..formats.nonlinearities import check
 from ..runtime.late import late
 from ..runtime.ops import op
 from ..runtime.prepared import prepared
@@ -28,7 +29,7 @@ from ..runtime.settings import best_config, capability, remembered, served
 from ..runtime.workspace import Workspace
 from . import on_cpu
 from .int4_codes import check_levels
-from .reference import NONLINEARITIES, nonlinear
+from .reference import nonlinear
 
 if TYPE_CHECKING:
     from . import activation as activation_launches
@@ -112,12 +113,6 @@ def _(
     x, qweight, wscales, smooth, down, up, bias, activation, shift, nonlinearity="", weight8=None, scales8=None
 ):  # fmt: skip
     return x.new_empty(*x.shape[:-1], len(qweight))
-
-
-def check(nonlinearity: str) -> None:
-    if nonlinearity not in NONLINEARITIES:
-        known = ", ".join(f"'{name}'" for name in NONLINEARITIES)
-        raise ValueError(f"the nonlinearity after a product is one of {known}, not '{nonlinearity}'.")
 
 
 def steps(name: str, rows: int) -> tuple[str, ...]:

@@ -28,17 +28,12 @@ from torch.nn import functional as F
 from ..formats import fp8
 from ..formats.int4 import GROUP, dequantize_groups, quantize_activation_groups, unpack_int4
 from ..formats.int8 import dynamic_scale
+from ..formats.nonlinearities import NONLINEARITIES
 from ..formats.rotation import rotate
 from ..runtime.gradient import without_gradient
 
 NORMS = ("adaptive", "layer", "rms")
 ACTIVATIONS = ("int4", "int8", "fp8", "none")
-NONLINEARITIES = {
-    "": lambda y: y,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 @without_gradient

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..formats import fp8
-from ..formats.int8 import dynamic_scale, weight_limit
+from ..formats.int8 import dynamic_scale
+from ..formats.nonlinearities import NONLINEARITIES, check
 from ..runtime.late import late
 from ..runtime.ops import op
 from . import layer, reference, steps
@@ -27,7 +28,7 @@ else:
 
 
 @torch.compiler.assume_constant_result  # a GPU stays what it is, and the compiler does not know how to ask
-def _triton(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
+def triton_serves(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
     return layer.kernel_name(device, 8, 1, dtype) in (layer.TRITON, layer.TRITON_FP8)
 
 
@@ -42,7 +43,7 @@ def w8a8_quantize(
     upsample: int,
 ) -> Tensor:
     """x [B, C, H, W] float -> codes of the nearest-neighbour upsampled images, with room for a window's padding."""
-    if _triton(x.device, dtype) and x.numel():
+    if triton_serves(x.device, dtype) and x.numel():
         return quantize.quantize(x, scale, zero_point, bits, dtype, tuple(padding), upsample)
     return reference.quantize(x, scale, zero_point, bits, dtype, padding, upsample)
 
@@ -69,7 +70,7 @@ def w8a8_group_norm(
     padding: Sequence[int],
 ) -> Tensor:
     """x [B, C, H, W] -> codes of GroupNorm(x), with SiLU after it where `silu`; nothing is rounded in between."""
-    if _triton(x.device, dtype) and x.numel():
+    if triton_serves(x.device, dtype) and x.numel():
         pixels = x.permute(0, 2, 3, 1).contiguous()
         return norm.group_norm_quantize(
             pixels, gamma, beta, groups, eps, silu, scale, zero_point, bits, dtype, tuple(padding)
@@ -87,7 +88,7 @@ def _(x, gamma, beta, groups, eps, silu, scale, zero_point, bits, dtype, padding
 @op
 def group_norm_silu(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     """x [B, C, H, W] -> GroupNorm(x), with SiLU after it where `silu`, channels_last and in x's dtype."""
-    if _triton(x.device) and x.numel():
+    if triton_serves(x.device) and x.numel():
         return norm.group_norm(x.permute(0, 2, 3, 1).contiguous(), gamma, beta, groups, eps, silu).permute(0, 3, 1, 2)
     y = reference.group_norm(x, gamma, beta, groups, eps, silu).to(x.dtype)
     return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -107,9 +108,8 @@ def w8a8_tokens(x: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     """
     m, k = x.shape
     image = x.reshape(m, k, 1, 1)
-    if _triton(x.device, dtype) and x.numel():
-        scale = quantize.scales(x.contiguous(), weight_limit(bits) if dtype == torch.int8 else fp8.LIMIT)
-        return quantize.quantize(image, scale, None, bits, dtype), scale
+    if triton_serves(x.device, dtype) and x.numel():
+        return quantize.quantize_rows(x, bits, dtype)
     dims = (1, 2, 3)
     scale = fp8.scale_of(image, dims) if dtype == fp8.DTYPE else dynamic_scale(image, dims, bits)
     codes = x.new_zeros(m, -(-k // 32) * 32, dtype=dtype)
@@ -145,7 +145,7 @@ def w8a8_conv2d_codes(
     `dtype`.
     """
     window = _window(image, qweight, stride, padding, dilation, same_window)
-    if _triton(codes.device, qweight.dtype) and window.batch:
+    if triton_serves(codes.device, qweight.dtype) and window.batch:
         added = None if residual is None else residual.permute(0, 2, 3, 1)
         parameters = steps.Parameters(qweight, weight_scale, bias, scale, zero_point)
         y = steps.multiply(codes, window, parameters, dtype, shift, added)
@@ -162,6 +162,37 @@ def w8a8_conv2d_codes(
 def _(codes, image, qweight, weight_scale, bias, scale, zero, stride, padding, dilation, shift, residual, dtype):
     window = _window(image, qweight, stride, padding, dilation)
     return codes.new_empty(window.batch, *window.output, len(qweight), dtype=dtype).permute(0, 3, 1, 2)
+
+
+@op
+def w8a8_product(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qweight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    nonlinearity: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """codes [M, C'] of rows, qweight [N, K] -> [M, N] of dtype; the nonlinearity is applied to float32.
+
+    scale: of all rows, or [M]. nonlinearity: "", "gelu", "gelu_tanh" or "silu"; ValueError for others.
+    """
+    check(nonlinearity)
+    m = len(codes)
+    window = same_window(m, 1, 1)
+    if triton_serves(codes.device, qweight.dtype) and m:
+        layer = steps.Parameters(qweight, weight_scale, bias, scale, zero_point)
+        return steps.multiply(codes, window, layer, dtype, nonlinearity=nonlinearity).view(m, len(qweight))
+    scale = scale if scale.numel() == 1 else scale.view(-1, 1, 1, 1)
+    y = reference.conv2d_codes(codes, window, qweight[:, :, None, None], weight_scale, bias, scale, zero_point)
+    return NONLINEARITIES[nonlinearity](y.view(m, len(qweight))).to(dtype)
+
+
+@w8a8_product.register_fake
+def _(codes, scale, zero_point, qweight, weight_scale, bias, nonlinearity, dtype):
+    return codes.new_empty(len(codes), len(qweight), dtype=dtype)
 
 
 def linear(
@@ -204,7 +235,7 @@ def takes_codes(x: Tensor, qweight: Tensor, input_scale: Tensor | None) -> bool:
 
 
 def _codes_fit(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.shape[-1] % 32 == 0 and _triton(x.device, dtype)
+    return x.shape[-1] % 32 == 0 and triton_serves(x.device, dtype)
 
 
 def _window(image, qweight, stride, padding, dilation, make=Window) -> Window:

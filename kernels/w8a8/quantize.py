@@ -8,7 +8,8 @@ They write what the convolution reads: the flat padded layout of `window`, [rows
 zero (so that a window never leaves an image) and channels up to a multiple of 32 (so that no load needs a mask). A
 nearest-neighbour upsampling before the convolution happens here too: codes of a copy are copies of codes.
 
-Bytes: x read once, codes written once. Dynamic scales s = max|x| / limit read x once more, before.
+Bytes: x read once, codes written once. Dynamic scales s = max|x| / limit read x once more, before; not those of
+rows of tokens, which one program holds while it looks for the largest.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formats import fp8
+from ..formats.int8 import weight_limit
 from ..runtime.integers import cdiv, next_power_of_2
 from ..runtime.launch import Launch
 from ..runtime.rounding import ROUND
 from ..runtime.settings import remembered
 from .window import Window, stored_channels
+
+ROW_BYTES = 2**16  # of a row of the input that one program holds
 
 
 @triton.jit
@@ -66,6 +71,13 @@ def _quantize_kernel(
     tl.store(q_ptr + r.to(tl.int64)[:, None] * CP + c[None, :], code, mask=(r < rows)[:, None] & (c < CP)[None, :])
 
 
+@triton.jit
+def _scale(largest, limit, TINY: tl.constexpr):
+    """The scale of a largest |x|, given as bits; 1 where all is zero."""
+    y = tl.div_rn(largest.to(tl.float32, bitcast=True), limit)
+    return tl.where(y < TINY, 1.0, y)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _largest_kernel(
     x_ptr, y_ptr, rows, length, chunk, limit, TINY: tl.constexpr, SCALE: tl.constexpr,
@@ -83,10 +95,8 @@ def _largest_kernel(
         mask = (r < rows)[:, None] & (k < length)[None, :]
         x = tl.load(x_ptr + r[:, None] * length + k[None, :], mask=mask, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x).to(tl.int32, bitcast=True))  # ordered as the floats, NaN on top
-    y = tl.max(largest, axis=1).to(tl.float32, bitcast=True)
-    if SCALE:
-        y = tl.div_rn(y, limit)
-        y = tl.where(y < TINY, 1.0, y)
+    y = tl.max(largest, axis=1)
+    y = _scale(y, limit, TINY) if SCALE else y.to(tl.float32, bitcast=True)
     tl.store(y_ptr + r * tl.num_programs(1) + tl.program_id(1), y, mask=r < rows)
 
 
@@ -109,6 +119,60 @@ def _largest(rows: int, length: int, chunk: int, limit: float, scale: bool) -> L
     return Launch(
         _largest_kernel, (cdiv(rows, br), cdiv(length, chunk)), rows=rows, length=length, chunk=chunk,
         limit=float(limit), TINY=torch.finfo(torch.float32).tiny, SCALE=scale, BR=br, BL=bl,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _rows_kernel(
+    x_ptr, q_ptr, scale_ptr, rows, stride, K, CP, limit, TINY: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    FP8: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Scales and codes of ROWS whole rows, which lie in registers; STEPS * STEP columns hold CP."""
+    r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.max_contiguous(tl.arange(0, STEP), 8)[None, :]
+    values = ()
+    for i in tl.static_range(STEPS):
+        k = i * STEP + columns
+        values = values + (tl.load(x_ptr + r * stride + k, mask=(r < rows) & (k < K), other=0.0),)
+    largest = tl.zeros((ROWS, STEP), dtype=tl.int32)
+    for i in tl.static_range(STEPS):
+        largest = tl.maximum(largest, tl.abs(values[i].to(tl.float32)).to(tl.int32, bitcast=True))  # NaN on top
+    scale = _scale(tl.max(largest, axis=1)[:, None], limit, TINY)
+    tl.store(scale_ptr + r, scale, mask=r < rows)
+    inverse = tl.div_rn(1.0, scale)
+    for i in tl.static_range(STEPS):
+        k = i * STEP + columns
+        code = encode(values[i].to(tl.float32) * inverse, 0.0, LOW, HIGH, FP8)
+        tl.store(q_ptr + r * CP + k, code, mask=(r < rows) & (k < CP))
+
+
+def quantize_rows(x: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> codes [M, C'] of the dtype, C' = K up to a multiple of 32, and float32 scales [M] = max|x| / limit.
+
+    The codes and scales of `scales` and `quantize`, of one launch where a program has room for a row.
+    """
+    m, k = x.shape
+    limit = weight_limit(bits) if dtype == torch.int8 else fp8.LIMIT
+    if k * x.element_size() > ROW_BYTES:
+        scale = scales(x.contiguous(), limit)
+        return quantize(x[:, :, None, None], scale, None, bits, dtype), scale
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes, scale = x.new_empty(m, stored_channels(k), dtype=dtype), x.new_empty(m, dtype=torch.float32)
+    _rows(m, k, x.stride(0), x.element_size(), bits, dtype, limit)(x, codes, scale)
+    return codes, scale
+
+
+@remembered
+def _rows(m: int, k: int, stride: int, size: int, bits: int, dtype: torch.dtype, limit: float) -> Launch:
+    wide = stored_channels(k)
+    step = 1024 if k > 2048 else min(256, next_power_of_2(wide))
+    rows = 1 if k > 4096 else 2 if k > 2048 else max(4, 1024 // step)
+    warps = 8 if k * size > ROW_BYTES // 2 else 4
+    half = 2 ** (bits - 1)
+    return Launch(
+        _rows_kernel, (cdiv(m, rows),), rows=m, stride=stride, K=k, CP=wide, limit=float(limit),
+        TINY=torch.finfo(torch.float32).tiny, LOW=-half, HIGH=half - 1, FP8=dtype != torch.int8, ROWS=rows,
+        STEP=step * warps // 4, STEPS=cdiv(wide, step * warps // 4), num_warps=warps,
     )  # fmt: skip
 
 

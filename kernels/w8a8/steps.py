@@ -2,7 +2,8 @@
 
 static, 1x1, at most 128 outputs    one kernel: floats quantized as they are loaded
 static, or a fixed scale a row      quantize; GEMM
-dynamic                             largest values; quantize; GEMM
+dynamic, rows of tokens             quantize, which finds the largest values too; GEMM
+dynamic, images                     largest values; quantize; GEMM
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ def _windows(x: Tensor, window: Window, layer: Parameters, residual: Tensor | No
     one_scale = input_scale is not None and input_scale.numel() == 1
     if one_scale and plain and qweight.shape[0] <= ON_LOAD_OUTPUTS:
         return multiply(x.permute(0, 2, 3, 1).contiguous(), window, layer, x.dtype, None, residual)
+    if input_scale is None and plain and (window.h, window.w) == (1, 1):
+        codes, scale = quantize.quantize_rows(x[:, :, 0, 0], bits, qweight.dtype)
+        layer = Parameters(qweight, weight_scale, bias, scale, None, bits)
+        return multiply(codes, window, layer, x.dtype, None, residual)
     if input_scale is None:
         x = x if x.permute(0, 2, 3, 1).is_contiguous() else x.contiguous()
         limit = weight_limit(bits) if qweight.dtype == torch.int8 else fp8.LIMIT
@@ -91,10 +96,12 @@ def multiply(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     config: Config | None = None,
+    nonlinearity: str = "",
 ) -> Tensor:
     """operand: codes in the flat layout, or floats [B, H, W, C] -> [B, H', W', N] of `dtype`.
 
-    shift [B, N] and residual [B, H', W', N] are added in float32. config: not the usual one.
+    shift [B, N] and residual [B, H', W', N] are added in float32, the latter after the nonlinearity. config: not the
+    usual one.
 
     Raises ValueError where shapes do not belong together: the kernel would read past the end.
     """
@@ -109,7 +116,7 @@ def multiply(
     shift = None if shift is None else shift.contiguous()
     return product.conv2d(
         operand, window, weight, input_scale, input_zero_point, weight_scale, sums, bias, shift, residual, out, bits,
-        config,
+        config, nonlinearity,
     )  # fmt: skip
 
 

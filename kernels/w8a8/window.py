@@ -39,6 +39,11 @@ class Window:
         return self.kernel[0] * self.kernel[1]
 
     @functools.cached_property
+    def rows_of_pixels(self) -> bool:
+        """Whether each output is a product with the channels of one pixel, in their order: Linear, and plain 1x1."""
+        return self.taps == 1 and self.padding == (0, 0) and self.stride == (1, 1)
+
+    @functools.cached_property
     def output(self) -> tuple[int, int]:
         """Height and width of the output."""
         size = zip((self.h, self.w), self.kernel, self.stride, self.padding, self.dilation, strict=True)

@@ -35,8 +35,13 @@ class RowCodes:
 
     codes: Tensor
     scale: Tensor
-    shape: torch.Size
+    shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Of the input: attention processors and feed-forward parts take this for it, and hand it on unread."""
+        return len(self.shape)
 
 
 class Handed:

@@ -132,6 +132,11 @@ class QuantizedLayer:
         """Why fused forward passes (fuse.py) cannot have the layer, as the end of a sentence; "" where they can."""
         return f"is {self.plan}, for which there are no fused kernels"
 
+    def why_not_in_blocks(self) -> str:
+        """The same of the blocks in fusing/blocks.py. Layers that these take have `codes(x, more, norm)`, of an input
+        that layers of one `codes_key` share; `multiply(x or codes, nonlinearity)`; and `has_block_kernels()`."""
+        return f"is {self.plan}, for which there are no fused kernels"
+
     takes_norms = False  # whether `encode` takes over a norm, or a gate, that lies before the layer
 
     def codes_key(self) -> Any:

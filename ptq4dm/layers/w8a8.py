@@ -116,7 +116,7 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
 
     def codes_key(self) -> tuple | None:
         """The grid of its inputs."""
-        if self.qweight.is_cuda and self.kernel_name() == layer.REFERENCE:
+        if self.qweight.is_cuda and not from_codes.triton_serves(self.qweight.device, self.code):
             return None
         return self.code, self.plan.activation_bits, self.plan.input_scale, self.plan.input_zero_point
 
@@ -136,17 +136,47 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
         grid = (self.input_scale, self.input_zero_point, bits)
         return RowCodes(from_codes.static_codes(rows, self.code, *grid), self.input_scale, shape, dtype)
 
-    def forward(self, input: Tensor | Handed) -> Tensor:
-        given, x = encoded(self, input)
-        if given is not None:
-            return self._of_codes(given)
-        return from_codes.linear(x, *self.operands)
+    def why_not_in_blocks(self) -> str:
+        if self.plan.static:
+            return "has static inputs, whose codes torch.compile makes in the kernel before"
+        return "" if self.takes_norms else "has inputs of other than 8 bits, or not of runs of 32"
 
-    def _of_codes(self, given: RowCodes) -> Tensor:
-        image, one = [len(given.codes), 1, 1], [1, 1]
-        operands = (self.qweight, self.weight_scale, self.added, given.scale, self.input_zero_point)
-        y = from_codes.w8a8_conv2d_codes(given.codes, image, *operands, one, [0, 0], one, None, None, given.dtype)
-        return y.reshape(*given.shape[:-1], self.out_features)
+    multiplies_floats = False
+
+    def has_block_kernels(self) -> bool:
+        """Whether kernels serve fused blocks where the layer is: those of a GPU."""
+        return self.qweight.is_cuda and from_codes.triton_serves(self.qweight.device, self.code)
+
+    def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> RowCodes:
+        """Codes of x [..., K] for this layer, and for others with dynamic inputs of 8 bits.
+
+        more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)
+        of an adaptive layer norm that x [B, ..., K] goes through first, or with a form of norm as fourth.
+        """
+        if more is None:
+            return self.encode(x, norm, x.dtype)
+        mode = "fp8" if self.code == fp8.DTYPE else "int8"
+        codes, scale = w4_from_codes.row_codes(x, mode, norm, None, more=more)
+        return RowCodes(codes, scale, (*x.shape[:-1], codes.shape[1]), x.dtype)
+
+    def multiply(self, x: Tensor | Handed | RowCodes, nonlinearity: str = "") -> Tensor:
+        """The layer of x, or of codes of it, and one of `formats.nonlinearities` on its sums."""
+        given, x = (x, None) if isinstance(x, RowCodes) else encoded(self, x)
+        if given is None:
+            given = self.encode(x, None, x.dtype)
+        operands = (self.qweight, self.weight_scale, self.added)
+        y = from_codes.w8a8_product(
+            given.codes, given.scale, self.input_zero_point, *operands, nonlinearity, given.dtype
+        )
+        return y.view(*given.shape[:-1], self.out_features)
+
+    def forward(self, input: Tensor | Handed | RowCodes) -> Tensor:
+        if isinstance(input, (Handed, RowCodes)):
+            given, x = (input, None) if isinstance(input, RowCodes) else encoded(self, input)
+            if given is not None:
+                return self.multiply(given)
+            input = x
+        return from_codes.linear(input, *self.operands)
 
 
 class W8A8Conv2d(W8A8Layer, QuantizedConv2d):

@@ -13,6 +13,8 @@ Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes t
     fused      the same after ptq4dm.fuse
     cached     the same with weights kept in 8 bits (--weight-cache), as ptq4dm.optimize(weight_cache=) does it
     attention  the same with attention in 8 bits where that is faster, as ptq4dm.optimize(attention="auto") does it
+    w8a8       all of them with 8-bit weights and inputs quantized in the call (--codes int8 or fp8), fused
+    w8a8-attention  the same with attention in 8 bits where that is faster
 
 Each is timed as it is, with its blocks compiled by torch.compile, compiled in a CUDA graph, and as `ptq4dm.optimize`
 leaves it ("optimized": a graph, inputs copied in, outputs out); medians of steps, a line of JSON each as it comes. A
@@ -46,12 +48,14 @@ from ptq4dm.inference.weight_cache import bytes_of as bytes_of_text
 from ptq4dm.inference.weight_cache import keep_weights
 from ptq4dm.kernels.tuning import stopwatch
 from ptq4dm.layers.base import replace_module
+from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear
 from ptq4dm.svdquant.group import Group, split_weight
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.packing import build_layer
 
 GROUP_SIZE = 64
-FORMS = ("bf16", "torchao", "quantized", "fused", "cached", "attention")
+FORMS = ("bf16", "torchao", "quantized", "fused", "cached", "attention", "w8a8", "w8a8-attention")
 WAYS = ("eager", "compiled", "graph", "optimized")
 
 
@@ -89,6 +93,22 @@ def quantize_blocks(model: nn.Module, activations: str, rank: int) -> list[str]:
             replace_module(model, name, new)
             kernels.add(new.kernel_name())
             start, lender = rows.stop, lender or new
+    return sorted(kernels)
+
+
+def in_eight_bits(model: nn.Module, codes: str) -> list[str]:
+    """Every Linear of the blocks in place, without calibration; returns the kernels that serve them."""
+    kernels = set()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and "blocks." in name:
+            new = {"int8": Int8Linear, "fp8": Fp8Linear}[codes](
+                layer, LayerPlan(objective="max"), layer.weight.device
+            )
+            new.pack(layer.weight, name)
+            if layer.bias is not None:
+                new.put(bias=layer.bias)
+            replace_module(model, name, new.eval())
+            kernels.add(new.kernel_name())
     return sorted(kernels)
 
 
@@ -132,6 +152,8 @@ def measure(forms: list[str], lines: Lines, args) -> None:
     facts: dict = {}
     if forms == ["torchao"]:
         by_torchao(model)
+    elif forms[0].startswith("w8a8"):
+        facts |= {"kernels": in_eight_bits(model, args.codes), "codes": args.codes}
     elif forms != ["bf16"]:
         facts["kernels"] = quantize_blocks(model, args.activations, args.rank)
     size = bytes_of(model)
@@ -145,7 +167,7 @@ def measure(forms: list[str], lines: Lines, args) -> None:
             size += 0 if cache is None else cache.nbytes
             facts |= {"cache": [] if cache is None else cache.lines()}
             facts["same_bits"] = torch.equal(model(*call.args, **call.kwargs)[0], before)
-        faster = FasterAttention(model) if form == "attention" else None
+        faster = FasterAttention(model) if form.endswith("attention") else None
         for row in timed(model, call, args):
             facts |= {} if faster is None else {"attention": faster.lines()}
             if not lines.has(form=form, way=row["way"]):
@@ -217,7 +239,7 @@ def table(rows: list[dict]) -> str:
         cells += ["-" if None in (time, graph) else f"{time / graph:.2f}" for time in others]
         lines.append((form, *cells, f"{size[form] / 1e9:.2f}" if form in size else "-"))
     head = ("ms of a step", *WAYS, "x bf16 compiled", "x bf16 graph", "x torchao graph", "GB")
-    return "\n".join(f"{name:12}" + "".join(map("{:>{}}".format, cells, widths)) for name, *cells in [head, *lines])
+    return "\n".join(f"{name:15}" + "".join(map("{:>{}}".format, cells, widths)) for name, *cells in [head, *lines])
 
 
 @torch.no_grad()
@@ -231,6 +253,7 @@ def main():
     parser.add_argument("--activations", choices=("fp8", "int8", "int4"), default="fp8")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--codes", choices=("int8", "fp8"), default="int8", help="of the form w8a8")
     parser.add_argument("--weight-cache", default="13GB", help="of the form cached")
     parser.add_argument("--no-compile", action="store_true", help="eager only")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
@@ -244,9 +267,9 @@ def main():
     lines = Lines(args.output, made_on(args.device) | versions | sizes)
     last = "eager" if args.no_compile else "profile" if torch.cuda.is_available() else "compiled"
     if args.device == "cpu":  # no kernel of 8-bit attention
-        args.forms = [form for form in args.forms if form != "attention"]
+        args.forms = [form for form in args.forms if not form.endswith("attention")]
     left = [form for form in args.forms if not lines.has(form=form, way=last) and (form != "torchao" or there)]
-    for forms in [("bf16",), ("torchao",), FORMS[2:]]:
+    for forms in [("bf16",), ("torchao",), FORMS[2:6], FORMS[6:]]:
         if wanted := [form for form in forms if form in left]:
             measure(wanted, lines, args)
             torch._dynamo.reset()

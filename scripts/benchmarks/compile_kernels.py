@@ -36,6 +36,7 @@ from ptq4dm.kernels.attention import product as attention
 from ptq4dm.kernels.attention.rotary import Rotary
 from ptq4dm.kernels.blocks import floats_triton
 from ptq4dm.kernels.formats.kv4 import KV4
+from ptq4dm.kernels.formats.nonlinearities import NONLINEARITIES
 from ptq4dm.kernels.lut import layer as lut
 from ptq4dm.kernels.lut import unpack as bcq_unpack
 from ptq4dm.kernels.runtime import settings
@@ -43,7 +44,6 @@ from ptq4dm.kernels.shift import l1_groups, l1_rows, over_rows, rounding, turned
 from ptq4dm.kernels.w4 import from_codes, int4_codes_triton, integer, layer, progressive_triton
 from ptq4dm.kernels.w4.int4_codes import peak
 from ptq4dm.kernels.w4.int4_floats import FLOATS
-from ptq4dm.kernels.w4.reference import NONLINEARITIES
 from ptq4dm.kernels.w8a8 import norm, quantize, steps
 from ptq4dm.kernels.w8a8.window import same_window
 
@@ -266,6 +266,11 @@ def w8a8_calls(capability: tuple[int, int], quick: bool) -> None:
         )
         steps.triton_linear(empty(4608, c), empty(64, c, dtype=form), scale[:64], bias[:64], *grid, 8)  # on load
         if not quick:
+            wide = empty(2048, c, dtype=form), empty(2048, dtype=torch.float32), None  # Gluon's kernel, on Hopper
+            steps.triton_linear(empty(4608, c), *wide, *grid, 8)
+            window = same_window(4608, 1, 1)
+            layer8 = steps.Parameters(*wide, scale[:1], None)
+            steps.multiply(empty(4608, c, dtype=form), window, layer8, torch.bfloat16, nonlinearity="gelu")
             for inputs in (grid, (None, None)):
                 steps.triton_linear(empty(4608, c), empty(n, c, dtype=form), scale, bias, *inputs, 8)
                 steps.triton_linear(empty(16, c), empty(n, c, dtype=form), scale, bias, *inputs, 8)

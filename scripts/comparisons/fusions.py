@@ -39,7 +39,7 @@ from ptq4dm.files.atomic import replacing  # noqa: E402
 from ptq4dm.handed import gates, norms, value  # noqa: E402
 from ptq4dm.inference.blocks import repeated_blocks  # noqa: E402
 from ptq4dm.layers.base import is_quantized  # noqa: E402
-from ptq4dm.svdquant.layers import fused_parts  # noqa: E402
+from ptq4dm.layers.fusing import parts as fused_parts  # noqa: E402
 
 CLASSES = {  # label of the sweep -> models that are of it
     "PixArtTransformer2DModel": "PixArt",

@@ -164,6 +164,15 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
             return "leaves the branch's directions out of its inputs, which fused kernels do not"
         return "" if self.plan.group_size == 64 else f"has groups of {self.plan.group_size}: fused kernels take 64"
 
+    multiplies_floats = True  # also where `codes` are none that a fused block takes
+
+    def why_not_in_blocks(self) -> str:
+        return self.why_not_fused()
+
+    def has_block_kernels(self) -> bool:
+        """Whether kernels serve fused blocks where the layer is: those of a GPU, and of a CPU."""
+        return self.kernel_name() != svdq_linear.REFERENCE
+
     def kernel_name(self) -> str:
         return self._kernel_name(self.qweight.device)
 

@@ -5,7 +5,7 @@
 f is one of nonlinearity.py, or nothing. qx, a and branch come from activation.py, w8 and c from unpack.py.
 Codes are e4m3 (sums in float32) or int8 (sums in int32, exact). Floor in operations: 2 M N (K at 8 bits + r at 16).
 
-With e4m3 on Hopper product_w4a8_hopper.py is faster. Here, from Hopper on, operands move by TMA, and as many programs
+On Hopper product_w4a8_hopper.py is faster. Here, from Hopper on, operands move by TMA, and as many programs
 as multiprocessors walk over the tiles, so that the loads of the next tile begin under the epilogue of this one.
 Elsewhere each tile is a program with loads by pointers.
 Tried on an H200 and left out, for no gain: cutting the tiles of a last, half-empty wave in two; launching this kernel
@@ -115,7 +115,7 @@ def product(
     """Fill out [M, N] (bf16 or fp16, contiguous) from what `prepare` filled; up [N, r] of out's dtype, contiguous.
 
     config: TMA, BM, BN, BK, BAND, num_warps, num_stages; with TMA also PIECES (stores of a tile) and PER_SM (programs
-    of a multiprocessor). Settings with GLUON are of product_w4a8_hopper, for e4m3 on Hopper.
+    of a multiprocessor). Settings with GLUON are of product_w4a8_hopper, on Hopper.
     """
     if config.get("GLUON"):
         from . import product_w4a8_hopper  # a Triton without Gluon serves all other settings

@@ -1,9 +1,11 @@
-"""The W4A8 product of SVDQuant for Hopper in Gluon: loads, and two halves of the arithmetic, in warps of their own.
+"""The product of 8-bit codes for Hopper in Gluon: loads, and two halves of the arithmetic, in warps of their own.
 
-    y[m, n] = f(a[m] c[n] sum_k qx[m, k] w8[n, k]  +  sum_j branch[m, j] U[n, j]  +  b[n])
+    y[m, n] = f(a[m] c[n] (sum_k qx[m, k] w8[n, k] - z s[n])  +  sum_j branch[m, j] U[n, j]  +  b[n])
 
-qx and w8 are e4m3, sums float32, the rest as in product_w4a8.py. As many programs as multiprocessors walk over the
-tiles, each in three groups of warps, of which two have every second tile:
+qx and w8 are e4m3 (sums float32) or int8 (sums int32, exact). SVDQuant's W4A8 has a branch, and the rest as in
+product_w4a8.py; W8A8 has none, but may have one scale a[0] for all rows, and in int8 a zero point z, with
+s[n] = sum_k w8[n, k]. As many programs as multiprocessors walk over the tiles, each in three groups of warps, of
+which two have every second tile:
 
     1 warp    loads by TMA through a ring of STAGES pairs (rows, columns): K in steps of BK, then branch and U
     4 warps   | tile 0: products | scale, store |     wait     | tile 2: products | ...
@@ -85,12 +87,13 @@ def _load(
 @gluon.jit
 def _multiply(
     half: gl.constexpr, ring, ending, sizes, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NONLINEARITY: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NONLINEARITY: gl.constexpr, ONE_SCALE: gl.constexpr,
 ):  # fmt: skip
     """Every second tile of a program: the products, then what is left of it while the other half multiplies."""
     codes, branch, buffers, barriers = ring
     full, empty = barriers
-    y_desc, y_buffers, order, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr = ending
+    y_desc, y_buffers, order, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, zero_ptr, column_sum_ptr = ending
+    SUM: gl.constexpr = gl.int32 if codes[0].dtype == gl.int8 else gl.float32
     M, N, K, tiles = sizes
     BRANCH_STEPS: gl.constexpr = 0 if R == 0 else R // branch[0].block_type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
@@ -103,7 +106,7 @@ def _multiply(
         rows = top + gl.arange(0, BM, gl.SliceLayout(1, layout16))
         columns = left + gl.arange(0, BN, gl.SliceLayout(0, layout16))
         mbarrier.wait(order.index(half), phase)
-        sums = gl.zeros((BM, BN), gl.float32, layout)
+        sums = gl.zeros((BM, BN), SUM, layout)
         for k in range(steps):
             stage = slot % STAGES
             mbarrier.wait(full.index(stage), slot // STAGES & 1)
@@ -116,11 +119,22 @@ def _multiply(
             mbarrier.wait(full.index(slot % STAGES), slot // STAGES & 1)
         if BRANCH_STEPS < 2:
             mbarrier.arrive(order.index(1 - half), count=1)
-        row_scale = gl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)  # they come under the last step
-        column_scale = gl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)
+        if ONE_SCALE:  # they come under the last step
+            row_scale = gl.load(row_scale_ptr)
+        else:
+            row_scale = gl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        column_scale = gl.load(column_scale_ptr + columns, mask=columns < N, other=0.0)[None, :]
+        if zero_ptr is not None:
+            offset = gl.load(zero_ptr) * gl.load(column_sum_ptr + columns, mask=columns < N, other=0)
         sums = hopper.warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), count=1)
-        y = gl.convert_layout(sums, layout16, assert_trivial=True) * row_scale[:, None] * column_scale[None, :]
+        sums = gl.convert_layout(sums, layout16, assert_trivial=True)
+        if zero_ptr is not None:
+            sums -= offset[None, :]
+        if R > 0:
+            y = sums.to(gl.float32) * row_scale * column_scale
+        else:  # the order of w8a8/product.py, and its bits
+            y = sums.to(gl.float32) * (column_scale * row_scale)
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         for _ in gl.static_range(BRANCH_STEPS):
@@ -165,11 +179,11 @@ def _store(y, y_desc, buffers, first: gl.constexpr, top, left):
 
 
 @gluon.jit(do_not_specialize=["M", "tiles"])
-def _w4a8_hopper_kernel(
-    a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, M, N, K, tiles,
-    R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    PROGRAMS: gl.constexpr, NONLINEARITY: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr,
-    LOAD_REGISTERS: gl.constexpr,
+def _product_hopper_kernel(
+    a_desc, w_desc, branch_desc, up_desc, y_desc, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, zero_ptr,
+    column_sum_ptr, M, N, K, tiles, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BAND: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NONLINEARITY: gl.constexpr, ONE_SCALE: gl.constexpr,
+    COMPUTE_REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     rows = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
     columns = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
@@ -187,12 +201,20 @@ def _w4a8_hopper_kernel(
         mbarrier.init(order.index(half), count=1)
     hopper.fence_async_shared()  # the barriers are there for TMA, too
     ring = ((a_desc, w_desc), (branch_desc, up_desc), (rows, columns), (full, empty))
-    ending = (y_desc, y_buffers, order, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr)
+    ending = (
+        y_desc, y_buffers, order, y_ptr, row_scale_ptr, column_scale_ptr, bias_ptr, zero_ptr, column_sum_ptr,
+    )  # fmt: skip
     sizes = (M, N, K, tiles)
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), ring, ending, sizes, R, BM, BN, BAND, STAGES, PROGRAMS, NONLINEARITY)),
-            (_multiply, (gl.constexpr(1), ring, ending, sizes, R, BM, BN, BAND, STAGES, PROGRAMS, NONLINEARITY)),
+            (
+                _multiply,
+                (gl.constexpr(0), ring, ending, sizes, R, BM, BN, BAND, STAGES, PROGRAMS, NONLINEARITY, ONE_SCALE),
+            ),
+            (
+                _multiply,
+                (gl.constexpr(1), ring, ending, sizes, R, BM, BN, BAND, STAGES, PROGRAMS, NONLINEARITY, ONE_SCALE),
+            ),
             (_load, (ring, sizes, R, BM, BN, BAND, STAGES, PROGRAMS)),
         ],
         [4, 1],
@@ -202,33 +224,35 @@ def _w4a8_hopper_kernel(
 
 def product(
     activation: tuple, weight: tuple, up: Tensor | None, bias: Tensor | None, out: Tensor, config: dict,
-    nonlinearity: str = "",
+    nonlinearity: str = "", one_scale: bool = False, zero: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:  # fmt: skip
-    """Do what product_w4a8.product does, for e4m3 codes on Hopper; ValueError for others.
+    """Do what product_w4a8.product does, on Hopper; the branch may be None.
 
-    config: BM, BN, BK, BAND, STAGES.
+    one_scale: that of all rows is row_scale[0]. zero: (z [1], s [N]), int32, of int8 codes. config: BM, BN, BK, BAND,
+    STAGES. Raises ValueError for other GPUs and other types of codes.
     """
     (codes, row_scale, branch), (w8, column_scale) = activation, weight
-    (m, k), n, r = codes.shape, out.shape[1], branch.shape[1]
-    launch = _launch(config, m, n, k, r, nonlinearity, codes.dtype, out.device)
+    (m, k), n, r = codes.shape, out.shape[1], 0 if branch is None else branch.shape[1]
+    launch = _launch(config, m, n, k, r, nonlinearity, one_scale, codes.dtype, out.device)
     launch(
-        codes, w8, branch if r else None, aligned(up), out if n % 8 == 0 else None,
-        out, row_scale, column_scale, bias,
+        codes, w8, branch if r else None, aligned(up), out if n % 8 == 0 and out.element_size() == 2 else None,
+        out, row_scale, column_scale, bias, *zero,
     )  # fmt: skip
 
 
 @planned
 def _launch(
-    config: dict, m: int, n: int, k: int, r: int, nonlinearity: str, dtype: torch.dtype, device: torch.device
-) -> Launch:
-    check(dtype, device)
+    config: dict, m: int, n: int, k: int, r: int, nonlinearity: str, one_scale: bool, dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:  # fmt: skip
+    check(dtype, device, (torch.float8_e4m3fn, torch.int8))
     bm, bn, bk = (config[name] for name in ("BM", "BN", "BK"))
     step = min(r, bk // 2)  # a stage has room for so many columns of 16 bits
     blocks = dict(a_desc=(bm, bk), w_desc=(bn, bk), branch_desc=(bm, step), up_desc=(bn, step), y_desc=(bm, bn // 4))
     tiles = cdiv(m, bm) * cdiv(n, bn)
     programs = multiprocessors(device)
     return Launch(
-        _w4a8_hopper_kernel, (min(programs, tiles),), blocks, M=m, N=n, K=k, tiles=tiles, R=r, PROGRAMS=programs,
-        NONLINEARITY=nonlinearity, **{name: config[name] for name in ("BM", "BN", "BAND", "STAGES")},
+        _product_hopper_kernel, (min(programs, tiles),), blocks, M=m, N=n, K=k, tiles=tiles, R=r, PROGRAMS=programs,
+        NONLINEARITY=nonlinearity, ONE_SCALE=one_scale, BM=bm, BN=bn, BAND=config["BAND"], STAGES=config["STAGES"],
         COMPUTE_REGISTERS=COMPUTE_REGISTERS, LOAD_REGISTERS=LOAD_REGISTERS, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

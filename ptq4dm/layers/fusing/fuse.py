@@ -1,7 +1,7 @@
 """Fused forward passes of a quantized model: what lies between two products runs inside the kernels beside it.
 
 Of any model: norms that quantized layers read, and inputs that several of them share (ptq4dm/handed/). Of UNets with
-W8A8 layers, here; other rooms add theirs to FUSED.
+W8A8 layers, here; of transformers whose layers quantize their inputs in the call, in blocks.py.
 
     ResnetBlock2D   norm + SiLU + quantize | conv1 + time embedding | norm + SiLU + quantize | conv2 + shortcut
     Attention       norm + quantize, once for query, key and value | ... | output product + residual
@@ -30,7 +30,7 @@ from ...handed.find import hand_over, take_back
 from ...hooks import unhooked
 from ...pipelines.denoiser import denoisers_by_prefix, turn_at
 from ...undo import whole_or_not
-from . import cpu, unet
+from . import blocks, cpu, unet
 from .caches import known_to_caches
 from .report import FuseReport, why_left
 from .transformer import FusedInt8TransformerBlock
@@ -91,7 +91,7 @@ def _fuse(module: nn.Module, name: str, report: FuseReport, between: torch.dtype
                 module.between = between
             report.add(name, plain.__name__)
         else:
-            report.leave(name, plain.__name__, why_left(module, FUSED[plain].serves))
+            report.leave(name, plain.__name__, why_left(module, getattr(FUSED[plain], "serves", None)))
     elif is_fused(module):
         report.leave(name, plain.__mro__[1].__name__, "it is fused already")
     elif isinstance(module, Attention) and module.group_norm is not None and module.residual_connection:
@@ -136,9 +136,9 @@ def _unfuse_all(models: dict[str, nn.Module]) -> None:
         take_back(model)
 
 
-# plain class -> its fused one, with `fits(module)`: whether what the module is made of allows it, and `serves`: the
-# classes of layers that it is fused around
-FUSED: dict[type, Any] = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D}
+# plain class -> its fused one, with `fits(module)`: whether what the module is made of allows it; those of UNets with
+# `serves`: the classes of layers that it is fused around
+FUSED: dict[type, Any] = {ResnetBlock2D: FusedResnetBlock2D, Upsample2D: FusedUpsample2D, **blocks.KINDS}
 ON_CPU: dict[type, Any] = {
     BasicTransformerBlock: FusedInt8TransformerBlock
 }  # where a CPU has the kernels, before FUSED

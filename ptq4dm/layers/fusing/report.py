@@ -81,9 +81,11 @@ class FuseReport(list):
         return "\n".join([*(lines or ["no module is of a kind that can be fused"]), *self.notes])
 
 
-def why_left(module: nn.Module, serves: tuple[type, ...]) -> str:
-    """Why a module of a kind that can be fused is not, by what its layers are. serves: the classes of layers that its
-    kind is fused around."""
+def why_left(module: nn.Module, serves: tuple[type, ...] | None) -> str:
+    """Why a module of a kind that can be fused is not, by what its layers are.
+
+    serves: the classes of layers that its kind is fused around; None of blocks.py, where layers say so themselves.
+    """
     plain = []
     quantized = [layer for layer in module.modules() if isinstance(layer, QuantizedLayer)]
     if not quantized:
@@ -93,9 +95,9 @@ def why_left(module: nn.Module, serves: tuple[type, ...]) -> str:
         if hasattr(layer, "base_layer"):
             return f"{which} has an adapter"
         if isinstance(layer, QuantizedLayer):
-            if not isinstance(layer, serves):
+            if serves is not None and not isinstance(layer, serves):
                 return f"{which} is {layer.plan}, which has no fused kernels here"
-            if why := layer.why_not_fused():
+            if why := layer.why_not_in_blocks() if serves is None else layer.why_not_fused():
                 return f"{which} {why}"
         elif isinstance(layer, (nn.Linear, nn.Conv2d)):
             plain.append(which)

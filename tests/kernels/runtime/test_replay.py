@@ -93,12 +93,13 @@ def test_several_results_of_other_strides(kernel):
     def extra(x, y):
         other = x.new_empty(4, 2).t()
         op.second(x, None, other)
-        return other, y
+        return other, y, x.new_empty(3, 0)  # as a branch of rank 0
 
     op.extra = extra
     for seed in range(4):
         x = rand(seed=seed)
-        other, y = op.repeated(x, given, None)
+        other, y, nothing = op.repeated(x, given, None)
+        assert nothing.shape == (3, 0) and nothing.dtype == x.dtype
         assert other.shape == (2, 4) and other.stride() == (1, 2)
         assert torch.allclose(other, 3 * x.view(4, 2).t()) and torch.allclose(y, expected(x, given, None))
     assert op.calls == 2

@@ -49,6 +49,21 @@ def test_a_shape_class_has_its_own_tile(gpu):
     assert w8a8_configs.choose(torch.int8, window, 256, 128, gpu, False).bm == 128
 
 
+def test_what_is_added_to_a_product_keeps_it_from_hoppers_kernel(gpu):
+    """Of 1x1 windows of codes with one scale, or one a row: there it is the default, and may be what was measured."""
+    rows = Window(4096, 1, 1)
+    linear = (torch.int8, rows, 1024, 1024, gpu, False)
+    assert w8a8_configs.choose(*linear) == w8a8_configs.GLUON
+    assert w8a8_configs.choose(*linear, False).mode == "gather"
+    tuning.record(
+        "w8a8", w8a8_configs.shape_class(torch.int8, rows, 1024, 1024), vars(w8a8_configs.GLUON) | {"band": 4}
+    )
+    assert w8a8_configs.choose(*linear).band == 4 and w8a8_configs.choose(*linear, False).mode == "gather"
+    for window in (Window(4096, 1, 1, padding=(1, 0)), Window(64, 16, 16, stride=(2, 2)), Window(64, 1, 1)):
+        assert w8a8_configs.default(torch.int8, window, 1024, 1024, (9, 0), False).mode == "gather"
+    assert w8a8_configs.default(torch.int8, rows, 1024, 1024, (8, 9), False).mode == "gather"
+
+
 @pytest.mark.parametrize("batch, bm", [(128, 64), (512, 64), (64, 128), (1024, 128)])
 def test_twice_or_half_the_rows_take_the_tile_that_was_measured(gpu, batch, bm):
     window = Window(256, 32, 32, (3, 3), (1, 1), (1, 1))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import ptq4dm  # noqa: F401
 from ptq4dm.kernels.cpu import library
 from ptq4dm.kernels.formats import int4
+from ptq4dm.kernels.formats.nonlinearities import NONLINEARITIES
 from ptq4dm.kernels.runtime import settings as tuning
 from ptq4dm.kernels.runtime.settings import best_config
 from ptq4dm.kernels.w4 import from_codes as svdq_codes
@@ -56,7 +57,7 @@ def rows_of(arguments):
     return x.flatten(0, -2), more, smooth, down, mode, shift, None if norm[0] is None else tuple(norm)
 
 
-@pytest.mark.parametrize("nonlinearity", svdq.NONLINEARITIES)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 @pytest.mark.parametrize("mode, shift", [("fp8", 0.0), ("int8", 0.0), ("int4", 0.0), ("int4", 0.171875)])
 def test_two_halves_of_the_reference_are_the_whole(mode, shift, nonlinearity, monkeypatch):
     monkeypatch.setattr(library, "available", lambda: False)

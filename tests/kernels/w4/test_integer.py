@@ -302,6 +302,9 @@ def test_what_a_search_tries():
         for m, tma in ((1, True), (33, True), (4096, True), (4096, False)):
             found = settings_of(mode, m, tma)
             assert found and len({str(sorted(one.items())) for one in found}) == len(found)
+            gluon = [one for one in settings_of(mode, m, tma, tma) if one.get("GLUON")]
+            assert bool(gluon) == (mode == "progressive" and m == 4096 and tma)
+            assert all(one["UNPACK"] for one in gluon) and not any(one.get("GLUON") for one in found)
             assert all(one["BM"] < 2 * max(m, 16) for one in found)
             assert any(one.get("UNPACK") for one in found) == (mode == "progressive" and m == 4096)
             assert all(one["TMA"] == tma for one in found if not one.get("GLUON"))

@@ -184,15 +184,16 @@ def test_product(setting, codes, shape, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codes", CODES, ids=str)
 @pytest.mark.parametrize("stages", [2, 6])
 @pytest.mark.parametrize(
     "m, n, k, rank", [(1, 24, 128, 0), (70, 130, 192, 12), (333, 264, 960, 100), (2050, 2056, 64, 9)]
 )
-def test_w4a8_on_hopper(stages, m, n, k, rank, dtype):
+def test_w4a8_on_hopper(stages, m, n, k, rank, codes, dtype):
     """The ring with fewer stages than a tile has steps and with more; more tiles than programs; every tail."""
     setting = dict(GLUON=True, BM=128, BN=128, BK=128, BAND=2, STAGES=stages)
     layer = Layer(m, n, k, rank, dtype)
-    rows, weight = layer.prepared("fp8", FP8)
+    rows, weight = layer.prepared("int8" if codes == torch.int8 else "fp8", codes)
     expected = torch.empty(m, n, dtype=dtype, device=DEVICE)
     svdq_gemm.product(rows, weight, layer.up, layer.bias, expected, POINTERS)
     for _ in range(3):
@@ -212,7 +213,7 @@ def test_w4a8_on_hopper(stages, m, n, k, rank, dtype):
 def test_gluon_settings_name_what_they_are_for(mode, product, setting):
     layer = Layer(33, 64, 128, 16)
     rows, weight = layer.prepared(mode, torch.int8)
-    with pytest.raises(ValueError, match="for e4m3 on Hopper, not for torch.int8"):
+    with pytest.raises(ValueError, match="for torch.float8_e4m3fn.* on Hopper, not for torch.int8"):
         product(rows, weight, layer.up, layer.bias, layer.x.new_empty(33, 64), setting | dict(GLUON=True))
 
 

@@ -141,6 +141,30 @@ def test_scales_of_long_and_short_rows():
         assert torch.equal(found, int8.dynamic_scale(x, (1,)).flatten())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, fp8.DTYPE], ids=["int8", "fp8"])
+@pytest.mark.parametrize(
+    "rows, length, kind",
+    [(70, 24, torch.float32), (5, 300, torch.float16), (3, 2080, torch.float32), (2, 5000, torch.float16)]
+    + [(1, 9000, torch.float32), (2, 17_000, torch.float32)],
+)  # fmt: skip
+def test_codes_of_rows_are_those_of_two_launches(rows, length, kind, dtype):
+    """Also of every other row of a tensor, of zeros, and of what is not finite; long rows are given to two."""
+    x = (normal(2 * rows, length) * 5).to(kind)[::2]
+    x[0] = 0
+    if rows > 2:
+        x[1, length // 2], x[2, length - 1] = math.nan, math.inf
+    for bits in (8, 6) if dtype == torch.int8 else (8,):
+        codes, scale = w8a8_quantize.quantize_rows(x.to(DEVICE), bits, dtype)
+        limit = int8.weight_limit(bits) if dtype == torch.int8 else 448.0
+        right = w8a8_quantize.scales(x.contiguous().to(DEVICE), limit)
+        assert torch.equal(scale.nan_to_num(7.0), right.nan_to_num(7.0)) and codes.shape == (
+            rows,
+            -(-length // 32) * 32,
+        )
+        both = w8a8_quantize.quantize(x[:, :, None, None].to(DEVICE), right, None, bits, dtype)
+        assert torch.equal(codes.view(torch.int8), both.view(torch.int8))
+
+
 # --- the product --------------------------------------------------------------------------------------------
 
 TILES = [Config("tma", 64, 32, 32, 4, 3), Config("gather", 32, 64, 32, 4, 3), Config("gather", 64, 16, 32, 4, 2, 1)]
@@ -167,6 +191,49 @@ def test_product_of_codes(channels, outputs, window, config, dtype):
     w8a8_triton.conv2d(codes, window, rows, scale, zero, weight_scale.to(DEVICE), sums, *more, out, 8, config)
     y = expected(x, scale, zero, qweight, weight_scale, bias, window) + shift.double()[:, :, None, None]
     close(out.permute(0, 3, 1, 2), y + residual.double().permute(0, 3, 1, 2), tolerance(dtype))
+
+
+HOPPER = CUDA and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.int8, fp8.DTYPE], ids=["int8", "fp8"])
+@pytest.mark.parametrize("scales", ["one", "rows"])
+@pytest.mark.parametrize(
+    "shape", [(128, 128, 128), (1000, 300, 416), (70, 130, 72), (1, 5, 40), (5000, 1032, 1152)], ids=str
+)
+def test_the_product_of_hopper_is_that_of_triton(shape, scales, dtype, kind):
+    """With a zero point and a bias; whole numbers to the bit, whatever the tiles; and the same every time."""
+    rows, outputs, channels = shape
+    x = inputs(dtype, rows, channels)
+    scale, zero = grid(dtype)
+    if scales == "rows":
+        scale = scale * (1 + torch.arange(rows, device=DEVICE) % 3)
+    qweight, weight_scale = weights(dtype, outputs, channels)
+    window = Window(rows, 1, 1)
+    codes = w8a8_quantize.quantize(x[:, :, None, None].to(DEVICE), scale, zero, 8, dtype)
+    layer = w8a8_launch.Parameters(
+        *(t.to(DEVICE) for t in (qweight, weight_scale, normal(outputs, seed=2))), scale, zero
+    )
+    found = [
+        w8a8_launch.multiply(codes, window, layer, kind, config=config)
+        for config in (w8a8_configs.GLUON, w8a8_configs.GLUON, Config("gather", 32, 64, 32, 4, 3))
+    ]
+    assert found[0].dtype == kind and torch.equal(found[0], found[1])
+    if dtype == torch.int8:
+        assert torch.equal(found[0], found[2])
+    assert (found[0].double() - found[2].double()).norm() <= 4e-3 * found[2].double().norm()
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_what_hopper_does_not_add_goes_to_triton():
+    """A residual, and scales of images of many pixels: the settings that fit are chosen then."""
+    qweight, weight_scale = (t.to(DEVICE) for t in weights(torch.int8, 1024, 512))
+    x, residual = inputs(torch.int8, 4096, 512).to(DEVICE), normal(4096, 1024, seed=4).to(DEVICE)
+    given = (x, qweight, weight_scale, None, *grid(torch.int8), 8)
+    alone = w8a8_launch.triton_linear(*given)
+    assert torch.equal(w8a8_launch.triton_linear(*given, residual), alone + residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, fp8.DTYPE], ids=["int8", "fp8"])
@@ -432,7 +499,8 @@ def test_configurations_fit_their_shapes():
         for name, entry in entries.items():
             config, parts = Config(**entry), name.split()
             channels = int(next(part[1:] for part in parts if part.startswith("C")))
-            assert channels % config.bk == 0 and config.mode in ("tma", "gather", "on-load"), (device, name)
+            assert config.mode in ("tma", "gather", "on-load", "gluon"), (device, name)
+            assert channels % config.bk == 0 or config.mode == "gluon", (device, name)
             assert (config.mode == "on-load") == ("on-load" in parts), (device, name)
             assert config.mode != "tma" or name.split("/")[1].startswith("1"), (device, name)
     assert found > 10

@@ -16,8 +16,8 @@ from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.kernels.cpu import library
 from ptq4dm.kernels.w4 import from_codes as svdq_codes
 from ptq4dm.kernels.w4 import layer as svdq_linear
-from ptq4dm.svdquant.layers import fused_blocks as FUSE
-from ptq4dm.svdquant.layers import fused_parts as PARTS
+from ptq4dm.layers.fusing import blocks as FUSE
+from ptq4dm.layers.fusing import parts as PARTS
 from ptq4dm.svdquant.layers.svdq import Codes, SVDQLinear
 from ptq4dm.svdquant.lora import stack
 

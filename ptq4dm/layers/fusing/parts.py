@@ -1,4 +1,4 @@
-"""Parts of fused blocks: which modules fit together, and what lies between them."""
+"""Parts of fused blocks (blocks.py): which modules fit together, and what lies between them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSin
 from torch import Tensor, nn
 
 from ...hooks import unhooked
-from ...kernels.w4 import layer as svdq_linear
-from .svdq import SVDQLinear
+from ..base import QuantizedLayer
 
 
 def feed_forward(x: Tensor, norm: nn.LayerNorm, ff: FeedForward, shift, scale, gate) -> Tensor:
@@ -59,34 +58,38 @@ def widens(ff: nn.Module) -> bool:
     return type(ff) is FeedForward and isinstance(ff.net[0], GELU) and read_codes(first(ff))
 
 
+def in_blocks(layer: nn.Module) -> bool:
+    """True of a layer that has `codes` and `multiply`, and of no adapter around one."""
+    return isinstance(layer, QuantizedLayer) and hasattr(layer, "multiply") and isinstance(layer, nn.Linear)
+
+
 def read_codes(*layers: nn.Module) -> bool:
-    return all(type(layer) is SVDQLinear and not layer.why_not_fused() for layer in layers)
+    return all(in_blocks(layer) and not layer.why_not_in_blocks() for layer in layers)
 
 
 def share(layers: list[nn.Module]) -> bool:
-    """True if codes for the first of the layers are codes for all: smoothing and branch are one, without adapters."""
-    if len(layers) == 1:
-        return True
-    leader = layers[0]._lender[0] if layers[0]._lender else layers[0]
-    for layer in layers:
-        if (layer._lender[0] if layer._lender else layer) is not leader or layer.lora_down is not None:
+    """True if codes for the first of the layers are codes for all: of W8A8 layers if the grid is one, of SVDQuant's
+    if smoothing and branch are, without adapters."""
+    first, *others = [layer.codes_key() for layer in layers]
+    for key in others:
+        if not (key is first or (isinstance(key, tuple) and key == first)):
             return False
-    return True
+    return first is not None or not others
 
 
 def runs_fused(layers: list[nn.Module], passed_over: list[nn.Module]) -> bool:
     """True if kernels serve the layers, and nothing waits for calls of modules that get codes, or no call at all."""
     for layer in layers:
-        if type(layer) is not SVDQLinear:
+        if not in_blocks(layer) or not _on_kernels(layer):
             return False
-    return _on_kernels(layers[0]) and unhooked(*layers, *passed_over)
+    return unhooked(*layers, *passed_over)
 
 
 def codes_on_cpu(module: nn.Module) -> bool:
-    """True if kernels of this CPU serve all SVDQuant layers of a fused module."""
-    layers = [layer for layer in module.modules() if type(layer) is SVDQLinear]
+    """True if kernels of this CPU serve all layers of a fused module."""
+    layers = [layer for layer in module.modules() if in_blocks(layer)]
     return all(layer.qweight.device.type == "cpu" and _on_kernels(layer) for layer in layers)
 
 
-def _on_kernels(layer: SVDQLinear) -> bool:
-    return layer.kernel_name() != svdq_linear.REFERENCE
+def _on_kernels(layer: QuantizedLayer) -> bool:
+    return layer.has_block_kernels()

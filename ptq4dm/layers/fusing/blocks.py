@@ -1,4 +1,6 @@
-"""Fused forward passes of transformers with SVDQuant layers: norms and products hand over what the next kernel reads.
+"""Fused forward passes of transformers: norms and products hand over what the next kernel reads.
+
+Of layers that quantize their inputs in the call: SVDQuant's, and W8A8 ones with dynamic inputs, on a GPU.
 
     GELU                          the product, GELU on its sums
     FluxSingleTransformerBlock    norm + quantize, once for query, key, value and MLP | ... | attention and MLP
@@ -23,14 +25,14 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from ...layers.attention.processors import plain_processor
-from ...layers.fusing.fuse import FUSED
-from .fused_parts import (
+from ..attention.processors import plain_processor
+from .parts import (
     added_projections,
     before,
     codes_on_cpu,
     feed_forward,
     first,
+    in_blocks,
     in_range,
     modulates,
     modulation,
@@ -41,7 +43,6 @@ from .fused_parts import (
     unweighted,
     widens,
 )
-from .svdq import SVDQLinear
 
 NONLINEARITY = {"none": "gelu", "tanh": "gelu_tanh"}  # by `approximate` of GELU
 
@@ -49,7 +50,8 @@ NONLINEARITY = {"none": "gelu", "tanh": "gelu_tanh"}  # by `approximate` of GELU
 class FusedGELU(GELU):
     @staticmethod
     def fits(module: GELU) -> bool:
-        return type(module.proj) is SVDQLinear and module.approximate in NONLINEARITY
+        fits = in_blocks(module.proj) and (module.proj.multiplies_floats or not module.proj.why_not_in_blocks())
+        return fits and module.approximate in NONLINEARITY
 
     def forward(self, hidden_states) -> Tensor:
         if self.training or not runs_fused([self.proj], []):
@@ -166,7 +168,5 @@ KINDS = {
     BasicTransformerBlock: FusedBasicTransformerBlock,
 }
 for plain, kind in KINDS.items():
-    kind.serves = (SVDQLinear,)
     kind.on_cpu = codes_on_cpu
     kind.__name__ = plain.__name__  # by which diffusers finds blocks to compile and not to split among devices
-FUSED |= KINDS

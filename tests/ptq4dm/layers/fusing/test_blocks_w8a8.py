@@ -1,0 +1,177 @@
+"""Fused blocks around W8A8 layers with dynamic inputs: the same answers, in fewer codes, and unfused elsewhere."""
+
+import contextlib
+
+import pytest
+import torch
+from diffusers.models.activations import GELU
+from torch import nn
+
+import denoisers
+import ptq4dm
+from ptq4dm.calibration.record import replay
+from ptq4dm.calibration.store import CalibrationStore, fingerprint
+from ptq4dm.handed.value import RowCodes
+from ptq4dm.kernels.w4 import from_codes as w4_codes
+from ptq4dm.kernels.w8a8 import from_codes as w8a8_codes
+from ptq4dm.layers.fusing import blocks, parts
+from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.registry import quantized_copy
+
+CUDA = torch.cuda.is_available()
+DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+NAMES = {
+    "flux": {DOUBLE, f"{DOUBLE}.ff.net.0", f"{DOUBLE}.ff_context.net.0", SINGLE},
+    "dit": {f"transformer_blocks.{i}{part}" for i in range(2) for part in ("", ".ff.net.0")},
+}
+CASES = [("flux", "int8", False), ("flux", "fp8", True), ("dit", "int8", False), ("dit", "fp8", False)]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def quantized(kind, form, qkv=False, **options):
+    model, store = denoisers.pair(kind)
+    if qkv:
+        model.fuse_qkv_projections()
+        store = CalibrationStore({}, fingerprint(model), 1000, store.calls)
+    ptq4dm.quantize(model, ptq4dm.RTNConfig(activations="dynamic", format=form, **options))
+    return model, store.calls
+
+
+@contextlib.contextmanager
+def fused_here(monkeypatch):
+    """Take this device for one that has kernels; the ops are then the reference. Yields the calls of the ops."""
+    seen = []
+
+    def counted(module, name):
+        op = getattr(module, name)
+
+        def call(*args):
+            seen.append(name)
+            return op(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_on_kernels", lambda _: True)
+        for module, name in (
+            (w4_codes, "svdq_codes"), (w8a8_codes, "w8a8_product"), (w8a8_codes, "w8a8_tokens"),
+        ):  # fmt: skip
+            patch.setattr(module, name, counted(module, name))
+        yield seen
+
+
+def cost(answer, other, exact):
+    """In units of what quantizing costs."""
+    return float((answer - other).norm() / (other - exact).norm())
+
+
+@pytest.mark.parametrize("kind, form, qkv", CASES, ids=str)
+def test_fused_answers_are_the_unfused_ones(kind, form, qkv, monkeypatch):
+    model, calls = quantized(kind, form, qkv)
+    exact, before = replay(denoisers.pair(kind)[0], calls), replay(model, calls)
+    report = ptq4dm.fuse(model)
+    assert set(report) - set(report.handed) == NAMES[kind]
+    assert torch.equal(replay(model, calls), before)  # where no kernels are nothing changes
+    with fused_here(monkeypatch) as seen:
+        answer = replay(model, calls)
+    layers = 1 if qkv else 3
+    normed, plain, products = {
+        "flux": (4 + 1 + 1, 4, 2 * layers + 2 + 4 + layers + 2),  # (attention | MLP) is no norm, but in the same op
+        "dit": (2 * 2, 2, 2 * (3 + 1 + 1)),
+    }[kind]
+    assert seen.count("svdq_codes") == normed
+    assert seen.count("w8a8_product") >= products - plain and cost(answer, before, exact) < 0.05
+    ptq4dm.unfuse(model)
+    with fused_here(monkeypatch) as seen:
+        assert torch.equal(replay(model, calls), before) and "svdq_codes" not in seen
+    assert not any(type(module) in blocks.KINDS.values() for module in model.modules())
+
+
+@pytest.mark.parametrize("function", ["", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_a_layer_of_codes_is_the_layer(form, function):
+    """Of a tensor, of codes, and of two tensors side by side; the function after it is that of torch."""
+    torch.manual_seed(0)
+    layer = quantized_copy(nn.Linear(96, 40), LayerPlan(format=form, objective="max"), "x")
+    x = torch.randn(2, 7, 96)
+    plain = layer(x)
+    for same in (layer(layer.codes(x)), layer.multiply(x)):
+        assert torch.allclose(same, plain, atol=1e-6)
+    right = {
+        "": lambda y: y,
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
+        "silu": nn.functional.silu,
+    }[function](plain)
+    assert torch.allclose(layer.multiply(x, function), right, atol=1e-6)
+    both = layer.codes(x[..., :64], x[..., 64:])
+    assert isinstance(both, RowCodes) and both.ndim == 3 and both.shape == (2, 7, 96)
+    near = layer.multiply(both, function)
+    assert (near - right).norm() < 2e-3 * right.norm()
+    with pytest.raises(ValueError, match="the nonlinearity after a product is one of '', 'gelu'"):
+        layer.multiply(x, "relu")
+
+
+def test_what_does_not_fit_stays_and_says_why():
+    model, _ = quantized("dit", "int8")
+    attn = model.transformer_blocks[0].attn1
+    attn.to_v = nn.Linear(attn.to_v.in_features, attn.to_v.out_features)
+    report = ptq4dm.fuse(model)
+    assert set(report) - set(report.handed) == NAMES["dit"] - {"transformer_blocks.0"}
+    assert "'attn1.to_v' is in full precision" in str(report)
+    static = quantized_copy(nn.Linear(64, 64), LayerPlan(objective="max", input_scale=0.1, input_zero_point=0), "x")
+    gelu = GELU(64, 64)
+    gelu.proj = static
+    report = ptq4dm.fuse(nn.ModuleDict({"gelu": gelu}))
+    assert report == [] and "static inputs, whose codes torch.compile makes" in str(report)
+
+
+def test_adapters_and_hooks_are_called(monkeypatch):
+    model, calls = quantized("dit", "int8")
+    ptq4dm.fuse(model)
+    block = model.transformer_blocks[0]
+    block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
+    block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
+    with fused_here(monkeypatch) as seen:
+        answer = replay(model, calls)
+    assert seen.count("svdq_codes") == 2  # the other block's
+    ptq4dm.unfuse(model)
+    assert (answer - replay(model, calls)).norm() < 1e-3 * answer.norm()
+
+
+@pytest.mark.parametrize("kind", ["flux", "dit"])
+def test_a_fused_model_compiles_whole(kind, monkeypatch):
+    model, calls = quantized(kind, "int8")
+    ptq4dm.fuse(model)
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_on_kernels", lambda _: True)
+        eager = replay(model, calls)
+        (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True, backend=backend)
+        assert torch.equal(replay(model, calls), eager)
+    assert any("svdq_codes" in name for name in seen) and any("w8a8_product" in name for name in seen)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("kind, form, qkv", CASES, ids=str)
+def test_fused_models_on_the_gpu(kind, form, qkv):
+    """Against the unfused one; the same bits every time; compiled whole."""
+    model, calls = quantized(kind, form, qkv)
+    exact = replay(denoisers.pair(kind)[0].cuda().bfloat16(), calls).float().cpu()
+    nn.Module.bfloat16(model.cuda())
+    before = replay(model, calls).float().cpu()
+    report = ptq4dm.fuse(model)
+    assert set(report) - set(report.handed) == NAMES[kind]
+    answer = replay(model, calls)
+    assert torch.equal(replay(model, calls), answer)
+    assert cost(answer.float().cpu(), before, exact) < 0.7  # rounded to bf16 after the norm, or not
+    (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True)
+    assert cost(replay(model, calls).float().cpu(), answer.float().cpu(), exact) < 0.7

@@ -133,9 +133,16 @@ class QuantizedLayer:
         return f"is {self.plan}, for which there are no fused kernels"
 
     def why_not_in_blocks(self) -> str:
-        """The same of the blocks in fusing/blocks.py. Layers that these take have `codes(x, more, norm)`, of an input
-        that layers of one `codes_key` share; `multiply(x or codes, nonlinearity)`; and `has_block_kernels()`."""
+        """The same of the blocks in fusing/blocks.py.
+
+        Classes that these take say `in_blocks = True`, and have `codes(x, more, norm)`, which layers of one
+        `codes_key` share, and `multiply(x or codes, nonlinearity)`.
+        """
         return f"is {self.plan}, for which there are no fused kernels"
+
+    def has_block_kernels(self) -> bool:
+        """Whether kernels serve those blocks where the layer is."""
+        return False
 
     takes_norms = False  # whether `encode` takes over a norm, or a gate, that lies before the layer
 

@@ -161,13 +161,14 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
 
     def multiply(self, x: Tensor | Handed | RowCodes, nonlinearity: str = "") -> Tensor:
         """The layer of x, or of codes of it, and one of `formats.nonlinearities` on its sums."""
-        given, x = (x, None) if isinstance(x, RowCodes) else encoded(self, x)
-        if given is None:
-            given = self.encode(x, None, x.dtype)
-        operands = (self.qweight, self.weight_scale, self.added)
-        y = from_codes.w8a8_product(
-            given.codes, given.scale, self.input_zero_point, *operands, nonlinearity, given.dtype
-        )
+        if not isinstance(x, RowCodes):
+            given, plain = encoded(self, x)
+            x = self.encode(plain, None, plain.dtype) if given is None else given
+        return self._of_codes(x, nonlinearity)
+
+    def _of_codes(self, given: RowCodes, nonlinearity: str = "") -> Tensor:
+        weight = self.input_zero_point, self.qweight, self.weight_scale, self.added
+        y = from_codes.w8a8_product(given.codes, given.scale, *weight, nonlinearity, given.dtype)
         return y.view(*given.shape[:-1], self.out_features)
 
     def forward(self, input: Tensor | Handed | RowCodes) -> Tensor:
@@ -202,6 +203,8 @@ class _Fp8(W8A8Layer):
 class Int8Linear(W8A8Linear):
     """A Linear of format "int8"."""
 
+    in_blocks = True
+
 
 class Int8Conv2d(W8A8Conv2d):
     """A Conv2d of format "int8"."""
@@ -209,6 +212,8 @@ class Int8Conv2d(W8A8Conv2d):
 
 class Fp8Linear(_Fp8, W8A8Linear):
     """A Linear of format "fp8"."""
+
+    in_blocks = True
 
 
 class Fp8Conv2d(_Fp8, W8A8Conv2d):

@@ -250,6 +250,8 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
 class SVDQLinear(_SVDQLayer, nn.Linear):
     """x [..., K] float, or its Codes -> [..., N] in x's dtype."""
 
+    in_blocks = True
+
     def __init__(self, linear: nn.Linear, plan: SVDQPlan, device=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -14,6 +14,8 @@ block computes unfused where fusing does not apply, as in ptq4dm/layers/fusing/f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import BasicTransformerBlock
@@ -53,7 +55,7 @@ class FusedGELU(GELU):
         fits = in_blocks(module.proj) and (module.proj.multiplies_floats or not module.proj.why_not_in_blocks())
         return fits and module.approximate in NONLINEARITY
 
-    def forward(self, hidden_states) -> Tensor:
+    def forward(self, hidden_states: Any) -> Tensor:
         if self.training or not runs_fused([self.proj], []):
             return super().forward(hidden_states)
         return self.proj.multiply(hidden_states, NONLINEARITY[self.approximate])
@@ -68,8 +70,8 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         return gelu and modulates(block.norm) and read_codes(*query, block.proj_mlp, block.proj_out) and share(query)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
-        joint_attention_kwargs=None,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         query, mlp, out = projections(self.attn), self.proj_mlp, self.proj_out
         passed_over = [self.norm, self.norm.norm, self.act_mlp, self.attn]
@@ -99,8 +101,8 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
         return norms and widening and read_codes(*image, *text) and share(image) and share(text)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb=None,
-        joint_attention_kwargs=None,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         image, text = projections(self.attn), added_projections(self.attn)
         norms = [self.norm1, self.norm1.norm, self.norm1_context, self.norm1_context.norm]
@@ -140,8 +142,11 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         return alone and plain and widens(block.ff) and read_codes(*query) and share(query)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
-        timestep=None, cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None, class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         query = projections(self.attn1)
         passed_over = [self.norm1, self.norm1.norm, self.norm3, self.attn1, *before(self.ff)]
@@ -161,7 +166,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         return feed_forward(hidden_states + gate[:, None] * attended, self.norm3, self.ff, *rest)
 
 
-KINDS = {
+KINDS: dict[type, Any] = {
     GELU: FusedGELU,
     FluxSingleTransformerBlock: FusedFluxSingleTransformerBlock,
     FluxTransformerBlock: FusedFluxTransformerBlock,

@@ -12,7 +12,9 @@ from ...hooks import unhooked
 from ..base import QuantizedLayer
 
 
-def feed_forward(x: Tensor, norm: nn.LayerNorm, ff: FeedForward, shift, scale, gate) -> Tensor:
+def feed_forward(
+    x: Tensor, norm: nn.LayerNorm, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor
+) -> Tensor:  # fmt: skip
     """x + gate * ff(norm(x) * (1 + scale) + shift)."""
     return x + gate[:, None] * ff(first(ff).codes(x, norm=(scale, shift, norm.eps)))
 
@@ -59,8 +61,8 @@ def widens(ff: nn.Module) -> bool:
 
 
 def in_blocks(layer: nn.Module) -> bool:
-    """True of a layer that has `codes` and `multiply`, and of no adapter around one."""
-    return isinstance(layer, QuantizedLayer) and hasattr(layer, "multiply") and isinstance(layer, nn.Linear)
+    """True of a layer whose own class says so: adapters around one and classes derived from it compute otherwise."""
+    return vars(type(layer)).get("in_blocks", False)
 
 
 def read_codes(*layers: nn.Module) -> bool:

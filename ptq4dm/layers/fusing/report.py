@@ -95,7 +95,7 @@ def why_left(module: nn.Module, serves: tuple[type, ...] | None) -> str:
         if hasattr(layer, "base_layer"):
             return f"{which} has an adapter"
         if isinstance(layer, QuantizedLayer):
-            if serves is not None and not isinstance(layer, serves):
+            if not (vars(type(layer)).get("in_blocks") if serves is None else isinstance(layer, serves)):
                 return f"{which} is {layer.plan}, which has no fused kernels here"
             if why := layer.why_not_in_blocks() if serves is None else layer.why_not_fused():
                 return f"{which} {why}"

@@ -212,9 +212,10 @@ def test_w4a8_on_hopper(stages, m, n, k, rank, codes, dtype):
 )
 def test_gluon_settings_name_what_they_are_for(mode, product, setting):
     layer = Layer(33, 64, 128, 16)
-    rows, weight = layer.prepared(mode, torch.int8)
-    with pytest.raises(ValueError, match="for torch.float8_e4m3fn.* on Hopper, not for torch.int8"):
-        product(rows, weight, layer.up, layer.bias, layer.x.new_empty(33, 64), setting | dict(GLUON=True))
+    (codes, *more), weight = layer.prepared(mode, torch.int8)
+    wrong = codes.view(torch.uint8)
+    with pytest.raises(ValueError, match="for torch.float8_e4m3fn.* on Hopper, not for torch.uint8"):
+        product((wrong, *more), weight, layer.up, layer.bias, layer.x.new_empty(33, 64), setting | dict(GLUON=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

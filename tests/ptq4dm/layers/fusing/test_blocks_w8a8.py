@@ -17,6 +17,9 @@ from ptq4dm.kernels.w8a8 import from_codes as w8a8_codes
 from ptq4dm.layers.fusing import blocks, parts
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.registry import quantized_copy
+from ptq4dm.layers.rotated.choices import ROTATED
+from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear
+from ptq4dm.svdquant.layers.svdq import SVDQLinear
 
 CUDA = torch.cuda.is_available()
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
@@ -124,6 +127,23 @@ def test_what_does_not_fit_stays_and_says_why():
     gelu.proj = static
     report = ptq4dm.fuse(nn.ModuleDict({"gelu": gelu}))
     assert report == [] and "static inputs, whose codes torch.compile makes" in str(report)
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear, SVDQLinear], ids=lambda kind: kind.__name__)
+def test_classes_derived_from_a_layer_are_not_taken_for_it(kind):
+    """Rotated and split layers inherit from it, and compute otherwise: each class says for itself what it is."""
+
+    def below(one):
+        return [found for sub in one.__subclasses__() for found in (sub, *below(sub))]
+
+    assert vars(kind)["in_blocks"] and (kind is SVDQLinear or below(kind))
+    assert not [one.__name__ for one in below(kind) if parts.in_blocks(object.__new__(one))]
+    plan = ROTATED[LayerPlan](LayerPlan(objective="max"), 64, "regular")
+    rotated = quantized_copy(nn.Linear(64, 64), plan, "layer")
+    gelu = GELU(64, 64)
+    gelu.proj = rotated
+    report = ptq4dm.fuse(nn.ModuleDict({"gelu": gelu}))
+    assert report == [] and "which has no fused kernels here" in str(report)
 
 
 def test_adapters_and_hooks_are_called(monkeypatch):

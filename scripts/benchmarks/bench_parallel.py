@@ -1,9 +1,9 @@
-"""A FLUX-shaped slice in 4 bits on several GPUs: context parallelism of diffusers, and a device map of accelerate.
+"""A FLUX-shaped slice in 4 and 8 bits on several GPUs: context parallelism of diffusers, a device map of accelerate.
 
     torchrun --nproc-per-node 2 scripts/benchmarks/bench_parallel.py --output out/parallel.jsonl
 
-Of each form (bf16, and W4A8 by SVDQuant, fused) the slice runs on one GPU; then its tokens are split among all of
-them by diffusers' `enable_parallelism`, as Ulysses and as ring; then, in the first process, its layers are split by
+Of each form (bf16; W4A8 by SVDQuant, and int8 under dynamic inputs, both fused) the slice runs on one GPU; then its
+tokens are split among all of them by diffusers' `enable_parallelism`, as Ulysses and as ring; then, in the first process, its layers are split by
 accelerate's `infer_auto_device_map` and `dispatch_model`. `error`: of the output beside that on one GPU, as a share
 of its norm. Milliseconds of a step, median; "compiled": with blocks compiled by torch.compile.
 With --device cpu two processes of gloo compare Ulysses alone.
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import dispatch_model, infer_auto_device_map
 from bench_common import Lines, error, made_with
-from bench_flux import fused_model, quantize_blocks
+from bench_flux import fused_model, in_eight_bits, quantize_blocks
 from diffusers import ContextParallelConfig
 from flux_slice import tuples
 from torch import nn
@@ -30,13 +30,17 @@ import ptq4dm
 from ptq4dm.calibration.record import ready
 from ptq4dm.errors import run
 
+FORMS = ("svdq-fused", "w8a8-fused", "bf16")
 WAYS = ("one", "ulysses", "ring", "device map")
 
 
 def build(form: str, options) -> nn.Module:
     model = fused_model(options)
-    if form != "bf16":
+    if form == "svdq-fused":
         quantize_blocks(model, "fp8", 32)
+    elif form == "w8a8-fused":
+        in_eight_bits(model, "int8")
+    if form in FORMS[:2]:
         ptq4dm.fuse(model)
     return model
 
@@ -101,7 +105,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of the image, a square number")
     parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--forms", nargs="+", default=["svdq-fused", "bf16"], choices=("svdq-fused", "bf16"))
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--backend", default="_native_cudnn", help="of attention in a ring, which needs its sums")
     parser.add_argument("--no-compile", dest="compile", action="store_false")

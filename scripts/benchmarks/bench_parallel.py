@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 scripts/benchmarks/bench_parallel.py --output out/parallel.jsonl
 
 Of each form (bf16; W4A8 by SVDQuant, and int8 under dynamic inputs, both fused) the slice runs on one GPU; then its
-tokens are split among all of them by diffusers' `enable_parallelism`, as Ulysses and as ring; then, in the first process, its layers are split by
-accelerate's `infer_auto_device_map` and `dispatch_model`. `error`: of the output beside that on one GPU, as a share
-of its norm. Milliseconds of a step, median; "compiled": with blocks compiled by torch.compile.
+tokens are split among all of them by diffusers' `enable_parallelism`, as Ulysses and as ring; then, in the first
+process, its layers are split by accelerate's `infer_auto_device_map` and `dispatch_model`. `error`: of the output
+beside that on one GPU, as a share of its norm. Milliseconds of a step, median; "compiled": with blocks compiled by
+torch.compile.
 With --device cpu two processes of gloo compare Ulysses alone.
 """
 

@@ -52,6 +52,11 @@ def hand_over(model: nn.Module, prefix: str, wholes: Collection[str], report: An
             report.hand(f"{prefix}{name}", f"{kind.__name__}, {SHARED}", module.sharing)
 
 
+def hands_over(module: nn.Module) -> bool:
+    """Whether `hand_over` has changed a module."""
+    return type(module) in MADE.values() or issubclass(type(module), Sharing)
+
+
 def take_back(model: nn.Module) -> None:
     """Undo `hand_over`."""
     back = {kind: plain for plain, kind in MADE.items()}

@@ -94,7 +94,7 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def why_not_on_cpu(model: nn.Module) -> str:
     """Why compiling a model's blocks is nothing for a CPU; "" where it was measured to help."""
     if runs_fused_on_cpu(model):
-        return "they are fused, by kernels that torch.compile cannot see into"
+        return "they, or parts of them, are fused, by kernels that torch.compile cannot see into"
     if "UNet" in type(model).__name__:
         return "that made a UNet's step hardly faster on a CPU; compiled=True compiles it"
     try:

@@ -43,7 +43,7 @@ import ptq4dm
 from ptq4dm.attention.faster import FasterAttention
 from ptq4dm.calibration.calls import Call
 from ptq4dm.calibration.record import ready
-from ptq4dm.errors import run
+from ptq4dm.errors import UserError, run
 from ptq4dm.inference.weight_cache import bytes_of as bytes_of_text
 from ptq4dm.inference.weight_cache import keep_weights
 from ptq4dm.kernels.tuning import stopwatch
@@ -153,7 +153,7 @@ def measure(forms: list[str], lines: Lines, args) -> None:
     if forms == ["torchao"]:
         by_torchao(model)
     elif forms[0].startswith("w8a8"):
-        facts |= {"kernels": in_eight_bits(model, args.codes), "codes": args.codes}
+        facts["kernels"] = in_eight_bits(model, args.codes)
     elif forms != ["bf16"]:
         facts["kernels"] = quantize_blocks(model, args.activations, args.rank)
     size = bytes_of(model)
@@ -170,8 +170,15 @@ def measure(forms: list[str], lines: Lines, args) -> None:
         faster = FasterAttention(model) if form.endswith("attention") else None
         for row in timed(model, call, args):
             facts |= {} if faster is None else {"attention": faster.lines()}
-            if not lines.has(form=form, way=row["way"]):
-                lines.add({"form": form, "bytes": size} | row | facts)
+            key = key_of(form, args) | {"way": row["way"]}
+            if not lines.has(**key):
+                lines.add(key | {"bytes": size} | row | facts)
+
+
+def key_of(form: str, args) -> dict:
+    """What tells a form's rows from those of other options."""
+    kept = {"weight_cache": args.weight_cache} if form in ("cached", "attention") else {}
+    return {"form": form} | kept | ({"codes": args.codes} if form.startswith("w8a8") else {})
 
 
 def bytes_of(model: nn.Module) -> int:
@@ -256,19 +263,23 @@ def main():
     parser.add_argument("--codes", choices=("int8", "fp8"), default="int8", help="of the form w8a8")
     parser.add_argument("--weight-cache", default="13GB", help="of the form cached")
     parser.add_argument("--no-compile", action="store_true", help="eager only")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--forms", nargs="+", choices=FORMS)
     parser.add_argument("--output", type=Path, default=Path("out/bench-flux.jsonl"))
     args = parser.parse_args()
-    args.num_tuples = 1
+    args.num_tuples, on_cpu = 1, args.device == "cpu"
+    if on_cpu and tuple(args.blocks) == BLOCKS:
+        raise UserError("12 billion weights are for a GPU; a CPU takes a slice: --blocks 1 1 --heads 2 --tokens 64.")
+    if on_cpu and any(form.endswith("attention") for form in args.forms or ()):
+        raise UserError("no kernel of 8-bit attention serves a CPU: leave the forms of attention out of --forms.")
+    args.forms = args.forms or [form for form in FORMS if not (on_cpu and form.endswith("attention"))]
     names = ("blocks", "heads", "tokens", "text_tokens", "activations", "rank")
     sizes = {name: list(value) if name == "blocks" else value for name in names for value in [getattr(args, name)]}
     there = importlib.util.find_spec("torchao") is not None
     versions = {"torch": torch.__version__, "torchao": importlib.metadata.version("torchao") if there else None}
     lines = Lines(args.output, made_on(args.device) | versions | sizes)
     last = "eager" if args.no_compile else "profile" if torch.cuda.is_available() else "compiled"
-    if args.device == "cpu":  # no kernel of 8-bit attention
-        args.forms = [form for form in args.forms if not form.endswith("attention")]
-    left = [form for form in args.forms if not lines.has(form=form, way=last) and (form != "torchao" or there)]
+    left = [form for form in args.forms if not lines.has(**key_of(form, args), way=last)]
+    left = [form for form in left if form != "torchao" or there]
     for forms in [("bf16",), ("torchao",), FORMS[2:6], FORMS[6:]]:
         if wanted := [form for form in forms if form in left]:
             measure(wanted, lines, args)

@@ -29,7 +29,7 @@ from torch import nn
 
 import ptq4dm
 from ptq4dm.calibration.record import ready
-from ptq4dm.errors import run
+from ptq4dm.errors import UserError, run
 
 FORMS = ("svdq-fused", "w8a8-fused", "bf16")
 WAYS = ("one", "ulysses", "ring", "device map")
@@ -113,7 +113,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/parallel.jsonl"))
     options = parser.parse_args()
     options.num_tuples = 1
-    rank = int(os.environ.get("RANK", 0))
+    if "RANK" not in os.environ:
+        raise UserError("several processes are compared: start this by torchrun --nproc-per-node 2, of as many GPUs.")
+    rank = int(os.environ["RANK"])
     if options.device.startswith("cuda"):
         torch.cuda.set_device(rank)
         options.device = f"cuda:{rank}"

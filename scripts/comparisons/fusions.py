@@ -69,8 +69,8 @@ class Counted:
 
     def __enter__(self):
         self.reads = self.made = 0
-        self.before = norms.on_kernels, fused_parts._on_kernels, value.Handed.codes_for
-        norms.on_kernels = fused_parts._on_kernels = lambda _: True
+        self.before = norms.on_kernels, fused_parts.on_kernels, value.Handed.codes_for
+        norms.on_kernels = fused_parts.on_kernels = lambda _: True
         whole = self.before[2]
 
         def counted(handed, layer):
@@ -85,7 +85,7 @@ class Counted:
         return self
 
     def __exit__(self, *error):
-        norms.on_kernels, fused_parts._on_kernels, value.Handed.codes_for = self.before
+        norms.on_kernels, fused_parts.on_kernels, value.Handed.codes_for = self.before
 
 
 def measure(label: str, form: str) -> dict:

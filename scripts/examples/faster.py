@@ -9,6 +9,7 @@ such as Z-Image-Turbo, wants its own sampler: --sampler own.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import large_models
@@ -16,6 +17,7 @@ import large_models
 import ptq4dm
 from ptq4dm.errors import run
 from ptq4dm.evaluation.report import format_report
+from ptq4dm.files.places import output_folder
 from ptq4dm.samplers import DEISScheduler
 
 
@@ -31,19 +33,18 @@ def main(argv=None):
     parser.add_argument("--num-heldout", type=int, default=2, help="recorded calls for the error; 16 or more for one")
     parser.add_argument("--output", type=Path, default=Path("out/examples/faster"))
     args = parser.parse_args(argv)
-
-    quantized, inputs = large_models.opened(args.model, args.prompt, args.tiny, args.device, args.quantized)
-    exact, _ = large_models.opened(args.model, args.prompt, args.tiny, args.device)
-    for pipe in (quantized, exact):
-        if args.sampler == "deis":
-            pipe.scheduler = DEISScheduler.from_config(pipe.scheduler.config)
-        print(ptq4dm.optimize(pipe, compiled=not args.tiny))  # a tiny one would be compiled for longer than it runs
-
     config = ptq4dm.EvaluateConfig(
-        metric="none", num_paired=0, num_heldout=args.num_heldout, num_inference_steps=args.steps,
-        batch_size=1, warmup_steps=1, timed_steps=3, **inputs,
+        metric="none", num_paired=0, num_heldout=args.num_heldout, num_inference_steps=args.steps, batch_size=1,
+        warmup_steps=1, timed_steps=3,
     )  # fmt: skip
-    report = ptq4dm.evaluate(quantized, exact, config, args.output)
+    with output_folder(args.output):  # refused before the work
+        quantized, inputs = large_models.opened(args.model, args.prompt, args.tiny, args.device, args.quantized)
+        exact, _ = large_models.opened(args.model, args.prompt, args.tiny, args.device)
+        for pipe in (quantized, exact):
+            if args.sampler == "deis":
+                pipe.scheduler = DEISScheduler.from_config(pipe.scheduler.config)
+            print(ptq4dm.optimize(pipe, compiled=not args.tiny))  # tiny ones compile for longer than they run
+        report = ptq4dm.evaluate(quantized, exact, replace(config, **inputs), args.output)
     print(format_report(report))
     return report
 

@@ -26,9 +26,10 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-data", action="store_true", help="SVDQuant from weights alone")
     parser.add_argument("--num-samples", type=int, default=4, help="calibration trajectories; 16 for a real model")
-    parser.add_argument("--steps", type=int, default=4, help="of a trajectory")
+    parser.add_argument("--steps", type=int, help="of a trajectory and of the picture; those of the model's card")
     parser.add_argument("--output", type=Path, default=Path("out/examples/four-bits"))
     args = parser.parse_args(argv)
+    steps = large_models.steps_of(args.model, args.tiny, args.steps)
 
     with output_folder(args.output):  # refused before the work where it cannot be made, or holds a model
         pipe, inputs = large_models.opened(args.model, args.prompt, args.tiny, args.device)
@@ -36,7 +37,7 @@ def main(argv=None):
             report = ptq4dm.quantize(pipe, large_models.recipe(args.model, args.device, evidence="none"))
         else:
             config = ptq4dm.CalibrationConfig(
-                num_samples=args.num_samples, num_inference_steps=args.steps, batch_size=len(args.prompt)
+                num_samples=args.num_samples, num_inference_steps=steps, batch_size=len(args.prompt)
             )
             store = ptq4dm.collect(pipe, config, **inputs)
             report = ptq4dm.quantize(pipe, large_models.recipe(args.model, args.device), store)
@@ -44,7 +45,7 @@ def main(argv=None):
         pipe.save_pretrained(args.output)  # a plain diffusers folder, safetensors only
 
     pipe, inputs = large_models.opened(args.model, args.prompt, args.tiny, args.device, args.output)
-    made = large_models.paint(pipe, inputs, args.steps)
+    made = large_models.paint(pipe, inputs, steps)
     if isinstance(made, list):  # the frames of a video
         made[0].save(args.output / "first.gif", save_all=True, append_images=made[1:])
     else:

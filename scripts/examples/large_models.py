@@ -3,7 +3,7 @@
     pipe, inputs = large_models.opened("qwen-image", ["a lighthouse at dusk"], device="cuda")  # of the hub
     pipe, inputs = large_models.opened("qwen-image", ["a lighthouse at dusk"], tiny=True)  # random, of its class
 
-Tiny ones show that a page runs; what a recipe is worth on a trained model of this size was not measured here.
+Tiny ones show that a page runs. What recipes are worth on trained models of this size was not measured here.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ import torch
 import ptq4dm
 from ptq4dm.errors import UserError
 
-SWEEP = Path(__file__).resolve().parents[1] / "sweep"
-
 
 @dataclass(frozen=True)
 class Model:
-    """One model of the hub.
-
-    kind: the class of its pipeline. steps, call: of its card. negative: what guidance leads away from, where a
-    pipeline guides only with one. family: the file of scripts/sweep/families with a tiny one. convolutions: a UNet of
-    many, which SVDQuant leaves in 8 bits."""
+    """One of the hub. kind: the class of its pipeline. steps, call: of its card. negative: what guidance leads away
+    from, where a pipeline guides only with one. family: the file of scripts/sweep/families with a tiny one.
+    convolutions: a UNet of many, which SVDQuant leaves in 8 bits."""
 
     id: str
     kind: str
@@ -62,14 +58,11 @@ MODELS = {
 
 
 def opened(name: str, prompts: list[str], tiny: bool = False, device: str = "cpu", folder: Path | None = None):
-    """(pipeline, {"conditioning", "pipeline_kwargs"} as ptq4dm's verbs take them).
-
-    folder: a pipeline saved there instead, such as a quantized one; tiny: in float32, else in bfloat16. Raises
-    UserError where it is of another class than the model's.
-    """
+    """(pipeline, {"conditioning", "pipeline_kwargs"} as ptq4dm's verbs take them). folder: a pipeline saved there
+    instead, such as a quantized one; tiny: in float32, else bfloat16. UserError where it is of another class."""
     model, sizes, pipe = MODELS[name], MODELS[name].call, None
     if tiny:
-        sys.path.append(str(SWEEP))
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
         case = importlib.import_module(f"families.{model.family}").PIPELINES[model.kind]()
         pipe = case.pipe
         sizes = case.pipeline_kwargs | {key: value for key, value in sizes.items() if key.endswith("scale")}
@@ -83,12 +76,18 @@ def opened(name: str, prompts: list[str], tiny: bool = False, device: str = "cpu
     return pipe, {"conditioning": conditioning, "pipeline_kwargs": sizes}
 
 
+def steps_of(name: str, tiny: bool, asked: int | None) -> int:
+    """Steps asked for, else 2 of a tiny model and those of the card of others. Raises UserError below 1."""
+    if asked is not None and asked < 1:
+        raise UserError(f"--steps is a whole number from 1 on; got {asked}.")
+    return asked or (2 if tiny else MODELS[name].steps)
+
+
 def paint(pipe, inputs: dict, steps: int, output_type: str = "pil"):
     """What a pipeline makes of the first prompt and seed 0: a picture, or the frames of a video."""
     arguments = {name: values[0] for name, values in inputs["conditioning"].items()} | inputs["pipeline_kwargs"]
-    seed = torch.Generator().manual_seed(0)
-    made = pipe(**arguments, num_inference_steps=steps, generator=seed, output_type=output_type, return_dict=False)
-    return made[0][0]
+    more = {"generator": torch.Generator().manual_seed(0), "output_type": output_type, "return_dict": False}
+    return pipe(**arguments, num_inference_steps=steps, **more)[0][0]
 
 
 def recipe(name: str, device: str = "cpu", **more) -> ptq4dm.QuantConfig:

@@ -9,15 +9,25 @@ Needs `pip install ".[lora,text]"`.
 """
 
 import argparse
+from pathlib import Path
 
 import large_models
 import torch
 from peft import LoraConfig
 
 import ptq4dm
-from ptq4dm.errors import run
+from ptq4dm.errors import UserError, run
+from ptq4dm.files.outside import read_tensors
 from ptq4dm.pipelines.denoiser import denoiser
 from ptq4dm.svdquant import fuse_lora, scale_lora, unfuse_lora
+
+
+def check_adapter(path: Path) -> None:
+    """Raises UserError, before any work, for a file that holds no adapter."""
+    if not path.is_file():
+        raise UserError(f"--lora {path} is no file; give a safetensors file or a hub id.")
+    if not any("lora" in name.lower() for name in read_tensors(path, lambda file: file.names)):
+        raise UserError(f"--lora {path} holds no tensor of a LoRA adapter.")
 
 
 def main(argv=None):
@@ -27,8 +37,11 @@ def main(argv=None):
     parser.add_argument("--lora", help="safetensors file or hub id of an adapter; a random one otherwise")
     parser.add_argument("--prompt", default="a lighthouse at dusk")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="those of the model's card, 2 with --tiny")
     args = parser.parse_args(argv)
+    steps = large_models.steps_of(args.model, args.tiny, args.steps)
+    if args.lora and (Path(args.lora).suffix or Path(args.lora).exists()):
+        check_adapter(Path(args.lora))
 
     # Quantized from weights alone, in seconds.
     pipe, inputs = large_models.opened(args.model, [args.prompt], args.tiny, args.device)
@@ -36,7 +49,7 @@ def main(argv=None):
     network = denoiser(pipe)
 
     def painted() -> torch.Tensor:
-        return large_models.paint(pipe, inputs, args.steps, "pt")
+        return large_models.paint(pipe, inputs, steps, "pt")
 
     plain = painted()
     if args.lora:

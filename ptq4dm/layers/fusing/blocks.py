@@ -38,6 +38,7 @@ from .parts import (
     in_range,
     modulates,
     modulation,
+    on_kernels,
     projections,
     read_codes,
     runs_fused,
@@ -45,11 +46,17 @@ from .parts import (
     unweighted,
     widens,
 )
+from .report import FORM, why_left
 
+Layers = tuple[list[list[nn.Module]], list[nn.Module]]  # that a block reads: those of one input together, the others
 NONLINEARITY = {"none": "gelu", "tanh": "gelu_tanh"}  # by `approximate` of GELU
 
 
 class FusedGELU(GELU):
+    @staticmethod
+    def read(module: GELU) -> Layers:
+        return [], [module.proj]
+
     @staticmethod
     def fits(module: GELU) -> bool:
         fits = in_blocks(module.proj) and (module.proj.multiplies_floats or not module.proj.why_not_in_blocks())
@@ -62,6 +69,10 @@ class FusedGELU(GELU):
 
 
 class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
+    @staticmethod
+    def read(block: FluxSingleTransformerBlock) -> Layers:
+        return [projections(block.attn)], [block.proj_mlp, block.proj_out]
+
     @staticmethod
     def fits(block: FluxSingleTransformerBlock) -> bool:
         attn, act = block.attn, block.act_mlp
@@ -92,6 +103,10 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
 
 
 class FusedFluxTransformerBlock(FluxTransformerBlock):
+    @staticmethod
+    def read(block: FluxTransformerBlock) -> Layers:
+        return [projections(block.attn), added_projections(block.attn)], [first(block.ff), first(block.ff_context)]
+
     @staticmethod
     def fits(block: FluxTransformerBlock) -> bool:
         image, text = projections(block.attn), added_projections(block.attn)
@@ -132,6 +147,10 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
     """Block of DiT, fused: self-attention alone, under adaptive norms."""
 
     @staticmethod
+    def read(block: BasicTransformerBlock) -> Layers:
+        return [projections(block.attn1)], [first(block.ff)]
+
+    @staticmethod
     def fits(block: BasicTransformerBlock) -> bool:
         if block.norm_type != "ada_norm_zero" or not (modulates(block.norm1) and unweighted(block.norm3)):
             return False
@@ -164,6 +183,24 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             query[0].codes(hidden_states, norm=(scale, shift, norm.norm.eps)), attention_mask=attention_mask
         )
         return feed_forward(hidden_states + gate[:, None] * attended, self.norm3, self.ff, *rest)
+
+
+def why_not(module: nn.Module, kind: Any) -> str:
+    """Why a module is not fused as this kind of `KINDS`."""
+    try:
+        together, others = kind.read(module)
+        read = [layer for layers in [*together, others] for layer in layers]
+    except AttributeError:  # no part of that name
+        return FORM
+    if read_codes(*read) and not all(map(share, together)):
+        return "its query, key and value do not share codes"
+    return why_left(module, None, read)
+
+
+def served(module: nn.Module) -> bool:
+    """Whether kernels serve all layers of a fused module where it is."""
+    together, others = type(module).read(module)
+    return all(in_blocks(layer) and on_kernels(layer) for layers in [*together, others] for layer in layers)
 
 
 KINDS: dict[type, Any] = {

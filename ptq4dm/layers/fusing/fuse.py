@@ -26,7 +26,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from ...handed.find import hand_over, take_back
+from ...handed.find import hand_over, hands_over, take_back
 from ...hooks import unhooked
 from ...pipelines.denoiser import denoisers_by_prefix, turn_at
 from ...undo import whole_or_not
@@ -71,8 +71,10 @@ def _fuse_all(models: dict[str, nn.Module], between: torch.dtype) -> FuseReport:
         if names := report[fused:]:
             parts = {name: model.get_submodule(name.removeprefix(prefix)).modules() for name in names}
             first = next(model.parameters(), None)
-            on_kernels = first is not None and unet.on_kernels(first) or cpu.runs_fused_on_cpu(model)
-            report.note(model, [name for name, part in parts.items() if not unhooked(*part)], on_kernels)
+            on_gpu = first is not None and unet.on_kernels(first)
+            hooked = [name for name, part in parts.items() if not unhooked(*part)]
+            idle = [name for name in names if _is_idle(model.get_submodule(name.removeprefix(prefix)), on_gpu)]
+            report.note(model, hooked, on_gpu or cpu.runs_fused_on_cpu(model), idle)
     return report
 
 
@@ -91,7 +93,9 @@ def _fuse(module: nn.Module, name: str, report: FuseReport, between: torch.dtype
                 module.between = between
             report.add(name, plain.__name__)
         else:
-            report.leave(name, plain.__name__, why_left(module, getattr(FUSED[plain], "serves", None)))
+            kind = FUSED[plain]
+            why = blocks.why_not(module, kind) if plain in blocks.KINDS else why_left(module, kind.serves)
+            report.leave(name, plain.__name__, why)
     elif is_fused(module):
         report.leave(name, plain.__mro__[1].__name__, "it is fused already")
     elif isinstance(module, Attention) and module.group_norm is not None and module.residual_connection:
@@ -108,6 +112,13 @@ def _fuse(module: nn.Module, name: str, report: FuseReport, between: torch.dtype
             report.add(norm, kind)
         else:
             report.leave(norm, kind, why_left(module.conv_out, LAYERS))
+
+
+def _is_idle(module: nn.Module, on_gpu: bool) -> bool:
+    """Whether a fused module computes as before where it is, for kernels do not serve all of its layers."""
+    if type(module) in blocks.KINDS.values():
+        return not blocks.served(module)
+    return not on_gpu and hands_over(module)
 
 
 def _is_whole(module: nn.Module) -> bool:

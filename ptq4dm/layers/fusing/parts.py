@@ -82,7 +82,7 @@ def share(layers: list[nn.Module]) -> bool:
 def runs_fused(layers: list[nn.Module], passed_over: list[nn.Module]) -> bool:
     """True if kernels serve the layers, and nothing waits for calls of modules that get codes, or no call at all."""
     for layer in layers:
-        if not in_blocks(layer) or not _on_kernels(layer):
+        if not in_blocks(layer) or not on_kernels(layer):
             return False
     return unhooked(*layers, *passed_over)
 
@@ -90,8 +90,9 @@ def runs_fused(layers: list[nn.Module], passed_over: list[nn.Module]) -> bool:
 def codes_on_cpu(module: nn.Module) -> bool:
     """True if kernels of this CPU serve all layers of a fused module."""
     layers = [layer for layer in module.modules() if in_blocks(layer)]
-    return all(layer.qweight.device.type == "cpu" and _on_kernels(layer) for layer in layers)
+    return all(layer.qweight.device.type == "cpu" and on_kernels(layer) for layer in layers)
 
 
-def _on_kernels(layer: QuantizedLayer) -> bool:
+def on_kernels(layer: QuantizedLayer) -> bool:
+    """True if kernels serve a layer where it is."""
     return layer.has_block_kernels()

@@ -19,13 +19,15 @@ FORM = "it is built otherwise than those that are fused"
 class FuseReport(list):
     """The names of the modules that were fused, as a list; printed, a short table.
 
-    kinds: name -> the class of each fused module; left: name of a module of a kind that can be fused -> (its class,
-    why it was left); notes: sentences on when fused modules compute as before.
+    kinds: name -> the class of each fused module; idle: those of them that compute as before where the model is now;
+    left: name of a module of a kind that can be fused -> (its class, why it was left); notes: sentences on when fused
+    modules compute as before.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kinds: dict[str, str] = {}
+        self.idle: list[str] = []
         self.left: dict[str, tuple[str, str]] = {}
         self.notes: list[str] = []
         self.handed: dict[str, Notes] = {}
@@ -45,9 +47,12 @@ class FuseReport(list):
         if not any(name.startswith(f"{fused}.") for fused in self):
             self.left[name] = (kind, why)
 
-    def note(self, model: nn.Module, hooked: list[str], on_kernels: bool) -> None:
-        """Say when the fused modules of a model compute as before. hooked: those that have hooks."""
-        if not on_kernels:
+    def note(self, model: nn.Module, hooked: list[str], on_kernels: bool, idle: list[str]) -> None:
+        """Say when the fused modules of a model compute as before. hooked: those that have hooks; idle: those that no
+        kernels serve where the model is."""
+        if on_kernels:
+            self.idle += idle
+        else:
             self.notes.append(f"on this device every module computes as before: {KERNELS}")
         if model.training:
             self.notes.append("in training modules compute as before; call eval()")
@@ -60,8 +65,10 @@ class FuseReport(list):
 
     def __str__(self) -> str:
         unread = [name for name, notes in self.handed.items() if notes.settled() == ()]
-        kinds = Counter(kind for name, kind in self.kinds.items() if name not in unread)
+        kinds = Counter(kind for name, kind in self.kinds.items() if name not in unread and name not in self.idle)
         lines = [f"{'fused':<6} {count:>4} {kind}" for kind, count in kinds.items()]
+        for kind, count in Counter(self.kinds[name] for name in self.idle).items():
+            lines.append(f"{'as before':<6} {count} {kind.partition(', ')[0]}: no kernels of this device serve it")
         for kind, count in Counter(self.kinds[name] for name in unread).items():
             first = next(name for name in unread if self.kinds[name] == kind)
             plain, _, what = kind.partition(", ")
@@ -71,7 +78,8 @@ class FuseReport(list):
                 else "no quantized layer reads it"
             )
             lines.append(f"{'left':<6} {count:>4} {plain}: {why} ('{first}')")
-        if unseen := [name for name, notes in self.handed.items() if notes.settled() is None]:
+        unseen = [name for name, notes in self.handed.items() if notes.settled() is None and name not in self.idle]
+        if unseen and not any("on this device every" in note for note in self.notes):
             lines.append(
                 f"of {len(unseen)} of these a first call that is not compiled will tell whether they are read"
             )
@@ -81,16 +89,19 @@ class FuseReport(list):
         return "\n".join([*(lines or ["no module is of a kind that can be fused"]), *self.notes])
 
 
-def why_left(module: nn.Module, serves: tuple[type, ...] | None) -> str:
+def why_left(module: nn.Module, serves: tuple[type, ...] | None, read: list[nn.Module] | None = None) -> str:
     """Why a module of a kind that can be fused is not, by what its layers are.
 
     serves: the classes of layers that its kind is fused around; None of blocks.py, where layers say so themselves.
+    read: the layers that count, where they are not all.
     """
     plain = []
     quantized = [layer for layer in module.modules() if isinstance(layer, QuantizedLayer)]
     if not quantized:
         return "none of its layers is quantized"
     for name, layer in module.named_modules():
+        if read is not None and not any(layer is one for one in read):
+            continue
         which = f"'{name}'" if name else "it"
         if hasattr(layer, "base_layer"):
             return f"{which} has an adapter"

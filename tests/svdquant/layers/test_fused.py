@@ -67,7 +67,7 @@ def fused_here(monkeypatch):
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(PARTS, "_on_kernels", lambda _: True)
+        patch.setattr(PARTS, "on_kernels", lambda _: True)
         for name in ("svdq_codes", "svdq_product"):
             patch.setattr(svdq_codes, name, counted(name))
         yield seen
@@ -139,7 +139,7 @@ def test_a_fused_model_compiles_whole(kind, form, quantized, monkeypatch):
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PARTS, "_on_kernels", lambda _: True)
+        patch.setattr(PARTS, "on_kernels", lambda _: True)
         eager = replay(model, calls)
         # of FLUX block by block, which diffusers finds by the names of their classes
         (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True, backend=backend)
@@ -238,7 +238,7 @@ def test_fused_kernels_of_a_whole_model(kind, quantized, monkeypatch):
     nn.Module.half(model)  # diffusers forbids model.half() of quantized ones
     ptq4dm.fuse(model)
     with monkeypatch.context() as patch:
-        patch.setattr(PARTS, "_on_kernels", lambda _: True)
+        patch.setattr(PARTS, "on_kernels", lambda _: True)
         reference = replay(model, calls).float()
         for module in (svdq_codes, svdq_linear):
             patch.setattr(module, "known_name", lambda device, activation, _: BY_ACTIVATION[activation])

@@ -55,7 +55,7 @@ def fused_here(monkeypatch):
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_on_kernels", lambda _: True)
+        patch.setattr(parts, "on_kernels", lambda _: True)
         for module, name in (
             (w4_codes, "svdq_codes"), (w8a8_codes, "w8a8_product"), (w8a8_codes, "w8a8_tokens"),
         ):  # fmt: skip
@@ -146,6 +146,35 @@ def test_classes_derived_from_a_layer_are_not_taken_for_it(kind):
     assert report == [] and "which has no fused kernels here" in str(report)
 
 
+def test_what_no_kernel_serves_is_told(monkeypatch):
+    """Blocks of a CPU with kernels for SVDQuant, of which a layer is W8A8 and waits for a GPU: fused, and idle."""
+    model, store = denoisers.pair("dit")
+    recipe = ptq4dm.SVDQuantConfig(
+        rank=8, num_tuples=2, smoothing=0.5, rounding="nearest", refinements=0, activations="int8"
+    )
+    ptq4dm.quantize(model, recipe, store)
+    attn = quantized("dit", "int8")[0].transformer_blocks[0].attn1
+    for name in ("to_q", "to_k", "to_v"):
+        setattr(model.transformer_blocks[0].attn1, name, getattr(attn, name))
+    monkeypatch.setattr(SVDQLinear, "has_block_kernels", lambda layer: True)
+    text = str(ptq4dm.fuse(model))
+    assert "fused     1 BasicTransformerBlock" in text and "fused     2 GELU" in text
+    assert "as before 1 BasicTransformerBlock: no kernels of this device serve it" in text
+
+
+def test_why_a_block_is_left_is_of_layers_that_it_reads():
+    """Not of others in it; and where they would do, that they share no codes."""
+    model, _ = quantized("dit", "int8")
+    block = model.transformer_blocks[0]
+    plan = LayerPlan(objective="max", activation_bits=6)
+    embedder = block.norm1.emb.timestep_embedder
+    embedder.linear_1 = quantized_copy(nn.Linear(embedder.linear_1.in_features, 64), plan, "x")
+    width = block.attn1.to_q.in_features
+    block.attn1.to_q = quantized_copy(nn.Linear(width, width), LayerPlan(format="fp8", objective="max"), "x")
+    report = ptq4dm.fuse(model)
+    assert report.left["transformer_blocks.0"][1] == "its query, key and value do not share codes"
+
+
 def test_adapters_and_hooks_are_called(monkeypatch):
     model, calls = quantized("dit", "int8")
     ptq4dm.fuse(model)
@@ -171,7 +200,7 @@ def test_a_fused_model_compiles_whole(kind, monkeypatch):
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_on_kernels", lambda _: True)
+        patch.setattr(parts, "on_kernels", lambda _: True)
         eager = replay(model, calls)
         (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True, backend=backend)
         assert torch.equal(replay(model, calls), eager)

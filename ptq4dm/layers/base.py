@@ -135,7 +135,7 @@ class QuantizedLayer:
     def why_not_in_blocks(self) -> str:
         """The same of the blocks in fusing/blocks.py.
 
-        Classes that these take say `in_blocks = True`, and have `codes(x, more, norm)`, which layers of one
+        Classes that these take say `in_blocks = True`, and have `input_codes(x, more, norm)`, which layers of one
         `codes_key` share, and `multiply(x or codes, nonlinearity)`.
         """
         return f"is {self.plan}, for which there are no fused kernels"

@@ -147,7 +147,7 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
         """Whether kernels serve fused blocks where the layer is: those of a GPU."""
         return self.qweight.is_cuda and from_codes.triton_serves(self.qweight.device, self.code)
 
-    def codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> RowCodes:
+    def input_codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> RowCodes:
         """Codes of x [..., K] for this layer, and for others with dynamic inputs of 8 bits.
 
         more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)

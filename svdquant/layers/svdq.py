@@ -201,10 +201,10 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
 
     def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> Codes:
         if gate is not None:
-            return replace(self.codes(x, gate[0], gate=gate[1]), dtype=dtype)
-        return replace(self.codes(x, norm=norm), dtype=dtype)
+            return replace(self.input_codes(x, gate[0], gate=gate[1]), dtype=dtype)
+        return replace(self.input_codes(x, norm=norm), dtype=dtype)
 
-    def codes(
+    def input_codes(
         self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None, gate: str = ""
     ) -> Codes:  # fmt: skip
         """x [..., K], quantized for this layer and for those that share its smoothing and its branch.
@@ -243,7 +243,7 @@ class _SVDQLayer(KeepsUnpacked, QuantizedLayer):
             own = self._own_down() if plan.projects else None
             return svdq.svdq_linear(*operands, plan.rotation, plan.rotation_kind, own)
         if plan.projects or plan.rotation:
-            return self.multiply(self.codes(x), nonlinearity)
+            return self.multiply(self.input_codes(x), nonlinearity)
         return svdq_linear.svdq_linear(*operands, *eight)
 
 

@@ -110,7 +110,7 @@ def test_codes_of_a_shared_input_are_the_layer_s_own(activation, subspace):
     rows = rows_with_outliers()
     _, made = packed(plan, rows)
     x = rows.view(3, 100, 128)
-    codes = made["a"].codes(x)
+    codes = made["a"].input_codes(x)
     for layer in made.values():
         torch.testing.assert_close(layer(codes), layer(x), rtol=1e-4, atol=2e-3)
 

@@ -94,10 +94,10 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         shift, scale, gate = modulation(self.norm, temb, 3)
         norm = (scale, shift, self.norm.norm.eps)
-        codes = query[0].codes(x, norm=norm)
-        widened = mlp.multiply(codes if share([*query, mlp]) else mlp.codes(x, norm=norm), "gelu_tanh")
+        codes = query[0].input_codes(x, norm=norm)
+        widened = mlp.multiply(codes if share([*query, mlp]) else mlp.input_codes(x, norm=norm), "gelu_tanh")
         attended = self.attn(hidden_states=codes, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        x = in_range(x + gate[:, None] * out(out.codes(attended, widened)))
+        x = in_range(x + gate[:, None] * out(out.input_codes(attended, widened)))
         words = encoder_hidden_states.shape[1]
         return x[:, :words], x[:, words:]
 
@@ -131,8 +131,8 @@ class FusedFluxTransformerBlock(FluxTransformerBlock):
         shift, scale, gate, *rest = modulation(self.norm1, temb, 6)
         text_shift, text_scale, text_gate, *text_rest = modulation(self.norm1_context, temb, 6)
         attended, text_attended = self.attn(
-            hidden_states=image[0].codes(hidden_states, norm=(scale, shift, self.norm1.norm.eps)),
-            encoder_hidden_states=text[0].codes(
+            hidden_states=image[0].input_codes(hidden_states, norm=(scale, shift, self.norm1.norm.eps)),
+            encoder_hidden_states=text[0].input_codes(
                 encoder_hidden_states, norm=(text_scale, text_shift, self.norm1_context.norm.eps)
             ),
             image_rotary_emb=image_rotary_emb,
@@ -180,7 +180,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         embedding = norm.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         shift, scale, gate, *rest = modulation(norm, embedding, 6)
         attended = self.attn1(
-            query[0].codes(hidden_states, norm=(scale, shift, norm.norm.eps)), attention_mask=attention_mask
+            query[0].input_codes(hidden_states, norm=(scale, shift, norm.norm.eps)), attention_mask=attention_mask
         )
         return feed_forward(hidden_states + gate[:, None] * attended, self.norm3, self.ff, *rest)
 

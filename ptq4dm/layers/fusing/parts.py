@@ -16,7 +16,7 @@ def feed_forward(
     x: Tensor, norm: nn.LayerNorm, ff: FeedForward, shift: Tensor, scale: Tensor, gate: Tensor
 ) -> Tensor:  # fmt: skip
     """x + gate * ff(norm(x) * (1 + scale) + shift)."""
-    return x + gate[:, None] * ff(first(ff).codes(x, norm=(scale, shift, norm.eps)))
+    return x + gate[:, None] * ff(first(ff).input_codes(x, norm=(scale, shift, norm.eps)))
 
 
 def modulation(norm: nn.Module, embedding: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -98,7 +98,7 @@ def test_a_layer_of_codes_is_the_layer(form, function):
     layer = quantized_copy(nn.Linear(96, 40), LayerPlan(format=form, objective="max"), "x")
     x = torch.randn(2, 7, 96)
     plain = layer(x)
-    for same in (layer(layer.codes(x)), layer.multiply(x)):
+    for same in (layer(layer.input_codes(x)), layer.multiply(x)):
         assert torch.allclose(same, plain, atol=1e-6)
     right = {
         "": lambda y: y,
@@ -107,7 +107,7 @@ def test_a_layer_of_codes_is_the_layer(form, function):
         "silu": nn.functional.silu,
     }[function](plain)
     assert torch.allclose(layer.multiply(x, function), right, atol=1e-6)
-    both = layer.codes(x[..., :64], x[..., 64:])
+    both = layer.input_codes(x[..., :64], x[..., 64:])
     assert isinstance(both, RowCodes) and both.ndim == 3 and both.shape == (2, 7, 96)
     near = layer.multiply(both, function)
     assert (near - right).norm() < 2e-3 * right.norm()

@@ -36,7 +36,7 @@ def hand_over(model: nn.Module, prefix: str, wholes: Collection[str], report: An
         if not name or any(name == one or name.startswith(f"{one}.") for one in wholes):
             continue
         kind = type(module)
-        if kind in MADE.values() or issubclass(kind, Sharing):
+        if hands_over(module):
             report.leave(f"{prefix}{name}", kind.__mro__[1].__name__, "it is fused already")
         elif kind in MADE:
             inputs = width(module) if kind in NORMS else gated_width(module)

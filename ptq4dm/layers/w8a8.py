@@ -172,12 +172,8 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
         return y.view(*given.shape[:-1], self.out_features)
 
     def forward(self, input: Tensor | Handed | RowCodes) -> Tensor:
-        if isinstance(input, (Handed, RowCodes)):
-            given, x = (input, None) if isinstance(input, RowCodes) else encoded(self, input)
-            if given is not None:
-                return self.multiply(given)
-            input = x
-        return from_codes.linear(input, *self.operands)
+        given, x = (input, None) if isinstance(input, RowCodes) else encoded(self, input)
+        return from_codes.linear(x, *self.operands) if given is None else self._of_codes(given)
 
 
 class W8A8Conv2d(W8A8Layer, QuantizedConv2d):

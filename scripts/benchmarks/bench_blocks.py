@@ -37,8 +37,8 @@ from ptq4dm.errors import run
 from ptq4dm.kernels.tuning import stopwatch
 from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.plan import LayerPlan
-from ptq4dm.layers.progressive import ProgressiveLinear, ProgressivePlan
-from ptq4dm.layers.w8a8 import Int8Linear
+from ptq4dm.layers.progressive import ProgressivePlan
+from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.svdquant.group import Group, split_weight
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.packing import build_layer
@@ -118,14 +118,8 @@ def quantized(block: nn.Module, groups: list[list[str]], form: str) -> nn.Module
 
 
 def plain_layer(layer: nn.Linear, form: str) -> nn.Module:
-    if form.startswith("w8a8"):
-        made = Int8Linear(layer, LayerPlan(objective="max"), layer.weight.device)
-    else:
-        made = ProgressiveLinear(layer, ProgressivePlan(objective="max"), layer.weight.device)
-    made.pack(layer.weight, "layer")
-    if layer.bias is not None:
-        made.put(bias=layer.bias)
-    return made.eval()
+    plan = LayerPlan(objective="max") if form.startswith("w8a8") else ProgressivePlan(objective="max")
+    return quantized_copy(layer, plan, "layer")
 
 
 def svdq_layers(layers: list[nn.Linear], leader: str) -> list[nn.Module]:

@@ -49,7 +49,7 @@ from ptq4dm.inference.weight_cache import keep_weights
 from ptq4dm.kernels.tuning import stopwatch
 from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.plan import LayerPlan
-from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear
+from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.svdquant.group import Group, split_weight
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.packing import build_layer
@@ -101,13 +101,8 @@ def in_eight_bits(model: nn.Module, codes: str) -> list[str]:
     kernels = set()
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and "blocks." in name:
-            new = {"int8": Int8Linear, "fp8": Fp8Linear}[codes](
-                layer, LayerPlan(objective="max"), layer.weight.device
-            )
-            new.pack(layer.weight, name)
-            if layer.bias is not None:
-                new.put(bias=layer.bias)
-            replace_module(model, name, new.eval())
+            new = quantized_copy(layer, LayerPlan(format=codes, objective="max"), name)
+            replace_module(model, name, new)
             kernels.add(new.kernel_name())
     return sorted(kernels)
 

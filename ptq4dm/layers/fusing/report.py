@@ -8,10 +8,11 @@ from torch import nn
 
 from ...handed.notes import Notes
 from ..base import QuantizedLayer
+from .parts import in_blocks
 
-KERNELS = (
-    "fused kernels are for NVIDIA GPUs, and with a C++ compiler for x86 CPUs: static int8 with VNNI, SVDQuant with "
-    "int8 or int4 inputs with AVX2 too"
+NOWHERE = (
+    "on this device every module computes as before: fused kernels are for NVIDIA GPUs, and with a C++ compiler for "
+    "x86 CPUs: static int8 with VNNI, SVDQuant with int8 or int4 inputs with AVX2 too"
 )
 FORM = "it is built otherwise than those that are fused"
 
@@ -53,7 +54,7 @@ class FuseReport(list):
         if on_kernels:
             self.idle += idle
         else:
-            self.notes.append(f"on this device every module computes as before: {KERNELS}")
+            self.notes.append(NOWHERE)
         if model.training:
             self.notes.append("in training modules compute as before; call eval()")
         if hooked:
@@ -79,7 +80,7 @@ class FuseReport(list):
             )
             lines.append(f"{'left':<6} {count:>4} {plain}: {why} ('{first}')")
         unseen = [name for name, notes in self.handed.items() if notes.settled() is None and name not in self.idle]
-        if unseen and not any("on this device every" in note for note in self.notes):
+        if unseen and NOWHERE not in self.notes:
             lines.append(
                 f"of {len(unseen)} of these a first call that is not compiled will tell whether they are read"
             )
@@ -106,7 +107,7 @@ def why_left(module: nn.Module, serves: tuple[type, ...] | None, read: list[nn.M
         if hasattr(layer, "base_layer"):
             return f"{which} has an adapter"
         if isinstance(layer, QuantizedLayer):
-            if not (vars(type(layer)).get("in_blocks") if serves is None else isinstance(layer, serves)):
+            if not (in_blocks(layer) if serves is None else isinstance(layer, serves)):
                 return f"{which} is {layer.plan}, which has no fused kernels here"
             if why := layer.why_not_in_blocks() if serves is None else layer.why_not_fused():
                 return f"{which} {why}"

@@ -1,6 +1,5 @@
 """Fused forward passes of transformers with SVDQuant layers: the same answers, unfused where it does not apply."""
 
-import contextlib
 import copy
 
 import pytest
@@ -10,6 +9,7 @@ from torch import nn
 
 import denoisers
 import ptq4dm
+from fused_models import DOUBLE, NAMES, SINGLE, compiled_whole, cost, fused_here, take_for_served
 from ptq4dm import SVDQuantConfig
 from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
@@ -17,17 +17,12 @@ from ptq4dm.kernels.cpu import library
 from ptq4dm.kernels.w4 import from_codes as svdq_codes
 from ptq4dm.kernels.w4 import layer as svdq_linear
 from ptq4dm.layers.fusing import blocks as FUSE
-from ptq4dm.layers.fusing import parts as PARTS
 from ptq4dm.svdquant.layers.svdq import Codes, SVDQLinear
 from ptq4dm.svdquant.lora import stack
 
 CUDA = torch.cuda.is_available()
 QUICK = {"rank": 8, "num_tuples": 2, "smoothing": 0.5, "rounding": "nearest", "refinements": 0}
-DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
-NAMES = {
-    "flux": {DOUBLE, f"{DOUBLE}.ff.net.0", f"{DOUBLE}.ff_context.net.0", SINGLE},
-    "dit": {f"transformer_blocks.{i}{part}" for i in range(2) for part in ("", ".ff.net.0")},
-}
+OPS = [(svdq_codes, "svdq_codes"), (svdq_codes, "svdq_product")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 BY_ACTIVATION = {"int8": svdq_linear.INT8, "none": svdq_linear.WEIGHT_ONLY}
 _made = {}
@@ -52,32 +47,6 @@ def quantized():
     return build
 
 
-@contextlib.contextmanager
-def fused_here(monkeypatch):
-    """Take this device for one that has kernels; the ops are then the reference. Yields the calls of the ops."""
-    seen = []
-
-    def counted(name):
-        op = getattr(svdq_codes, name)
-
-        def call(*args):
-            seen.append(name)
-            return op(*args)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PARTS, "on_kernels", lambda _: True)
-        for name in ("svdq_codes", "svdq_product"):
-            patch.setattr(svdq_codes, name, counted(name))
-        yield seen
-
-
-def cost(answer, other, exact):
-    """In units of what quantizing costs."""
-    return float((answer - other).norm() / (other - exact).norm())
-
-
 CASES = [("flux", "fp8", False), ("flux", "int8", True), ("flux", "int4", False), ("dit", "fp8", False)]
 
 
@@ -93,7 +62,7 @@ def test_fused_answers_are_the_unfused_ones(kind, form, qkv, quantized, monkeypa
     assert set(ptq4dm.fuse(model)) == NAMES[kind] and ptq4dm.fuse(model) == []
     assert list(model.state_dict()) == keys
     assert torch.equal(replay(model, calls), before)  # where nothing is compiled nothing changes
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         answer = replay(model, calls)
     layers = 1 if qkv else 3
     codes, products = {"flux": (4 + 2, 2 * layers + 2 + layers + 2), "dit": (2 * 2, 2 * (3 + 1))}[kind]
@@ -101,7 +70,7 @@ def test_fused_answers_are_the_unfused_ones(kind, form, qkv, quantized, monkeypa
     # 32-bit sums in another order: where they turn a code, by one step; in 4 bits that is seen
     assert cost(answer, before, exact) < (0.05 if form == "int4" else 0.01)
     ptq4dm.unfuse(model)
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         assert torch.equal(replay(model, calls), before) and not seen
     assert not any(type(module) in FUSE.KINDS.values() for module in model.modules())
 
@@ -116,7 +85,7 @@ def test_layers_of_their_own_smoothing_get_their_own_codes(quantized, monkeypatc
         layer._lender = (query,)
     before = replay(model, calls)
     ptq4dm.fuse(model)
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         answer = replay(model, calls)
     assert seen.count("svdq_codes") == 4 + 3
     assert (answer - before).norm() < 1e-3 * before.norm()
@@ -131,21 +100,9 @@ def test_layers_of_their_own_smoothing_get_their_own_codes(quantized, monkeypatc
 def test_a_fused_model_compiles_whole(kind, form, quantized, monkeypatch):
     model, calls = quantized(kind, activations=form)
     ptq4dm.fuse(model)
-    torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PARTS, "on_kernels", lambda _: True)
-        eager = replay(model, calls)
-        # of FLUX block by block, which diffusers finds by the names of their classes
-        (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True, backend=backend)
-        assert torch.equal(replay(model, calls), eager)
+    eager, answer, seen = compiled_whole(kind, model, calls, monkeypatch)
+    assert torch.equal(answer, eager)
     assert any("svdq_codes" in name for name in seen) and any("svdq_product" in name for name in seen)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("where", ["norm1", "attn", "ff", "ff.net.0.proj", "attn.to_q"])
@@ -160,7 +117,7 @@ def test_modules_with_hooks_are_called(where, quantized, monkeypatch):
         seen.append(any(isinstance(x, torch.Tensor) for x in inputs) and not any(_codes(x) for x in inputs))
 
     block.get_submodule(where).register_forward_hook(hook, with_kwargs=True)
-    with fused_here(monkeypatch) as ops:
+    with fused_here(monkeypatch, OPS) as ops:
         replay(model, calls)
     assert seen and all(seen)
     assert ops.count("svdq_codes") == 2  # the single block is fused
@@ -176,7 +133,7 @@ def test_adapters_on_a_fused_model_are_called(quantized, monkeypatch):
     block = model.transformer_blocks[0]
     block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
     block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         answer = replay(model, calls)
     assert seen.count("svdq_codes") == 2  # the other block's
     ptq4dm.unfuse(model)
@@ -195,12 +152,12 @@ def test_fused_lora_adapters(quantized, monkeypatch):
         stack(layer, {"style": (down, torch.randn(layer.out_features, 4), 1.0)})
     before = replay(model, calls)
     assert (before - plain).norm() > 0.1 * plain.norm()
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         answer = replay(model, calls)
     assert seen.count("svdq_codes") == 4  # those of the double block
     assert (answer - before).norm() < 1e-3 * before.norm()
     stack(model.get_submodule(f"{SINGLE}.attn.to_v"), {})
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         answer = replay(model, calls)
     assert seen.count("svdq_codes") == 6
     assert (answer - replay(model, calls)).norm() < 1e-3 * before.norm()
@@ -212,7 +169,7 @@ def test_training_is_unfused(quantized, monkeypatch):
     for module in model.modules():
         if type(module) in FUSE.KINDS.values():
             module.training = True
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         replay(model, calls)
     assert seen == []
 
@@ -238,7 +195,7 @@ def test_fused_kernels_of_a_whole_model(kind, quantized, monkeypatch):
     nn.Module.half(model)  # diffusers forbids model.half() of quantized ones
     ptq4dm.fuse(model)
     with monkeypatch.context() as patch:
-        patch.setattr(PARTS, "on_kernels", lambda _: True)
+        take_for_served(patch)
         reference = replay(model, calls).float()
         for module in (svdq_codes, svdq_linear):
             patch.setattr(module, "known_name", lambda device, activation, _: BY_ACTIVATION[activation])

@@ -1,7 +1,5 @@
 """Fused blocks around W8A8 layers with dynamic inputs: the same answers, in fewer codes, and unfused elsewhere."""
 
-import contextlib
-
 import pytest
 import torch
 from diffusers.models.activations import GELU
@@ -9,6 +7,7 @@ from torch import nn
 
 import denoisers
 import ptq4dm
+from fused_models import NAMES, compiled_whole, cost, fused_here
 from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.handed.value import RowCodes
@@ -22,11 +21,7 @@ from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear
 from ptq4dm.svdquant.layers.svdq import SVDQLinear
 
 CUDA = torch.cuda.is_available()
-DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
-NAMES = {
-    "flux": {DOUBLE, f"{DOUBLE}.ff.net.0", f"{DOUBLE}.ff_context.net.0", SINGLE},
-    "dit": {f"transformer_blocks.{i}{part}" for i in range(2) for part in ("", ".ff.net.0")},
-}
+OPS = [(w4_codes, "svdq_codes"), (w8a8_codes, "w8a8_product"), (w8a8_codes, "w8a8_tokens")]
 CASES = [("flux", "int8", False), ("flux", "fp8", True), ("dit", "int8", False), ("dit", "fp8", False)]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,34 +35,6 @@ def quantized(kind, form, qkv=False, **options):
     return model, store.calls
 
 
-@contextlib.contextmanager
-def fused_here(monkeypatch):
-    """Take this device for one that has kernels; the ops are then the reference. Yields the calls of the ops."""
-    seen = []
-
-    def counted(module, name):
-        op = getattr(module, name)
-
-        def call(*args):
-            seen.append(name)
-            return op(*args)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(parts, "on_kernels", lambda _: True)
-        for module, name in (
-            (w4_codes, "svdq_codes"), (w8a8_codes, "w8a8_product"), (w8a8_codes, "w8a8_tokens"),
-        ):  # fmt: skip
-            patch.setattr(module, name, counted(module, name))
-        yield seen
-
-
-def cost(answer, other, exact):
-    """In units of what quantizing costs."""
-    return float((answer - other).norm() / (other - exact).norm())
-
-
 @pytest.mark.parametrize("kind, form, qkv", CASES, ids=str)
 def test_fused_answers_are_the_unfused_ones(kind, form, qkv, monkeypatch):
     model, calls = quantized(kind, form, qkv)
@@ -75,7 +42,7 @@ def test_fused_answers_are_the_unfused_ones(kind, form, qkv, monkeypatch):
     report = ptq4dm.fuse(model)
     assert set(report) - set(report.handed) == NAMES[kind]
     assert torch.equal(replay(model, calls), before)  # where no kernels are nothing changes
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         answer = replay(model, calls)
     layers = 1 if qkv else 3
     normed, plain, products = {
@@ -85,7 +52,7 @@ def test_fused_answers_are_the_unfused_ones(kind, form, qkv, monkeypatch):
     assert seen.count("svdq_codes") == normed
     assert seen.count("w8a8_product") >= products - plain and cost(answer, before, exact) < 0.05
     ptq4dm.unfuse(model)
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         assert torch.equal(replay(model, calls), before) and "svdq_codes" not in seen
     assert not any(type(module) in blocks.KINDS.values() for module in model.modules())
 
@@ -181,7 +148,7 @@ def test_adapters_and_hooks_are_called(monkeypatch):
     block = model.transformer_blocks[0]
     block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
     block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
-    with fused_here(monkeypatch) as seen:
+    with fused_here(monkeypatch, OPS) as seen:
         answer = replay(model, calls)
     assert seen.count("svdq_codes") == 2  # the other block's
     ptq4dm.unfuse(model)
@@ -192,20 +159,9 @@ def test_adapters_and_hooks_are_called(monkeypatch):
 def test_a_fused_model_compiles_whole(kind, monkeypatch):
     model, calls = quantized(kind, "int8")
     ptq4dm.fuse(model)
-    torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(parts, "on_kernels", lambda _: True)
-        eager = replay(model, calls)
-        (model.compile_repeated_blocks if kind == "flux" else model.compile)(fullgraph=True, backend=backend)
-        assert torch.equal(replay(model, calls), eager)
+    eager, answer, seen = compiled_whole(kind, model, calls, monkeypatch)
+    assert torch.equal(answer, eager)
     assert any("svdq_codes" in name for name in seen) and any("w8a8_product" in name for name in seen)
-    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats.int4 import GROUP
+from ..formats.nonlinearities import NONLINEARITIES, check
 from ..runtime.ops import op
 from ..runtime.prepared import prepared
 from . import integer, progressive
@@ -45,13 +46,15 @@ def progressive_product(
     bias: Tensor | None,
     inputs: int,
     dtype: torch.dtype,
+    nonlinearity: str = "",
 ) -> Tensor:
     """Outputs [M, N] of dtype from codes [M, K'] and scales [M]; K = inputs, the rest as in `progressive_linear`.
 
-    wscales may be of any float type.
+    wscales may be of any float type. nonlinearity: "", "gelu", "gelu_tanh" or "silu", of float32.
 
-    Raises ValueError for sizes that do not belong together.
+    Raises ValueError for sizes that do not belong together, and for another nonlinearity.
     """
+    check(nonlinearity)
     progressive.check(qweight.shape, wsteps.shape, wsteps.dtype, None if wzeros is None else wzeros.shape, inputs)
     if codes.shape[1] != 2 * qweight.shape[1] or scale.shape != codes.shape[:1]:
         raise ValueError(
@@ -61,10 +64,11 @@ def progressive_product(
         wscales = prepared(wscales, torch.float32, wscales.float)  # once
     operands = (qweight, wsteps, wzeros, wscales, bias)
     if integer.known_to_serve(codes.device) and codes.numel() and len(qweight):
-        return integer.progressive_of_tokens(codes, scale, *operands, inputs, dtype)
-    return progressive.reference_product(codes[:, :inputs], scale, *operands).to(dtype)
+        return integer.progressive_of_tokens(codes, scale, *operands, inputs, dtype, nonlinearity)
+    y = progressive.reference_product(codes[:, :inputs], scale, *operands)
+    return NONLINEARITIES[nonlinearity](y).to(dtype)
 
 
 @progressive_product.register_fake
-def _(codes, scale, qweight, wsteps, wzeros, wscales, bias, inputs, dtype):
+def _(codes, scale, qweight, wsteps, wzeros, wscales, bias, inputs, dtype, nonlinearity=""):
     return codes.new_empty(codes.shape[0], qweight.shape[0], dtype=dtype)

@@ -161,16 +161,18 @@ def _exact_sums(
 
 
 def _product(
-    tokens, weight, made, bias, out, kind: str, sizes: tuple[int, int], config: dict, levels: Tensor | None = None
-) -> Tensor:
+    tokens, weight, made, bias, out, kind: str, sizes: tuple[int, int], config: dict, levels: Tensor | None = None,
+    nonlinearity: str = "",
+) -> Tensor:  # fmt: skip
     """made: tables of factors, filled, and room for int8 weights; sizes: groups of K inputs, and K."""
     (qweight, wsteps, wzeros, wscales), (factors, w8), (groups, k) = weight, made, sizes
     if config.get("UNPACK", False):
         progressive_triton.codes(qweight, wsteps, wzeros, groups, k, w8, levels)
-        product_w4a8.product((*tokens[:2], out[:, :0]), (w8, wscales), None, bias, out, config)
+        product_w4a8.product((*tokens[:2], out[:, :0]), (w8, wscales), None, bias, out, config, nonlinearity)
         return out
     size = k // groups if groups > 1 else 0
-    product_progressive.product(tokens, qweight, factors, wscales, bias, out, kind, size, config, levels)
+    how = (kind, size, config, levels, nonlinearity)
+    product_progressive.product(tokens, qweight, factors, wscales, bias, out, *how)
     return out
 
 
@@ -186,7 +188,7 @@ def tokens_through(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def progressive_of_tokens(
     codes: Tensor, scale: Tensor, qweight: Tensor, wsteps: Tensor, wzeros: Tensor | None, wscales: Tensor,
-    bias: Tensor | None, k: int, dtype: torch.dtype,
+    bias: Tensor | None, k: int, dtype: torch.dtype, nonlinearity: str = "",
 ) -> Tensor:  # fmt: skip
     """`from_tokens.progressive_product` of codes [M, K'], M and N above 0."""
     m, (n, groups) = len(codes), wsteps.shape
@@ -197,7 +199,8 @@ def progressive_of_tokens(
     if not unpacks:
         tokens_triton.factors(codes, scale, *weight[1:3], factors)
     out = codes.new_empty(m, n, dtype=dtype)
-    return _product((codes, scale, None), weight, (factors, w8), bias, out, "steps", (groups, k), config)
+    made, sizes = (factors, w8), (groups, k)
+    return _product((codes, scale, None), weight, made, bias, out, "steps", sizes, config, None, nonlinearity)
 
 
 def _rows(x: Tensor) -> Tensor:

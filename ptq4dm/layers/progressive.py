@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..evidence import LayerEvidence
+from ..handed.rows import QuantizesRows
 from ..handed.value import Handed, RowCodes, encoded
 from ..kernels.formats import hadamard
 from ..kernels.formats.int8 import dynamic_scale
 from ..kernels.formats.progressive import MOST, ProgressiveGrid, leaves_int8
-from ..kernels.w4 import from_codes, from_tokens, integer
+from ..kernels.w4 import from_tokens, integer
 from ..kernels.w4.progressive import progressive_codes
 from ..ranges.progressive import progressive_grid
 from . import int4_ops, progressive_ops
@@ -196,38 +197,43 @@ class ProgressiveLayer(RoundedLayer):
         )  # fmt: skip
 
 
-class ProgressiveLinear(ProgressiveLayer, QuantizedLinear):
+class ProgressiveLinear(QuantizesRows, ProgressiveLayer, QuantizedLinear):
     """y = x W^T + b, W of 4 bits and x of 8: x [..., K] float -> [..., N] in x's dtype."""
 
     takes_norms = True
+    in_blocks = True
+    code = torch.int8
 
     def codes_key(self) -> tuple | None:
         """Tokens in 8 bits are the same for every layer of this kind, but where they are turned first."""
-        plan, on_gpu = self.plan, self.qweight.is_cuda
-        if plan.rotation or plan.static or plan.activation_bits != 8 or self.in_features % PACKED:
-            return None
-        return ("tokens",) if not on_gpu or self.kernel_name() == integer.PROGRESSIVE else None
+        served = not self.qweight.is_cuda or self.kernel_name() == integer.PROGRESSIVE
+        return ("tokens",) if served and not self.why_not_in_blocks() else None
 
-    def encode(
-        self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None
-    ) -> RowCodes:  # fmt: skip
-        """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
-        if norm is None and gate is None:
-            codes, scale = from_tokens.w4a8_tokens(x.reshape(-1, x.shape[-1]))
-        else:
-            codes, scale = from_codes.row_codes(x, "int8", norm, gate)
-        return RowCodes(codes, scale, x.shape, dtype)
+    def why_not_in_blocks(self) -> str:
+        plan = self.plan
+        if plan.static:
+            return "has static inputs, whose scale no token decides"
+        if plan.rotation:
+            return "turns its inputs before it rounds them"
+        whole = plan.activation_bits == 8 and self.in_features % PACKED == 0
+        return "" if whole else f"has inputs of other than 8 bits, or not of runs of {PACKED}"
 
-    def forward(self, input: Tensor | Handed) -> Tensor:
-        given, x = encoded(self, input)
-        if given is not None:
-            return self._of_codes(given)
-        return progressive_ops.stepped_linear(x, *self.operands)
+    def has_block_kernels(self) -> bool:
+        """Whether kernels serve fused blocks where the layer is: those of a GPU."""
+        return self.kernel_name() == integer.PROGRESSIVE
 
-    def _of_codes(self, given: RowCodes) -> Tensor:
+    def codes_of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return from_tokens.w4a8_tokens(rows)
+
+    def of_codes(self, given: RowCodes, nonlinearity: str = "") -> Tensor:
         weight = (self.qweight, self.wsteps, self.wzeros, self.wscales, self.added)
-        y = from_tokens.progressive_product(given.codes, given.scale, *weight, self.in_features, given.dtype)
+        sizes = self.in_features, given.dtype
+        y = from_tokens.progressive_product(given.codes, given.scale, *weight, *sizes, nonlinearity)
         return y.reshape(*given.shape[:-1], self.out_features)
+
+    def forward(self, input: Tensor | Handed | RowCodes) -> Tensor:
+        given, x = (input, None) if isinstance(input, RowCodes) else encoded(self, input)
+        return progressive_ops.stepped_linear(x, *self.operands) if given is None else self.of_codes(given)
 
 
 class ProgressiveConv2d(ProgressiveLayer, QuantizedConv2d):

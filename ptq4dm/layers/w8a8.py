@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..evidence import LayerEvidence
+from ..handed.rows import QuantizesRows
 from ..handed.value import Handed, RowCodes, encoded
 from ..kernels.formats import fp8
 from ..kernels.formats.grid import Fp8Grid, Grid
 from ..kernels.formats.int8 import dequantize_weight, weight_limit
-from ..kernels.w4 import from_codes as w4_from_codes
 from ..kernels.w8a8 import from_codes, layer
 from ..ranges.weights import weight_grid
 from .base import QuantizedConv2d, QuantizedLinear, frozen
@@ -106,7 +106,7 @@ def check_input_grid(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
                 raise ValueError(f"'{name}' is {tensor.item():g} and in the plan {planned.item():g}")
 
 
-class W8A8Linear(W8A8Layer, QuantizedLinear):
+class W8A8Linear(QuantizesRows, W8A8Layer, QuantizedLinear):
     """y = x W^T + b on 8-bit codes: x [..., K] float -> [..., N] in x's dtype."""
 
     @property
@@ -120,60 +120,30 @@ class W8A8Linear(W8A8Layer, QuantizedLinear):
             return None
         return self.code, self.plan.activation_bits, self.plan.input_scale, self.plan.input_zero_point
 
-    def encode(
-        self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None
-    ) -> RowCodes:  # fmt: skip
-        """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
-        shape, bits = x.shape, self.plan.activation_bits
-        if norm is not None or gate is not None:
-            mode = "fp8" if self.code == fp8.DTYPE else "int8"
-            codes, scale = w4_from_codes.row_codes(x, mode, norm, gate)
-            return RowCodes(codes, scale, shape, dtype)
-        rows = x.reshape(-1, shape[-1])
+    def codes_of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        bits = self.plan.activation_bits
         if not self.plan.static:
-            codes, scale = from_codes.w8a8_tokens(rows, bits, self.code)
-            return RowCodes(codes, scale, shape, dtype)
-        grid = (self.input_scale, self.input_zero_point, bits)
-        return RowCodes(from_codes.static_codes(rows, self.code, *grid), self.input_scale, shape, dtype)
+            return from_codes.w8a8_tokens(rows, bits, self.code)
+        codes = from_codes.static_codes(rows, self.code, self.input_scale, self.input_zero_point, bits)
+        return codes, self.input_scale
 
     def why_not_in_blocks(self) -> str:
         if self.plan.static:
             return "has static inputs, whose codes torch.compile makes in the kernel before"
         return "" if self.takes_norms else "has inputs of other than 8 bits, or not of runs of 32"
 
-    multiplies_floats = False
-
     def has_block_kernels(self) -> bool:
         """Whether kernels serve fused blocks where the layer is: those of a GPU."""
         return self.qweight.is_cuda and from_codes.triton_serves(self.qweight.device, self.code)
 
-    def input_codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> RowCodes:
-        """Codes of x [..., K] for this layer, and for others with dynamic inputs of 8 bits.
-
-        more [..., K']: the input's last columns, where x has only the first. norm: (scale [B, K], shift [B, K], eps)
-        of an adaptive layer norm that x [B, ..., K] goes through first, or with a form of norm as fourth.
-        """
-        if more is None:
-            return self.encode(x, norm, x.dtype)
-        mode = "fp8" if self.code == fp8.DTYPE else "int8"
-        codes, scale = w4_from_codes.row_codes(x, mode, norm, None, more=more)
-        return RowCodes(codes, scale, (*x.shape[:-1], codes.shape[1]), x.dtype)
-
-    def multiply(self, x: Tensor | Handed | RowCodes, nonlinearity: str = "") -> Tensor:
-        """The layer of x, or of codes of it, and one of `formats.nonlinearities` on its sums."""
-        if not isinstance(x, RowCodes):
-            given, plain = encoded(self, x)
-            x = self.encode(plain, None, plain.dtype) if given is None else given
-        return self._of_codes(x, nonlinearity)
-
-    def _of_codes(self, given: RowCodes, nonlinearity: str = "") -> Tensor:
+    def of_codes(self, given: RowCodes, nonlinearity: str = "") -> Tensor:
         weight = self.input_zero_point, self.qweight, self.weight_scale, self.added
         y = from_codes.w8a8_product(given.codes, given.scale, *weight, nonlinearity, given.dtype)
         return y.view(*given.shape[:-1], self.out_features)
 
     def forward(self, input: Tensor | Handed | RowCodes) -> Tensor:
         given, x = (input, None) if isinstance(input, RowCodes) else encoded(self, input)
-        return from_codes.linear(x, *self.operands) if given is None else self._of_codes(given)
+        return from_codes.linear(x, *self.operands) if given is None else self.of_codes(given)
 
 
 class W8A8Conv2d(W8A8Layer, QuantizedConv2d):

@@ -15,6 +15,8 @@ Query, key and value are one layer, as diffusers' `fuse_qkv_projections` makes t
     attention  the same with attention in 8 bits where that is faster, as ptq4dm.optimize(attention="auto") does it
     w8a8       all of them with 8-bit weights and inputs quantized in the call (--codes int8 or fp8), fused
     w8a8-attention  the same with attention in 8 bits where that is faster
+    progressive     all of them with QoQ's 4-bit weights under whole-number steps, inputs quantized in the call, fused
+    progressive-attention  the same with attention in 8 bits where that is faster
 
 Each is timed as it is, with its blocks compiled by torch.compile, compiled in a CUDA graph, and as `ptq4dm.optimize`
 leaves it ("optimized": a graph, inputs copied in, outputs out); medians of steps, a line of JSON each as it comes. A
@@ -49,13 +51,16 @@ from ptq4dm.inference.weight_cache import keep_weights
 from ptq4dm.kernels.tuning import stopwatch
 from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.progressive import ProgressivePlan
 from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.svdquant.group import Group, split_weight
 from ptq4dm.svdquant.layers.plan import SVDQPlan
 from ptq4dm.svdquant.packing import build_layer
 
 GROUP_SIZE = 64
-FORMS = ("bf16", "torchao", "quantized", "fused", "cached", "attention", "w8a8", "w8a8-attention")
+SVDQUANT = ("quantized", "fused", "cached", "attention")
+BY_ROWS = ("w8a8", "w8a8-attention"), ("progressive", "progressive-attention")  # fused
+FORMS = ("bf16", "torchao", *SVDQUANT, *BY_ROWS[0], *BY_ROWS[1])
 WAYS = ("eager", "compiled", "graph", "optimized")
 
 
@@ -96,12 +101,13 @@ def quantize_blocks(model: nn.Module, activations: str, rank: int) -> list[str]:
     return sorted(kernels)
 
 
-def in_eight_bits(model: nn.Module, codes: str) -> list[str]:
+def by_rows(model: nn.Module, form: str, codes: str) -> list[str]:
     """Every Linear of the blocks in place, without calibration; returns the kernels that serve them."""
-    kernels = set()
+    eight = LayerPlan(format=codes, objective="max")
+    plan, kernels = eight if form.startswith("w8a8") else ProgressivePlan(objective="max"), set()
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and "blocks." in name:
-            new = quantized_copy(layer, LayerPlan(format=codes, objective="max"), name)
+            new = quantized_copy(layer, plan, name)
             replace_module(model, name, new)
             kernels.add(new.kernel_name())
     return sorted(kernels)
@@ -147,14 +153,14 @@ def measure(forms: list[str], lines: Lines, args) -> None:
     facts: dict = {}
     if forms == ["torchao"]:
         by_torchao(model)
-    elif forms[0].startswith("w8a8"):
-        facts["kernels"] = in_eight_bits(model, args.codes)
+    elif forms[0] not in ("bf16", *SVDQUANT):
+        facts["kernels"] = by_rows(model, forms[0], args.codes)
     elif forms != ["bf16"]:
         facts["kernels"] = quantize_blocks(model, args.activations, args.rank)
     size = bytes_of(model)
     for form in forms:
         uncompiled(model)
-        if form != "quantized" and "modules_fused" not in facts and forms[0] in FORMS[2:]:
+        if form not in ("bf16", "torchao", "quantized") and "modules_fused" not in facts:
             facts["modules_fused"] = len(ptq4dm.fuse(model))
         if form in ("cached", "attention") and "cache" not in facts:
             before = model(*call.args, **call.kwargs)[0]
@@ -241,7 +247,7 @@ def table(rows: list[dict]) -> str:
         cells += ["-" if None in (time, graph) else f"{time / graph:.2f}" for time in others]
         lines.append((form, *cells, f"{size[form] / 1e9:.2f}" if form in size else "-"))
     head = ("ms of a step", *WAYS, "x bf16 compiled", "x bf16 graph", "x torchao graph", "GB")
-    return "\n".join(f"{name:15}" + "".join(map("{:>{}}".format, cells, widths)) for name, *cells in [head, *lines])
+    return "\n".join(f"{name:22}" + "".join(map("{:>{}}".format, cells, widths)) for name, *cells in [head, *lines])
 
 
 @torch.no_grad()
@@ -275,7 +281,7 @@ def main():
     last = "eager" if args.no_compile else "profile" if torch.cuda.is_available() else "compiled"
     left = [form for form in args.forms if not lines.has(**key_of(form, args), way=last)]
     left = [form for form in left if form != "torchao" or there]
-    for forms in [("bf16",), ("torchao",), FORMS[2:6], FORMS[6:]]:
+    for forms in [("bf16",), ("torchao",), SVDQUANT, *BY_ROWS]:
         if wanted := [form for form in forms if form in left]:
             measure(wanted, lines, args)
             torch._dynamo.reset()

@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 2 scripts/benchmarks/bench_parallel.py --output out/parallel.jsonl
 
-Of each form (bf16; W4A8 by SVDQuant, and int8 under dynamic inputs, both fused) the slice runs on one GPU; then its
-tokens are split among all of them by diffusers' `enable_parallelism`, as Ulysses and as ring; then, in the first
-process, its layers are split by accelerate's `infer_auto_device_map` and `dispatch_model`. `error`: of the output
-beside that on one GPU, as a share of its norm. Milliseconds of a step, median; "compiled": with blocks compiled by
-torch.compile.
+Of each form (bf16; W4A8 by SVDQuant and by QoQ, and int8 under dynamic inputs, all fused) the slice runs on one GPU;
+then its tokens are split among all of them by diffusers' `enable_parallelism`, as Ulysses and as ring; then, in the
+first process, its layers are split by accelerate's `infer_auto_device_map` and `dispatch_model`. `error`: of the
+output beside that on one GPU, as a share of its norm. Milliseconds of a step, median; "compiled": with blocks
+compiled by torch.compile; "graph": that in a CUDA graph, what GPUs say to each other within it, or why there is none.
 With --device cpu two processes of gloo compare Ulysses alone.
 """
 
@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import compute_module_sizes
 from bench_common import Lines, error, made_with
-from bench_flux import fused_model, in_eight_bits, quantize_blocks
+from bench_flux import by_rows, fused_model, quantize_blocks
 from diffusers import ContextParallelConfig
 from flux_slice import tuples
 from torch import nn
@@ -30,19 +31,21 @@ from torch import nn
 import ptq4dm
 from ptq4dm.calibration.record import ready
 from ptq4dm.errors import UserError, run
+from ptq4dm.kernels.tuning import stopwatch
 
-FORMS = ("svdq-fused", "w8a8-fused", "bf16")
+FORMS = ("svdq-fused", "w8a8-fused", "progressive-fused", "bf16")
 WAYS = ("one", "ulysses", "ring", "device map")
 
 
 def build(form: str, options) -> nn.Module:
     model = fused_model(options)
+    if form == "bf16":
+        return model
     if form == "svdq-fused":
         quantize_blocks(model, "fp8", 32)
-    elif form == "w8a8-fused":
-        in_eight_bits(model, "int8")
-    if form in FORMS[:2]:
-        ptq4dm.fuse(model)
+    else:
+        by_rows(model, form, "int8")
+    ptq4dm.fuse(model)
     return model
 
 
@@ -70,16 +73,33 @@ def milliseconds(model: nn.Module, call, repeats: int) -> float:
 def spread(model: nn.Module, way: str, backend: str | None) -> nn.Module:
     """The model by this way, in place."""
     if way == "device map":
-        half = sum(p.numel() * p.element_size() for p in model.parameters()) * 0.55
-        places = {i: int(half) for i in range(torch.cuda.device_count())}
-        blocks = model._no_split_modules
-        return dispatch_model(model, infer_auto_device_map(model, places, no_split_module_classes=blocks))
+        return dispatch_model(model, device_map(model, torch.cuda.device_count()))
     if way != "one":
         if backend:
             model.set_attention_backend(backend)
         degree = dist.get_world_size()
         model.enable_parallelism(config=ContextParallelConfig(**{f"{way}_degree": degree}))
     return model
+
+
+def in_a_graph(model: nn.Module, call, repeats: int) -> float | str:
+    """Milliseconds of a replay, or why there is none."""
+    try:
+        graph, _ = stopwatch.graph_of([lambda: model(*call.args, **call.kwargs)])
+    except RuntimeError as problem:
+        return f"{type(problem).__name__}: {str(problem)[:200]}"
+    times = [stopwatch.elapsed(graph.replay) / 1e3 for _ in range(repeats + 2)]
+    return round(statistics.median(times[2:]), 2)
+
+
+def device_map(model: nn.Module, gpus: int) -> dict[str, int]:
+    """An equal share of the bytes for each GPU, and what is left for the last; of the first one accelerate keeps room
+    for a largest block free."""
+    blocks = model._no_split_modules
+    sizes = compute_module_sizes(model)
+    largest = max(sizes[name] for name, module in model.named_modules() if type(module).__name__ in blocks)
+    places = {i: sizes[""] // gpus for i in range(gpus)} | {0: sizes[""] // gpus + largest, gpus - 1: sizes[""]}
+    return infer_auto_device_map(model, places, no_split_module_classes=blocks)
 
 
 def measure(form: str, way: str, exact, options) -> tuple[dict, torch.Tensor]:
@@ -94,6 +114,8 @@ def measure(form: str, way: str, exact, options) -> tuple[dict, torch.Tensor]:
         torch._dynamo.reset()
         model.compile_repeated_blocks(fullgraph=way == "one")
         row["compiled"] = milliseconds(model, call, options.repeats)
+        if options.device.startswith("cuda"):
+            row["graph"] = in_a_graph(model, call, options.repeats)
     return row, y
 
 

@@ -209,7 +209,7 @@ def integer_calls(quick: bool) -> None:
             tokens = integer.tokens_through(empty(rows, k))
             operands = qweight, int8(*groups), zeros, channel, empty(n)
             integer.progressive_through(empty(rows, k), *operands)
-            integer.progressive_of_tokens(*tokens, *operands, k, torch.bfloat16)
+            integer.progressive_of_tokens(*tokens, *operands, k, torch.bfloat16, "gelu_tanh")
             integer.grouped_through(empty(rows, k), qweight, empty(*groups), zeros, empty(n))
             if groups[1] > 1:
                 outputs, wide = n - 192, 192

@@ -200,7 +200,7 @@ def _grouped_kernel(
     columns = left + tl.arange(0, BN)
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
     if slots_ptr is None:
-        stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
+        stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN, "")
     elif is_high:
         where = highs_ptr + (part * high + columns).to(tl.int64)[:, None] * stride + rows[None, :]
         tl.store(where, y, mask=(columns < high)[:, None])
@@ -212,7 +212,7 @@ def _grouped_kernel(
                 y, slots_ptr, ready_ptr + top // BM, highs_ptr, begin, end, ready, left, rows, blocks * PARTS, N,
                 high, stride, PARTS, BN, PACKED,
             )  # fmt: skip
-        stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
+        stored((y * row_scale[None, :]).T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN, "")
 
 
 def product(

@@ -1,9 +1,11 @@
 """The W4A8 product of progressive weights in Triton: int8 tensor cores, 4-bit weights widened in the main loop.
 
-    y[m, n] = s_x[m] s0[n] sum_k q_x[m, k] s1[n, g] (q[n, k] - z[n, g])  +  b[n]                   KIND "steps"
-    y[m, n] = s_x[m] s0[n] (sum_k q_x[m, k] (q[n, k] + 8)  -  (z[n] + 8) sum_k q_x[m, k])  +  b[n] KIND "rows"
-    y[m, n] = s_x[m] s0[n] sum_k q_x[m, k] t[q[n, k]]  +  b[n]                                     KIND "levels"
+    y[m, n] = f(s_x[m] s0[n] S[m, n]  +  b[n])
+    S[m, n] = sum_k q_x[m, k] s1[n, g] (q[n, k] - z[n, g])                          KIND "steps"
+            = sum_k q_x[m, k] (q[n, k] + 8)  -  (z[n] + 8) sum_k q_x[m, k]          KIND "rows"
+            = sum_k q_x[m, k] t[q[n, k]]                                            KIND "levels"
 
+f is one of nonlinearity.py, or nothing.
 "steps": s1 (q - z) is an int8 (words.py), made in registers. "rows": one scale and zero point an output; nibbles are
 multiplied as they are, and the zero point is taken off the sum by the sums of tokens, which quantizing them leaves
 (tokens_triton.py). "levels": int8 levels of a codebook are looked up in registers (words.py). In all of them the sum
@@ -50,7 +52,7 @@ def _progressive_kernel(
     x_ptr, w_ptr, factors_ptr, levels_ptr, row_scale_ptr, row_sum_ptr, column_scale_ptr, bias_ptr, y_desc, y_ptr,
     M, N, K, groups, steps,
     KIND: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr, RUNS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BAND: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr,
+    BN: tl.constexpr, BAND: tl.constexpr, TMA: tl.constexpr, PACKED: tl.constexpr, NONLINEARITY: tl.constexpr,
 ):  # fmt: skip
     """K: codes of a row in memory, a multiple of 64. SIZE: inputs of a group; 0 for one group a row. STRIDE: words
     from the levels of a row to those of the next."""
@@ -86,12 +88,12 @@ def _progressive_kernel(
         row_sum = tl.load(row_sum_ptr + rows, mask=rows < M, other=0)
         total -= (128 - tl.reshape(a, (BN, 1))) * row_sum[None, :]
     y = total.to(tl.float32) * (column_scale[:, None] * row_scale[None, :])
-    stored(y.T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN)
+    stored(y.T, top, left, bias_ptr, y_desc, y_ptr, M, N, BM, BN, NONLINEARITY)
 
 
 def product(
     tokens: tuple, qweight: Tensor, factors: Tensor | None, wscales: Tensor, bias: Tensor | None, out: Tensor,
-    kind: str, size: int, config: dict, levels: Tensor | None = None,
+    kind: str, size: int, config: dict, levels: Tensor | None = None, nonlinearity: str = "",
 ) -> None:  # fmt: skip
     """Fill out [M, N] (float, contiguous).
 
@@ -105,7 +107,7 @@ def product(
     """
     codes, row_scale, row_sum = tokens
     groups, stride = 1 if factors is None else factors.shape[0], 0 if levels is None or len(levels) == 1 else 4
-    launch = _launch(config, *codes.shape, out.shape[1], kind, size, groups, stride)
+    launch = _launch(config, *codes.shape, out.shape[1], kind, size, groups, stride, nonlinearity)
     qweight = qweight.view(torch.int8)
     operands = (codes, aligned(qweight)) if config["TMA"] else (codes, qweight)
     stores = config["TMA"] and out.shape[1] * out.element_size() % 16 == 0
@@ -114,14 +116,16 @@ def product(
 
 
 @planned
-def _launch(config: dict, m: int, k: int, n: int, kind: str, size: int, groups: int, stride: int) -> Launch:
+def _launch(
+    config: dict, m: int, k: int, n: int, kind: str, size: int, groups: int, stride: int, nonlinearity: str
+) -> Launch:  # fmt: skip
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
     blocks = dict(x_ptr=(bm, bk), w_ptr=(bn, bk // 2), y_desc=(bm, bn)) if config["TMA"] else None
     return Launch(
         _progressive_kernel, (cdiv(m, bm) * cdiv(n, bn),), blocks, M=m, N=n, K=k, groups=groups, steps=cdiv(k, bk),
         KIND=kind, STRIDE=stride, SIZE=size, RUNS=bk // 64, BM=bm, BN=bn, BAND=config["BAND"], TMA=config["TMA"],
-        PACKED=packed(config, _progressive_kernel), num_warps=config["num_warps"], num_stages=config["num_stages"],
-        maxnreg=config.get("maxnreg"),
+        PACKED=packed(config, _progressive_kernel), NONLINEARITY=nonlinearity,
+        num_warps=config["num_warps"], num_stages=config["num_stages"], maxnreg=config.get("maxnreg"),
     )  # fmt: skip
 
 

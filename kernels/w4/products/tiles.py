@@ -42,12 +42,15 @@ def finish(
 
 
 @triton.jit
-def stored(y, top, left, bias_ptr, y_desc, y_ptr, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Store y [BM, BN] + bias: by TMA where there is a descriptor, else by pointers."""
+def stored(
+    y, top, left, bias_ptr, y_desc, y_ptr, M, N, BM: tl.constexpr, BN: tl.constexpr, NONLINEARITY: tl.constexpr,
+):  # fmt: skip
+    """Store f(y [BM, BN] + bias): by TMA where there is a descriptor, else by pointers."""
     rows = top + tl.arange(0, BM)
     columns = left + tl.arange(0, BN)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    y = nonlinear(y, NONLINEARITY)
     if y_desc is not None:
         y_desc.store([top, left], y.to(y_ptr.dtype.element_ty))
     else:

@@ -26,7 +26,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class RotatedTokens(RotatedLayer):
-    """A rotated Linear; the format beside it has `_of_codes`, its product of RowCodes."""
+    """A rotated Linear; the format beside it has `of_codes`, its product of RowCodes."""
 
     mode = "int8"
     in_features: int
@@ -61,7 +61,7 @@ class RotatedTokens(RotatedLayer):
         if given is None:
             x = plain(input)
             given = self.encode(x, None, x.dtype)
-        return self._of_codes(given)  # type: ignore[attr-defined]
+        return self.of_codes(given)  # type: ignore[attr-defined]
 
 
 class GroupedTokens(RotatedTokens):
@@ -73,7 +73,7 @@ class GroupedTokens(RotatedTokens):
     def rotates_in_codes(self) -> bool:  # type: ignore[override]
         return super().rotates_in_codes and self.kernel_name() == w4.INT8
 
-    def _of_codes(self, given: RowCodes) -> Tensor:
+    def of_codes(self, given: RowCodes) -> Tensor:
         wscales = self.wscales
         spread = prepared(wscales, GROUP, lambda: int4_ops.per_packed(wscales, self.in_features))
         branch = given.codes.new_empty(len(given.codes), 0, dtype=given.dtype)

@@ -6,6 +6,7 @@ import torch
 import ptq4dm  # noqa: F401
 from helpers import normal
 from packed_layers import packed, progressive_weight, whole
+from ptq4dm.kernels.formats.nonlinearities import NONLINEARITIES
 from ptq4dm.kernels.w4 import from_codes, from_tokens, integer
 from ptq4dm.kernels.w4.progressive import progressive_linear
 from ptq4dm.kernels.w8a8 import from_codes as w8a8_codes
@@ -40,6 +41,26 @@ def test_progressive_layers(m, n, k, groups, kernels, monkeypatch):
     assert torch.equal(found, wanted)
     with pytest.raises(ValueError, match="are not of a layer with"):
         from_tokens.progressive_product(codes[:, :-32], scale, *operands, k, torch.float16)
+
+
+@pytest.mark.parametrize("function", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("unpacks", [False, True], ids=["widened", "unpacked"])
+def test_the_function_after_a_progressive_product_is_of_its_sums(unpacks, function, monkeypatch):
+    """In every way that kernels have, of float32, after the bias."""
+    pytest.importorskip("triton")
+    m, n, k, groups = 70, 136, 192, 3
+    operands = weight(n, k, groups)
+    codes, scale = from_tokens.w4a8_tokens((normal(m, k, seed=3) * 3).to(DEVICE, torch.float16))
+    reference = from_tokens.progressive.reference_product(codes, scale, *operands)
+    config = dict(TMA=False, BM=32, BN=64, BK=64, BAND=2, num_warps=4, num_stages=2, UNPACK=unpacks)
+    monkeypatch.setattr(integer, "known_to_serve", lambda device: True)
+    monkeypatch.setattr(integer, "best_config", lambda *sizes: config)
+    found = from_tokens.progressive_product(codes, scale, *operands, k, torch.float16, function)
+    wanted = NONLINEARITIES[function](reference)
+    assert (found - wanted).abs().max() < 2e-3 * wanted.abs().max()
+    assert not torch.allclose(found.float(), reference, atol=1e-2)
+    with pytest.raises(ValueError, match="the nonlinearity after a product is one of"):
+        from_tokens.progressive_product(codes, scale, *operands, k, torch.float16, "relu")
 
 
 @pytest.mark.parametrize("name", ["reference"] + ["kernel"] * CUDA)

@@ -157,7 +157,7 @@ def test_codes_and_their_product_are_the_layer(plan, dtype):
     layer = nn.Linear(128, 24).to(dtype)
     packed = quantized_copy(layer, rotated_plan(plan, 64, "regular"), "layer")
     x = normal(3, 7, 128, dtype=dtype)
-    y = packed._of_codes(packed.encode(x, None, dtype))
+    y = packed.of_codes(packed.encode(x, None, dtype))
     assert y.dtype == dtype and y.shape == (3, 7, 24)
     assert distance(y, packed(x)) < (1e-3 if dtype == torch.float32 else 6e-3)
     assert packed.codes_key() is None and not packed.rotates_in_codes  # without a GPU

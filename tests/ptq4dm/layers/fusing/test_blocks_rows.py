@@ -1,4 +1,7 @@
-"""Fused blocks around W8A8 layers with dynamic inputs: the same answers, in fewer codes, and unfused elsewhere."""
+"""Fused blocks around layers whose inputs are quantized by rows in the call, of 8 bits and progressive ones.
+
+The same answers, in fewer codes, and unfused elsewhere.
+"""
 
 import pytest
 import torch
@@ -12,17 +15,28 @@ from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.handed.value import RowCodes
 from ptq4dm.kernels.w4 import from_codes as w4_codes
+from ptq4dm.kernels.w4 import from_tokens
 from ptq4dm.kernels.w8a8 import from_codes as w8a8_codes
 from ptq4dm.layers.fusing import blocks, parts
 from ptq4dm.layers.plan import LayerPlan
+from ptq4dm.layers.progressive import ProgressiveLinear, ProgressivePlan
 from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.rotated.choices import ROTATED
 from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear
 from ptq4dm.svdquant.layers.svdq import SVDQLinear
 
 CUDA = torch.cuda.is_available()
-OPS = [(w4_codes, "svdq_codes"), (w8a8_codes, "w8a8_product"), (w8a8_codes, "w8a8_tokens")]
-CASES = [("flux", "int8", False), ("flux", "fp8", True), ("dit", "int8", False), ("dit", "fp8", False)]
+OPS = [(w4_codes, "svdq_codes"), (w8a8_codes, "w8a8_product"), (from_tokens, "progressive_product")]
+PRODUCT = {"int8": "w8a8_product", "fp8": "w8a8_product", "progressive": "progressive_product"}
+PLANS = {
+    "int8": LayerPlan(objective="max"),
+    "fp8": LayerPlan(format="fp8", objective="max"),
+    "progressive": ProgressivePlan(objective="max", group_size=32),
+}
+CASES = [
+    ("flux", "int8", False), ("flux", "fp8", True), ("flux", "progressive", True), ("dit", "int8", False),
+    ("dit", "fp8", False), ("dit", "progressive", False),
+]  # fmt: skip
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -31,7 +45,12 @@ def quantized(kind, form, qkv=False, **options):
     if qkv:
         model.fuse_qkv_projections()
         store = CalibrationStore({}, fingerprint(model), 1000, store.calls)
-    ptq4dm.quantize(model, ptq4dm.RTNConfig(activations="dynamic", format=form, **options))
+    if form == "progressive":
+        plain = dict(rounding="nearest", smoothing="none", reorder=False, rotation="none")
+        config = ptq4dm.QoQConfig(group_size=32, **plain, **options)
+    else:
+        config = ptq4dm.RTNConfig(activations="dynamic", format=form, **options)
+    ptq4dm.quantize(model, config)
     return model, store.calls
 
 
@@ -50,7 +69,7 @@ def test_fused_answers_are_the_unfused_ones(kind, form, qkv, monkeypatch):
         "dit": (2 * 2, 2, 2 * (3 + 1 + 1)),
     }[kind]
     assert seen.count("svdq_codes") == normed
-    assert seen.count("w8a8_product") >= products - plain and cost(answer, before, exact) < 0.05
+    assert seen.count(PRODUCT[form]) >= products - plain and cost(answer, before, exact) < 0.05
     ptq4dm.unfuse(model)
     with fused_here(monkeypatch, OPS) as seen:
         assert torch.equal(replay(model, calls), before) and "svdq_codes" not in seen
@@ -58,12 +77,12 @@ def test_fused_answers_are_the_unfused_ones(kind, form, qkv, monkeypatch):
 
 
 @pytest.mark.parametrize("function", ["", "gelu", "gelu_tanh", "silu"])
-@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("form", PLANS)
 def test_a_layer_of_codes_is_the_layer(form, function):
     """Of a tensor, of codes, and of two tensors side by side; the function after it is that of torch."""
     torch.manual_seed(0)
-    layer = quantized_copy(nn.Linear(96, 40), LayerPlan(format=form, objective="max"), "x")
-    x = torch.randn(2, 7, 96)
+    layer = quantized_copy(nn.Linear(128, 40), PLANS[form], "x")
+    x = torch.randn(2, 7, 128)
     plain = layer(x)
     for same in (layer(layer.input_codes(x)), layer.multiply(x)):
         assert torch.allclose(same, plain, atol=1e-6)
@@ -75,7 +94,7 @@ def test_a_layer_of_codes_is_the_layer(form, function):
     }[function](plain)
     assert torch.allclose(layer.multiply(x, function), right, atol=1e-6)
     both = layer.input_codes(x[..., :64], x[..., 64:])
-    assert isinstance(both, RowCodes) and both.ndim == 3 and both.shape == (2, 7, 96)
+    assert isinstance(both, RowCodes) and both.ndim == 3 and both.shape == (2, 7, 128)
     near = layer.multiply(both, function)
     assert (near - right).norm() < 2e-3 * right.norm()
     with pytest.raises(ValueError, match="the nonlinearity after a product is one of '', 'gelu'"):
@@ -96,7 +115,24 @@ def test_what_does_not_fit_stays_and_says_why():
     assert report == [] and "static inputs, whose codes torch.compile makes" in str(report)
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, Fp8Linear, SVDQLinear], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"rotation": 32}, "turns its inputs before it rounds them"),
+        ({"input_scale": 0.1, "input_zero_point": 0}, "has static inputs"),
+        ({"activation_bits": 6}, "has inputs of other than 8 bits"),
+    ],
+)
+def test_progressive_layers_that_blocks_are_not_fused_around(options, why):
+    gelu = GELU(64, 64)
+    gelu.proj = quantized_copy(nn.Linear(64, 64), ProgressivePlan(objective="max", group_size=32, **options), "x")
+    report = ptq4dm.fuse(nn.ModuleDict({"gelu": gelu}))
+    assert report == [] and why in str(report) and gelu.proj.codes_key() is None
+
+
+@pytest.mark.parametrize(
+    "kind", [Int8Linear, Fp8Linear, ProgressiveLinear, SVDQLinear], ids=lambda kind: kind.__name__
+)
 def test_classes_derived_from_a_layer_are_not_taken_for_it(kind):
     """Rotated and split layers inherit from it, and compute otherwise: each class says for itself what it is."""
 
@@ -155,13 +191,13 @@ def test_adapters_and_hooks_are_called(monkeypatch):
     assert (answer - replay(model, calls)).norm() < 1e-3 * answer.norm()
 
 
-@pytest.mark.parametrize("kind", ["flux", "dit"])
-def test_a_fused_model_compiles_whole(kind, monkeypatch):
-    model, calls = quantized(kind, "int8")
+@pytest.mark.parametrize("kind, form", [("flux", "int8"), ("dit", "int8"), ("flux", "progressive")])
+def test_a_fused_model_compiles_whole(kind, form, monkeypatch):
+    model, calls = quantized(kind, form)
     ptq4dm.fuse(model)
     eager, answer, seen = compiled_whole(kind, model, calls, monkeypatch)
     assert torch.equal(answer, eager)
-    assert any("svdq_codes" in name for name in seen) and any("w8a8_product" in name for name in seen)
+    assert any("svdq_codes" in name for name in seen) and any(PRODUCT[form] in name for name in seen)
 
 
 @pytest.mark.gpu

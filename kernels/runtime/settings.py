@@ -1,9 +1,10 @@
 """Block sizes that kernels run with: measured ones from `tuned/`, never searched for at a call.
 
 A file of `tuned/` is {"device": ..., "<kernel>": [[M, N, K, {setting: value}], ...], ...}. A GPU whose name has a
-file uses it, any other the file of its compute capability or of the nearest below. Of a kernel's entries the one
-nearest in log M, log N, log K serves: shapes between the measured ones come out sensibly. M of "<mode>.norm", rows
-under a layer norm, is of one sample. "w8a8" is {shape class: {setting: value}}, see configs.py.
+file uses it, any other the file of its compute capability or of the nearest below, which the first takes for far more
+or far fewer rows than were measured on it. Of a kernel's entries the one nearest in log M, log N, log K serves:
+shapes between the measured ones come out sensibly. M of "<mode>.norm", rows under a layer norm, is of one sample.
+"w8a8" is {shape class: {setting: value}}, see configs.py.
 
 `record` writes the file of this GPU (search.py and `ptq4dm bench tune` do). It lies in `tuned/` beside this file, or
 in the user's folder, $PTQ4DM_TUNED or else ~/.cache/ptq4dm/tuned, whose entries come before those beside this file.
@@ -114,7 +115,16 @@ def _merged(device: torch.device) -> dict:
     major_minor = capability(device)
     below = [name for name in _general() if name <= major_minor]
     table = dict(_read(f"sm_{max(below)[0]}{max(below)[1]}"))
-    return table | own(device)
+    return table | {kernel: _beside(table.get(kernel), entries) for kernel, entries in own(device).items()}
+
+
+def _beside(general, entries):
+    """A kernel's entries of a device, and general ones for half as many rows as any of those, or less, and for twice
+    as many, or more: a device that was tuned for thousands of rows says nothing about one."""
+    if not (isinstance(general, list) and isinstance(entries, list) and entries):
+        return entries
+    rows = [entry[0] for entry in entries]
+    return [one for one in general if 2 * one[0] <= min(rows) or one[0] >= 2 * max(rows)] + entries
 
 
 @remembered

@@ -39,7 +39,7 @@ class Config:
     band: int = 0
 
 
-GLUON = Config("gluon", 128, 128, 128, 4, 6, band=8)
+GLUON = Config("gluon", 128, 128, 128, 4, 6, band=4)
 
 
 def shape_class(dtype: torch.dtype, window: Window, channels: int, n: int, on_load: bool = False) -> str:

@@ -44,7 +44,7 @@ def test_a_gpu_that_was_tuned_for_many_rows_takes_the_general_settings_of_few(gp
     general = {"device": "sm_90", "k": [[rows, 64, 64, {"general": rows}] for rows in (16, 512, 1024, 99999)]}
     (tmp_path / "sm_90.json").write_text(json.dumps(general))
     for rows in (1024, 4096):
-        tuning.record("k", [rows, 3072, 3072], {"own": rows})
+        tuning.record("k", [rows, 64, 64], {"own": rows})
     found = {rows: tuning.best_config("k", gpu, rows, 64, 64) for rows in (1, 500, 1024, 5000, 10**6)}
     assert found == {
         1: {"general": 16}, 500: {"general": 512}, 1024: {"own": 1024}, 5000: {"own": 4096},

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..hooks import unhooked
+from .value import same_key
 
 
 class Notes:
@@ -65,7 +66,7 @@ class Notes:
         kept = {}
         for slot, reads in self.readers.items():
             for key, _ in reads:
-                layers = {layer for other, layer in reads if other is key or (type(key) is tuple and other == key)}
+                layers = {layer for other, layer in reads if same_key(other, key)}
                 if len(layers) >= self.least:
                     kept[slot] = reads
         self.wanted = tuple(kept)

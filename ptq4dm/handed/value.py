@@ -108,7 +108,7 @@ class Handed:
         if self.notes is not None and not torch.compiler.is_compiling():
             self.notes.read(self.slot, key, layer)
         for other, codes in self.made:
-            if other is key or (isinstance(key, tuple) and other == key):
+            if same_key(other, key):
                 return codes
         if self.gate is not None and layer.takes_norms:
             codes = layer.encode(self.x, None, self.dtype, self.gate[:2])
@@ -230,6 +230,16 @@ class Handed:
             return args[0]
         given = {name: plain(value) for name, value in (kwargs or {}).items()}
         return function(*[plain(one) for one in args], **given)
+
+
+def same_key(one: Any, other: Any) -> bool:
+    """Whether layers of these keys (`codes_key`) read the same codes: equal tuples, or one layer.
+
+    Tuples are not asked whether they are one object, which torch.compile cannot tell of all.
+    """
+    if isinstance(one, tuple) or isinstance(other, tuple):
+        return isinstance(one, tuple) and isinstance(other, tuple) and one == other
+    return one is other
 
 
 def encoded(layer: Any, value: Any) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 
+from ...handed.value import same_key
 from ...hooks import unhooked
 from ..base import QuantizedLayer
 
@@ -74,7 +75,7 @@ def share(layers: list[nn.Module]) -> bool:
     if smoothing and branch are, without adapters."""
     first, *others = [layer.codes_key() for layer in layers]
     for key in others:
-        if not (key is first or (isinstance(key, tuple) and key == first)):
+        if not same_key(key, first):
             return False
     return first is not None or not others
 

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 import ptq4dm
 from ptq4dm.handed import norms as NORMS
-from ptq4dm.handed.value import Handed
+from ptq4dm.handed.value import Handed, same_key
 from ptq4dm.kernels.w4 import from_codes as w4_codes
 from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.plan import LayerPlan
 from ptq4dm.layers.progressive import ProgressiveLinear, ProgressivePlan
+from ptq4dm.layers.registry import quantized_copy
 from ptq4dm.layers.w8a8 import Fp8Linear, Int8Linear
 
 CUDA = torch.cuda.is_available()
@@ -26,6 +27,7 @@ FORMATS = {
     "int8": (Int8Linear, LayerPlan),
     "fp8": (Fp8Linear, lambda: LayerPlan(format="fp8")),
     "static": (Int8Linear, lambda: LayerPlan(input_scale=0.05, input_zero_point=3)),
+    "static fp8": (Fp8Linear, lambda: LayerPlan(format="fp8", input_scale=0.05)),
     "progressive": (ProgressiveLinear, lambda: ProgressivePlan(group_size=64)),
 }
 
@@ -204,7 +206,7 @@ def test_gates_are_quantized_with_what_reads_them(act, kind, here):
     before = answers(model, *args)
     report = ptq4dm.fuse(model)
     answer = answers(model, *args)
-    assert here == ([None] * 2 if kind == "static" else ["layer", "gate"])
+    assert here == ([None] * 2 if kind.startswith("static") else ["layer", "gate"])
     assert (answer - before).abs().max() < 3e-2 * before.abs().max()
     assert torch.equal(answers(model, *args), answer)
     assert "GLU, quantized with what reads it" in str(report)
@@ -302,6 +304,29 @@ def test_compiled_whole(here):
     assert torch.equal(answers(compiled, *args), eager)
     assert sum("svdq_codes" in name for name in made) == len(model.blocks)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("code", ["int8", "fp8"])
+def test_layers_that_share_static_codes_compile_whole(code, here):
+    """Their keys hold a type, numbers and perhaps None: equal ones are the same, whichever objects they are."""
+    zero = 3 if code == "int8" else None
+    plan = LayerPlan(format=code, input_scale=0.05, input_zero_point=zero)
+    layers = nn.ModuleList(quantized_copy(nn.Linear(K, K), plan, "x") for _ in range(2))
+    x = torch.randn(2, 3, K)
+
+    def both(value):
+        handed = Handed(value)
+        return [layer(handed) for layer in layers] + [torch.tensor(len(handed.made))]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for one, other in zip(compiled(x), both(x), strict=True):
+            assert torch.equal(one, other)
+        assert both(x)[-1] == 1
+    torch._dynamo.reset()
+    assert same_key(("a", 1, None), ("a", 1, None)) and not same_key(("a",), layers[0])
+    assert same_key(layers[0], layers[0]) and not same_key(*layers)
 
 
 def test_the_op_says_what_does_not_fit():

@@ -2,7 +2,7 @@
 
     python scripts/sweep_models.py                                  # what is not in the output yet: minutes on a core
     python scripts/sweep_models.py --only "Flux*" "Wan*" --columns W8A8 LoRA
-    python scripts/sweep_models.py --table                          # the tables alone
+    python scripts/sweep_models.py --table                          # writes the tables into the page, runs nothing
 
 A row holds one cell: what came of it, the reason, figures, seconds, and what it was made with. A failure never stops
 the rest. Rows made with the same commit, versions, seed and backend are kept.
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"there is no column '{min(unknown)}'; choose from {', '.join(sorted(known))}.")
     if options.page:
         check(options.page)
+    elif options.table:
+        raise UserError("--table writes the tables into a page; name it with --page.")
     lines = Lines(options.output)
     if not options.table:
         quiet()
@@ -85,7 +87,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", default="aot_eager", help="of torch.compile; inductor takes much longer")
     parser.add_argument("--seed", type=int, default=0, help="of inputs")
     parser.add_argument("--again", action="store_true", help="make rows that are there anew")
-    parser.add_argument("--table", action="store_true", help="only write the tables")
+    parser.add_argument("--table", action="store_true", help="no run: write the tables into --page, print nothing")
     options = parser.parse_args(argv)
     if options.page is None and options.output.resolve() == OUTPUT:
         options.page = PAGE

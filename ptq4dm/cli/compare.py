@@ -14,6 +14,7 @@ from .options import (
     add_device,
     add_sampler,
     add_steps,
+    check_metric,
     conditioning_of,
     load,
     one_process,
@@ -44,6 +45,7 @@ def run(args) -> None:
     options = given(args, CompareConfig) | conditioning_of(args)
     config = CompareConfig(**options)
     config.check()
+    check_metric(args, config.metric)
     for model in (*args.models, *([args.full_precision] if args.full_precision else [])):
         check_loadable(model)
     opened: list[str] = []

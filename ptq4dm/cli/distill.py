@@ -19,7 +19,7 @@ from ..samplers.distillation.run import alone_in, check_teacher
 from ..samplers.distillation.student import RECORD, save_student
 from .flags import add_flags, given, options_of
 from .options import add_model, device_of, settings_of, trained_dtype_of
-from .output import main_process, result, say
+from .output import main_process, result, say, say_run
 
 GOES_ON = "the same command with --resume"
 BUDGET = ("images", "minutes")
@@ -55,7 +55,7 @@ def _distill(args, config: DisBackConfig, output: Path) -> None:
             say(f"{learnt} of {config.images} images learnt from{more}")
             if lines and "kernels" in lines[-1]:
                 say(f"the student trains on integers: {kernels_told(lines[-1]['kernels'])}")
-            say(f"log, sample grids, checkpoint: {folder}")
+            say_run(folder)
             result(model=args.model, images=learnt, of=config.images, run=folder, log=lines)
             save_student(student, {"model": str(args.model), **config.identity()}, output)
             say(f"one-step student after {learnt} of {config.images} images{more}: {output}")

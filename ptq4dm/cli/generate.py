@@ -33,10 +33,10 @@ GOES_ON = "the same command"
 
 def add(parser) -> None:
     add_model(parser, None, QUANTIZED_FIRST)
-    parser.add_argument("--num-images", type=int, default=16)
+    parser.add_argument("--num-images", type=int, default=16, help="one for each seed, from --seed on")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the next has seed + 1")
     add_steps(parser)
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="images at once")
     parser.add_argument("--output", default="out/images", help="folder of the PNGs; only missing ones are made")
     parser.add_argument("--picture", metavar="PNG", help="all images on one picture; OUTPUT.png unless given")
     text = "of `personalize`, or a textual inversion of diffusers: its file, or the folder of it"

@@ -73,8 +73,8 @@ def add_sampler(parser) -> None:
         metavar="NAME",
         help="ddim, deis, a solver of it (ipndm, t_ab, rho_ab, log_rho, rho_rk), a setting such as t_ab3/quad, or "
         "rho_rk-3heun/edm, .../clean (ends at clean data), or diffusers/ with ddim, deis, dpm++2m, dpm++3m, unipc, "
-        "euler, heun, some with -karras; fitted, or a folder that `bench samplers --fit` wrote; the model's own "
-        "otherwise",
+        "unipc3, euler, heun, some with -karras; fitted, or a folder that `bench samplers --fit` wrote; the model's "
+        "own otherwise",
     )
     group.add_argument("--order", type=int, choices=range(4), help="of a DEIS solver; 0 is DDIM")
     group.add_argument("--grid", help="timesteps: linear, quad, cubic, log, edm, beta, linspace, leading or trailing")
@@ -220,3 +220,11 @@ def check_idle(args, names: Collection[str], why: str) -> None:
     if idle := [flag_of(name) for name in names if getattr(args, name, None) is not None]:
         left = "them" if idle[1:] else "it"
         raise UserError(f"{why}, so that {', '.join(idle)} would change nothing; leave {left} out.")
+
+
+def check_metric(args, metric: str) -> None:
+    """Raises UserError where an option of a Frechet distance was given, and this metric has no use for it."""
+    if metric != "fid":
+        check_idle(args, ("inception_weights", "resize"), f"metric {metric} does not use Inception")
+    if metric == "none":
+        check_idle(args, ("reference",), "metric none measures no Frechet distance")

@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from ..progress import quiet, shown
@@ -45,6 +46,12 @@ def say(text: str) -> None:
 def result(**facts: Any) -> None:
     """Keep facts for the object that --json prints. A later fact of the same name takes the earlier one's place."""
     _now.facts |= facts
+
+
+def say_run(folder: Path) -> None:
+    """Say where a run of training lies, and what is in it: grids of samples are not always asked for."""
+    grids = "sample grids, " if (folder / "samples").is_dir() else ""
+    say(f"log, {grids}checkpoint: {folder}")
 
 
 def main_process() -> bool:

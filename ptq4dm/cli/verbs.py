@@ -92,11 +92,17 @@ def run(arguments: list[str]) -> int:
         if failure is None:
             raise
         status, sentence = failure
-        complain(f"ptq4dm {verb}: {in_flags(sentence, flags)}")
+        complain(f"ptq4dm {_whole(arguments)}: {in_flags(sentence, flags)}")
         return status
     finally:
         leave_process_group()
     return 0
+
+
+def _whole(arguments: list[str]) -> str:
+    """The verb with its subject, where it has one, as the parser tells it: "generate", "bench samplers"."""
+    verb, *rest = [text for text in arguments if not text.startswith("-")]
+    return whole if rest and (whole := f"{verb} {rest[0]}") in known_words() else verb
 
 
 def _work(module: Any, args: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -13,8 +12,6 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.outside import checked_object, outside, read_object
-from ..pipelines.denoiser import check_sampled, denoiser, denoiser_name
-from ..pipelines.folder import INDEX
 from ..pipelines.load import folder_of
 from ..quantization.saving import RECORD, original_of
 
@@ -79,41 +76,6 @@ def original(models: Sequence[str | os.PathLike], full_precision: str | os.PathL
     return one
 
 
-def check_saved(model: str, reference: Any, name: str) -> None:
-    """`check_same` of a local folder by its configurations alone, before any work; of what is no folder, nothing."""
-    folder, part = folder_of(model), denoiser_name(reference)
-    if not (folder / INDEX).is_file() or not (folder / part / "config.json").is_file():
-        return
-    _check_kind(model, read_object(folder / INDEX, {"_class_name": str})["_class_name"], reference, name)
-    saved, theirs = _plain(read_object(folder / part / "config.json", {})), _layout(reference)
-    _check_layout(model, {key: value for key, value in saved.items() if key in theirs}, theirs, name)
-
-
-def check_same(pipe: Any, reference: Any, model: str, name: str) -> None:
-    """Raises UserError where a pipeline is not of the layout of the one in full precision, or takes other steps."""
-    check_sampled(pipe, model)
-    _check_kind(model, type(pipe).__name__, reference, name)
-    _check_layout(model, _layout(pipe), _layout(reference), name)
-    ours, theirs = (getattr(one.scheduler, "fixed_steps", None) for one in (pipe, reference))
-    if ours != theirs:
-        told = ["any number of steps" if steps is None else f"{steps} and no other" for steps in (ours, theirs)]
-        raise UserError(f"{model} takes {told[0]}, and {name} {told[1]}; they cannot be compared.")
-
-
-def _check_kind(model: str, kind: str, reference: Any, name: str) -> None:
-    if kind != type(reference).__name__:
-        kinds = f"{model} is a {kind} and {name} a {type(reference).__name__}"
-        raise UserError(f"{kinds}: different models cannot be compared.")
-
-
-def _check_layout(model: str, ours: dict, theirs: dict, name: str) -> None:
-    compared = theirs if ours.keys() >= theirs.keys() else ours  # a folder need not say all that has a default
-    if other := sorted(key for key in compared if ours.get(key) != theirs.get(key)):
-        raise UserError(
-            f"{model} is another model than {name}: their configurations differ in {', '.join(other[:5])}."
-        )
-
-
 def worst_layers(model: str) -> list[dict[str, Any]]:
     """The layers with the largest error in a quantized folder's report, worst first; none for another model, nor for
     one whose layers were read from a file of another tool: nobody knows the floats that they were made from.
@@ -130,15 +92,3 @@ def worst_layers(model: str) -> list[dict[str, Any]]:
             return []
         rows = [checked_object(row, {**ROW, **ERROR}) for row in layers]
     return [{key: row[key] for key in (*ROW, *ERROR)} for row in rows]
-
-
-def _layout(pipe: Any) -> dict[str, Any]:
-    """What a denoiser is built of, as JSON values, without how it was quantized and where it lay."""
-    network = denoiser(pipe)
-    return _plain({**network.config, "_class_name": type(network).__name__})
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    plain = {"class": config.get("_class_name")}
-    plain |= {key: v for key, v in config.items() if key[0] != "_" and key != "quantization_config"}
-    return json.loads(json.dumps(plain, default=str))

@@ -13,6 +13,7 @@ from ..checks import checked
 from ..errors import UserError
 from ..evaluation.compare import compare_denoisers, denoiser_bytes
 from ..evaluation.measures import prompts_of
+from ..evaluation.same import check_same, check_saved
 from ..files.atomic import replacing
 from ..files.claim import claimed, digest
 from ..files.outside import read_object
@@ -23,7 +24,7 @@ from ..pipelines.load import check_loadable, load_pipeline
 from ..pipelines.sampling import check_steps, refusals
 from ..quantization.diffusers_bridge import quantization_config
 from ..quantization.report import memory_beside_floats
-from .candidates import Candidate, check_same, check_saved, labelled, original, worst_layers
+from .candidates import Candidate, labelled, original, worst_layers
 from .config import CompareConfig
 from .figures import add_figures, check_size, load_judges, picture_paths
 from .report import check_places, format_comparison, unfinished, write_comparison

@@ -29,6 +29,7 @@ from .measures import load_measures
 from .options import SampledOptions
 from .pictures import Pictures
 from .report import PICTURE, check_places, format_report, write_report, write_samples
+from .same import check_same
 
 MOST_IMAGES = 10_000_000
 
@@ -99,11 +100,13 @@ def evaluate(
         a fitted one), guidance, conditioning, what `config` says. `format_report` prints the figures.
 
     Raises:
-        UserError: settings that measure nothing, samples with NaN or infinity, or a reference that does not fit.
+        UserError: two different models, settings that measure nothing, samples with NaN or infinity, or a reference
+            that does not fit.
     """
     check_sampled(pipe)
     if full_precision is not None:
         check_sampled(full_precision, "full_precision")
+        check_same(pipe, full_precision, "pipe", "full_precision")
     config = config or EvaluateConfig()
     config.check()
     check_arguments(config.conditioning, config.pipeline_kwargs)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
 from ..errors import UserError, meant
 
 EMBEDDED = ("unet-cifar10", "dit-cifar10", "unet-cifar10-onestep", "flow-dit-cifar10")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # owner/name
 
 
 def folder_of(model: str | os.PathLike) -> Path:
@@ -17,13 +19,23 @@ def folder_of(model: str | os.PathLike) -> Path:
 
 
 def check_name(model: str | os.PathLike) -> None:
-    """Raises UserError for what is neither an embedded model, nor a folder here, nor could be a hub's id."""
+    """Raises UserError for what is neither an embedded model, nor a folder here, nor could be a hub's id.
+
+    What begins as a folder does that is here is a path: the hub is not asked for `out/w8` where `out` has no `w8`.
+    """
     name = os.fspath(model)
-    of_a_hub = isinstance(model, str) and not name.startswith((".", "/", "~")) and name.count("/") == 1
-    if not (of_a_hub or folder_of(model).is_dir()):
+    if folder_of(model).is_dir():
+        return
+    if not (isinstance(model, str) and HUB_ID.fullmatch(name)):
         raise UserError(
             f"'{name}' is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder here, "
             f"nor a hub id (owner/name){meant(name, EMBEDDED) or '.'}"
+        )
+    owner, _, rest = name.partition("/")
+    if os.path.isdir(owner):
+        raise UserError(
+            f"there is a folder '{owner}' here, and no folder '{rest}' in it; to ask the hub for {name}, run this in "
+            "another folder."
         )
 
 

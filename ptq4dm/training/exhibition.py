@@ -16,6 +16,7 @@ from ..quantization.diffusers_bridge import mark_norms
 from .gradients import gradient_ranges
 from .memory import kept_bytes
 from .pictures import Pictures
+from .schedule import even_times
 from .task import Batch, seed_of
 
 GRID = 64  # pictures on a grid
@@ -29,9 +30,10 @@ class Exhibition:
     def __init__(self, run: Any, held: Pictures) -> None:
         self.run, self.held, self.pictures = run, [], len(held)
         g = torch.Generator(run.device).manual_seed(seed_of(run.config.seed, "held out"))
+        times = even_times(len(held), run.task.times).to(run.device)
         for rows in torch.arange(len(held)).split(run.config.batch_size) if len(held) else ():
             batch = run.noisy(held.images[rows], None if held.labels is None else held.labels[rows], g)
-            batch.t = rows.to(run.device) * run.task.times // len(held)  # evenly spread, and not by chance
+            batch.t = times[rows.to(run.device)]  # evenly spread, and not by chance
             self.held.append(batch)
 
     def visit(self) -> None:

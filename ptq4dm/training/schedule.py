@@ -107,3 +107,8 @@ def schedule_of(pipe, device: torch.device) -> Schedule:
     told = told if prediction != FLOW else told.float()
     usual = PIXEL_TIMES if getattr(pipe, "vae", None) is None else LATENT_TIMES
     return Schedule(alpha.float().to(device), sigma.float().to(device), prediction, told.to(device), usual)
+
+
+def even_times(number: int, times: int) -> Tensor:
+    """int64 [number], rising: whole times at the middles of `number` equal parts of 0 .. times - 1."""
+    return (2 * torch.arange(number) + 1) * times // (2 * number)

@@ -17,6 +17,7 @@ from ptq4dm.layers.shift.convert import to_floats
 from ptq4dm.pipelines.images import to_uint8
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.pipelines.sampling import sample
+from ptq4dm.training.schedule import even_times
 
 BATCH = 500
 BINS = 10
@@ -30,7 +31,7 @@ class HeldOut:
         rows = torch.randperm(len(split.images), generator=g)[:number]
         number = len(rows)
         x0 = to_signed(split.images[rows])
-        self.t = (torch.arange(number) * TRAIN_STEPS // number)[torch.randperm(number, generator=g)]
+        self.t = even_times(number, TRAIN_STEPS)[torch.randperm(number, generator=g)]
         self.noise = torch.randn(x0.shape, generator=g)
         signal = build_scheduler().alphas_cumprod[self.t][:, None, None, None]
         self.x = signal.sqrt() * x0 + (1 - signal).sqrt() * self.noise

@@ -20,7 +20,7 @@ from ptq4dm.training.personalization.embedding_file import save_embedding
 from ptq4dm.training.personalization.pictures import learned_from
 from ptq4dm.training.personalization.problem import Problem
 from ptq4dm.training.personalization.targets import MEAN, NULL, class_target
-from ptq4dm.training.schedule import schedule_of
+from ptq4dm.training.schedule import even_times, schedule_of
 
 pictures = cache(class_pictures)  # read once, for all models of a process
 
@@ -44,7 +44,7 @@ class Bench:
     def held_out(self, images: torch.Tensor, number: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         """(images, timesteps evenly over the whole schedule, noise) that no run draws."""
         g = torch.Generator().manual_seed(2**33)
-        t = ((torch.arange(number) * len(self.schedule.alpha)) // number).to(self.device)
+        t = even_times(number, len(self.schedule.alpha)).to(self.device)
         noise = torch.randn(number, *images.shape[1:], generator=g).to(self.device)
         return [k % len(images) for k in range(number)], t, noise
 

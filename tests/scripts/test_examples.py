@@ -38,6 +38,9 @@ def test_every_page_is_tried_here():
     text = Path(__file__).read_text()
     assert len(pages) == 9 and all(f'example("{page}"' in text for page in pages)
     assert all(len(page.read_text().splitlines()) <= 100 for page in EXAMPLES.glob("*.py"))
+    table = (EXAMPLES.parent / "README.md").read_text()
+    assert all(f"| `{page}.py` | " in table for page in pages) and "| `large_models.py` | no page" in table
+    assert "nine short pages to start from" in table
 
 
 def test_quantize_a_pipeline(example):

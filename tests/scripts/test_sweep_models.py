@@ -121,6 +121,17 @@ def test_distance_is_of_the_worst_output_and_shapes_must_agree(sweep):
         sweep("subject").distance([torch.ones(4), torch.ones(3)], one)
 
 
+def test_tables_alone_go_into_a_page_and_nothing_is_run(script, sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "sweep", lambda *args: pytest.fail("a cell was run"))
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    page.write_text(f"head\n{sweep('report').BEGIN}{sweep('report').END}tail\n")
+    assert script.main(["--table", "--output", str(rows), "--page", str(page)]) == 0
+    assert page.read_text().startswith("head\n") and page.read_text().endswith("tail\n")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="--table writes the tables into a page; name it with --page"):
+        script.main(["--table", "--output", str(rows)])
+
+
 def test_a_run_goes_on_where_it_stopped_and_writes_the_tables(script, sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "quiet", lambda: None)
     monkeypatch.setattr(script, "commit", lambda: "0" * 40)

@@ -48,9 +48,10 @@ def _add_samplers(parser) -> None:
     usual = " ".join(map(str, SamplerBench.evaluations))
     few = " ".join(map(str, FitConfig.evaluations))
     parser.add_argument("--evaluations", nargs="+", type=int, metavar="N", help=f"budgets; {usual}; with --fit {few}")
-    parser.add_argument("--num-images", type=int, default=SamplerBench.num_images)
-    parser.add_argument("--batch-size", type=int, default=SamplerBench.batch_size)
-    parser.add_argument("--seed", type=int, default=SamplerBench.seed)
+    text = "of each sampler, for the Frechet distance"
+    parser.add_argument("--num-images", type=int, default=SamplerBench.num_images, help=text)
+    parser.add_argument("--batch-size", type=int, default=SamplerBench.batch_size, help="images at once")
+    parser.add_argument("--seed", type=int, default=SamplerBench.seed, help="seed of the first image")
     text = "of classifier-free guidance, of all rows, and with --fit of the fit; for models that take one (1: none)"
     parser.add_argument("--guidance-scale", type=float, default=SamplerBench.guidance_scale, help=text)
     text = "fit a schedule to the model, a row 'fitted', and write it into OUTPUT/fitted, which --sampler takes then"

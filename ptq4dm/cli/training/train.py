@@ -19,7 +19,7 @@ from ...training.config import ShiftQuantConfig
 from ...training.train import train
 from ..flags import add_flags, given, options_of
 from ..options import add_model, device_of, settings_of, trained_dtype_of
-from ..output import main_process, result, say
+from ..output import main_process, result, say, say_run
 
 GOES_ON = "the same command with --resume"
 FLAGS = {"images": "--num-images"}  # --images is the folder of them
@@ -78,9 +78,10 @@ def _train(args, config: ShiftQuantConfig, output: Path) -> None:
         say(f"the learning rate was {begun:g} at the start, and {config.learning_rate:g} in this call")
     losses = [line for line in lines if "held_out" in line]
     if losses:
-        of = "" if "pictures" not in losses[-1] else f" on {losses[-1]['pictures']} pictures, each at one time"
-        say(f"held-out loss {losses[-1]['held_out']:.4f}{of}")
-    say(f"log, sample grids, checkpoint: {folder}")
+        number = losses[-1].get("pictures")
+        of = f" on {number} pictures, each at one time" if number != 1 else " on 1 picture, at one time"
+        say(f"held-out loss {losses[-1]['held_out']:.4f}{of if number else ''}")
+    say_run(folder)
     result(model=args.model, images=learnt, of=config.images, run=folder, log=lines)
     facts = {"model": str(args.model), **config.identity(), "norm": config.norm}
     facts |= {"images": learnt, "learning_rate": config.learning_rate}

@@ -17,12 +17,33 @@ from ptq4dm.cli import flags
 from ptq4dm.cli.main import build_parser, main
 from ptq4dm.options import option
 from ptq4dm.quantization import recipe
+from ptq4dm.samplers.catalog import DIFFUSERS
 
 ROOT = Path(ptq4dm.__file__).parents[1]
 
 
 def half(text):
     return float(text) / 2
+
+
+def arguments_of(parser):
+    """(command, argument) of a parser and all that it leads to."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from arguments_of(command)
+        else:
+            yield parser.prog, action
+
+
+def test_every_argument_has_a_help():
+    """argparse shows a default only beside a text."""
+    assert [(prog, one.dest) for prog, one in arguments_of(build_parser()) if not one.help] == []
+
+
+def test_help_names_every_sampler_of_diffusers():
+    helps = [one.help for _, one in arguments_of(build_parser(["generate"])) if one.dest == "sampler"]
+    assert helps and all(set(DIFFUSERS) <= set(re.findall(r"[\w+]+", text)) for text in helps)
 
 
 @pytest.fixture

@@ -71,6 +71,19 @@ def test_what_is_told_of_products_learning_rate_and_images(capsys, monkeypatch):
     assert (record["learning_rate"], record["images"], record["norm"]) == (1e-3, 12, "same")
 
 
+def test_one_picture_is_one_and_no_grids_are_no_grids(capsys):
+    """20 pictures, of which the command holds out two at most."""
+    assert run(*TRAIN, "--output", "t") == 0
+    out = capsys.readouterr().out
+    assert " on 2 pictures, each at one time\n" in out and "\nlog, checkpoint: t.run\n" in out
+    assert not Path("t.run/samples").exists()
+    AcceleratorState._reset_state()
+    assert run(*TRAIN, "--held-out", 1, "--sample-steps", 1, "--output", "one") == 0
+    out = capsys.readouterr().out
+    assert " on 1 picture, at one time\n" in out and "\nlog, sample grids, checkpoint: one.run\n" in out
+    assert list(Path("one.run/samples").glob("*.png"))
+
+
 def test_info_of_a_model_with_l1_norms(capsys):
     assert run(*TRAIN, "--bits", 6, "--norm", "l1", "--output", "t") == 0
     capsys.readouterr()

@@ -76,6 +76,8 @@ def test_the_answer_is_one_line(tried, answer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("FILE").write_text("in the way")
     verb, *_ = words = tried.split()
+    if verb == "bench":  # as the parser, which has a subject for it
+        verb = " ".join(words[:2])
     try:
         status = main(words)
     except SystemExit as leaving:

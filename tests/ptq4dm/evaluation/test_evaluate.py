@@ -27,6 +27,7 @@ from ptq4dm.evaluation.measures import summarized
 from ptq4dm.evaluation.paired import EpsilonError, image_errors, paired_psnr, psnr
 from ptq4dm.evaluation.published import directions
 from ptq4dm.evaluation.report import check_places, format_report
+from ptq4dm.evaluation.same import check_same
 from ptq4dm.layers.sizes import stored_bytes
 from ptq4dm.pipelines.images import save_png, to_uint8
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
@@ -222,10 +223,34 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
         evaluate_images(tmp_path / "none")
     with pytest.raises(UserError, match="different shapes"):
-        evaluate(pipeline(), pipeline(size=16), EvaluateConfig(**SMALL))
+        image_errors(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 16, 16))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         evaluate(pipeline(), config=EvaluateConfig(**SMALL), output=tmp_path / "file")
+
+
+def test_different_models_are_refused_before_any_work(tmp_path, monkeypatch):
+    one_step = pipeline()
+    one_step.scheduler = ptq4dm.samplers.OneStepScheduler()
+    dit = PixelDiTPipeline(models.pixel_dit(sample_size=32), DDIMScheduler())
+    monkeypatch.setattr("ptq4dm.evaluation.pictures.sample", lambda *args, **kw: pytest.fail("a picture was made"))
+    for pipe, told in (
+        (dit, "pipe is a PixelDiTPipeline and full_precision a DDPMPipeline: different models cannot be compared"),
+        (pipeline(size=16), "pipe is another model than full_precision: .* differ in sample_size"),
+        (one_step, "pipe takes 1 and no other, and full_precision any number of steps"),
+    ):
+        with pytest.raises(UserError, match=told):
+            evaluate(pipe, pipeline(), EvaluateConfig(**SMALL), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_model_is_known_in_other_layers_dtypes_and_wrappers():
+    quantized, half, compiled = pipeline(), pipeline(), pipeline()
+    ptq4dm.quantize(quantized, ptq4dm.RTNConfig(activations="dynamic"))
+    half.unet.to(torch.bfloat16)
+    compiled.unet = torch.compile(compiled.unet)
+    for pipe in (quantized, half, compiled):
+        check_same(pipe, pipeline(), "pipe", "full_precision")
 
 
 def test_a_failure_leaves_no_empty_folder_behind(tmp_path, monkeypatch):

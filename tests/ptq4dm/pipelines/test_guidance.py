@@ -181,7 +181,7 @@ def test_on_the_command_line(tmp_path, capsys):
     assert main([*command, str(tmp_path / "a"), "--guidance-scale", "3"]) == 2  # other settings, other pictures
     assert "pipeline_kwargs" in capsys.readouterr().err
     model = str(tmp_path / "m")
-    evaluate = ["evaluate", "--model", model, "--full-precision", model, "--num-images", "2", "--metric", "none"]
+    evaluate = ["evaluate", "--model", model, "--full-precision", model, "--num-paired", "2", "--metric", "none"]
     evaluate += ["--steps", "2", "--output", str(tmp_path / "e"), "--guidance-interval", "0.1", "0.8"]
     assert main([*evaluate, "--guidance-scale", "3"]) == 0
     assert main([*evaluate, "--guidance-scale", "1"]) == 2

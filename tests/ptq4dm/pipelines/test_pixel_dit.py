@@ -17,8 +17,9 @@ from diffusers import (
 from models import dit, plain_unet
 from ptq4dm.errors import UserError
 from ptq4dm.pipelines.denoiser import denoiser
+from ptq4dm.pipelines.embedded import check_name
 from ptq4dm.pipelines.images import to_uint8
-from ptq4dm.pipelines.load import EMBEDDED, load_pipeline, load_reference
+from ptq4dm.pipelines.load import EMBEDDED, check_loadable, load_pipeline, load_reference
 from ptq4dm.pipelines.pixel_dit import PixelDiTPipeline
 from ptq4dm.pipelines.sampling import default_steps, sample
 
@@ -186,6 +187,20 @@ def test_load_pipeline_says_in_one_sentence_that_the_hub_has_none(monkeypatch):
     with pytest.raises(UserError, match="no folder 'owner/name' here.*not cached") as caught:
         load_pipeline("owner/name")
     assert "second line" not in str(caught.value)
+
+
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *_, **__: pytest.fail("the hub was asked"))
+    (tmp_path / "out").mkdir()
+    for name in ("out/none", "none/", "/none", "./none", "../none", "~/none", "a/b/c", "a\\b", "a/.b", "-/b", "a//b"):
+        for call in (load_pipeline, check_loadable):
+            with pytest.raises(UserError, match="there is a folder 'out' here|neither an embedded model") as caught:
+                call(name)
+            assert str(caught.value).count(".") >= 1 and "\n" not in str(caught.value)
+    for name in ("owner/name", "stabilityai/stable-diffusion-xl-base-1.0", "out2/none", "01-ai/_a.b"):
+        check_name(name)  # a hub's, as far as a name tells
 
 
 def test_load_pipeline_wants_a_device_that_is_here():

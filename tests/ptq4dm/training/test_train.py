@@ -32,6 +32,7 @@ from ptq4dm.training import exhibition
 from ptq4dm.training import run as run_module
 from ptq4dm.training.networks import Networks
 from ptq4dm.training.pictures import read_pictures, split
+from ptq4dm.training.schedule import even_times
 from ptq4dm.training.task import Batch, Task, seed_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "new_accelerate")
@@ -153,6 +154,25 @@ def test_a_budget_of_minutes_stops_and_goes_on(tmp_path, pictures):
     assert max(line.get("step", 0) for line in lines) == 1  # the clock is read after each
     ptq4dm.train(pipeline(), pictures, ShiftQuantConfig(**SHORT), tmp_path / "run", resume=True)
     assert max(line.get("step", 0) for line in read_lines(tmp_path / "run" / "log.jsonl")) == 6
+
+
+def test_held_out_pictures_are_at_the_middles_of_equal_parts():
+    """One picture alone is in the middle of the schedule, not at its end, where the loss says least."""
+    assert even_times(1, 1000).tolist() == [500] and even_times(2, 1000).tolist() == [250, 750]
+    assert even_times(3, 7).tolist() == [1, 3, 5] and even_times(0, 1000).tolist() == []
+    for number in (1000, 5000):  # where each time has the same number of pictures
+        assert torch.equal(even_times(number, 1000), torch.arange(number) * 1000 // number)
+
+
+def test_a_run_looks_at_its_held_out_pictures_there(tmp_path, pictures, monkeypatch):
+    seen = []
+    loss = exhibition.Exhibition.loss
+    monkeypatch.setattr(
+        exhibition.Exhibition, "loss", lambda self, net: seen.append([one.t for one in self.held]) or loss(self, net)
+    )
+    config = ShiftQuantConfig(**SHORT | {"held_out": 2, "batch_size": 1, "images": 1})
+    ptq4dm.train(pipeline(), pictures, config, tmp_path / "run")
+    assert torch.cat(seen[0]).tolist() == [250, 750]  # in batches of one
 
 
 def test_nothing_need_be_held_out(tmp_path, pictures):

@@ -18,6 +18,7 @@ class QuantizesRows:
 
     code: torch.dtype
     multiplies_floats = False
+    turn: tuple[int, str] = (0, "regular")  # group and kind of the rotation of what is rounded (formats/rotation.py)
 
     def codes_of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [M, K'] and scales [M], or one for all, of rows [M, K] as they are."""
@@ -29,10 +30,10 @@ class QuantizesRows:
 
     def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> RowCodes:
         """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
-        if norm is None and gate is None:
+        if norm is None and gate is None and not self.turn[0]:
             codes, scale = self.codes_of_rows(x.reshape(-1, x.shape[-1]))
         else:
-            codes, scale = from_codes.row_codes(x, self._mode, norm, gate)
+            codes, scale = from_codes.row_codes(x, self._mode, norm, gate, self.turn)
         return RowCodes(codes, scale, x.shape, dtype)
 
     def input_codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> RowCodes:
@@ -43,7 +44,7 @@ class QuantizesRows:
         """
         if more is None:
             return self.encode(x, norm, x.dtype)
-        codes, scale = from_codes.row_codes(x, self._mode, norm, None, more=more)
+        codes, scale = from_codes.row_codes(x, self._mode, norm, None, self.turn, more)
         return RowCodes(codes, scale, (*x.shape[:-1], codes.shape[1]), x.dtype)
 
     def multiply(self, x: Tensor | Handed | RowCodes, nonlinearity: str = "") -> Tensor:

@@ -17,6 +17,7 @@ from ..handed.value import Handed, RowCodes, encoded
 from ..kernels.formats import hadamard
 from ..kernels.formats.int8 import dynamic_scale
 from ..kernels.formats.progressive import MOST, ProgressiveGrid, leaves_int8
+from ..kernels.formats.rotation import GROUPS
 from ..kernels.w4 import from_tokens, integer
 from ..kernels.w4.progressive import progressive_codes
 from ..ranges.progressive import progressive_grid
@@ -204,17 +205,27 @@ class ProgressiveLinear(QuantizesRows, ProgressiveLayer, QuantizedLinear):
     in_blocks = True
     code = torch.int8
 
+    @property
+    def turn(self) -> tuple[int, str]:  # type: ignore[override]
+        return self.plan.rotation or 0, "sylvester"
+
+    def turns_in_codes(self) -> bool:
+        """Whether a kernel turns inputs while it rounds them: on a GPU. Elsewhere a product of torch does before."""
+        return bool(self.plan.rotation) and self.qweight.is_cuda and self.codes_key() is not None
+
     def codes_key(self) -> tuple | None:
-        """Tokens in 8 bits are the same for every layer of this kind, but where they are turned first."""
+        """Tokens in 8 bits are the same for every layer of this kind that turns them alike."""
         served = not self.qweight.is_cuda or self.kernel_name() == integer.PROGRESSIVE
-        return ("tokens",) if served and not self.why_not_in_blocks() else None
+        if not served or self.why_not_in_blocks() or (self.plan.rotation and not self.qweight.is_cuda):
+            return None
+        return "tokens", self.plan.rotation or 0
 
     def why_not_in_blocks(self) -> str:
         plan = self.plan
         if plan.static:
             return "has static inputs, whose scale no token decides"
-        if plan.rotation:
-            return "turns its inputs before it rounds them"
+        if plan.rotation and plan.rotation not in GROUPS:
+            return f"turns its inputs in blocks of {plan.rotation}, which no kernel does while it rounds them"
         whole = plan.activation_bits == 8 and self.in_features % PACKED == 0
         return "" if whole else f"has inputs of other than 8 bits, or not of runs of {PACKED}"
 
@@ -233,6 +244,8 @@ class ProgressiveLinear(QuantizesRows, ProgressiveLayer, QuantizedLinear):
 
     def forward(self, input: Tensor | Handed | RowCodes) -> Tensor:
         given, x = (input, None) if isinstance(input, RowCodes) else encoded(self, input)
+        if given is None and self.turns_in_codes() and x.dtype in int4_ops.HALVES:
+            given = self.encode(x, None, x.dtype)
         return progressive_ops.stepped_linear(x, *self.operands) if given is None else self.of_codes(given)
 
 

@@ -294,6 +294,28 @@ def test_turned_layers_compute_the_same_function(kind):
     assert str(quantized.plan) == "W4A8 g128 progressive rotated dynamic"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_inputs_are_turned_by_the_kernel_that_rounds_them(device, monkeypatch):
+    """On a GPU, in 16 bits; elsewhere by a product before. Nothing is rounded in between."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.manual_seed(3)
+    linear = nn.Linear(192, 48)
+    layer = quantized_copy(linear, ProgressivePlan(objective="max", group_size=64, rotation=64), "x")
+    x = torch.randn(70, 192).bfloat16()
+    exact = torch.nn.functional.linear(x.float(), layer.dequantized_weight(), linear.bias)
+    before = layer(x).float()
+    assert layer.codes_key() is None and not layer.turns_in_codes()
+    layer.to(device)
+    if device == "cpu":
+        monkeypatch.setattr(type(layer), "turns_in_codes", lambda layer: True)
+    else:
+        assert layer.codes_key() == ("tokens", 64)
+    found = layer(x.to(device)).float().cpu()
+    assert 0 < (found - exact).norm() < 1.02 * (before - exact).norm() < 0.02 * exact.norm()
+    assert not torch.equal(found, before)
+
+
 def test_turned_or_not_is_what_calibration_says():
     """Inputs with large channels are better turned; rows of a weight that has few inputs of any size are not."""
     layer, rows = linear(), spiky(400, 256)

@@ -243,7 +243,9 @@ class ProgressiveLinear(QuantizesRows, ProgressiveLayer, QuantizedLinear):
         return y.reshape(*given.shape[:-1], self.out_features)
 
     def forward(self, input: Tensor | Handed | RowCodes) -> Tensor:
-        given, x = (input, None) if isinstance(input, RowCodes) else encoded(self, input)
+        if isinstance(input, RowCodes):
+            return self.of_codes(input)
+        given, x = encoded(self, input)
         if given is None and self.turns_in_codes() and x.dtype in int4_ops.HALVES:
             given = self.encode(x, None, x.dtype)
         return progressive_ops.stepped_linear(x, *self.operands) if given is None else self.of_codes(given)

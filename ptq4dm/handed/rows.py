@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,11 @@ class QuantizesRows:
 
     code: torch.dtype
     multiplies_floats = False
-    turn: tuple[int, str] = (0, "regular")  # group and kind of the rotation of what is rounded (formats/rotation.py)
+
+    @property
+    def rotation(self) -> tuple[int, str]:
+        """Group and kind of the rotation before rounding (formats/rotation.py); group 0 for none."""
+        return 0, "regular"
 
     def codes_of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [M, K'] and scales [M], or one for all, of rows [M, K] as they are."""
@@ -30,10 +32,10 @@ class QuantizesRows:
 
     def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> RowCodes:
         """Codes of the rows of x, as the layer itself would make them; under a norm nothing is rounded before."""
-        if norm is None and gate is None and not self.turn[0]:
+        if norm is None and gate is None and not self.rotation[0]:
             codes, scale = self.codes_of_rows(x.reshape(-1, x.shape[-1]))
         else:
-            codes, scale = from_codes.row_codes(x, self._mode, norm, gate, self.turn)
+            codes, scale = from_codes.row_codes(x, self.mode, norm, gate, self.rotation)
         return RowCodes(codes, scale, x.shape, dtype)
 
     def input_codes(self, x: Tensor, more: Tensor | None = None, norm: tuple | None = None) -> RowCodes:
@@ -44,7 +46,7 @@ class QuantizesRows:
         """
         if more is None:
             return self.encode(x, norm, x.dtype)
-        codes, scale = from_codes.row_codes(x, self._mode, norm, None, self.turn, more)
+        codes, scale = from_codes.row_codes(x, self.mode, norm, None, self.rotation, more)
         return RowCodes(codes, scale, (*x.shape[:-1], codes.shape[1]), x.dtype)
 
     def multiply(self, x: Tensor | Handed | RowCodes, nonlinearity: str = "") -> Tensor:
@@ -55,5 +57,6 @@ class QuantizesRows:
         return self.of_codes(x, nonlinearity)
 
     @property
-    def _mode(self) -> Any:
+    def mode(self) -> str:
+        """What kernels that make codes call the type of these."""
         return "fp8" if self.code == fp8.DTYPE else "int8"

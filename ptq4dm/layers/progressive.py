@@ -206,7 +206,7 @@ class ProgressiveLinear(QuantizesRows, ProgressiveLayer, QuantizedLinear):
     code = torch.int8
 
     @property
-    def turn(self) -> tuple[int, str]:  # type: ignore[override]
+    def rotation(self) -> tuple[int, str]:
         return self.plan.rotation or 0, "sylvester"
 
     def turns_in_codes(self) -> bool:

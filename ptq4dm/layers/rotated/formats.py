@@ -65,8 +65,6 @@ class RotatedInt8Conv2d(RotatedLayer, Int8Conv2d):
 class RotatedFp8Linear(RotatedTokens, Fp8Linear):
     """Fp8Linear of a rotated input."""
 
-    mode = "fp8"
-
 
 class RotatedFp8Conv2d(RotatedLayer, Fp8Conv2d):
     """Fp8Conv2d of a rotated input."""

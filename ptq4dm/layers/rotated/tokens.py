@@ -26,9 +26,9 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class RotatedTokens(RotatedLayer):
-    """A rotated Linear; the format beside it has `of_codes`, its product of RowCodes."""
+    """A rotated Linear; the format beside it has `mode`, `encode` and `of_codes`, its product of RowCodes."""
 
-    mode = "int8"
+    mode: str
     in_features: int
     qweight: Tensor
 
@@ -49,11 +49,6 @@ class RotatedTokens(RotatedLayer):
         """The rotation and the type of the codes: layers of one key that read one input share its codes."""
         return (f"rotated {self.mode}", *self.rotation) if self.rotates_in_codes else None
 
-    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> RowCodes:
-        """Codes of the rows of x, or of a norm of it; nothing is rounded before them."""
-        codes, scale = from_codes.row_codes(x, self.mode, norm, gate, self.rotation)
-        return RowCodes(codes, scale, x.shape, dtype)
-
     def forward(self, input: Tensor | Handed) -> Tensor:
         if not self.rotates_in_codes or (input.dtype not in HALVES):
             return super().forward(input)
@@ -67,7 +62,13 @@ class RotatedTokens(RotatedLayer):
 class GroupedTokens(RotatedTokens):
     """RotatedTokens of "int4" with symmetric groups, whose product of codes is SVDQuant's without a branch."""
 
+    mode = "int8"
     wscales: Tensor
+
+    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> RowCodes:
+        """Codes of the rows of x, or of a norm of it; nothing is rounded before them."""
+        codes, scale = from_codes.row_codes(x, self.mode, norm, gate, self.rotation)
+        return RowCodes(codes, scale, x.shape, dtype)
 
     @property
     def rotates_in_codes(self) -> bool:  # type: ignore[override]

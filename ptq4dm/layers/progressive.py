@@ -18,7 +18,7 @@ from ..kernels.formats import hadamard
 from ..kernels.formats.int8 import dynamic_scale
 from ..kernels.formats.progressive import MOST, ProgressiveGrid, leaves_int8
 from ..kernels.formats.rotation import GROUPS
-from ..kernels.w4 import from_tokens, integer
+from ..kernels.w4 import from_tokens
 from ..kernels.w4.progressive import progressive_codes
 from ..ranges.progressive import progressive_grid
 from . import int4_ops, progressive_ops
@@ -215,8 +215,8 @@ class ProgressiveLinear(QuantizesRows, ProgressiveLayer, QuantizedLinear):
 
     def codes_key(self) -> tuple | None:
         """Tokens in 8 bits are the same for every layer of this kind that turns them alike."""
-        served = not self.qweight.is_cuda or self.kernel_name() == integer.PROGRESSIVE
-        if not served or self.why_not_in_blocks() or (self.plan.rotation and not self.qweight.is_cuda):
+        by_kernels = self.qweight.is_cuda or self.plan.rotation
+        if self.why_not_in_blocks() or (by_kernels and not self.has_block_kernels()):
             return None
         return "tokens", self.plan.rotation or 0
 
@@ -231,7 +231,7 @@ class ProgressiveLinear(QuantizesRows, ProgressiveLayer, QuantizedLinear):
 
     def has_block_kernels(self) -> bool:
         """Whether kernels serve fused blocks where the layer is: those of a GPU."""
-        return self.kernel_name() == integer.PROGRESSIVE
+        return progressive_ops.serves_tokens(self.qweight.device, self.in_features, self.wsteps.shape[1])
 
     def codes_of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return from_tokens.w4a8_tokens(rows)

@@ -42,6 +42,12 @@ def kernel_name(
     return int4_ops.kernel_name(device, linear, inputs, steps, True, static, bits, groups, True)
 
 
+@torch.compiler.assume_constant_result  # a GPU stays what it is, and the compiler does not know how to ask
+def serves_tokens(device: torch.device, inputs: int, steps: int) -> bool:
+    """Whether a kernel of that device multiplies tokens in 8 bits that were made before it."""
+    return device.type == "cuda" and kernel_name(device, True, inputs, steps, False, 8, 1) == integer.PROGRESSIVE
+
+
 @op
 def stepped_linear(
     x: Tensor,

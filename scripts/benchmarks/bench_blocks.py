@@ -33,7 +33,7 @@ from block_models import MODELS, Size, first_blocks
 from torch import nn
 
 import ptq4dm
-from ptq4dm.errors import run
+from ptq4dm.errors import UserError, run
 from ptq4dm.kernels.tuning import stopwatch
 from ptq4dm.layers.base import replace_module
 from ptq4dm.layers.plan import LayerPlan
@@ -191,6 +191,8 @@ def measure(block: nn.Module, args: tuple, kwargs: dict, options) -> dict:
 
 def measure_block(lines: Lines, name: str, block: nn.Module, args: tuple, kwargs: dict, options) -> None:
     groups = fed_tokens(block, args, kwargs)
+    if not groups:
+        raise UserError(f"{name}: no Linear is fed tokens of widths that 64 divides, so that nothing is quantized.")
     exact, made, rows = answer(block(*args, **kwargs)), {}, []
     for form in options.forms:
         if lines.has(model=name, form=form):
@@ -242,6 +244,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--output", type=Path, default=Path("out/blocks.jsonl"))
     options = parser.parse_args()
+    if "graph" in options.ways and options.device == "cpu":
+        options.ways.remove("graph")
+        print("a CPU has no CUDA graphs: the way 'graph' is left out")
     lines = Lines(options.output, made_with())
     for name in options.models:
         seen = blocks_of(name, Size(options.heads, options.side, options.frames), options.device)

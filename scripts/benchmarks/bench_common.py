@@ -80,13 +80,23 @@ def layers_on_hopper(texts: list[str]) -> list[tuple[int, ...]]:
 class Lines:
     """JSON lines of a file, one a measurement; made_with: the card, the commit and versions.
 
-    Lines that were made with the same stay, and need not be measured again; others go with the next that is added.
+    Lines that were made with the same stay, and need not be measured again. Others are told, and moved to FILE.before
+    when the first is added.
     """
 
     def __init__(self, path: Path, made_with: dict):
         self.path, self.made_with = path, made_with
         found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         self.rows = [row for row in found if row.items() >= made_with.items()]
+        self.others = [row for row in found if row not in self.rows]
+        if self.others:
+            names = sorted(name for name in made_with if any(row.get(name) != made_with[name] for row in self.others))
+            told = f"{len(self.others)} lines of another {', '.join(names)}"
+            print(f"{path}: {told} go to {self.before.name} with the first that is added")
+
+    @property
+    def before(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.before")
 
     def has(self, **key) -> bool:
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
@@ -96,5 +106,12 @@ class Lines:
         self.rows.append(row | self.made_with)
         print(json.dumps(row), flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(one) + "\n" for one in self.rows))
+        if self.others:
+            old = self.before.read_text() if self.before.exists() else ""
+            self._write(self.before, old, self.others)
+            self.others = []
+        self._write(self.path, "", self.rows)
+
+    def _write(self, path: Path, start: str, rows: list[dict]) -> None:
+        with replacing(path) as temporary:
+            temporary.write_text(start + "".join(json.dumps(one) + "\n" for one in rows))

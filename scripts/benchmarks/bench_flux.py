@@ -235,17 +235,17 @@ def by_torchao(model: nn.Module) -> None:
 def table(rows: list[dict]) -> str:
     """Milliseconds of a step by form and way; how many times faster a form's graph is than others'; bytes.
 
-    Whatever was not measured is "-".
+    What was not measured of a form is "-"; forms of which nothing was are left out.
     """
     ms = {(row["form"], row["way"]): row.get("ms") for row in rows}
     size = {row["form"]: row["bytes"] for row in rows}
     widths, lines = (10, 10, 10, 12, 17, 14, 17, 8), []
-    for form in FORMS:
+    for form in (form for form in FORMS if form in size):
         cells = ["-" if ms.get((form, way)) is None else f"{ms[form, way]:.1f}" for way in WAYS]
         others = [ms.get(pair) for pair in (("bf16", "compiled"), ("bf16", "graph"), ("torchao", "graph"))]
         graph = ms.get((form, "graph"))
         cells += ["-" if None in (time, graph) else f"{time / graph:.2f}" for time in others]
-        lines.append((form, *cells, f"{size[form] / 1e9:.2f}" if form in size else "-"))
+        lines.append((form, *cells, f"{size[form] / 1e9:.2f}"))
     head = ("ms of a step", *WAYS, "x bf16 compiled", "x bf16 graph", "x torchao graph", "GB")
     return "\n".join(f"{name:22}" + "".join(map("{:>{}}".format, cells, widths)) for name, *cells in [head, *lines])
 
@@ -272,6 +272,11 @@ def main():
         raise UserError("12 billion weights are for a GPU; a CPU takes a slice: --blocks 1 1 --heads 2 --tokens 64.")
     if on_cpu and any(form.endswith("attention") for form in args.forms or ()):
         raise UserError("no kernel of 8-bit attention serves a CPU: leave the forms of attention out of --forms.")
+    if min(args.heads, args.repeats, args.tokens, args.text_tokens, sum(args.blocks)) < 1 or min(args.blocks) < 0:
+        raise UserError("--heads, --repeats, --tokens, --text-tokens and the sum of --blocks are 1 or more.")
+    if int(args.tokens**0.5) ** 2 != args.tokens:
+        raise UserError(f"--tokens of an image are a square number, such as 4096; got {args.tokens}.")
+    bytes_of_text(args.weight_cache)
     args.forms = args.forms or [form for form in FORMS if not (on_cpu and form.endswith("attention"))]
     names = ("blocks", "heads", "tokens", "text_tokens", "activations", "rank")
     sizes = {name: list(value) if name == "blocks" else value for name in names for value in [getattr(args, name)]}

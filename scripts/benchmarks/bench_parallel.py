@@ -25,6 +25,7 @@ from accelerate.utils import compute_module_sizes
 from bench_common import Lines, error, made_with
 from bench_flux import by_rows, fused_model, quantize_blocks
 from diffusers import ContextParallelConfig
+from diffusers.models.attention_dispatch import attention_backend
 from flux_slice import tuples
 from torch import nn
 
@@ -70,13 +71,11 @@ def milliseconds(model: nn.Module, call, repeats: int) -> float:
     return round(statistics.median(times[2:]), 2)
 
 
-def spread(model: nn.Module, way: str, backend: str | None) -> nn.Module:
+def spread(model: nn.Module, way: str) -> nn.Module:
     """The model by this way, in place."""
     if way == "device map":
         return dispatch_model(model, device_map(model, torch.cuda.device_count()))
     if way != "one":
-        if backend:
-            model.set_attention_backend(backend)
         degree = dist.get_world_size()
         model.enable_parallelism(config=ContextParallelConfig(**{f"{way}_degree": degree}))
     return model
@@ -105,7 +104,7 @@ def device_map(model: nn.Module, gpus: int) -> dict[str, int]:
 def measure(form: str, way: str, exact, options) -> tuple[dict, torch.Tensor]:
     model = build(form, options)
     call = ready(tuples(model, options).recorded(), model)
-    model = spread(model, way, options.backend if way == "ring" else None)
+    model = spread(model, way)
     y = answer(model, call).to(options.device)
     row = {"form": form, "way": way, "gpus": 1 if way == "one" else dist.get_world_size()}
     row["error"] = 0.0 if exact is None else round(error(y, exact), 6)
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="all of them; on a CPU one and ulysses")
     parser.add_argument("--backend", default="_native_cudnn", help="of attention in a ring, which needs its sums")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--output", type=Path, default=Path("out/parallel.jsonl"))
@@ -137,6 +136,10 @@ def main() -> None:
     options.num_tuples = 1
     if "RANK" not in os.environ:
         raise UserError("several processes are compared: start this by torchrun --nproc-per-node 2, of as many GPUs.")
+    there = WAYS if options.device.startswith("cuda") else WAYS[:2]
+    options.ways = options.ways or list(there)
+    if away := [way for way in options.ways if way not in there]:
+        raise UserError(f"{' and '.join(away)}: of GPUs alone.")
     rank = int(os.environ["RANK"])
     if options.device.startswith("cuda"):
         torch.cuda.set_device(rank)
@@ -153,7 +156,8 @@ def main() -> None:
             if way == "device map" and not first:
                 continue  # one process has all GPUs
             try:
-                row, y = measure(form, way, exact, options)
+                with attention_backend(options.backend if way == "ring" else "native"):  # of this way alone
+                    row, y = measure(form, way, exact, options)
             except Exception as problem:  # the others are worth having
                 row, y = {"form": form, "way": way, "failed": f"{type(problem).__name__}: {str(problem)[:300]}"}, None
             exact = y if way == "one" else exact

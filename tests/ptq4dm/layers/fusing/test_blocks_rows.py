@@ -208,6 +208,18 @@ def test_a_fused_model_compiles_whole(kind, form, monkeypatch):
     assert any("svdq_codes" in name for name in seen) and any(PRODUCT[form] in name for name in seen)
 
 
+@pytest.mark.parametrize("form", PLANS)
+def test_a_fused_model_compiles_where_no_kernels_are(form):
+    """Whether there are any is asked in the forward pass: of nothing that the compiler cannot see into."""
+    model, calls = quantized("flux", form, qkv=form == "turned")
+    before = replay(model, calls)
+    ptq4dm.fuse(model)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    assert torch.allclose(replay(model, calls), before, atol=1e-5)
+    torch._dynamo.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("kind, form, qkv", CASES, ids=str)

@@ -49,6 +49,12 @@ def elapsed(call: Callable) -> float:
     return start.elapsed_time(end) * 1e3
 
 
+def in_a_graph(call: Callable, repeats: int) -> float:
+    """Median microseconds of the GPU for one call in a CUDA graph, of so many replays."""
+    graph, _ = graph_of([call])
+    return statistics.median(elapsed(graph.replay) for _ in range(repeats))
+
+
 def race(candidates: dict[str, list[Callable]], rounds: int = 11) -> dict[str, float]:
     """Median microseconds of one call of each candidate, in CUDA graphs."""
     graphs = {}

@@ -16,8 +16,7 @@ from ..runtime.integers import cdiv
 from ..runtime.launch import Launch
 from ..runtime.settings import remembered
 from ..runtime.workspace import Piece
-from .products.product_progressive import packed
-from .products.words import codebook, looked_up, whole
+from .products.words import codebook, looked_up, packed, whole
 
 RUNS = 64  # of a program: 2048 bytes of codes, 16 for each of 128 threads
 

@@ -184,8 +184,7 @@ def measure(block: nn.Module, args: tuple, kwargs: dict, options) -> dict:
 
         figures["compiled"] = wall(call, options.repeats)
     if "graph" in options.ways and torch.cuda.is_available():
-        graph, _ = stopwatch.graph_of([call])
-        figures["graph"] = statistics.median(stopwatch.elapsed(graph.replay) for _ in range(options.repeats))
+        figures["graph"] = stopwatch.in_a_graph(call, options.repeats)
     return {name: round(value, 1) for name, value in figures.items()}
 
 

@@ -205,10 +205,8 @@ def timed(model: nn.Module, call: Call, args) -> Iterator[dict]:
     compiling = time.perf_counter() - start
     yield {"way": "compiled", "compiling_seconds": round(compiling, 1)} | step(model, call, args.repeats)
     if torch.cuda.is_available():
-        graph, _ = stopwatch.graph_of([lambda: model(*call.args, **call.kwargs)])
-        times = [stopwatch.elapsed(graph.replay) / 1e3 for _ in range(args.repeats)]
-        yield {"way": "graph", "ms": statistics.median(times)}
-        del graph
+        replayed = stopwatch.in_a_graph(lambda: model(*call.args, **call.kwargs), args.repeats)
+        yield {"way": "graph", "ms": replayed / 1e3}
         done = ptq4dm.optimize(model, fused=False, compiled=False)  # which they are, where the form is so
         yield {"way": "optimized"} | step(model, call, args.repeats)
         done.undo()

@@ -36,9 +36,8 @@ from ptq4dm.kernels.runtime.integers import cdiv
 from ptq4dm.kernels.runtime.launch import Launch
 from ptq4dm.kernels.runtime.settings import best_config
 from ptq4dm.kernels.tuning.stopwatch import race
-from ptq4dm.kernels.w4.products.product_progressive import packed
 from ptq4dm.kernels.w4.products.tiles import stored, tile_place
-from ptq4dm.kernels.w4.products.words import together, whole
+from ptq4dm.kernels.w4.products.words import packed, together, whole
 
 PARTS = ("loads", "unpacking", "products", "scaling")
 FORMS = {"all": PARTS, **{part: (part,) for part in PARTS}}

@@ -84,11 +84,9 @@ def spread(model: nn.Module, way: str) -> nn.Module:
 def in_a_graph(model: nn.Module, call, repeats: int) -> float | str:
     """Milliseconds of a replay, or why there is none."""
     try:
-        graph, _ = stopwatch.graph_of([lambda: model(*call.args, **call.kwargs)])
+        return round(stopwatch.in_a_graph(lambda: model(*call.args, **call.kwargs), repeats) / 1e3, 2)
     except RuntimeError as problem:
         return f"{type(problem).__name__}: {str(problem)[:200]}"
-    times = [stopwatch.elapsed(graph.replay) / 1e3 for _ in range(repeats + 2)]
-    return round(statistics.median(times[2:]), 2)
 
 
 def device_map(model: nn.Module, gpus: int) -> dict[str, int]:

@@ -40,9 +40,8 @@ from ptq4dm.kernels.runtime.launch import Launch
 from ptq4dm.kernels.tuning.stopwatch import COLD, race
 from ptq4dm.kernels.w4 import tokens_triton
 from ptq4dm.kernels.w4.products import product_grouped, product_progressive
-from ptq4dm.kernels.w4.products.product_progressive import packed
 from ptq4dm.kernels.w4.products.tiles import stored, tile_place
-from ptq4dm.kernels.w4.products.words import together, token_rows, whole
+from ptq4dm.kernels.w4.products.words import packed, together, token_rows, whole
 from ptq4dm.kernels.w4.progressive import progressive_codes
 
 SIZE, BYTES = 128, 64  # inputs of a group, which is a step of the loop, and their bytes

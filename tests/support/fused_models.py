@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+import denoisers
+import ptq4dm
 from ptq4dm.calibration.record import replay
 from ptq4dm.layers.fusing import parts
 
@@ -39,6 +41,20 @@ def fused_here(monkeypatch, ops):
         for module, name in ops:
             patch.setattr(module, name, counted(module, name))
         yield seen
+
+
+def adapters_are_called(model, calls, monkeypatch, ops):
+    """Of a DiT: fused, with adapters on two layers of its first block, it gives the unfused answer, and the other
+    block alone makes codes."""
+    ptq4dm.fuse(model)
+    block = model.transformer_blocks[0]
+    block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
+    block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
+    with fused_here(monkeypatch, ops) as seen:
+        answer = replay(model, calls)
+    assert seen.count("svdq_codes") == 2  # the other block's
+    ptq4dm.unfuse(model)
+    assert (answer - replay(model, calls)).norm() < 1e-3 * answer.norm()
 
 
 def cost(answer, other, exact):

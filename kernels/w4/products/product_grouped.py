@@ -32,9 +32,8 @@ from torch import Tensor
 
 from ...runtime.integers import cdiv
 from ...runtime.launch import Launch, planned
-from .product_progressive import packed
 from .tiles import aligned, stored, tile_place
-from .words import codebook, looked_up, packed_rows, together, token_rows, whole
+from .words import codebook, looked_up, packed, packed_rows, together, token_rows, whole
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from torch import Tensor
 from ...runtime.integers import cdiv
 from ...runtime.launch import Launch, planned
 from .tiles import aligned, stored, tile_place
-from .words import as_stored, codebook, looked_up, packed_rows, together, token_rows, whole
+from .words import as_stored, codebook, looked_up, packed, packed_rows, together, token_rows, whole
 
 
 @triton.jit
@@ -127,8 +127,3 @@ def _launch(
         PACKED=packed(config, _progressive_kernel), NONLINEARITY=nonlinearity,
         num_warps=config["num_warps"], num_stages=config["num_stages"], maxnreg=config.get("maxnreg"),
     )  # fmt: skip
-
-
-def packed(config: dict, kernel) -> bool:
-    """Whether four codes go by each operation; Triton's interpreter runs no PTX."""
-    return config.get("PACKED", True) and isinstance(kernel, triton.runtime.JITFunction)

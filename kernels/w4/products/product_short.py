@@ -40,6 +40,7 @@ from ...runtime.launch import Launch, planned
 from .short_ends import finish, meet, read_ends, read_rows
 from .short_levels import WORDS, levels, read_tables
 from .short_operands import MAGIC, places, read_inputs, weights
+from .words import packed
 
 
 @triton.jit
@@ -233,6 +234,6 @@ def _launch(
         _short_kernel, (cdiv(n, bn), cdiv(m, bm)), M=m, N=n, stride_m=stride, magic=MAGIC[dtype], GROUPS=groups,
         RANK=rank, R=padded, BM=bm, BN=bn, WARPS=warps, EVEN=n % bn == 0 and groups % (2 * warps * ahead) == 0,
         AHEAD=ahead, NONLINEARITY=nonlinearity, STRIDE=table_stride,
-        PACKED=config.get("PACKED", True) and isinstance(_short_kernel, triton.runtime.JITFunction),
+        PACKED=packed(config, _short_kernel),
         num_warps=warps, maxnreg=config.get("maxnreg"),
     )  # fmt: skip

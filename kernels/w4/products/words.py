@@ -38,6 +38,11 @@ _LOW_ADDED, _HIGH_ADDED, _LOW_WIDENED, _HIGH_WIDENED, _LOW_ALONE, _HIGH_ALONE = 
 )  # fmt: skip
 
 
+def packed(config: dict, kernel) -> bool:
+    """Whether four codes go by each operation; Triton's interpreter runs no PTX."""
+    return config.get("PACKED", True) and isinstance(kernel, triton.runtime.JITFunction)
+
+
 @triton.jit
 def whole(raw, step, offset, HALF: tl.constexpr, PACKED: tl.constexpr):
     """raw int8 [N, RUNS, 32] -> w8 of its low (HALF 0) or high nibbles.

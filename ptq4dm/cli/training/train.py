@@ -79,8 +79,8 @@ def _train(args, config: ShiftQuantConfig, output: Path) -> None:
     losses = [line for line in lines if "held_out" in line]
     if losses:
         number = losses[-1].get("pictures")
-        of = f" on {number} pictures, each at one time" if number != 1 else " on 1 picture, at one time"
-        say(f"held-out loss {losses[-1]['held_out']:.4f}{of if number else ''}")
+        of = {None: "", 1: " on 1 picture, at one time"}.get(number, f" on {number} pictures, each at one time")
+        say(f"held-out loss {losses[-1]['held_out']:.4f}{of}")
     say_run(folder)
     result(model=args.model, images=learnt, of=config.images, run=folder, log=lines)
     facts = {"model": str(args.model), **config.identity(), "norm": config.norm}

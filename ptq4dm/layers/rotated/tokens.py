@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...handed.rows import QuantizesRows
 from ...handed.value import Handed, RowCodes, plain
 from ...kernels.formats.int4 import GROUP
 from ...kernels.runtime.prepared import prepared
@@ -65,10 +66,7 @@ class GroupedTokens(RotatedTokens):
     mode = "int8"
     wscales: Tensor
 
-    def encode(self, x: Tensor, norm: tuple | None, dtype: torch.dtype, gate: tuple | None = None) -> RowCodes:
-        """Codes of the rows of x, or of a norm of it; nothing is rounded before them."""
-        codes, scale = from_codes.row_codes(x, self.mode, norm, gate, self.rotation)
-        return RowCodes(codes, scale, x.shape, dtype)
+    encode = QuantizesRows.encode
 
     @property
     def rotates_in_codes(self) -> bool:  # type: ignore[override]

@@ -9,7 +9,7 @@ from torch import nn
 
 import denoisers
 import ptq4dm
-from fused_models import DOUBLE, NAMES, SINGLE, compiled_whole, cost, fused_here, take_for_served
+from fused_models import DOUBLE, NAMES, SINGLE, adapters_are_called, compiled_whole, cost, fused_here, take_for_served
 from ptq4dm import SVDQuantConfig
 from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
@@ -129,15 +129,7 @@ def _codes(x):
 
 def test_adapters_on_a_fused_model_are_called(quantized, monkeypatch):
     model, calls = quantized("dit", activations="int8")
-    ptq4dm.fuse(model)
-    block = model.transformer_blocks[0]
-    block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
-    block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
-    with fused_here(monkeypatch, OPS) as seen:
-        answer = replay(model, calls)
-    assert seen.count("svdq_codes") == 2  # the other block's
-    ptq4dm.unfuse(model)
-    assert (answer - replay(model, calls)).norm() < 1e-3 * answer.norm()
+    adapters_are_called(model, calls, monkeypatch, OPS)
 
 
 def test_fused_lora_adapters(quantized, monkeypatch):

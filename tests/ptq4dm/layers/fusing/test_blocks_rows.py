@@ -10,7 +10,7 @@ from torch import nn
 
 import denoisers
 import ptq4dm
-from fused_models import NAMES, compiled_whole, cost, fused_here
+from fused_models import NAMES, adapters_are_called, compiled_whole, cost, fused_here
 from ptq4dm.calibration.record import replay
 from ptq4dm.calibration.store import CalibrationStore, fingerprint
 from ptq4dm.handed.value import RowCodes
@@ -188,15 +188,7 @@ def test_why_a_block_is_left_is_of_layers_that_it_reads():
 
 def test_adapters_and_hooks_are_called(monkeypatch):
     model, calls = quantized("dit", "int8")
-    ptq4dm.fuse(model)
-    block = model.transformer_blocks[0]
-    block.attn1.to_v = denoisers.Doubled(block.attn1.to_v)
-    block.ff.net[0].proj = denoisers.Doubled(block.ff.net[0].proj)
-    with fused_here(monkeypatch, OPS) as seen:
-        answer = replay(model, calls)
-    assert seen.count("svdq_codes") == 2  # the other block's
-    ptq4dm.unfuse(model)
-    assert (answer - replay(model, calls)).norm() < 1e-3 * answer.norm()
+    adapters_are_called(model, calls, monkeypatch, OPS)
 
 
 @pytest.mark.parametrize("kind, form", [("flux", "int8"), ("dit", "int8"), ("flux", "progressive")])
